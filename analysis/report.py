@@ -1,0 +1,304 @@
+"""One standalone HTML page about one prompt: what produced the output, and whether to believe it.
+
+Prompt and target, tokens, layer x position, heads, neurons with what they write, the ledger, the
+rules that were used, and the versions of everything. No script runs and nothing is loaded:
+figures are inlined as SVG images, which cannot execute, in a light and a dark rendering. Text
+from the model or the user is escaped by Jinja2 (autoescape on). Sections whose hook points were
+not read say so and are left out. Jinja2 and matplotlib are imported when a report is written
+(``pip install 'lenslrp[report]'``).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lenslrp.analysis import plots
+from lenslrp.analysis.report_template import TEMPLATE
+from lenslrp.analysis.vocabulary import neuron_writes
+from lenslrp.errors import InputError
+from lenslrp.heatmap import colour_scale, signed, token_heatmap
+from lenslrp.visible_text import visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from lenslrp.cache import RelevanceCache
+
+_NEURONS = 12
+_PACKAGES = ("lenslrp", "torch", "transformers", "transformer-lens")
+
+
+def _signed(value: float) -> str:
+    """Four significant digits with the sign."""
+    return f"{value:+.4g}"
+
+
+def _column(values: Iterable[float]) -> list[str]:
+    """Numbers of one column with the same number of digits, those that its largest one needs."""
+    numbers = list(values)
+    limit = max((abs(number) for number in numbers if math.isfinite(number)), default=0.0)
+    return [signed(number, limit) for number in numbers]
+
+
+def _image(figure: Figure) -> str:
+    """``figure`` as a data URI: SVG with its text as text, the same bytes for the same input."""
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lenslrp"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _picture(draw: Callable[..., Figure], *args: Any, alt: str, **options: Any) -> dict[str, str]:
+    """The figure in both themes, without its title: the page has a heading."""
+
+    def image(theme: plots.Theme) -> str:
+        figure = draw(*args, **options, theme=theme)
+        figure.axes[0].set_title("", loc="left")
+        return _image(figure)
+
+    return {
+        "light": image(plots.LIGHT),
+        "dark": image(plots.DARK),
+        "alt": alt,
+        "caption": "",
+    }
+
+
+def _section(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``make`` returns, or why it cannot: hook points that this R did not read."""
+    try:
+        return make()
+    except (InputError, KeyError) as error:
+        return {"absent": str(error.args[0]) if error.args else "its hook points were not read"}
+
+
+def _residual(R: RelevanceCache, row: int, dominated: bool) -> dict[str, Any]:
+    table = R.residual(row)
+    alt = f"Grid of {table.shape[0]} layers by {table.shape[1]} positions of residual relevance."
+    figure = _picture(plots.residual_map, R, row, without_first=dominated, alt=alt)
+    if dominated:
+        figure["caption"] = (
+            "The first token outweighs the others, so colours are scaled without it; it is drawn."
+        )
+    return {"figure": figure}
+
+
+def _heads(R: RelevanceCache, row: int) -> dict[str, Any]:
+    table = R.heads(row)
+    layer, head = table.abs().stack().idxmax()
+    alt = (
+        f"Grid of {table.shape[0]} layers by {table.shape[1]} heads; the largest is layer {layer} "
+        f"head {head} with {table.loc[layer, head]:+.3g}."
+    )
+    return {"figure": _picture(plots.head_grid, R, row, alt=alt)}
+
+
+def _sign(value: float) -> str:
+    """The style class of a number's colour."""
+    return "pos" if value > 0 else "neg" if value < 0 else ""
+
+
+def _neurons(R: RelevanceCache, row: int, model: TransformerBridge | None) -> dict[str, Any]:
+    table = R.top("mlp.hook_post", k=_NEURONS, row=row)
+    relevance = _column(map(float, table["relevance"]))
+    activation = _column(map(float, table["activation"]))
+    rows = []
+    for place, entry in enumerate(table.itertuples()):
+        writes = []
+        if model is not None and hasattr(model, "unembed"):
+            writes = [visible(t) for t in neuron_writes(model, int(entry.layer), int(entry.neuron))]
+        rows.append(
+            {
+                "layer": entry.layer,
+                "neuron": entry.neuron,
+                "token": visible(str(entry.token)),
+                "position": entry.position,
+                "sign": _sign(float(entry.relevance)),
+                "relevance": relevance[place],
+                "activation": activation[place],
+                "writes": writes,
+            }
+        )
+    return {"rows": rows}
+
+
+def _ledger(R: RelevanceCache) -> dict[str, Any]:
+    ledger = R.ledger()
+    target = float(ledger.target)
+    values = [float(getattr(ledger, name)) for name, _ in plots.TERMS]
+    terms = [
+        {
+            "name": label,
+            "sign": _sign(value),
+            "value": _signed(value) if value else "0",
+            "share": f"{value / target:.1%}" if target else "-",
+        }
+        for (_, label), value in zip(plots.TERMS, values, strict=True)
+    ]
+    alt = "Waterfall of the ledger: " + ", ".join(
+        f"{term['name']} {term['value']}"
+        for term, value in zip(terms, values, strict=True)
+        if value
+    )
+    cells = [
+        {
+            "name": str(name),
+            "cells": [_signed(v) if isinstance(v, float) else str(v) for v in line],
+        }
+        for name, line in zip(ledger.table.index, ledger.table.to_numpy().tolist(), strict=True)
+    ]
+    return {
+        "figure": _picture(plots.ledger_bars, R, alt=f"{alt}; target {target:+.4g}."),
+        "terms": terms,
+        "target": _signed(target),
+        "error": f"{float(ledger.error):+.1e}",
+        "columns": [str(name) for name in ledger.table.columns],
+        "layers": cells,
+    }
+
+
+def _coverage(R: RelevanceCache) -> dict[str, Any]:
+    sites = R.coverage.sites
+    rules = [
+        {
+            "role": str(role),
+            "rule": str(rule),
+            "component": str(component),
+            "sites": len(group),
+            "fired": int(group["fired"].astype(bool).sum()),
+        }
+        for (role, rule, component), group in sites.groupby(["role", "rule", "component"])
+    ]
+    return {
+        "count": len(sites),
+        "rules": rules,
+        "uncovered": [str(name) for name in R.coverage.uncovered],
+        "off_path": [str(name) for name in R.coverage.off_path],
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed as a package"
+
+
+def _provenance(R: RelevanceCache, model: TransformerBridge | None) -> list[tuple[str, str]]:
+    facts = [("model", R.model_name), ("composite", R.composite.name)]
+    if model is not None:
+        facts.append(("weights", str(next(model.parameters()).dtype).removeprefix("torch.")))
+    facts.append(("relevance", str(R.tokens.dtype).removeprefix("torch.")))
+    facts += [(package, _version(package)) for package in _PACKAGES]
+    return [*facts, ("Python", platform.python_version())]
+
+
+def _facts(R: RelevanceCache, row: int, values: list[float], ledger: Mapping[str, Any]) -> Any:
+    total = sum(value for value in values if math.isfinite(value))
+    facts = [
+        ("target value", f"{float(R.target.value[row]):.4g}"),
+        ("token relevance, sum", _signed(total)),
+    ]
+    if "error" in ledger:
+        facts.append(("ledger error, relative", ledger["error"]))
+    return [*facts, ("composite", R.composite.name)]
+
+
+def _environment() -> Any:
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError(
+            "reports need Jinja2, which is not installed; pip install 'lenslrp[report]'"
+        ) from error
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write all of ``text`` or leave what was there."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def report_html(R: RelevanceCache, *, model: TransformerBridge | None = None, row: int = 0) -> str:
+    """The page of :func:`write_report` as a string."""
+    environment = _environment()
+    from markupsafe import Markup
+
+    batch = len(R.str_tokens)
+    if not -batch <= row < batch:
+        raise InputError(f"row is {row}, but R holds {batch} rows (0 to {batch - 1})")
+    tokens, mask = R.str_tokens[row], [bool(kept) for kept in R.attention_mask[row]]
+    values = [float(value) for value in R.tokens[row]]
+    scale = colour_scale(values, mask)
+    rescaled = ""
+    if scale.dominated:
+        rescaled = token_heatmap(
+            tokens,
+            values,
+            attention_mask=mask,
+            without_first=True,
+            title="Colours scaled without the first token",
+        )
+    ledger = _section(lambda: _ledger(R))
+    text = visible("".join(t for t, kept in zip(tokens, mask, strict=True) if kept))
+    page: str = environment.from_string(TEMPLATE).render(
+        title=f"{visible(R.target.text)} · LensLRP",
+        target=visible(R.target.text),
+        prompt=text,
+        model_name=visible(R.model_name),
+        facts=_facts(R, row, [v for v, kept in zip(values, mask, strict=True) if kept], ledger),
+        heatmap=Markup(token_heatmap(tokens, values, attention_mask=mask)),
+        rescaled=Markup(rescaled),
+        residual=_section(lambda: _residual(R, row, scale.dominated)),
+        heads=_section(lambda: _heads(R, row)),
+        neurons=_section(lambda: _neurons(R, row, model)),
+        writes=model is not None and hasattr(model, "unembed"),
+        ledger=ledger,
+        coverage=_coverage(R),
+        provenance=_provenance(R, model),
+    )
+    return page
+
+
+def write_report(
+    R: RelevanceCache, path: str | Path, *, model: TransformerBridge | None = None, row: int = 0
+) -> Path:
+    """Write the report on one batch row of ``R`` and return where it is.
+
+    Args:
+        R: the result of :func:`lenslrp.run_with_relevance`.
+        path: the HTML file; replaced when the new one is complete.
+        model: the bridge that was explained; with it, neurons show what they write.
+        row: which batch row.
+
+    Raises:
+        InputError: when ``row`` is out of range or the folder of ``path`` does not exist.
+        ImportError: when Jinja2 or matplotlib is missing.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"the folder {path.parent} does not exist; cannot write {path.name} there")
+    _write(path, report_html(R, model=model, row=row))
+    return path

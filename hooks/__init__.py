@@ -1,0 +1,57 @@
+"""The rules, as pure functions and tables, and the machinery that attaches them to a bridge."""
+
+from lenslrp.hooks.composites import (
+    CPLRP,
+    GIM,
+    ROLES,
+    AttnLRP,
+    AttnLRPViT,
+    Composite,
+    GradientTimesInput,
+    RelP,
+)
+from lenslrp.hooks.coverage import Coverage
+from lenslrp.hooks.install import Rules, relevance_rules
+from lenslrp.hooks.rules import (
+    CONSTANT,
+    UNIFORM,
+    ZPLUS,
+    AlphaBeta,
+    Epsilon,
+    Gamma,
+    Identity,
+    Normalisation,
+    Plain,
+    Product,
+    SoftCap,
+    Softmax,
+    SoftmaxTemperature,
+)
+
+__all__ = [
+    "CONSTANT",
+    "CPLRP",
+    "GIM",
+    "ROLES",
+    "UNIFORM",
+    "ZPLUS",
+    "AlphaBeta",
+    "AttnLRP",
+    "AttnLRPViT",
+    "Composite",
+    "Coverage",
+    "Epsilon",
+    "Gamma",
+    "GradientTimesInput",
+    "Identity",
+    "Normalisation",
+    "Plain",
+    "Product",
+    "RelP",
+    "Rules",
+    "SoftCap",
+    "Softmax",
+    "SoftmaxTemperature",
+    "UNIFORM",
+    "relevance_rules",
+]

@@ -1,0 +1,136 @@
+"""Attention that a bridge does not compute itself: TransformerLens' native modules, and the fused path.
+
+Native attention is made live: the same operations in the same order, with the bridge's own
+``hook_attn_scores`` and ``hook_pattern`` between them.
+
+The fused path (``attention="fused"``) sends the bridge back to the Hugging Face module, which runs
+torch's scaled-dot-product kernel. Patterns and scores are not formed. Relevance is the same to
+rounding, since the softmax backward is linear in the gradient: a quarter to queries and keys, half
+to values, or nothing and everything under a constant pattern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.model_bridge.generalized_components import (
+    AttentionBridge,
+    JointQKVAttentionBridge,
+    PositionEmbeddingsAttentionBridge,
+)
+from transformer_lens.utilities.activation_functions import apply_softcap
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from lenslrp.errors import InputError
+from lenslrp.hooks import functions as F
+from lenslrp.hooks.rules import Product, Softmax
+
+FUSED = "lenslrp_fused"
+"""The name under which the fused attention is registered with transformers."""
+
+
+def native_forward(attn: AttentionBridge, inner: Any) -> Callable[..., tuple[Tensor, None]]:
+    """``NativeAttention.forward`` with live scores; the pattern is not handed out a second time."""
+
+    def forward(
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pattern_fn: Callable[[Tensor], Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        batch, seq, _ = hidden_states.shape
+        q = inner.q(hidden_states).view(batch, seq, inner.n_heads, inner.d_head).transpose(1, 2)
+        k = inner.k(hidden_states).view(batch, seq, inner.n_kv_heads, inner.d_head).transpose(1, 2)
+        v = inner.v(hidden_states).view(batch, seq, inner.n_kv_heads, inner.d_head).transpose(1, 2)
+        if inner.rotary is not None:
+            q, k = inner.rotary.apply_rope(q, k, position_ids=position_ids)
+        if inner.kv_repeats > 1:
+            k = k.repeat_interleave(inner.kv_repeats, dim=1)
+            v = v.repeat_interleave(inner.kv_repeats, dim=1)
+        scores = torch.matmul(q, k.transpose(-2, -1)) / inner.scale
+        scores = apply_softcap(scores, inner.attn_scores_soft_cap)
+        if inner.causal:
+            block = inner.causal_mask[:seq, :seq]
+        else:
+            block = torch.zeros(seq, seq, dtype=torch.bool, device=scores.device)
+        if attention_mask is not None:
+            block = inner._combine_attention_mask(block, attention_mask, batch=batch)
+        scores = attn.hook_attn_scores(scores.masked_fill(block, float("-inf")))
+        pattern = torch.softmax(scores, dim=-1).masked_fill(block, 0.0)
+        if pattern_fn is not None:
+            pattern = pattern_fn(pattern)
+        z = torch.matmul(pattern, v).transpose(1, 2).contiguous().view(batch, seq, -1)
+        return inner.o(z), None
+
+    return forward
+
+
+def _fused(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls: torch's kernel between our markers."""
+    site, (qk, v) = module.__dict__["_lenslrp_fused"]
+    if qk == 0:
+        query, key = query.detach(), key.detach()
+    else:
+        query, key = F.FusedInput.apply(query, qk, site), F.FusedInput.apply(key, qk, site)
+    value = F.FusedInput.apply(value, v, site)
+    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return F.FusedOutput.apply(out, site), None
+
+
+AttentionInterface.register(FUSED, _fused)
+AttentionMaskInterface.register(FUSED, sdpa_mask)
+
+
+def attach_fused(at: Any, ctx: Any, path: str, attn: AttentionBridge) -> None:
+    """Send one attention component through the fused kernel, scoped to the context.
+
+    Raises:
+        InputError: soft-caps, attention sinks or a rule that needs the pattern.
+    """
+    inner = getattr(attn, "original_component", None)
+    live = isinstance(attn, PositionEmbeddingsAttentionBridge | JointQKVAttentionBridge)
+    config = getattr(inner, "config", None)
+    from lenslrp.hooks.components import softcap_of
+
+    if softcap_of(attn) is not None or getattr(inner, "sinks", None) is not None:
+        raise InputError(
+            f'attention="fused": {path} has a soft-cap or attention sinks, which the fused kernel '
+            'cannot give a rule; use attention="bridge"'
+        )
+    if not live or config is None or not hasattr(config, "_attn_implementation"):
+        raise InputError(
+            f'attention="fused": {path} ({type(attn).__name__}) has no Hugging Face attention to '
+            'delegate to; use attention="bridge"'
+        )
+    softmax, av, qk = (ctx.composite[r] for r in ("softmax", "attention_av", "attention_qk"))
+    products = isinstance(av, Product) and isinstance(qk, Product)
+    if not isinstance(softmax, Softmax) or not products:
+        raise InputError(
+            f'attention="fused" holds for the softmax and product rules, not for softmax='
+            f'{softmax.name}, attention_av={av.name}, attention_qk={qk.name}; '
+            'use attention="bridge"'
+        )
+    site = ctx.site(f"{path}.hook_out", attn, "attention_av")
+    at.sites.append(site)
+    at.attribute(inner, "_lenslrp_fused", (site, (av.first * qk.first, av.second)))
+    at.attribute(attn, "forward", lambda *a, **k: AttentionBridge.forward(attn, *a, **k))
+    implementation = config._attn_implementation
+    config._attn_implementation = FUSED
+
+    def restore() -> None:
+        config._attn_implementation = implementation
+
+    at.undo.append(restore)

@@ -1,0 +1,476 @@
+"""Where the rules go: the only file that knows TransformerLens' component classes.
+
+Each ``attach_*`` function takes one component of a bridge, creates its sites and registers forward
+hooks on hook points and wrapped modules. It returns the handles that undo it. The functions are
+listed in :data:`COMPONENTS`; a new component class is one entry there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.model_bridge.generalized_components import (
+    AttentionBridge,
+    BlockBridge,
+    EmbeddingBridge,
+    GatedMLPBridge,
+    JointQKVAttentionBridge,
+    MLPBridge,
+    NormalizationBridge,
+    PosEmbedBridge,
+    PositionEmbeddingsAttentionBridge,
+    UnembeddingBridge,
+)
+from transformer_lens.model_bridge.sources.native import model as native
+from transformers import activations as hf_activations
+from transformers.pytorch_utils import Conv1D
+
+from lenslrp.errors import InputError
+from lenslrp.hooks import functions as F
+from lenslrp.hooks.composites import Composite
+from lenslrp.hooks.rules import Epsilon, Identity, LinearRule, Plain, SoftmaxTemperature
+from lenslrp.hooks.sites import Books, Site
+
+Undo = Callable[[], None]
+
+ACTIVATIONS: tuple[type, ...] = (
+    nn.SiLU,
+    nn.GELU,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.Tanh,
+    nn.Mish,
+    nn.Hardswish,
+    *(
+        getattr(hf_activations, name)
+        for name in (
+            "NewGELUActivation",
+            "GELUActivation",
+            "GELUTanh",
+            "PytorchGELUTanh",
+            "FastGELUActivation",
+            "QuickGELUActivation",
+            "AccurateGELUActivation",
+            "SiLUActivation",
+            "MishActivation",
+            "ReLUSquaredActivation",
+            "LinearActivation",
+        )
+        if hasattr(hf_activations, name)
+    ),
+)
+"""Element-wise modules with f(0) = 0, for which the identity rule holds."""
+
+NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
+    native._ACTIVATIONS[name] for name in ("gelu", "gelu_new", "relu", "silu")
+)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an ``attach_*`` function needs besides its component."""
+
+    composite: Composite
+    books: Books | None
+    attention: str
+
+    def site(self, hook: str, component: Any, role: str, rule: Any = None) -> Site:
+        rule = self.composite[role] if rule is None else rule
+        return Site(hook, type(component).__name__, role, rule, layer_of(hook), books=self.books)
+
+
+def layer_of(name: str) -> int | None:
+    """The block index in a hook or component name, ``None`` outside the blocks."""
+    found = re.search(r"(?:^|\.)\w*blocks\.(\d+)(?:\.|$)", name)
+    return int(found.group(1)) if found else None
+
+
+def original(component: nn.Module) -> Any:
+    """The Hugging Face module that a bridge component wraps, or ``None``."""
+    return getattr(component, "original_component", None)
+
+
+class Attached:
+    """Sites created so far and how to undo them, in order."""
+
+    def __init__(self) -> None:
+        self.sites: list[Site] = []
+        self.undo: list[Undo] = []
+
+    def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        self.undo.append(module.register_forward_hook(hook).remove)
+
+    def pre_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        self.undo.append(module.register_forward_pre_hook(hook).remove)
+
+    def attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """Shadow an attribute of one instance, past nn.Module's and the bridge's own setters."""
+        had, old = name in module.__dict__, module.__dict__.get(name)
+        module.__dict__[name] = value
+
+        def restore() -> None:
+            if had:
+                module.__dict__[name] = old
+            else:
+                module.__dict__.pop(name, None)
+
+        self.undo.append(restore)
+
+    def wrap(self, module: nn.Module, apply: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Cut the graph through ``module``; ``apply(x, y)`` puts a rule in its place."""
+        inputs: list[Tensor] = []
+
+        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            inputs.append(args[0])
+            return (args[0].detach(), *args[1:])
+
+        def after(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+            return apply(inputs.pop(), y)
+
+        self.pre_hook(module, before)
+        self.hook(module, after)
+
+    def region(self, module: nn.Module, site: Site, bias: Callable[[], Tensor | None]) -> None:
+        """Mark a module as plain: its inside is on the graph, and its in and out are measured."""
+        self.sites.append(site)
+
+        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (F.RegionInput.apply(args[0], "plain", site), *args[1:])
+
+        def after(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+            return F.RegionOutput.apply(y, bias(), "plain", site)
+
+        self.pre_hook(module, before)
+        self.hook(module, after)
+
+
+def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge) -> None:
+    """Norms: around the wrapped module, or at ``hook_scale`` when the bridge computes the norm.
+
+    Which of the two runs is the bridge's choice at every forward (a user's backward hook on
+    ``hook_normalized`` changes it), so both are ready and the one that is taken fires.
+    """
+    component = original(norm)
+    if isinstance(component, nn.Identity):
+        return
+    rule = ctx.composite["norm"]
+
+    def bias() -> Tensor | None:
+        return None if norm.uses_rms_norm else getattr(component, "bias", None)
+
+    site = ctx.site(path, norm, "norm")
+    if isinstance(rule, Plain):
+        at.region(norm, site, bias)
+    else:
+        at.sites.append(site)
+        _attach_wrapped_norm(at, component, site)
+
+        def constant_scale(_: nn.Module, args: tuple[Any, ...], scale: Tensor) -> Tensor | None:
+            # On the native path the scale is computed for reading only; touch it there and the
+            # bridge would leave the wrapped norm.
+            if not scale.requires_grad or (_native(norm) and scale is args[0]):
+                return None
+            site.forward += 1
+            return scale.detach()
+
+        at.hook(norm.hook_scale, constant_scale)
+    if ctx.books is not None:
+        _attach_norm_bias(at, ctx, path, norm, bias)
+
+
+def _native(norm: NormalizationBridge) -> bool:
+    """Whether the bridge will run the wrapped norm (and not its own Python form)."""
+    folded = bool(getattr(norm.config, "layer_norm_folding", False))
+    hooked = bool(norm.hook_scale.bwd_hooks or norm.hook_normalized.bwd_hooks)
+    return (norm.use_native_layernorm_autograd or folded) and not hooked
+
+
+def _attach_wrapped_norm(at: Attached, component: nn.Module, site: Site) -> None:
+    name = type(component).__name__
+    if isinstance(component, nn.LayerNorm | native.NativeLayerNormPre):
+        weight, eps = getattr(component, "weight", None), component.eps
+        at.wrap(component, lambda x, y: F.LayerNorm.apply(x, y, weight, eps, site))
+    elif "RMSNorm" in name or name == "T5LayerNorm":
+        at.wrap(component, lambda x, y: F.Elementwise.apply(x, y, Identity(), site))
+    # Any other class stays on the graph, where the coverage check meets it and names it.
+
+
+def _attach_norm_bias(
+    at: Attached,
+    ctx: Context,
+    path: str,
+    norm: NormalizationBridge,
+    bias: Callable[[], Tensor | None],
+) -> None:
+    if bias() is None:
+        return
+    site = ctx.site(path, norm, "norm")
+    called: list[bool] = []
+
+    def native_ran(*_: Any) -> None:
+        called.append(True)
+
+    def meter(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+        _measure_bias(y, bias(), site)
+
+    # Split query-key-value inputs call the wrapped norm directly, past the bridge.
+    at.hook(original(norm), meter)
+    at.hook(original(norm), native_ran)
+
+    def python_path(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+        if not called:
+            _measure_bias(y, bias(), site)
+        called.clear()
+
+    at.hook(norm, python_path)
+
+
+def _measure_bias(y: Tensor, bias: Tensor | None, site: Site) -> None:
+    """Report ``sum(bias * g)`` when the gradient at ``y`` arrives."""
+    if bias is None or not y.requires_grad:
+        return
+
+    def measure(g: Tensor) -> None:
+        wide = torch.float32 if g.device.type == "mps" else torch.float64
+        per_row = g.detach().flatten(1, -2).sum(dim=1, dtype=wide)
+        site.report("biases", per_row @ bias.detach().to(wide))
+
+    y.register_hook(measure)
+
+
+def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
+    """A linear layer's bias under the epsilon rule: it absorbs its share."""
+    bias = getattr(module, "bias", None)
+    if ctx.books is None or bias is None:
+        return
+    site = ctx.site(path, module, "linear", Epsilon())
+    at.hook(module, lambda _, args, y: _measure_bias(y, module.bias, site))
+
+
+def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role: str) -> None:
+    """A linear layer: nothing under epsilon but its bias; otherwise the rule in its place."""
+    rule = ctx.composite[role]
+    if not isinstance(rule, LinearRule):
+        attach_bias_meter(at, ctx, path, module)
+        return
+    site = ctx.site(path, module, role)
+    at.sites.append(site)
+    transposed = isinstance(module, Conv1D)
+
+    def apply(x: Tensor, y: Tensor) -> Tensor:
+        weight = module.weight.T if transposed else module.weight
+        return F.Linear.apply(x, y, weight, module.bias, rule, site)
+
+    at.wrap(module, apply)
+
+
+def attach_activation(
+    at: Attached, ctx: Context, path: str, module: nn.Module, rule: Any, share: float
+) -> None:
+    """An activation module; ``share`` is what the gate of a product gets beyond the common share."""
+    site = ctx.site(path, module, "activation", rule)
+    if isinstance(rule, Plain):
+        at.region(module, site, lambda: None)
+    else:
+        at.sites.append(site)
+        at.wrap(module, lambda x, y: F.Elementwise.apply(x, y, rule, site))
+    if share != 1:
+        at.hook(module, lambda _, args, y: _share(y, share, site))
+
+
+def _share(y: Tensor, share: float, site: Site) -> Tensor:
+    return y.detach() if share == 0 else F.Share.apply(y, share, site)
+
+
+def attach_native_activation(
+    at: Attached, ctx: Context, path: str, mlp: nn.Module, share: float
+) -> None:
+    """TransformerLens' own MLPs keep their activation as a function on the instance."""
+    act, rule = mlp.act, ctx.composite["activation"]
+    if act not in NATIVE_ACTIVATIONS:
+        return
+    site = ctx.site(path, mlp, "activation")
+    at.sites.append(site)
+
+    def ruled(x: Tensor) -> Tensor:
+        if isinstance(rule, Plain):
+            x = F.RegionInput.apply(x, "plain", site)
+            y = F.RegionOutput.apply(act(x), None, "plain", site)
+        else:
+            y = F.Elementwise.apply(x, act(x.detach()), rule, site)
+        return y if share == 1 else _share(y, share, site)
+
+    at.attribute(mlp, "act", ruled)
+
+
+def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge) -> None:
+    """gate * up: at ``out.hook_in``, half to each."""
+    rule = ctx.composite["gate"]
+    first, second = F.product_shares(rule)
+    site = ctx.site(f"{path}.out.hook_in", mlp, "gate")
+    at.sites.append(site)
+    at.hook(
+        mlp.out.hook_in,
+        lambda _, args, y: F.ProductOutput.apply(y, first, second, site),
+    )
+
+
+def gate_share(ctx: Context) -> float:
+    """What the gate gets relative to the product's common share (``up``'s)."""
+    first, second = F.product_shares(ctx.composite["gate"])
+    if second == 0:
+        raise InputError("a gate rule must give `up` a share; Product(first, second) has second=0")
+    return first / second
+
+
+def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -> None:
+    """Q@K^T at ``hook_attn_scores``, the softmax at ``hook_pattern``, A@V at ``o.hook_in``."""
+    if ctx.attention == "fused":
+        from lenslrp.hooks.attention import attach_fused
+
+        attach_fused(at, ctx, path, attn)
+        return
+    inner = original(attn)
+    if isinstance(inner, native.NativeAttention):
+        from lenslrp.hooks.attention import native_forward
+
+        at.attribute(inner, "forward", native_forward(attn, inner))
+    elif not isinstance(attn, PositionEmbeddingsAttentionBridge | JointQKVAttentionBridge):
+        return
+    roles = {role: ctx.composite[role] for role in ("attention_qk", "softmax", "attention_av")}
+    first, second = F.product_shares(roles["attention_av"])
+    if second == 0:
+        raise InputError("an attention_av rule must give the values a share")
+    z = ctx.site(f"{path}.o.hook_in", attn, "attention_av")
+    at.sites.append(z)
+    at.hook(
+        attn.o.hook_in,
+        lambda _, args, y: F.ProductOutput.apply(y, first, second, z),
+    )
+    if first == 0:
+        at.hook(attn.hook_pattern, lambda _, args, y: y.detach())
+        return
+    sites = {
+        "attention_qk": ctx.site(f"{path}.hook_attn_scores", attn, "attention_qk"),
+        "softmax": ctx.site(f"{path}.hook_pattern", attn, "softmax"),
+    }
+    cap = softcap_of(attn)
+    if cap is not None:
+        sites["softcap"] = ctx.site(f"{path}.hook_attn_scores", attn, "softcap")
+    at.sites.extend(sites.values())
+    q_share, k_share = F.product_shares(roles["attention_qk"])
+    if q_share != k_share:
+        raise InputError("an attention_qk rule must give queries and keys the same share")
+    needs_scores = isinstance(roles["softmax"], SoftmaxTemperature)
+    stash: list[Tensor] = []
+
+    def at_scores(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> Tensor:
+        stash.clear()
+        if needs_scores:
+            stash.append(scores.detach())
+        return F.Scores.apply(scores, q_share, cap, sites)
+
+    def at_pattern(_: nn.Module, args: tuple[Any, ...], pattern: Tensor) -> Tensor:
+        scores = stash.pop() if stash else None
+        return F.Pattern.apply(pattern, scores, first / second, sites["softmax"])
+
+    at.hook(attn.hook_attn_scores, at_scores)
+    at.hook(attn.hook_pattern, at_pattern)
+
+
+def softcap_of(attn: AttentionBridge) -> float | None:
+    """The attention soft-cap of a component, ``None`` without one."""
+    inner = original(attn)
+    cap = getattr(inner, "attn_logit_softcapping", None)
+    if cap is None:
+        cap = getattr(inner, "attn_scores_soft_cap", None)
+    return float(cap) if cap is not None and float(cap) > 0 else None
+
+
+def components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, under the first of its names that is not a wrapped module's own."""
+    seen: set[int] = set()
+    named = list(model.named_modules(remove_duplicate=False))
+    named.sort(key=lambda item: ("_original_component" in item[0], item[0].startswith("original_")))
+    for name, module in named:
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield name.replace("_original_component.", ""), module
+
+
+def attach_all(model: nn.Module, ctx: Context) -> Attached:
+    """Attach the composite's rules to every component of a bridge.
+
+    Returns the sites and how to undo them. What has no rule is left on the autograd graph, where
+    :mod:`lenslrp.hooks.coverage` finds it.
+    """
+    at = Attached()
+    gates: dict[int, float] = {}
+    roles: dict[int, str] = {}
+    found = list(components(model))
+    for _, module in found:
+        if isinstance(module, AttentionBridge):
+            for key in ("q", "k", "v", "o"):
+                inner = original(module._modules.get(key) or nn.Identity())
+                roles[id(inner)] = "projection"
+        if isinstance(module, GatedMLPBridge) and original(module) is not None:
+            share = gate_share(ctx)
+            for inner in [*original(module).children(), *module.children(), original(module)]:
+                gates[id(inner)] = share
+    try:
+        for path, module in found:
+            _attach(at, ctx, path, module, gates, roles)
+    except BaseException:
+        for undo in reversed(at.undo):
+            undo()
+        raise
+    return at
+
+
+def _attach(
+    at: Attached,
+    ctx: Context,
+    path: str,
+    module: nn.Module,
+    gates: dict[int, float],
+    roles: dict[int, str],
+) -> None:
+    own = ctx.composite.modules.get(type(module))
+    share = gates.get(id(module), 1.0)
+    if own is not None:
+        attach_activation(at, ctx, path, module, own, share)
+    elif isinstance(module, NormalizationBridge):
+        attach_norm(at, ctx, path, module)
+    elif isinstance(module, AttentionBridge):
+        attach_attention(at, ctx, path, module)
+    elif isinstance(module, GatedMLPBridge) and original(module) is not None:
+        attach_gated_mlp(at, ctx, path, module)
+    elif isinstance(module, ACTIVATIONS):
+        attach_activation(at, ctx, path, module, ctx.composite["activation"], share)
+    elif isinstance(module, native.NativeMLP | native.NativeGatedMLP):
+        attach_native_activation(at, ctx, path, module, share)
+    elif isinstance(module, nn.Linear | Conv1D):
+        attach_linear(at, ctx, path, module, roles.get(id(module), "linear"))
+
+
+__all__ = [
+    "ACTIVATIONS",
+    "Attached",
+    "BlockBridge",
+    "Context",
+    "EmbeddingBridge",
+    "MLPBridge",
+    "PosEmbedBridge",
+    "UnembeddingBridge",
+    "attach_all",
+    "components",
+    "layer_of",
+    "original",
+    "softcap_of",
+]

@@ -1,0 +1,167 @@
+"""Composites: tables from the role of an operation to the rule that governs it.
+
+A user's own composite is a dict literal over the same roles::
+
+    mine = Composite("mine", {**AttnLRP().rules, "activation": Plain()})
+
+or any mapping from role to rule given where a composite is expected. Roles that a table leaves
+out get the rule of AttnLRP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lenslrp.errors import InputError
+from lenslrp.hooks.rules import (
+    CONSTANT,
+    UNIFORM,
+    Epsilon,
+    Gamma,
+    Identity,
+    LinearRule,
+    Normalisation,
+    Plain,
+    Product,
+    Rule,
+    SoftCap,
+    Softmax,
+    SoftmaxTemperature,
+)
+
+ROLES: Mapping[str, tuple[type, ...]] = {
+    "norm": (Normalisation, Plain),
+    "activation": (Identity, Plain),
+    "gate": (Product, Plain),
+    "softmax": (Softmax, SoftmaxTemperature, Plain),
+    "attention_qk": (Product, Plain),
+    "attention_av": (Product, Plain),
+    "attention_gate": (Product, Plain),
+    "softcap": (SoftCap, Plain),
+    "linear": (Epsilon, LinearRule),
+    "projection": (Epsilon, LinearRule),
+    "convolution": (Epsilon, LinearRule),
+    "router": (Product, Plain),
+    "position": (Epsilon,),
+}
+"""Every role, and the kinds of rule that can govern it."""
+
+ATTNLRP: Mapping[str, Rule] = {
+    "norm": Normalisation(),
+    "activation": Identity(),
+    "gate": UNIFORM,
+    "softmax": Softmax(),
+    "attention_qk": UNIFORM,
+    "attention_av": UNIFORM,
+    "attention_gate": CONSTANT,
+    "softcap": SoftCap(),
+    "linear": Epsilon(),
+    "projection": Epsilon(),
+    "convolution": Epsilon(),
+    "router": UNIFORM,
+    "position": Epsilon(),
+}
+
+
+@dataclass(frozen=True)
+class Composite:
+    """A named table from role to rule, and optional rules for module classes of the user's own.
+
+    Args:
+        name: what reports call it.
+        rules: role -> rule; roles left out get AttnLRP's rule.
+        modules: class of an element-wise module -> rule, for activations LensLRP does not know.
+
+    Raises:
+        InputError: a role that does not exist, or a rule of a kind that cannot govern its role.
+    """
+
+    name: str
+    rules: Mapping[str, Rule]
+    modules: Mapping[type, Rule] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for role, rule in self.rules.items():
+            if role not in ROLES:
+                raise InputError(f"unknown role {role!r}; the roles are {', '.join(ROLES)}")
+            if not isinstance(rule, ROLES[role]):
+                kinds = ", ".join(kind.__name__ for kind in ROLES[role])
+                raise InputError(f"role {role!r} takes a rule of kind {kinds}, not {rule!r}")
+        object.__setattr__(self, "rules", {**ATTNLRP, **self.rules})
+
+    def __getitem__(self, role: str) -> Rule:
+        return self.rules[role]
+
+    def extended(self, modules: Mapping[type, Rule]) -> Composite:
+        """The same composite with rules for more module classes."""
+        return Composite(self.name, self.rules, {**self.modules, **modules})
+
+
+def as_composite(composite: Composite | Mapping[str, Rule]) -> Composite:
+    """A composite as given, or a user's mapping made into one."""
+    if isinstance(composite, Composite):
+        return composite
+    if isinstance(composite, Mapping):
+        return Composite("custom", composite)
+    raise InputError(
+        f"a composite is AttnLRP(), CPLRP(), ... or a mapping from role to rule, not {composite!r}"
+    )
+
+
+def _product(choice: str, choices: Mapping[str, Product], keyword: str) -> Product:
+    if choice not in choices:
+        raise InputError(f"{keyword} must be one of {', '.join(choices)}, not {choice!r}")
+    return choices[choice]
+
+
+def AttnLRP(*, router: Literal["uniform", "constant"] = "uniform") -> Composite:  # noqa: N802
+    """AttnLRP (Achtibat et al. 2024): epsilon, identity, uniform, softmax, normalisation."""
+    shares = {"uniform": UNIFORM, "constant": CONSTANT}
+    return Composite("AttnLRP", {"router": _product(router, shares, "router")})
+
+
+def CPLRP(  # noqa: N802
+    *,
+    gate: Literal["uniform", "up"] = "uniform",
+    router: Literal["uniform", "constant"] = "constant",
+) -> Composite:
+    """CP-LRP (Ali et al. 2022): the attention pattern is constant, values get everything.
+
+    ``gate="up"`` sends everything through ``up`` and nothing through the gate, as LXT's map does.
+    """
+    return Composite(
+        "CP-LRP",
+        {
+            "attention_av": CONSTANT,
+            "gate": _product(gate, {"uniform": UNIFORM, "up": CONSTANT}, "gate"),
+            "router": _product(router, {"uniform": UNIFORM, "constant": CONSTANT}, "router"),
+        },
+    )
+
+
+def GradientTimesInput() -> Composite:  # noqa: N802
+    """Gradient x Input: every operation plain."""
+    nonlinear = [role for role, kinds in ROLES.items() if Plain in kinds]
+    return Composite("Gradient x Input", {role: Plain() for role in nonlinear})
+
+
+def RelP() -> Composite:  # noqa: N802
+    """RelP (2508.21258): norm, identity and half rules for norms, activations and gates;
+    attention plain."""
+    plain = dict.fromkeys(("softmax", "attention_qk", "attention_av", "softcap"), Plain())
+    return Composite("RelP", plain)
+
+
+def GIM(*, temperature: float = 2.0) -> Composite:  # noqa: N802
+    """GIM (2505.17630): AttnLRP with softmax at a temperature, activations plain."""
+    return Composite(
+        "GIM", {"softmax": SoftmaxTemperature(temperature), "activation": Plain()}
+    )
+
+
+def AttnLRPViT() -> Composite:  # noqa: N802
+    """The paper's composite for vision transformers: gamma 0.25 on the patch convolution, 0.05 on
+    linear layers, epsilon on q, k, v, o (App. B.4)."""
+    return Composite("AttnLRP-ViT", {"convolution": Gamma(0.25), "linear": Gamma(0.05)})

@@ -1,0 +1,289 @@
+"""Did I cover everything? A walk over the autograd graph, from the target down to the leaves.
+
+Components are not enough: raw operations hide inside wrapped modules (clips, gates, multipliers).
+So every node of the graph must be one of ours, or linear in what flows through it, or the very
+operation that the node of ours above it stands for (the matrix product below a half rule, the
+softmax below a pattern), or inside a region that a composite marks as plain.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from lenslrp.errors import CoverageError
+from lenslrp.hooks.sites import Site
+
+LINEAR = frozenset(
+    """
+    Add Sub RSub Neg Sum Mean View UnsafeView Reshape ReshapeAlias Transpose T Permute Expand Repeat
+    RepeatInterleave Squeeze Unsqueeze Slice Select Split SplitWithSizes Unbind Chunk TensorSplit
+    Cat Stack Clone Copy ToCopy Alias Detach Index IndexSelect Gather MaskedFill MaskedScatter
+    Where Narrow Flatten Unfold Roll Flip Pad ConstantPadNd Tril Triu Squeeze Movedim Contiguous
+    Embedding IndexPut IndexAdd ScatterAdd SelectScatter SliceScatter AsStrided ViewAs Real
+    AccumulateGrad BackwardHookFunction Cumsum Copyslices CopySlices Fill Zero Identity
+    """.split()
+)
+"""Operations linear in every tensor input; a node's name up to its ``Backward`` suffix."""
+
+BILINEAR = frozenset(
+    "Mul Mm Bmm Matmul Addmm Baddbmm Addbmm Mv Dot Linear Einsum MkldnnLinear ConvolutionOverrideable "
+    "Convolution Addcmul Addmv Outer".split()
+)
+"""Linear while only one factor is on the graph; with two they are a product and need a rule."""
+
+QUOTIENT = frozenset({"Div", "Addcdiv"})
+SOFTMAX = frozenset({"Softmax", "LogSoftmax"})
+
+
+@dataclass(frozen=True)
+class Gap:
+    """An operation on the path that no rule answers for."""
+
+    operation: str
+    above: str
+    component: str = ""
+
+    def __str__(self) -> str:
+        place = f"in {self.component}" if self.component else f"below {self.above}"
+        return f"{self.operation} {place}"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which rule sat where, whether it fired, and what had none.
+
+    Attributes:
+        sites: one row a rule: hook, component, role, rule, layer, fired.
+        uncovered: operations on the path without a rule (empty unless ``strict=False``).
+        off_path: hook points that were asked for implicitly and are not on the path.
+        notes: what a reader of these results should know.
+    """
+
+    sites: pd.DataFrame
+    uncovered: list[str] = field(default_factory=list)
+    off_path: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.uncovered and bool(self.sites["fired"].all())
+
+    def __str__(self) -> str:
+        rules = self.sites.groupby(["role", "rule"]).size()
+        lines = [f"{role}: {rule} at {n} places" for (role, rule), n in rules.items()]
+        return "\n".join([*lines, *(f"NO RULE: {gap}" for gap in self.uncovered)])
+
+
+def operation(node: Any) -> str:
+    """``MulBackward0`` -> ``Mul``."""
+    return re.sub(r"Backward\d*$", "", type(node).__name__)
+
+
+def _inputs(node: Any) -> list[Any]:
+    return [below for below, _ in node.next_functions if below is not None]
+
+
+@dataclass
+class Walk:
+    """What a walk over the graph found."""
+
+    gaps: list[Gap]
+    sites: set[int]
+    nodes: dict[int, Any]
+    misplaced: list[Site]
+
+
+def walk(
+    roots: Iterable[Tensor], stop: Iterable[Any] = (), place: Callable[[Any], str] = lambda _: ""
+) -> Walk:
+    """Walk the graph from ``roots`` (where relevance starts) to the leaves.
+
+    Args:
+        roots: tensors at which the backward pass starts, after any non-linear target.
+        place: names the component that a node belongs to, for messages.
+    """
+    found = Walk([], set(), {}, [])
+    seen: set[tuple[int, frozenset[str], int]] = set()
+    reported: set[int] = set()
+    reached: dict[tuple[int, str], Site] = {}
+    used: set[tuple[int, str]] = set()
+    stack: list[tuple[Any, frozenset[tuple[int, str]], int, str]] = [
+        (root.grad_fn, frozenset(), 0, "the target") for root in roots if root.grad_fn is not None
+    ]
+
+    def gap(node: Any, name: str, above: str) -> None:
+        if id(node) not in reported:
+            reported.add(id(node))
+            found.gaps.append(Gap(name, above, place(node)))
+
+    while stack:
+        node, pending, region, above = stack.pop()
+        key = (id(node), frozenset(f"{i}{o}" for i, o in pending), region)
+        if key in seen:
+            continue
+        seen.add(key)
+        found.nodes[id(node)] = node
+        below = _inputs(node)
+        site = getattr(node, "site", None)
+        if site is not None:
+            found.sites.add(id(site))
+            above = f"{site.hook} ({site.role})"
+            if site.role == "attention_qk":
+                found.sites.update(id(s) for s in getattr(node, "sites", {}).values())
+            region = max(region + node.region, 0)
+            pending = frozenset((id(node), opens) for opens in node.opens)
+            for item in pending:
+                reached[item] = site
+        elif region == 0:
+            name = operation(node)
+            opens = {o: item for item in pending for o in [item[1]]}
+            wants = _wants(name, len(below))
+            if wants == "product" and _factors(node, name) < 2:
+                wants = ""
+            if wants == "?":
+                gap(node, name, above)
+            elif wants:
+                if wants in opens:
+                    used.add(opens[wants])
+                    pending = pending - {opens[wants]}
+                else:
+                    gap(node, name, above)
+        stack.extend((item, pending, region, above) for item in below)
+    found.misplaced = [site for item, site in reached.items() if item not in used]
+    return found
+
+
+def _wants(name: str, inputs: int) -> str:
+    """Which kind of rule must stand above an operation: "" for none, "?" for one we lack."""
+    if name in LINEAR or name == "Read" or name.startswith("MkldnnReorder"):
+        return ""
+    if name in BILINEAR:
+        return "product"
+    if name in QUOTIENT:
+        return "" if inputs == 1 else "?"
+    if name in SOFTMAX:
+        return "softmax"
+    if name == "Tanh":
+        return "tanh"
+    return "?"
+
+
+def _factors(node: Any, name: str) -> int:
+    """How many factors of a product are on the graph."""
+    edges = [below for below, _ in node.next_functions]
+    if name in ("Addmm", "Baddbmm", "Addbmm", "Addcmul", "Addmv"):
+        edges = edges[1:]
+    if name in QUOTIENT:
+        return 2 if len(edges) > 1 and edges[1] is not None else 1
+    return sum(edge is not None for edge in edges)
+
+
+def site_table(sites: list[Site], on_path: set[int] | None = None) -> pd.DataFrame:
+    """One row a site; ``fired`` is whether its backward ran."""
+    rows = [
+        (s.hook, s.component, s.role, s.rule.name, s.layer, s.forward, s.backward > 0)
+        for s in sites
+        if on_path is None or id(s) in on_path
+    ]
+    columns = ["hook", "component", "role", "rule", "layer", "forward", "fired"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+class Tracer:
+    """Learns, during one forward pass, which graph nodes each module created.
+
+    Used only when a walk has found a gap, to name the component: the innermost module between whose
+    inputs and outputs a node lies.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: list[tuple[str, str, list[Any], list[Any]]] = []
+        self._handles = [
+            module.register_forward_hook(self._record(name, module), with_kwargs=True)
+            for name, module in model.named_modules()
+            if name
+        ]
+
+    def _record(self, name: str, module: nn.Module) -> Any:
+        kind = type(module).__name__
+
+        def record(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            inputs = [t.grad_fn for t in _tensors((args, kwargs)) if t.grad_fn is not None]
+            outputs = [t.grad_fn for t in _tensors(out) if t.grad_fn is not None]
+            self.calls.append((name.replace("_original_component.", ""), kind, inputs, outputs))
+
+        return record
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def place(self, node: Any) -> str:
+        """``blocks.2.mlp (GatedMLPBridge)``: the innermost module that made ``node``."""
+        best: tuple[int, str] = (1 << 30, "")
+        for name, kind, inputs, outputs in self.calls:
+            inside = _between(outputs, {id(i) for i in inputs}, best[0])
+            if id(node) in inside and len(inside) < best[0]:
+                best = (len(inside), f"{name} ({kind})")
+        return best[1]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
+
+
+def _between(outputs: list[Any], inputs: set[int], limit: int) -> set[int]:
+    inside: set[int] = set()
+    stack = list(outputs)
+    while stack and len(inside) <= limit:
+        node = stack.pop()
+        if id(node) in inside or id(node) in inputs:
+            continue
+        inside.add(id(node))
+        stack.extend(_inputs(node))
+    return inside
+
+
+def gap_message(gaps: list[Gap], architecture: str) -> str:
+    """What a :class:`CoverageError` says: the operations, where, and what to do."""
+    shown = "; ".join(dict.fromkeys(str(gap) for gap in gaps[:6]))
+    more = f" (and {len(gaps) - 6} more)" if len(gaps) > 6 else ""
+    return (
+        f"{architecture}: no rule for {shown}{more}. Relevance past it would be wrong. Give the "
+        "operation a rule (docs/method.md, 'Adding a rule'): an element-wise module through "
+        "composite.extended({ModuleClass: Identity()}), or mark its role Plain(). strict=False "
+        "computes it with the plain gradient there and says so in R.coverage."
+    )
+
+
+def require_fired(sites: list[Site]) -> None:
+    """Raise unless every site has been reached by the backward pass.
+
+    Raises:
+        CoverageError: naming the sites that were attached and never fired.
+    """
+    idle = [s for s in sites if s.backward == 0]
+    if idle:
+        names = ", ".join(f"{s.rule.name} at {s.hook}" for s in idle[:6])
+        more = f" and {len(idle) - 6} more" if len(idle) > 6 else ""
+        raise CoverageError(
+            f"rules were attached and never fired: {names}{more}. The forward pass took another "
+            "way round them, so the relevance would be wrong."
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

@@ -1,0 +1,320 @@
+"""The rules as autograd Functions: same values forward, the rule's own gradient backward.
+
+Each Function's node in the autograd graph carries its :class:`~lenslrp.hooks.sites.Site` and says
+what it covers, so that :mod:`lenslrp.hooks.coverage` can check the graph: ``opens`` names the
+operation that must follow below it, ``region`` is +1 where a region begins whose inside the rule
+answers for as a whole, and -1 where it ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lenslrp.hooks.rules import (
+    Identity,
+    LinearRule,
+    Product,
+    SoftmaxTemperature,
+    layer_norm_identity,
+    softcap_compensation,
+    softmax_gim_compensation,
+)
+from lenslrp.hooks.sites import Site, row_sums
+
+
+def _mark(ctx: Any, site: Site, opens: tuple[str, ...] = (), region: int = 0) -> None:
+    ctx.site = site
+    ctx.opens = opens
+    ctx.region = region
+    site.forward += 1
+
+
+class Elementwise(torch.autograd.Function):
+    """``y = f(x)`` element by element (an activation, or a bias-free RMS norm): g * factor(x, y).
+
+    ``y`` comes from the wrapped module, which was given a detached x, so that its inside is not on
+    the graph.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, rule: Identity, site: Site) -> Tensor:
+        _mark(ctx, site)
+        ctx.rule = rule
+        ctx.keeps = site.books is not None
+        ctx.save_for_backward(*((x, y) if ctx.keeps else (rule.factor(x, y),)))
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        ctx.site.backward += 1
+        if not ctx.keeps:
+            (factor,) = ctx.saved_tensors
+            return g * factor, None, None, None
+        x, y = ctx.saved_tensors
+        factor = ctx.rule.factor(x, y)
+        ctx.site.report("stabiliser", row_sums(y - x * factor, g))
+        return g * factor, None, None, None
+
+
+class LayerNorm(torch.autograd.Function):
+    """LayerNorm with its denominator constant; saves only the inverse scale, [..., 1]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, weight: Tensor | None, eps: float, site: Site
+    ) -> Tensor:
+        _mark(ctx, site)
+        wide = x if x.dtype == torch.float64 else x.float()
+        inverse = torch.rsqrt(wide.var(dim=-1, keepdim=True, unbiased=False) + eps)
+        ctx.save_for_backward(inverse.to(x.dtype), weight)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        ctx.site.backward += 1
+        inverse, weight = ctx.saved_tensors
+        return layer_norm_identity(g, weight, inverse), None, None, None, None
+
+
+class Linear(torch.autograd.Function):
+    """A linear layer under a rule other than epsilon."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rule: LinearRule,
+        site: Site,
+    ) -> Tensor:
+        _mark(ctx, site)
+        ctx.rule = rule
+        ctx.save_for_backward(x, y, weight, bias)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
+        site = ctx.site
+        site.backward += 1
+        x, y, weight, bias = ctx.saved_tensors
+        gx, took = ctx.rule.backward(g, x, weight, bias)
+        if site.books is not None:
+            absorbed = row_sums(took, torch.ones_like(took))
+            site.report("biases", absorbed)
+            site.report("stabiliser", row_sums(y, g) - row_sums(x, gx) - absorbed)
+        return gx, None, None, None, None, None
+
+
+class ProductOutput(torch.autograd.Function):
+    """At the output of a product of two factors: the gradient that the second gets.
+
+    The first gets its share of that at its own place; with none, it is not on the graph at all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, first: float, second: float, site: Site) -> Tensor:
+        _mark(ctx, site, opens=("product",) if first else ())
+        ctx.share = second
+        ctx.absorbs = absorbs = 1 - first - second
+        if site.books is not None and absorbs:
+            ctx.save_for_backward(y)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        site = ctx.site
+        site.backward += 1
+        if site.books is not None and ctx.absorbs:
+            site.report("plain", ctx.absorbs * row_sums(ctx.saved_tensors[0], g))
+        return (g if ctx.share == 1 else g * ctx.share), None, None, None
+
+
+class Scores(torch.autograd.Function):
+    """At the attention scores, after mask and soft-cap, before the softmax.
+
+    Reports the relevance of the scores (the softmax site's output side is :class:`Pattern`), undoes
+    the soft-cap's tanh' and gives queries and keys their share.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, share: float, cap: float | None, sites: dict[str, Site]
+    ) -> Tensor:
+        opens = ("product", "tanh") if cap is not None and "softcap" in sites else ("product",)
+        _mark(ctx, sites["attention_qk"], opens=opens)
+        ctx.sites, ctx.share, ctx.cap = sites, share, cap
+        if "softcap" in sites:
+            sites["softcap"].forward += 1
+        capped = cap is not None and sites["softcap"].rule.name != "plain"
+        ctx.capped = capped
+        if capped or sites["attention_qk"].books is not None:
+            ctx.save_for_backward(scores)
+        return scores.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        qk, softmax = ctx.sites["attention_qk"], ctx.sites["softmax"]
+        softcap = ctx.sites.get("softcap")
+        qk.backward += 1
+        saved = ctx.saved_tensors
+        down = softcap_compensation(g, saved[0], ctx.cap) if ctx.capped else g
+        if softcap is not None:
+            softcap.backward += 1
+        if qk.books is not None:
+            # A masked score is -inf or the type's minimum, and its gradient exactly 0: relevance 0.
+            s = saved[0].masked_fill(g == 0, 0.0)
+            relevance = row_sums(s, g)
+            softmax.report("softmax", -relevance)
+            passed = relevance
+            if softcap is not None:
+                t = s / ctx.cap
+                wide = t if t.dtype == torch.float64 else t.float()
+                open_ = wide.abs() < 1
+                x = ctx.cap * torch.atanh(torch.where(open_, wide, torch.zeros_like(wide)))
+                passed = row_sums(x, down.to(x.dtype) * (1 - wide * wide))
+                name = "stabiliser" if ctx.capped else "plain"
+                softcap.report(name, relevance - passed)
+            qk.report("plain", (1 - 2 * ctx.share) * passed)
+        return (down if ctx.share == 1 else down * ctx.share), None, None, None
+
+
+class Pattern(torch.autograd.Function):
+    """At the attention pattern: marks the softmax, reports its relevance, applies GIM's rule."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pattern: Tensor, scores: Tensor | None, share: float, site: Site
+    ) -> Tensor:
+        _mark(ctx, site, opens=("softmax",))
+        ctx.share = share
+        ctx.save_for_backward(pattern if site.books is not None else None, scores)
+        return pattern.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        site = ctx.site
+        site.backward += 1
+        pattern, scores = ctx.saved_tensors
+        g = g if ctx.share == 1 else g * ctx.share
+        if site.books is not None:
+            site.report("softmax", row_sums(pattern, g))
+        rule = site.rule
+        if isinstance(rule, SoftmaxTemperature):
+            g = softmax_gim_compensation(g, scores, rule.temperature)
+        return g, None, None, None
+
+
+class Share(torch.autograd.Function):
+    """Multiplies the gradient by a constant, the share of one factor of a product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: float, site: Site) -> Tensor:
+        _mark(ctx, site)
+        ctx.share = share
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return g * ctx.share, None, None
+
+
+class RegionOutput(torch.autograd.Function):
+    """Begins, at an operation's output, a region for which one site answers as a whole."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor | None, term: str, site: Site) -> Tensor:
+        _mark(ctx, site, region=1)
+        ctx.term = term
+        if site.books is not None:
+            ctx.save_for_backward(y if bias is None else y - bias)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        ctx.site.backward += 1
+        if ctx.site.books is not None:
+            ctx.site.report(ctx.term, row_sums(ctx.saved_tensors[0], g))
+        return g, None, None, None
+
+
+class RegionInput(torch.autograd.Function):
+    """Ends, at an operation's input, the region that :class:`RegionOutput` began."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, term: str, site: Site) -> Tensor:
+        _mark(ctx, site, region=-1)
+        ctx.term = term
+        if site.books is not None:
+            ctx.save_for_backward(x)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        if ctx.site.books is not None:
+            ctx.site.report(ctx.term, -row_sums(ctx.saved_tensors[0], g))
+        return g, None, None
+
+
+class FusedOutput(torch.autograd.Function):
+    """At the output of the fused attention kernel: begins its region, reports what it leaked.
+
+    What leaves is the relevance of z; what enters is that of queries, keys and values.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, site: Site) -> Tensor:
+        _mark(ctx, site, region=1)
+        if site.books is not None:
+            ctx.save_for_backward(z)
+        return z.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.site.backward += 1
+        if ctx.site.books is not None:
+            ctx.site.report("softmax", row_sums(ctx.saved_tensors[0], g))
+        return g, None
+
+
+class FusedInput(torch.autograd.Function):
+    """At the fused kernel's queries, keys and values: their share, and the end of its region."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: float, site: Site) -> Tensor:
+        _mark(ctx, site, region=-1)
+        ctx.share = share
+        if site.books is not None:
+            ctx.save_for_backward(x)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        g = g * ctx.share
+        if ctx.site.books is not None:
+            ctx.site.report("softmax", -row_sums(ctx.saved_tensors[0], g))
+        return g, None, None
+
+
+class Read(torch.autograd.Function):
+    """Hands ``(x, g)`` to a reader as the backward pass passes; changes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, deliver: Any) -> Tensor:
+        ctx.deliver = deliver
+        ctx.save_for_backward(x)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.deliver(ctx.saved_tensors[0], g)
+        return g, None
+
+
+def product_shares(rule: Any) -> tuple[float, float]:
+    """(first, second) of a product rule; a plain product passes all of the gradient to both."""
+    return (rule.first, rule.second) if isinstance(rule, Product) else (1.0, 1.0)

@@ -1,0 +1,170 @@
+"""Attach a composite's rules to a bridge, for the length of a ``with`` block, and undo it all.
+
+Rules are forward hooks on hook points and wrapped modules, whose returned tensors have the same
+values and their own backward. Weights are frozen meanwhile. When the block ends, by return or by
+exception, the model has the hooks, ``requires_grad`` flags, attention implementation and mode that
+it had before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from lenslrp.errors import CoverageError, InputError
+from lenslrp.hooks.components import Context, attach_all
+from lenslrp.hooks.composites import Composite, as_composite
+from lenslrp.hooks.coverage import gap_message, require_fired, walk
+from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.sites import Books, Site
+
+ATTENTION = ("bridge", "fused")
+
+
+class Rules:
+    """The rules in force on one model: what :func:`relevance_rules` yields.
+
+    Attributes:
+        composite: the table in force.
+        sites: every attached rule, and how often it fired.
+    """
+
+    def __init__(
+        self, model: nn.Module, composite: Composite, attention: str, books: Books | None
+    ) -> None:
+        self.model = model
+        self.composite = composite
+        self.attention = attention
+        self.books = books
+        self.sites: list[Site] = []
+        self._undo: list[Callable[[], None]] = []
+        self._thread = threading.get_ident()
+
+    def attach(self) -> None:
+        """Register every hook; freezes the weights."""
+        context = Context(self.composite, self.books, self.attention)
+        attached = attach_all(self.model, context)
+        if self.sites:  # re-attached after a nested context: the same rules, counting on
+            for new, old in zip(attached.sites, self.sites, strict=True):
+                new.forward, new.backward = old.forward, old.backward
+        self.sites = attached.sites
+        self._undo = attached.undo
+        guard = self.model.register_forward_pre_hook(self._refuse_other_threads)
+        self._undo.append(guard.remove)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self._undo.append(_thaw(parameter))
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`, last thing first."""
+        while self._undo:
+            self._undo.pop()()
+
+    def verify(self, *roots: Tensor) -> None:
+        """Check that everything between ``roots`` (logits, say) and the leaves has its rule.
+
+        Call it after the forward pass, before the backward pass.
+
+        Raises:
+            CoverageError: naming the first operations without a rule, or rules that sit where their
+                operation is not.
+        """
+        found = walk(roots)
+        architecture = type(getattr(self.model, "original_model", self.model)).__name__
+        if found.gaps:
+            raise CoverageError(gap_message(found.gaps, architecture))
+        if found.misplaced:
+            names = ", ".join(f"{s.rule.name} at {s.hook}" for s in found.misplaced[:6])
+            raise CoverageError(
+                f"{architecture}: {names} found no operation of its kind below it; the model's "
+                "forward pass differs from what the rule expects"
+            )
+
+    def _refuse_other_threads(self, *_: Any) -> None:
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(
+                "this model has relevance rules attached by another thread; wait until its "
+                "relevance_rules block ends, or use a model of your own"
+            )
+
+
+def _thaw(parameter: nn.Parameter) -> Callable[[], None]:
+    def thaw() -> None:
+        parameter.requires_grad_(True)
+
+    return thaw
+
+
+# Which rules are attached to which model, innermost last, and a lock that makes threads take turns.
+# Weak, so that it keeps no model alive.
+_active: WeakKeyDictionary[nn.Module, tuple[threading.RLock, list[Rules]]] = WeakKeyDictionary()  # type: ignore[valid-type]
+_registry = threading.Lock()
+
+
+def _stack(model: nn.Module) -> tuple[Any, list[Rules]]:
+    with _registry:
+        if model not in _active:
+            _active[model] = (threading.RLock(), [])
+        return _active[model]
+
+
+@contextmanager
+def relevance_rules(
+    model: nn.Module,
+    composite: Composite | Mapping[str, Rule],
+    *,
+    attention: str = "bridge",
+    strict: bool = True,
+    books: Books | None = None,
+) -> Iterator[Rules]:
+    """Attach LRP rules to ``model`` for the length of the block.
+
+    Inside, a forward pass gives the same logits as ever, and the backward pass of anything computed
+    from them gives gradients under which activation times gradient is relevance, at every hook
+    point. Nested blocks on one model: the innermost is in force. Threads take turns.
+
+    Args:
+        model: a ``TransformerBridge``.
+        composite: ``AttnLRP()``, ``CPLRP()``, ... or a mapping from role to rule.
+        attention: ``"bridge"`` (patterns readable) or ``"fused"`` (torch's fused kernel).
+        strict: at the end of the block, raise if a rule's forward ran and its backward never did
+            although another's did.
+        books: where sites report what they absorb, for a ledger.
+
+    Raises:
+        InputError: the model is in train mode, or the rules cannot be had with this attention.
+        CoverageError: at the end of the block, see ``strict``.
+    """
+    if attention not in ATTENTION:
+        raise InputError(f"attention must be one of {ATTENTION}, not {attention!r}")
+    if model.training:
+        raise InputError(
+            "the model is in train mode, where dropout would change what is explained; "
+            "call model.eval() first"
+        )
+    lock, stack = _stack(model)
+    with lock:
+        rules = Rules(model, as_composite(composite), attention, books)
+        if stack:
+            stack[-1].detach()
+        try:
+            rules.attach()
+            stack.append(rules)
+            yield rules
+            stack.pop()
+        except BaseException:
+            if stack and stack[-1] is rules:
+                stack.pop()
+            raise
+        finally:
+            rules.detach()
+            if stack:
+                stack[-1].attach()
+        if strict and any(site.backward for site in rules.sites):
+            require_fired([s for s in rules.sites if s.forward])

@@ -1,0 +1,187 @@
+"""Reading relevance at hook points while the backward pass goes by.
+
+A reader turns (activation, gradient) into relevance the moment both exist, reduces it if asked, and
+keeps only that; gradients are never kept. Names follow TransformerLens, and a name means one thing:
+``hook_resid_pre``, ``hook_resid_mid`` and ``hook_resid_post`` read the total relevance of the
+residual stream, every other name the branch that its hook point feeds (DESIGN promise 5).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lenslrp.errors import InputError
+from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.functions import Read
+
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+Reduce = Callable[[Tensor], Any]
+
+TOTALS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+
+
+def is_total(name: str) -> bool:
+    """Whether a hook name reads the whole residual stream rather than a branch."""
+    return name.rsplit(".", 1)[-1] in TOTALS
+
+
+def select_names(available: Iterable[str], names_filter: NamesFilter) -> tuple[list[str], bool]:
+    """The hook names asked for, and whether they were asked for one by one.
+
+    A name without a block, such as ``"mlp.hook_post"``, stands for that hook in every block.
+
+    Raises:
+        InputError: a name that is no hook point of this model, with the nearest ones.
+    """
+    names = list(available)
+    if names_filter is None:
+        return names, False
+    if callable(names_filter):
+        return [name for name in names if names_filter(name)], False
+    wanted = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+    known = set(names)
+    chosen: list[str] = []
+    for name in wanted:
+        inside = [n for n in names if layer_of(n) is not None and n.endswith("." + name)]
+        inside = [n for n in inside if n.split(".", 2)[2] == name]
+        if name in known:
+            chosen.append(name)
+        elif inside:
+            chosen.extend(inside)
+        else:
+            near = difflib.get_close_matches(name, names, n=3) or names[:3]
+            raise InputError(f"no hook point {name!r} in this model; nearest: {', '.join(near)}")
+    return list(dict.fromkeys(chosen)), True
+
+
+@dataclass(eq=False)
+class Reading:
+    """One hook point read in one way; several names may share it."""
+
+    names: list[str]
+    point: nn.Module
+    total: bool
+    shape: tuple[int, ...] | None = None
+    zero_like: Tensor | None = None
+    seen: bool = False
+
+
+@dataclass
+class Readers:
+    """All readings of one forward pass; ``values`` fills anew at each backward pass."""
+
+    readings: list[Reading]
+    reduce: Callable[[str], Reduce | None]
+    values: dict[str, Any] = field(default_factory=dict)
+    activations: dict[str, Tensor] = field(default_factory=dict)
+    _handles: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def plan(
+        cls,
+        points: Mapping[str, nn.Module],
+        names: Iterable[str],
+        reduce: Callable[[str], Reduce | None],
+    ) -> Readers:
+        """Group names by hook point object and reading."""
+        groups: dict[tuple[int, bool], Reading] = {}
+        for name in names:
+            key = (id(points[name]), is_total(name))
+            if key in groups:
+                groups[key].names.append(name)
+            else:
+                groups[key] = Reading([name], points[name], is_total(name))
+        return cls(list(groups.values()), reduce)
+
+    def attach(self, model: nn.Module) -> None:
+        """Register after the rules, so that a reader sees the gradient the rule will receive."""
+        owners = {
+            id(child): module
+            for module in model.modules()
+            for key, child in module._modules.items()
+            if key == "hook_in" and child is not None
+        }
+        for reading in self.readings:
+            owner = owners.get(id(reading.point)) if reading.total else None
+            if owner is not None:
+                handle = owner.register_forward_pre_hook(self._before(reading), with_kwargs=True)
+            else:
+                handle = reading.point.register_forward_hook(self._after(reading))
+            self._handles.append(handle)
+
+    def detach(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _before(self, reading: Reading) -> Callable[..., None]:
+        """Total readings: on the residual itself, before any hook point touches the branch."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            values = (*args, *(kwargs[k] for k in ("hidden_states",) if k in kwargs))
+            x = next((v for v in values if isinstance(v, Tensor)), None)
+            if x is not None and x.requires_grad:
+                kept = x.detach()
+                self._saw(reading, x)
+                x.register_hook(lambda g: self._deliver(reading, kept, g))
+
+        return hook
+
+    def _after(self, reading: Reading) -> Callable[..., Tensor | None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+            if not isinstance(out, Tensor):
+                return None
+            if not out.requires_grad:
+                if args and isinstance(args[0], Tensor) and args[0].requires_grad:
+                    self._saw(reading, out)  # a rule cut it here: on the path, relevance zero
+                return None
+            self._saw(reading, out)
+            read: Tensor = Read.apply(out, lambda x, g: self._deliver(reading, x, g))
+            return read
+
+        return hook
+
+    def _saw(self, reading: Reading, x: Tensor) -> None:
+        reading.seen = True
+        reading.zero_like = x.detach().new_empty(0)
+        reading.shape = tuple(x.shape)
+
+    def _deliver(self, reading: Reading, x: Tensor, g: Tensor) -> None:
+        x, g = x.detach(), g.detach()
+        if x.dtype in (torch.float16, torch.bfloat16):
+            x, g = x.float(), g.float()
+        if reading.names[0].endswith("hook_attn_scores"):
+            x = x.masked_fill(torch.isinf(x), 0.0)  # a masked score: -inf * 0 is 0 here
+        self._keep(reading, x * g, x)
+
+    def _keep(self, reading: Reading, relevance: Tensor, x: Tensor) -> None:
+        conversion = getattr(reading.point, "hook_conversion", None)
+        if conversion is not None:
+            relevance = conversion.convert(relevance)
+        for name in reading.names:
+            if name.endswith("hook_post") and self.reduce(name) is None:
+                self.activations[name] = x
+            reduce = self.reduce(name)
+            value = relevance if reduce is None else reduce(relevance)
+            old = self.values.get(name)
+            # A point that fires twice in one pass carries the sum of both uses.
+            self.values[name] = value if old is None else old + value
+
+    def finish(self) -> dict[str, Any]:
+        """The values of the backward pass that has just ended; zero where no gradient came."""
+        for reading in self.readings:
+            if reading.seen and reading.names[0] not in self.values:
+                assert reading.shape is not None and reading.zero_like is not None
+                zeros = reading.zero_like.new_zeros(reading.shape)
+                self._keep(reading, zeros, zeros)
+        values, self.values = self.values, {}
+        return values
+
+    def off_path(self) -> list[str]:
+        """Names whose hook point never fired on the path."""
+        return [name for r in self.readings if not r.seen for name in r.names]

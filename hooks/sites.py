@@ -1,0 +1,70 @@
+"""A site: one place in one model where one rule governs one operation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lenslrp.hooks.rules import Rule
+
+TERMS = ("biases", "softmax", "positional", "stabiliser", "plain")
+"""What an operation can take out of the relevance that passes through it."""
+
+
+def row_sums(x: Tensor, g: Tensor) -> Tensor:
+    """Sum of ``x * g`` over everything but the batch: [batch], float64 (float32 on MPS)."""
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x, g = x.float(), g.float()
+    return (x * g).flatten(1).sum(dim=1, dtype=wide)
+
+
+class Books:
+    """Where sites report what they absorbed: (term, layer, role) -> [batch] in units of the target.
+
+    ``flows`` holds the total relevance of the residual stream entering and leaving each block.
+    """
+
+    def __init__(self) -> None:
+        self.terms: dict[tuple[str, int | None, str], Tensor] = {}
+        self.flows: dict[tuple[int, str], Tensor] = {}
+
+    def add(self, term: str, site: Site, amount: Tensor) -> None:
+        if term not in TERMS:
+            raise KeyError(term)
+        key = (term, site.layer, site.role)
+        self.terms[key] = self.terms[key] + amount if key in self.terms else amount
+
+    def clear(self) -> None:
+        self.terms.clear()
+        self.flows.clear()
+
+
+@dataclass(eq=False)
+class Site:
+    """One attached rule.
+
+    Attributes:
+        hook: the hook point or component path at which it sits.
+        component: class name of the component it belongs to.
+        role: the operation's role, a key of :data:`lenslrp.hooks.composites.ROLES`.
+        rule: the rule in force.
+        layer: index of the block, ``None`` outside the blocks.
+        forward, backward: how often it has fired since the rules were attached.
+        books: where to report, or ``None`` when nobody keeps a ledger.
+    """
+
+    hook: str
+    component: str
+    role: str
+    rule: Rule
+    layer: int | None
+    forward: int = 0
+    backward: int = 0
+    books: Books | None = field(default=None, repr=False)
+
+    def report(self, term: str, amount: Tensor) -> None:
+        if self.books is not None:
+            self.books.add(term, self, amount)

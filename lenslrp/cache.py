@@ -1,0 +1,314 @@
+"""``RelevanceCache``: what ``run_with_relevance`` returns, and how to look into it."""
+
+from __future__ import annotations
+
+import difflib
+import html
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lenslrp.errors import InputError
+from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.composites import Composite
+from lenslrp.hooks.coverage import Coverage
+from lenslrp.ledger import Ledger
+from lenslrp.targets import Explained
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class RelevanceCache:
+    """Relevance of one target at the leaves and at every hook point that was read.
+
+    All relevance is in units of the target (logits for a logit). Index with a hook name for its
+    tensor, whose first axis is the batch.
+
+    Attributes:
+        tokens: per token at the leaves; positional embeddings are in ``positions``.
+        embeddings: per token and feature, at the token embeddings.
+        positions: per token at learned positional embeddings, ``None`` without them.
+        str_tokens: the tokens as text, one list a batch row.
+        target: what exactly was explained, and its value.
+        coverage: which rule sat where (DESIGN promise 1).
+    """
+
+    values: dict[str, Tensor] = field(repr=False)
+    activations: dict[str, Tensor] = field(repr=False)
+    tokens: Float[Tensor, "batch pos"]
+    embeddings: Float[Tensor, "batch pos d_model"] | None = field(repr=False)
+    positions: Float[Tensor, "batch pos"] | None
+    token_ids: Int[Tensor, "batch pos"]
+    attention_mask: Bool[Tensor, "batch pos"]
+    str_tokens: list[list[str]]
+    target: Explained
+    composite: Composite
+    coverage: Coverage = field(repr=False)
+    ledger_: Ledger | None = field(repr=False)
+    model_name: str
+    dtype: str
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.values:
+            return self.values[name]
+        if name in self.coverage.off_path:
+            raise InputError(f"{name} is not on the path in this pass: no relevance was formed there")
+        near = difflib.get_close_matches(name, self.values, n=3) or list(self.values)[:3]
+        raise InputError(f"no relevance was read at {name!r}; nearest: {', '.join(near)}")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+    def keys(self) -> list[str]:
+        """The hook names that were read."""
+        return list(self.values)
+
+    def _by_layer(self, hook: str) -> list[tuple[int, Tensor]]:
+        """(layer, tensor) for one hook of every block, in order."""
+        found = []
+        for name, value in self.values.items():
+            layer = layer_of(name)
+            if layer is not None and name.split(f".{layer}.", 1)[-1] == hook:
+                found.append((layer, value.to_dense() if value.is_sparse else value))
+        if not found:
+            raise InputError(f"{hook!r} was not read in any block; ask for it in names_filter")
+        return sorted(found, key=lambda item: item[0])
+
+    def heads(self, row: int = 0) -> pd.DataFrame:
+        """Relevance of every attention head, [layer, head], from ``attn.hook_z``."""
+        rows = {}
+        for layer, z in self._by_layer("attn.hook_z"):
+            if z.ndim == 4:  # batch pos head d_head
+                z = z.sum(dim=-1)
+            if z.ndim != 3:
+                raise InputError(f"hook_z was reduced to {list(z.shape)}: no heads are left in it")
+            rows[layer] = z[row].sum(dim=0).tolist()
+        frame = pd.DataFrame.from_dict(rows, orient="index")
+        return frame.rename_axis(index="layer", columns="head")
+
+    def residual(self, row: int = 0) -> pd.DataFrame:
+        """Total relevance of the residual stream, [layer, position]; the last row is the final one."""
+        pre = self._by_layer("hook_resid_pre")
+        last = self._by_layer("hook_resid_post")[-1][1]
+        flat = [(str(layer), x) for layer, x in pre] + [("final", last)]
+        rows = {name: (x.sum(dim=-1) if x.ndim == 3 else x)[row].tolist() for name, x in flat}
+        frame = pd.DataFrame.from_dict(rows, orient="index")
+        return frame.rename_axis(index="layer", columns="position")
+
+    def top(self, hook: str = "mlp.hook_post", k: int = 10, row: int = 0) -> pd.DataFrame:
+        """The k most relevant units (by absolute value) at one hook of every block.
+
+        Returns:
+            Columns layer, position, token, neuron, relevance, and activation where it was kept.
+        """
+        if k < 1:
+            raise InputError(f"k must be at least 1, not {k}")
+        records = []
+        for layer, value in self._by_layer(hook):
+            if value.ndim != 3:
+                raise InputError(
+                    f"{hook} has shape {list(value.shape)}; top() needs [batch, pos, features]"
+                )
+            flat = value[row].flatten()
+            for index in flat.abs().topk(min(k, flat.numel())).indices.tolist():
+                records.append((layer, *divmod(index, value.shape[-1]), float(flat[index])))
+        records.sort(key=lambda record: -abs(record[3]))
+        activations = {
+            layer_of(name): x for name, x in self.activations.items() if name.endswith(hook)
+        }
+        return pd.DataFrame(
+            [
+                {
+                    "layer": layer,
+                    "position": position,
+                    "token": self.str_tokens[row][position],
+                    "neuron": neuron,
+                    "relevance": relevance,
+                    "activation": float(activations[layer][row, position, neuron])
+                    if layer in activations
+                    else float("nan"),
+                }
+                for layer, position, neuron, relevance in records[:k]
+            ]
+        )
+
+    def words(self, row: int = 0) -> pd.DataFrame:
+        """Sub-words joined: one row a word with its relevance (a sum) and token positions."""
+        words: list[dict[str, Any]] = []
+        pairs = zip(self.str_tokens[row], self.tokens[row].tolist(), strict=True)
+        for position, (token, relevance) in enumerate(pairs):
+            if not self.attention_mask[row, position]:
+                continue
+            starts = not words or token[:1].isspace() or words[-1]["word"][-1:].isspace()
+            if starts or not token.isalnum() or not words[-1]["word"].strip().isalnum():
+                words.append({"word": token, "relevance": relevance, "positions": [position]})
+            else:
+                words[-1]["word"] += token
+                words[-1]["relevance"] += relevance
+                words[-1]["positions"].append(position)
+        return pd.DataFrame(words)
+
+    def ledger(self) -> Ledger:
+        """The account of the whole target (DESIGN promise 4)."""
+        if self.ledger_ is None:
+            raise InputError("no ledger: this is a difference, or the run had ledger=False")
+        return self.ledger_
+
+    def plot(self, kind: str = "residual", **options: Any) -> Figure | Any:
+        """A figure: ``"residual"`` (layer x position), ``"heads"``, ``"neurons"``, ``"ledger"``,
+        ``"tokens"``."""
+        from lenslrp.analysis import plots  # drawing is optional and imported when asked for
+
+        return plots.plot(self, kind, **options)
+
+    def __sub__(self, other: RelevanceCache) -> RelevanceCache:
+        """Relevance here minus there, hook by hook, for two runs of the same shape."""
+        if self.tokens.shape != other.tokens.shape:
+            raise InputError(
+                f"cannot subtract: {list(self.tokens.shape)} tokens here, "
+                f"{list(other.tokens.shape)} there"
+            )
+        shared = [name for name in self.values if name in other.values]
+        both = self.positions is not None and other.positions is not None
+        embeddings = (
+            self.embeddings - other.embeddings
+            if self.embeddings is not None and other.embeddings is not None
+            else None
+        )
+        name = self.composite.name
+        if other.composite.name != name:
+            name = f"{name} - {other.composite.name}"
+        return RelevanceCache(
+            values={name: self.values[name] - other.values[name] for name in shared},
+            activations={},
+            tokens=self.tokens - other.tokens,
+            embeddings=embeddings,
+            positions=self.positions - other.positions if both else None,  # type: ignore[operator]
+            token_ids=self.token_ids,
+            attention_mask=self.attention_mask & other.attention_mask,
+            str_tokens=self.str_tokens,
+            target=Explained(
+                f"({self.target.text}) - ({other.target.text})",
+                self.target.value - other.target.value,
+            ),
+            composite=Composite(name, self.composite.rules, self.composite.modules),
+            coverage=self.coverage,
+            ledger_=None,
+            model_name=self.model_name,
+            dtype=self.dtype,
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything to one safetensors file (no pickle); :meth:`load` reads it back."""
+        tensors = {f"relevance/{name}": v.to_dense() if v.is_sparse else v for name, v in self.values.items()}
+        tensors |= {f"activation/{name}": v for name, v in self.activations.items()}
+        for name in ("tokens", "embeddings", "positions", "token_ids", "attention_mask"):
+            value = getattr(self, name)
+            if value is not None:
+                tensors[name] = value
+        tensors["target"] = self.target.value
+        coverage = self.coverage
+        meta = {
+            "format": "lenslrp.relevance/1",
+            "str_tokens": self.str_tokens,
+            "target": self.target.text,
+            "composite": self.composite.name,
+            "rules": {role: rule.name for role, rule in self.composite.rules.items()},
+            "model_name": self.model_name,
+            "dtype": self.dtype,
+            "sites": json.loads(coverage.sites.to_json(orient="split")),
+            "uncovered": coverage.uncovered,
+            "off_path": coverage.off_path,
+            "notes": coverage.notes,
+            "ledger": self.ledger_.to_dict() if self.ledger_ else None,
+            "ledger_table": json.loads(self.ledger_.table.to_json(orient="split", double_precision=15))
+            if self.ledger_
+            else None,
+        }
+        path = Path(path)
+        # Names that share one hook point share one tensor, which safetensors asks to be separate.
+        cpu = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        save_file(cpu, path, metadata={"lenslrp": json.dumps(meta)})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> RelevanceCache:
+        """Read what :meth:`save` wrote. The composite comes back as names, for display only.
+
+        Raises:
+            InputError: a file that is something else.
+        """
+        with safe_open(str(path), framework="pt") as file:
+            meta = (file.metadata() or {}).get("lenslrp")
+            if meta is None:
+                raise InputError(f"{path} holds no saved relevance")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        told = json.loads(meta)
+        ledger = None
+        if told["ledger"] is not None:
+            numbers = {k: v for k, v in told["ledger"].items() if k != "error"}
+            ledger = Ledger(**numbers, table=_frame(told["ledger_table"], index="layer"))
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            names = [name for name in tensors if name.startswith(prefix)]
+            return {name.removeprefix(prefix): tensors[name] for name in names}
+
+        return cls(
+            values=part("relevance/"),
+            activations=part("activation/"),
+            tokens=tensors["tokens"],
+            embeddings=tensors.get("embeddings"),
+            positions=tensors.get("positions"),
+            token_ids=tensors["token_ids"],
+            attention_mask=tensors["attention_mask"],
+            str_tokens=told["str_tokens"],
+            target=Explained(told["target"], tensors["target"]),
+            composite=Composite(told["composite"], {}),
+            coverage=Coverage(
+                _frame(told["sites"]), told["uncovered"], told["off_path"], told["notes"]
+            ),
+            ledger_=ledger,
+            model_name=told["model_name"],
+            dtype=told["dtype"],
+        )
+
+    def __repr__(self) -> str:
+        batch, length = self.tokens.shape
+        return (
+            f"RelevanceCache({self.composite.name}, {self.target}, batch {batch}, {length} tokens, "
+            f"{len(self.values)} hooks)"
+        )
+
+    def _repr_html_(self) -> str:
+        from lenslrp.heatmap import token_heatmap
+
+        rows = []
+        for row, tokens in enumerate(self.str_tokens):
+            title = f"{self.composite.name}: {self.target}" if row == 0 else f"row {row}"
+            mask = self.attention_mask[row].tolist()
+            rows.append(
+                token_heatmap(tokens, self.tokens[row].tolist(), title=title, attention_mask=mask)
+            )
+        if self.coverage.uncovered:
+            rows.append(f"<p>No rule for: {html.escape('; '.join(self.coverage.uncovered))}</p>")
+        return "".join(rows)
+
+
+def _frame(split: dict[str, Any], index: str | None = None) -> pd.DataFrame:
+    frame = pd.DataFrame(split["data"], columns=split["columns"], index=split["index"])
+    return frame if index is None else frame.rename_axis(index=index)
+
+

@@ -1,0 +1,22 @@
+"""The errors that LensLRP raises, one class for each thing a caller can do about it."""
+
+from __future__ import annotations
+
+
+class LensLRPError(Exception):
+    """Base class of every error raised by LensLRP."""
+
+
+class InputError(LensLRPError, ValueError):
+    """The caller gave something that cannot be explained: the message names the valid choice."""
+
+
+class CoverageError(LensLRPError):
+    """An operation between the leaves and the target has no rule, or a rule did not fire.
+
+    Relevance is never returned past such a gap unless ``strict=False`` was given.
+    """
+
+
+class LoadError(LensLRPError):
+    """A model could not be loaded; the message says what was looked for and what to do."""

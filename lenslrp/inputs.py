@@ -1,0 +1,163 @@
+"""What a caller may explain, made into token rows, a mask and what the model's forward takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lenslrp.errors import InputError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One batch, ready for the forward pass.
+
+    Attributes:
+        tokens: [batch, pos] token ids (zeros where only embeddings were given).
+        mask: [batch, pos], True where a token is real.
+        prompt_lengths: real tokens of the prompt in each row.
+        kwargs: what the forward pass takes besides.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    prompt_lengths: list[int]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def str_tokens(self, tokenizer: Any) -> list[list[str]]:
+        if "inputs_embeds" in self.kwargs or tokenizer is None:
+            shown = [[str(i) for i in row] for row in self.tokens.tolist()]
+            return shown
+        return [[tokenizer.decode([i]) for i in row] for row in self.tokens.tolist()]
+
+
+def prepare(
+    model: Any,
+    text: Any,
+    *,
+    append: list[int],
+    prepend_bos: bool | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> Prepared:
+    """Rows of tokens from a string, strings or a tensor; ``append`` is a teacher-forced span.
+
+    Raises:
+        InputError: an empty prompt, ids outside the vocabulary, shapes that do not fit.
+    """
+    if inputs_embeds is not None:
+        return _from_embeddings(text, inputs_embeds, attention_mask, append)
+    padding_side = getattr(model.tokenizer, "padding_side", None) or "right"
+    if isinstance(text, str) or (isinstance(text, list) and text and isinstance(text[0], str)):
+        rows = _tokenize(model, [text] if isinstance(text, str) else text, prepend_bos)
+        mask = None
+    elif isinstance(text, Tensor | list):
+        tokens, mask = _as_tensor(text, attention_mask)
+        rows = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
+        if bool((~mask).any()):
+            padding_side = "left" if bool((~mask[:, 0]).any()) else "right"
+    else:
+        raise InputError(
+            "input must be a string, a list of strings or a token tensor [batch, pos], not "
+            f"{type(text).__name__}"
+        )
+    vocabulary = int(model.cfg.d_vocab)
+    for index, row in enumerate(rows):
+        if not row:
+            raise InputError(f"row {index} is an empty prompt; give at least one token")
+        if min(row) < 0 or max(row) >= vocabulary:
+            worst = max(row) if max(row) >= vocabulary else min(row)
+            raise InputError(
+                f"row {index} has token {worst}, outside the vocabulary: ids go from 0 to "
+                f"{vocabulary - 1}"
+            )
+    lengths = [len(row) for row in rows]
+    rows = [row + append[:-1] for row in rows]
+    tokens, mask = _pad(rows, padding_side, _pad_id(model))
+    device = _device(model)
+    kwargs: dict[str, Any] = {}
+    if not bool(mask.all()):
+        kwargs["attention_mask"] = mask.long().to(device)
+    return Prepared(tokens.to(device), mask.to(device), lengths, kwargs)
+
+
+def _tokenize(model: Any, texts: list[str], prepend_bos: bool | None) -> list[list[int]]:
+    if model.tokenizer is None:
+        raise InputError("this model has no tokenizer: give a token tensor [batch, pos]")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str) or not text:
+            raise InputError(f"row {index} is an empty prompt; give at least one token")
+    return [
+        model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].tolist()
+        for text in texts
+    ]
+
+
+def _as_tensor(text: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    try:
+        tokens = torch.as_tensor(text)
+    except (TypeError, ValueError) as error:
+        raise InputError("input must be strings or a token tensor [batch, pos]") from error
+    tokens = tokens[None] if tokens.ndim == 1 else tokens
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise InputError(
+            f"a token tensor is integers [batch, pos], not {tokens.dtype} {list(tokens.shape)}"
+        )
+    if attention_mask is None:
+        return tokens, torch.ones_like(tokens, dtype=torch.bool)
+    if attention_mask.shape != tokens.shape:
+        raise InputError(
+            f"attention_mask {list(attention_mask.shape)} does not fit tokens {list(tokens.shape)}"
+        )
+    mask = attention_mask.to(tokens.device).bool()
+    edges = mask.int().diff(dim=1).abs().sum(dim=1)
+    if bool((edges > 1).any()):
+        raise InputError("attention_mask has gaps: padding must be on one side of each row")
+    return tokens, mask
+
+
+def _from_embeddings(
+    text: Any, embeds: Tensor, attention_mask: Tensor | None, append: list[int]
+) -> Prepared:
+    if text is not None:
+        raise InputError("give either an input or inputs_embeds, not both")
+    if embeds.ndim != 3 or 0 in embeds.shape:
+        raise InputError(f"inputs_embeds must be [batch, pos, d_model], not {list(embeds.shape)}")
+    if append:
+        raise InputError("a Sequence target needs token input: its tokens are appended to it")
+    batch, length, _ = embeds.shape
+    tokens = torch.arange(length, device=embeds.device).expand(batch, -1)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    kwargs: dict[str, Any] = {"inputs_embeds": embeds}
+    if attention_mask is not None:
+        mask = attention_mask.bool()
+        kwargs["attention_mask"] = attention_mask
+    return Prepared(tokens, mask, mask.sum(dim=1).tolist(), kwargs)
+
+
+def _pad(rows: list[list[int]], side: str, pad: int) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        tokens[index, span] = torch.tensor(row)
+        mask[index, span] = True
+    return tokens, mask
+
+
+def _pad_id(model: Any) -> int:
+    tokenizer = model.tokenizer
+    for name in ("pad_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if isinstance(value, int):
+            return value
+    return 0
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device

@@ -1,0 +1,106 @@
+"""The ledger: an account of the whole target, each term measured at its own site.
+
+``target = leaves + biases + softmax + positional + stabiliser + plain + nonlinear_target``. No term
+is a remainder; ``error`` is what the account misses (DESIGN promise 4, RULES section 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+
+from lenslrp.hooks.sites import TERMS, Books
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Where the target went, in the target's unit (logits), summed over the batch.
+
+    Attributes:
+        target: the value that was explained.
+        leaves: relevance that arrived at token (and position) embeddings.
+        biases: what biases absorbed.
+        softmax: what the softmax rule leaked, R(pattern) - R(scores) summed over layers.
+        positional: what positional terms took.
+        stabiliser: what stabilisers and saturated soft-caps took.
+        plain: what operations marked plain lost (negative: gained).
+        nonlinear_target: what a target that is not linear in the logits adds.
+        error: (target - sum of the terms) / |target|, signed.
+        table: the same per layer; ``resid_out = resid_in + terms`` in each row, and its error.
+    """
+
+    target: float
+    leaves: float
+    biases: float
+    softmax: float
+    positional: float
+    stabiliser: float
+    plain: float
+    nonlinear_target: float
+    table: pd.DataFrame
+
+    @property
+    def accounted(self) -> float:
+        terms = sum(getattr(self, term) for term in TERMS)
+        return float(self.leaves + terms + self.nonlinear_target)
+
+    @property
+    def error(self) -> float:
+        # Relative to the largest entry, where the target itself is (nearly) zero.
+        largest = max(abs(getattr(self, term)) for term in ("target", "leaves", *TERMS))
+        scale = abs(self.target) if abs(self.target) > 1e-6 * largest else largest
+        return (self.target - self.accounted) / scale if scale else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        numbers = {k: v for k, v in asdict(self).items() if k != "table"}
+        return {**numbers, "error": self.error}
+
+    def __str__(self) -> str:
+        rows = [f"{name:>16} {value:+.6g}" for name, value in self.to_dict().items()]
+        return "\n".join(rows)
+
+    def _repr_html_(self) -> str:
+        frame = pd.DataFrame([self.to_dict()]).T
+        frame.columns = ["logits"]
+        html: str = frame.to_html(float_format=lambda v: f"{v:+.5g}")
+        return html
+
+
+def make_ledger(
+    books: Books, target: float, leaves: float, start: float, layers: int
+) -> Ledger:
+    """Close the books of one backward pass.
+
+    Args:
+        target: the explained value, summed over the batch.
+        leaves: relevance at the leaves.
+        start: relevance with which the backward pass started (the sum of logit times gradient).
+        layers: how many blocks the model has.
+    """
+    totals = dict.fromkeys(TERMS, 0.0)
+    per_layer: dict[tuple[int | None, str], float] = {}
+    for (term, layer, _), amount in books.terms.items():
+        value = float(amount.sum())
+        totals[term] += value
+        per_layer[layer, term] = per_layer.get((layer, term), 0.0) + value
+    rows = []
+    for layer in range(layers):
+        flows = [books.flows.get((layer, side)) for side in ("in", "out")]
+        if flows[0] is None or flows[1] is None:
+            continue
+        terms = {term: per_layer.get((layer, term), 0.0) for term in TERMS}
+        into, out = (float(flow.sum()) for flow in flows if flow is not None)
+        missed = out - into - sum(terms.values())
+        rows.append({"layer": layer, "resid_in": into, **terms, "resid_out": out, "error": missed})
+    outside = {term: per_layer.get((None, term), 0.0) for term in TERMS}
+    first = rows[0]["resid_in"] if rows else start - sum(outside.values())
+    last = rows[-1]["resid_out"] if rows else first
+    # Outside the blocks: final norm and unembedding above, embeddings below.
+    missed = (start - last) + (first - leaves) - sum(outside.values())
+    rows.append(
+        {"layer": "outside", "resid_in": leaves, **outside, "resid_out": start, "error": missed}
+    )
+    table = pd.DataFrame(rows).set_index("layer")
+    return Ledger(target, leaves, *(totals[t] for t in TERMS), target - start, table)

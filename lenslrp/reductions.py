@@ -1,0 +1,65 @@
+"""What to keep of each hook's relevance, decided the moment it is formed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lenslrp.errors import InputError
+
+Reducer = Callable[[Tensor], Tensor]
+Reduce = None | str | Reducer | Mapping[str, "None | str | Reducer"]
+
+
+def over_features(relevance: Tensor) -> Tensor:
+    """Sum over the last axis: per token, per head and token, or per query."""
+    return relevance.sum(dim=-1)
+
+
+def over_positions(relevance: Tensor) -> Tensor:
+    """Sum over the token axis: per neuron or per head feature, [batch, ...]."""
+    return relevance.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the k largest by absolute value along the last axis and set the rest to zero.
+
+    The result is a sparse tensor of the same shape.
+    """
+
+    k: int
+
+    def __call__(self, relevance: Tensor) -> Tensor:
+        k = min(self.k, relevance.shape[-1])
+        index = relevance.abs().topk(k, dim=-1).indices
+        kept = torch.zeros_like(relevance).scatter(-1, index, relevance.gather(-1, index))
+        return kept.to_sparse()
+
+
+NAMED: Mapping[str, Reducer | None] = {
+    "none": None,
+    "sum": over_features,
+    "sum_positions": over_positions,
+}
+
+
+def reduction_for(reduce: Reduce, name: str) -> Reducer | None:
+    """The reducer for one hook name.
+
+    In a dict, a key is a whole hook name, or its end (``"mlp.hook_post"``), or ``"*"`` for the rest.
+
+    Raises:
+        InputError: a name of a reduction that does not exist.
+    """
+    if isinstance(reduce, Mapping):
+        keys = [key for key in reduce if name == key or name.endswith("." + key)]
+        return reduction_for(reduce[max(keys, key=len)] if keys else reduce.get("*"), name)
+    if isinstance(reduce, str):
+        if reduce not in NAMED:
+            raise InputError(f"reduce must be one of {', '.join(NAMED)} or a function: {reduce!r}")
+        return NAMED[reduce]
+    return reduce

@@ -1,0 +1,354 @@
+"""What is explained: the scalar, one a batch row, at which the backward pass starts.
+
+Every target is a small frozen dataclass whose ``values(outputs)`` gives [batch] numbers in logits
+(or in the unit of the activation that is explained). Positions count the real tokens of a row:
+0 is its first token that is not padding, -1 its last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence as SequenceABC
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lenslrp.errors import InputError
+
+Token = str | int
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a target is computed from.
+
+    Attributes:
+        logits: the model's logits, through which gradients flow.
+        mask: True where a token is real.
+        tokenizer: the model's tokenizer, or ``None``.
+        activation: gives the tensor at a hook point that was asked for, on the graph.
+        prompt_lengths: how many real tokens of each row are the prompt (the rest is a
+            teacher-forced target).
+    """
+
+    logits: Float[Tensor, "batch pos vocab"]
+    mask: Bool[Tensor, "batch pos"]
+    tokenizer: Any
+    activation: Callable[[str], Tensor]
+    prompt_lengths: list[int]
+
+    def token(self, token: Token) -> int:
+        return token_id(self.tokenizer, token, self.logits.shape[-1])
+
+    def at(self, position: int) -> Int[Tensor, " batch"]:
+        """The column of ``position`` in each row.
+
+        Raises:
+            InputError: a position outside a row.
+        """
+        lengths = self.mask.sum(dim=1)
+        shortest = int(lengths.min())
+        if not -shortest <= position < shortest:
+            raise InputError(
+                f"position {position} is out of range: the shortest row has {shortest} tokens, so "
+                f"positions go from {-shortest} to {shortest - 1}"
+            )
+        first = self.mask.int().argmax(dim=1)
+        return first + (position if position >= 0 else lengths + position)
+
+    def rows_at(self, position: int) -> Float[Tensor, "batch vocab"]:
+        rows = torch.arange(len(self.mask), device=self.logits.device)
+        return self.logits[rows, self.at(position)]
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a target string, without special tokens.
+
+    Raises:
+        InputError: an empty string, or a model without a tokenizer.
+    """
+    if tokenizer is None:
+        raise InputError("this model has no tokenizer: give the target as a token id")
+    if not text:
+        raise InputError("the target is an empty string; give at least one token")
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def token_id(tokenizer: Any, token: Token, vocabulary: int) -> int:
+    """One token of the vocabulary from a string or an id.
+
+    Raises:
+        InputError: an id outside the vocabulary, or a string of several tokens.
+    """
+    if isinstance(token, str):
+        ids = token_ids(tokenizer, token)
+        if len(ids) != 1:
+            pieces = [tokenizer.decode([i]) for i in ids]
+            raise InputError(
+                f"{token!r} is {len(ids)} tokens ({pieces}); give one token, or explain them all "
+                "with targets.Sequence"
+            )
+        token = ids[0]
+    if not 0 <= token < vocabulary:
+        raise InputError(
+            f"target token {token} is outside the vocabulary: ids go from 0 to {vocabulary - 1}"
+        )
+    return token
+
+
+@runtime_checkable
+class Target(Protocol):
+    """Anything with a text and a value per batch row."""
+
+    def values(self, outputs: Outputs) -> Tensor: ...
+
+    def text(self, outputs: Outputs) -> str: ...
+
+
+def _shown(outputs: Outputs, token: Token) -> str:
+    if isinstance(token, str) or outputs.tokenizer is None:
+        return repr(token)
+    return repr(outputs.tokenizer.decode([token]))
+
+
+@dataclass(frozen=True)
+class Top:
+    """The top logit at a position: the default target."""
+
+    position: int = -1
+
+    def values(self, outputs: Outputs) -> Tensor:
+        rows: Tensor = outputs.rows_at(self.position)
+        return rows.gather(1, rows.argmax(dim=1, keepdim=True))[:, 0]
+
+    def text(self, outputs: Outputs) -> str:
+        best = outputs.rows_at(self.position).argmax(dim=1).tolist()
+        names = ", ".join(dict.fromkeys(_shown(outputs, i) for i in best))
+        return f"top logit {names} at position {self.position}"
+
+
+@dataclass(frozen=True)
+class Logit:
+    """The logit of one token, in logits."""
+
+    token: Token
+    position: int = -1
+
+    def values(self, outputs: Outputs) -> Tensor:
+        return outputs.rows_at(self.position)[:, outputs.token(self.token)]
+
+    def text(self, outputs: Outputs) -> str:
+        return f"logit of {_shown(outputs, self.token)} at position {self.position}"
+
+
+@dataclass(frozen=True)
+class LogitDiff:
+    """The logit of ``a`` minus that of ``b``."""
+
+    a: Token
+    b: Token
+    position: int = -1
+
+    def values(self, outputs: Outputs) -> Tensor:
+        rows = outputs.rows_at(self.position)
+        return rows[:, outputs.token(self.a)] - rows[:, outputs.token(self.b)]
+
+    def text(self, outputs: Outputs) -> str:
+        a, b = _shown(outputs, self.a), _shown(outputs, self.b)
+        return f"logit difference {a} - {b} at position {self.position}"
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """The logit of a token minus the mean of all the others, or of the ``top_k`` best others."""
+
+    token: Token
+    position: int = -1
+    top_k: int | None = None
+
+    def values(self, outputs: Outputs) -> Tensor:
+        rows, token = outputs.rows_at(self.position), outputs.token(self.token)
+        own = rows[:, token]
+        if self.top_k is None:
+            return own - (rows.sum(dim=1) - own) / (rows.shape[1] - 1)
+        if not 1 <= self.top_k < rows.shape[1]:
+            raise InputError(f"top_k must be from 1 to {rows.shape[1] - 1}, not {self.top_k}")
+        others = rows.detach().clone()
+        others[:, token] = -torch.inf
+        rivals = others.topk(self.top_k, dim=1).indices
+        return own - rows.gather(1, rivals).mean(dim=1)
+
+    def text(self, outputs: Outputs) -> str:
+        rest = "the rest" if self.top_k is None else f"the top {self.top_k} others"
+        return f"logit of {_shown(outputs, self.token)} against {rest} at position {self.position}"
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """The log-probability of a token. Not linear in the logits: see the ledger."""
+
+    token: Token
+    position: int = -1
+
+    def values(self, outputs: Outputs) -> Tensor:
+        rows = outputs.rows_at(self.position)
+        return torch.log_softmax(rows, dim=1)[:, outputs.token(self.token)]
+
+    def text(self, outputs: Outputs) -> str:
+        return f"log-probability of {_shown(outputs, self.token)} at position {self.position}"
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A span of several tokens after the prompt, teacher-forced: the sum over its tokens.
+
+    Args:
+        tokens: a string, or token ids; they are appended to every prompt but the last one, which
+            is only predicted.
+        of: sum the tokens' logits, or their log-probabilities.
+    """
+
+    tokens: str | tuple[int, ...] | list[int]
+    of: Literal["logit", "log_prob"] = "logit"
+
+    def __post_init__(self) -> None:
+        if self.of not in ("logit", "log_prob"):
+            raise InputError(f"of must be 'logit' or 'log_prob', not {self.of!r}")
+        if len(self.tokens) == 0:
+            raise InputError("a Sequence target needs at least one token")
+
+    def ids(self, tokenizer: Any) -> list[int]:
+        if isinstance(self.tokens, str):
+            return token_ids(tokenizer, self.tokens)
+        return list(self.tokens)
+
+    def values(self, outputs: Outputs) -> Tensor:
+        ids = [outputs.token(i) for i in self.ids(outputs.tokenizer)]
+        first = outputs.mask.int().argmax(dim=1).tolist()
+        scores = outputs.logits
+        starts = [f + n - 1 for f, n in zip(first, outputs.prompt_lengths, strict=True)]
+        rows = torch.stack([scores[r, s : s + len(ids)] for r, s in enumerate(starts)])
+        if self.of == "log_prob":
+            rows = torch.log_softmax(rows, dim=-1)
+        index = torch.tensor(ids, device=rows.device).view(1, -1, 1).expand(len(rows), -1, 1)
+        return rows.gather(2, index)[:, :, 0].sum(dim=1)
+
+    def text(self, outputs: Outputs) -> str:
+        ids = self.ids(outputs.tokenizer)
+        shown = repr(outputs.tokenizer.decode(ids)) if outputs.tokenizer is not None else str(ids)
+        unit = "logits" if self.of == "logit" else "log-probabilities"
+        return f"sum of {unit} of the span {shown}"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A latent unit: the activation at a hook point, instead of an output.
+
+    Args:
+        hook: hook point name, such as ``"blocks.5.mlp.hook_post"``.
+        unit: index into the features, or a tuple of them (head, feature).
+        position: which token.
+    """
+
+    hook: str
+    unit: int | tuple[int, ...]
+    position: int = -1
+
+    def values(self, outputs: Outputs) -> Tensor:
+        x = outputs.activation(self.hook)
+        rows = torch.arange(len(outputs.mask), device=x.device)
+        x = x[rows, outputs.at(self.position).to(x.device)]
+        unit = self.unit if isinstance(self.unit, tuple) else (self.unit,)
+        if len(unit) != x.ndim - 1:
+            raise InputError(
+                f"{self.hook} has features of shape {tuple(x.shape[1:])}; unit {self.unit!r} does "
+                "not pick one of them"
+            )
+        for index, size in zip(unit, x.shape[1:], strict=True):
+            if not -size <= index < size:
+                raise InputError(f"unit {self.unit!r} is outside {self.hook}, {tuple(x.shape[1:])}")
+        return x[(slice(None), *unit)]
+
+    def text(self, outputs: Outputs) -> str:
+        return f"activation of {self.hook}[{self.unit}] at position {self.position}"
+
+
+@dataclass(frozen=True)
+class Custom:
+    """A function of the logits [batch, pos, vocab] that returns [batch] values."""
+
+    fn: Callable[[Tensor], Tensor]
+    name: str = "custom"
+
+    def values(self, outputs: Outputs) -> Tensor:
+        values = self.fn(outputs.logits)
+        if not isinstance(values, Tensor) or values.shape not in ((), (len(outputs.logits),)):
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise InputError(
+                f"a Custom target must return a tensor of shape [{len(outputs.logits)}], one value "
+                f"a batch row, not {got}"
+            )
+        return values.expand(len(outputs.logits)) / (
+            len(outputs.logits) if values.shape == () else 1
+        )
+
+    def text(self, outputs: Outputs) -> str:
+        return f"{self.name} function of the logits"
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """One target for each batch row."""
+
+    targets: tuple[Target, ...]
+
+    def values(self, outputs: Outputs) -> Tensor:
+        values = [target.values(outputs)[row] for row, target in enumerate(self.targets)]
+        return torch.stack(values)
+
+    def text(self, outputs: Outputs) -> str:
+        return "; ".join(dict.fromkeys(target.text(outputs) for target in self.targets))
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What exactly was explained: its text, and its value in each batch row."""
+
+    text: str
+    value: Float[Tensor, " batch"] = field(repr=False)
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{v:.4g}" for v in self.value.tolist())
+        return f"{self.text} = {shown}"
+
+
+def as_target(target: Any, tokenizer: Any, batch: int) -> Target:
+    """A target from what a caller may give: ``None``, a string, a token id, a list, a Target.
+
+    Raises:
+        InputError: anything else, or a list whose length is not the batch's.
+    """
+    if target is None:
+        return Top()
+    if isinstance(target, str):
+        ids = token_ids(tokenizer, target)
+        return Logit(target) if len(ids) == 1 else Sequence(target)
+    if isinstance(target, int) and not isinstance(target, bool):
+        return Logit(target)
+    if isinstance(target, SequenceABC) or (isinstance(target, Tensor) and target.ndim == 1):
+        items = [t.item() if isinstance(t, Tensor) else t for t in target]
+        if len(items) != batch:
+            raise InputError(f"{len(items)} targets for a batch of {batch}: give one a row")
+        made = tuple(as_target(item, tokenizer, 1) for item in items)
+        if any(isinstance(item, Sequence) for item in made):
+            raise InputError("targets of several tokens cannot be mixed in one batch; run each row")
+        return PerRow(made)
+    if isinstance(target, Target):
+        return target
+    raise InputError(
+        f"target must be a token (string or id), a Target, a list of one per row or None; got "
+        f"{type(target).__name__}"
+    )
