@@ -300,7 +300,7 @@ def token_bars(
     axes.bar(np.arange(len(kept)), known, color=colours, width=0.8)
     axes.axhline(0, color=theme.muted, linewidth=0.8)
     _label_tokens(axes, [R.str_tokens[row][index] for index in kept], kept)
-    scale = colour_scale(list(values), [True] * len(kept), without_first=without_first)
+    scale = colour_scale(values.tolist(), [True] * len(kept), without_first=without_first)
     if scale.without_first:
         axes.set_ylim(-1.15 * scale.limit, 1.15 * scale.limit)
     scaled = " (the first token is cut off)" if scale.without_first else ""

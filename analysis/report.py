@@ -97,11 +97,10 @@ def _residual(R: RelevanceCache, row: int, dominated: bool) -> dict[str, Any]:
 
 def _heads(R: RelevanceCache, row: int) -> dict[str, Any]:
     table = R.heads(row)
-    layer, head = table.abs().stack().idxmax()
-    alt = (
-        f"Grid of {table.shape[0]} layers by {table.shape[1]} heads; the largest is layer {layer} "
-        f"head {head} with {table.loc[layer, head]:+.3g}."
-    )
+    alt = f"Grid of {table.shape[0]} layers by {table.shape[1]} heads"
+    if table.notna().to_numpy().any():
+        layer, head = table.abs().stack().idxmax()
+        alt += f"; the largest is layer {layer} head {head} with {table.loc[layer, head]:+.3g}"
     return {"figure": _picture(plots.head_grid, R, row, alt=alt)}
 
 
@@ -113,7 +112,6 @@ def _sign(value: float) -> str:
 def _neurons(R: RelevanceCache, row: int, model: TransformerBridge | None) -> dict[str, Any]:
     table = R.top("mlp.hook_post", k=_NEURONS, row=row)
     relevance = _column(map(float, table["relevance"]))
-    activation = _column(map(float, table["activation"]))
     rows = []
     for place, entry in enumerate(table.itertuples()):
         writes = []
@@ -127,7 +125,7 @@ def _neurons(R: RelevanceCache, row: int, model: TransformerBridge | None) -> di
                 "position": entry.position,
                 "sign": _sign(float(entry.relevance)),
                 "relevance": relevance[place],
-                "activation": activation[place],
+                "activation": "-" if math.isnan(entry.activation) else _signed(entry.activation),
                 "writes": writes,
             }
         )
@@ -162,6 +160,7 @@ def _ledger(R: RelevanceCache) -> dict[str, Any]:
     return {
         "figure": _picture(plots.ledger_bars, R, alt=f"{alt}; target {target:+.4g}."),
         "terms": terms,
+        "rows": len(R.str_tokens),
         "target": _signed(target),
         "error": f"{float(ledger.error):+.1e}",
         "columns": [str(name) for name in ledger.table.columns],
@@ -186,6 +185,7 @@ def _coverage(R: RelevanceCache) -> dict[str, Any]:
         "rules": rules,
         "uncovered": [str(name) for name in R.coverage.uncovered],
         "off_path": [str(name) for name in R.coverage.off_path],
+        "notes": [str(note) for note in R.coverage.notes],
     }
 
 
@@ -196,17 +196,15 @@ def _version(package: str) -> str:
         return "not installed as a package"
 
 
-def _provenance(R: RelevanceCache, model: TransformerBridge | None) -> list[tuple[str, str]]:
+def _provenance(R: RelevanceCache) -> list[tuple[str, str]]:
     facts = [("model", R.model_name), ("composite", R.composite.name)]
-    if model is not None:
-        facts.append(("weights", str(next(model.parameters()).dtype).removeprefix("torch.")))
-    facts.append(("relevance", str(R.tokens.dtype).removeprefix("torch.")))
+    facts.append(("dtype", R.dtype.removeprefix("torch.")))
     facts += [(package, _version(package)) for package in _PACKAGES]
     return [*facts, ("Python", platform.python_version())]
 
 
 def _facts(R: RelevanceCache, row: int, values: list[float], ledger: Mapping[str, Any]) -> Any:
-    total = sum(value for value in values if math.isfinite(value))
+    total = math.fsum(value for value in values if math.isfinite(value))
     facts = [
         ("target value", f"{float(R.target.value[row]):.4g}"),
         ("token relevance, sum", _signed(total)),
@@ -277,7 +275,7 @@ def report_html(R: RelevanceCache, *, model: TransformerBridge | None = None, ro
         writes=model is not None and hasattr(model, "unembed"),
         ledger=ledger,
         coverage=_coverage(R),
-        provenance=_provenance(R, model),
+        provenance=_provenance(R),
     )
     return page
 

@@ -108,7 +108,8 @@ at which layer it moves on to the position that predicts.</p>
 
 <section aria-labelledby="neurons"><h2 id="neurons">Neurons</h2>
 <p class="what">The MLP neurons, each at one token, with the largest relevance
-{%- if writes %}, and the tokens that their output direction promotes{% endif %}.</p>
+{%- if writes %}, and the tokens that their output direction promotes (a negative activation
+demotes them){% endif %}.</p>
 {% if neurons.absent is defined %}{{ absent(neurons) }}{% else %}
 <div class="scroll"><table class="data"><thead><tr><th scope="col">neuron</th>
 <th scope="col">at token</th><th scope="col" class="n">relevance</th>
@@ -126,8 +127,9 @@ at which layer it moves on to the position that predicts.</p>
 <p class="what">Where the whole target went: what reached the tokens, and what biases, the softmax
 and the other terms took. The terms add up to the target, or the error says by how much not.</p>
 {% if ledger.absent is defined %}{{ absent(ledger) }}{% else %}{{ picture(ledger.figure) }}
-<div class="scroll"><table class="data"><caption>In units of the target</caption><thead><tr>
-<th scope="col">term</th><th scope="col" class="n">value</th>
+<div class="scroll"><table class="data"><caption>In units of the target
+{%- if ledger.rows > 1 %}, summed over the {{ ledger.rows }} rows of the batch{% endif %}</caption>
+<thead><tr><th scope="col">term</th><th scope="col" class="n">value</th>
 <th scope="col" class="n">share of the target</th></tr></thead><tbody>
 {% for term in ledger.terms %}<tr><th scope="row">{{ term.name }}</th>
 <td class="n"><span class="{{ term.sign }}">{{ term.value }}</span></td>
@@ -145,12 +147,14 @@ and the other terms took. The terms add up to the target, or the error says by h
 <p class="what">Which rule sat where. Every operation on the path needs a rule, or the relevance
 behind it means nothing.</p>
 <p>{% if coverage.uncovered %}<strong class="bad">{{ coverage.uncovered|length }} operations have no
-rule.</strong>{% else %}<strong class="good">Every operation on the path has a rule.</strong>
+rule.</strong>{% else %}<strong class="good">Every operation on the path has a rule, is linear,
+or is marked plain.</strong>
 {%- endif %} {{ coverage.count }} rules attached{% if coverage.off_path %}; \
 {{ coverage.off_path|length }} hook points are off the path{% endif %}.</p>
 {% if coverage.uncovered %}<ul>{% for name in coverage.uncovered %}<li><code>{{ name }}</code></li>
 {%- endfor %}</ul>{% endif %}
-<div class="scroll"><table class="data"><thead><tr><th scope="col">role</th>
+{% if coverage.notes %}<ul>{% for note in coverage.notes %}<li>{{ note }}</li>{% endfor %}</ul>
+{% endif %}<div class="scroll"><table class="data"><thead><tr><th scope="col">role</th>
 <th scope="col">rule</th><th scope="col">component</th><th scope="col" class="n">sites</th>
 <th scope="col" class="n">fired</th></tr></thead><tbody>
 {% for rule in coverage.rules %}<tr><td>{{ rule.role }}</td><td>{{ rule.rule }}</td>

@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lenslrp
 
-REDUCE = "sum"
-"""What the all-hooks case keeps of each hook point (see `run_with_relevance`)."""
+REDUCE = {"mlp.hook_post": "sum_positions", "*": "sum"}
+"""What the all-hooks case keeps: of neurons one number each, of other hook points one a token."""
 
 
 def build_bridge(model: LlamaForCausalLM) -> TransformerBridge:

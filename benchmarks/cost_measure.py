@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,6 +46,8 @@ class Shape:
     kv_heads: int
     vocabulary: int
     tied: bool = False
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
 
     def config(self) -> LlamaConfig:
         """The Hugging Face configuration of these sizes."""
@@ -56,6 +59,8 @@ class Shape:
             num_key_value_heads=self.kv_heads,
             vocab_size=self.vocabulary,
             tie_word_embeddings=self.tied,
+            rms_norm_eps=self.norm_eps,
+            rope_theta=self.rope_theta,
             max_position_embeddings=8192,
             bos_token_id=1,
             eos_token_id=2,
@@ -65,14 +70,15 @@ class Shape:
 def build_llama(shape: Shape, attention: str, weights: Path | None = None) -> LlamaForCausalLM:
     """A frozen float32 Llama in evaluation mode with `attention` ("eager" or "sdpa").
 
-    `weights` is a file written by `save_weights`; without it they are drawn with seed 0.
+    `weights` is a file written by `save_weights`, or safetensors of any float type; without it
+    they are drawn with seed 0. ValueError if they do not fit `shape`.
     """
     torch.manual_seed(0)
     config = shape.config()
     config._attn_implementation = attention
     model = LlamaForCausalLM(config)
     if weights is not None:
-        state = torch.load(weights, weights_only=True)
+        state = load_file(weights)
         missing, unexpected = model.load_state_dict(state, strict=False)
         if unexpected or any("lm_head" not in name for name in missing):
             raise ValueError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
@@ -83,8 +89,11 @@ def build_llama(shape: Shape, attention: str, weights: Path | None = None) -> Ll
 
 
 def save_weights(model: LlamaForCausalLM, path: Path) -> None:
-    """Write the weights so that another process, with another transformers, has the same ones."""
-    torch.save(model.state_dict(), path)
+    """Write safetensors, so that another process, with another transformers, has the same ones."""
+    weights = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    save_file(weights, path)
 
 
 def make_tokens(shape: Shape, batch: int, length: int) -> Tensor:
@@ -175,6 +184,6 @@ def interleave(
     return times
 
 
-def shape_to_json(shape: Shape) -> dict[str, int | bool]:
+def shape_to_json(shape: Shape) -> dict[str, int | float | bool]:
     """The fields of `shape`, for the worker process."""
     return asdict(shape)

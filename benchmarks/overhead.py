@@ -14,7 +14,6 @@ fails because of a timing.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import platform
@@ -47,10 +46,20 @@ from cost_measure import (
 )
 from torch import Tensor
 
+from lenslrp.embedded import ensure_cached
+
 TARGET = 7
 SMALL = Shape(layers=4, d_model=512, d_mlp=1376, heads=8, kv_heads=8, vocabulary=1024)
 SMOLLM2 = Shape(
-    layers=30, d_model=576, d_mlp=1536, heads=9, kv_heads=3, vocabulary=49152, tied=True
+    layers=30,
+    d_model=576,
+    d_mlp=1536,
+    heads=9,
+    kv_heads=3,
+    vocabulary=49152,
+    tied=True,
+    norm_eps=1e-5,
+    rope_theta=100000.0,
 )
 SIZES: dict[str, tuple[Shape, int, int]] = {  # name -> shape, batch, length
     "t256": (SMALL, 2, 256),
@@ -187,31 +196,33 @@ def start_worker(
     return worker, answer["versions"]
 
 
+def weights_of(shape: Shape, folder: Path) -> Path:
+    """The file of weights that every side loads: SmolLM2's own, or random ones in `folder`."""
+    if shape == SMOLLM2:
+        return ensure_cached("smollm2-135m") / "model.safetensors"
+    path = folder / "model.safetensors"
+    save_weights(build_llama(shape, "eager"), path)
+    return path
+
+
 def probes_of(
     names: list[str], shape: Shape, tokens: Tensor, lxt_python: str | None, stack: ExitStack
 ) -> dict[str, Probe]:
     """The configurations asked for, by their title, on the same weights and tokens."""
-    base = build_llama(shape, "eager")
+    weights = weights_of(shape, Path(stack.enter_context(tempfile.TemporaryDirectory())))
     probes: dict[str, Probe] = {}
-    if "hf-eager" in names:
-        probes[HF_EAGER] = local_probe(hugging_face_pass(copy.deepcopy(base)), tokens)
-    if "hf-sdpa" in names:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        save_weights(base, folder / "weights.pt")
-        model = build_llama(shape, "sdpa", folder / "weights.pt")
-        probes[HF_SDPA] = local_probe(hugging_face_pass(model), tokens)
+    for name, attention in (("hf-eager", "eager"), ("hf-sdpa", "sdpa")):
+        if name in names:
+            model = build_llama(shape, attention, weights)
+            probes[CASES[name]] = local_probe(hugging_face_pass(model), tokens)
     if lxt_python is not None:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        save_weights(base, folder / "weights.pt")
         for name, rules in (("lxt-hf", "none"), ("lxt", "lxt")):
             if name in names:
-                worker, versions = start_worker(
-                    lxt_python, rules, shape, folder / "weights.pt", tokens
-                )
+                worker, versions = start_worker(lxt_python, rules, shape, weights, tokens)
                 stack.enter_context(worker)
                 probes[CASES[name]] = worker.probe()
                 print(f"{CASES[name]}: {versions}", file=sys.stderr)
-    bridge = build_bridge(base)
+    bridge = build_bridge(build_llama(shape, "eager", weights))
     passes = {
         "bridge": lambda: plain_pass(bridge),
         "rules": lambda: rules_pass(bridge),

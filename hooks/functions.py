@@ -21,6 +21,7 @@ from lenslrp.hooks.rules import (
     layer_norm_identity,
     softcap_compensation,
     softmax_gim_compensation,
+    uncapped,
 )
 from lenslrp.hooks.sites import Site, row_sums
 
@@ -172,11 +173,8 @@ class Scores(torch.autograd.Function):
             softmax.report("softmax", -relevance)
             passed = relevance
             if softcap is not None:
-                t = s / ctx.cap
-                wide = t if t.dtype == torch.float64 else t.float()
-                open_ = wide.abs() < 1
-                x = ctx.cap * torch.atanh(torch.where(open_, wide, torch.zeros_like(wide)))
-                passed = row_sums(x, down.to(x.dtype) * (1 - wide * wide))
+                x, slope, _ = uncapped(s, ctx.cap)
+                passed = row_sums(x, down.to(x.dtype) * slope)
                 name = "stabiliser" if ctx.capped else "plain"
                 softcap.report(name, relevance - passed)
             qk.report("plain", (1 - 2 * ctx.share) * passed)

@@ -27,6 +27,15 @@ EPS: dict[torch.dtype, float] = {
 """The stabiliser for each type: it only has to keep an exact zero out of a denominator."""
 
 
+SATURATED: dict[torch.dtype, float] = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-3,
+    torch.bfloat16: 1e-1,
+    torch.float16: 1e-2,
+}
+"""Below this ``1 - tanh^2`` a soft-cap counts as saturated: x can no longer be told from y."""
+
+
 def stabilise(x: Float[Tensor, "*shape"], eps: float | None = None) -> Float[Tensor, "*shape"]:
     """``x + eps * sign(x)`` with ``sign(0) = +1``, so that the result is never zero."""
     eps = EPS[x.dtype] if eps is None else eps
@@ -92,21 +101,29 @@ def softmax_gim_compensation(
     return torch.where(s > 0, h / s.clamp(min=torch.finfo(s.dtype).tiny), 0.0).to(g.dtype)
 
 
+def uncapped(y: Float[Tensor, "*shape"], cap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Undo ``y = cap tanh(x / cap)`` in float32 or wider.
+
+    Returns x, tanh's derivative there, and which entries are neither masked nor saturated.
+    """
+    wide = y if y.dtype == torch.float64 else y.float()
+    edge = 1 - torch.finfo(wide.dtype).eps
+    t = (wide / cap).clamp(-edge, edge)  # a masked entry is -inf or the type's minimum
+    slope = 1 - t * t
+    return cap * torch.atanh(t), slope, slope > SATURATED[y.dtype]
+
+
 def softcap_compensation(
     g: Float[Tensor, "*shape"], y: Float[Tensor, "*shape"], cap: float
 ) -> Float[Tensor, "*shape"]:
     """The gradient which autograd's tanh' turns into the identity rule for y = cap tanh(x / cap).
 
-    Autograd multiplies by ``1 - (y / cap)^2`` afterwards; x is recovered as ``cap atanh(y / cap)``
-    in float32 or wider. Masked entries and entries where tanh has saturated get exactly 0.
+    Autograd multiplies by ``1 - (y / cap)^2`` afterwards. Masked entries and entries where tanh has
+    saturated get exactly 0.
     """
-    wide = y if y.dtype == torch.float64 else y.float()
-    t = wide / cap
-    open_ = t.abs() < 1
-    t = torch.where(open_, t, torch.zeros_like(t))
-    x = torch.atanh(t)
-    ratio = torch.where(x == 0, torch.ones_like(t), t / stabilise(x))
-    factor = torch.where(open_, ratio / (1 - t * t), torch.zeros_like(t))
+    x, slope, open_ = uncapped(y, cap)
+    ratio = torch.where(x == 0, torch.ones_like(x), y.to(x.dtype) / stabilise(x))
+    factor = torch.where(open_, ratio / slope, torch.zeros_like(x))
     return torch.where(open_, g, torch.zeros_like(g)) * factor.to(g.dtype)
 
 

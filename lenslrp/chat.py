@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import TemplateError
 from jaxtyping import Int
+from jinja2 import TemplateError
 from torch import Tensor
 
 from lenslrp.errors import InputError
@@ -47,7 +47,9 @@ def chat(
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
-        raise InputError("the model has no tokenizer, so chat messages cannot be turned into tokens")
+        raise InputError(
+            "the model has no tokenizer, so chat messages cannot be turned into tokens"
+        )
     if not getattr(tokenizer, "chat_template", None) and "chat_template" not in template_arguments:
         raise InputError(
             f"the tokenizer of {model.cfg.model_name} has no chat template: this is not a chat "

@@ -40,10 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CoverageError, LoadError) as error:
         return _complain(error, NOT_COVERED)
     except KeyboardInterrupt:
-        return _complain(RuntimeError("interrupted"), 130)
+        return _complain("interrupted", 130)
 
 
-def _complain(error: Exception, code: int) -> int:
+def _complain(error: object, code: int) -> int:
     print(f"lenslrp: {error}", file=sys.stderr)
     return code
 
@@ -63,17 +63,20 @@ def _parser() -> argparse.ArgumentParser:
         help="explain one output of a model",
         description="Explain why a model gives a token after PROMPT: token heatmap and ledger in "
         "the terminal, everything else in an HTML report.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     explain.add_argument("prompt", metavar="PROMPT", help="the text the model reads")
     explain.add_argument(
         "--target",
         metavar="T",
-        help="what to explain: text (mind the leading space) or a token id; None is the model's "
-        "own top token",
+        help="what to explain: text (mind the leading space) or a token id (default: the model's "
+        "own top token)",
     )
     explain.add_argument(
-        "--report", metavar="FILE", type=Path, default=Path(DEFAULT_REPORT), help="HTML report"
+        "--report",
+        metavar="FILE",
+        type=Path,
+        default=Path(DEFAULT_REPORT),
+        help="HTML report (default: %(default)s)",
     )
     explain.add_argument(
         "--json", action="store_true", help="print one JSON object instead of text"
@@ -86,7 +89,6 @@ def _parser() -> argparse.ArgumentParser:
         help="check that every operation of a model has a rule",
         description="Which rule sits where, what has none, and whether the books balance on a "
         "random prompt. Exit code 1 if anything is uncovered or does not balance.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     doctor.set_defaults(run=_doctor)
     _add_model_options(doctor, "model")
@@ -94,15 +96,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_options(command: argparse.ArgumentParser, name: str, **settings: Any) -> None:
+    default = f" (default: {settings['default']})" if settings else ""
     command.add_argument(
         name,
         metavar="MODEL",
-        help=f"embedded model ({DEFAULT_MODEL}), Hugging Face id or directory",
+        help=f"embedded model ({DEFAULT_MODEL}), Hugging Face id or directory{default}",
         **settings,
     )
-    command.add_argument("--composite", choices=COMPOSITES, default="AttnLRP", help="set of rules")
-    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    command.add_argument("--device", help="such as cpu or cuda; None is an accelerator if any")
+    command.add_argument(
+        "--composite", choices=COMPOSITES, default="AttnLRP", help="rules (default: %(default)s)"
+    )
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)"
+    )
+    command.add_argument("--device", help="such as cpu or cuda (default: an accelerator if any)")
     command.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
 
 

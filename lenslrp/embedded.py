@@ -197,7 +197,9 @@ def fetch(model: EmbeddedModel, scratch: Path) -> Path:
 
 def _installed_file(model: EmbeddedModel) -> Path | None:
     try:
-        path = Path(str(importlib.metadata.distribution(model.distribution).locate_file(model.member)))
+        path = Path(
+            str(importlib.metadata.distribution(model.distribution).locate_file(model.member))
+        )
     except importlib.metadata.PackageNotFoundError:
         return None
     return path if path.is_file() else None

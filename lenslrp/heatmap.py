@@ -211,7 +211,7 @@ def _legend(tokens: Sequence[str], values: Sequence[float], mask: Sequence[bool]
             f"{signed(s.limit, s.limit)}</span>"
         )
     finite = [v for v, kept in zip(values, mask, strict=True) if kept and math.isfinite(v)]
-    parts = [bar, f"sum {signed(sum(finite), s.limit)}"]
+    parts = [bar, f"sum {signed(math.fsum(finite), s.limit)}"]
     if s.largest is not None and s.limit > 0:
         parts.append(
             f"maximum {signed(values[s.largest], s.limit)} at {token_html(tokens[s.largest])} "

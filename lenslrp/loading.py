@@ -8,6 +8,7 @@ probability of " Paris" after "The Eiffel Tower is located in the city of" falls
 
 from __future__ import annotations
 
+import copy
 import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +113,7 @@ def _from_embedded(
     folder = ensure_cached(name)
     bridge = _boot(
         str(folder),
-        tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        tokenizer=_as_it_is(AutoTokenizer.from_pretrained(folder, local_files_only=True)),
         dtype=dtype or torch.float32,
         device=device,
         n_devices=n_devices,
@@ -151,49 +152,69 @@ def _from_memory(
     from transformer_lens.utilities.attn_implementation import force_eager_attention
     from transformer_lens.utilities.multi_gpu import maybe_cast_floating_params
 
+    architecture = _architecture(model)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     if dtype is not None:
         maybe_cast_floating_params(model, dtype)
     force_eager_attention(model)
-    # The class says what the model is; a config made by hand has no `architectures`, and the
-    # family's default would be taken (BertForMaskedLM for a classifier).
-    architecture = type(model).__name__
     name = str(model.config.name_or_path) or architecture
-    if tokenizer is not None:
-        return _boot(
-            name,
-            hf_model=model,
-            tokenizer=tokenizer,
-            dtype=model.dtype,
-            device=model.device,
-            hf_config_overrides={"architectures": [architecture]},
-        )
-    return _without_tokenizer(model, architecture, name)
+    if tokenizer is None:
+        return _without_tokenizer(model, architecture, name)
+    return _boot(
+        name,
+        hf_model=model,
+        tokenizer=_as_it_is(tokenizer),
+        dtype=model.dtype,
+        device=model.device,
+        hf_config_overrides={"architectures": [architecture]},
+    )
+
+
+def _architecture(model: PreTrainedModel) -> str:
+    """The bridge's name for the model's class.
+
+    Not taken from the configuration: one made by hand names no architecture, and the family's
+    default would stand in for it (a masked language model for a classifier).
+    """
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+    for cls in type(model).__mro__:
+        if cls.__name__ in SUPPORTED_ARCHITECTURES:
+            return cls.__name__
+    given = type(model).__name__
+    family = sorted(name for name in SUPPORTED_ARCHITECTURES if name.startswith(given[:4]))
+    raise LoadError(
+        f"TransformerLens has no adapter for {given}; nearest: {', '.join(family) or 'none'}"
+    )
 
 
 def _without_tokenizer(model: PreTrainedModel, architecture: str, name: str) -> TransformerBridge:
     """``boot_transformers`` would ask the hub for a tokenizer; its builder does not."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    try:
-        return build_bridge_from_module(
-            model, architecture, hf_config=model.config, device=model.device, model_name=name
-        )
-    except ValueError as error:
-        raise LoadError(_unsupported(architecture, error)) from error
+    return build_bridge_from_module(
+        model, architecture, hf_config=model.config, device=model.device, model_name=name
+    )
+
+
+def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that TransformerLens uses instead of loading the tokenizer's name a second time.
+
+    It reloads every tokenizer not marked ``add_bos_token``, from the hub if need be, and so loses
+    tokens that were added in memory. Bridges prepend the token themselves where it is wanted.
+    """
+    kept = copy.deepcopy(tokenizer)
+    kept.init_kwargs = {"name_or_path": "", **kept.init_kwargs, "add_bos_token": True}
+    return kept
 
 
 def _boot(name: str, **arguments: Any) -> TransformerBridge:
     try:
         bridge: TransformerBridge = TransformerBridge.boot_transformers(name, **arguments)
     except ValueError as error:
-        raise LoadError(_unsupported(name, error)) from error
+        raise LoadError(f"TransformerLens cannot bridge {name!r}: {_first_line(error)}") from error
     return bridge
-
-
-def _unsupported(name: str, error: ValueError) -> str:
-    return f"TransformerLens cannot bridge {name!r}: {_first_line(error)}"
 
 
 def _first_line(error: Exception, limit: int = 300) -> str:

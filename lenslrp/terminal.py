@@ -108,7 +108,7 @@ def render(
     values = [everything[position] for position in shown]
     scale = colour_scale(values, [True] * len(values), without_first=without_first)
 
-    total = sum(value for value in values if math.isfinite(value))
+    total = math.fsum(value for value in values if math.isfinite(value))
     heading = Text.assemble(
         (visible(R.target.text), "bold"),
         f" = {float(R.target.value[row]):.4g}   ",

@@ -1,14 +1,13 @@
 """What all tests share: fixed seeds, checked shapes, the embedded model, optional data.
 
 Set before torch, transformers or lenslrp are imported: no test asks a model hub for anything, and
-every annotated shape in the package is checked at run time (jaxtyping with beartype).
+annotated shapes are checked at run time (jaxtyping with beartype).
 """
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,11 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-install_import_hook("lenslrp", "beartype.beartype")
+# Not the public entry points, which answer arguments of a wrong type with messages of their own.
+install_import_hook(
+    ["lenslrp.hooks", "lenslrp.analysis", "lenslrp.cache", "lenslrp.chat", "lenslrp.ledger"],
+    "beartype.beartype",
+)
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -61,7 +64,7 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any attempt to look up or reach another host fails the test."""
     import socket
 
@@ -70,4 +73,3 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    yield

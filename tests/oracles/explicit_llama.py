@@ -165,12 +165,18 @@ def rotation_matrices(weights: LlamaWeights, n_pos: int) -> Tensor:
 
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
     """[batch, pos, head * d] -> [batch, head, pos, d]."""
-    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:-1], n_heads, -1).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """[batch, head, pos, d] -> [batch, pos, head * d]."""
     return x.transpose(1, 2).flatten(2)
+
+
+def sum_groups(x: Tensor, n_kv_heads: int) -> Tensor:
+    """[batch, head, pos, d] -> [batch, kv head, pos, d]: a shared head gets all of its group's."""
+    batch, n_heads, n_pos, d_head = x.shape
+    return x.reshape(batch, n_kv_heads, n_heads // n_kv_heads, n_pos, d_head).sum(dim=2)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -246,7 +252,10 @@ def propagate_mlp(
     out[f"{block}.mlp.hook_post"] = post
     out[f"{block}.mlp.hook_pre"] = to_gate
     out[f"{block}.mlp.hook_pre_linear"] = to_up
-    out[f"{block}.ln2.hook_out"] = branch
+    out[f"{block}.mlp.gate.hook_in"] = through_gate
+    out[f"{block}.mlp.in.hook_in"] = through_up
+    for name in ("ln2.hook_in", "ln2.hook_out", "mlp.hook_in"):
+        out[f"{block}.{name}"] = branch
     return branch, down + b_gate + b_up
 
 
@@ -260,27 +269,28 @@ def propagate_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From attention's output to ``resid_pre`` through it; also biases and the softmax's leak."""
     root, block = f"model.layers.{layer}.self_attn", f"blocks.{layer}"
-    groups = (weights.n_kv_heads, weights.n_heads // weights.n_kv_heads)
     out[f"{block}.hook_attn_out"] = relevance
     z, b_out = epsilon_rule(relevance, merge_heads(a["z"]), *weights.linear(f"{root}.o_proj"))
     z = split_heads(z, weights.n_heads)
     pattern, values = pattern_value_rule(z, a["pattern"], a["values"], constant_pattern)
     scores = softmax_rule(pattern, a["scores"], a["pattern"], a["visible"])
     rot_q, keys = query_key_rule(scores, a["rot_q"], a["keys"], a["visible"])
-    v = values.unflatten(1, groups).sum(dim=2)
-    rot_k = keys.unflatten(1, groups).sum(dim=2)
+    v = sum_groups(values, weights.n_kv_heads)
+    rot_k = sum_groups(keys, weights.n_kv_heads)
     q = rotary_rule(rot_q, a["q"], a["rotation"])
     k = rotary_rule(rot_k, a["k"], a["rotation"])
     branch, absorbed = torch.zeros_like(a["ln1"]), b_out
     for name, part in (("q_proj", q), ("k_proj", k), ("v_proj", v)):
         through, kept = epsilon_rule(merge_heads(part), a["ln1"], *weights.linear(f"{root}.{name}"))
+        out[f"{block}.attn.{name[0]}.hook_in"] = through
         branch, absorbed = branch + through, absorbed + kept
     by_name = {"z": z, "q": q, "k": k, "v": v, "rot_q": rot_q, "rot_k": rot_k}
     for name, part in by_name.items():
         out[f"{block}.attn.hook_{name}"] = part.transpose(1, 2)
     out[f"{block}.attn.hook_pattern"] = pattern
     out[f"{block}.attn.hook_attn_scores"] = scores
-    out[f"{block}.ln1.hook_out"] = branch
+    for name in ("ln1.hook_in", "ln1.hook_out", "attn.hook_in"):
+        out[f"{block}.{name}"] = branch
     return branch, absorbed, (pattern - scores).sum(dim=(1, 2, 3))
 
 
@@ -297,8 +307,9 @@ def explain(
     """Relevance of the logit of ``target_ids`` [batch] at the last position, at every hook.
 
     ``token_ids`` is [batch, pos], without padding. Residual names (``hook_resid_*``,
-    ``ln_final.hook_in``) hold the total of the stream; ``ln*.hook_out``, ``hook_attn_out`` and
-    ``hook_mlp_out`` hold the branch; relevance through a norm is the same on both of its sides.
+    ``ln_final.hook_in``) hold the total of the stream. ``hook_attn_out``, ``hook_mlp_out`` and
+    every ``hook_in`` of a norm or a layer hold what flows through that branch alone; relevance
+    through a norm is the same on both of its sides.
     """
     x = weights.tensors["model.embed_tokens.weight"][token_ids]
     rotation = rotation_matrices(weights, token_ids.shape[1])
@@ -313,7 +324,7 @@ def explain(
     rows = torch.arange(token_ids.shape[0])
     start = torch.zeros_like(logits)
     start[rows, -1, target_ids] = logits[rows, -1, target_ids]
-    out: Relevance = {}
+    out: Relevance = {"unembed.hook_out": start}
     total, biases = epsilon_rule(start, final, head, head_bias)
     out["ln_final.hook_out"] = out["ln_final.hook_in"] = total
     softmax = torch.zeros_like(biases)

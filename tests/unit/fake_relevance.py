@@ -51,6 +51,7 @@ class FakeRelevance:
     missing: tuple = ()
     seed: int = 0
     model_name: str = "HuggingFaceTB/SmolLM2-135M"
+    dtype: str = "float32"
     composite: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(name="AttnLRP"))
     target: SimpleNamespace = None
 
@@ -127,7 +128,9 @@ class FakeRelevance:
             )
         ]
         off_path = ["blocks.0.ln1.hook_scale", "blocks.0.ln1.hook_normalized"]
-        return SimpleNamespace(sites=pd.DataFrame(sites), uncovered=[], off_path=off_path)
+        return SimpleNamespace(
+            sites=pd.DataFrame(sites), uncovered=[], off_path=off_path, notes=["a <note>"]
+        )
 
 
 def fake_relevance(tokens=EIFFEL, relevance=EIFFEL_RELEVANCE, mask=None, **options):

