@@ -401,7 +401,7 @@ def components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in named:
         if id(module) not in seen:
             seen.add(id(module))
-            yield name.replace("_original_component.", ""), module
+            yield name.replace("._original_component", ""), module
 
 
 def attach_all(model: nn.Module, ctx: Context) -> Attached:

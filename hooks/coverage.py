@@ -217,7 +217,7 @@ class Tracer:
         def record(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             inputs = [t.grad_fn for t in _tensors((args, kwargs)) if t.grad_fn is not None]
             outputs = [t.grad_fn for t in _tensors(out) if t.grad_fn is not None]
-            self.calls.append((name.replace("_original_component.", ""), kind, inputs, outputs))
+            self.calls.append((name.replace("._original_component", ""), kind, inputs, outputs))
 
         return record
 

@@ -1,1 +1,147 @@
-def examine(model, composite=None): ...
+"""``lenslrp doctor``: did I cover everything, and is it right?
+
+Runs one random prompt through a model under a composite and reports which rule sits where, which
+operations have none, whether the forward pass was touched and whether the books balance.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lenslrp.errors import CoverageError, InputError
+from lenslrp.hooks.composites import AttnLRP, Composite
+from lenslrp.hooks.coverage import Coverage
+from lenslrp.hooks.rules import Rule
+from lenslrp.ledger import Ledger
+from lenslrp.run import architecture, run_with_relevance
+
+TOLERANCE: Mapping[str, float] = {
+    "float64": 1e-6,  # 1e-9 where norms and softmax keep the type; many families use float32 there
+    "float32": 1e-3,
+    "bfloat16": 0.2,
+    "float16": 0.2,
+}
+"""How far the ledger may be off, relative to the target, before doctor calls it wrong."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What doctor found.
+
+    Attributes:
+        architecture: the Hugging Face class.
+        composite: name of the table that was tried.
+        forward_equal: whether logits with rules are ``torch.equal`` to those without.
+        gap: the :class:`CoverageError`'s text, ``None`` when everything is covered.
+        coverage, ledger: of the run (with gaps: of a run that takes the plain gradient there).
+        tolerance: what the ledger's error is held against.
+    """
+
+    architecture: str
+    composite: str
+    forward_equal: bool
+    gap: str | None
+    coverage: Coverage
+    ledger: Ledger
+    dtype: str
+    tolerance: float
+
+    @property
+    def balanced(self) -> bool:
+        return abs(self.ledger.error) <= self.tolerance
+
+    @property
+    def ok(self) -> bool:
+        return self.forward_equal and self.gap is None and self.balanced
+
+    def render(self) -> RenderableType:
+        """For ``rich.print`` or a ``rich.console.Console``."""
+        parts: list[RenderableType] = [
+            Text(f"{self.architecture} under {self.composite} ({self.dtype})", style="bold")
+        ]
+        parts.append(_rules_table(self.coverage))
+        parts.append(_verdict("every operation on the path has its rule", self.gap is None))
+        if self.gap is not None:
+            parts.append(Text(f"  {self.gap}", style="red"))
+        parts.append(_verdict("the forward pass is untouched", self.forward_equal))
+        said = f"the books balance: error {self.ledger.error:+.1e} of the target"
+        parts.append(_verdict(said + f" (tolerance {self.tolerance:g})", self.balanced))
+        parts.extend(Text(f"  {line}") for line in str(self.ledger).splitlines())
+        parts.append(_verdict("this model can be explained", self.ok))
+        return Group(*parts)
+
+    def __str__(self) -> str:
+        console = Console(width=100, color_system=None)
+        with console.capture() as capture:
+            console.print(self.render())
+        return capture.get()
+
+
+def _verdict(claim: str, holds: bool) -> Text:
+    mark, style = ("yes", "green") if holds else ("NO", "bold red")
+    return Text.assemble((f"{mark:>4}  ", style), claim)
+
+
+def _rules_table(coverage: Coverage) -> Table:
+    table = Table("role", "rule", "component", "places", "fired")
+    groups = coverage.sites.groupby(["role", "rule", "component"], sort=True)
+    for (role, rule, component), sites in groups:
+        fired = int(sites["fired"].sum())
+        table.add_row(role, rule, component, str(len(sites)), str(fired))
+    return table
+
+
+def examine(
+    model: Any,
+    composite: Composite | Mapping[str, Rule] | None = None,
+    *,
+    length: int = 12,
+    seed: int = 0,
+) -> Diagnosis:
+    """Try a composite on a model with one random prompt.
+
+    Args:
+        model: a ``TransformerBridge`` in eval mode.
+        composite: ``AttnLRP()`` if not given.
+        length: tokens of the random prompt.
+        seed: of the random prompt.
+
+    Raises:
+        InputError: the model is not a bridge, or in train mode.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if not hasattr(model, "hook_dict"):
+        raise InputError(f"model must be a TransformerBridge, not {type(model).__name__}")
+    tokens = torch.randint(0, int(model.cfg.d_vocab), (1, length), generator=generator)
+    table = AttnLRP() if composite is None else composite
+    gap = None
+    options: dict[str, Any] = {"composite": table, "names_filter": []}
+    try:
+        logits, relevance = run_with_relevance(model, tokens, **options)
+    except CoverageError as error:
+        gap = str(error)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the gap is reported below
+            logits, relevance = run_with_relevance(model, tokens, strict=False, **options)
+    with torch.no_grad():
+        plain = model(tokens.to(logits.device), return_type="logits")
+    equal = bool(torch.equal(plain, logits))
+    name = table.name if isinstance(table, Composite) else "custom"
+    return Diagnosis(
+        architecture(model),
+        name,
+        equal,
+        gap,
+        relevance.coverage,
+        relevance.ledger(),
+        relevance.dtype,
+        TOLERANCE[relevance.dtype],
+    )
