@@ -68,6 +68,7 @@ class Outcome:
     top1: float
     top3: float
     first_token: float
+    last_token: float
     first_share: float
     margin: float
     best: str
@@ -103,6 +104,7 @@ def judge(relevance: NDArray[np.float64], key: NDArray[np.bool_], words: list[st
         top1=float(key[order[0]]),
         top3=float(key[order[:3]].any()),
         first_token=float(order[0] == 0),
+        last_token=float(order[0] == len(relevance) - 1),
         first_share=float(np.abs(relevance[0]) / np.abs(relevance).sum()),
         margin=float(margin),
         best=words[order[0]],
@@ -113,7 +115,7 @@ def judge_random(key: NDArray[np.bool_]) -> Outcome:
     """The expectation of `judge` when all orders of the tokens are equally likely."""
     count, hits = len(key), int(key.sum())
     miss = math.comb(count - hits, 3) / math.comb(count, 3)
-    return Outcome(hits / count, 1 - miss, 1 / count, 1 / count, math.nan, "")
+    return Outcome(hits / count, 1 - miss, 1 / count, 1 / count, 1 / count, math.nan, "")
 
 
 def outcomes_of(model: TransformerBridge, prompts: Iterable[Prompt]) -> dict[str, list[Outcome]]:
@@ -155,11 +157,11 @@ def column(outcomes: list[Outcome], field: str) -> NDArray[np.float64]:
 
 
 def print_rates(outcomes: dict[str, list[Outcome]], seed: int) -> None:
-    """Hit rates over all prompts, the first token's part, and AttnLRP's paired lead."""
+    """Hit rates over all prompts, the first and last token's part, AttnLRP's paired lead."""
     print(
         "| method | top-1 | top-3 | first token is most relevant "
-        "| its mean share of absolute relevance | AttnLRP's lead at top-1 | at top-3 |\n"
-        "|---|---|---|---|---|---|---|"
+        "| its mean share of absolute relevance | last token is most relevant "
+        "| AttnLRP's lead at top-1 | at top-3 |\n|---|---|---|---|---|---|---|---|"
     )
     ours = outcomes["AttnLRP"]
     for name, theirs in outcomes.items():
@@ -173,7 +175,8 @@ def print_rates(outcomes: dict[str, list[Outcome]], seed: int) -> None:
             f"| {name} | {interval(column(theirs, 'top1'), seed)} "
             f"| {interval(column(theirs, 'top3'), seed)} "
             f"| {interval(column(theirs, 'first_token'), seed)} "
-            f"| {column(theirs, 'first_share').mean():.2f} | {leads[0]} | {leads[1]} |"
+            f"| {column(theirs, 'first_share').mean():.2f} "
+            f"| {interval(column(theirs, 'last_token'), seed)} | {leads[0]} | {leads[1]} |"
         )
     print()
 

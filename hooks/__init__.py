@@ -52,6 +52,5 @@ __all__ = [
     "SoftCap",
     "Softmax",
     "SoftmaxTemperature",
-    "UNIFORM",
     "relevance_rules",
 ]

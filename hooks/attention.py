@@ -1,4 +1,4 @@
-"""Attention that a bridge does not compute itself: TransformerLens' native modules, and the fused path.
+"""Attention that a bridge does not compute itself: native modules, and the fused path.
 
 Native attention is made live: the same operations in the same order, with the bridge's own
 ``hook_attn_scores`` and ``hook_pattern`` between them.
@@ -84,10 +84,10 @@ def _fused(
     if qk == 0:
         query, key = query.detach(), key.detach()
     else:
-        query, key = F.FusedInput.apply(query, qk, site), F.FusedInput.apply(key, qk, site)
-    value = F.FusedInput.apply(value, v, site)
+        query, key = F.apply(F.FusedInput, query, qk, site), F.apply(F.FusedInput, key, qk, site)
+    value = F.apply(F.FusedInput, value, v, site)
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return F.FusedOutput.apply(out, site), None
+    return F.apply(F.FusedOutput, out, site), None
 
 
 AttentionInterface.register(FUSED, _fused)
@@ -120,7 +120,7 @@ def attach_fused(at: Any, ctx: Any, path: str, attn: AttentionBridge) -> None:
     if not isinstance(softmax, Softmax) or not products:
         raise InputError(
             f'attention="fused" holds for the softmax and product rules, not for softmax='
-            f'{softmax.name}, attention_av={av.name}, attention_qk={qk.name}; '
+            f"{softmax.name}, attention_av={av.name}, attention_qk={qk.name}; "
             'use attention="bridge"'
         )
     site = ctx.site(f"{path}.hook_out", attn, "attention_av")

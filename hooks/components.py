@@ -141,10 +141,10 @@ class Attached:
         self.sites.append(site)
 
         def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (F.RegionInput.apply(args[0], "plain", site), *args[1:])
+            return (F.apply(F.RegionInput, args[0], "plain", site), *args[1:])
 
         def after(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-            return F.RegionOutput.apply(y, bias(), "plain", site)
+            return F.apply(F.RegionOutput, y, bias(), "plain", site)
 
         self.pre_hook(module, before)
         self.hook(module, after)
@@ -195,9 +195,9 @@ def _attach_wrapped_norm(at: Attached, component: nn.Module, site: Site) -> None
     name = type(component).__name__
     if isinstance(component, nn.LayerNorm | native.NativeLayerNormPre):
         weight, eps = getattr(component, "weight", None), component.eps
-        at.wrap(component, lambda x, y: F.LayerNorm.apply(x, y, weight, eps, site))
+        at.wrap(component, lambda x, y: F.apply(F.LayerNorm, x, y, weight, eps, site))
     elif "RMSNorm" in name or name == "T5LayerNorm":
-        at.wrap(component, lambda x, y: F.Elementwise.apply(x, y, Identity(), site))
+        at.wrap(component, lambda x, y: F.apply(F.Elementwise, x, y, Identity(), site))
     # Any other class stays on the graph, where the coverage check meets it and names it.
 
 
@@ -246,11 +246,11 @@ def _measure_bias(y: Tensor, bias: Tensor | None, site: Site) -> None:
 
 def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
     """A linear layer's bias under the epsilon rule: it absorbs its share."""
-    bias = getattr(module, "bias", None)
+    bias: Tensor | None = getattr(module, "bias", None)
     if ctx.books is None or bias is None:
         return
     site = ctx.site(path, module, "linear", Epsilon())
-    at.hook(module, lambda _, args, y: _measure_bias(y, module.bias, site))
+    at.hook(module, lambda _, args, y: _measure_bias(y, bias, site))
 
 
 def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role: str) -> None:
@@ -265,7 +265,7 @@ def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
         weight = module.weight.T if transposed else module.weight
-        return F.Linear.apply(x, y, weight, module.bias, rule, site)
+        return F.apply(F.Linear, x, y, weight, module.bias, rule, site)
 
     at.wrap(module, apply)
 
@@ -273,26 +273,27 @@ def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role
 def attach_activation(
     at: Attached, ctx: Context, path: str, module: nn.Module, rule: Any, share: float
 ) -> None:
-    """An activation module; ``share`` is what the gate of a product gets beyond the common share."""
+    """An activation module; ``share`` is what a gate gets relative to the product's own share."""
     site = ctx.site(path, module, "activation", rule)
     if isinstance(rule, Plain):
         at.region(module, site, lambda: None)
     else:
         at.sites.append(site)
-        at.wrap(module, lambda x, y: F.Elementwise.apply(x, y, rule, site))
+        at.wrap(module, lambda x, y: F.apply(F.Elementwise, x, y, rule, site))
     if share != 1:
         at.hook(module, lambda _, args, y: _share(y, share, site))
 
 
 def _share(y: Tensor, share: float, site: Site) -> Tensor:
-    return y.detach() if share == 0 else F.Share.apply(y, share, site)
+    return y.detach() if share == 0 else F.apply(F.Share, y, share, site)
 
 
 def attach_native_activation(
     at: Attached, ctx: Context, path: str, mlp: nn.Module, share: float
 ) -> None:
     """TransformerLens' own MLPs keep their activation as a function on the instance."""
-    act, rule = mlp.act, ctx.composite["activation"]
+    act: Any = mlp.act
+    rule = ctx.composite["activation"]
     if act not in NATIVE_ACTIVATIONS:
         return
     site = ctx.site(path, mlp, "activation")
@@ -300,10 +301,10 @@ def attach_native_activation(
 
     def ruled(x: Tensor) -> Tensor:
         if isinstance(rule, Plain):
-            x = F.RegionInput.apply(x, "plain", site)
-            y = F.RegionOutput.apply(act(x), None, "plain", site)
+            x = F.apply(F.RegionInput, x, "plain", site)
+            y = F.apply(F.RegionOutput, act(x), None, "plain", site)
         else:
-            y = F.Elementwise.apply(x, act(x.detach()), rule, site)
+            y = F.apply(F.Elementwise, x, act(x.detach()), rule, site)
         return y if share == 1 else _share(y, share, site)
 
     at.attribute(mlp, "act", ruled)
@@ -317,7 +318,7 @@ def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge)
     at.sites.append(site)
     at.hook(
         mlp.out.hook_in,
-        lambda _, args, y: F.ProductOutput.apply(y, first, second, site),
+        lambda _, args, y: F.apply(F.ProductOutput, y, first, second, site),
     )
 
 
@@ -351,7 +352,7 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     at.sites.append(z)
     at.hook(
         attn.o.hook_in,
-        lambda _, args, y: F.ProductOutput.apply(y, first, second, z),
+        lambda _, args, y: F.apply(F.ProductOutput, y, first, second, z),
     )
     if first == 0:
         at.hook(attn.hook_pattern, lambda _, args, y: y.detach())
@@ -374,11 +375,11 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
         stash.clear()
         if needs_scores:
             stash.append(scores.detach())
-        return F.Scores.apply(scores, q_share, cap, sites)
+        return F.apply(F.Scores, scores, q_share, cap, sites)
 
     def at_pattern(_: nn.Module, args: tuple[Any, ...], pattern: Tensor) -> Tensor:
         scores = stash.pop() if stash else None
-        return F.Pattern.apply(pattern, scores, first / second, sites["softmax"])
+        return F.apply(F.Pattern, pattern, scores, first / second, sites["softmax"])
 
     at.hook(attn.hook_attn_scores, at_scores)
     at.hook(attn.hook_pattern, at_pattern)

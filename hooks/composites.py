@@ -116,13 +116,13 @@ def _product(choice: str, choices: Mapping[str, Product], keyword: str) -> Produ
     return choices[choice]
 
 
-def AttnLRP(*, router: Literal["uniform", "constant"] = "uniform") -> Composite:  # noqa: N802
+def AttnLRP(*, router: Literal["uniform", "constant"] = "uniform") -> Composite:
     """AttnLRP (Achtibat et al. 2024): epsilon, identity, uniform, softmax, normalisation."""
     shares = {"uniform": UNIFORM, "constant": CONSTANT}
     return Composite("AttnLRP", {"router": _product(router, shares, "router")})
 
 
-def CPLRP(  # noqa: N802
+def CPLRP(
     *,
     gate: Literal["uniform", "up"] = "uniform",
     router: Literal["uniform", "constant"] = "constant",
@@ -141,27 +141,25 @@ def CPLRP(  # noqa: N802
     )
 
 
-def GradientTimesInput() -> Composite:  # noqa: N802
+def GradientTimesInput() -> Composite:
     """Gradient x Input: every operation plain."""
     nonlinear = [role for role, kinds in ROLES.items() if Plain in kinds]
     return Composite("Gradient x Input", {role: Plain() for role in nonlinear})
 
 
-def RelP() -> Composite:  # noqa: N802
+def RelP() -> Composite:
     """RelP (2508.21258): norm, identity and half rules for norms, activations and gates;
     attention plain."""
     plain = dict.fromkeys(("softmax", "attention_qk", "attention_av", "softcap"), Plain())
     return Composite("RelP", plain)
 
 
-def GIM(*, temperature: float = 2.0) -> Composite:  # noqa: N802
+def GIM(*, temperature: float = 2.0) -> Composite:
     """GIM (2505.17630): AttnLRP with softmax at a temperature, activations plain."""
-    return Composite(
-        "GIM", {"softmax": SoftmaxTemperature(temperature), "activation": Plain()}
-    )
+    return Composite("GIM", {"softmax": SoftmaxTemperature(temperature), "activation": Plain()})
 
 
-def AttnLRPViT() -> Composite:  # noqa: N802
+def AttnLRPViT() -> Composite:
     """The paper's composite for vision transformers: gamma 0.25 on the patch convolution, 0.05 on
     linear layers, epsilon on q, k, v, o (App. B.4)."""
     return Composite("AttnLRP-ViT", {"convolution": Gamma(0.25), "linear": Gamma(0.05)})

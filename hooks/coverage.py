@@ -21,20 +21,29 @@ from lenslrp.errors import CoverageError
 from lenslrp.hooks.sites import Site
 
 LINEAR = frozenset(
-    """
-    Add Sub RSub Neg Sum Mean View UnsafeView Reshape ReshapeAlias Transpose T Permute Expand Repeat
-    RepeatInterleave Squeeze Unsqueeze Slice Select Split SplitWithSizes Unbind Chunk TensorSplit
-    Cat Stack Clone Copy ToCopy Alias Detach Index IndexSelect Gather MaskedFill MaskedScatter
-    Where Narrow Flatten Unfold Roll Flip Pad ConstantPadNd Tril Triu Squeeze Movedim Contiguous
-    Embedding IndexPut IndexAdd ScatterAdd SelectScatter SliceScatter AsStrided ViewAs Real
-    AccumulateGrad BackwardHookFunction Cumsum Copyslices CopySlices Fill Zero Identity
-    """.split()
+    re.findall(
+        r"\w+",
+        """
+        AccumulateGrad Add Alias AsStrided BackwardHookFunction Cat Chunk Clone ConstantPadNd
+        Contiguous Copy CopySlices Copyslices Cumsum Detach Embedding Expand Fill Flatten Flip
+        Gather Identity Index IndexAdd IndexPut IndexSelect MaskedFill MaskedScatter Mean
+        Movedim Narrow Neg Pad Permute RSub Real Repeat RepeatInterleave Reshape ReshapeAlias
+        Roll ScatterAdd Select SelectScatter Slice SliceScatter Split SplitWithSizes Squeeze
+        Stack Sub Sum T TensorSplit ToCopy Transpose Tril Triu Unbind Unfold UnsafeView
+        Unsqueeze View ViewAs Where Zero
+        """,
+    )
 )
 """Operations linear in every tensor input; a node's name up to its ``Backward`` suffix."""
 
 BILINEAR = frozenset(
-    "Mul Mm Bmm Matmul Addmm Baddbmm Addbmm Mv Dot Linear Einsum MkldnnLinear ConvolutionOverrideable "
-    "Convolution Addcmul Addmv Outer".split()
+    re.findall(
+        r"\w+",
+        """
+        Addbmm Addcmul Addmm Addmv Baddbmm Bmm Convolution ConvolutionOverrideable Dot Einsum
+        Linear Matmul MkldnnLinear Mm Mul Mv Outer
+        """,
+    )
 )
 """Linear while only one factor is on the graph; with two they are a product and need a rule."""
 
@@ -100,9 +109,7 @@ class Walk:
     misplaced: list[Site]
 
 
-def walk(
-    roots: Iterable[Tensor], stop: Iterable[Any] = (), place: Callable[[Any], str] = lambda _: ""
-) -> Walk:
+def walk(roots: Iterable[Tensor], place: Callable[[Any], str] = lambda _: "") -> Walk:
     """Walk the graph from ``roots`` (where relevance starts) to the leaves.
 
     Args:
@@ -267,6 +274,20 @@ def gap_message(gaps: list[Gap], architecture: str) -> str:
         "composite.extended({ModuleClass: Identity()}), or mark its role Plain(). strict=False "
         "computes it with the plain gradient there and says so in R.coverage."
     )
+
+
+def require_in_place(found: Walk, architecture: str) -> None:
+    """Raise where a rule stands above no operation of its kind.
+
+    Raises:
+        CoverageError: naming the rules.
+    """
+    if found.misplaced:
+        names = ", ".join(f"{s.rule.name} at {s.hook}" for s in found.misplaced[:6])
+        raise CoverageError(
+            f"{architecture}: {names} found no operation of its kind below it; the model's forward "
+            "pass differs from what the rule expects"
+        )
 
 
 def require_fired(sites: list[Site]) -> None:

@@ -26,6 +26,12 @@ from lenslrp.hooks.rules import (
 from lenslrp.hooks.sites import Site, row_sums
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """``function.apply(*args)``, typed."""
+    result: Tensor = function.apply(*args)
+    return result
+
+
 def _mark(ctx: Any, site: Site, opens: tuple[str, ...] = (), region: int = 0) -> None:
     ctx.site = site
     ctx.opens = opens
@@ -49,7 +55,7 @@ class Elementwise(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.site.backward += 1
         if not ctx.keeps:
             (factor,) = ctx.saved_tensors
@@ -74,7 +80,7 @@ class LayerNorm(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         ctx.site.backward += 1
         inverse, weight = ctx.saved_tensors
         return layer_norm_identity(g, weight, inverse), None, None, None, None
@@ -99,7 +105,7 @@ class Linear(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         site = ctx.site
         site.backward += 1
         x, y, weight, bias = ctx.saved_tensors
@@ -127,7 +133,7 @@ class ProductOutput(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         site = ctx.site
         site.backward += 1
         if site.books is not None and ctx.absorbs:
@@ -158,7 +164,7 @@ class Scores(torch.autograd.Function):
         return scores.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         qk, softmax = ctx.sites["attention_qk"], ctx.sites["softmax"]
         softcap = ctx.sites.get("softcap")
         qk.backward += 1
@@ -194,7 +200,7 @@ class Pattern(torch.autograd.Function):
         return pattern.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         site = ctx.site
         site.backward += 1
         pattern, scores = ctx.saved_tensors
@@ -217,7 +223,7 @@ class Share(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         return g * ctx.share, None, None
 
 
@@ -233,7 +239,7 @@ class RegionOutput(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.site.backward += 1
         if ctx.site.books is not None:
             ctx.site.report(ctx.term, row_sums(ctx.saved_tensors[0], g))
@@ -252,7 +258,7 @@ class RegionInput(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         if ctx.site.books is not None:
             ctx.site.report(ctx.term, -row_sums(ctx.saved_tensors[0], g))
         return g, None, None
@@ -272,7 +278,7 @@ class FusedOutput(torch.autograd.Function):
         return z.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         ctx.site.backward += 1
         if ctx.site.books is not None:
             ctx.site.report("softmax", row_sums(ctx.saved_tensors[0], g))
@@ -291,7 +297,7 @@ class FusedInput(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         g = g * ctx.share
         if ctx.site.books is not None:
             ctx.site.report("softmax", -row_sums(ctx.saved_tensors[0], g))
@@ -308,7 +314,7 @@ class Read(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         ctx.deliver(ctx.saved_tensors[0], g)
         return g, None
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks.components import Context, attach_all
 from lenslrp.hooks.composites import Composite, as_composite
-from lenslrp.hooks.coverage import gap_message, require_fired, walk
+from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place, walk
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books, Site
 
@@ -79,12 +79,7 @@ class Rules:
         architecture = type(getattr(self.model, "original_model", self.model)).__name__
         if found.gaps:
             raise CoverageError(gap_message(found.gaps, architecture))
-        if found.misplaced:
-            names = ", ".join(f"{s.rule.name} at {s.hook}" for s in found.misplaced[:6])
-            raise CoverageError(
-                f"{architecture}: {names} found no operation of its kind below it; the model's "
-                "forward pass differs from what the rule expects"
-            )
+        require_in_place(found, architecture)
 
     def _refuse_other_threads(self, *_: Any) -> None:
         if threading.get_ident() != self._thread:
@@ -103,7 +98,7 @@ def _thaw(parameter: nn.Parameter) -> Callable[[], None]:
 
 # Which rules are attached to which model, innermost last, and a lock that makes threads take turns.
 # Weak, so that it keeps no model alive.
-_active: WeakKeyDictionary[nn.Module, tuple[threading.RLock, list[Rules]]] = WeakKeyDictionary()  # type: ignore[valid-type]
+_active: WeakKeyDictionary[nn.Module, tuple[threading.RLock, list[Rules]]] = WeakKeyDictionary()
 _registry = threading.Lock()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import layer_of
-from lenslrp.hooks.functions import Read
+from lenslrp.hooks.functions import Read, apply
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Reduce = Callable[[Tensor], Any]
@@ -141,8 +141,7 @@ class Readers:
                     self._saw(reading, out)  # a rule cut it here: on the path, relevance zero
                 return None
             self._saw(reading, out)
-            read: Tensor = Read.apply(out, lambda x, g: self._deliver(reading, x, g))
-            return read
+            return apply(Read, out, lambda x, g: self._deliver(reading, x, g))
 
         return hook
 

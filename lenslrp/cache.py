@@ -62,7 +62,9 @@ class RelevanceCache:
         if name in self.values:
             return self.values[name]
         if name in self.coverage.off_path:
-            raise InputError(f"{name} is not on the path in this pass: no relevance was formed there")
+            raise InputError(
+                f"{name} is not on the path in this pass: no relevance was formed there"
+            )
         near = difflib.get_close_matches(name, self.values, n=3) or list(self.values)[:3]
         raise InputError(f"no relevance was read at {name!r}; nearest: {', '.join(near)}")
 
@@ -100,7 +102,7 @@ class RelevanceCache:
         return frame.rename_axis(index="layer", columns="head")
 
     def residual(self, row: int = 0) -> pd.DataFrame:
-        """Total relevance of the residual stream, [layer, position]; the last row is the final one."""
+        """Total relevance of the residual stream, [layer, position]; the last row is "final"."""
         pre = self._by_layer("hook_resid_pre")
         last = self._by_layer("hook_resid_post")[-1][1]
         flat = [(str(layer), x) for layer, x in pre] + [("final", last)]
@@ -123,8 +125,8 @@ class RelevanceCache:
                     f"{hook} has shape {list(value.shape)}; top() needs [batch, pos, features]"
                 )
             flat = value[row].flatten()
-            for index in flat.abs().topk(min(k, flat.numel())).indices.tolist():
-                records.append((layer, *divmod(index, value.shape[-1]), float(flat[index])))
+            best = flat.abs().topk(min(k, flat.numel())).indices.tolist()
+            records += [(layer, *divmod(i, value.shape[-1]), float(flat[i])) for i in best]
         records.sort(key=lambda record: -abs(record[3]))
         activations = {
             layer_of(name): x for name, x in self.activations.items() if name.endswith(hook)
@@ -213,7 +215,10 @@ class RelevanceCache:
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file (no pickle); :meth:`load` reads it back."""
-        tensors = {f"relevance/{name}": v.to_dense() if v.is_sparse else v for name, v in self.values.items()}
+        tensors = {
+            f"relevance/{name}": v.to_dense() if v.is_sparse else v
+            for name, v in self.values.items()
+        }
         tensors |= {f"activation/{name}": v for name, v in self.activations.items()}
         for name in ("tokens", "embeddings", "positions", "token_ids", "attention_mask"):
             value = getattr(self, name)
@@ -234,7 +239,9 @@ class RelevanceCache:
             "off_path": coverage.off_path,
             "notes": coverage.notes,
             "ledger": self.ledger_.to_dict() if self.ledger_ else None,
-            "ledger_table": json.loads(self.ledger_.table.to_json(orient="split", double_precision=15))
+            "ledger_table": json.loads(
+                self.ledger_.table.to_json(orient="split", double_precision=15)
+            )
             if self.ledger_
             else None,
         }
@@ -310,5 +317,3 @@ class RelevanceCache:
 def _frame(split: dict[str, Any], index: str | None = None) -> pd.DataFrame:
     frame = pd.DataFrame(split["data"], columns=split["columns"], index=split["index"])
     return frame if index is None else frame.rename_axis(index=index)
-
-

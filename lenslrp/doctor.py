@@ -21,7 +21,8 @@ from lenslrp.hooks.composites import AttnLRP, Composite
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.hooks.rules import Rule
 from lenslrp.ledger import Ledger
-from lenslrp.run import architecture, run_with_relevance
+from lenslrp.passes import architecture
+from lenslrp.run import run_with_relevance
 
 TOLERANCE: Mapping[str, float] = {
     "float64": 1e-6,  # 1e-9 where norms and softmax keep the type; many families use float32 there

@@ -29,8 +29,7 @@ class Prepared:
 
     def str_tokens(self, tokenizer: Any) -> list[list[str]]:
         if "inputs_embeds" in self.kwargs or tokenizer is None:
-            shown = [[str(i) for i in row] for row in self.tokens.tolist()]
-            return shown
+            return [[str(i) for i in row] for row in self.tokens.tolist()]
         return [[tokenizer.decode([i]) for i in row] for row in self.tokens.tolist()]
 
 
@@ -91,8 +90,7 @@ def _tokenize(model: Any, texts: list[str], prepend_bos: bool | None) -> list[li
         if not isinstance(text, str) or not text:
             raise InputError(f"row {index} is an empty prompt; give at least one token")
     return [
-        model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].tolist()
-        for text in texts
+        model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].tolist() for text in texts
     ]
 
 

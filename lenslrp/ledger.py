@@ -68,9 +68,7 @@ class Ledger:
         return html
 
 
-def make_ledger(
-    books: Books, target: float, leaves: float, start: float, layers: int
-) -> Ledger:
+def make_ledger(books: Books, target: float, leaves: float, start: float, layers: int) -> Ledger:
     """Close the books of one backward pass.
 
     Args:
@@ -85,15 +83,17 @@ def make_ledger(
         value = float(amount.sum())
         totals[term] += value
         per_layer[layer, term] = per_layer.get((layer, term), 0.0) + value
-    rows = []
+    rows: list[dict[str, Any]] = []
     for layer in range(layers):
         flows = [books.flows.get((layer, side)) for side in ("in", "out")]
         if flows[0] is None or flows[1] is None:
             continue
         terms = {term: per_layer.get((layer, term), 0.0) for term in TERMS}
-        into, out = (float(flow.sum()) for flow in flows if flow is not None)
+        into, out = (float(side.sum()) for side in flows if side is not None)
         missed = out - into - sum(terms.values())
-        rows.append({"layer": layer, "resid_in": into, **terms, "resid_out": out, "error": missed})
+        rows.append(
+            {"layer": str(layer), "resid_in": into, **terms, "resid_out": out, "error": missed}
+        )
     outside = {term: per_layer.get((None, term), 0.0) for term in TERMS}
     first = rows[0]["resid_in"] if rows else start - sum(outside.values())
     last = rows[-1]["resid_out"] if rows else first
@@ -103,4 +103,6 @@ def make_ledger(
         {"layer": "outside", "resid_in": leaves, **outside, "resid_out": start, "error": missed}
     )
     table = pd.DataFrame(rows).set_index("layer")
-    return Ledger(target, leaves, *(totals[t] for t in TERMS), target - start, table)
+    return Ledger(
+        target=target, leaves=leaves, **totals, nonlinear_target=target - start, table=table
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 from lenslrp.errors import InputError
 
 Reducer = Callable[[Tensor], Tensor]
-Reduce = None | str | Reducer | Mapping[str, "None | str | Reducer"]
+Reduce = str | Reducer | Mapping[str, str | Reducer | None] | None
 
 
 def over_features(relevance: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ NAMED: Mapping[str, Reducer | None] = {
 def reduction_for(reduce: Reduce, name: str) -> Reducer | None:
     """The reducer for one hook name.
 
-    In a dict, a key is a whole hook name, or its end (``"mlp.hook_post"``), or ``"*"`` for the rest.
+    In a dict, a key is a whole hook name, its end (``"mlp.hook_post"``), or ``"*"`` for the rest.
 
     Raises:
         InputError: a name of a reduction that does not exist.

@@ -7,7 +7,8 @@ Every target is a small frozen dataclass whose ``values(outputs)`` gives [batch]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as SequenceABC
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -270,7 +271,8 @@ class Activation:
         for index, size in zip(unit, x.shape[1:], strict=True):
             if not -size <= index < size:
                 raise InputError(f"unit {self.unit!r} is outside {self.hook}, {tuple(x.shape[1:])}")
-        return x[(slice(None), *unit)]
+        picked: Any = (slice(None), *unit)
+        return x[picked]
 
     def text(self, outputs: Outputs) -> str:
         return f"activation of {self.hook}[{self.unit}] at position {self.position}"

@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -417,6 +418,20 @@ def test_processes_take_turns(tmp_path):
             process.kill()
             process.communicate()
     assert sorted(printed) == [["None"], ["downloaded", "None"]]
+
+
+def test_an_installed_package_is_read_without_pip(index, monkeypatch, tmp_path):
+    installed = tmp_path / TINY.member
+    installed.parent.mkdir()
+    installed.write_bytes(WEIGHTS)
+    here = SimpleNamespace(locate_file=lambda member: tmp_path / member)
+    monkeypatch.setattr(embedded.importlib.metadata, "distribution", lambda name: here)
+    assert find_fault(ensure_cached("tiny"), TINY) is None
+    assert index.downloads == []
+    installed.write_bytes(WEIGHTS[:-1])
+    (tmp_path / "cache" / "tiny" / "config.json").unlink()
+    assert find_fault(ensure_cached("tiny"), TINY) is None
+    assert index.downloads == [True], "an installed file that does not match is not used"
 
 
 # --- pip --------------------------------------------------------------------------------------

@@ -38,16 +38,14 @@ def _llama(**changes: Any) -> nn.Module:
 
 
 def _gemma2(**changes: Any) -> nn.Module:
-    config = hf.Gemma2Config(
-        **SIZES,
-        num_key_value_heads=1,
-        head_dim=8,
-        query_pre_attn_scalar=8,
-        sliding_window=4,
-        attn_logit_softcapping=5.0,
-        final_logit_softcapping=3.0,
-        **changes,
-    )
+    quirks: dict[str, Any] = {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 4,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+    }
+    config = hf.Gemma2Config(**SIZES, num_key_value_heads=1, **{**quirks, **changes})
     return hf.Gemma2ForCausalLM(config)
 
 
@@ -141,6 +139,11 @@ def hook_order(module: nn.Module) -> dict[str, list[Any]]:
     return {kind: list(getattr(module, kind).items()) for kind in kinds}
 
 
+# Attributes that a plain forward pass of TransformerLens' own replaces: the last pattern, a cache of
+# names, its lists of handles (whose contents are compared).
+REPLACED = ("_pattern", "_block_alias_cache", "fwd_hooks", "bwd_hooks")
+
+
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """All that a context must leave as it found it, ready to be compared with ``==``."""
     state: dict[str, Any] = {}
@@ -148,7 +151,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         state[f"{name}: hooks"] = hook_order(module)
         state[f"{name}: training"] = module.training
         state[f"{name}: attributes"] = {
-            key: id(value) for key, value in vars(module).items() if key != "_non_persistent"
+            key: None if key in REPLACED else id(value) for key, value in vars(module).items()
         }
         state[f"{name}: children"] = {k: id(child) for k, child in module._modules.items()}
         if isinstance(module, HookPoint):
@@ -161,6 +164,32 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         state[f"{name}: version"] = weight._version
     state["grad mode"] = torch.is_grad_enabled()
     return state
+
+
+def changes(before: dict[str, Any], model: nn.Module) -> list[str]:
+    """What is not as it was: empty when everything has been undone."""
+    after = snapshot(model)
+    return [key for key in {**before, **after} if before.get(key) != after.get(key)]
+
+
+def embedding_leaf(kept: list[Tensor]) -> tuple[str, Callable[..., Tensor]]:
+    """A forward hook for ``model.hooks`` that cuts a leaf at the token embeddings, as users do."""
+
+    def cut(x: Tensor, hook: Any) -> Tensor:
+        kept.append(x.detach().clone().requires_grad_())
+        return kept[-1]
+
+    return "hook_embed", cut
+
+
+def own_relevance(model: TransformerBridge, token: int = 5, tokens: Tensor = TOKENS) -> Tensor:
+    """Token relevance [batch, pos] with the low-level means: an own leaf, forward and backward."""
+    kept: list[Tensor] = []
+    with model.hooks(fwd_hooks=[embedding_leaf(kept)]):
+        model(tokens)[:, -1, token].sum().backward()
+    (leaf,) = kept
+    assert leaf.grad is not None
+    return (leaf * leaf.grad).sum(dim=-1).detach()
 
 
 def plain_gradients(model: nn.Module, tokens: Tensor = TOKENS) -> tuple[Tensor, dict[str, Tensor]]:

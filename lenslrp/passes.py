@@ -1,0 +1,309 @@
+"""One forward pass under rules, and a backward pass for each target that is explained from it.
+
+Leaves are cut at the embeddings, readers stream, the graph is checked before relevance is returned,
+and the books are closed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from lenslrp.cache import RelevanceCache
+from lenslrp.errors import CoverageError, InputError
+from lenslrp.hooks import coverage as cover
+from lenslrp.hooks.components import (
+    Attached,
+    BlockBridge,
+    EmbeddingBridge,
+    PosEmbedBridge,
+    UnembeddingBridge,
+    layer_of,
+    original,
+)
+from lenslrp.hooks.functions import apply
+from lenslrp.hooks.install import Rules
+from lenslrp.hooks.readers import Readers, select_names
+from lenslrp.hooks.sites import Books, row_sums
+from lenslrp.inputs import Prepared
+from lenslrp.ledger import Ledger, make_ledger
+from lenslrp.targets import Activation, Explained, Outputs, PerRow, Target
+
+Parts = list[tuple[str, nn.Module]]
+
+
+@dataclass
+class Leaves:
+    """Detached copies at the embeddings, where relevance ends."""
+
+    tokens: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+
+    def all(self) -> list[Tensor]:
+        return [*self.tokens, *self.positions]
+
+
+class _CapSkip(torch.autograd.Function):
+    """The final soft-cap's values with the gradient started before it (RULES section 2)."""
+
+    @staticmethod
+    def forward(ctx: Any, before: Tensor, after: Tensor) -> Tensor:
+        return after.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
+
+
+@dataclass
+class Pass:
+    """One forward pass under rules, from which any number of targets can be explained."""
+
+    model: Any
+    rules: Rules
+    readers: Readers
+    leaves: Leaves
+    prepared: Prepared
+    books: Books | None
+    strict: bool
+    captured: dict[str, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+    layers: int = 0
+
+    def explain(self, target: Target, *, last: bool) -> RelevanceCache:
+        """One backward pass for one target; ``last`` releases the graph."""
+        outputs = self._outputs()
+        values = target.values(outputs)
+        self._require_finite(values)
+        roots = self.roots(target)
+        gaps, on_path = self._check(roots)
+        for site in self.rules.sites:
+            site.backward = 0
+        if self.books is not None:
+            self.books.clear()
+        leaves = self.leaves.all()
+        wanted = [*leaves, *(roots if self.books is not None else ())]
+        grads = torch.autograd.grad(values.sum(), wanted, retain_graph=not last, allow_unused=True)
+        at_leaves = [
+            torch.zeros_like(leaf) if g is None else g
+            for leaf, g in zip(leaves, grads, strict=False)
+        ]
+        self._require_fired(on_path, gaps)
+        relevances = [_wide(x) * _wide(g) for x, g in zip(leaves, at_leaves, strict=True)]
+        if not all(cover.is_finite(r) for r in relevances):
+            raise InputError(
+                f"relevance is not finite ({values.dtype}): the backward pass overflowed; run the "
+                "model in float32 or bfloat16"
+            )
+        tokens, positions = self._split(relevances)
+        return RelevanceCache(
+            values=self.readers.finish(),
+            activations=dict(self.readers.activations),
+            tokens=tokens.sum(dim=-1),
+            embeddings=tokens,
+            positions=None if positions is None else positions.sum(dim=-1),
+            token_ids=self.prepared.tokens,
+            attention_mask=self.prepared.mask,
+            str_tokens=self.prepared.str_tokens(self.model.tokenizer),
+            target=Explained(target.text(outputs), values.detach()),
+            composite=self.rules.composite,
+            coverage=cover.Coverage(
+                cover.site_table(self.rules.sites, on_path),
+                [str(gap) for gap in gaps],
+                self.readers.off_path(),
+            ),
+            ledger_=self._close_books(values, roots, grads),
+            model_name=str(getattr(self.model.cfg, "model_name", "")),
+            dtype=str(values.dtype).removeprefix("torch."),
+        )
+
+    def roots(self, target: Target) -> list[Tensor]:
+        """Where relevance starts: the latent units of the target, or the unembedding."""
+        latent = [part.hook for part in parts_of(target) if isinstance(part, Activation)]
+        if latent and len(latent) < len(parts_of(target)):
+            raise InputError("a batch cannot mix Activation targets with targets on the logits")
+        return [self.captured[hook] for hook in dict.fromkeys(latent)] or [self._before_softcap()]
+
+    def _outputs(self) -> Outputs:
+        assert self.logits is not None
+        before = self._before_softcap()
+        return Outputs(
+            self.logits if before is self.logits else apply(_CapSkip, before, self.logits),
+            self.prepared.mask,
+            self.model.tokenizer,
+            self.captured.__getitem__,
+            self.prepared.prompt_lengths,
+        )
+
+    def _split(self, relevances: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Relevance at the token embeddings and at learned positions, [batch, pos, d_model]."""
+        n = len(self.leaves.tokens)
+        tokens = torch.stack(relevances[:n]).sum(dim=0)
+        return tokens, (torch.stack(relevances[n:]).sum(dim=0) if len(relevances) > n else None)
+
+    def _close_books(
+        self, values: Tensor, roots: list[Tensor], grads: tuple[Tensor | None, ...]
+    ) -> Ledger | None:
+        if self.books is None:
+            return None
+        leaves = self.leaves.all()
+        arrived, started = (
+            sum(
+                float(row_sums(x.detach(), g).sum())
+                for x, g in zip(tensors, found, strict=True)
+                if g is not None
+            )
+            for tensors, found in ((leaves, grads[: len(leaves)]), (roots, grads[len(leaves) :]))
+        )
+        target = float(values.detach().cpu().double().sum())
+        return make_ledger(self.books, target, arrived, started, self.layers)
+
+    def _before_softcap(self) -> Tensor:
+        """The tensor at which a backward pass from the logits starts."""
+        assert self.logits is not None
+        before = self.captured.get("unembed")
+        cap = getattr(self.model.cfg, "output_logits_soft_cap", None)
+        if before is None or not cap or float(cap) <= 0:
+            return self.logits
+        return before
+
+    def _require_finite(self, values: Tensor) -> None:
+        if not cover.is_finite(values):
+            raise InputError(
+                f"the target is NaN or infinite ({values.tolist()}): activations overflowed or the "
+                f"weights are broken (dtype {values.dtype}); check the model's own logits"
+            )
+
+    def _check(self, roots: list[Tensor]) -> tuple[list[cover.Gap], set[int]]:
+        found = cover.walk(roots)
+        if self.strict:
+            if found.gaps:
+                raise Uncovered(found.gaps)
+            cover.require_in_place(found, architecture(self.model))
+            idle = [site for site in self.rules.sites if site.forward == 0]
+            if idle:
+                raise CoverageError(
+                    "rules were attached and their operations never ran: "
+                    + ", ".join(f"{s.rule.name} at {s.hook}" for s in idle[:6])
+                )
+        return found.gaps, found.sites
+
+    def _require_fired(self, on_path: set[int], gaps: list[cover.Gap]) -> None:
+        if self.strict:
+            cover.require_fired([s for s in self.rules.sites if id(s) in on_path])
+        elif gaps:
+            warnings.warn(cover.gap_message(gaps, architecture(self.model)), stacklevel=4)
+
+
+class Uncovered(CoverageError):
+    """Gaps found, not yet named; :func:`_run` names their components with a traced pass."""
+
+    def __init__(self, gaps: list[cover.Gap]) -> None:
+        super().__init__("uncovered operations")
+        self.gaps = gaps
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().float() if x.dtype in (torch.float16, torch.bfloat16) else x.detach()
+
+
+def parts_of(target: Target) -> tuple[Target, ...]:
+    return target.targets if isinstance(target, PerRow) else (target,)
+
+
+def architecture(model: Any) -> str:
+    """The Hugging Face class name of what a bridge wraps."""
+    return type(getattr(model, "original_model", model)).__name__
+
+
+def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, batch: int) -> None:
+    """Make the outputs of the embeddings leaves of the graph."""
+    for _, module in parts:
+        if not isinstance(module, EmbeddingBridge | PosEmbedBridge):
+            continue
+        inner = original(module)
+        if inner is None or not any(True for _ in inner.parameters()):
+            continue  # rotary tables are no embeddings
+        kept = leaves.positions if isinstance(module, PosEmbedBridge) else leaves.tokens
+
+        def cut(
+            _: nn.Module, args: tuple[Any, ...], out: Tensor, kept: list[Tensor] = kept
+        ) -> Tensor:
+            leaf = out.detach()
+            if leaf.shape[0] == 1 and batch > 1:
+                leaf = leaf.expand(batch, *leaf.shape[1:])
+            leaf = leaf.clone().requires_grad_()
+            kept.append(leaf)
+            return leaf
+
+        at.hook(inner, cut)
+
+
+def watch_blocks(at: Attached, parts: Parts, books: Books) -> int:
+    """Book the total relevance that enters and leaves every block; returns how many there are."""
+    layers = 0
+    for path, module in parts:
+        layer = layer_of(path + ".")
+        if not isinstance(module, BlockBridge) or layer is None:
+            continue
+        layers = max(layers, layer + 1)
+        for side, point in (("in", module.hook_in), ("out", module.hook_out)):
+
+            def watch(
+                _: nn.Module, args: tuple[Any, ...], x: Tensor, key: tuple[int, str] = (layer, side)
+            ) -> None:
+                if x.requires_grad:
+                    kept = x.detach()
+                    x.register_hook(lambda g: books.flows.__setitem__(key, row_sums(kept, g)))
+
+            at.hook(point, watch)
+    return layers
+
+
+def capture(
+    at: Attached, model: Any, parts: Parts, hooks: list[str], captured: dict[str, Tensor]
+) -> None:
+    """Keep the tensors, on the graph, at the unembedding and at the targets' own hook points."""
+    points = model.hook_dict
+    for name in hooks:
+        if name not in points:
+            select_names(points, name)  # raises with the nearest names
+
+        def keep(point: Any, args: tuple[Any, ...], x: Tensor, name: str = name) -> None:
+            conversion = getattr(point, "hook_conversion", None)
+            captured[name] = x if conversion is None else conversion.convert(x)
+
+        at.hook(points[name], keep)
+    for _, module in parts:
+        if isinstance(module, UnembeddingBridge):
+
+            def unembedded(_: nn.Module, args: tuple[Any, ...], x: Tensor) -> None:
+                captured["unembed"] = x
+
+            at.hook(module, unembedded)
+
+
+def checkpoint_blocks(at: Attached, parts: Parts) -> None:
+    """Recompute each block in the backward pass (non-reentrant; identical relevance)."""
+    for _, module in parts:
+        if isinstance(module, BlockBridge):
+            at.attribute(
+                module, "forward", partial(checkpointed, module.forward, use_reentrant=False)
+            )
+
+
+@contextmanager
+def undone(at: Attached) -> Iterator[Attached]:
+    try:
+        yield at
+    finally:
+        for undo in reversed(at.undo):
+            undo()
