@@ -210,11 +210,11 @@ class Tracer:
     inputs and outputs a node lies.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, parts: Iterable[tuple[str, nn.Module]]) -> None:
         self.calls: list[tuple[str, str, list[Any], list[Any]]] = []
         self._handles = [
             module.register_forward_hook(self._record(name, module), with_kwargs=True)
-            for name, module in model.named_modules()
+            for name, module in parts
             if name
         ]
 
@@ -224,7 +224,7 @@ class Tracer:
         def record(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             inputs = [t.grad_fn for t in _tensors((args, kwargs)) if t.grad_fn is not None]
             outputs = [t.grad_fn for t in _tensors(out) if t.grad_fn is not None]
-            self.calls.append((name.replace("._original_component", ""), kind, inputs, outputs))
+            self.calls.append((name, kind, inputs, outputs))
 
         return record
 

@@ -186,7 +186,7 @@ def _run(
             capture(at, model, parts, hooks, run.captured)
             if checkpoint:
                 checkpoint_blocks(at, parts)
-            tracer = cover.Tracer(model) if trace else None
+            tracer = cover.Tracer(parts) if trace else None
             if tracer is not None:
                 at.undo.append(tracer.close)
             run.logits = _forward(model, prepared, run.leaves)
@@ -218,7 +218,8 @@ def _batch_size(text: Any, inputs_embeds: Tensor | None) -> int:
 
 
 def _forward(model: Any, prepared: Prepared, leaves: Leaves) -> Tensor:
-    kwargs = dict(prepared.kwargs)
+    # A key-value cache is of no use here, and a checkpointed block would fill it twice.
+    kwargs = {"use_cache": False, **prepared.kwargs}
     if "inputs_embeds" in kwargs:
         leaf = kwargs.pop("inputs_embeds").detach().clone().requires_grad_()
         leaves.tokens.append(leaf)

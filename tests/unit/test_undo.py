@@ -21,13 +21,13 @@ from lenslrp.hooks.rules import Identity
 from tests.unit.tiny import TOKENS, changes, own_relevance, plain_gradients, snapshot, tiny
 
 FAMILIES = ("llama", "gpt2", "gemma2", "neox", "native")
-COMPOSITES: dict[str, Callable[[], lenslrp.Composite]] = {
-    "attnlrp": lenslrp.AttnLRP,
-    "cp": lenslrp.CPLRP,
-    "gradient": lenslrp.GradientTimesInput,
-    "relp": lenslrp.RelP,
-    "gim": lenslrp.GIM,
-}
+COMPOSITES: list[Callable[[], lenslrp.Composite]] = [
+    lenslrp.AttnLRP,
+    lenslrp.CPLRP,
+    lenslrp.GradientTimesInput,
+    lenslrp.RelP,
+    lenslrp.GIM,
+]
 
 
 class Boom(Exception):
@@ -40,7 +40,7 @@ def nothing_changes(model: TransformerBridge) -> Iterator[None]:
     logits, gradients = plain_gradients(model)
     before = snapshot(model)
     yield
-    assert not changes(before, model)
+    assert changes(before, model) == []
     logits_after, gradients_after = plain_gradients(model)
     assert torch.equal(logits_after, logits)
     assert gradients_after.keys() == gradients.keys()
@@ -81,11 +81,11 @@ def test_normal_end(family: str) -> None:
         lenslrp.relevance_for_targets(model, TOKENS, [3, 5])
 
 
-@pytest.mark.parametrize("composite", COMPOSITES)
-def test_normal_end_of_every_composite(composite: str) -> None:
+def test_normal_end_of_every_composite() -> None:
     model = tiny("gemma2")
-    with nothing_changes(model):
-        explain(model, composite=COMPOSITES[composite]())
+    for make in COMPOSITES:
+        with nothing_changes(model):
+            explain(model, composite=make())
 
 
 @pytest.mark.parametrize("options", [{"attention": "fused"}, {"checkpoint": True}], ids=str)
@@ -131,14 +131,15 @@ def test_exception_in_a_users_backward_hook(error: type[BaseException]) -> None:
 
 
 @pytest.mark.parametrize("options", [{"attention": "fused"}, {"checkpoint": True}], ids=str)
-@pytest.mark.parametrize("hook", [raising, raising_in_backward])
-def test_exception_in_the_variants(hook: Callable[..., Any], options: dict[str, Any]) -> None:
+def test_exception_in_the_variants(options: dict[str, Any]) -> None:
     model = tiny("llama")
-    model.add_hook("blocks.1.mlp.hook_post", hook(Boom))
-    before = snapshot(model)
-    with pytest.raises(Boom):
-        explain(model, **options)
-    assert not changes(before, model)
+    for hook in (raising, raising_in_backward):
+        model.add_hook("blocks.1.mlp.hook_post", hook(Boom))
+        before = snapshot(model)
+        with pytest.raises(Boom):
+            explain(model, **options)
+        assert changes(before, model) == []
+        model.reset_hooks()
 
 
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])

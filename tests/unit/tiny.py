@@ -113,6 +113,8 @@ def tiny(
                 weight.add_(torch.randn_like(weight) * 0.2)
     bridge = model if family == "native" else lenslrp.load(model, tokenizer=tokenizer)
     assert isinstance(bridge, TransformerBridge)
+    with torch.no_grad():
+        bridge(TOKENS)  # TransformerLens and transformers set some attributes at the first pass
     return bridge
 
 
