@@ -1,4 +1,6 @@
-"""Attention that a bridge does not compute itself: native modules, and the fused path.
+"""Attention: its rules at live hook points, native modules made live, and the fused path.
+
+Q@K^T has its rule at ``hook_attn_scores``, the softmax at ``hook_pattern``, A@V at ``o.hook_in``.
 
 Native attention is made live: the same operations in the same order, with the bridge's own
 ``hook_attn_scores`` and ``hook_pattern`` between them.
@@ -21,6 +23,7 @@ from transformer_lens.model_bridge.generalized_components import (
     JointQKVAttentionBridge,
     PositionEmbeddingsAttentionBridge,
 )
+from transformer_lens.model_bridge.sources.native import model as native
 from transformer_lens.utilities.activation_functions import apply_softcap
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,10 +31,71 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.rules import Product, Softmax
+from lenslrp.hooks.attach import Attached, Context, original
+from lenslrp.hooks.rules import Product, Softmax, SoftmaxTemperature
 
 FUSED = "lenslrp_fused"
 """The name under which the fused attention is registered with transformers."""
+
+
+def softcap_of(attn: AttentionBridge) -> float | None:
+    """The attention soft-cap of a component, ``None`` without one."""
+    inner = original(attn)
+    cap = getattr(inner, "attn_logit_softcapping", None)
+    if cap is None:
+        cap = getattr(inner, "attn_scores_soft_cap", None)
+    return float(cap) if cap is not None and float(cap) > 0 else None
+
+
+def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -> None:
+    """Q@K^T at ``hook_attn_scores``, the softmax at ``hook_pattern``, A@V at ``o.hook_in``."""
+    if ctx.attention == "fused":
+        attach_fused(at, ctx, path, attn)
+        return
+    inner = original(attn)
+    if isinstance(inner, native.NativeAttention):
+        at.attribute(inner, "forward", native_forward(attn, inner))
+    elif not isinstance(attn, PositionEmbeddingsAttentionBridge | JointQKVAttentionBridge):
+        return
+    roles = {role: ctx.composite[role] for role in ("attention_qk", "softmax", "attention_av")}
+    first, second = F.product_shares(roles["attention_av"])
+    if second == 0:
+        raise InputError("an attention_av rule must give the values a share")
+    z = ctx.site(f"{path}.o.hook_in", attn, "attention_av")
+    at.sites.append(z)
+    at.hook(
+        attn.o.hook_in,
+        lambda _, args, y: F.apply(F.ProductOutput, y, first, second, z),
+    )
+    if first == 0:
+        at.hook(attn.hook_pattern, lambda _, args, y: y.detach())
+        return
+    sites = {
+        "attention_qk": ctx.site(f"{path}.hook_attn_scores", attn, "attention_qk"),
+        "softmax": ctx.site(f"{path}.hook_pattern", attn, "softmax"),
+    }
+    cap = softcap_of(attn)
+    if cap is not None:
+        sites["softcap"] = ctx.site(f"{path}.hook_attn_scores", attn, "softcap")
+    at.sites.extend(sites.values())
+    q_share, k_share = F.product_shares(roles["attention_qk"])
+    if q_share != k_share:
+        raise InputError("an attention_qk rule must give queries and keys the same share")
+    needs_scores = isinstance(roles["softmax"], SoftmaxTemperature)
+    stash: list[Tensor] = []
+
+    def at_scores(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> Tensor:
+        stash.clear()
+        if needs_scores:
+            stash.append(scores.detach())
+        return F.apply(F.Scores, scores, q_share, cap, sites)
+
+    def at_pattern(_: nn.Module, args: tuple[Any, ...], pattern: Tensor) -> Tensor:
+        scores = stash.pop() if stash else None
+        return F.apply(F.Pattern, pattern, scores, first / second, sites["softmax"])
+
+    at.hook(attn.hook_attn_scores, at_scores)
+    at.hook(attn.hook_pattern, at_pattern)
 
 
 def native_forward(attn: AttentionBridge, inner: Any) -> Callable[..., tuple[Tensor, None]]:
@@ -94,17 +158,15 @@ AttentionInterface.register(FUSED, _fused)
 AttentionMaskInterface.register(FUSED, sdpa_mask)
 
 
-def attach_fused(at: Any, ctx: Any, path: str, attn: AttentionBridge) -> None:
+def attach_fused(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -> None:
     """Send one attention component through the fused kernel, scoped to the context.
 
     Raises:
         InputError: soft-caps, attention sinks or a rule that needs the pattern.
     """
-    inner = getattr(attn, "original_component", None)
+    inner = original(attn)
     live = isinstance(attn, PositionEmbeddingsAttentionBridge | JointQKVAttentionBridge)
     config = getattr(inner, "config", None)
-    from lenslrp.hooks.components import softcap_of
-
     if softcap_of(attn) is not None or getattr(inner, "sinks", None) is not None:
         raise InputError(
             f'attention="fused": {path} has a soft-cap or attention sinks, which the fused kernel '
@@ -116,8 +178,7 @@ def attach_fused(at: Any, ctx: Any, path: str, attn: AttentionBridge) -> None:
             'delegate to; use attention="bridge"'
         )
     softmax, av, qk = (ctx.composite[r] for r in ("softmax", "attention_av", "attention_qk"))
-    products = isinstance(av, Product) and isinstance(qk, Product)
-    if not isinstance(softmax, Softmax) or not products:
+    if not (isinstance(softmax, Softmax) and isinstance(av, Product) and isinstance(qk, Product)):
         raise InputError(
             f'attention="fused" holds for the softmax and product rules, not for softmax='
             f"{softmax.name}, attention_av={av.name}, attention_qk={qk.name}; "

@@ -7,9 +7,7 @@ listed in :data:`COMPONENTS`; a new component class is one entry there.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +17,9 @@ from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,
     EmbeddingBridge,
     GatedMLPBridge,
-    JointQKVAttentionBridge,
     MLPBridge,
     NormalizationBridge,
     PosEmbedBridge,
-    PositionEmbeddingsAttentionBridge,
     UnembeddingBridge,
 )
 from transformer_lens.model_bridge.sources.native import model as native
@@ -32,11 +28,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.composites import Composite
-from lenslrp.hooks.rules import Epsilon, Identity, LinearRule, Plain, SoftmaxTemperature
-from lenslrp.hooks.sites import Books, Site
-
-Undo = Callable[[], None]
+from lenslrp.hooks.attach import Attached, Context, components, layer_of, original
+from lenslrp.hooks.attention import attach_attention, softcap_of
+from lenslrp.hooks.rules import Epsilon, Identity, LinearRule, Plain
+from lenslrp.hooks.sites import Site
 
 ACTIVATIONS: tuple[type, ...] = (
     nn.SiLU,
@@ -70,84 +65,6 @@ ACTIVATIONS: tuple[type, ...] = (
 NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
     native._ACTIVATIONS[name] for name in ("gelu", "gelu_new", "relu", "silu")
 )
-
-
-@dataclass(frozen=True)
-class Context:
-    """What an ``attach_*`` function needs besides its component."""
-
-    composite: Composite
-    books: Books | None
-    attention: str
-
-    def site(self, hook: str, component: Any, role: str, rule: Any = None) -> Site:
-        rule = self.composite[role] if rule is None else rule
-        return Site(hook, type(component).__name__, role, rule, layer_of(hook), books=self.books)
-
-
-def layer_of(name: str) -> int | None:
-    """The block index in a hook or component name, ``None`` outside the blocks."""
-    found = re.search(r"(?:^|\.)\w*blocks\.(\d+)(?:\.|$)", name)
-    return int(found.group(1)) if found else None
-
-
-def original(component: nn.Module) -> Any:
-    """The Hugging Face module that a bridge component wraps, or ``None``."""
-    return getattr(component, "original_component", None)
-
-
-class Attached:
-    """Sites created so far and how to undo them, in order."""
-
-    def __init__(self) -> None:
-        self.sites: list[Site] = []
-        self.undo: list[Undo] = []
-
-    def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        self.undo.append(module.register_forward_hook(hook).remove)
-
-    def pre_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        self.undo.append(module.register_forward_pre_hook(hook).remove)
-
-    def attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """Shadow an attribute of one instance, past nn.Module's and the bridge's own setters."""
-        had, old = name in module.__dict__, module.__dict__.get(name)
-        module.__dict__[name] = value
-
-        def restore() -> None:
-            if had:
-                module.__dict__[name] = old
-            else:
-                module.__dict__.pop(name, None)
-
-        self.undo.append(restore)
-
-    def wrap(self, module: nn.Module, apply: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Cut the graph through ``module``; ``apply(x, y)`` puts a rule in its place."""
-        inputs: list[Tensor] = []
-
-        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            inputs.append(args[0])
-            return (args[0].detach(), *args[1:])
-
-        def after(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-            return apply(inputs.pop(), y)
-
-        self.pre_hook(module, before)
-        self.hook(module, after)
-
-    def region(self, module: nn.Module, site: Site, bias: Callable[[], Tensor | None]) -> None:
-        """Mark a module as plain: its inside is on the graph, and its in and out are measured."""
-        self.sites.append(site)
-
-        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (F.apply(F.RegionInput, args[0], "plain", site), *args[1:])
-
-        def after(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-            return F.apply(F.RegionOutput, y, bias(), "plain", site)
-
-        self.pre_hook(module, before)
-        self.hook(module, after)
 
 
 def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge) -> None:
@@ -328,81 +245,6 @@ def gate_share(ctx: Context) -> float:
     if second == 0:
         raise InputError("a gate rule must give `up` a share; Product(first, second) has second=0")
     return first / second
-
-
-def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -> None:
-    """Q@K^T at ``hook_attn_scores``, the softmax at ``hook_pattern``, A@V at ``o.hook_in``."""
-    if ctx.attention == "fused":
-        from lenslrp.hooks.attention import attach_fused
-
-        attach_fused(at, ctx, path, attn)
-        return
-    inner = original(attn)
-    if isinstance(inner, native.NativeAttention):
-        from lenslrp.hooks.attention import native_forward
-
-        at.attribute(inner, "forward", native_forward(attn, inner))
-    elif not isinstance(attn, PositionEmbeddingsAttentionBridge | JointQKVAttentionBridge):
-        return
-    roles = {role: ctx.composite[role] for role in ("attention_qk", "softmax", "attention_av")}
-    first, second = F.product_shares(roles["attention_av"])
-    if second == 0:
-        raise InputError("an attention_av rule must give the values a share")
-    z = ctx.site(f"{path}.o.hook_in", attn, "attention_av")
-    at.sites.append(z)
-    at.hook(
-        attn.o.hook_in,
-        lambda _, args, y: F.apply(F.ProductOutput, y, first, second, z),
-    )
-    if first == 0:
-        at.hook(attn.hook_pattern, lambda _, args, y: y.detach())
-        return
-    sites = {
-        "attention_qk": ctx.site(f"{path}.hook_attn_scores", attn, "attention_qk"),
-        "softmax": ctx.site(f"{path}.hook_pattern", attn, "softmax"),
-    }
-    cap = softcap_of(attn)
-    if cap is not None:
-        sites["softcap"] = ctx.site(f"{path}.hook_attn_scores", attn, "softcap")
-    at.sites.extend(sites.values())
-    q_share, k_share = F.product_shares(roles["attention_qk"])
-    if q_share != k_share:
-        raise InputError("an attention_qk rule must give queries and keys the same share")
-    needs_scores = isinstance(roles["softmax"], SoftmaxTemperature)
-    stash: list[Tensor] = []
-
-    def at_scores(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> Tensor:
-        stash.clear()
-        if needs_scores:
-            stash.append(scores.detach())
-        return F.apply(F.Scores, scores, q_share, cap, sites)
-
-    def at_pattern(_: nn.Module, args: tuple[Any, ...], pattern: Tensor) -> Tensor:
-        scores = stash.pop() if stash else None
-        return F.apply(F.Pattern, pattern, scores, first / second, sites["softmax"])
-
-    at.hook(attn.hook_attn_scores, at_scores)
-    at.hook(attn.hook_pattern, at_pattern)
-
-
-def softcap_of(attn: AttentionBridge) -> float | None:
-    """The attention soft-cap of a component, ``None`` without one."""
-    inner = original(attn)
-    cap = getattr(inner, "attn_logit_softcapping", None)
-    if cap is None:
-        cap = getattr(inner, "attn_scores_soft_cap", None)
-    return float(cap) if cap is not None and float(cap) > 0 else None
-
-
-def components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, under the first of its names that is not a wrapped module's own."""
-    seen: set[int] = set()
-    named = list(model.named_modules(remove_duplicate=False))
-    named.sort(key=lambda item: ("_original_component" in item[0], item[0].startswith("original_")))
-    for name, module in named:
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield name.replace("._original_component", ""), module
 
 
 def attach_all(model: nn.Module, ctx: Context) -> Attached:

@@ -1,34 +1,56 @@
 """LensLRP: relevance at every hook of every transformer that TransformerLens can load.
 
 AttnLRP (Achtibat et al., ICML 2024) on ``TransformerBridge``.
+
+Public names are imported when first used: torch takes seconds, and ``lenslrp --help`` needs none
+of it.
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from lenslrp import targets
-from lenslrp.cache import RelevanceCache
-from lenslrp.chat import chat
-from lenslrp.doctor import examine
-from lenslrp.errors import CoverageError, InputError, LensLRPError, LoadError
-from lenslrp.hooks import (
-    CPLRP,
-    GIM,
-    AttnLRP,
-    AttnLRPViT,
-    Composite,
-    GradientTimesInput,
-    RelP,
-    relevance_rules,
-)
-from lenslrp.ledger import Ledger
-from lenslrp.loading import load
-from lenslrp.reductions import TopK
-from lenslrp.run import relevance_for_targets, run_with_relevance
+if TYPE_CHECKING:
+    from lenslrp import targets
+    from lenslrp.cache import RelevanceCache
+    from lenslrp.conversation import chat
+    from lenslrp.doctor import examine
+    from lenslrp.errors import CoverageError, InputError, LensLRPError, LoadError
+    from lenslrp.hooks import (
+        CPLRP,
+        GIM,
+        AttnLRP,
+        AttnLRPViT,
+        Composite,
+        GradientTimesInput,
+        RelP,
+        relevance_rules,
+    )
+    from lenslrp.ledger import Ledger
+    from lenslrp.loading import load
+    from lenslrp.reductions import TopK
+    from lenslrp.run import relevance_for_targets, run_with_relevance
 
-try:
-    __version__ = version("lenslrp")
-except PackageNotFoundError:  # running from a checkout that is not installed
-    __version__ = "0+checkout"
+_HOMES = {
+    "cache": ("RelevanceCache",),
+    "conversation": ("chat",),
+    "doctor": ("examine",),
+    "errors": ("CoverageError", "InputError", "LensLRPError", "LoadError"),
+    "hooks": (
+        "CPLRP",
+        "GIM",
+        "AttnLRP",
+        "AttnLRPViT",
+        "Composite",
+        "GradientTimesInput",
+        "RelP",
+        "relevance_rules",
+    ),
+    "ledger": ("Ledger",),
+    "loading": ("load",),
+    "reductions": ("TopK",),
+    "run": ("relevance_for_targets", "run_with_relevance"),
+}
 
 __all__ = [
     "CPLRP",
@@ -53,3 +75,23 @@ __all__ = [
     "run_with_relevance",
     "targets",
 ]
+
+try:
+    __version__ = version("lenslrp")
+except PackageNotFoundError:  # running from a checkout that is not installed
+    __version__ = "0+checkout"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "targets":
+        return import_module("lenslrp.targets")
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"lenslrp.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'lenslrp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

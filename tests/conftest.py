@@ -21,7 +21,7 @@ from jaxtyping import install_import_hook
 
 # Not the public entry points, which answer arguments of a wrong type with messages of their own.
 install_import_hook(
-    ["lenslrp.hooks", "lenslrp.analysis", "lenslrp.cache", "lenslrp.chat", "lenslrp.ledger"],
+    ["lenslrp.hooks", "lenslrp.analysis", "lenslrp.cache", "lenslrp.conversation", "lenslrp.ledger"],
     "beartype.beartype",
 )
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from lenslrp import embedded
-from lenslrp.chat import chat
+from lenslrp.conversation import chat
 from lenslrp.embedded import EmbeddedModel, ensure_cached, find_fault
 from lenslrp.errors import InputError, LoadError
 from lenslrp.loading import load

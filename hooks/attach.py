@@ -1,0 +1,105 @@
+"""How a rule is attached to one component of a bridge, and how all of it is undone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lenslrp.hooks import functions as F
+from lenslrp.hooks.composites import Composite
+from lenslrp.hooks.sites import Books, Site
+
+Undo = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an ``attach_*`` function needs besides its component."""
+
+    composite: Composite
+    books: Books | None
+    attention: str
+
+    def site(self, hook: str, component: Any, role: str, rule: Any = None) -> Site:
+        rule = self.composite[role] if rule is None else rule
+        return Site(hook, type(component).__name__, role, rule, layer_of(hook), books=self.books)
+
+
+def layer_of(name: str) -> int | None:
+    """The block index in a hook or component name, ``None`` outside the blocks."""
+    found = re.search(r"(?:^|\.)\w*blocks\.(\d+)(?:\.|$)", name)
+    return int(found.group(1)) if found else None
+
+
+def original(component: nn.Module) -> Any:
+    """The Hugging Face module that a bridge component wraps, or ``None``."""
+    return getattr(component, "original_component", None)
+
+
+class Attached:
+    """Sites created so far and how to undo them, in order."""
+
+    def __init__(self) -> None:
+        self.sites: list[Site] = []
+        self.undo: list[Undo] = []
+
+    def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        self.undo.append(module.register_forward_hook(hook).remove)
+
+    def pre_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        self.undo.append(module.register_forward_pre_hook(hook).remove)
+
+    def attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """Shadow an attribute of one instance, past nn.Module's and the bridge's own setters."""
+        had, old = name in module.__dict__, module.__dict__.get(name)
+        module.__dict__[name] = value
+
+        def restore() -> None:
+            if had:
+                module.__dict__[name] = old
+            else:
+                module.__dict__.pop(name, None)
+
+        self.undo.append(restore)
+
+    def wrap(self, module: nn.Module, apply: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Cut the graph through ``module``; ``apply(x, y)`` puts a rule in its place."""
+        inputs: list[Tensor] = []
+
+        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            inputs.append(args[0])
+            return (args[0].detach(), *args[1:])
+
+        def after(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+            return apply(inputs.pop(), y)
+
+        self.pre_hook(module, before)
+        self.hook(module, after)
+
+    def region(self, module: nn.Module, site: Site, bias: Callable[[], Tensor | None]) -> None:
+        """Mark a module as plain: its inside is on the graph, and its in and out are measured."""
+        self.sites.append(site)
+
+        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (F.apply(F.RegionInput, args[0], "plain", site), *args[1:])
+
+        def after(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+            return F.apply(F.RegionOutput, y, bias(), "plain", site)
+
+        self.pre_hook(module, before)
+        self.hook(module, after)
+
+
+def components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, under the first of its names that is not a wrapped module's own."""
+    seen: set[int] = set()
+    named = list(model.named_modules(remove_duplicate=False))
+    named.sort(key=lambda item: (item[0].count("_original_component"), "original_" in item[0]))
+    for name, module in named:
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield name.replace("._original_component", ""), module

@@ -1,0 +1,130 @@
+"""Documentation is executed: every Python block of README.md and docs/*.md, in order.
+
+The blocks of one file share one namespace, as a reader would type them. A block is skipped when the
+line before its fence is ``<!-- no-run -->``. Line numbers in a traceback are those of the page.
+Links and paths in code spans must lead somewhere too.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+RUN = [path for path in (README, *sorted((ROOT / "docs").glob("*.md"))) if path.is_file()]
+PAGES = [*RUN, ROOT / "CONTRIBUTING.md"]
+NO_RUN = "<!-- no-run -->"
+FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})(?P<language>[\w+-]*)\s*$")
+LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)(?P<file>[^)#\s]*)(?:#(?P<anchor>[^)\s]*))?\)")
+PATH = re.compile(
+    r"`((?:hooks|lenslrp|analysis|tests|benchmarks|docs|tutorials|\.ci)/[\w./-]*)`"
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its first line of text (1-based), whether to run it."""
+
+    language: str
+    line: int
+    text: str
+    run: bool
+
+
+def blocks(text: str) -> list[Block]:
+    """All fenced blocks of a Markdown page, in order.
+
+    Raises:
+        ValueError: a fence that is never closed.
+    """
+    found: list[Block] = []
+    opened: re.Match[str] | None = None
+    start, run, last = 0, True, ""
+    lines = text.splitlines()
+    for number, line in enumerate(lines, start=1):
+        fence = FENCE.match(line)
+        if opened is None:
+            if fence is not None:
+                opened, start, run = fence, number + 1, last != NO_RUN
+            elif line.strip():
+                last = line.strip()
+        elif fence is not None and not fence["language"] and fence["ticks"] == opened["ticks"]:
+            inside = [row.removeprefix(opened["indent"]) for row in lines[start - 1 : number - 1]]
+            found.append(Block(opened["language"], start, "\n".join(inside) + "\n", run))
+            opened, last = None, ""
+    if opened is not None:
+        raise ValueError(f"the fence in line {start - 1} is never closed")
+    return found
+
+
+def prose(text: str) -> str:
+    """A page without its fenced blocks."""
+    kept, inside = [], False
+    for line in text.splitlines():
+        if FENCE.match(line):
+            inside = not inside
+        elif not inside:
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ +(.*)$", prose(text), flags=re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+def test_blocks_are_found_with_their_lines_and_the_skipped_ones_marked() -> None:
+    page = f"text\n\n```python\na = 1\n```\n\n{NO_RUN}\n```python\nb\n```\n```bash\nls\n```\n"
+    assert blocks(page) == [
+        Block("python", 4, "a = 1\n", True),
+        Block("python", 9, "b\n", False),
+        Block("bash", 12, "ls\n", True),
+    ]
+
+
+def test_an_open_fence_is_refused() -> None:
+    with pytest.raises(ValueError, match="line 2 is never closed"):
+        blocks("text\n```python\na = 1\n")
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_every_python_block_runs(
+    page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # what an example writes
+    module = ModuleType(f"docs_{page.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for block in blocks(page.read_text(encoding="utf-8")):
+        if block.language == "python" and block.run:
+            padded = "\n" * (block.line - 1) + block.text
+            exec(compile(padded, str(page), "exec"), vars(module))  # noqa: S102 - our own pages
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    broken = [path for path in PATH.findall(prose(text)) if not (ROOT / path).exists()]
+    for link in LINK.finditer(prose(text)):
+        target = page.parent / link["file"] if link["file"] else page
+        if not target.exists():
+            broken.append(link.group())
+        elif link["anchor"] and link["anchor"] not in anchors(target.read_text(encoding="utf-8")):
+            broken.append(link.group())
+    assert broken == []
+
+
+def test_the_page_that_a_coverage_error_refers_to_has_that_heading() -> None:
+    from lenslrp.hooks.coverage import gap_message
+
+    found = re.search(r"\((docs/[\w.]+), '([^']+)'\)", gap_message([], "Model"))
+    assert found is not None
+    page, heading = found.groups()
+    assert f"## {heading}\n" in (ROOT / page).read_text(encoding="utf-8")
