@@ -32,13 +32,21 @@ def case(request: pytest.FixtureRequest) -> tuple[Any, torch.Tensor]:
     return model, logits
 
 
+def _make_leaf(_: Any, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+    """The user's own leaf: weights are frozen inside ``relevance_rules``."""
+    return out.detach().requires_grad_()
+
+
 @pytest.mark.parametrize("case", CASES, indirect=True)
 def test_logits_are_equal_under_every_composite(case: tuple[Any, torch.Tensor]) -> None:
     model, reference = case
     for name, composite in COMPOSITES.items():
         with lenslrp.relevance_rules(model, composite()) as rules:
+            leaf = model.hook_dict["embed.hook_out"].register_forward_hook(_make_leaf)
             logits = model(tokens())
+            leaf.remove()
         assert all(site.forward for site in rules.sites), name
+        assert logits.requires_grad, name
         assert torch.equal(logits, reference), name
 
 

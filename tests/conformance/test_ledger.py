@@ -47,7 +47,7 @@ def require_balance(cache: lenslrp.RelevanceCache, tolerance: float) -> None:
     size = max(1.0, abs(ledger.target), float(table[["resid_in", "resid_out"]].abs().max().max()))
     assert abs(ledger.error) <= tolerance, str(ledger)
     assert table["error"].abs().max() <= tolerance * size, table.to_string()
-    assert list(table.index) == [*range(LAYERS), "outside"]
+    assert [str(layer) for layer in table.index] == [*map(str, range(LAYERS)), "outside"]
     for term in TERMS:
         assert table[term].sum() == pytest.approx(getattr(ledger, term), rel=1e-9, abs=1e-12)
     assert ledger.target == pytest.approx(float(cache.target.value.double().sum()), rel=1e-12)

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import lenslrp
-from lenslrp.hooks import Gamma, components
+from lenslrp.hooks import CONSTANT, Gamma, components
 from tests.conformance.families import COMPOSITES, make, tokens
 
 ATTENTION = ("attention_av", "softmax", "attention_qk")
@@ -75,22 +76,39 @@ def sites(model: Any, composite: Any) -> list[Key]:
         return [(site.hook, site.role) for site in rules.sites]
 
 
+def relevance(model: Any, composite: Any) -> Tensor:
+    """Token relevance of one short prompt."""
+    return lenslrp.run_with_relevance(model, tokens(1, 5), 5, composite, names_filter=[])[1].tokens
+
+
 def mutate(model: Any, composite: Any, key: Key) -> str:
-    """The first line of what a run says with one rule forgotten; raises if it says nothing."""
+    """What a run says with one rule forgotten; fails if it says nothing."""
     with forgotten(model, key):
         assert key not in sites(model, composite), "the mutation did nothing"
         with pytest.raises(lenslrp.CoverageError) as caught:
-            lenslrp.run_with_relevance(model, tokens(1, 5), 5, composite, names_filter=[])
+            relevance(model, composite)
     return str(caught.value).split(". Relevance past it")[0]
 
 
+def is_idle(composite: lenslrp.Composite, role: str) -> bool:
+    """Whether a rule multiplies by one: a constant factor is cut elsewhere, at its own output."""
+    return composite[role] == CONSTANT
+
+
 def check_all(name: str, composite: Any) -> list[tuple[Key, str]]:
+    """Every rule forgotten in turn, with what was said; the model works before and after."""
     model = make(name)
-    lenslrp.run_with_relevance(model, tokens(1, 5), 5, composite, names_filter=[])
+    expected = relevance(model, composite)
     keys = sites(model, composite)
     assert len(keys) == len(set(keys))
-    found = [(key, mutate(model, composite, key)) for key in keys]
-    lenslrp.run_with_relevance(model, tokens(1, 5), 5, composite, names_filter=[])
+    found = []
+    for key in keys:
+        if is_idle(composite, key[1]):  # forgetting it must change nothing at all
+            with forgotten(model, key):
+                assert torch.equal(relevance(model, composite), expected), key
+        else:
+            found.append((key, mutate(model, composite, key)))
+    assert torch.equal(relevance(model, composite), expected)
     return found
 
 
@@ -120,6 +138,23 @@ def test_a_linear_rule_that_is_forgotten_is_noticed(name: str) -> None:
         mutate(model, composite, key)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "native_gated"])
+def test_a_pattern_that_is_not_held_constant_is_noticed(name: str) -> None:
+    """CP's one act, cutting the graph at the pattern, has no site of its own."""
+    model = make(name)
+    point = model.blocks[1].attn.hook_pattern
+    hook = components.Attached.hook
+
+    def forgetful(at: Any, module: nn.Module, function: Any) -> None:
+        if module is not point:
+            hook(at, module, function)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(components.Attached, "hook", forgetful)
+        with pytest.raises(lenslrp.CoverageError, match=r"blocks\.1\.attn"):
+            relevance(model, lenslrp.CPLRP())
+
+
 def test_a_native_attention_that_is_not_made_live_is_noticed() -> None:
     model = make("native_gated")
 
@@ -131,7 +166,7 @@ def test_a_native_attention_that_is_not_made_live_is_noticed() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(components.Attached, "attribute", dead)
         with pytest.raises(lenslrp.CoverageError):
-            lenslrp.run_with_relevance(model, tokens(1, 5), 5, names_filter=[])
+            relevance(model, lenslrp.AttnLRP())
 
 
 @pytest.mark.parametrize("role", ["norm", "activation", "gate", *ATTENTION])
@@ -139,7 +174,6 @@ def test_a_rule_that_is_listed_and_never_ran_is_noticed(role: str) -> None:
     """The other way to go missing: attached to a place that the forward pass does not visit."""
     model = make("llama")
     target = next(hook for hook, r in sites(model, lenslrp.AttnLRP()) if r == role)
-    before = components.Context.site
     elsewhere = nn.Identity()
 
     class Misplaced(components.Attached):
@@ -165,8 +199,7 @@ def test_a_rule_that_is_listed_and_never_ran_is_noticed(role: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(components, "_attach", patched)
         with pytest.raises(lenslrp.CoverageError):
-            lenslrp.run_with_relevance(model, tokens(1, 5), 5, names_filter=[])
-    assert components.Context.site is before
+            relevance(model, lenslrp.AttnLRP())
 
 
 def main() -> None:
