@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,11 +73,23 @@ def _require_matplotlib() -> None:
         ) from error
 
 
-def _figure(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
-    _require_matplotlib()
+@cache
+def _figure_class() -> type[Figure]:
+    """A Figure that a notebook shows by itself: without pyplot, IPython has no formatter."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor=theme.paper)
+    class NotebookFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            buffer = BytesIO()
+            self.savefig(buffer, format="png", dpi=96)
+            return buffer.getvalue()
+
+    return NotebookFigure
+
+
+def _figure(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
+    _require_matplotlib()
+    figure = _figure_class()(figsize=(width, height), layout="constrained", facecolor=theme.paper)
     axes = figure.add_subplot(facecolor=theme.paper)
     _ink(axes, theme)
     return figure, axes

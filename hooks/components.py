@@ -1,8 +1,8 @@
-"""Where the rules go: the only file that knows TransformerLens' component classes.
+"""Where the rules go: TransformerLens' component classes, and what each gets.
 
 Each ``attach_*`` function takes one component of a bridge, creates its sites and registers forward
-hooks on hook points and wrapped modules. It returns the handles that undo it. The functions are
-listed in :data:`COMPONENTS`; a new component class is one entry there.
+hooks on hook points and wrapped modules. :func:`_attach` says which class gets which; a new
+component class is one line there. Attention has a file of its own, :mod:`lenslrp.hooks.attention`.
 """
 
 from __future__ import annotations
@@ -88,15 +88,24 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
         at.sites.append(site)
         _attach_wrapped_norm(at, component, site)
 
+        cut: list[bool] = []
+
         def constant_scale(_: nn.Module, args: tuple[Any, ...], scale: Tensor) -> Tensor | None:
             # On the native path the scale is computed for reading only; touch it there and the
             # bridge would leave the wrapped norm.
             if not scale.requires_grad or (_native(norm) and scale is args[0]):
                 return None
-            site.forward += 1
+            cut.append(True)
             return scale.detach()
 
+        def mark(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+            if not cut:
+                return None
+            cut.clear()
+            return F.apply(F.Mark, y, site)
+
         at.hook(norm.hook_scale, constant_scale)
+        at.hook(norm, mark)
     if ctx.books is not None:
         _attach_norm_bias(at, ctx, path, norm, bias)
 

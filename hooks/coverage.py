@@ -200,7 +200,7 @@ def site_table(sites: list[Site], on_path: set[int] | None = None) -> pd.DataFra
         if on_path is None or id(s) in on_path
     ]
     columns = ["hook", "component", "role", "rule", "layer", "forward", "fired"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
 
 
 class Tracer:
@@ -271,8 +271,9 @@ def gap_message(gaps: list[Gap], architecture: str) -> str:
     return (
         f"{architecture}: no rule for {shown}{more}. Relevance past it would be wrong. Give the "
         "operation a rule (docs/method.md, 'Adding a rule'): an element-wise module through "
-        "composite.extended({ModuleClass: Identity()}), or mark its role Plain(). strict=False "
-        "computes it with the plain gradient there and says so in R.coverage."
+        "composite.extended({ModuleClass: Identity()}), or Plain() for its plain gradient. If a "
+        "hook of your own does this, it is what has no rule. strict=False takes the plain gradient "
+        "there and says so in R.coverage."
     )
 
 

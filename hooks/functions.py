@@ -227,6 +227,20 @@ class Share(torch.autograd.Function):
         return g * ctx.share, None, None
 
 
+class Mark(torch.autograd.Function):
+    """Changes nothing: the node of a site whose rule is a cut, which leaves none in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, site: Site) -> Tensor:
+        _mark(ctx, site)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        ctx.site.backward += 1
+        return g, None
+
+
 class RegionOutput(torch.autograd.Function):
     """Begins, at an operation's output, a region for which one site answers as a whole."""
 

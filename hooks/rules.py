@@ -184,8 +184,10 @@ def alpha_beta_linear(
     neg = xp @ wn.T + xn @ wp.T
     b = torch.zeros_like(pos[..., :1]) if bias is None else bias
     r = g * (pos + neg + b)
-    plus = alpha * r / stabilise(pos + b.clamp(min=0), eps)
-    minus = beta * r / stabilise(neg + b.clamp(max=0), eps)
+    up, down = pos + b.clamp(min=0), neg + b.clamp(max=0)
+    # An output without contributions of a sign has nothing to hand on to that side.
+    plus = torch.where(up > 0, alpha * r / stabilise(up, eps), 0.0)
+    minus = torch.where(down < 0, beta * r / stabilise(down, eps), 0.0)
     gx = torch.where(x > 0, plus @ wp, plus @ wn) - torch.where(x > 0, minus @ wn, minus @ wp)
     return gx, plus * b.clamp(min=0) - minus * b.clamp(max=0)
 

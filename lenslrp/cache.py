@@ -105,7 +105,7 @@ class RelevanceCache:
         """Total relevance of the residual stream, [layer, position]; the last row is "final"."""
         pre = self._by_layer("hook_resid_pre")
         last = self._by_layer("hook_resid_post")[-1][1]
-        flat = [(str(layer), x) for layer, x in pre] + [("final", last)]
+        flat: list[tuple[int | str, Tensor]] = [*pre, ("final", last)]
         rows = {name: (x.sum(dim=-1) if x.ndim == 3 else x)[row].tolist() for name, x in flat}
         frame = pd.DataFrame.from_dict(rows, orient="index")
         return frame.rename_axis(index="layer", columns="position")
@@ -285,7 +285,10 @@ class RelevanceCache:
             target=Explained(told["target"], tensors["target"]),
             composite=Composite(told["composite"], {}),
             coverage=Coverage(
-                _frame(told["sites"]), told["uncovered"], told["off_path"], told["notes"]
+                _frame(told["sites"]).astype({"layer": "Int64"}),
+                told["uncovered"],
+                told["off_path"],
+                told["notes"],
             ),
             ledger_=ledger,
             model_name=told["model_name"],

@@ -6,6 +6,7 @@ operations have none, whether the forward pass was touched and whether the books
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ TOLERANCE: Mapping[str, float] = {
 """How far the ledger may be off, relative to the target, before doctor calls it wrong."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
     """What doctor found.
 
@@ -80,10 +81,12 @@ class Diagnosis:
         return Group(*parts)
 
     def __str__(self) -> str:
-        console = Console(width=100, color_system=None)
-        with console.capture() as capture:
-            console.print(self.render())
-        return capture.get()
+        buffer = io.StringIO()
+        console = Console(file=buffer, width=100, color_system=None, force_jupyter=False)
+        console.print(self.render())
+        return buffer.getvalue()
+
+    __repr__ = __str__
 
 
 def _verdict(claim: str, holds: bool) -> Text:

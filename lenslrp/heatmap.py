@@ -214,7 +214,7 @@ def _legend(tokens: Sequence[str], values: Sequence[float], mask: Sequence[bool]
     parts = [bar, f"sum {signed(math.fsum(finite), s.limit)}"]
     if s.largest is not None and s.limit > 0:
         parts.append(
-            f"maximum {signed(values[s.largest], s.limit)} at {token_html(tokens[s.largest])} "
+            f"largest {signed(values[s.largest], s.limit)} at {token_html(tokens[s.largest])} "
             f"(position {s.largest})"
         )
     if any(kept and not math.isfinite(v) for v, kept in zip(values, mask, strict=True)):

@@ -63,7 +63,7 @@ class Ledger:
 
     def _repr_html_(self) -> str:
         frame = pd.DataFrame([self.to_dict()]).T
-        frame.columns = ["logits"]
+        frame.columns = ["value"]
         html: str = frame.to_html(float_format=lambda v: f"{v:+.5g}")
         return html
 

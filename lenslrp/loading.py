@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from lenslrp.embedded import EMBEDDED, ensure_cached
 from lenslrp.errors import LoadError
@@ -103,6 +106,17 @@ def _refuse(reason: str, **arguments: object) -> None:
         raise LoadError(f"{', '.join(given)} cannot be given here: {reason}")
 
 
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
 def _from_embedded(
     name: str,
     *,
@@ -111,13 +125,14 @@ def _from_embedded(
     n_devices: int | None,
 ) -> TransformerBridge:
     folder = ensure_cached(name)
-    bridge = _boot(
-        str(folder),
-        tokenizer=_as_it_is(AutoTokenizer.from_pretrained(folder, local_files_only=True)),
-        dtype=dtype or torch.float32,
-        device=device,
-        n_devices=n_devices,
-    )
+    with _no_progress_bar():  # a second's work, and it would end up in every notebook
+        bridge = _boot(
+            str(folder),
+            tokenizer=_as_it_is(AutoTokenizer.from_pretrained(folder, local_files_only=True)),
+            dtype=dtype or torch.float32,
+            device=device,
+            n_devices=n_devices,
+        )
     bridge.cfg.model_name = name
     return bridge
 

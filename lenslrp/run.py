@@ -227,7 +227,10 @@ def _forward(model: Any, prepared: Prepared, leaves: Leaves) -> Tensor:
         return logits
     logits = model(prepared.tokens, return_type="logits", **kwargs)
     if not leaves.tokens:
-        raise CoverageError("no token embedding ran in the forward pass: there are no leaves")
+        raise CoverageError(
+            f"{architecture(model)}: no known token embedding ran in the forward pass, so there "
+            "are no leaves to give relevance to; encoder-decoders are not covered yet"
+        )
     return logits
 
 

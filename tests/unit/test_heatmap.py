@@ -106,7 +106,7 @@ def test_tooltips_carry_value_and_position_and_the_legend_the_maximum():
     page = Page(html)
     assert "\u2068·Eiffel\u2069 · position 1 · relevance +4.92" in page.titles
     assert "-4.92" in page.text
-    assert "maximum +4.92 at ·Eiffel (position 1)" in page.text
+    assert "largest +4.92 at ·Eiffel (position 1)" in page.text
     assert "sum +12.30" in page.text
 
 
@@ -136,7 +136,7 @@ def test_nan_and_infinity_are_hatched_and_said():
     html = token_heatmap(["a", "b", "c"], [float("nan"), float("-inf"), 1.0])
     assert html.count("repeating-linear-gradient") == 2
     assert "hatched: not a finite number" in html
-    assert "maximum +1.00" in Page(html).text
+    assert "largest +1.00" in Page(html).text
     assert "relevance NaN" in html
     assert "relevance -inf" in html
 
@@ -145,7 +145,7 @@ def test_padding_is_one_chip_and_does_not_set_the_scale():
     html = token_heatmap(["p", "p", "a"], [9.0, 0.5, 1.0], attention_mask=[False, False, True])
     page = Page(html)
     assert "padding ×2, relevance +9.5" in page.text
-    assert "maximum +1.00 at a (position 2)" in page.text
+    assert "largest +1.00 at a (position 2)" in page.text
     assert "position 0 · " not in html
 
 
@@ -157,7 +157,7 @@ def test_first_token_dominance_is_said_and_the_scale_can_leave_it_out():
     html = token_heatmap(["<s>", "a", "b"], values, without_first=True)
     assert opacity(html, 0) == -opacity(html, 2)
     assert "Scaled without the first token, which holds +40.00" in html
-    assert "maximum +40.00 at &lt;s&gt;" in re.sub(r"</?(bdi|span)[^>]*>", "", html)
+    assert "largest +40.00 at &lt;s&gt;" in re.sub(r"</?(bdi|span)[^>]*>", "", html)
 
 
 def test_the_first_token_is_the_first_that_is_not_padding():

@@ -19,7 +19,7 @@ PATIENCE = 60.0
 def jobs() -> list[tuple[Tensor, int, lenslrp.Composite]]:
     composites = [lenslrp.AttnLRP(), lenslrp.CPLRP(), lenslrp.GradientTimesInput()]
     return [
-        (TOKENS.roll(shift, dims=1), 3 + shift, composites[shift % 3]) for shift in range(6)
+        (TOKENS.roll(shift, dims=1), 3 + shift, composites[shift % 3]) for shift in range(4)
     ]
 
 
@@ -106,6 +106,6 @@ def test_a_failure_in_one_thread_lets_the_others_go_on() -> None:
         return explain(model, jobs()[index])
 
     with ThreadPoolExecutor(2) as pool:
-        got = list(pool.map(attempt, range(6)))
+        got = list(pool.map(attempt, range(4)))
     assert same([g for g in got if g is not None], serial[::2])
     assert changes(before, model) == []

@@ -141,9 +141,14 @@ def hook_order(module: nn.Module) -> dict[str, list[Any]]:
     return {kind: list(getattr(module, kind).items()) for kind in kinds}
 
 
-# Attributes that a plain forward pass of TransformerLens' own replaces: the last pattern, a cache of
-# names, its lists of handles (whose contents are compared).
-REPLACED = ("_pattern", "_block_alias_cache", "fwd_hooks", "bwd_hooks")
+# Attributes that a plain forward pass of TransformerLens' own replaces, or an exception in it leaves
+# behind: what it saw last, a cache of names, its lists of handles (whose contents are compared).
+REPLACED = frozenset(
+    """
+    _pattern _block_alias_cache _current_batch_size _fired_hook_in _fired_hook_out
+    fwd_hooks bwd_hooks
+    """.split()
+)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
