@@ -173,8 +173,7 @@ class Scores(torch.autograd.Function):
         if softcap is not None:
             softcap.backward += 1
         if qk.books is not None:
-            # A masked score is -inf or the type's minimum, and its gradient exactly 0: relevance 0.
-            s = saved[0].masked_fill(g == 0, 0.0)
+            s = saved[0]
             relevance = row_sums(s, g)
             softmax.report("softmax", -relevance)
             passed = relevance

@@ -21,7 +21,7 @@ from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.functions import Read, apply
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
-Reduce = Callable[[Tensor], Any]
+Reduce = Callable[[Tensor], Tensor]
 
 TOTALS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
@@ -154,22 +154,31 @@ class Readers:
         x, g = x.detach(), g.detach()
         if x.dtype in (torch.float16, torch.bfloat16):
             x, g = x.float(), g.float()
-        if reading.names[0].endswith("hook_attn_scores"):
-            x = x.masked_fill(torch.isinf(x), 0.0)  # a masked score: -inf * 0 is 0 here
-        self._keep(reading, x * g, x)
-
-    def _keep(self, reading: Reading, relevance: Tensor, x: Tensor) -> None:
         conversion = getattr(reading.point, "hook_conversion", None)
         if conversion is not None:
-            relevance = conversion.convert(relevance)
+            x, g = conversion.convert(x), conversion.convert(g)
+        made: dict[int, Tensor] = {}  # names of one hook point share one tensor
         for name in reading.names:
-            if name.endswith("hook_post") and self.reduce(name) is None:
-                self.activations[name] = x
             reduce = self.reduce(name)
-            value = relevance if reduce is None else reduce(relevance)
+            if id(reduce) not in made:
+                made[id(reduce)] = self._relevance(reduce, x, g)
+            value = made[id(reduce)]
+            if name.endswith("hook_attn_scores") and bool(value.isnan().any()):
+                # A masked score is -inf and its gradient exactly 0: its relevance is 0.
+                value = self._relevance(reduce, x.masked_fill(x.isneginf() & (g == 0), 0.0), g)
+            if name.endswith("hook_post") and reduce is None:
+                self.activations[name] = x
             old = self.values.get(name)
             # A point that fires twice in one pass carries the sum of both uses.
             self.values[name] = value if old is None else old + value
+
+    @staticmethod
+    def _relevance(reduce: Reduce | None, x: Tensor, g: Tensor) -> Tensor:
+        of_product = getattr(reduce, "of_product", None)
+        if of_product is not None:  # a reduction that needs no tensor for x * g
+            reduced: Tensor = of_product(x, g)
+            return reduced
+        return x * g if reduce is None else reduce(x * g)
 
     def finish(self) -> dict[str, Any]:
         """The values of the backward pass that has just ended; zero where no gradient came."""
@@ -177,7 +186,7 @@ class Readers:
             if reading.seen and reading.names[0] not in self.values:
                 assert reading.shape is not None and reading.zero_like is not None
                 zeros = reading.zero_like.new_zeros(reading.shape)
-                self._keep(reading, zeros, zeros)
+                self._deliver(reading, zeros, zeros)
         values, self.values = self.values, {}
         return values
 

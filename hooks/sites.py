@@ -14,11 +14,22 @@ TERMS = ("biases", "softmax", "positional", "stabiliser", "plain")
 
 
 def row_sums(x: Tensor, g: Tensor) -> Tensor:
-    """Sum of ``x * g`` over everything but the batch: [batch], float64 (float32 on MPS)."""
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    """Sum of ``x * g`` over everything but the batch: [batch], float64 (float32 on MPS).
+
+    A dot product for each row, without a tensor for ``x * g``. A masked score is -inf (or the
+    type's minimum) and its gradient exactly 0: its relevance is 0.
+    """
     if x.dtype in (torch.float16, torch.bfloat16):
         x, g = x.float(), g.float()
-    return (x * g).flatten(1).sum(dim=1, dtype=wide)
+    sums = _dots(x, g)
+    if bool(sums.isnan().any()) and bool(x.isneginf().any()):
+        sums = _dots(x.masked_fill(x.isneginf() & (g == 0), 0.0), g)
+    return sums if sums.device.type == "mps" else sums.double()
+
+
+def _dots(x: Tensor, g: Tensor) -> Tensor:
+    rows: Tensor = torch.einsum("bn,bn->b", x.flatten(1), g.flatten(1))
+    return rows
 
 
 class Books:

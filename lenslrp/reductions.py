@@ -14,9 +14,17 @@ Reducer = Callable[[Tensor], Tensor]
 Reduce = str | Reducer | Mapping[str, str | Reducer | None] | None
 
 
-def over_features(relevance: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class OverFeatures:
     """Sum over the last axis: per token, per head and token, or per query."""
-    return relevance.sum(dim=-1)
+
+    def __call__(self, relevance: Tensor) -> Tensor:
+        return relevance.sum(dim=-1)
+
+    def of_product(self, x: Tensor, g: Tensor) -> Tensor:
+        """The same from activation and gradient, without a tensor for their product."""
+        sums: Tensor = torch.einsum("...d,...d->...", x, g)
+        return sums
 
 
 def over_positions(relevance: Tensor) -> Tensor:
@@ -42,7 +50,7 @@ class TopK:
 
 NAMED: Mapping[str, Reducer | None] = {
     "none": None,
-    "sum": over_features,
+    "sum": OverFeatures(),
     "sum_positions": over_positions,
 }
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lenslrp
-from lenslrp.hooks import CONSTANT, Gamma, components
+from lenslrp.hooks import CONSTANT, Gamma, attention, components
 from tests.conformance.families import COMPOSITES, make, tokens
 
 ATTENTION = ("attention_av", "softmax", "attention_qk")
@@ -42,7 +42,7 @@ class Forgetful(components.Attached):
 def forgotten(model: Any, key: Key) -> Iterator[None]:
     """The engine forgets the rule at ``key``, a (hook, role) pair, and nothing else."""
     hook, role = key
-    attach, softcap_of = components._attach, components.softcap_of
+    attach, softcap_of = components._attach, attention.softcap_of
     point = model.hook_dict[hook] if role in ATTENTION else None
 
     def patched(at: Any, ctx: Any, path: str, *rest: Any) -> None:
@@ -64,7 +64,7 @@ def forgotten(model: Any, key: Key) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if role == "softcap":
-            patch.setattr(components, "softcap_of", no_cap)
+            patch.setattr(attention, "softcap_of", no_cap)
         else:
             patch.setattr(components, "_attach", patched)
         yield

@@ -1,4 +1,4 @@
-"""What is explained: every target's value, position, gradient and text, from logits made by hand."""
+"""What is explained: every target's value, position, gradient and text, on logits made by hand."""
 
 from __future__ import annotations
 
@@ -330,5 +330,5 @@ def test_one_latent_unit_a_row() -> None:
 
 
 def test_latent_units_and_logits_do_not_mix() -> None:
-    with pytest.raises(InputError, match="cannot mix Activation targets with targets on the logits"):
+    with pytest.raises(InputError, match="cannot mix Activation targets with"):
         explain([Activation("blocks.0.mlp.hook_post", 3), Logit(5)])

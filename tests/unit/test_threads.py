@@ -18,9 +18,7 @@ PATIENCE = 60.0
 
 def jobs() -> list[tuple[Tensor, int, lenslrp.Composite]]:
     composites = [lenslrp.AttnLRP(), lenslrp.CPLRP(), lenslrp.GradientTimesInput()]
-    return [
-        (TOKENS.roll(shift, dims=1), 3 + shift, composites[shift % 3]) for shift in range(4)
-    ]
+    return [(TOKENS.roll(shift, dims=1), 3 + shift, composites[shift % 3]) for shift in range(4)]
 
 
 def explain(model: Any, job: tuple[Tensor, int, lenslrp.Composite]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,15 @@ from transformer_lens.model_bridge import TransformerBridge
 import lenslrp
 from lenslrp import targets
 from lenslrp.hooks.rules import Identity
-from tests.unit.tiny import TOKENS, changes, own_relevance, plain_gradients, snapshot, tiny
+from tests.unit.tiny import (
+    TOKENS,
+    changes,
+    embedding_leaf,
+    own_relevance,
+    plain_gradients,
+    snapshot,
+    tiny,
+)
 
 FAMILIES = ("llama", "gpt2", "gemma2", "neox", "native")
 COMPOSITES: list[Callable[[], lenslrp.Composite]] = [
@@ -205,16 +213,47 @@ def test_low_level_with_an_own_loss(family: str) -> None:
         assert torch.allclose(relevance, expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_low_level_with_every_composite(family: str) -> None:
+    """What a composite cuts off (the gate, the pattern with its query norms) need not fire."""
+    model = tiny(family)
+    composites = [make() for make in COMPOSITES]
+    for composite in (*composites, lenslrp.CPLRP(gate="up")):
+        expected = explain(model, composite=composite, names_filter=[]).tokens
+        with lenslrp.relevance_rules(model, composite):
+            assert close(own_relevance(model), expected), composite.name
+
+
+def test_low_level_from_the_middle_of_the_model() -> None:
+    """Rules above the place where the backward pass starts need not fire."""
+    model = tiny("llama")
+    target = targets.Activation("blocks.0.mlp.hook_post", 3)
+    expected = explain(model, target, names_filter=[]).tokens
+    leaves: list[Tensor] = []
+    kept: list[Tensor] = []
+    hooks = [
+        embedding_leaf(leaves),
+        ("blocks.0.mlp.hook_post", lambda x, hook: kept.append(x[:, -1, 3])),
+    ]
+    with lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
+        with model.hooks(fwd_hooks=hooks):
+            model(TOKENS)
+        kept[0].sum().backward()
+    assert leaves[0].grad is not None
+    assert close((leaves[0] * leaves[0].grad).sum(dim=-1), expected)
+
+
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
 def test_low_level_ended_by_an_exception(error: type[BaseException]) -> None:
     model = tiny("llama")
-    with (
-        nothing_changes(model),
-        pytest.raises(error, match="in the block"),
-        lenslrp.relevance_rules(model, lenslrp.AttnLRP()),
-    ):
-        own_relevance(model)
-        raise error("in the block")
+
+    def block() -> None:
+        with lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
+            own_relevance(model)
+            raise error("in the block")
+
+    with nothing_changes(model), pytest.raises(error, match="in the block"):
+        block()
 
 
 def test_weights_get_no_gradient_inside() -> None:
@@ -257,17 +296,16 @@ def both(model: TransformerBridge) -> tuple[Tensor, Tensor]:
 def test_nested_contexts_the_innermost_is_in_force() -> None:
     model = tiny("llama")
     attnlrp, cp = both(model)
-    with nothing_changes(model):
-        with lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
-            assert close(own_relevance(model), attnlrp)
-            with lenslrp.relevance_rules(model, lenslrp.CPLRP(), attention="fused"):
-                assert close(own_relevance(model), cp)
-                with lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
-                    assert close(own_relevance(model), attnlrp)
-                assert close(own_relevance(model), cp)
-            assert close(own_relevance(model), attnlrp)
-            assert close(explain(model, composite=lenslrp.CPLRP()).tokens, cp)
-            assert close(own_relevance(model), attnlrp)
+    with nothing_changes(model), lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
+        assert close(own_relevance(model), attnlrp)
+        with lenslrp.relevance_rules(model, lenslrp.CPLRP(), attention="fused"):
+            assert close(own_relevance(model), cp)
+            with lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
+                assert close(own_relevance(model), attnlrp)
+            assert close(own_relevance(model), cp)
+        assert close(own_relevance(model), attnlrp)
+        assert close(explain(model, composite=lenslrp.CPLRP()).tokens, cp)
+        assert close(own_relevance(model), attnlrp)
 
 
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
@@ -276,10 +314,15 @@ def test_after_an_exception_in_the_inner_context_the_outer_is_in_force(
 ) -> None:
     model = tiny("llama")
     attnlrp, cp = both(model)
-    with nothing_changes(model), lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
-        with pytest.raises(error), lenslrp.relevance_rules(model, lenslrp.CPLRP()):
+
+    def inner_block() -> None:
+        with lenslrp.relevance_rules(model, lenslrp.CPLRP()):
             assert close(own_relevance(model), cp)
-            raise error
+            raise error("in the block")
+
+    with nothing_changes(model), lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
+        with pytest.raises(error, match="in the block"):
+            inner_block()
         assert close(own_relevance(model), attnlrp)
 
 

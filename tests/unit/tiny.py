@@ -1,4 +1,4 @@
-"""Tiny random models in float64, a word tokenizer for them, and a snapshot of all they consist of."""
+"""Tiny random models in float64, a word tokenizer, and a snapshot of all that a model holds."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def _llama(**changes: Any) -> nn.Module:
     return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=1, **changes))
 
 
+def _qwen3(**changes: Any) -> nn.Module:
+    config = hf.Qwen3Config(**SIZES, num_key_value_heads=1, head_dim=8, **changes)
+    return hf.Qwen3ForCausalLM(config)
+
+
 def _gemma2(**changes: Any) -> nn.Module:
     quirks: dict[str, Any] = {
         "head_dim": 8,
@@ -73,6 +78,7 @@ def _neox(**changes: Any) -> nn.Module:
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "llama": _llama,
+    "qwen3": _qwen3,
     "gemma2": _gemma2,
     "gpt2": _gpt2,
     "phi": _phi,
@@ -141,13 +147,20 @@ def hook_order(module: nn.Module) -> dict[str, list[Any]]:
     return {kind: list(getattr(module, kind).items()) for kind in kinds}
 
 
-# Attributes that a plain forward pass of TransformerLens' own replaces, or an exception in it leaves
-# behind: what it saw last, a cache of names, its lists of handles (whose contents are compared).
+# Attributes that a plain forward pass of TransformerLens' own replaces, or that an exception in it
+# leaves behind: what it saw last, a cache of names, its lists of handles (their contents are
+# compared).
 REPLACED = frozenset(
-    """
-    _pattern _block_alias_cache _current_batch_size _fired_hook_in _fired_hook_out
-    fwd_hooks bwd_hooks
-    """.split()
+    {
+        "_pattern",
+        "_block_alias_cache",
+        "_current_batch_size",
+        "_derived_position_ids_ok",
+        "_fired_hook_in",
+        "_fired_hook_out",
+        "fwd_hooks",
+        "bwd_hooks",
+    }
 )
 
 
@@ -158,7 +171,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         state[f"{name}: hooks"] = hook_order(module)
         state[f"{name}: training"] = module.training
         state[f"{name}: attributes"] = {
-            key: None if key in REPLACED else id(value) for key, value in vars(module).items()
+            key: id(value) for key, value in vars(module).items() if key not in REPLACED
         }
         state[f"{name}: children"] = {k: id(child) for k, child in module._modules.items()}
         if isinstance(module, HookPoint):
