@@ -17,6 +17,7 @@ from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,
     EmbeddingBridge,
     GatedMLPBridge,
+    JointGateUpMLPBridge,
     MLPBridge,
     NormalizationBridge,
     PosEmbedBridge,
@@ -181,6 +182,8 @@ def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) 
 
 def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role: str) -> None:
     """A linear layer: nothing under epsilon but its bias; otherwise the rule in its place."""
+    if not role:  # its parts are called instead
+        return
     rule = ctx.composite[role]
     if not isinstance(rule, LinearRule):
         attach_bias_meter(at, ctx, path, module)
@@ -269,8 +272,12 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
     for _, module in found:
         if isinstance(module, AttentionBridge):
             for key in ("q", "k", "v", "o"):
-                inner = original(module._modules.get(key) or nn.Identity())
-                roles[id(inner)] = "projection"
+                roles[id(_wrapped(module, key))] = "projection"
+            # The bridge splits a joint projection and calls its parts, unless it delegates.
+            roles[id(_wrapped(module, "qkv"))] = "projection" if ctx.attention == "fused" else ""
+        if isinstance(module, JointGateUpMLPBridge):
+            roles[id(_wrapped(module, "gate_up"))] = ""
+            roles[id(getattr(original(module), module.fused_attr, None))] = ""
         if isinstance(module, GatedMLPBridge) and original(module) is not None:
             share = gate_share(ctx)
             for inner in [*original(module).children(), *module.children(), original(module)]:
@@ -283,6 +290,11 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
             undo()
         raise
     return at
+
+
+def _wrapped(module: nn.Module, key: str) -> Any:
+    child = module._modules.get(key)
+    return None if child is None else original(child)
 
 
 def _attach(

@@ -19,9 +19,18 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+# The models are tiny and the workers several: more threads than cores only wait for one another.
+torch.set_num_threads(1)
+
 # Not the public entry points, which answer arguments of a wrong type with messages of their own.
 install_import_hook(
-    ["lenslrp.hooks", "lenslrp.analysis", "lenslrp.cache", "lenslrp.conversation", "lenslrp.ledger"],
+    [
+        "lenslrp.hooks",
+        "lenslrp.analysis",
+        "lenslrp.cache",
+        "lenslrp.conversation",
+        "lenslrp.ledger",
+    ],
     "beartype.beartype",
 )
 

@@ -39,6 +39,8 @@ def test_padded_batch_equals_single_runs(name: str, side: str) -> None:
     assert torch.equal(batch.attention_mask, mask.bool())
     assert (batch.tokens[~mask.bool()] == 0).all()
     assert abs(batch.ledger().error) < 5e-5
+    for hook in batch.keys():  # noqa: SIM118
+        assert torch.isfinite(batch[hook]).all(), hook
     for row in range(len(ids)):
         real = mask[row].bool()
         alone_logits, alone = lenslrp.run_with_relevance(model, ids[row][real][None], 5)
@@ -111,16 +113,19 @@ def test_values(llama: Any, rows: Tensor) -> None:
 
 
 def test_linear_targets_add_up(llama: Any) -> None:
-    """Relevance is linear in a target that is linear in the logits, under any rule."""
+    """Relevance is linear in a target that is linear in the logits, under any rule.
+
+    To 1e-5: the bridge's softmax, and its gradient with it, is in float32 whatever the model's type.
+    """
     a, b = (_explain(llama, Logit(token)).tokens for token in (5, 9))
     difference = _explain(llama, LogitDiff(5, 9)).tokens
-    torch.testing.assert_close(difference, a - b, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(difference, a - b, rtol=1e-5, atol=1e-6)
     custom = _explain(llama, Custom(lambda x: 2 * x[:, -1, 5] + x[:, -1, 9])).tokens
-    torch.testing.assert_close(custom, 2 * a + b, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(custom, 2 * a + b, rtol=1e-5, atol=1e-6)
     everything = _explain(llama, Custom(lambda x: x[:, -1].sum(dim=1))).tokens
     rest = _explain(llama, Contrastive(5)).tokens
     n = VOCABULARY - 1
-    torch.testing.assert_close(rest, a - (everything - a) / n, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(rest, a - (everything - a) / n, rtol=1e-5, atol=1e-6)
 
 
 def test_positions(llama: Any) -> None:
@@ -143,7 +148,7 @@ def test_a_sequence_is_the_sum_of_its_tokens(llama: Any) -> None:
         llama, forced, [Logit(token, position=length - 1 + i) for i, token in enumerate(span)]
     )
     total = torch.stack([part.tokens for part in parts]).sum(dim=0)
-    torch.testing.assert_close(cache.tokens, total, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(cache.tokens, total, rtol=1e-5, atol=1e-6)
     log_probs = _explain(llama, Sequence(span, of="log_prob"))
     values = torch.stack(
         [
@@ -178,6 +183,7 @@ def test_a_latent_unit(name: str, hook: str, unit: Any) -> None:
     expected = torch.zeros_like(cache[hook])
     expected[(slice(None), 4, *index)] = value
     torch.testing.assert_close(cache[hook], expected)
+    assert cache.ledger().table["error"].abs().max() < 1e-9
     assert not cache["blocks.1.hook_resid_post"].any() or hook.endswith("1.hook_resid_post")
 
 

@@ -110,7 +110,6 @@ def test_a_dict_literal_is_a_composite_over_attnlrp() -> None:
         {"norm": Plain()},
         {"softcap": Plain()},
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_the_books_balance_for_tables_of_the_users_own(family: str, rules: Any) -> None:
@@ -161,14 +160,13 @@ def test_an_unknown_role_names_the_roles() -> None:
         ("linear", Gamma, "Epsilon"),
         ("projection", AlphaBeta, "Epsilon"),
     ],
-    ids=str,
 )
 def test_a_rule_of_the_wrong_kind_names_the_right_ones(role: str, rule: Any, kinds: str) -> None:
     with pytest.raises(InputError, match=f"role '{role}' takes a rule of kind {kinds}"):
         Composite("mine", {role: rule})
 
 
-@pytest.mark.parametrize("composite", ["AttnLRP", 3, lenslrp.AttnLRP, lenslrp.hooks], ids=str)
+@pytest.mark.parametrize("composite", ["AttnLRP", 3, lenslrp.AttnLRP, lenslrp.hooks])
 def test_something_that_is_no_composite(composite: Any) -> None:
     message = r"a composite is AttnLRP\(\), CPLRP\(\), .* mapping from role to rule, not"
     with pytest.raises(InputError, match=message):
@@ -236,7 +234,7 @@ def test_extended_adds_and_changes_nothing_else() -> None:
     assert extended.extended({nn.Softsign: Plain()}).modules.keys() == {Swish2, nn.Softsign}
 
 
-@pytest.mark.parametrize("rule", [Epsilon(), UNIFORM, Identity, None], ids=str)
+@pytest.mark.parametrize("rule", [Epsilon(), UNIFORM, Identity, None])
 def test_a_module_takes_an_elementwise_rule(rule: Any) -> None:
     with pytest.raises(InputError, match=r"Swish2.*Identity, Plain"):
         lenslrp.AttnLRP().extended({Swish2: rule})
