@@ -115,7 +115,7 @@ def test_values(llama: Any, rows: Tensor) -> None:
 def test_linear_targets_add_up(llama: Any) -> None:
     """Relevance is linear in a target that is linear in the logits, under any rule.
 
-    To 1e-5: the bridge's softmax, and its gradient with it, is in float32 whatever the model's type.
+    To 1e-5: the bridge's softmax, and its gradient, is in float32 whatever the model's type.
     """
     a, b = (_explain(llama, Logit(token)).tokens for token in (5, 9))
     difference = _explain(llama, LogitDiff(5, 9)).tokens

@@ -132,7 +132,7 @@ def build(name: str, composite: str) -> Any:
 def test_breaking_one_site_breaks_the_balance(
     family: str, term: str, composite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sites one by one: what one of them fails to report is missing, and nothing makes up for it."""
+    """Site by site: what one of them fails to report is missing, and nothing makes up for it."""
     model, table = build(family, composite), composite_for(composite)
     told: dict[tuple[str, str], float] = {}
     add = Books.add
