@@ -85,11 +85,13 @@ def make_ledger(books: Books, target: float, leaves: float, start: float, layers
         per_layer[layer, term] = per_layer.get((layer, term), 0.0) + value
     rows: list[dict[str, Any]] = []
     for layer in range(layers):
-        flows = [books.flows.get((layer, side)) for side in ("in", "out")]
-        if flows[0] is None or flows[1] is None:
+        entering, leaving = (books.flows.get((layer, side)) for side in ("in", "out"))
+        if entering is None:
             continue
         terms = {term: per_layer.get((layer, term), 0.0) for term in TERMS}
-        into, out = (float(side.sum()) for side in flows if side is not None)
+        into = float(entering.sum())
+        # A latent target inside a block: relevance starts there and never left it.
+        out = start if leaving is None else float(leaving.sum())
         missed = out - into - sum(terms.values())
         rows.append(
             {"layer": str(layer), "resid_in": into, **terms, "resid_out": out, "error": missed}
