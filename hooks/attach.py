@@ -46,6 +46,7 @@ class Attached:
     def __init__(self) -> None:
         self.sites: list[Site] = []
         self.undo: list[Undo] = []
+        self.weights: dict[int, str] = {}  # of layers with a linear rule: address -> path
 
     def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         self.undo.append(module.register_forward_hook(hook).remove)

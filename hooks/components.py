@@ -7,6 +7,7 @@ component class is one line there. Attention has a file of its own, :mod:`lenslr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,9 @@ NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
 )
 
 
+LAYER_NORMS = (nn.LayerNorm.forward, native.NativeLayerNormPre.forward)
+
+
 def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge) -> None:
     """Norms: around the wrapped module, or at ``hook_scale`` when the bridge computes the norm.
 
@@ -83,6 +87,8 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
         return None if norm.uses_rms_norm else getattr(component, "bias", None)
 
     site = ctx.site(path, norm, "norm")
+    pattern_share = F.product_shares(ctx.composite["attention_av"])[0]
+    site.cut = pattern_share == 0 and re.search(r"[._][qk]_(layer)?norm$", path) is not None
     if isinstance(rule, Plain):
         at.region(norm, site, bias)
     else:
@@ -120,7 +126,7 @@ def _native(norm: NormalizationBridge) -> bool:
 
 def _attach_wrapped_norm(at: Attached, component: nn.Module, site: Site) -> None:
     name = type(component).__name__
-    if isinstance(component, nn.LayerNorm | native.NativeLayerNormPre):
+    if type(component).forward in LAYER_NORMS:  # not a subclass with a forward of its own
         weight, eps = getattr(component, "weight", None), component.eps
         at.wrap(component, lambda x, y: F.apply(F.LayerNorm, x, y, weight, eps, site))
     elif "RMSNorm" in name or name == "T5LayerNorm":
@@ -204,6 +210,7 @@ def attach_activation(
 ) -> None:
     """An activation module; ``share`` is what a gate gets relative to the product's own share."""
     site = ctx.site(path, module, "activation", rule)
+    site.cut = share == 0
     if isinstance(rule, Plain):
         at.region(module, site, lambda: None)
     else:
@@ -226,6 +233,7 @@ def attach_native_activation(
     if act not in NATIVE_ACTIVATIONS:
         return
     site = ctx.site(path, mlp, "activation")
+    site.cut = share == 0
     at.sites.append(site)
 
     def ruled(x: Tensor) -> Tensor:
@@ -282,6 +290,11 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
             share = gate_share(ctx)
             for inner in [*original(module).children(), *module.children(), original(module)]:
                 gates[id(inner)] = share
+    for path, module in found:
+        role = roles.get(id(module), "linear")
+        linear = isinstance(module, nn.Linear | Conv1D) and role
+        if linear and isinstance(ctx.composite[role], LinearRule):
+            at.weights[module.weight.data_ptr()] = path
     try:
         for path, module in found:
             _attach(at, ctx, path, module, gates, roles)

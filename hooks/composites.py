@@ -86,9 +86,16 @@ class Composite:
         for role, rule in self.rules.items():
             if role not in ROLES:
                 raise InputError(f"unknown role {role!r}; the roles are {', '.join(ROLES)}")
-            if not isinstance(rule, ROLES[role]):
+            if isinstance(rule, type) or not isinstance(rule, ROLES[role]):
                 kinds = ", ".join(kind.__name__ for kind in ROLES[role])
                 raise InputError(f"role {role!r} takes a rule of kind {kinds}, not {rule!r}")
+        for cls, rule in self.modules.items():
+            if not isinstance(cls, type):
+                raise InputError(f"a module rule is for a class, not {cls!r}")
+            if isinstance(rule, type) or not isinstance(rule, ROLES["activation"]):
+                raise InputError(
+                    f"{cls.__name__} takes an element-wise rule, Identity, Plain, not {rule!r}"
+                )
         object.__setattr__(self, "rules", {**ATTNLRP, **self.rules})
 
     def __getitem__(self, role: str) -> Rule:

@@ -9,15 +9,17 @@ softmax below a pattern), or inside a region that a composite marks as plain.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.modules._functions import BackwardHookFunction
 
 from lenslrp.errors import CoverageError
+from lenslrp.hooks.functions import Read
 from lenslrp.hooks.sites import Site
 
 LINEAR = frozenset(
@@ -109,11 +111,17 @@ class Walk:
     misplaced: list[Site]
 
 
-def walk(roots: Iterable[Tensor], place: Callable[[Any], str] = lambda _: "") -> Walk:
+def walk(
+    roots: Iterable[Tensor],
+    place: Callable[[Any], str] = lambda _: "",
+    weights: Mapping[int, str] | None = None,
+) -> Walk:
     """Walk the graph from ``roots`` (where relevance starts) to the leaves.
 
     Args:
         roots: tensors at which the backward pass starts, after any non-linear target.
+        weights: addresses of weights whose layers have a rule of their own (gamma, say), with their
+            names: met as a plain linear operation, they are gaps.
         place: names the component that a node belongs to, for messages.
     """
     found = Walk([], set(), {}, [])
@@ -151,10 +159,10 @@ def walk(roots: Iterable[Tensor], place: Callable[[Any], str] = lambda _: "") ->
         elif region == 0:
             name = operation(node)
             opens = {o: item for item in pending for o in [item[1]]}
-            wants = _wants(name, len(below))
+            wants = _wants(node, name)
             if wants == "product" and _factors(node, name) < 2:
                 wants = ""
-            if wants == "?":
+            if wants == "?" or (weights and _weight(node) in weights):
                 gap(node, name, above)
             elif wants:
                 if wants in opens:
@@ -167,14 +175,26 @@ def walk(roots: Iterable[Tensor], place: Callable[[Any], str] = lambda _: "") ->
     return found
 
 
-def _wants(name: str, inputs: int) -> str:
+def _weight(node: Any) -> int:
+    """The address of the weight that a linear operation saved, 0 for other operations."""
+    for name in ("_saved_mat2", "_saved_weight"):
+        saved = getattr(node, name, None)
+        if isinstance(saved, Tensor):
+            return saved.data_ptr()
+    return 0
+
+
+def _wants(node: Any, name: str) -> str:
     """Which kind of rule must stand above an operation: "" for none, "?" for one we lack."""
-    if name in LINEAR or name == "Read" or name.startswith("MkldnnReorder"):
+    if isinstance(node, torch.autograd.function.BackwardCFunction):  # written in Python, any name
+        return "" if node._forward_cls in (Read, BackwardHookFunction) else "?"  # type: ignore[attr-defined]
+    if name in LINEAR or name.startswith("MkldnnReorder"):
         return ""
     if name in BILINEAR:
         return "product"
     if name in QUOTIENT:
-        return "" if inputs == 1 else "?"
+        edges = [below for below, _ in node.next_functions]
+        return "" if all(edge is None for edge in edges[-1:]) else "?"
     if name in SOFTMAX:
         return "softmax"
     if name == "Tanh":
@@ -264,7 +284,7 @@ def _between(outputs: list[Any], inputs: set[int], limit: int) -> set[int]:
     return inside
 
 
-def gap_message(gaps: list[Gap], architecture: str) -> str:
+def gap_message(gaps: Sequence[Gap | str], architecture: str) -> str:
     """What a :class:`CoverageError` says: the operations, where, and what to do."""
     shown = "; ".join(dict.fromkeys(str(gap) for gap in gaps[:6]))
     more = f" (and {len(gaps) - 6} more)" if len(gaps) > 6 else ""

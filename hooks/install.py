@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from lenslrp.errors import CoverageError, InputError
@@ -24,6 +25,7 @@ from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books, Site
 
 ATTENTION = ("bridge", "fused")
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Rules:
@@ -42,6 +44,7 @@ class Rules:
         self.attention = attention
         self.books = books
         self.sites: list[Site] = []
+        self.weights: dict[int, str] = {}
         self._undo: list[Callable[[], None]] = []
         self._thread = threading.get_ident()
 
@@ -54,8 +57,11 @@ class Rules:
                 new.forward, new.backward = old.forward, old.backward
         self.sites = attached.sites
         self._undo = attached.undo
-        guard = self.model.register_forward_pre_hook(self._refuse_other_threads)
-        self._undo.append(guard.remove)
+        self.weights = attached.weights
+        # run_with_cache calls what the bridge wraps, past the bridge's own forward.
+        for module in {self.model, getattr(self.model, "original_model", self.model)}:
+            guard = module.register_forward_pre_hook(self._refuse_other_threads)
+            self._undo.append(guard.remove)
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
@@ -75,7 +81,7 @@ class Rules:
             CoverageError: naming the first operations without a rule, or rules that sit where their
                 operation is not.
         """
-        found = walk(roots)
+        found = walk(roots, weights=self.weights)
         architecture = type(getattr(self.model, "original_model", self.model)).__name__
         if found.gaps:
             raise CoverageError(gap_message(found.gaps, architecture))
@@ -94,6 +100,49 @@ def _thaw(parameter: nn.Parameter) -> Callable[[], None]:
         parameter.requires_grad_(True)
 
     return thaw
+
+
+def require_bridge(model: Any) -> None:
+    """Refuse what rules cannot be attached to.
+
+    Raises:
+        InputError: no bridge, a quantised weight, or train mode, of the whole or of a part.
+    """
+    if not hasattr(model, "hook_dict") or not isinstance(model, nn.Module):
+        raise InputError(
+            "model must be a TransformerBridge (lenslrp.load gives one), not "
+            f"{type(model).__name__}"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in FLOATING:
+            raise InputError(
+                f"{name.replace('_original_component.', '')} is quantised ({parameter.dtype}); the "
+                "rules cannot read it: load the model in float32, bfloat16 or float16"
+            )
+    wrapped = getattr(model, "original_model", model)
+    # Dropout goes by the mode of its own module, not by the bridge's.
+    if model.training or any(_drops_out(m) for m in wrapped.modules()):
+        raise InputError(
+            "the model, or a part of it, is in train mode, where dropout would change what is "
+            "explained; call model.eval() first (and model.original_model.eval())"
+        )
+
+
+def _drops_out(module: nn.Module) -> bool:
+    """Whether a module is in train mode and that changes what it computes."""
+    shares = (getattr(module, name, 0) for name in ("p", "attention_dropout", "dropout"))
+    return module.training and any(isinstance(s, float) and s > 0 for s in shares)
+
+
+def _reached(sites: list[Site]) -> list[Site]:
+    """The sites up to the highest layer at which a backward pass has begun."""
+    fired = [site for site in sites if site.backward]
+    top = max((_height(site) for site in fired), default=-1.0)
+    return [site for site in sites if site.forward and not site.cut and _height(site) <= top]
+
+
+def _height(site: Site) -> float:
+    return float("inf") if site.layer is None else float(site.layer)
 
 
 # Which rules are attached to which model, innermost last, and a lock that makes threads take turns.
@@ -138,28 +187,21 @@ def relevance_rules(
     """
     if attention not in ATTENTION:
         raise InputError(f"attention must be one of {ATTENTION}, not {attention!r}")
-    if model.training:
-        raise InputError(
-            "the model is in train mode, where dropout would change what is explained; "
-            "call model.eval() first"
-        )
+    require_bridge(model)
     lock, stack = _stack(model)
     with lock:
         rules = Rules(model, as_composite(composite), attention, books)
         if stack:
             stack[-1].detach()
+        stack.append(rules)
         try:
             rules.attach()
-            stack.append(rules)
             yield rules
-            stack.pop()
-        except BaseException:
-            if stack and stack[-1] is rules:
-                stack.pop()
-            raise
         finally:
+            innermost = stack[-1] is rules
+            stack.remove(rules)
             rules.detach()
-            if stack:
+            if innermost and stack:
                 stack[-1].attach()
-        if strict and any(site.backward for site in rules.sites):
-            require_fired([s for s in rules.sites if s.forward])
+        if strict:
+            require_fired(_reached(rules.sites))

@@ -44,7 +44,14 @@ def select_names(available: Iterable[str], names_filter: NamesFilter) -> tuple[l
         return names, False
     if callable(names_filter):
         return [name for name in names if names_filter(name)], False
+    if not isinstance(names_filter, str | Iterable):
+        raise InputError(
+            f"names_filter must be None, a hook name, names or a predicate, not {names_filter!r}"
+        )
     wanted = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+    for name in wanted:
+        if not isinstance(name, str):
+            raise InputError(f"a hook name is a string, not {name!r}")
     known = set(names)
     chosen: list[str] = []
     for name in wanted:

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lenslrp.errors import InputError
+
 EPS: dict[torch.dtype, float] = {
     torch.float64: 1e-20,
     torch.float32: 1e-15,
@@ -277,6 +279,10 @@ class SoftmaxTemperature:
     temperature: float = 2.0
     name: str = "gim"
 
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise InputError(f"temperature must be above 0, got {self.temperature}")
+
 
 @dataclass(frozen=True)
 class SoftCap:
@@ -306,6 +312,10 @@ class Gamma:
     gamma: float = 0.25
     name: str = "gamma"
 
+    def __post_init__(self) -> None:
+        if not self.gamma >= 0:
+            raise InputError(f"gamma must be at least 0, got {self.gamma}")
+
     def backward(
         self, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -322,7 +332,7 @@ class AlphaBeta:
 
     def __post_init__(self) -> None:
         if abs(self.alpha - self.beta - 1) > 1e-12 or self.beta < 0:
-            raise ValueError(
+            raise InputError(
                 f"alpha - beta must be 1 and beta >= 0, got alpha={self.alpha}, beta={self.beta}"
             )
 

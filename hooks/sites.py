@@ -64,6 +64,7 @@ class Site:
         rule: the rule in force.
         layer: index of the block, ``None`` outside the blocks.
         forward, backward: how often it has fired since the rules were attached.
+        cut: the composite leaves it off the path (CP's gate and query norms): it never fires.
         books: where to report, or ``None`` when nobody keeps a ledger.
     """
 
@@ -74,6 +75,7 @@ class Site:
     layer: int | None
     forward: int = 0
     backward: int = 0
+    cut: bool = False
     books: Books | None = field(default=None, repr=False)
 
     def report(self, term: str, amount: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
 from lenslrp.errors import InputError
 
@@ -48,9 +49,13 @@ def prepare(
         InputError: an empty prompt, ids outside the vocabulary, shapes that do not fit.
     """
     if inputs_embeds is not None:
-        return _from_embeddings(text, inputs_embeds, attention_mask, append)
+        return _from_embeddings(model, text, inputs_embeds, attention_mask, append)
+    if isinstance(text, Tensor | list) and _is_empty(text):
+        raise InputError("an empty prompt; give at least one token")
     padding_side = getattr(model.tokenizer, "padding_side", None) or "right"
     if isinstance(text, str) or (isinstance(text, list) and text and isinstance(text[0], str)):
+        if attention_mask is not None:
+            raise InputError("attention_mask goes with token tensors; text brings its own")
         rows = _tokenize(model, [text] if isinstance(text, str) else text, prepend_bos)
         mask = None
     elif isinstance(text, Tensor | list):
@@ -74,8 +79,10 @@ def prepare(
                 f"{vocabulary - 1}"
             )
     lengths = [len(row) for row in rows]
-    rows = [row + append[:-1] for row in rows]
-    tokens, mask = _pad(rows, padding_side, _pad_id(model))
+    if mask is None or append:
+        rows = [row + append[:-1] for row in rows]
+        tokens, mask = _pad(rows, padding_side, _pad_id(model))
+    _require_room(model, tokens.shape[1])
     device = _device(model)
     kwargs: dict[str, Any] = {}
     if not bool(mask.all()):
@@ -87,7 +94,9 @@ def _tokenize(model: Any, texts: list[str], prepend_bos: bool | None) -> list[li
     if model.tokenizer is None:
         raise InputError("this model has no tokenizer: give a token tensor [batch, pos]")
     for index, text in enumerate(texts):
-        if not isinstance(text, str) or not text:
+        if not isinstance(text, str):
+            raise InputError(f"row {index} is not a string but {type(text).__name__}")
+        if not text:
             raise InputError(f"row {index} is an empty prompt; give at least one token")
     return [
         model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].tolist() for text in texts
@@ -99,13 +108,22 @@ def _as_tensor(text: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor
         tokens = torch.as_tensor(text)
     except (TypeError, ValueError) as error:
         raise InputError("input must be strings or a token tensor [batch, pos]") from error
+    given = tokens
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise InputError(
-            f"a token tensor is integers [batch, pos], not {tokens.dtype} {list(tokens.shape)}"
+            f"a token tensor is integers [batch, pos], not {given.dtype} {list(given.shape)}"
         )
+    return tokens, _as_mask(attention_mask, tokens)
+
+
+def _as_mask(attention_mask: Any, tokens: Tensor) -> Tensor:
     if attention_mask is None:
-        return tokens, torch.ones_like(tokens, dtype=torch.bool)
+        return torch.ones_like(tokens, dtype=torch.bool)
+    if not isinstance(attention_mask, Tensor):
+        raise InputError(
+            f"attention_mask must be a tensor [batch, pos], not {type(attention_mask).__name__}"
+        )
     if attention_mask.shape != tokens.shape:
         raise InputError(
             f"attention_mask {list(attention_mask.shape)} does not fit tokens {list(tokens.shape)}"
@@ -114,16 +132,38 @@ def _as_tensor(text: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor
     edges = mask.int().diff(dim=1).abs().sum(dim=1)
     if bool((edges > 1).any()):
         raise InputError("attention_mask has gaps: padding must be on one side of each row")
-    return tokens, mask
+    return mask
+
+
+def _is_empty(text: Tensor | list[Any]) -> bool:
+    if isinstance(text, Tensor):
+        return text.numel() == 0
+    return not text or all(isinstance(row, list) and not row for row in text)
+
+
+def _require_room(model: Any, length: int) -> None:
+    """Learned positions end somewhere; rotary ones do not."""
+    learned = any(isinstance(module, PosEmbedBridge) for module in model.modules())
+    if learned and length > model.cfg.n_ctx:
+        raise InputError(f"{length} tokens, but the model has positions for {model.cfg.n_ctx}")
 
 
 def _from_embeddings(
-    text: Any, embeds: Tensor, attention_mask: Tensor | None, append: list[int]
+    model: Any, text: Any, embeds: Tensor, attention_mask: Tensor | None, append: list[int]
 ) -> Prepared:
     if text is not None:
         raise InputError("give either an input or inputs_embeds, not both")
-    if embeds.ndim != 3 or 0 in embeds.shape:
-        raise InputError(f"inputs_embeds must be [batch, pos, d_model], not {list(embeds.shape)}")
+    width, dtype = model.cfg.d_model, next(model.parameters()).dtype
+    if not isinstance(embeds, Tensor):
+        raise InputError(f"inputs_embeds must be a tensor, not {type(embeds).__name__}")
+    if embeds.ndim != 3 or 0 in embeds.shape or embeds.shape[-1] != width:
+        raise InputError(
+            f"inputs_embeds must be [batch, pos, d_model], not {list(embeds.shape)}"
+            if embeds.ndim != 3 or 0 in embeds.shape
+            else f"inputs_embeds must be [batch, pos, d_model={width}], not {list(embeds.shape)}"
+        )
+    if embeds.dtype != dtype:
+        raise InputError(f"inputs_embeds are {embeds.dtype}, the model is {dtype}")
     if append:
         raise InputError("a Sequence target needs token input: its tokens are appended to it")
     batch, length, _ = embeds.shape
@@ -131,7 +171,7 @@ def _from_embeddings(
     mask = torch.ones_like(tokens, dtype=torch.bool)
     kwargs: dict[str, Any] = {"inputs_embeds": embeds}
     if attention_mask is not None:
-        mask = attention_mask.bool()
+        mask = _as_mask(attention_mask, tokens)
         kwargs["attention_mask"] = attention_mask
     return Prepared(tokens, mask, mask.sum(dim=1).tolist(), kwargs)
 

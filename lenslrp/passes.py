@@ -6,7 +6,7 @@ and the books are closed.
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ from lenslrp.hooks.components import (
 from lenslrp.hooks.functions import apply
 from lenslrp.hooks.install import Rules
 from lenslrp.hooks.readers import Readers, select_names
-from lenslrp.hooks.sites import Books, row_sums
+from lenslrp.hooks.sites import Books, Site, row_sums
 from lenslrp.inputs import Prepared
 from lenslrp.ledger import Ledger, make_ledger
 from lenslrp.targets import Activation, Explained, Outputs, PerRow, Target
@@ -83,8 +83,11 @@ class Pass:
         outputs = self._outputs()
         values = target.values(outputs)
         self._require_finite(values)
+        if not values.requires_grad:
+            raise InputError("the target does not depend on the logits in a differentiable way")
         roots = self.roots(target)
-        gaps, on_path = self._check(roots)
+        latent = [part.hook for part in parts_of(target) if isinstance(part, Activation)]
+        gaps, on_path = self._check(roots, latent)
         for site in self.rules.sites:
             site.backward = 0
         if self.books is not None:
@@ -96,7 +99,8 @@ class Pass:
             torch.zeros_like(leaf) if g is None else g
             for leaf, g in zip(leaves, grads, strict=False)
         ]
-        self._require_fired(on_path, gaps)
+        if self.strict:
+            cover.require_fired([s for s in self.rules.sites if id(s) in on_path])
         relevances = [_wide(x) * _wide(g) for x, g in zip(leaves, at_leaves, strict=True)]
         if not all(cover.is_finite(r) for r in relevances):
             raise InputError(
@@ -117,10 +121,10 @@ class Pass:
             composite=self.rules.composite,
             coverage=cover.Coverage(
                 cover.site_table(self.rules.sites, on_path),
-                [str(gap) for gap in gaps],
+                gaps,
                 self.readers.off_path(),
             ),
-            ledger_=self._close_books(values, roots, grads),
+            ledger_=self._close_books(target, values, roots, grads),
             model_name=str(getattr(self.model.cfg, "model_name", "")),
             dtype=str(values.dtype).removeprefix("torch."),
         )
@@ -139,9 +143,20 @@ class Pass:
             self.logits if before is self.logits else apply(_CapSkip, before, self.logits),
             self.prepared.mask,
             self.model.tokenizer,
-            self.captured.__getitem__,
+            self._activation,
             self.prepared.prompt_lengths,
         )
+
+    def _activation(self, hook: str) -> Tensor:
+        x = self.captured.get(hook)
+        if x is None or not x.requires_grad:
+            fused = self.rules.attention == "fused"
+            raise InputError(
+                f"{hook} is not on the path in this pass"
+                + ('; attention="fused" forms no patterns or scores' if fused else "")
+                + ": no relevance can start there"
+            )
+        return x
 
     def _split(self, relevances: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Relevance at the token embeddings and at learned positions, [batch, pos, d_model]."""
@@ -150,21 +165,31 @@ class Pass:
         return tokens, (torch.stack(relevances[n:]).sum(dim=0) if len(relevances) > n else None)
 
     def _close_books(
-        self, values: Tensor, roots: list[Tensor], grads: tuple[Tensor | None, ...]
+        self,
+        target: Target,
+        values: Tensor,
+        roots: list[Tensor],
+        grads: tuple[Tensor | None, ...],
     ) -> Ledger | None:
         if self.books is None:
             return None
         leaves = self.leaves.all()
-        arrived, started = (
-            sum(
-                float(row_sums(x.detach(), g).sum())
-                for x, g in zip(tensors, found, strict=True)
-                if g is not None
-            )
-            for tensors, found in ((leaves, grads[: len(leaves)]), (roots, grads[len(leaves) :]))
+        arrived = sum(
+            float(row_sums(x.detach(), g).sum())
+            for x, g in zip(leaves, grads, strict=False)
+            if g is not None
         )
-        target = float(values.detach().cpu().double().sum())
-        return make_ledger(self.books, target, arrived, started, self.layers)
+        parts = parts_of(target)
+        started = 0.0
+        for root, g in zip(roots, grads[len(leaves) :], strict=True):
+            if g is None:
+                continue
+            rows = row_sums(root.detach(), g)
+            if len(roots) > 1:  # rows that start elsewhere only pass through here
+                rows = rows[[r for r, t in enumerate(parts) if self.roots(t)[0] is root]]
+            started += float(rows.sum())
+        explained = float(values.detach().cpu().double().sum())
+        return make_ledger(self.books, explained, arrived, started, self.layers)
 
     def _before_softcap(self) -> Tensor:
         """The tensor at which a backward pass from the logits starts."""
@@ -182,25 +207,42 @@ class Pass:
                 f"weights are broken (dtype {values.dtype}); check the model's own logits"
             )
 
-    def _check(self, roots: list[Tensor]) -> tuple[list[cover.Gap], set[int]]:
-        found = cover.walk(roots)
-        if self.strict:
-            if found.gaps:
-                raise Uncovered(found.gaps)
-            cover.require_in_place(found, architecture(self.model))
-            idle = [site for site in self.rules.sites if site.forward == 0]
-            if idle:
-                raise CoverageError(
-                    "rules were attached and their operations never ran: "
-                    + ", ".join(f"{s.rule.name} at {s.hook}" for s in idle[:6])
-                )
-        return found.gaps, found.sites
+    def _check(self, roots: list[Tensor], latent: list[str]) -> tuple[list[str], set[int]]:
+        """What is not covered (raised if strict), and the sites on the path."""
+        found = cover.walk(roots, weights=self.rules.weights)
+        if found.gaps and self.strict:
+            raise Uncovered(found.gaps)
+        sites = self.rules.sites
+        below = min((_layer(hook) for hook in latent), default=math.inf)
+        idle = [s for s in sites if s.forward == 0]
+        lost = [
+            s
+            for s in sites
+            if s.forward
+            and not s.cut
+            and id(s) not in found.sites
+            and (below == math.inf or (s.layer is not None and s.layer < below))
+        ]
+        faults = [
+            *(f"{_at(s)} found no operation of its kind below it" for s in found.misplaced),
+            *(f"{_at(s)}: rules were attached and their operations never ran" for s in idle),
+            *(f"{_at(s)} is not on the path to the target: the graph is cut" for s in lost),
+        ]
+        if faults and self.strict:
+            raise CoverageError(
+                f"{architecture(self.model)}: {'; '.join(faults[:6])}. The model's forward pass "
+                "differs from what the rules expect, so the relevance would be wrong."
+            )
+        return [*(str(gap) for gap in found.gaps), *faults], found.sites
 
-    def _require_fired(self, on_path: set[int], gaps: list[cover.Gap]) -> None:
-        if self.strict:
-            cover.require_fired([s for s in self.rules.sites if id(s) in on_path])
-        elif gaps:
-            warnings.warn(cover.gap_message(gaps, architecture(self.model)), stacklevel=4)
+
+def _at(site: Site) -> str:
+    return f"{site.rule.name} at {site.hook}"
+
+
+def _layer(hook: str) -> float:
+    layer = layer_of(hook)
+    return math.inf if layer is None else layer
 
 
 class Uncovered(CoverageError):
@@ -275,7 +317,8 @@ def capture(
     points = model.hook_dict
     for name in hooks:
         if name not in points:
-            select_names(points, name)  # raises with the nearest names
+            found, _ = select_names(points, name)  # raises with the nearest names
+            raise InputError(f"{name} is in every block; name one: {', '.join(found[:3])}")
 
         def keep(point: Any, args: tuple[Any, ...], x: Tensor, name: str = name) -> None:
             conversion = getattr(point, "hook_conversion", None)

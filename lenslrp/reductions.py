@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lenslrp.errors import InputError
+from lenslrp.hooks.attach import layer_of
 
 Reducer = Callable[[Tensor], Tensor]
 Reduce = str | Reducer | Mapping[str, str | Reducer | None] | None
@@ -55,6 +57,32 @@ NAMED: Mapping[str, Reducer | None] = {
 }
 
 
+def check_reduce(reduce: Reduce, hooks: Iterable[str]) -> None:
+    """Refuse a reduction that does not exist, or one for a hook that does not.
+
+    Raises:
+        InputError: naming the choices, or the nearest hooks.
+    """
+    if not isinstance(reduce, Mapping):
+        _one(reduce)
+        return
+    names = list(hooks)
+    for key, value in reduce.items():
+        _one(value)
+        if key != "*" and not any(name == key or name.endswith("." + key) for name in names):
+            ends = {name.split(".", 2)[2] for name in names if layer_of(name) is not None}
+            near = difflib.get_close_matches(str(key), [*ends, *names], n=3)
+            raise InputError(f"reduce names no hook point: {key!r}; nearest: {', '.join(near)}")
+
+
+def _one(reduce: str | Reducer | None) -> Reducer | None:
+    if isinstance(reduce, str) and reduce in NAMED:
+        return NAMED[reduce]
+    if reduce is None or callable(reduce):
+        return reduce
+    raise InputError(f"reduce must be one of {', '.join(NAMED)} or a function: {reduce!r}")
+
+
 def reduction_for(reduce: Reduce, name: str) -> Reducer | None:
     """The reducer for one hook name.
 
@@ -66,8 +94,4 @@ def reduction_for(reduce: Reduce, name: str) -> Reducer | None:
     if isinstance(reduce, Mapping):
         keys = [key for key in reduce if name == key or name.endswith("." + key)]
         return reduction_for(reduce[max(keys, key=len)] if keys else reduce.get("*"), name)
-    if isinstance(reduce, str):
-        if reduce not in NAMED:
-            raise InputError(f"reduce must be one of {', '.join(NAMED)} or a function: {reduce!r}")
-        return NAMED[reduce]
-    return reduce
+    return _one(reduce)

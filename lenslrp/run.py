@@ -5,20 +5,21 @@ The public functions; :mod:`lenslrp.passes` is the engine behind them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.components import Attached, components
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
-from lenslrp.hooks.install import relevance_rules
+from lenslrp.hooks.install import relevance_rules, require_bridge
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books
@@ -35,21 +36,8 @@ from lenslrp.passes import (
     undone,
     watch_blocks,
 )
-from lenslrp.reductions import Reduce, reduction_for
+from lenslrp.reductions import Reduce, check_reduce, reduction_for
 from lenslrp.targets import Activation, Sequence, as_target
-
-
-def _require_model(model: Any) -> None:
-    if not hasattr(model, "hook_dict") or not isinstance(model, nn.Module):
-        raise InputError(
-            f"model must be a TransformerBridge (see lenslrp.load), not {type(model).__name__}"
-        )
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            raise InputError(
-                f"{name.replace('_original_component.', '')} is quantised ({parameter.dtype}); the "
-                "rules cannot read it: load the model in float32, bfloat16 or float16"
-            )
 
 
 def relevance_for_targets(
@@ -73,6 +61,8 @@ def relevance_for_targets(
     Arguments as for :func:`run_with_relevance`. Targets of several tokens (``Sequence``) extend the
     prompt, so at most one of them can be given, alone.
     """
+    if not isinstance(targets, list | tuple):
+        raise InputError(f"targets must be a list of them, not {targets!r}")
     _, caches = _run(
         model, input, list(targets), composite, names_filter, prepend_bos, reduce, attention,
         checkpoint, strict, ledger, attention_mask, inputs_embeds,
@@ -147,7 +137,9 @@ def _run(
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
 ) -> tuple[Tensor, list[RelevanceCache]]:
-    _require_model(model)
+    require_bridge(model)
+    if torch.is_inference_mode_enabled():
+        raise InputError("relevance needs autograd: leave torch.inference_mode() (no_grad is fine)")
     if not targets:
         raise InputError("give at least one target")
     batch = _batch_size(text, inputs_embeds)
@@ -164,6 +156,7 @@ def _run(
         inputs_embeds=inputs_embeds,
     )
     names, named = select_names(model.hook_dict, names_filter)
+    check_reduce(reduce, model.hook_dict)
     parts = list(components(model))
     table = as_composite(AttnLRP() if composite is None else composite)
     hooks = [t.hook for w in wanted for t in parts_of(w) if isinstance(t, Activation)]
@@ -191,11 +184,15 @@ def _run(
                 at.undo.append(tracer.close)
             run.logits = _forward(model, prepared, run.leaves)
             if tracer is not None:
-                found = cover.walk(run.roots(wanted[0]), place=tracer.place)
+                roots = [root for item in wanted for root in run.roots(item)]
+                found = cover.walk(roots, tracer.place, rules.weights)
                 raise CoverageError(cover.gap_message(found.gaps, architecture(model)))
             _require_on_path(readers, named, attention)
             last = len(wanted) - 1
             caches = [run.explain(item, last=i == last) for i, item in enumerate(wanted)]
+            if any(cache.coverage.uncovered for cache in caches):
+                gaps = dict.fromkeys(gap for cache in caches for gap in cache.coverage.uncovered)
+                warnings.warn(cover.gap_message(list(gaps), architecture(model)), stacklevel=4)
             return run.logits.detach(), caches
 
     try:
@@ -211,7 +208,7 @@ def _batch_size(text: Any, inputs_embeds: Tensor | None) -> int:
     if isinstance(text, str):
         return 1
     if isinstance(text, Tensor):
-        return 1 if text.ndim == 1 else len(text)
+        return 1 if text.ndim < 2 else len(text)
     if isinstance(text, list) and text and isinstance(text[0], int):
         return 1
     return len(text) if isinstance(text, list) else 1

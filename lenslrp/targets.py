@@ -49,6 +49,8 @@ class Outputs:
         Raises:
             InputError: a position outside a row.
         """
+        if isinstance(position, bool) or not isinstance(position, int):
+            raise InputError(f"position must be an integer, not {position!r}")
         lengths = self.mask.sum(dim=1)
         shortest = int(lengths.min())
         if not -shortest <= position < shortest:
@@ -93,6 +95,8 @@ def token_id(tokenizer: Any, token: Token, vocabulary: int) -> int:
                 "with targets.Sequence"
             )
         token = ids[0]
+    if isinstance(token, bool) or not isinstance(token, int):
+        raise InputError(f"a token is a string or an integer id, not {token!r}")
     if not 0 <= token < vocabulary:
         raise InputError(
             f"target token {token} is outside the vocabulary: ids go from 0 to {vocabulary - 1}"
@@ -342,13 +346,16 @@ def as_target(target: Any, tokenizer: Any, batch: int) -> Target:
         return Logit(target)
     if isinstance(target, SequenceABC) or (isinstance(target, Tensor) and target.ndim == 1):
         items = [t.item() if isinstance(t, Tensor) else t for t in target]
+        nested = [t for t in items if isinstance(t, SequenceABC) and not isinstance(t, str)]
+        if nested:
+            raise InputError(f"a list has one target a row, not lists of them: {nested[0]!r}")
         if len(items) != batch:
             raise InputError(f"{len(items)} targets for a batch of {batch}: give one a row")
         made = tuple(as_target(item, tokenizer, 1) for item in items)
         if any(isinstance(item, Sequence) for item in made):
             raise InputError("targets of several tokens cannot be mixed in one batch; run each row")
         return PerRow(made)
-    if isinstance(target, Target):
+    if isinstance(target, Target) and not isinstance(target, type):
         return target
     raise InputError(
         f"target must be a token (string or id), a Target, a list of one per row or None; got "

@@ -25,7 +25,10 @@ torch.set_num_threads(1)
 # Not the public entry points, which answer arguments of a wrong type with messages of their own.
 install_import_hook(
     [
-        "lenslrp.hooks",
+        # Not the files that attach rules: each closure they make would be compiled anew.
+        "lenslrp.hooks.rules",
+        "lenslrp.hooks.functions",
+        "lenslrp.hooks.sites",
         "lenslrp.analysis",
         "lenslrp.cache",
         "lenslrp.conversation",
