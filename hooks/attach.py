@@ -28,6 +28,14 @@ class Context:
         rule = self.composite[role] if rule is None else rule
         return Site(hook, type(component).__name__, role, rule, layer_of(hook), books=self.books)
 
+    def cuts(self, path: str) -> bool:
+        """Whether the composite leaves a component off the path: what feeds a constant factor."""
+        pattern, gate = (
+            F.product_shares(self.composite[role])[0] for role in ("attention_av", "gate")
+        )
+        feeds_pattern = re.search(r"[._][qk](_(layer)?norm)?$", path) is not None
+        return (pattern == 0 and feeds_pattern) or (gate == 0 and path.endswith(".gate"))
+
 
 def layer_of(name: str) -> int | None:
     """The block index in a hook or component name, ``None`` outside the blocks."""

@@ -7,7 +7,6 @@ component class is one line there. Attention has a file of its own, :mod:`lenslr
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -87,8 +86,7 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
         return None if norm.uses_rms_norm else getattr(component, "bias", None)
 
     site = ctx.site(path, norm, "norm")
-    pattern_share = F.product_shares(ctx.composite["attention_av"])[0]
-    site.cut = pattern_share == 0 and re.search(r"[._][qk]_(layer)?norm$", path) is not None
+    site.cut = ctx.cuts(path)
     if isinstance(rule, Plain):
         at.region(norm, site, bias)
     else:
@@ -195,6 +193,7 @@ def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role
         attach_bias_meter(at, ctx, path, module)
         return
     site = ctx.site(path, module, role)
+    site.cut = ctx.cuts(path)
     at.sites.append(site)
     transposed = isinstance(module, Conv1D)
 
@@ -292,8 +291,8 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
                 gates[id(inner)] = share
     for path, module in found:
         role = roles.get(id(module), "linear")
-        linear = isinstance(module, nn.Linear | Conv1D) and role
-        if linear and isinstance(ctx.composite[role], LinearRule):
+        rule = ctx.composite[role] if role else None
+        if isinstance(module, nn.Linear | Conv1D) and isinstance(rule, LinearRule):
             at.weights[module.weight.data_ptr()] = path
     try:
         for path, module in found:

@@ -9,7 +9,7 @@ softmax below a pattern), or inside a region that a composite marks as plain.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
