@@ -71,6 +71,18 @@ NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
 LAYER_NORMS = (nn.LayerNorm.forward, native.NativeLayerNormPre.forward)
 
 
+def attach_leaf(at: Attached, embedding: nn.Module) -> None:
+    """Embeddings are the leaves: with the weights frozen, nothing else would start a graph."""
+    inner = original(embedding)
+    if inner is None or not any(True for _ in inner.parameters()):
+        return  # rotary tables are no embeddings
+
+    def leaf(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        return out.requires_grad_() if torch.is_grad_enabled() else out
+
+    at.hook(inner, leaf)
+
+
 def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge) -> None:
     """Norms: around the wrapped module, or at ``hook_scale`` when the bridge computes the norm.
 
@@ -321,6 +333,8 @@ def _attach(
     share = gates.get(id(module), 1.0)
     if own is not None:
         attach_activation(at, ctx, path, module, own, share)
+    elif isinstance(module, EmbeddingBridge | PosEmbedBridge):
+        attach_leaf(at, module)
     elif isinstance(module, NormalizationBridge):
         attach_norm(at, ctx, path, module)
     elif isinstance(module, AttentionBridge):

@@ -283,3 +283,25 @@ def test_an_edit_inside_a_norm_is_right_or_refused(family: str, point: str, edit
         else:
             assert torch.equal(logits, edited)
             assert abs(kept.ledger().error) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_loss_of_ones_own_needs_no_leaf_of_ones_own(name: str) -> None:
+    """``my_metric(model(tokens)).backward()`` in the block: the embeddings are leaves."""
+    model = tiny(name)
+    tokens = torch.tensor([[3, 1, 4, 1, 5]])
+    read: dict[str, torch.Tensor] = {}
+
+    def keep(gradient: torch.Tensor, hook: object) -> None:
+        read["g"] = gradient.detach().clone()
+
+    with lenslrp.relevance_rules(model, lenslrp.AttnLRP()) as rules:
+        _, activations = model.run_with_cache(tokens, names_filter="hook_embed")
+        with model.hooks(bwd_hooks=[("hook_embed", keep)]):
+            logits = model(tokens)
+            rules.verify(logits)
+            logits[0, -1, 7].backward()
+    _, relevance = lenslrp.run_with_relevance(model, tokens, 7)
+    own = (activations["hook_embed"] * read["g"]).sum(dim=-1)
+    torch.testing.assert_close(own, relevance.tokens)
+    assert all(parameter.grad is None for parameter in model.parameters())
