@@ -55,6 +55,7 @@ class Attached:
         self.sites: list[Site] = []
         self.undo: list[Undo] = []
         self.weights: dict[int, str] = {}  # of layers with a linear rule: address -> path
+        self.wrapped: set[int] = set()  # modules that a norm's bridge wraps: their ids
 
     def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         self.undo.append(module.register_forward_hook(hook).remove)

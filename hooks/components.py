@@ -8,6 +8,7 @@ component class is one line there. Attention has a file of its own, :mod:`lenslr
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, components, layer_of, original
 from lenslrp.hooks.attention import attach_attention, softcap_of
-from lenslrp.hooks.rules import Epsilon, Identity, LinearRule, Plain
+from lenslrp.hooks.rules import Epsilon, Identity, LinearRule, Normalisation, Plain
 from lenslrp.hooks.sites import Site
 
 ACTIVATIONS: tuple[type, ...] = (
@@ -92,18 +93,26 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
     component = original(norm)
     if isinstance(component, nn.Identity):
         return
-    rule = ctx.composite["norm"]
+    own = ctx.composite.modules.get(type(component))
+    rule = ctx.composite["norm"] if own is None else own
 
     def bias() -> Tensor | None:
+        if isinstance(own, Normalisation) and _native(norm):
+            return _bias_of(component, own)
         return None if norm.uses_rms_norm else getattr(component, "bias", None)
 
-    site = ctx.site(path, norm, "norm")
+    site = ctx.site(path, norm, "norm", rule)
     site.cut = ctx.cuts(path)
     if isinstance(rule, Plain):
         at.region(norm, site, bias)
     else:
         at.sites.append(site)
-        _attach_wrapped_norm(at, component, site)
+        if isinstance(own, Normalisation):
+            _wrap_own_norm(at, component, own, site)
+        elif isinstance(own, Identity):
+            at.wrap(component, lambda x, y: F.apply(F.Elementwise, x, y, own, site))
+        else:
+            _attach_wrapped_norm(at, component, site)
 
         cut: list[bool] = []
 
@@ -142,6 +151,44 @@ def _attach_wrapped_norm(at: Attached, component: nn.Module, site: Site) -> None
     elif "RMSNorm" in name or name == "T5LayerNorm":
         at.wrap(component, lambda x, y: F.apply(F.Elementwise, x, y, Identity(), site))
     # Any other class stays on the graph, where the coverage check meets it and names it.
+
+
+def _bias_of(module: Any, rule: Normalisation) -> Tensor | None:
+    bias: Tensor | None = getattr(module, rule.bias, None)
+    return bias
+
+
+def _wrap_own_norm(at: Attached, module: nn.Module, rule: Normalisation, site: Site) -> None:
+    def apply(x: Tensor, y: Tensor) -> Tensor:
+        bias = _bias_of(module, rule)
+        if not (x.is_meta or rule.fits(x, y, bias)):
+            other = replace(rule, centred=not rule.centred)
+            hint = (
+                f"; it fits Normalisation(centred={other.centred})"
+                if other.fits(x, y, bias)
+                else "; is its bias an attribute named otherwise (bias=...), or is it no norm?"
+            )
+            raise InputError(
+                f"{site.hook}: {type(module).__name__} does not return its input"
+                f"{' less its mean,' if rule.centred else ''} times a gain for each feature and a "
+                f"scale for each position, plus its {rule.bias!r}, as "
+                f"Normalisation(centred={rule.centred}) says{hint}"
+            )
+        return F.apply(F.Normalised, x, y, bias, rule, site)
+
+    at.wrap(module, apply)
+
+
+def attach_own_norm(
+    at: Attached, ctx: Context, path: str, module: nn.Module, rule: Normalisation
+) -> None:
+    """A norm of a user's own class, where no ``NormalizationBridge`` wraps it."""
+    site = ctx.site(path, module, "norm", rule)
+    site.cut = ctx.cuts(path)
+    at.sites.append(site)
+    _wrap_own_norm(at, module, rule, site)
+    if ctx.books is not None:
+        at.hook(module, lambda _, args, y: _measure_bias(y, _bias_of(module, rule), site))
 
 
 def _attach_norm_bias(
@@ -285,9 +332,10 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
     :mod:`lenslrp.hooks.coverage` finds it.
     """
     at = Attached()
+    found = list(components(model))
+    at.wrapped = {id(original(m)) for _, m in found if isinstance(m, NormalizationBridge)}
     gates: dict[int, float] = {}
     roles: dict[int, str] = {}
-    found = list(components(model))
     for _, module in found:
         if isinstance(module, AttentionBridge):
             for key in ("q", "k", "v", "o"):
@@ -331,7 +379,11 @@ def _attach(
 ) -> None:
     own = ctx.composite.modules.get(type(module))
     share = gates.get(id(module), 1.0)
-    if own is not None:
+    if own is not None and id(module) in at.wrapped:
+        return  # its NormalizationBridge has seen to it
+    if isinstance(own, Normalisation):
+        attach_own_norm(at, ctx, path, module, own)
+    elif own is not None:
         attach_activation(at, ctx, path, module, own, share)
     elif isinstance(module, EmbeddingBridge | PosEmbedBridge):
         attach_leaf(at, module)

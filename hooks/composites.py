@@ -48,6 +48,9 @@ ROLES: Mapping[str, tuple[type, ...]] = {
 }
 """Every role, and the kinds of rule that can govern it."""
 
+MODULE_RULES = (Identity, Normalisation, Plain)
+"""The kinds of rule that a module class of a user's own can be given."""
+
 ATTNLRP: Mapping[str, Rule] = {
     "norm": Normalisation(),
     "activation": Identity(),
@@ -72,7 +75,8 @@ class Composite:
     Args:
         name: what reports call it.
         rules: role -> rule; roles left out get AttnLRP's rule.
-        modules: class of an element-wise module -> rule, for activations LensLRP does not know.
+        modules: class of a module -> rule, for classes LensLRP does not know: ``Identity()`` for
+            an element-wise activation, ``Normalisation(centred=...)`` for a norm, or ``Plain()``.
 
     Raises:
         InputError: a role that does not exist, or a rule of a kind that cannot govern its role.
@@ -92,9 +96,10 @@ class Composite:
         for cls, rule in self.modules.items():
             if not isinstance(cls, type):
                 raise InputError(f"a module rule is for a class, not {cls!r}")
-            if isinstance(rule, type) or not isinstance(rule, ROLES["activation"]):
+            if isinstance(rule, type) or not isinstance(rule, MODULE_RULES):
                 raise InputError(
-                    f"{cls.__name__} takes an element-wise rule, Identity, Plain, not {rule!r}"
+                    f"{cls.__name__} takes an element-wise rule, Identity, Plain, or "
+                    f"Normalisation if it is a norm, not {rule!r}"
                 )
         object.__setattr__(self, "rules", {**ATTNLRP, **self.rules})
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lenslrp.hooks.rules import (
     Identity,
     LinearRule,
+    Normalisation,
     Product,
     SoftmaxTemperature,
     layer_norm_identity,
@@ -84,6 +85,35 @@ class LayerNorm(torch.autograd.Function):
         ctx.site.backward += 1
         inverse, weight = ctx.saved_tensors
         return layer_norm_identity(g, weight, inverse), None, None, None, None
+
+
+class Normalised(torch.autograd.Function):
+    """A norm of a user's own class: its gain over its denominator, from the values it returned.
+
+    The bias is metered apart; see :class:`~lenslrp.hooks.rules.Normalisation`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, bias: Tensor | None, rule: Normalisation, site: Site
+    ) -> Tensor:
+        _mark(ctx, site)
+        ctx.centred = rule.centred
+        factor, x = rule.factor(x, y, bias)
+        lost = None
+        if site.books is not None:
+            lost = (y if bias is None else y - bias) - x * factor
+        ctx.save_for_backward(factor, lost)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
+        ctx.site.backward += 1
+        factor, lost = ctx.saved_tensors
+        if lost is not None:
+            ctx.site.report("stabiliser", row_sums(lost, g))
+        h = g * factor
+        return (h - h.mean(dim=-1, keepdim=True) if ctx.centred else h), None, None, None, None
 
 
 class Linear(torch.autograd.Function):

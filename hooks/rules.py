@@ -38,6 +38,15 @@ SATURATED: dict[torch.dtype, float] = {
 """Below this ``1 - tanh^2`` a soft-cap counts as saturated: x can no longer be told from y."""
 
 
+PARALLEL: dict[torch.dtype, float] = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-6,
+    torch.bfloat16: 1e-2,
+    torch.float16: 1e-3,
+}
+"""How far below 1 the cosine of two vectors may be that should be parallel."""
+
+
 def stabilise(x: Float[Tensor, "*shape"], eps: float | None = None) -> Float[Tensor, "*shape"]:
     """``x + eps * sign(x)`` with ``sign(0) = +1``, so that the result is never zero."""
     eps = EPS[x.dtype] if eps is None else eps
@@ -241,9 +250,43 @@ class Identity:
 
 @dataclass(frozen=True)
 class Normalisation:
-    """The denominator of a norm is constant, its centring linear ([A] Prop. 3.4, Eq. 19)."""
+    """The denominator of a norm is constant, its centring linear ([A] Prop. 3.4, Eq. 19).
 
+    ``centred`` and ``bias`` describe a norm class of a user's own, given to
+    ``composite.extended``; for the norms that LensLRP knows they are not looked at.
+
+    Attributes:
+        centred: the norm takes the mean over the last dimension away, as LayerNorm does.
+        bias: the attribute of the module that holds its bias, if it has one.
+    """
+
+    centred: bool = False
+    bias: str = "bias"
     name: str = "normalisation"
+
+    def factor(self, x: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the gradient is multiplied by, and the input it belongs to (centred or not).
+
+        It is the gain over the denominator, read off the values that the norm really returned.
+        """
+        x = x - x.mean(dim=-1, keepdim=True) if self.centred else x
+        return identity_factor(x, y if bias is None else y - bias), x
+
+    def fits(self, x: Tensor, y: Tensor, bias: Tensor | None) -> bool:
+        """Whether ``y - bias`` is ``x`` times a gain for each feature and a scale for each row.
+
+        Checked on up to 16 rows, each against the next: with u = (y - bias) of one row times x of
+        the other, u and its mirror image are parallel. One row alone tells nothing.
+        """
+        near = PARALLEL[y.dtype]
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        x, y = (t.detach().flatten(0, -2)[-16:].to(wide) for t in (x, y))
+        if self.centred:
+            x = x - x.mean(dim=-1, keepdim=True)
+        y = y if bias is None else y - bias.detach().to(wide)
+        u, v = y * x.roll(1, 0), y.roll(1, 0) * x
+        lengths = u.norm(dim=-1) * v.norm(dim=-1)
+        return bool(((u * v).sum(dim=-1) >= lengths * (1 - near)).all())
 
 
 @dataclass(frozen=True)

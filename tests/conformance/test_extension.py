@@ -1,0 +1,142 @@
+"""What LensLRP does not know is refused by name, and a user teaches it in a line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lenslrp
+from lenslrp.hooks import Identity, Normalisation, Plain
+from lenslrp.hooks.composites import Composite
+from tests.unit.tiny import FAMILIES, TOKENS
+
+
+class Swishy(nn.Module):
+    """An activation that no library has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.5 * x)
+
+
+class Manhattan(nn.Module):
+    """A norm by the mean of absolute values."""
+
+    constant = False
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.weight = nn.Parameter(1 + 0.3 * torch.randn(width, generator=generator).double())
+
+    def scale(self, x: Tensor) -> Tensor:
+        scale = x.abs().mean(dim=-1, keepdim=True)
+        return scale.detach() if self.constant else scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x / self.scale(x)
+
+
+class CentredManhattan(Manhattan):
+    """The same, with the mean taken away, and a bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        generator = torch.Generator().manual_seed(6)
+        self.bias = nn.Parameter(0.4 * torch.randn(width, generator=generator).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(dim=-1, keepdim=True)
+        return self.weight * x / self.scale(x) + self.bias
+
+
+class ConstantManhattan(Manhattan):
+    """The oracle: calculus on a denominator that is a constant is the rule."""
+
+    constant = True
+
+
+class ConstantCentredManhattan(CentredManhattan):
+    constant = True
+
+
+NORMS: list[tuple[type[Manhattan], type[Manhattan], Normalisation]] = [
+    (Manhattan, ConstantManhattan, Normalisation()),
+    (CentredManhattan, ConstantCentredManhattan, Normalisation(centred=True)),
+]
+
+
+def changed(part: str, make: type[nn.Module], *width: int) -> nn.Module:
+    """A tiny Llama with one part of each block replaced."""
+    torch.manual_seed(0)
+    model = FAMILIES["llama"]().to(torch.float64)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.mul_(10 if "emb" in name else 6)
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        owner = layer.mlp if part == "act_fn" else layer  # type: ignore[union-attr]
+        setattr(owner, part, make(*width))
+    return lenslrp.load(model)  # type: ignore[no-any-return]
+
+
+def explain(model: nn.Module, composite: Composite) -> lenslrp.RelevanceCache:
+    plain = model(TOKENS)
+    logits, R = lenslrp.run_with_relevance(model, TOKENS, 5, composite)
+    assert torch.equal(logits, plain)
+    assert R.coverage.ok
+    assert abs(R.ledger().error) < 1e-9
+    return R
+
+
+def test_unknown_activation_is_refused_by_name_and_taught() -> None:
+    model = changed("act_fn", Swishy)
+    with pytest.raises(lenslrp.CoverageError, match=r"blocks\.0\.mlp\.act_fn \(Swishy\)"):
+        lenslrp.run_with_relevance(model, TOKENS, 5)
+    R = explain(model, lenslrp.AttnLRP().extended({Swishy: Identity()}))
+    assert R.ledger().plain == 0
+
+
+@pytest.mark.parametrize(("norm", "constant", "rule"), NORMS)
+def test_unknown_norm_is_refused_by_name(
+    norm: type[Manhattan], constant: type[Manhattan], rule: Normalisation
+) -> None:
+    with pytest.raises(lenslrp.CoverageError, match=rf"\({norm.__name__}\)"):
+        lenslrp.run_with_relevance(changed("input_layernorm", norm, 16), TOKENS, 5)
+
+
+# In a NormalizationBridge (whose own idea is that it has an RMS norm), and where there is none.
+@pytest.mark.parametrize(("part", "width"), [("input_layernorm", 16), ("act_fn", 24)])
+@pytest.mark.parametrize(("norm", "constant", "rule"), NORMS)
+@pytest.mark.parametrize("table", [lenslrp.AttnLRP, lenslrp.CPLRP, lenslrp.GradientTimesInput])
+def test_unknown_norm_is_taught(
+    norm: type[Manhattan],
+    constant: type[Manhattan],
+    rule: Normalisation,
+    part: str,
+    width: int,
+    table: type[Composite],
+) -> None:
+    R = explain(changed(part, norm, width), table().extended({norm: rule}))
+    oracle = explain(changed(part, constant, width), table().extended({constant: Plain()}))
+    torch.testing.assert_close(R.tokens, oracle.tokens, rtol=1e-8, atol=1e-9)
+    biased = norm is CentredManhattan
+    assert (abs(R.ledger().biases) > 1e-3) == biased
+
+
+def test_a_norm_described_wrongly_is_refused() -> None:
+    model = changed("input_layernorm", CentredManhattan, 16)
+    table = lenslrp.AttnLRP()
+    with pytest.raises(lenslrp.InputError, match=r"CentredManhattan .*it fits .*centred=True"):
+        lenslrp.run_with_relevance(
+            model, TOKENS, 5, table.extended({CentredManhattan: Normalisation()})
+        )
+    named_wrongly = Normalisation(centred=True, bias="shift")
+    with pytest.raises(lenslrp.InputError, match="no norm"):
+        lenslrp.run_with_relevance(
+            model, TOKENS, 5, table.extended({CentredManhattan: named_wrongly})
+        )
+    with pytest.raises(lenslrp.InputError, match=r"act_fn: Swishy .*no norm"):
+        lenslrp.run_with_relevance(
+            changed("act_fn", Swishy), TOKENS, 5, table.extended({Swishy: Normalisation()})
+        )
