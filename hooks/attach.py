@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ class Context:
     composite: Composite
     books: Books | None
     attention: str
+    queries: set[str] = field(default_factory=set)  #: norms that feed nothing but queries: paths
 
     def site(self, hook: str, component: Any, role: str, rule: Any = None) -> Site:
         rule = self.composite[role] if rule is None else rule
@@ -34,6 +35,7 @@ class Context:
             F.product_shares(self.composite[role])[0] for role in ("attention_av", "gate")
         )
         feeds_pattern = re.search(r"[._][qk](_(layer)?norm)?$", path) is not None
+        feeds_pattern = feeds_pattern or path in self.queries
         return (pattern == 0 and feeds_pattern) or (gate == 0 and path.endswith(".gate"))
 
 
@@ -108,7 +110,19 @@ def components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module once, under the first of its names that is not a wrapped module's own."""
     seen: set[int] = set()
     named = list(model.named_modules(remove_duplicate=False))
-    named.sort(key=lambda item: (item[0].count("_original_component"), "original_" in item[0]))
+    # What the bridge has no component for (a head's activation, a stack's embedding) runs as well.
+    inner = getattr(model, "original_model", None)
+    if isinstance(inner, nn.Module):
+        named += [
+            (f"original_model.{name}", module) for name, module in inner.named_modules() if name
+        ]
+    named.sort(
+        key=lambda item: (
+            item[0].startswith("original_model."),
+            item[0].count("_original_component"),
+            "original_" in item[0],
+        )
+    )
     for name, module in named:
         if id(module) not in seen:
             seen.add(id(module))

@@ -32,6 +32,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, original
+from lenslrp.hooks.live import attach_live
 from lenslrp.hooks.rules import Product, Softmax, SoftmaxTemperature
 
 FUSED = "lenslrp_fused"
@@ -55,20 +56,29 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     inner = original(attn)
     if isinstance(inner, native.NativeAttention):
         at.attribute(inner, "forward", native_forward(attn, inner))
-    elif not isinstance(attn, PositionEmbeddingsAttentionBridge | JointQKVAttentionBridge):
-        return
     roles = {role: ctx.composite[role] for role in ("attention_qk", "softmax", "attention_av")}
     first, second = F.product_shares(roles["attention_av"])
     if second == 0:
         raise InputError("an attention_av rule must give the values a share")
     z = ctx.site(f"{path}.o.hook_in", attn, "attention_av")
     at.sites.append(z)
-    at.hook(
-        attn.o.hook_in,
-        lambda _, args, y: F.apply(F.ProductOutput, y, first, second, z),
-    )
+    met: list[bool] = []  # the product was met inside a delegated module
+
+    def at_product(y: Tensor) -> Tensor:
+        met.append(True)
+        return F.apply(F.ProductOutput, y, first, second, z)
+
+    def at_output(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+        if met:
+            met.clear()
+            return None
+        return F.apply(F.ProductOutput, y, first, second, z)
+
+    at.hook(attn.o.hook_in, at_output)
     if first == 0:
         at.hook(attn.hook_pattern, lambda _, args, y: y.detach())
+        if not isinstance(inner, native.NativeAttention):
+            attach_live(at, attn, at_product, None, 1.0)
         return
     sites = {
         "attention_qk": ctx.site(f"{path}.hook_attn_scores", attn, "attention_qk"),
@@ -81,6 +91,8 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     q_share, k_share = F.product_shares(roles["attention_qk"])
     if q_share != k_share:
         raise InputError("an attention_qk rule must give queries and keys the same share")
+    if not isinstance(inner, native.NativeAttention):
+        attach_live(at, attn, at_product, sites["attention_qk"], q_share)
     needs_scores = isinstance(roles["softmax"], SoftmaxTemperature)
     stash: list[Tensor] = []
 

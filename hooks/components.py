@@ -7,7 +7,7 @@ component class is one line there. Attention has a file of its own, :mod:`lenslr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformer_lens.model_bridge.generalized_components import (
     MLPBridge,
     NormalizationBridge,
     PosEmbedBridge,
+    T5BlockBridge,
     UnembeddingBridge,
 )
 from transformer_lens.model_bridge.sources.native import model as native
@@ -72,11 +73,37 @@ NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
 LAYER_NORMS = (nn.LayerNorm.forward, native.NativeLayerNormPre.forward)
 
 
-def attach_leaf(at: Attached, embedding: nn.Module) -> None:
+def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, bool]]:
+    """The modules whose outputs are the leaves, and whether each embeds positions (or types).
+
+    A stack that has an embedding of its own around the shared weight (T5) counts as well. Rotary
+    tables are no embeddings, and neither is T5's relative-position bias, which is added to scores.
+    """
+    found: dict[int, tuple[nn.Module, bool]] = {}
+    parts = list(parts)
+    for path, module in parts:
+        if not isinstance(module, EmbeddingBridge | PosEmbedBridge):
+            continue
+        inner = original(module)
+        if inner is None or not any(True for _ in inner.parameters()):
+            continue
+        position = isinstance(module, PosEmbedBridge) or "token_type" in path
+        if position and _adds_to_scores(module):
+            continue
+        found[id(inner)] = (inner, position)
+    for weight, position in [(m.weight, p) for m, p in found.values() if hasattr(m, "weight")]:
+        for _, module in parts:
+            if isinstance(module, nn.Embedding) and module.weight is weight:
+                found.setdefault(id(module), (module, position))
+    return list(found.values())
+
+
+def _adds_to_scores(bridge: Any) -> bool:
+    return "relative" in str(bridge.name)
+
+
+def attach_leaf(at: Attached, inner: nn.Module) -> None:
     """Embeddings are the leaves: with the weights frozen, nothing else would start a graph."""
-    inner = original(embedding)
-    if inner is None or not any(True for _ in inner.parameters()):
-        return  # rotary tables are no embeddings
 
     def leaf(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         return out.requires_grad_() if torch.is_grad_enabled() else out
@@ -228,8 +255,8 @@ def _measure_bias(y: Tensor, bias: Tensor | None, site: Site) -> None:
 
     def measure(g: Tensor) -> None:
         wide = torch.float32 if g.device.type == "mps" else torch.float64
-        per_row = g.detach().flatten(1, -2).sum(dim=1, dtype=wide)
-        site.report("biases", per_row @ bias.detach().to(wide))
+        summed = g.detach().flatten(0, -2).sum(dim=0, dtype=wide)
+        site.report("biases", summed @ bias.detach().to(wide))
 
     y.register_hook(measure)
 
@@ -336,7 +363,9 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
     at.wrapped = {id(original(m)) for _, m in found if isinstance(m, NormalizationBridge)}
     gates: dict[int, float] = {}
     roles: dict[int, str] = {}
-    for _, module in found:
+    for path, module in found:
+        if isinstance(module, T5BlockBridge) and module.is_decoder:
+            ctx.queries.add(f"{path}.ln2")  # before cross-attention, whose keys are the encoder's
         if isinstance(module, AttentionBridge):
             for key in ("q", "k", "v", "o"):
                 roles[id(_wrapped(module, key))] = "projection"
@@ -355,6 +384,8 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
         if isinstance(module, nn.Linear | Conv1D) and isinstance(rule, LinearRule):
             at.weights[module.weight.data_ptr()] = path
     try:
+        for inner, _ in embeddings(found):
+            attach_leaf(at, inner)
         for path, module in found:
             _attach(at, ctx, path, module, gates, roles)
     except BaseException:
@@ -385,8 +416,6 @@ def _attach(
         attach_own_norm(at, ctx, path, module, own)
     elif own is not None:
         attach_activation(at, ctx, path, module, own, share)
-    elif isinstance(module, EmbeddingBridge | PosEmbedBridge):
-        attach_leaf(at, module)
     elif isinstance(module, NormalizationBridge):
         attach_norm(at, ctx, path, module)
     elif isinstance(module, AttentionBridge):
@@ -412,6 +441,7 @@ __all__ = [
     "UnembeddingBridge",
     "attach_all",
     "components",
+    "embeddings",
     "layer_of",
     "original",
     "softcap_of",

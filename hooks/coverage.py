@@ -51,6 +51,8 @@ BILINEAR = frozenset(
 
 QUOTIENT = frozenset({"Div", "Addcdiv"})
 SOFTMAX = frozenset({"Softmax", "LogSoftmax"})
+CLIPS = frozenset({"Clamp", "ClampMin", "ClampMax"})
+"""Linear where nothing is out of bounds (T5's guard against overflow in float16)."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,17 @@ def _wants(node: Any, name: str) -> str:
         return "softmax"
     if name == "Tanh":
         return "tanh"
+    if name in CLIPS:
+        return "?" if _clips(node) else ""
     return "?"
+
+
+def _clips(node: Any) -> bool:
+    """Whether a clamp changed any value."""
+    x = node._saved_self
+    low, high = getattr(node, "_saved_min", None), getattr(node, "_saved_max", None)
+    below = low is not None and bool((x < low).any())
+    return below or (high is not None and bool((x > high).any()))
 
 
 def _factors(node: Any, name: str) -> int:

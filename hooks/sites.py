@@ -33,7 +33,8 @@ def _dots(x: Tensor, g: Tensor) -> Tensor:
 
 
 class Books:
-    """Where sites report what they absorbed: (term, layer, role) -> [batch] in units of the target.
+    """Where sites report what they absorbed, summed over the batch: (term, layer, role) -> units
+    of the target.
 
     ``flows`` holds the total relevance of the residual stream entering and leaving each block.
     """
@@ -46,6 +47,7 @@ class Books:
         if term not in TERMS:
             raise KeyError(term)
         key = (term, site.layer, site.role)
+        amount = amount.sum()
         self.terms[key] = self.terms[key] + amount if key in self.terms else amount
 
     def clear(self) -> None:

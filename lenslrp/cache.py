@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+OWN_TENSORS = ("embeddings", "positions", "decoder_tokens", "decoder_positions")
+"""Those that not every model has."""
+
+
 @dataclass(frozen=True, eq=False)
 class RelevanceCache:
     """Relevance of one target at the leaves and at every hook point that was read.
@@ -37,7 +41,9 @@ class RelevanceCache:
     Attributes:
         tokens: per token at the leaves; positional embeddings are in ``positions``.
         embeddings: per token and feature, at the token embeddings.
-        positions: per token at learned positional embeddings, ``None`` without them.
+        positions: per token at learned positional (and token-type) embeddings, ``None`` without.
+        decoder_tokens: for an encoder-decoder, the decoder's side; ``tokens`` is the encoder's.
+        decoder_positions, decoder_str_tokens: likewise.
         str_tokens: the tokens as text, one list a batch row.
         target: what exactly was explained, and its value.
         coverage: which rule sat where (DESIGN promise 1).
@@ -57,6 +63,9 @@ class RelevanceCache:
     ledger_: Ledger | None = field(repr=False)
     model_name: str
     dtype: str
+    decoder_tokens: Float[Tensor, "batch written"] | None = None
+    decoder_positions: Float[Tensor, "batch written"] | None = None
+    decoder_str_tokens: list[list[str]] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self.values:
@@ -184,12 +193,11 @@ class RelevanceCache:
                 f"{list(other.tokens.shape)} there"
             )
         shared = [name for name in self.values if name in other.values]
-        both = self.positions is not None and other.positions is not None
-        embeddings = (
-            self.embeddings - other.embeddings
-            if self.embeddings is not None and other.embeddings is not None
-            else None
-        )
+        own = {name: (getattr(self, name), getattr(other, name)) for name in OWN_TENSORS}
+        differences = {
+            name: a - b if a is not None and b is not None and a.shape == b.shape else None
+            for name, (a, b) in own.items()
+        }
         name = self.composite.name
         if other.composite.name != name:
             name = f"{name} - {other.composite.name}"
@@ -197,8 +205,7 @@ class RelevanceCache:
             values={name: self.values[name] - other.values[name] for name in shared},
             activations={},
             tokens=self.tokens - other.tokens,
-            embeddings=embeddings,
-            positions=self.positions - other.positions if both else None,  # type: ignore[operator]
+            **differences,
             token_ids=self.token_ids,
             attention_mask=self.attention_mask & other.attention_mask,
             str_tokens=self.str_tokens,
@@ -211,6 +218,7 @@ class RelevanceCache:
             ledger_=None,
             model_name=self.model_name,
             dtype=self.dtype,
+            decoder_str_tokens=self.decoder_str_tokens,
         )
 
     def save(self, path: str | Path) -> Path:
@@ -220,7 +228,7 @@ class RelevanceCache:
             for name, v in self.values.items()
         }
         tensors |= {f"activation/{name}": v for name, v in self.activations.items()}
-        for name in ("tokens", "embeddings", "positions", "token_ids", "attention_mask"):
+        for name in (*OWN_TENSORS, "tokens", "token_ids", "attention_mask"):
             value = getattr(self, name)
             if value is not None:
                 tensors[name] = value
@@ -229,6 +237,7 @@ class RelevanceCache:
         meta = {
             "format": "lenslrp.relevance/1",
             "str_tokens": self.str_tokens,
+            "decoder_str_tokens": self.decoder_str_tokens,
             "target": self.target.text,
             "composite": self.composite.name,
             "rules": {role: rule.name for role, rule in self.composite.rules.items()},
@@ -293,6 +302,9 @@ class RelevanceCache:
             ledger_=ledger,
             model_name=told["model_name"],
             dtype=told["dtype"],
+            decoder_tokens=tensors.get("decoder_tokens"),
+            decoder_positions=tensors.get("decoder_positions"),
+            decoder_str_tokens=told.get("decoder_str_tokens"),
         )
 
     def __repr__(self) -> str:
@@ -312,6 +324,10 @@ class RelevanceCache:
             rows.append(
                 token_heatmap(tokens, self.tokens[row].tolist(), title=title, attention_mask=mask)
             )
+        if self.decoder_tokens is not None and self.decoder_str_tokens is not None:
+            for row, tokens in enumerate(self.decoder_str_tokens):
+                written = self.decoder_tokens[row].tolist()
+                rows.append(token_heatmap(tokens, written, title=f"decoder, row {row}"))
         if self.coverage.uncovered:
             rows.append(f"<p>No rule for: {html.escape('; '.join(self.coverage.uncovered))}</p>")
         return "".join(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
 from lenslrp.errors import InputError
+from lenslrp.targets import token_ids
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Prepared:
     mask: Tensor
     prompt_lengths: list[int]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    decoder: Prepared | None = None  #: what the decoder of an encoder-decoder is given
 
     def str_tokens(self, tokenizer: Any) -> list[list[str]]:
         if "inputs_embeds" in self.kwargs or tokenizer is None:
@@ -42,12 +44,83 @@ def prepare(
     prepend_bos: bool | None,
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
+    decoder_input: Any = None,
 ) -> Prepared:
     """Rows of tokens from a string, strings or a tensor; ``append`` is a teacher-forced span.
 
     Raises:
         InputError: an empty prompt, ids outside the vocabulary, shapes that do not fit.
     """
+    if is_encoder_decoder(model):
+        given = prepare_side(
+            model,
+            text,
+            append=[],
+            prepend_bos=prepend_bos,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+        )
+        return _with_decoder(model, given, decoder_input, append)
+    if decoder_input is not None:
+        raise InputError("decoder_input is for encoder-decoders; this model has no decoder of it")
+    return prepare_side(
+        model,
+        text,
+        append=append,
+        prepend_bos=prepend_bos,
+        attention_mask=attention_mask,
+        inputs_embeds=inputs_embeds,
+    )
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def _with_decoder(model: Any, given: Prepared, decoder_input: Any, append: list[int]) -> Prepared:
+    """The decoder's rows: its start token and the words given, or a token tensor as it is."""
+    batch = len(given.tokens)
+    config = model.original_model.config
+    start = getattr(config, "decoder_start_token_id", None)
+    if isinstance(decoder_input, Tensor) or (decoder_input and not _is_text(decoder_input)):
+        tokens, mask = _as_tensor(decoder_input, None)
+        rows = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
+    else:
+        if start is None:
+            raise InputError("this model names no decoder start token: give decoder_input as ids")
+        texts = [decoder_input] * batch if isinstance(decoder_input, str) else decoder_input
+        words = [token_ids(model.tokenizer, text) for text in texts] if texts else [[]] * batch
+        rows = [[int(start), *ids] for ids in words]
+    if len(rows) != batch:
+        raise InputError(f"{len(rows)} rows for the decoder, {batch} for the encoder")
+    lengths = [len(row) for row in rows]
+    tokens, mask = _pad([row + append[:-1] for row in rows], "right", _pad_id(model))
+    _require_ids(model, rows)
+    device = _device(model)
+    kwargs = {**given.kwargs, "decoder_input_ids": tokens.to(device)}
+    if not bool(mask.all()):
+        kwargs["decoder_attention_mask"] = mask.long().to(device)
+    decoder = Prepared(tokens.to(device), mask.to(device), lengths)
+    return replace(given, kwargs=kwargs, decoder=decoder)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and bool(value) and isinstance(value[0], str)
+    )
+
+
+def prepare_side(
+    model: Any,
+    text: Any,
+    *,
+    append: list[int],
+    prepend_bos: bool | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> Prepared:
+    """What :func:`prepare` does for one stack."""
     if inputs_embeds is not None:
         return _from_embeddings(model, text, inputs_embeds, attention_mask, append)
     if isinstance(text, Tensor | list) and _is_empty(text):
@@ -68,16 +141,7 @@ def prepare(
             "input must be a string, a list of strings or a token tensor [batch, pos], not "
             f"{type(text).__name__}"
         )
-    vocabulary = int(model.cfg.d_vocab)
-    for index, row in enumerate(rows):
-        if not row:
-            raise InputError(f"row {index} is an empty prompt; give at least one token")
-        if min(row) < 0 or max(row) >= vocabulary:
-            worst = max(row) if max(row) >= vocabulary else min(row)
-            raise InputError(
-                f"row {index} has token {worst}, outside the vocabulary: ids go from 0 to "
-                f"{vocabulary - 1}"
-            )
+    _require_ids(model, rows)
     lengths = [len(row) for row in rows]
     if mask is None or append:
         rows = [row + append[:-1] for row in rows]
@@ -90,6 +154,19 @@ def prepare(
     return Prepared(tokens.to(device), mask.to(device), lengths, kwargs)
 
 
+def _require_ids(model: Any, rows: list[list[int]]) -> None:
+    vocabulary = int(model.cfg.d_vocab)
+    for index, row in enumerate(rows):
+        if not row:
+            raise InputError(f"row {index} is an empty prompt; give at least one token")
+        if min(row) < 0 or max(row) >= vocabulary:
+            worst = max(row) if max(row) >= vocabulary else min(row)
+            raise InputError(
+                f"row {index} has token {worst}, outside the vocabulary: ids go from 0 to "
+                f"{vocabulary - 1}"
+            )
+
+
 def _tokenize(model: Any, texts: list[str], prepend_bos: bool | None) -> list[list[int]]:
     if model.tokenizer is None:
         raise InputError("this model has no tokenizer: give a token tensor [batch, pos]")
@@ -98,6 +175,8 @@ def _tokenize(model: Any, texts: list[str], prepend_bos: bool | None) -> list[li
             raise InputError(f"row {index} is not a string but {type(text).__name__}")
         if not text:
             raise InputError(f"row {index} is an empty prompt; give at least one token")
+    if is_encoder_decoder(model):  # with the end token that its encoder was trained on
+        return [model.tokenizer(text)["input_ids"] for text in texts]
     return [
         model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].tolist() for text in texts
     ]

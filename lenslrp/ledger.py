@@ -96,6 +96,13 @@ def make_ledger(books: Books, target: float, leaves: float, start: float, layers
         rows.append(
             {"layer": str(layer), "resid_in": into, **terms, "resid_out": out, "error": missed}
         )
+    if not rows:  # no residual stream was watched (two stacks, or no blocks): one row for all
+        missed = start - leaves - sum(totals.values())
+        row = {"layer": "all", "resid_in": leaves, **totals, "resid_out": start, "error": missed}
+        table = pd.DataFrame([row]).set_index("layer")
+        return Ledger(
+            target=target, leaves=leaves, **totals, nonlinear_target=target - start, table=table
+        )
     outside = {term: per_layer.get((None, term), 0.0) for term in TERMS}
     first = rows[0]["resid_in"] if rows else start - sum(outside.values())
     last = rows[-1]["resid_out"] if rows else first

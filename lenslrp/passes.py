@@ -23,11 +23,9 @@ from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.components import (
     Attached,
     BlockBridge,
-    EmbeddingBridge,
-    PosEmbedBridge,
     UnembeddingBridge,
+    embeddings,
     layer_of,
-    original,
 )
 from lenslrp.hooks.functions import apply
 from lenslrp.hooks.install import Rules
@@ -46,9 +44,14 @@ class Leaves:
 
     tokens: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
+    decoder_tokens: list[Tensor] = field(default_factory=list)
+    decoder_positions: list[Tensor] = field(default_factory=list)
+
+    def groups(self) -> list[list[Tensor]]:
+        return [self.tokens, self.positions, self.decoder_tokens, self.decoder_positions]
 
     def all(self) -> list[Tensor]:
-        return [*self.tokens, *self.positions]
+        return [leaf for group in self.groups() for leaf in group]
 
 
 class _CapSkip(torch.autograd.Function):
@@ -107,13 +110,18 @@ class Pass:
                 f"relevance is not finite ({values.dtype}): the backward pass overflowed; run the "
                 "model in float32 or bfloat16"
             )
-        tokens, positions = self._split(relevances)
+        tokens, positions, decoder_tokens, decoder_positions = self._split(relevances)
+        assert tokens is not None
+        decoder = self.prepared.decoder
         return RelevanceCache(
             values=self.readers.finish(),
             activations=dict(self.readers.activations),
             tokens=tokens.sum(dim=-1),
             embeddings=tokens,
             positions=None if positions is None else positions.sum(dim=-1),
+            decoder_tokens=None if decoder_tokens is None else decoder_tokens.sum(dim=-1),
+            decoder_positions=None if decoder_positions is None else decoder_positions.sum(dim=-1),
+            decoder_str_tokens=decoder.str_tokens(self.model.tokenizer) if decoder else None,
             token_ids=self.prepared.tokens,
             attention_mask=self.prepared.mask,
             str_tokens=self.prepared.str_tokens(self.model.tokenizer),
@@ -139,12 +147,13 @@ class Pass:
     def _outputs(self) -> Outputs:
         assert self.logits is not None
         before = self._before_softcap()
+        written = self.prepared.decoder or self.prepared  # the side that the logits belong to
         return Outputs(
             self.logits if before is self.logits else apply(_CapSkip, before, self.logits),
-            self.prepared.mask,
+            written.mask,
             self.model.tokenizer,
             self._activation,
-            self.prepared.prompt_lengths,
+            written.prompt_lengths,
         )
 
     def _activation(self, hook: str) -> Tensor:
@@ -158,11 +167,11 @@ class Pass:
             )
         return x
 
-    def _split(self, relevances: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Relevance at the token embeddings and at learned positions, [batch, pos, d_model]."""
-        n = len(self.leaves.tokens)
-        tokens = torch.stack(relevances[:n]).sum(dim=0)
-        return tokens, (torch.stack(relevances[n:]).sum(dim=0) if len(relevances) > n else None)
+    def _split(self, relevances: list[Tensor]) -> list[Tensor | None]:
+        """Relevance at each group of leaves, [batch, pos, d_model]; ``None`` for an empty one."""
+        left = iter(relevances)
+        parts = [[next(left) for _ in group] for group in self.leaves.groups()]
+        return [torch.stack(part).sum(dim=0) if part else None for part in parts]
 
     def _close_books(
         self,
@@ -266,19 +275,19 @@ def architecture(model: Any) -> str:
     return type(getattr(model, "original_model", model)).__name__
 
 
-def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, batch: int) -> None:
-    """Make the outputs of the embeddings leaves of the graph."""
-    for _, module in parts:
-        if not isinstance(module, EmbeddingBridge | PosEmbedBridge):
-            continue
-        inner = original(module)
-        if inner is None or not any(True for _ in inner.parameters()):
-            continue  # rotary tables are no embeddings
-        kept = leaves.positions if isinstance(module, PosEmbedBridge) else leaves.tokens
+def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, batch: int, two_stacks: bool) -> None:
+    """Make the outputs of the embeddings leaves of the graph.
+
+    An encoder embeds its tokens, then its positions, before the decoder does.
+    """
+    for inner, position in embeddings(parts):
 
         def cut(
-            _: nn.Module, args: tuple[Any, ...], out: Tensor, kept: list[Tensor] = kept
+            _: nn.Module, args: tuple[Any, ...], out: Tensor, position: bool = position
         ) -> Tensor:
+            kept = leaves.positions if position else leaves.tokens
+            if two_stacks and (leaves.decoder_tokens if position else leaves.tokens):
+                kept = leaves.decoder_positions if position else leaves.decoder_tokens
             leaf = out.detach()
             if leaf.shape[0] == 1 and batch > 1:
                 leaf = leaf.expand(batch, *leaf.shape[1:])

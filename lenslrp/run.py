@@ -55,6 +55,7 @@ def relevance_for_targets(
     ledger: bool = True,
     attention_mask: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
+    decoder_input: Any = None,
 ) -> list[RelevanceCache]:
     """Explain k targets of one input from one forward pass: one cache a target.
 
@@ -65,7 +66,7 @@ def relevance_for_targets(
         raise InputError(f"targets must be a list of them, not {targets!r}")
     _, caches = _run(
         model, input, list(targets), composite, names_filter, prepend_bos, reduce, attention,
-        checkpoint, strict, ledger, attention_mask, inputs_embeds,
+        checkpoint, strict, ledger, attention_mask, inputs_embeds, decoder_input,
     )  # fmt: skip
     return caches
 
@@ -85,6 +86,7 @@ def run_with_relevance(
     ledger: bool = True,
     attention_mask: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
+    decoder_input: Any = None,
 ) -> tuple[Tensor, RelevanceCache]:
     """Logits, and the relevance of every hook point for a target; mirrors ``run_with_cache``.
 
@@ -106,6 +108,9 @@ def run_with_relevance(
         ledger: keep the books; ``False`` saves a few per cent.
         attention_mask: [batch, pos], for token tensors with padding on one side.
         inputs_embeds: [batch, pos, d_model] instead of ``input``; they are then the leaves.
+        decoder_input: what the decoder of an encoder-decoder has written so far: a string or
+            strings (its start token is put before them), or a token tensor [batch, pos] as it is;
+            the start token alone by default. Targets are then positions of the decoder.
 
     Returns:
         The logits [batch, pos, vocab], detached and equal to the model's own, and the relevance in
@@ -117,7 +122,7 @@ def run_with_relevance(
     """
     logits, caches = _run(
         model, input, [target], composite, names_filter, prepend_bos, reduce, attention, checkpoint,
-        strict, ledger, attention_mask, inputs_embeds,
+        strict, ledger, attention_mask, inputs_embeds, decoder_input,
     )  # fmt: skip
     return logits, caches[0]
 
@@ -136,6 +141,7 @@ def _run(
     ledger: bool,
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
+    decoder_input: Any,
 ) -> tuple[Tensor, list[RelevanceCache]]:
     require_bridge(model)
     if torch.is_inference_mode_enabled():
@@ -154,6 +160,7 @@ def _run(
         prepend_bos=prepend_bos,
         attention_mask=attention_mask,
         inputs_embeds=inputs_embeds,
+        decoder_input=decoder_input,
     )
     names, named = select_names(model.hook_dict, names_filter)
     check_reduce(reduce, model.hook_dict)
@@ -172,7 +179,8 @@ def _run(
             readers = Readers.plan(model.hook_dict, names, partial(reduction_for, reduce))
             run = Pass(model, rules, readers, Leaves(), prepared, books, strict)
             if inputs_embeds is None:
-                cut_leaves(at, parts, run.leaves, len(prepared.tokens))
+                two_stacks = prepared.decoder is not None
+                cut_leaves(at, parts, run.leaves, len(prepared.tokens), two_stacks)
             run.layers = watch_blocks(at, parts, books) if books is not None else 0
             readers.attach(model)
             at.undo.append(readers.detach)
@@ -226,7 +234,7 @@ def _forward(model: Any, prepared: Prepared, leaves: Leaves) -> Tensor:
     if not leaves.tokens:
         raise CoverageError(
             f"{architecture(model)}: no known token embedding ran in the forward pass, so there "
-            "are no leaves to give relevance to; encoder-decoders are not covered yet"
+            "are no leaves to give relevance to"
         )
     return logits
 

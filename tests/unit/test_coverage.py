@@ -19,6 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
 from lenslrp.errors import CoverageError
+from lenslrp.hooks import coverage
 from lenslrp.hooks.rules import Identity, Plain
 from tests.unit.tiny import TOKENS, embedding_leaf, tiny
 
@@ -329,3 +330,12 @@ def test_a_layer_norm_with_a_forward_of_its_own_is_right_or_refused(
         assert kind.__name__ in str(error)  # noqa: PT017 - refused is as good as right
     else:
         assert abs(kept.ledger().error) < 1e-9
+
+
+def test_a_clamp_counts_only_where_it_clips() -> None:
+    """Inside its bounds it is the identity; outside it has no rule."""
+    x = torch.linspace(-1.0, 1.0, 5, requires_grad=True)
+    assert coverage.walk([(x * 2).clamp(-3, 3)]).gaps == []
+    assert coverage.walk([x.clamp(torch.tensor(-2.0), torch.tensor(2.0))]).gaps == []
+    for clipped in (x.clamp(min=-0.5), x.clamp(max=0.5), x.clamp(-0.5, 0.5)):
+        assert [gap.operation for gap in coverage.walk([clipped]).gaps] != []

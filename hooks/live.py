@@ -1,0 +1,137 @@
+"""Attention that the bridge delegates to Hugging Face, made live: scores and pattern become hooks.
+
+Delegated attention fires ``hook_attn_scores`` and ``hook_pattern`` after the fact, where neither
+an edit nor a rule has any effect. While such a module runs here, its own softmax is met by the
+bridge's two hook points, and the product of pattern and values by the rule for it. The module's
+arithmetic is its own, call by call, so the forward pass is bit-identical whatever the family.
+
+Constants that the module adds to the scores (a relative-position bias, ALiBi) take relevance with
+them: the ``positional`` term of the ledger, measured where they are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
+from lenslrp.hooks.attach import Attached, original
+from lenslrp.hooks.sites import Site, row_sums
+
+PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "einsum"})
+SUMS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
+
+
+class LiveAttention(TorchFunctionMode):
+    """Meets the softmax of one attention module, the sums before it and the product after it.
+
+    Args:
+        attn: whose hook points to call.
+        at_product: gives the output of pattern @ values its rule.
+        qk: the site of Q@K^T, ``None`` where the pattern is constant.
+        share: what queries and keys each get of the scores' gradient.
+    """
+
+    def __init__(
+        self,
+        attn: AttentionBridge,
+        at_product: Callable[[Tensor], Tensor],
+        qk: Site | None,
+        share: float,
+    ) -> None:
+        super().__init__()
+        self.attn, self.at_product, self.qk, self.share = attn, at_product, qk, share
+        self.pattern: Tensor | None = None
+        self.multiplied = False
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self.pattern is None:
+            if name == "softmax" and isinstance(args[0], Tensor):
+                scores = self.attn.hook_attn_scores(args[0])
+                self.pattern = self.attn.hook_pattern(func(scores, *args[1:], **kwargs))
+                return self.pattern
+            if name in SUMS and self.qk is not None and self.qk.books is not None:
+                return self._metered(func(*args, **kwargs), args)
+        elif not self.multiplied and name in PRODUCTS and self._is_pattern(args):
+            self.multiplied = True
+            return self.at_product(func(*args, **kwargs))
+        return func(*args, **kwargs)
+
+    def _is_pattern(self, args: tuple[Any, ...]) -> bool:
+        assert self.pattern is not None
+        first = next(arg for arg in args if isinstance(arg, Tensor))
+        shape, own = self.pattern.shape, first.shape
+        return own.numel() == shape.numel() and own[-1] == shape[-1]
+
+    def _metered(self, y: Any, args: tuple[Any, ...]) -> Any:
+        """Book what a constant addend of the scores takes, when the gradient arrives."""
+        addends = [a.detach() for a in args if isinstance(a, Tensor) and not a.requires_grad]
+        site, share = self.qk, self.share
+        if len(addends) != 1 or not isinstance(y, Tensor) or not y.requires_grad or y.ndim < 3:
+            return y
+        assert site is not None
+        addend = addends[0]
+
+        def measure(g: Tensor) -> None:
+            took = row_sums(addend.expand(g.shape).to(g.dtype), g) / share
+            site.report("positional", took)
+            # The product below gets what is left: take it out of the product's own account.
+            site.report("plain", -(1 - 2 * share) * took)
+
+        y.register_hook(measure)
+        return y
+
+
+def attach_live(
+    at: Attached,
+    attn: AttentionBridge,
+    at_product: Callable[[Tensor], Tensor],
+    qk: Site | None,
+    share: float,
+) -> None:
+    """Run the wrapped attention module, wherever the bridge calls it, with its softmax met."""
+    inner = original(attn)
+    if inner is None:
+        return
+    run = inner.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with LiveAttention(attn, at_product, qk, share) as mode:
+            out = run(*args, **kwargs)
+        if mode.pattern is None or not isinstance(out, tuple):
+            return out
+        # The bridge would fire the hooks a second time on the pattern that is handed out.
+        place = 2 if attn.requires_relative_position_bias else 1
+        return tuple(None if i == place else item for i, item in enumerate(out))
+
+    at.attribute(inner, "forward", forward)
+    for config in _configs(inner):
+        at.undo.append(_eager(config))
+
+
+def _configs(module: nn.Module) -> Iterator[Any]:
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        if getattr(config, "_attn_implementation", "eager") not in ("eager", None):
+            yield config
+
+
+def _eager(config: Any) -> Callable[[], None]:
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+
+    def restore() -> None:
+        config._attn_implementation = before
+
+    return restore
