@@ -66,7 +66,9 @@ def plain(model: Any) -> Tensor:
 def test_the_forward_pass_is_untouched(name: str, dtype: torch.dtype) -> None:
     model = make(name, dtype)
     before = plain(model)
-    for composite in COMPOSITES.values():
+    for label, composite in COMPOSITES.items():
+        if label == "GIM" and "t5" in name and dtype == torch.float16:
+            continue  # refused: see test_an_overflow_in_float16_is_named
         logits, _ = lenslrp.run_with_relevance(
             model, tokens(), 5, composite(), **decoder(model), names_filter=[]
         )
@@ -115,6 +117,13 @@ def test_scores_and_patterns_are_read_and_all_is_undone(name: str) -> None:
         assert bool(torch.isfinite(scores).all())
         assert float(scores.abs().sum()) > 0 and float(cache[hook].abs().sum()) > 0
     assert changes(before, model) == []
+
+
+def test_an_overflow_in_float16_is_named() -> None:
+    """T5 does not scale its scores, so GIM's quotient of two softmaxes leaves float16's range."""
+    model = make("t5", torch.float16)
+    with pytest.raises(lenslrp.InputError, match="overflowed; run the model in float32"):
+        lenslrp.run_with_relevance(model, tokens(), 5, lenslrp.GIM(), **decoder(model))
 
 
 def test_an_edit_of_a_delegated_pattern_reaches_the_output() -> None:
