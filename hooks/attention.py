@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components import (
+    ALiBiJointQKVAttentionBridge,
     AttentionBridge,
+    BloomAttentionBridge,
     JointQKVAttentionBridge,
     PositionEmbeddingsAttentionBridge,
 )
@@ -32,7 +34,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, original
-from lenslrp.hooks.live import attach_live
+from lenslrp.hooks.live import attach_live, attach_score_meter
 from lenslrp.hooks.rules import Product, Softmax, SoftmaxTemperature
 
 FUSED = "lenslrp_fused"
@@ -56,6 +58,8 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     inner = original(attn)
     if isinstance(inner, native.NativeAttention):
         at.attribute(inner, "forward", native_forward(attn, inner))
+    if not hasattr(attn, "o"):
+        return  # its products stay on the graph, where the coverage check names them
     roles = {role: ctx.composite[role] for role in ("attention_qk", "softmax", "attention_av")}
     first, second = F.product_shares(roles["attention_av"])
     if second == 0:
@@ -91,7 +95,9 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     q_share, k_share = F.product_shares(roles["attention_qk"])
     if q_share != k_share:
         raise InputError("an attention_qk rule must give queries and keys the same share")
-    if not isinstance(inner, native.NativeAttention):
+    if isinstance(attn, ALiBiJointQKVAttentionBridge | BloomAttentionBridge) and ctx.books:
+        attach_score_meter(at, attn, sites["attention_qk"], q_share)
+    elif not isinstance(inner, native.NativeAttention):
         attach_live(at, attn, at_product, sites["attention_qk"], q_share)
     needs_scores = isinstance(roles["softmax"], SoftmaxTemperature)
     stash: list[Tensor] = []

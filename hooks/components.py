@@ -8,7 +8,6 @@ component class is one line there. Attention has a file of its own, :mod:`lenslr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,13 +26,21 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.sources.native import model as native
 from transformers import activations as hf_activations
+from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.pytorch_utils import Conv1D
 
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, components, layer_of, original
 from lenslrp.hooks.attention import attach_attention, softcap_of
-from lenslrp.hooks.rules import Epsilon, Identity, LinearRule, Normalisation, Plain
+from lenslrp.hooks.norms import (
+    attach_loose_norm,
+    attach_norm,
+    attach_own_norm,
+    is_norm,
+    measure_bias,
+)
+from lenslrp.hooks.rules import Epsilon, LinearRule, Normalisation, Plain
 from lenslrp.hooks.sites import Site
 
 ACTIVATIONS: tuple[type, ...] = (
@@ -45,6 +52,7 @@ ACTIVATIONS: tuple[type, ...] = (
     nn.Tanh,
     nn.Mish,
     nn.Hardswish,
+    BloomGelu,
     *(
         getattr(hf_activations, name)
         for name in (
@@ -59,6 +67,7 @@ ACTIVATIONS: tuple[type, ...] = (
             "MishActivation",
             "ReLUSquaredActivation",
             "LinearActivation",
+            "XIELUActivation",
         )
         if hasattr(hf_activations, name)
     ),
@@ -70,14 +79,12 @@ NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
 )
 
 
-LAYER_NORMS = (nn.LayerNorm.forward, native.NativeLayerNormPre.forward)
-
-
 def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, bool]]:
     """The modules whose outputs are the leaves, and whether each embeds positions (or types).
 
-    A stack that has an embedding of its own around the shared weight (T5) counts as well. Rotary
-    tables are no embeddings, and neither is T5's relative-position bias, which is added to scores.
+    Sinusoids kept in a buffer count as positions, and so does a stack's own embedding around the
+    shared weight (T5). Rotary tables are no embeddings, and neither is T5's relative-position bias,
+    which is added to scores.
     """
     found: dict[int, tuple[nn.Module, bool]] = {}
     parts = list(parts)
@@ -85,7 +92,7 @@ def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, 
         if not isinstance(module, EmbeddingBridge | PosEmbedBridge):
             continue
         inner = original(module)
-        if inner is None or not any(True for _ in inner.parameters()):
+        if inner is None or not any(True for _ in (*inner.parameters(), *inner.buffers())):
             continue
         position = isinstance(module, PosEmbedBridge) or "token_type" in path
         if position and _adds_to_scores(module):
@@ -111,163 +118,13 @@ def attach_leaf(at: Attached, inner: nn.Module) -> None:
     at.hook(inner, leaf)
 
 
-def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge) -> None:
-    """Norms: around the wrapped module, or at ``hook_scale`` when the bridge computes the norm.
-
-    Which of the two runs is the bridge's choice at every forward (a user's backward hook on
-    ``hook_normalized`` changes it), so both are ready and the one that is taken fires.
-    """
-    component = original(norm)
-    if isinstance(component, nn.Identity):
-        return
-    own = ctx.composite.modules.get(type(component))
-    rule = ctx.composite["norm"] if own is None else own
-
-    def bias() -> Tensor | None:
-        if isinstance(own, Normalisation) and _native(norm):
-            return _bias_of(component, own)
-        return None if norm.uses_rms_norm else getattr(component, "bias", None)
-
-    site = ctx.site(path, norm, "norm", rule)
-    site.cut = ctx.cuts(path)
-    if isinstance(rule, Plain):
-        at.region(norm, site, bias)
-    else:
-        at.sites.append(site)
-        if isinstance(own, Normalisation):
-            _wrap_own_norm(at, component, own, site)
-        elif isinstance(own, Identity):
-            at.wrap(component, lambda x, y: F.apply(F.Elementwise, x, y, own, site))
-        else:
-            _attach_wrapped_norm(at, component, site)
-
-        cut: list[bool] = []
-
-        def constant_scale(_: nn.Module, args: tuple[Any, ...], scale: Tensor) -> Tensor | None:
-            # On the native path the scale is computed for reading only; touch it there and the
-            # bridge would leave the wrapped norm.
-            if not scale.requires_grad or (_native(norm) and scale is args[0]):
-                return None
-            cut.append(True)
-            return scale.detach()
-
-        def mark(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-            if not cut:
-                return None
-            cut.clear()
-            return F.apply(F.Mark, y, site)
-
-        at.hook(norm.hook_scale, constant_scale)
-        at.hook(norm, mark)
-    if ctx.books is not None:
-        _attach_norm_bias(at, ctx, path, norm, bias)
-
-
-def _native(norm: NormalizationBridge) -> bool:
-    """Whether the bridge will run the wrapped norm (and not its own Python form)."""
-    folded = bool(getattr(norm.config, "layer_norm_folding", False))
-    hooked = bool(norm.hook_scale.bwd_hooks or norm.hook_normalized.bwd_hooks)
-    return (norm.use_native_layernorm_autograd or folded) and not hooked
-
-
-def _attach_wrapped_norm(at: Attached, component: nn.Module, site: Site) -> None:
-    name = type(component).__name__
-    if type(component).forward in LAYER_NORMS:  # not a subclass with a forward of its own
-        weight, eps = getattr(component, "weight", None), component.eps
-        at.wrap(component, lambda x, y: F.apply(F.LayerNorm, x, y, weight, eps, site))
-    elif "RMSNorm" in name or name == "T5LayerNorm":
-        at.wrap(component, lambda x, y: F.apply(F.Elementwise, x, y, Identity(), site))
-    # Any other class stays on the graph, where the coverage check meets it and names it.
-
-
-def _bias_of(module: Any, rule: Normalisation) -> Tensor | None:
-    bias: Tensor | None = getattr(module, rule.bias, None)
-    return bias
-
-
-def _wrap_own_norm(at: Attached, module: nn.Module, rule: Normalisation, site: Site) -> None:
-    def apply(x: Tensor, y: Tensor) -> Tensor:
-        bias = _bias_of(module, rule)
-        if not (x.is_meta or rule.fits(x, y, bias)):
-            other = replace(rule, centred=not rule.centred)
-            hint = (
-                f"; it fits Normalisation(centred={other.centred})"
-                if other.fits(x, y, bias)
-                else "; is its bias an attribute named otherwise (bias=...), or is it no norm?"
-            )
-            raise InputError(
-                f"{site.hook}: {type(module).__name__} does not return its input"
-                f"{' less its mean,' if rule.centred else ''} times a gain for each feature and a "
-                f"scale for each position, plus its {rule.bias!r}, as "
-                f"Normalisation(centred={rule.centred}) says{hint}"
-            )
-        return F.apply(F.Normalised, x, y, bias, rule, site)
-
-    at.wrap(module, apply)
-
-
-def attach_own_norm(
-    at: Attached, ctx: Context, path: str, module: nn.Module, rule: Normalisation
-) -> None:
-    """A norm of a user's own class, where no ``NormalizationBridge`` wraps it."""
-    site = ctx.site(path, module, "norm", rule)
-    site.cut = ctx.cuts(path)
-    at.sites.append(site)
-    _wrap_own_norm(at, module, rule, site)
-    if ctx.books is not None:
-        at.hook(module, lambda _, args, y: _measure_bias(y, _bias_of(module, rule), site))
-
-
-def _attach_norm_bias(
-    at: Attached,
-    ctx: Context,
-    path: str,
-    norm: NormalizationBridge,
-    bias: Callable[[], Tensor | None],
-) -> None:
-    if bias() is None:
-        return
-    site = ctx.site(path, norm, "norm")
-    called: list[bool] = []
-
-    def native_ran(*_: Any) -> None:
-        called.append(True)
-
-    def meter(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-        _measure_bias(y, bias(), site)
-
-    # Split query-key-value inputs call the wrapped norm directly, past the bridge.
-    at.hook(original(norm), meter)
-    at.hook(original(norm), native_ran)
-
-    def python_path(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-        if not called:
-            _measure_bias(y, bias(), site)
-        called.clear()
-
-    at.hook(norm, python_path)
-
-
-def _measure_bias(y: Tensor, bias: Tensor | None, site: Site) -> None:
-    """Report ``sum(bias * g)`` when the gradient at ``y`` arrives."""
-    if bias is None or not y.requires_grad:
-        return
-
-    def measure(g: Tensor) -> None:
-        wide = torch.float32 if g.device.type == "mps" else torch.float64
-        summed = g.detach().flatten(0, -2).sum(dim=0, dtype=wide)
-        site.report("biases", summed @ bias.detach().to(wide))
-
-    y.register_hook(measure)
-
-
 def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
     """A linear layer's bias under the epsilon rule: it absorbs its share."""
     bias: Tensor | None = getattr(module, "bias", None)
     if ctx.books is None or bias is None:
         return
     site = ctx.site(path, module, "linear", Epsilon())
-    at.hook(module, lambda _, args, y: _measure_bias(y, bias, site))
+    at.hook(module, lambda _, args, y: measure_bias(y, bias, site))
 
 
 def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role: str) -> None:
@@ -422,6 +279,8 @@ def _attach(
         attach_attention(at, ctx, path, module)
     elif isinstance(module, GatedMLPBridge) and original(module) is not None:
         attach_gated_mlp(at, ctx, path, module)
+    elif id(module) not in at.wrapped and is_norm(module):
+        attach_loose_norm(at, ctx, path, module)
     elif isinstance(module, ACTIVATIONS):
         attach_activation(at, ctx, path, module, ctx.composite["activation"], share)
     elif isinstance(module, native.NativeMLP | native.NativeGatedMLP):

@@ -25,14 +25,58 @@ PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "einsum"})
 SUMS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
 
 
-class LiveAttention(TorchFunctionMode):
+class ScoreMeter(TorchFunctionMode):
+    """Books what constants added to the scores of one attention module take.
+
+    Args:
+        qk: the site of Q@K^T, ``None`` where the pattern is constant.
+        share: what queries and keys each get of the scores' gradient.
+    """
+
+    def __init__(self, qk: Site | None, share: float) -> None:
+        super().__init__()
+        self.qk, self.share = qk, share
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "baddbmm":  # Bloom adds ALiBi in the product itself
+            return self.metered(out, (args[0] * kwargs.get("beta", 1),))
+        return self.metered(out, args) if name in SUMS else out
+
+    def metered(self, y: Any, args: tuple[Any, ...]) -> Any:
+        """Book what a constant addend of the scores takes, when the gradient arrives."""
+        site, share = self.qk, self.share
+        if site is None or site.books is None or not isinstance(y, Tensor) or y.ndim < 3:
+            return y
+        addends = [a.detach() for a in args if isinstance(a, Tensor) and not a.requires_grad]
+        if len(addends) != 1 or not y.requires_grad:
+            return y
+        addend = addends[0]
+
+        def measure(g: Tensor) -> None:
+            took = row_sums(addend.expand(g.shape).to(g.dtype), g) / share
+            site.report("positional", took)
+            # The product below gets what is left: take it out of the product's own account.
+            site.report("plain", -(1 - 2 * share) * took)
+
+        y.register_hook(measure)
+        return y
+
+
+class LiveAttention(ScoreMeter):
     """Meets the softmax of one attention module, the sums before it and the product after it.
 
     Args:
         attn: whose hook points to call.
         at_product: gives the output of pattern @ values its rule.
-        qk: the site of Q@K^T, ``None`` where the pattern is constant.
-        share: what queries and keys each get of the scores' gradient.
     """
 
     def __init__(
@@ -42,8 +86,8 @@ class LiveAttention(TorchFunctionMode):
         qk: Site | None,
         share: float,
     ) -> None:
-        super().__init__()
-        self.attn, self.at_product, self.qk, self.share = attn, at_product, qk, share
+        super().__init__(qk, share)
+        self.attn, self.at_product = attn, at_product
         self.pattern: Tensor | None = None
         self.multiplied = False
 
@@ -61,8 +105,8 @@ class LiveAttention(TorchFunctionMode):
                 scores = self.attn.hook_attn_scores(args[0])
                 self.pattern = self.attn.hook_pattern(func(scores, *args[1:], **kwargs))
                 return self.pattern
-            if name in SUMS and self.qk is not None and self.qk.books is not None:
-                return self._metered(func(*args, **kwargs), args)
+            if name in SUMS:
+                return self.metered(func(*args, **kwargs), args)
         elif not self.multiplied and name in PRODUCTS and self._is_pattern(args):
             self.multiplied = True
             return self.at_product(func(*args, **kwargs))
@@ -70,27 +114,11 @@ class LiveAttention(TorchFunctionMode):
 
     def _is_pattern(self, args: tuple[Any, ...]) -> bool:
         assert self.pattern is not None
-        first = next(arg for arg in args if isinstance(arg, Tensor))
+        first = next((arg for arg in args if isinstance(arg, Tensor)), None)
+        if first is None:
+            return False
         shape, own = self.pattern.shape, first.shape
         return own.numel() == shape.numel() and own[-1] == shape[-1]
-
-    def _metered(self, y: Any, args: tuple[Any, ...]) -> Any:
-        """Book what a constant addend of the scores takes, when the gradient arrives."""
-        addends = [a.detach() for a in args if isinstance(a, Tensor) and not a.requires_grad]
-        site, share = self.qk, self.share
-        if len(addends) != 1 or not isinstance(y, Tensor) or not y.requires_grad or y.ndim < 3:
-            return y
-        assert site is not None
-        addend = addends[0]
-
-        def measure(g: Tensor) -> None:
-            took = row_sums(addend.expand(g.shape).to(g.dtype), g) / share
-            site.report("positional", took)
-            # The product below gets what is left: take it out of the product's own account.
-            site.report("plain", -(1 - 2 * share) * took)
-
-        y.register_hook(measure)
-        return y
 
 
 def attach_live(
@@ -118,6 +146,17 @@ def attach_live(
     at.attribute(inner, "forward", forward)
     for config in _configs(inner):
         at.undo.append(_eager(config))
+
+
+def attach_score_meter(at: Attached, attn: AttentionBridge, qk: Site, share: float) -> None:
+    """Meter the scores of attention that the bridge computes itself with ALiBi."""
+    run = attn.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with ScoreMeter(qk, share):
+            return run(*args, **kwargs)
+
+    at.attribute(attn, "forward", forward)
 
 
 def _configs(module: nn.Module) -> Iterator[Any]:

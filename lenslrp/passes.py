@@ -7,6 +7,7 @@ and the books are closed.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,10 +31,13 @@ from lenslrp.hooks.components import (
 from lenslrp.hooks.functions import apply
 from lenslrp.hooks.install import Rules
 from lenslrp.hooks.readers import Readers, select_names
-from lenslrp.hooks.sites import Books, Site, row_sums
+from lenslrp.hooks.sites import TERMS, Books, Site, row_sums
 from lenslrp.inputs import Prepared
 from lenslrp.ledger import Ledger, make_ledger
 from lenslrp.targets import Activation, Explained, Outputs, PerRow, Target
+
+BALANCED = {torch.float64: 1e-5, torch.float32: 1e-2}
+"""What the books may miss, relative to their largest entry; coarser types round too much."""
 
 Parts = list[tuple[str, nn.Module]]
 
@@ -110,6 +114,8 @@ class Pass:
                 f"relevance is not finite ({values.dtype}): the backward pass overflowed; run the "
                 "model in float32 or bfloat16"
             )
+        ledger = self._close_books(target, values, roots, grads)
+        notes = self._unbalanced(ledger, values.dtype)
         tokens, positions, decoder_tokens, decoder_positions = self._split(relevances)
         assert tokens is not None
         decoder = self.prepared.decoder
@@ -131,8 +137,9 @@ class Pass:
                 cover.site_table(self.rules.sites, on_path),
                 gaps,
                 self.readers.off_path(),
+                notes,
             ),
-            ledger_=self._close_books(target, values, roots, grads),
+            ledger_=ledger,
             model_name=str(getattr(self.model.cfg, "model_name", "")),
             dtype=str(values.dtype).removeprefix("torch."),
         )
@@ -166,6 +173,28 @@ class Pass:
                 + ": no relevance can start there"
             )
         return x
+
+    def _unbalanced(self, ledger: Ledger | None, dtype: torch.dtype) -> list[str]:
+        """A note (and a warning) where the account does not add up.
+
+        The graph shows no constant that is added on the path: only the account does.
+        """
+        near = BALANCED.get(dtype)
+        if ledger is None or near is None or not math.isfinite(ledger.error):
+            return []
+        terms = (getattr(ledger, term) for term in ("leaves", *TERMS))
+        scale = max(abs(ledger.target), *(abs(term) for term in terms))
+        if abs(ledger.target - ledger.accounted) <= near * scale:
+            return []
+        note = (
+            f"the books do not balance: {ledger.target - ledger.accounted:+.4g} of "
+            f"{ledger.target:.4g} is not accounted for. Something adds a constant on the path (a "
+            "hook of your own, or an operation that LensLRP does not know); see R.ledger().table "
+            "for the layer"
+        )
+        if self.strict:
+            warnings.warn(note, stacklevel=6)
+        return [note]
 
     def _split(self, relevances: list[Tensor]) -> list[Tensor | None]:
         """Relevance at each group of leaves, [batch, pos, d_model]; ``None`` for an empty one."""
@@ -223,7 +252,9 @@ class Pass:
             raise Uncovered(found.gaps)
         sites = self.rules.sites
         below = min((_layer(hook) for hook in latent), default=math.inf)
-        idle = [s for s in sites if s.forward == 0]
+        # A stack that did not run at all (the vision tower of a text prompt) was not called for.
+        ran = {_stack(s) for s in sites if s.forward}
+        idle = [s for s in sites if s.forward == 0 and _stack(s) in ran]
         lost = [
             s
             for s in sites
@@ -247,6 +278,12 @@ class Pass:
 
 def _at(site: Site) -> str:
     return f"{site.rule.name} at {site.hook}"
+
+
+def _stack(site: Site) -> str:
+    """``blocks``, ``decoder_blocks``; what only Hugging Face's code calls stands for itself."""
+    top = site.hook.split(".")[0]
+    return site.hook if top == "original_model" else top
 
 
 def _layer(hook: str) -> float:
