@@ -128,6 +128,7 @@ def build(name: str, composite: str) -> Any:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:the books do not balance:UserWarning")
 @pytest.mark.parametrize(("family", "term", "composite"), BREAKS)
 def test_breaking_one_site_breaks_the_balance(
     family: str, term: str, composite: str, monkeypatch: pytest.MonkeyPatch

@@ -47,6 +47,7 @@ def forgotten(model: Any, key: Key) -> Iterator[None]:
 
     def patched(at: Any, ctx: Any, path: str, *rest: Any) -> None:
         own = Forgetful(point)
+        own.wrapped, own.weights = at.wrapped, at.weights
         attach(own, ctx, path, *rest)
         kept = [site for site in own.sites if (site.hook, site.role) != key]
         if len(kept) < len(own.sites) and role not in ATTENTION:
