@@ -34,7 +34,7 @@ class Context:
         pattern, gate = (
             F.product_shares(self.composite[role])[0] for role in ("attention_av", "gate")
         )
-        feeds_pattern = re.search(r"[._][qk](_(layer)?norm)?$", path) is not None
+        feeds_pattern = re.search(r"[._][qk](_(layer)?norm|_a_layernorm)?$", path) is not None
         feeds_pattern = feeds_pattern or path in self.queries
         return (pattern == 0 and feeds_pattern) or (gate == 0 and path.endswith(".gate"))
 

@@ -21,7 +21,6 @@ from transformer_lens.model_bridge.generalized_components import (
     MLPBridge,
     NormalizationBridge,
     PosEmbedBridge,
-    T5BlockBridge,
     UnembeddingBridge,
 )
 from transformer_lens.model_bridge.sources.native import model as native
@@ -221,7 +220,7 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
     gates: dict[int, float] = {}
     roles: dict[int, str] = {}
     for path, module in found:
-        if isinstance(module, T5BlockBridge) and module.is_decoder:
+        if "cross_attn" in module._modules and "ln2" in module._modules:
             ctx.queries.add(f"{path}.ln2")  # before cross-attention, whose keys are the encoder's
         if isinstance(module, AttentionBridge):
             for key in ("q", "k", "v", "o"):

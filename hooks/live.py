@@ -89,6 +89,7 @@ class LiveAttention(ScoreMeter):
         super().__init__(qk, share)
         self.attn, self.at_product = attn, at_product
         self.pattern: Tensor | None = None
+        self.passed_on: list[Tensor] = []  # the pattern after casts and dropout
         self.multiplied = False
 
     def __torch_function__(
@@ -104,15 +105,24 @@ class LiveAttention(ScoreMeter):
             if name == "softmax" and isinstance(args[0], Tensor):
                 scores = self.attn.hook_attn_scores(args[0])
                 self.pattern = self.attn.hook_pattern(func(scores, *args[1:], **kwargs))
+                self.passed_on.append(self.pattern)
                 return self.pattern
             if name in SUMS:
                 return self.metered(func(*args, **kwargs), args)
-        elif not self.multiplied and name in PRODUCTS and self._is_pattern(args):
+        elif not self.multiplied and name in PRODUCTS and self._multiplies(args):
             self.multiplied = True
             return self.at_product(func(*args, **kwargs))
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        known = self.pattern is not None and bool(args) and self.is_pattern(args[0])
+        if known and isinstance(out, Tensor) and out.shape == args[0].shape:
+            self.passed_on.append(out)
+        return out
 
-    def _is_pattern(self, args: tuple[Any, ...]) -> bool:
+    def is_pattern(self, value: Any) -> bool:
+        """Whether a value is the pattern, as it is or cast."""
+        return any(value is known for known in self.passed_on)
+
+    def _multiplies(self, args: tuple[Any, ...]) -> bool:
         assert self.pattern is not None
         first = next((arg for arg in args if isinstance(arg, Tensor)), None)
         if first is None:
@@ -140,8 +150,7 @@ def attach_live(
         if mode.pattern is None or not isinstance(out, tuple):
             return out
         # The bridge would fire the hooks a second time on the pattern that is handed out.
-        place = 2 if attn.requires_relative_position_bias else 1
-        return tuple(None if i == place else item for i, item in enumerate(out))
+        return tuple(None if mode.is_pattern(item) else item for item in out)
 
     at.attribute(inner, "forward", forward)
     for config in _configs(inner):

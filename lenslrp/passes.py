@@ -326,6 +326,8 @@ def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, batch: int, two_stack
             if two_stacks and (leaves.decoder_tokens if position else leaves.tokens):
                 kept = leaves.decoder_positions if position else leaves.decoder_tokens
             leaf = out.detach()
+            if leaf.ndim == 2:  # positions without a batch
+                leaf = leaf[None]
             if leaf.shape[0] == 1 and batch > 1:
                 leaf = leaf.expand(batch, *leaf.shape[1:])
             leaf = leaf.clone().requires_grad_()

@@ -1,0 +1,90 @@
+"""Every architecture does what ``docs/architectures.md`` says of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import lenslrp
+from tests.conformance import zoo
+from tests.unit.tiny import changes, snapshot
+
+ROWS = {row.name: row for row in zoo.read()}
+COVERED = [name for name, row in ROWS.items() if row.result == "covered"]
+REFUSED = [name for name, row in ROWS.items() if row.result == "refused"]
+
+# transformers and TransformerLens warn about settings of single architectures; ours stay errors.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error:the books do not balance:UserWarning"),
+]
+
+
+def test_the_table_has_every_architecture() -> None:
+    assert list(ROWS) == zoo.registered()
+    assert zoo.DOCUMENT.read_text(encoding="utf-8") == zoo.write(list(ROWS.values()))
+    assert {row.result for row in ROWS.values()} <= {"covered", "refused", "untested"}
+
+
+@pytest.mark.parametrize("name", COVERED)
+def test_covered(name: str) -> None:
+    """Forward identity, coverage, ledger, every hook readable or said to be off the path, undo."""
+    model = zoo.build(name)
+    logits = zoo.plain_logits(model)
+    before = snapshot(model)
+    for composite in (lenslrp.AttnLRP(), lenslrp.CPLRP(), lenslrp.GradientTimesInput()):
+        ruled, cache = zoo.explain(model, composite)
+        apart = float((ruled - logits).abs().max())
+        assert apart <= zoo.ROUNDS.get(name, 0.0)
+        assert cache.coverage.uncovered == []
+        assert abs(cache.ledger().error) <= zoo.tolerance(name), str(cache.ledger())
+        read = {name for name in cache if bool(torch.isfinite(cache[name]).all())}
+        assert read | set(cache.coverage.off_path) == set(model.hook_dict)
+        assert read
+    assert changes(before, model) == []
+
+
+@pytest.mark.parametrize("name", COVERED)
+def test_cp_conserves_without_biases(name: str) -> None:
+    """At the leaves, and at every residual hook of a single stack (two stacks share the flow)."""
+    model = zoo.build(name, bias=False)
+    _, cache = zoo.explain(model, lenslrp.CPLRP(), is_residual)
+    ledger = cache.ledger()
+    if abs(ledger.biases) > 1e-12 * abs(ledger.target):
+        pytest.skip("its norms or projections have constants that are no bias")
+    started = ledger.target - ledger.nonlinear_target  # before a final soft-cap
+    near = zoo.tolerance(name) * max(1.0, abs(started))
+    assert abs(ledger.leaves - started) <= near, str(ledger)
+    if not zoo.two_stacks(model):
+        for hook in cache:
+            assert abs(float(cache[hook].sum()) - started) <= near, hook
+
+
+def is_residual(hook: str) -> bool:
+    return hook.endswith(("hook_resid_pre", "hook_resid_post"))
+
+
+@pytest.mark.parametrize("name", COVERED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_forward_pass_is_untouched(name: str, dtype: torch.dtype) -> None:
+    model = zoo.build(name, dtype)
+    try:
+        logits = zoo.plain_logits(model)
+    except RuntimeError as error:
+        pytest.skip(f"the model itself does not run in {dtype}: {error}")
+    context: Any = lenslrp.relevance_rules(model, lenslrp.AttnLRP())
+    with context:
+        assert torch.equal(zoo.plain_logits(model), logits)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name: str) -> None:
+    model = zoo.build(name)
+    with pytest.raises(lenslrp.CoverageError) as caught:
+        zoo.explain(model, lenslrp.AttnLRP(), [])
+    assert name in str(caught.value)
+    assert (
+        " in " in str(caught.value) or " below " in str(caught.value) or " at " in str(caught.value)
+    )

@@ -1,0 +1,253 @@
+"""The zoo: a tiny random model of every architecture that TransformerLens registers.
+
+Models are built from their own configuration classes: :data:`SIZES` makes any of them tiny, and
+:data:`CHANGES` holds what single architectures need besides. What each does is measured by
+``python -m tests.conformance.zoo``, which writes ``docs/architectures.md``; the tests hold every
+row of that table to what it says.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+import lenslrp
+from tests.conformance.families import VOCABULARY, randomise, tokens
+
+LAYERS = 2
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "word_embed_proj_dim"), 16),
+    **dict.fromkeys(("intermediate_size", "n_inner", "d_ff", "ffn_dim"), 24),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 24),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), LAYERS),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 48),
+    **dict.fromkeys(("head_dim", "d_kv", "num_key_value_heads"), 8),
+    "num_key_value_heads": 2,
+    "rotary_dim": 4,
+    "sliding_window": 8,
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 12),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim", "qk_nope_head_dim"), 8),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+    "first_k_dense_replace": 0,
+}
+"""Applied wherever a configuration has the name."""
+
+ALWAYS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+DROP = object()
+"""In :data:`CHANGES`: leave the default."""
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "FalconForCausalLM": {"head_dim": DROP},
+    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
+    "DeepseekV2ForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
+    "DeepseekV3ForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
+    "YoutuForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
+    "NemotronForCausalLM": {"num_key_value_heads": 2, "head_dim": 8},
+    "HunYuanDenseV1ForCausalLM": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+}
+
+FLOAT32 = frozenset(
+    {
+        "CodeGenForCausalLM",
+        "Cohere2ForCausalLM",
+        "CohereForCausalLM",
+        "Ernie4_5ForCausalLM",
+        "GPTJForCausalLM",
+        "GPTNeoForCausalLM",
+        "Glm4ForCausalLM",
+        "GlmForCausalLM",
+        "LongT5ForConditionalGeneration",
+        "NanoChatForCausalLM",
+        "OPTForCausalLM",
+    }
+)
+"""Softmax or rotary tables in float32 whatever the model's type: 1e-6 where the rest close to 1e-9
+(measured)."""
+
+
+ROUNDS = {"LongT5ForConditionalGeneration": 1e-14}
+"""Logits under rules that differ from those without by rounding, in float64 only (measured 6e-16).
+"""
+
+
+def registered() -> list[str]:
+    """The architecture names that TransformerLens registers and transformers has."""
+    return sorted(name for name in SUPPORTED_ARCHITECTURES if hasattr(hf, name))
+
+
+def config(name: str) -> Any:
+    cls = getattr(hf, name).config_class
+    plain = cls()
+    wanted = {
+        key: value
+        for key, value in SIZES.items()
+        if key in ALWAYS or (hasattr(plain, key) and getattr(plain, key) is not None)
+    }
+    changed = {**wanted, **CHANGES.get(name, {})}
+    return cls(**{key: value for key, value in changed.items() if value is not DROP})
+
+
+def build(name: str, dtype: torch.dtype = torch.float64, *, bias: bool = True) -> Any:
+    """A bridge around a new tiny model, the same at every call."""
+    torch.manual_seed(0)
+    model = getattr(hf, name)(config(name))
+    randomise(model, bias=bias)
+    for part in model.modules():  # torch's grouped product has no float64
+        settings = getattr(part, "config", None)
+        if hasattr(settings, "_experts_implementation"):
+            settings._experts_implementation = "eager"
+    return lenslrp.load(model.to(dtype).eval())
+
+
+def two_stacks(model: Any) -> bool:
+    return bool(getattr(model.original_model.config, "is_encoder_decoder", False))
+
+
+def explain(model: Any, composite: Any, names_filter: Any = None) -> tuple[Tensor, Any]:
+    """The relevance of token 5 at the last position of a batch of two."""
+    extra = {"decoder_input": tokens(2, 4, seed=8)} if two_stacks(model) else {}
+    result: tuple[Tensor, Any] = lenslrp.run_with_relevance(
+        model, tokens(), 5, composite, names_filter, **extra
+    )
+    return result
+
+
+def plain_logits(model: Any) -> Tensor:
+    extra = {"decoder_input_ids": tokens(2, 4, seed=8)} if two_stacks(model) else {}
+    with torch.no_grad():
+        logits: Tensor = model(tokens(), use_cache=False, **extra)
+    return logits
+
+
+def tolerance(name: str) -> float:
+    return 1e-6 if name in FLOAT32 else 1e-9
+
+
+def parts(model: nn.Module) -> tuple[str, str, str]:
+    """Class names of the first attention, norm and MLP in use, for the table."""
+    from transformer_lens.model_bridge import generalized_components as gc
+
+    found = []
+    for kinds in (gc.AttentionBridge, gc.NormalizationBridge, (gc.MLPBridge, gc.MoEBridge)):
+        inner = [m.original_component for m in model.modules() if isinstance(m, kinds)]
+        found.append(type(inner[0]).__name__ if inner and inner[0] is not None else "none")
+    return found[0], found[1], found[2]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One architecture in ``docs/architectures.md``."""
+
+    name: str
+    attention: str
+    norm: str
+    mlp: str
+    result: str  #: covered, refused, or untested
+    detail: str  #: the ledger's worst relative error, or the reason
+
+
+def measure(name: str) -> Row:
+    """What one architecture does now."""
+    try:
+        model = build(name)
+    # A measuring tool: whatever a constructor raises is the finding.
+    except Exception as error:  # noqa: BLE001
+        return Row(name, "", "", "", "untested", f"not built: {_first_line(error)}")
+    kinds = parts(model)
+    try:
+        worst = 0.0
+        for composite in (lenslrp.AttnLRP(), lenslrp.CPLRP()):
+            _, cache = explain(model, composite, [])
+            worst = max(worst, abs(cache.ledger().error))
+    except lenslrp.CoverageError as error:
+        reason = str(error).split(". Relevance past it")[0].removeprefix(f"{name}: ")
+        return Row(name, *kinds, "refused", reason.split("; ")[0].split(" (and ")[0])
+    except Exception as error:  # noqa: BLE001
+        return Row(name, *kinds, "untested", f"not run: {_first_line(error)}")
+    if worst > tolerance(name):
+        raise AssertionError(f"{name}: silently wrong, the books miss {worst:.1e}")
+    apart = f"; logits to {ROUNDS[name]:.0e} in float64" if name in ROUNDS else ""
+    return Row(name, *kinds, "covered", f"{worst:.0e}{apart}")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [""]
+    if "can't allocate memory" in text[0] or isinstance(error, MemoryError):
+        return "its towers have sizes of their own (images, audio)"
+    return f"{type(error).__name__}: {text[0][:120]}"
+
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
+
+HEAD = """# Architectures
+
+What LensLRP does with each of the {total} architecture names that TransformerLens registers and the
+tested transformers has: a tiny random model of each, in float64. Written by
+`python -m tests.conformance.zoo`; `tests/conformance/test_zoo.py` holds every row to it.
+
+- **covered** ({covered}): under AttnLRP and CP-LRP every operation on the path has its rule and the
+  ledger closes; the number is its worst relative error. The tests add: logits equal to the bit,
+  CP-LRP conserving at every residual hook without biases, every live hook readable, all undone.
+- **refused** ({refused}): a `CoverageError` names the operation and the component; the first of
+  them is shown. No relevance is returned.
+- **untested** ({untested}): no model of it was built or run here (images, audio, sizes that its
+  configuration derives). Nothing is claimed; the same checks run when you load one, and
+  `lenslrp doctor` shows them.
+
+| architecture | attention | norm | MLP | result | error or reason |
+|---|---|---|---|---|---|
+"""
+
+
+def write(rows: list[Row]) -> str:
+    counts = Counter(row.result for row in rows)
+    head = HEAD.format(
+        total=len(rows),
+        covered=counts["covered"],
+        refused=counts["refused"],
+        untested=counts["untested"],
+    )
+    lines = [
+        f"| {r.name} | {r.attention} | {r.norm} | {r.mlp} | {r.result} | {r.detail} |" for r in rows
+    ]
+    return head + "\n".join(lines) + "\n"
+
+
+def read() -> list[Row]:
+    """The committed table."""
+    lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
+    rows = [line.split("|")[1:-1] for line in lines if line.startswith("| ")][1:]
+    return [Row(*(cell.strip() for cell in row)) for row in rows]
+
+
+def main() -> None:
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    limit = 6 << 30  # a tower that nobody made small would take all memory
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    DOCUMENT.write_text(write([measure(name) for name in tqdm(registered())]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
