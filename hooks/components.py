@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformer_lens.model_bridge.generalized_components import (
     AttentionBridge,
     BlockBridge,
@@ -34,6 +35,7 @@ from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, components, layer_of, original
 from lenslrp.hooks.attention import attach_attention, softcap_of
 from lenslrp.hooks.experts import ExpertPoint, Mixture, attach_mixture, expert_points, mixtures
+from lenslrp.hooks.convolution import CONVOLUTIONS, attach_convolution
 from lenslrp.hooks.norms import (
     attach_loose_norm,
     attach_norm,
@@ -75,6 +77,9 @@ ACTIVATIONS: tuple[type, ...] = (
     ),
 )
 """Element-wise modules with f(0) = 0, for which the identity rule holds."""
+
+LAYERS: tuple[type, ...] = (nn.Linear, Conv1D, *CONVOLUTIONS)
+"""Linear layers: the epsilon rule leaves their gradient as it is."""
 
 NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
     native._ACTIVATIONS[name] for name in ("gelu", "gelu_new", "relu", "silu")
@@ -125,12 +130,16 @@ def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) 
     bias: Tensor | None = getattr(module, "bias", None)
     if ctx.books is None or bias is None:
         return
-    site = ctx.site(path, module, "linear", Epsilon())
-    at.hook(module, lambda _, args, y: measure_bias(y, bias, site))
+    role, dim = "linear", -1
+    if isinstance(module, CONVOLUTIONS):
+        layer: Any = module
+        role, dim = "convolution", 1 - layer.weight.ndim  # the channels, before the places
+    site = ctx.site(path, module, role, Epsilon())
+    at.hook(module, lambda _, args, y: measure_bias(y, bias, site, dim))
 
 
 def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role: str) -> None:
-    """A linear layer: nothing under epsilon but its bias; otherwise the rule in its place."""
+    """A linear layer or a convolution: under epsilon its bias; otherwise the rule in its place."""
     if not role:  # its parts are called instead
         return
     rule = ctx.composite[role]
@@ -140,6 +149,9 @@ def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role
     site = ctx.site(path, module, role)
     site.cut = ctx.cuts(path)
     at.sites.append(site)
+    if isinstance(module, CONVOLUTIONS):
+        attach_convolution(at, module, rule, site)
+        return
     transposed = isinstance(module, Conv1D)
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
@@ -156,7 +168,7 @@ def attach_activation(
     site = ctx.site(path, module, "activation", rule)
     site.cut = share == 0
     if isinstance(rule, Plain):
-        at.region(module, site, lambda: None)
+        at.region(module, site, lambda _: None)
     else:
         at.sites.append(site)
         at.wrap(module, lambda x, y: F.apply(F.Elementwise, x, y, rule, site))
@@ -242,10 +254,14 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
             for inner in [*original(module).children(), *module.children(), original(module)]:
                 gates[id(inner)] = share
     for path, module in found:
-        role = roles.get(id(module), "linear")
+        role = roles.get(id(module), _linear_role(module))
         rule = ctx.composite[role] if role else None
-        if isinstance(module, nn.Linear | Conv1D) and isinstance(rule, LinearRule):
-            at.weights[module.weight.data_ptr()] = path
+        fixed = not parametrize.is_parametrized(
+            module
+        )  # else the weight is a new tensor at every call
+        if isinstance(module, LAYERS) and isinstance(rule, LinearRule) and fixed:
+            layer: Any = module
+            at.weights[layer.weight.data_ptr()] = path
     try:
         for inner, _ in embeddings(found):
             attach_leaf(at, inner)
@@ -284,6 +300,10 @@ def hook_points(model: Any, parts: Iterable[tuple[str, nn.Module]]) -> dict[str,
     return {**model.hook_dict, **expert_points(parts)}
 
 
+def _linear_role(module: nn.Module) -> str:
+    return "convolution" if isinstance(module, CONVOLUTIONS) else "linear"
+
+
 def _wrapped(module: nn.Module, key: str) -> Any:
     child = module._modules.get(key)
     return None if child is None else original(child)
@@ -319,8 +339,8 @@ def _attach(
         attach_activation(at, ctx, path, module, ctx.composite["activation"], share)
     elif isinstance(module, native.NativeMLP | native.NativeGatedMLP):
         attach_native_activation(at, ctx, path, module, share)
-    elif isinstance(module, nn.Linear | Conv1D):
-        attach_linear(at, ctx, path, module, roles.get(id(module), "linear"))
+    elif isinstance(module, LAYERS):
+        attach_linear(at, ctx, path, module, roles.get(id(module), _linear_role(module)))
 
 
 __all__ = [

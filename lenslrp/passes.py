@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import coverage as cover
@@ -51,12 +52,21 @@ class Leaves:
     positions: list[Tensor] = field(default_factory=list)
     decoder_tokens: list[Tensor] = field(default_factory=list)
     decoder_positions: list[Tensor] = field(default_factory=list)
+    special: list[Tensor] = field(default_factory=list)  #: of an image: [batch, n, d_model]
+    patch_positions: list[Tensor] = field(default_factory=list)
+    patches: list[Tensor] = field(default_factory=list)  #: [batch, d_model, row, column]
+    inputs: dict[str, Tensor] = field(default_factory=dict)  #: pixels, samples: as given
+    special_names: list[str] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list)  #: patches that relevance passes
+    passing: dict[int, Tensor] = field(default_factory=dict)  #: and its gradient there
 
-    def groups(self) -> list[list[Tensor]]:
-        return [self.tokens, self.positions, self.decoder_tokens, self.decoder_positions]
+    def groups(self) -> dict[str, list[Tensor]]:
+        names = ("tokens", "positions", "decoder_tokens", "decoder_positions", "special")
+        lists = {name: getattr(self, name) for name in (*names, "patch_positions", "patches")}
+        return {**lists, "inputs": list(self.inputs.values())}
 
     def all(self) -> list[Tensor]:
-        return [leaf for group in self.groups() for leaf in group]
+        return [leaf for group in self.groups().values() for leaf in group]
 
 
 class _CapSkip(torch.autograd.Function):
@@ -100,6 +110,7 @@ class Pass:
             site.backward = 0
         if self.books is not None:
             self.books.clear()
+        self.leaves.passing.clear()
         leaves = self.leaves.all()
         wanted = [*leaves, *(roots if self.books is not None else ())]
         grads = torch.autograd.grad(values.sum(), wanted, retain_graph=not last, allow_unused=True)
@@ -117,8 +128,17 @@ class Pass:
             )
         ledger = self._close_books(target, values, roots, grads)
         notes = self._unbalanced(ledger, values.dtype)
-        tokens, positions, decoder_tokens, decoder_positions = self._split(relevances)
-        assert tokens is not None
+        at = self._split(relevances)
+        patches = self._patches(at["patches"])
+        tokens, positions = _total(at["tokens"]), _total(at["positions"])
+        patch_positions = _total(at["patch_positions"])
+        if tokens is None:  # no text: the patches are the sequence
+            assert patches is not None
+            tokens = media.sequence(at["special"], patches)
+            positions, patch_positions = patch_positions, None
+        special = torch.cat(at["special"], dim=1) if at["special"] else None
+        decoder_tokens = _total(at["decoder_tokens"])
+        decoder_positions = _total(at["decoder_positions"])
         decoder = self.prepared.decoder
         return RelevanceCache(
             values=self.readers.finish(),
@@ -128,6 +148,10 @@ class Pass:
             positions=None if positions is None else positions.sum(dim=-1),
             decoder_tokens=None if decoder_tokens is None else decoder_tokens.sum(dim=-1),
             decoder_positions=None if decoder_positions is None else decoder_positions.sum(dim=-1),
+            patches=None if patches is None else media.grid(patches),
+            patch_positions=None if patch_positions is None else patch_positions.sum(dim=-1),
+            special=None if special is None else special.sum(dim=-1),
+            inputs=dict(zip(self.leaves.inputs, at["inputs"], strict=True)),
             decoder_str_tokens=decoder.str_tokens(self.model.tokenizer) if decoder else None,
             token_ids=self.prepared.tokens,
             attention_mask=self.prepared.mask,
@@ -164,6 +188,7 @@ class Pass:
             self.model.tokenizer,
             self._activation,
             written.prompt_lengths,
+            media.labels_of(self.model),
         )
 
     def _activation(self, hook: str) -> Tensor:
@@ -199,11 +224,17 @@ class Pass:
             warnings.warn(note, stacklevel=6)
         return [note]
 
-    def _split(self, relevances: list[Tensor]) -> list[Tensor | None]:
-        """Relevance at each group of leaves, [batch, pos, d_model]; ``None`` for an empty one."""
+    def _split(self, relevances: list[Tensor]) -> dict[str, list[Tensor]]:
+        """Relevance at each leaf, by the group that the leaf is in."""
         left = iter(relevances)
-        parts = [[next(left) for _ in group] for group in self.leaves.groups()]
-        return [torch.stack(part).sum(dim=0) if part else None for part in parts]
+        return {name: [next(left) for _ in group] for name, group in self.leaves.groups().items()}
+
+    def _patches(self, at_leaves: list[Tensor]) -> Tensor | None:
+        """Relevance of the first image's patches: at the leaves, or where it passed them."""
+        if at_leaves or not self.leaves.seen:
+            return at_leaves[0] if at_leaves else None
+        x, g = self.leaves.seen[0], self.leaves.passing.get(0)
+        return _wide(x) * _wide(torch.zeros_like(x) if g is None else g)
 
     def _close_books(
         self,
@@ -255,6 +286,9 @@ class Pass:
             raise Uncovered(found.gaps)
         sites = self.rules.sites
         below = min((_layer(hook) for hook in latent), default=math.inf)
+        if latent and below == math.inf:  # outside the blocks: below the first, or above the last
+            met = [s.layer for s in sites if id(s) in found.sites and s.layer is not None]
+            below = max(met, default=-1) + 1
         # A stack that did not run at all (the vision tower of a text prompt) was not called for.
         ran = {_stack(s) for s in sites if s.forward}
         idle = [s for s in sites if s.forward == 0 and not s.optional and _stack(s) in ran]
@@ -264,7 +298,7 @@ class Pass:
             if s.forward
             and not s.cut
             and id(s) not in found.sites
-            and (below == math.inf or (s.layer is not None and s.layer < below))
+            and (not latent or (s.layer is not None and s.layer < below))
         ]
         faults = [
             *(f"{_at(s)} found no operation of its kind below it" for s in found.misplaced),
@@ -300,6 +334,11 @@ class Uncovered(CoverageError):
     def __init__(self, gaps: list[cover.Gap]) -> None:
         super().__init__("uncovered operations")
         self.gaps = gaps
+
+
+def _total(relevances: list[Tensor]) -> Tensor | None:
+    """The sum over a group of leaves of one shape, ``None`` for an empty one."""
+    return torch.stack(relevances).sum(dim=0) if relevances else None
 
 
 def _wide(x: Tensor) -> Tensor:
