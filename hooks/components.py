@@ -25,6 +25,7 @@ from transformer_lens.model_bridge.generalized_components import (
     UnembeddingBridge,
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.generalized_components.gated_mlp import resolve_activation_fn
 from transformer_lens.model_bridge.sources.native import model as native
 from transformers import activations as hf_activations
 from transformers.models.bloom.modeling_bloom import BloomGelu
@@ -34,8 +35,8 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, components, layer_of, original
 from lenslrp.hooks.attention import attach_attention, softcap_of
-from lenslrp.hooks.experts import ExpertPoint, Mixture, attach_mixture, expert_points, mixtures
 from lenslrp.hooks.convolution import CONVOLUTIONS, attach_convolution
+from lenslrp.hooks.experts import ExpertPoint, Mixture, attach_mixture, expert_points, mixtures
 from lenslrp.hooks.norms import (
     attach_loose_norm,
     attach_norm,
@@ -107,9 +108,15 @@ def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, 
         found[id(inner)] = (inner, position)
     for weight, position in [(m.weight, p) for m, p in found.values() if hasattr(m, "weight")]:
         for _, module in parts:
-            if isinstance(module, nn.Embedding) and module.weight is weight:
+            if isinstance(module, nn.Embedding) and _same_table(module.weight, weight):
                 found.setdefault(id(module), (module, position))
     return list(found.values())
+
+
+def _same_table(a: Tensor, b: Tensor) -> bool:
+    """One table, or the copy that TransformerLens makes of it when it processes weights."""
+    alike = a.shape == b.shape and a.device == b.device and not a.is_meta
+    return a is b or (alike and torch.equal(a, b))
 
 
 def _adds_to_scores(bridge: Any) -> bool:
@@ -204,7 +211,17 @@ def attach_native_activation(
 
 
 def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge) -> None:
-    """gate * up: at ``out.hook_in``, half to each."""
+    """gate * up: at ``out.hook_in``, half to each.
+
+    With processed weights (compatibility mode) the bridge computes the MLP by functions, without
+    its modules; the modules hold the same weights, so they are run instead.
+
+    Raises:
+        InputError: the bridge's function is not the module's.
+    """
+    if getattr(mlp, "_use_processed_weights", False):
+        _require_same_activation(path, mlp)
+        at.attribute(mlp, "_use_processed_weights", False)
     rule = ctx.composite["gate"]
     first, second = F.product_shares(rule)
     site = ctx.site(f"{path}.out.hook_in", mlp, "gate")
@@ -213,6 +230,20 @@ def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge)
         mlp.out.hook_in,
         lambda _, args, y: F.apply(F.ProductOutput, y, first, second, site),
     )
+
+
+def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
+    function = resolve_activation_fn(mlp.config)
+    for module in original(mlp).children():
+        if not isinstance(module, ACTIVATIONS):
+            continue
+        probe = torch.linspace(-4.0, 4.0, 33, device=mlp.out.weight.device)
+        if not torch.equal(function(probe), module(probe)):
+            raise InputError(
+                f"{path}: in compatibility mode TransformerLens computes another activation than "
+                f"the model's {type(module).__name__}, so this is not the model any more; load it "
+                "without enable_compatibility_mode(), or with no_processing=True"
+            )
 
 
 def gate_share(ctx: Context) -> float:

@@ -112,11 +112,13 @@ class Pass:
             self.books.clear()
         self.leaves.passing.clear()
         leaves = self.leaves.all()
-        wanted = [*leaves, *(roots if self.books is not None else ())]
-        grads = torch.autograd.grad(values.sum(), wanted, retain_graph=not last, allow_unused=True)
+        with starting(roots if self.books is not None else []) as started:
+            grads = torch.autograd.grad(
+                values.sum(), leaves, retain_graph=not last, allow_unused=True
+            )
         at_leaves = [
             torch.zeros_like(leaf) if g is None else g
-            for leaf, g in zip(leaves, grads, strict=False)
+            for leaf, g in zip(leaves, grads, strict=True)
         ]
         if self.strict:
             cover.require_fired([s for s in self.rules.sites if id(s) in on_path])
@@ -126,7 +128,7 @@ class Pass:
                 f"relevance is not finite ({values.dtype}): the backward pass overflowed; run the "
                 "model in float32 or bfloat16"
             )
-        ledger = self._close_books(target, values, roots, grads)
+        ledger = self._close_books(target, values, roots, grads, started)
         notes = self._unbalanced(ledger, values.dtype)
         at = self._split(relevances)
         patches = self._patches(at["patches"])
@@ -242,26 +244,27 @@ class Pass:
         values: Tensor,
         roots: list[Tensor],
         grads: tuple[Tensor | None, ...],
+        started: dict[int, Tensor],
     ) -> Ledger | None:
         if self.books is None:
             return None
         leaves = self.leaves.all()
         arrived = sum(
             float(row_sums(x.detach(), g).sum())
-            for x, g in zip(leaves, grads, strict=False)
+            for x, g in zip(leaves, grads, strict=True)
             if g is not None
         )
         parts = parts_of(target)
-        started = 0.0
-        for root, g in zip(roots, grads[len(leaves) :], strict=True):
-            if g is None:
+        start = 0.0
+        for root in roots:
+            if id(root) not in started:
                 continue
-            rows = row_sums(root.detach(), g)
+            rows = started[id(root)]
             if len(roots) > 1:  # rows that start elsewhere only pass through here
                 rows = rows[[r for r, t in enumerate(parts) if self.roots(t)[0] is root]]
-            started += float(rows.sum())
+            start += float(rows.sum())
         explained = float(values.detach().cpu().double().sum())
-        return make_ledger(self.books, explained, arrived, started, self.layers)
+        return make_ledger(self.books, explained, arrived, start, self.layers)
 
     def _before_softcap(self) -> Tensor:
         """The tensor at which a backward pass from the logits starts."""
@@ -436,6 +439,26 @@ def checkpoint_blocks(at: Attached, parts: Parts) -> None:
             at.attribute(
                 module, "forward", partial(checkpointed, module.forward, use_reentrant=False)
             )
+
+
+@contextmanager
+def starting(roots: list[Tensor]) -> Iterator[dict[int, Tensor]]:
+    """Relevance of each row at the roots, [batch], once the backward pass has passed them.
+
+    Measured as the gradient goes by: that of all logits is as large as they are, and is not kept.
+    """
+    found: dict[int, Tensor] = {}
+
+    def measure(root: Tensor) -> Any:
+        key, kept = id(root), root.detach()
+        return root.register_hook(lambda g: found.__setitem__(key, row_sums(kept, g)))
+
+    handles = [measure(root) for root in roots]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
