@@ -19,7 +19,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, original
 from lenslrp.hooks.rules import Identity, Normalisation, Plain
-from lenslrp.hooks.sites import Site
+from lenslrp.hooks.sites import Site, widest
 
 LAYER_NORMS = (nn.LayerNorm.forward, native.NativeLayerNormPre.forward)
 GROUP_NORMS = (nn.GroupNorm.forward,)
@@ -29,6 +29,7 @@ NAMED_NORMS: Mapping[str, Normalisation] = {
     "MT5LayerNorm": Normalisation(),
     "LongT5LayerNorm": Normalisation(),
     "SwitchTransformersLayerNorm": Normalisation(),
+    "Llama4TextL2Norm": Normalisation(),
     "OlmoLayerNorm": Normalisation(centred=True),
     "NemotronLayerNorm1P": Normalisation(centred=True),
 }
@@ -209,14 +210,23 @@ def _attach_norm_bias(
     at.hook(norm, python_path)
 
 
+ROWS = 1 << 22
+"""How many numbers of a gradient are widened at once."""
+
+
 def measure_bias(y: Tensor, bias: Tensor | None, site: Site, dim: int = -1) -> None:
-    """Report ``sum(bias * g)`` when the gradient at ``y`` arrives; the bias is along ``dim``."""
-    if bias is None or not y.requires_grad:
-        return
+    """Report ``sum(bias * g)`` when the gradient at ``y`` arrives; the bias is along ``dim``.
+
+    In chunks: a float64 copy of the gradient of all logits would be the largest tensor of the pass.
+    """
+    if bias is None or not y.requires_grad or not (bias.is_meta or bool(bias.any())):
+        return  # TransformerLens gives every unembedding a bias of zeros
 
     def measure(g: Tensor) -> None:
-        wide = torch.float32 if g.device.type == "mps" else torch.float64
-        summed = g.detach().movedim(dim, -1).flatten(0, -2).sum(dim=0, dtype=wide)
-        site.report("biases", summed @ bias.detach().to(wide))
+        wide, rows = widest(g), g.detach().movedim(dim, -1).flatten(0, -2)
+        summed = torch.zeros(rows.shape[-1], dtype=wide, device=g.device)
+        for chunk in rows.split(max(1, ROWS // rows.shape[-1])):
+            summed += chunk.sum(dim=0, dtype=wide)
+        site.report("biases", summed @ bias.detach().to(g.device, wide))
 
     y.register_hook(measure)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +25,7 @@ from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.components import (
     Attached,
     BlockBridge,
+    ExpertPoint,
     UnembeddingBridge,
     embeddings,
     layer_of,
@@ -111,11 +112,13 @@ class Pass:
             self.books.clear()
         self.leaves.passing.clear()
         leaves = self.leaves.all()
-        wanted = [*leaves, *(roots if self.books is not None else ())]
-        grads = torch.autograd.grad(values.sum(), wanted, retain_graph=not last, allow_unused=True)
+        with starting(roots if self.books is not None else []) as started:
+            grads = torch.autograd.grad(
+                values.sum(), leaves, retain_graph=not last, allow_unused=True
+            )
         at_leaves = [
             torch.zeros_like(leaf) if g is None else g
-            for leaf, g in zip(leaves, grads, strict=False)
+            for leaf, g in zip(leaves, grads, strict=True)
         ]
         if self.strict:
             cover.require_fired([s for s in self.rules.sites if id(s) in on_path])
@@ -125,7 +128,7 @@ class Pass:
                 f"relevance is not finite ({values.dtype}): the backward pass overflowed; run the "
                 "model in float32 or bfloat16"
             )
-        ledger = self._close_books(target, values, roots, grads)
+        ledger = self._close_books(target, values, roots, grads, started)
         notes = self._unbalanced(ledger, values.dtype)
         at = self._split(relevances)
         patches = self._patches(at["patches"])
@@ -164,6 +167,8 @@ class Pass:
                 notes,
             ),
             ledger_=ledger,
+            routing=dict(self.rules.routing),
+            n_experts=max(self.rules.experts.values(), default=0),
             model_name=str(getattr(self.model.cfg, "model_name", "")),
             dtype=str(values.dtype).removeprefix("torch."),
         )
@@ -239,26 +244,27 @@ class Pass:
         values: Tensor,
         roots: list[Tensor],
         grads: tuple[Tensor | None, ...],
+        started: dict[int, Tensor],
     ) -> Ledger | None:
         if self.books is None:
             return None
         leaves = self.leaves.all()
         arrived = sum(
             float(row_sums(x.detach(), g).sum())
-            for x, g in zip(leaves, grads, strict=False)
+            for x, g in zip(leaves, grads, strict=True)
             if g is not None
         )
         parts = parts_of(target)
-        started = 0.0
-        for root, g in zip(roots, grads[len(leaves) :], strict=True):
-            if g is None:
+        start = 0.0
+        for root in roots:
+            if id(root) not in started:
                 continue
-            rows = row_sums(root.detach(), g)
+            rows = started[id(root)]
             if len(roots) > 1:  # rows that start elsewhere only pass through here
                 rows = rows[[r for r, t in enumerate(parts) if self.roots(t)[0] is root]]
-            started += float(rows.sum())
+            start += float(rows.sum())
         explained = float(values.detach().cpu().double().sum())
-        return make_ledger(self.books, explained, arrived, started, self.layers)
+        return make_ledger(self.books, explained, arrived, start, self.layers)
 
     def _before_softcap(self) -> Tensor:
         """The tensor at which a backward pass from the logits starts."""
@@ -288,7 +294,7 @@ class Pass:
             below = max(met, default=-1) + 1
         # A stack that did not run at all (the vision tower of a text prompt) was not called for.
         ran = {_stack(s) for s in sites if s.forward}
-        idle = [s for s in sites if s.forward == 0 and _stack(s) in ran]
+        idle = [s for s in sites if s.forward == 0 and not s.optional and _stack(s) in ran]
         lost = [
             s
             for s in sites
@@ -398,10 +404,13 @@ def watch_blocks(at: Attached, parts: Parts, books: Books) -> int:
 
 
 def capture(
-    at: Attached, model: Any, parts: Parts, hooks: list[str], captured: dict[str, Tensor]
+    at: Attached,
+    points: Mapping[str, nn.Module],
+    parts: Parts,
+    hooks: list[str],
+    captured: dict[str, Tensor],
 ) -> None:
     """Keep the tensors, on the graph, at the unembedding and at the targets' own hook points."""
-    points = model.hook_dict
     for name in hooks:
         if name not in points:
             found, _ = select_names(points, name)  # raises with the nearest names
@@ -409,7 +418,9 @@ def capture(
 
         def keep(point: Any, args: tuple[Any, ...], x: Tensor, name: str = name) -> None:
             conversion = getattr(point, "hook_conversion", None)
-            captured[name] = x if conversion is None else conversion.convert(x)
+            x = x if conversion is None else conversion.convert(x)
+            parts_of_it = isinstance(point, ExpertPoint) and name in captured
+            captured[name] = captured[name] + x if parts_of_it else x
 
         at.hook(points[name], keep)
     for _, module in parts:
@@ -428,6 +439,26 @@ def checkpoint_blocks(at: Attached, parts: Parts) -> None:
             at.attribute(
                 module, "forward", partial(checkpointed, module.forward, use_reentrant=False)
             )
+
+
+@contextmanager
+def starting(roots: list[Tensor]) -> Iterator[dict[int, Tensor]]:
+    """Relevance of each row at the roots, [batch], once the backward pass has passed them.
+
+    Measured as the gradient goes by: that of all logits is as large as they are, and is not kept.
+    """
+    found: dict[int, Tensor] = {}
+
+    def measure(root: Tensor) -> Any:
+        key, kept = id(root), root.detach()
+        return root.register_hook(lambda g: found.__setitem__(key, row_sums(kept, g)))
+
+    handles = [measure(root) for root in roots]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -83,6 +83,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "DeepseekV2ForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
     "DeepseekV3ForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
     "YoutuForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
+    "SwitchTransformersForConditionalGeneration": {
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+    },
     "NemotronForCausalLM": {"num_key_value_heads": 2, "head_dim": 8},
     "HunYuanDenseV1ForCausalLM": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }
