@@ -287,11 +287,11 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
     for path, module in found:
         role = roles.get(id(module), _linear_role(module))
         rule = ctx.composite[role] if role else None
-        fixed = not parametrize.is_parametrized(
-            module
-        )  # else the weight is a new tensor at every call
-        if isinstance(module, LAYERS) and isinstance(rule, LinearRule) and fixed:
-            layer: Any = module
+        # A parametrised weight is a new tensor at every call; on the meta device none has a place.
+        if not isinstance(module, LAYERS) or parametrize.is_parametrized(module):
+            continue
+        layer: Any = module
+        if isinstance(rule, LinearRule) and not layer.weight.is_meta:
             at.weights[layer.weight.data_ptr()] = path
     try:
         for inner, _ in embeddings(found):
