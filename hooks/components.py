@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformer_lens.model_bridge.generalized_components import (
     AttentionBridge,
     BlockBridge,
@@ -23,6 +24,8 @@ from transformer_lens.model_bridge.generalized_components import (
     PosEmbedBridge,
     UnembeddingBridge,
 )
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.generalized_components.gated_mlp import resolve_activation_fn
 from transformer_lens.model_bridge.sources.native import model as native
 from transformers import activations as hf_activations
 from transformers.models.bloom.modeling_bloom import BloomGelu
@@ -32,6 +35,8 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, components, layer_of, original
 from lenslrp.hooks.attention import attach_attention, softcap_of
+from lenslrp.hooks.convolution import CONVOLUTIONS, attach_convolution
+from lenslrp.hooks.experts import ExpertPoint, Mixture, attach_mixture, expert_points, mixtures
 from lenslrp.hooks.norms import (
     attach_loose_norm,
     attach_norm,
@@ -39,7 +44,8 @@ from lenslrp.hooks.norms import (
     is_norm,
     measure_bias,
 )
-from lenslrp.hooks.rules import Epsilon, LinearRule, Normalisation, Plain
+from lenslrp.hooks.operations import GATED_MLP, attach_operations, declared
+from lenslrp.hooks.rules import Epsilon, LinearRule, Normalisation, Operations, Plain
 from lenslrp.hooks.sites import Site
 
 ACTIVATIONS: tuple[type, ...] = (
@@ -73,6 +79,9 @@ ACTIVATIONS: tuple[type, ...] = (
 )
 """Element-wise modules with f(0) = 0, for which the identity rule holds."""
 
+LAYERS: tuple[type, ...] = (nn.Linear, Conv1D, *CONVOLUTIONS)
+"""Linear layers: the epsilon rule leaves their gradient as it is."""
+
 NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
     native._ACTIVATIONS[name] for name in ("gelu", "gelu_new", "relu", "silu")
 )
@@ -99,9 +108,15 @@ def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, 
         found[id(inner)] = (inner, position)
     for weight, position in [(m.weight, p) for m, p in found.values() if hasattr(m, "weight")]:
         for _, module in parts:
-            if isinstance(module, nn.Embedding) and module.weight is weight:
+            if isinstance(module, nn.Embedding) and _same_table(module.weight, weight):
                 found.setdefault(id(module), (module, position))
     return list(found.values())
+
+
+def _same_table(a: Tensor, b: Tensor) -> bool:
+    """One table, or the copy that TransformerLens makes of it when it processes weights."""
+    alike = a.shape == b.shape and a.device == b.device and not a.is_meta
+    return a is b or (alike and torch.equal(a, b))
 
 
 def _adds_to_scores(bridge: Any) -> bool:
@@ -122,12 +137,16 @@ def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) 
     bias: Tensor | None = getattr(module, "bias", None)
     if ctx.books is None or bias is None:
         return
-    site = ctx.site(path, module, "linear", Epsilon())
-    at.hook(module, lambda _, args, y: measure_bias(y, bias, site))
+    role, dim = "linear", -1
+    if isinstance(module, CONVOLUTIONS):
+        layer: Any = module
+        role, dim = "convolution", 1 - layer.weight.ndim  # the channels, before the places
+    site = ctx.site(path, module, role, Epsilon())
+    at.hook(module, lambda _, args, y: measure_bias(y, bias, site, dim))
 
 
 def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role: str) -> None:
-    """A linear layer: nothing under epsilon but its bias; otherwise the rule in its place."""
+    """A linear layer or a convolution: under epsilon its bias; otherwise the rule in its place."""
     if not role:  # its parts are called instead
         return
     rule = ctx.composite[role]
@@ -137,6 +156,9 @@ def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role
     site = ctx.site(path, module, role)
     site.cut = ctx.cuts(path)
     at.sites.append(site)
+    if isinstance(module, CONVOLUTIONS):
+        attach_convolution(at, module, rule, site)
+        return
     transposed = isinstance(module, Conv1D)
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
@@ -153,7 +175,7 @@ def attach_activation(
     site = ctx.site(path, module, "activation", rule)
     site.cut = share == 0
     if isinstance(rule, Plain):
-        at.region(module, site, lambda: None)
+        at.region(module, site, lambda _: None)
     else:
         at.sites.append(site)
         at.wrap(module, lambda x, y: F.apply(F.Elementwise, x, y, rule, site))
@@ -189,7 +211,17 @@ def attach_native_activation(
 
 
 def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge) -> None:
-    """gate * up: at ``out.hook_in``, half to each."""
+    """gate * up: at ``out.hook_in``, half to each.
+
+    With processed weights (compatibility mode) the bridge computes the MLP by functions, without
+    its modules; the modules hold the same weights, so they are run instead.
+
+    Raises:
+        InputError: the bridge's function is not the module's.
+    """
+    if getattr(mlp, "_use_processed_weights", False):
+        _require_same_activation(path, mlp)
+        at.attribute(mlp, "_use_processed_weights", False)
     rule = ctx.composite["gate"]
     first, second = F.product_shares(rule)
     site = ctx.site(f"{path}.out.hook_in", mlp, "gate")
@@ -198,6 +230,20 @@ def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge)
         mlp.out.hook_in,
         lambda _, args, y: F.apply(F.ProductOutput, y, first, second, site),
     )
+
+
+def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
+    function = resolve_activation_fn(mlp.config)
+    for module in original(mlp).children():
+        if not isinstance(module, ACTIVATIONS):
+            continue
+        probe = torch.linspace(-4.0, 4.0, 33, device=mlp.out.weight.device)
+        if not torch.equal(function(probe), module(probe)):
+            raise InputError(
+                f"{path}: in compatibility mode TransformerLens computes another activation than "
+                f"the model's {type(module).__name__}, so this is not the model any more; load it "
+                "without enable_compatibility_mode(), or with no_processing=True"
+            )
 
 
 def gate_share(ctx: Context) -> float:
@@ -219,6 +265,8 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
     at.wrapped = {id(original(m)) for _, m in found if isinstance(m, NormalizationBridge)}
     gates: dict[int, float] = {}
     roles: dict[int, str] = {}
+    mixed = mixtures(found)
+    raw = _raw_modules(found, mixed, ctx)
     for path, module in found:
         if "cross_attn" in module._modules and "ln2" in module._modules:
             ctx.queries.add(f"{path}.ln2")  # before cross-attention, whose keys are the encoder's
@@ -230,25 +278,61 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
         if isinstance(module, JointGateUpMLPBridge):
             roles[id(_wrapped(module, "gate_up"))] = ""
             roles[id(getattr(original(module), module.fused_attr, None))] = ""
+        if id(module) in raw and raw[id(module)].gated:  # its activation feeds a gated product
+            gates.update((id(inner), gate_share(ctx)) for inner in module.children())
         if isinstance(module, GatedMLPBridge) and original(module) is not None:
             share = gate_share(ctx)
             for inner in [*original(module).children(), *module.children(), original(module)]:
                 gates[id(inner)] = share
     for path, module in found:
-        role = roles.get(id(module), "linear")
+        role = roles.get(id(module), _linear_role(module))
         rule = ctx.composite[role] if role else None
-        if isinstance(module, nn.Linear | Conv1D) and isinstance(rule, LinearRule):
-            at.weights[module.weight.data_ptr()] = path
+        fixed = not parametrize.is_parametrized(
+            module
+        )  # else the weight is a new tensor at every call
+        if isinstance(module, LAYERS) and isinstance(rule, LinearRule) and fixed:
+            layer: Any = module
+            at.weights[layer.weight.data_ptr()] = path
     try:
         for inner, _ in embeddings(found):
             attach_leaf(at, inner)
         for path, module in found:
             _attach(at, ctx, path, module, gates, roles)
+            if id(module) in raw and not any(module in mixture for mixture in mixed):
+                attach_operations(at, ctx, path, module, raw[id(module)])
+        for mixture in mixed:
+            attach_mixture(at, ctx, mixture)
     except BaseException:
         for undo in reversed(at.undo):
             undo()
         raise
     return at
+
+
+def _raw_modules(
+    parts: list[tuple[str, nn.Module]], mixed: list[Mixture], ctx: Context
+) -> dict[int, Operations]:
+    """Modules whose own code multiplies or activates, by id: where no component has a rule."""
+    gated = (GatedMLPBridge, JointGateUpMLPBridge)
+    bridged = {id(original(module)) for _, module in parts if isinstance(module, gated)}
+    raw = {id(part): GATED_MLP for mixture in mixed for part in mixture}
+    for _, module in parts:
+        spec = declared(module)
+        taught = type(module) in ctx.composite.modules
+        if spec is None or taught or isinstance(module, GeneralizedComponent):
+            continue
+        if id(module) not in bridged:
+            raw.setdefault(id(module), spec)
+    return raw
+
+
+def hook_points(model: Any, parts: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+    """Every hook point by name: the bridge's own, and those at the neurons of experts."""
+    return {**model.hook_dict, **expert_points(parts)}
+
+
+def _linear_role(module: nn.Module) -> str:
+    return "convolution" if isinstance(module, CONVOLUTIONS) else "linear"
 
 
 def _wrapped(module: nn.Module, key: str) -> Any:
@@ -268,7 +352,9 @@ def _attach(
     share = gates.get(id(module), 1.0)
     if own is not None and id(module) in at.wrapped:
         return  # its NormalizationBridge has seen to it
-    if isinstance(own, Normalisation):
+    if isinstance(own, Operations):
+        attach_operations(at, ctx, path, module, own)
+    elif isinstance(own, Normalisation):
         attach_own_norm(at, ctx, path, module, own)
     elif own is not None:
         attach_activation(at, ctx, path, module, own, share)
@@ -284,8 +370,8 @@ def _attach(
         attach_activation(at, ctx, path, module, ctx.composite["activation"], share)
     elif isinstance(module, native.NativeMLP | native.NativeGatedMLP):
         attach_native_activation(at, ctx, path, module, share)
-    elif isinstance(module, nn.Linear | Conv1D):
-        attach_linear(at, ctx, path, module, roles.get(id(module), "linear"))
+    elif isinstance(module, LAYERS):
+        attach_linear(at, ctx, path, module, roles.get(id(module), _linear_role(module)))
 
 
 __all__ = [
@@ -294,12 +380,14 @@ __all__ = [
     "BlockBridge",
     "Context",
     "EmbeddingBridge",
+    "ExpertPoint",
     "MLPBridge",
     "PosEmbedBridge",
     "UnembeddingBridge",
     "attach_all",
     "components",
     "embeddings",
+    "hook_points",
     "layer_of",
     "original",
     "softcap_of",

@@ -173,9 +173,9 @@ class Readers:
             if name.endswith("hook_attn_scores") and bool(value.isnan().any()):
                 # A masked score is -inf and its gradient exactly 0: its relevance is 0.
                 value = self._relevance(reduce, x.masked_fill(x.isneginf() & (g == 0), 0.0), g)
-            if name.endswith("hook_post") and reduce is None:
-                self.activations[name] = x
             old = self.values.get(name)
+            if name.endswith(("hook_post", "hook_expert_post")) and reduce is None:
+                self.activations[name] = x if old is None else self.activations[name] + x
             # A point that fires twice in one pass carries the sum of both uses.
             self.values[name] = value if old is None else old + value
 

@@ -16,20 +16,26 @@ TERMS = ("biases", "softmax", "positional", "stabiliser", "plain")
 def row_sums(x: Tensor, g: Tensor) -> Tensor:
     """Sum of ``x * g`` over everything but the batch: [batch], float64 (float32 on MPS).
 
-    A dot product for each row, without a tensor for ``x * g``. A masked score is -inf (or the
-    type's minimum) and its gradient exactly 0: its relevance is 0.
+    Dot products, without a tensor for ``x * g``. They are taken over the last axis and added up in
+    float64: over a pattern of 4,096 tokens, float32 alone would be off in the fourth digit. A
+    masked score is -inf (or the type's minimum) and its gradient exactly 0: its relevance is 0.
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         x, g = x.float(), g.float()
     sums = _dots(x, g)
     if bool(sums.isnan().any()) and bool(x.isneginf().any()):
         sums = _dots(x.masked_fill(x.isneginf() & (g == 0), 0.0), g)
-    return sums if sums.device.type == "mps" else sums.double()
+    return sums
 
 
 def _dots(x: Tensor, g: Tensor) -> Tensor:
-    rows: Tensor = torch.einsum("bn,bn->b", x.flatten(1), g.flatten(1))
-    return rows
+    dots: Tensor = torch.einsum("...d,...d->...", x, g)
+    return dots.reshape(len(x), -1).sum(dim=1, dtype=widest(x))
+
+
+def widest(x: Tensor) -> torch.dtype:
+    """The type in which sums are kept on the tensor's device."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 class Books:
@@ -67,6 +73,7 @@ class Site:
         layer: index of the block, ``None`` outside the blocks.
         forward, backward: how often it has fired since the rules were attached.
         cut: the composite leaves it off the path (CP's gate and query norms): it never fires.
+        optional: it stands for operations that a module may or may not have.
         books: where to report, or ``None`` when nobody keeps a ledger.
     """
 
@@ -78,6 +85,7 @@ class Site:
     forward: int = 0
     backward: int = 0
     cut: bool = False
+    optional: bool = False
     books: Books | None = field(default=None, repr=False)
 
     def report(self, term: str, amount: Tensor) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-OWN_TENSORS = ("embeddings", "positions", "decoder_tokens", "decoder_positions")
+OWN_TENSORS = (
+    "embeddings", "positions", "decoder_tokens", "decoder_positions", "patches", "patch_positions",
+    "special",
+)  # fmt: skip
 """Those that not every model has."""
 
 
@@ -44,7 +48,14 @@ class RelevanceCache:
         positions: per token at learned positional (and token-type) embeddings, ``None`` without.
         decoder_tokens: for an encoder-decoder, the decoder's side; ``tokens`` is the encoder's.
         decoder_positions, decoder_str_tokens: likewise.
+        patches: of an image (or spectrogram): per patch embedding. Without text they are, after
+            the learned tokens before them (CLS), the ``tokens`` too.
+        special: per learned token (CLS, distillation) of an image.
+        patch_positions: per learned position of an image that stands beside text.
+        inputs: per value of each float input that was given; empty with ``leaves="patches"``.
         str_tokens: the tokens as text, one list a batch row.
+        routing: the experts that each position was sent to, by the name of the mixture.
+        n_experts: how many experts the mixtures have (0 without).
         target: what exactly was explained, and its value.
         coverage: which rule sat where (DESIGN promise 1).
     """
@@ -66,6 +77,17 @@ class RelevanceCache:
     decoder_tokens: Float[Tensor, "batch written"] | None = None
     decoder_positions: Float[Tensor, "batch written"] | None = None
     decoder_str_tokens: list[list[str]] | None = None
+    routing: dict[str, Int[Tensor, "batch pos slot"]] = field(default_factory=dict, repr=False)
+    n_experts: int = 0
+    patches: Float[Tensor, "images rows columns"] | None = None
+    patch_positions: Float[Tensor, "images places"] | None = None
+    special: Float[Tensor, "images learned"] | None = None
+    inputs: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def pixels(self) -> Tensor | None:
+        """Relevance of an image's values, [batch, channel, height, width]; ``None`` without."""
+        return self.inputs.get("pixel_values")
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self.values:
@@ -110,6 +132,23 @@ class RelevanceCache:
         frame = pd.DataFrame.from_dict(rows, orient="index")
         return frame.rename_axis(index="layer", columns="head")
 
+    def experts(self, row: int = 0) -> pd.DataFrame:
+        """Relevance of every expert of every mixture, [layer, expert], from
+        ``mlp.hook_expert_post``: the sum over its neurons. An expert that no token was sent to
+        has 0."""
+        rows = {}
+        for layer, value in self._by_layer("mlp.hook_expert_post"):
+            if value.ndim != 4:
+                raise InputError(f"hook_expert_post was reduced to {list(value.shape)}")
+            chosen = self._chosen(layer)[row]
+            sums = value.new_zeros(self.n_experts)
+            rows[layer] = sums.index_add(0, chosen.flatten(), value[row].sum(-1).flatten()).tolist()
+        frame = pd.DataFrame.from_dict(rows, orient="index")
+        return frame.rename_axis(index="layer", columns="expert")
+
+    def _chosen(self, layer: int) -> Tensor:
+        return next(v for name, v in self.routing.items() if layer_of(name) == layer)
+
     def residual(self, row: int = 0) -> pd.DataFrame:
         """Total relevance of the residual stream, [layer, position]; the last row is "final"."""
         pre = self._by_layer("hook_resid_pre")
@@ -123,38 +162,39 @@ class RelevanceCache:
         """The k most relevant units (by absolute value) at one hook of every block.
 
         Returns:
-            Columns layer, position, token, neuron, relevance, and activation where it was kept.
+            Columns layer, position, token, neuron, relevance, and activation where it was kept;
+            at ``mlp.hook_expert_post`` also the expert.
         """
         if k < 1:
             raise InputError(f"k must be at least 1, not {k}")
-        records = []
-        for layer, value in self._by_layer(hook):
-            if value.ndim != 3:
-                raise InputError(
-                    f"{hook} has shape {list(value.shape)}; top() needs [batch, pos, features]"
-                )
-            flat = value[row].flatten()
-            best = flat.abs().topk(min(k, flat.numel())).indices.tolist()
-            records += [(layer, *divmod(i, value.shape[-1]), float(flat[i])) for i in best]
-        records.sort(key=lambda record: -abs(record[3]))
         activations = {
             layer_of(name): x for name, x in self.activations.items() if name.endswith(hook)
         }
-        return pd.DataFrame(
-            [
-                {
+        records: list[dict[str, Any]] = []
+        for layer, value in self._by_layer(hook):
+            experts = value.ndim == 4 and hook.endswith("hook_expert_post")
+            if value.ndim != 3 and not experts:
+                raise InputError(
+                    f"{hook} has shape {list(value.shape)}; top() needs [batch, pos, features]"
+                )
+            flat, shape = value[row].flatten(), value.shape[1:]
+            best = flat.abs().topk(min(k, flat.numel())).indices
+            for index in torch.stack(torch.unravel_index(best.cpu(), shape), dim=1).tolist():
+                record = {
                     "layer": layer,
-                    "position": position,
-                    "token": self.str_tokens[row][position],
-                    "neuron": neuron,
-                    "relevance": relevance,
-                    "activation": float(activations[layer][row, position, neuron])
+                    "position": index[0],
+                    "token": self.str_tokens[row][index[0]],
+                    "neuron": index[-1],
+                    "relevance": float(value[(row, *index)]),
+                    "activation": float(activations[layer][(row, *index)])
                     if layer in activations
                     else float("nan"),
                 }
-                for layer, position, neuron, relevance in records[:k]
-            ]
-        )
+                if experts:
+                    record["expert"] = int(self._chosen(layer)[row, index[0], index[1]])
+                records.append(record)
+        records.sort(key=lambda record: -abs(record["relevance"]))
+        return pd.DataFrame(records[:k])
 
     def words(self, row: int = 0) -> pd.DataFrame:
         """Sub-words joined: one row a word with its relevance (a sum) and token positions."""
@@ -197,7 +237,7 @@ class RelevanceCache:
             )
         shared = [name for name in self.values if name in other.values]
         own = {name: (getattr(self, name), getattr(other, name)) for name in OWN_TENSORS}
-        differences = {
+        differences: dict[str, Any] = {
             name: a - b if a is not None and b is not None and a.shape == b.shape else None
             for name, (a, b) in own.items()
         }
@@ -222,6 +262,11 @@ class RelevanceCache:
             model_name=self.model_name,
             dtype=self.dtype,
             decoder_str_tokens=self.decoder_str_tokens,
+            inputs={
+                name: value - other.inputs[name]
+                for name, value in self.inputs.items()
+                if name in other.inputs and other.inputs[name].shape == value.shape
+            },
         )
 
     def save(self, path: str | Path) -> Path:
@@ -231,6 +276,8 @@ class RelevanceCache:
             for name, v in self.values.items()
         }
         tensors |= {f"activation/{name}": v for name, v in self.activations.items()}
+        tensors |= {f"routing/{name}": v for name, v in self.routing.items()}
+        tensors |= {f"input/{name}": v for name, v in self.inputs.items()}
         for name in (*OWN_TENSORS, "tokens", "token_ids", "attention_mask"):
             value = getattr(self, name)
             if value is not None:
@@ -244,6 +291,7 @@ class RelevanceCache:
             "target": self.target.text,
             "composite": self.composite.name,
             "rules": {role: rule.name for role, rule in self.composite.rules.items()},
+            "n_experts": self.n_experts,
             "model_name": self.model_name,
             "dtype": self.dtype,
             "sites": json.loads(coverage.sites.to_json(orient="split")),
@@ -289,8 +337,8 @@ class RelevanceCache:
             values=part("relevance/"),
             activations=part("activation/"),
             tokens=tensors["tokens"],
-            embeddings=tensors.get("embeddings"),
-            positions=tensors.get("positions"),
+            inputs=part("input/"),
+            **{name: tensors.get(name) for name in OWN_TENSORS},
             token_ids=tensors["token_ids"],
             attention_mask=tensors["attention_mask"],
             str_tokens=told["str_tokens"],
@@ -305,9 +353,9 @@ class RelevanceCache:
             ledger_=ledger,
             model_name=told["model_name"],
             dtype=told["dtype"],
-            decoder_tokens=tensors.get("decoder_tokens"),
-            decoder_positions=tensors.get("decoder_positions"),
             decoder_str_tokens=told.get("decoder_str_tokens"),
+            routing=part("routing/"),
+            n_experts=told.get("n_experts", 0),
         )
 
     def __repr__(self) -> str:

@@ -29,8 +29,12 @@ class Prepared:
     prompt_lengths: list[int]
     kwargs: dict[str, Any] = field(default_factory=dict)
     decoder: Prepared | None = None  #: what the decoder of an encoder-decoder is given
+    media: dict[str, Tensor] = field(default_factory=dict)  #: pixels, samples: floats, checked
+    names: list[str] | None = None  #: what the tokens of an image or a sound are called
 
     def str_tokens(self, tokenizer: Any) -> list[list[str]]:
+        if self.names is not None:
+            return [list(self.names) for _ in self.tokens]
         if "inputs_embeds" in self.kwargs or tokenizer is None:
             return [[str(i) for i in row] for row in self.tokens.tolist()]
         return [[str_token(tokenizer, i) for i in row] for row in self.tokens.tolist()]

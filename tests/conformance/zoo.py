@@ -23,6 +23,8 @@ from tqdm import tqdm
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
 import lenslrp
+from lenslrp import media
+from lenslrp.targets import Activation
 from tests.conformance.families import VOCABULARY, randomise, tokens
 
 LAYERS = 2
@@ -57,21 +59,46 @@ ALWAYS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_i
 DROP = object()
 """In :data:`CHANGES`: leave the default."""
 
+IMAGE: dict[str, Any] = {"image_size": 8, "patch_size": 4}
+SPEECH: dict[str, Any] = {
+    "conv_dim": (6, 8, 8),
+    "conv_kernel": (6, 3, 2),
+    "conv_stride": (3, 2, 2),
+    "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+SOUND = {"patch_size": 4, "frequency_stride": 3, "time_stride": 3, "max_length": 12}
+
 CHANGES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("ViTForImageClassification", "ViTModel"), IMAGE),
+    **dict.fromkeys(("DeiTForImageClassification", "DeiTModel"), IMAGE),
+    "ASTForAudioClassification": {**SOUND, "num_mel_bins": 8},
+    **dict.fromkeys(("HubertForCTC", "HubertModel"), SPEECH),
+    # The norms of the larger checkpoints: one in every convolution, and before each block.
+    "Wav2Vec2ForCTC": {**SPEECH, "feat_extract_norm": "layer", "do_stable_layer_norm": True},
+    "Wav2Vec2Model": {**SPEECH, "conv_bias": True},
     "FalconForCausalLM": {"head_dim": DROP},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "DeepseekV2ForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
     "DeepseekV3ForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
     "YoutuForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
+    "SwitchTransformersForConditionalGeneration": {
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+    },
     "NemotronForCausalLM": {"num_key_value_heads": 2, "head_dim": 8},
     "HunYuanDenseV1ForCausalLM": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }
 
 FLOAT32 = frozenset(
     {
+        "ASTForAudioClassification",
         "CodeGenForCausalLM",
         "Cohere2ForCausalLM",
         "CohereForCausalLM",
+        "DeiTForImageClassification",
+        "DeiTModel",
         "Ernie4_5ForCausalLM",
         "GPTJForCausalLM",
         "GPTNeoForCausalLM",
@@ -80,6 +107,8 @@ FLOAT32 = frozenset(
         "LongT5ForConditionalGeneration",
         "NanoChatForCausalLM",
         "OPTForCausalLM",
+        "ViTForImageClassification",
+        "ViTModel",
     }
 )
 """Softmax or rotary tables in float32 whatever the model's type: 1e-6 where the rest close to 1e-9
@@ -125,7 +154,16 @@ def two_stacks(model: Any) -> bool:
 
 
 def explain(model: Any, composite: Any, names_filter: Any = None) -> tuple[Tensor, Any]:
-    """The relevance of token 5 at the last position of a batch of two."""
+    """The relevance of token 5 at the last position of a batch of two.
+
+    For an image or a sound: of a class, or of a unit of the last residual where there is no head.
+    """
+    if media.reads_no_text(model):
+        target = 1 if media.head_of(model) else Activation(last_residual(model), 5)
+        seen: tuple[Tensor, Any] = lenslrp.run_with_relevance(
+            model, None, target, composite, names_filter, **media.example(model, batch=2)
+        )
+        return seen
     extra = {"decoder_input": tokens(2, 4, seed=8)} if two_stacks(model) else {}
     result: tuple[Tensor, Any] = lenslrp.run_with_relevance(
         model, tokens(), 5, composite, names_filter, **extra
@@ -133,8 +171,16 @@ def explain(model: Any, composite: Any, names_filter: Any = None) -> tuple[Tenso
     return result
 
 
+def last_residual(model: Any) -> str:
+    return f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+
+
 def plain_logits(model: Any) -> Tensor:
     extra = {"decoder_input_ids": tokens(2, 4, seed=8)} if two_stacks(model) else {}
+    if media.reads_no_text(model):
+        with torch.no_grad():
+            outputs: Tensor = model(None, **media.example(model, batch=2))
+        return outputs
     with torch.no_grad():
         logits: Tensor = model(tokens(), use_cache=False, **extra)
     return logits
