@@ -73,6 +73,9 @@ ACTIVATIONS: tuple[type, ...] = (
 )
 """Element-wise modules with f(0) = 0, for which the identity rule holds."""
 
+SINUSOIDS = "SinusoidalPositionalEmbedding"
+"""How transformers' classes for positions without a weight end."""
+
 NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
     native._ACTIVATIONS[name] for name in ("gelu", "gelu_new", "relu", "silu")
 )
@@ -89,6 +92,8 @@ def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, 
     parts = list(parts)
     for path, module in parts:
         if not isinstance(module, EmbeddingBridge | PosEmbedBridge):
+            if type(module).__name__.endswith(SINUSOIDS):  # XGLM's has no bridge
+                found.setdefault(id(module), (module, True))
             continue
         inner = original(module)
         if inner is None or not any(True for _ in (*inner.parameters(), *inner.buffers())):

@@ -17,14 +17,20 @@ def row_sums(x: Tensor, g: Tensor) -> Tensor:
     """Sum of ``x * g`` over everything but the batch: [batch], float64 (float32 on MPS).
 
     A dot product for each row, without a tensor for ``x * g``. A masked score is -inf (or the
-    type's minimum) and its gradient exactly 0: its relevance is 0.
+    type's minimum), the pattern of a query that sees no key is NaN, and their gradient is exactly
+    0: so is their relevance (:func:`masked_to_zero`).
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         x, g = x.float(), g.float()
     sums = _dots(x, g)
-    if bool(sums.isnan().any()) and bool(x.isneginf().any()):
-        sums = _dots(x.masked_fill(x.isneginf() & (g == 0), 0.0), g)
+    if bool(sums.isnan().any()):
+        sums = _dots(masked_to_zero(x, g), g)
     return sums if sums.device.type == "mps" else sums.double()
+
+
+def masked_to_zero(x: Tensor, g: Tensor) -> Tensor:
+    """``x`` with 0 for what is not finite and has a gradient of exactly 0: nothing reads it."""
+    return x.masked_fill(~x.isfinite() & (g == 0), 0.0)
 
 
 def _dots(x: Tensor, g: Tensor) -> Tensor:
