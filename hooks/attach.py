@@ -24,19 +24,26 @@ class Context:
     books: Books | None
     attention: str
     queries: set[str] = field(default_factory=set)  #: norms that feed nothing but queries: paths
+    routing: dict[str, Tensor] = field(
+        default_factory=dict
+    )  #: mixture -> chosen [batch, pos, slot]
+    experts: dict[str, int] = field(default_factory=dict)  #: mixture -> how many it has
 
     def site(self, hook: str, component: Any, role: str, rule: Any = None) -> Site:
         rule = self.composite[role] if rule is None else rule
-        return Site(hook, type(component).__name__, role, rule, layer_of(hook), books=self.books)
+        site = Site(hook, type(component).__name__, role, rule, layer_of(hook), books=self.books)
+        site.optional = ".experts." in hook  # one that no token was sent to does not run
+        return site
 
     def cuts(self, path: str) -> bool:
         """Whether the composite leaves a component off the path: what feeds a constant factor."""
         pattern, gate = (
             F.product_shares(self.composite[role])[0] for role in ("attention_av", "gate")
         )
-        feeds_pattern = re.search(r"[._][qk](_(layer)?norm|_a_layernorm)?$", path) is not None
+        feeds_pattern = re.search(r"[._](q|k|qk)(_(layer)?norm|_a_layernorm)?$", path) is not None
         feeds_pattern = feeds_pattern or path in self.queries
-        return (pattern == 0 and feeds_pattern) or (gate == 0 and path.endswith(".gate"))
+        chooses = ".indexer." in path  # which keys are seen: a choice, no relevance
+        return chooses or (pattern == 0 and feeds_pattern) or (gate == 0 and path.endswith(".gate"))
 
 
 def layer_of(name: str) -> int | None:

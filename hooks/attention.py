@@ -58,7 +58,7 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     inner = original(attn)
     if isinstance(inner, native.NativeAttention):
         at.attribute(inner, "forward", native_forward(attn, inner))
-    if not hasattr(attn, "o"):
+    if not hasattr(attn, "o") and isinstance(inner, native.NativeAttention):
         return  # its products stay on the graph, where the coverage check names them
     roles = {role: ctx.composite[role] for role in ("attention_qk", "softmax", "attention_av")}
     first, second = F.product_shares(roles["attention_av"])
@@ -78,7 +78,8 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
             return None
         return F.apply(F.ProductOutput, y, first, second, z)
 
-    at.hook(attn.o.hook_in, at_output)
+    if hasattr(attn, "o"):
+        at.hook(attn.o.hook_in, at_output)
     if first == 0:
         at.hook(attn.hook_pattern, lambda _, args, y: y.detach())
         if not isinstance(inner, native.NativeAttention):

@@ -23,6 +23,7 @@ from transformer_lens.model_bridge.generalized_components import (
     PosEmbedBridge,
     UnembeddingBridge,
 )
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources.native import model as native
 from transformers import activations as hf_activations
 from transformers.models.bloom.modeling_bloom import BloomGelu
@@ -32,6 +33,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, components, layer_of, original
 from lenslrp.hooks.attention import attach_attention, softcap_of
+from lenslrp.hooks.experts import ExpertPoint, Mixture, attach_mixture, expert_points, mixtures
 from lenslrp.hooks.norms import (
     attach_loose_norm,
     attach_norm,
@@ -39,7 +41,8 @@ from lenslrp.hooks.norms import (
     is_norm,
     measure_bias,
 )
-from lenslrp.hooks.rules import Epsilon, LinearRule, Normalisation, Plain
+from lenslrp.hooks.operations import GATED_MLP, attach_operations, declared
+from lenslrp.hooks.rules import Epsilon, LinearRule, Normalisation, Operations, Plain
 from lenslrp.hooks.sites import Site
 
 ACTIVATIONS: tuple[type, ...] = (
@@ -224,6 +227,8 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
     at.wrapped = {id(original(m)) for _, m in found if isinstance(m, NormalizationBridge)}
     gates: dict[int, float] = {}
     roles: dict[int, str] = {}
+    mixed = mixtures(found)
+    raw = _raw_modules(found, mixed, ctx)
     for path, module in found:
         if "cross_attn" in module._modules and "ln2" in module._modules:
             ctx.queries.add(f"{path}.ln2")  # before cross-attention, whose keys are the encoder's
@@ -235,6 +240,8 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
         if isinstance(module, JointGateUpMLPBridge):
             roles[id(_wrapped(module, "gate_up"))] = ""
             roles[id(getattr(original(module), module.fused_attr, None))] = ""
+        if id(module) in raw and raw[id(module)].gated:  # its activation feeds a gated product
+            gates.update((id(inner), gate_share(ctx)) for inner in module.children())
         if isinstance(module, GatedMLPBridge) and original(module) is not None:
             share = gate_share(ctx)
             for inner in [*original(module).children(), *module.children(), original(module)]:
@@ -249,11 +256,37 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
             attach_leaf(at, inner)
         for path, module in found:
             _attach(at, ctx, path, module, gates, roles)
+            if id(module) in raw and not any(module in mixture for mixture in mixed):
+                attach_operations(at, ctx, path, module, raw[id(module)])
+        for mixture in mixed:
+            attach_mixture(at, ctx, mixture)
     except BaseException:
         for undo in reversed(at.undo):
             undo()
         raise
     return at
+
+
+def _raw_modules(
+    parts: list[tuple[str, nn.Module]], mixed: list[Mixture], ctx: Context
+) -> dict[int, Operations]:
+    """Modules whose own code multiplies or activates, by id: where no component has a rule."""
+    gated = (GatedMLPBridge, JointGateUpMLPBridge)
+    bridged = {id(original(module)) for _, module in parts if isinstance(module, gated)}
+    raw = {id(part): GATED_MLP for mixture in mixed for part in mixture}
+    for _, module in parts:
+        spec = declared(module)
+        taught = type(module) in ctx.composite.modules
+        if spec is None or taught or isinstance(module, GeneralizedComponent):
+            continue
+        if id(module) not in bridged:
+            raw.setdefault(id(module), spec)
+    return raw
+
+
+def hook_points(model: Any, parts: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+    """Every hook point by name: the bridge's own, and those at the neurons of experts."""
+    return {**model.hook_dict, **expert_points(parts)}
 
 
 def _wrapped(module: nn.Module, key: str) -> Any:
@@ -273,7 +306,9 @@ def _attach(
     share = gates.get(id(module), 1.0)
     if own is not None and id(module) in at.wrapped:
         return  # its NormalizationBridge has seen to it
-    if isinstance(own, Normalisation):
+    if isinstance(own, Operations):
+        attach_operations(at, ctx, path, module, own)
+    elif isinstance(own, Normalisation):
         attach_own_norm(at, ctx, path, module, own)
     elif own is not None:
         attach_activation(at, ctx, path, module, own, share)
@@ -299,12 +334,14 @@ __all__ = [
     "BlockBridge",
     "Context",
     "EmbeddingBridge",
+    "ExpertPoint",
     "MLPBridge",
     "PosEmbedBridge",
     "UnembeddingBridge",
     "attach_all",
     "components",
     "embeddings",
+    "hook_points",
     "layer_of",
     "original",
     "softcap_of",

@@ -23,6 +23,7 @@ from lenslrp.hooks.rules import (
     Identity,
     LinearRule,
     Normalisation,
+    Operations,
     Plain,
     Product,
     Rule,
@@ -48,7 +49,7 @@ ROLES: Mapping[str, tuple[type, ...]] = {
 }
 """Every role, and the kinds of rule that can govern it."""
 
-MODULE_RULES = (Identity, Normalisation, Plain)
+MODULE_RULES = (Identity, Normalisation, Operations, Plain)
 """The kinds of rule that a module class of a user's own can be given."""
 
 ATTNLRP: Mapping[str, Rule] = {
@@ -76,7 +77,8 @@ class Composite:
         name: what reports call it.
         rules: role -> rule; roles left out get AttnLRP's rule.
         modules: class of a module -> rule, for classes LensLRP does not know: ``Identity()`` for
-            an element-wise activation, ``Normalisation(centred=...)`` for a norm, or ``Plain()``.
+            an element-wise activation, ``Normalisation(centred=...)`` for a norm, ``Operations()``
+            for a module that computes in plain Python, or ``Plain()``.
 
     Raises:
         InputError: a role that does not exist, or a rule of a kind that cannot govern its role.
@@ -98,8 +100,8 @@ class Composite:
                 raise InputError(f"a module rule is for a class, not {cls!r}")
             if isinstance(rule, type) or not isinstance(rule, MODULE_RULES):
                 raise InputError(
-                    f"{cls.__name__} takes an element-wise rule, Identity, Plain, or "
-                    f"Normalisation if it is a norm, not {rule!r}"
+                    f"{cls.__name__} takes an element-wise rule, Identity, Plain, "
+                    f"Normalisation if it is a norm, or Operations, not {rule!r}"
                 )
         object.__setattr__(self, "rules", {**ATTNLRP, **self.rules})
 

@@ -28,12 +28,11 @@ LINEAR = frozenset(
         """
         AccumulateGrad Add Alias AsStrided BackwardHookFunction Cat Chunk Clone ConstantPadNd
         Contiguous Copy CopySlices Copyslices Cumsum Detach Embedding Expand Fill Flatten Flip
-        Gather Identity Index IndexAdd IndexPut IndexSelect MaskedFill MaskedScatter Mean
-        Movedim Narrow Neg Pad Permute RSub Real Repeat RepeatInterleave Reshape ReshapeAlias
-        Roll ScatterAdd Select SelectScatter Slice SliceScatter Split SplitWithSizes Squeeze
-        Stack Sub Sum T TensorSplit ToCopy Transpose Tril Triu Unbind Unfold UnsafeView
-        Unsqueeze View ViewAs Where Zero
-        Complex ViewAsComplex ViewAsReal
+        Gather Identity Index IndexAdd IndexCopy IndexPut IndexSelect MaskedFill MaskedScatter Max
+        Mean Movedim Narrow Neg Pad Permute RSub Real Repeat RepeatInterleave Reshape ReshapeAlias
+        Roll Scatter ScatterAdd Select SelectScatter Slice SliceScatter Sort Split SplitWithSizes
+        Squeeze Stack Sub Sum T TensorSplit ToCopy Topk Transpose Tril Triu Unbind Unfold UnsafeView
+        Complex Unsqueeze View ViewAs ViewAsComplex ViewAsReal Where Zero
         """,
     )
 )
@@ -44,7 +43,7 @@ BILINEAR = frozenset(
         r"\w+",
         """
         Addbmm Addcmul Addmm Addmv Baddbmm Bmm Convolution ConvolutionOverrideable Dot Einsum
-        Linear Matmul MkldnnLinear Mm Mul Mv Outer
+        GroupedMm Linear Matmul MkldnnLinear Mm Mul Mv Outer
         """,
     )
 )
@@ -183,6 +182,8 @@ def walk(
                     pending = pending - {opens[wants]}
                 else:
                     gap(node, name, above)
+        if region and not below:
+            gap(node, "a path that leaves a region past its inputs", above)
         stack.extend((item, pending, region, above) for item in below)
     found.misplaced = [site for item, site in reached.items() if item not in used]
     return found
@@ -253,7 +254,7 @@ def site_table(sites: list[Site], on_path: set[int] | None = None) -> pd.DataFra
     rows = [
         (s.hook, s.component, s.role, s.rule.name, s.layer, s.forward, s.backward > 0)
         for s in sites
-        if on_path is None or id(s) in on_path
+        if (on_path is None or id(s) in on_path) and not (s.optional and s.forward == 0)
     ]
     columns = ["hook", "component", "role", "rule", "layer", "forward", "fired"]
     return pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"})

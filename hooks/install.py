@@ -34,6 +34,9 @@ class Rules:
     Attributes:
         composite: the table in force.
         sites: every attached rule, and how often it fired.
+        routing: the experts that each position was sent to in the last forward pass, by the name
+            of the mixture, [batch, pos, slot].
+        experts: how many experts each mixture has.
     """
 
     def __init__(
@@ -45,12 +48,20 @@ class Rules:
         self.books = books
         self.sites: list[Site] = []
         self.weights: dict[int, str] = {}
+        self.routing: dict[str, Tensor] = {}
+        self.experts: dict[str, int] = {}
         self._undo: list[Callable[[], None]] = []
         self._thread = threading.get_ident()
 
     def attach(self) -> None:
         """Register every hook; freezes the weights."""
-        context = Context(self.composite, self.books, self.attention)
+        context = Context(
+            self.composite,
+            self.books,
+            self.attention,
+            routing=self.routing,
+            experts=self.experts,
+        )
         attached = attach_all(self.model, context)
         if self.sites:  # re-attached after a nested context: the same rules, counting on
             for new, old in zip(attached.sites, self.sites, strict=True):

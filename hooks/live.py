@@ -102,7 +102,8 @@ class LiveAttention(ScoreMeter):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self.pattern is None:
-            if name == "softmax" and isinstance(args[0], Tensor):
+            # A router inside the attention has a softmax as well, over two dimensions.
+            if name == "softmax" and isinstance(args[0], Tensor) and args[0].ndim > 2:
                 scores = self.attn.hook_attn_scores(args[0])
                 pattern = func(scores, *args[1:], **kwargs)
                 _close_blind_rows(scores, pattern)

@@ -28,6 +28,7 @@ NAMED_NORMS: Mapping[str, Normalisation] = {
     "MT5LayerNorm": Normalisation(),
     "LongT5LayerNorm": Normalisation(),
     "SwitchTransformersLayerNorm": Normalisation(),
+    "Llama4TextL2Norm": Normalisation(),
     "OlmoLayerNorm": Normalisation(centred=True),
     "NemotronLayerNorm1P": Normalisation(centred=True),
 }

@@ -176,9 +176,9 @@ class Readers:
             value = made[id(reduce)]
             if name.endswith(MASKED) and bool(value.isnan().any()):
                 value = self._relevance(reduce, masked_to_zero(x, g), g)
-            if name.endswith("hook_post") and reduce is None:
-                self.activations[name] = x
             old = self.values.get(name)
+            if name.endswith(("hook_post", "hook_expert_post")) and reduce is None:
+                self.activations[name] = x if old is None else self.activations[name] + x
             # A point that fires twice in one pass carries the sum of both uses.
             self.values[name] = value if old is None else old + value
 

@@ -290,6 +290,30 @@ class Normalisation:
 
 
 @dataclass(frozen=True)
+class Operations:
+    """Inside a module of one class, every raw operation gets the rule of its kind.
+
+    Given to ``composite.extended({Class: Operations()})`` for a module that computes in plain
+    Python; :mod:`lenslrp.hooks.operations` has the kinds. What its sub-modules compute is theirs.
+
+    Attributes:
+        product: the role of an element-wise product of two factors: ``"gate"``,
+            ``"attention_gate"`` or ``"router"``. A factor of one number for each position makes it
+            ``"router"``.
+        gated: functional activations feed such a product (and get a gate's share).
+        leaks: which of softmax, sigmoid, softplus and division (``"div"``) have the plain gradient,
+            with what it leaks booked as ``softmax``.
+        attention: matrix products of two factors are attention's.
+    """
+
+    product: str = "gate"
+    gated: bool = False
+    leaks: tuple[str, ...] = ("softmax", "sigmoid", "softplus", "div")
+    attention: bool = True
+    name: str = "operations"
+
+
+@dataclass(frozen=True)
 class Product:
     """A product of two factors: what share of the gradient each gets.
 

@@ -73,6 +73,7 @@ class Site:
         layer: index of the block, ``None`` outside the blocks.
         forward, backward: how often it has fired since the rules were attached.
         cut: the composite leaves it off the path (CP's gate and query norms): it never fires.
+        optional: it stands for operations that a module may or may not have.
         books: where to report, or ``None`` when nobody keeps a ledger.
     """
 
@@ -84,6 +85,7 @@ class Site:
     forward: int = 0
     backward: int = 0
     cut: bool = False
+    optional: bool = False
     books: Books | None = field(default=None, repr=False)
 
     def report(self, term: str, amount: Tensor) -> None:

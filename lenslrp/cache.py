@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -45,6 +46,8 @@ class RelevanceCache:
         decoder_tokens: for an encoder-decoder, the decoder's side; ``tokens`` is the encoder's.
         decoder_positions, decoder_str_tokens: likewise.
         str_tokens: the tokens as text, one list a batch row.
+        routing: the experts that each position was sent to, by the name of the mixture.
+        n_experts: how many experts the mixtures have (0 without).
         target: what exactly was explained, and its value.
         coverage: which rule sat where (DESIGN promise 1).
     """
@@ -66,6 +69,8 @@ class RelevanceCache:
     decoder_tokens: Float[Tensor, "batch written"] | None = None
     decoder_positions: Float[Tensor, "batch written"] | None = None
     decoder_str_tokens: list[list[str]] | None = None
+    routing: dict[str, Int[Tensor, "batch pos slot"]] = field(default_factory=dict, repr=False)
+    n_experts: int = 0
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self.values:
@@ -110,6 +115,23 @@ class RelevanceCache:
         frame = pd.DataFrame.from_dict(rows, orient="index")
         return frame.rename_axis(index="layer", columns="head")
 
+    def experts(self, row: int = 0) -> pd.DataFrame:
+        """Relevance of every expert of every mixture, [layer, expert], from
+        ``mlp.hook_expert_post``: the sum over its neurons. An expert that no token was sent to
+        has 0."""
+        rows = {}
+        for layer, value in self._by_layer("mlp.hook_expert_post"):
+            if value.ndim != 4:
+                raise InputError(f"hook_expert_post was reduced to {list(value.shape)}")
+            chosen = self._chosen(layer)[row]
+            sums = value.new_zeros(self.n_experts)
+            rows[layer] = sums.index_add(0, chosen.flatten(), value[row].sum(-1).flatten()).tolist()
+        frame = pd.DataFrame.from_dict(rows, orient="index")
+        return frame.rename_axis(index="layer", columns="expert")
+
+    def _chosen(self, layer: int) -> Tensor:
+        return next(v for name, v in self.routing.items() if layer_of(name) == layer)
+
     def residual(self, row: int = 0) -> pd.DataFrame:
         """Total relevance of the residual stream, [layer, position]; the last row is "final"."""
         pre = self._by_layer("hook_resid_pre")
@@ -123,38 +145,39 @@ class RelevanceCache:
         """The k most relevant units (by absolute value) at one hook of every block.
 
         Returns:
-            Columns layer, position, token, neuron, relevance, and activation where it was kept.
+            Columns layer, position, token, neuron, relevance, and activation where it was kept;
+            at ``mlp.hook_expert_post`` also the expert.
         """
         if k < 1:
             raise InputError(f"k must be at least 1, not {k}")
-        records = []
-        for layer, value in self._by_layer(hook):
-            if value.ndim != 3:
-                raise InputError(
-                    f"{hook} has shape {list(value.shape)}; top() needs [batch, pos, features]"
-                )
-            flat = value[row].flatten()
-            best = flat.abs().topk(min(k, flat.numel())).indices.tolist()
-            records += [(layer, *divmod(i, value.shape[-1]), float(flat[i])) for i in best]
-        records.sort(key=lambda record: -abs(record[3]))
         activations = {
             layer_of(name): x for name, x in self.activations.items() if name.endswith(hook)
         }
-        return pd.DataFrame(
-            [
-                {
+        records: list[dict[str, Any]] = []
+        for layer, value in self._by_layer(hook):
+            experts = value.ndim == 4 and hook.endswith("hook_expert_post")
+            if value.ndim != 3 and not experts:
+                raise InputError(
+                    f"{hook} has shape {list(value.shape)}; top() needs [batch, pos, features]"
+                )
+            flat, shape = value[row].flatten(), value.shape[1:]
+            best = flat.abs().topk(min(k, flat.numel())).indices
+            for index in torch.stack(torch.unravel_index(best.cpu(), shape), dim=1).tolist():
+                record = {
                     "layer": layer,
-                    "position": position,
-                    "token": self.str_tokens[row][position],
-                    "neuron": neuron,
-                    "relevance": relevance,
-                    "activation": float(activations[layer][row, position, neuron])
+                    "position": index[0],
+                    "token": self.str_tokens[row][index[0]],
+                    "neuron": index[-1],
+                    "relevance": float(value[(row, *index)]),
+                    "activation": float(activations[layer][(row, *index)])
                     if layer in activations
                     else float("nan"),
                 }
-                for layer, position, neuron, relevance in records[:k]
-            ]
-        )
+                if experts:
+                    record["expert"] = int(self._chosen(layer)[row, index[0], index[1]])
+                records.append(record)
+        records.sort(key=lambda record: -abs(record["relevance"]))
+        return pd.DataFrame(records[:k])
 
     def words(self, row: int = 0) -> pd.DataFrame:
         """Sub-words joined: one row a word with its relevance (a sum) and token positions."""
@@ -194,7 +217,7 @@ class RelevanceCache:
             )
         shared = [name for name in self.values if name in other.values]
         own = {name: (getattr(self, name), getattr(other, name)) for name in OWN_TENSORS}
-        differences = {
+        differences: dict[str, Any] = {
             name: a - b if a is not None and b is not None and a.shape == b.shape else None
             for name, (a, b) in own.items()
         }
@@ -228,6 +251,7 @@ class RelevanceCache:
             for name, v in self.values.items()
         }
         tensors |= {f"activation/{name}": v for name, v in self.activations.items()}
+        tensors |= {f"routing/{name}": v for name, v in self.routing.items()}
         for name in (*OWN_TENSORS, "tokens", "token_ids", "attention_mask"):
             value = getattr(self, name)
             if value is not None:
@@ -241,6 +265,7 @@ class RelevanceCache:
             "target": self.target.text,
             "composite": self.composite.name,
             "rules": {role: rule.name for role, rule in self.composite.rules.items()},
+            "n_experts": self.n_experts,
             "model_name": self.model_name,
             "dtype": self.dtype,
             "sites": json.loads(coverage.sites.to_json(orient="split")),
@@ -305,6 +330,8 @@ class RelevanceCache:
             decoder_tokens=tensors.get("decoder_tokens"),
             decoder_positions=tensors.get("decoder_positions"),
             decoder_str_tokens=told.get("decoder_str_tokens"),
+            routing=part("routing/"),
+            n_experts=told.get("n_experts", 0),
         )
 
     def __repr__(self) -> str:

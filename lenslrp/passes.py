@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.components import (
     Attached,
     BlockBridge,
+    ExpertPoint,
     UnembeddingBridge,
     embeddings,
     layer_of,
@@ -140,6 +141,8 @@ class Pass:
                 notes,
             ),
             ledger_=ledger,
+            routing=dict(self.rules.routing),
+            n_experts=max(self.rules.experts.values(), default=0),
             model_name=str(getattr(self.model.cfg, "model_name", "")),
             dtype=str(values.dtype).removeprefix("torch."),
         )
@@ -254,7 +257,7 @@ class Pass:
         below = min((_layer(hook) for hook in latent), default=math.inf)
         # A stack that did not run at all (the vision tower of a text prompt) was not called for.
         ran = {_stack(s) for s in sites if s.forward}
-        idle = [s for s in sites if s.forward == 0 and _stack(s) in ran]
+        idle = [s for s in sites if s.forward == 0 and not s.optional and _stack(s) in ran]
         lost = [
             s
             for s in sites
@@ -364,10 +367,13 @@ def watch_blocks(at: Attached, parts: Parts, books: Books) -> int:
 
 
 def capture(
-    at: Attached, model: Any, parts: Parts, hooks: list[str], captured: dict[str, Tensor]
+    at: Attached,
+    points: Mapping[str, nn.Module],
+    parts: Parts,
+    hooks: list[str],
+    captured: dict[str, Tensor],
 ) -> None:
     """Keep the tensors, on the graph, at the unembedding and at the targets' own hook points."""
-    points = model.hook_dict
     for name in hooks:
         if name not in points:
             found, _ = select_names(points, name)  # raises with the nearest names
@@ -375,7 +381,9 @@ def capture(
 
         def keep(point: Any, args: tuple[Any, ...], x: Tensor, name: str = name) -> None:
             conversion = getattr(point, "hook_conversion", None)
-            captured[name] = x if conversion is None else conversion.convert(x)
+            x = x if conversion is None else conversion.convert(x)
+            parts_of_it = isinstance(point, ExpertPoint) and name in captured
+            captured[name] = captured[name] + x if parts_of_it else x
 
         at.hook(points[name], keep)
     for _, module in parts:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import coverage as cover
-from lenslrp.hooks.components import Attached, components
+from lenslrp.hooks.components import Attached, components, hook_points
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.install import relevance_rules, require_bridge
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
@@ -162,9 +162,10 @@ def _run(
         inputs_embeds=inputs_embeds,
         decoder_input=decoder_input,
     )
-    names, named = select_names(model.hook_dict, names_filter)
-    check_reduce(reduce, model.hook_dict)
     parts = list(components(model))
+    points = hook_points(model, parts)
+    names, named = select_names(points, names_filter)
+    check_reduce(reduce, points)
     table = as_composite(AttnLRP() if composite is None else composite)
     hooks = [t.hook for w in wanted for t in parts_of(w) if isinstance(t, Activation)]
 
@@ -176,14 +177,14 @@ def _run(
                 relevance_rules(model, table, attention=attention, strict=False, books=books)
             )
             at = stack.enter_context(undone(Attached()))
-            readers = Readers.plan(model.hook_dict, names, partial(reduction_for, reduce))
+            readers = Readers.plan(points, names, partial(reduction_for, reduce))
             run = Pass(model, rules, readers, Leaves(), prepared, books, strict)
             if inputs_embeds is None:
                 cut_leaves(at, parts, run.leaves, prepared)
             run.layers = watch_blocks(at, parts, books) if books is not None else 0
             readers.attach(model)
             at.undo.append(readers.detach)
-            capture(at, model, parts, hooks, run.captured)
+            capture(at, points, parts, hooks, run.captured)
             if checkpoint:
                 checkpoint_blocks(at, parts)
             tracer = cover.Tracer(parts) if trace else None

@@ -127,6 +127,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "Qwen3_5MoeForCausalLM": HYBRID,
     "Qwen3_5MoeForConditionalGeneration": {"text_config": HYBRID},
     "RecurrentGemmaForCausalLM": {"block_types": ["recurrent", "attention"]},
+    "SwitchTransformersForConditionalGeneration": {
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+    },
     "YoutuForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
     "Zamba2ForCausalLM": {
         "layers_block_type": ["linear_attention", "hybrid"],

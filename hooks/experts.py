@@ -1,0 +1,204 @@
+"""Mixtures of experts: routers, batched experts, and hook points at every expert's neurons.
+
+An expert's output times its router weight is a product of two factors ([A] Prop. 3.2): half to each
+under ``router="uniform"``, everything to the expert under ``"constant"``. Experts are batched
+parameters without components, in one of several implementations (a loop, batched or grouped
+products), so their operations are met one by one (:mod:`lenslrp.hooks.operations`), whichever
+implementation runs.
+
+TransformerLens has no hook points inside them. ``blocks.L.mlp.hook_expert_post`` is made here: the
+neurons of the experts that each position was sent to, [batch, pos, slot, neuron]; which expert sits
+in a slot is in ``R.routing``. Where experts run one after the other it fires once for each, with
+zeros in the others' slots.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.generalized_components import MoEBridge
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+from lenslrp.errors import InputError
+from lenslrp.hooks.attach import Attached, Context, original
+from lenslrp.hooks.operations import GATED_MLP, PRODUCTS, ROUTER, Met, attach_operations
+from lenslrp.hooks.rules import LinearRule, Operations
+
+ROUTERS = re.compile("Router|Gating|Statics")
+EXPERTS = re.compile("Experts$")
+"""Class names of what a mixture is made of; anything else inside it has rules of its own."""
+
+BATCHED = frozenset({"bmm", "grouped_mm", "_grouped_mm"})
+
+
+class ExpertPoint(HookPoint):
+    """A hook point whose firings in one pass are parts of one tensor, to be added up."""
+
+
+_points: WeakKeyDictionary[nn.Module, ExpertPoint] = WeakKeyDictionary()
+
+
+@dataclass
+class Mixture:
+    """One mixture of experts, and what is learnt of its routing while it runs.
+
+    Attributes:
+        path: of its bridge component.
+        block: the Hugging Face module that routes and calls the experts.
+        shape: batch and positions of the current input.
+        chosen: the experts that each position was sent to, [batch * pos, slot].
+    """
+
+    path: str
+    block: nn.Module
+    shape: tuple[int, ...] = ()
+    chosen: Tensor | None = None
+    running: list[Any] = field(default_factory=list)
+
+    def parts(self) -> list[tuple[str, nn.Module]]:
+        """Routers and experts inside the block, under their names there."""
+        found: dict[int, tuple[str, nn.Module]] = {}
+        for name, module in self.block.named_modules():
+            kind = type(module).__name__
+            if module is not self.block and (ROUTERS.search(kind) or EXPERTS.search(kind)):
+                found[id(module)] = (name.replace("._original_component", ""), module)
+        return list(found.values())
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield self.block
+        yield from (module for _, module in self.parts())
+
+    def batched_experts(self) -> nn.Module | None:
+        """The module with all experts' weights, whose neurons get a hook point."""
+        for _, module in self.parts():
+            if hasattr(module, "down_proj") and EXPERTS.search(type(module).__name__):
+                return module
+        return None
+
+
+def mixtures(parts: Iterable[tuple[str, nn.Module]]) -> list[Mixture]:
+    """The mixtures of a bridge."""
+    found: list[Mixture] = []
+    for path, module in parts:
+        inner = original(module)
+        if not isinstance(module, MoEBridge) or inner is None or module.bound_dense:
+            continue
+        mixture = Mixture(path, inner)
+        if mixture.parts() and not EXPERTS.search(type(inner).__name__):
+            found.append(mixture)
+    return found
+
+
+def expert_points(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+    """Hook points at the neurons of experts: name -> hook point, the same ones at every call."""
+    found: dict[str, nn.Module] = {}
+    for mixture in mixtures(parts):
+        experts = mixture.batched_experts()
+        if experts is not None:
+            found[f"{mixture.path}.hook_expert_post"] = _points.setdefault(experts, ExpertPoint())
+    return found
+
+
+class ExpertsMet(Met):
+    """Meets the operations of batched experts, and shows their neurons to the hook point."""
+
+    def __init__(self, *args: Any, mixture: Mixture, point: HookPoint | None) -> None:
+        super().__init__(*args)
+        self.mixture, self.point = mixture, point
+        self.rows: Tensor | None = None  # of [batch * pos * slot], in the order they are computed
+        mixture.running[:] = [self]
+
+    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in BATCHED and isinstance(self.sites["linear"].rule, LinearRule):
+            raise InputError(
+                f"{self.mixture.path}: a {self.sites['linear'].rule.name} rule on experts needs "
+                "them one by one; call model.original_model.set_experts_implementation('eager')"
+            )
+        neurons = name in PRODUCTS and _alike(*args[:2])
+        out = super().meet(func, name, args, kwargs)
+        if name == "where" and len(args) == 1 and self.mixture.chosen is not None:
+            slot, token = out
+            self.rows = token * self.mixture.chosen.shape[-1] + slot
+        elif name == "sort" and self.mixture.chosen is not None:
+            self.rows = out[1]
+        return self.shown(out) if neurons else out
+
+    def shown(self, y: Tensor) -> Tensor:
+        """Pass neurons [row, neuron] through the hook point, as [batch, pos, slot, neuron]."""
+        chosen = self.mixture.chosen
+        hooked = self.point is not None and bool(self.point._forward_hooks)
+        if not hooked or chosen is None or not y.requires_grad:
+            return y
+        rows = torch.arange(chosen.numel(), device=y.device) if self.rows is None else self.rows
+        if len(rows) != len(y):
+            return y
+        spread = y.new_zeros(chosen.numel(), y.shape[-1]).index_copy(0, rows, y)
+        shape = (*self.mixture.shape, chosen.shape[-1], y.shape[-1])
+        seen: Tensor = self.point(spread.view(shape))  # type: ignore[misc]
+        return seen.reshape(chosen.numel(), y.shape[-1])[rows]
+
+
+def _alike(a: Any = None, b: Any = None) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.ndim > 1
+
+
+def gpt_oss_gate(mode: ExpertsMet, experts: Any, gate_up: Tensor) -> Tensor:
+    """``(up + 1) * glu`` with clipped factors: each clip and the glu are element-wise."""
+
+    def glu(x: Tensor) -> Tensor:
+        x = x.clamp(min=None, max=experts.limit)
+        return x * torch.sigmoid(x * experts.alpha)
+
+    def clipped(x: Tensor) -> Tensor:
+        return x.clamp(min=-experts.limit, max=experts.limit)
+
+    gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+    return (mode.activation(clipped, up, gate=False) + 1) * mode.activation(glu, gate)
+
+
+GATES: dict[type[nn.Module], Any] = {GptOssExperts: gpt_oss_gate}
+"""Experts whose gating is more than an activation times a projection."""
+
+
+def attach_mixture(at: Attached, ctx: Context, mixture: Mixture) -> None:
+    """Meet the operations of one mixture: its own code, its routers, its experts."""
+
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        mixture.shape, mixture.chosen = tuple(x.shape[:-1]), None
+
+    def routed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and not value.is_floating_point() and value.ndim == 2:
+                mixture.chosen = value
+                ctx.routing[mixture.path] = value.view(*mixture.shape, -1)
+
+    at.undo.append(mixture.block.register_forward_pre_hook(begin, with_kwargs=True).remove)
+    attach_operations(at, ctx, mixture.path, mixture.block, Operations(gated=True, attention=False))
+    neurons: Any = mixture.batched_experts()
+    if neurons is not None:
+        ctx.experts[mixture.path] = int(neurons.down_proj.shape[0])
+    for name, module in mixture.parts():
+        path = f"{mixture.path}.{name}"
+        if ROUTERS.search(type(module).__name__):
+            attach_operations(at, ctx, path, module, ROUTER)
+            continue
+        point = _points.setdefault(module, ExpertPoint()) if module is neurons else None
+        attach_operations(
+            at, ctx, path, module, GATED_MLP, mode=ExpertsMet, mixture=mixture, point=point
+        )
+        at.undo.append(module.register_forward_pre_hook(routed, with_kwargs=True).remove)
+        gate = GATES.get(type(module))
+        if gate is not None:
+            at.attribute(
+                module,
+                "_apply_gate",
+                lambda x, gate=gate, module=module: gate(mixture.running[0], module, x),
+            )

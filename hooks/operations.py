@@ -1,0 +1,304 @@
+"""Raw operations inside a module that has no component for each of them: a rule for every one.
+
+Mixtures of experts, routers and gated modules multiply, activate and normalise in plain Python,
+with no hook point between. While a module that is *declared* (by :mod:`lenslrp.hooks.experts`, by
+:func:`declared`, or by a user's ``composite.extended({Class: Operations()})``) runs, each such
+operation is met where it happens:
+
+* a product of two factors that both carry relevance: a share to each ([A] Prop. 3.2-3.3), by the
+  role ``router`` where one factor is a single number for each position, by the module's own role
+  otherwise;
+* an element-wise activation: the identity rule ([A] Eq. 9);
+* a softmax, sigmoid, softplus or division of a router or gate: the plain gradient, whose leak is
+  the ledger's ``softmax`` term;
+* a matrix product of two factors: the half rule of attention;
+* a constant that is added: its share is a bias's.
+
+Only the module's own code is met. What its sub-modules compute has rules of their own, or none: an
+unknown one stays on the graph and is refused there. The arithmetic is the module's own, call by
+call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lenslrp.hooks import functions as F
+from lenslrp.hooks.attach import Attached, Context
+from lenslrp.hooks.norms import measure_bias
+from lenslrp.hooks.rules import (
+    LinearRule,
+    Operations,
+    Plain,
+    Softmax,
+    SoftmaxTemperature,
+)
+from lenslrp.hooks.sites import Site, row_sums
+
+ATTENTION_GATE = Operations("attention_gate", leaks=("sigmoid", "softplus"), attention=False)
+ROUTER = Operations("router", attention=False)
+GATED_MLP = Operations(gated=True, leaks=(), attention=False)
+
+KNOWN: Mapping[str, Operations] = {
+    "AfmoeAttention": ATTENTION_GATE,
+    "JetMoeAttention": ATTENTION_GATE,
+    "JetMoeTopKGating": ROUTER,
+    "LagunaAttention": ATTENTION_GATE,
+}
+"""Classes of transformers whose own code multiplies or activates."""
+
+GATED = ({"gate_proj", "up_proj", "down_proj"},)
+"""The sub-modules by which a gated MLP is known, whatever its class."""
+
+ACTIVATIONS = frozenset(
+    {"silu", "gelu", "relu", "leaky_relu", "elu", "tanh", "mish", "hardswish", "relu_", "silu_"}
+)
+PRODUCTS = {"mul": 0, "__mul__": 0, "__rmul__": 1, "mul_": 0, "__imul__": 0, "multiply": 0}
+QUOTIENTS = frozenset({"div", "__truediv__", "true_divide", "div_", "__itruediv__"})
+MATRIX_PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "einsum"})
+SUMS = {
+    **dict.fromkeys(("add", "__add__", "__radd__", "add_", "__iadd__"), 1.0),
+    **dict.fromkeys(("sub", "__sub__", "sub_", "__isub__"), -1.0),
+}
+LEAKS = frozenset({"softmax", "sigmoid", "softplus"})
+
+
+class Met(TorchFunctionMode):
+    """Meets the raw operations of one module while it runs.
+
+    Args:
+        sites: the module's sites by role, see :func:`sites_of`.
+        spec: which kinds of operation have a rule here.
+        depth: how many sub-modules are running; only at 0 is the code the module's own.
+    """
+
+    def __init__(self, sites: Mapping[str, Site], spec: Operations, depth: list[int]) -> None:
+        super().__init__()
+        self.sites, self.spec, self.depth = sites, spec, depth
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.depth[0] or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        return self.meet(func, getattr(func, "__name__", ""), args, kwargs)
+
+    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in PRODUCTS and _factors(args) == 2:
+            a, b = args[0], args[1]
+            return self.product(a, b)
+        if name in ACTIVATIONS and _live(args[0]):
+            return self.activation(lambda x: func(x, *args[1:], **kwargs), args[0])
+        if name in self.spec.leaks and name in LEAKS and args and _live(args[0]):
+            return self.leak(lambda x: func(x, *args[1:], **kwargs), args[0])
+        if name in QUOTIENTS and "div" in self.spec.leaks and len(args) == 2 and _live(args[1]):
+            return self.leak(torch.div, *args)
+        if name in MATRIX_PRODUCTS and self.spec.attention and _factors(args) == 2:
+            return self.matrix_product(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if name in SUMS:
+            return self.sum(out, args, SUMS[name])
+        if name == "linear":
+            return self.linear(out, args, kwargs)
+        return out
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Half to each; a router's weight is one number a position and is the first factor."""
+        narrow = [x.shape[-1] == 1 for x in (a, b)] if a.ndim and b.ndim else [False, False]
+        role = "router" if narrow[0] != narrow[1] else self.spec.product
+        site = self.sites[role]
+        first, second = F.product_shares(site.rule)
+        at_first = 1 if narrow[1] and not narrow[0] else 0
+        factors = [a, b]
+        if role != "router":
+            gates = [i for i, x in enumerate(factors) if _activated(x) or _from_leak(x)]
+            at_first = next(iter(gates), 0)
+        if not (role == "gate" and _activated(factors[at_first])):  # which has its share already
+            factors[at_first] = _shared(factors[at_first], first / second, site)
+        y = torch.mul(*factors)
+        if first == 0:
+            return F.apply(F.Mark, y, site)
+        return F.apply(F.ProductOutput, y, first, second, site)
+
+    def activation(
+        self, act: Callable[[Tensor], Tensor], x: Tensor, *, gate: bool = True
+    ) -> Tensor:
+        """An element-wise function; ``gate``: it feeds the first factor of a gated product."""
+        site = self.sites["activation"]
+        self.depth[0] += 1  # what it is made of is not met
+        if isinstance(site.rule, Plain):
+            inside = act(F.apply(F.RegionInput, x, "plain", site))
+            y = F.apply(F.RegionOutput, inside, None, "plain", site)
+        else:
+            y = F.apply(F.Elementwise, x, act(x.detach()), site.rule, site)
+        self.depth[0] -= 1
+        first, second = F.product_shares(self.sites["gate"].rule)
+        return _shared(y, first / second, site) if gate and self.spec.gated else y
+
+    def leak(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """The plain gradient between its measured inputs and output."""
+        site = self.sites["softmax"]
+        inside = [F.apply(F.RegionInput, x, "softmax", site) if _live(x) else x for x in inputs]
+        y = function(*inside)
+        if isinstance(site.rule, SoftmaxTemperature) and len(inputs) == 1:
+            scores = inputs[0].detach()
+            y = F.apply(F.Pattern, y, scores, 1.0, replace(site, books=None))
+        return F.apply(F.RegionOutput, y, None, "softmax", site)
+
+    def matrix_product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Pattern times values if a factor comes from a softmax, queries times keys otherwise."""
+        at = [i for i, x in enumerate(args) if _live(x)]
+        pattern = [i for i in at if _from_leak(args[i])]
+        site = self.sites["attention_av" if pattern else "attention_qk"]
+        first, second = F.product_shares(site.rule)
+        factors = list(args)
+        first_at = (pattern or at)[0]
+        factors[first_at] = _shared(factors[first_at], first / second, site)
+        y = func(*factors, **kwargs)
+        if first == 0:
+            return F.apply(F.Mark, y, site)
+        return F.apply(F.ProductOutput, y, first, second, site)
+
+    def sum(self, y: Any, args: tuple[Any, ...], sign: float) -> Any:
+        """A constant that is added takes its share, as a bias does."""
+        site = self.sites["linear"]
+        if site.books is None or not (isinstance(y, Tensor) and y.requires_grad):
+            return y
+        constants = [
+            (i, c) for i, c in enumerate(args[:2]) if not _live(c) and not isinstance(c, bool)
+        ]
+        if len(constants) == 1:
+            index, constant = constants[0]
+            sign = sign if index == 1 else 1.0
+            value = torch.as_tensor(constant, dtype=y.dtype, device=y.device).detach()
+            y.register_hook(
+                lambda g: site.report("biases", sign * row_sums(value.expand(g.shape), g))
+            )
+        return y
+
+    def linear(self, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
+        site = self.sites["linear"]
+        rule = site.rule
+        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+        if isinstance(rule, LinearRule) and _live(args[0]):
+            # `y` was computed on the graph, which the rule's own node takes the place of.
+            return F.apply(F.Linear, args[0], y.detach(), weight, bias, rule, site)
+        if site.books is not None:
+            measure_bias(y, bias, site)
+        return y
+
+
+def _live(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def _factors(args: tuple[Any, ...]) -> int:
+    return sum(_live(x) for x in args)
+
+
+def _node(x: Tensor) -> Any:
+    return getattr(x.grad_fn, "_forward_cls", None)
+
+
+def _activated(x: Tensor) -> bool:
+    """Whether a factor comes straight from an activation, which has given it a gate's share."""
+    return _node(x) in (F.Elementwise, F.Share) or (
+        _node(x) is F.RegionOutput and x.grad_fn.site.role == "activation"  # type: ignore[union-attr]
+    )
+
+
+def _from_leak(x: Tensor, steps: int = 3) -> bool:
+    """Whether a factor is a softmax's output, as it is, cast or reshaped."""
+    node = x.grad_fn
+    for _ in range(steps):
+        if node is None:
+            return False
+        if getattr(node, "_forward_cls", None) is F.RegionOutput:
+            return bool(node.site.role == "softmax")  # type: ignore[attr-defined]
+        node = node.next_functions[0][0] if node.next_functions else None
+    return False
+
+
+def _shared(x: Tensor, share: float, site: Site) -> Tensor:
+    if share == 1:
+        return x
+    return x.detach() if share == 0 else F.apply(F.Share, x, share, site)
+
+
+def declared(module: nn.Module) -> Operations | None:
+    """What is known of a class's raw operations, by its name or its sub-modules."""
+    known = KNOWN.get(type(module).__name__)
+    if known is None and any(names <= module._modules.keys() for names in GATED):
+        return GATED_MLP
+    return known
+
+
+def sites_of(ctx: Context, path: str, module: nn.Module, spec: Operations) -> dict[str, Site]:
+    """One site a role. Which of them the module needs is seen when it runs."""
+    roles = {spec.product, "gate", "activation", "router", "linear"}
+    if spec.attention:
+        roles |= {"attention_qk", "attention_av"}
+    sites = {role: ctx.site(path, module, role) for role in sorted(roles)}
+    # GIM's temperature is for attention; a router's softmax keeps its plain gradient.
+    sites["softmax"] = ctx.site(path, module, "softmax", None if spec.attention else Softmax())
+    # What a softmax or sigmoid feeds; under a constant factor nothing passes it.
+    above = "router" if spec.product == "gate" else spec.product
+    above = "attention_av" if spec.attention else above
+    sites["softmax"].cut = F.product_shares(ctx.composite[above])[0] == 0
+    for site in sites.values():
+        site.optional = True
+    return sites
+
+
+def attach_operations(
+    at: Attached,
+    ctx: Context,
+    path: str,
+    module: nn.Module,
+    spec: Operations,
+    *,
+    mode: type[Met] = Met,
+    **options: Any,
+) -> None:
+    """Run ``module`` with its raw operations met.
+
+    Args:
+        spec: which kinds of operation have a rule.
+        mode, options: a sub-class of :class:`Met` and what it takes besides.
+    """
+    sites = sites_of(ctx, path, module, spec)
+    at.sites.extend(site for role, site in sites.items() if role != "linear")
+    if isinstance(sites["linear"].rule, LinearRule):
+        at.sites.append(sites["linear"])
+    depth = [0]
+
+    def enter(*_: Any) -> None:
+        depth[0] += 1
+
+    def leave(*_: Any) -> None:
+        depth[0] -= 1
+
+    for part in module.modules():
+        if part is not module:
+            at.pre_hook(part, enter)
+            at.undo.append(part.register_forward_hook(leave, always_call=True).remove)
+    run = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        depth[0] = 0
+        with mode(sites, spec, depth, **options):
+            return run(*args, **kwargs)
+
+    at.attribute(module, "forward", forward)
