@@ -43,6 +43,7 @@ class Family:
         parallel: attention and MLP read the same residual, so that there is no ``hook_resid_mid``.
         float32_norm: Hugging Face computes its norms in float32 whatever the model's type.
         fused: why the fused attention refuses it ("" where it does not).
+        constants: it adds constants that are no biases, so CP-LRP never conserves.
     """
 
     build: Callable[[bool], Any]
@@ -50,6 +51,7 @@ class Family:
     parallel: bool = False
     float32_norm: bool = False
     fused: str = ""
+    constants: bool = False
 
 
 def _native(**changes: Any) -> TransformerBridge:
@@ -109,12 +111,24 @@ def _qwen3(bias: bool) -> Any:
     return hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, head_dim=8, attention_bias=bias))
 
 
+def _gpt_oss(bias: bool) -> Any:
+    """Experts, sinks, and a router whose softmax keeps the type."""
+    model = hf.GptOssForCausalLM(
+        hf.GptOssConfig(
+            **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4
+        )
+    )
+    model.set_experts_implementation("eager")  # torch's grouped product has no float64
+    return model
+
+
 def _phi3(bias: bool) -> Any:
     return hf.Phi3ForCausalLM(hf.Phi3Config(**GROUPED, pad_token_id=0))
 
 
 NATIVE = "no Hugging Face attention"
 CAPPED = "soft-cap"
+SINKS = "attention sinks"
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(_llama, biased=True, float32_norm=True),
@@ -130,6 +144,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(_gemma2, biased=True, float32_norm=True, fused=CAPPED),
     "gemma3": Family(_gemma3, biased=True, float32_norm=True),
     "gpt2": Family(_gpt2, biased=True),
+    "gpt_oss": Family(_gpt_oss, biased=True, float32_norm=True, fused=SINKS, constants=True),
     "phi": Family(lambda _: hf.PhiForCausalLM(hf.PhiConfig(**SIZES)), biased=True, parallel=True),
     "phi3": Family(_phi3, float32_norm=True),
     "neox": Family(_neox(True), biased=True, parallel=True),
@@ -193,7 +208,8 @@ def randomise(model: nn.Module, *, bias: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     for path, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if path.rsplit(".", 1)[-1] in ("bias", "b") or path.rsplit(".", 1)[-1].startswith("b_"):
+        own = path.rsplit(".", 1)[-1]
+        if own in ("bias", "b") or own.startswith("b_") or own.endswith("_bias"):
             parameter.data = 0.3 * noise if bias else torch.zeros_like(noise)
         elif parameter.ndim == 1:
             parameter.data = parameter.data + 0.2 * noise

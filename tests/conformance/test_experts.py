@@ -16,7 +16,7 @@ import transformers as hf
 from torch import Tensor
 
 import lenslrp
-from lenslrp.hooks import Gamma, Operations
+from lenslrp.hooks import Gamma, Operations, operations
 from tests.conformance import zoo
 from tests.conformance.families import tokens
 
@@ -270,6 +270,52 @@ def test_gpt_oss_gate_is_element_wise() -> None:
         assert float((clipped.tokens - R.tokens).abs().max()) > 1e-6
     finally:
         experts.limit = 7.0
+
+
+# ------------------------------------------------------------------ mutation
+
+FORGOTTEN = [
+    ("product", lambda self, a, b: a * b, "no rule for Mul"),
+    ("activation", lambda self, act, x, gate=True: act(x), "no rule for"),
+    ("leak", lambda self, function, *inputs: function(*inputs), "no rule for Softmax"),
+]
+
+
+@pytest.mark.parametrize(("kind", "bare", "said"), FORGOTTEN)
+def test_a_kind_of_operation_that_is_not_met_is_noticed(
+    kind: str, bare: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.build("GptOssForCausalLM")
+    explain(model, lenslrp.AttnLRP(), names_filter=[])
+    monkeypatch.setattr(operations.Met, kind, bare)
+    with pytest.raises(lenslrp.CoverageError, match=said):
+        explain(model, lenslrp.AttnLRP(), names_filter=[])
+
+
+@pytest.mark.parametrize(("kind", "bare"), [("sum", lambda self, y, args, sign: y)])
+def test_constants_that_are_not_booked_unbalance(
+    kind: str, bare: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.build("GptOssForCausalLM")
+    monkeypatch.setattr(operations.Met, kind, bare)
+    with pytest.warns(UserWarning, match="the books do not balance"):
+        R = explain(model, lenslrp.AttnLRP(), names_filter=[])
+    assert abs(R.ledger().error) > 1e-3
+
+
+def test_a_region_that_never_ends_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a leak's input does not close would hide everything below it."""
+    model = zoo.build("MixtralForCausalLM")
+
+    def open_ended(self: Any, function: Any, *inputs: Tensor) -> Tensor:
+        y = function(*inputs)
+        return operations.F.apply(
+            operations.F.RegionOutput, y, None, "softmax", self.sites["softmax"]
+        )
+
+    monkeypatch.setattr(operations.Met, "leak", open_ended)
+    with pytest.raises(lenslrp.CoverageError, match="leaves a region past its inputs"):
+        explain(model, lenslrp.AttnLRP(), names_filter=[])
 
 
 # ------------------------------------------------------------------ raw operations, by a user
