@@ -203,8 +203,11 @@ class RelevanceCache:
         for position, (token, relevance) in enumerate(pairs):
             if not self.attention_mask[row, position]:
                 continue
-            starts = not words or token[:1].isspace() or words[-1]["word"][-1:].isspace()
-            if starts or not token.isalnum() or not words[-1]["word"].strip().isalnum():
+            last = words[-1]["word"] if words else ""
+            starts = not words or token[:1].isspace() or last[-1:].isspace()
+            ends = not token.isalnum() or not last.strip().isalnum()
+            # SentencePiece writes a rare word as a lone space and its pieces
+            if (starts or ends) and (last != " " or token[:1].isspace()):
                 words.append({"word": token, "relevance": relevance, "positions": [position]})
             else:
                 words[-1]["word"] += token
