@@ -45,6 +45,7 @@ from lenslrp.hooks.norms import (
     measure_bias,
 )
 from lenslrp.hooks.operations import GATED_MLP, attach_operations, declared
+from lenslrp.hooks.patches import below, embedders
 from lenslrp.hooks.rules import Epsilon, LinearRule, Normalisation, Operations, Plain
 from lenslrp.hooks.sites import Site
 
@@ -139,6 +140,22 @@ def attach_leaf(at: Attached, inner: nn.Module) -> None:
         return out.requires_grad_() if torch.is_grad_enabled() else out
 
     at.hook(inner, leaf)
+
+
+def attach_patches(at: Attached, projection: nn.Module, sites: list[Site]) -> None:
+    """Patches are leaves where nothing before them is: ``sites`` are then off the path.
+
+    Attached behind the projection's own rule, which cuts the graph.
+    """
+
+    def leaf(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return out
+        for site in sites:
+            site.cut = not out.requires_grad
+        return out.requires_grad_()
+
+    at.hook(projection, leaf)
 
 
 def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
@@ -310,6 +327,8 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
                 attach_operations(at, ctx, path, module, raw[id(module)])
         for mixture in mixed:
             attach_mixture(at, ctx, mixture)
+        for place in embedders(found):
+            attach_patches(at, place.projection, below(found, at.sites))
     except BaseException:
         for undo in reversed(at.undo):
             undo()

@@ -17,6 +17,8 @@ import transformers as hf
 import lenslrp
 from lenslrp import media
 from lenslrp.hooks import AlphaBeta, Gamma
+from lenslrp.hooks.components import components
+from lenslrp.hooks.patches import embedders
 from lenslrp.targets import Activation, Contrastive, Logit, LogitDiff, LogProb
 from tests.conformance import zoo
 from tests.conformance.families import COMPOSITES
@@ -145,8 +147,9 @@ def test_the_forward_pass_is_untouched(model: Any, dtype: torch.dtype) -> None:
 
 @models(*NAMES)
 def test_everything_is_undone_after_an_exception_too(model: Any) -> None:
+    zoo.plain_logits(model)  # TransformerLens sets some attributes up when it first runs
     before = snapshot(model)
-    owners = [place.owner for place in media.embedders(list(_parts(model))) if place.owner]
+    owners = [place.owner for place in embedders(components(model)) if place.owner]
     held = [set(owner.__dict__) for owner in owners]
     explain(model, lenslrp.AttnLRPViT())
     hook = "blocks.0.hook_resid_pre" if owners else "audio_feature_extractor.hook_in"
@@ -163,12 +166,6 @@ def test_everything_is_undone_after_an_exception_too(model: Any) -> None:
         handle.remove()
     assert changes(before, model) == []
     assert [set(owner.__dict__) for owner in owners] == held
-
-
-def _parts(model: Any) -> Any:
-    from lenslrp.hooks.components import components
-
-    return components(model)
 
 
 @models(*NAMES)
@@ -190,6 +187,35 @@ def test_checkpointing_gives_the_same(model: Any) -> None:
     _, again = explain(model, checkpoint=True)
     torch.testing.assert_close(plain.tokens, again.tokens, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(given_at(plain), given_at(again), rtol=1e-9, atol=1e-12)
+
+
+@models("ViTForImageClassification", "HubertForCTC")
+def test_a_loss_of_ones_own_needs_nothing_else(model: Any) -> None:
+    """Inside ``relevance_rules``: patches are leaves unless the pixels are."""
+    _, cache = explain(model, lenslrp.AttnLRPViT(), target=1)
+    ((name, values),) = media.example(model, batch=2).items()
+    projection = embedders(components(model))[0].projection
+    kept: list[torch.Tensor] = []
+    for own_leaf in (False, True):
+        given = values.clone().requires_grad_(own_leaf)
+        with lenslrp.relevance_rules(model, lenslrp.AttnLRPViT()):
+            watch = projection.register_forward_hook(lambda _, args, out: kept.append(out))
+            out = model(None, **{name: given})
+            watch.remove()
+            loss = out[:, ..., 1].reshape(2, -1)[:, -1].sum()
+            g, *rest = torch.autograd.grad(loss, [kept[-1], *([given] if own_leaf else [])])
+        assert all(bool(torch.isfinite(more).all()) for more in rest)
+        patches = (kept[-1] * g).detach()
+        rows = patches.flatten(2).transpose(1, 2) if patches.ndim == 4 else patches
+        expected = cache.tokens[:, -rows.shape[1] :]
+        torch.testing.assert_close(rows.sum(dim=-1), expected, rtol=1e-9, atol=1e-12)
+
+
+@models("ViTForImageClassification", "HubertForCTC")
+def test_doctor_makes_up_an_image_or_a_sound(model: Any) -> None:
+    found = lenslrp.examine(model, lenslrp.AttnLRPViT())
+    assert found.ok, str(found)
+    assert "gamma" in str(found)
 
 
 @models("ViTForImageClassification", "HubertForCTC")
