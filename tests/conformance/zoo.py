@@ -207,8 +207,8 @@ FLOAT32 = frozenset(
         "ViTModel",
     }
 )
-"""Softmax, routers or rotary tables in float32 whatever the model's type: 1e-6 where the rest close to 1e-9
-(measured)."""
+"""Softmax, routers or rotary tables in float32 whatever the model's type: 1e-6 where the rest close
+to 1e-9 (measured)."""
 
 
 ROUNDS = {"LongT5ForConditionalGeneration": 1e-14}
@@ -383,8 +383,9 @@ tested transformers has: a tiny random model of each, in float64. Written by
 
 - **covered** ({covered}): under AttnLRP and CP-LRP every operation on the path has its rule and the
   ledger closes; the number is its worst relative error (at most 1e-9; "float32 inside": softmax,
-  router or rotary tables are computed in float32 whatever the type, 1e-6). The tests add: logits equal to the bit,
-  CP-LRP conserving at every residual hook without biases, every live hook readable, all undone.
+  router or rotary tables are computed in float32 whatever the type, 1e-6). The tests add: logits
+  equal to the bit, CP-LRP conserving at every residual hook without biases, every live hook
+  readable, all undone.
 - **refused** ({refused}): a `CoverageError` names the operation and the component; the first of
   them is shown. No relevance is returned.
 - **untested** ({untested}): no model of it was built or run here (images, audio, sizes that its
