@@ -204,9 +204,12 @@ def _without_tokenizer(model: PreTrainedModel, architecture: str, name: str) -> 
     """``boot_transformers`` would ask the hub for a tokenizer; its builder does not."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    return build_bridge_from_module(
-        model, architecture, hf_config=model.config, device=model.device, model_name=name
-    )
+    try:
+        return build_bridge_from_module(
+            model, architecture, hf_config=model.config, device=model.device, model_name=name
+        )
+    except NotImplementedError as error:
+        raise LoadError(f"TransformerLens cannot bridge {name!r}: {_first_line(error)}") from error
 
 
 def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -223,7 +226,7 @@ def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def _boot(name: str, **arguments: Any) -> TransformerBridge:
     try:
         bridge: TransformerBridge = TransformerBridge.boot_transformers(name, **arguments)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise LoadError(f"TransformerLens cannot bridge {name!r}: {_first_line(error)}") from error
     return bridge
 
