@@ -6,8 +6,8 @@ Native attention is made live: the same operations in the same order, with the b
 ``hook_attn_scores`` and ``hook_pattern`` between them.
 
 TransformerLens' modes ``use_split_qkv_input``, ``use_attn_in`` and ``use_attn_result`` project head
-by head, past the linear modules and so past what is attached to them: their biases are metered where
-they are added then, and a rule other than epsilon is refused.
+by head, past the linear modules and so past what is attached to them: their biases are metered
+where they are added then, and a rule other than epsilon is refused.
 
 The fused path (``attention="fused"``) sends the bridge back to the Hugging Face module, which runs
 torch's scaled-dot-product kernel. Patterns and scores are not formed. Relevance is the same to
@@ -242,7 +242,7 @@ def _joint_is_current(attn: JointQKVAttentionBridge) -> bool:
 
     Processed weights go to the parts only.
     """
-    parts = [original(attn._modules[key]) for key in ("q", "k", "v")]
+    parts = [original(attn.get_submodule(key)) for key in ("q", "k", "v")]
     for mine, theirs in zip(parts, attn.split_qkv_matrix(original(attn)), strict=True):
         for name in ("weight", "bias"):
             a, b = getattr(mine, name), getattr(theirs, name)

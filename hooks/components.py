@@ -82,6 +82,9 @@ ACTIVATIONS: tuple[type, ...] = (
 LAYERS: tuple[type, ...] = (nn.Linear, Conv1D, *CONVOLUTIONS)
 """Linear layers: the epsilon rule leaves their gradient as it is."""
 
+SINUSOIDS = "SinusoidalPositionalEmbedding"
+"""How transformers' classes for positions without a weight end."""
+
 NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
     native._ACTIVATIONS[name] for name in ("gelu", "gelu_new", "relu", "silu")
 )
@@ -98,6 +101,8 @@ def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, 
     parts = list(parts)
     for path, module in parts:
         if not isinstance(module, EmbeddingBridge | PosEmbedBridge):
+            if type(module).__name__.endswith(SINUSOIDS):  # XGLM's has no bridge
+                found.setdefault(id(module), (module, True))
             continue
         inner = original(module)
         if inner is None or not any(True for _ in (*inner.parameters(), *inner.buffers())):
@@ -106,9 +111,13 @@ def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, 
         if position and _adds_to_scores(module):
             continue
         found[id(inner)] = (inner, position)
-    for weight, position in [(m.weight, p) for m, p in found.values() if hasattr(m, "weight")]:
+    tables: list[tuple[Any, bool]] = [(m, position) for m, position in found.values()]
+    for table, position in tables:
         for _, module in parts:
-            if isinstance(module, nn.Embedding) and _same_table(module.weight, weight):
+            weight = getattr(table, "weight", None)
+            if not isinstance(module, nn.Embedding) or weight is None:
+                continue
+            if _same_table(module.weight, weight):
                 found.setdefault(id(module), (module, position))
     return list(found.values())
 
@@ -233,10 +242,9 @@ def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge)
 
 
 def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
-    function = resolve_activation_fn(mlp.config)
-    for module in original(mlp).children():
-        if not isinstance(module, ACTIVATIONS):
-            continue
+    function: Any = resolve_activation_fn(mlp.config)
+    activations: list[Any] = [m for m in original(mlp).children() if isinstance(m, ACTIVATIONS)]
+    for module in activations:
         probe = torch.linspace(-4.0, 4.0, 33, device=mlp.out.weight.device)
         if not torch.equal(function(probe), module(probe)):
             raise InputError(
@@ -287,11 +295,11 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
     for path, module in found:
         role = roles.get(id(module), _linear_role(module))
         rule = ctx.composite[role] if role else None
-        fixed = not parametrize.is_parametrized(
-            module
-        )  # else the weight is a new tensor at every call
-        if isinstance(module, LAYERS) and isinstance(rule, LinearRule) and fixed:
-            layer: Any = module
+        # A parametrised weight is a new tensor at every call; on the meta device none has a place.
+        if not isinstance(module, LAYERS) or parametrize.is_parametrized(module):
+            continue
+        layer: Any = module
+        if isinstance(rule, LinearRule) and not layer.weight.is_meta:
             at.weights[layer.weight.data_ptr()] = path
     try:
         for inner, _ in embeddings(found):

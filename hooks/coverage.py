@@ -32,7 +32,7 @@ LINEAR = frozenset(
         Mean Movedim Narrow Neg Pad Permute RSub Real Repeat RepeatInterleave Reshape ReshapeAlias
         Roll Scatter ScatterAdd Select SelectScatter Slice SliceScatter Sort Split SplitWithSizes
         Squeeze Stack Sub Sum T TensorSplit ToCopy Topk Transpose Tril Triu Unbind Unfold UnsafeView
-        Unsqueeze View ViewAs ViewAsComplex ViewAsReal Where Zero
+        Complex Unsqueeze View ViewAs ViewAsComplex ViewAsReal Where Zero
         """,
     )
 )
@@ -53,6 +53,16 @@ QUOTIENT = frozenset({"Div", "Addcdiv"})
 SOFTMAX = frozenset({"Softmax", "LogSoftmax"})
 CLIPS = frozenset({"Clamp", "ClampMin", "ClampMax"})
 """Linear where nothing is out of bounds (T5's guard against overflow in float16)."""
+
+
+PLACED = 12
+"""How many gaps are traced to their component; a recurrent mixer has several for each token."""
+
+RECURRENT = re.compile(
+    r"(Mamba\d*Mixer|MambaLayer|BambaMixer|FalconH1Mixer|GatedDeltaNet|RecurrentBlock|"
+    r"RwkvSelfAttention)$"
+)
+"""Classes of transformers that carry a state from token to token; none of them has a rule."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,7 @@ def walk(
     def gap(node: Any, name: str, above: str) -> None:
         if id(node) not in reported:
             reported.add(id(node))
-            found.gaps.append(Gap(name, above, place(node)))
+            found.gaps.append(Gap(name, above, place(node) if len(found.gaps) < PLACED else ""))
 
     while stack:
         node, pending, region, above = stack.pop()
@@ -205,6 +215,8 @@ def _wants(node: Any, name: str) -> str:
         return "tanh"
     if name in CLIPS:
         return "?" if _clips(node) else ""
+    if name == "Maximum":
+        return "" if _floors(node) else "?"
     return "?"
 
 
@@ -214,6 +226,17 @@ def _clips(node: Any) -> bool:
     low, high = getattr(node, "_saved_min", None), getattr(node, "_saved_max", None)
     below = low is not None and bool((x < low).any())
     return below or (high is not None and bool((x > high).any()))
+
+
+def _floors(node: Any) -> bool:
+    """Whether a maximum only keeps masked scores from falling below the type's minimum (XGLM)."""
+    live = [below is not None for below, _ in node.next_functions]
+    if sum(live) != 1:
+        return False
+    x, floor = node._saved_self, node._saved_other
+    if live[1]:
+        x, floor = floor, x
+    return bool(((x >= floor) | (floor <= torch.finfo(x.dtype).min)).all())
 
 
 def _factors(node: Any, name: str) -> int:
@@ -246,6 +269,7 @@ class Tracer:
 
     def __init__(self, parts: Iterable[tuple[str, nn.Module]]) -> None:
         self.calls: list[tuple[str, str, list[Any], list[Any]]] = []
+        self._recurrent: dict[str, str] = {}
         self._handles = [
             module.register_forward_hook(self._record(name, module), with_kwargs=True)
             for name, module in parts
@@ -254,6 +278,10 @@ class Tracer:
 
     def _record(self, name: str, module: nn.Module) -> Any:
         kind = type(module).__name__
+        inner = type(getattr(module, "original_component", None)).__name__
+        for cls in (kind, inner):
+            if RECURRENT.search(cls):
+                self._recurrent[name] = cls
 
         def record(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             inputs = [t.grad_fn for t in _tensors((args, kwargs)) if t.grad_fn is not None]
@@ -274,6 +302,15 @@ class Tracer:
             if id(node) in inside and len(inside) < best[0]:
                 best = (len(inside), f"{name} ({kind})")
         return best[1]
+
+    def recurrent(self, found: Walk) -> list[str]:
+        """The recurrent mixers on the path: ``blocks.0.mixer (MambaMixer)``, lowest layer first."""
+        on_path = {
+            name
+            for name, _, _, outputs in self.calls
+            if name in self._recurrent and any(id(node) in found.nodes for node in outputs)
+        }
+        return [f"{name} ({cls})" for name, cls in self._recurrent.items() if name in on_path]
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -298,18 +335,29 @@ def _between(outputs: list[Any], inputs: set[int], limit: int) -> set[int]:
     return inside
 
 
-def gap_message(gaps: Sequence[Gap | str], architecture: str) -> str:
+def gap_message(gaps: Sequence[Gap | str], architecture: str, recurrent: Sequence[str] = ()) -> str:
     """What a :class:`CoverageError` says: the operations, where, and what to do."""
-    shown = "; ".join(dict.fromkeys(str(gap) for gap in gaps[:6]))
-    more = f" (and {len(gaps) - 6} more)" if len(gaps) > 6 else ""
+    if recurrent:
+        return (
+            f"{architecture}: no rule for the recurrent mixer {_some(recurrent)}. Its state runs "
+            "from token to token. Relevance past it would be wrong, so none is given, nor for the "
+            "attention layers of a hybrid. strict=False takes the plain gradient there and says so "
+            "in R.coverage."
+        )
     return (
-        f"{architecture}: no rule for {shown}{more}. Relevance past it would be wrong. Give the "
+        f"{architecture}: no rule for {_some([str(gap) for gap in gaps])}. Relevance past it would "
+        "be wrong. Give the "
         "operation a rule (docs/method.md, 'Adding a rule'): an element-wise module through "
         "composite.extended({ModuleClass: Identity()}), a norm with Normalisation(centred=...), "
         "or Plain() for its plain gradient. If a "
         "hook of your own does this, it is what has no rule. strict=False takes the plain gradient "
         "there and says so in R.coverage."
     )
+
+
+def _some(names: Sequence[str], shown: int = 6) -> str:
+    more = f" (and {len(names) - shown} more)" if len(names) > shown else ""
+    return "; ".join(dict.fromkeys(names[:shown])) + more
 
 
 def require_in_place(found: Walk, architecture: str) -> None:

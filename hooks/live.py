@@ -105,7 +105,9 @@ class LiveAttention(ScoreMeter):
             # A router inside the attention has a softmax as well, over two dimensions.
             if name == "softmax" and isinstance(args[0], Tensor) and args[0].ndim > 2:
                 scores = self.attn.hook_attn_scores(args[0])
-                self.pattern = self.attn.hook_pattern(func(scores, *args[1:], **kwargs))
+                pattern = func(scores, *args[1:], **kwargs)
+                _close_blind_rows(scores, pattern)
+                self.pattern = self.attn.hook_pattern(pattern)
                 self.passed_on.append(self.pattern)
                 return self.pattern
             if name in SUMS:
@@ -130,6 +132,16 @@ class LiveAttention(ScoreMeter):
             return False
         shape, own = self.pattern.shape, first.shape
         return own.numel() == shape.numel() and own[-1] == shape[-1]
+
+
+def _close_blind_rows(scores: Tensor, pattern: Tensor) -> None:
+    """A query that sees no key (padding) has NaN for a pattern, which the model sets to 0 later.
+
+    Softmax's own backward would turn the gradient of 0 into NaN there; it stays 0.
+    """
+    blind = pattern.detach().isnan()
+    if scores.requires_grad and bool(blind.any()):
+        scores.register_hook(lambda g: g.masked_fill(blind, 0.0))
 
 
 def attach_live(

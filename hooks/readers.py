@@ -19,9 +19,13 @@ from torch import Tensor, nn
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.functions import Read, apply
+from lenslrp.hooks.sites import masked_to_zero
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Reduce = Callable[[Tensor], Tensor]
+
+MASKED = ("hook_attn_scores", "hook_pattern")
+"""Where values are not finite although nothing reads them."""
 
 TOTALS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
@@ -170,9 +174,8 @@ class Readers:
             if id(reduce) not in made:
                 made[id(reduce)] = self._relevance(reduce, x, g)
             value = made[id(reduce)]
-            if name.endswith("hook_attn_scores") and bool(value.isnan().any()):
-                # A masked score is -inf and its gradient exactly 0: its relevance is 0.
-                value = self._relevance(reduce, x.masked_fill(x.isneginf() & (g == 0), 0.0), g)
+            if name.endswith(MASKED) and bool(value.isnan().any()):
+                value = self._relevance(reduce, masked_to_zero(x, g), g)
             old = self.values.get(name)
             if name.endswith(("hook_post", "hook_expert_post")) and reduce is None:
                 self.activations[name] = x if old is None else self.activations[name] + x

@@ -18,14 +18,20 @@ def row_sums(x: Tensor, g: Tensor) -> Tensor:
 
     Dot products, without a tensor for ``x * g``. They are taken over the last axis and added up in
     float64: over a pattern of 4,096 tokens, float32 alone would be off in the fourth digit. A
-    masked score is -inf (or the type's minimum) and its gradient exactly 0: its relevance is 0.
+    masked score is -inf (or the type's minimum), the pattern of a query that sees no key is NaN,
+    and their gradient is exactly 0: so is their relevance (:func:`masked_to_zero`).
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         x, g = x.float(), g.float()
     sums = _dots(x, g)
-    if bool(sums.isnan().any()) and bool(x.isneginf().any()):
-        sums = _dots(x.masked_fill(x.isneginf() & (g == 0), 0.0), g)
+    if bool(sums.isnan().any()):
+        sums = _dots(masked_to_zero(x, g), g)
     return sums
+
+
+def masked_to_zero(x: Tensor, g: Tensor) -> Tensor:
+    """``x`` with 0 for what is not finite and has a gradient of exactly 0: nothing reads it."""
+    return x.masked_fill(~x.isfinite() & (g == 0), 0.0)
 
 
 def _dots(x: Tensor, g: Tensor) -> Tensor:

@@ -357,11 +357,14 @@ def architecture(model: Any) -> str:
     return type(getattr(model, "original_model", model)).__name__
 
 
-def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, batch: int, two_stacks: bool) -> None:
+def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, prepared: Prepared) -> None:
     """Make the outputs of the embeddings leaves of the graph.
 
-    An encoder embeds its tokens, then its positions, before the decoder does.
+    An encoder embeds its tokens, then its positions, before the decoder does. Tokens that a model
+    adds by itself (LED fills up its last window with padding) are no input, and no leaves.
     """
+    batch, two_stacks = len(prepared.tokens), prepared.decoder is not None
+    sides = [prepared.tokens.shape, *([prepared.decoder.tokens.shape] if prepared.decoder else ())]
     for inner, position in embeddings(parts):
 
         def cut(
@@ -371,6 +374,8 @@ def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, batch: int, two_stack
             if two_stacks and (leaves.decoder_tokens if position else leaves.tokens):
                 kept = leaves.decoder_positions if position else leaves.decoder_tokens
             leaf = out.detach()
+            if not position and leaf.ndim == 3 and leaf.shape[:2] not in sides:
+                return leaf
             if leaf.ndim == 2:  # positions without a batch
                 leaf = leaf[None]
             if leaf.shape[0] == 1 and batch > 1:

@@ -209,8 +209,7 @@ def _run(
             if given:
                 given = media.cut_media(at, parts, run.leaves, rules.sites, given, leaves)
             if inputs_embeds is None:
-                two_stacks = prepared.decoder is not None
-                cut_leaves(at, parts, run.leaves, len(prepared.tokens), two_stacks)
+                cut_leaves(at, parts, run.leaves, prepared)
             run.layers = watch_blocks(at, parts, books) if books is not None else 0
             readers.attach(model)
             at.undo.append(readers.detach)
@@ -226,7 +225,8 @@ def _run(
             if tracer is not None:
                 roots = [root for item in wanted for root in run.roots(item)]
                 found = cover.walk(roots, tracer.place, rules.weights)
-                raise CoverageError(cover.gap_message(found.gaps, architecture(model)))
+                recurrent = tracer.recurrent(found)
+                raise CoverageError(cover.gap_message(found.gaps, architecture(model), recurrent))
             _require_on_path(readers, named, attention)
             last = len(wanted) - 1
             caches = [run.explain(item, last=i == last) for i, item in enumerate(wanted)]

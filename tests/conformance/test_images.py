@@ -6,11 +6,13 @@ Hugging Face computes ViT's softmax in float32, so those books close to 1e-6; th
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 import lenslrp
 from lenslrp import media
@@ -396,3 +398,48 @@ def test_a_language_model_takes_no_pixels() -> None:
             torch.tensor([[1, 2]]),
             pixel_values=torch.zeros(1, 3, 8, 8).double(),
         )
+
+
+# ------------------------------------------------------------------- the paper's sizes
+
+SIZES: dict[str, tuple[int, int, int, int]] = {  # d_model, layers, heads, patch
+    "ViT-B/16": (768, 12, 12, 16),
+    "ViT-B/32": (768, 12, 12, 32),
+    "ViT-L/16": (1024, 24, 16, 16),
+    "ViT-L/32": (1024, 24, 16, 32),
+    "DeiT-B/16": (768, 12, 12, 16),
+}
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_the_papers_models_at_full_size(name: str) -> None:
+    """Structure only, on the meta device: every operation has its rule and every rule fires."""
+    width, layers, heads, patch = SIZES[name]
+    kind = "DeiT" if name.startswith("DeiT") else "ViT"
+    config = getattr(hf, f"{kind}Config")(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        patch_size=patch,
+        num_labels=1000,
+    )
+    with torch.device("meta"):
+        full = getattr(hf, f"{kind}ForImageClassification")(config).eval()
+        image = torch.empty(1, 3, 224, 224, requires_grad=True)
+    model = lenslrp.load(full)
+    with lenslrp.relevance_rules(model, lenslrp.AttnLRPViT(), strict=False) as rules:
+        logits = model(None, pixel_values=image)
+        rules.verify(logits)
+    assert logits.shape == (1, 1000)
+    assert all(site.forward == 1 for site in rules.sites)
+    found = Counter((site.role, site.rule.name) for site in rules.sites)
+    assert found == {
+        ("convolution", "gamma"): 1,
+        ("linear", "gamma"): 2 * layers + 1,
+        ("norm", "normalisation"): 2 * layers + 1,
+        ("activation", "identity"): layers,
+        ("attention_qk", "uniform"): layers,
+        ("attention_av", "uniform"): layers,
+        ("softmax", "softmax"): layers,
+    }

@@ -12,15 +12,20 @@ import logging
 import resource
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers as hf
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 import lenslrp
 from lenslrp import media
@@ -52,6 +57,20 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim", "qk_nope_head_dim"), 8),
     **dict.fromkeys(("n_group", "topk_group"), 1),
     "first_k_dense_replace": 0,
+    **dict.fromkeys(("mamba_d_head", "mamba_d_state", "state_size"), 8),
+    **dict.fromkeys(("mamba_n_heads", "attention_heads", "attention_window"), 4),
+    **dict.fromkeys(("max_encoder_position_embeddings", "max_decoder_position_embeddings"), 48),
+    # Towers for images and audio, and what joins them to the text.
+    **dict.fromkeys(("depth", "num_heads"), 2),
+    **dict.fromkeys(("out_hidden_size", "projection_dim", "projector_hidden_size"), 16),
+    **dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 16),
+    **dict.fromkeys(("image_size", "num_mel_bins", "max_source_positions"), 8),
+    **dict.fromkeys(("patch_size", "num_position_embeddings", "mm_posemb_size"), 4),
+    **dict.fromkeys(("vocab_size_per_layer_input",), VOCABULARY),
+    **dict.fromkeys(("hidden_size_per_layer_input", "mm_embed_dim", "output_proj_dims"), 8),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+    "position_embedding_size": 16,
 }
 """Applied wherever a configuration has the name."""
 
@@ -70,6 +89,9 @@ SPEECH: dict[str, Any] = {
 }
 SOUND = {"patch_size": 4, "frequency_stride": 3, "time_stride": 3, "max_length": 12}
 
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+
 CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("ViTForImageClassification", "ViTModel"), IMAGE),
     **dict.fromkeys(("DeiTForImageClassification", "DeiTModel"), IMAGE),
@@ -78,18 +100,67 @@ CHANGES: dict[str, dict[str, Any]] = {
     # The norms of the larger checkpoints: one in every convolution, and before each block.
     "Wav2Vec2ForCTC": {**SPEECH, "feat_extract_norm": "layer", "do_stable_layer_norm": True},
     "Wav2Vec2Model": {**SPEECH, "conv_bias": True},
-    "FalconForCausalLM": {"head_dim": DROP},
-    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
-    "DeepseekV2ForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
+    "BambaForCausalLM": {"attn_layer_indices": [1]},
+    "DeepseekV2ForCausalLM": {
+        "head_dim": DROP,
+        "qk_rope_head_dim": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    },
     "DeepseekV3ForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
-    "YoutuForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
+    "Emu3ForConditionalGeneration": {
+        "vocabulary_map": {"<|extra_200|>": 3, "<image>": 4},
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 32},
+    },
+    "FalconForCausalLM": {"head_dim": DROP},
+    "FalconH1ForCausalLM": {"mamba_d_ssm": 32},
+    "Florence2ForConditionalGeneration": {
+        "vision_config": {
+            "depths": [1, 1],
+            "embed_dim": [8, 16],
+            "num_groups": [2, 2],
+            "num_heads": [2, 2],
+            "patch_padding": [1, 1],
+            "patch_prenorm": [False, True],
+            "patch_size": [3, 3],
+            "patch_stride": [2, 2],
+            "window_size": 2,
+        }
+    },
+    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
+    "Gemma4ForCausalLM": {"global_head_dim": 16},
+    "Gemma4ForConditionalGeneration": {"text_config": {"global_head_dim": 16}},
+    "Gemma4UnifiedForConditionalGeneration": {"text_config": {"global_head_dim": 16}},
+    "Glm4vForConditionalGeneration": {"text_config": MROPE},
+    "GraniteMoeHybridForCausalLM": {**HYBRID, "position_embedding_type": "rope"},
+    "HunYuanDenseV1ForCausalLM": {"head_dim": 8},
+    "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"]},
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "Mamba2ForCausalLM": {"num_heads": 4, "n_groups": 1},
+    "NemotronForCausalLM": {"num_key_value_heads": 2, "head_dim": 8},
+    "Qwen2_5_VLForConditionalGeneration": {"text_config": MROPE},
+    "Qwen3NextForCausalLM": HYBRID,
+    "Qwen3_5ForCausalLM": HYBRID,
+    "Qwen3_5ForConditionalGeneration": {"text_config": HYBRID},
+    "Qwen3_5MoeForCausalLM": HYBRID,
+    "Qwen3_5MoeForConditionalGeneration": {"text_config": HYBRID},
+    "RecurrentGemmaForCausalLM": {"block_types": ["recurrent", "attention"]},
     "SwitchTransformersForConditionalGeneration": {
         "num_sparse_encoder_layers": 1,
         "num_sparse_decoder_layers": 1,
     },
-    "NemotronForCausalLM": {"num_key_value_heads": 2, "head_dim": 8},
-    "HunYuanDenseV1ForCausalLM": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "YoutuForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
+    "Zamba2ForCausalLM": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "n_mamba_heads": 2,
+        "mamba_headdim": 16,
+    },
 }
+
+LOADED_AS = {"BloomModel": "BloomForCausalLM"}
+"""Names of checkpoints without a head, which TransformerLens loads as another class."""
 
 FLOAT32 = frozenset(
     {
@@ -102,13 +173,20 @@ FLOAT32 = frozenset(
         "Ernie4_5ForCausalLM",
         "GPTJForCausalLM",
         "GPTNeoForCausalLM",
+        "Gemma4UnifiedForConditionalGeneration",
         "Glm4ForCausalLM",
+        "Glm4vForConditionalGeneration",
         "GlmForCausalLM",
+        "LEDForConditionalGeneration",
         "LongT5ForConditionalGeneration",
         "NanoChatForCausalLM",
         "OPTForCausalLM",
         "ViTForImageClassification",
         "ViTModel",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3VLForConditionalGeneration",
+        "T5Gemma2ForConditionalGeneration",
+        "T5GemmaForConditionalGeneration",
     }
 )
 """Softmax or rotary tables in float32 whatever the model's type: 1e-6 where the rest close to 1e-9
@@ -126,27 +204,58 @@ def registered() -> list[str]:
 
 
 def config(name: str) -> Any:
+    """The configuration of a tiny model."""
     cls = getattr(hf, name).config_class
-    plain = cls()
+    return tiny(cls(), cls, CHANGES.get(name, {}))
+
+
+def tiny(plain: Any, cls: Any, changes: dict[str, Any]) -> Any:
+    """A configuration made tiny, with those of its towers (text, images, audio) inside it."""
+    plain.allow_global_per_layer_attribute_access = True
     wanted = {
         key: value
         for key, value in SIZES.items()
-        if key in ALWAYS or (hasattr(plain, key) and getattr(plain, key) is not None)
+        if key in ALWAYS or isinstance(getattr(plain, key, None), int)
     }
-    changed = {**wanted, **CHANGES.get(name, {})}
+    for key, kind in getattr(cls, "sub_configs", {}).items():
+        inner = getattr(plain, key)
+        made = kind() if inner is None else inner
+        wanted[key] = tiny(made, type(made), changes.get(key, {}))
+    changed = {**wanted, **{k: v for k, v in changes.items() if k not in wanted or k in SIZES}}
     return cls(**{key: value for key, value in changed.items() if value is not DROP})
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, *, bias: bool = True) -> Any:
-    """A bridge around a new tiny model, the same at every call."""
+    """A bridge around a new tiny model, the same at every call.
+
+    Libraries that an adapter asks for serve its image processor, which reads files; none is needed.
+    """
     torch.manual_seed(0)
-    model = getattr(hf, name)(config(name))
+    model = getattr(hf, LOADED_AS.get(name, name))(config(name))
     randomise(model, bias=bias)
     for part in model.modules():  # torch's grouped product has no float64
         settings = getattr(part, "config", None)
         if hasattr(settings, "_experts_implementation"):
             settings._experts_implementation = "eager"
-    return lenslrp.load(model.to(dtype).eval())
+    model = model.to(dtype).eval()
+    with mock.patch.object(ArchitectureAdapter, "_check_required_libraries"):
+        if name in LOADED_AS:
+            return build_bridge_from_module(
+                model, name, hf_config=model.config, device="cpu"
+            ).eval()
+        return lenslrp.load(model)
+
+
+@contextmanager
+def default_type(model: Any) -> Iterator[None]:
+    """XGLM floors its scores with a constant of torch's default type, which must be its own."""
+    before = torch.get_default_dtype()
+    if type(model.original_model).__name__ == "XGLMForCausalLM":
+        torch.set_default_dtype(next(model.parameters()).dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def two_stacks(model: Any) -> bool:
@@ -165,9 +274,10 @@ def explain(model: Any, composite: Any, names_filter: Any = None) -> tuple[Tenso
         )
         return seen
     extra = {"decoder_input": tokens(2, 4, seed=8)} if two_stacks(model) else {}
-    result: tuple[Tensor, Any] = lenslrp.run_with_relevance(
-        model, tokens(), 5, composite, names_filter, **extra
-    )
+    with default_type(model):
+        result: tuple[Tensor, Any] = lenslrp.run_with_relevance(
+            model, tokens(), 5, composite, names_filter, **extra
+        )
     return result
 
 
@@ -181,7 +291,7 @@ def plain_logits(model: Any) -> Tensor:
         with torch.no_grad():
             outputs: Tensor = model(None, **media.example(model, batch=2))
         return outputs
-    with torch.no_grad():
+    with torch.no_grad(), default_type(model):
         logits: Tensor = model(tokens(), use_cache=False, **extra)
     return logits
 
@@ -227,7 +337,7 @@ def measure(name: str) -> Row:
             _, cache = explain(model, composite, [])
             worst = max(worst, abs(cache.ledger().error))
     except lenslrp.CoverageError as error:
-        reason = str(error).split(". Relevance past it")[0].removeprefix(f"{name}: ")
+        reason = str(error).split(". ")[0].removeprefix(f"{name}: ")
         return Row(name, *kinds, "refused", reason.split("; ")[0].split(" (and ")[0])
     except Exception as error:  # noqa: BLE001
         return Row(name, *kinds, "untested", f"not run: {_first_line(error)}")
