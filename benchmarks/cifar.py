@@ -72,12 +72,6 @@ def prepare(pixels: NDArray[np.uint8]) -> torch.Tensor:
     return (large - mean) / std
 
 
-def unprepare(values: torch.Tensor) -> NDArray[np.float32]:
-    """Prepared images [n, 3, height, width] as colours in [0, 1], [n, height, width, 3]."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (values.float() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-
-
 def name_of(pixels: NDArray[np.uint8]) -> str:
     """What an image is known by: 16 hexadecimal digits of the SHA-256 of its bytes."""
     return hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
