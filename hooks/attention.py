@@ -34,7 +34,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, original
-from lenslrp.hooks.live import attach_live, attach_score_meter
+from lenslrp.hooks.live import attach_at_product, attach_live, attach_score_meter
 from lenslrp.hooks.rules import Product, Softmax, SoftmaxTemperature
 
 FUSED = "lenslrp_fused"
@@ -48,6 +48,20 @@ def softcap_of(attn: AttentionBridge) -> float | None:
     if cap is None:
         cap = getattr(inner, "attn_scores_soft_cap", None)
     return float(cap) if cap is not None and float(cap) > 0 else None
+
+
+def gates_its_output(module: nn.Module) -> bool:
+    """Whether the bridge itself multiplies the output of an attention by a gate (HRM, Qwen3.5)."""
+    return isinstance(module, PositionEmbeddingsAttentionBridge) and (
+        "gate" in module._modules or hasattr(module, "hook_q_gate")
+    )
+
+
+def _goes_on(attn: AttentionBridge) -> bool:
+    """Whether the bridge does more to the product of pattern and values before ``o``."""
+    plain = PositionEmbeddingsAttentionBridge._pre_output_projection
+    own = getattr(type(attn), "_pre_output_projection", plain)
+    return gates_its_output(attn) or own is not plain
 
 
 def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -> None:
@@ -80,6 +94,8 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
 
     if hasattr(attn, "o"):
         at.hook(attn.o.hook_in, at_output)
+    if _goes_on(attn):
+        attach_at_product(at, attn, at_product)
     if first == 0:
         at.hook(attn.hook_pattern, lambda _, args, y: y.detach())
         if not isinstance(inner, native.NativeAttention):

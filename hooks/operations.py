@@ -44,12 +44,23 @@ from lenslrp.hooks.sites import Site, row_sums
 ATTENTION_GATE = Operations("attention_gate", leaks=("sigmoid", "softplus"), attention=False)
 ROUTER = Operations("router", attention=False)
 GATED_MLP = Operations(gated=True, leaks=(), attention=False)
+FUNCTIONAL = Operations(leaks=(), attention=False)
 
 KNOWN: Mapping[str, Operations] = {
     "AfmoeAttention": ATTENTION_GATE,
+    "BitNetMLP": GATED_MLP,  # a norm between the product and the last projection
+    "Gemma4TextDecoderLayer": GATED_MLP,  # gates an embedding of its own for each layer
+    "HrmTextModel": FUNCTIONAL,  # adds a learned initial state
     "JetMoeAttention": ATTENTION_GATE,
     "JetMoeTopKGating": ROUTER,
     "LagunaAttention": ATTENTION_GATE,
+    "Lfm2MLP": GATED_MLP,
+    "Lfm2MoeMLP": GATED_MLP,
+    "Lfm2MoeShortConv": FUNCTIONAL,  # two gates around a convolution over three positions
+    "Lfm2ShortConv": FUNCTIONAL,
+    "ModernBertDecoderMLP": GATED_MLP,
+    "MuseGlimmerTextAttention": ATTENTION_GATE,
+    "RobertaLMHead": FUNCTIONAL,
 }
 """Classes of transformers whose own code multiplies or activates."""
 
@@ -235,6 +246,11 @@ def _shared(x: Tensor, share: float, site: Site) -> Tensor:
     if share == 1:
         return x
     return x.detach() if share == 0 else F.apply(F.Share, x, share, site)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module's class is in :data:`KNOWN`."""
+    return type(module).__name__ in KNOWN
 
 
 def declared(module: nn.Module) -> Operations | None:

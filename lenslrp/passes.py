@@ -7,6 +7,7 @@ and the books are closed.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.components import (
+    PER_LAYER,
     Attached,
     BlockBridge,
     ExpertPoint,
@@ -118,16 +120,16 @@ class Pass:
         ledger = self._close_books(target, values, roots, grads)
         notes = self._unbalanced(ledger, values.dtype)
         tokens, positions, decoder_tokens, decoder_positions = self._split(relevances)
-        assert tokens is not None
+        assert tokens
         decoder = self.prepared.decoder
         return RelevanceCache(
             values=self.readers.finish(),
             activations=dict(self.readers.activations),
-            tokens=tokens.sum(dim=-1),
-            embeddings=tokens,
-            positions=None if positions is None else positions.sum(dim=-1),
-            decoder_tokens=None if decoder_tokens is None else decoder_tokens.sum(dim=-1),
-            decoder_positions=None if decoder_positions is None else decoder_positions.sum(dim=-1),
+            tokens=_per_position(tokens),
+            embeddings=torch.stack([r for r in tokens if r.shape == tokens[0].shape]).sum(dim=0),
+            positions=_per_position(positions),
+            decoder_tokens=_per_position(decoder_tokens),
+            decoder_positions=_per_position(decoder_positions),
             decoder_str_tokens=decoder.str_tokens(self.model.tokenizer) if decoder else None,
             token_ids=self.prepared.tokens,
             attention_mask=self.prepared.mask,
@@ -199,11 +201,10 @@ class Pass:
             warnings.warn(note, stacklevel=6)
         return [note]
 
-    def _split(self, relevances: list[Tensor]) -> list[Tensor | None]:
-        """Relevance at each group of leaves, [batch, pos, d_model]; ``None`` for an empty one."""
+    def _split(self, relevances: list[Tensor]) -> list[list[Tensor]]:
+        """Relevance at each leaf of each group, [batch, pos, width]."""
         left = iter(relevances)
-        parts = [[next(left) for _ in group] for group in self.leaves.groups()]
-        return [torch.stack(part).sum(dim=0) if part else None for part in parts]
+        return [[next(left) for _ in group] for group in self.leaves.groups()]
 
     def _close_books(
         self,
@@ -279,6 +280,11 @@ class Pass:
         return [*(str(gap) for gap in found.gaps), *faults], found.sites
 
 
+def _per_position(group: list[Tensor]) -> Any:
+    """[batch, pos] of a group of leaves, whatever their width; ``None`` of an empty group."""
+    return sum(part.sum(dim=-1) for part in group) if group else None
+
+
 def _at(site: Site) -> str:
     return f"{site.rule.name} at {site.hook}"
 
@@ -346,8 +352,15 @@ def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, prepared: Prepared) -
 
 
 def watch_blocks(at: Attached, parts: Parts, books: Books) -> int:
-    """Book the total relevance that enters and leaves every block; returns how many there are."""
+    """Book the total relevance that enters and leaves every block; returns how many there are.
+
+    None where a block's number does not say what flows through it: in two stacks (an encoder and a
+    decoder, HRM's cycles), or where blocks have a second entrance (Gemma 4's embedding per layer).
+    """
     layers = 0
+    stacks = {path.split(".")[0] for path, _ in parts if re.fullmatch(r"\w*blocks\.\d+", path)}
+    if len(stacks) > 1 or any(path.endswith(PER_LAYER) for path, _ in parts):
+        return 0
     for path, module in parts:
         layer = layer_of(path + ".")
         if not isinstance(module, BlockBridge) or layer is None:
