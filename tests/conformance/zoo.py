@@ -402,7 +402,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     limit = 6 << 30  # a tower that nobody made small would take all memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    DOCUMENT.write_text(write([measure(name) for name in tqdm(registered())]), encoding="utf-8")
+    rows = [measure(name) for name in tqdm(registered(), disable=None)]
+    DOCUMENT.write_text(write(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
