@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from bootstrap import RESAMPLES, interval
 from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
 
 PROMPTS = Path(__file__).with_name("keyword_prompts.json")
-RESAMPLES = 10_000
 METHODS: dict[str, Callable[[], object]] = {
     "AttnLRP": lenslrp.AttnLRP,
     "CP-LRP": lenslrp.CPLRP,
@@ -136,19 +136,6 @@ def outcomes_of(model: TransformerBridge, prompts: Iterable[Prompt]) -> dict[str
             outcomes[name].append(judge(values, key, relevance.str_tokens[0]))
         outcomes[RANDOM].append(judge_random(key))
     return outcomes
-
-
-def bootstrap(values: NDArray[np.float64], seed: int) -> tuple[float, float, float]:
-    """Mean of `values` [n] and its 95% percentile bootstrap interval."""
-    picks = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
-
-
-def interval(values: NDArray[np.float64], seed: int, sign: str = "") -> str:
-    """`bootstrap` as text."""
-    mean, low, high = bootstrap(values, seed)
-    return f"{mean:{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f})"
 
 
 def column(outcomes: list[Outcome], field: str) -> NDArray[np.float64]:

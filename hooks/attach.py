@@ -99,15 +99,20 @@ class Attached:
         self.pre_hook(module, before)
         self.hook(module, after)
 
-    def region(self, module: nn.Module, site: Site, bias: Callable[[], Tensor | None]) -> None:
-        """Mark a module as plain: its inside is on the graph, and its in and out are measured."""
+    def region(
+        self, module: nn.Module, site: Site, bias: Callable[[Tensor], Tensor | None]
+    ) -> None:
+        """Mark a module as plain: its inside is on the graph, and its in and out are measured.
+
+        ``bias`` of the output is the constant in it, in a shape that the output broadcasts.
+        """
         self.sites.append(site)
 
         def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (F.apply(F.RegionInput, args[0], "plain", site), *args[1:])
 
         def after(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-            return F.apply(F.RegionOutput, y, bias(), "plain", site)
+            return F.apply(F.RegionOutput, y, bias(y), "plain", site)
 
         self.pre_hook(module, before)
         self.hook(module, after)

@@ -5,6 +5,10 @@ Q@K^T has its rule at ``hook_attn_scores``, the softmax at ``hook_pattern``, A@V
 Native attention is made live: the same operations in the same order, with the bridge's own
 ``hook_attn_scores`` and ``hook_pattern`` between them.
 
+TransformerLens' modes ``use_split_qkv_input``, ``use_attn_in`` and ``use_attn_result`` project head
+by head, past the linear modules and so past what is attached to them: their biases are metered
+where they are added then, and a rule other than epsilon is refused.
+
 The fused path (``attention="fused"``) sends the bridge back to the Hugging Face module, which runs
 torch's scaled-dot-product kernel. Patterns and scores are not formed. Relevance is the same to
 rounding, since the softmax backward is linear in the gradient: a quarter to queries and keys, half
@@ -35,10 +39,15 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, original
 from lenslrp.hooks.live import attach_at_product, attach_live, attach_score_meter
-from lenslrp.hooks.rules import Product, Softmax, SoftmaxTemperature
+from lenslrp.hooks.norms import measure_bias
+from lenslrp.hooks.rules import Epsilon, LinearRule, Product, Softmax, SoftmaxTemperature
 
 FUSED = "lenslrp_fused"
 """The name under which the fused attention is registered with transformers."""
+
+
+PER_HEAD = ("use_split_qkv_input", "use_attn_in", "use_attn_result")
+"""Settings of the bridge under which projections run head by head."""
 
 
 def softcap_of(attn: AttentionBridge) -> float | None:
@@ -66,6 +75,7 @@ def _goes_on(attn: AttentionBridge) -> bool:
 
 def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -> None:
     """Q@K^T at ``hook_attn_scores``, the softmax at ``hook_pattern``, A@V at ``o.hook_in``."""
+    attach_per_head(at, ctx, path, attn)
     if ctx.attention == "fused":
         attach_fused(at, ctx, path, attn)
         return
@@ -133,6 +143,54 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     at.hook(attn.hook_pattern, at_pattern)
 
 
+def attach_per_head(at: Attached, ctx: Context, path: str, attn: Any) -> None:
+    """Meter the biases of projections that run head by head.
+
+    Raises:
+        InputError: under a rule that needs the whole projection, or the fused kernel, which runs
+            none of this; it names the setting.
+    """
+    flags = [flag for flag in PER_HEAD if getattr(attn.config, flag, False)]
+    rule = ctx.composite["projection"]
+    if flags and (isinstance(rule, LinearRule) or ctx.attention == "fused"):
+        why = 'attention="fused"' if ctx.attention == "fused" else f"projection={rule.name}"
+        raise InputError(
+            f"{path}: {flags[0]} projects head by head, where {why} has no place; "
+            f"call model.set_{flags[0]}(False), or use the epsilon rule for projections with "
+            'attention="bridge"'
+        )
+    if ctx.books is None:
+        return
+    project, result = attn._project_per_head_qkv, attn._compute_per_head_result
+
+    def projected(linear: Any, *args: Any, **kwargs: Any) -> Tensor:
+        key = next(key for key in ("q", "k", "v") if attn._modules.get(key) is linear)
+        inner = original(linear)
+        site = ctx.site(f"{path}.{key}", inner, "linear", Epsilon())
+
+        def before(_: nn.Module, given: tuple[Any, ...]) -> None:
+            measure_bias(given[0], inner.bias, site)
+
+        handle = linear.hook_out.register_forward_pre_hook(before)
+        try:
+            with torch._C.DisableTorchFunction():  # the bias is no constant added to the scores
+                out: Tensor = project(linear, *args, **kwargs)
+        finally:
+            handle.remove()
+        return out
+
+    def summed(*args: Any, **kwargs: Any) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            out: Tensor = result(*args, **kwargs)
+        inner = original(attn.o)
+        site = ctx.site(f"{path}.o", inner, "linear", Epsilon())
+        measure_bias(out, getattr(inner, "bias", None), site)
+        return out
+
+    at.attribute(attn, "_project_per_head_qkv", projected)
+    at.attribute(attn, "_compute_per_head_result", summed)
+
+
 def native_forward(attn: AttentionBridge, inner: Any) -> Callable[..., tuple[Tensor, None]]:
     """``NativeAttention.forward`` with live scores; the pattern is not handed out a second time."""
 
@@ -195,6 +253,20 @@ AttentionInterface.register(FUSED, _fused)
 AttentionMaskInterface.register(FUSED, sdpa_mask)
 
 
+def _joint_is_current(attn: JointQKVAttentionBridge) -> bool:
+    """Whether a joint projection holds the weights of the parts that the bridge has split it into.
+
+    Processed weights go to the parts only.
+    """
+    parts = [original(attn.get_submodule(key)) for key in ("q", "k", "v")]
+    for mine, theirs in zip(parts, attn.split_qkv_matrix(original(attn)), strict=True):
+        for name in ("weight", "bias"):
+            a, b = getattr(mine, name), getattr(theirs, name)
+            if a is not None and not a.is_meta and not torch.equal(a, b):
+                return False
+    return True
+
+
 def attach_fused(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -> None:
     """Send one attention component through the fused kernel, scoped to the context.
 
@@ -213,6 +285,12 @@ def attach_fused(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -
         raise InputError(
             f'attention="fused": {path} ({type(attn).__name__}) has no Hugging Face attention to '
             'delegate to; use attention="bridge"'
+        )
+    if isinstance(attn, JointQKVAttentionBridge) and not _joint_is_current(attn):
+        raise InputError(
+            f'attention="fused": the weights of {path} were processed (enable_compatibility_mode) '
+            "and its joint projection, which Hugging Face runs, still holds the old ones; use "
+            'attention="bridge"'
         )
     softmax, av, qk = (ctx.composite[r] for r in ("softmax", "attention_av", "attention_qk"))
     if not (isinstance(softmax, Softmax) and isinstance(av, Product) and isinstance(qk, Product)):

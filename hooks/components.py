@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformer_lens.model_bridge.generalized_components import (
     AttentionBridge,
     BlockBridge,
@@ -24,6 +25,7 @@ from transformer_lens.model_bridge.generalized_components import (
     UnembeddingBridge,
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.generalized_components.gated_mlp import resolve_activation_fn
 from transformer_lens.model_bridge.sources.native import model as native
 from transformers import activations as hf_activations
 from transformers.models.bloom.modeling_bloom import BloomGelu
@@ -33,6 +35,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, components, layer_of, original
 from lenslrp.hooks.attention import attach_attention, gates_its_output, softcap_of
+from lenslrp.hooks.convolution import CONVOLUTIONS, attach_convolution
 from lenslrp.hooks.experts import ExpertPoint, Mixture, attach_mixture, expert_points, mixtures
 from lenslrp.hooks.norms import (
     attach_loose_norm,
@@ -82,6 +85,9 @@ ACTIVATIONS: tuple[type, ...] = (
 )
 """Element-wise modules with f(0) = 0, for which the identity rule holds."""
 
+LAYERS: tuple[type, ...] = (nn.Linear, Conv1D, *CONVOLUTIONS)
+"""Linear layers: the epsilon rule leaves their gradient as it is."""
+
 SINUSOIDS = "SinusoidalPositionalEmbedding"
 """How transformers' classes for positions without a weight end."""
 
@@ -115,11 +121,21 @@ def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, 
         if position and _adds_to_scores(module):
             continue
         found[id(inner)] = (inner, position)
-    for weight, position in [(m.weight, p) for m, p in found.values() if hasattr(m, "weight")]:
+    tables: list[tuple[Any, bool]] = [(m, position) for m, position in found.values()]
+    for table, position in tables:
         for _, module in parts:
-            if isinstance(module, nn.Embedding) and module.weight is weight:
+            weight = getattr(table, "weight", None)
+            if not isinstance(module, nn.Embedding) or weight is None:
+                continue
+            if _same_table(module.weight, weight):
                 found.setdefault(id(module), (module, position))
     return list(found.values())
+
+
+def _same_table(a: Tensor, b: Tensor) -> bool:
+    """One table, or the copy that TransformerLens makes of it when it processes weights."""
+    alike = a.shape == b.shape and a.device == b.device and not a.is_meta
+    return a is b or (alike and torch.equal(a, b))
 
 
 def _adds_to_scores(bridge: Any) -> bool:
@@ -140,12 +156,16 @@ def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) 
     bias: Tensor | None = getattr(module, "bias", None)
     if ctx.books is None or bias is None:
         return
-    site = ctx.site(path, module, "linear", Epsilon())
-    at.hook(module, lambda _, args, y: measure_bias(y, bias, site))
+    role, dim = "linear", -1
+    if isinstance(module, CONVOLUTIONS):
+        layer: Any = module
+        role, dim = "convolution", 1 - layer.weight.ndim  # the channels, before the places
+    site = ctx.site(path, module, role, Epsilon())
+    at.hook(module, lambda _, args, y: measure_bias(y, bias, site, dim))
 
 
 def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role: str) -> None:
-    """A linear layer: nothing under epsilon but its bias; otherwise the rule in its place."""
+    """A linear layer or a convolution: under epsilon its bias; otherwise the rule in its place."""
     if not role:  # its parts are called instead
         return
     rule = ctx.composite[role]
@@ -155,6 +175,9 @@ def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role
     site = ctx.site(path, module, role)
     site.cut = ctx.cuts(path)
     at.sites.append(site)
+    if isinstance(module, CONVOLUTIONS):
+        attach_convolution(at, module, rule, site)
+        return
     transposed = isinstance(module, Conv1D)
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
@@ -171,7 +194,7 @@ def attach_activation(
     site = ctx.site(path, module, "activation", rule)
     site.cut = share == 0
     if isinstance(rule, Plain):
-        at.region(module, site, lambda: None)
+        at.region(module, site, lambda _: None)
     else:
         at.sites.append(site)
         at.wrap(module, lambda x, y: F.apply(F.Elementwise, x, y, rule, site))
@@ -207,7 +230,17 @@ def attach_native_activation(
 
 
 def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge) -> None:
-    """gate * up: at ``out.hook_in``, half to each."""
+    """gate * up: at ``out.hook_in``, half to each.
+
+    With processed weights (compatibility mode) the bridge computes the MLP by functions, without
+    its modules; the modules hold the same weights, so they are run instead.
+
+    Raises:
+        InputError: the bridge's function is not the module's.
+    """
+    if getattr(mlp, "_use_processed_weights", False):
+        _require_same_activation(path, mlp)
+        at.attribute(mlp, "_use_processed_weights", False)
     rule = ctx.composite["gate"]
     first, second = F.product_shares(rule)
     site = ctx.site(f"{path}.out.hook_in", mlp, "gate")
@@ -222,6 +255,19 @@ def attach_all_cycles(at: Attached, model: Any) -> None:
     """HRM runs all but its last cycles without gradients, which is a means of training only."""
     config = model.config
     at.attribute(model, "L_bp_cycles_padded", [config.L_cycles] * config.H_cycles)
+
+
+def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
+    function: Any = resolve_activation_fn(mlp.config)
+    activations: list[Any] = [m for m in original(mlp).children() if isinstance(m, ACTIVATIONS)]
+    for module in activations:
+        probe = torch.linspace(-4.0, 4.0, 33, device=mlp.out.weight.device)
+        if not torch.equal(function(probe), module(probe)):
+            raise InputError(
+                f"{path}: in compatibility mode TransformerLens computes another activation than "
+                f"the model's {type(module).__name__}, so this is not the model any more; load it "
+                "without enable_compatibility_mode(), or with no_processing=True"
+            )
 
 
 def gate_share(ctx: Context) -> float:
@@ -263,10 +309,14 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
             for inner in [*original(module).children(), *module.children(), original(module)]:
                 gates[id(inner)] = share
     for path, module in found:
-        role = roles.get(id(module), "linear")
+        role = roles.get(id(module), _linear_role(module))
         rule = ctx.composite[role] if role else None
-        if isinstance(module, nn.Linear | Conv1D) and isinstance(rule, LinearRule):
-            at.weights[module.weight.data_ptr()] = path
+        # A parametrised weight is a new tensor at every call; on the meta device none has a place.
+        if not isinstance(module, LAYERS) or parametrize.is_parametrized(module):
+            continue
+        layer: Any = module
+        if isinstance(rule, LinearRule) and not layer.weight.is_meta:
+            at.weights[layer.weight.data_ptr()] = path
     try:
         below: set[int] = set()  # what an embedding does inside it (a norm) comes before its leaf
         for inner, _ in embeddings(found):
@@ -313,6 +363,10 @@ def hook_points(model: Any, parts: Iterable[tuple[str, nn.Module]]) -> dict[str,
     return {**model.hook_dict, **expert_points(parts)}
 
 
+def _linear_role(module: nn.Module) -> str:
+    return "convolution" if isinstance(module, CONVOLUTIONS) else "linear"
+
+
 def _wrapped(module: nn.Module, key: str) -> Any:
     child = module._modules.get(key)
     return None if child is None else original(child)
@@ -349,8 +403,8 @@ def _attach(
         attach_activation(at, ctx, path, module, ctx.composite["activation"], share)
     elif isinstance(module, native.NativeMLP | native.NativeGatedMLP):
         attach_native_activation(at, ctx, path, module, share)
-    elif isinstance(module, nn.Linear | Conv1D):
-        attach_linear(at, ctx, path, module, roles.get(id(module), "linear"))
+    elif isinstance(module, LAYERS):
+        attach_linear(at, ctx, path, module, roles.get(id(module), _linear_role(module)))
 
 
 __all__ = [

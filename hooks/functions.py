@@ -87,6 +87,29 @@ class LayerNorm(torch.autograd.Function):
         return layer_norm_identity(g, weight, inverse), None, None, None, None
 
 
+class GroupNorm(torch.autograd.Function):
+    """GroupNorm [batch, channel, ...] with each group's denominator constant."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, weight: Tensor | None, groups: int, eps: float, site: Site
+    ) -> Tensor:
+        _mark(ctx, site)
+        wide = (x if x.dtype == torch.float64 else x.float()).reshape(len(x), groups, -1)
+        inverse = torch.rsqrt(wide.var(dim=-1, keepdim=True, unbiased=False) + eps)
+        ctx.save_for_backward(inverse.to(x.dtype), weight)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        ctx.site.backward += 1
+        inverse, weight = ctx.saved_tensors
+        h = g if weight is None else g * weight.view(-1, *[1] * (g.ndim - 2))
+        grouped = h.reshape(*inverse.shape[:2], -1)
+        down = layer_norm_identity(grouped, None, inverse).reshape(g.shape)
+        return down, None, None, None, None, None
+
+
 class Normalised(torch.autograd.Function):
     """A norm of a user's own class: its gain over its denominator, from the values it returned.
 

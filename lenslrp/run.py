@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import coverage as cover
@@ -23,7 +24,7 @@ from lenslrp.hooks.install import relevance_rules, require_bridge
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books
-from lenslrp.inputs import Prepared, prepare
+from lenslrp.inputs import Prepared
 from lenslrp.passes import (
     Leaves,
     Pass,
@@ -37,7 +38,7 @@ from lenslrp.passes import (
     watch_blocks,
 )
 from lenslrp.reductions import Reduce, check_reduce, reduction_for
-from lenslrp.targets import Activation, Sequence, as_target
+from lenslrp.targets import Activation, Sequence, as_target, require_latent
 
 
 def relevance_for_targets(
@@ -56,6 +57,10 @@ def relevance_for_targets(
     attention_mask: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     decoder_input: Any = None,
+    pixel_values: Tensor | None = None,
+    input_values: Tensor | None = None,
+    input_features: Tensor | None = None,
+    leaves: str = "pixels",
 ) -> list[RelevanceCache]:
     """Explain k targets of one input from one forward pass: one cache a target.
 
@@ -67,6 +72,7 @@ def relevance_for_targets(
     _, caches = _run(
         model, input, list(targets), composite, names_filter, prepend_bos, reduce, attention,
         checkpoint, strict, ledger, attention_mask, inputs_embeds, decoder_input,
+        _given(pixel_values, input_values, input_features), leaves,
     )  # fmt: skip
     return caches
 
@@ -87,6 +93,10 @@ def run_with_relevance(
     attention_mask: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     decoder_input: Any = None,
+    pixel_values: Tensor | None = None,
+    input_values: Tensor | None = None,
+    input_features: Tensor | None = None,
+    leaves: str = "pixels",
 ) -> tuple[Tensor, RelevanceCache]:
     """Logits, and the relevance of every hook point for a target; mirrors ``run_with_cache``.
 
@@ -111,10 +121,16 @@ def run_with_relevance(
         decoder_input: what the decoder of an encoder-decoder has written so far: a string or
             strings (its start token is put before them), or a token tensor [batch, pos] as it is;
             the start token alone by default. Targets are then positions of the decoder.
+        pixel_values: [batch, channel, height, width], an image as the model's own processor makes
+            it. Beside ``input`` where the model reads both.
+        input_values: [batch, sample] of a waveform, or [batch, frame, mel] of a spectrogram.
+        input_features: likewise, for models that call them so.
+        leaves: ``"pixels"``: relevance ends at what was given (pixels, samples) and patches are
+            read on the way; ``"patches"``: it ends at the patch embeddings.
 
     Returns:
-        The logits [batch, pos, vocab], detached and equal to the model's own, and the relevance in
-        units of the target (logits).
+        The logits [batch, pos, vocab] (a classifier's: [batch, class]), detached and equal to the
+        model's own, and the relevance in units of the target (logits).
 
     Raises:
         InputError: something given cannot be explained; the message says what would be valid.
@@ -123,6 +139,7 @@ def run_with_relevance(
     logits, caches = _run(
         model, input, [target], composite, names_filter, prepend_bos, reduce, attention, checkpoint,
         strict, ledger, attention_mask, inputs_embeds, decoder_input,
+        _given(pixel_values, input_values, input_features), leaves,
     )  # fmt: skip
     return logits, caches[0]
 
@@ -142,26 +159,35 @@ def _run(
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
     decoder_input: Any,
+    floats: dict[str, Tensor],
+    leaves: str,
 ) -> tuple[Tensor, list[RelevanceCache]]:
     require_bridge(model)
     if torch.is_inference_mode_enabled():
         raise InputError("relevance needs autograd: leave torch.inference_mode() (no_grad is fine)")
     if not targets:
         raise InputError("give at least one target")
-    batch = _batch_size(text, inputs_embeds)
-    wanted = [as_target(target, model.tokenizer, batch) for target in targets]
+    if leaves not in media.LEAVES:
+        raise InputError(f"leaves must be one of {media.LEAVES}, not {leaves!r}")
+    batch = _batch_size(text, inputs_embeds, floats)
+    labels = media.labels_of(model)
+    wanted = [as_target(target, model.tokenizer, batch, labels) for target in targets]
     spans = [target.ids(model.tokenizer) for target in wanted if isinstance(target, Sequence)]
     if spans and len(wanted) > 1:
         raise InputError("a Sequence target extends the prompt: explain it in a run of its own")
-    prepared = prepare(
+    prepared = media.prepare(
         model,
         text,
+        floats,
         append=spans[0] if spans else [],
         prepend_bos=prepend_bos,
         attention_mask=attention_mask,
         inputs_embeds=inputs_embeds,
         decoder_input=decoder_input,
     )
+    if not media.head_of(model):
+        for item in wanted:
+            require_latent(item, architecture(model))
     parts = list(components(model))
     points = hook_points(model, parts)
     names, named = select_names(points, names_filter)
@@ -179,6 +205,9 @@ def _run(
             at = stack.enter_context(undone(Attached()))
             readers = Readers.plan(points, names, partial(reduction_for, reduce))
             run = Pass(model, rules, readers, Leaves(), prepared, books, strict)
+            given = dict(prepared.media)
+            if given:
+                given = media.cut_media(at, parts, run.leaves, rules.sites, given, leaves)
             if inputs_embeds is None:
                 cut_leaves(at, parts, run.leaves, prepared)
             run.layers = watch_blocks(at, parts, books) if books is not None else 0
@@ -190,7 +219,9 @@ def _run(
             tracer = cover.Tracer(parts) if trace else None
             if tracer is not None:
                 at.undo.append(tracer.close)
-            run.logits = _forward(model, prepared, run.leaves)
+            run.logits = _forward(model, prepared, run.leaves, given)
+            if media.reads_no_text(model):
+                run.prepared = media.with_sequence(prepared, run.leaves)
             if tracer is not None:
                 roots = [root for item in wanted for root in run.roots(item)]
                 found = cover.walk(roots, tracer.place, rules.weights)
@@ -211,9 +242,18 @@ def _run(
     return forward(trace=True)
 
 
-def _batch_size(text: Any, inputs_embeds: Tensor | None) -> int:
+def _given(*floats: Tensor | None) -> dict[str, Tensor]:
+    """The float inputs that were given, by name, in the order of ``media.LAYOUTS``."""
+    return {n: v for n, v in zip(media.LAYOUTS, floats, strict=True) if v is not None}
+
+
+def _batch_size(text: Any, inputs_embeds: Tensor | None, floats: dict[str, Tensor]) -> int:
     if inputs_embeds is not None:
         return len(inputs_embeds)
+    if text is None and floats:
+        return len(next(iter(floats.values())))
+    if isinstance(text, Tensor) and text.is_floating_point():
+        return len(text)
     if isinstance(text, str):
         return 1
     if isinstance(text, Tensor):
@@ -223,9 +263,12 @@ def _batch_size(text: Any, inputs_embeds: Tensor | None) -> int:
     return len(text) if isinstance(text, list) else 1
 
 
-def _forward(model: Any, prepared: Prepared, leaves: Leaves) -> Tensor:
+def _forward(model: Any, prepared: Prepared, leaves: Leaves, given: dict[str, Tensor]) -> Tensor:
+    if media.reads_no_text(model):
+        only: Tensor = model(None, return_type="logits", **given)
+        return only
     # A key-value cache is of no use here, and a checkpointed block would fill it twice.
-    kwargs = {"use_cache": False, **prepared.kwargs}
+    kwargs = {"use_cache": False, **prepared.kwargs, **given}
     if "inputs_embeds" in kwargs:
         leaf = kwargs.pop("inputs_embeds").detach().clone().requires_grad_()
         leaves.tokens.append(leaf)

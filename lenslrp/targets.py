@@ -7,6 +7,7 @@ Every target is a small frozen dataclass whose ``values(outputs)`` gives [batch]
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
@@ -32,15 +33,20 @@ class Outputs:
         activation: gives the tensor at a hook point that was asked for, on the graph.
         prompt_lengths: how many real tokens of each row are the prompt (the rest is a
             teacher-forced target).
+        labels: names of a classifier's classes, ``None`` for other models. Its logits are
+            [batch, class] and have no positions.
     """
 
-    logits: Float[Tensor, "batch pos vocab"]
+    logits: Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch class"]
     mask: Bool[Tensor, "batch pos"]
     tokenizer: Any
     activation: Callable[[str], Tensor]
     prompt_lengths: list[int]
+    labels: dict[int, str] | None = None
 
     def token(self, token: Token) -> int:
+        if self.labels is not None:
+            return class_id(self.labels, token, self.logits.shape[-1])
         return token_id(self.tokenizer, token, self.logits.shape[-1])
 
     def at(self, position: int) -> Int[Tensor, " batch"]:
@@ -61,7 +67,15 @@ class Outputs:
         first = self.mask.int().argmax(dim=1)
         return first + (position if position >= 0 else lengths + position)
 
+    def place(self, position: int) -> str:
+        """What a target's text says of its position: nothing where there is none."""
+        return "" if self.logits.ndim == 2 else f" at position {position}"
+
     def rows_at(self, position: int) -> Float[Tensor, "batch vocab"]:
+        if self.logits.ndim == 2:
+            if position != -1:
+                raise InputError(f"a classifier's logits have no positions; {position} was given")
+            return self.logits
         rows = torch.arange(len(self.mask), device=self.logits.device)
         return self.logits[rows, self.at(position)]
 
@@ -113,7 +127,34 @@ class Target(Protocol):
     def text(self, outputs: Outputs) -> str: ...
 
 
+def class_id(labels: dict[int, str], name: Token, classes: int) -> int:
+    """A class of a classifier from its label, one of the label's synonyms, or its number.
+
+    Raises:
+        InputError: no class is called that, with the nearest labels; or a number out of range.
+    """
+    if isinstance(name, str):
+        called = {text: index for index, text in labels.items()}
+        for index, text in labels.items():  # "tabby, tabby cat"
+            for synonym in text.split(","):
+                called.setdefault(synonym.strip(), index)
+        if name not in called:
+            lower = {text.lower(): text for text in called}
+            near = difflib.get_close_matches(name.lower(), lower, n=3) or list(lower)[:3]
+            raise InputError(
+                f"no class is called {name!r}; nearest: {', '.join(lower[n] for n in near)}"
+            )
+        return called[name]
+    if isinstance(name, bool) or not isinstance(name, int):
+        raise InputError(f"a class is a label or an integer, not {name!r}")
+    if not 0 <= name < classes:
+        raise InputError(f"class {name} does not exist: they go from 0 to {classes - 1}")
+    return name
+
+
 def _shown(outputs: Outputs, token: Token) -> str:
+    if outputs.labels is not None and isinstance(token, int):
+        return repr(outputs.labels.get(token, token))
     if isinstance(token, str) or outputs.tokenizer is None:
         return repr(token)
     return repr(outputs.tokenizer.decode([token]))
@@ -132,7 +173,7 @@ class Top:
     def text(self, outputs: Outputs) -> str:
         best = outputs.rows_at(self.position).argmax(dim=1).tolist()
         names = ", ".join(dict.fromkeys(_shown(outputs, i) for i in best))
-        return f"top logit {names} at position {self.position}"
+        return f"top logit {names}{outputs.place(self.position)}"
 
 
 @dataclass(frozen=True)
@@ -146,7 +187,7 @@ class Logit:
         return outputs.rows_at(self.position)[:, outputs.token(self.token)]
 
     def text(self, outputs: Outputs) -> str:
-        return f"logit of {_shown(outputs, self.token)} at position {self.position}"
+        return f"logit of {_shown(outputs, self.token)}{outputs.place(self.position)}"
 
 
 @dataclass(frozen=True)
@@ -163,7 +204,7 @@ class LogitDiff:
 
     def text(self, outputs: Outputs) -> str:
         a, b = _shown(outputs, self.a), _shown(outputs, self.b)
-        return f"logit difference {a} - {b} at position {self.position}"
+        return f"logit difference {a} - {b}{outputs.place(self.position)}"
 
 
 @dataclass(frozen=True)
@@ -188,7 +229,8 @@ class Contrastive:
 
     def text(self, outputs: Outputs) -> str:
         rest = "the rest" if self.top_k is None else f"the top {self.top_k} others"
-        return f"logit of {_shown(outputs, self.token)} against {rest} at position {self.position}"
+        where = outputs.place(self.position)
+        return f"logit of {_shown(outputs, self.token)} against {rest}{where}"
 
 
 @dataclass(frozen=True)
@@ -203,7 +245,7 @@ class LogProb:
         return torch.log_softmax(rows, dim=1)[:, outputs.token(self.token)]
 
     def text(self, outputs: Outputs) -> str:
-        return f"log-probability of {_shown(outputs, self.token)} at position {self.position}"
+        return f"log-probability of {_shown(outputs, self.token)}{outputs.place(self.position)}"
 
 
 @dataclass(frozen=True)
@@ -264,9 +306,12 @@ class Activation:
 
     def values(self, outputs: Outputs) -> Tensor:
         x = outputs.activation(self.hook)
-        rows = torch.arange(len(outputs.mask), device=x.device)
-        x = x[rows, outputs.at(self.position).to(x.device)]
         unit = self.unit if isinstance(self.unit, tuple) else (self.unit,)
+        if x.ndim > 2 or len(unit) != x.ndim - 1:  # what is pooled has no positions
+            rows = torch.arange(len(outputs.mask), device=x.device)
+            x = x[rows, outputs.at(self.position).to(x.device)]
+        elif self.position != -1:
+            raise InputError(f"{self.hook} is pooled and has no position {self.position}")
         if len(unit) != x.ndim - 1:
             raise InputError(
                 f"{self.hook} has features of shape {tuple(x.shape[1:])}; unit {self.unit!r} does "
@@ -331,14 +376,35 @@ class Explained:
         return f"{self.text} = {shown}"
 
 
-def as_target(target: Any, tokenizer: Any, batch: int) -> Target:
+def require_latent(target: Target, architecture: str) -> None:
+    """Refuse targets on logits for a model that has none.
+
+    Raises:
+        InputError: naming the targets that such a model has.
+    """
+    parts = target.targets if isinstance(target, PerRow) else (target,)
+    if not all(isinstance(part, Activation | Custom) for part in parts):
+        raise InputError(
+            f"{architecture} has no head: its output is hidden states, not logits. Explain one of "
+            "its units with targets.Activation(hook, unit, position), or a function of its output "
+            "with targets.Custom(fn)"
+        )
+
+
+def as_target(
+    target: Any, tokenizer: Any, batch: int, labels: dict[int, str] | None = None
+) -> Target:
     """A target from what a caller may give: ``None``, a string, a token id, a list, a Target.
+
+    Strings are a classifier's ``labels`` where there are any, else tokens.
 
     Raises:
         InputError: anything else, or a list whose length is not the batch's.
     """
     if target is None:
         return Top()
+    if isinstance(target, str) and labels is not None:
+        return Logit(target)
     if isinstance(target, str):
         ids = token_ids(tokenizer, target)
         return Logit(target) if len(ids) == 1 else Sequence(target)
@@ -351,7 +417,7 @@ def as_target(target: Any, tokenizer: Any, batch: int) -> Target:
             raise InputError(f"a list has one target a row, not lists of them: {nested[0]!r}")
         if len(items) != batch:
             raise InputError(f"{len(items)} targets for a batch of {batch}: give one a row")
-        made = tuple(as_target(item, tokenizer, 1) for item in items)
+        made = tuple(as_target(item, tokenizer, 1, labels) for item in items)
         if any(isinstance(item, Sequence) for item in made):
             raise InputError("targets of several tokens cannot be mixed in one batch; run each row")
         return PerRow(made)

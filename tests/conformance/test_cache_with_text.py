@@ -5,6 +5,7 @@ The tokenizer is made here, of words and word pieces, so that nothing is fetched
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import lenslrp
+from lenslrp.inputs import str_token
 from lenslrp.targets import LogProb
 from tests.conformance.families import FAMILIES, randomise
 
@@ -23,12 +25,16 @@ PIECES = ["<pad>", "<s>", "?", " the", " cat", " sat", " on", " mat", "s", " un"
 PROMPT = " the cats sat on the unbelievable"
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words and pieces, a leading space inside the token as in byte-level vocabularies."""
+def tokenizer(scheme: str = "never") -> PreTrainedTokenizerFast:
+    """Whole words and pieces, a leading space inside the token as in byte-level vocabularies.
+
+    With ``scheme="always"`` it is SentencePiece's way: a space is put before the text, and decoding
+    drops the first one.
+    """
     vocabulary = [(piece.replace(" ", "▁"), -1.0 - 0.01 * i) for i, piece in enumerate(PIECES)]
     made = Tokenizer(models.Unigram(vocabulary, unk_id=2))
-    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    made.decoder = decoders.Metaspace(prepend_scheme="never")
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    made.decoder = decoders.Metaspace(prepend_scheme=scheme)
     return PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="<s>", pad_token="<pad>", unk_token="?"
     )
@@ -55,6 +61,28 @@ def test_text_in_and_out(model: Any, cache: lenslrp.RelevanceCache) -> None:
     assert "position -1" in cache.target.text
     by_id = lenslrp.run_with_relevance(model, cache.token_ids, PIECES.index(" mat"))[1]
     assert torch.equal(by_id.tokens, cache.tokens)
+
+
+def test_tokens_of_sentencepiece_keep_the_space_that_decoding_drops(model: Any) -> None:
+    made = tokenizer("always")
+    assert made.decode(made.encode(" the cats")) == "the cats"
+    texts = [str_token(made, i) for i in made.encode("the cats sat")]
+    assert texts == [" the", " cat", "s", " sat"]
+    assert str_token(made, 1) == "<s>"
+
+
+def test_a_lone_space_belongs_to_the_pieces_after_it(cache: lenslrp.RelevanceCache) -> None:
+    pieces = ["</s>", " ", "un", "able", " cat", " ", " the", ".", " "]
+    relevance = torch.arange(9.0)[None]
+    shown = replace(
+        cache,
+        str_tokens=[pieces],
+        tokens=relevance,
+        attention_mask=torch.ones(1, 9, dtype=torch.bool),
+    )
+    words = shown.words()
+    assert words["word"].tolist() == ["</s>", " unable", " cat", " ", " the", ".", " "]
+    assert words["relevance"].tolist() == [0.0, 6.0, 4.0, 5.0, 6.0, 7.0, 8.0]
 
 
 def test_a_string_of_several_tokens_is_a_span(model: Any) -> None:

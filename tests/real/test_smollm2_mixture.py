@@ -27,11 +27,11 @@ PROMPTS = [
     "The opposite of hot is",
     "When Mary and John went to the store, John gave a drink to",
 ]
-LAYERS = 6
+LAYERS = 30
 
 
 def dense(model: TransformerBridge) -> Any:
-    """The first layers of SmolLM2 as a Hugging Face model of its own."""
+    """SmolLM2 as a Hugging Face model of its own."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**{**model.original_model.config.to_dict(), "num_hidden_layers": LAYERS})

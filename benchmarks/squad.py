@@ -1,0 +1,304 @@
+"""Does relevance point at the answer in the paragraph? Flan-T5-small on SQuAD 1.1.
+
+    python benchmarks/squad.py [--data squad_dev.jsonl] [--of log_prob] [--failures 10]
+
+Flan-T5 (the embedded `flan-t5-small-titles`) answers each question from its paragraph, greedily.
+Where the answer equals one of the reference answers (after SQuAD's normalisation), the answer's
+tokens are explained (the sum of their logits, teacher-forced), and the relevance of the paragraph's
+tokens at the encoder is compared with the answer's span there:
+
+* top-1: the most relevant token of the paragraph (question and instruction left out) overlaps the
+  span; `words`: the same for whitespace words, with a word's relevance the sum over its tokens;
+  `anywhere`: any place where the paragraph has the answer's words counts;
+* IoU of the binarised relevance with the span. How the AttnLRP paper binarised is not known to the
+  authors of this script, so four ways are given: above half of the maximum, Otsu's threshold over
+  the positive values, as many tokens as the span has, and the best threshold of each question (an
+  upper bound, which looks at the span).
+
+Random is the exact expectation for top-1, and the mean over 200 random orders for IoU.
+Each question's relevance is appended to `--results` (a file that git ignores) when it is done, and
+is not computed again: an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bootstrap import RESAMPLES, interval
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+import lenslrp
+from lenslrp import targets
+
+MODEL = "flan-t5-small-titles"
+TEMPLATE = "Please answer a question about the following article:\n\n{context}\n\n{question}"
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data" / "squad_dev.jsonl"
+RESULTS = Path(__file__).with_name("results") / "squad.jsonl"
+LONGEST_ANSWER = 32
+RANDOM_ORDERS = 200
+
+METHODS: dict[str, Callable[[], lenslrp.Composite]] = {
+    "AttnLRP": lenslrp.AttnLRP,
+    "CP-LRP": lenslrp.CPLRP,
+    "Gradient x Input": lenslrp.GradientTimesInput,
+}
+RANDOM = "random"
+Spans = list[tuple[int, int]]
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: what the model answered and, if it is right, where that stands and why."""
+
+    id: str
+    answer: str
+    correct: bool
+    contains: bool
+    offsets: Spans  # of the paragraph's tokens, in its characters
+    span: tuple[int, int] | None  # of the answer, in characters
+    relevance: dict[str, list[float]]  # method -> of the paragraph's tokens
+
+
+def normalise(text: str) -> str:
+    """SQuAD's: lower case, no punctuation, no articles, single spaces."""
+    kept = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+def generate(model: TransformerBridge, prompt: str) -> list[int]:
+    """The greedy answer, without its start and end tokens."""
+    encoded = model.tokenizer(prompt, return_tensors="pt")
+    with torch.no_grad():
+        written = model.original_model.generate(
+            encoded.input_ids,
+            attention_mask=encoded.attention_mask,
+            max_new_tokens=LONGEST_ANSWER,
+            do_sample=False,
+        )
+    special = set(model.tokenizer.all_special_ids)
+    return [int(i) for i in written[0] if int(i) not in special]
+
+
+def examine(model: TransformerBridge, entry: dict[str, Any], of: Any) -> Item:
+    """Answer one question and, if the answer is right, explain it with every method."""
+    context = entry["context"]
+    prompt = TEMPLATE.format(context=context, question=entry["question"])
+    ids = generate(model, prompt)
+    answer = model.tokenizer.decode(ids)
+    references = [a for a in entry["answers"] if normalise(a["text"])]
+    equal = [a for a in references if normalise(a["text"]) == normalise(answer)]
+    contains = any(normalise(a["text"]) in normalise(answer) for a in references)
+    if not equal:
+        return Item(entry["id"], answer, False, contains, [], None, {})
+    begin = TEMPLATE.index("{context}")
+    encoded = model.tokenizer(prompt, return_offsets_mapping=True)
+    inside = [
+        (position, (start - begin, stop - begin))
+        for position, (start, stop) in enumerate(encoded["offset_mapping"])
+        if max(start, begin) < min(stop, begin + len(context))
+    ]
+    relevance = {}
+    for name, composite in METHODS.items():
+        _, cache = lenslrp.run_with_relevance(
+            model,
+            torch.tensor([encoded["input_ids"]]),
+            target=targets.Sequence(ids, of=of),
+            composite=composite(),
+            names_filter=[],
+        )
+        values = cache.tokens[0, [position for position, _ in inside]]
+        relevance[name] = [float(f"{v:.6g}") for v in values.tolist()]
+    first = equal[0]
+    span = (first["start"], first["start"] + len(first["text"]))
+    return Item(entry["id"], answer, True, True, [s for _, s in inside], span, relevance)
+
+
+def overlap(pieces: Spans, spans: Spans) -> NDArray[np.bool_]:
+    """Whether each piece shares a character with one of the spans."""
+    return np.array([any(a < d and c < b for c, d in spans) for a, b in pieces])
+
+
+def words_of(offsets: Spans, context: str) -> list[list[int]]:
+    """Token positions of each whitespace word of the context."""
+    bounds = [match.span() for match in re.finditer(r"\S+", context)]
+    words = [
+        [i for i, (a, b) in enumerate(offsets) if a < stop and start < b] for start, stop in bounds
+    ]
+    return [word for word in words if word]
+
+
+def otsu(values: Values) -> float:
+    """The threshold that splits the positive values with the largest variance between classes."""
+    ordered = np.sort(values[values > 0])
+    if len(ordered) < 2:
+        return 0.0
+    counts = np.arange(1, len(ordered))
+    below = np.cumsum(ordered)[:-1]
+    means = below / counts, (ordered.sum() - below) / (len(ordered) - counts)
+    between = counts * (len(ordered) - counts) * (means[0] - means[1]) ** 2
+    return float(ordered[int(between.argmax())])
+
+
+def iou(chosen: NDArray[np.bool_], key: NDArray[np.bool_]) -> float:
+    """Intersection over union of two sets of tokens."""
+    return float((chosen & key).sum() / max((chosen | key).sum(), 1))
+
+
+def best_iou(values: Values, key: NDArray[np.bool_]) -> float:
+    """IoU at the best of all thresholds."""
+    hits = np.cumsum(key[np.argsort(-values, kind="stable")])
+    union = np.arange(1, len(values) + 1) + key.sum() - hits
+    return float((hits / union).max())
+
+
+def ious(values: Values, key: NDArray[np.bool_]) -> dict[str, float]:
+    """IoU by every way to binarise."""
+    largest = np.argsort(-values, kind="stable")[: key.sum()]
+    return {
+        "half of max": iou(values > values.max() / 2 if values.max() > 0 else values < 0, key),
+        "Otsu": iou(values > otsu(values), key),
+        "span length": iou(np.isin(np.arange(len(values)), largest), key),
+        "best": best_iou(values, key),
+    }
+
+
+def occurrences(context: str, text: str) -> Spans:
+    """Everywhere that the text stands in the context as whole words, in any case."""
+    pattern = rf"(?<!\w){re.escape(text)}(?!\w)"
+    return [match.span() for match in re.finditer(pattern, context, re.IGNORECASE)]
+
+
+def judge(item: Item, context: str, rng: np.random.Generator) -> dict[str, dict[str, float]]:
+    """Method -> measure -> value, for one question answered correctly."""
+    assert item.span is not None
+    key = overlap(item.offsets, [item.span])
+    everywhere = [item.span, *occurrences(context, context[slice(*item.span)])]
+    anywhere = overlap(item.offsets, everywhere)
+    words = words_of(item.offsets, context)
+    word_key = np.array([key[word].any() for word in words])
+    judged: dict[str, dict[str, float]] = {}
+    for name, listed in item.relevance.items():
+        values = np.array(listed)
+        sums = np.array([values[word].sum() for word in words])
+        judged[name] = {
+            "top-1": float(key[values.argmax()]),
+            "top-1, anywhere": float(anywhere[values.argmax()]),
+            "top-1, words": float(word_key[sums.argmax()]),
+        } | {f"IoU, {way}": value for way, value in ious(values, key).items()}
+    orders = [ious(rng.random(len(key)), key) for _ in range(RANDOM_ORDERS)]
+    judged[RANDOM] = {
+        "top-1": float(key.mean()),
+        "top-1, anywhere": float(anywhere.mean()),
+        "top-1, words": float(word_key.mean()),
+    } | {f"IoU, {way}": float(np.mean([order[way] for order in orders])) for way in orders[0]}
+    return judged
+
+
+def run(model_name: str, entries: list[dict[str, Any]], results: Path, of: str) -> Iterator[Item]:
+    """All items in order, from the results file where they are done already."""
+    settings = json.dumps(
+        {"model": model_name, "template": TEMPLATE, "of": of, "methods": list(METHODS)}
+    )
+    results.parent.mkdir(parents=True, exist_ok=True)
+    kept = results.read_text(encoding="utf-8") if results.exists() else settings + "\n"
+    first, *lines = kept[: kept.rindex("\n")].splitlines()  # without what was being written
+    if first != settings:
+        raise SystemExit(f"{results} was made with other settings: move it, or give --results")
+    done = {item.id: item for item in (Item(**json.loads(line)) for line in lines)}
+    results.write_text("".join(f"{line}\n" for line in (first, *lines)), encoding="utf-8")
+    model = None
+    with results.open("a", encoding="utf-8") as file:
+        for entry in tqdm(entries, desc="questions", unit="q"):
+            if entry["id"] not in done:
+                model = model or lenslrp.load(model_name, dtype=torch.float32, device="cpu")
+                done[entry["id"]] = examine(model, entry, of)
+                file.write(json.dumps(asdict(done[entry["id"]])) + "\n")
+                file.flush()
+            yield done[entry["id"]]
+
+
+def print_table(judged: list[dict[str, dict[str, float]]], seed: int) -> None:
+    """Every measure with its interval, and AttnLRP's paired lead."""
+    measures = list(judged[0][RANDOM])
+    names = [*METHODS, RANDOM]
+    columns = {(n, m): np.array([item[n][m] for item in judged]) for n in names for m in measures}
+    print("| method | " + " | ".join(measures) + " |\n|---|" + "---|" * len(measures))
+    for name in names:
+        cells = [interval(columns[name, measure], seed) for measure in measures]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    print("| *AttnLRP's lead over* |" + " |" * len(measures))
+    for name in names[1:]:
+        cells = [interval(columns[names[0], m] - columns[name, m], seed, "+") for m in measures]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    print()
+
+
+def print_failures(
+    items: list[Item], entries: dict[str, dict[str, Any]], method: str, count: int
+) -> None:
+    """Questions whose most relevant paragraph token is not in the answer, to be read."""
+    for item in items:
+        assert item.span is not None
+        values = np.array(item.relevance[method])
+        key = overlap(item.offsets, [item.span])
+        if count == 0 or key[values.argmax()]:
+            continue
+        count -= 1
+        context = entries[item.id]["context"]
+        order = np.argsort(-values, kind="stable")
+        best = [f"{context[slice(*item.offsets[i])].strip()} {values[i]:+.2f}" for i in order[:5]]
+        a, b = item.offsets[order[0]]
+        rank = int(np.flatnonzero(key[order])[0]) + 1
+        print(f"- Q: {entries[item.id]['question']}")
+        print(f"  answer: {item.answer!r}, rank of its best token {rank} of {len(values)}")
+        print(f"  most relevant: {', '.join(best)}")
+        print(f"  around the first: ...{context[max(a - 60, 0) : b + 40]}...\n")
+
+
+def main() -> None:
+    """Answer, explain, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=DATA, help="SQuAD, one JSON object a line")
+    parser.add_argument("--model", default=MODEL, help="an encoder-decoder, as in lenslrp.load")
+    parser.add_argument("--of", choices=["logit", "log_prob"], default="logit")
+    parser.add_argument("--limit", type=int, help="only the first questions")
+    parser.add_argument("--results", type=Path, help="where each question's relevance is kept")
+    parser.add_argument("--seed", type=int, default=0, help="of bootstrap and random orders")
+    parser.add_argument("--failures", type=int, default=0, help="print so many of AttnLRP's misses")
+    options = parser.parse_args()
+    if not options.data.exists():
+        parser.error(f"{options.data} does not exist; give --data")
+    entries = [json.loads(line) for line in options.data.read_text(encoding="utf-8").splitlines()]
+    entries = entries[: options.limit]
+    results = options.results or RESULTS.with_stem(f"squad_{options.of}")
+    items = list(run(options.model, entries, results, options.of))
+    by_id = {entry["id"]: entry for entry in entries}
+    right = [item for item in items if item.correct]
+    rng = np.random.default_rng(options.seed)
+    judged = [judge(item, by_id[item.id]["context"], rng) for item in right]
+    contained = sum(item.contains for item in items)
+    print(
+        f"{options.model}: {len(right)} of {len(items)} questions answered exactly ({contained} "
+        f"contain the answer); target: sum of the answer's {options.of}s; n = {len(right)}, 95% "
+        f"bootstrap intervals, {RESAMPLES} resamples, seed {options.seed}\n"
+    )
+    print_table(judged, options.seed)
+    if options.failures:
+        print_failures(right, by_id, "AttnLRP", options.failures)
+
+
+if __name__ == "__main__":
+    main()

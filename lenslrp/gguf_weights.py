@@ -1,0 +1,55 @@
+"""A language model from a GGUF file: read once by transformers' loader, kept as safetensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lenslrp.errors import LoadError
+
+logger = logging.getLogger("lenslrp")
+
+
+def convert_gguf(files: list[Path], folder: Path) -> None:
+    """Write a GGUF model and its tokenizer into ``folder`` as float16 safetensors.
+
+    Models loaded from GGUF refuse ``save_pretrained``, so the weights and the configuration are
+    written out directly. Tied weights are written once.
+
+    Raises:
+        LoadError: the ``gguf`` package is missing, or the loader left quantised weights.
+    """
+    (gguf,) = files
+    if importlib.util.find_spec("gguf") is None:
+        raise LoadError(
+            "this embedded model is read with the gguf package, which is not installed: "
+            'pip install "lenslrp[demo]"'
+        )
+    logger.info("converting %s, once", gguf.name)
+    with tqdm(total=2, desc=f"converting {gguf.stem}, once", unit="part") as bar:
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        bar.update()
+        source = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+        bar.update()
+    weights: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in source.state_dict().items():
+        if not tensor.is_floating_point():
+            raise LoadError(f"{gguf.name}: {name} is still quantised ({tensor.dtype})")
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            weights[name] = tensor.half().contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = source.config
+    del config.quantization_config
+    config.architectures = [type(source).__name__]
+    config.dtype = torch.float16
+    config.save_pretrained(folder)

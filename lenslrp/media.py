@@ -1,0 +1,306 @@
+"""Images and sound as inputs: what is given is checked, and relevance ends at leaves of their own.
+
+With ``leaves="pixels"`` the values that were given are the leaves and the relevance of patches (of
+frames, for a waveform) is read on its way down; with ``leaves="patches"`` the embedded patches are.
+Learned tokens that stand before the patches (CLS, distillation) and learned positions are constants
+of the model: leaves too, so that no relevance is dropped.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lenslrp.errors import InputError
+from lenslrp.hooks.attach import Attached
+from lenslrp.hooks.patches import FRAMES, Embedder, embedders
+from lenslrp.hooks.sites import Site
+from lenslrp.inputs import Prepared
+from lenslrp.inputs import prepare as prepare_text
+
+if TYPE_CHECKING:
+    from lenslrp.passes import Leaves, Parts
+
+LAYOUTS: Mapping[str, str] = {
+    "pixel_values": "batch, channel, height, width",
+    "input_values": "batch, sample",
+    "input_features": "batch, mel, frame",
+}
+"""The inputs that are numbers and not tokens: name -> what a tensor's axes are."""
+
+LEAVES = ("pixels", "patches")
+
+
+def main_input(model: Any) -> str:
+    """The name of what a model reads first: ``input_ids``, ``pixel_values``, ``input_values``."""
+    return str(getattr(model.original_model, "main_input_name", "input_ids"))
+
+
+def reads_no_text(model: Any) -> bool:
+    return main_input(model) in LAYOUTS
+
+
+def prepare(model: Any, text: Any, media: Mapping[str, Tensor], **tokens: Any) -> Prepared:
+    """Everything that was given, ready for the forward pass.
+
+    ``tokens`` are the keywords of :func:`lenslrp.inputs.prepare`.
+
+    Raises:
+        InputError: see there, :func:`prepare_media` and :func:`check_media`.
+    """
+    if reads_no_text(model):
+        for name in ("append", "attention_mask", "inputs_embeds", "decoder_input"):
+            if tokens[name] is not None and len(tokens[name]):
+                what = "a Sequence target" if name == "append" else name
+                kind = type(model.original_model).__name__
+                raise InputError(f"{what} goes with tokens, and {kind} reads {main_input(model)}")
+        return prepare_media(model, text, media)
+    prepared = prepare_text(model, text, **tokens)
+    return replace(prepared, media=check_media(model, media)) if media else prepared
+
+
+def prepare_media(model: Any, given: Any, media: Mapping[str, Tensor]) -> Prepared:
+    """The batch of a model that reads an image or a sound and no text.
+
+    Raises:
+        InputError: text or tokens, nothing at all, or a tensor that does not fit.
+    """
+    name, kind = main_input(model), type(model.original_model).__name__
+    if isinstance(given, Tensor) and given.is_floating_point():
+        if name in media:
+            raise InputError(f"give {name} once: as input or by its name, not both")
+        media = {name: given, **media}
+    elif given is not None:
+        what = "text" if isinstance(given, str | list) else type(given).__name__
+        what = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else what
+        raise InputError(f"{kind} reads {_wanted(model, name)}, not {what}: give {name}=")
+    if name not in media:
+        raise InputError(f"{kind} reads {_wanted(model, name)}: give {name}=")
+    checked = check_media(model, media)
+    batch = len(checked[name])
+    empty = torch.zeros(batch, 0, dtype=torch.long, device=checked[name].device)
+    return Prepared(empty, empty.bool(), [0] * batch, media=checked)
+
+
+def check_media(model: Any, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The float inputs on the model's device, each one that its forward takes, and finite.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    takes = inspect.signature(model.original_model.forward).parameters
+    kind = type(model.original_model).__name__
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    checked = {}
+    for name, value in media.items():
+        if name not in takes:
+            known = [n for n in (*LAYOUTS, "input_ids") if n in takes]
+            raise InputError(f"{kind} takes no {name}; it takes {', '.join(known)}")
+        if not isinstance(value, Tensor):
+            raise InputError(f"{name} must be a tensor, not {type(value).__name__}")
+        if not value.is_floating_point():
+            raise InputError(
+                f"{name} are {value.dtype}: give what the model's own processor makes of an image "
+                f"or a sound, numbers of type {weight.dtype}"
+            )
+        _require_shape(model, name, value)
+        if value.dtype != weight.dtype:
+            raise InputError(f"{name} are {value.dtype}, the model is {weight.dtype}")
+        wrong = int((~torch.isfinite(value)).sum())
+        if wrong:
+            raise InputError(f"{name} has {wrong} values that are NaN or infinite")
+        checked[name] = value.detach().to(weight.device)
+    return checked
+
+
+def _wanted(model: Any, name: str) -> str:
+    sizes = _sizes(model, name)
+    axes = LAYOUTS[name].split(", ") if len(sizes) != 2 else ["batch", "frame", "mel"]
+    shown = [axes[0], *(f"{a}={s}" if s else a for a, s in zip(axes[1:], sizes, strict=True))]
+    return f"{name} [{', '.join(shown)}]"
+
+
+def _sizes(model: Any, name: str) -> tuple[int, ...]:
+    """The sizes after the batch that a configuration asks for; 0 for any."""
+    config = model.original_model.config
+    if name == "pixel_values":
+        if main_input(model) != name:  # a tower reads them, in a layout of its own
+            return (0, 0, 0)
+        size = getattr(config, "image_size", 0)
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        return (int(getattr(config, "num_channels", 0)), int(height), int(width))
+    mel = getattr(config, "num_mel_bins", None)
+    if name == "input_values" and mel is not None:  # a spectrogram
+        return (int(getattr(config, "max_length", 0)), int(mel))
+    return (0, 0) if name == "input_features" else (0,)
+
+
+def _require_shape(model: Any, name: str, value: Tensor) -> None:
+    if main_input(model) != name:
+        if value.numel() == 0:
+            raise InputError(f"{name} is empty: {list(value.shape)}")
+        return
+    sizes = _sizes(model, name)
+    fits = value.ndim == len(sizes) + 1 and value.numel() > 0
+    if fits and all(size in (0, got) for size, got in zip(sizes, value.shape[1:], strict=True)):
+        return
+    raise InputError(
+        f"{name} must be [{_wanted(model, name)[len(name) + 2 :]}, not {list(value.shape)}"
+    )
+
+
+def cut_media(
+    at: Attached,
+    parts: Parts,
+    leaves: Leaves,
+    sites: list[Site],
+    media: Mapping[str, Tensor],
+    kind: str,
+) -> dict[str, Tensor]:
+    """Make an image's or a sound's leaves; returns what the forward pass is given.
+
+    Args:
+        sites: those of the rules in force: what runs below patches is then off the path.
+        kind: ``"pixels"`` or ``"patches"``.
+    """
+    found = embedders(parts)
+    for place in found:
+        _cut_constants(at, leaves, place)
+        at.hook(place.projection, _cut_patches(leaves) if kind == "patches" else _read(leaves))
+    if kind == "pixels":
+        leaves.inputs.update((n, v.clone().requires_grad_()) for n, v in media.items())
+        return dict(leaves.inputs)
+    if not found:
+        raise InputError('leaves="patches": this model has no patch embedding; use "pixels"')
+    below = {id(m) for place in found for m in place.projection.modules()}
+    for path, module in parts:
+        if path in (FRAMES, "audio_feature_extractor"):
+            below |= {id(m) for m in module.modules()}
+    paths = {path for path, module in parts if id(module) in below}
+    for site in sites:
+        site.cut = site.cut or site.hook in paths
+    return dict(media)
+
+
+def _cut_patches(leaves: Leaves) -> Callable[..., Tensor]:
+    def cut(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        leaf = out.detach().clone().requires_grad_()
+        leaves.patches.append(leaf)
+        return leaf
+
+    return cut
+
+
+def _read(leaves: Leaves) -> Callable[..., None]:
+    """Keep the relevance of patches as the backward pass goes by."""
+
+    def read(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        place, kept = len(leaves.seen), out.detach()
+        leaves.seen.append(kept)
+        if out.requires_grad:
+            out.register_hook(lambda g: leaves.passing.__setitem__(place, g.detach()))
+
+    return read
+
+
+def _cut_constants(at: Attached, leaves: Leaves, place: Embedder) -> None:
+    """Shadow the owner's parameters by leaves with a row for each image, while it runs."""
+    owner = place.owner
+    if owner is None:
+        return
+    added: list[str] = []
+
+    def leaf(value: Tensor, batch: int) -> Tensor:
+        rows = value.detach().reshape(1, -1, value.shape[-1]).expand(batch, -1, -1)
+        return rows.clone().requires_grad_()
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        images = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        for name in (*place.special, *place.positions):
+            value = owner._parameters.get(name)
+            if value is None:
+                continue
+            made = leaf(value, len(images))
+            owner.__dict__[name] = made
+            added.append(name)
+            if name in place.special:
+                leaves.special.append(made)
+                leaves.special_names += [place.special[name]] * made.shape[1]
+            else:
+                leaves.patch_positions.append(made)
+
+    def restore(*_: Any) -> None:
+        while added:
+            owner.__dict__.pop(added.pop(), None)
+
+    def embedded(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        made = leaf(out, 1)
+        leaves.patch_positions.append(made)
+        return made
+
+    at.undo.append(owner.register_forward_pre_hook(before, with_kwargs=True).remove)
+    at.hook(owner, restore)
+    at.undo.append(restore)
+    for name in place.positions:
+        table = owner._modules.get(name)
+        if table is not None:
+            at.hook(table, embedded)
+
+
+def with_sequence(prepared: Prepared, leaves: Leaves) -> Prepared:
+    """After the forward pass: how many tokens an image or a sound became, and their names."""
+    seen = (leaves.patches or leaves.seen)[0]
+    batch = len(seen)
+    places = seen.shape[2:] if seen.ndim == 4 else seen.shape[1:2]
+    names = [*leaves.special_names]
+    if len(places) == 2:
+        names += [f"{row},{column}" for row in range(places[0]) for column in range(places[1])]
+    else:
+        names += [str(frame) for frame in range(places[0])]
+    tokens = torch.arange(len(names), device=seen.device).expand(batch, -1)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    return replace(prepared, tokens=tokens, mask=mask, prompt_lengths=[0] * batch, names=names)
+
+
+def sequence(special: list[Tensor], patches: Tensor) -> Tensor:
+    """Relevance of learned tokens and of patches as one sequence: [batch, pos, d_model]."""
+    rows = patches.flatten(2).transpose(1, 2) if patches.ndim == 4 else patches
+    return torch.cat([*special, rows], dim=1)
+
+
+def grid(patches: Tensor) -> Tensor | None:
+    """Relevance of patches summed over features: [batch, row, column]; ``None`` for frames."""
+    return patches.sum(dim=1) if patches.ndim == 4 else None
+
+
+def head_of(model: Any) -> bool:
+    """Whether the model's output is logits, and not the hidden states of a bare encoder."""
+    bare = type(model.original_model).__name__.endswith("Model")
+    return not bare or "unembed.hook_out" in model.hook_dict
+
+
+def labels_of(model: Any) -> dict[int, str] | None:
+    """Names of a classifier's classes, ``None`` for other models."""
+    if "Classification" not in type(model.original_model).__name__:
+        return None
+    names = getattr(model.original_model.config, "id2label", None) or {}
+    return {int(index): str(text) for index, text in names.items()}
+
+
+def example(model: Any, seed: int = 0, batch: int = 1) -> dict[str, Tensor]:
+    """Random numbers of a shape that a model which reads no text accepts."""
+    name = main_input(model)
+    sizes = _sizes(model, name)
+    if sizes == (0,):  # a waveform: enough samples for some frames
+        steps = [int(step) for step in getattr(model.original_model.config, "conv_stride", [1])]
+        sizes = (math.prod(steps) * 16,)
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(batch, *sizes, generator=generator)
+    return {name: values.to(weight.dtype).to(weight.device)}
