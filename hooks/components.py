@@ -393,7 +393,8 @@ def _attach(
     elif isinstance(module, NormalizationBridge):
         attach_norm(at, ctx, path, module)
     elif isinstance(module, AttentionBridge):
-        attach_attention(at, ctx, path, module)
+        if type(original(module)) not in ctx.composite.modules:  # taught: it has rules of its own
+            attach_attention(at, ctx, path, module)
     elif isinstance(module, GatedMLPBridge) and original(module) is not None:
         if not is_known(original(module)):
             attach_gated_mlp(at, ctx, path, module)
