@@ -273,6 +273,8 @@ def sites_of(ctx: Context, path: str, module: nn.Module, spec: Operations) -> di
     above = "router" if spec.product == "gate" else spec.product
     above = "attention_av" if spec.attention else above
     sites["softmax"].cut = F.product_shares(ctx.composite[above])[0] == 0
+    if spec.attention:  # queries and keys feed the pattern
+        sites["attention_qk"].cut = sites["softmax"].cut
     for site in sites.values():
         site.optional = True
     return sites
