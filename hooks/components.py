@@ -335,12 +335,12 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
         if isinstance(rule, LinearRule) and not layer.weight.is_meta:
             at.weights[layer.weight.data_ptr()] = path
     try:
-        below: set[int] = set()  # what an embedding does inside it (a norm) comes before its leaf
+        inside: set[int] = set()  # what an embedding does inside it (a norm) comes before its leaf
         for inner, _ in embeddings(found):
             attach_leaf(at, inner)
-            below.update(id(part) for part in inner.modules() if part is not inner)
+            inside.update(id(part) for part in inner.modules() if part is not inner)
         for path, module in found:
-            if id(module) in below:
+            if id(module) in inside:
                 continue
             if hasattr(module, "L_bp_cycles_padded"):
                 attach_all_cycles(at, module)
