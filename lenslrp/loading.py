@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, ViTModel
 
 from lenslrp.embedded import EMBEDDED, ensure_cached
 from lenslrp.errors import LoadError
+from lenslrp.hooks.attention import call_the_module, own_attention
 from lenslrp.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -171,15 +172,19 @@ def _from_memory(
     force_eager_attention(model)
     name = str(model.config.name_or_path) or architecture
     if tokenizer is None:
-        return _without_tokenizer(model, architecture, name)
-    return _boot(
-        name,
-        hf_model=model,
-        tokenizer=_as_it_is(tokenizer),
-        dtype=model.dtype,
-        device=model.device,
-        hf_config_overrides={"architectures": [architecture]},
-    )
+        bridge = _without_tokenizer(model, architecture, name)
+    else:
+        bridge = _boot(
+            name,
+            hf_model=model,
+            tokenizer=_as_it_is(tokenizer),
+            dtype=model.dtype,
+            device=model.device,
+            hf_config_overrides={"architectures": [architecture]},
+        )
+    for attention in own_attention(bridge):  # TransformerLens would compute the family's instead
+        call_the_module(attention)
+    return bridge
 
 
 def _architecture(model: PreTrainedModel) -> str:
@@ -208,8 +213,10 @@ def _without_tokenizer(model: PreTrainedModel, architecture: str, name: str) -> 
         return build_bridge_from_module(
             model, architecture, hf_config=model.config, device=model.device, model_name=name
         )
-    except NotImplementedError as error:
-        raise LoadError(f"TransformerLens cannot bridge {name!r}: {_first_line(error)}") from error
+    except (AttributeError, ImportError, NotImplementedError) as error:
+        raise LoadError(
+            f"TransformerLens cannot bridge this {architecture}: {_first_line(error)}"
+        ) from error
 
 
 def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -7,6 +7,7 @@ and the books are closed.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.components import (
+    PER_LAYER,
     Attached,
     BlockBridge,
     ExpertPoint,
@@ -118,9 +120,11 @@ class Pass:
         return RelevanceCache(
             values=self.readers.finish(),
             activations=dict(self.readers.activations),
-            tokens=tokens.sum(dim=-1),
+            # Gemma 4 has embeddings of another width besides; LED has positions for its padding.
+            tokens=tokens.sum(dim=-1)
+            + sum(part.sum(dim=-1) for part in at["tokens"] if part.shape != tokens.shape),
             embeddings=tokens,
-            positions=None if positions is None else positions.sum(dim=-1),
+            positions=None if positions is None else positions.sum(dim=-1)[:, : tokens.shape[1]],
             decoder_tokens=None if decoder_tokens is None else decoder_tokens.sum(dim=-1),
             decoder_positions=None if decoder_positions is None else decoder_positions.sum(dim=-1),
             patches=None if patches is None else media.grid(patches),
@@ -322,8 +326,9 @@ class Uncovered(CoverageError):
 
 
 def _total(relevances: list[Tensor]) -> Tensor | None:
-    """The sum over a group of leaves of one shape, ``None`` for an empty one."""
-    return torch.stack(relevances).sum(dim=0) if relevances else None
+    """The sum over the leaves of a group that have the first one's shape, ``None`` without any."""
+    alike = [part for part in relevances if part.shape == relevances[0].shape]
+    return torch.stack(alike).sum(dim=0) if alike else None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -340,8 +345,15 @@ def architecture(model: Any) -> str:
 
 
 def watch_blocks(at: Attached, parts: Parts, books: Books) -> int:
-    """Book the total relevance that enters and leaves every block; returns how many there are."""
+    """Book the total relevance that enters and leaves every block; returns how many there are.
+
+    None where a block's number does not say what flows through it: in two stacks (an encoder and a
+    decoder, HRM's cycles), or where blocks have a second entrance (Gemma 4's embedding per layer).
+    """
     layers = 0
+    stacks = {path.split(".")[0] for path, _ in parts if re.fullmatch(r"\w*blocks\.\d+", path)}
+    if len(stacks) > 1 or any(path.endswith(PER_LAYER) for path, _ in parts):
+        return 0
     for path, module in parts:
         layer = layer_of(path + ".")
         if not isinstance(module, BlockBridge) or layer is None:
