@@ -278,6 +278,7 @@ class Pass:
             if s.forward
             and not s.cut
             and id(s) not in found.sites
+            and not _pools(s)
             and (not latent or (s.layer is not None and s.layer < below))
         ]
         faults = [
@@ -295,6 +296,14 @@ class Pass:
 
 def _at(site: Site) -> str:
     return f"{site.rule.name} at {site.hook}"
+
+
+def _pools(site: Site) -> bool:
+    """Whether a site is in a pooler: a branch of its own beside the hidden states.
+
+    Where the graph is cut on the way to it, what lies below is found missing as well.
+    """
+    return "pooler" in site.hook.split(".")
 
 
 def _stack(site: Site) -> str:
