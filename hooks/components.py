@@ -51,7 +51,7 @@ from lenslrp.hooks.operations import (
     declared,
     is_known,
 )
-from lenslrp.hooks.patches import embedders
+from lenslrp.hooks.patches import below, embedders
 from lenslrp.hooks.rules import Epsilon, LinearRule, Normalisation, Operations, Plain
 from lenslrp.hooks.sites import Site
 
