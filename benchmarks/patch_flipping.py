@@ -27,7 +27,7 @@ import cifar
 import numpy as np
 import torch
 from bootstrap import RESAMPLES, interval
-from cifar_head import classifier, hugging_face_model
+from cifar_head import classifier, hugging_face_model, summed_pixels
 from numpy.typing import NDArray
 from resume import RESULTS, resumed
 from tqdm import tqdm
@@ -42,12 +42,15 @@ METHODS: dict[str, Callable[[], Composite]] = {
     "CP-LRP": lenslrp.CPLRP,
     "Gradient x Input": lenslrp.GradientTimesInput,
 }
-# not in the main table: what makes the difference
+# not in the main table: where the difference comes from
 VARIANTS: dict[str, Callable[[], Composite]] = {
-    "gamma 0.25": lambda: Composite("g", {"linear": Gamma(0.25), "convolution": Gamma(0.25)}),
-    "gamma 1": lambda: Composite("g", {"linear": Gamma(1.0), "convolution": Gamma(0.25)}),
-    "CP-LRP, gamma": lambda: Composite(
-        "g", {**lenslrp.AttnLRPViT().rules, "attention_av": lenslrp.CPLRP()["attention_av"]}
+    "gamma on the convolution only": lambda: Composite("a", {"convolution": Gamma(0.25)}),
+    "gamma on linear layers only": lambda: Composite("b", {"linear": Gamma(0.05)}),
+    "gamma 0.25 on both": lambda: Composite(
+        "c", {"linear": Gamma(0.25), "convolution": Gamma(0.25)}
+    ),
+    "CP-LRP with gamma": lambda: Composite(
+        "d", {**lenslrp.AttnLRPViT().rules, "attention_av": lenslrp.CPLRP()["attention_av"]}
     ),
 }
 RANDOM = "random"
@@ -84,12 +87,10 @@ def relevance_maps(
             names_filter=[],
             ledger=False,
         )
-        assert cache.patches is not None and cache.pixels is not None
-        rows, columns = cache.patches.shape[1:]
-        tiles = cache.pixels[0].sum(0).reshape(rows, image.shape[-2] // rows, columns, -1)
+        assert cache.patches is not None
         maps[name] = {
             "patches": cache.patches[0].double().numpy(),
-            "pixels": tiles.sum(dim=(1, 3)).double().numpy(),
+            "pixels": summed_pixels(cache)[0].double().numpy(),
         }
     return maps
 
