@@ -6,8 +6,8 @@ Native attention is made live: the same operations in the same order, with the b
 ``hook_attn_scores`` and ``hook_pattern`` between them.
 
 TransformerLens' modes ``use_split_qkv_input``, ``use_attn_in`` and ``use_attn_result`` project head
-by head, past the linear modules and so past what is attached to them: their biases are metered where
-they are added then, and a rule other than epsilon is refused.
+by head, past the linear modules and so past what is attached to them: their biases are metered
+where they are added then, and a rule other than epsilon is refused.
 
 The fused path (``attention="fused"``) sends the bridge back to the Hugging Face module, which runs
 torch's scaled-dot-product kernel. Patterns and scores are not formed. Relevance is the same to
@@ -41,6 +41,7 @@ from lenslrp.hooks.attach import Attached, Context, original
 from lenslrp.hooks.live import attach_live, attach_score_meter
 from lenslrp.hooks.norms import measure_bias
 from lenslrp.hooks.rules import Epsilon, LinearRule, Product, Softmax, SoftmaxTemperature
+from lenslrp.hooks.sites import has_values
 
 FUSED = "lenslrp_fused"
 """The name under which the fused attention is registered with transformers."""
@@ -245,7 +246,7 @@ def _joint_is_current(attn: JointQKVAttentionBridge) -> bool:
     for mine, theirs in zip(parts, attn.split_qkv_matrix(original(attn)), strict=True):
         for name in ("weight", "bias"):
             a, b = getattr(mine, name), getattr(theirs, name)
-            if a is not None and not a.is_meta and not torch.equal(a, b):
+            if a is not None and has_values(a) and not torch.equal(a, b):
                 return False
     return True
 

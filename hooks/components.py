@@ -41,7 +41,7 @@ from lenslrp.hooks.norms import (
     measure_bias,
 )
 from lenslrp.hooks.rules import Epsilon, LinearRule, Normalisation, Plain
-from lenslrp.hooks.sites import Site
+from lenslrp.hooks.sites import Site, has_values
 
 ACTIVATIONS: tuple[type, ...] = (
     nn.SiLU,
@@ -107,7 +107,7 @@ def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, 
 
 def _same_table(a: Tensor, b: Tensor) -> bool:
     """One table, or the copy that TransformerLens makes of it when it processes weights."""
-    alike = a.shape == b.shape and a.device == b.device and not a.is_meta
+    alike = a.shape == b.shape and a.device == b.device and has_values(a)
     return a is b or (alike and torch.equal(a, b))
 
 

@@ -19,7 +19,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, original
 from lenslrp.hooks.rules import Identity, Normalisation, Plain
-from lenslrp.hooks.sites import Site, widest
+from lenslrp.hooks.sites import Site, has_values, widest
 
 LAYER_NORMS = (nn.LayerNorm.forward, native.NativeLayerNormPre.forward)
 
@@ -113,7 +113,7 @@ def _bias_of(module: Any, rule: Normalisation) -> Tensor | None:
 def _wrap_own_norm(at: Attached, module: nn.Module, rule: Normalisation, site: Site) -> None:
     def apply(x: Tensor, y: Tensor) -> Tensor:
         bias = _bias_of(module, rule)
-        if not (x.is_meta or rule.fits(x, y, bias)):
+        if has_values(x) and not rule.fits(x, y, bias):
             other = replace(rule, centred=not rule.centred)
             hint = (
                 f"; it fits Normalisation(centred={other.centred})"
@@ -203,7 +203,7 @@ def measure_bias(y: Tensor, bias: Tensor | None, site: Site) -> None:
 
     In chunks: a float64 copy of the gradient of all logits would be the largest tensor of the pass.
     """
-    if bias is None or not y.requires_grad or not (bias.is_meta or bool(bias.any())):
+    if bias is None or not y.requires_grad or (has_values(bias) and not bool(bias.any())):
         return  # TransformerLens gives every unembedding a bias of zeros
 
     def measure(g: Tensor) -> None:

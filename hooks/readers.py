@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.functions import Read, apply
+from lenslrp.hooks.sites import has_values
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Reduce = Callable[[Tensor], Tensor]
@@ -170,7 +171,8 @@ class Readers:
             if id(reduce) not in made:
                 made[id(reduce)] = self._relevance(reduce, x, g)
             value = made[id(reduce)]
-            if name.endswith("hook_attn_scores") and bool(value.isnan().any()):
+            scores = name.endswith("hook_attn_scores") and has_values(value)
+            if scores and bool(value.isnan().any()):
                 # A masked score is -inf and its gradient exactly 0: its relevance is 0.
                 value = self._relevance(reduce, x.masked_fill(x.isneginf() & (g == 0), 0.0), g)
             if name.endswith("hook_post") and reduce is None:

@@ -63,11 +63,12 @@ class _CapSkip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, before: Tensor, after: Tensor) -> Tensor:
+        ctx.device = before.device  # of a model that is spread over several, not that of its output
         return after.detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g, None
+        return g.to(ctx.device), None
 
 
 @dataclass
@@ -159,7 +160,7 @@ class Pass:
         written = self.prepared.decoder or self.prepared  # the side that the logits belong to
         return Outputs(
             self.logits if before is self.logits else apply(_CapSkip, before, self.logits),
-            written.mask,
+            written.mask.to(self.logits.device),
             self.model.tokenizer,
             self._activation,
             written.prompt_lengths,
@@ -202,7 +203,10 @@ class Pass:
         """Relevance at each group of leaves, [batch, pos, d_model]; ``None`` for an empty one."""
         left = iter(relevances)
         parts = [[next(left) for _ in group] for group in self.leaves.groups()]
-        return [torch.stack(part).sum(dim=0) if part else None for part in parts]
+        return [
+            torch.stack([p.to(part[0].device) for p in part]).sum(dim=0) if part else None
+            for part in parts
+        ]
 
     def _close_books(
         self,
