@@ -137,7 +137,7 @@ def attach_per_head(at: Attached, ctx: Context, path: str, attn: Any) -> None:
     flags = [flag for flag in PER_HEAD if getattr(attn.config, flag, False)]
     rule = ctx.composite["projection"]
     if flags and (isinstance(rule, LinearRule) or ctx.attention == "fused"):
-        why = "attention=\"fused\"" if ctx.attention == "fused" else f"projection={rule.name}"
+        why = 'attention="fused"' if ctx.attention == "fused" else f"projection={rule.name}"
         raise InputError(
             f"{path}: {flags[0]} projects head by head, where {why} has no place; "
             f"call model.set_{flags[0]}(False), or use the epsilon rule for projections with "

@@ -18,6 +18,7 @@ from transformer_lens.model_bridge.generalized_components import (
     EmbeddingBridge,
     GatedMLPBridge,
     JointGateUpMLPBridge,
+    LinearBridge,
     MLPBridge,
     NormalizationBridge,
     PosEmbedBridge,
@@ -141,6 +142,12 @@ def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role
     if not isinstance(rule, LinearRule):
         attach_bias_meter(at, ctx, path, module)
         return
+    if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+        raise InputError(
+            f"{path} is a {type(module).__name__}, whose weight the {rule.name} rule cannot read "
+            "(quantised, or with something added to it): use epsilon for its role "
+            f"({role!r}), or load the model with plain linear layers"
+        )
     site = ctx.site(path, module, role)
     site.cut = ctx.cuts(path)
     at.sites.append(site)
@@ -250,6 +257,7 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
     at.wrapped = {id(original(m)) for _, m in found if isinstance(m, NormalizationBridge)}
     gates: dict[int, float] = {}
     roles: dict[int, str] = {}
+    linear = {id(original(m)) for _, m in found if isinstance(m, LinearBridge)}
     for path, module in found:
         if "cross_attn" in module._modules and "ln2" in module._modules:
             ctx.queries.add(f"{path}.ln2")  # before cross-attention, whose keys are the encoder's
@@ -275,6 +283,8 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
             attach_leaf(at, inner)
         for path, module in found:
             _attach(at, ctx, path, module, gates, roles)
+            if id(module) in linear and not isinstance(module, nn.Linear | Conv1D):
+                attach_linear(at, ctx, path, module, roles.get(id(module), "linear"))
     except BaseException:
         for undo in reversed(at.undo):
             undo()

@@ -55,6 +55,7 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
     site.cut = ctx.cuts(path)
     if isinstance(rule, Plain):
         at.region(norm, site, bias)
+        _region_past_the_bridge(at, norm, site, bias)
     else:
         at.sites.append(site)
         if isinstance(own, Normalisation):
@@ -84,6 +85,33 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
         at.hook(norm, mark)
     if ctx.books is not None:
         _attach_norm_bias(at, ctx, path, norm, bias)
+
+
+def _region_past_the_bridge(
+    at: Attached, norm: NormalizationBridge, site: Site, bias: Callable[[], Tensor | None]
+) -> None:
+    """The same region around the wrapped norm, where it is called without its bridge.
+
+    So do split query, key and value inputs.
+    """
+    within: list[bool] = []
+
+    def enter(*_: Any) -> None:
+        within.append(True)
+
+    def leave(*_: Any) -> None:
+        within.clear()
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return None if within else (F.apply(F.RegionInput, args[0], "plain", site), *args[1:])
+
+    def after(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+        return None if within else F.apply(F.RegionOutput, y, bias(), "plain", site)
+
+    at.pre_hook(norm, enter)
+    at.hook(norm, leave)
+    at.pre_hook(original(norm), before)
+    at.hook(original(norm), after)
 
 
 def _native(norm: NormalizationBridge) -> bool:

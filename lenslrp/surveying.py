@@ -118,7 +118,9 @@ def survey(
     table = as_composite(AttnLRP() if composite is None else composite)
     cls = _class_of(config, architecture)
     with FakeTensorMode():
-        model = load(_built(cls, config, dtype))
+        built = _built(cls, config, dtype)
+        weights = list(built.parameters())  # before a bridge splits some of them
+        model = load(built)
         given = _inputs(model, batch, length, inputs or {}, dtype)
         books = Books() if ledger else None
         leaves, held = Leaves(), Held(model)
@@ -148,7 +150,6 @@ def survey(
         sites = [site for site in rules.sites if id(site) in found.sites]
         cover.require_fired(sites)
         off_path = readers.off_path()
-        weights = {id(p): p for p in model.parameters()}.values()
         return Survey(
             cls.__name__,
             table.name,

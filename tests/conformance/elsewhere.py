@@ -100,9 +100,9 @@ def devices() -> Iterator[None]:
         yield
 
 
-def place(module: nn.Module, device: str) -> None:
+def place(module: nn.Module, device: torch.device) -> None:
     """Put a module's weights and buffers on a device."""
-    target = torch.device(device)
+    target = device
     for part in module.modules():
         for table in (part._parameters, part._buffers):
             for key, value in table.items():
