@@ -242,7 +242,7 @@ def _joint_is_current(attn: JointQKVAttentionBridge) -> bool:
 
     Processed weights go to the parts only.
     """
-    parts = [original(attn._modules[key]) for key in ("q", "k", "v")]
+    parts = [original(getattr(attn, key)) for key in ("q", "k", "v")]
     for mine, theirs in zip(parts, attn.split_qkv_matrix(original(attn)), strict=True):
         for name in ("weight", "bias"):
             a, b = getattr(mine, name), getattr(theirs, name)

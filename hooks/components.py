@@ -101,13 +101,14 @@ def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, 
         found[id(inner)] = (inner, position)
     for weight, position in [(m.weight, p) for m, p in found.values() if hasattr(m, "weight")]:
         for _, module in parts:
-            if isinstance(module, nn.Embedding) and _same_table(module.weight, weight):
+            if isinstance(module, nn.Embedding) and _same_table(module, weight):
                 found.setdefault(id(module), (module, position))
     return list(found.values())
 
 
-def _same_table(a: Tensor, b: Tensor) -> bool:
+def _same_table(module: nn.Embedding, b: Any) -> bool:
     """One table, or the copy that TransformerLens makes of it when it processes weights."""
+    a = module.weight
     alike = a.shape == b.shape and a.device == b.device and has_values(a)
     return a is b or (alike and torch.equal(a, b))
 
@@ -225,12 +226,11 @@ def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge)
 
 
 def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
-    function = resolve_activation_fn(mlp.config)
-    for module in original(mlp).children():
-        if not isinstance(module, ACTIVATIONS):
-            continue
+    function: Callable[[Tensor], Tensor] = resolve_activation_fn(mlp.config)
+    known: list[Any] = [m for m in original(mlp).children() if isinstance(m, ACTIVATIONS)]
+    for module in known:
         probe = torch.linspace(-4.0, 4.0, 33, device=mlp.out.weight.device)
-        if not torch.equal(function(probe), module(probe)):
+        if not torch.equal(function(probe), module.forward(probe)):  # past hooks, rules among them
             raise InputError(
                 f"{path}: in compatibility mode TransformerLens computes another activation than "
                 f"the model's {type(module).__name__}, so this is not the model any more; load it "

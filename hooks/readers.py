@@ -32,6 +32,11 @@ def is_total(name: str) -> bool:
     return name.rsplit(".", 1)[-1] in TOTALS
 
 
+def is_middle(name: str) -> bool:
+    """Whether a name is that of the residual stream between attention and MLP."""
+    return name.rsplit(".", 1)[-1] == "hook_resid_mid"
+
+
 def select_names(available: Iterable[str], names_filter: NamesFilter) -> tuple[list[str], bool]:
     """The hook names asked for, and whether they were asked for one by one.
 
@@ -62,6 +67,12 @@ def select_names(available: Iterable[str], names_filter: NamesFilter) -> tuple[l
             chosen.append(name)
         elif inside:
             chosen.extend(inside)
+        elif is_middle(name) and not any(is_middle(n) for n in names):
+            raise InputError(
+                f"no hook point {name!r} in this model: parallel blocks, whose attention and MLP "
+                "both read hook_resid_pre (and blocks without an MLP), have no residual stream "
+                "between the two; ask for hook_resid_pre or hook_resid_post"
+            )
         else:
             near = difflib.get_close_matches(name, names, n=3) or names[:3]
             raise InputError(f"no hook point {name!r} in this model; nearest: {', '.join(near)}")

@@ -166,7 +166,7 @@ class Held(TorchDispatchMode):
     """Counts the bytes of every tensor that is alive, apart from a model's own, and operations."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.flops = 0
         self._sizes: dict[int, int] = {}
         for tensor in (*model.parameters(), *model.buffers()):
