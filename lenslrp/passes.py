@@ -49,11 +49,12 @@ class _CapSkip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, before: Tensor, after: Tensor) -> Tensor:
+        ctx.device = before.device  # of a model that is spread over several, not that of its output
         return after.detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g, None
+        return g.to(ctx.device), None
 
 
 @dataclass
@@ -163,7 +164,7 @@ class Pass:
         written = self.prepared.decoder or self.prepared  # the side that the logits belong to
         return Outputs(
             self.logits if before is self.logits else apply(_CapSkip, before, self.logits),
-            written.mask,
+            written.mask.to(self.logits.device),
             self.model.tokenizer,
             self._activation,
             written.prompt_lengths,
