@@ -37,7 +37,14 @@ from tests.conformance.families import VOCABULARY, randomise, tokens
 
 LAYERS = 2
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
+    "vocab_size": VOCABULARY + 7,
+    **dict.fromkeys(("image_token_id", "image_token_index"), VOCABULARY),
+    **dict.fromkeys(("audio_token_id", "audio_token_index"), VOCABULARY),
+    **dict.fromkeys(("video_token_id", "video_token_index"), VOCABULARY + 1),
+    **dict.fromkeys(("vision_start_token_id", "image_start_token_id"), VOCABULARY + 2),
+    **dict.fromkeys(("vision_end_token_id", "image_end_token_id"), VOCABULARY + 3),
+    "mm_tokens_per_image": 1,
+    "image_seq_length": 4,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -69,7 +76,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 16),
     **dict.fromkeys(("image_size", "num_mel_bins", "max_source_positions"), 8),
     **dict.fromkeys(("patch_size", "num_position_embeddings", "mm_posemb_size"), 4),
-    **dict.fromkeys(("vocab_size_per_layer_input",), VOCABULARY),
+    **dict.fromkeys(("vocab_size_per_layer_input",), VOCABULARY + 7),
     **dict.fromkeys(("hidden_size_per_layer_input", "mm_embed_dim", "output_proj_dims"), 8),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
@@ -94,6 +101,7 @@ SOUND = {"patch_size": 4, "frequency_stride": 3, "time_stride": 3, "max_length":
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+DEEP = {"text_config": MROPE, "vision_config": {"deepstack_visual_indexes": [0]}}
 
 CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("ViTForImageClassification", "ViTModel"), IMAGE),
@@ -143,8 +151,15 @@ CHANGES: dict[str, dict[str, Any]] = {
     "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"]},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "Mamba2ForCausalLM": {"num_heads": 4, "n_groups": 1},
+    "GlmAsrForConditionalGeneration": {"audio_config": {"intermediate_size": 64}},
+    "MuseGlimmerForConditionalGeneration": {"out_hidden_size": 64},
+    "Llama4ForConditionalGeneration": {"vision_config": {"intermediate_size": 64}},
+    "LlavaNextForConditionalGeneration": {"image_grid_pinpoints": [[8, 8]]},
+    "LlavaOnevisionForConditionalGeneration": {"image_grid_pinpoints": [[8, 8]]},
     "NemotronForCausalLM": {"num_key_value_heads": 2, "head_dim": 8},
     "Qwen2_5_VLForConditionalGeneration": {"text_config": MROPE},
+    "Qwen3VLForConditionalGeneration": DEEP,
+    "Qwen3VLMoeForConditionalGeneration": DEEP,
     "Qwen3NextForCausalLM": HYBRID,
     "Qwen3_5ForCausalLM": HYBRID,
     "Qwen3_5ForConditionalGeneration": {"text_config": HYBRID},
