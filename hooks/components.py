@@ -52,6 +52,7 @@ from lenslrp.hooks.operations import (
     declared,
     is_known,
 )
+from lenslrp.hooks.patches import below, embedders
 from lenslrp.hooks.rules import Epsilon, LinearRule, Normalisation, Operations, Plain
 from lenslrp.hooks.sites import Site
 
@@ -150,6 +151,22 @@ def attach_leaf(at: Attached, inner: nn.Module) -> None:
         return out.requires_grad_() if torch.is_grad_enabled() else out
 
     at.hook(inner, leaf)
+
+
+def attach_patches(at: Attached, projection: nn.Module, sites: list[Site]) -> None:
+    """Patches are leaves where nothing before them is: ``sites`` are then off the path.
+
+    Attached behind the projection's own rule, which cuts the graph.
+    """
+
+    def leaf(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return out
+        for site in sites:
+            site.cut = not out.requires_grad
+        return out.requires_grad_()
+
+    at.hook(projection, leaf)
 
 
 def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
@@ -319,12 +336,12 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
         if isinstance(rule, LinearRule) and not layer.weight.is_meta:
             at.weights[layer.weight.data_ptr()] = path
     try:
-        below: set[int] = set()  # what an embedding does inside it (a norm) comes before its leaf
+        inside: set[int] = set()  # what an embedding does inside it (a norm) comes before its leaf
         for inner, _ in embeddings(found):
             attach_leaf(at, inner)
-            below.update(id(part) for part in inner.modules() if part is not inner)
+            inside.update(id(part) for part in inner.modules() if part is not inner)
         for path, module in found:
-            if id(module) in below:
+            if id(module) in inside:
                 continue
             if hasattr(module, "L_bp_cycles_padded"):
                 attach_all_cycles(at, module)
@@ -333,6 +350,8 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
                 attach_operations(at, ctx, path, module, raw[id(module)])
         for mixture in mixed:
             attach_mixture(at, ctx, mixture)
+        for place in embedders(found):
+            attach_patches(at, place.projection, below(found, at.sites))
     except BaseException:
         for undo in reversed(at.undo):
             undo()

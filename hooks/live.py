@@ -140,7 +140,7 @@ def _close_blind_rows(scores: Tensor, pattern: Tensor) -> None:
     Softmax's own backward would turn the gradient of 0 into NaN there; it stays 0.
     """
     blind = pattern.detach().isnan()
-    if scores.requires_grad and bool(blind.any()):
+    if scores.requires_grad and not scores.is_meta and bool(blind.any()):
         scores.register_hook(lambda g: g.masked_fill(blind, 0.0))
 
 

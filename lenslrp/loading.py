@@ -233,7 +233,7 @@ def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def _boot(name: str, **arguments: Any) -> TransformerBridge:
     try:
         bridge: TransformerBridge = TransformerBridge.boot_transformers(name, **arguments)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise LoadError(f"TransformerLens cannot bridge {name!r}: {_first_line(error)}") from error
     return bridge
 

@@ -29,7 +29,6 @@ from lenslrp.hooks.components import (
     BlockBridge,
     ExpertPoint,
     UnembeddingBridge,
-    embeddings,
     layer_of,
 )
 from lenslrp.hooks.functions import apply
@@ -37,38 +36,12 @@ from lenslrp.hooks.install import Rules
 from lenslrp.hooks.readers import Readers, select_names
 from lenslrp.hooks.sites import TERMS, Books, Site, row_sums
 from lenslrp.inputs import Prepared
+from lenslrp.leaves import Leaves, Parts
 from lenslrp.ledger import Ledger, make_ledger
 from lenslrp.targets import Activation, Explained, Outputs, PerRow, Target
 
 BALANCED = {torch.float64: 1e-5, torch.float32: 1e-2}
 """What the books may miss, relative to their largest entry; coarser types round too much."""
-
-Parts = list[tuple[str, nn.Module]]
-
-
-@dataclass
-class Leaves:
-    """Detached copies at the embeddings, where relevance ends."""
-
-    tokens: list[Tensor] = field(default_factory=list)
-    positions: list[Tensor] = field(default_factory=list)
-    decoder_tokens: list[Tensor] = field(default_factory=list)
-    decoder_positions: list[Tensor] = field(default_factory=list)
-    special: list[Tensor] = field(default_factory=list)  #: of an image: [batch, n, d_model]
-    patch_positions: list[Tensor] = field(default_factory=list)
-    patches: list[Tensor] = field(default_factory=list)  #: [batch, d_model, row, column]
-    inputs: dict[str, Tensor] = field(default_factory=dict)  #: pixels, samples: as given
-    special_names: list[str] = field(default_factory=list)
-    seen: list[Tensor] = field(default_factory=list)  #: patches that relevance passes
-    passing: dict[int, Tensor] = field(default_factory=dict)  #: and its gradient there
-
-    def groups(self) -> dict[str, list[Tensor]]:
-        names = ("tokens", "positions", "decoder_tokens", "decoder_positions", "special")
-        lists = {name: getattr(self, name) for name in (*names, "patch_positions", "patches")}
-        return {**lists, "inputs": list(self.inputs.values())}
-
-    def all(self) -> list[Tensor]:
-        return [leaf for group in self.groups().values() for leaf in group]
 
 
 class _CapSkip(torch.autograd.Function):
@@ -372,36 +345,6 @@ def parts_of(target: Target) -> tuple[Target, ...]:
 def architecture(model: Any) -> str:
     """The Hugging Face class name of what a bridge wraps."""
     return type(getattr(model, "original_model", model)).__name__
-
-
-def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, prepared: Prepared) -> None:
-    """Make the outputs of the embeddings leaves of the graph.
-
-    An encoder embeds its tokens, then its positions, before the decoder does. Tokens that a model
-    adds by itself (LED fills up its last window with padding) are no input, and no leaves.
-    """
-    batch, two_stacks = len(prepared.tokens), prepared.decoder is not None
-    sides = [prepared.tokens.shape, *([prepared.decoder.tokens.shape] if prepared.decoder else ())]
-    for inner, position in embeddings(parts):
-
-        def cut(
-            _: nn.Module, args: tuple[Any, ...], out: Tensor, position: bool = position
-        ) -> Tensor:
-            kept = leaves.positions if position else leaves.tokens
-            if two_stacks and (leaves.decoder_tokens if position else leaves.tokens):
-                kept = leaves.decoder_positions if position else leaves.decoder_tokens
-            leaf = out.detach()
-            if not position and leaf.ndim == 3 and leaf.shape[:2] not in sides:
-                return leaf
-            if leaf.ndim == 2:  # positions without a batch
-                leaf = leaf[None]
-            if leaf.shape[0] == 1 and batch > 1:
-                leaf = leaf.expand(batch, *leaf.shape[1:])
-            leaf = leaf.clone().requires_grad_()
-            kept.append(leaf)
-            return leaf
-
-        at.hook(inner, cut)
 
 
 def watch_blocks(at: Attached, parts: Parts, books: Books) -> int:
