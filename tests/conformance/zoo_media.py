@@ -79,10 +79,13 @@ MEDIA: dict[str, tuple[int, Callable[[], Given]]] = {
 }
 """Name -> how many tokens the picture or sound is worth, and what makes it."""
 
+TEXT_ONLY = {"Emu3ForConditionalGeneration": "; an image is tokens, made by a codebook"}
+"""What stands in the table for the others."""
+
 KEYWORDS = ("pixel_values", "input_values", "input_features")
 
 
-def example(name: str) -> tuple[Tensor, Given, Given]:
+def example(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Given, Given]:
     """Tokens with places for the features, the floats, and what else the forward pass takes."""
     places, make = MEDIA[name]
     text = tokens(ROWS, 7)
@@ -90,5 +93,5 @@ def example(name: str) -> tuple[Tensor, Given, Given]:
     given = make()
     if "image_grid_thw" in given and not name.startswith("Muse"):
         given["mm_token_type_ids"] = (row == PLACE).long()
-    floats = {key: value for key, value in given.items() if key in KEYWORDS}
+    floats = {key: value.to(dtype) for key, value in given.items() if key in KEYWORDS}
     return row, floats, {key: value for key, value in given.items() if key not in KEYWORDS}
