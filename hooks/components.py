@@ -46,6 +46,7 @@ from lenslrp.hooks.norms import (
     measure_bias,
 )
 from lenslrp.hooks.operations import (
+    ATTENTION,
     ATTENTION_GATE,
     GATED_MLP,
     attach_operations,
@@ -378,6 +379,8 @@ def _raw_modules(
     gated = (GatedMLPBridge, JointGateUpMLPBridge)
     bridged = {id(original(module)) for _, module in parts if isinstance(module, gated)}
     raw = {id(part): GATED_MLP for mixture in mixed for part in mixture}
+    attended = [original(m) for _, m in parts if isinstance(m, AttentionBridge)]
+    met = {id(part) for inner in attended if inner is not None for part in inner.modules()}
     for _, module in parts:
         if gates_its_output(module):
             raw[id(module)] = ATTENTION_GATE
@@ -385,6 +388,8 @@ def _raw_modules(
         taught = type(module) in ctx.composite.modules
         if spec is None or taught or isinstance(module, GeneralizedComponent):
             continue
+        if spec is ATTENTION and id(module) in met:
+            continue  # its bridge has hook points for it
         if id(module) not in bridged or is_known(module):
             raw.setdefault(id(module), spec)
     return raw

@@ -26,13 +26,14 @@ LINEAR = frozenset(
     re.findall(
         r"\w+",
         """
-        AccumulateGrad Add Alias AsStrided BackwardHookFunction Cat Chunk Clone ConstantPadNd
-        Contiguous Copy CopySlices Copyslices Cumsum Detach Embedding Expand Fill Flatten Flip
-        Gather Identity Index IndexAdd IndexCopy IndexPut IndexSelect MaskedFill MaskedScatter Max
-        Mean Movedim Narrow Neg Pad Permute RSub Real Repeat RepeatInterleave Reshape ReshapeAlias
-        Roll Scatter ScatterAdd Select SelectScatter Slice SliceScatter Sort Split SplitWithSizes
-        Squeeze Stack Sub Sum T TensorSplit ToCopy Topk Transpose Tril Triu Unbind Unfold UnsafeView
-        Complex Unsqueeze View ViewAs ViewAsComplex ViewAsReal Where Zero
+        AccumulateGrad AdaptiveAvgPool1D AdaptiveAvgPool2D Add Alias AsStrided AvgPool1D AvgPool2D
+        BackwardHookFunction Cat Chunk Clone Complex ConstantPadNd Contiguous Copy CopySlices
+        Copyslices Cumsum Detach Embedding Expand Fill Flatten Flip Gather Identity Im2Col Index
+        IndexAdd IndexCopy IndexPut IndexSelect MaskedFill MaskedScatter Max Mean Movedim Narrow Neg
+        Pad Permute Real Repeat RepeatInterleave Reshape ReshapeAlias Roll RSub Scatter ScatterAdd
+        Select SelectScatter Slice SliceScatter Sort Split SplitWithSizes Squeeze Stack Sub Sum T
+        TensorSplit ToCopy Topk Transpose Tril Triu Unbind Unfold UnsafeView Unsqueeze
+        UpsampleBicubic2D UpsampleBilinear2D View ViewAs ViewAsComplex ViewAsReal Where Zero
         """,
     )
 )

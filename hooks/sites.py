@@ -87,6 +87,7 @@ class Site:
         layer: index of the block, ``None`` outside the blocks.
         forward, backward: how often it has fired since the rules were attached.
         cut: the composite leaves it off the path (CP's gate and query norms): it never fires.
+        order: when it last ran: autograd's number for its node.
         optional: it stands for operations that a module may or may not have.
         books: where to report, or ``None`` when nobody keeps a ledger.
     """
@@ -100,6 +101,7 @@ class Site:
     backward: int = 0
     cut: bool = False
     optional: bool = False
+    order: int = -1
     books: Books | None = field(default=None, repr=False)
 
     def report(self, term: str, amount: Tensor) -> None:

@@ -260,6 +260,17 @@ class Pass:
                 f"weights are broken (dtype {values.dtype}); check the model's own logits"
             )
 
+    def _above_features(self, site: Site, on_path: set[int]) -> bool:
+        """Whether a tower ran a site after the last one that the text is given anything of.
+
+        LLaVA takes its features below the top of its vision tower. What a cut leaves off the path
+        ran before something that is on it.
+        """
+        if not self.prepared.media or not self.leaves.tokens or "blocks" in _stack(site):
+            return False
+        used = [s.order for s in self.rules.sites if id(s) in on_path and _stack(s) == _stack(site)]
+        return bool(used) and site.order > max(used)
+
     def _check(self, roots: list[Tensor], latent: list[str]) -> tuple[list[str], set[int]]:
         """What is not covered (raised if strict), and the sites on the path."""
         found = cover.walk(roots, weights=self.rules.weights)
@@ -280,6 +291,7 @@ class Pass:
             and not s.cut
             and id(s) not in found.sites
             and not _pools(s)
+            and not self._above_features(s, found.sites)
             and (not latent or (s.layer is not None and s.layer < below))
         ]
         faults = [
