@@ -102,7 +102,8 @@ def test_options_need_less(shape: Any) -> None:
     assert fused.held < plain.held
     assert half.weights == plain.weights / 2
     assert half.held < 0.8 * plain.held  # softmax and norms compute in float32 all the same
-    assert frugal.flops > 1.3 * plain.flops  # the blocks' forward pass once more
+    # The forward pass of the blocks once more, but for the last linear layer of each.
+    assert frugal.flops > 1.2 * plain.flops
 
 
 def test_reading_streams() -> None:
