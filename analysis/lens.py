@@ -17,8 +17,6 @@ How it is fitted is in :mod:`lenslrp.analysis.lens_fit`.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lenslrp.analysis.files import whole
 from lenslrp.analysis.places import stack_name
 from lenslrp.errors import InputError
 from lenslrp.inputs import is_encoder_decoder
@@ -98,21 +97,13 @@ class Lens:
             InputError: the folder does not exist.
         """
         path = Path(path)
-        if not path.parent.is_dir():
-            raise InputError(f"the folder {path.parent} does not exist; cannot write {path.name}")
         tensors = {f"matrix.{k}": v.cpu().contiguous() for k, v in self.matrices.items()}
         tensors |= {f"bias.{k}": v.cpu().contiguous() for k, v in self.biases.items()}
         facts = {name: getattr(self, name) for name in _FACTS}
         facts["noise"] = {str(k): v for k, v in self.noise.items()}
         manifest = {"format": FORMAT, "version": VERSION, **facts}
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-        try:
-            save_file(tensors, name, metadata={"manifest": json.dumps(manifest)})
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with whole(path) as part:
+            save_file(tensors, part, metadata={"manifest": json.dumps(manifest)})
         return path
 
     @classmethod

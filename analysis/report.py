@@ -14,15 +14,14 @@ import base64
 import contextlib
 import io
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenslrp.analysis import plots
+from lenslrp.analysis.files import whole
 from lenslrp.analysis.readout import unembedding
 from lenslrp.analysis.report_template import TEMPLATE
 from lenslrp.analysis.vocabulary import neuron_writes
@@ -125,10 +124,13 @@ def _neurons(R: RelevanceCache, row: int, model: TransformerBridge | None) -> di
     table = R.top("mlp.hook_post", k=_NEURONS, row=row)
     relevance = _column(map(float, table["relevance"]))
     rows = []
+    readable = model if _has_vocabulary(model) else None
     for place, entry in enumerate(table.itertuples()):
         writes = []
-        if _has_vocabulary(model):
-            writes = [visible(t) for t in neuron_writes(model, int(entry.layer), int(entry.neuron))]
+        if readable is not None:
+            writes = [
+                visible(t) for t in neuron_writes(readable, int(entry.layer), int(entry.neuron))
+            ]
         rows.append(
             {
                 "layer": entry.layer,
@@ -236,21 +238,6 @@ def _environment() -> Any:
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
 
 
-def _write(path: Path, text: str) -> None:
-    """Write all of ``text`` or leave what was there."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 def report_html(R: RelevanceCache, *, model: TransformerBridge | None = None, row: int = 0) -> str:
     """The page of :func:`write_report` as a string."""
     environment = _environment()
@@ -308,7 +295,6 @@ def write_report(
         ImportError: when Jinja2 or matplotlib is missing.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(f"the folder {path.parent} does not exist; cannot write {path.name} there")
-    _write(path, report_html(R, model=model, row=row))
+    with whole(path) as part:
+        part.write_text(report_html(R, model=model, row=row), encoding="utf-8", errors="replace")
     return path

@@ -227,9 +227,13 @@ def reads(
 
 
 def _layer_of(unit: Unit) -> int:
-    layer = layer_of(str(unit))
-    if layer is None:
-        raise InputError(f"{unit} is in no block, so no lens says how it is carried on")
+    """The block after which the residual stream holds what the unit wrote."""
+    hook = str(unit).partition("[")[0]
+    layer = layer_of(hook)
+    if layer is not None and hook.endswith("hook_resid_pre"):
+        layer -= 1
+    if layer is None or layer < 0:
+        raise InputError(f"{unit} is behind no block, so no lens says how it is carried on")
     return layer
 
 

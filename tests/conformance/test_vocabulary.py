@@ -92,6 +92,16 @@ def test_what_a_neuron_writes_is_the_gradient_of_the_logits(name: str) -> None:
     along(writes(model, neuron).scores, rows[:, rows.abs().sum(dim=0).argmax()])
 
 
+@pytest.mark.parametrize("processed", [True, False])
+def test_folded_norms_are_read_as_they_are(processed: bool) -> None:
+    model, neuron = zoo.build("GPT2LMHeadModel"), Neuron(LAST, 3)
+    model.enable_compatibility_mode(no_processing=not processed)
+    with traced(model, neuron.hook(model)) as seen:
+        post = seen[neuron.hook(model)]
+        grads = [gradient(x, post)[0, -1, 3] for x in seen["unembed.hook_out"][0][0, -1]]
+    along(writes(model, neuron).scores, torch.stack(grads))
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_what_an_experts_neuron_writes(name: str) -> None:
     model = zoo.build(name)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import lenslrp
 from lenslrp.analysis import (
+    Direction,
     Lens,
     Neuron,
     compare_lenses,
@@ -21,8 +22,10 @@ from lenslrp.analysis import (
     fit_ridge_lens,
     writes,
 )
+from lenslrp.analysis.lens_fit import _batches
 from lenslrp.errors import InputError
 from tests.conformance import zoo
+from tests.unit.tiny import tiny, word_tokenizer
 
 SAME = 1e-6  # matrices are kept in float32
 
@@ -139,11 +142,24 @@ def test_a_lens_carries_what_a_neuron_writes() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_padding_does_not_count() -> None:
+def test_a_direction_before_a_block_is_carried_from_the_block_before() -> None:
+    model = zoo.build("LlamaForCausalLM")
+    lens = fit_relevance_lens(model, torch.randint(3, 53, (40, 4)))
+    vector = torch.randn(16).double()
+    after, before, last = (
+        writes(model, Direction(f"blocks.{hook}", vector), lens=lens).scores
+        for hook in ("0.hook_resid_post", "1.hook_resid_pre", "1.hook_resid_post")
+    )
+    assert torch.equal(after, before)
+    assert torch.equal(last, writes(model, Direction("blocks.1.hook_resid_post", vector)).scores)
+    for hook in ("blocks.0.hook_resid_pre", "embed.hook_out"):
+        with pytest.raises(InputError, match="is behind no block"):
+            writes(model, Direction(hook, vector), lens=lens)
+
+
+def test_the_first_tokens_do_not_count() -> None:
     model = zoo.build("LlamaForCausalLM")
     rows = torch.randint(3, 53, (40, 4))
-    from lenslrp.analysis.lens_fit import _batches
-
     counted = [c for _, c, _ in _batches(model, rows, 8, 1, "")]
     assert all(c.tolist() == [[False, True, True, True]] * 8 for c in counted)
 
@@ -158,6 +174,18 @@ def test_everything_is_undone_and_the_same_seed_gives_the_same_lens() -> None:
     assert not torch.equal(one.matrices[0], other.matrices[0])
     assert sum(len(m._forward_hooks) for m in model.modules()) == hooks
     assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_padding_does_not_count() -> None:
+    model = tiny("llama", tokenizer=word_tokenizer())
+    text = ["a b c d e f g", "g h i", "c a"]
+    _, counted, _ = next(_batches(model, text, 3, 1, ""))
+    assert counted.sum(dim=1).tolist() == [7, 3, 2]  # of 8, 4 and 3 with the first token
+    together, apart = (
+        compare_lenses(model, text, {"logit": None}, batch_size=size) for size in (3, 1)
+    )
+    assert together["positions"][0] == 12
+    assert together["kl"][0] == pytest.approx(apart["kl"][0], rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadMo
 from lenslrp.analysis import Head, Neuron, readout, reads, sign_cases, writes
 from lenslrp.analysis.vocabulary import neuron_writes
 from lenslrp.errors import InputError
+from tests.conformance import zoo
 
 TINY_GPT2 = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=40, n_positions=8)
 TINY_GEMMA = GemmaConfig(
@@ -152,15 +153,23 @@ def test_sources_are_for_heads():
 
 
 def test_a_masked_language_head_is_no_reading_of_a_direction():
-    from tests.conformance import zoo
-
     with pytest.raises(InputError, match=r"head of its own \(mlm_head\)"):
         writes(zoo.build("BertForMaskedLM"), Neuron(1, 3))
+    assert set(reads(zoo.build("BertForMaskedLM"), Neuron(1, 3))) == {"in"}
+
+
+@pytest.mark.parametrize("name", ["ViTModel", "DeiTModel"])
+def test_a_headless_model_says_so(name):
+    with pytest.raises(InputError, match=f"{name} has no unembedding"):
+        writes(zoo.build(name), Neuron(1, 3))
+
+
+def test_latent_attention_has_no_matrices_of_one_head():
+    with pytest.raises(InputError, match="has no W_O of a single head"):
+        writes(zoo.build("DeepseekV3ForCausalLM"), Head(1, 1))
 
 
 def test_classes_are_the_vocabulary_of_an_image_classifier():
-    from tests.conformance import zoo
-
     model = zoo.build("ViTForImageClassification")
     assert set(writes(model, Neuron(1, 3)).top(2)["token"]) == {"LABEL_0", "LABEL_1"}
     with pytest.raises(InputError, match="embeds no tokens"):
@@ -168,8 +177,6 @@ def test_classes_are_the_vocabulary_of_an_image_classifier():
 
 
 def test_an_encoder_writes_to_no_vocabulary():
-    from tests.conformance import zoo
-
     model = zoo.build("T5ForConditionalGeneration")
     with pytest.raises(InputError, match="an encoder writes to cross-attention"):
         writes(model, Neuron(1, 3, side="encoder"))
