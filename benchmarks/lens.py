@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from bootstrap import bootstrap
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
@@ -88,9 +89,7 @@ def unit_effects(
             for row in range(count):
                 neuron = Neuron(layer, int(neurons[row]))
                 for name, lens in lenses.items():
-                    scores = (
-                        writes(model, neuron, lens=lens).scores * post[row, neurons[row]].sign()
-                    )
+                    scores = writes(model, neuron, lens=lens).scores * signs[row]
                     pair = torch.corrcoef(torch.stack([scores, change[row]]))
                     records.append((layer, name, start + row, float(pair[0, 1])))
     return pd.DataFrame(records, columns=["layer", "lens", "unit", "correlation"])
@@ -103,12 +102,8 @@ def print_unit_effects(table: pd.DataFrame) -> None:
     print(wide.groupby("layer").mean().round(3).to_string())
     print("all", wide.mean().round(3).to_dict())
     for name in names[1:]:
-        print(
-            name,
-            "less",
-            names[0],
-            interval((wide[name] - wide[names[0]]).to_numpy(), seed=0, sign="+"),
-        )
+        mean, low, high = bootstrap((wide[name] - wide[names[0]]).to_numpy(), seed=0)
+        print(f"{name} less {names[0]}: {mean:+.3f} ({low:+.3f} to {high:+.3f})")
 
 
 def main() -> None:
