@@ -8,7 +8,7 @@ positions do not mix, it is exact as soon as there are d_model of them. Two halv
 are solved apart: their mean is the lens, and their distance tells its error (``Lens.noise``).
 
 A ridge regression from resid_l to resid_final (a tuned lens, Belrose et al. 2023, in closed form)
-has the same number of parameters and is the upper bound that a linear map of states can reach.
+has the same number of parameters and is what a linear map of states can reach.
 """
 
 from __future__ import annotations
@@ -136,8 +136,9 @@ def fit_relevance_lens(
 ) -> Lens:
     """The mean LRP Jacobian from after each block to the final residual, same position.
 
-    One forward and one backward pass a batch serve all layers. Some 10 to 20 times d_model
-    positions give an error of a few percent (``Lens.noise`` tells).
+    One forward and one backward pass a batch serve all layers. Early layers need the most text:
+    with 28 times d_model positions, ``Lens.noise`` of SmolLM2 is .04 after the last layer but one,
+    .23 after layer 12 and .52 after layer 0 (``benchmarks/lens.py``).
 
     Args:
         prompts: strings, or token ids [batch, pos].
