@@ -93,7 +93,12 @@ def prepare(
     """Tokenise the corpus and decide the plan: what every shard starts from.
 
     Options as for :meth:`NeuronDictionary.build`. Called again with the same options it finds what
-    it left; with others it refuses.
+    it left; with others it refuses. ``corpus=None`` takes the corpus that lies there tokenised, as
+    every worker but the first does.
+
+    Raises:
+        InputError: an option that does not hold for this model or corpus.
+        StorageError: ``path`` holds work on another dictionary, or the disk is full.
     """
     require_bridge(model)
     if reads_no_text(model) or is_encoder_decoder(model):
@@ -116,7 +121,7 @@ def prepare(
         schema=SCHEMA,
         model=describe_model(model),
         tokenizer=describe_tokenizer(model.tokenizer),
-        corpus={**about, "name": _corpus_name(corpus), "revision": revision},
+        corpus={**about, "name": _corpus_name(corpus, work), "revision": revision},
         places=places,
         sites=tuple((site.name, site.fingerprint) for site in found),
         criteria=chosen,
@@ -163,16 +168,20 @@ def _target_text(model: Any, target: Any) -> str:
     return repr(target)
 
 
-def _corpus_name(corpus: Any) -> str:
+def _corpus_name(corpus: Any, work: Path) -> str:
+    if corpus is None:
+        return str(load_json(work / "plan.json")["corpus"]["name"])
     if isinstance(corpus, str | Path):
         return Path(corpus).name
     info = getattr(corpus, "info", None)
-    return str(getattr(info, "dataset_name", None) or type(corpus).__name__)
+    return str(getattr(info, "dataset_name", None) or "from memory")
 
 
 def _tokenised(corpus: Any, model: Any, work: Path, cut: Cut) -> Corpus:
     """The corpus on disk: as it lies there if it is the same one, or cut anew beside it."""
     folder = work / "corpus"
+    if corpus is None:
+        return Corpus.open(folder)
     identity = describe_corpus(corpus, describe_tokenizer(model.tokenizer), cut)
     if not (folder / "corpus.json").exists():
         return tokenise(corpus, model.tokenizer, folder, cut, identity)
@@ -264,17 +273,18 @@ class NeuronDictionary:
                 f"{folder} holds a finished dictionary already: open it, or choose another path"
             )
         job = prepare(model, corpus, folder, **options)
-        scan_shard(job, checkpoint_every=checkpoint_every, progress=progress)
+        shard = scan_shard(job, checkpoint_every=checkpoint_every, progress=progress)
         return cls.merge(
-            job, checkpoint_every=checkpoint_every, progress=progress, keep_work=keep_work
+            job, [shard], checkpoint_every=checkpoint_every, progress=progress, keep_work=keep_work
         )
 
     @classmethod
     def merge(
         cls,
         job: Job,
-        files: Iterable[str | Path] | None = None,
+        files: Iterable[str | Path],
         *,
+        parts: list[Path] | None = None,
         checkpoint_every: float = 60.0,
         progress: bool = True,
         keep_work: bool = False,
@@ -283,17 +293,18 @@ class NeuronDictionary:
 
         Args:
             job: of :func:`prepare`, with the options of the shards.
-            files: the shards' files; all in the work folder if not given.
+            files: the files of all shards.
+            parts: the files of the replay, where it was done already.
+            checkpoint_every, progress, keep_work: as for :meth:`build`.
 
         Raises:
             StorageError: shards that do not make a whole, or were made otherwise.
         """
-        if files is None:
-            files = sorted(job.work.glob("shard-*-of-*.safetensors"))
         state = merge_shards(job, files)
         entries = Entries.of(state, job.plan)
-        options: dict[str, Any] = {"checkpoint_every": checkpoint_every, "progress": progress}
-        publish(job, state, entries, replay(job, entries, **options))
+        if parts is None:
+            parts = replay(job, entries, checkpoint_every=checkpoint_every, progress=progress)
+        publish(job, state, entries, parts)
         if not keep_work:
             # The plan goes first: without it, what is left of the work is not gone on with.
             (job.work / "plan.json").unlink()
@@ -411,14 +422,14 @@ class NeuronDictionary:
     def to_dataframe(self, criterion: str | None = None) -> pd.DataFrame:
         """All examples of one criterion, or of all, without their windows.
 
-        Columns ``unit, hook, index, criterion, rank, score, document, position``.
+        Columns ``unit, hook, index, criterion, rank, score, doc, position``.
         """
         self.require_criterion(criterion)
         columns = ["unit", "criterion", "rank", "score", "document", "position"]
         table = _read(self.path / "examples.parquet", self._examples, None, columns)
         if criterion is not None:
             table = table.filter(pc.equal(table["criterion"].cast(pa.string()), criterion))
-        frame = table.to_pandas()
+        frame = table.to_pandas().rename(columns={"document": "doc"})
         ends = np.array([place.end for place in self.plan.places])
         place = np.searchsorted(ends, frame["unit"].to_numpy(), side="right")
         firsts = np.array([p.first for p in self.plan.places])
@@ -444,7 +455,7 @@ class NeuronDictionary:
             limit: how many rows.
 
         Returns:
-            ``unit, hook, index, criterion, rank, score, document, position, window``: best ranks
+            ``unit, hook, index, criterion, rank, score, doc, position, window``: best ranks
             first, then the best match.
 
         Raises:
@@ -476,13 +487,13 @@ class NeuronDictionary:
         if not wanted:
             return pd.DataFrame(columns=["unit", "hook", "index", "share"])
         frame = self.to_dataframe(criterion)
-        documents = self.texts.documents(sorted(set(frame["document"].tolist())))
+        documents = self.texts.documents(sorted(set(frame["doc"].tolist())))
         width = int(self.plan.corpus["cut"]["context"])
         ids = np.fromiter(documents, dtype=np.int64)
         tokens = np.full((len(ids), width), -1, dtype=np.int64)
         for row, doc in enumerate(documents.values()):
             tokens[row, : len(doc.tokens)] = doc.tokens.numpy()
-        row = np.searchsorted(ids, frame["document"].to_numpy())
+        row = np.searchsorted(ids, frame["doc"].to_numpy())
         at = tokens[row, frame["position"].to_numpy()]
         frame["share"] = np.isin(at, wanted)
         found = frame.groupby(["unit", "hook", "index"], as_index=False)["share"].mean()
@@ -557,7 +568,7 @@ class NeuronDictionary:
             text = windows[int(doc), int(position)]
             about = self.slots[slot][0], int(rank), score, int(doc), int(position), text
             made.append((*self._named(unit), *about))
-        names = ["criterion", "rank", "score", "document", "position", "window"]
+        names = ["criterion", "rank", "score", "doc", "position", "window"]
         return pd.DataFrame(made, columns=["unit", "hook", "index", *names])
 
     def window(self, document: Document, position: int) -> tuple[int, list[str]]:

@@ -78,7 +78,7 @@ class Page:
     def examples(self, criterion: str = "actmax") -> pd.DataFrame:
         """The sentences of one criterion, best first (deciles: lowest first).
 
-        Columns: ``rank``; ``score`` (of the hit); ``document``; ``position`` (of the hit, in the
+        Columns: ``rank``; ``score`` (of the hit); ``doc``; ``position`` (of the hit, in the
         document); ``start`` (of the window, likewise); ``tokens`` (the window as text);
         ``activations`` and, where it was searched, ``relevances`` [window] of this unit at each
         token; ``target``, ``target_position`` and ``target_value``: the token that relevance
@@ -105,7 +105,7 @@ class Page:
             {
                 "rank": rows["rank"].to_pylist(),
                 "score": rows["score"].to_pylist(),
-                "document": rows["document"].to_pylist(),
+                "doc": rows["document"].to_pylist(),
                 "position": rows["position"].to_pylist(),
                 "start": [start for start, _ in windows],
                 "tokens": [tokens for _, tokens in windows],
@@ -163,7 +163,7 @@ class Page:
                 f"{self.name} is a {self.place.kind}; tokens are attributed for single components"
             )
         frame = self.examples(criterion).head(k).copy()
-        documents = self.dictionary.texts.documents(frame["document"])
+        documents = self.dictionary.texts.documents(frame["doc"])
         frame["attributions"] = _attributions(model, self, frame, documents, options)
         return frame
 
@@ -171,7 +171,7 @@ class Page:
 def _attributions(
     model: Any, page: Page, frame: pd.DataFrame, documents: Any, options: dict[str, Any]
 ) -> list[NDArray[np.float32]]:
-    rows = [documents[doc].tokens for doc in frame["document"]]
+    rows = [documents[doc].tokens for doc in frame["doc"]]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.tensor([[i < len(row) for i in range(tokens.shape[1])] for row in rows])
     target = PerRow(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ from lenslrp.errors import InputError
 Sites = str | SparseCoder | Direction | Sequence["str | SparseCoder | Direction"]
 
 
+@runtime_checkable
 class Readout(Protocol):
     """Units of one kind at one hook point: [row, pos, ...] -> [row, pos, unit]."""
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
 import torch
 from jaxtyping import Float32, Int16, Int64
 from torch import Tensor
@@ -196,6 +194,10 @@ class _Cutter:
         self.windows += len(self.ids)
 
     def flush(self, path: Path, metadata: dict[str, str]) -> None:
+        if not self.done:  # more ranks than blocks
+            nothing = torch.zeros(0, dtype=torch.int64)
+            self.begin(Block(-1, nothing, nothing[None], nothing[None].bool()), nothing)
+            self.end(None)
         joined = {name: torch.cat(some) for name, some in self.done.items()}
         order = joined["entry"].argsort()
         for name in ("entry", *self._kinds()):
@@ -226,7 +228,7 @@ def replay(
     plan, statistics = job.plan, Statistics.of(job.plan)
     blocks, ids, bounds = _by_block(job, entries, statistics)
     remove_leftovers(job.work)
-    files = sorted(job.work.glob(f"replay-{rank:05d}-of-{world:05d}-*.safetensors"))
+    files = replayed(job, rank, world)
     start = rank
     for path in files:
         _, metadata = load_tensors(path)
@@ -249,12 +251,24 @@ def replay(
             bar.update(1)
             last = n + world >= len(blocks)
             if last or cutter.windows >= FLUSH or time.monotonic() - saved >= checkpoint_every:
-                name = f"replay-{rank:05d}-of-{world:05d}-{len(files):06d}.safetensors"
-                files.append(job.work / name)
-                about: dict[str, Any] = {"plan": plan.fingerprint(), "next": n + world}
-                cutter.flush(files[-1], {k: str(v) for k, v in about.items()})
+                files.append(_flush(job, cutter, rank, world, n + world, len(blocks)))
                 saved = time.monotonic()
+    if not files:
+        files.append(_flush(job, cutter, rank, world, start, len(blocks)))
     return files
+
+
+def _flush(job: Job, cutter: _Cutter, rank: int, world: int, following: int, blocks: int) -> Path:
+    number = len(replayed(job, rank, world))
+    path = job.work / f"replay-{rank:05d}-of-{world:05d}-{number:06d}.safetensors"
+    about = {"plan": job.plan.fingerprint(), "next": following, "done": following >= blocks}
+    cutter.flush(path, {name: str(value) for name, value in about.items()})
+    return path
+
+
+def replayed(job: Job, rank: int, world: int) -> list[Path]:
+    """The files that a replay has written so far."""
+    return sorted(job.work.glob(f"replay-{rank:05d}-of-{world:05d}-*.safetensors"))
 
 
 def _by_block(

@@ -72,7 +72,7 @@ def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of processes that were killed while writing."""
     for left in folder.glob(".*.tmp"):
         owner = left.name.rsplit(".", 2)[-2]
-        if not (owner.isdigit() and _runs(int(owner))):
+        if owner.isdigit() and not _runs(int(owner)):
             left.unlink(missing_ok=True)
 
 
