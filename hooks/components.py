@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, components, layer_of, original
-from lenslrp.hooks.attention import attach_attention, softcap_of
+from lenslrp.hooks.attention import attach_attention, gates_its_output, softcap_of
 from lenslrp.hooks.convolution import CONVOLUTIONS, attach_convolution
 from lenslrp.hooks.experts import ExpertPoint, Mixture, attach_mixture, expert_points, mixtures
 from lenslrp.hooks.norms import (
@@ -44,7 +44,14 @@ from lenslrp.hooks.norms import (
     is_norm,
     measure_bias,
 )
-from lenslrp.hooks.operations import GATED_MLP, attach_operations, declared
+from lenslrp.hooks.operations import (
+    ATTENTION_GATE,
+    GATED_MLP,
+    attach_operations,
+    declared,
+    is_known,
+)
+from lenslrp.hooks.patches import below, embedders
 from lenslrp.hooks.rules import Epsilon, LinearRule, Normalisation, Operations, Plain
 from lenslrp.hooks.sites import Site
 
@@ -85,6 +92,9 @@ LAYERS: tuple[type, ...] = (nn.Linear, Conv1D, *CONVOLUTIONS)
 SINUSOIDS = "SinusoidalPositionalEmbedding"
 """How transformers' classes for positions without a weight end."""
 
+PER_LAYER = "model.embed_tokens_per_layer"
+"""Gemma 4 embeds the tokens once more for every layer, without a bridge."""
+
 NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
     native._ACTIVATIONS[name] for name in ("gelu", "gelu_new", "relu", "silu")
 )
@@ -101,8 +111,9 @@ def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, 
     parts = list(parts)
     for path, module in parts:
         if not isinstance(module, EmbeddingBridge | PosEmbedBridge):
-            if type(module).__name__.endswith(SINUSOIDS):  # XGLM's has no bridge
-                found.setdefault(id(module), (module, True))
+            position = type(module).__name__.endswith(SINUSOIDS)  # XGLM's has no bridge
+            if position or path.endswith(PER_LAYER):
+                found.setdefault(id(module), (module, position))
             continue
         inner = original(module)
         if inner is None or not any(True for _ in (*inner.parameters(), *inner.buffers())):
@@ -139,6 +150,22 @@ def attach_leaf(at: Attached, inner: nn.Module) -> None:
         return out.requires_grad_() if torch.is_grad_enabled() else out
 
     at.hook(inner, leaf)
+
+
+def attach_patches(at: Attached, projection: nn.Module, sites: list[Site]) -> None:
+    """Patches are leaves where nothing before them is: ``sites`` are then off the path.
+
+    Attached behind the projection's own rule, which cuts the graph.
+    """
+
+    def leaf(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return out
+        for site in sites:
+            site.cut = not out.requires_grad
+        return out.requires_grad_()
+
+    at.hook(projection, leaf)
 
 
 def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
@@ -241,6 +268,12 @@ def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge)
     )
 
 
+def attach_all_cycles(at: Attached, model: Any) -> None:
+    """HRM runs all but its last cycles without gradients, which is a means of training only."""
+    config = model.config
+    at.attribute(model, "L_bp_cycles_padded", [config.L_cycles] * config.H_cycles)
+
+
 def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
     function: Any = resolve_activation_fn(mlp.config)
     activations: list[Any] = [m for m in original(mlp).children() if isinstance(m, ACTIVATIONS)]
@@ -302,14 +335,22 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
         if isinstance(rule, LinearRule) and not layer.weight.is_meta:
             at.weights[layer.weight.data_ptr()] = path
     try:
+        inside: set[int] = set()  # what an embedding does inside it (a norm) comes before its leaf
         for inner, _ in embeddings(found):
             attach_leaf(at, inner)
+            inside.update(id(part) for part in inner.modules() if part is not inner)
         for path, module in found:
+            if id(module) in inside:
+                continue
+            if hasattr(module, "L_bp_cycles_padded"):
+                attach_all_cycles(at, module)
             _attach(at, ctx, path, module, gates, roles)
             if id(module) in raw and not any(module in mixture for mixture in mixed):
                 attach_operations(at, ctx, path, module, raw[id(module)])
         for mixture in mixed:
             attach_mixture(at, ctx, mixture)
+        for place in embedders(found):
+            attach_patches(at, place.projection, below(found, at.sites))
     except BaseException:
         for undo in reversed(at.undo):
             undo()
@@ -325,11 +366,13 @@ def _raw_modules(
     bridged = {id(original(module)) for _, module in parts if isinstance(module, gated)}
     raw = {id(part): GATED_MLP for mixture in mixed for part in mixture}
     for _, module in parts:
+        if gates_its_output(module):
+            raw[id(module)] = ATTENTION_GATE
         spec = declared(module)
         taught = type(module) in ctx.composite.modules
         if spec is None or taught or isinstance(module, GeneralizedComponent):
             continue
-        if id(module) not in bridged:
+        if id(module) not in bridged or is_known(module):
             raw.setdefault(id(module), spec)
     return raw
 
@@ -369,9 +412,11 @@ def _attach(
     elif isinstance(module, NormalizationBridge):
         attach_norm(at, ctx, path, module)
     elif isinstance(module, AttentionBridge):
-        attach_attention(at, ctx, path, module)
+        if type(original(module)) not in ctx.composite.modules:  # taught: it has rules of its own
+            attach_attention(at, ctx, path, module)
     elif isinstance(module, GatedMLPBridge) and original(module) is not None:
-        attach_gated_mlp(at, ctx, path, module)
+        if not is_known(original(module)):
+            attach_gated_mlp(at, ctx, path, module)
     elif id(module) not in at.wrapped and is_norm(module):
         attach_loose_norm(at, ctx, path, module)
     elif isinstance(module, ACTIVATIONS):

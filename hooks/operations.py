@@ -44,12 +44,23 @@ from lenslrp.hooks.sites import Site, row_sums
 ATTENTION_GATE = Operations("attention_gate", leaks=("sigmoid", "softplus"), attention=False)
 ROUTER = Operations("router", attention=False)
 GATED_MLP = Operations(gated=True, leaks=(), attention=False)
+FUNCTIONAL = Operations(leaks=(), attention=False)
 
 KNOWN: Mapping[str, Operations] = {
     "AfmoeAttention": ATTENTION_GATE,
+    "BitNetMLP": GATED_MLP,  # a norm between the product and the last projection
+    "Gemma4TextDecoderLayer": GATED_MLP,  # gates an embedding of its own for each layer
+    "HrmTextModel": FUNCTIONAL,  # adds a learned initial state
     "JetMoeAttention": ATTENTION_GATE,
     "JetMoeTopKGating": ROUTER,
     "LagunaAttention": ATTENTION_GATE,
+    "Lfm2MLP": GATED_MLP,
+    "Lfm2MoeMLP": GATED_MLP,
+    "Lfm2MoeShortConv": FUNCTIONAL,  # two gates around a convolution over three positions
+    "Lfm2ShortConv": FUNCTIONAL,
+    "ModernBertDecoderMLP": GATED_MLP,
+    "MuseGlimmerTextAttention": ATTENTION_GATE,
+    "RobertaLMHead": FUNCTIONAL,
 }
 """Classes of transformers whose own code multiplies or activates."""
 
@@ -237,6 +248,11 @@ def _shared(x: Tensor, share: float, site: Site) -> Tensor:
     return x.detach() if share == 0 else F.apply(F.Share, x, share, site)
 
 
+def is_known(module: nn.Module) -> bool:
+    """Whether a module's class is in :data:`KNOWN`."""
+    return type(module).__name__ in KNOWN
+
+
 def declared(module: nn.Module) -> Operations | None:
     """What is known of a class's raw operations, by its name or its sub-modules."""
     known = KNOWN.get(type(module).__name__)
@@ -257,6 +273,8 @@ def sites_of(ctx: Context, path: str, module: nn.Module, spec: Operations) -> di
     above = "router" if spec.product == "gate" else spec.product
     above = "attention_av" if spec.attention else above
     sites["softmax"].cut = F.product_shares(ctx.composite[above])[0] == 0
+    if spec.attention:  # queries and keys feed the pattern
+        sites["attention_qk"].cut = sites["softmax"].cut
     for site in sites.values():
         site.optional = True
     return sites

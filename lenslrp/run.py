@@ -25,14 +25,13 @@ from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books
 from lenslrp.inputs import Prepared
+from lenslrp.leaves import Leaves, cut_leaves, cut_media
 from lenslrp.passes import (
-    Leaves,
     Pass,
     Uncovered,
     architecture,
     capture,
     checkpoint_blocks,
-    cut_leaves,
     parts_of,
     undone,
     watch_blocks,
@@ -207,7 +206,7 @@ def _run(
             run = Pass(model, rules, readers, Leaves(), prepared, books, strict)
             given = dict(prepared.media)
             if given:
-                given = media.cut_media(at, parts, run.leaves, rules.sites, given, leaves)
+                given = cut_media(at, parts, run.leaves, rules.sites, given, leaves)
             if inputs_embeds is None:
                 cut_leaves(at, parts, run.leaves, prepared)
             run.layers = watch_blocks(at, parts, books) if books is not None else 0
