@@ -9,21 +9,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lenslrp.analysis.coders import SparseCoder
+    from lenslrp.analysis.lens import Lens
+    from lenslrp.analysis.lens_fit import compare_lenses, fit_relevance_lens, fit_ridge_lens
     from lenslrp.analysis.units import Direction, Feature, Head, Neuron, Unit, parse_unit
+    from lenslrp.analysis.vocabulary import VocabularyScores, cosines, reads, sign_cases, writes
 
 _HOMES = {
     "coders": ("SparseCoder",),
+    "lens": ("Lens",),
+    "lens_fit": ("compare_lenses", "fit_relevance_lens", "fit_ridge_lens"),
     "units": ("Direction", "Feature", "Head", "Neuron", "Unit", "parse_unit"),
+    "vocabulary": ("VocabularyScores", "cosines", "reads", "sign_cases", "writes"),
 }
 
 __all__ = [
     "Direction",
     "Feature",
     "Head",
+    "Lens",
     "Neuron",
     "SparseCoder",
     "Unit",
+    "VocabularyScores",
+    "compare_lenses",
+    "cosines",
+    "fit_relevance_lens",
+    "fit_ridge_lens",
     "parse_unit",
+    "reads",
+    "sign_cases",
+    "writes",
 ]
 
 

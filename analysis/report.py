@@ -11,6 +11,7 @@ not read say so and are left out. Jinja2 and matplotlib are imported when a repo
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import math
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenslrp.analysis import plots
+from lenslrp.analysis.readout import unembedding
 from lenslrp.analysis.report_template import TEMPLATE
 from lenslrp.analysis.vocabulary import neuron_writes
 from lenslrp.errors import InputError
@@ -109,13 +111,23 @@ def _sign(value: float) -> str:
     return "pos" if value > 0 else "neg" if value < 0 else ""
 
 
+def _has_vocabulary(model: TransformerBridge | None) -> bool:
+    """Whether what neurons write can be read as tokens."""
+    if model is None:
+        return False
+    with contextlib.suppress(InputError):
+        unembedding(model)
+        return True
+    return False
+
+
 def _neurons(R: RelevanceCache, row: int, model: TransformerBridge | None) -> dict[str, Any]:
     table = R.top("mlp.hook_post", k=_NEURONS, row=row)
     relevance = _column(map(float, table["relevance"]))
     rows = []
     for place, entry in enumerate(table.itertuples()):
         writes = []
-        if model is not None and hasattr(model, "unembed"):
+        if _has_vocabulary(model):
             writes = [visible(t) for t in neuron_writes(model, int(entry.layer), int(entry.neuron))]
         rows.append(
             {
@@ -288,7 +300,7 @@ def report_html(
         residual=_section(lambda: _residual(R, row, scale.dominated)),
         heads=_section(lambda: _heads(R, row)),
         neurons=_section(lambda: _neurons(R, row, model)),
-        writes=model is not None and hasattr(model, "unembed"),
+        writes=_has_vocabulary(model),
         ledger=ledger,
         coverage=_coverage(R),
         provenance=_provenance(R),
