@@ -9,7 +9,7 @@ read, and the unembedding never runs; with it, the unembedding runs at the targe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -124,11 +124,8 @@ class BlockPass:
             for hook in by_hook:
                 stack.enter_context(_reading(points[hook], partial(read, hook)))
             if on_relevance is None:
-                with torch.no_grad():
-                    try:
-                        _forward(self.model, tokens, block)
-                    except _Stop:
-                        pass
+                with torch.no_grad(), suppress(_Stop):
+                    _forward(self.model, tokens, block)
                 aims = None
             else:
                 aims = self._explain(stack, tokens, block, by_hook, on_relevance)

@@ -17,7 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lenslrp.analysis.dictionary import NeuronDictionary, prepare
+from lenslrp.analysis.dictionary import NeuronDictionary
+from lenslrp.analysis.job import prepare
 from lenslrp.analysis.replay import Entries, replay, replayed
 from lenslrp.analysis.search import Job, merge_shards, scan_shard
 from lenslrp.analysis.storage import StorageError

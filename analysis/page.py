@@ -55,8 +55,13 @@ class Page:
 
     @property
     def name(self) -> str:
-        """The unit as text: ``blocks.5.mlp.hook_post[17]``."""
-        return f"{self.place.hook}[{self.index}]"
+        """The unit as text: ``blocks.5.mlp.hook_post[17]``, ``...[sae 40]``."""
+        label = self.place.site.partition("[")[2].removesuffix("]")
+        return (
+            f"{self.place.hook}[{label} {self.index}]"
+            if label
+            else (f"{self.place.hook}[{self.index}]")
+        )
 
     @property
     def unit(self) -> Unit:

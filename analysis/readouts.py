@@ -9,7 +9,7 @@ a_j (g . d_j), as for any summand of the residual stream.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,7 +28,8 @@ Sites = str | SparseCoder | Direction | Sequence["str | SparseCoder | Direction"
 class Readout(Protocol):
     """Units of one kind at one hook point: [row, pos, ...] -> [row, pos, unit]."""
 
-    kind: str
+    @property
+    def kind(self) -> str: ...
 
     def activation(self, x: Tensor) -> Float[Tensor, "row pos unit"]: ...
 
@@ -117,8 +118,7 @@ def sites_of(given: Sites) -> list[Site]:
     Raises:
         InputError: nothing, something else, or one site twice.
     """
-    single = isinstance(given, str | SparseCoder | Direction) or not isinstance(given, Iterable)
-    items: list[Any] = [given] if single else list(given)
+    items: list[Any] = [given] if isinstance(given, str | SparseCoder | Direction) else list(given)
     found: list[Site] = []
     directions: dict[str, list[Direction]] = {}
     for item in items:

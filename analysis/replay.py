@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import torch
 from jaxtyping import Float32, Int16, Int64
 from torch import Tensor

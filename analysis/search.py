@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float32, Int16
@@ -181,7 +180,7 @@ def scan_shard(
     was not.
 
     Args:
-        job: see :func:`lenslrp.analysis.dictionary.prepare`.
+        job: see :func:`lenslrp.analysis.job.prepare`.
         rank: which shard, from 0.
         world: how many there are.
         checkpoint_every: seconds between checkpoints: what a kill can cost.

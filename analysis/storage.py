@@ -1,9 +1,9 @@
 """Files that a kill cannot spoil and a stranger cannot abuse.
 
 Everything is written under a temporary name beside its place and renamed by ``os.replace``, so a
-file is either whole or not there. Tensors lie in safetensors files that carry a SHA-256 of their own
-contents, so a flipped bit is found wherever it is. Nothing is ever unpickled. What is read back is
-bounded before it is believed: headers, manifests and file names from outside go through here.
+file is either whole or not there. Tensors lie in safetensors files that carry a SHA-256 of their
+own contents, so a flipped bit is found wherever it is. Nothing is ever unpickled. What is read back
+is bounded before it is believed: headers, manifests and file names from outside go through here.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def contents_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,9 +1,9 @@
 """The documents that a dictionary cites, with a full-text index, in one SQLite file.
 
 Each document is kept once, whatever the number of units that cite it. The full-text index is
-SQLite's own FTS5 over the documents' text. A file from a stranger is opened read-only, with a schema
-that is compared to ours word for word, so that it brings no view, trigger or virtual table of its
-own.
+SQLite's own FTS5 over the documents' text. A file from a stranger is opened read-only, with a
+schema that is compared to ours word for word, so that it brings no view, trigger or virtual table
+of its own.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Texts:
             row = self._one("SELECT * FROM documents WHERE id = ?", doc)
             if row is not None:
                 tokens = torch.from_numpy(np.frombuffer(row[3], dtype=np.int32).astype(np.int64))
-                found[doc] = Document(*row[:3], tokens, *row[4:])
+                found[doc] = Document(row[0], row[1], row[2], tokens, *row[4:8])
         return found
 
     def token(self, token: int) -> str:

@@ -46,7 +46,7 @@ from lenslrp.analysis.readout import (
 from lenslrp.analysis.units import Head, Neuron, Unit
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import layer_of
-from lenslrp.targets import token_ids
+from lenslrp.names import token_ids
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -33,7 +33,9 @@ def model(family: str = "llama", **changes: Any) -> Any:
 def build(path: Path, corpus: Any = None, **options: Any) -> NeuronDictionary:
     merged = {**OPTIONS, "progress": False, **options}
     family = merged.pop("family", "llama")
-    given = texts() if corpus is None else corpus
+    given: Any = texts() if corpus is None else corpus
+    if family == "native":  # has no tokenizer
+        given = word_tokenizer()(given, add_special_tokens=False)["input_ids"]
     return NeuronDictionary.build(model(family), given, path, **merged)
 
 

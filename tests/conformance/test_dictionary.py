@@ -14,7 +14,8 @@ import lenslrp
 from lenslrp import targets
 from lenslrp.analysis.block_pass import target_positions
 from lenslrp.analysis.corpus import Corpus
-from lenslrp.analysis.dictionary import NeuronDictionary, prepare
+from lenslrp.analysis.dictionary import NeuronDictionary
+from lenslrp.analysis.job import prepare
 from lenslrp.analysis.launch import build_distributed, rank_and_world
 from lenslrp.analysis.replay import ReplayError
 from lenslrp.analysis.search import merge_shards, scan_shard
@@ -108,9 +109,7 @@ def test_a_page_shows_what_the_unit_did(built: NeuronDictionary) -> None:
         tokens = corpus.part_of(row.doc).document(row.doc)
         start, stop = max(0, row.position - 3), row.position + 3
         assert row.start == start
-        assert row.tokens == [
-            bridge.tokenizer.decode([int(i)]) for i in tokens[start:stop]
-        ]
+        assert row.tokens == [bridge.tokenizer.decode([int(i)]) for i in tokens[start:stop]]
         _, R = lenslrp.run_with_relevance(
             bridge, tokens[None],
             targets.Logit(int(tokens[row.target_position + 1]), row.target_position),
@@ -275,9 +274,7 @@ def test_shards_that_do_not_make_a_whole_are_refused(tmp_path: Path) -> None:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_other_options_are_not_mixed_in(
-    change: dict[str, Any], named: str, tmp_path: Path
-) -> None:
+def test_other_options_are_not_mixed_in(change: dict[str, Any], named: str, tmp_path: Path) -> None:
     bridge = model()
     prepare(bridge, texts(), tmp_path / "d", **OPTIONS)
     before = contents(tmp_path / "d" / "work" / "corpus")

@@ -112,7 +112,9 @@ def test_blocks_stay_within_their_part(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_damaged_record_is_skipped_counted_and_named(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "a b c"}\n{"text": \n{"words": 1}\n\n{"text": "d e f"}\n')
-    with pytest.warns(UserWarning, match=r"2 records .*c\.jsonl line 2: no JSON object with a text"):
+    with pytest.warns(
+        UserWarning, match=r"2 records .*c\.jsonl line 2: no JSON object with a text"
+    ):
         corpus = tokenise(path, word_tokenizer(), tmp_path / "out", Cut(context=5, block=2))
     assert corpus.about["skipped"] == 2
     assert corpus.documents == 2

@@ -62,9 +62,7 @@ def test_equals_a_full_sort_in_any_order_with_ties(sign: int, levels: int, order
     values, found = unpack(merged.keys)
     assert [
         list(zip(v, d, p, strict=True))
-        for v, d, p in zip(
-            values.tolist(), found.tolist(), merged.positions.tolist(), strict=True
-        )
+        for v, d, p in zip(values.tolist(), found.tolist(), merged.positions.tolist(), strict=True)
     ] == brute_force(x, docs.tolist(), spans, 7, sign)
 
 
