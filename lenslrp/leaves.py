@@ -135,18 +135,20 @@ def _cut_constants(at: Attached, leaves: Leaves, place: Embedder) -> None:
     if owner is None:
         return
     added: list[str] = []
+    images: list[int] = []
 
     def leaf(value: Tensor, batch: int) -> Tensor:
         rows = value.detach().reshape(1, -1, value.shape[-1]).expand(batch, -1, -1)
         return rows.clone().requires_grad_()
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        images = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        given = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        images.append(len(given))
         for name in (*place.special, *place.positions):
             value = owner._parameters.get(name)
             if value is None:
                 continue
-            made = leaf(value, len(images))
+            made = leaf(value, len(given))
             owner.__dict__[name] = made
             added.append(name)
             if name in place.special:
@@ -160,7 +162,8 @@ def _cut_constants(at: Attached, leaves: Leaves, place: Embedder) -> None:
             owner.__dict__.pop(added.pop(), None)
 
     def embedded(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        made = leaf(out, 1)
+        rows = out.detach().reshape(-1, *out.shape[-2:])  # one for all images, or one for each
+        made = rows.expand(max(images[-1], len(rows)), -1, -1).clone().requires_grad_()
         leaves.patch_positions.append(made)
         return made
 

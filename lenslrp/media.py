@@ -108,6 +108,23 @@ def check_media(model: Any, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return checked
 
 
+def check_kwargs(model: Any, given: Mapping[str, Any], prepared: Prepared) -> None:
+    """What else a forward pass is given must be what it takes, and no leaf.
+
+    Raises:
+        InputError: naming what it does not take, or what has a keyword of its own here.
+    """
+    takes = inspect.signature(model.original_model.forward).parameters
+    kind = type(model.original_model).__name__
+    for name, value in given.items():
+        if name not in takes:
+            raise InputError(f"{kind} takes no {name}; it takes {', '.join(takes)}")
+        if name in prepared.kwargs or name in LAYOUTS or name in ("input_ids", "use_cache"):
+            raise InputError(f"{name} has a keyword of its own, or is set here; leave it out")
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise InputError(f"{name} would be a leaf of its own: give it without a gradient")
+
+
 def _wanted(model: Any, name: str) -> str:
     sizes = _sizes(model, name)
     axes = LAYOUTS[name].split(", ") if len(sizes) != 2 else ["batch", "frame", "mel"]

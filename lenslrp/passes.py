@@ -49,11 +49,12 @@ class _CapSkip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, before: Tensor, after: Tensor) -> Tensor:
+        ctx.device = before.device  # of a model that is spread over several, not that of its output
         return after.detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g, None
+        return g.to(ctx.device), None
 
 
 @dataclass
@@ -163,7 +164,7 @@ class Pass:
         written = self.prepared.decoder or self.prepared  # the side that the logits belong to
         return Outputs(
             self.logits if before is self.logits else apply(_CapSkip, before, self.logits),
-            written.mask,
+            written.mask.to(self.logits.device),
             self.model.tokenizer,
             self._activation,
             written.prompt_lengths,
@@ -259,6 +260,17 @@ class Pass:
                 f"weights are broken (dtype {values.dtype}); check the model's own logits"
             )
 
+    def _above_features(self, site: Site, on_path: set[int]) -> bool:
+        """Whether a tower ran a site after the last one that the text is given anything of.
+
+        LLaVA takes its features below the top of its vision tower. What a cut leaves off the path
+        ran before something that is on it.
+        """
+        if not self.prepared.media or not self.leaves.tokens or "blocks" in _stack(site):
+            return False
+        used = [s.order for s in self.rules.sites if id(s) in on_path and _stack(s) == _stack(site)]
+        return bool(used) and site.order > max(used)
+
     def _check(self, roots: list[Tensor], latent: list[str]) -> tuple[list[str], set[int]]:
         """What is not covered (raised if strict), and the sites on the path."""
         found = cover.walk(roots, weights=self.rules.weights)
@@ -278,6 +290,8 @@ class Pass:
             if s.forward
             and not s.cut
             and id(s) not in found.sites
+            and not _pools(s)
+            and not self._above_features(s, found.sites)
             and (not latent or (s.layer is not None and s.layer < below))
         ]
         faults = [
@@ -295,6 +309,14 @@ class Pass:
 
 def _at(site: Site) -> str:
     return f"{site.rule.name} at {site.hook}"
+
+
+def _pools(site: Site) -> bool:
+    """Whether a site is in a pooler: a branch of its own beside the hidden states.
+
+    Where the graph is cut on the way to it, what lies below is found missing as well.
+    """
+    return "pooler" in site.hook.split(".")
 
 
 def _stack(site: Site) -> str:

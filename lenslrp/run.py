@@ -60,6 +60,7 @@ def relevance_for_targets(
     input_values: Tensor | None = None,
     input_features: Tensor | None = None,
     leaves: str = "pixels",
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> list[RelevanceCache]:
     """Explain k targets of one input from one forward pass: one cache a target.
 
@@ -71,7 +72,7 @@ def relevance_for_targets(
     _, caches = _run(
         model, input, list(targets), composite, names_filter, prepend_bos, reduce, attention,
         checkpoint, strict, ledger, attention_mask, inputs_embeds, decoder_input,
-        _given(pixel_values, input_values, input_features), leaves,
+        _given(pixel_values, input_values, input_features), leaves, model_kwargs or {},
     )  # fmt: skip
     return caches
 
@@ -96,6 +97,7 @@ def run_with_relevance(
     input_values: Tensor | None = None,
     input_features: Tensor | None = None,
     leaves: str = "pixels",
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, RelevanceCache]:
     """Logits, and the relevance of every hook point for a target; mirrors ``run_with_cache``.
 
@@ -138,7 +140,7 @@ def run_with_relevance(
     logits, caches = _run(
         model, input, [target], composite, names_filter, prepend_bos, reduce, attention, checkpoint,
         strict, ledger, attention_mask, inputs_embeds, decoder_input,
-        _given(pixel_values, input_values, input_features), leaves,
+        _given(pixel_values, input_values, input_features), leaves, model_kwargs or {},
     )  # fmt: skip
     return logits, caches[0]
 
@@ -160,6 +162,7 @@ def _run(
     decoder_input: Any,
     floats: dict[str, Tensor],
     leaves: str,
+    model_kwargs: Mapping[str, Any],
 ) -> tuple[Tensor, list[RelevanceCache]]:
     require_bridge(model)
     if torch.is_inference_mode_enabled():
@@ -184,6 +187,8 @@ def _run(
         inputs_embeds=inputs_embeds,
         decoder_input=decoder_input,
     )
+    media.check_kwargs(model, model_kwargs, prepared)
+    prepared.kwargs.update(model_kwargs)
     if not media.head_of(model):
         for item in wanted:
             require_latent(item, architecture(model))

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import lenslrp
-from lenslrp.hooks.components import components, hook_points
+from lenslrp import media
+from lenslrp.hooks.attach import Attached
+from lenslrp.hooks.components import attach_all_cycles, components, hook_points
 from lenslrp.hooks.sites import TERMS
 from tests.conformance import zoo
 from tests.unit.tiny import changes, snapshot
@@ -66,6 +68,22 @@ def test_what_float32_rounds_is_all_that_is_missed(name: str) -> None:
         with zoo.Widened():
             _, cache = zoo.explain(model, composite, [])
         assert abs(cache.ledger().error) <= 1e-12, str(cache.ledger())
+
+
+@pytest.mark.parametrize("name", COVERED)
+def test_plain_gradients_are_those_of_calculus(name: str) -> None:
+    """Gradient x Input at the leaves against a pass without any rule: nothing is cut on the way."""
+    model = zoo.build(name)
+    if media.reads_no_text(model):
+        pytest.skip("tests/conformance/test_images.py has them")
+    _, cache = zoo.explain(model, lenslrp.GradientTimesInput(), [])
+    if name == "HrmTextForCausalLM":  # which runs most of its cycles without gradients
+        attach_all_cycles(Attached(), model.original_model.model)
+    leaves, logits = zoo.plain_leaves(model)
+    total = logits[:, -1, 5].sum()
+    grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    arrived = sum(float((x * g).sum()) for x, g in zip(leaves, grads, strict=True) if g is not None)
+    assert cache.ledger().leaves == pytest.approx(arrived, rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", COVERED)
