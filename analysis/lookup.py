@@ -134,9 +134,9 @@ def _citing(
     rows = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))][:limit]
     made = []
     for rank, _, entry, score, doc, position in rows.tolist():
-        unit, slot = divmod(int(entry), len(d.slots))
+        unit, column = divmod(int(entry), len(d.slots))
         text = windows[int(doc), int(position)]
-        about = d.slots[slot][0], int(rank), score, int(doc), int(position), text
+        about = d.slots[column][0], int(rank), score, int(doc), int(position), text
         made.append((*d.named(unit), *about))
     names = ["criterion", "rank", "score", "doc", "position", "window"]
     return pd.DataFrame(made, columns=["unit", "hook", "index", *names])
@@ -147,9 +147,10 @@ class Citations:
 
     def __init__(self, path: Path) -> None:
         require_header(path)
-        self._file: Any = safe_open(path, framework="np")
-        self._documents = self._file.get_tensor("documents")
-        self._offsets = self._file.get_tensor("offsets")
+        file: Any = safe_open(path, framework="np")
+        self._file = file
+        self._documents = file.get_tensor("documents")
+        self._offsets = file.get_tensor("offsets")
 
     def of(self, document: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Examples (rows of ``examples.parquet``), positions and scores."""
