@@ -49,6 +49,16 @@ def classifier(dtype: torch.dtype = torch.float32) -> TransformerBridge:
     return lenslrp.load(hugging_face_model(dtype))
 
 
+def summed_pixels(cache: lenslrp.RelevanceCache) -> torch.Tensor:
+    """Relevance of each patch's pixels, summed: [batch, row, column]. Unlike ``cache.patches`` it
+    has been through the patch convolution and its rule."""
+    assert cache.patches is not None and cache.pixels is not None
+    rows, columns = cache.patches.shape[1:]
+    batch, channels, height, width = cache.pixels.shape
+    tiles = cache.pixels.reshape(batch, channels, rows, height // rows, columns, width // columns)
+    return tiles.sum(dim=(1, 3, 5))
+
+
 def features(model: ViTForImageClassification, images: cifar.Images, batch: int) -> torch.Tensor:
     """The class token after the last norm, [n, d_model]."""
     found = []

@@ -9,10 +9,10 @@ relevant first (MoRF) and the least relevant first (LeRF), in equal steps. Score
 the two curves, in logits, over the share of patches flipped (the trapezoid rule); higher is better.
 Protocol of Achtibat et al. 2024 (section 4.1), whose images, model and so areas are others.
 
-`--baseline zero`: ImageNet's mean colour (0 after normalisation); `mean`: the image's own mean
-colour; `blur`: the image under a box of 63 pixels. `--read pixels` sums the relevance of a patch's
-pixels instead of reading it at the patch's embedding, so the patch convolution's rule counts.
-`--dtype` is the type of the flipped passes only; relevance is always computed in float32.
+A patch's relevance is read twice: at its embedding ("patches"), and as the sum over its pixels
+("pixels"), where the patch convolution's rule counts too. `--baseline zero`: ImageNet's mean colour
+(0 after normalisation); `mean`: the image's own mean colour; `blur`: the image under a box of 63
+pixels. `--dtype` is the type of the flipped passes only; relevance is always computed in float32.
 Random is one order an image. Results go to a file as they are made, and are not made again.
 """
 
@@ -27,7 +27,7 @@ import cifar
 import numpy as np
 import torch
 from bootstrap import RESAMPLES, interval
-from cifar_head import classifier, hugging_face_model
+from cifar_head import classifier, hugging_face_model, summed_pixels
 from numpy.typing import NDArray
 from resume import RESULTS, resumed
 from tqdm import tqdm
@@ -42,15 +42,19 @@ METHODS: dict[str, Callable[[], Composite]] = {
     "CP-LRP": lenslrp.CPLRP,
     "Gradient x Input": lenslrp.GradientTimesInput,
 }
-# not in the main table: what makes the difference
+# not in the main table: where the difference comes from
 VARIANTS: dict[str, Callable[[], Composite]] = {
-    "gamma 0.25": lambda: Composite("g", {"linear": Gamma(0.25), "convolution": Gamma(0.25)}),
-    "gamma 1": lambda: Composite("g", {"linear": Gamma(1.0), "convolution": Gamma(0.25)}),
-    "CP-LRP, gamma": lambda: Composite(
-        "g", {**lenslrp.AttnLRPViT().rules, "attention_av": lenslrp.CPLRP()["attention_av"]}
+    "gamma on the convolution only": lambda: Composite("a", {"convolution": Gamma(0.25)}),
+    "gamma on linear layers only": lambda: Composite("b", {"linear": Gamma(0.05)}),
+    "gamma 0.25 on both": lambda: Composite(
+        "c", {"linear": Gamma(0.25), "convolution": Gamma(0.25)}
+    ),
+    "CP-LRP with gamma": lambda: Composite(
+        "d", {**lenslrp.AttnLRPViT().rules, "attention_av": lenslrp.CPLRP()["attention_av"]}
     ),
 }
 RANDOM = "random"
+READS = ("patches", "pixels")
 BOX = 63
 
 
@@ -83,12 +87,10 @@ def relevance_maps(
             names_filter=[],
             ledger=False,
         )
-        assert cache.patches is not None and cache.pixels is not None
-        rows, columns = cache.patches.shape[1:]
-        tiles = cache.pixels[0].sum(0).reshape(rows, image.shape[-2] // rows, columns, -1)
+        assert cache.patches is not None
         maps[name] = {
             "patches": cache.patches[0].double().numpy(),
-            "pixels": tiles.sum(dim=(1, 3)).double().numpy(),
+            "pixels": summed_pixels(cache)[0].double().numpy(),
         }
     return maps
 
@@ -157,12 +159,11 @@ def measure(options: argparse.Namespace, images: cifar.Images) -> list[dict[str,
         "baseline": options.baseline,
         "steps": options.steps,
         "dtype": options.dtype,
-        "read": options.read,
         "seed": options.seed,
         "methods": list(methods),
     }
-    kinds = f"{options.baseline}_{options.read}" + ("_variants" if options.variants else "")
-    path = options.results or RESULTS / f"patch_flipping_{kinds}.jsonl"
+    kind = options.baseline + ("_variants" if options.variants else "")
+    path = options.results or RESULTS / f"patch_flipping_{kind}.jsonl"
     rows = []
     with resumed(path, settings) as (done, append):
         known = {row["image"]: row for row in done}
@@ -176,8 +177,9 @@ def measure(options: argparse.Namespace, images: cifar.Images) -> list[dict[str,
                 with torch.no_grad():
                     target = int(bridge(image).argmax())
                 maps = {
-                    method: read[options.read]
-                    for method, read in relevance_maps(bridge, image, target, methods).items()
+                    f"{method}, {read}": values
+                    for method, reads in relevance_maps(bridge, image, target, methods).items()
+                    for read, values in reads.items()
                 }
                 rng = np.random.default_rng([options.seed, int(name, 16)])
                 maps[RANDOM] = rng.random((16, 16))
@@ -195,18 +197,22 @@ def measure(options: argparse.Namespace, images: cifar.Images) -> list[dict[str,
 
 
 def print_tables(rows: list[dict[str, Any]], seed: int) -> None:
-    """Areas with intervals, differences to every other method, mean curves."""
+    """Areas with intervals, paired differences, mean curves."""
     names = list(rows[0]["curves"])
     areas = {name: np.array([area(row["curves"][name]) for row in rows]) for name in names}
-    print("| method | area | gamma's lead | epsilon's lead |\n|---|---|---|---|")
-    for name in names:
-        leads = [
-            "-" if name == ours else interval(areas[ours] - areas[name], seed, "+")
-            for ours in ("gamma", "epsilon")
-        ]
-        print(f"| {name} | {interval(areas[name], seed)} | " + " | ".join(leads) + " |")
-    shares = np.linspace(0, 1, len(rows[0]["curves"][names[0]][0]))
-    print("\n| mean logit at | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
+    for read in READS:
+        ours = {method: areas[f"{method}, {read}"] for method in ("gamma", "epsilon")}
+        print(f"| read at {read} | area | gamma's lead | epsilon's lead |\n|---|---|---|---|")
+        for name in (n for n in names if n.endswith(read) or n == RANDOM):
+            leads = [
+                "-" if values is areas[name] else interval(values - areas[name], seed, "+")
+                for values in ours.values()
+            ]
+            label = name.removesuffix(f", {read}")
+            print(f"| {label} | {interval(areas[name], seed)} | " + " | ".join(leads) + " |")
+        print()
+    shares = np.linspace(0, 1, len(rows[0]["curves"][RANDOM][0]))
+    print("| mean logit at | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
     print("|---|" + "---|" * len(shares))
     for name in names:
         both = np.array([row["curves"][name] for row in rows]).mean(axis=0)
@@ -219,9 +225,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=cifar.DATA, help="see cifar.py")
     parser.add_argument("--count", type=int, default=300, help="images, the same of each class")
-    parser.add_argument("--steps", type=int, default=8, help="equal steps from none to all patches")
+    parser.add_argument("--steps", type=int, default=6, help="equal steps from none to all patches")
     parser.add_argument("--baseline", choices=BASELINES, default="zero")
-    parser.add_argument("--read", choices=["patches", "pixels"], default="patches")
     parser.add_argument("--variants", action="store_true", help="also other values of gamma")
     parser.add_argument("--dtype", default="float32", help="of the flipped passes")
     parser.add_argument("--batch", type=int, default=20)
@@ -237,9 +242,8 @@ def main() -> None:
     right = np.mean([row["label"] == row["predicted"] for row in rows])
     print(
         f"{len(rows)} held-out images of {classes} class(es), {right:.0%} classified correctly; "
-        f"baseline {options.baseline}, {options.steps} steps, read at {options.read}; flipped "
-        f"passes in {options.dtype}; 95% bootstrap intervals, {RESAMPLES} resamples, seed "
-        f"{options.seed}\n"
+        f"baseline {options.baseline}, {options.steps} steps, flipped passes in {options.dtype}; "
+        f"95% bootstrap intervals, {RESAMPLES} resamples, seed {options.seed}\n"
     )
     print_tables(rows, options.seed)
 

@@ -4,10 +4,13 @@
     python benchmarks/photographs.py --out photographs.png
 
 The photographs are those that scikit-image's wheel holds, cropped to squares; nothing is
-downloaded. The head of `cifar_head.py` knows ten classes, and two of the six photographs have none
-of them: what it says of these is shown all the same. Each row of the figure: the photograph, then
-patch relevance for the predicted class under the gamma composite, the epsilon rule alone, and
-Gradient x Input, each with a colour scale of its own, symmetric around 0.
+downloaded. The head of `cifar_head.py` was trained on pictures of 32 pixels, and a sharp photograph
+is another kind of input (it takes the cat for a bird), so they are reduced to 48 pixels before they
+are enlarged to the model's 224. It knows ten classes, and three of the six photographs have none of
+them (rocket, astronaut, cup): what it says of these is shown all the same. Each row of the figure:
+the photograph, then the relevance of each patch's pixels for the predicted class under the gamma
+composite, the epsilon rule alone, CP-LRP and Gradient x Input, each with a colour scale of its own,
+symmetric around 0.
 
 In a notebook: ``for name, image in photographs().items(): explain(model, image)``.
 """
@@ -20,12 +23,14 @@ from pathlib import Path
 import cifar
 import numpy as np
 import torch
-from cifar_head import classifier
+from cifar_head import classifier, summed_pixels
 from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
 from lenslrp.hooks import Composite
+
+SEEN = 48  # pixels
 
 # name -> its square crop: top, left, side, in pixels of the stored picture
 CROPS = {
@@ -38,8 +43,8 @@ CROPS = {
 }
 
 
-def photographs() -> dict[str, NDArray[np.uint8]]:
-    """Name -> picture [224, 224, 3], from scikit-image's own folder.
+def photographs(size: int = SEEN) -> dict[str, NDArray[np.uint8]]:
+    """Name -> picture [size, size, 3], from scikit-image's own folder.
 
     Raises:
         SystemExit: scikit-image is not installed.
@@ -56,7 +61,7 @@ def photographs() -> dict[str, NDArray[np.uint8]]:
         (path,) = folder.glob(f"{name}.*")
         with Image.open(path) as stored:
             square = stored.convert("RGB").crop((left, top, left + side, top + side))
-        small = square.resize((cifar.SIZE, cifar.SIZE), Image.Resampling.BICUBIC)
+        small = square.resize((size, size), Image.Resampling.LANCZOS)
         pictures[name] = np.asarray(small)
     return pictures
 
@@ -82,18 +87,22 @@ def draw(model: TransformerBridge, path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    composites = (lenslrp.AttnLRPViT(), lenslrp.AttnLRP(), lenslrp.GradientTimesInput())
-    pictures = photographs()
-    figure = Figure(figsize=(10.5, 2.7 * len(pictures)), layout="constrained")
+    composites = (
+        lenslrp.AttnLRPViT(),
+        lenslrp.AttnLRP(),
+        lenslrp.CPLRP(),
+        lenslrp.GradientTimesInput(),
+    )
+    pictures, sharp = photographs(), photographs(cifar.SIZE)
+    figure = Figure(figsize=(13, 2.7 * len(pictures)), layout="constrained")
     grid = figure.subplots(len(pictures), 1 + len(composites))
     for row, (name, picture) in zip(grid, pictures.items(), strict=True):
-        row[0].imshow(picture)
+        row[0].imshow(sharp[name])
         for axes, composite in zip(row[1:], composites, strict=True):
             logits, relevance = explain(model, picture, composite=composite)
-            assert relevance.patches is not None
-            values = relevance.patches[0].numpy()
+            values = summed_pixels(relevance)[0].numpy()
             limit = np.abs(values).max()
-            axes.imshow(picture.mean(axis=-1), cmap="gray", vmin=-150, extent=(0, 16, 16, 0))
+            axes.imshow(sharp[name].mean(axis=-1), cmap="gray", vmin=-150, extent=(0, 16, 16, 0))
             strength = 0.1 + 0.8 * np.abs(values) / limit
             axes.imshow(
                 values,

@@ -42,6 +42,7 @@ from lenslrp.hooks.attach import Attached, Context, original
 from lenslrp.hooks.live import attach_at_product, attach_live, attach_score_meter
 from lenslrp.hooks.norms import measure_bias
 from lenslrp.hooks.rules import Epsilon, LinearRule, Product, Softmax, SoftmaxTemperature
+from lenslrp.hooks.sites import has_values
 
 FUSED = "lenslrp_fused"
 """The name under which the fused attention is registered with transformers."""
@@ -294,7 +295,7 @@ def _joint_is_current(attn: JointQKVAttentionBridge) -> bool:
     for mine, theirs in zip(parts, attn.split_qkv_matrix(original(attn)), strict=True):
         for name in ("weight", "bias"):
             a, b = getattr(mine, name), getattr(theirs, name)
-            if a is not None and not a.is_meta and not torch.equal(a, b):
+            if a is not None and has_values(a) and not torch.equal(a, b):
                 return False
     return True
 

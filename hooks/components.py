@@ -19,6 +19,7 @@ from transformer_lens.model_bridge.generalized_components import (
     EmbeddingBridge,
     GatedMLPBridge,
     JointGateUpMLPBridge,
+    LinearBridge,
     MLPBridge,
     NormalizationBridge,
     PosEmbedBridge,
@@ -54,7 +55,7 @@ from lenslrp.hooks.operations import (
 )
 from lenslrp.hooks.patches import below, embedders
 from lenslrp.hooks.rules import Epsilon, LinearRule, Normalisation, Operations, Plain
-from lenslrp.hooks.sites import Site
+from lenslrp.hooks.sites import Site, has_values
 
 ACTIVATIONS: tuple[type, ...] = (
     nn.SiLU,
@@ -129,14 +130,15 @@ def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, 
             weight = getattr(table, "weight", None)
             if not isinstance(module, nn.Embedding) or weight is None:
                 continue
-            if _same_table(module.weight, weight):
+            if _same_table(module, weight):
                 found.setdefault(id(module), (module, position))
     return list(found.values())
 
 
-def _same_table(a: Tensor, b: Tensor) -> bool:
+def _same_table(module: nn.Embedding, b: Any) -> bool:
     """One table, or the copy that TransformerLens makes of it when it processes weights."""
-    alike = a.shape == b.shape and a.device == b.device and not a.is_meta
+    a = module.weight
+    alike = a.shape == b.shape and a.device == b.device and has_values(a)
     return a is b or (alike and torch.equal(a, b))
 
 
@@ -190,10 +192,17 @@ def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role
     if not isinstance(rule, LinearRule):
         attach_bias_meter(at, ctx, path, module)
         return
+    convolves = isinstance(module, CONVOLUTIONS)
+    if not convolves and type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+        raise InputError(
+            f"{path} is a {type(module).__name__}, whose weight the {rule.name} rule cannot read "
+            "(quantised, or with something added to it): use epsilon for its role "
+            f"({role!r}), or load the model with plain linear layers"
+        )
     site = ctx.site(path, module, role)
     site.cut = ctx.cuts(path)
     at.sites.append(site)
-    if isinstance(module, CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS):  # also one whose weight is parametrised
         attach_convolution(at, module, rule, site)
         return
     transposed = isinstance(module, Conv1D)
@@ -276,11 +285,11 @@ def attach_all_cycles(at: Attached, model: Any) -> None:
 
 
 def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
-    function: Any = resolve_activation_fn(mlp.config)
-    activations: list[Any] = [m for m in original(mlp).children() if isinstance(m, ACTIVATIONS)]
-    for module in activations:
+    function: Callable[[Tensor], Tensor] = resolve_activation_fn(mlp.config)
+    known: list[Any] = [m for m in original(mlp).children() if isinstance(m, ACTIVATIONS)]
+    for module in known:
         probe = torch.linspace(-4.0, 4.0, 33, device=mlp.out.weight.device)
-        if not torch.equal(function(probe), module(probe)):
+        if not torch.equal(function(probe), module.forward(probe)):  # past hooks, rules among them
             raise InputError(
                 f"{path}: in compatibility mode TransformerLens computes another activation than "
                 f"the model's {type(module).__name__}, so this is not the model any more; load it "
@@ -309,6 +318,8 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
     roles: dict[int, str] = {}
     mixed = mixtures(found)
     raw = _raw_modules(found, mixed, ctx)
+    linear = {id(original(m)) for _, m in found if isinstance(m, LinearBridge)}
+    roles.update((id(part), "") for mixture in mixed for part in mixture)  # met where they run
     for path, module in found:
         if "cross_attn" in module._modules and "ln2" in module._modules:
             ctx.queries.add(f"{path}.ln2")  # before cross-attention, whose keys are the encoder's
@@ -346,6 +357,8 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
             if hasattr(module, "L_bp_cycles_padded"):
                 attach_all_cycles(at, module)
             _attach(at, ctx, path, module, gates, roles)
+            if id(module) in linear and not isinstance(module, LAYERS):
+                attach_linear(at, ctx, path, module, roles.get(id(module), "linear"))
             if id(module) in raw and not any(module in mixture for mixture in mixed):
                 attach_operations(at, ctx, path, module, raw[id(module)])
         for mixture in mixed:

@@ -20,7 +20,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 
 from lenslrp.errors import CoverageError
 from lenslrp.hooks.functions import Read
-from lenslrp.hooks.sites import Site
+from lenslrp.hooks.sites import Site, has_values
 
 LINEAR = frozenset(
     re.findall(
@@ -224,6 +224,8 @@ def _wants(node: Any, name: str) -> str:
 def _clips(node: Any) -> bool:
     """Whether a clamp changed any value."""
     x = node._saved_self
+    if not has_values(x):
+        return True  # nobody can tell
     low, high = getattr(node, "_saved_min", None), getattr(node, "_saved_max", None)
     below = low is not None and bool((x < low).any())
     return below or (high is not None and bool((x > high).any()))

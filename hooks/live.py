@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
 from lenslrp.hooks.attach import Attached, original
-from lenslrp.hooks.sites import Site, row_sums
+from lenslrp.hooks.sites import Site, has_values, row_sums
 
 PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "einsum"})
 SUMS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
@@ -140,7 +140,7 @@ def _close_blind_rows(scores: Tensor, pattern: Tensor) -> None:
     Softmax's own backward would turn the gradient of 0 into NaN there; it stays 0.
     """
     blind = pattern.detach().isnan()
-    if scores.requires_grad and not scores.is_meta and bool(blind.any()):
+    if scores.requires_grad and has_values(scores) and bool(blind.any()):
         scores.register_hook(lambda g: g.masked_fill(blind, 0.0))
 
 

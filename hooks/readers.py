@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.functions import Read, apply
-from lenslrp.hooks.sites import masked_to_zero
+from lenslrp.hooks.sites import has_values, masked_to_zero
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Reduce = Callable[[Tensor], Tensor]
@@ -33,6 +33,11 @@ TOTALS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 def is_total(name: str) -> bool:
     """Whether a hook name reads the whole residual stream rather than a branch."""
     return name.rsplit(".", 1)[-1] in TOTALS
+
+
+def is_middle(name: str) -> bool:
+    """Whether a name is that of the residual stream between attention and MLP."""
+    return name.rsplit(".", 1)[-1] == "hook_resid_mid"
 
 
 def select_names(available: Iterable[str], names_filter: NamesFilter) -> tuple[list[str], bool]:
@@ -65,6 +70,12 @@ def select_names(available: Iterable[str], names_filter: NamesFilter) -> tuple[l
             chosen.append(name)
         elif inside:
             chosen.extend(inside)
+        elif is_middle(name) and not any(is_middle(n) for n in names):
+            raise InputError(
+                f"no hook point {name!r} in this model: parallel blocks, whose attention and MLP "
+                "both read hook_resid_pre (and blocks without an MLP), have no residual stream "
+                "between the two; ask for hook_resid_pre or hook_resid_post"
+            )
         else:
             near = difflib.get_close_matches(name, names, n=3) or names[:3]
             raise InputError(f"no hook point {name!r} in this model; nearest: {', '.join(near)}")
@@ -189,7 +200,8 @@ class Readers:
             if id(reduce) not in made:
                 made[id(reduce)] = self._relevance(reduce, x, g)
             value = made[id(reduce)]
-            if name.endswith(MASKED) and bool(value.isnan().any()):
+            masked = name.endswith(MASKED) and has_values(value)
+            if masked and bool(value.isnan().any()):
                 value = self._relevance(reduce, masked_to_zero(x, g), g)
             pieces = self.pieces.setdefault(name, {})
             if name.endswith(("hook_post", "hook_expert_post")) and reduce is None:

@@ -49,11 +49,12 @@ class _CapSkip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, before: Tensor, after: Tensor) -> Tensor:
+        ctx.device = before.device  # of a model that is spread over several, not that of its output
         return after.detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g, None
+        return g.to(ctx.device), None
 
 
 @dataclass
@@ -163,7 +164,7 @@ class Pass:
         written = self.prepared.decoder or self.prepared  # the side that the logits belong to
         return Outputs(
             self.logits if before is self.logits else apply(_CapSkip, before, self.logits),
-            written.mask,
+            written.mask.to(self.logits.device),
             self.model.tokenizer,
             self._activation,
             written.prompt_lengths,
@@ -289,6 +290,7 @@ class Pass:
             if s.forward
             and not s.cut
             and id(s) not in found.sites
+            and not _pools(s)
             and not self._above_features(s, found.sites)
             and (not latent or (s.layer is not None and s.layer < below))
         ]
@@ -307,6 +309,14 @@ class Pass:
 
 def _at(site: Site) -> str:
     return f"{site.rule.name} at {site.hook}"
+
+
+def _pools(site: Site) -> bool:
+    """Whether a site is in a pooler: a branch of its own beside the hidden states.
+
+    Where the graph is cut on the way to it, what lies below is found missing as well.
+    """
+    return "pooler" in site.hook.split(".")
 
 
 def _stack(site: Site) -> str:

@@ -215,7 +215,7 @@ class Sequence:
         rows = torch.stack([scores[r, s : s + len(ids)] for r, s in enumerate(starts)])
         if self.of == "log_prob":
             rows = torch.log_softmax(rows, dim=-1)
-        index = torch.tensor(ids, device=rows.device).view(1, -1, 1).expand(len(rows), -1, 1)
+        index = torch.tensor(ids).to(rows.device).view(1, -1, 1).expand(len(rows), -1, 1)
         return rows.gather(2, index)[:, :, 0].sum(dim=1)
 
     def text(self, outputs: Outputs) -> str:
@@ -293,7 +293,7 @@ class PerRow:
 
     def values(self, outputs: Outputs) -> Tensor:
         values = [target.values(outputs)[row] for row, target in enumerate(self.targets)]
-        return torch.stack(values)
+        return torch.stack([value.to(values[0].device) for value in values])
 
     def text(self, outputs: Outputs) -> str:
         return "; ".join(dict.fromkeys(target.text(outputs) for target in self.targets))

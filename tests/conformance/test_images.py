@@ -22,7 +22,7 @@ from lenslrp.hooks import patches as hook_patches
 from lenslrp.hooks.components import components
 from lenslrp.hooks.patches import embedders
 from lenslrp.hooks.sites import Books, Site
-from lenslrp.targets import Activation, Contrastive, Logit, LogitDiff, LogProb
+from lenslrp.targets import Activation, Contrastive, Custom, Logit, LogitDiff, LogProb
 from tests.conformance import zoo
 from tests.conformance.families import COMPOSITES
 from tests.unit.tiny import changes, snapshot
@@ -509,6 +509,14 @@ def test_what_transformer_lens_refuses_is_a_load_error() -> None:
     teacher = hf.DeiTForImageClassificationWithTeacher(zoo.config("DeiTForImageClassification"))
     with pytest.raises(lenslrp.LoadError, match="WithTeacher"):
         lenslrp.load(teacher)
+
+
+@models("ViTModel", "HubertModel")
+def test_a_function_of_hidden_states_is_a_target(model: Any) -> None:
+    target = Custom(lambda hidden: hidden[:, 0, 3] - hidden[:, -1, 3], "first less last")
+    hidden, cache = explain(model, target=target)
+    torch.testing.assert_close(cache.target.value, hidden[:, 0, 3] - hidden[:, -1, 3])
+    assert abs(cache.ledger().error) <= 5 * tolerance(model)
 
 
 def test_a_language_model_takes_no_pixels() -> None:
