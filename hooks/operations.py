@@ -53,7 +53,7 @@ KNOWN: Mapping[str, Operations] = {
     "BitNetMLP": GATED_MLP,  # a norm between the product and the last projection
     "Gemma4TextDecoderLayer": GATED_MLP,  # gates an embedding of its own for each layer
     "HrmTextModel": FUNCTIONAL,  # adds a learned initial state
-    "JetMoeAttention": ATTENTION_GATE,
+    "JetMoeAttention": Operations("router", leaks=(), attention=False),  # experts for its heads
     "JetMoeTopKGating": ROUTER,
     "LagunaAttention": ATTENTION_GATE,
     "Lfm2MLP": GATED_MLP,
@@ -97,6 +97,7 @@ SUMS = {
     **dict.fromkeys(("add", "__add__", "__radd__", "add_", "__iadd__"), 1.0),
     **dict.fromkeys(("sub", "__sub__", "sub_", "__isub__"), -1.0),
 }
+CONVOLUTIONS = frozenset({"conv1d", "conv2d"})
 JOINS = frozenset({"cat", "concat", "concatenate"})
 LEAKS = frozenset({"softmax", "sigmoid", "softplus"})
 
@@ -143,6 +144,9 @@ class Met(TorchFunctionMode):
             return self.sum(out, args, SUMS[name])
         if name == "linear":
             return self.linear(out, args, kwargs)
+        if name in CONVOLUTIONS and self.sites["linear"].books is not None:
+            bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
+            measure_bias(out, bias, self.sites["linear"], 1 - out.ndim)
         if name in JOINS:
             return self.joined(out, *args, **kwargs)
         return out
@@ -150,7 +154,8 @@ class Met(TorchFunctionMode):
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Half to each; a router's weight is one number a position and is the first factor."""
         narrow = [x.shape[-1] == 1 for x in (a, b)] if a.ndim and b.ndim else [False, False]
-        role = "router" if narrow[0] != narrow[1] else self.spec.product
+        routes = narrow[0] != narrow[1] and self.spec.product != "attention_gate"
+        role = "router" if routes else self.spec.product
         site = self.sites[role]
         first, second = F.product_shares(site.rule)
         at_first = 1 if narrow[1] and not narrow[0] else 0

@@ -300,7 +300,7 @@ class Operations:
     Attributes:
         product: the role of an element-wise product of two factors: ``"gate"``,
             ``"attention_gate"`` or ``"router"``. A factor of one number for each position makes it
-            ``"router"``.
+            ``"router"``, unless it gates an attention (Laguna gates each head by one number).
         gated: functional activations feed such a product (and get a gate's share).
         leaks: which of softmax, sigmoid, softplus and division (``"div"``) have the plain gradient,
             with what it leaks booked as ``softmax``.

@@ -128,6 +128,8 @@ def run_with_relevance(
         input_features: likewise, for models that call them so.
         leaves: ``"pixels"``: relevance ends at what was given (pixels, samples) and patches are
             read on the way; ``"patches"``: it ends at the patch embeddings.
+        model_kwargs: what else the model's own forward pass takes beside an image or a sound, such
+            as ``image_sizes``, ``image_grid_thw`` or ``input_features_mask``.
 
     Returns:
         The logits [batch, pos, vocab] (a classifier's: [batch, class]), detached and equal to the

@@ -10,6 +10,7 @@ import torch
 
 import lenslrp
 from lenslrp import media
+from lenslrp.hooks import UNIFORM, Plain
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import attach_all_cycles, components, hook_points
 from lenslrp.hooks.sites import TERMS
@@ -121,6 +122,46 @@ def test_the_forward_pass_is_untouched(name: str, dtype: torch.dtype) -> None:
         model.requires_grad_(False)
         logits = zoo.plain_logits(model)
     assert torch.equal(ruled, logits)
+
+
+BETWEEN: dict[str, Any] = {
+    "gate uniform": {"attention_gate": UNIFORM},
+    "gate and softmax plain": {"attention_gate": Plain(), "softmax": Plain()},
+    "norm plain": {"norm": Plain()},
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["AfmoeForCausalLM", "BitNetForCausalLM", "HrmTextForCausalLM", "LagunaForCausalLM"]
+)
+@pytest.mark.parametrize("rules", list(BETWEEN))
+def test_what_stands_between_values_and_o_has_a_rule_of_its_own(name: str, rules: str) -> None:
+    """A gate or a norm there: the half rule of A@V stays at the product, below it."""
+    _, cache = zoo.explain(zoo.build(name), BETWEEN[rules], [])
+    assert abs(cache.ledger().error) <= zoo.tolerance(name), str(cache.ledger())
+    if rules == "gate uniform" and name != "BitNetForCausalLM":
+        _, constant = zoo.explain(zoo.build(name), lenslrp.AttnLRP(), [])
+        assert not torch.allclose(cache.tokens, constant.tokens, rtol=1e-3)
+
+
+def test_a_point_that_fires_for_two_lengths_has_both() -> None:
+    """T5Gemma 2 projects what its decoder and its encoder see to keys with one matrix."""
+    model = zoo.build("T5Gemma2ForConditionalGeneration")
+    point = "decoder_blocks.1.self_attn.hook_k"
+    kept: list[torch.Tensor] = []
+    with model.hooks(fwd_hooks=[(point, lambda x, hook: kept.append(x.detach()))]):
+        zoo.plain_logits(model)
+    _, cache = zoo.explain(model, lenslrp.AttnLRP(), [point])
+    lengths = [x.shape[1] for x in kept]
+    assert lengths == [4, 7]  # of the decoder, then of the encoder
+    assert cache[point].shape[1] == sum(lengths)
+
+
+def test_gemma_4_has_relevance_at_the_embedding_of_each_layer() -> None:
+    model = zoo.build("Gemma4ForCausalLM")
+    _, cache = zoo.explain(model, lenslrp.AttnLRP(), [])
+    assert float(cache.tokens.sum()) == pytest.approx(cache.ledger().leaves, rel=1e-9)
+    assert not torch.allclose(cache.tokens, cache.embeddings.sum(dim=-1), rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", REFUSED)

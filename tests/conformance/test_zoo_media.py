@@ -27,7 +27,7 @@ COMPOSITES: dict[str, Any] = {
 def forward(model: Any, name: str, **changed: Any) -> torch.Tensor:
     """The model's own logits, on the graph."""
     row, floats, others = zoo_media.example(name, next(model.parameters()).dtype)
-    extra = {"decoder_input_ids": zoo.tokens(2, 4, seed=8)} if zoo.two_stacks(model) else {}
+    extra = zoo.decoder(model, "decoder_input_ids")
     logits: torch.Tensor = model(row, use_cache=False, **{**floats, **others, **extra, **changed})
     return logits
 
@@ -73,7 +73,7 @@ def test_plain_gradients_are_those_of_calculus(name: str) -> None:
     handle = model.unembed.hook_out.register_forward_hook(lambda _, args, x: kept.append(x))
     logits = forward(model, name, **{key: values})
     handle.remove()
-    started = kept[0] if getattr(model.cfg, "output_logits_soft_cap", 0) else logits
+    started = kept[0] if zoo.capped(model) else logits
     (g,) = torch.autograd.grad(started[:, -1, 5].sum(), values)
     torch.testing.assert_close(relevance, values.detach() * g, rtol=1e-4, atol=1e-9)
 

@@ -36,7 +36,15 @@ from lenslrp.hooks.sites import TERMS
 from lenslrp.targets import Activation
 from tests.conformance import zoo_media
 from tests.conformance.families import randomise, tokens
-from tests.conformance.zoo_configs import CHANGES, IMAGE, LAYERS, LOADED_AS, SIZES, config
+from tests.conformance.zoo_configs import (
+    CHANGES,
+    IMAGE,
+    LAYERS,
+    LOADED_AS,
+    SIZES,
+    STAND_INS,
+    config,
+)
 
 FLOAT32 = frozenset(
     {
@@ -168,6 +176,11 @@ def two_stacks(model: Any) -> bool:
     return bool(getattr(model.original_model.config, "is_encoder_decoder", False))
 
 
+def decoder(model: Any, key: str) -> dict[str, Tensor]:
+    """What the decoder has written so far, for a model that has one, under the name it takes."""
+    return {key: tokens(2, 4, seed=8)} if two_stacks(model) else {}
+
+
 def explain(model: Any, composite: Any, names_filter: Any = None) -> tuple[Tensor, Any]:
     """The relevance of token 5 at the last position of a batch of two.
 
@@ -179,7 +192,7 @@ def explain(model: Any, composite: Any, names_filter: Any = None) -> tuple[Tenso
             model, None, target, composite, names_filter, **media.example(model, batch=2)
         )
         return seen
-    extra = {"decoder_input": tokens(2, 4, seed=8)} if two_stacks(model) else {}
+    extra = decoder(model, "decoder_input")
     with default_type(model):
         result: tuple[Tensor, Any] = lenslrp.run_with_relevance(
             model, tokens(), 5, composite, names_filter, **extra
@@ -190,7 +203,7 @@ def explain(model: Any, composite: Any, names_filter: Any = None) -> tuple[Tenso
 def explain_media(model: Any, name: str, composite: Any, names_filter: Any = ()) -> Any:
     """The same, of text with a picture or a sound in it: logits and relevance."""
     row, floats, others = zoo_media.example(name, next(model.parameters()).dtype)
-    extra = {"decoder_input": tokens(2, 4, seed=8)} if two_stacks(model) else {}
+    extra = decoder(model, "decoder_input")
     return lenslrp.run_with_relevance(
         model, row, 5, composite, names_filter, model_kwargs=others, **floats, **extra
     )
@@ -202,7 +215,7 @@ def last_residual(model: Any) -> str:
 
 def plain_logits(model: Any) -> Tensor:
     """The model's own logits, without any rule."""
-    extra = {"decoder_input_ids": tokens(2, 4, seed=8)} if two_stacks(model) else {}
+    extra = decoder(model, "decoder_input_ids")
     if media.reads_no_text(model):
         with torch.no_grad():
             outputs: Tensor = model(None, **media.example(model, batch=2))
@@ -210,6 +223,11 @@ def plain_logits(model: Any) -> Tensor:
     with torch.no_grad(), default_type(model):
         logits: Tensor = model(tokens(), use_cache=False, **extra)
     return logits
+
+
+def capped(model: Any) -> bool:
+    """Whether relevance starts before a final soft-cap."""
+    return float(getattr(model.cfg, "output_logits_soft_cap", 0) or 0) > 0
 
 
 def plain_leaves(model: Any) -> tuple[list[Tensor], Tensor]:
@@ -221,9 +239,9 @@ def plain_leaves(model: Any) -> tuple[list[Tensor], Tensor]:
         leaves.append(out.detach().clone().requires_grad_())
         return leaves[-1]
 
-    extra = {"decoder_input_ids": tokens(2, 4, seed=8)} if two_stacks(model) else {}
+    extra = decoder(model, "decoder_input_ids")
     handles = [inner.register_forward_hook(cut) for inner, _ in embeddings(components(model))]
-    if getattr(model.cfg, "output_logits_soft_cap", 0):
+    if capped(model):
         point = model.unembed.hook_out
         handles.append(point.register_forward_hook(lambda _, args, x: kept.append(x)))
     with default_type(model):
@@ -294,7 +312,9 @@ def measure(name: str) -> Row:
             worst = max(worst, abs(cache.ledger().error))
     except lenslrp.CoverageError as error:
         reason = str(error).split(". ")[0].removeprefix(f"{name}: ")
-        return Row(name, *kinds, "refused", reason.split("; ")[0].split(" (and ")[0])
+        first = reason.split("; ")[0].split(" (and ")[0]
+        aside = "; built with another tower than timm's" if name in STAND_INS else ""
+        return Row(name, *kinds, "refused", first + aside)
     except Exception as error:  # noqa: BLE001
         return Row(name, *kinds, "untested", f"not run: {_first_line(error)}")
     if worst > tolerance(name):

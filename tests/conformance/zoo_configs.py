@@ -54,10 +54,11 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("image_size", "num_mel_bins", "max_source_positions"), 8),
     **dict.fromkeys(("patch_size", "num_position_embeddings", "mm_posemb_size"), 4),
     "vocab_size_per_layer_input": VOCABULARY,
-    **dict.fromkeys(("hidden_size_per_layer_input", "mm_embed_dim", "output_proj_dims"), 8),
+    **dict.fromkeys(("mm_embed_dim", "output_proj_dims"), 8),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
     "position_embedding_size": 16,
+    "hidden_size_per_layer_input": 6,
 }
 """Applied wherever a configuration has the name."""
 
@@ -123,11 +124,26 @@ CHANGES: dict[str, dict[str, Any]] = {
     "Gemma4ForCausalLM": {"global_head_dim": 16},
     "Gemma4ForConditionalGeneration": {"text_config": {"global_head_dim": 16}},
     "Gemma4UnifiedForConditionalGeneration": {"text_config": {"global_head_dim": 16}},
+    "Gemma3nForConditionalGeneration": {
+        "text_config": {
+            "activation_sparsity_pattern": [0.5, 0.0],
+            "intermediate_size": [24, 24],
+            "laurel_rank": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 0,
+        },
+        "audio_config": {
+            "conf_num_attention_heads": 2,
+            "conf_num_hidden_layers": 1,
+            "input_feat_size": 8,
+            "sscp_conv_channel_size": [4, 4],
+        },
+    },
     "Glm4vForConditionalGeneration": {"text_config": MROPE},
     "GraniteMoeHybridForCausalLM": {**HYBRID, "position_embedding_type": "rope"},
     "HunYuanDenseV1ForCausalLM": {"head_dim": 8},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"]},
+    "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"], "conv_bias": True},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "Mamba2ForCausalLM": {"num_heads": 4, "n_groups": 1},
     "GlmAsrForConditionalGeneration": {"audio_config": {"intermediate_size": 64}},
@@ -157,6 +173,18 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
 }
 
+STAND_INS: dict[str, dict[str, Any]] = {
+    "Gemma3nForConditionalGeneration": {
+        **{key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")},
+        **{key: SIZES[key] for key in ("num_attention_heads", "image_size", "patch_size")},
+        "rms_norm_eps": 1e-6,
+        "vocab_offset": VOCABULARY,
+        "vocab_size": 1,
+    }
+}
+"""A SigLIP tower where the model's own comes from a library that is not installed (timm); a text
+does not run it."""
+
 LOADED_AS = {"BloomModel": "BloomForCausalLM", "Wav2Vec2ForPreTraining": "Wav2Vec2Model"}
 """Names that checkpoints carry and TransformerLens loads as another class."""
 
@@ -165,7 +193,10 @@ def config(name: str) -> Any:
     """The configuration of a tiny model."""
     cls = getattr(hf, name).config_class
     towers = {"vision_config", "audio_config"} & set(getattr(cls, "sub_configs", ()))
-    return tiny(cls(), cls, CHANGES.get(name, {}), VOCABULARY + 7 if towers else VOCABULARY)
+    made = tiny(cls(), cls, CHANGES.get(name, {}), VOCABULARY + 7 if towers else VOCABULARY)
+    if name in STAND_INS:  # past the configuration's own check of its type
+        made.__dict__["vision_config"] = hf.SiglipVisionConfig(**STAND_INS[name])
+    return made
 
 
 def tiny(plain: Any, cls: Any, changes: dict[str, Any], vocabulary: int) -> Any:

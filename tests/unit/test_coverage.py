@@ -339,3 +339,15 @@ def test_a_clamp_counts_only_where_it_clips() -> None:
     assert coverage.walk([x.clamp(torch.tensor(-2.0), torch.tensor(2.0))]).gaps == []
     for clipped in (x.clamp(min=-0.5), x.clamp(max=0.5), x.clamp(-0.5, 0.5)):
         assert [gap.operation for gap in coverage.walk([clipped]).gaps] != []
+
+
+def test_a_maximum_is_linear_where_it_only_floors_masked_scores() -> None:
+    """XGLM keeps masked scores from falling below the type's minimum."""
+    x = torch.tensor([1.0, -3.0, 2.0], requires_grad=True)
+    floor = torch.tensor(torch.finfo(torch.float32).min)
+    masked = x + torch.tensor([0.0, float("-inf"), 0.0])
+    assert coverage.walk([torch.maximum(masked, floor)]).gaps == []
+    assert coverage.walk([torch.maximum(floor, masked)]).gaps == []
+    for other in (torch.tensor(0.0), x * 2):  # a rectifier; the larger of two live values
+        gaps = coverage.walk([torch.maximum(x, other)]).gaps
+        assert [gap.operation for gap in gaps] == ["Maximum"]

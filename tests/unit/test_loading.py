@@ -11,6 +11,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BloomConfig,
+    BloomModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -202,3 +204,10 @@ def test_chat_needs_a_template_and_a_tokenizer(no_network):
         chat(load(tiny_llama(), tokenizer=word_tokenizer()), "the cat")
     with pytest.raises(InputError, match="no tokenizer"):
         chat(load(tiny_llama()), "the cat")
+
+
+def test_a_bare_stack_that_the_bridge_cannot_wrap_is_refused() -> None:
+    """TransformerLens loads checkpoints named so with their head; in memory it finds none."""
+    sizes = {"vocab_size": 11, "hidden_size": 8, "n_head": 2, "n_layer": 1}
+    with pytest.raises(LoadError, match="cannot bridge this BloomModel"):
+        load(BloomModel(BloomConfig(**sizes)))
