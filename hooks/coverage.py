@@ -234,7 +234,7 @@ def _clips(node: Any) -> bool:
 def _floors(node: Any) -> bool:
     """Whether a maximum only keeps masked scores from falling below the type's minimum (XGLM)."""
     live = [below is not None for below, _ in node.next_functions]
-    if sum(live) != 1:
+    if sum(live) != 1 or not has_values(node._saved_self):
         return False
     x, floor = node._saved_self, node._saved_other
     if live[1]:

@@ -339,9 +339,12 @@ class Uncovered(CoverageError):
 
 
 def _total(relevances: list[Tensor]) -> Tensor | None:
-    """The sum over the leaves of a group that have the first one's shape, ``None`` without any."""
+    """The sum over the leaves of a group that have the first one's shape, ``None`` without any.
+
+    On the first one's device: embeddings may be spread over several.
+    """
     alike = [part for part in relevances if part.shape == relevances[0].shape]
-    return torch.stack(alike).sum(dim=0) if alike else None
+    return torch.stack([r.to(alike[0].device) for r in alike]).sum(dim=0) if alike else None
 
 
 def _wide(x: Tensor) -> Tensor:

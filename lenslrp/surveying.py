@@ -17,10 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from transformers.initialization import no_init_weights
 
 from lenslrp.errors import InputError
 from lenslrp.hooks import coverage as cover
@@ -105,7 +110,8 @@ def survey(
         inputs: what the model takes instead of tokens: name -> shape of floats.
 
     Raises:
-        InputError: no such class, or a type of weights that rules cannot read.
+        InputError: no such class, a type of weights that rules cannot read, or a model that looks
+            at values on its way.
         CoverageError: as when the model itself is explained.
     """
     if dtype not in FLOATING:
@@ -139,7 +145,7 @@ def survey(
             if checkpoint:
                 checkpoint_blocks(at, parts)
             stack.enter_context(held)
-            logits: Tensor = model(**given, use_cache=False, return_type="logits")
+            logits = _logits(model, given)
             between = held.now
             rules.verify(logits)
             found = cover.walk([logits], weights=rules.weights)
@@ -175,6 +181,8 @@ class Held(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten.equal.default:
+            return True  # TransformerLens asks whether a hook has changed something: none is here
         out = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
@@ -223,9 +231,25 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _built(cls: Any, config: Any, dtype: torch.dtype) -> Any:
-    with _default(dtype):
+    with _default(dtype), no_init_weights():  # drawing weights may look at them (ViT)
         model = cls(config)
+    model.tie_weights()
     return model.eval()
+
+
+def _logits(model: Any, given: Mapping[str, Tensor]) -> Tensor:
+    others: dict[str, Any] = {name: value for name, value in given.items() if name != "input"}
+    if "input" in given:
+        others["use_cache"] = False
+    try:
+        logits: Tensor = model(given.get("input"), return_type="logits", **others)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise InputError(
+            f"{type(model.original_model).__name__} decides by values ({error.func}), which fake "
+            "tensors have not; a mixture of experts does not with config._experts_implementation = "
+            '"batched_mm" (or "grouped_mm", in bfloat16)'
+        ) from error
+    return logits
 
 
 def _as_prepared(given: Mapping[str, Tensor]) -> Prepared:

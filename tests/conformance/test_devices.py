@@ -22,6 +22,7 @@ from lenslrp import targets
 from lenslrp.hooks import Gamma
 from lenslrp.hooks.rules import Epsilon
 from lenslrp.hooks.sites import Books, Site
+from lenslrp.passes import _total
 from tests.conformance.elsewhere import Elsewhere, devices, place
 from tests.conformance.families import make, tokens
 from tests.unit.tiny import changes, snapshot
@@ -123,6 +124,15 @@ def test_books_of_a_layer_on_two_devices() -> None:
             books.add("biases", site, Elsewhere(torch.ones(2), device))
         (total,) = books.terms.values()
         assert (float(total), total.device) == (4.0, FIRST)
+
+
+def test_leaves_on_two_devices() -> None:
+    """Two embeddings that make one token's vector, each where its weights are."""
+    with devices():
+        parts = [Elsewhere(torch.full((1, 2), float(i)), d) for i, d in ((1, FIRST), (2, SECOND))]
+        total = _total(parts)
+    assert total is not None
+    assert (values(total).tolist(), total.device) == ([[3.0, 3.0]], FIRST)
 
 
 def test_offloaded_weights_are_refused_by_name() -> None:
