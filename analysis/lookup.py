@@ -61,20 +61,11 @@ def search_tokens(
     wanted = d.texts.tokens_called(token)
     if not wanted:
         return pd.DataFrame(columns=["unit", "hook", "index", "share"])
-    frame = d.to_dataframe(criterion)
-    documents = d.texts.documents(sorted(set(frame["doc"].tolist())))
-    width = int(d.plan.corpus["cut"]["context"])
-    ids = np.fromiter(documents, dtype=np.int64)
-    tokens = np.full((len(ids), width), -1, dtype=np.int64)
-    for row, doc in enumerate(documents.values()):
-        tokens[row, : len(doc.tokens)] = doc.tokens.numpy()
-    row = np.searchsorted(ids, frame["doc"].to_numpy())
-    at = tokens[row, frame["position"].to_numpy()]
-    frame["share"] = np.isin(at, wanted)
-    found = frame.groupby(["unit", "hook", "index"], as_index=False)["share"].mean()
-    found = found[found["share"] > 0].sort_values(["share", "unit"], ascending=[False, True])
-    best: pd.DataFrame = found.head(limit).reset_index(drop=True)
-    return best
+    counts = d.citations.at_tokens(wanted, d.slots, criterion, len(d))
+    total = sum(name == criterion for name, _ in d.slots)
+    best = np.lexsort((np.arange(len(counts)), -counts))[:limit]
+    rows = [(*d.named(int(unit)), counts[unit] / total) for unit in best if counts[unit]]
+    return pd.DataFrame(rows, columns=["unit", "hook", "index", "share"])
 
 
 def similar(d: NeuronDictionary, key: Any, k: int = 10, kind: str = "activation") -> pd.DataFrame:
@@ -120,8 +111,10 @@ def _citing(
     for order, document in enumerate(d.texts.documents(documents).values()):
         entries, positions, scores = d.citations.of(document.id)
         shown = np.zeros(len(document.tokens), dtype=bool)
+        names = [d.texts.token(token) for token in document.tokens.tolist()]
+        before, after = d.plan.window
         for position in np.unique(positions).tolist():
-            text = "".join(d.window(document, position)[1])
+            text = "".join(names[max(0, position - before) : position + after + 1])
             windows[document.id, position] = text
             shown[position] = keep(text.casefold())
         slot = entries % len(d.slots)
@@ -160,3 +153,12 @@ class Citations:
         names = ("entries", "positions", "scores")
         entries, positions, scores = (self._file.get_slice(name)[a:b] for name in names)
         return entries.astype(np.int64), positions.astype(np.int64), scores
+
+    def at_tokens(
+        self, tokens: list[int], slots: tuple[tuple[str, int], ...], criterion: str, units: int
+    ) -> NDArray[np.int64]:
+        """How many of each unit's examples of a criterion have their hit at one of ``tokens``."""
+        found = np.isin(self._file.get_tensor("tokens"), tokens).nonzero()[0]
+        entries = self._file.get_tensor("entries")[found].astype(np.int64)
+        right = np.array([name == criterion for name, _ in slots])[entries % len(slots)]
+        return np.bincount(entries[right] // len(slots), minlength=units)

@@ -57,7 +57,7 @@ def publish(job: Job, state: State, entries: Entries, parts: list[Path]) -> None
     _write_units(folder / "units.parquet", plan, sample)
     _write_examples(folder / "examples.parquet", plan, entries, parts)
     _write_texts(folder / "texts.sqlite", job, entries, parts)
-    save_tensors(folder / "citations.safetensors", _citations(entries), {})
+    save_tensors(folder / "citations.safetensors", _citations(entries, job), {})
     save_tensors(folder / "samples.safetensors", _standardised(sample), {})
     manifest = {
         "schema": SCHEMA,
@@ -262,18 +262,26 @@ def _write_texts(path: Path, job: Job, entries: Entries, parts: list[Path]) -> N
     write_texts(path, documents(), names())
 
 
-def _citations(entries: Entries) -> dict[str, Tensor]:
+def _citations(entries: Entries, job: Job) -> dict[str, Tensor]:
     """Which examples cite a document: examples ``entries[offsets[i]:offsets[i + 1]]`` cite
-    ``documents[i]``. An example's number is its row in ``examples.parquet``."""
+    ``documents[i]``, with a hit at ``positions``, where ``tokens`` are. An example's number is its
+    row in ``examples.parquet``."""
     flat = entries.documents.reshape(-1)
     documents, counts = torch.unique(flat, return_counts=True)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     order = flat.argsort(stable=True)
+    positions = entries.positions.reshape(-1)[order]
+    tokens = torch.empty(len(flat), dtype=torch.int32)
+    for doc, a, b in zip(
+        documents.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True
+    ):
+        tokens[a:b] = job.corpus.part_of(doc).document(doc)[positions[a:b].long()].int()
     small = len(flat) < 2**31
     return {
         "documents": documents,
         "offsets": offsets,
         "entries": order.int() if small else order,
-        "positions": entries.positions.reshape(-1)[order],
+        "positions": positions,
+        "tokens": tokens,
         "scores": entries.scores.reshape(-1)[order],
     }

@@ -94,6 +94,7 @@ class Texts:
     def __init__(self, path: Path) -> None:
         require_plain(path)
         self.path = path
+        self._names: dict[int, str] = {}
         self._database = sqlite3.connect(
             f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
         )
@@ -133,8 +134,10 @@ class Texts:
 
     def token(self, token: int) -> str:
         """A token as text; its id in brackets where the model had no tokenizer."""
-        row = self._one("SELECT text FROM tokens WHERE id = ?", token)
-        return f"[{token}]" if row is None else str(row[0])
+        if token not in self._names:
+            row = self._one("SELECT text FROM tokens WHERE id = ?", token)
+            self._names[token] = f"[{token}]" if row is None else str(row[0])
+        return self._names[token]
 
     def tokens_called(self, text: str) -> list[int]:
         """The tokens whose text is ``text``, white space aside."""

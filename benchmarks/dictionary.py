@@ -10,8 +10,8 @@
 blocks, in turn, in an order drawn anew in each round; ratios are formed within a round. The plain
 forward pass is the bridge's, stopped before the unembedding; the plain forward and backward pass is
 the bridge's too, with weights frozen, a leaf at the embeddings and the same target, and is given
-twice: as anyone would write it, and at the targets' positions
-only, as the scan does. Time is the process's own (CPU) time of one thread, beside the clock's: on a
+twice: with all positions unembedded, as anyone would write it, and the targets' positions only, as
+the scan does. Time is the process's own (CPU) time of one thread, beside the clock's: on a
 machine that others use, only the former tells.
 """
 
