@@ -31,15 +31,16 @@ from lenslrp.errors import InputError
 
 @dataclass(frozen=True)
 class Edit:
-    """``x -> scale * x + shift`` for units of one hook point, at all positions.
+    """``x -> scale * x + shift`` for units of one hook point.
 
     Attributes:
         hook: a hook point whose activations are [batch, pos, unit], such as
             ``"blocks.5.mlp.hook_post"``.
         units: indices into the last axis.
-        scale: 0 switches off, 1 changes nothing (to the last bit), more amplifies.
+        scale: 0 switches off, 1 changes nothing (equal to the last bit), more amplifies.
         shift: what is added, in units of the activation; ``scale=0`` with a shift sets a value.
         rows: batch rows in which to do it; ``None`` for all.
+        positions: where in the row, padding counted; negative from the end; ``None`` for all.
     """
 
     hook: str
@@ -47,6 +48,7 @@ class Edit:
     scale: float = 0.0
     shift: float = 0.0
     rows: tuple[int, ...] | None = None
+    positions: tuple[int, ...] | None = None
 
 
 @contextmanager
@@ -55,12 +57,13 @@ def edit_units(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
 
     Args:
         model: a ``TransformerBridge``.
-        edits: any number of them. Edits of one unit in one row must not be given twice.
+        edits: any number of them; one unit must not be edited twice in one place.
 
     Raises:
-        InputError: a hook point that the model does not have; in the forward pass, a unit or a row
-            out of range, a unit edited twice, or activations that are not [batch, pos, unit]; at
-            the end of the context, a hook point that never fired, so that nothing was done there.
+        InputError: a hook point that the model does not have; in the forward pass, a unit, row or
+            position out of range, a unit edited twice, or activations that are not
+            [batch, pos, unit]; at the end of the context, a hook point that never fired, so that
+            nothing was done there.
     """
     by_hook: dict[str, list[Edit]] = {}
     for edit in edits:
@@ -71,9 +74,8 @@ def edit_units(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
     objects = {id(model.hook_dict[name]): name for name in by_hook}
     if len(objects) < len(by_hook):
         alias = next(n for n in by_hook if n not in objects.values())
-        raise InputError(
-            f"{alias!r} and {objects[id(model.hook_dict[alias])]!r} are one hook point: use one name"
-        )
+        other = objects[id(model.hook_dict[alias])]
+        raise InputError(f"{alias!r} and {other!r} are one hook point: use one name")
     fired: set[str] = set()
     hooks = [(name, _apply(name, own, fired)) for name, own in by_hook.items()]
     with model.hooks(fwd_hooks=hooks):
@@ -87,43 +89,53 @@ def edit_units(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
 
 
 def _apply(name: str, edits: list[Edit], fired: set[str]) -> Callable[..., Tensor]:
-    made: dict[int, tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}  # by batch size
+    made: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by batch size and length
 
     def hook(x: Tensor, hook: Any) -> Tensor:
         fired.add(name)
         if x.ndim != 3:
             raise InputError(f"{name} has shape {list(x.shape)}; edits need [batch, pos, unit]")
-        if len(x) not in made:
-            made[len(x)] = _table(name, edits, x)
-        rows, units, scale, shift = made[len(x)]
-        new = x[rows, :, units] * scale.to(x.dtype)
-        if shift is not None:
-            new = new + shift.to(x.dtype)
-        return x.index_put((rows[:, None], torch.arange(x.shape[1], device=x.device)[None], units[:, None]), new)  # noqa: E501
+        key = (x.shape[0], x.shape[1])
+        if key not in made:
+            made[key] = _table(name, edits, x)
+        rows, positions, units, scale, shift = made[key]
+        place = (rows, positions, units)
+        return x.index_put(place, x[place] * scale + shift)
 
     return hook
 
 
-def _table(name: str, edits: list[Edit], x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Row and unit of every change at one hook point [n], its scale and its shift [n, 1]."""
-    batch, _, width = x.shape
-    seen: dict[tuple[int, int], Edit] = {}
+def _table(name: str, edits: list[Edit], x: Tensor) -> tuple[Tensor, ...]:
+    """Row, position and unit of every change at one hook point, its scale and its shift: [n]."""
+    batch, length, width = x.shape
+    tables = []
     for edit in edits:
         rows = range(batch) if edit.rows is None else edit.rows
-        _require_inside(f"row of the edit at {name}", rows, batch)
-        _require_inside(f"unit of {name}", edit.units, width)
-        for row in rows:
-            for unit in edit.units:
-                if (row, unit) in seen:
-                    raise InputError(f"unit {unit} of {name} is edited twice in row {row}")
-                seen[row, unit] = edit
-    places = torch.tensor(list(seen), dtype=torch.long, device=x.device).reshape(-1, 2)
-    scale = torch.tensor([[e.scale] for e in seen.values()], dtype=torch.float64).reshape(-1, 1)
-    shift = torch.tensor([[e.shift] for e in seen.values()], dtype=torch.float64).reshape(-1, 1)
-    return places[:, 0], places[:, 1], scale.to(x.device), shift.to(x.device) if shift.any() else None
+        positions = range(length) if edit.positions is None else edit.positions
+        _require_inside(f"row of the edit at {name}", rows, 0, batch)
+        _require_inside(f"position of the edit at {name}", positions, -length, length)
+        _require_inside(f"unit of {name}", edit.units, 0, width)
+        grid = torch.meshgrid(
+            torch.tensor(list(rows), dtype=torch.long),
+            torch.tensor(list(positions), dtype=torch.long) % length,
+            torch.tensor(edit.units, dtype=torch.long),
+            indexing="ij",
+        )
+        places = torch.stack([axis.flatten() for axis in grid])
+        tables.append((places, edit.scale, edit.shift))
+    places = torch.cat([own for own, _, _ in tables], dim=1)
+    unique, counts = places.unique(dim=1, return_counts=True)
+    if unique.shape[1] < places.shape[1]:
+        row, position, unit = unique[:, counts > 1][:, 0].tolist()
+        raise InputError(
+            f"unit {unit} of {name} is edited twice in row {row} at position {position}"
+        )
+    scale = torch.cat([x.new_full((own.shape[1],), scale) for own, scale, _ in tables])
+    shift = torch.cat([x.new_full((own.shape[1],), shift) for own, _, shift in tables])
+    return (*places.to(x.device), scale, shift)
 
 
-def _require_inside(what: str, indices: Iterable[int], size: int) -> None:
+def _require_inside(what: str, indices: Iterable[int], low: int, stop: int) -> None:
     for index in indices:
-        if not 0 <= index < size:
-            raise InputError(f"{what} is {index}, expected 0 to {size - 1}")
+        if not low <= index < stop:
+            raise InputError(f"{what} is {index}, expected {low} to {stop - 1}")

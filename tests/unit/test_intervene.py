@@ -117,6 +117,18 @@ def test_rows_are_independent() -> None:
         )
 
 
+def test_positions_are_independent() -> None:
+    model = tiny()
+    plain, whole = logits_of(model), logits_of(model, Edit(HOOK, (3,)))
+    last = logits_of(model, Edit(HOOK, (3,), positions=(-1,)))
+    assert torch.equal(last[:, :-1], plain[:, :-1])
+    torch.testing.assert_close(last[:, -1], whole[:, -1], rtol=1e-12, atol=1e-12)
+    every = logits_of(
+        model, Edit(HOOK, (3,), positions=(0, 1, 2)), Edit(HOOK, (3,), positions=(-3, 4, -1))
+    )
+    torch.testing.assert_close(every, whole, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
 def test_undone_after_exceptions(family: str, error: type[BaseException]) -> None:
@@ -178,7 +190,12 @@ def test_relevance_of_a_neuron_that_is_off_is_zero() -> None:
         ([Edit(HOOK, (24,))], "unit of blocks.1.mlp.hook_post is 24, expected 0 to 23"),
         ([Edit(HOOK, (-1,))], "is -1, expected 0 to 23"),
         ([Edit(HOOK, (3,), rows=(2,))], "row of the edit at .* is 2, expected 0 to 1"),
-        ([Edit(HOOK, (3,)), Edit(HOOK, (3,), rows=(1,))], "unit 3 of .* is edited twice in row 1"),
+        (
+            [Edit(HOOK, (3,)), Edit(HOOK, (3,), rows=(1,))],
+            "unit 3 of .* is edited twice in row 1 at position 0",
+        ),
+        ([Edit(HOOK, (3, 3))], "unit 3 of .* is edited twice in row 0"),
+        ([Edit(HOOK, (3,), positions=(6,))], "position of the edit .* is 6, expected -6 to 5"),
         ([Edit(HOOK, (3,)), Edit("blocks.1.mlp.out.hook_in", (4,))], "are one hook point"),
         ([Edit("blocks.0.attn.hook_z", (0,))], r"shape \[2, 6, 2, 8\]; edits need"),
     ],

@@ -1,0 +1,379 @@
+"""Are the neurons that relevance finds for a fact the ones that hold it? Switched off and on.
+
+    python benchmarks/knowledge_neurons.py [--cache FOLDER] [--limit N]
+
+The AttnLRP paper shows three neurons and two prompts. Here: hand-written prompts with one-word
+answers (`facts.json`, written before any relevance was looked at), those that the model gets right;
+for each the neurons that ten methods choose (`knowledge_scores.py`).
+
+* `own`: the chosen 1, 5, 20, 50 neurons scaled by 0, 2 and 5 at all positions of the fact's prompt:
+  change of the answer's logit and log-probability, its rank.
+* `other`: 20 neurons of a fact scaled by 0 in prompts of other facts (of the same relation with
+  another answer, and of other relations): the collateral damage.
+* `text`: the same in the first tokens of a paragraph of encyclopaedic text: change of the negative
+  log-likelihood.
+* `amplify`: neurons chosen for one answer (A) amplified in a prompt with another answer (B), as in
+  'Arctic' -> 'candy store': scaled by 5 at all positions, or set at the last position to 1
+  and 3 times their activation at the end of A's prompts. The placebo has the same layers and, where
+  neurons are set, exactly the same norm of what is written.
+
+Results are appended to files in `--cache` as they are made; an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import knowledge_tables as tables
+import numpy as np
+import torch
+from knowledge_scores import (
+    FACTS,
+    HOOK,
+    METHODS,
+    RANDOM,
+    Fact,
+    Neurons,
+    choices,
+    chosen_facts,
+    known_facts,
+    last_only,
+    matched,
+    read_prompts,
+    read_scores,
+    score_all,
+    through_final_gain,
+    top_neurons,
+    write_norms,
+)
+from torch import Tensor
+from tqdm import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+import lenslrp
+from lenslrp.analysis.intervene import Edit, edit_units
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = ROOT.parent / "shared" / "data" / "wikipedia_paragraphs.jsonl"
+CACHE = Path.home() / ".cache" / "lenslrp-benchmarks" / "knowledge_neurons"
+SIZES = (1, 5, 20, 50)
+SCALES = (0.0, 2.0, 5.0)
+COLLATERAL = 20  # neurons
+OTHERS = 2  # prompts of the same relation, and of others, per fact
+PARAGRAPHS, LENGTH = 100, 32
+AMPLIFIED = (
+    "AttnLRP", "AttnLRP, last", "AttnLRP, contrast", "grad x act", "direct", "activation",
+    "weights", RANDOM,
+)  # fmt: skip
+GUIDE = "AttnLRP, last"  # whose neurons the placebo's are matched to
+SET_TO = (1, 3)  # times the activation at the end of concept A's prompts
+PAIRS = 50  # within a relation, and across relations
+AMPLIFY_SIZES = (1, 5, 20)
+READ = 5  # neurons of a fact whose writing is read
+ROWS = 128  # of a batch
+STAGES = ("own", "other", "reading", "amplify", "text")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One intervention: what it is called, and its edits (for all rows; the batch says which)."""
+
+    label: tuple[Any, ...]
+    edits: tuple[Edit, ...]
+
+
+def scaled(label: tuple[Any, ...], neurons: Neurons, scale: float) -> Row:
+    layers: dict[int, list[int]] = defaultdict(list)
+    for layer, neuron in neurons:
+        layers[layer].append(neuron)
+    edits = tuple(Edit(HOOK.format(n), tuple(sorted(layers[n])), scale) for n in sorted(layers))
+    return Row(label, edits)
+
+
+def set_to(label: tuple[Any, ...], neurons: Neurons, values: Iterable[float]) -> Row:
+    pairs = zip(neurons, values, strict=True)
+    edits = [Edit(HOOK.format(n), (i,), 0.0, v, positions=(-1,)) for (n, i), v in pairs]
+    return Row(label, tuple(edits))
+
+
+@torch.no_grad()
+def run_rows(model: TransformerBridge, ids: Iterable[int], rows: list[Row]) -> Iterator[Tensor]:
+    """Logits of every row in order, an unedited one first; equal edits are run once."""
+    tokens = torch.tensor(list(ids))
+    unique = list(dict.fromkeys([(), *(row.edits for row in rows)]))
+    logits: list[Tensor] = []
+    for start in range(0, len(unique), ROWS):
+        some = unique[start : start + ROWS]
+        edits = [replace(edit, rows=(place,)) for place, own in enumerate(some) for edit in own]
+        with edit_units(model, edits):
+            logits.extend(model(tokens.expand(len(some), -1)))
+    place = {own: index for index, own in enumerate(unique)}
+    yield logits[0]
+    for row in rows:
+        yield logits[place[row.edits]]
+
+
+def answers(
+    model: TransformerBridge, ids: Iterable[int], wanted: list[int], rows: list[Row]
+) -> dict[str, Any]:
+    """Logit, log-probability and rank of the wanted tokens in every row, and its top token."""
+    told = []
+    with model.hooks(fwd_hooks=[("unembed.hook_in", last_only)]):
+        for logits in run_rows(model, ids, rows):
+            last = logits[-1].double()
+            normal = last.logsumexp(dim=0)
+            own = [
+                (
+                    round(float(last[i]), 5),
+                    round(float(last[i] - normal), 5),
+                    int((last > last[i]).sum()) + 1,
+                )
+                for i in wanted
+            ]
+            told.append([own, int(last.argmax())])
+    return {"plain": told[0], "rows": [[r.label, *t] for r, t in zip(rows, told[1:], strict=True)]}
+
+
+def surprise(model: TransformerBridge, ids: list[int], rows: list[Row]) -> dict[str, Any]:
+    """Mean negative log-likelihood of a text's tokens in every row, in nats."""
+    following = torch.tensor(ids[1:])
+    told = []
+    for logits in run_rows(model, ids, rows):
+        losses = torch.nn.functional.cross_entropy(logits[:-1], following)
+        told.append(round(float(losses), 6))
+    return {"plain": told[0], "rows": [[r.label, t] for r, t in zip(rows, told[1:], strict=True)]}
+
+
+class Done:
+    """A jsonl file of finished jobs by name."""
+
+    def __init__(self, path: Path) -> None:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # without what was being written
+        path.write_text(whole, encoding="utf-8")
+        self.jobs: dict[str, Any] = {
+            told.pop("job"): told for told in map(json.loads, whole.splitlines())
+        }
+        self.path = path
+
+    def add(self, name: str, told: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"job": name, **told}) + "\n")
+        self.jobs[name] = json.loads(json.dumps(told))
+
+
+def own_rows(index: int, chosen: dict[str, Neurons]) -> list[Row]:
+    return [
+        scaled((method, k, scale, index), neurons[:k], scale)
+        for method, neurons in chosen.items()
+        for k in SIZES
+        for scale in SCALES
+    ]
+
+
+def other_facts(facts: list[Fact], index: int, seed: int) -> list[tuple[int, str]]:
+    """Facts on which the damage of fact `index`'s neurons is measured, none with its answer."""
+    rng = np.random.default_rng([seed, 1, index])
+    own = facts[index]
+    free = [i for i, fact in enumerate(facts) if fact.answer_id != own.answer_id]
+    kinds = {
+        "same relation": [i for i in free if facts[i].relation == own.relation],
+        "other relation": [i for i in free if facts[i].relation != own.relation],
+    }
+    return [
+        (int(i), kind)
+        for kind, some in kinds.items()
+        for i in rng.choice(some, size=min(OTHERS, len(some)), replace=False)
+    ]
+
+
+def amplify_pairs(facts: list[Fact], seed: int) -> list[tuple[list[int], int, str]]:
+    """(facts of concept A, fact B, kind): A is an answer, its facts all those that have it."""
+    rng = np.random.default_rng([seed, 2])
+    pairs: dict[str, list[tuple[list[int], int, str]]] = {"same relation": [], "other relation": []}
+    for _ in range(100 * PAIRS):
+        a, b = (int(i) for i in rng.choice(len(facts), size=2, replace=False))
+        kind = "same relation" if facts[a].relation == facts[b].relation else "other relation"
+        alike = [
+            i
+            for i, fact in enumerate(facts)
+            if (fact.relation, fact.answer_id) == (facts[a].relation, facts[a].answer_id)
+        ]
+        entry = (alike, b, kind)
+        if facts[a].answer_id != facts[b].answer_id and entry not in pairs[kind]:
+            pairs[kind].append(entry)
+    # Taken in turn, so that an unfinished run has as many of either kind.
+    both = zip(*(some[:PAIRS] for some in pairs.values()), strict=False)
+    return [entry for two in both for entry in two]
+
+
+def amplify_rows(scores: Any, of_a: list[int], b: int, norms: Tensor, seed: list[int]) -> list[Row]:
+    """Every method's neurons of concept A, scaled and set in B's prompt; placebos alike."""
+    rng = np.random.default_rng(seed)
+    every = [scores(i) for i in of_a]
+    mean = {name: np.mean([own[name] for own in every], axis=0) for name in every[0]}
+    target = scores(b)["norm"]
+    size = norms.numpy()
+    rows = []
+    for method in AMPLIFIED:
+        neurons = top_neurons(mean[GUIDE if method == RANDOM else method], max(AMPLIFY_SIZES))
+        values = [float(mean["last value"][place]) for place in neurons]
+        scaling = neurons
+        if method == RANDOM:
+            scaling = matched(neurons, target, rng)
+            strangers = matched(neurons, size, rng, pool=size.shape[1] // 2)
+            pairs = zip(values, neurons, strangers, strict=True)
+            values = [v * float(size[old] / size[new]) for v, old, new in pairs]
+            neurons = strangers
+        for k in AMPLIFY_SIZES:
+            rows.append(scaled((method, k, "scale 5"), scaling[:k], 5.0))
+            for factor in SET_TO:
+                some = [factor * v for v in values[:k]]
+                rows.append(set_to((method, k, f"set {factor}"), neurons[:k], some))
+    return rows
+
+
+def reading(
+    model: TransformerBridge, fact: Fact, related: set[str], chosen: dict[str, Neurons], values: Any
+) -> dict[str, Any]:
+    """What each method's five first neurons write: their direction, with the sign of their
+    activation at the last position, through final gain and unembedding.
+
+    A neuron's hits: the answer among its first 10 tokens, its first 50, and another answer of the
+    relation among its first 10; in any case and with or without a space.
+    """
+    W_U = through_final_gain(model, slice(None))
+    told: dict[str, Any] = {}
+    own = fact.answer.lower()
+    for method, neurons in chosen.items():
+        rows = [model.blocks[n].mlp.W_out.detach()[i] for n, i in neurons[:READ]]
+        signs = torch.tensor([float(np.sign(values[place])) for place in neurons[:READ]])
+        best = (torch.stack(rows) * signs[:, None] @ W_U.T).topk(50).indices.tolist()
+        text = [[model.tokenizer.decode([token]) for token in row] for row in best]
+        plain = [[token.strip().lower() for token in row] for row in text]
+        told[method] = {
+            "hits": [
+                [own in row[:10], own in row, bool(related.intersection(row[:10]))] for row in plain
+            ],
+            "writes": [row[:6] for row in text],
+            "layer": float(np.mean([layer for layer, _ in neurons[:20]])),
+            "overlap": len({*neurons[:20]} & {*chosen["AttnLRP"][:20]}) / 20,
+        }
+    return {"methods": told}
+
+
+def run(options: argparse.Namespace) -> tuple[list[Fact], dict[str, Any]]:
+    """All jobs that are not done yet."""
+    cache: Path = options.cache
+    cache.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "model": options.model, "seed": options.seed, "methods": METHODS, "sizes": SIZES,
+        "scales": SCALES, "per relation": options.per_relation, "per answer": options.per_answer,
+        "facts": FACTS.read_text(encoding="utf-8"), "paragraph tokens": LENGTH,
+        "limit": options.limit, "pairs": PAIRS, "amplified": AMPLIFIED, "set to": SET_TO,
+    }  # fmt: skip
+    kept, text = cache / "settings.json", json.dumps(settings)
+    if kept.exists() and kept.read_text(encoding="utf-8") != text:
+        raise SystemExit(f"{cache} was made with other settings: remove it, or give --cache")
+    kept.write_text(text, encoding="utf-8")
+
+    model = lenslrp.load(options.model, dtype=torch.float32, device="cpu")
+    known = Done(cache / "facts.jsonl")
+    if "known" not in known.jobs:
+        facts, asked = known_facts(model, FACTS)
+        known.add("known", {"facts": [asdict(fact) for fact in facts], "asked": asked})
+    entries = known.jobs["known"]["facts"]
+    right = [Fact(**{**entry, "ids": tuple(entry["ids"])}) for entry in entries]
+    facts = chosen_facts(right, options.seed, options.per_relation, options.per_answer)
+    facts = facts[: options.limit]
+    score_all(model, facts, cache / "scores")
+
+    def scores(index: int) -> dict[str, Any]:
+        return read_scores(cache / "scores", index)
+
+    seed = options.seed
+    results: dict[str, Any] = {"known": known.jobs["known"]}
+    stages = {name: Done(cache / f"{name}.jsonl") for name in STAGES}
+    chosen = [choices(scores(i), max(SIZES), [seed, 0, i]) for i in range(len(facts))]
+    results["chosen"] = chosen
+
+    for i, fact in enumerate(tqdm(facts, desc="own prompt", unit="fact")):
+        if str(i) not in stages["own"].jobs:
+            rows = own_rows(i, chosen[i])
+            stages["own"].add(str(i), answers(model, fact.ids, [fact.answer_id], rows))
+
+    asked_of: dict[int, list[tuple[int, str]]] = defaultdict(list)
+    for i in range(len(facts)):
+        for j, kind in other_facts(facts, i, seed):
+            asked_of[j].append((i, kind))
+    for j, sources in tqdm(asked_of.items(), desc="other facts", unit="prompt"):
+        if str(j) not in stages["other"].jobs:
+            rows = [
+                scaled((method, i, kind), neurons[:COLLATERAL], 0.0)
+                for i, kind in sources
+                for method, neurons in chosen[i].items()
+            ]
+            stages["other"].add(str(j), answers(model, facts[j].ids, [facts[j].answer_id], rows))
+
+    words: dict[str, set[str]] = defaultdict(set)
+    for relation, _, answer in read_prompts(FACTS):
+        words[relation].add(answer.lower())
+    for i, fact in enumerate(tqdm(facts, desc="reading", unit="fact")):
+        if str(i) not in stages["reading"].jobs:
+            related = words[fact.relation] - {fact.answer.lower()}
+            told = reading(model, fact, related, chosen[i], scores(i)["last value"])
+            stages["reading"].add(str(i), told)
+
+    norms = write_norms(model)
+    pairs = amplify_pairs(facts, seed)
+    results["pairs"] = pairs
+    for n, (of_a, b, _) in enumerate(tqdm(pairs, desc="amplify", unit="pair")):
+        if str(n) not in stages["amplify"].jobs:
+            rows = amplify_rows(scores, of_a, b, norms, [seed, 3, n])
+            wanted = [facts[of_a[0]].answer_id, facts[b].answer_id]
+            stages["amplify"].add(str(n), answers(model, facts[b].ids, wanted, rows))
+
+    if options.texts.exists():
+        lines = options.texts.read_text(encoding="utf-8").splitlines()
+        order = np.random.default_rng([seed, 4]).permutation(len(lines))
+        encoded = (model.tokenizer.encode(json.loads(lines[n])["text"]) for n in order)
+        long = [ids[:LENGTH] for ids in encoded if len(ids) >= LENGTH][:PARAGRAPHS]
+        for p, ids in enumerate(tqdm(long, desc="paragraphs", unit="text")):
+            if str(p) not in stages["text"].jobs:
+                rows = [
+                    scaled((method, i), neurons[:COLLATERAL], 0.0)
+                    for i in range(p, len(facts), len(long))
+                    for method, neurons in chosen[i].items()
+                ]
+                stages["text"].add(str(p), surprise(model, ids, rows))
+    else:
+        print(f"{options.texts} does not exist: perplexity is left out")
+    return facts, {**results, **{name: stage.jobs for name, stage in stages.items()}}
+
+
+def main() -> None:
+    """Measure what is missing, and print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m", help="a gated or plain MLP, RMS norms")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where results are kept")
+    parser.add_argument("--texts", type=Path, default=TEXTS, help="jsonl with a text per line")
+    parser.add_argument("--per-relation", type=int, default=7, help="facts used, at most")
+    parser.add_argument("--per-answer", type=int, default=2, help="the same within a relation")
+    parser.add_argument("--limit", type=int, help="only so many facts")
+    parser.add_argument("--seed", type=int, default=0, help="of samples and bootstrap")
+    options = parser.parse_args()
+    start = time.perf_counter()
+    facts, results = run(options)
+    print(f"{options.model}, seed {options.seed}, {time.perf_counter() - start:.0f} s this time\n")
+    tables.print_all(facts, results, options.seed)
+
+
+if __name__ == "__main__":
+    main()
