@@ -6,8 +6,9 @@ The AttnLRP paper shows three neurons and two prompts. Here: hand-written prompt
 answers (`facts.json`, written before any relevance was looked at), those that the model gets right;
 for each the neurons that ten methods choose (`knowledge_scores.py`).
 
-* `own`: the chosen 1, 5, 20, 50 neurons scaled by 0, 2 and 5 at all positions of the fact's prompt:
-  change of the answer's logit and log-probability, its rank.
+* `own`: the chosen 1, 5, 20, 50 neurons switched off (scaled by 0) at all positions of the fact's
+  prompt: change of the answer's logit and log-probability, its rank. `on`: scaled by 2 and 5, for
+  the first of the facts.
 * `other`: 20 neurons of a fact scaled by 0 in prompts of other facts (of the same relation with
   another answer, and of other relations): the collateral damage.
 * `text`: the same in the first tokens of a paragraph of encyclopaedic text: change of the negative
@@ -64,21 +65,22 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ROOT.parent / "shared" / "data" / "wikipedia_paragraphs.jsonl"
 CACHE = Path.home() / ".cache" / "lenslrp-benchmarks" / "knowledge_neurons"
 SIZES = (1, 5, 20, 50)
-SCALES = (0.0, 2.0, 5.0)
+AMPLIFIED_BY = (2.0, 5.0)
+AMPLIFIED_FACTS = 60  # the first so many
 COLLATERAL = 20  # neurons
-OTHERS = 2  # prompts of the same relation, and of others, per fact
-PARAGRAPHS, LENGTH = 100, 32
+OTHERS = 1  # prompts of the same relation, and of others, per fact
+PARAGRAPHS, LENGTH = 100, 24
 AMPLIFIED = (
     "AttnLRP", "AttnLRP, last", "AttnLRP, contrast", "grad x act", "direct", "activation",
     "weights", RANDOM,
 )  # fmt: skip
 GUIDE = "AttnLRP, last"  # whose neurons the placebo's are matched to
 SET_TO = (1, 3)  # times the activation at the end of concept A's prompts
-PAIRS = 50  # within a relation, and across relations
+PAIRS = 30  # within a relation, and across relations
 AMPLIFY_SIZES = (1, 5, 20)
 READ = 5  # neurons of a fact whose writing is read
 ROWS = 128  # of a batch
-STAGES = ("own", "other", "reading", "amplify", "text")
+STAGES = ("own", "other", "text", "reading", "amplify", "on")
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,11 @@ def answers(
         for logits in run_rows(model, ids, rows):
             last = logits[-1].double()
             normal = last.logsumexp(dim=0)
-            own = [
-                (
-                    round(float(last[i]), 5),
-                    round(float(last[i] - normal), 5),
-                    int((last > last[i]).sum()) + 1,
-                )
-                for i in wanted
-            ]
+            own = []
+            for token in wanted:
+                logit = float(last[token])
+                rank = int((last > last[token]).sum()) + 1
+                own.append((round(logit, 5), round(logit - float(normal), 5), rank))
             told.append([own, int(last.argmax())])
     return {"plain": told[0], "rows": [[r.label, *t] for r, t in zip(rows, told[1:], strict=True)]}
 
@@ -169,12 +168,14 @@ class Done:
         self.jobs[name] = json.loads(json.dumps(told))
 
 
-def own_rows(index: int, chosen: dict[str, Neurons]) -> list[Row]:
+def own_rows(
+    index: int, chosen: dict[str, Neurons], scales: tuple[float, ...] = (0.0,)
+) -> list[Row]:
     return [
         scaled((method, k, scale, index), neurons[:k], scale)
         for method, neurons in chosen.items()
         for k in SIZES
-        for scale in SCALES
+        for scale in scales
     ]
 
 
@@ -275,7 +276,8 @@ def run(options: argparse.Namespace) -> tuple[list[Fact], dict[str, Any]]:
     cache.mkdir(parents=True, exist_ok=True)
     settings = {
         "model": options.model, "seed": options.seed, "methods": METHODS, "sizes": SIZES,
-        "scales": SCALES, "per relation": options.per_relation, "per answer": options.per_answer,
+        "scales": AMPLIFIED_BY, "per relation": options.per_relation,
+        "per answer": options.per_answer,
         "facts": FACTS.read_text(encoding="utf-8"), "paragraph tokens": LENGTH,
         "limit": options.limit, "pairs": PAIRS, "amplified": AMPLIFIED, "set to": SET_TO,
     }  # fmt: skip
@@ -322,6 +324,22 @@ def run(options: argparse.Namespace) -> tuple[list[Fact], dict[str, Any]]:
             ]
             stages["other"].add(str(j), answers(model, facts[j].ids, [facts[j].answer_id], rows))
 
+    if options.texts.exists():
+        lines = options.texts.read_text(encoding="utf-8").splitlines()
+        order = np.random.default_rng([seed, 4]).permutation(len(lines))
+        encoded = (model.tokenizer.encode(json.loads(lines[n])["text"]) for n in order)
+        long = [ids[:LENGTH] for ids in encoded if len(ids) >= LENGTH][:PARAGRAPHS]
+        for p, ids in enumerate(tqdm(long, desc="paragraphs", unit="text")):
+            if str(p) not in stages["text"].jobs:
+                rows = [
+                    scaled((method, i), neurons[:COLLATERAL], 0.0)
+                    for i in range(p, len(facts), len(long))
+                    for method, neurons in chosen[i].items()
+                ]
+                stages["text"].add(str(p), surprise(model, ids, rows))
+    else:
+        print(f"{options.texts} does not exist: perplexity is left out")
+
     words: dict[str, set[str]] = defaultdict(set)
     for relation, _, answer in read_prompts(FACTS):
         words[relation].add(answer.lower())
@@ -340,21 +358,10 @@ def run(options: argparse.Namespace) -> tuple[list[Fact], dict[str, Any]]:
             wanted = [facts[of_a[0]].answer_id, facts[b].answer_id]
             stages["amplify"].add(str(n), answers(model, facts[b].ids, wanted, rows))
 
-    if options.texts.exists():
-        lines = options.texts.read_text(encoding="utf-8").splitlines()
-        order = np.random.default_rng([seed, 4]).permutation(len(lines))
-        encoded = (model.tokenizer.encode(json.loads(lines[n])["text"]) for n in order)
-        long = [ids[:LENGTH] for ids in encoded if len(ids) >= LENGTH][:PARAGRAPHS]
-        for p, ids in enumerate(tqdm(long, desc="paragraphs", unit="text")):
-            if str(p) not in stages["text"].jobs:
-                rows = [
-                    scaled((method, i), neurons[:COLLATERAL], 0.0)
-                    for i in range(p, len(facts), len(long))
-                    for method, neurons in chosen[i].items()
-                ]
-                stages["text"].add(str(p), surprise(model, ids, rows))
-    else:
-        print(f"{options.texts} does not exist: perplexity is left out")
+    for i, fact in enumerate(tqdm(facts[:AMPLIFIED_FACTS], desc="own, amplified", unit="fact")):
+        if str(i) not in stages["on"].jobs:
+            rows = own_rows(i, chosen[i], AMPLIFIED_BY)
+            stages["on"].add(str(i), answers(model, fact.ids, [fact.answer_id], rows))
     return facts, {**results, **{name: stage.jobs for name, stage in stages.items()}}
 
 

@@ -11,12 +11,12 @@ unless said otherwise; the neurons with the largest signed score are the method'
 | CP-LRP | relevance under CP-LRP, for the logit |
 | grad x act | activation times plain gradient of the logit |
 | grad x act, contrast | the same for the contrast |
-| direct | activation at the last position times `W_out . W_U[answer]` through the final gain: what |
-| | the neuron adds to the logit without passing through later layers (logit attribution) |
+| direct | activation at the last position times `W_out . W_U[answer]` through the final gain: |
+| | what the neuron adds to the logit by itself, not through later layers (logit attribution) |
 | activation | sum of absolute activations |
 | weights | `W_out . W_U[answer]` through the final gain alone; the same in every prompt |
-| random | drawn from the same layers as AttnLRP's choice, among the ten other neurons whose write |
-| | contribution (root of the sum of squared activations, times the norm of W_out's row) is nearest |
+| random | drawn from the same layers as AttnLRP's choice, among the ten other neurons with the |
+| | nearest write contribution (root of the sum of squared activations, times W_out's norm) |
 """
 
 from __future__ import annotations

@@ -56,15 +56,15 @@ def effect(values: Values) -> float:
 
 
 def own_changes(results: dict[str, Any], n: int) -> dict[tuple[str, int, float], Values]:
-    """(method, k, scale) -> changes of the answer [fact, (logit, log-probability, rank)]."""
+    """(method, k, scale) -> changes of the answer [fact, (logit, log-probability, rank)]; NaN
+    where it was not measured."""
     changes: dict[tuple[str, int, float], Values] = {}
     for index in range(n):
-        told = results["own"][str(index)]
-        plain = np.array(told["plain"][0][0])
-        for (method, k, scale, _), (answer,), _ in told["rows"]:
-            key = (method, int(k), float(scale))
-            own = changes.setdefault(key, np.full((n, 3), np.nan))
-            own[index] = np.array(answer) - plain
+        for told in (results[stage].get(str(index)) for stage in ("own", "on")):
+            for (method, k, scale, _), (answer,), _ in told["rows"] if told else ():
+                key = (method, int(k), float(scale))
+                own = changes.setdefault(key, np.full((n, 3), np.nan))
+                own[index] = np.array(answer) - np.array(told["plain"][0][0])
     return changes
 
 
@@ -102,25 +102,29 @@ def print_facts(facts: list[Fact], known: dict[str, Any]) -> None:
 def print_own(changes: dict[tuple[str, int, float], Values], seed: int) -> None:
     sizes = sorted({k for _, k, _ in changes})
     head = ("method", *(f"k = {k}" for k in sizes))
+
+    def values(method: str, k: int, scale: float, column: int) -> Values:
+        own = changes[method, k, scale][:, column]
+        return own[~np.isnan(own)]
+
     for scale in sorted({s for _, _, s in changes}):
-        for column, name, sign in (
-            (LOG_PROB, "change of the answer's log-probability", "+"),
-            (LOGIT, "change of the answer's logit", "+"),
-        ):
+        n = len(values(METHODS[0], sizes[0], scale, RANK))
+        for column, name in ((LOG_PROB, "log-probability"), (LOGIT, "logit")):
             rows = [
-                (m, *(interval(changes[m, k, scale][:, column], seed, sign) for k in sizes))
+                (m, *(interval(values(m, k, scale, column), seed, "+") for k in sizes))
                 for m in METHODS
             ]
-            table(f"Scale {scale:g}: {name}", head, rows)
+            table(f"Scale {scale:g}: change of the answer's {name} (n = {n})", head, rows)
         rows = [
-            (m, *(share((changes[m, k, scale][:, RANK] > 0).astype(float), seed) for k in sizes))
+            (m, *(share((values(m, k, scale, RANK) > 0).astype(float), seed) for k in sizes))
             for m in METHODS
         ]
         table(f"Scale {scale:g}: share of facts whose answer is no longer first", head, rows)
-    rows = [
-        (m, *(f"{np.median(changes[m, k, 0.0][:, RANK]) + 1:.0f}" for k in sizes)) for m in METHODS
-    ]
-    table("Scale 0: median rank of the answer", head, rows)
+        rows = [
+            (m, *(f"{np.median(values(m, k, scale, RANK)) + 1:.0f}" for k in sizes))
+            for m in METHODS
+        ]
+        table(f"Scale {scale:g}: median rank of the answer", head, rows)
 
 
 def paired(a: Values, b: Values, relations: list[str], seed: int) -> tuple[str, str, str]:

@@ -210,6 +210,8 @@ def test_bad_edits_name_the_choice_and_leave_nothing(edits: list[Edit], message:
 
 def test_an_edit_that_never_happens_is_an_error() -> None:
     model = tiny()
-    with pytest.raises(InputError, match="nothing was edited at blocks.1.mlp.hook_post"):
-        with edit_units(model, [Edit(HOOK, (3,))]):
-            pass
+    with (
+        pytest.raises(InputError, match="nothing was edited at blocks.1.mlp.hook_post"),
+        edit_units(model, [Edit(HOOK, (3,))]),
+    ):
+        pass
