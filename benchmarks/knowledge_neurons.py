@@ -4,7 +4,7 @@
 
 The AttnLRP paper shows three neurons and two prompts. Here: hand-written prompts with one-word
 answers (`facts.json`, written before any relevance was looked at), those that the model gets right;
-for each the neurons that ten methods choose (`knowledge_scores.py`).
+for each the neurons that twelve methods choose (`knowledge_scores.py`).
 
 * `own`: the chosen 1, 5, 20, 50 neurons switched off (scaled by 0) at all positions of the fact's
   prompt: change of the answer's logit and log-probability, its rank. `on`: scaled by 2 and 5, for
@@ -66,13 +66,13 @@ TEXTS = ROOT.parent / "shared" / "data" / "wikipedia_paragraphs.jsonl"
 CACHE = Path.home() / ".cache" / "lenslrp-benchmarks" / "knowledge_neurons"
 SIZES = (1, 5, 20, 50)
 AMPLIFIED_BY = (2.0, 5.0)
-AMPLIFIED_FACTS = 60  # the first so many
+AMPLIFIED_FACTS = 40  # the first so many
 COLLATERAL = 20  # neurons
 OTHERS = 1  # prompts of the same relation, and of others, per fact
 PARAGRAPHS, LENGTH = 100, 24
 AMPLIFIED = (
-    "AttnLRP", "AttnLRP, last", "AttnLRP, contrast", "grad x act", "direct", "activation",
-    "weights", RANDOM,
+    "AttnLRP", "AttnLRP, last", "AttnLRP, contrast", "grad x act, contrast", "direct, contrast",
+    "activation", "weights", RANDOM,
 )  # fmt: skip
 GUIDE = "AttnLRP, last"  # whose neurons the placebo's are matched to
 SET_TO = (1, 3)  # times the activation at the end of concept A's prompts
@@ -151,21 +151,34 @@ def surprise(model: TransformerBridge, ids: list[int], rows: list[Row]) -> dict[
 
 
 class Done:
-    """A jsonl file of finished jobs by name."""
+    """A jsonl file of measured rows by job; a job may be measured in several parts."""
 
     def __init__(self, path: Path) -> None:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # without what was being written
         path.write_text(whole, encoding="utf-8")
-        self.jobs: dict[str, Any] = {
-            told.pop("job"): told for told in map(json.loads, whole.splitlines())
-        }
+        self.jobs: dict[str, Any] = {}
         self.path = path
+        for told in map(json.loads, whole.splitlines()):
+            self._keep(told.pop("job"), told)
+
+    def _keep(self, name: str, told: dict[str, Any]) -> None:
+        if name in self.jobs and "rows" in told:
+            self.jobs[name]["rows"] += told["rows"]
+        else:
+            self.jobs[name] = told
 
     def add(self, name: str, told: dict[str, Any]) -> None:
+        line = json.dumps({"job": name, **told})
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"job": name, **told}) + "\n")
-        self.jobs[name] = json.loads(json.dumps(told))
+            file.write(line + "\n")
+        self._keep(name, {k: v for k, v in json.loads(line).items() if k != "job"})
+
+    def missing(self, name: str, rows: list[Row]) -> list[Row]:
+        """Those of a job's rows that are not measured yet."""
+        told = self.jobs.get(name, {"rows": []})["rows"]
+        labels = {tuple(label) for label, *_ in told}
+        return [row for row in rows if row.label not in labels]
 
 
 def own_rows(
@@ -307,8 +320,7 @@ def run(options: argparse.Namespace) -> tuple[list[Fact], dict[str, Any]]:
     results["chosen"] = chosen
 
     for i, fact in enumerate(tqdm(facts, desc="own prompt", unit="fact")):
-        if str(i) not in stages["own"].jobs:
-            rows = own_rows(i, chosen[i])
+        if rows := stages["own"].missing(str(i), own_rows(i, chosen[i])):
             stages["own"].add(str(i), answers(model, fact.ids, [fact.answer_id], rows))
 
     asked_of: dict[int, list[tuple[int, str]]] = defaultdict(list)
@@ -316,12 +328,12 @@ def run(options: argparse.Namespace) -> tuple[list[Fact], dict[str, Any]]:
         for j, kind in other_facts(facts, i, seed):
             asked_of[j].append((i, kind))
     for j, sources in tqdm(asked_of.items(), desc="other facts", unit="prompt"):
-        if str(j) not in stages["other"].jobs:
-            rows = [
-                scaled((method, i, kind), neurons[:COLLATERAL], 0.0)
-                for i, kind in sources
-                for method, neurons in chosen[i].items()
-            ]
+        rows = [
+            scaled((method, i, kind), neurons[:COLLATERAL], 0.0)
+            for i, kind in sources
+            for method, neurons in chosen[i].items()
+        ]
+        if rows := stages["other"].missing(str(j), rows):
             stages["other"].add(str(j), answers(model, facts[j].ids, [facts[j].answer_id], rows))
 
     if options.texts.exists():
@@ -330,12 +342,12 @@ def run(options: argparse.Namespace) -> tuple[list[Fact], dict[str, Any]]:
         encoded = (model.tokenizer.encode(json.loads(lines[n])["text"]) for n in order)
         long = [ids[:LENGTH] for ids in encoded if len(ids) >= LENGTH][:PARAGRAPHS]
         for p, ids in enumerate(tqdm(long, desc="paragraphs", unit="text")):
-            if str(p) not in stages["text"].jobs:
-                rows = [
-                    scaled((method, i), neurons[:COLLATERAL], 0.0)
-                    for i in range(p, len(facts), len(long))
-                    for method, neurons in chosen[i].items()
-                ]
+            rows = [
+                scaled((method, i), neurons[:COLLATERAL], 0.0)
+                for i in range(p, len(facts), len(long))
+                for method, neurons in chosen[i].items()
+            ]
+            if rows := stages["text"].missing(str(p), rows):
                 stages["text"].add(str(p), surprise(model, ids, rows))
     else:
         print(f"{options.texts} does not exist: perplexity is left out")
@@ -359,8 +371,8 @@ def run(options: argparse.Namespace) -> tuple[list[Fact], dict[str, Any]]:
             stages["amplify"].add(str(n), answers(model, facts[b].ids, wanted, rows))
 
     for i, fact in enumerate(tqdm(facts[:AMPLIFIED_FACTS], desc="own, amplified", unit="fact")):
-        if str(i) not in stages["on"].jobs:
-            rows = own_rows(i, chosen[i], AMPLIFIED_BY)
+        rows = own_rows(i, chosen[i], AMPLIFIED_BY)
+        if rows := stages["on"].missing(str(i), rows):
             stages["on"].add(str(i), answers(model, fact.ids, [fact.answer_id], rows))
     return facts, {**results, **{name: stage.jobs for name, stage in stages.items()}}
 

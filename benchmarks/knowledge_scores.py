@@ -10,9 +10,9 @@ unless said otherwise; the neurons with the largest signed score are the method'
 | AttnLRP, contrast | relevance for the answer's logit less the mean of its ten best rivals' |
 | CP-LRP | relevance under CP-LRP, for the logit |
 | grad x act | activation times plain gradient of the logit |
-| grad x act, contrast | the same for the contrast |
 | direct | activation at the last position times `W_out . W_U[answer]` through the final gain: |
 | | what the neuron adds to the logit by itself, not through later layers (logit attribution) |
+| CP-LRP, contrast; grad x act, contrast; direct, contrast | the same for the contrast |
 | activation | sum of absolute activations |
 | weights | `W_out . W_U[answer]` through the final gain alone; the same in every prompt |
 | random | drawn from the same layers as AttnLRP's choice, among the ten other neurons with the |
@@ -51,6 +51,8 @@ CHANNELS = (
     "direct",
     "activation",
     "weights",
+    "CP-LRP, contrast",
+    "direct, contrast",
 )
 RANDOM = "random"
 METHODS = (*CHANNELS, RANDOM)
@@ -146,6 +148,16 @@ def _activations(model: TransformerBridge, tokens: Tensor) -> Tensor:
     return torch.stack([cache[name] for name in names])
 
 
+@torch.no_grad()
+def rivals_of(model: TransformerBridge, tokens: Tensor, facts: list[Fact]) -> Tensor:
+    """The mean unembedding of each fact's ten best rivals, through the final gain."""
+    with model.hooks(fwd_hooks=[("unembed.hook_in", last_only)]):
+        logits = model(tokens)[:, -1]
+    logits[torch.arange(len(facts)), [fact.answer_id for fact in facts]] = -torch.inf
+    best = logits.topk(RIVALS, dim=-1).indices.tolist()
+    return torch.stack([through_final_gain(model, row).mean(dim=0) for row in best])
+
+
 def score_batch(model: TransformerBridge, facts: list[Fact], norms: Tensor) -> Tensor:
     """All of `KEPT` for facts of one prompt length: [fact, kept, layer, neuron]."""
     tokens = torch.tensor([fact.ids for fact in facts])
@@ -160,11 +172,13 @@ def score_batch(model: TransformerBridge, facts: list[Fact], norms: Tensor) -> T
         return [torch.stack([c[HOOK.format(layer)] for layer in layers]) for c in caches]
 
     attnlrp, attnlrp_contrast = relevance(lenslrp.AttnLRP(), [logit, contrast])
-    (cplrp,) = relevance(lenslrp.CPLRP(), [logit])
+    cplrp, cplrp_contrast = relevance(lenslrp.CPLRP(), [logit, contrast])
     gradient, gradient_contrast = relevance(lenslrp.GradientTimesInput(), [logit, contrast])
     x = _activations(model, tokens)
     answers = through_final_gain(model, [fact.answer_id for fact in facts])
     weights = torch.stack([answers @ block.mlp.W_out.detach().T for block in model.blocks])
+    against = answers - rivals_of(model, tokens, facts)
+    weights_contrast = torch.stack([against @ block.mlp.W_out.detach().T for block in model.blocks])
     kept = [
         attnlrp.sum(dim=2),
         attnlrp[:, :, -1],
@@ -175,6 +189,8 @@ def score_batch(model: TransformerBridge, facts: list[Fact], norms: Tensor) -> T
         x[:, :, -1] * weights,
         x.abs().sum(dim=2),
         weights,
+        cplrp_contrast.sum(dim=2),
+        x[:, :, -1] * weights_contrast,
         x.square().sum(dim=2).sqrt() * norms[:, None],
         x[:, :, -1],
     ]

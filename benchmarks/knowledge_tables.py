@@ -45,6 +45,15 @@ def table(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> Non
         print("| " + " | ".join(row) + " |")
 
 
+def ratio(a: Values, b: Values, seed: int) -> str:
+    """Mean of a over mean of b with its interval; both resampled together."""
+    kept = ~np.isnan(a + b)
+    a, b = a[kept], b[kept]
+    picks = np.random.default_rng(seed).integers(0, len(a), (RESAMPLES, len(a)))
+    low, high = np.percentile(a[picks].mean(axis=1) / b[picks].mean(axis=1), [2.5, 97.5])
+    return f"{a.mean() / b.mean():.1f} ({low:.1f} to {high:.1f})"
+
+
 def share(values: Values, seed: int) -> str:
     mean, low, high = bootstrap(values, seed)
     return f"{mean:.2f} ({low:.2f} to {high:.2f})"
@@ -69,12 +78,16 @@ def own_changes(results: dict[str, Any], n: int) -> dict[tuple[str, int, float],
 
 
 def collateral(results: dict[str, Any], n: int) -> dict[tuple[str, str], Values]:
-    """(method, kind) -> mean drop of other facts' log-probability [fact]; NaN where none."""
+    """(method, kind) -> mean drop of other facts' log-probability [fact]; NaN where none.
+
+    With `kind` and " kept": the share of those facts whose answer is still first.
+    """
     drops: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     for told in results["other"].values():
         plain = told["plain"][0][0]
         for (method, index, kind), (answer,), _ in told["rows"]:
             drops[method, kind, index].append(plain[LOG_PROB] - answer[LOG_PROB])
+            drops[method, f"{kind} kept", index].append(float(answer[RANK] == 1))
     means: dict[tuple[str, str], Values] = {}
     for (method, kind, index), values in drops.items():
         means.setdefault((method, kind), np.full(n, np.nan))[index] = np.mean(values)
@@ -188,6 +201,17 @@ def print_damage(
         for m in METHODS
     ]
     names = [f"own less {kind}" for kind in selectivity]
+    kinds = [kind for kind in selectivity if kind != "text"]
+    ratios = []
+    for method in METHODS:
+        lost = (changes[method, MANY, 0.0][:, RANK] > 0).astype(float)
+        own = -changes[method, MANY, 0.0][:, LOG_PROB]
+        cells = [ratio(own, others[method, kind], seed) for kind in kinds]
+        clean = [lost * others[method, f"{kind} kept"] for kind in kinds]
+        ratios.append((method, *cells, *(share(v[~np.isnan(v)], seed) for v in clean)))
+    head = [f"own drop / {kind}" for kind in kinds]
+    head += [f"own answer lost, {kind} kept" for kind in kinds]
+    table("Ratios, and how often only the fact itself is lost", ("method", *head), ratios)
     table("Selectivity: own drop less the damage", ("method", *names), rows)
     for reference in REFERENCES:
         rows = []
