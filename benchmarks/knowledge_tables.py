@@ -248,6 +248,17 @@ def print_reading(results: dict[str, Any], n: int, seed: int) -> None:
     table("What the five first neurons write", head, rows)
 
 
+def print_sharing(chosen: list[dict[str, Any]]) -> None:
+    """Are the neurons a fact's own, or everybody's?"""
+    rows = []
+    for method in METHODS:
+        used = Counter(neuron for own in chosen for neuron in own[method][:MANY])
+        common = ", ".join(f"L{a}/{b} in {count}" for (a, b), count in used.most_common(3))
+        rows.append((method, str(len(used)), common))
+    title = f"The {MANY} neurons of all {len(chosen)} facts"
+    table(title, ("method", "different ones", "commonest, and in how many facts"), rows)
+
+
 def print_amplify(results: dict[str, Any], seed: int) -> None:
     """Concept A's neurons in prompts of B."""
     names = {"A": 0, "B": 1}
@@ -316,5 +327,6 @@ def print_all(facts: list[Fact], results: dict[str, Any], seed: int) -> None:
     print_paired(changes, relations, seed)
     print_damage(changes, collateral(results, n), text_damage(results, n), relations, seed)
     print_reading(results, n, seed)
+    print_sharing(results["chosen"])
     print_amplify(results, seed)
     print_examples(facts, results, changes)
