@@ -1,4 +1,4 @@
-"""Pictures of relevance with matplotlib: layer x position, heads, neurons, the ledger, tokens.
+"""Pictures of relevance with matplotlib: layer x position, heads, neurons, ledger, tokens, images.
 
 One convention throughout: red is positive (speaks for the target), blue is negative, the scale is
 linear and symmetric around 0, an entry that is not a finite number is hatched. Every function
@@ -87,11 +87,20 @@ def _figure_class() -> type[Figure]:
     return NotebookFigure
 
 
-def _figure(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float, theme: Theme, panels: int) -> tuple[Figure, list[Axes]]:
+    """A figure of ``width`` x ``height`` inches with ``panels`` axes beside each other."""
     _require_matplotlib()
     figure = _figure_class()(figsize=(width, height), layout="constrained", facecolor=theme.paper)
-    axes = figure.add_subplot(facecolor=theme.paper)
-    _ink(axes, theme)
+    found = [
+        figure.add_subplot(1, panels, place + 1, facecolor=theme.paper) for place in range(panels)
+    ]
+    for axes in found:
+        _ink(axes, theme)
+    return figure, found
+
+
+def _figure(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
+    figure, (axes,) = new_figure(width, height, theme, 1)
     return figure, axes
 
 
@@ -142,7 +151,8 @@ def _label_tokens(axes: Axes, tokens: Sequence[str], positions: Sequence[int]) -
     axes.set_xticks(places, labels, rotation=90, parse_math=False, **_font())
 
 
-def _colours(theme: Theme) -> Any:
+def colour_map(theme: Theme) -> Any:
+    """The colour map of relevance: blue, the middle at 0, red."""
     from matplotlib import colormaps
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -161,13 +171,18 @@ def _map(
     axes.patch.set(hatch="////", edgecolor=theme.muted, facecolor=theme.paper)
     image = axes.imshow(
         np.ma.masked_invalid(values),
-        cmap=_colours(theme),
+        cmap=colour_map(theme),
         vmin=-limit,
         vmax=limit,
         aspect="auto",
         origin="lower",
         interpolation="nearest",
     )
+    colour_bar(figure, image, axes, theme, label)
+
+
+def colour_bar(figure: Figure, image: Any, axes: Axes, theme: Theme, label: str) -> None:
+    """The legend of a drawn map."""
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05, aspect=28)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=theme.ink, labelsize=8, length=2)
@@ -322,12 +337,20 @@ def token_bars(
     return figure
 
 
+def image_map(R: RelevanceCache, row: int = 0, **options: Any) -> Figure:
+    """Relevance over an image, see :func:`lenslrp.analysis.images.image_map`."""
+    from lenslrp.analysis import images  # which draws with what is in this file
+
+    return images.image_map(R, row, **options)
+
+
 KINDS: dict[str, Callable[..., Figure]] = {
     "residual": residual_map,
     "heads": head_grid,
     "neurons": top_neurons,
     "ledger": ledger_bars,
     "tokens": token_bars,
+    "image": image_map,
 }
 
 

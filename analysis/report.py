@@ -239,7 +239,19 @@ def _write(path: Path, text: str) -> None:
         raise
 
 
-def report_html(R: RelevanceCache, *, model: TransformerBridge | None = None, row: int = 0) -> str:
+def _seen(R: RelevanceCache, row: int, image: Any) -> dict[str, str]:
+    """The image that was explained, in both themes; its panels keep their titles."""
+    light, dark = (
+        _image(plots.image_map(R, row, image=image, theme=theme))
+        for theme in (plots.LIGHT, plots.DARK)
+    )
+    alt = f"Relevance of {R.grid[0]} by {R.grid[1]} patches." if R.grid else ""
+    return {"light": light, "dark": dark, "alt": alt, "caption": ""}
+
+
+def report_html(
+    R: RelevanceCache, *, model: TransformerBridge | None = None, row: int = 0, image: Any = None
+) -> str:
     """The page of :func:`write_report` as a string."""
     environment = _environment()
     from markupsafe import Markup
@@ -257,17 +269,21 @@ def report_html(R: RelevanceCache, *, model: TransformerBridge | None = None, ro
             values,
             attention_mask=mask,
             without_first=True,
+            grid=R.grid,
             title="Colours scaled without the first token",
         )
     ledger = _section(lambda: _ledger(R))
     text = visible("".join(t for t, kept in zip(tokens, mask, strict=True) if kept))
+    if R.grid is not None:
+        text = f"an image of {R.grid[0]} x {R.grid[1]} patches"
     page: str = environment.from_string(TEMPLATE).render(
         title=f"{visible(R.target.text)} · LensLRP",
         target=visible(R.target.text),
         prompt=text,
         model_name=visible(R.model_name),
         facts=_facts(R, row, [v for v, kept in zip(values, mask, strict=True) if kept], ledger),
-        heatmap=Markup(token_heatmap(tokens, values, attention_mask=mask)),
+        heatmap=Markup(token_heatmap(tokens, values, attention_mask=mask, grid=R.grid)),
+        picture_of=None if R.grid is None else _seen(R, row, image),
         rescaled=Markup(rescaled),
         residual=_section(lambda: _residual(R, row, scale.dominated)),
         heads=_section(lambda: _heads(R, row)),
@@ -281,7 +297,12 @@ def report_html(R: RelevanceCache, *, model: TransformerBridge | None = None, ro
 
 
 def write_report(
-    R: RelevanceCache, path: str | Path, *, model: TransformerBridge | None = None, row: int = 0
+    R: RelevanceCache,
+    path: str | Path,
+    *,
+    model: TransformerBridge | None = None,
+    row: int = 0,
+    image: Any = None,
 ) -> Path:
     """Write the report on one batch row of ``R`` and return where it is.
 
@@ -290,6 +311,7 @@ def write_report(
         path: the HTML file; replaced when the new one is complete.
         model: the bridge that was explained; with it, neurons show what they write.
         row: which batch row.
+        image: what a vision model saw, to be drawn under the relevance (see ``R.plot("image")``).
 
     Raises:
         InputError: when ``row`` is out of range or the folder of ``path`` does not exist.
@@ -298,5 +320,5 @@ def write_report(
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} does not exist; cannot write {path.name} there")
-    _write(path, report_html(R, model=model, row=row))
+    _write(path, report_html(R, model=model, row=row, image=image))
     return path

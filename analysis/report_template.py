@@ -93,6 +93,12 @@ TEMPLATE = (
 <p class="what">How much each token of the prompt contributed to the target. Red speaks for it,
 blue against it; hover over a token for its number.</p>
 {{ heatmap }}{{ rescaled }}</section>
+{% if picture_of %}
+<section aria-labelledby="image"><h2 id="image">Image</h2>
+<p class="what">The same relevance where it lies in the image, by patch and by pixel; learned
+tokens and positions have theirs outside it.</p>
+{{ picture(picture_of) }}</section>
+{% endif %}
 
 <section aria-labelledby="residual"><h2 id="residual">Layer by position</h2>
 <p class="what">Total relevance of the residual stream: where in the text the evidence sits, and

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from bootstrap import RESAMPLES, interval
 from numpy.typing import NDArray
+from resume import RESULTS, resumed
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -45,7 +46,6 @@ MODEL = "flan-t5-small-titles"
 TEMPLATE = "Please answer a question about the following article:\n\n{context}\n\n{question}"
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data" / "squad_dev.jsonl"
-RESULTS = Path(__file__).with_name("results") / "squad.jsonl"
 LONGEST_ANSWER = 32
 RANDOM_ORDERS = 200
 
@@ -209,24 +209,15 @@ def judge(item: Item, context: str, rng: np.random.Generator) -> dict[str, dict[
 
 def run(model_name: str, entries: list[dict[str, Any]], results: Path, of: str) -> Iterator[Item]:
     """All items in order, from the results file where they are done already."""
-    settings = json.dumps(
-        {"model": model_name, "template": TEMPLATE, "of": of, "methods": list(METHODS)}
-    )
-    results.parent.mkdir(parents=True, exist_ok=True)
-    kept = results.read_text(encoding="utf-8") if results.exists() else settings + "\n"
-    first, *lines = kept[: kept.rindex("\n")].splitlines()  # without what was being written
-    if first != settings:
-        raise SystemExit(f"{results} was made with other settings: move it, or give --results")
-    done = {item.id: item for item in (Item(**json.loads(line)) for line in lines)}
-    results.write_text("".join(f"{line}\n" for line in (first, *lines)), encoding="utf-8")
+    settings = {"model": model_name, "template": TEMPLATE, "of": of, "methods": list(METHODS)}
     model = None
-    with results.open("a", encoding="utf-8") as file:
+    with resumed(results, settings) as (rows, append):
+        done = {row["id"]: Item(**row) for row in rows}
         for entry in tqdm(entries, desc="questions", unit="q"):
             if entry["id"] not in done:
                 model = model or lenslrp.load(model_name, dtype=torch.float32, device="cpu")
                 done[entry["id"]] = examine(model, entry, of)
-                file.write(json.dumps(asdict(done[entry["id"]])) + "\n")
-                file.flush()
+                append(asdict(done[entry["id"]]))
             yield done[entry["id"]]
 
 
@@ -283,7 +274,7 @@ def main() -> None:
         parser.error(f"{options.data} does not exist; give --data")
     entries = [json.loads(line) for line in options.data.read_text(encoding="utf-8").splitlines()]
     entries = entries[: options.limit]
-    results = options.results or RESULTS.with_stem(f"squad_{options.of}")
+    results = options.results or RESULTS / f"squad_{options.of}.jsonl"
     items = list(run(options.model, entries, results, options.of))
     by_id = {entry["id"]: entry for entry in entries}
     right = [item for item in items if item.correct]

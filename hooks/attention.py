@@ -18,6 +18,7 @@ to values, or nothing and everything under a constant pattern.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,12 +36,13 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lenslrp.errors import InputError
+from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, original
-from lenslrp.hooks.live import attach_live, attach_score_meter
+from lenslrp.hooks.live import attach_at_product, attach_live, attach_score_meter
 from lenslrp.hooks.norms import measure_bias
 from lenslrp.hooks.rules import Epsilon, LinearRule, Product, Softmax, SoftmaxTemperature
+from lenslrp.hooks.sites import has_values
 
 FUSED = "lenslrp_fused"
 """The name under which the fused attention is registered with transformers."""
@@ -59,8 +61,53 @@ def softcap_of(attn: AttentionBridge) -> float | None:
     return float(cap) if cap is not None and float(cap) > 0 else None
 
 
+MAKERS = ("transformers", "transformers_modules", "transformer_lens")
+"""Whose attention TransformerLens knows how to compute; anyone else's only the module itself."""
+
+
+def passes_over(attn: AttentionBridge) -> bool:
+    """Whether the bridge computes an attention itself that the module computes in its own way.
+
+    TransformerLens goes by the architecture, and never calls the module that a user has put there.
+    """
+    inner = original(attn)
+    itself = "forward" not in attn.__dict__ and type(attn).forward is not AttentionBridge.forward
+    return itself and type(inner).forward.__module__.partition(".")[0] not in MAKERS
+
+
+def own_attention(model: nn.Module) -> list[AttentionBridge]:
+    """The attention components of a bridge that pass over a module of the user's own."""
+    found = [m for m in model.modules() if isinstance(m, AttentionBridge)]
+    return [attn for attn in found if original(attn) is not None and passes_over(attn)]
+
+
+def call_the_module(attn: AttentionBridge) -> None:
+    """Make a bridge call the module that it wraps, as it does for attention that it delegates."""
+    attn.__dict__["forward"] = partial(AttentionBridge.forward, attn)
+
+
+def gates_its_output(module: nn.Module) -> bool:
+    """Whether the bridge itself multiplies the output of an attention by a gate (HRM, Qwen3.5)."""
+    return isinstance(module, PositionEmbeddingsAttentionBridge) and (
+        "gate" in module._modules or hasattr(module, "hook_q_gate")
+    )
+
+
+def _goes_on(attn: AttentionBridge) -> bool:
+    """Whether the bridge does more to the product of pattern and values before ``o``."""
+    plain = PositionEmbeddingsAttentionBridge._pre_output_projection
+    own = getattr(type(attn), "_pre_output_projection", plain)
+    return gates_its_output(attn) or own is not plain
+
+
 def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -> None:
     """Q@K^T at ``hook_attn_scores``, the softmax at ``hook_pattern``, A@V at ``o.hook_in``."""
+    if original(attn) is not None and passes_over(attn):
+        raise CoverageError(
+            f"{path} ({type(original(attn)).__name__}): TransformerLens computes this attention "
+            "itself and never calls the module's own forward, so its logits are not the model's; "
+            "load the model with lenslrp.load, which has the module called"
+        )
     attach_per_head(at, ctx, path, attn)
     if ctx.attention == "fused":
         attach_fused(at, ctx, path, attn)
@@ -90,6 +137,8 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
 
     if hasattr(attn, "o"):
         at.hook(attn.o.hook_in, at_output)
+    if _goes_on(attn):
+        attach_at_product(at, attn, at_product)
     if first == 0:
         at.hook(attn.hook_pattern, lambda _, args, y: y.detach())
         if not isinstance(inner, native.NativeAttention):
@@ -246,7 +295,7 @@ def _joint_is_current(attn: JointQKVAttentionBridge) -> bool:
     for mine, theirs in zip(parts, attn.split_qkv_matrix(original(attn)), strict=True):
         for name in ("weight", "bias"):
             a, b = getattr(mine, name), getattr(theirs, name)
-            if a is not None and not a.is_meta and not torch.equal(a, b):
+            if a is not None and has_values(a) and not torch.equal(a, b):
                 return False
     return True
 

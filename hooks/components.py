@@ -19,6 +19,7 @@ from transformer_lens.model_bridge.generalized_components import (
     EmbeddingBridge,
     GatedMLPBridge,
     JointGateUpMLPBridge,
+    LinearBridge,
     MLPBridge,
     NormalizationBridge,
     PosEmbedBridge,
@@ -34,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, components, layer_of, original
-from lenslrp.hooks.attention import attach_attention, softcap_of
+from lenslrp.hooks.attention import attach_attention, gates_its_output, softcap_of
 from lenslrp.hooks.convolution import CONVOLUTIONS, attach_convolution
 from lenslrp.hooks.experts import ExpertPoint, Mixture, attach_mixture, expert_points, mixtures
 from lenslrp.hooks.norms import (
@@ -44,9 +45,17 @@ from lenslrp.hooks.norms import (
     is_norm,
     measure_bias,
 )
-from lenslrp.hooks.operations import GATED_MLP, attach_operations, declared
+from lenslrp.hooks.operations import (
+    ATTENTION,
+    ATTENTION_GATE,
+    GATED_MLP,
+    attach_operations,
+    declared,
+    is_known,
+)
+from lenslrp.hooks.patches import below, embedders
 from lenslrp.hooks.rules import Epsilon, LinearRule, Normalisation, Operations, Plain
-from lenslrp.hooks.sites import Site
+from lenslrp.hooks.sites import Site, has_values
 
 ACTIVATIONS: tuple[type, ...] = (
     nn.SiLU,
@@ -85,6 +94,9 @@ LAYERS: tuple[type, ...] = (nn.Linear, Conv1D, *CONVOLUTIONS)
 SINUSOIDS = "SinusoidalPositionalEmbedding"
 """How transformers' classes for positions without a weight end."""
 
+PER_LAYER = "model.embed_tokens_per_layer"
+"""Gemma 4 embeds the tokens once more for every layer, without a bridge."""
+
 NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
     native._ACTIVATIONS[name] for name in ("gelu", "gelu_new", "relu", "silu")
 )
@@ -101,8 +113,9 @@ def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, 
     parts = list(parts)
     for path, module in parts:
         if not isinstance(module, EmbeddingBridge | PosEmbedBridge):
-            if type(module).__name__.endswith(SINUSOIDS):  # XGLM's has no bridge
-                found.setdefault(id(module), (module, True))
+            position = type(module).__name__.endswith(SINUSOIDS)  # XGLM's has no bridge
+            if position or path.endswith(PER_LAYER):
+                found.setdefault(id(module), (module, position))
             continue
         inner = original(module)
         if inner is None or not any(True for _ in (*inner.parameters(), *inner.buffers())):
@@ -117,14 +130,15 @@ def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, 
             weight = getattr(table, "weight", None)
             if not isinstance(module, nn.Embedding) or weight is None:
                 continue
-            if _same_table(module.weight, weight):
+            if _same_table(module, weight):
                 found.setdefault(id(module), (module, position))
     return list(found.values())
 
 
-def _same_table(a: Tensor, b: Tensor) -> bool:
+def _same_table(module: nn.Embedding, b: Any) -> bool:
     """One table, or the copy that TransformerLens makes of it when it processes weights."""
-    alike = a.shape == b.shape and a.device == b.device and not a.is_meta
+    a = module.weight
+    alike = a.shape == b.shape and a.device == b.device and has_values(a)
     return a is b or (alike and torch.equal(a, b))
 
 
@@ -139,6 +153,22 @@ def attach_leaf(at: Attached, inner: nn.Module) -> None:
         return out.requires_grad_() if torch.is_grad_enabled() else out
 
     at.hook(inner, leaf)
+
+
+def attach_patches(at: Attached, projection: nn.Module, sites: list[Site]) -> None:
+    """Patches are leaves where nothing before them is: ``sites`` are then off the path.
+
+    Attached behind the projection's own rule, which cuts the graph.
+    """
+
+    def leaf(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return out
+        for site in sites:
+            site.cut = not out.requires_grad
+        return out.requires_grad_()
+
+    at.hook(projection, leaf)
 
 
 def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
@@ -162,10 +192,17 @@ def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role
     if not isinstance(rule, LinearRule):
         attach_bias_meter(at, ctx, path, module)
         return
+    convolves = isinstance(module, CONVOLUTIONS)
+    if not convolves and type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+        raise InputError(
+            f"{path} is a {type(module).__name__}, whose weight the {rule.name} rule cannot read "
+            "(quantised, or with something added to it): use epsilon for its role "
+            f"({role!r}), or load the model with plain linear layers"
+        )
     site = ctx.site(path, module, role)
     site.cut = ctx.cuts(path)
     at.sites.append(site)
-    if isinstance(module, CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS):  # also one whose weight is parametrised
         attach_convolution(at, module, rule, site)
         return
     transposed = isinstance(module, Conv1D)
@@ -241,12 +278,18 @@ def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge)
     )
 
 
+def attach_all_cycles(at: Attached, model: Any) -> None:
+    """HRM runs all but its last cycles without gradients, which is a means of training only."""
+    config = model.config
+    at.attribute(model, "L_bp_cycles_padded", [config.L_cycles] * config.H_cycles)
+
+
 def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
-    function: Any = resolve_activation_fn(mlp.config)
-    activations: list[Any] = [m for m in original(mlp).children() if isinstance(m, ACTIVATIONS)]
-    for module in activations:
+    function: Callable[[Tensor], Tensor] = resolve_activation_fn(mlp.config)
+    known: list[Any] = [m for m in original(mlp).children() if isinstance(m, ACTIVATIONS)]
+    for module in known:
         probe = torch.linspace(-4.0, 4.0, 33, device=mlp.out.weight.device)
-        if not torch.equal(function(probe), module(probe)):
+        if not torch.equal(function(probe), module.forward(probe)):  # past hooks, rules among them
             raise InputError(
                 f"{path}: in compatibility mode TransformerLens computes another activation than "
                 f"the model's {type(module).__name__}, so this is not the model any more; load it "
@@ -275,6 +318,8 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
     roles: dict[int, str] = {}
     mixed = mixtures(found)
     raw = _raw_modules(found, mixed, ctx)
+    linear = {id(original(m)) for _, m in found if isinstance(m, LinearBridge)}
+    roles.update((id(part), "") for mixture in mixed for part in mixture)  # met where they run
     for path, module in found:
         if "cross_attn" in module._modules and "ln2" in module._modules:
             ctx.queries.add(f"{path}.ln2")  # before cross-attention, whose keys are the encoder's
@@ -302,14 +347,24 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
         if isinstance(rule, LinearRule) and not layer.weight.is_meta:
             at.weights[layer.weight.data_ptr()] = path
     try:
+        inside: set[int] = set()  # what an embedding does inside it (a norm) comes before its leaf
         for inner, _ in embeddings(found):
             attach_leaf(at, inner)
+            inside.update(id(part) for part in inner.modules() if part is not inner)
         for path, module in found:
+            if id(module) in inside:
+                continue
+            if hasattr(module, "L_bp_cycles_padded"):
+                attach_all_cycles(at, module)
             _attach(at, ctx, path, module, gates, roles)
+            if id(module) in linear and not isinstance(module, LAYERS):
+                attach_linear(at, ctx, path, module, roles.get(id(module), "linear"))
             if id(module) in raw and not any(module in mixture for mixture in mixed):
                 attach_operations(at, ctx, path, module, raw[id(module)])
         for mixture in mixed:
             attach_mixture(at, ctx, mixture)
+        for place in embedders(found):
+            attach_patches(at, place.projection, below(found, at.sites))
     except BaseException:
         for undo in reversed(at.undo):
             undo()
@@ -324,12 +379,18 @@ def _raw_modules(
     gated = (GatedMLPBridge, JointGateUpMLPBridge)
     bridged = {id(original(module)) for _, module in parts if isinstance(module, gated)}
     raw = {id(part): GATED_MLP for mixture in mixed for part in mixture}
+    attended = [original(m) for _, m in parts if isinstance(m, AttentionBridge)]
+    met = {id(part) for inner in attended if inner is not None for part in inner.modules()}
     for _, module in parts:
+        if gates_its_output(module):
+            raw[id(module)] = ATTENTION_GATE
         spec = declared(module)
         taught = type(module) in ctx.composite.modules
         if spec is None or taught or isinstance(module, GeneralizedComponent):
             continue
-        if id(module) not in bridged:
+        if spec is ATTENTION and id(module) in met:
+            continue  # its bridge has hook points for it
+        if id(module) not in bridged or is_known(module):
             raw.setdefault(id(module), spec)
     return raw
 
@@ -369,9 +430,11 @@ def _attach(
     elif isinstance(module, NormalizationBridge):
         attach_norm(at, ctx, path, module)
     elif isinstance(module, AttentionBridge):
-        attach_attention(at, ctx, path, module)
+        if type(original(module)) not in ctx.composite.modules:  # taught: it has rules of its own
+            attach_attention(at, ctx, path, module)
     elif isinstance(module, GatedMLPBridge) and original(module) is not None:
-        attach_gated_mlp(at, ctx, path, module)
+        if not is_known(original(module)):
+            attach_gated_mlp(at, ctx, path, module)
     elif id(module) not in at.wrapped and is_norm(module):
         attach_loose_norm(at, ctx, path, module)
     elif isinstance(module, ACTIVATIONS):

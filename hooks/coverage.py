@@ -20,19 +20,20 @@ from torch.nn.modules._functions import BackwardHookFunction
 
 from lenslrp.errors import CoverageError
 from lenslrp.hooks.functions import Read
-from lenslrp.hooks.sites import Site
+from lenslrp.hooks.sites import Site, has_values
 
 LINEAR = frozenset(
     re.findall(
         r"\w+",
         """
-        AccumulateGrad Add Alias AsStrided BackwardHookFunction Cat Chunk Clone ConstantPadNd
-        Contiguous Copy CopySlices Copyslices Cumsum Detach Embedding Expand Fill Flatten Flip
-        Gather Identity Index IndexAdd IndexCopy IndexPut IndexSelect MaskedFill MaskedScatter Max
-        Mean Movedim Narrow Neg Pad Permute RSub Real Repeat RepeatInterleave Reshape ReshapeAlias
-        Roll Scatter ScatterAdd Select SelectScatter Slice SliceScatter Sort Split SplitWithSizes
-        Squeeze Stack Sub Sum T TensorSplit ToCopy Topk Transpose Tril Triu Unbind Unfold UnsafeView
-        Complex Unsqueeze View ViewAs ViewAsComplex ViewAsReal Where Zero
+        AccumulateGrad AdaptiveAvgPool1D AdaptiveAvgPool2D Add Alias AsStrided AvgPool1D AvgPool2D
+        BackwardHookFunction Cat Chunk Clone Complex ConstantPadNd Contiguous Copy CopySlices
+        Copyslices Cumsum Detach Embedding Expand Fill Flatten Flip Gather Identity Im2Col Index
+        IndexAdd IndexCopy IndexPut IndexSelect MaskedFill MaskedScatter Max Mean Movedim Narrow Neg
+        Pad Permute Real Repeat RepeatInterleave Reshape ReshapeAlias Roll RSub Scatter ScatterAdd
+        Select SelectScatter Slice SliceScatter Sort Split SplitWithSizes Squeeze Stack Sub Sum T
+        TensorSplit ToCopy Topk Transpose Tril Triu Unbind Unfold UnsafeView Unsqueeze
+        UpsampleBicubic2D UpsampleBilinear2D View ViewAs ViewAsComplex ViewAsReal Where Zero
         """,
     )
 )
@@ -223,6 +224,8 @@ def _wants(node: Any, name: str) -> str:
 def _clips(node: Any) -> bool:
     """Whether a clamp changed any value."""
     x = node._saved_self
+    if not has_values(x):
+        return True  # nobody can tell
     low, high = getattr(node, "_saved_min", None), getattr(node, "_saved_max", None)
     below = low is not None and bool((x < low).any())
     return below or (high is not None and bool((x > high).any()))

@@ -14,6 +14,7 @@ zeros in the others' slots.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -133,16 +134,18 @@ class ExpertsMet(Met):
     def shown(self, y: Tensor) -> Tensor:
         """Pass neurons [row, neuron] through the hook point, as [batch, pos, slot, neuron]."""
         chosen = self.mixture.chosen
-        hooked = self.point is not None and bool(self.point._forward_hooks)
-        if not hooked or chosen is None or not y.requires_grad:
+        if self.point is None or not self.point._forward_hooks or chosen is None:
             return y
         rows = torch.arange(chosen.numel(), device=y.device) if self.rows is None else self.rows
-        if len(rows) != len(y):
+        if y.ndim == 3:  # every expert sees every token, [expert, token, neuron]
+            rows = rows.view(chosen.shape).T.flatten()
+        flat = y.flatten(0, -2)
+        if len(rows) != len(flat) or not y.requires_grad:
             return y
-        spread = y.new_zeros(chosen.numel(), y.shape[-1]).index_copy(0, rows, y)
+        spread = flat.new_zeros(chosen.numel(), y.shape[-1]).index_copy(0, rows, flat)
         shape = (*self.mixture.shape, chosen.shape[-1], y.shape[-1])
-        seen: Tensor = self.point(spread.view(shape))  # type: ignore[misc]
-        return seen.reshape(chosen.numel(), y.shape[-1])[rows]
+        seen: Tensor = self.point(spread.view(shape))
+        return seen.reshape(chosen.numel(), y.shape[-1])[rows].view_as(y)
 
 
 def _alike(a: Any = None, b: Any = None) -> bool:
@@ -175,10 +178,14 @@ def attach_mixture(at: Attached, ctx: Context, mixture: Mixture) -> None:
         mixture.shape, mixture.chosen = tuple(x.shape[:-1]), None
 
     def routed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and not value.is_floating_point() and value.ndim == 2:
-                mixture.chosen = value
-                ctx.routing[mixture.path] = value.view(*mixture.shape, -1)
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        chosen = next((v for v in given if not v.is_floating_point() and v.ndim == 2), None)
+        if chosen is None and len(given) == 1 and mixture.path in ctx.experts:
+            every = torch.arange(ctx.experts[mixture.path], device=given[0].device)
+            chosen = every.expand(math.prod(mixture.shape), -1)
+        if chosen is not None:
+            mixture.chosen = chosen
+            ctx.routing[mixture.path] = chosen.reshape(*mixture.shape, -1)
 
     at.undo.append(mixture.block.register_forward_pre_hook(begin, with_kwargs=True).remove)
     attach_operations(at, ctx, mixture.path, mixture.block, Operations(gated=True, attention=False))

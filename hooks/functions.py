@@ -38,6 +38,7 @@ def _mark(ctx: Any, site: Site, opens: tuple[str, ...] = (), region: int = 0) ->
     ctx.opens = opens
     ctx.region = region
     site.forward += 1
+    site.order = ctx._sequence_nr()
 
 
 class Elementwise(torch.autograd.Function):

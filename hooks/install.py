@@ -117,7 +117,8 @@ def require_bridge(model: Any) -> None:
     """Refuse what rules cannot be attached to.
 
     Raises:
-        InputError: no bridge, a quantised weight, or train mode, of the whole or of a part.
+        InputError: no bridge, a quantised or an offloaded weight, or train mode, of the whole or
+            of a part.
     """
     if not hasattr(model, "hook_dict") or not isinstance(model, nn.Module):
         raise InputError(
@@ -130,6 +131,19 @@ def require_bridge(model: Any) -> None:
                 f"{name.replace('_original_component.', '')} is quantised ({parameter.dtype}); the "
                 "rules cannot read it: load the model in float32, bfloat16 or float16"
             )
+        if type(parameter).dequantize is not torch.Tensor.dequantize:  # a subclass that unpacks
+            raise InputError(
+                f"{name.replace('_original_component.', '')} is quantised "
+                f"({type(parameter).__name__}); the rules cannot read it: load the model in "
+                "float32, bfloat16 or float16"
+            )
+    offloaded = [name for name, module in model.named_modules() if _is_offloaded(module)]
+    if offloaded:
+        raise InputError(
+            f"the weights of {offloaded[0]} (and {len(offloaded) - 1} more modules) are offloaded, "
+            "and the rules need them during the backward pass too; give a device_map that keeps "
+            "them all on devices"
+        )
     wrapped = getattr(model, "original_model", model)
     # Dropout goes by the mode of its own module, not by the bridge's.
     if model.training or any(_drops_out(m) for m in wrapped.modules()):
@@ -137,6 +151,12 @@ def require_bridge(model: Any) -> None:
             "the model, or a part of it, is in train mode, where dropout would change what is "
             "explained; call model.eval() first (and model.original_model.eval())"
         )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings this module's weights in for each call and takes them out again."""
+    hook = getattr(module, "_hf_hook", None)
+    return bool(getattr(hook, "offload", False))
 
 
 def _drops_out(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
 from lenslrp.hooks.attach import Attached, original
-from lenslrp.hooks.sites import Site, row_sums
+from lenslrp.hooks.sites import Site, has_values, row_sums
 
 PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "einsum"})
 SUMS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
@@ -140,7 +140,7 @@ def _close_blind_rows(scores: Tensor, pattern: Tensor) -> None:
     Softmax's own backward would turn the gradient of 0 into NaN there; it stays 0.
     """
     blind = pattern.detach().isnan()
-    if scores.requires_grad and bool(blind.any()):
+    if scores.requires_grad and has_values(scores) and bool(blind.any()):
         scores.register_hook(lambda g: g.masked_fill(blind, 0.0))
 
 
@@ -168,6 +168,48 @@ def attach_live(
     at.attribute(inner, "forward", forward)
     for config in _configs(inner):
         at.undo.append(_eager(config))
+
+
+class AtProduct(TorchFunctionMode):
+    """Gives the product of pattern and values, where the bridge computes it, its rule."""
+
+    def __init__(self, at_product: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.at_product = at_product
+        self.pattern: Tensor | None = None
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if self.pattern is not None and name in PRODUCTS and args[0].shape == self.pattern.shape:
+            self.pattern = None
+            return self.at_product(out)
+        return out
+
+
+def attach_at_product(
+    at: Attached, attn: AttentionBridge, at_product: Callable[[Tensor], Tensor]
+) -> None:
+    """The rule of A@V at the product itself, where ``o`` is not what follows it."""
+    run = attn.forward
+    running: list[AtProduct] = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with AtProduct(at_product) as mode:
+            running[:] = [mode]
+            return run(*args, **kwargs)
+
+    def at_pattern(_: nn.Module, args: tuple[Any, ...], pattern: Tensor) -> None:
+        running[0].pattern = pattern
+
+    at.hook(attn.hook_pattern, at_pattern)
+    at.attribute(attn, "forward", forward)
 
 
 def attach_score_meter(at: Attached, attn: AttentionBridge, qk: Site, share: float) -> None:

@@ -19,7 +19,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, original
 from lenslrp.hooks.rules import Identity, Normalisation, Plain
-from lenslrp.hooks.sites import Site, widest
+from lenslrp.hooks.sites import Site, has_values, widest
 
 LAYER_NORMS = (nn.LayerNorm.forward, native.NativeLayerNormPre.forward)
 GROUP_NORMS = (nn.GroupNorm.forward,)
@@ -57,6 +57,7 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
     site.cut = ctx.cuts(path)
     if isinstance(rule, Plain):
         at.region(norm, site, lambda _: bias())
+        _region_past_the_bridge(at, norm, site, bias)
     else:
         at.sites.append(site)
         if isinstance(own, Normalisation):
@@ -86,6 +87,33 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
         at.hook(norm, mark)
     if ctx.books is not None:
         _attach_norm_bias(at, ctx, path, norm, bias)
+
+
+def _region_past_the_bridge(
+    at: Attached, norm: NormalizationBridge, site: Site, bias: Callable[[], Tensor | None]
+) -> None:
+    """The same region around the wrapped norm, where it is called without its bridge.
+
+    So do split query, key and value inputs.
+    """
+    within: list[bool] = []
+
+    def enter(*_: Any) -> None:
+        within.append(True)
+
+    def leave(*_: Any) -> None:
+        within.clear()
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return None if within else (F.apply(F.RegionInput, args[0], "plain", site), *args[1:])
+
+    def after(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+        return None if within else F.apply(F.RegionOutput, y, bias(), "plain", site)
+
+    at.pre_hook(norm, enter)
+    at.hook(norm, leave)
+    at.pre_hook(original(norm), before)
+    at.hook(original(norm), after)
 
 
 def _native(norm: NormalizationBridge) -> bool:
@@ -119,7 +147,7 @@ def _bias_of(module: Any, rule: Normalisation) -> Tensor | None:
 def _wrap_own_norm(at: Attached, module: nn.Module, rule: Normalisation, site: Site) -> None:
     def apply(x: Tensor, y: Tensor) -> Tensor:
         bias = _bias_of(module, rule)
-        if not (x.is_meta or rule.fits(x, y, bias)):
+        if has_values(x) and not rule.fits(x, y, bias):
             other = replace(rule, centred=not rule.centred)
             hint = (
                 f"; it fits Normalisation(centred={other.centred})"
@@ -219,7 +247,7 @@ def measure_bias(y: Tensor, bias: Tensor | None, site: Site, dim: int = -1) -> N
 
     In chunks: a float64 copy of the gradient of all logits would be the largest tensor of the pass.
     """
-    if bias is None or not y.requires_grad or not (bias.is_meta or bool(bias.any())):
+    if bias is None or not y.requires_grad or (has_values(bias) and not bool(bias.any())):
         return  # TransformerLens gives every unembedding a bias of zeros
 
     def measure(g: Tensor) -> None:

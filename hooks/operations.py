@@ -44,12 +44,43 @@ from lenslrp.hooks.sites import Site, row_sums
 ATTENTION_GATE = Operations("attention_gate", leaks=("sigmoid", "softplus"), attention=False)
 ROUTER = Operations("router", attention=False)
 GATED_MLP = Operations(gated=True, leaks=(), attention=False)
+FUNCTIONAL = Operations(leaks=(), attention=False)
+ATTENTION = Operations(leaks=("softmax",))
+"""Attention that the bridge has no component for, in the towers that read images and sounds."""
 
 KNOWN: Mapping[str, Operations] = {
     "AfmoeAttention": ATTENTION_GATE,
+    "BitNetMLP": GATED_MLP,  # a norm between the product and the last projection
+    "Gemma4TextDecoderLayer": GATED_MLP,  # gates an embedding of its own for each layer
+    "HrmTextModel": FUNCTIONAL,  # adds a learned initial state
     "JetMoeAttention": ATTENTION_GATE,
     "JetMoeTopKGating": ROUTER,
     "LagunaAttention": ATTENTION_GATE,
+    "Lfm2MLP": GATED_MLP,
+    "Lfm2MoeMLP": GATED_MLP,
+    "ModernBertDecoderMLP": GATED_MLP,
+    "MuseGlimmerTextAttention": ATTENTION_GATE,
+    "RobertaLMHead": FUNCTIONAL,
+    # Two gates around a convolution over three positions.
+    **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL),
+    # Towers that activate the output of their first convolutions.
+    **dict.fromkeys(("AudioFlamingo3Encoder", "GlmAsrEncoder", "Qwen2AudioEncoder"), FUNCTIONAL),
+    # Towers that add learned positions, or a learned token for the image or the end of its rows.
+    **dict.fromkeys(
+        (
+            "Florence2MultiModalProjector",
+            "Gemma4UnifiedVisionEmbedder",
+            "Gemma4VisionPatchEmbedder",
+            "Glm4vVisionEmbeddings",
+            "Llama4VisionModel",
+            "LlavaNextModel",
+            "LlavaOnevisionModel",
+            "MuseGlimmerVisionPatchEmbedder",
+            "Qwen3VLMoeVisionModel",
+            "Qwen3VLVisionModel",
+        ),
+        FUNCTIONAL,
+    ),
 }
 """Classes of transformers whose own code multiplies or activates."""
 
@@ -66,6 +97,7 @@ SUMS = {
     **dict.fromkeys(("add", "__add__", "__radd__", "add_", "__iadd__"), 1.0),
     **dict.fromkeys(("sub", "__sub__", "sub_", "__isub__"), -1.0),
 }
+JOINS = frozenset({"cat", "concat", "concatenate"})
 LEAKS = frozenset({"softmax", "sigmoid", "softplus"})
 
 
@@ -111,6 +143,8 @@ class Met(TorchFunctionMode):
             return self.sum(out, args, SUMS[name])
         if name == "linear":
             return self.linear(out, args, kwargs)
+        if name in JOINS:
+            return self.joined(out, *args, **kwargs)
         return out
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
@@ -187,6 +221,21 @@ class Met(TorchFunctionMode):
             )
         return y
 
+    def joined(self, y: Tensor, tensors: Any, dim: int = 0) -> Tensor:
+        """Constants (learned tokens) that are put beside what carries relevance take theirs."""
+        site, start = self.sites["linear"], 0
+        for part in tensors:
+            size = part.shape[dim]
+            if site.books is not None and y.requires_grad and not part.requires_grad:
+                self.meter_part(y, part.detach(), dim, start)
+            start += size
+        return y
+
+    def meter_part(self, y: Tensor, part: Tensor, dim: int, start: int) -> None:
+        site = self.sites["linear"]
+        size = part.shape[dim]
+        y.register_hook(lambda g: site.report("biases", row_sums(part, g.narrow(dim, start, size))))
+
     def linear(self, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
         site = self.sites["linear"]
@@ -237,9 +286,17 @@ def _shared(x: Tensor, share: float, site: Site) -> Tensor:
     return x.detach() if share == 0 else F.apply(F.Share, x, share, site)
 
 
+def is_known(module: nn.Module) -> bool:
+    """Whether a module's class is in :data:`KNOWN`."""
+    return type(module).__name__ in KNOWN
+
+
 def declared(module: nn.Module) -> Operations | None:
     """What is known of a class's raw operations, by its name or its sub-modules."""
-    known = KNOWN.get(type(module).__name__)
+    kind = type(module)
+    known = KNOWN.get(kind.__name__)
+    if known is None and kind.__name__.endswith("Attention"):
+        return ATTENTION if kind.__module__.startswith("transformers.") else None
     if known is None and any(names <= module._modules.keys() for names in GATED):
         return GATED_MLP
     return known
@@ -257,6 +314,8 @@ def sites_of(ctx: Context, path: str, module: nn.Module, spec: Operations) -> di
     above = "router" if spec.product == "gate" else spec.product
     above = "attention_av" if spec.attention else above
     sites["softmax"].cut = F.product_shares(ctx.composite[above])[0] == 0
+    if spec.attention:  # queries and keys feed the pattern
+        sites["attention_qk"].cut = sites["softmax"].cut
     for site in sites.values():
         site.optional = True
     return sites

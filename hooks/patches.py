@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from lenslrp.hooks.attach import original
+from lenslrp.hooks.sites import Site
 
 SPECIAL = {
     "cls_token": "[CLS]",
@@ -29,6 +30,9 @@ POSITIONS = ("position_embeddings", "position_embedding", "pos_embed", "position
 
 FRAMES = "feat_proj"
 """The bridge's component whose linear layer makes the frames of a waveform."""
+
+WAVES = "audio_feature_extractor"
+"""The bridge's component with the convolutions before it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +74,17 @@ def embedders(parts: Iterable[tuple[str, nn.Module]]) -> list[Embedder]:
         if patches is not None:
             return [Embedder(patches, None, {}, ())]
     return list(found.values())
+
+
+def below(parts: Iterable[tuple[str, nn.Module]], sites: Iterable[Site]) -> list[Site]:
+    """The sites of what runs before there are patches or frames, the layer that makes them too."""
+    parts = list(parts)
+    inside = {id(m) for place in embedders(parts) for m in place.projection.modules()}
+    for path, module in parts:
+        if path in (FRAMES, WAVES):
+            inside |= {id(m) for m in module.modules()}
+    paths = {path for path, module in parts if id(module) in inside}
+    return [site for site in sites if site.hook in paths]
 
 
 def _has(module: nn.Module, name: str) -> bool:

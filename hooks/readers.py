@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.functions import Read, apply
-from lenslrp.hooks.sites import masked_to_zero
+from lenslrp.hooks.sites import has_values, masked_to_zero
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Reduce = Callable[[Tensor], Tensor]
@@ -33,6 +33,11 @@ TOTALS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 def is_total(name: str) -> bool:
     """Whether a hook name reads the whole residual stream rather than a branch."""
     return name.rsplit(".", 1)[-1] in TOTALS
+
+
+def is_middle(name: str) -> bool:
+    """Whether a name is that of the residual stream between attention and MLP."""
+    return name.rsplit(".", 1)[-1] == "hook_resid_mid"
 
 
 def select_names(available: Iterable[str], names_filter: NamesFilter) -> tuple[list[str], bool]:
@@ -65,6 +70,12 @@ def select_names(available: Iterable[str], names_filter: NamesFilter) -> tuple[l
             chosen.append(name)
         elif inside:
             chosen.extend(inside)
+        elif is_middle(name) and not any(is_middle(n) for n in names):
+            raise InputError(
+                f"no hook point {name!r} in this model: parallel blocks, whose attention and MLP "
+                "both read hook_resid_pre (and blocks without an MLP), have no residual stream "
+                "between the two; ask for hook_resid_pre or hook_resid_post"
+            )
         else:
             near = difflib.get_close_matches(name, names, n=3) or names[:3]
             raise InputError(f"no hook point {name!r} in this model; nearest: {', '.join(near)}")
@@ -80,16 +91,29 @@ class Reading:
     total: bool
     shape: tuple[int, ...] | None = None
     zero_like: Tensor | None = None
-    seen: bool = False
+    seen: int = 0  #: how often it fired on the path
+
+
+def _shape(value: Any) -> Any:
+    return getattr(value, "shape", None)
+
+
+def _joined(pieces: dict[int, Any]) -> Any:
+    """The uses of different lengths of one hook point one after the other, in forward order."""
+    parts = [pieces[index] for index in sorted(pieces)]
+    if len(parts) == 1:
+        return parts[0]
+    lengths = [set(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
+    return torch.cat(parts, dim=next(i for i, sizes in enumerate(lengths) if len(sizes) > 1))
 
 
 @dataclass
 class Readers:
-    """All readings of one forward pass; ``values`` fills anew at each backward pass."""
+    """All readings of one forward pass; ``pieces`` fills anew at each backward pass."""
 
     readings: list[Reading]
     reduce: Callable[[str], Reduce | None]
-    values: dict[str, Any] = field(default_factory=dict)
+    pieces: dict[str, dict[int, Any]] = field(default_factory=dict)
     activations: dict[str, Tensor] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
 
@@ -138,8 +162,8 @@ class Readers:
             x = next((v for v in values if isinstance(v, Tensor)), None)
             if x is not None and x.requires_grad:
                 kept = x.detach()
-                self._saw(reading, x)
-                x.register_hook(lambda g: self._deliver(reading, kept, g))
+                index = self._saw(reading, x)
+                x.register_hook(lambda g: self._deliver(reading, kept, g, index))
 
         return hook
 
@@ -151,17 +175,19 @@ class Readers:
                 if args and isinstance(args[0], Tensor) and args[0].requires_grad:
                     self._saw(reading, out)  # a rule cut it here: on the path, relevance zero
                 return None
-            self._saw(reading, out)
-            return apply(Read, out, lambda x, g: self._deliver(reading, x, g))
+            index = self._saw(reading, out)
+            return apply(Read, out, lambda x, g: self._deliver(reading, x, g, index))
 
         return hook
 
-    def _saw(self, reading: Reading, x: Tensor) -> None:
-        reading.seen = True
+    def _saw(self, reading: Reading, x: Tensor) -> int:
+        """Which of its firings in this pass this is."""
+        reading.seen += 1
         reading.zero_like = x.detach().new_empty(0)
         reading.shape = tuple(x.shape)
+        return reading.seen
 
-    def _deliver(self, reading: Reading, x: Tensor, g: Tensor) -> None:
+    def _deliver(self, reading: Reading, x: Tensor, g: Tensor, index: int) -> None:
         x, g = x.detach(), g.detach()
         if x.dtype in (torch.float16, torch.bfloat16):
             x, g = x.float(), g.float()
@@ -174,13 +200,17 @@ class Readers:
             if id(reduce) not in made:
                 made[id(reduce)] = self._relevance(reduce, x, g)
             value = made[id(reduce)]
-            if name.endswith(MASKED) and bool(value.isnan().any()):
+            masked = name.endswith(MASKED) and has_values(value)
+            if masked and bool(value.isnan().any()):
                 value = self._relevance(reduce, masked_to_zero(x, g), g)
-            old = self.values.get(name)
+            pieces = self.pieces.setdefault(name, {})
             if name.endswith(("hook_post", "hook_expert_post")) and reduce is None:
-                self.activations[name] = x if old is None else self.activations[name] + x
-            # A point that fires twice in one pass carries the sum of both uses.
-            self.values[name] = value if old is None else old + value
+                self.activations[name] = self.activations[name] + x if pieces else x
+            # A point that fires twice in one pass carries the sum of both uses; of two lengths
+            # (T5Gemma 2 projects keys of decoder and encoder with one matrix), both.
+            alike = (i for i, old in pieces.items() if _shape(old) == _shape(value))
+            at = next(alike, index)
+            pieces[at] = pieces[at] + value if at in pieces else value
 
     @staticmethod
     def _relevance(reduce: Reduce | None, x: Tensor, g: Tensor) -> Tensor:
@@ -193,11 +223,12 @@ class Readers:
     def finish(self) -> dict[str, Any]:
         """The values of the backward pass that has just ended; zero where no gradient came."""
         for reading in self.readings:
-            if reading.seen and reading.names[0] not in self.values:
+            if reading.seen and reading.names[0] not in self.pieces:
                 assert reading.shape is not None and reading.zero_like is not None
                 zeros = reading.zero_like.new_zeros(reading.shape)
-                self._deliver(reading, zeros, zeros)
-        values, self.values = self.values, {}
+                self._deliver(reading, zeros, zeros, 0)
+        values = {name: _joined(pieces) for name, pieces in self.pieces.items()}
+        self.pieces = {}
         return values
 
     def off_path(self) -> list[str]:

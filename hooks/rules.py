@@ -156,22 +156,23 @@ def gamma_linear(
     Outputs z > 0 favour positive contributions, ``x w + gamma (x w)^+``; outputs z < 0 favour
     negative ones, ``x w + gamma (x w)^-``. The bias is one more contribution and gets its share.
 
+    Positive contributions add up to (|x| |w| + x w) / 2, negative ones to (x w - |x| |w|) / 2, so
+    two products each way are enough. Both are well conditioned where they are used: the favoured
+    side is the larger one, or the bias decided the sign.
+
     Returns:
         The gradient at the input, and the relevance that the bias took at each output.
     """
-    xp, xn = x.clamp(min=0), x.clamp(max=0)
-    wp, wn = weight.clamp(min=0), weight.clamp(max=0)
-    z = x @ weight.T
-    pos = xp @ wp.T + xn @ wn.T
-    neg = xp @ wn.T + xn @ wp.T
+    z, size = x @ weight.T, x.abs() @ weight.abs().T
+    pos, neg = (size + z) / 2, (z - size) / 2
     b = torch.zeros_like(z[..., :1]) if bias is None else bias
     up, down = z + b > 0, z + b < 0
     r = g * (z + b)
     share_up = torch.where(up, r / stabilise(z + b + gamma * (pos + b.clamp(min=0)), eps), 0.0)
     share_down = torch.where(down, r / stabilise(z + b + gamma * (neg + b.clamp(max=0)), eps), 0.0)
-    gx = (share_up + share_down) @ weight
-    gx = gx + gamma * torch.where(x > 0, share_up @ wp, share_up @ wn)
-    gx = gx + gamma * torch.where(x > 0, share_down @ wn, share_down @ wp)
+    sign = (x > 0).to(x.dtype) * gamma - gamma / 2
+    gx = (share_up + share_down) @ weight * (1 + gamma / 2)
+    gx = gx + sign * ((share_up - share_down) @ weight.abs())
     took = share_up * (b + gamma * b.clamp(min=0)) + share_down * (b + gamma * b.clamp(max=0))
     return gx, took
 

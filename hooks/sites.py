@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lenslrp.hooks.rules import Rule
 
@@ -24,7 +25,7 @@ def row_sums(x: Tensor, g: Tensor) -> Tensor:
     if x.dtype in (torch.float16, torch.bfloat16):
         x, g = x.float(), g.float()
     sums = _dots(x, g)
-    if bool(sums.isnan().any()):
+    if has_values(sums) and bool(sums.isnan().any()):
         sums = _dots(masked_to_zero(x, g), g)
     return sums
 
@@ -37,6 +38,11 @@ def masked_to_zero(x: Tensor, g: Tensor) -> Tensor:
 def _dots(x: Tensor, g: Tensor) -> Tensor:
     dots: Tensor = torch.einsum("...d,...d->...", x, g)
     return dots.reshape(len(x), -1).sum(dim=1, dtype=widest(x))
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor holds numbers, and not only a shape (meta and fake tensors)."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
 
 
 def widest(x: Tensor) -> torch.dtype:
@@ -60,7 +66,9 @@ class Books:
             raise KeyError(term)
         key = (term, site.layer, site.role)
         amount = amount.sum()
-        self.terms[key] = self.terms[key] + amount if key in self.terms else amount
+        if key in self.terms:  # parts of one layer may be on different devices
+            amount = self.terms[key] + amount.to(self.terms[key].device)
+        self.terms[key] = amount
 
     def clear(self) -> None:
         self.terms.clear()
@@ -79,6 +87,7 @@ class Site:
         layer: index of the block, ``None`` outside the blocks.
         forward, backward: how often it has fired since the rules were attached.
         cut: the composite leaves it off the path (CP's gate and query norms): it never fires.
+        order: when it last ran: autograd's number for its node.
         optional: it stands for operations that a module may or may not have.
         books: where to report, or ``None`` when nobody keeps a ledger.
     """
@@ -92,6 +101,7 @@ class Site:
     backward: int = 0
     cut: bool = False
     optional: bool = False
+    order: int = -1
     books: Books | None = field(default=None, repr=False)
 
     def report(self, term: str, amount: Tensor) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lenslrp.loading import load
     from lenslrp.reductions import TopK
     from lenslrp.run import relevance_for_targets, run_with_relevance
+    from lenslrp.surveying import survey
 
 _HOMES = {
     "cache": ("RelevanceCache",),
@@ -50,6 +51,7 @@ _HOMES = {
     "loading": ("load",),
     "reductions": ("TopK",),
     "run": ("relevance_for_targets", "run_with_relevance"),
+    "surveying": ("survey",),
 }
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "relevance_for_targets",
     "relevance_rules",
     "run_with_relevance",
+    "survey",
     "targets",
 ]
 

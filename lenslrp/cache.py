@@ -223,7 +223,7 @@ class RelevanceCache:
 
     def plot(self, kind: str = "residual", **options: Any) -> Figure | Any:
         """A figure: ``"residual"`` (layer x position), ``"heads"``, ``"neurons"``, ``"ledger"``,
-        ``"tokens"``."""
+        ``"tokens"``, ``"image"`` (with ``image=``: over it)."""
         from lenslrp.analysis import plots  # drawing is optional and imported when asked for
 
         return plots.plot(self, kind, **options)
@@ -365,16 +365,25 @@ class RelevanceCache:
             f"{len(self.values)} hooks)"
         )
 
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(rows, columns) of the image whose patches the last tokens are, if they are."""
+        if self.patches is None:
+            return None
+        rows, columns = self.patches.shape[1:]
+        named = self.str_tokens[0][-1] == f"{rows - 1},{columns - 1}"
+        return (rows, columns) if named and self.tokens.shape[1] >= rows * columns else None
+
     def _repr_html_(self) -> str:
         from lenslrp.heatmap import token_heatmap
 
         rows = []
+        grid = self.grid
         for row, tokens in enumerate(self.str_tokens):
             title = f"{self.composite.name}: {self.target}" if row == 0 else f"row {row}"
             mask = self.attention_mask[row].tolist()
-            rows.append(
-                token_heatmap(tokens, self.tokens[row].tolist(), title=title, attention_mask=mask)
-            )
+            values = self.tokens[row].tolist()
+            rows.append(token_heatmap(tokens, values, title=title, attention_mask=mask, grid=grid))
         if self.decoder_tokens is not None and self.decoder_str_tokens is not None:
             for row, tokens in enumerate(self.decoder_str_tokens):
                 written = self.decoder_tokens[row].tolist()

@@ -17,6 +17,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lenslrp import media
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks.composites import AttnLRP, Composite
 from lenslrp.hooks.coverage import Coverage
@@ -24,6 +25,7 @@ from lenslrp.hooks.rules import Rule
 from lenslrp.ledger import Ledger
 from lenslrp.passes import architecture
 from lenslrp.run import run_with_relevance
+from lenslrp.targets import Activation
 
 TOLERANCE: Mapping[str, float] = {
     "float64": 1e-6,  # 1e-9 where norms and softmax keep the type; many families use float32 there
@@ -110,7 +112,7 @@ def examine(
     length: int = 12,
     seed: int = 0,
 ) -> Diagnosis:
-    """Try a composite on a model with one random prompt.
+    """Try a composite on a model with one random prompt (or image, or sound).
 
     Args:
         model: a ``TransformerBridge`` in eval mode.
@@ -124,19 +126,28 @@ def examine(
     generator = torch.Generator().manual_seed(seed)
     if not hasattr(model, "hook_dict"):
         raise InputError(f"model must be a TransformerBridge, not {type(model).__name__}")
-    tokens = torch.randint(0, int(model.cfg.d_vocab), (1, length), generator=generator)
+    target, given = None, {}
+    if media.reads_no_text(model):
+        given = media.example(model, seed)
+        if not media.head_of(model):
+            target = Activation(f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", 0)
+    else:
+        given = {
+            "input": torch.randint(0, int(model.cfg.d_vocab), (1, length), generator=generator)
+        }
     table = AttnLRP() if composite is None else composite
     gap = None
-    options: dict[str, Any] = {"composite": table, "names_filter": []}
+    options: dict[str, Any] = {"composite": table, "names_filter": [], "target": target, **given}
     try:
-        logits, relevance = run_with_relevance(model, tokens, **options)
+        logits, relevance = run_with_relevance(model, **options)
     except CoverageError as error:
         gap = str(error)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the gap is reported below
-            logits, relevance = run_with_relevance(model, tokens, strict=False, **options)
+            logits, relevance = run_with_relevance(model, strict=False, **options)
     with torch.no_grad():
-        plain = model(tokens.to(logits.device), return_type="logits")
+        seen = {name: value.to(logits.device) for name, value in given.items()}
+        plain = model(seen.pop("input", None), return_type="logits", **seen)
     equal = bool(torch.equal(plain, logits))
     name = table.name if isinstance(table, Composite) else "custom"
     return Diagnosis(

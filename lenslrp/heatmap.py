@@ -187,6 +187,30 @@ def _tile(position: int, token: str, value: float, scale: Scale) -> str:
     return tile + "<br>" * ("\n" in token)
 
 
+_SQUARE = "width:1.5em;height:1.5em;border-radius:2px;print-color-adjust:exact;overflow:hidden"
+
+
+def _grid(
+    positions: range, tokens: Sequence[str], values: Sequence[float], scale: Scale, columns: int
+) -> str:
+    """Patches as squares in their rows; their numbers are in the titles and in the table."""
+    squares = []
+    for p in positions:
+        value, exact = values[p], f"{values[p]:+.6g}"
+        look = f"background-image:{_HATCH}"
+        if math.isfinite(value):
+            look = f"background-color:{rgba(scale.fraction(value))}"
+        title = escape(f"patch {visible(tokens[p])} · position {p} · relevance {exact}")
+        squares.append(
+            f'<span class="lenslrp-token" title="{title}" style="{_SQUARE};{look}">'
+            f'<span style="display:none"> {signed(value, scale.limit)} </span></span>'
+        )
+    return (
+        f'<div style="display:grid;grid-template-columns:repeat({columns},1.5em);gap:1px;'
+        f'margin-top:.4em">{"".join(squares)}</div>'
+    )
+
+
 def _padding(positions: Sequence[int], values: Sequence[float]) -> str:
     """One chip for a run of padding, with its relevance where it is not zero."""
     where = f"{positions[0]}" if len(positions) == 1 else f"{positions[0]}-{positions[-1]}"
@@ -265,6 +289,7 @@ def token_heatmap(
     attention_mask: Sequence[bool] | Tensor | None = None,
     scale: float | None = None,
     without_first: bool = False,
+    grid: tuple[int, int] | None = None,
 ) -> str:
     """The tokens of one prompt, coloured by relevance, as an HTML fragment without JavaScript.
 
@@ -277,6 +302,7 @@ def token_heatmap(
         scale: relevance at the full colour; by default the largest absolute relevance.
         without_first: take the scale from the tokens after the first; the first is drawn in the
             full colour, outlined.
+        grid: (rows, columns) of an image whose patches the last tokens are: drawn as squares.
 
     Returns:
         One ``<div class="lenslrp-heatmap">`` with a style element whose rules name that class.
@@ -292,12 +318,15 @@ def token_heatmap(
     colours = colour_scale(values, mask, scale=scale, without_first=without_first)
 
     tiles = []
-    for kept, run in groupby(range(len(tokens)), key=lambda position: mask[position]):
+    words = len(tokens) - (0 if grid is None else grid[0] * grid[1])
+    for kept, run in groupby(range(words), key=lambda position: mask[position]):
         positions = list(run)
         if kept:
             tiles += [_tile(p, tokens[p], values[p], colours) for p in positions]
         else:
             tiles.append(_padding(positions, values))
+    if grid is not None:
+        tiles.append(_grid(range(words, len(tokens)), tokens, values, colours, grid[1]))
     heading = ""
     if title is not None:
         shown = escape(visible(title))

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
 from lenslrp.errors import InputError
-from lenslrp.targets import token_ids
+from lenslrp.names import token_ids
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,8 @@ def make_ledger(books: Books, target: float, leaves: float, start: float, layers
             continue
         terms = {term: per_layer.get((layer, term), 0.0) for term in TERMS}
         into = float(entering.sum())
+        if leaving is None:  # a block that hands out a list fires no hook_out
+            leaving = books.flows.get((layer + 1, "in"))
         # A latent target inside a block: relevance starts there and never left it.
         out = start if leaving is None else float(leaving.sum())
         missed = out - into - sum(terms.values())

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, ViTModel
 
 from lenslrp.embedded import EMBEDDED, ensure_cached
 from lenslrp.errors import LoadError
+from lenslrp.hooks.attention import call_the_module, own_attention
 from lenslrp.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -171,15 +172,19 @@ def _from_memory(
     force_eager_attention(model)
     name = str(model.config.name_or_path) or architecture
     if tokenizer is None:
-        return _without_tokenizer(model, architecture, name)
-    return _boot(
-        name,
-        hf_model=model,
-        tokenizer=_as_it_is(tokenizer),
-        dtype=model.dtype,
-        device=model.device,
-        hf_config_overrides={"architectures": [architecture]},
-    )
+        bridge = _without_tokenizer(model, architecture, name)
+    else:
+        bridge = _boot(
+            name,
+            hf_model=model,
+            tokenizer=_as_it_is(tokenizer),
+            dtype=model.dtype,
+            device=model.device,
+            hf_config_overrides={"architectures": [architecture]},
+        )
+    for attention in own_attention(bridge):  # TransformerLens would compute the family's instead
+        call_the_module(attention)
+    return bridge
 
 
 def _architecture(model: PreTrainedModel) -> str:
@@ -204,9 +209,14 @@ def _without_tokenizer(model: PreTrainedModel, architecture: str, name: str) -> 
     """``boot_transformers`` would ask the hub for a tokenizer; its builder does not."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    return build_bridge_from_module(
-        model, architecture, hf_config=model.config, device=model.device, model_name=name
-    )
+    try:
+        return build_bridge_from_module(
+            model, architecture, hf_config=model.config, device=model.device, model_name=name
+        )
+    except (AttributeError, ImportError, NotImplementedError) as error:
+        raise LoadError(
+            f"TransformerLens cannot bridge this {architecture}: {_first_line(error)}"
+        ) from error
 
 
 def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -223,7 +233,7 @@ def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def _boot(name: str, **arguments: Any) -> TransformerBridge:
     try:
         bridge: TransformerBridge = TransformerBridge.boot_transformers(name, **arguments)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise LoadError(f"TransformerLens cannot bridge {name!r}: {_first_line(error)}") from error
     return bridge
 

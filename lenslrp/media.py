@@ -1,31 +1,20 @@
-"""Images and sound as inputs: what is given is checked, and relevance ends at leaves of their own.
-
-With ``leaves="pixels"`` the values that were given are the leaves and the relevance of patches (of
-frames, for a waveform) is read on its way down; with ``leaves="patches"`` the embedded patches are.
-Learned tokens that stand before the patches (CLS, distillation) and learned positions are constants
-of the model: leaves too, so that no relevance is dropped.
-"""
+"""Images and sound as inputs: what is given is checked, and what became of it is named."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.patches import FRAMES, Embedder, embedders
-from lenslrp.hooks.sites import Site
 from lenslrp.inputs import Prepared
 from lenslrp.inputs import prepare as prepare_text
-
-if TYPE_CHECKING:
-    from lenslrp.passes import Leaves, Parts
+from lenslrp.leaves import Leaves
 
 LAYOUTS: Mapping[str, str] = {
     "pixel_values": "batch, channel, height, width",
@@ -119,6 +108,23 @@ def check_media(model: Any, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return checked
 
 
+def check_kwargs(model: Any, given: Mapping[str, Any], prepared: Prepared) -> None:
+    """What else a forward pass is given must be what it takes, and no leaf.
+
+    Raises:
+        InputError: naming what it does not take, or what has a keyword of its own here.
+    """
+    takes = inspect.signature(model.original_model.forward).parameters
+    kind = type(model.original_model).__name__
+    for name, value in given.items():
+        if name not in takes:
+            raise InputError(f"{kind} takes no {name}; it takes {', '.join(takes)}")
+        if name in prepared.kwargs or name in LAYOUTS or name in ("input_ids", "use_cache"):
+            raise InputError(f"{name} has a keyword of its own, or is set here; leave it out")
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise InputError(f"{name} would be a leaf of its own: give it without a gradient")
+
+
 def _wanted(model: Any, name: str) -> str:
     sizes = _sizes(model, name)
     axes = LAYOUTS[name].split(", ") if len(sizes) != 2 else ["batch", "frame", "mel"]
@@ -153,104 +159,6 @@ def _require_shape(model: Any, name: str, value: Tensor) -> None:
     raise InputError(
         f"{name} must be [{_wanted(model, name)[len(name) + 2 :]}, not {list(value.shape)}"
     )
-
-
-def cut_media(
-    at: Attached,
-    parts: Parts,
-    leaves: Leaves,
-    sites: list[Site],
-    media: Mapping[str, Tensor],
-    kind: str,
-) -> dict[str, Tensor]:
-    """Make an image's or a sound's leaves; returns what the forward pass is given.
-
-    Args:
-        sites: those of the rules in force: what runs below patches is then off the path.
-        kind: ``"pixels"`` or ``"patches"``.
-    """
-    found = embedders(parts)
-    for place in found:
-        _cut_constants(at, leaves, place)
-        at.hook(place.projection, _cut_patches(leaves) if kind == "patches" else _read(leaves))
-    if kind == "pixels":
-        leaves.inputs.update((n, v.clone().requires_grad_()) for n, v in media.items())
-        return dict(leaves.inputs)
-    if not found:
-        raise InputError('leaves="patches": this model has no patch embedding; use "pixels"')
-    below = {id(m) for place in found for m in place.projection.modules()}
-    for path, module in parts:
-        if path in (FRAMES, "audio_feature_extractor"):
-            below |= {id(m) for m in module.modules()}
-    paths = {path for path, module in parts if id(module) in below}
-    for site in sites:
-        site.cut = site.cut or site.hook in paths
-    return dict(media)
-
-
-def _cut_patches(leaves: Leaves) -> Callable[..., Tensor]:
-    def cut(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        leaf = out.detach().clone().requires_grad_()
-        leaves.patches.append(leaf)
-        return leaf
-
-    return cut
-
-
-def _read(leaves: Leaves) -> Callable[..., None]:
-    """Keep the relevance of patches as the backward pass goes by."""
-
-    def read(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        place, kept = len(leaves.seen), out.detach()
-        leaves.seen.append(kept)
-        if out.requires_grad:
-            out.register_hook(lambda g: leaves.passing.__setitem__(place, g.detach()))
-
-    return read
-
-
-def _cut_constants(at: Attached, leaves: Leaves, place: Embedder) -> None:
-    """Shadow the owner's parameters by leaves with a row for each image, while it runs."""
-    owner = place.owner
-    if owner is None:
-        return
-    added: list[str] = []
-
-    def leaf(value: Tensor, batch: int) -> Tensor:
-        rows = value.detach().reshape(1, -1, value.shape[-1]).expand(batch, -1, -1)
-        return rows.clone().requires_grad_()
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        images = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        for name in (*place.special, *place.positions):
-            value = owner._parameters.get(name)
-            if value is None:
-                continue
-            made = leaf(value, len(images))
-            owner.__dict__[name] = made
-            added.append(name)
-            if name in place.special:
-                leaves.special.append(made)
-                leaves.special_names += [place.special[name]] * made.shape[1]
-            else:
-                leaves.patch_positions.append(made)
-
-    def restore(*_: Any) -> None:
-        while added:
-            owner.__dict__.pop(added.pop(), None)
-
-    def embedded(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        made = leaf(out, 1)
-        leaves.patch_positions.append(made)
-        return made
-
-    at.undo.append(owner.register_forward_pre_hook(before, with_kwargs=True).remove)
-    at.hook(owner, restore)
-    at.undo.append(restore)
-    for name in place.positions:
-        table = owner._modules.get(name)
-        if table is not None:
-            at.hook(table, embedded)
 
 
 def with_sequence(prepared: Prepared, leaves: Leaves) -> Prepared:

@@ -7,6 +7,7 @@ and the books are closed.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,11 +24,11 @@ from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.components import (
+    PER_LAYER,
     Attached,
     BlockBridge,
     ExpertPoint,
     UnembeddingBridge,
-    embeddings,
     layer_of,
 )
 from lenslrp.hooks.functions import apply
@@ -35,38 +36,12 @@ from lenslrp.hooks.install import Rules
 from lenslrp.hooks.readers import Readers, select_names
 from lenslrp.hooks.sites import TERMS, Books, Site, row_sums
 from lenslrp.inputs import Prepared
+from lenslrp.leaves import Leaves, Parts
 from lenslrp.ledger import Ledger, make_ledger
 from lenslrp.targets import Activation, Explained, Outputs, PerRow, Target
 
 BALANCED = {torch.float64: 1e-5, torch.float32: 1e-2}
 """What the books may miss, relative to their largest entry; coarser types round too much."""
-
-Parts = list[tuple[str, nn.Module]]
-
-
-@dataclass
-class Leaves:
-    """Detached copies at the embeddings, where relevance ends."""
-
-    tokens: list[Tensor] = field(default_factory=list)
-    positions: list[Tensor] = field(default_factory=list)
-    decoder_tokens: list[Tensor] = field(default_factory=list)
-    decoder_positions: list[Tensor] = field(default_factory=list)
-    special: list[Tensor] = field(default_factory=list)  #: of an image: [batch, n, d_model]
-    patch_positions: list[Tensor] = field(default_factory=list)
-    patches: list[Tensor] = field(default_factory=list)  #: [batch, d_model, row, column]
-    inputs: dict[str, Tensor] = field(default_factory=dict)  #: pixels, samples: as given
-    special_names: list[str] = field(default_factory=list)
-    seen: list[Tensor] = field(default_factory=list)  #: patches that relevance passes
-    passing: dict[int, Tensor] = field(default_factory=dict)  #: and its gradient there
-
-    def groups(self) -> dict[str, list[Tensor]]:
-        names = ("tokens", "positions", "decoder_tokens", "decoder_positions", "special")
-        lists = {name: getattr(self, name) for name in (*names, "patch_positions", "patches")}
-        return {**lists, "inputs": list(self.inputs.values())}
-
-    def all(self) -> list[Tensor]:
-        return [leaf for group in self.groups().values() for leaf in group]
 
 
 class _CapSkip(torch.autograd.Function):
@@ -74,11 +49,12 @@ class _CapSkip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, before: Tensor, after: Tensor) -> Tensor:
+        ctx.device = before.device  # of a model that is spread over several, not that of its output
         return after.detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g, None
+        return g.to(ctx.device), None
 
 
 @dataclass
@@ -145,9 +121,11 @@ class Pass:
         return RelevanceCache(
             values=self.readers.finish(),
             activations=dict(self.readers.activations),
-            tokens=tokens.sum(dim=-1),
+            # Gemma 4 has embeddings of another width besides; LED has positions for its padding.
+            tokens=tokens.sum(dim=-1)
+            + sum(part.sum(dim=-1) for part in at["tokens"] if part.shape != tokens.shape),
             embeddings=tokens,
-            positions=None if positions is None else positions.sum(dim=-1),
+            positions=None if positions is None else positions.sum(dim=-1)[:, : tokens.shape[1]],
             decoder_tokens=None if decoder_tokens is None else decoder_tokens.sum(dim=-1),
             decoder_positions=None if decoder_positions is None else decoder_positions.sum(dim=-1),
             patches=None if patches is None else media.grid(patches),
@@ -186,7 +164,7 @@ class Pass:
         written = self.prepared.decoder or self.prepared  # the side that the logits belong to
         return Outputs(
             self.logits if before is self.logits else apply(_CapSkip, before, self.logits),
-            written.mask,
+            written.mask.to(self.logits.device),
             self.model.tokenizer,
             self._activation,
             written.prompt_lengths,
@@ -282,6 +260,17 @@ class Pass:
                 f"weights are broken (dtype {values.dtype}); check the model's own logits"
             )
 
+    def _above_features(self, site: Site, on_path: set[int]) -> bool:
+        """Whether a tower ran a site after the last one that the text is given anything of.
+
+        LLaVA takes its features below the top of its vision tower. What a cut leaves off the path
+        ran before something that is on it.
+        """
+        if not self.prepared.media or not self.leaves.tokens or "blocks" in _stack(site):
+            return False
+        used = [s.order for s in self.rules.sites if id(s) in on_path and _stack(s) == _stack(site)]
+        return bool(used) and site.order > max(used)
+
     def _check(self, roots: list[Tensor], latent: list[str]) -> tuple[list[str], set[int]]:
         """What is not covered (raised if strict), and the sites on the path."""
         found = cover.walk(roots, weights=self.rules.weights)
@@ -301,6 +290,8 @@ class Pass:
             if s.forward
             and not s.cut
             and id(s) not in found.sites
+            and not _pools(s)
+            and not self._above_features(s, found.sites)
             and (not latent or (s.layer is not None and s.layer < below))
         ]
         faults = [
@@ -318,6 +309,14 @@ class Pass:
 
 def _at(site: Site) -> str:
     return f"{site.rule.name} at {site.hook}"
+
+
+def _pools(site: Site) -> bool:
+    """Whether a site is in a pooler: a branch of its own beside the hidden states.
+
+    Where the graph is cut on the way to it, what lies below is found missing as well.
+    """
+    return "pooler" in site.hook.split(".")
 
 
 def _stack(site: Site) -> str:
@@ -340,8 +339,9 @@ class Uncovered(CoverageError):
 
 
 def _total(relevances: list[Tensor]) -> Tensor | None:
-    """The sum over a group of leaves of one shape, ``None`` for an empty one."""
-    return torch.stack(relevances).sum(dim=0) if relevances else None
+    """The sum over the leaves of a group that have the first one's shape, ``None`` without any."""
+    alike = [part for part in relevances if part.shape == relevances[0].shape]
+    return torch.stack(alike).sum(dim=0) if alike else None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -357,39 +357,16 @@ def architecture(model: Any) -> str:
     return type(getattr(model, "original_model", model)).__name__
 
 
-def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, prepared: Prepared) -> None:
-    """Make the outputs of the embeddings leaves of the graph.
-
-    An encoder embeds its tokens, then its positions, before the decoder does. Tokens that a model
-    adds by itself (LED fills up its last window with padding) are no input, and no leaves.
-    """
-    batch, two_stacks = len(prepared.tokens), prepared.decoder is not None
-    sides = [prepared.tokens.shape, *([prepared.decoder.tokens.shape] if prepared.decoder else ())]
-    for inner, position in embeddings(parts):
-
-        def cut(
-            _: nn.Module, args: tuple[Any, ...], out: Tensor, position: bool = position
-        ) -> Tensor:
-            kept = leaves.positions if position else leaves.tokens
-            if two_stacks and (leaves.decoder_tokens if position else leaves.tokens):
-                kept = leaves.decoder_positions if position else leaves.decoder_tokens
-            leaf = out.detach()
-            if not position and leaf.ndim == 3 and leaf.shape[:2] not in sides:
-                return leaf
-            if leaf.ndim == 2:  # positions without a batch
-                leaf = leaf[None]
-            if leaf.shape[0] == 1 and batch > 1:
-                leaf = leaf.expand(batch, *leaf.shape[1:])
-            leaf = leaf.clone().requires_grad_()
-            kept.append(leaf)
-            return leaf
-
-        at.hook(inner, cut)
-
-
 def watch_blocks(at: Attached, parts: Parts, books: Books) -> int:
-    """Book the total relevance that enters and leaves every block; returns how many there are."""
+    """Book the total relevance that enters and leaves every block; returns how many there are.
+
+    None where a block's number does not say what flows through it: in two stacks (an encoder and a
+    decoder, HRM's cycles), or where blocks have a second entrance (Gemma 4's embedding per layer).
+    """
     layers = 0
+    stacks = {path.split(".")[0] for path, _ in parts if re.fullmatch(r"\w*blocks\.\d+", path)}
+    if len(stacks) > 1 or any(path.endswith(PER_LAYER) for path, _ in parts):
+        return 0
     for path, module in parts:
         layer = layer_of(path + ".")
         if not isinstance(module, BlockBridge) or layer is None:

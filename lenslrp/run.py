@@ -25,14 +25,13 @@ from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books
 from lenslrp.inputs import Prepared
+from lenslrp.leaves import Leaves, cut_leaves, cut_media
 from lenslrp.passes import (
-    Leaves,
     Pass,
     Uncovered,
     architecture,
     capture,
     checkpoint_blocks,
-    cut_leaves,
     parts_of,
     undone,
     watch_blocks,
@@ -61,6 +60,7 @@ def relevance_for_targets(
     input_values: Tensor | None = None,
     input_features: Tensor | None = None,
     leaves: str = "pixels",
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> list[RelevanceCache]:
     """Explain k targets of one input from one forward pass: one cache a target.
 
@@ -72,7 +72,7 @@ def relevance_for_targets(
     _, caches = _run(
         model, input, list(targets), composite, names_filter, prepend_bos, reduce, attention,
         checkpoint, strict, ledger, attention_mask, inputs_embeds, decoder_input,
-        _given(pixel_values, input_values, input_features), leaves,
+        _given(pixel_values, input_values, input_features), leaves, model_kwargs or {},
     )  # fmt: skip
     return caches
 
@@ -97,6 +97,7 @@ def run_with_relevance(
     input_values: Tensor | None = None,
     input_features: Tensor | None = None,
     leaves: str = "pixels",
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, RelevanceCache]:
     """Logits, and the relevance of every hook point for a target; mirrors ``run_with_cache``.
 
@@ -139,7 +140,7 @@ def run_with_relevance(
     logits, caches = _run(
         model, input, [target], composite, names_filter, prepend_bos, reduce, attention, checkpoint,
         strict, ledger, attention_mask, inputs_embeds, decoder_input,
-        _given(pixel_values, input_values, input_features), leaves,
+        _given(pixel_values, input_values, input_features), leaves, model_kwargs or {},
     )  # fmt: skip
     return logits, caches[0]
 
@@ -161,6 +162,7 @@ def _run(
     decoder_input: Any,
     floats: dict[str, Tensor],
     leaves: str,
+    model_kwargs: Mapping[str, Any],
 ) -> tuple[Tensor, list[RelevanceCache]]:
     require_bridge(model)
     if torch.is_inference_mode_enabled():
@@ -185,6 +187,8 @@ def _run(
         inputs_embeds=inputs_embeds,
         decoder_input=decoder_input,
     )
+    media.check_kwargs(model, model_kwargs, prepared)
+    prepared.kwargs.update(model_kwargs)
     if not media.head_of(model):
         for item in wanted:
             require_latent(item, architecture(model))
@@ -207,7 +211,7 @@ def _run(
             run = Pass(model, rules, readers, Leaves(), prepared, books, strict)
             given = dict(prepared.media)
             if given:
-                given = media.cut_media(at, parts, run.leaves, rules.sites, given, leaves)
+                given = cut_media(at, parts, run.leaves, rules.sites, given, leaves)
             if inputs_embeds is None:
                 cut_leaves(at, parts, run.leaves, prepared)
             run.layers = watch_blocks(at, parts, books) if books is not None else 0

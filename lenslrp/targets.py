@@ -7,7 +7,6 @@ Every target is a small frozen dataclass whose ``values(outputs)`` gives [batch]
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
@@ -18,8 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lenslrp.errors import InputError
-
-Token = str | int
+from lenslrp.names import Token, class_id, token_id, token_ids
 
 
 @dataclass(frozen=True)
@@ -80,44 +78,6 @@ class Outputs:
         return self.logits[rows, self.at(position)]
 
 
-def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a target string, without special tokens.
-
-    Raises:
-        InputError: an empty string, or a model without a tokenizer.
-    """
-    if tokenizer is None:
-        raise InputError("this model has no tokenizer: give the target as a token id")
-    if not text:
-        raise InputError("the target is an empty string; give at least one token")
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return ids
-
-
-def token_id(tokenizer: Any, token: Token, vocabulary: int) -> int:
-    """One token of the vocabulary from a string or an id.
-
-    Raises:
-        InputError: an id outside the vocabulary, or a string of several tokens.
-    """
-    if isinstance(token, str):
-        ids = token_ids(tokenizer, token)
-        if len(ids) != 1:
-            pieces = [tokenizer.decode([i]) for i in ids]
-            raise InputError(
-                f"{token!r} is {len(ids)} tokens ({pieces}); give one token, or explain them all "
-                "with targets.Sequence"
-            )
-        token = ids[0]
-    if isinstance(token, bool) or not isinstance(token, int):
-        raise InputError(f"a token is a string or an integer id, not {token!r}")
-    if not 0 <= token < vocabulary:
-        raise InputError(
-            f"target token {token} is outside the vocabulary: ids go from 0 to {vocabulary - 1}"
-        )
-    return token
-
-
 @runtime_checkable
 class Target(Protocol):
     """Anything with a text and a value per batch row."""
@@ -125,31 +85,6 @@ class Target(Protocol):
     def values(self, outputs: Outputs) -> Tensor: ...
 
     def text(self, outputs: Outputs) -> str: ...
-
-
-def class_id(labels: dict[int, str], name: Token, classes: int) -> int:
-    """A class of a classifier from its label, one of the label's synonyms, or its number.
-
-    Raises:
-        InputError: no class is called that, with the nearest labels; or a number out of range.
-    """
-    if isinstance(name, str):
-        called = {text: index for index, text in labels.items()}
-        for index, text in labels.items():  # "tabby, tabby cat"
-            for synonym in text.split(","):
-                called.setdefault(synonym.strip(), index)
-        if name not in called:
-            lower = {text.lower(): text for text in called}
-            near = difflib.get_close_matches(name.lower(), lower, n=3) or list(lower)[:3]
-            raise InputError(
-                f"no class is called {name!r}; nearest: {', '.join(lower[n] for n in near)}"
-            )
-        return called[name]
-    if isinstance(name, bool) or not isinstance(name, int):
-        raise InputError(f"a class is a label or an integer, not {name!r}")
-    if not 0 <= name < classes:
-        raise InputError(f"class {name} does not exist: they go from 0 to {classes - 1}")
-    return name
 
 
 def _shown(outputs: Outputs, token: Token) -> str:
@@ -280,7 +215,7 @@ class Sequence:
         rows = torch.stack([scores[r, s : s + len(ids)] for r, s in enumerate(starts)])
         if self.of == "log_prob":
             rows = torch.log_softmax(rows, dim=-1)
-        index = torch.tensor(ids, device=rows.device).view(1, -1, 1).expand(len(rows), -1, 1)
+        index = torch.tensor(ids).to(rows.device).view(1, -1, 1).expand(len(rows), -1, 1)
         return rows.gather(2, index)[:, :, 0].sum(dim=1)
 
     def text(self, outputs: Outputs) -> str:
@@ -358,7 +293,7 @@ class PerRow:
 
     def values(self, outputs: Outputs) -> Tensor:
         values = [target.values(outputs)[row] for row, target in enumerate(self.targets)]
-        return torch.stack(values)
+        return torch.stack([value.to(values[0].device) for value in values])
 
     def text(self, outputs: Outputs) -> str:
         return "; ".join(dict.fromkeys(target.text(outputs) for target in self.targets))

@@ -66,8 +66,11 @@ def test_final_norm_and_contrastive_targets_conserve(case: tuple[str, Any]) -> N
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.parallel])
 def test_parallel_blocks_have_no_middle(name: str) -> None:
-    with pytest.raises(lenslrp.InputError, match="hook_resid_mid"):
-        lenslrp.run_with_relevance(make(name), tokens(), 5, names_filter="blocks.0.hook_resid_mid")
+    model = make(name)
+    for asked in ("blocks.0.hook_resid_mid", "hook_resid_mid"):
+        message = rf"no hook point '{asked}' .* parallel blocks, .* ask for hook_resid_pre or "
+        with pytest.raises(lenslrp.InputError, match=message):
+            lenslrp.run_with_relevance(model, tokens(), 5, names_filter=asked)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "native"])

@@ -219,6 +219,18 @@ def test_top_neurons_name_their_expert(mixtral: Any) -> None:
     assert float(R.activations[name][where]) == best["activation"]
 
 
+def test_experts_that_see_every_token() -> None:
+    """Llama 4 weights the input of every expert; those not chosen get zeros."""
+    model = zoo.build("Llama4ForCausalLM")
+    R = explain(model, lenslrp.AttnLRP())
+    assert R[POST].shape == (2, 7, 4, 24)
+    name = f"{BLOCK}.shared_expert.hook_out"
+    experts = R[f"{BLOCK}.hook_out"].sum() - R[name].sum()
+    torch.testing.assert_close(R[POST].sum(), experts, rtol=1e-6, atol=1e-9)
+    read = R[POST].flatten(0, 1).sum(-1)
+    assert bool(((read != 0).sum(-1) <= 2).all())  # top 2
+
+
 def test_a_neuron_of_an_expert_as_target(mixtral: Any) -> None:
     """Its activation is explained, and the books balance from there."""
     target = lenslrp.targets.Activation(POST, (1, 3), position=-2)

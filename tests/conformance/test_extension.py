@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import lenslrp
-from lenslrp.hooks import Identity, Normalisation, Plain
+from lenslrp.hooks import Identity, Normalisation, Operations, Plain
 from lenslrp.hooks.composites import Composite
 from tests.unit.tiny import FAMILIES, TOKENS
 
@@ -140,3 +144,103 @@ def test_a_norm_described_wrongly_is_refused() -> None:
         lenslrp.run_with_relevance(
             changed("act_fn", Swishy), TOKENS, 5, table.extended({Swishy: Normalisation()})
         )
+
+
+class SigmoidAttention(LlamaAttention):
+    """Every score has a sigmoid of its own, in place of one softmax over a row of them."""
+
+    def pattern(self, scores: Tensor) -> Tensor:
+        return torch.sigmoid(scores).tril()
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        q, k, v = (
+            project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        k, v = (t.repeat_interleave(self.num_key_value_groups, dim=1) for t in (k, v))
+        z = self.pattern(self.scaling * q @ k.transpose(2, 3)) @ v
+        return self.o_proj(z.transpose(1, 2).flatten(2)), None
+
+
+class DifferenceAttention(SigmoidAttention):
+    """A second softmax, of a higher temperature, is subtracted from the first."""
+
+    def pattern(self, scores: Tensor) -> Tensor:
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -1e9)
+        return torch.softmax(scores, dim=-1) - 0.5 * torch.softmax(scores / 4, dim=-1)
+
+
+class SoftmaxAttention(SigmoidAttention):
+    """Without positions, but a softmax over the scores: attention as LensLRP knows it."""
+
+    def pattern(self, scores: Tensor) -> Tensor:
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -1e9)
+        return torch.softmax(scores, dim=-1)
+
+
+ATTENTIONS = [SigmoidAttention, DifferenceAttention]
+
+
+def with_attention(kind: type[SigmoidAttention]) -> nn.Module:
+    """A tiny Llama, not yet in a bridge, whose attention is a user's own."""
+    torch.manual_seed(0)
+    model = FAMILIES["llama"]().to(torch.float64)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.mul_(10 if "emb" in name else 6)
+    for index, layer in enumerate(model.model.layers):  # type: ignore[union-attr]
+        own = kind(model.config, index).to(torch.float64)  # type: ignore[arg-type]
+        own.load_state_dict(layer.self_attn.state_dict())  # type: ignore[union-attr]
+        layer.self_attn = own  # type: ignore[union-attr]
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", [*ATTENTIONS, SoftmaxAttention])
+def test_a_bridge_calls_the_attention_that_is_there(kind: type[SigmoidAttention]) -> None:
+    model = with_attention(kind)
+    with torch.no_grad():
+        own = model(TOKENS).logits
+        assert torch.equal(lenslrp.load(model)(TOKENS), own)
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_unknown_attention_is_refused_by_name(kind: type[SigmoidAttention]) -> None:
+    model = lenslrp.load(with_attention(kind))
+    operation = "Sigmoid" if kind is SigmoidAttention else "Softmax"
+    name = rf"{operation} in blocks\.\d\.attn \({kind.__name__}\)"
+    with pytest.raises(lenslrp.CoverageError, match=name):
+        lenslrp.run_with_relevance(model, TOKENS, 5)
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+@pytest.mark.parametrize("table", [lenslrp.AttnLRP, lenslrp.CPLRP, lenslrp.GradientTimesInput])
+def test_unknown_attention_is_taught(kind: type[SigmoidAttention], table: type[Composite]) -> None:
+    model = lenslrp.load(with_attention(kind))
+    taught = table().extended({kind: Operations()})
+    R = explain(model, taught)
+    ledger = R.ledger()
+    assert (abs(ledger.softmax) > 1e-3) == (table is not lenslrp.CPLRP)
+    if table is lenslrp.CPLRP:  # no biases: all of it arrives
+        assert ledger.leaves == pytest.approx(ledger.target, rel=1e-9)
+    if table is lenslrp.GradientTimesInput:
+        leaf = model.embed(TOKENS).detach().requires_grad_()
+        (g,) = torch.autograd.grad(model(leaf)[:, -1, 5].sum(), leaf)
+        torch.testing.assert_close(R.tokens, (leaf * g).sum(dim=-1).detach())
+
+
+def test_an_attention_with_a_softmax_of_its_own_needs_no_teaching() -> None:
+    model = lenslrp.load(with_attention(SoftmaxAttention))
+    R = explain(model, lenslrp.AttnLRP())
+    assert "blocks.0.attn.hook_pattern" in R
+    explain(model, lenslrp.CPLRP())
+
+
+def test_an_attention_that_the_bridge_passes_over_is_refused_by_name() -> None:
+    """Booted by TransformerLens alone, the bridge computes Llama's attention in its place."""
+    model = with_attention(SoftmaxAttention)
+    bridge = build_bridge_from_module(
+        model, "LlamaForCausalLM", hf_config=model.config, device="cpu"
+    ).eval()
+    with pytest.raises(lenslrp.CoverageError, match=r"blocks\.0\.attn \(SoftmaxAttention\)"):
+        lenslrp.run_with_relevance(bridge, TOKENS, 5)

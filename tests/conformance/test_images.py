@@ -17,7 +17,12 @@ import transformers as hf
 import lenslrp
 from lenslrp import media
 from lenslrp.hooks import AlphaBeta, Gamma
-from lenslrp.targets import Activation, Contrastive, Logit, LogitDiff, LogProb
+from lenslrp.hooks import components as hook_components
+from lenslrp.hooks import patches as hook_patches
+from lenslrp.hooks.components import components
+from lenslrp.hooks.patches import embedders
+from lenslrp.hooks.sites import Books, Site
+from lenslrp.targets import Activation, Contrastive, Custom, Logit, LogitDiff, LogProb
 from tests.conformance import zoo
 from tests.conformance.families import COMPOSITES
 from tests.unit.tiny import changes, snapshot
@@ -145,8 +150,9 @@ def test_the_forward_pass_is_untouched(model: Any, dtype: torch.dtype) -> None:
 
 @models(*NAMES)
 def test_everything_is_undone_after_an_exception_too(model: Any) -> None:
+    zoo.plain_logits(model)  # TransformerLens sets some attributes up when it first runs
     before = snapshot(model)
-    owners = [place.owner for place in media.embedders(list(_parts(model))) if place.owner]
+    owners = [place.owner for place in embedders(components(model)) if place.owner]
     held = [set(owner.__dict__) for owner in owners]
     explain(model, lenslrp.AttnLRPViT())
     hook = "blocks.0.hook_resid_pre" if owners else "audio_feature_extractor.hook_in"
@@ -163,12 +169,6 @@ def test_everything_is_undone_after_an_exception_too(model: Any) -> None:
         handle.remove()
     assert changes(before, model) == []
     assert [set(owner.__dict__) for owner in owners] == held
-
-
-def _parts(model: Any) -> Any:
-    from lenslrp.hooks.components import components
-
-    return components(model)
 
 
 @models(*NAMES)
@@ -190,6 +190,35 @@ def test_checkpointing_gives_the_same(model: Any) -> None:
     _, again = explain(model, checkpoint=True)
     torch.testing.assert_close(plain.tokens, again.tokens, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(given_at(plain), given_at(again), rtol=1e-9, atol=1e-12)
+
+
+@models("ViTForImageClassification", "HubertForCTC")
+def test_a_loss_of_ones_own_needs_nothing_else(model: Any) -> None:
+    """Inside ``relevance_rules``: patches are leaves unless the pixels are."""
+    _, cache = explain(model, lenslrp.AttnLRPViT(), target=1)
+    ((name, values),) = media.example(model, batch=2).items()
+    projection = embedders(components(model))[0].projection
+    kept: list[torch.Tensor] = []
+    for own_leaf in (False, True):
+        given = values.clone().requires_grad_(own_leaf)
+        with lenslrp.relevance_rules(model, lenslrp.AttnLRPViT()):
+            watch = projection.register_forward_hook(lambda _, args, out: kept.append(out))
+            out = model(None, **{name: given})
+            watch.remove()
+            loss = out[:, ..., 1].reshape(2, -1)[:, -1].sum()
+            g, *rest = torch.autograd.grad(loss, [kept[-1], *([given] if own_leaf else [])])
+        assert all(bool(torch.isfinite(more).all()) for more in rest)
+        patches = (kept[-1] * g).detach()
+        rows = patches.flatten(2).transpose(1, 2) if patches.ndim == 4 else patches
+        expected = cache.tokens[:, -rows.shape[1] :]
+        torch.testing.assert_close(rows.sum(dim=-1), expected, rtol=1e-9, atol=1e-12)
+
+
+@models("ViTForImageClassification", "HubertForCTC")
+def test_doctor_makes_up_an_image_or_a_sound(model: Any) -> None:
+    found = lenslrp.examine(model, lenslrp.AttnLRPViT())
+    assert found.ok, str(found)
+    assert "gamma" in str(found)
 
 
 @models("ViTForImageClassification", "HubertForCTC")
@@ -237,6 +266,88 @@ def test_gamma_on_patches_alone_changes_pixels_and_nothing_above() -> None:
     _, gamma = explain(model, {"convolution": Gamma(0.25)})
     torch.testing.assert_close(plain.patches, gamma.patches)
     assert float((plain.pixels - gamma.pixels).abs().max()) > 1e-3
+
+
+class Flat:
+    """A rule of a user's own, as docs/method.md shows: every input of an output gets as much."""
+
+    name = "flat"
+
+    def backward(
+        self,
+        g: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        y = x @ weight.T + (0 if bias is None else bias)
+        share = (g * y).sum(dim=-1, keepdim=True) / x.shape[-1]
+        return share / x, torch.zeros_like(y)
+
+
+def test_a_linear_rule_of_ones_own_works_for_the_convolution() -> None:
+    model = zoo.build("ViTForImageClassification")
+    _, cache = explain(model, {"convolution": Flat()})
+    assert abs(cache.ledger().error) < 1e-6
+    patch = cache.pixels[0, :, :4, :4]
+    torch.testing.assert_close(patch, patch.mean().expand_as(patch))
+    torch.testing.assert_close(patch.sum(), cache.patches[0, 0, 0])
+
+
+# ------------------------------------------------------------------- what if one is forgotten
+
+
+def forget(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Make the engine forget to attach a rule at one kind of place."""
+    monkeypatch.setattr(hook_components, name, lambda *_: None)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "HubertForCTC"])
+def test_a_forgotten_convolution_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget(monkeypatch, "attach_convolution")
+    with pytest.raises(lenslrp.CoverageError, match="no rule for Convolution in .*Conv"):
+        explain(zoo.build(name), lenslrp.AttnLRPViT())
+
+
+def test_a_forgotten_group_norm_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget(monkeypatch, "attach_loose_norm")
+    with pytest.raises(lenslrp.CoverageError, match="NativeGroupNorm in audio_feature_ext"):
+        explain(zoo.build("HubertForCTC"))
+
+
+def test_forgotten_positions_unbalance_the_books(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hook_patches, "POSITIONS", ())
+    with pytest.warns(UserWarning, match="the books do not balance"):
+        explain(zoo.build("DeiTForImageClassification"), lenslrp.CPLRP())
+
+
+@pytest.mark.filterwarnings("ignore:the books do not balance:UserWarning")
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("ViTForImageClassification", "convolution"),
+        ("HubertForCTC", "convolution"),
+        ("HubertForCTC", "norm"),
+    ],
+)
+@pytest.mark.parametrize("composite", ["CPLRP", "AttnLRPViT"])
+def test_a_bias_that_is_not_booked_unbalances_the_books(
+    name: str, role: str, composite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, told = zoo.build(name), 0.0
+    add = Books.add
+
+    def deaf(self: Books, term: str, site: Site, amount: torch.Tensor) -> None:
+        nonlocal told
+        if (term, site.role) == ("biases", role):
+            told += float(amount.sum())
+        else:
+            add(self, term, site, amount)
+
+    monkeypatch.setattr(Books, "add", deaf)
+    ledger = explain(model, TABLES[composite]())[1].ledger()
+    assert abs(told) > 1e-4
+    assert ledger.target - ledger.accounted == pytest.approx(told, rel=1e-3)
 
 
 # ------------------------------------------------------------------- targets
@@ -389,6 +500,23 @@ def test_what_cannot_be_explained_is_refused(
 def test_a_model_without_a_head_says_so(model: Any, target: Any) -> None:
     with pytest.raises(lenslrp.InputError, match="has no head: .* targets.Activation"):
         explain(model, target=target)
+
+
+def test_what_transformer_lens_refuses_is_a_load_error() -> None:
+    speech = zoo.config("Wav2Vec2ForCTC")
+    with pytest.raises(lenslrp.LoadError, match="cannot bridge .*Wav2Vec2ForPreTraining cannot be"):
+        lenslrp.load(hf.Wav2Vec2ForPreTraining(speech))
+    teacher = hf.DeiTForImageClassificationWithTeacher(zoo.config("DeiTForImageClassification"))
+    with pytest.raises(lenslrp.LoadError, match="WithTeacher"):
+        lenslrp.load(teacher)
+
+
+@models("ViTModel", "HubertModel")
+def test_a_function_of_hidden_states_is_a_target(model: Any) -> None:
+    target = Custom(lambda hidden: hidden[:, 0, 3] - hidden[:, -1, 3], "first less last")
+    hidden, cache = explain(model, target=target)
+    torch.testing.assert_close(cache.target.value, hidden[:, 0, 3] - hidden[:, -1, 3])
+    assert abs(cache.ledger().error) <= 5 * tolerance(model)
 
 
 def test_a_language_model_takes_no_pixels() -> None:

@@ -145,7 +145,9 @@ def test_what_the_heads_read_adds_up() -> None:
 def test_results_of_heads_add_up_to_the_heads_own_relevance() -> None:
     """Summed over features, ``hook_result`` is ``hook_z``: what a head writes is what it was."""
     model = modes.switched("llama", "set_use_attn_result(True)")
-    _, cache = explain(model, "llama", lenslrp.CPLRP(), names_filter=["attn.hook_result", "hook_z"])
+    _, cache = explain(
+        model, "llama", lenslrp.CPLRP(), names_filter=["attn.hook_result", "attn.hook_z"]
+    )
     for layer in range(LAYERS):
         result = cache[f"blocks.{layer}.attn.hook_result"].sum(dim=-1)
         head = cache[f"blocks.{layer}.attn.hook_z"].sum(dim=-1)

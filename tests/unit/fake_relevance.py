@@ -49,6 +49,7 @@ class FakeRelevance:
     layers: int = 12
     n_heads: int = 9
     missing: tuple = ()
+    grid: None = None  # text
     seed: int = 0
     model_name: str = "HuggingFaceTB/SmolLM2-135M"
     dtype: str = "float32"

@@ -1,0 +1,110 @@
+"""Where the units of a bridge are: stacks and blocks, hook points, and the rows of weights.
+
+TransformerLens gives most weights in one convention (``W_in``: [d_model, neuron], ``W_out``:
+[neuron, d_model], ``W_Q``: [head, d_model, d_head]). Batched experts keep those of Hugging Face,
+which differ in the order of axes and in how gate and up are joined; transformers records both on
+the class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from typing import TYPE_CHECKING, Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lenslrp.errors import InputError
+from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.experts import mixtures
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+Side = Literal["encoder", "decoder"]
+SIDES = ("encoder", "decoder")
+
+Vectors = dict[str, Float[Tensor, "vectors d_model"]]
+"""What is read or written, by name ("in", "gate", "q", ...): one row a vector."""
+
+
+def stack_name(model: TransformerBridge, side: Side = "decoder") -> str:
+    """What the blocks of this side are called: ``blocks``, ``encoder_blocks``, ..."""
+    if side not in SIDES:
+        raise InputError(f"side is 'encoder' or 'decoder', not {side!r}")
+    modules = getattr(model, "_modules", {})
+    if f"{side}_blocks" in modules:
+        return f"{side}_blocks"
+    if side == "encoder" and "blocks" in modules and "decoder_blocks" not in modules:
+        raise InputError("side='encoder' is for encoder-decoders; this model has one stack")
+    return "blocks"
+
+
+def block_of(model: TransformerBridge, layer: int, side: Side = "decoder") -> Any:
+    """Block ``layer`` of one side.
+
+    Raises:
+        InputError: the layer is out of range.
+    """
+    blocks = getattr(model, stack_name(model, side), ())
+    if not 0 <= layer < len(blocks):
+        raise InputError(f"layer is {layer}, but the model has layers 0 to {len(blocks) - 1}")
+    return blocks[layer]
+
+
+def known_hook(model: TransformerBridge, name: str) -> str:
+    """``name``, if it is a hook point of ``model``."""
+
+    names = hook_points(model, components(model))
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3)
+        raise InputError(f"no hook point {name!r} in this model; nearest: {', '.join(near)}")
+    return name
+
+
+def weight(component: Any, name: str, dims: int = 2) -> Tensor | None:
+    """A weight in TransformerLens' convention, None where the component has no such matrix."""
+    value = None
+    # Attention of other geometry refuses with errors of TransformerLens' own or NotImplementedError
+    with contextlib.suppress(AttributeError, NotImplementedError, ValueError, RuntimeError):
+        value = getattr(component, name)
+    if not isinstance(value, Tensor) or value.ndim != dims:
+        return None
+    return value.detach()
+
+
+def shared_name(mlp: Any) -> str:
+    for name in ("shared_experts", "shared_expert"):
+        if getattr(mlp, "_modules", {}).get(name) is not None:
+            return name
+    raise InputError("this mixture has no shared expert that the bridge knows")
+
+
+def expert_reads(experts: Any, expert: int, index: int, size: int) -> Vectors:
+    """Rows of the input projections: one matrix of gate and up (stacked or alternating), or one."""
+    joint = getattr(experts, "gate_up_proj", None)
+    single = getattr(experts, "up_proj", None)
+    weight = joint if joint is not None else single
+    if weight is None:
+        raise InputError(f"{type(experts).__name__} has no gate_up_proj and no up_proj")
+    rows = weight.detach()[expert]
+    if getattr(experts, "is_transposed", False):  # [d_model, rows]
+        rows = rows.mT
+    if joint is None:
+        return {"in": rows[index][None]}
+    if getattr(experts, "is_concatenated", True):
+        return {"gate": rows[index][None], "in": rows[size + index][None]}
+    return {"gate": rows[2 * index][None], "in": rows[2 * index + 1][None]}
+
+
+def batched_experts(model: TransformerBridge, path: str) -> Any:
+    """The module that holds the experts of the mixture at ``path``; None if it is not batched."""
+    found = [mixture for mixture in mixtures(components(model)) if mixture.path == path]
+    return found[0].batched_experts() if found else None
+
+
+def experts_down(experts: Any) -> Float[Tensor, "expert neuron d_model"]:
+    """What all neurons of all experts write."""
+    down: Tensor = experts.down_proj.detach()
+    return down if getattr(experts, "is_transposed", False) else down.mT

@@ -1,0 +1,393 @@
+"""The units that can be explained: neurons, heads, directions, features of a sparse coder.
+
+A unit is a small frozen value. It knows the hook point where it lives in a given bridge, how its
+activation is read from the tensor there, which vectors of the residual stream it reads and writes,
+and its text, which can be copied and turned back into the unit with :func:`parse_unit`::
+
+    Neuron(5, 17)               blocks.5.mlp.hook_post[17]
+    Neuron(5, 17, expert=3)     blocks.5.mlp.hook_expert_post[3, 17]
+    Head(5, 2)                  blocks.5.attn.hook_z[2]
+    Direction(hook, vector)     blocks.5.hook_resid_post[direction 1f0c3a9e]
+    Feature(coder, 40)          blocks.5.hook_resid_post[sae 40]
+
+Reads and writes are the rows and columns of the weights as they stand, without norms; what they
+mean in the vocabulary is for :mod:`lenslrp.analysis.vocabulary`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge.generalized_components import MoEBridge
+
+from lenslrp.analysis.coders import SparseCoder
+from lenslrp.analysis.places import (
+    Side,
+    Vectors,
+    batched_experts,
+    block_of,
+    expert_reads,
+    experts_down,
+    known_hook,
+    shared_name,
+    stack_name,
+    weight,
+)
+from lenslrp.errors import InputError
+from lenslrp.hooks.components import components, hook_points
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+class Unit:
+    """What all units can do."""
+
+    def hook(self, model: TransformerBridge) -> str:
+        """The name of the hook point where it lives in ``model``.
+
+        Raises:
+            InputError: the model has no such unit; the message names the range.
+        """
+        raise NotImplementedError
+
+    def activation(
+        self,
+        value: Tensor,
+        routing: Int[Tensor, "batch pos slot"] | None = None,
+    ) -> Tensor:
+        """Its activation, [batch, pos], from the tensor at its hook point.
+
+        ``routing`` says which expert sits in which slot (``R.routing``), for experts' neurons.
+        Differentiable. A tensor that the model flattened over batch and positions (OPT's MLPs)
+        gives a flat result.
+        """
+        raise NotImplementedError
+
+    def writes(self, model: TransformerBridge) -> Vectors:
+        """The vectors that it adds to the residual stream: under ``"out"``."""
+        raise NotImplementedError
+
+    def reads(self, model: TransformerBridge) -> Vectors:
+        """The vectors with which it multiplies its (normed) input."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Neuron(Unit):
+    """One MLP neuron.
+
+    Attributes:
+        layer: block index, from 0.
+        index: into the last axis of its hook.
+        expert: of a mixture: which routed expert, or ``"shared"``.
+        side: of an encoder-decoder.
+    """
+
+    layer: int
+    index: int
+    expert: int | Literal["shared"] | None = None
+    side: Side = "decoder"
+
+    def __str__(self) -> str:
+        stack = "encoder_blocks" if self.side == "encoder" else "blocks"
+        return f"{stack}.{self.layer}.{self._end('shared_experts')}"
+
+    def _end(self, shared: str) -> str:
+        if self.expert is None:
+            return f"mlp.hook_post[{self.index}]"
+        if self.expert == "shared":
+            return f"mlp.{shared}.hook_post[{self.index}]"
+        return f"mlp.hook_expert_post[{self.expert}, {self.index}]"
+
+    def hook(self, model: TransformerBridge) -> str:
+        self._weights(model)
+        path = f"{stack_name(model, self.side)}.{self.layer}.mlp"
+        if self.expert is None:
+            return f"{path}.hook_post"
+        if self.expert == "shared":
+            return f"{path}.{shared_name(block_of(model, self.layer, self.side).mlp)}.hook_post"
+        name = f"{path}.hook_expert_post"
+        if name not in hook_points(model, components(model)):
+            raise InputError(f"{self}: the experts of this architecture have no hook point")
+        return name
+
+    def activation(
+        self,
+        value: Tensor,
+        routing: Int[Tensor, "batch pos slot"] | None = None,
+    ) -> Tensor:
+        """0 where a position was not sent to the neuron's expert."""
+        if isinstance(self.expert, int):
+            if routing is None or value.ndim != 4:
+                raise InputError(
+                    f"{self}: an expert's neuron needs [batch, pos, slot, neuron] and the routing "
+                    f"(R.routing[{f'blocks.{self.layer}.mlp'!r}]); got {list(value.shape)}"
+                )
+            return (value[..., self.index] * (routing == self.expert)).sum(dim=-1)
+        return value[..., self.index]
+
+    def writes(self, model: TransformerBridge) -> Vectors:
+        return {"out": self._weights(model)["out"]}
+
+    def reads(self, model: TransformerBridge) -> Vectors:
+        """``"in"``, and for a gated MLP also ``"gate"``, whose activation multiplies it."""
+        return {k: v for k, v in self._weights(model).items() if k != "out"}
+
+    def _weights(self, model: TransformerBridge) -> Vectors:
+        block = block_of(model, self.layer, self.side)
+        mlp = getattr(block, "mlp", None)
+        if mlp is None:
+            raise InputError(f"{self}: this block has no MLP")
+        dense = isinstance(mlp, MoEBridge) and mlp.bound_dense
+        if self.expert == "shared":
+            mlp = getattr(mlp, shared_name(mlp))
+        elif isinstance(mlp, MoEBridge) and not dense:
+            return self._expert_weights(model)
+        elif self.expert is not None:
+            raise InputError(f"{self}: this block is no mixture of experts; leave expert out")
+        found = {k: weight(mlp, w) for k, w in (("gate", "W_gate"), ("in", "W_in"))}
+        out = weight(mlp, "W_out")
+        if out is None or found["in"] is None:
+            raise InputError(f"{self}: {type(mlp).__name__} has no single W_in and W_out")
+        self._in_range("neuron", self.index, out.shape[0])
+        reads = {k: w[:, self.index][None] for k, w in found.items() if w is not None}
+        return {**reads, "out": out[self.index][None]}
+
+    def _expert_weights(self, model: TransformerBridge) -> Vectors:
+        if self.expert is None:
+            raise InputError(f"{self}: this block is a mixture of experts; give expert=")
+        experts = batched_experts(model, f"{stack_name(model, self.side)}.{self.layer}.mlp")
+        if experts is None:
+            raise InputError(f"{self}: the experts of this architecture are not batched matrices")
+        down = experts_down(experts)
+        self._in_range("expert", int(self.expert), down.shape[0])
+        self._in_range("neuron", self.index, down.shape[1])
+        reads = expert_reads(experts, int(self.expert), self.index, down.shape[1])
+        return {**reads, "out": down[int(self.expert), self.index][None]}
+
+    def _in_range(self, what: str, index: int, size: int) -> None:
+        if not 0 <= index < size:
+            raise InputError(
+                f"{what} is {index}, but layer {self.layer} has {what}s 0 to {size - 1}"
+            )
+
+
+@dataclass(frozen=True)
+class Head(Unit):
+    """One attention head.
+
+    Its activation is the length of its value mixture ``z``: how much it moves, whatever it moves.
+
+    Attributes:
+        layer: block index, from 0.
+        index: which (query) head.
+        cross: of a decoder that attends to an encoder: the head that does.
+        side: of an encoder-decoder.
+    """
+
+    layer: int
+    index: int
+    cross: bool = False
+    side: Side = "decoder"
+
+    def __str__(self) -> str:
+        stack = "encoder_blocks" if self.side == "encoder" else "blocks"
+        name = "cross_attn" if self.cross else "attn"
+        return f"{stack}.{self.layer}.{name}.hook_z[{self.index}]"
+
+    def hook(self, model: TransformerBridge) -> str:
+        name, attention = self._attention(model)
+        out = weight(attention, "W_O")
+        self._in_range(int(model.cfg.n_heads) if out is None else out.shape[0])
+        return f"{stack_name(model, self.side)}.{self.layer}.{name}.hook_z"
+
+    def activation(
+        self,
+        value: Tensor,
+        routing: Int[Tensor, "batch pos slot"] | None = None,
+    ) -> Tensor:
+        if value.ndim < 3 or not 0 <= self.index < value.shape[-2]:
+            raise InputError(
+                f"{self}: hook_z is [batch, pos, head, d_head] with this head in it, "
+                f"not {list(value.shape)}"
+            )
+        norms: Tensor = value[..., self.index, :].norm(dim=-1)
+        return norms
+
+    def writes(self, model: TransformerBridge) -> Vectors:
+        """``"out"``: W_O of the head, [d_head, d_model]."""
+        return {"out": self._matrix(model, "W_O", self.index)}
+
+    def reads(self, model: TransformerBridge) -> Vectors:
+        """``"q"``, ``"k"`` and ``"v"``, each [d_head, d_model].
+
+        With grouped queries, ``k`` and ``v`` are those of the head's group.
+        """
+        _, attention = self._attention(model)
+        out = weight(attention, "W_O")
+        found: Vectors = {}
+        for name, matrix in (("q", "W_Q"), ("k", "W_K"), ("v", "W_V")):
+            index = self.index
+            value = weight(attention, matrix)
+            if out is not None and value is not None:
+                self._in_range(out.shape[0])
+                index //= out.shape[0] // value.shape[0]
+            found[name] = self._matrix(model, matrix, index).T
+        return found
+
+    def _attention(self, model: TransformerBridge) -> tuple[str, Any]:
+        block = block_of(model, self.layer, self.side)
+        for name in ("cross_attn",) if self.cross else ("attn", "self_attn"):
+            if getattr(block, "_modules", {}).get(name) is not None:
+                return name, getattr(block, name)
+        kind = "cross-attention" if self.cross else "attention"
+        raise InputError(f"{self}: this block has no {kind} heads ({type(block).__name__})")
+
+    def _matrix(self, model: TransformerBridge, name: str, index: int) -> Tensor:
+        _, attention = self._attention(model)
+        heads = weight(attention, name, dims=3)
+        if heads is None:
+            raise InputError(
+                f"{self}: {type(attention).__name__} has no {name} of a single head "
+                "(latent attention, or a projection that is not a matrix)"
+            )
+        self._in_range(heads.shape[0] if name in ("W_Q", "W_O") else self.index + 1)
+        return heads[index]
+
+    def _in_range(self, size: int) -> None:
+        if not 0 <= self.index < size:
+            raise InputError(
+                f"head is {self.index}, but layer {self.layer} has heads 0 to {size - 1}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Direction(Unit):
+    """A direction of the residual stream, or of whatever flows at ``hook``.
+
+    Its activation is the dot product with ``vector``, as given: normalise it if you want a
+    projection. It reads and writes the vector itself.
+    """
+
+    at: str
+    vector: Float[Tensor, " features"]
+    name: str | None = None
+
+    def __str__(self) -> str:
+        if self.name is not None:
+            return f"{self.at}[direction {self.name}]"
+        raw = self.vector.detach().cpu().double().numpy().tobytes()
+        return f"{self.at}[direction {hashlib.sha256(raw).hexdigest()[:8]}]"
+
+    def hook(self, model: TransformerBridge) -> str:
+        return known_hook(model, self.at)
+
+    def activation(
+        self,
+        value: Tensor,
+        routing: Int[Tensor, "batch pos slot"] | None = None,
+    ) -> Tensor:
+        if value.shape[-1] != self.vector.shape[0]:
+            raise InputError(
+                f"{self}: the direction has {self.vector.shape[0]} components, "
+                f"{self.at} has {value.shape[-1]}"
+            )
+        return value @ self.vector.to(value)
+
+    def writes(self, model: TransformerBridge) -> Vectors:
+        return {"out": self._residual(model)}
+
+    def reads(self, model: TransformerBridge) -> Vectors:
+        return {"in": self._residual(model)}
+
+    def _residual(self, model: TransformerBridge) -> Tensor:
+        _require_width(model, self, self.vector.shape[0])
+        return self.vector.detach()[None]
+
+
+@dataclass(frozen=True)
+class Feature(Unit):
+    """One feature of a sparse autoencoder or transcoder (:class:`SparseCoder`)."""
+
+    coder: SparseCoder
+    index: int
+
+    def __post_init__(self) -> None:
+        size = self.coder.W_enc.shape[1]
+        if not 0 <= self.index < size:
+            raise InputError(f"feature is {self.index}, but {self.coder.name} has 0 to {size - 1}")
+
+    def __str__(self) -> str:
+        return f"{self.coder.hook}[{self.coder.name} {self.index}]"
+
+    def hook(self, model: TransformerBridge) -> str:
+        return known_hook(model, self.coder.hook)
+
+    def activation(
+        self,
+        value: Tensor,
+        routing: Int[Tensor, "batch pos slot"] | None = None,
+    ) -> Tensor:
+        return self.coder.encode(value)[..., self.index]
+
+    def writes(self, model: TransformerBridge) -> Vectors:
+        _require_width(model, self, self.coder.W_dec.shape[1])
+        return {"out": self.coder.W_dec[self.index][None]}
+
+    def reads(self, model: TransformerBridge) -> Vectors:
+        _require_width(model, self, self.coder.W_enc.shape[0])
+        return {"in": self.coder.W_enc[:, self.index][None]}
+
+
+def _parsed_neuron(found: re.Match[str]) -> Neuron:
+    expert: int | Literal["shared"] | None = "shared" if found["shared"] else None
+    return Neuron(int(found["layer"]), int(found["index"]), expert, _side(found))
+
+
+def _parsed_expert(found: re.Match[str]) -> Neuron:
+    return Neuron(int(found["layer"]), int(found["index"]), int(found["expert"]), _side(found))
+
+
+def _parsed_head(found: re.Match[str]) -> Head:
+    return Head(int(found["layer"]), int(found["index"]), bool(found["cross"]), _side(found))
+
+
+def _side(found: re.Match[str]) -> Side:
+    return "encoder" if found["stack"] == "encoder_blocks" else "decoder"
+
+
+_BLOCK = r"(?P<stack>blocks|encoder_blocks|decoder_blocks)\.(?P<layer>\d+)\."
+_TEXTS: tuple[tuple[str, Callable[[re.Match[str]], Unit]], ...] = (
+    (r"mlp\.(?P<shared>shared_experts?\.)?hook_post\[(?P<index>\d+)\]", _parsed_neuron),
+    (r"mlp\.hook_expert_post\[(?P<expert>\d+), ?(?P<index>\d+)\]", _parsed_expert),
+    (r"(?:(?:self_)?attn|(?P<cross>cross_attn))\.hook_z\[(?P<index>\d+)\]", _parsed_head),
+)
+
+
+def parse_unit(text: str) -> Unit:
+    """The neuron or head that a text such as ``"blocks.5.mlp.hook_post[17]"`` stands for.
+
+    Raises:
+        InputError: any other text; directions and features hold vectors, which no text does.
+    """
+    for pattern, make in _TEXTS:
+        found = re.fullmatch(_BLOCK + pattern, text)
+        if found is not None:
+            return make(found)
+    raise InputError(
+        f"{text!r} is no neuron or head; expected, for example, blocks.5.mlp.hook_post[17], "
+        "blocks.5.mlp.hook_expert_post[3, 17] or blocks.5.attn.hook_z[2]"
+    )
+
+
+def _require_width(model: TransformerBridge, unit: Unit, width: int) -> None:
+    d_model = int(model.cfg.d_model)
+    if width != d_model:
+        raise InputError(f"{unit} has {width} components; the residual stream has {d_model}")

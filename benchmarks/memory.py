@@ -1,0 +1,210 @@
+"""Memory of one explanation against layers and length, with and without checkpointing.
+
+    python benchmarks/memory.py count                 # exact, from shapes: minutes, no memory
+    python benchmarks/memory.py count --model llama-2-7b --lengths 512 2048 --layers 32
+    python benchmarks/memory.py measure --lengths 4096 --attention bridge --read all
+
+``count`` is ``lenslrp.survey``: the whole pass on tensors without storage, every allocation
+counted. ``measure`` runs the pass in a process of its own and asks the system for its high-water
+mark, so it contains Python, torch and the weights. The models are Llamas of SmolLM2-135M's sizes,
+or LLaMA 2 7B's, with random weights; truncated where fewer layers are asked for. One logit at the
+last position is explained, AttnLRP, ledger on. Tables are markdown on standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from cost_measure import Shape, make_tokens
+
+import lenslrp
+from lenslrp.surveying import Survey
+
+GIB, MIB = 2**30, 2**20
+SHAPES = {
+    "smollm2-135m": Shape(
+        layers=30,
+        d_model=576,
+        d_mlp=1536,
+        heads=9,
+        kv_heads=3,
+        vocabulary=49152,
+        tied=True,
+        norm_eps=1e-5,
+        rope_theta=100000.0,
+    ),
+    "llama-2-7b": Shape(
+        layers=32, d_model=4096, d_mlp=11008, heads=32, kv_heads=32, vocabulary=32000
+    ),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+READ: dict[str, Any] = {"none": [], "resid": "hook_resid_post", "all": None}
+MMAP = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
+"""glibc gives blocks above this size back to the system at once; see the README."""
+
+
+def cases(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One dictionary a configuration, in the order of the tables."""
+    keys = ("dtype", "attention", "checkpoint", "read", "layers", "length")
+    values = itertools.product(
+        options.dtypes,
+        options.attention,
+        options.checkpoint,
+        options.read,
+        options.layers,
+        options.lengths,
+    )
+    return [dict(zip(keys, value, strict=True)) for value in values]
+
+
+def keywords(case: dict[str, Any]) -> dict[str, Any]:
+    """What both ``survey`` and ``run_with_relevance`` take."""
+    return {
+        "attention": case["attention"],
+        "checkpoint": case["checkpoint"] == "yes",
+        "names_filter": READ[case["read"]],
+        "reduce": "sum",
+    }
+
+
+def counted(shape: Shape, case: dict[str, Any]) -> Survey:
+    """The pass on shapes alone."""
+    config = replace(shape, layers=case["layers"]).config()
+    return lenslrp.survey(
+        config, length=case["length"], dtype=DTYPES[case["dtype"]], **keywords(case)
+    )
+
+
+def print_counts(shape: Shape, options: argparse.Namespace) -> None:
+    print(
+        "| type | attention | checkpoint | read | layers | tokens | weights GiB | peak besides GiB "
+        "| held between passes GiB | 1e12 operations |\n" + "|---" * 10 + "|"
+    )
+    found: list[tuple[dict[str, Any], Survey]] = []
+    for case in cases(options):
+        result = counted(shape, case)
+        found.append((case, result))
+        cells = [str(value) for value in case.values()]
+        numbers = (result.weights / GIB, result.peak / GIB, result.held / GIB, result.flops / 1e12)
+        cells += [f"{number:.3f}" for number in numbers]
+        print("| " + " | ".join(cells) + " |", flush=True)
+    print_growth(shape, options, found)
+
+
+def print_growth(
+    shape: Shape, options: argparse.Namespace, found: list[tuple[dict[str, Any], Survey]]
+) -> None:
+    """What one more layer holds, in residual streams, where several numbers of them were asked."""
+    if len(options.layers) < 2:
+        return
+    print("\n| configuration | tokens | one more layer holds | in residual streams | exponent |")
+    print("|---|---|---|---|---|")
+    groups: dict[tuple[Any, ...], list[tuple[int, Survey]]] = {}
+    for case, result in found:
+        key = tuple(v for k, v in case.items() if k != "layers")
+        groups.setdefault(key, []).append((case["layers"], result))
+    for (dtype, attention, checkpoint, read, length), rows in groups.items():
+        layers = torch.tensor([float(n) for n, _ in rows], dtype=torch.float64)
+        held = torch.tensor([float(r.held) for _, r in rows], dtype=torch.float64)
+        slope, constant = torch.linalg.lstsq(
+            torch.stack([layers, torch.ones_like(layers)], dim=1), held[:, None]
+        ).solution[:, 0]
+        grown = (held - constant).clamp(min=1).log()
+        exponent = float((grown[-1] - grown[0]) / (layers[-1] / layers[0]).log())
+        residual = length * shape.d_model * DTYPES[dtype].itemsize
+        print(
+            f"| {dtype}, {attention}, checkpoint {checkpoint}, read {read} | {length} "
+            f"| {float(slope) / MIB:.2f} MiB | {float(slope) / residual:.2f} | {exponent:.3f} |"
+        )
+
+
+def measure_here(shape: Shape, case: dict[str, Any]) -> dict[str, float]:
+    """High-water marks of this process: before the pass, and after it."""
+    from transformers import LlamaForCausalLM
+
+    small = replace(shape, layers=case["layers"])
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[case["dtype"]])
+    model = lenslrp.load(LlamaForCausalLM(small.config()).eval())
+    torch.set_default_dtype(before)
+    tokens = make_tokens(small, 1, case["length"])
+    base = high_water()
+    start = time.perf_counter()
+    _, relevance = lenslrp.run_with_relevance(model, tokens, 7, **keywords(case))
+    seconds = time.perf_counter() - start
+    return {
+        "base": base,
+        "peak": high_water(),
+        "seconds": seconds,
+        "error": relevance.ledger().error,
+    }
+
+
+def high_water() -> float:
+    """GiB, as Linux counts them (in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def print_measured(options: argparse.Namespace) -> None:
+    print(
+        "| type | attention | checkpoint | read | layers | tokens | malloc | before the pass GiB "
+        "| high water GiB | seconds | ledger's error |\n" + "|---" * 11 + "|"
+    )
+    for case, malloc in itertools.product(cases(options), options.malloc):
+        command = [sys.executable, "-W", "ignore", __file__, "one", "--model", options.model]
+        environment = {**os.environ, **(MMAP if malloc == "mmap" else {})}
+        done = subprocess.run(
+            [*command, "--case", json.dumps(case)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            print(f"{case}: exit {done.returncode}: {done.stderr[-300:]}", file=sys.stderr)
+            continue
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        cells = [*map(str, case.values()), malloc]
+        cells += [f"{found[k]:.2f}" for k in ("base", "peak", "seconds")]
+        print("| " + " | ".join([*cells, f"{found['error']:.0e}"]) + " |", flush=True)
+
+
+def main() -> None:
+    """Parse the options and print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("count", "measure", "one"))
+    parser.add_argument("--model", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--layers", type=int, nargs="+", help="default: the model's")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument(
+        "--attention", nargs="+", choices=("bridge", "fused"), default=["bridge", "fused"]
+    )
+    parser.add_argument("--checkpoint", nargs="+", choices=("no", "yes"), default=["no", "yes"])
+    parser.add_argument("--read", nargs="+", choices=READ, default=["none"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--malloc", nargs="+", choices=("default", "mmap"), default=["mmap"])
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    shape = SHAPES[options.model]
+    options.layers = options.layers or [shape.layers]
+    if options.what == "one":
+        print(json.dumps(measure_here(shape, json.loads(options.case))))
+    elif options.what == "count":
+        print_counts(shape, options)
+    else:
+        print_measured(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Where relevance ends: at token embeddings, learned positions, patches, pixels, samples.
+
+Leaves are detached copies, cut where a model embeds what it reads. With ``leaves="pixels"`` the
+numbers of an image or a sound are the leaves, and the relevance of its patches (frames, for a
+waveform) is read on its way down; with ``"patches"`` the embedded patches are. Learned tokens that
+stand before the patches (CLS, distillation) and learned positions are constants of the model:
+leaves too, so that no relevance is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lenslrp.errors import InputError
+from lenslrp.hooks.attach import Attached
+from lenslrp.hooks.components import embeddings
+from lenslrp.hooks.patches import Embedder, below, embedders
+from lenslrp.hooks.sites import Site
+from lenslrp.inputs import Prepared
+
+Parts = list[tuple[str, nn.Module]]
+
+
+@dataclass
+class Leaves:
+    """Detached copies at the embeddings, where relevance ends."""
+
+    tokens: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+    decoder_tokens: list[Tensor] = field(default_factory=list)
+    decoder_positions: list[Tensor] = field(default_factory=list)
+    special: list[Tensor] = field(default_factory=list)  #: of an image: [batch, n, d_model]
+    patch_positions: list[Tensor] = field(default_factory=list)
+    patches: list[Tensor] = field(default_factory=list)  #: [batch, d_model, row, column]
+    inputs: dict[str, Tensor] = field(default_factory=dict)  #: pixels, samples: as given
+    special_names: list[str] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list)  #: patches that relevance passes
+    passing: dict[int, Tensor] = field(default_factory=dict)  #: and its gradient there
+
+    def groups(self) -> dict[str, list[Tensor]]:
+        names = ("tokens", "positions", "decoder_tokens", "decoder_positions", "special")
+        lists = {name: getattr(self, name) for name in (*names, "patch_positions", "patches")}
+        return {**lists, "inputs": list(self.inputs.values())}
+
+    def all(self) -> list[Tensor]:
+        return [leaf for group in self.groups().values() for leaf in group]
+
+
+def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, prepared: Prepared) -> None:
+    """Make the outputs of the embeddings leaves of the graph.
+
+    An encoder embeds its tokens, then its positions, before the decoder does. Tokens that a model
+    adds by itself (LED fills up its last window with padding) are no input, and no leaves.
+    """
+    batch, two_stacks = len(prepared.tokens), prepared.decoder is not None
+    sides = [prepared.tokens.shape, *([prepared.decoder.tokens.shape] if prepared.decoder else ())]
+    for inner, position in embeddings(parts):
+
+        def cut(
+            _: nn.Module, args: tuple[Any, ...], out: Tensor, position: bool = position
+        ) -> Tensor:
+            kept = leaves.positions if position else leaves.tokens
+            if two_stacks and (leaves.decoder_tokens if position else leaves.tokens):
+                kept = leaves.decoder_positions if position else leaves.decoder_tokens
+            leaf = out.detach()
+            if not position and leaf.ndim == 3 and leaf.shape[:2] not in sides:
+                return leaf
+            if leaf.ndim == 2:  # positions without a batch
+                leaf = leaf[None]
+            if leaf.shape[0] == 1 and batch > 1:
+                leaf = leaf.expand(batch, *leaf.shape[1:])
+            leaf = leaf.clone().requires_grad_()
+            kept.append(leaf)
+            return leaf
+
+        at.hook(inner, cut)
+
+
+def cut_media(
+    at: Attached,
+    parts: Parts,
+    leaves: Leaves,
+    sites: list[Site],
+    media: Mapping[str, Tensor],
+    kind: str,
+) -> dict[str, Tensor]:
+    """Make an image's or a sound's leaves; returns what the forward pass is given.
+
+    Args:
+        sites: those of the rules in force: what runs below patches is then off the path.
+        kind: ``"pixels"`` or ``"patches"``.
+    """
+    found = embedders(parts)
+    for place in found:
+        _cut_constants(at, leaves, place)
+        at.hook(place.projection, _cut_patches(leaves) if kind == "patches" else _read(leaves))
+    if kind == "pixels":
+        leaves.inputs.update((n, v.clone().requires_grad_()) for n, v in media.items())
+        return dict(leaves.inputs)
+    if not found:
+        raise InputError('leaves="patches": this model has no patch embedding; use "pixels"')
+    for site in below(parts, sites):
+        site.cut = True
+    return dict(media)
+
+
+def _cut_patches(leaves: Leaves) -> Callable[..., Tensor]:
+    def cut(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        leaf = out.detach().clone().requires_grad_()
+        leaves.patches.append(leaf)
+        return leaf
+
+    return cut
+
+
+def _read(leaves: Leaves) -> Callable[..., None]:
+    """Keep the relevance of patches as the backward pass goes by."""
+
+    def read(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        place, kept = len(leaves.seen), out.detach()
+        leaves.seen.append(kept)
+        if out.requires_grad:
+            out.register_hook(lambda g: leaves.passing.__setitem__(place, g.detach()))
+
+    return read
+
+
+def _cut_constants(at: Attached, leaves: Leaves, place: Embedder) -> None:
+    """Shadow the owner's parameters by leaves with a row for each image, while it runs."""
+    owner = place.owner
+    if owner is None:
+        return
+    added: list[str] = []
+    images: list[int] = []
+
+    def leaf(value: Tensor, batch: int) -> Tensor:
+        rows = value.detach().reshape(1, -1, value.shape[-1]).expand(batch, -1, -1)
+        return rows.clone().requires_grad_()
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        images.append(len(given))
+        for name in (*place.special, *place.positions):
+            value = owner._parameters.get(name)
+            if value is None:
+                continue
+            made = leaf(value, len(given))
+            owner.__dict__[name] = made
+            added.append(name)
+            if name in place.special:
+                leaves.special.append(made)
+                leaves.special_names += [place.special[name]] * made.shape[1]
+            else:
+                leaves.patch_positions.append(made)
+
+    def restore(*_: Any) -> None:
+        while added:
+            owner.__dict__.pop(added.pop(), None)
+
+    def embedded(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        rows = out.detach().reshape(-1, *out.shape[-2:])  # one for all images, or one for each
+        made = rows.expand(max(images[-1], len(rows)), -1, -1).clone().requires_grad_()
+        leaves.patch_positions.append(made)
+        return made
+
+    at.undo.append(owner.register_forward_pre_hook(before, with_kwargs=True).remove)
+    at.hook(owner, restore)
+    at.undo.append(restore)
+    for name in place.positions:
+        table = owner._modules.get(name)
+        if table is not None:
+            at.hook(table, embedded)

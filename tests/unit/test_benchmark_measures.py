@@ -1,0 +1,152 @@
+"""What the benchmarks measure with: spans, thresholds, areas, flipped patches, resumed results."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a script of benchmarks/ as it finds its neighbours when it is run."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def test_iou_by_every_way_to_binarise(benchmark: Any) -> None:
+    squad = benchmark("squad")
+    values = np.array([0.1, 4.0, 3.0, -9.0, 0.2])
+    key = np.array([False, True, True, False, False])
+    assert squad.ious(values, key) == dict.fromkeys(squad.ious(values, key), 1.0)
+    half = squad.ious(values, np.array([False, True, False, False, True]))
+    assert half == {"half of max": 1 / 3, "Otsu": 1 / 3, "span length": 1 / 3, "best": 2 / 3}
+    assert squad.ious(-np.ones(5), key)["half of max"] == 0.4  # nothing positive: all are chosen
+
+
+def test_otsu_splits_two_groups_and_ignores_negative_values(benchmark: Any) -> None:
+    squad = benchmark("squad")
+    assert 0.3 <= squad.otsu(np.array([-50.0, 0.1, 0.2, 0.3, 5.0, 6.0])) < 5.0
+    assert squad.otsu(np.array([-1.0, 2.0])) == 0.0
+
+
+def test_tokens_words_and_spans(benchmark: Any) -> None:
+    squad = benchmark("squad")
+    context = "a cat, a catalogue, a Cat"
+    assert squad.occurrences(context, "cat") == [(2, 5), (22, 25)]
+    offsets = [(0, 1), (1, 5), (5, 6), (6, 8), (8, 12), (12, 18)]
+    assert squad.overlap(offsets, [(2, 5)]).tolist() == [False, True, False, False, False, False]
+    assert squad.words_of(offsets, "a cat, a catalogue")[1] == [1, 2]
+    assert squad.normalise("The  Old-Mill!") == "oldmill"
+
+
+def test_random_top_1_is_the_exact_expectation(benchmark: Any) -> None:
+    squad = benchmark("squad")
+    offsets = [(i, i + 1) for i in range(10)]
+    item = squad.Item("q", "cd", True, True, offsets, (2, 4), {"AttnLRP": list(range(10))})
+    judged = squad.judge(item, "abcdefghij", np.random.default_rng(0))
+    assert judged["random"]["top-1"] == 0.2
+    assert judged["AttnLRP"]["top-1"] == 0.0
+
+
+def test_flipped_patches_are_whole_and_in_order(benchmark: Any) -> None:
+    flipping = benchmark("patch_flipping")
+    image, baseline = torch.ones(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
+    steps = flipping.flipped(image, baseline, np.array([5, 0, *range(1, 5), *range(6, 16)]), [1, 2])
+    assert steps.shape == (2, 3, 8, 8)
+    assert steps[0].sum() == 3 * (64 - 4)
+    assert (steps[0][:, 2:4, 2:4] == 0).all()
+    assert (steps[1][:, :2, :2] == 0).all()
+
+
+def test_area_is_between_lerf_and_morf(benchmark: Any) -> None:
+    flipping = benchmark("patch_flipping")
+    assert flipping.area([[4.0, 0.0, 0.0], [4.0, 4.0, 0.0]]) == pytest.approx(2.0)
+    assert flipping.area([[4.0, 4.0, 0.0], [4.0, 0.0, 0.0]]) == pytest.approx(-2.0)
+
+
+def test_curves_follow_the_target_and_share_their_ends(benchmark: Any) -> None:
+    flipping = benchmark("patch_flipping")
+
+    class Mean:  # the logit of class 1 is the sum of the first channel of patch 0
+        dtype = torch.float32
+
+        def __call__(self, pixel_values: torch.Tensor) -> Any:
+            logits = torch.stack([torch.zeros(len(pixel_values)), pixel_values[:, 0, 0, 0]], dim=1)
+            return type("Output", (), {"logits": logits})()
+
+    image, baseline = torch.ones(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
+    maps = {"right": np.eye(1, 16).reshape(4, 4), "wrong": -np.eye(1, 16).reshape(4, 4)}
+    found = flipping.curves(Mean(), image, baseline, maps, 1, steps=4, batch=3)
+    assert found["right"] == [[1.0, 0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0, 0.0]]
+    assert found["wrong"] == [[1.0, 1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]]
+    assert flipping.area(found["right"]) == -flipping.area(found["wrong"]) == pytest.approx(0.75)
+
+
+def test_the_split_goes_by_content_not_by_order(benchmark: Any) -> None:
+    cifar = benchmark("cifar")
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (400, 4, 4, 3), dtype=np.uint8)
+    images = cifar.Images(pixels, rng.integers(0, 10, 400))
+    shuffled = images.take(rng.permutation(400))
+    held_out, training = (
+        cifar.split(images, held_out=side, per_class=99) for side in (True, False)
+    )
+    names = {cifar.name_of(image) for image in held_out.pixels}
+    assert names == {
+        cifar.name_of(image) for image in cifar.split(shuffled, held_out=True, per_class=99).pixels
+    }
+    assert not names & {cifar.name_of(image) for image in training.pixels}
+    assert len(held_out) + len(training) == 400
+    assert 100 <= len(held_out) <= 180
+    few = cifar.split(images, held_out=True, per_class=2)
+    assert np.bincount(few.labels).max() == 2
+
+
+def test_images_are_normalised_for_the_backbone(benchmark: Any) -> None:
+    cifar = benchmark("cifar")
+    prepared = cifar.prepare(np.full((1, 32, 32, 3), (255, 128, 0), np.uint8))
+    assert prepared.shape == (1, 3, 224, 224)
+    expected = [(1 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, -0.406 / 0.225]
+    np.testing.assert_allclose(prepared[0, :, 100, 7].numpy(), expected, rtol=1e-5)
+
+
+def test_every_format_gives_the_same_images(benchmark: Any, tmp_path: Path) -> None:
+    cifar = benchmark("cifar")
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8), np.array([3, 1, 0, 9, 3])
+    np.savez(tmp_path / "a.npz", images=pixels, labels=labels, names=np.array(cifar.NAMES))
+    rows = np.concatenate([labels[:, None], pixels.transpose(0, 3, 1, 2).reshape(5, -1)], axis=1)
+    (tmp_path / "a.bin").write_bytes(rows.astype(np.uint8).tobytes())
+    first, second = cifar.read(tmp_path / "a.npz"), cifar.read(tmp_path / "a.bin")
+    np.testing.assert_array_equal(first.pixels, second.pixels)
+    np.testing.assert_array_equal(first.labels, second.labels)
+    with pytest.raises(SystemExit, match=r"give one of \.npz, \.bin, \.json"):
+        cifar.read(tmp_path / "a.txt")
+
+
+def test_results_are_resumed_and_a_half_written_line_is_dropped(
+    benchmark: Any, tmp_path: Path
+) -> None:
+    resume = benchmark("resume")
+    path = tmp_path / "deep" / "results.jsonl"
+    with resume.resumed(path, {"seed": 0}) as (rows, append):
+        assert rows == []
+        append({"n": 1})
+    path.write_text(path.read_text() + '{"n": 2')
+    with resume.resumed(path, {"seed": 0}) as (rows, append):
+        assert rows == [{"n": 1}]
+        append({"n": 2})
+    assert [json.loads(line) for line in path.read_text().splitlines()[1:]] == [{"n": 1}, {"n": 2}]
+    with (
+        pytest.raises(SystemExit, match="made with other settings"),
+        resume.resumed(path, {"seed": 1}),
+    ):
+        pass
