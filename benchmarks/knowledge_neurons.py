@@ -24,20 +24,22 @@ Results are appended to files in `--cache` as they are made; an interrupted run 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import knowledge_tables as tables
 import numpy as np
 import torch
+from knowledge_edits import Row, answers, scaled, set_to, surprise
 from knowledge_scores import (
     FACTS,
-    HOOK,
     METHODS,
     RANDOM,
     Fact,
@@ -45,7 +47,6 @@ from knowledge_scores import (
     choices,
     chosen_facts,
     known_facts,
-    last_only,
     matched,
     read_prompts,
     read_scores,
@@ -54,16 +55,16 @@ from knowledge_scores import (
     top_neurons,
     write_norms,
 )
+from resume import RESULTS, resumed
 from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
-from lenslrp.analysis.intervene import Edit, edit_units
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ROOT.parent / "shared" / "data" / "wikipedia_paragraphs.jsonl"
-CACHE = Path.home() / ".cache" / "lenslrp-benchmarks" / "knowledge_neurons"
+CACHE = RESULTS / "knowledge_neurons"
 SIZES = (1, 5, 20, 50)
 AMPLIFIED_BY = (2.0, 5.0)
 AMPLIFIED_FACTS = 40  # the first so many
@@ -79,106 +80,43 @@ SET_TO = (1, 3)  # times the activation at the end of concept A's prompts
 PAIRS = 30  # within a relation, and across relations
 AMPLIFY_SIZES = (1, 5, 20)
 READ = 5  # neurons of a fact whose writing is read
-ROWS = 128  # of a batch
-STAGES = ("own", "other", "text", "reading", "amplify", "on")
+STAGES = ("facts", "own", "other", "text", "reading", "amplify", "on")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One intervention: what it is called, and its edits (for all rows; the batch says which)."""
+class Stage:
+    """What is measured already, by job; a job may be measured in several parts."""
 
-    label: tuple[Any, ...]
-    edits: tuple[Edit, ...]
-
-
-def scaled(label: tuple[Any, ...], neurons: Neurons, scale: float) -> Row:
-    layers: dict[int, list[int]] = defaultdict(list)
-    for layer, neuron in neurons:
-        layers[layer].append(neuron)
-    edits = tuple(Edit(HOOK.format(n), tuple(sorted(layers[n])), scale) for n in sorted(layers))
-    return Row(label, edits)
-
-
-def set_to(label: tuple[Any, ...], neurons: Neurons, values: Iterable[float]) -> Row:
-    pairs = zip(neurons, values, strict=True)
-    edits = [Edit(HOOK.format(n), (i,), 0.0, v, positions=(-1,)) for (n, i), v in pairs]
-    return Row(label, tuple(edits))
-
-
-@torch.no_grad()
-def run_rows(model: TransformerBridge, ids: Iterable[int], rows: list[Row]) -> Iterator[Tensor]:
-    """Logits of every row in order, an unedited one first; equal edits are run once."""
-    tokens = torch.tensor(list(ids))
-    unique = list(dict.fromkeys([(), *(row.edits for row in rows)]))
-    logits: list[Tensor] = []
-    for start in range(0, len(unique), ROWS):
-        some = unique[start : start + ROWS]
-        edits = [replace(edit, rows=(place,)) for place, own in enumerate(some) for edit in own]
-        with edit_units(model, edits):
-            logits.extend(model(tokens.expand(len(some), -1)))
-    place = {own: index for index, own in enumerate(unique)}
-    yield logits[0]
-    for row in rows:
-        yield logits[place[row.edits]]
-
-
-def answers(
-    model: TransformerBridge, ids: Iterable[int], wanted: list[int], rows: list[Row]
-) -> dict[str, Any]:
-    """Logit, log-probability and rank of the wanted tokens in every row, and its top token."""
-    told = []
-    with model.hooks(fwd_hooks=[("unembed.hook_in", last_only)]):
-        for logits in run_rows(model, ids, rows):
-            last = logits[-1].double()
-            normal = last.logsumexp(dim=0)
-            own = []
-            for token in wanted:
-                logit = float(last[token])
-                rank = int((last > last[token]).sum()) + 1
-                own.append((round(logit, 5), round(logit - float(normal), 5), rank))
-            told.append([own, int(last.argmax())])
-    return {"plain": told[0], "rows": [[r.label, *t] for r, t in zip(rows, told[1:], strict=True)]}
-
-
-def surprise(model: TransformerBridge, ids: list[int], rows: list[Row]) -> dict[str, Any]:
-    """Mean negative log-likelihood of a text's tokens in every row, in nats."""
-    following = torch.tensor(ids[1:])
-    told = []
-    for logits in run_rows(model, ids, rows):
-        losses = torch.nn.functional.cross_entropy(logits[:-1], following)
-        told.append(round(float(losses), 6))
-    return {"plain": told[0], "rows": [[r.label, t] for r, t in zip(rows, told[1:], strict=True)]}
-
-
-class Done:
-    """A jsonl file of measured rows by job; a job may be measured in several parts."""
-
-    def __init__(self, path: Path) -> None:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # without what was being written
-        path.write_text(whole, encoding="utf-8")
+    def __init__(self, done: list[dict[str, Any]], append: Callable[[dict[str, Any]], None]):
         self.jobs: dict[str, Any] = {}
-        self.path = path
-        for told in map(json.loads, whole.splitlines()):
-            self._keep(told.pop("job"), told)
+        self._append = append
+        for told in done:
+            self._keep(told)
 
-    def _keep(self, name: str, told: dict[str, Any]) -> None:
-        if name in self.jobs and "rows" in told:
-            self.jobs[name]["rows"] += told["rows"]
-        else:
-            self.jobs[name] = told
+    def _keep(self, told: dict[str, Any]) -> None:
+        job = self.jobs.setdefault(told["job"], told)
+        if job is not told:
+            job["rows"] += told["rows"]
 
     def add(self, name: str, told: dict[str, Any]) -> None:
-        line = json.dumps({"job": name, **told})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        self._keep(name, {k: v for k, v in json.loads(line).items() if k != "job"})
+        entry = {"job": name, **told}
+        self._append(entry)
+        self._keep(json.loads(json.dumps(entry)))
 
     def missing(self, name: str, rows: list[Row]) -> list[Row]:
         """Those of a job's rows that are not measured yet."""
-        told = self.jobs.get(name, {"rows": []})["rows"]
-        labels = {tuple(label) for label, *_ in told}
+        labels = {tuple(label) for label, *_ in self.jobs.get(name, {"rows": []})["rows"]}
         return [row for row in rows if row.label not in labels]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What every stage works on."""
+
+    model: TransformerBridge
+    facts: list[Fact]
+    scores: Callable[[int], Any]  # of a fact, by name
+    chosen: list[dict[str, Neurons]]  # of every fact, by method
+    seed: int
 
 
 def own_rows(
@@ -283,98 +221,113 @@ def reading(
     return {"methods": told}
 
 
-def run(options: argparse.Namespace) -> tuple[list[Fact], dict[str, Any]]:
-    """All jobs that are not done yet."""
-    cache: Path = options.cache
-    cache.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "model": options.model, "seed": options.seed, "methods": METHODS, "sizes": SIZES,
-        "scales": AMPLIFIED_BY, "per relation": options.per_relation,
-        "per answer": options.per_answer,
-        "facts": FACTS.read_text(encoding="utf-8"), "paragraph tokens": LENGTH,
-        "limit": options.limit, "pairs": PAIRS, "amplified": AMPLIFIED, "set to": SET_TO,
-    }  # fmt: skip
-    kept, text = cache / "settings.json", json.dumps(settings)
-    if kept.exists() and kept.read_text(encoding="utf-8") != text:
-        raise SystemExit(f"{cache} was made with other settings: remove it, or give --cache")
-    kept.write_text(text, encoding="utf-8")
+def measure_own(e: Experiment, stage: Stage, count: int, scales: tuple[float, ...]) -> None:
+    """The facts' own prompts."""
+    for i, fact in enumerate(tqdm(e.facts[:count], desc=f"own, scale {scales}", unit="fact")):
+        if rows := stage.missing(str(i), own_rows(i, e.chosen[i], scales)):
+            stage.add(str(i), answers(e.model, fact.ids, [fact.answer_id], rows))
 
-    model = lenslrp.load(options.model, dtype=torch.float32, device="cpu")
-    known = Done(cache / "facts.jsonl")
-    if "known" not in known.jobs:
-        facts, asked = known_facts(model, FACTS)
-        known.add("known", {"facts": [asdict(fact) for fact in facts], "asked": asked})
-    entries = known.jobs["known"]["facts"]
-    right = [Fact(**{**entry, "ids": tuple(entry["ids"])}) for entry in entries]
-    facts = chosen_facts(right, options.seed, options.per_relation, options.per_answer)
-    facts = facts[: options.limit]
-    score_all(model, facts, cache / "scores")
 
-    def scores(index: int) -> dict[str, Any]:
-        return read_scores(cache / "scores", index)
-
-    seed = options.seed
-    results: dict[str, Any] = {"known": known.jobs["known"]}
-    stages = {name: Done(cache / f"{name}.jsonl") for name in STAGES}
-    chosen = [choices(scores(i), max(SIZES), [seed, 0, i]) for i in range(len(facts))]
-    results["chosen"] = chosen
-
-    for i, fact in enumerate(tqdm(facts, desc="own prompt", unit="fact")):
-        if rows := stages["own"].missing(str(i), own_rows(i, chosen[i])):
-            stages["own"].add(str(i), answers(model, fact.ids, [fact.answer_id], rows))
-
+def measure_others(e: Experiment, stage: Stage) -> None:
+    """Every prompt with the neurons of the facts whose damage is measured on it."""
     asked_of: dict[int, list[tuple[int, str]]] = defaultdict(list)
-    for i in range(len(facts)):
-        for j, kind in other_facts(facts, i, seed):
+    for i in range(len(e.facts)):
+        for j, kind in other_facts(e.facts, i, e.seed):
             asked_of[j].append((i, kind))
     for j, sources in tqdm(asked_of.items(), desc="other facts", unit="prompt"):
         rows = [
             scaled((method, i, kind), neurons[:COLLATERAL], 0.0)
             for i, kind in sources
-            for method, neurons in chosen[i].items()
+            for method, neurons in e.chosen[i].items()
         ]
-        if rows := stages["other"].missing(str(j), rows):
-            stages["other"].add(str(j), answers(model, facts[j].ids, [facts[j].answer_id], rows))
+        if rows := stage.missing(str(j), rows):
+            stage.add(str(j), answers(e.model, e.facts[j].ids, [e.facts[j].answer_id], rows))
 
-    if options.texts.exists():
-        lines = options.texts.read_text(encoding="utf-8").splitlines()
-        order = np.random.default_rng([seed, 4]).permutation(len(lines))
-        encoded = (model.tokenizer.encode(json.loads(lines[n])["text"]) for n in order)
-        long = [ids[:LENGTH] for ids in encoded if len(ids) >= LENGTH][:PARAGRAPHS]
-        for p, ids in enumerate(tqdm(long, desc="paragraphs", unit="text")):
-            rows = [
-                scaled((method, i), neurons[:COLLATERAL], 0.0)
-                for i in range(p, len(facts), len(long))
-                for method, neurons in chosen[i].items()
-            ]
-            if rows := stages["text"].missing(str(p), rows):
-                stages["text"].add(str(p), surprise(model, ids, rows))
-    else:
-        print(f"{options.texts} does not exist: perplexity is left out")
 
+def measure_texts(e: Experiment, stage: Stage, path: Path) -> None:
+    """Paragraphs, each with the neurons of every hundredth fact."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    order = np.random.default_rng([e.seed, 4]).permutation(len(lines))
+    encoded = (e.model.tokenizer.encode(json.loads(lines[n])["text"]) for n in order)
+    long = [ids[:LENGTH] for ids in encoded if len(ids) >= LENGTH][:PARAGRAPHS]
+    for p, ids in enumerate(tqdm(long, desc="paragraphs", unit="text")):
+        rows = [
+            scaled((method, i), neurons[:COLLATERAL], 0.0)
+            for i in range(p, len(e.facts), len(long))
+            for method, neurons in e.chosen[i].items()
+        ]
+        if rows := stage.missing(str(p), rows):
+            stage.add(str(p), surprise(e.model, ids, rows))
+
+
+def measure_reading(e: Experiment, stage: Stage) -> None:
+    """What the chosen neurons write."""
     words: dict[str, set[str]] = defaultdict(set)
     for relation, _, answer in read_prompts(FACTS):
         words[relation].add(answer.lower())
-    for i, fact in enumerate(tqdm(facts, desc="reading", unit="fact")):
-        if str(i) not in stages["reading"].jobs:
+    for i, fact in enumerate(tqdm(e.facts, desc="reading", unit="fact")):
+        if str(i) not in stage.jobs:
             related = words[fact.relation] - {fact.answer.lower()}
-            told = reading(model, fact, related, chosen[i], scores(i)["last value"])
-            stages["reading"].add(str(i), told)
+            values = e.scores(i)["last value"]
+            stage.add(str(i), reading(e.model, fact, related, e.chosen[i], values))
 
-    norms = write_norms(model)
-    pairs = amplify_pairs(facts, seed)
-    results["pairs"] = pairs
+
+def measure_amplify(e: Experiment, stage: Stage) -> list[tuple[list[int], int, str]]:
+    """One concept's neurons in another's prompts; the pairs."""
+    norms = write_norms(e.model)
+    pairs = amplify_pairs(e.facts, e.seed)
     for n, (of_a, b, _) in enumerate(tqdm(pairs, desc="amplify", unit="pair")):
-        if str(n) not in stages["amplify"].jobs:
-            rows = amplify_rows(scores, of_a, b, norms, [seed, 3, n])
-            wanted = [facts[of_a[0]].answer_id, facts[b].answer_id]
-            stages["amplify"].add(str(n), answers(model, facts[b].ids, wanted, rows))
+        if str(n) not in stage.jobs:
+            rows = amplify_rows(e.scores, of_a, b, norms, [e.seed, 3, n])
+            wanted = [e.facts[of_a[0]].answer_id, e.facts[b].answer_id]
+            stage.add(str(n), answers(e.model, e.facts[b].ids, wanted, rows))
+    return pairs
 
-    for i, fact in enumerate(tqdm(facts[:AMPLIFIED_FACTS], desc="own, amplified", unit="fact")):
-        rows = own_rows(i, chosen[i], AMPLIFIED_BY)
-        if rows := stages["on"].missing(str(i), rows):
-            stages["on"].add(str(i), answers(model, fact.ids, [fact.answer_id], rows))
-    return facts, {**results, **{name: stage.jobs for name, stage in stages.items()}}
+
+def run(options: argparse.Namespace) -> tuple[list[Fact], dict[str, Any]]:
+    """All that is not measured yet; the facts used, and every stage's results."""
+    cache: Path = options.cache
+    settings = {
+        "model": options.model, "seed": options.seed, "methods": METHODS, "sizes": SIZES,
+        "scales": AMPLIFIED_BY, "per relation": options.per_relation,
+        "per answer": options.per_answer, "limit": options.limit, "pairs": PAIRS,
+        "facts": hashlib.sha256(FACTS.read_bytes()).hexdigest(), "paragraph tokens": LENGTH,
+        "amplified": AMPLIFIED, "set to": SET_TO,
+    }  # fmt: skip
+    with ExitStack() as files:
+        stages = {
+            name: Stage(*files.enter_context(resumed(cache / f"{name}.jsonl", settings)))
+            for name in STAGES
+        }
+        model = lenslrp.load(options.model, dtype=torch.float32, device="cpu")
+        if "known" not in stages["facts"].jobs:
+            right, asked = known_facts(model, FACTS)
+            stages["facts"].add(
+                "known", {"facts": [asdict(fact) for fact in right], "asked": asked}
+            )
+        known = stages["facts"].jobs["known"]
+        right = [Fact(**{**entry, "ids": tuple(entry["ids"])}) for entry in known["facts"]]
+        facts = chosen_facts(right, options.seed, options.per_relation, options.per_answer)
+        facts = facts[: options.limit]
+        score_all(model, facts, cache / "scores")
+
+        def scores(index: int) -> Any:
+            return read_scores(cache / "scores", index)
+
+        seed = options.seed
+        chosen = [choices(scores(i), max(SIZES), [seed, 0, i]) for i in range(len(facts))]
+        e = Experiment(model, facts, scores, chosen, seed)
+        measure_own(e, stages["own"], len(facts), (0.0,))
+        measure_others(e, stages["other"])
+        if options.texts.exists():
+            measure_texts(e, stages["text"], options.texts)
+        else:
+            print(f"{options.texts} does not exist: perplexity is left out")
+        measure_reading(e, stages["reading"])
+        pairs = measure_amplify(e, stages["amplify"])
+        measure_own(e, stages["on"], AMPLIFIED_FACTS, AMPLIFIED_BY)
+    told = {name: stage.jobs for name, stage in stages.items()}
+    return facts, {**told, "known": known, "chosen": chosen, "pairs": pairs}
 
 
 def main() -> None:

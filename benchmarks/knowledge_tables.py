@@ -303,7 +303,7 @@ def print_examples(facts: list[Fact], results: dict[str, Any], changes: Any) -> 
         if fact.relation in seen or len(seen) == EXAMPLES:
             continue
         seen.add(fact.relation)
-        for method in ("AttnLRP", "AttnLRP, last"):
+        for method in ("AttnLRP", "AttnLRP, contrast"):
             writes = results["reading"][str(index)]["methods"][method]["writes"][:3]
             neurons = results["chosen"][index][method][:3]
             read = "; ".join(
