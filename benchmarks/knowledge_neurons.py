@@ -284,19 +284,25 @@ def measure_amplify(e: Experiment, stage: Stage) -> list[tuple[list[int], int, s
     return pairs
 
 
-def run(options: argparse.Namespace) -> tuple[list[Fact], dict[str, Any]]:
-    """All that is not measured yet; the facts used, and every stage's results."""
-    cache: Path = options.cache
-    settings = {
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What results must have in common to be put together."""
+    return {
         "model": options.model, "seed": options.seed, "methods": METHODS, "sizes": SIZES,
         "scales": AMPLIFIED_BY, "per relation": options.per_relation,
         "per answer": options.per_answer, "limit": options.limit, "pairs": PAIRS,
         "facts": hashlib.sha256(FACTS.read_bytes()).hexdigest(), "paragraph tokens": LENGTH,
         "amplified": AMPLIFIED, "set to": SET_TO,
     }  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> tuple[list[Fact], dict[str, Any]]:
+    """All that is not measured yet; the facts used, and every stage's results."""
+    cache: Path = options.cache
     with ExitStack() as files:
         stages = {
-            name: Stage(*files.enter_context(resumed(cache / f"{name}.jsonl", settings)))
+            name: Stage(
+                *files.enter_context(resumed(cache / f"{name}.jsonl", settings_of(options)))
+            )
             for name in STAGES
         }
         model = lenslrp.load(options.model, dtype=torch.float32, device="cpu")

@@ -112,6 +112,13 @@ def print_facts(facts: list[Fact], known: dict[str, Any]) -> None:
     table("Facts", ("relation", "asked", "right", "used"), rows)
 
 
+def measured_scales(changes: dict[tuple[str, int, float], Values]) -> list[float]:
+    """Scales at which every method was measured."""
+    every = {scale for _, _, scale in changes}
+    sizes = {k for _, k, _ in changes}
+    return sorted(s for s in every if all((m, k, s) in changes for m in METHODS for k in sizes))
+
+
 def print_own(changes: dict[tuple[str, int, float], Values], seed: int) -> None:
     sizes = sorted({k for _, k, _ in changes})
     head = ("method", *(f"k = {k}" for k in sizes))
@@ -120,7 +127,7 @@ def print_own(changes: dict[tuple[str, int, float], Values], seed: int) -> None:
         own = changes[method, k, scale][:, column]
         return own[~np.isnan(own)]
 
-    for scale in sorted({s for _, _, s in changes}):
+    for scale in measured_scales(changes):
         n = len(values(METHODS[0], sizes[0], scale, RANK))
         for column, name in ((LOG_PROB, "log-probability"), (LOGIT, "logit")):
             rows = [
@@ -157,7 +164,8 @@ def print_paired(
     changes: dict[tuple[str, int, float], Values], relations: list[str], seed: int
 ) -> None:
     sizes = sorted({k for _, k, _ in changes})
-    for scale, sign, name in ((0.0, -1.0, "drop"), (2.0, 1.0, "rise")):
+    for scale in measured_scales(changes):
+        sign, name = (-1.0, "drop") if scale < 1 else (1.0, "rise")
         for reference in REFERENCES:
             rows = []
             for control in CONTROLS:
