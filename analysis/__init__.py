@@ -9,21 +9,49 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lenslrp.analysis.coders import SparseCoder
+    from lenslrp.analysis.conditions import through
+    from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.analysis.launch import build_distributed, build_with_ray
+    from lenslrp.analysis.lens import Lens
+    from lenslrp.analysis.lens_fit import compare_lenses, fit_relevance_lens, fit_ridge_lens
+    from lenslrp.analysis.page import Page
     from lenslrp.analysis.units import Direction, Feature, Head, Neuron, Unit, parse_unit
+    from lenslrp.analysis.vocabulary import VocabularyScores, cosines, reads, sign_cases, writes
 
 _HOMES = {
     "coders": ("SparseCoder",),
+    "conditions": ("through",),
+    "dictionary": ("NeuronDictionary",),
+    "launch": ("build_distributed", "build_with_ray"),
+    "lens": ("Lens",),
+    "lens_fit": ("compare_lenses", "fit_relevance_lens", "fit_ridge_lens"),
+    "page": ("Page",),
     "units": ("Direction", "Feature", "Head", "Neuron", "Unit", "parse_unit"),
+    "vocabulary": ("VocabularyScores", "cosines", "reads", "sign_cases", "writes"),
 }
 
 __all__ = [
     "Direction",
     "Feature",
     "Head",
+    "Lens",
     "Neuron",
+    "NeuronDictionary",
+    "Page",
     "SparseCoder",
     "Unit",
+    "VocabularyScores",
+    "build_distributed",
+    "build_with_ray",
+    "compare_lenses",
+    "cosines",
+    "fit_relevance_lens",
+    "fit_ridge_lens",
     "parse_unit",
+    "reads",
+    "sign_cases",
+    "through",
+    "writes",
 ]
 
 

@@ -33,18 +33,20 @@ class SparseCoder:
 
     Attributes:
         hook: the hook point that it reads.
-        threshold: of a JumpReLU; None for a plain ReLU.
+        W_enc, b_enc: [d_in, features], [features].
+        W_dec, b_dec: [features, d_out], [d_out].
+        threshold: [features], of a JumpReLU; None for a plain ReLU.
         k: keep only the k largest features of a position; None for all.
         subtract_b_dec: whether ``b_dec`` is subtracted from the input first.
         name: what its features are called, as in ``blocks.5.hook_resid_post[sae 40]``.
     """
 
     hook: str
-    W_enc: Float[Tensor, "d_in features"]
-    b_enc: Float[Tensor, " features"]
-    W_dec: Float[Tensor, "features d_out"]
-    b_dec: Float[Tensor, " d_out"]
-    threshold: Float[Tensor, " features"] | None = None
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor | None = None
     k: int | None = None
     subtract_b_dec: bool = False
     name: str = "sae"

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Side = Literal["encoder", "decoder"]
 SIDES = ("encoder", "decoder")
 
+TRANSPOSED = frozenset({"Llama4TextExperts"})
+"""Experts that keep [expert, in, out] without saying so by ``is_transposed``."""
+
 Vectors = dict[str, Float[Tensor, "vectors d_model"]]
 """What is read or written, by name ("in", "gate", "q", ...): one row a vector."""
 
@@ -55,7 +58,6 @@ def block_of(model: TransformerBridge, layer: int, side: Side = "decoder") -> An
 
 def known_hook(model: TransformerBridge, name: str) -> str:
     """``name``, if it is a hook point of ``model``."""
-
     names = hook_points(model, components(model))
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3)
@@ -75,6 +77,7 @@ def weight(component: Any, name: str, dims: int = 2) -> Tensor | None:
 
 
 def shared_name(mlp: Any) -> str:
+    """What the shared expert of a mixture is called."""
     for name in ("shared_experts", "shared_expert"):
         if getattr(mlp, "_modules", {}).get(name) is not None:
             return name
@@ -89,7 +92,7 @@ def expert_reads(experts: Any, expert: int, index: int, size: int) -> Vectors:
     if weight is None:
         raise InputError(f"{type(experts).__name__} has no gate_up_proj and no up_proj")
     rows = weight.detach()[expert]
-    if getattr(experts, "is_transposed", False):  # [d_model, rows]
+    if _transposed(experts):  # [d_model, rows]
         rows = rows.mT
     if joint is None:
         return {"in": rows[index][None]}
@@ -107,4 +110,9 @@ def batched_experts(model: TransformerBridge, path: str) -> Any:
 def experts_down(experts: Any) -> Float[Tensor, "expert neuron d_model"]:
     """What all neurons of all experts write."""
     down: Tensor = experts.down_proj.detach()
-    return down if getattr(experts, "is_transposed", False) else down.mT
+    return down if _transposed(experts) else down.mT
+
+
+def _transposed(experts: Any) -> bool:
+    name = type(experts).__name__
+    return bool(getattr(experts, "is_transposed", name in TRANSPOSED))

@@ -11,17 +11,18 @@ not read say so and are left out. Jinja2 and matplotlib are imported when a repo
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenslrp.analysis import plots
+from lenslrp.analysis.files import whole
+from lenslrp.analysis.readout import unembedding
 from lenslrp.analysis.report_template import TEMPLATE
 from lenslrp.analysis.vocabulary import neuron_writes
 from lenslrp.errors import InputError
@@ -109,14 +110,27 @@ def _sign(value: float) -> str:
     return "pos" if value > 0 else "neg" if value < 0 else ""
 
 
+def _has_vocabulary(model: TransformerBridge | None) -> bool:
+    """Whether what neurons write can be read as tokens."""
+    if model is None:
+        return False
+    with contextlib.suppress(InputError):
+        unembedding(model)
+        return True
+    return False
+
+
 def _neurons(R: RelevanceCache, row: int, model: TransformerBridge | None) -> dict[str, Any]:
     table = R.top("mlp.hook_post", k=_NEURONS, row=row)
     relevance = _column(map(float, table["relevance"]))
     rows = []
+    readable = model if _has_vocabulary(model) else None
     for place, entry in enumerate(table.itertuples()):
         writes = []
-        if model is not None and hasattr(model, "unembed"):
-            writes = [visible(t) for t in neuron_writes(model, int(entry.layer), int(entry.neuron))]
+        if readable is not None:
+            writes = [
+                visible(t) for t in neuron_writes(readable, int(entry.layer), int(entry.neuron))
+            ]
         rows.append(
             {
                 "layer": entry.layer,
@@ -224,21 +238,6 @@ def _environment() -> Any:
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
 
 
-def _write(path: Path, text: str) -> None:
-    """Write all of ``text`` or leave what was there."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 def _seen(R: RelevanceCache, row: int, image: Any) -> dict[str, str]:
     """The image that was explained, in both themes; its panels keep their titles."""
     light, dark = (
@@ -288,7 +287,7 @@ def report_html(
         residual=_section(lambda: _residual(R, row, scale.dominated)),
         heads=_section(lambda: _heads(R, row)),
         neurons=_section(lambda: _neurons(R, row, model)),
-        writes=model is not None and hasattr(model, "unembed"),
+        writes=_has_vocabulary(model),
         ledger=ledger,
         coverage=_coverage(R),
         provenance=_provenance(R),
@@ -318,7 +317,7 @@ def write_report(
         ImportError: when Jinja2 or matplotlib is missing.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(f"the folder {path.parent} does not exist; cannot write {path.name} there")
-    _write(path, report_html(R, model=model, row=row, image=image))
+    page = report_html(R, model=model, row=row, image=image)
+    with whole(path) as part:
+        part.write_text(page, encoding="utf-8", errors="replace")
     return path

@@ -204,7 +204,7 @@ class Head(Unit):
 
     def hook(self, model: TransformerBridge) -> str:
         name, attention = self._attention(model)
-        out = weight(attention, "W_O")
+        out = weight(attention, "W_O", dims=3)
         self._in_range(int(model.cfg.n_heads) if out is None else out.shape[0])
         return f"{stack_name(model, self.side)}.{self.layer}.{name}.hook_z"
 
@@ -231,11 +231,11 @@ class Head(Unit):
         With grouped queries, ``k`` and ``v`` are those of the head's group.
         """
         _, attention = self._attention(model)
-        out = weight(attention, "W_O")
+        out = weight(attention, "W_O", dims=3)
         found: Vectors = {}
         for name, matrix in (("q", "W_Q"), ("k", "W_K"), ("v", "W_V")):
             index = self.index
-            value = weight(attention, matrix)
+            value = weight(attention, matrix, dims=3)
             if out is not None and value is not None:
                 self._in_range(out.shape[0])
                 index //= out.shape[0] // value.shape[0]

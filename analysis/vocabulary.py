@@ -1,95 +1,358 @@
-"""What a unit writes to the vocabulary: its output direction read through the unembedding.
+"""What a unit writes to the vocabulary and what it reads from it.
 
 The projection of Geva et al. 2022 ("Transformer feed-forward layers build predictions by
-promoting concepts in the vocabulary space") and Voita et al. 2023: a neuron adds a multiple of its
-row of W_out to the residual stream, and the unembedding turns the residual stream into logits. In
-between stands the final norm. Its gain scales the direction's components and belongs to the
-reading; its denominator is one positive number for the whole vocabulary and cannot change the
-order; biases are not part of what the neuron writes.
+promoting concepts in the vocabulary space"), of Voita et al. 2023 for neurons and of Dar et al.
+2023 for heads. A unit adds a multiple of a vector to the residual stream, and the unembedding turns
+the residual stream into logits: that is what it **writes**. It multiplies the residual stream with
+a vector, and token embeddings are where the residual stream begins: that is what it **reads**.
+
+Norms stand in between. Their gain scales the components and their centring removes the mean, and
+both belong to the reading; their denominators are positive numbers for the whole vocabulary and
+cannot change the order; biases are not part of what a unit writes. So scores are in logits up to
+one positive factor, unless a residual is given (``at=``): then they are differences of real
+logits, through the real norm and soft-cap. A relevance lens (:mod:`lenslrp.analysis.lens`) carries
+what is written over the layers in between.
+
+A head reads and writes whole subspaces. Given what it attends to (``source=``), it writes one
+vector; without, the components of its OV and QK circuits are read one by one, largest singular
+value first (Millidge and Black 2022), queries paired with keys and values with outputs.
 """
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from lenslrp.analysis.places import Side, block_of, stack_name
+from lenslrp.analysis.readout import (
+    branch_norm,
+    embedding,
+    final_norm,
+    input_norm,
+    labels,
+    measure_gain,
+    output_norm,
+    readout,
+    scores,
+    token_labels,
+    unembedding,
+)
+from lenslrp.analysis.units import Head, Neuron, Unit
 from lenslrp.errors import InputError
+from lenslrp.hooks.components import layer_of
+from lenslrp.names import token_ids
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
 
-_CHUNK = 16_384  # vocabulary rows a product: at d_model = 4096 in float32, 256 MiB at once
+    from lenslrp.analysis.lens import Lens
 
 
-def _write_direction(model: TransformerBridge, layer: int, neuron: int) -> Tensor:
-    """Row ``neuron`` of W_out in block ``layer``: [d_model]."""
-    layers = len(model.blocks)
-    if not 0 <= layer < layers:
-        raise InputError(f"layer is {layer}, but the model has layers 0 to {layers - 1}")
-    weight = None
-    with contextlib.suppress(AttributeError):  # attention-only blocks, experts without one matrix
-        weight = model.blocks[layer].mlp.W_out
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-        raise InputError(
-            f"block {layer} has no single W_out matrix (an expert layer, or no MLP), "
-            "so none of its neurons has one write direction"
+@dataclass(frozen=True, eq=False)
+class VocabularyScores:
+    """One score for each token (or class), of what a unit writes or reads.
+
+    Attributes:
+        unit: the unit's text.
+        role: ``"writes"`` or ``"reads"``.
+        name: which of its vectors: ``"out"``; ``"in"``, ``"gate"``; ``"q"``, ``"k"``, ``"v"``.
+        scores: [d_vocab]; logits up to a positive factor, or logits where a residual was given.
+        strength: of a head's component, its singular value; 1 otherwise.
+    """
+
+    unit: str
+    role: str
+    name: str
+    scores: Float[Tensor, " d_vocab"] = field(repr=False)
+    label: Callable[[int], str] = field(repr=False)
+    strength: float = 1.0
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The ``k`` highest scores, best first: columns id, token, score."""
+        return self._table(k, largest=True)
+
+    def bottom(self, k: int = 10) -> pd.DataFrame:
+        """The ``k`` lowest scores, lowest first."""
+        return self._table(k, largest=False)
+
+    def _table(self, k: int, *, largest: bool) -> pd.DataFrame:
+        if not 1 <= k <= len(self.scores):
+            raise InputError(f"k is {k}, expected 1 to {len(self.scores)} (the vocabulary)")
+        best = self.scores.topk(k, largest=largest)
+        ids = best.indices.tolist()
+        return pd.DataFrame(
+            {"id": ids, "token": [self.label(i) for i in ids], "score": best.values.tolist()}
         )
-    if not 0 <= neuron < weight.shape[0]:
+
+
+def _part(unit: Unit) -> tuple[int, str, Side] | None:
+    """Layer, part of the block, and side; None for directions and features."""
+    if isinstance(unit, Neuron):
+        return unit.layer, "mlp", unit.side
+    if isinstance(unit, Head):
+        return unit.layer, "cross_attn" if unit.cross else "attn", unit.side
+    return None
+
+
+def _like(vectors: Tensor) -> Tensor:
+    half = vectors.dtype in (torch.float16, torch.bfloat16)
+    return vectors.float() if half else vectors
+
+
+def _written(model: TransformerBridge, unit: Unit, vectors: Tensor) -> Tensor:
+    """Vectors as they arrive in the residual stream: through the branch's own norm, if any."""
+    place, norm = _part(unit), None
+    if place is not None:
+        layer, part, side = place
+        norm = branch_norm(block_of(model, layer, side), part)
+    return _like(vectors) if norm is None else measure_gain(norm, vectors).forward(_like(vectors))
+
+
+def _read(model: TransformerBridge, unit: Unit, name: str, vectors: Tensor) -> Tensor:
+    """Vectors as they meet the residual stream: through the norm before the branch, if any."""
+    place, norm = _part(unit), None
+    if place is not None:
+        layer, part, side = place
+        if part == "cross_attn" and name in ("k", "v"):
+            norm = final_norm(model, "encoder")
+        else:
+            norm = input_norm(model, block_of(model, layer, side), side, part)
+    return _like(vectors) if norm is None else measure_gain(norm, vectors).backward(_like(vectors))
+
+
+def _require_decoder(model: TransformerBridge, unit: Unit) -> None:
+    unembedding(model)  # or say why not, before anything else
+    place = _part(unit)
+    if place is not None and stack_name(model, place[2]) == "encoder_blocks":
         raise InputError(
-            f"neuron is {neuron}, but layer {layer} has neurons 0 to {weight.shape[0] - 1}"
+            f"{unit}: an encoder writes to cross-attention, not to the unembedding; "
+            "what it reads can be asked for"
         )
-    return weight[neuron]
-
-
-def _through_final_gain(model: TransformerBridge, direction: Tensor) -> Tensor:
-    """``direction`` times the final norm's gain, in the norm's own convention."""
-    norm = getattr(model, "ln_final", None)
-    gain = getattr(norm, "weight", None)  # absent once the gain is folded into W_U
-    if not isinstance(gain, torch.Tensor):
-        return direction
-    gain = gain.detach().to(direction)
-    offset = getattr(norm, "uses_weight_offset", False)  # Gemma stores the gain minus 1
-    return direction * (1 + gain if offset else gain)
-
-
-def _unembedding(model: TransformerBridge) -> Tensor:
-    """W_U transposed: [d_vocab, d_model]."""
-    unembed = getattr(model, "unembed", None)
-    if unembed is None:
-        raise InputError(
-            "the model has no unembedding, so nothing that it writes can be read as tokens"
-        )
-    W_U: Tensor = unembed.W_U
-    return W_U.detach().T
 
 
 @torch.no_grad()
+def project(
+    model: TransformerBridge,
+    vectors: Float[Tensor, "n d_model"],
+    *,
+    at: Float[Tensor, " d_model"] | None = None,
+) -> Float[Tensor, "n rows"]:
+    """Residual vectors in the vocabulary: by the final norm's gain, or by the real head at ``at``.
+
+    Args:
+        at: a residual vector before the final norm, from which each vector is a step: scores are
+            ``logits(at + vector) - logits(at)``. None: the gain only, no bias and no soft-cap.
+    """
+    rows, _ = unembedding(model)
+    if at is not None:
+        here = at.to(vectors)[None]
+        return readout(model, here + vectors) - readout(model, here)
+    norm = output_norm(model)
+    if norm is not None:
+        vectors = measure_gain(norm, vectors.to(rows.device)).forward(vectors.to(rows.device))
+    return scores(rows, vectors)
+
+
+@torch.no_grad()
+def writes(
+    model: TransformerBridge,
+    unit: Unit,
+    *,
+    source: str | int | Float[Tensor, " d_model"] | None = None,
+    component: int = 0,
+    at: Float[Tensor, " d_model"] | None = None,
+    amount: float = 1.0,
+    lens: Lens | None = None,
+) -> VocabularyScores:
+    """What ``unit`` writes to the vocabulary.
+
+    Args:
+        source: of a head: the token, or the residual vector, that it attends to; it then writes
+            that one's image under its OV circuit.
+        component: of a head without ``source``: which singular component of the OV circuit.
+        at: a residual vector before the final norm, see :func:`project`.
+        amount: how much of the vector is written, with ``at``.
+        lens: carry the vector to the final residual first.
+
+    Raises:
+        InputError: the unit is not in the model, or the model has no vocabulary to read it in.
+    """
+    _require_decoder(model, unit)
+    strength = 1.0
+    if isinstance(unit, Head):
+        vector, strength = _head_writes(model, unit, source, component)
+    elif source is not None:
+        raise InputError("source is for heads: other units write the same whatever they read")
+    else:
+        vector = unit.writes(model)["out"][0]
+    vector = _written(model, unit, vector[None])
+    if lens is not None:
+        vector = lens.carry(_layer_of(unit), vector)
+    found = project(model, vector * amount, at=at)[0]
+    return VocabularyScores(str(unit), "writes", "out", found.cpu(), labels(model), strength)
+
+
+@torch.no_grad()
+def reads(
+    model: TransformerBridge, unit: Unit, *, component: int = 0
+) -> dict[str, VocabularyScores]:
+    """What ``unit`` reads: dot products of token embeddings with its input vectors.
+
+    A neuron has ``"in"`` and, if gated, ``"gate"``; a head has ``"q"``, ``"k"`` and ``"v"``, of
+    which ``q`` and ``k`` are one component of QK (position apart: rotary embeddings are left out)
+    and ``v`` one of OV.
+
+    Raises:
+        InputError: the unit is not in the model, or the model reads no tokens.
+    """
+    rows = embedding(model)
+    if isinstance(unit, Head):
+        found = _head_reads(model, unit, component)
+    else:
+        vectors = unit.reads(model)
+        found = {n: (_read(model, unit, n, v)[0], 1.0) for n, v in vectors.items()}
+    label = token_labels(model)
+    return {
+        name: VocabularyScores(
+            str(unit), "reads", name, scores(rows, vector[None])[0].cpu(), label, strength
+        )
+        for name, (vector, strength) in found.items()
+    }
+
+
+def _layer_of(unit: Unit) -> int:
+    """The block after which the residual stream holds what the unit wrote."""
+    hook = str(unit).partition("[")[0]
+    layer = layer_of(hook)
+    if layer is not None and hook.endswith("hook_resid_pre"):
+        layer -= 1
+    if layer is None or layer < 0:
+        raise InputError(f"{unit} is behind no block, so no lens says how it is carried on")
+    return layer
+
+
+def _head_writes(
+    model: TransformerBridge, head: Head, source: Any, component: int
+) -> tuple[Tensor, float]:
+    out = _like(head.writes(model)["out"])
+    value = _read(model, head, "v", head.reads(model)["v"])
+    if source is None:
+        _, sizes, write = _components(value, out, component)
+        return write, sizes
+    if isinstance(source, str | int):
+        source = embedding(model)[_token(model, source)]
+    if source.shape[-1] != value.shape[1]:
+        raise InputError(f"source has {source.shape[-1]} values, expected {value.shape[1]}")
+    return (value @ source.to(value)) @ out, 1.0
+
+
+def _head_reads(
+    model: TransformerBridge, head: Head, component: int
+) -> dict[str, tuple[Tensor, float]]:
+    vectors = {n: _read(model, head, n, v) for n, v in head.reads(model).items()}
+    query, strength, key = _components(vectors["q"], vectors["k"], component)
+    value, size, _ = _components(vectors["v"], _like(head.writes(model)["out"]), component)
+    return {"q": (query, strength), "k": (key, strength), "v": (value, size)}
+
+
+def _components(
+    a: Float[Tensor, "d_head d_model"], b: Float[Tensor, "d_head d_model"], component: int
+) -> tuple[Tensor, float, Tensor]:
+    """One singular component of ``a.T @ b``, [d_model, d_model] but never formed.
+
+    Both signs of a pair of singular vectors are the same component; the one is chosen whose first
+    vector has its largest entry positive.
+    """
+    if not 0 <= component < len(a):
+        raise InputError(f"component is {component}, but the head has 0 to {len(a) - 1}")
+    left, lower = torch.linalg.qr(a.T)
+    right, upper = torch.linalg.qr(b.to(a).T)
+    u, sizes, v = torch.linalg.svd(lower @ upper.T)
+    first, second = left @ u[:, component], right @ v[component]
+    sign = first[first.abs().argmax()].sign()
+    return sign * first, float(sizes[component]), sign * second
+
+
+def _token(model: TransformerBridge, token: str | int) -> int:
+    size = len(embedding(model))
+    if isinstance(token, int):
+        if not 0 <= token < size:
+            raise InputError(f"token is {token}, expected 0 to {size - 1}")
+        return token
+    ids = token_ids(model.tokenizer, token)
+    if len(ids) != 1:
+        raise InputError(f"{token!r} is {len(ids)} tokens; a head attends to one")
+    return int(ids[0])
+
+
+@torch.no_grad()
+def cosines(model: TransformerBridge, unit: Unit) -> dict[str, float]:
+    """Cosines between what a unit reads and what it writes, both as the residual stream sees them.
+
+    Near 1 it strengthens what it finds, near -1 it removes it (Gurnee et al. 2024).
+
+    Returns:
+        ``"in,out"``, and for a gated MLP also ``"gate,out"`` and ``"gate,in"``.
+
+    Raises:
+        InputError: for a head, which reads and writes subspaces.
+    """
+    if isinstance(unit, Head):
+        raise InputError(f"{unit} reads and writes subspaces, between which there is no one angle")
+    vectors = {n: _read(model, unit, n, v)[0] for n, v in unit.reads(model).items()}
+    vectors["out"] = _written(model, unit, unit.writes(model)["out"])[0]
+    pairs = [("in", "out"), *([("gate", "out"), ("gate", "in")] if "gate" in vectors else [])]
+    return {
+        f"{a},{b}": float(torch.cosine_similarity(vectors[a], vectors[b].to(vectors[a]), dim=0))
+        for a, b in pairs
+    }
+
+
+def sign_cases(model: TransformerBridge, neuron: Neuron, k: int = 5) -> pd.DataFrame:
+    """The four ways in which a gated neuron fires: activation = f(gate) * in.
+
+    Where ``f`` dips below zero (SiLU, GELU), a negative gate flips the sign and writes little; a
+    neuron means up to four things, of which the signs of its two inputs choose one.
+
+    Returns:
+        One row a case: the signs of gate, in and activation; the ``k`` tokens that push the gate
+        and the input that way; the ``k`` tokens whose logits then rise.
+
+    Raises:
+        InputError: a neuron without a gate.
+    """
+    read = reads(model, neuron)
+    if "gate" not in read:
+        raise InputError(f"{neuron} has no gate; its sign is that of its activation")
+    write = writes(model, neuron)
+
+    def tokens(found: VocabularyScores, sign: int) -> list[str]:
+        return list((found.top(k) if sign > 0 else found.bottom(k))["token"])
+
+    records = [
+        {
+            "gate": "+" if gate > 0 else "-",
+            "in": "+" if inner > 0 else "-",
+            "activation": "+" if gate * inner > 0 else "-",
+            "reads gate": tokens(read["gate"], gate),
+            "reads in": tokens(read["in"], inner),
+            "writes": tokens(write, gate * inner),
+        }
+        for gate in (1, -1)
+        for inner in (1, -1)
+    ]
+    return pd.DataFrame(records)
+
+
 def neuron_writes(model: TransformerBridge, layer: int, neuron: int, k: int = 5) -> list[str]:
     """The ``k`` tokens whose logits an active MLP neuron raises most, best first.
 
-    Args:
-        model: the bridge.
-        layer: block index, from 0.
-        neuron: index into ``blocks.{layer}.mlp.hook_post``.
-        k: how many tokens.
-
-    Returns:
-        ``k`` tokens as text, or ``"[17]"`` for an id where the model has no tokenizer.
-
-    Raises:
-        InputError: when layer, neuron or k is out of range, the block has no single W_out, or the
-            model has no unembedding.
+    Short for ``writes(model, Neuron(layer, neuron)).top(k)["token"]``.
     """
-    W_U = _unembedding(model)
-    if not 1 <= k <= W_U.shape[0]:
-        raise InputError(f"k is {k}, expected 1 to {W_U.shape[0]} (the vocabulary)")
-    direction = _write_direction(model, layer, neuron).detach().float()
-    direction = _through_final_gain(model, direction).to(W_U.device)
-    scores = torch.cat([rows.float() @ direction for rows in torch.split(W_U, _CHUNK)])
-    best = scores.topk(k).indices.tolist()
-    if model.tokenizer is None:
-        return [f"[{token}]" for token in best]
-    return [str(model.tokenizer.decode([token])) for token in best]
+    return list(writes(model, Neuron(layer, neuron)).top(k)["token"])

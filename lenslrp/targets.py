@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -64,6 +64,17 @@ class Outputs:
             )
         first = self.mask.int().argmax(dim=1)
         return first + (position if position >= 0 else lengths + position)
+
+    def row(self, row: int) -> Outputs:
+        """The outputs of one row, as a batch of one: other rows may be shorter."""
+        one = slice(row, row + 1)
+        return replace(
+            self,
+            logits=self.logits[one],
+            mask=self.mask[one],
+            activation=lambda hook: self.activation(hook)[one],
+            prompt_lengths=self.prompt_lengths[one],
+        )
 
     def place(self, position: int) -> str:
         """What a target's text says of its position: nothing where there is none."""
@@ -287,16 +298,17 @@ class Custom:
 
 @dataclass(frozen=True)
 class PerRow:
-    """One target for each batch row."""
+    """One target for each batch row, which sees that row only."""
 
     targets: tuple[Target, ...]
 
     def values(self, outputs: Outputs) -> Tensor:
-        values = [target.values(outputs)[row] for row, target in enumerate(self.targets)]
+        values = [target.values(outputs.row(row))[0] for row, target in enumerate(self.targets)]
         return torch.stack([value.to(values[0].device) for value in values])
 
     def text(self, outputs: Outputs) -> str:
-        return "; ".join(dict.fromkeys(target.text(outputs) for target in self.targets))
+        texts = (target.text(outputs.row(row)) for row, target in enumerate(self.targets))
+        return "; ".join(dict.fromkeys(texts))
 
 
 @dataclass(frozen=True)

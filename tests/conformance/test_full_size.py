@@ -58,7 +58,7 @@ TABLE: dict[str, Size] = {
             tie_word_embeddings=False,
             vocab_size=32128,
         ),
-        2.85,
+        2.784,
         {
             "norm": 24 * 2 + 24 * 3 + 2,
             "activation": 48,
@@ -101,8 +101,9 @@ def test_options_need_less(shape: Any) -> None:
     assert frugal.held < plain.held / 5
     assert fused.held < plain.held
     assert half.weights == plain.weights / 2
-    assert half.held < 0.75 * plain.held
-    assert frugal.flops > 1.4 * plain.flops  # the forward pass once more
+    assert half.held < 0.8 * plain.held  # softmax and norms compute in float32 all the same
+    # The forward pass of the blocks once more, but for the last linear layer of each.
+    assert frugal.flops > 1.2 * plain.flops
 
 
 def test_reading_streams() -> None:

@@ -111,7 +111,8 @@ def test_figures_in_the_report_hold_text_not_markup(nasty_report):
 
 def test_report_of_a_plain_prompt_says_it_all(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "neuron_writes", lambda *_: [" Paris", "<i>"])
-    model = SimpleNamespace(unembed=True)
+    monkeypatch.setattr(report, "unembedding", lambda _: None)
+    model = SimpleNamespace()
     path = report.write_report(fake_relevance(), tmp_path / "report.html", model=model)
     text = path.read_text(encoding="utf-8")
     for part in (

@@ -332,3 +332,14 @@ def test_one_latent_unit_a_row() -> None:
 def test_latent_units_and_logits_do_not_mix() -> None:
     with pytest.raises(InputError, match="cannot mix Activation targets with"):
         explain([Activation("blocks.0.mlp.hook_post", 3), Logit(5)])
+
+
+def test_a_row_may_be_explained_beyond_the_end_of_the_shortest() -> None:
+    out = outputs()
+    each = PerRow((Logit(5, 4), Logit(6, 2), Activation("post", 3, 3)))
+    z = out.activation("post")
+    assert torch.equal(
+        each.values(out), torch.stack([out.logits[0, 4, 5], out.logits[1, 4, 6], z[2, 3, 3]])
+    )
+    with pytest.raises(InputError, match="the shortest row has 3 tokens"):
+        PerRow((Logit(5), Logit(6, 3), Logit(7))).values(out)

@@ -1,0 +1,124 @@
+"""Conditional relevance: only what passes through chosen units (CRP; Achtibat et al. 2023).
+
+Units at one hook point are alternatives (OR); hook points are requirements (AND). At a hook point
+with a condition the gradient of every other unit is set to zero. In a transformer relevance would
+still get past the layer along the residual stream, so the stream is cut there too: of what arrives
+at the stream in front of that layer's branch, only what came through the branch goes on. Above the
+highest condition relevance is as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lenslrp.analysis.units import Head, Neuron, Unit
+from lenslrp.errors import InputError
+from lenslrp.hooks.components import components, hook_points, layer_of
+
+
+@contextmanager
+def through(model: Any, units: Sequence[Unit]) -> Iterator[None]:
+    """Inside the block, backward passes count relevance through ``units`` only.
+
+    Use it around :func:`lenslrp.run_with_relevance` with ``ledger=False``: what was cut is on
+    purpose not accounted for. At the condition's own hook point a reader still sees all units; take
+    the chosen ones there.
+
+    Args:
+        model: a ``TransformerBridge``.
+        units: :class:`Neuron` and :class:`Head` of decoder blocks.
+
+    Raises:
+        InputError: another kind of unit, or a block whose branches cannot be told apart.
+    """
+    chosen: dict[str, list[int]] = {}
+    for unit in units:
+        if not isinstance(unit, Neuron | Head) or getattr(unit, "expert", None) is not None:
+            raise InputError(f"a condition is a Neuron of a dense MLP or a Head, not {unit}")
+        chosen.setdefault(unit.hook(model), []).append(unit.index)
+    points = hook_points(model, components(model))
+    handles: list[Any] = []
+    try:
+        for hook, indices in chosen.items():
+            cut = _StreamCut(hook)
+            handles += cut.attach(model)
+            handles.append(points[hook].register_forward_hook(_only(indices, cut)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _StreamCut:
+    """In front of one branch, passes on what came through the branch and nothing else."""
+
+    def __init__(self, hook: str) -> None:
+        self.hook = hook
+        self.ran = False  # since the condition's own hook point last fired
+
+    def attach(self, model: Any) -> list[Any]:
+        prefix, branch, _ = self.hook.rsplit(".", 2)
+        if layer_of(self.hook) is None:
+            raise InputError(f"{self.hook} is in no block: no condition can be put there")
+        parts = model.get_submodule(prefix)._modules
+        own = "ln2" if branch == "mlp" and "ln2" in parts else "ln1"
+        if parts.get(own) is None:
+            raise InputError(f"{self.hook}: no norm stands before this branch, so no condition")
+        handles = [parts[own].register_forward_pre_hook(self._before, with_kwargs=True)]
+        if "ln2" not in parts:  # one norm serves both branches: the other one must not pass
+            other = parts["attn" if branch == "mlp" else "mlp"]
+            handles.append(other.hook_out.register_forward_hook(_nothing))
+        return handles
+
+    def _before(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.ran = True
+        place = next((i for i, x in enumerate(args) if isinstance(x, Tensor)), None)
+        x = args[place] if place is not None else kwargs.get("hidden_states")
+        if not isinstance(x, Tensor) or not x.requires_grad:
+            return None
+        came: list[Tensor] = []
+        view = x.view_as(x)
+        view.register_hook(lambda g: came.append(g))
+        x.register_hook(lambda g: came.pop() if came else torch.zeros_like(g))
+        if place is None:
+            return args, {**kwargs, "hidden_states": view}
+        return (*args[:place], view, *args[place + 1 :]), kwargs
+
+
+def _nothing(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+    if out.requires_grad:
+        out.register_hook(torch.zeros_like)
+
+
+def _only(indices: list[int], cut: _StreamCut) -> Any:
+    """Let the gradient of the chosen units pass, and no other."""
+
+    def hook(module: Any, args: tuple[Any, ...], out: Tensor) -> None:
+        if not cut.ran:
+            raise InputError(
+                f"{cut.hook}: the norm of this branch stands behind it (a post-norm block), where "
+                "the residual stream cannot be cut: no condition"
+            )
+        cut.ran = False
+        if not out.requires_grad:
+            return
+        conversion = getattr(module, "hook_conversion", None)
+
+        def mask(g: Tensor) -> Tensor:
+            seen = g if conversion is None else conversion.convert(g)
+            keep = torch.zeros(seen.shape[-1 if conversion is None else 2], device=g.device)
+            keep[indices] = 1
+            kept = seen * (keep if conversion is None else keep[:, None]).to(g)
+            back: Tensor = kept if conversion is None else conversion.revert(kept)
+            return back.reshape(g.shape)
+
+        out.register_hook(mask)
+
+    return hook

@@ -1,0 +1,354 @@
+"""A dictionary of all units of a model: built over a corpus, opened, searched.
+
+::
+
+    d = NeuronDictionary.build(model, "texts.jsonl", "model.dict", sites=["mlp.hook_post"])
+    d = NeuronDictionary.open("model.dict")
+    d[5, 17].examples("actmax")
+    d.search_text("Eiffel Tower")
+
+The layout of the files is in docs/dictionary.md.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from lenslrp.analysis import lookup
+from lenslrp.analysis.job import prepare
+from lenslrp.analysis.page import Page
+from lenslrp.analysis.plan import SCHEMA, Place, Plan
+from lenslrp.analysis.publish import FILES, publish
+from lenslrp.analysis.replay import Entries, replay
+from lenslrp.analysis.search import Job, merge_shards, scan_shard
+from lenslrp.analysis.storage import (
+    StorageError,
+    check_files,
+    load_json,
+    load_tensors,
+    require_plain,
+)
+from lenslrp.analysis.texts import Document, Texts
+from lenslrp.analysis.units import Unit
+from lenslrp.errors import InputError
+
+
+class NeuronDictionary:
+    """A dictionary that lies in a folder. Nothing in it is ever executed or unpickled.
+
+    Attributes:
+        path: the folder.
+        plan: everything that decided its contents.
+        manifest: ``manifest.json``.
+        units: ``units.parquet`` as a DataFrame.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.plan = Plan.from_json(manifest["plan"])
+        self.slots = tuple((str(c), int(r)) for c, r in manifest["slots"])
+        self.texts = Texts(path / "texts.sqlite")
+        self._examples = _open_parquet(path / "examples.parquet")
+        self._unit_file = _open_parquet(path / "units.parquet")
+        groups = self._examples.metadata
+        rows = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
+        self._starts = np.concatenate([[0], np.cumsum(rows)])
+        if self._starts[-1] != self.plan.units * len(self.slots):
+            raise StorageError(f"{path / 'examples.parquet'} does not have a row for each example")
+
+    @classmethod
+    def build(
+        cls,
+        model: Any,
+        corpus: Any,
+        path: str | Path,
+        *,
+        checkpoint_every: float = 60.0,
+        progress: bool = True,
+        keep_work: bool = False,
+        **options: Any,
+    ) -> NeuronDictionary:
+        """Build a dictionary, or go on with one that was interrupted.
+
+        Args:
+            model: a ``TransformerBridge``.
+            corpus: see :func:`lenslrp.analysis.corpus.texts_of`.
+            path: the folder to make. Work in progress lies in ``work`` inside it.
+            checkpoint_every: seconds of work that a kill can cost.
+            progress: show bars with tokens a second and the time left.
+            keep_work: keep ``work``, with the tokenised corpus, afterwards.
+            options: what the dictionary is made of:
+
+                - ``sites``: hook names (``"mlp.hook_post"`` in every block, ``"attn.hook_z"`` for
+                  heads, any other), ``SparseCoder`` or ``Direction``, or a list of these;
+                - ``criteria``: of ``actmax, actmin, relmax, relmin, deciles, random``;
+                - ``k``: examples for each of the first four; ``sample``: documents that deciles
+                  and random examples are drawn from; ``window``: tokens shown before and after;
+                - ``context``, ``batch_size``, ``prepend_bos``, ``field``, ``revision``: of the
+                  corpus; ``skip_first``: do not search the first position of a document, where
+                  many units do nothing but hold the attention sink;
+                - ``target``: what relevance explains, ``"next"``, ``"argmax"``, ``"logit_diff"``
+                  or a target object; ``composite``, ``attention``: the rules;
+                - ``through``: units through which alone relevance is counted;
+                - ``seed``.
+
+        Raises:
+            InputError: an option that does not hold for this model or corpus.
+            StorageError: ``path`` holds something else, is damaged, or the disk is full.
+        """
+        folder = Path(path)
+        if (folder / "manifest.json").exists() and not (folder / "work" / "plan.json").exists():
+            raise StorageError(
+                f"{folder} holds a finished dictionary already: open it, or choose another path"
+            )
+        job = prepare(model, corpus, folder, **options)
+        shard = scan_shard(job, checkpoint_every=checkpoint_every, progress=progress)
+        return cls.merge(
+            job, [shard], checkpoint_every=checkpoint_every, progress=progress, keep_work=keep_work
+        )
+
+    @classmethod
+    def merge(
+        cls,
+        job: Job,
+        files: Iterable[str | Path],
+        *,
+        parts: list[Path] | None = None,
+        checkpoint_every: float = 60.0,
+        progress: bool = True,
+        keep_work: bool = False,
+    ) -> NeuronDictionary:
+        """Merge the shards of a scan, replay what they cite, and publish.
+
+        Args:
+            job: of :func:`prepare`, with the options of the shards.
+            files: the files of all shards.
+            parts: the files of the replay, where it was done already.
+            checkpoint_every, progress, keep_work: as for :meth:`build`.
+
+        Raises:
+            StorageError: shards that do not make a whole, or were made otherwise.
+        """
+        state = merge_shards(job, files)
+        entries = Entries.of(state, job.plan)
+        if parts is None:
+            parts = replay(job, entries, checkpoint_every=checkpoint_every, progress=progress)
+        publish(job, state, entries, parts)
+        if not keep_work:
+            # The plan goes first: without it, what is left of the work is not gone on with.
+            (job.work / "plan.json").unlink()
+            shutil.rmtree(job.work)
+        return cls.open(job.folder)
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> NeuronDictionary:
+        """Open a finished dictionary.
+
+        Args:
+            path: its folder.
+            verify: compare every file with the SHA-256 in the manifest. Without it sizes are
+                compared, and the pages of the parquet files as they are read.
+
+        Raises:
+            StorageError: not a dictionary, unfinished, of another schema, or damaged: the message
+                names the file.
+        """
+        folder = Path(path)
+        if not (folder / "manifest.json").exists():
+            state = "unfinished: build it again" if (folder / "work").exists() else "not there"
+            raise StorageError(f"{folder} has no manifest.json: the dictionary is {state}")
+        manifest = load_json(folder / "manifest.json")
+        if manifest.get("schema") != SCHEMA:
+            raise StorageError(
+                f"{folder / 'manifest.json'} is of schema {str(manifest.get('schema'))[:20]}; this "
+                f"version of LensLRP reads schema {SCHEMA}"
+            )
+        check_files(folder, manifest.get("files"), FILES, verify)
+        try:
+            if manifest["plan_sha256"] != Plan.from_json(manifest["plan"]).fingerprint():
+                raise StorageError(f"{folder / 'manifest.json'} was changed: its plan is another")
+            return cls(folder, manifest)
+        except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+            raise StorageError(f"{folder} is damaged: {str(error)[:200]}") from error
+
+    def close(self) -> None:
+        """Close the files."""
+        self.texts.close()
+        self._examples.close()
+        self._unit_file.close()
+
+    def __len__(self) -> int:
+        return self.plan.units
+
+    def __repr__(self) -> str:
+        places = f"{len(self.plan.places)} hook points"
+        model, tokens = self.plan.model["name"], self.plan.corpus["tokens"]
+        return f"NeuronDictionary({model}: {len(self)} units at {places}, {tokens} tokens)"
+
+    @cached_property
+    def units(self) -> pd.DataFrame:
+        frame: pd.DataFrame = _read(self.path / "units.parquet", self._unit_file, None).to_pandas()
+        return frame
+
+    def unit_number(self, key: Any) -> tuple[Place, int]:
+        """The place of a unit, and its index there.
+
+        Args:
+            key: ``(layer, index)`` of the first site, ``(site, layer, index)``, a unit, or its
+                text, such as ``"blocks.5.mlp.hook_post[17]"``.
+
+        Raises:
+            InputError: no such unit, with what there is.
+        """
+        places, index = self._places(str(key) if isinstance(key, Unit) else key)
+        if len(places) != 1 or not 0 <= index < places[0].size:
+            layers = sorted({p.layer for p in self.plan.places if p.layer is not None})
+            sizes = ", ".join(map(str, sorted({p.size for p in self.plan.places})))
+            raise InputError(
+                f"no unit {key!r} in this dictionary: it has "
+                f"{', '.join(name for name, _ in self.plan.sites)} in layers {layers[:1]} to "
+                f"{layers[-1:]}, with {sizes} units each"
+            )
+        return places[0], index
+
+    def _places(self, key: Any) -> tuple[list[Place], int]:
+        """The places that a key may mean, and the index there."""
+        if isinstance(key, str):
+            found = re.fullmatch(r"(?P<hook>.+)\[(?:(?P<label>[\w.-]+) )?(?P<index>\d+)\]", key)
+            if found is None:
+                return [], -1
+            places = [p for p in self.plan.places if p.hook == found["hook"]]
+            if found["label"]:
+                places = [p for p in places if p.site.endswith(f"[{found['label']}]")]
+            return places[:1], int(found["index"])
+        parts = key if isinstance(key, tuple) else (key,)
+        site = parts[0] if len(parts) == 3 else self.plan.sites[0][0]
+        if len(parts) not in (2, 3) or not all(isinstance(p, int) for p in parts[-2:]):
+            raise InputError(f"a unit is (layer, index) or (site, layer, index), not {key!r}")
+        return [p for p in self.plan.places if p.site == site and p.layer == parts[-2]], parts[-1]
+
+    def __getitem__(self, key: Any) -> Page:
+        """The page of one unit: see :meth:`unit_number` for ``key``."""
+        place, index = self.unit_number(key)
+        return self.page(place, index)
+
+    def page(self, place: Place, index: int) -> Page:
+        number = place.first + index
+        rows = self._rows(range(number * len(self.slots), (number + 1) * len(self.slots)))
+        return Page(place, index, self._unit_row(number), rows, self)
+
+    def _unit_row(self, number: int) -> dict[str, Any]:
+        group, start = 0, 0
+        metadata = self._unit_file.metadata
+        while start + metadata.row_group(group).num_rows <= number:
+            start += metadata.row_group(group).num_rows
+            group += 1
+        table = _read(self.path / "units.parquet", self._unit_file, [group])
+        return dict(table.slice(number - start, 1).to_pylist()[0])
+
+    def _rows(self, rows: range) -> pa.Table:
+        """Some rows of ``examples.parquet``, from the row groups that hold them."""
+        a = int(np.searchsorted(self._starts, rows.start, side="right")) - 1
+        b = int(np.searchsorted(self._starts, rows.stop, side="left"))
+        table = _read(self.path / "examples.parquet", self._examples, list(range(a, b)))
+        return table.slice(rows.start - int(self._starts[a]), len(rows))
+
+    def to_dataframe(self, criterion: str | None = None) -> pd.DataFrame:
+        """All examples of one criterion, or of all, without their windows.
+
+        Columns ``unit, hook, index, criterion, rank, score, doc, position``.
+        """
+        self.require_criterion(criterion)
+        columns = ["unit", "criterion", "rank", "score", "document", "position"]
+        table = _read(self.path / "examples.parquet", self._examples, None, columns)
+        if criterion is not None:
+            table = table.filter(pc.equal(table["criterion"].cast(pa.string()), criterion))
+        frame = table.to_pandas().rename(columns={"document": "doc"})
+        ends = np.array([place.end for place in self.plan.places])
+        place = np.searchsorted(ends, frame["unit"].to_numpy(), side="right")
+        firsts = np.array([p.first for p in self.plan.places])
+        frame.insert(1, "hook", np.array([p.hook for p in self.plan.places], dtype=object)[place])
+        frame.insert(2, "index", frame["unit"].to_numpy() - firsts[place])
+        return frame
+
+    def require_criterion(self, criterion: str | None) -> None:
+        """Raises :class:`InputError` for a criterion that this dictionary does not have."""
+        if criterion is not None and criterion not in self.plan.criteria:
+            raise InputError(
+                f"criterion {criterion!r} was not searched; there are "
+                f"{', '.join(self.plan.criteria)}"
+            )
+
+    def search_text(
+        self, query: str, *, criterion: str | None = None, limit: int = 50
+    ) -> pd.DataFrame:
+        """Units by the sentences they are shown with: :func:`lookup.search_text`."""
+        return lookup.search_text(self, query, criterion, limit)
+
+    def search_tokens(
+        self, token: str, *, criterion: str = "actmax", limit: int = 50
+    ) -> pd.DataFrame:
+        """Units whose hits are at a token: :func:`lookup.search_tokens`."""
+        return lookup.search_tokens(self, token, criterion, limit)
+
+    def similar(self, key: Any, k: int = 10, *, kind: str = "activation") -> pd.DataFrame:
+        """Units that do the same at the sampled tokens: :func:`lookup.similar`."""
+        return lookup.similar(self, key, k, kind)
+
+    @cached_property
+    def samples(self) -> dict[str, Tensor]:
+        """What the units did at the sampled tokens: kind -> int8 [unit, token]."""
+        return load_tensors(self.path / "samples.safetensors")[0]
+
+    @cached_property
+    def citations(self) -> lookup.Citations:
+        """Which examples cite a document."""
+        return lookup.Citations(self.path / "citations.safetensors")
+
+    def named(self, unit: int) -> tuple[int, str, int]:
+        """A unit's number, hook point and index there."""
+        place = next(p for p in self.plan.places if unit < p.end)
+        return unit, place.hook, unit - place.first
+
+    def window(self, document: Document, position: int) -> tuple[int, list[str]]:
+        """Where the window around a position begins, and its tokens as text."""
+        before, after = self.plan.window
+        start = max(0, position - before)
+        tokens = document.tokens[start : position + after + 1].tolist()
+        return start, [self.texts.token(token) for token in tokens]
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    require_plain(path)
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"{path} is damaged: {str(error)[:200]}") from error
+
+
+def _read(
+    path: Path, file: pq.ParquetFile, groups: list[int] | None, columns: list[str] | None = None
+) -> pa.Table:
+    """Some row groups, or all.
+
+    Raises:
+        StorageError: a page's checksum is not what it should be; names the file.
+    """
+    chosen = list(range(file.metadata.num_row_groups)) if groups is None else groups
+    try:
+        return file.read_row_groups(chosen, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"{path} is damaged: {str(error)[:200]}") from error

@@ -1,0 +1,168 @@
+"""From a model, a corpus and options to a job: the corpus tokenised, the plan decided."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lenslrp.analysis.block_pass import TARGETS, BlockPass, find_places
+from lenslrp.analysis.corpus import Corpus, Cut, tokenise
+from lenslrp.analysis.corpus_files import describe_corpus
+from lenslrp.analysis.plan import (
+    CRITERIA,
+    SCHEMA,
+    Plan,
+    describe_model,
+    describe_rules,
+    describe_tokenizer,
+)
+from lenslrp.analysis.readouts import Sites, sites_of
+from lenslrp.analysis.search import Job
+from lenslrp.analysis.storage import StorageError, load_json, save_json
+from lenslrp.analysis.units import Unit
+from lenslrp.errors import InputError
+from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
+from lenslrp.hooks.install import require_bridge
+from lenslrp.hooks.rules import Rule
+from lenslrp.inputs import is_encoder_decoder
+from lenslrp.media import reads_no_text
+from lenslrp.targets import Target
+
+DEFAULT_CRITERIA = ("actmax", "actmin", "relmax", "relmin", "deciles", "random")
+
+
+def prepare(
+    model: Any,
+    corpus: Any,
+    path: str | Path,
+    *,
+    sites: Sites = "mlp.hook_post",
+    criteria: Iterable[str] = DEFAULT_CRITERIA,
+    k: int = 20,
+    context: int = 128,
+    batch_size: int = 16,
+    prepend_bos: bool | None = None,
+    skip_first: bool = True,
+    field: str = "text",
+    revision: str | None = None,
+    target: str | Target = "next",
+    composite: Composite | Mapping[str, Rule] | None = None,
+    attention: str = "bridge",
+    through: Iterable[Unit] = (),
+    sample: int = 100,
+    window: tuple[int, int] = (16, 8),
+    seed: int = 0,
+) -> Job:
+    """Tokenise the corpus and decide the plan: what every shard starts from.
+
+    Options as for :meth:`NeuronDictionary.build`. Called again with the same options it finds what
+    it left; with others it refuses. ``corpus=None`` takes the corpus that lies there tokenised, as
+    every worker but the first does.
+
+    Raises:
+        InputError: an option that does not hold for this model or corpus.
+        StorageError: ``path`` holds work on another dictionary, or the disk is full.
+    """
+    require_bridge(model)
+    if reads_no_text(model) or is_encoder_decoder(model):
+        raise InputError(
+            "a dictionary is built from token sequences of one stack; this model reads "
+            + ("no text" if reads_no_text(model) else "two of them (encoder and decoder)")
+        )
+    folder = Path(path)
+    work = folder / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    bos = _bos(model, prepend_bos)
+    tokenised = _tokenised(corpus, model, work, Cut(context, batch_size, bos, field))
+    found = tuple(sites_of(sites))
+    places = find_places(model, found, tokenised.block(0).tokens[:1])
+    chosen, units = tuple(criteria), tuple(through)
+    relevance = any(CRITERIA.get(c, ("",))[0] == "relevance" for c in chosen)
+    table = as_composite(AttnLRP() if composite is None else composite)
+    about = {k: v for k, v in tokenised.about.items() if k not in ("parts", "identity")}
+    plan = Plan(
+        schema=SCHEMA,
+        model=describe_model(model),
+        tokenizer=describe_tokenizer(model.tokenizer),
+        corpus={**about, "name": _corpus_name(corpus, work), "revision": revision},
+        places=places,
+        sites=tuple((site.name, site.fingerprint) for site in found),
+        criteria=chosen,
+        k=k,
+        sample=sample,
+        window=(int(window[0]), int(window[1])),
+        skip_first=skip_first,
+        target=_target_text(model, target) if relevance else None,
+        rules=describe_rules(table) if relevance else None,
+        attention=attention,
+        through=tuple(map(str, units)),
+        seed=seed,
+    )
+    if (work / "plan.json").exists():
+        plan.require_same(Plan.from_json(load_json(work / "plan.json")), str(work))
+    else:
+        save_json(work / "plan.json", plan.to_json())
+    own = target if isinstance(target, Target) and not isinstance(target, str) else None
+    return Job(BlockPass(model, plan, found, table, own, units), tokenised, folder)
+
+
+def _bos(model: Any, prepend_bos: bool | None) -> int | None:
+    wanted = bool(model.cfg.default_prepend_bos) if prepend_bos is None else prepend_bos
+    token = getattr(model.tokenizer, "bos_token_id", None)
+    if prepend_bos and token is None:
+        raise InputError("prepend_bos: this model's tokenizer has no beginning-of-sequence token")
+    return token if wanted else None
+
+
+def _target_text(model: Any, target: Any) -> str:
+    if isinstance(target, str):
+        if target not in TARGETS:
+            raise InputError(
+                f"target is one of {', '.join(TARGETS)} or a lenslrp.targets object, not {target!r}"
+            )
+        if getattr(model.cfg, "attention_dir", "causal") == "bidirectional":
+            raise InputError(
+                f"target={target!r} is the next token, and this model predicts none; give a "
+                "lenslrp.targets object"
+            )
+        return target
+    if not isinstance(target, Target):
+        raise InputError(f"target must be a name or a lenslrp.targets object, not {target!r}")
+    return repr(target)
+
+
+def _corpus_name(corpus: Any, work: Path) -> str:
+    if corpus is None:
+        return str(load_json(work / "plan.json")["corpus"]["name"])
+    if isinstance(corpus, str | Path):
+        return Path(corpus).name
+    info = getattr(corpus, "info", None)
+    return str(getattr(info, "dataset_name", None) or "from memory")
+
+
+def _tokenised(corpus: Any, model: Any, work: Path, cut: Cut) -> Corpus:
+    """The corpus on disk: as it lies there if it is the same one, or cut anew beside it."""
+    folder = work / "corpus"
+    if corpus is None:
+        return Corpus.open(folder)
+    identity = describe_corpus(corpus, describe_tokenizer(model.tokenizer), cut)
+    if not (folder / "corpus.json").exists():
+        return tokenise(corpus, model.tokenizer, folder, cut, identity)
+    old = Corpus.open(folder)
+    if identity is not None and old.about.get("identity") == identity:
+        return old
+    again = work / "corpus.again"
+    try:
+        new = tokenise(corpus, model.tokenizer, again, cut, identity)
+        if (new.about["digest"], new.cut) != (old.about["digest"], old.cut):
+            raise StorageError(
+                f"{work} holds another corpus ({old.documents} documents, "
+                f"{old.about['tokens']} tokens in blocks of {old.cut.block}; given are "
+                f"{new.documents} documents, {new.about['tokens']} tokens in blocks of "
+                f"{new.cut.block}). Choose another path, or delete it"
+            )
+    finally:
+        shutil.rmtree(again, ignore_errors=True)
+    return old

@@ -1,0 +1,179 @@
+"""A dictionary built by many processes that never talk: they share a folder.
+
+The unit of work is a shard of a scan, then of a replay; each leaves files and reads those of the
+others, so there are no collectives and the result equals a single process's bit for bit (on CPUs of
+one kind, in float32 with one number of threads). :func:`build_distributed` runs under ``torchrun``,
+``accelerate launch`` or Slurm, where each process finds its rank in the environment;
+:func:`build_with_ray` hands shards to a pool of Ray actors, which may come and go.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from lenslrp.analysis.dictionary import NeuronDictionary
+from lenslrp.analysis.job import prepare
+from lenslrp.analysis.replay import Entries, replay, replayed
+from lenslrp.analysis.search import Job, merge_shards, scan_shard
+from lenslrp.analysis.storage import StorageError
+from lenslrp.errors import InputError
+
+RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+"""Where launchers say which process this is, and of how many."""
+
+LOCAL = ("checkpoint_every", "progress", "keep_work")
+"""Options that are no part of the plan."""
+
+
+def rank_and_world(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """This process's number and how many there are; (0, 1) where no launcher says.
+
+    Raises:
+        InputError: numbers that do not fit.
+    """
+    given = os.environ if environment is None else environment
+    for rank_name, world_name in RANKS:
+        if rank_name in given and world_name in given:
+            rank, world = given[rank_name], given[world_name]
+            if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+                raise InputError(f"{rank_name}={rank} of {world_name}={world} is no rank")
+            return int(rank), int(world)
+    return 0, 1
+
+
+def build_distributed(
+    model: Any, corpus: Any, path: str | Path, *, timeout: float | None = None, **options: Any
+) -> NeuronDictionary | None:
+    """Build one dictionary from all processes of a ``torchrun`` (or Slurm) job.
+
+    Call it in every process with the same arguments; ``path`` is on a disk that all of them see.
+    Rank 0 tokenises, merges and publishes; all scan and replay. A job that was killed goes on when
+    it is started again with as many processes.
+
+    Args:
+        model: the bridge of this process, on its own device.
+        corpus: read by rank 0 only.
+        path: the dictionary's folder.
+        timeout: seconds to wait for other processes; None for ever (``torchrun`` ends all
+            processes when one fails).
+        options: of :meth:`NeuronDictionary.build`.
+
+    Returns:
+        The dictionary in rank 0, None elsewhere.
+
+    Raises:
+        StorageError: another process's files did not come in time; see also ``build``.
+    """
+    rank, world = rank_and_world()
+    folder = Path(path)
+    local = {name: options.pop(name) for name in LOCAL if name in options}
+    keep_work = local.pop("keep_work", False)
+    if rank == 0:
+        job = prepare(model, corpus, folder, **options)
+    else:
+        _wait([folder / "work" / "plan.json"], timeout, lambda plan: plan.exists())
+        job = prepare(model, None, folder, **options)
+    scan_shard(job, rank, world, **local)
+    shards = [job.shard(r, world) for r in range(world)]
+    _wait(shards, timeout, _is_done)
+    entries = Entries.of(merge_shards(job, shards), job.plan)
+    replay(job, entries, rank, world, **local)
+    if rank > 0:
+        return None
+    ranks = list(range(world))
+    _wait(ranks, timeout, lambda r: _has_replayed(job, r, world))
+    parts = [path for r in ranks for path in replayed(job, r, world)]
+    return NeuronDictionary.merge(job, shards, parts=parts, keep_work=keep_work, **local)
+
+
+def _has_replayed(job: Job, rank: int, world: int) -> bool:
+    files = replayed(job, rank, world)
+    return bool(files) and _is_done(files[-1])
+
+
+def _is_done(path: Path) -> bool:
+    """Whether a shard's file says that it is finished; its header is read, no more."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool((file.metadata() or {}).get("done") == "True")
+    except (FileNotFoundError, SafetensorError):  # not there yet
+        return False
+
+
+def _wait(items: list[Any], timeout: float | None, ready: Callable[[Any], bool]) -> None:
+    start, pause = time.monotonic(), 0.05
+    for item in items:
+        while not ready(item):
+            if timeout is not None and time.monotonic() - start > timeout:
+                raise StorageError(f"waited {timeout:g} seconds for another process: {item}")
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+
+class Worker:
+    """What a Ray actor holds: a model, and the job that it found in the shared folder."""
+
+    def __init__(self, make_model: Callable[[], Any], path: str, options: dict[str, Any]) -> None:
+        self.job = prepare(make_model(), None, path, **options)
+
+    def scan(self, rank: int, world: int, local: dict[str, Any]) -> str:
+        return str(scan_shard(self.job, rank, world, **local))
+
+    def replay(self, files: list[str], rank: int, world: int, local: dict[str, Any]) -> list[str]:
+        entries = Entries.of(merge_shards(self.job, files), self.job.plan)
+        return [str(path) for path in replay(self.job, entries, rank, world, **local)]
+
+
+def build_with_ray(
+    make_model: Callable[[], Any],
+    corpus: Any,
+    path: str | Path,
+    *,
+    workers: int,
+    shards: int | None = None,
+    resources: dict[str, Any] | None = None,
+    **options: Any,
+) -> NeuronDictionary:
+    """Build one dictionary with a pool of Ray actors (extra ``ray``).
+
+    An actor that dies is started again and takes its shard up where the last checkpoint left it.
+
+    Args:
+        make_model: makes the bridge, in each actor.
+        corpus: read by the calling process.
+        path: the dictionary's folder, on a disk that all of them see.
+        workers: how many actors.
+        shards: how many pieces of work; four a worker if not given, so that a slow one is helped.
+        resources: of an actor, as for ``ray.remote``: ``{"num_gpus": 1}``.
+        options: of :meth:`NeuronDictionary.build`.
+
+    Raises:
+        InputError: Ray is not installed.
+    """
+    try:
+        import ray
+        from ray.util import ActorPool
+    except ImportError as error:
+        raise InputError('build_with_ray needs Ray: pip install "lenslrp[ray]"') from error
+    local = {name: options.pop(name) for name in LOCAL if name in options}
+    keep_work = local.pop("keep_work", False)
+    local["progress"] = False
+    world = shards or 4 * workers
+    job = prepare(make_model(), corpus, path, **options)
+    remote = ray.remote(max_restarts=-1, max_task_retries=-1, **(resources or {}))(Worker)
+    folder = str(Path(path).resolve())
+    actors = [remote.remote(make_model, folder, options) for _ in range(workers)]
+    pool = ActorPool(actors)
+    ranks = list(range(world))
+    files = list(pool.map(lambda a, r: a.scan.remote(r, world, local), ranks))
+    parts = list(pool.map(lambda a, r: a.replay.remote(files, r, world, local), ranks))
+    for actor in actors:
+        ray.kill(actor)
+    paths = [Path(path) for some in parts for path in some]
+    return NeuronDictionary.merge(job, files, parts=paths, keep_work=keep_work, **local)

@@ -1,0 +1,187 @@
+"""The relevance lens: what a layer's residual stream becomes at the end, under LRP.
+
+The logit lens unembeds a residual vector as if the layers in between did nothing. Under a
+composite's rules every layer is linear at one input, with norms, patterns and gates held as the
+rules say, so that the final residual at a position responds to the same position after layer l by
+a matrix. Its mean over prompts and positions,
+
+    J_l = E[ d resid_final[t] / d resid_l[t] ],        lens_l(h) = unembed(norm(J_l h + b_l)),
+
+is the relevance lens. (A Jacobian lens, Gurnee et al. 2026, averages the plain Jacobian, summed
+over later positions.) ``b_l`` is what the mean residual lacks, ``E[resid_final] - J_l E[resid_l]``;
+it counts for states, not for a unit's vector.
+
+How it is fitted is in :mod:`lenslrp.analysis.lens_fit`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lenslrp.analysis.files import whole
+from lenslrp.analysis.places import stack_name
+from lenslrp.errors import InputError
+from lenslrp.inputs import is_encoder_decoder
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+FORMAT = "lenslrp.lens"
+VERSION = 1
+_FACTS = ("kind", "model", "composite", "layers", "positions", "seed")
+
+
+@dataclass(frozen=True, eq=False)
+class Lens:
+    """One linear map a layer, from the residual stream after it to the final residual.
+
+    Attributes:
+        matrices: layer -> J, [d_model, d_model], acting on columns; the last layer has none, its
+            map is the identity.
+        biases: layer -> b, [d_model].
+        noise: layer -> relative distance of the lenses of two halves of the prompts, halved: the
+            standard error of J, as a share of J, in the Frobenius norm.
+        kind: ``"relevance"`` or ``"ridge"``.
+        model: the name of the model that it was fitted on.
+        composite: the rules under which it was fitted; empty for ridge.
+        layers: how many blocks the model has.
+        positions: over how many positions it was fitted.
+    """
+
+    matrices: Mapping[int, Float[Tensor, "d_model d_model"]] = field(repr=False)
+    biases: Mapping[int, Float[Tensor, " d_model"]] = field(repr=False)
+    noise: Mapping[int, float] = field(repr=False)
+    kind: str
+    model: str
+    composite: str
+    layers: int
+    positions: int
+    seed: int
+
+    def carry(
+        self, layer: int, vectors: Float[Tensor, "*n d_model"]
+    ) -> Float[Tensor, "*n d_model"]:
+        """A unit's vectors, written by block ``layer``, as they arrive at the final residual."""
+        matrix = self._of(layer)
+        return vectors if matrix is None else vectors @ matrix.to(vectors).mT
+
+    def state(
+        self, layer: int, residual: Float[Tensor, "*n d_model"]
+    ) -> Float[Tensor, "*n d_model"]:
+        """The final residual that the residual stream after block ``layer`` lets expect."""
+        carried = self.carry(layer, residual)
+        return carried if layer == self.layers - 1 else carried + self.biases[layer].to(carried)
+
+    def _of(self, layer: int) -> Tensor | None:
+        if layer == self.layers - 1:
+            return None
+        if layer not in self.matrices:
+            raise InputError(
+                f"the lens has no layer {layer}; it has {', '.join(map(str, self.matrices))}"
+            )
+        return self.matrices[layer]
+
+    def save(self, path: str | Path) -> Path:
+        """Write safetensors with the lens' facts as metadata; the file is replaced when complete.
+
+        Raises:
+            InputError: the folder does not exist.
+        """
+        path = Path(path)
+        tensors = {f"matrix.{k}": v.cpu().contiguous() for k, v in self.matrices.items()}
+        tensors |= {f"bias.{k}": v.cpu().contiguous() for k, v in self.biases.items()}
+        facts = {name: getattr(self, name) for name in _FACTS}
+        facts["noise"] = {str(k): v for k, v in self.noise.items()}
+        manifest = {"format": FORMAT, "version": VERSION, **facts}
+        with whole(path) as part:
+            save_file(tensors, part, metadata={"manifest": json.dumps(manifest)})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, model: TransformerBridge | None = None) -> Lens:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            model: refuse a lens of a model of another name or size than this one's.
+
+        Raises:
+            InputError: no such file, another kind of file, tensors that do not fit the manifest,
+                or another model.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"no file {path}")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                manifest = _manifest(path, file.metadata())
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise InputError(f"{path} is not a safetensors file: {error}") from error
+        parts: dict[str, dict[int, Tensor]] = {"matrix": {}, "bias": {}}
+        for name, tensor in tensors.items():
+            part, _, layer = name.partition(".")
+            if part not in parts or not layer.isdigit() or int(layer) >= manifest["layers"]:
+                raise InputError(f"{path} holds a tensor that no lens has: {name!r}")
+            parts[part][int(layer)] = tensor
+        widths = {t.shape[-1] for t in tensors.values()}
+        shapes = {tuple(t.shape) for t in parts["matrix"].values()}
+        if parts["matrix"].keys() != parts["bias"].keys() or len(widths) != 1:
+            raise InputError(f"{path}: matrices and biases are not of the same layers and widths")
+        if shapes != {(next(iter(widths)),) * 2}:
+            raise InputError(f"{path}: matrices of shapes {sorted(shapes)}, expected square ones")
+        facts = {name: manifest[name] for name in _FACTS}
+        noise = {int(layer): float(value) for layer, value in manifest["noise"].items()}
+        order = sorted(parts["matrix"])
+        lens = cls({k: parts["matrix"][k] for k in order}, {k: parts["bias"][k] for k in order},
+                   noise, **facts)  # fmt: skip
+        if model is not None:
+            lens.require(model)
+        return lens
+
+    def require(self, model: TransformerBridge) -> None:
+        """Refuse a model that is not the one it was fitted on, by name and size."""
+        width = next(iter(self.biases.values())).shape[0]
+        given = (str(model.cfg.model_name), len(blocks_of(model)), int(model.cfg.d_model))
+        own = (self.model, self.layers, width)
+        if given != own:
+            raise InputError(
+                f"the lens was fitted on {own[0]!r} ({own[1]} layers, d_model {own[2]}); this is "
+                f"{given[0]!r} ({given[1]} layers, d_model {given[2]})"
+            )
+
+
+def blocks_of(model: TransformerBridge) -> Any:
+    """The blocks of a model of one stack."""
+    if is_encoder_decoder(model):
+        raise InputError(
+            "lenses are for models of one stack: in an encoder-decoder the final residual depends "
+            "on the encoder too"
+        )
+    return getattr(model, stack_name(model))
+
+
+def _manifest(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    try:
+        found = json.loads((metadata or {}).get("manifest", "null"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is no lens: its manifest is not JSON") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise InputError(f"{path} is no lens: it has no {FORMAT} manifest")
+    if found.get("version") != VERSION:
+        raise InputError(
+            f"{path} is a lens of version {found.get('version')!r}; this reads {VERSION}"
+        )
+    kinds = {"layers": int, "positions": int, "seed": int, "noise": dict}
+    for name in (*_FACTS, "noise"):
+        if not isinstance(found.get(name), kinds.get(name, str)):
+            raise InputError(f"{path}: the manifest has no {name}, or of a wrong type")
+    return found

@@ -1,0 +1,267 @@
+"""Fitting lenses, and measuring how well they read.
+
+Rows of J by one backward pass each would cost d_model passes a prompt. Instead each prompt gets one
+backward pass, from an independent random vector v at every position. It returns, at every layer at
+once, g = J^T v of that position, plus what came from later ones, which is independent of v. So
+least squares of V J = G over all positions is consistent; where J is the same everywhere and
+positions do not mix, it is exact as soon as there are d_model of them. Two halves of the batches
+are solved apart: their mean is the lens, and their distance tells its error (``Lens.noise``).
+
+A ridge regression from resid_l to resid_final (a tuned lens, Belrose et al. 2023, in closed form)
+has the same number of parameters and is what a linear map of states can reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lenslrp.analysis.lens import Lens, blocks_of
+from lenslrp.analysis.places import stack_name
+from lenslrp.analysis.readout import embedding, readout
+from lenslrp.errors import InputError
+from lenslrp.hooks import AttnLRP, Composite, relevance_rules
+from lenslrp.inputs import prepare
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+Prompts = Sequence[str] | Tensor
+
+
+class _Enough(BaseException):
+    """Ends a forward pass after the last block: nothing behind it is needed."""
+
+
+def _residuals(model: TransformerBridge, tokens: Tensor, **kwargs: Any) -> list[Tensor]:
+    """The residual stream before the first block and after every one, on the graph if any."""
+    blocks = blocks_of(model)
+    seen: dict[int, Tensor] = {}
+    handles = []
+
+    def keep(layer: int, out: Any) -> None:
+        seen[layer] = out
+        if layer == len(blocks) - 1:
+            raise _Enough
+
+    places = {-1: "0.hook_resid_pre", **{k: f"{k}.hook_resid_post" for k in range(len(blocks))}}
+    for layer, name in places.items():
+        point = model.hook_dict[f"{stack_name(model)}.{name}"]
+        handles.append(
+            point.register_forward_hook(lambda _, args, out, layer=layer: keep(layer, out))
+        )
+    try:
+        model(tokens, return_type="logits", use_cache=False, **kwargs)
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [seen[layer] for layer in places]
+
+
+def _batches(
+    model: TransformerBridge, prompts: Prompts, batch_size: int, skip: int, progress: str
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+    """Tokens, which positions count, and what the forward pass takes besides."""
+    embedding(model)  # or say that it reads no tokens
+    if isinstance(prompts, str) or batch_size < 1 or skip < 0:
+        raise InputError("prompts are several strings or a tensor; batch_size >= 1 and skip >= 0")
+    for start in tqdm(range(0, len(prompts), batch_size), desc=progress, disable=not progress):
+        part: Any = prompts[start : start + batch_size]
+        given = prepare(
+            model,
+            part if isinstance(part, Tensor) else list(part),
+            append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None,
+        )  # fmt: skip
+        counts = given.mask & (given.mask.cumsum(dim=1) > skip)
+        yield given.tokens, counts, given.kwargs
+
+
+class _Sums:
+    """What least squares of y = x M needs of the pairs (x, y) of every layer seen so far."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: dict[str, Any] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0) + value.double()
+
+
+def _solved(
+    model: TransformerBridge,
+    halves: tuple[_Sums, _Sums],
+    solve: Callable[[_Sums, int], Tensor],
+    **facts: Any,
+) -> Lens:
+    """A lens from the sums of two halves of the prompts."""
+    width, last = int(model.cfg.d_model), len(blocks_of(model)) - 1
+    counts = [half.count for half in halves]
+    if min(counts) < width:
+        raise InputError(
+            f"{counts[0]} and {counts[1]} positions in the two halves of the batches; a lens of "
+            f"d_model = {width} needs at least {width} in each, and better ten times as many"
+        )
+    matrices, biases, noise = {}, {}, {}
+    for layer in range(last):
+        both = [solve(half, layer) for half in halves]
+        matrix = (both[0] + both[1]) / 2
+        noise[layer] = float((both[0] - both[1]).norm() / (2 * matrix.norm()))
+        here, there = (
+            (halves[0].sums[f"h{k}"] + halves[1].sums[f"h{k}"]) / sum(counts) for k in (layer, last)
+        )
+        matrices[layer] = matrix.float().cpu().contiguous()
+        biases[layer] = (there - matrix @ here).float().cpu()
+    return Lens(
+        matrices, biases, noise, model=str(model.cfg.model_name), layers=last + 1,
+        positions=sum(counts), **facts,
+    )  # fmt: skip
+
+
+def fit_relevance_lens(
+    model: TransformerBridge,
+    prompts: Prompts,
+    *,
+    composite: Composite | None = None,
+    batch_size: int = 8,
+    skip: int = 1,
+    seed: int = 0,
+    progress: bool = False,
+) -> Lens:
+    """The mean LRP Jacobian from after each block to the final residual, same position.
+
+    One forward and one backward pass a batch serve all layers. Early layers need the most text:
+    with 28 times d_model positions, ``Lens.noise`` of SmolLM2 is .04 after the last layer but one,
+    .23 after layer 12 and .52 after layer 0 (``benchmarks/lens.py``).
+
+    Args:
+        prompts: strings, or token ids [batch, pos].
+        composite: the rules; default AttnLRP.
+        skip: how many first tokens of a prompt do not count: the first is an attention sink, to
+            which the others' relevance flows.
+        seed: of the random vectors.
+
+    Raises:
+        InputError: fewer than 2 * d_model positions, or a model without one stack of blocks.
+        CoverageError: an operation between the layers has no rule.
+    """
+    rules_of = AttnLRP() if composite is None else composite
+    generator = torch.Generator().manual_seed(seed)
+    halves = (_Sums(), _Sums())
+    batches = _batches(model, prompts, batch_size, skip, "relevance lens" if progress else "")
+    for index, (tokens, counted, kwargs) in enumerate(batches):
+        with relevance_rules(model, rules_of) as rules:
+            first, *states = _residuals(model, tokens, **kwargs)
+            if index == 0:
+                rules.verify(states[-1])
+            probes = torch.randn(states[-1].shape, generator=generator, dtype=torch.float64)
+            probes = probes.to(states[-1]) * counted[..., None].to(states[-1])
+            # Back to the beginning, so that the first block's rules are seen to fire as well
+            _, *pulled = torch.autograd.grad(states[-1], [first, *states[:-1]], probes)
+        half, v = halves[index % 2], probes[counted]
+        v = v.float() if v.dtype in (torch.float16, torch.bfloat16) else v
+        half.count += len(v)
+        half.add("vv", v.mT @ v)
+        for layer, gradient in enumerate(pulled):
+            half.add(f"vg{layer}", v.mT @ gradient[counted].to(v))
+        for layer, state in enumerate(states):
+            half.add(f"h{layer}", state.detach()[counted].double().sum(dim=0))
+
+    def solve(half: _Sums, layer: int) -> Tensor:
+        found: Tensor = torch.linalg.solve(half.sums["vv"], half.sums[f"vg{layer}"])
+        return found
+
+    return _solved(model, halves, solve, kind="relevance", composite=rules_of.name, seed=seed)
+
+
+@torch.no_grad()
+def fit_ridge_lens(
+    model: TransformerBridge,
+    prompts: Prompts,
+    *,
+    ridge: float = 1e-3,
+    batch_size: int = 8,
+    skip: int = 1,
+    progress: bool = False,
+) -> Lens:
+    """The regression from the residual stream after each block to the final residual.
+
+    Args:
+        ridge: the penalty, as a share of the mean variance of the residual stream's components.
+        prompts, batch_size, skip: as in :func:`fit_relevance_lens`.
+    """
+    halves = (_Sums(), _Sums())
+    batches = _batches(model, prompts, batch_size, skip, "ridge lens" if progress else "")
+    for index, (tokens, counted, kwargs) in enumerate(batches):
+        half = halves[index % 2]
+        states = [state[counted].double() for state in _residuals(model, tokens, **kwargs)[1:]]
+        half.count += len(states[0])
+        for layer, state in enumerate(states):
+            half.add(f"h{layer}", state.sum(dim=0))
+            half.add(f"hh{layer}", state.mT @ state)
+            half.add(f"hr{layer}", state.mT @ states[-1])
+    last = len(blocks_of(model)) - 1
+
+    def solve(half: _Sums, layer: int) -> Tensor:
+        here, there = half.sums[f"h{layer}"] / half.count, half.sums[f"h{last}"] / half.count
+        own = half.sums[f"hh{layer}"] / half.count - torch.outer(here, here)
+        cross = half.sums[f"hr{layer}"] / half.count - torch.outer(here, there)
+        own.diagonal().add_(ridge * own.diagonal().mean())
+        found: Tensor = torch.linalg.solve(own, cross).mT
+        return found
+
+    return _solved(model, halves, solve, kind="ridge", composite="", seed=0)
+
+
+@torch.no_grad()
+def compare_lenses(
+    model: TransformerBridge,
+    prompts: Prompts,
+    lenses: Mapping[str, Lens | None],
+    *,
+    layers: Sequence[int] | None = None,
+    batch_size: int = 8,
+    skip: int = 1,
+    bias: bool = True,
+) -> pd.DataFrame:
+    """How near each lens' distribution comes to the model's, layer by layer, on ``prompts``.
+
+    Args:
+        lenses: by name; None is the logit lens.
+        layers: after which blocks; default all but the last, where all lenses agree.
+        bias: whether states get the lens' bias.
+
+    Returns:
+        Columns layer, lens, ``kl`` (final || lens, nats), ``top1`` (share of positions with the
+        same most likely token) and ``positions``: means over positions.
+    """
+    chosen = list(range(len(blocks_of(model)) - 1)) if layers is None else list(layers)
+    totals: dict[tuple[int, str], list[float]] = {}
+    positions = 0
+    for tokens, counted, kwargs in _batches(model, prompts, batch_size, skip, ""):
+        states = [state[counted] for state in _residuals(model, tokens, **kwargs)[1:]]
+        final = readout(model, states[-1]).log_softmax(dim=-1)
+        positions += len(final)
+        for layer in chosen:
+            for name, lens in lenses.items():
+                move = None if lens is None else (lens.state if bias else lens.carry)
+                x = states[layer] if move is None else move(layer, states[layer])
+                read = readout(model, x).log_softmax(dim=-1)
+                kl = float((final.exp() * (final - read)).sum())
+                same = float((final.argmax(-1) == read.argmax(-1)).sum())
+                found = totals.setdefault((layer, name), [0.0, 0.0])
+                found[0] += kl
+                found[1] += same
+    if not positions:
+        raise InputError(f"no prompt is longer than skip = {skip} tokens")
+    return pd.DataFrame(
+        {"layer": layer, "lens": name, "kl": kl / positions, "top1": same / positions,
+         "positions": positions}
+        for (layer, name), (kl, same) in totals.items()
+    )  # fmt: skip

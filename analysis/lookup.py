@@ -1,0 +1,162 @@
+"""Finding units in a dictionary: by words, by tokens, by what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from lenslrp.analysis.storage import require_header
+from lenslrp.analysis.texts import terms
+from lenslrp.errors import InputError
+
+if TYPE_CHECKING:
+    from lenslrp.analysis.dictionary import NeuronDictionary
+
+
+def search_text(
+    d: NeuronDictionary, query: str, criterion: str | None = None, limit: int = 50
+) -> pd.DataFrame:
+    """Units by the sentences they are shown with.
+
+    Args:
+        query: words that must all occur in what is shown around the hit; ``"..."`` is a phrase.
+        criterion: only examples of this one.
+        limit: how many rows.
+
+    Returns:
+        ``unit, hook, index, criterion, rank, score, doc, position, window``: best ranks
+        first, then the best match.
+
+    Raises:
+        InputError: an empty query, or an unknown criterion.
+    """
+    d.require_criterion(criterion)
+    wanted = [term.casefold() for term in terms(query)]
+    documents = [doc for doc, _ in d.texts.matching(query, limit)]
+    return _citing(d, documents, criterion, limit, lambda text: all(w in text for w in wanted))
+
+
+def search_tokens(
+    d: NeuronDictionary, token: str, criterion: str = "actmax", limit: int = 50
+) -> pd.DataFrame:
+    """Units whose hits are at a token: rows as for :meth:`search_text`, with ``share``.
+
+    Args:
+        token: the token's text; white space around it does not matter.
+        criterion: whose examples.
+        limit: how many rows.
+
+    Returns:
+        ``unit, hook, index, share``: the share of the unit's examples whose hit is at the
+        token, largest first.
+    """
+    d.require_criterion(criterion)
+    wanted = d.texts.tokens_called(token)
+    if not wanted:
+        return pd.DataFrame(columns=["unit", "hook", "index", "share"])
+    frame = d.to_dataframe(criterion)
+    documents = d.texts.documents(sorted(set(frame["doc"].tolist())))
+    width = int(d.plan.corpus["cut"]["context"])
+    ids = np.fromiter(documents, dtype=np.int64)
+    tokens = np.full((len(ids), width), -1, dtype=np.int64)
+    for row, doc in enumerate(documents.values()):
+        tokens[row, : len(doc.tokens)] = doc.tokens.numpy()
+    row = np.searchsorted(ids, frame["doc"].to_numpy())
+    at = tokens[row, frame["position"].to_numpy()]
+    frame["share"] = np.isin(at, wanted)
+    found = frame.groupby(["unit", "hook", "index"], as_index=False)["share"].mean()
+    found = found[found["share"] > 0].sort_values(["share", "unit"], ascending=[False, True])
+    best: pd.DataFrame = found.head(limit).reset_index(drop=True)
+    return best
+
+
+def similar(d: NeuronDictionary, key: Any, k: int = 10, kind: str = "activation") -> pd.DataFrame:
+    """Units that fire (or matter) at the same tokens: correlation over the sampled tokens.
+
+    Args:
+        key: a unit, as for ``dictionary[key]``.
+        k: how many.
+        kind: ``"activation"`` or ``"relevance"``.
+
+    Returns:
+        ``unit, hook, index, correlation``, largest first, the unit itself left out.
+    """
+    place, index = d.unit_number(key)
+    if kind not in d.samples:
+        raise InputError(f"kind is one of {', '.join(d.samples)}, not {kind!r}")
+    values = d.samples[kind]
+    mine = values[place.first + index].float()
+    dots = torch.cat([some.float() @ mine for some in values.split(8192)])
+    lengths = torch.cat([some.float().norm(dim=1) for some in values.split(8192)])
+    correlation = dots / (lengths * mine.norm()).clamp_min(1e-9)
+    correlation[place.first + index] = -torch.inf
+    best = correlation.topk(min(k, len(d) - 1))
+    rows = [d.named(int(unit)) for unit in best.indices]
+    return pd.DataFrame(
+        [(*row, float(c)) for row, c in zip(rows, best.values, strict=True)],
+        columns=["unit", "hook", "index", "correlation"],
+    )
+
+
+def _citing(
+    d: NeuronDictionary,
+    documents: list[int],
+    criterion: str | None,
+    limit: int,
+    keep: Callable[[str], bool],
+) -> pd.DataFrame:
+    """The examples that cite documents, of which ``keep`` takes the window."""
+    allowed = np.array([criterion in (None, name) for name, _ in d.slots])
+    ranks = np.array([rank for _, rank in d.slots])
+    windows: dict[tuple[int, int], str] = {}
+    found: list[NDArray[Any]] = []
+    for order, document in enumerate(d.texts.documents(documents).values()):
+        entries, positions, scores = d.citations.of(document.id)
+        shown = np.zeros(len(document.tokens), dtype=bool)
+        for position in np.unique(positions).tolist():
+            text = "".join(d.window(document, position)[1])
+            windows[document.id, position] = text
+            shown[position] = keep(text.casefold())
+        slot = entries % len(d.slots)
+        some = shown[positions] & allowed[slot]
+        ranked = ranks[slot[some]]
+        same = [np.full(len(ranked), value) for value in (order, document.id)]
+        columns = [ranked, same[0], entries[some], scores[some], same[1], positions[some]]
+        found.append(np.stack(columns, axis=1))
+    rows = np.concatenate(found) if found else np.zeros((0, 6))
+    rows = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))][:limit]
+    made = []
+    for rank, _, entry, score, doc, position in rows.tolist():
+        unit, column = divmod(int(entry), len(d.slots))
+        text = windows[int(doc), int(position)]
+        about = d.slots[column][0], int(rank), score, int(doc), int(position), text
+        made.append((*d.named(unit), *about))
+    names = ["criterion", "rank", "score", "doc", "position", "window"]
+    return pd.DataFrame(made, columns=["unit", "hook", "index", *names])
+
+
+class Citations:
+    """Which examples cite a document; read from disk as it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        require_header(path)
+        file: Any = safe_open(path, framework="np")
+        self._file = file
+        self._documents = file.get_tensor("documents")
+        self._offsets = file.get_tensor("offsets")
+
+    def of(self, document: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Examples (rows of ``examples.parquet``), positions and scores."""
+        at = int(np.searchsorted(self._documents, document))
+        known = at < len(self._documents) and int(self._documents[at]) == document
+        a, b = (int(self._offsets[at]), int(self._offsets[at + 1])) if known else (0, 0)
+        names = ("entries", "positions", "scores")
+        entries, positions, scores = (self._file.get_slice(name)[a:b] for name in names)
+        return entries.astype(np.int64), positions.astype(np.int64), scores

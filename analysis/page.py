@@ -1,0 +1,202 @@
+"""What a dictionary knows of one unit: its examples, its statistics, where it all comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+import lenslrp
+from lenslrp.analysis.plan import Place
+from lenslrp.analysis.units import Unit, parse_unit
+from lenslrp.errors import InputError
+from lenslrp.targets import Activation, PerRow
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from lenslrp.analysis.dictionary import NeuronDictionary
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Of the unit's values at the sampled tokens.
+
+    Attributes:
+        counts: [bin].
+        edges: [bin + 1].
+    """
+
+    counts: Int[np.ndarray, " bin"]
+    edges: Float[np.ndarray, " edge"]
+
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """One unit's page.
+
+    Attributes:
+        place: the hook point.
+        index: which unit there.
+        statistics: the unit's row of ``units.parquet``: mean, std, skew, kurtosis, min, max and
+            density of ``activation`` and ``relevance``, and their histograms.
+    """
+
+    place: Place
+    index: int
+    statistics: dict[str, Any]
+    rows: pa.Table
+    dictionary: NeuronDictionary
+
+    @property
+    def name(self) -> str:
+        """The unit as text: ``blocks.5.mlp.hook_post[17]``, ``...[sae 40]``."""
+        label = self.place.site.partition("[")[2].removesuffix("]")
+        return (
+            f"{self.place.hook}[{label} {self.index}]"
+            if label
+            else (f"{self.place.hook}[{self.index}]")
+        )
+
+    @property
+    def unit(self) -> Unit:
+        """The unit.
+
+        Raises:
+            InputError: it is no neuron or head: directions and features hold vectors, which the
+                dictionary does not.
+        """
+        return parse_unit(self.name)
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        return self.dictionary.plan.criteria
+
+    def __repr__(self) -> str:
+        return f"Page({self.name}: {len(self.rows)} examples by {', '.join(self.criteria)})"
+
+    def examples(self, criterion: str = "actmax") -> pd.DataFrame:
+        """The sentences of one criterion, best first (deciles: lowest first).
+
+        Columns: ``rank``; ``score`` (of the hit); ``doc``; ``position`` (of the hit, in the
+        document); ``start`` (of the window, likewise); ``tokens`` (the window as text);
+        ``activations`` and, where it was searched, ``relevances`` [window] of this unit at each
+        token; ``target``, ``target_position`` and ``target_value``: the token that relevance
+        explains, the position at which it is predicted, and its logit (None, -1 and NaN without
+        one); ``source`` (number of the text in the corpus).
+
+        Raises:
+            InputError: a criterion that was not searched.
+        """
+        self.dictionary.require_criterion(criterion)
+        slots = self.dictionary.slots
+        chosen = [i for i, (name, _) in enumerate(slots) if name == criterion]
+        rows = self.rows.slice(chosen[0], len(chosen)) if chosen else self.rows.slice(0, 0)
+        documents = self.dictionary.texts.documents(rows["document"].to_pylist())
+        texts = self.dictionary.texts
+        windows = [
+            self.dictionary.window(documents[doc], position)
+            for doc, position in zip(
+                rows["document"].to_pylist(), rows["position"].to_pylist(), strict=True
+            )
+        ]
+        aims = [documents[doc] for doc in rows["document"].to_pylist()]
+        frame = pd.DataFrame(
+            {
+                "rank": rows["rank"].to_pylist(),
+                "score": rows["score"].to_pylist(),
+                "doc": rows["document"].to_pylist(),
+                "position": rows["position"].to_pylist(),
+                "start": [start for start, _ in windows],
+                "tokens": [tokens for _, tokens in windows],
+                "activations": _arrays(rows["activations"]),
+            }
+        )
+        if self.dictionary.plan.relevance:
+            frame["relevances"] = _arrays(rows["relevances"])
+        frame["target"] = [texts.token(d.aim_token) if d.aim_token >= 0 else None for d in aims]
+        frame["target_position"] = [d.aim_position for d in aims]
+        frame["target_value"] = [d.aim_value if d.aim_position >= 0 else float("nan") for d in aims]
+        frame["source"] = [d.source for d in aims]
+        return frame
+
+    def histogram(self, kind: str = "activation") -> Histogram:
+        """Of ``"activation"`` or ``"relevance"`` at the sampled tokens.
+
+        Raises:
+            InputError: relevance, where it was not searched.
+        """
+        counts = self.statistics.get(f"{kind}_histogram")
+        if counts is None:
+            raise InputError(f"this dictionary has no statistics of {kind!r}")
+        low, high = self.statistics[f"{kind}_min"], self.statistics[f"{kind}_max"]
+        return Histogram(np.asarray(counts), np.linspace(low, high, len(counts) + 1))
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Model, corpus, rules, target and library versions."""
+        plan, manifest = self.dictionary.plan, self.dictionary.manifest
+        names = ("model", "tokenizer", "corpus", "target", "rules", "attention", "through", "seed")
+        about = {name: getattr(plan, name) for name in names}
+        return {**about, "libraries": manifest["libraries"], "schema": manifest["schema"]}
+
+    def attributed(
+        self, model: Any, criterion: str = "actmax", k: int = 8, **options: Any
+    ) -> pd.DataFrame:
+        """The first ``k`` examples with ``attributions``: which tokens made the unit fire there.
+
+        Relevance of the tokens up to the hit for the unit's activation at the hit
+        (``targets.Activation``), so its unit is that of the activation. One forward and one
+        backward pass, up to the unit's layer, for all of them.
+
+        Args:
+            model: the bridge that the dictionary was built from.
+            criterion: whose examples.
+            k: how many.
+            options: of :func:`lenslrp.run_with_relevance`.
+
+        Raises:
+            InputError: a head or a feature, whose activation is no component of its hook point.
+        """
+        if self.place.kind != "neuron":
+            raise InputError(
+                f"{self.name} is a {self.place.kind}; tokens are attributed for single components"
+            )
+        frame = self.examples(criterion).head(k).copy()
+        documents = self.dictionary.texts.documents(frame["doc"])
+        frame["attributions"] = _attributions(model, self, frame, documents, options)
+        return frame
+
+
+def _attributions(
+    model: Any, page: Page, frame: pd.DataFrame, documents: Any, options: dict[str, Any]
+) -> list[NDArray[np.float32]]:
+    rows = [documents[doc].tokens for doc in frame["doc"]]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.tensor([[i < len(row) for i in range(tokens.shape[1])] for row in rows])
+    target = PerRow(
+        tuple(Activation(page.place.hook, page.index, int(p)) for p in frame["position"])
+    )
+    _, found = lenslrp.run_with_relevance(
+        model,
+        tokens,
+        target,
+        names_filter=[],
+        ledger=False,
+        attention_mask=None if bool(mask.all()) else mask.long(),
+        **options,
+    )
+    relevance = found.tokens.float().cpu().numpy()
+    return [
+        relevance[i, start : start + len(shown)]
+        for i, (start, shown) in enumerate(zip(frame["start"], frame["tokens"], strict=True))
+    ]
+
+
+def _arrays(column: Any) -> list[NDArray[np.float32]]:
+    return [np.asarray(row, dtype=np.float32) for row in column.to_pylist()]

@@ -1,0 +1,251 @@
+"""What a dictionary is made of, to the last option: what must agree before results are mixed.
+
+A plan is decided once, from the model and the tokenised corpus. Every shard, checkpoint and merge
+carries it; two that differ are refused, by the names of what differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lenslrp.analysis.storage import StorageError, canonical
+from lenslrp.errors import InputError
+from lenslrp.hooks.composites import Composite
+from lenslrp.passes import architecture
+
+SCHEMA = 1
+
+CRITERIA: dict[str, tuple[str, int]] = {
+    "actmax": ("activation", 1),
+    "actmin": ("activation", -1),
+    "relmax": ("relevance", 1),
+    "relmin": ("relevance", -1),
+}
+"""Criteria with a running top-k: what is compared, and its sign."""
+
+SAMPLES = ("deciles", "random")
+"""Criteria drawn from a sample of documents that a hash decides."""
+
+LIBRARIES = ("lenslrp", "torch", "transformers", "transformer-lens", "numpy", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Units at one hook point: numbers ``first`` to ``first + size - 1`` of the dictionary."""
+
+    hook: str
+    site: str
+    kind: str
+    layer: int | None
+    first: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.first + self.size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides a dictionary's contents.
+
+    Attributes:
+        schema: version of the layout.
+        model: ``name, revision, architecture, dtype, weights`` (a fingerprint), ``compatibility``.
+        tokenizer: a fingerprint of its vocabulary and rules.
+        corpus: ``digest, documents, blocks, tokens, texts, skipped, name, revision`` and the cut.
+        places: where the units are.
+        sites: name, and fingerprint of its weights, of each site, in the order given.
+        criteria: see :data:`CRITERIA` and :data:`SAMPLES`.
+        k: entries a unit and criterion.
+        sample: documents drawn for deciles, random examples and statistics.
+        window: tokens shown before and after the position of a hit.
+        skip_first: whether a document's first position is masked.
+        target: what relevance explains; None where it is not searched.
+        rules: name and fingerprint of the composite; None likewise.
+        attention: ``"bridge"`` or ``"fused"``.
+        through: conditions: only relevance through these units is counted.
+        seed: of the sample and of the target positions.
+    """
+
+    schema: int
+    model: dict[str, Any]
+    tokenizer: str
+    corpus: dict[str, Any]
+    places: tuple[Place, ...]
+    sites: tuple[tuple[str, str], ...]
+    criteria: tuple[str, ...]
+    k: int
+    sample: int
+    window: tuple[int, int]
+    skip_first: bool
+    target: str | None
+    rules: dict[str, str] | None
+    attention: str
+    through: tuple[str, ...]
+    seed: int
+
+    def __post_init__(self) -> None:
+        require_criteria(self.criteria)
+        if self.k < 1 or self.sample < 1 or min(self.window) < 0:
+            raise InputError(
+                f"k and sample must be at least 1 and the window not negative: k={self.k}, "
+                f"sample={self.sample}, window={self.window}"
+            )
+
+    @property
+    def units(self) -> int:
+        return self.places[-1].end
+
+    @property
+    def relevance(self) -> bool:
+        """Whether a backward pass is needed."""
+        return any(CRITERIA.get(c, ("",))[0] == "relevance" for c in self.criteria)
+
+    @property
+    def block(self) -> int:
+        return int(self.corpus["cut"]["block"])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> Plan:
+        """A plan read back.
+
+        Raises:
+            StorageError: of another schema, or not a plan.
+        """
+        if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+            found = value.get("schema") if isinstance(value, dict) else value
+            raise StorageError(
+                f"made with schema {str(found)[:20]}; this version of LensLRP reads schema {SCHEMA}"
+            )
+        try:
+            fields = dict(value)
+            fields["places"] = tuple(Place(**place) for place in fields["places"])
+            for name in ("criteria", "window", "through"):
+                fields[name] = tuple(fields[name])
+            fields["sites"] = tuple((str(name), str(mark)) for name, mark in fields["sites"])
+            plan = cls(**fields)
+            _require_types(plan)
+        except (TypeError, KeyError, ValueError, IndexError) as error:
+            raise StorageError(f"not the plan of a dictionary: {str(error)[:200]}") from error
+        return plan
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(canonical(self.to_json()).encode()).hexdigest()
+
+    def require_same(self, other: Plan, where: str) -> None:
+        """Refuse to mix what was made otherwise.
+
+        Raises:
+            StorageError: naming what differs, with both values.
+        """
+        mine, theirs = self.to_json(), other.to_json()
+        differ = [name for name in mine if canonical(mine[name]) != canonical(theirs[name])]
+        if differ:
+            shown = "; ".join(
+                f"{n}: {str(theirs[n])[:120]} there, {str(mine[n])[:120]} here" for n in differ[:3]
+            )
+            raise StorageError(
+                f"{where} was made for another dictionary and is not mixed into this one: "
+                f"{', '.join(differ)} differ ({shown}). Choose another path, or delete it"
+            )
+
+
+def _require_types(plan: Plan) -> None:
+    first = 0
+    for place in plan.places:
+        if place.first != first or not isinstance(place.size, int) or place.size < 1:
+            raise ValueError("places must follow one another")
+        first = place.end
+    for name in ("k", "sample", "seed"):
+        if not isinstance(getattr(plan, name), int):
+            raise TypeError(f"{name} must be an integer")
+    if not plan.places or len(plan.window) != 2:
+        raise ValueError("no places, or no window")
+    for name in ("documents", "blocks", "tokens"):
+        if not isinstance(plan.corpus[name], int):
+            raise TypeError(f"corpus.{name} must be an integer")
+
+
+def require_criteria(criteria: tuple[str, ...]) -> None:
+    """Raises :class:`InputError` for a criterion that does not exist, or none, or one twice."""
+    known = (*CRITERIA, *SAMPLES)
+    if not criteria or not set(criteria) <= set(known) or len(set(criteria)) < len(criteria):
+        raise InputError(f"criteria are one or more of {', '.join(known)}, not {criteria!r}")
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """What identifies a bridge: its name, its type, and a fingerprint of its weights."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        step = max(1, len(flat) // 1024)
+        some = flat[::step].float().cpu().contiguous().numpy()
+        digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}".encode())
+        digest.update(some.tobytes())
+    return {
+        "name": str(getattr(model.cfg, "model_name", "")),
+        "revision": getattr(config, "_commit_hash", None),
+        "architecture": architecture(model),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "weights": digest.hexdigest(),
+        "compatibility": bool(getattr(model, "compatibility_mode", False)),
+    }
+
+
+def describe_tokenizer(tokenizer: Any) -> str:
+    """A fingerprint of a tokenizer: its rules where it can state them, else its vocabulary."""
+    if tokenizer is None:
+        return "none"
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    text = core.to_str() if core is not None else canonical(tokenizer.get_vocab())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def describe_rules(composite: Composite) -> dict[str, str]:
+    """Name and fingerprint of a rule set."""
+    table = {role: repr(rule) for role, rule in composite.rules.items()}
+    modules = {f"{c.__module__}.{c.__qualname__}": repr(r) for c, r in composite.modules.items()}
+    text = canonical([table, modules])
+    return {"name": composite.name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def describe_libraries() -> dict[str, str]:
+    """Versions of what computed a dictionary, and on what."""
+    found: dict[str, str] = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def sampled_documents(documents: int, sample: int, seed: int) -> Tensor:
+    """The documents of the sample, by hash priority: the same whoever asks.
+
+    Computed in pieces, so that memory does not grow with the corpus. The order is that of the
+    priorities: a prefix of a larger sample is a smaller one.
+    """
+    from lenslrp.analysis.topk import priorities
+
+    best = torch.empty(0, dtype=torch.int64)
+    docs = torch.empty(0, dtype=torch.int64)
+    for start in range(0, documents, 1 << 20):
+        some = torch.arange(start, min(documents, start + (1 << 20)))
+        best, docs = torch.cat([best, priorities(some, seed)]), torch.cat([docs, some])
+        order = np.lexsort((docs.numpy(), best.numpy()))[:sample].copy()
+        best, docs = best[order], docs[order]
+    return docs

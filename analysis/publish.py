@@ -1,0 +1,279 @@
+"""From a finished scan and its replay to the files that are a dictionary.
+
+``units.parquet`` and ``examples.parquet`` (zstd, small row groups in the order of the units, a
+checksum on every page), ``texts.sqlite``, ``citations.safetensors`` (which examples cite a
+document), ``samples.safetensors`` (what the units did at the sampled tokens) and, last,
+``manifest.json`` with the SHA-256 of all of them: a dictionary without a manifest is unfinished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+
+from lenslrp.analysis.plan import SCHEMA, Place, Plan, describe_libraries
+from lenslrp.analysis.replay import STATISTICS, Entries
+from lenslrp.analysis.search import Job, State
+from lenslrp.analysis.storage import file_record, save_json, save_tensors, written_whole
+from lenslrp.analysis.texts import Document, write_texts
+from lenslrp.inputs import str_token
+
+FILES = frozenset(
+    {
+        "units.parquet",
+        "examples.parquet",
+        "texts.sqlite",
+        "citations.safetensors",
+        "samples.safetensors",
+    }
+)
+GROUP = 64
+"""Units in a row group: opening one unit reads one of these."""
+
+BINS = 40
+MANTISSA = 13
+"""Bits of a float32 that windows do without: 10 remain, as in float16, and the rest compresses."""
+
+WINDOWS = ("activation", "relevance")
+
+
+def publish(job: Job, state: State, entries: Entries, parts: list[Path]) -> None:
+    """Write all files, the manifest last.
+
+    Raises:
+        StorageError: the disk is full; nothing that was there before is lost.
+    """
+    plan, folder = job.plan, job.folder
+    sample = _sample(plan, parts)
+    _write_units(folder / "units.parquet", plan, sample)
+    _write_examples(folder / "examples.parquet", plan, entries, parts)
+    _write_texts(folder / "texts.sqlite", job, entries, parts)
+    save_tensors(folder / "citations.safetensors", _citations(entries), {})
+    save_tensors(folder / "samples.safetensors", _standardised(sample), {})
+    manifest = {
+        "schema": SCHEMA,
+        "plan": plan.to_json(),
+        "plan_sha256": plan.fingerprint(),
+        "slots": [list(slot) for slot in entries.slots],
+        "tokens_seen": state.tokens,
+        "libraries": describe_libraries(),
+        "files": {name: file_record(folder / name) for name in sorted(FILES)},
+    }
+    save_json(folder / "manifest.json", manifest)
+
+
+def kinds(plan: Plan) -> tuple[str, ...]:
+    return WINDOWS if plan.relevance else WINDOWS[:1]
+
+
+def _sample(plan: Plan, parts: list[Path]) -> dict[str, Tensor]:
+    """What each unit did at the sampled tokens: kind -> [unit, column]."""
+    columns = min(STATISTICS, plan.corpus["documents"])
+    found = {kind: torch.zeros(plan.units, columns) for kind in kinds(plan)}
+    for path in parts:
+        with safe_open(path, framework="pt") as file:
+            here = file.get_tensor("column")
+            for kind, whole in found.items():
+                whole[:, here] = file.get_tensor(f"sample/{kind}").T
+    return found
+
+
+def _standardised(sample: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mean 0 and length 1 over the sampled tokens, as int8 of the largest entry: [unit, column]."""
+    made = {}
+    for kind, values in sample.items():
+        centred = values - values.mean(dim=1, keepdim=True)
+        scale = centred.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        made[kind] = (centred / scale * 127).round().to(torch.int8)
+    return made
+
+
+def _moments(values: Tensor, kind: str) -> dict[str, NDArray[Any]]:
+    """Statistics of each row, with histograms of :data:`BINS` bins from smallest to largest."""
+    v = values.double()
+    mean, low, high = v.mean(dim=1), v.amin(dim=1), v.amax(dim=1)
+    centred = v - mean[:, None]
+    spread = centred.square().mean(dim=1).sqrt()
+    unit = centred / spread.clamp_min(1e-30)[:, None]
+    width = (high - low).clamp_min(1e-30)
+    bins = ((v - low[:, None]) / width[:, None] * BINS).long().clamp(0, BINS - 1)
+    counts = torch.zeros(len(v), BINS, dtype=torch.int64).scatter_add(
+        1, bins, torch.ones_like(bins)
+    )
+    share = (v > 0 if kind == "activation" else v != 0).double().mean(dim=1)
+    named = {
+        "mean": mean,
+        "std": spread,
+        "skew": unit.pow(3).mean(dim=1),
+        "kurtosis": unit.pow(4).mean(dim=1),
+        "min": low,
+        "max": high,
+        "density": share,
+    }
+    made = {f"{kind}_{name}": value.float().numpy() for name, value in named.items()}
+    return {**made, f"{kind}_histogram": counts.int().numpy()}
+
+
+def _write_units(path: Path, plan: Plan, sample: dict[str, Tensor]) -> None:
+    with written_whole(path) as temporary:
+        writer = None
+        try:
+            for place in plan.places:
+                rows: dict[str, Any] = {
+                    "unit": pa.array(range(place.first, place.end), pa.int32()),
+                    "site": pa.array([place.site] * place.size),
+                    "kind": pa.array([place.kind] * place.size),
+                    "hook": pa.array([place.hook] * place.size),
+                    "layer": pa.array([place.layer] * place.size, pa.int32()),
+                    "index": pa.array(range(place.size), pa.int32()),
+                }
+                for kind, values in sample.items():
+                    for name, column in _moments(values[place.first : place.end], kind).items():
+                        rows[name] = _column(column)
+                table = pa.table(rows)
+                writer = writer or _writer(temporary, table.schema)
+                writer.write_table(table, row_group_size=GROUP * 16)
+        finally:
+            if writer is not None:
+                writer.close()
+
+
+def _column(values: NDArray[Any]) -> pa.Array:
+    if values.ndim == 1:
+        return pa.array(values)
+    offsets = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, values.reshape(-1))
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+
+
+def _write_examples(path: Path, plan: Plan, entries: Entries, parts: list[Path]) -> None:
+    ids = []
+    for part in parts:
+        with safe_open(part, framework="pt") as file:
+            ids.append(file.get_tensor("entry"))
+    with written_whole(path) as temporary:
+        writer = None
+        try:
+            for place in plan.places:
+                windows = _windows(plan, place, len(entries.slots), parts, ids)
+                for first in range(0, place.size, GROUP):
+                    last = min(first + GROUP, place.size)
+                    some = slice(place.first + first, place.first + last)
+                    cut = {k: w[first:last] for k, w in windows.items()}
+                    table = _examples(plan, entries, some, cut)
+                    writer = writer or _writer(temporary, table.schema)
+                    writer.write_table(table, row_group_size=len(table))
+        finally:
+            if writer is not None:
+                writer.close()
+
+
+def _windows(
+    plan: Plan, place: Place, slots: int, parts: list[Path], ids: list[Tensor]
+) -> dict[str, Tensor]:
+    """All windows of one place: kind -> [unit, slot, window]."""
+    width = sum(plan.window) + 1
+    made = {k: torch.full((place.size * slots, width), float("nan")) for k in kinds(plan)}
+    bounds = torch.tensor([place.first, place.end]) * slots
+    for path, entry in zip(parts, ids, strict=True):
+        a, b = torch.searchsorted(entry, bounds).tolist()
+        with safe_open(path, framework="pt") as file:
+            for kind, whole in made.items():
+                whole[entry[a:b] - place.first * slots] = file.get_slice(kind)[a:b]
+    return {kind: whole.view(place.size, slots, width) for kind, whole in made.items()}
+
+
+def _examples(plan: Plan, entries: Entries, units: slice, windows: dict[str, Tensor]) -> pa.Table:
+    """The rows of some units, every slot of each."""
+    n, slots = units.stop - units.start, len(entries.slots)
+    names = list(plan.criteria)
+    criterion = np.tile([names.index(c) for c, _ in entries.slots], n).astype(np.int8)
+    position = entries.positions[units].reshape(-1)
+    rows: dict[str, Any] = {
+        "unit": np.repeat(np.arange(units.start, units.stop, dtype=np.int32), slots),
+        "criterion": pa.DictionaryArray.from_arrays(pa.array(criterion), pa.array(names)),
+        "rank": np.tile([r for _, r in entries.slots], n).astype(np.int16),
+        "score": entries.scores[units].reshape(-1).numpy(),
+        "document": entries.documents[units].reshape(-1).numpy(),
+        "position": position.numpy(),
+        "start": (position.long() - plan.window[0]).clamp_min(0).short().numpy(),
+    }
+    inside = ~windows["activation"].isnan().flatten(0, 1)
+    offsets = np.concatenate([[0], inside.sum(dim=1).cumsum(0).numpy()]).astype(np.int32)
+    for kind, values in windows.items():
+        kept = _rounded(values.flatten(0, 1)[inside])
+        rows[f"{kind}s"] = pa.ListArray.from_arrays(offsets, kept)
+    return pa.table(rows)
+
+
+def _rounded(values: Tensor) -> NDArray[np.float32]:
+    """To 11 significant bits, half away from zero."""
+    bits = values.numpy().view(np.uint32) + np.uint32(1 << (MANTISSA - 1))
+    return (bits & ~np.uint32((1 << MANTISSA) - 1)).view(np.float32)
+
+
+def _write_texts(path: Path, job: Job, entries: Entries, parts: list[Path]) -> None:
+    tokenizer = job.run.model.tokenizer
+    aims: dict[int, tuple[int, int, float]] = {}
+    for part in parts:
+        with safe_open(part, framework="pt") as file:
+            if "aim/value" in file.keys():  # noqa: SIM118 - safetensors' own
+                columns = [
+                    file.get_tensor(f"aim/{n}").tolist() for n in ("position", "token", "value")
+                ]
+                aims.update(
+                    zip(
+                        file.get_tensor("document").tolist(),
+                        zip(*columns, strict=True),
+                        strict=True,
+                    )
+                )
+    used: set[int] = set()
+    without = 0 if job.corpus.cut.bos is None else 1
+
+    def documents() -> Iterator[Document]:
+        for doc in torch.unique(entries.documents).tolist():
+            part = job.corpus.part_of(doc)
+            tokens = part.document(doc)
+            used.update(tokens.tolist())
+            aim = aims.get(doc, (-1, -1, 0.0))
+            used.update([aim[1]] if aim[1] >= 0 else [])
+            at = doc - part.first
+            text = tokenizer.decode(tokens[without:].tolist()) if tokenizer is not None else ""
+            source, start = int(part.sources[at]), int(part.starts[at])
+            yield Document(doc, source, start, tokens, *aim, text)
+
+    def names() -> Iterator[tuple[int, str]]:
+        if tokenizer is not None:
+            yield from ((token, str_token(tokenizer, token)) for token in sorted(used))
+
+    write_texts(path, documents(), names())
+
+
+def _citations(entries: Entries) -> dict[str, Tensor]:
+    """Which examples cite a document: examples ``entries[offsets[i]:offsets[i + 1]]`` cite
+    ``documents[i]``. An example's number is its row in ``examples.parquet``."""
+    flat = entries.documents.reshape(-1)
+    documents, counts = torch.unique(flat, return_counts=True)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    order = flat.argsort(stable=True)
+    small = len(flat) < 2**31
+    return {
+        "documents": documents,
+        "offsets": offsets,
+        "entries": order.int() if small else order,
+        "positions": entries.positions.reshape(-1)[order],
+        "scores": entries.scores.reshape(-1)[order],
+    }

@@ -1,0 +1,285 @@
+"""The second pass: each cited document once more, and the windows of all units that cite it.
+
+The first pass kept scores and places, no text. Here each cited document runs again in the very same
+block, and what every unit that cites it did around its place is cut out: its activation at each
+token, and its relevance where that was searched. The replayed score must equal the stored one to
+the last bit; otherwise something is not what it was, and nothing is published.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float32, Int16, Int64
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lenslrp.analysis.block_pass import Aims, Spans
+from lenslrp.analysis.corpus import Block
+from lenslrp.analysis.plan import CRITERIA, Place, Plan, sampled_documents
+from lenslrp.analysis.search import Job, State
+from lenslrp.analysis.storage import StorageError, load_tensors, remove_leftovers, save_tensors
+from lenslrp.analysis.topk import priorities, unpack
+
+DECILES = 10
+RANDOM = 10
+STATISTICS = 512
+"""Documents, one token each, from which statistics are estimated."""
+
+FLUSH = 100_000
+"""Windows in a file."""
+
+
+class ReplayError(StorageError):
+    """A replayed score is not the stored one."""
+
+
+@dataclass(frozen=True)
+class Entries:
+    """All examples of a dictionary, as a table of [unit, slot].
+
+    Attributes:
+        slots: (criterion, rank) of each column.
+        documents, positions, scores: [unit, slot].
+    """
+
+    slots: tuple[tuple[str, int], ...]
+    documents: Int64[Tensor, "unit slot"]
+    positions: Int16[Tensor, "unit slot"]
+    scores: Float32[Tensor, "unit slot"]
+
+    @classmethod
+    def of(cls, state: State, plan: Plan) -> Entries:
+        """What to show of a finished scan."""
+        slots: list[tuple[str, int]] = []
+        columns: list[tuple[Tensor, Tensor, Tensor]] = []
+        for name in plan.criteria:
+            if name in CRITERIA:
+                top = state.tops[name]
+                scores, docs = unpack(top.keys)
+                count = int((docs[0] >= 0).sum())  # fewer than k only if the corpus has fewer
+                found = docs, top.positions, CRITERIA[name][1] * scores
+            else:
+                found = _sampled(state, plan, name)
+                count = found[0].shape[1]
+            slots += [(name, rank) for rank in range(count)]
+            columns.append(tuple(t[:, :count] for t in found))  # type: ignore[arg-type]
+        docs, positions, scores = (
+            torch.cat([c[i] for c in columns], dim=1).contiguous() for i in range(3)
+        )
+        return cls(tuple(slots), docs, positions, scores)
+
+
+def _sampled(state: State, plan: Plan, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Deciles or random examples: (documents, positions, scores), each [unit, slot]."""
+    docs = sampled_documents(plan.corpus["documents"], plan.sample, plan.seed)
+    if name == "random":
+        n = min(RANDOM, len(docs))
+        units = len(state.values)
+        return docs[:n].expand(units, -1), state.positions[:, :n], state.values[:, :n]
+    by_doc = docs.argsort()
+    values = state.values[:, by_doc]
+    order = values.sort(dim=1, stable=True).indices
+    n = min(DECILES, len(docs))
+    picks = order[:, [int((j + 0.5) * len(docs) / n) for j in range(n)]]
+    positions = state.positions[:, by_doc].gather(1, picks)
+    return docs[by_doc][picks], positions, values.gather(1, picks)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Which tokens statistics are estimated from: one of each sampled document."""
+
+    docs: Int64[Tensor, " column"]
+    seed: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Statistics:
+        return cls(sampled_documents(plan.corpus["documents"], STATISTICS, plan.seed), plan.seed)
+
+    def columns(self, block: Block) -> list[tuple[int, int]]:
+        """(column, row) of the sampled documents in a block."""
+        at = {int(d): c for c, d in enumerate(self.docs)}
+        return [(at[d], row) for row, d in enumerate(block.docs.tolist()) if d in at]
+
+    def position(self, doc: int, span: tuple[int, int]) -> int:
+        a, b = span
+        return a + int(priorities(torch.tensor([doc]), self.seed + 2)[0]) % (b - a)
+
+
+@dataclass
+class _Cutter:
+    """Cuts windows out of one block after the other, until they are written."""
+
+    plan: Plan
+    entries: Entries
+    statistics: Statistics
+    block: Block | None = None
+    ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    done: dict[str, list[Tensor]] = field(default_factory=dict)
+    windows: int = 0
+
+    def begin(self, block: Block, ids: Int64[Tensor, " entry"]) -> None:
+        self.block, self.ids = block, ids
+        self.cut = {
+            what: torch.full((len(ids), sum(self.plan.window) + 1), float("nan"))
+            for what in self._kinds()
+        }
+        self.columns = self.statistics.columns(block)
+        self.sampled = {
+            what: torch.zeros(self.plan.units, len(self.columns)) for what in self._kinds()
+        }
+
+    def _kinds(self) -> tuple[str, ...]:
+        return ("activation", "relevance") if self.plan.relevance else ("activation",)
+
+    def on_activation(self, place: Place, x: Tensor, spans: Spans) -> None:
+        self._take("activation", place, x, spans)
+
+    def on_relevance(self, place: Place, x: Tensor, spans: Spans) -> None:
+        self._take("relevance", place, x, spans)
+
+    def _take(self, what: str, place: Place, x: Tensor, spans: Spans) -> None:
+        assert self.block is not None
+        slots = len(self.entries.slots)
+        a, b = torch.searchsorted(self.ids, torch.tensor([place.first, place.end]) * slots).tolist()
+        ids = self.ids[a:b]
+        unit, slot = ids // slots, ids % slots
+        row = torch.searchsorted(self.block.docs, self.entries.documents[unit, slot])
+        position = self.entries.positions[unit, slot].long()
+        local = unit - place.first
+        here = (t.to(x.device) for t in (row, position, local))
+        self._require_equal(what, place, ids, x[tuple(here)].cpu())
+        index = position[:, None] - self.plan.window[0] + torch.arange(self.cut[what].shape[1])
+        inside = (index >= 0) & (index < torch.tensor(self.block.lengths)[row][:, None])
+        at = (row[:, None], index.clamp(0, x.shape[1] - 1), local[:, None])
+        found = x[tuple(t.to(x.device) for t in at)].cpu()
+        self.cut[what][a:b] = found.masked_fill(~inside, float("nan"))
+        for n, (column, r) in enumerate(self.columns):
+            doc = int(self.statistics.docs[column])
+            p = self.statistics.position(doc, spans[r])
+            self.sampled[what][place.first : place.end, n] = x[r, p].cpu()
+
+    def _require_equal(self, what: str, place: Place, ids: Tensor, found: Tensor) -> None:
+        slots = len(self.entries.slots)
+        judged = torch.tensor(
+            [CRITERIA.get(c, ("activation",))[0] == what for c, _ in self.entries.slots]
+        )
+        unit, slot = ids // slots, ids % slots
+        stored = self.entries.scores[unit, slot]
+        wrong = (stored != found) & judged[slot]
+        if bool(wrong.any()):
+            i = int(wrong.nonzero()[0])
+            raise ReplayError(
+                f"{place.hook}[{int(unit[i]) - place.first}], "
+                f"{self.entries.slots[int(slot[i])][0]}, document "
+                f"{int(self.entries.documents[unit[i], slot[i]])}: the scan found "
+                f"{float(stored[i]):.9g}, the replay {float(found[i]):.9g}. The model, its threads "
+                "or its device are not those of the scan; replay where it was scanned"
+            )
+
+    def end(self, aims: Aims | None) -> None:
+        assert self.block is not None
+        columns = torch.tensor([c for c, _ in self.columns], dtype=torch.int64)
+        made = {"entry": self.ids, "column": columns, "document": self.block.docs}
+        for what in self._kinds():
+            made[what], made[f"sample/{what}"] = self.cut[what], self.sampled[what].T.contiguous()
+        if aims is not None:
+            made["aim/position"], made["aim/token"] = aims.positions, aims.tokens
+            made["aim/value"] = aims.values
+        for name, tensor in made.items():
+            self.done.setdefault(name, []).append(tensor)
+        self.windows += len(self.ids)
+
+    def flush(self, path: Path, metadata: dict[str, str]) -> None:
+        if not self.done:  # more ranks than blocks
+            nothing = torch.zeros(0, dtype=torch.int64)
+            self.begin(Block(-1, nothing, nothing[None], nothing[None].bool()), nothing)
+            self.end(None)
+        joined = {name: torch.cat(some) for name, some in self.done.items()}
+        order = joined["entry"].argsort()
+        for name in ("entry", *self._kinds()):
+            joined[name] = joined[name][order]
+        save_tensors(path, joined, metadata)
+        self.done, self.windows = {}, 0
+
+
+def replay(
+    job: Job,
+    entries: Entries,
+    rank: int = 0,
+    world: int = 1,
+    *,
+    checkpoint_every: float = 60.0,
+    progress: bool = True,
+) -> list[Path]:
+    """Replay the cited blocks ``rank, rank + world, ...`` of all cited ones.
+
+    Files are written every minute; a replay that was killed goes on after the last of them.
+
+    Returns:
+        The files, in order: windows sorted by entry, [entry, window], NaN outside the document.
+
+    Raises:
+        ReplayError: a score is not what the scan found.
+    """
+    plan, statistics = job.plan, Statistics.of(job.plan)
+    blocks, ids, bounds = _by_block(job, entries, statistics)
+    remove_leftovers(job.work)
+    files = replayed(job, rank, world)
+    start = rank
+    for path in files:
+        _, metadata = load_tensors(path)
+        if metadata["plan"] != plan.fingerprint():
+            raise StorageError(f"{path} was made for another dictionary; delete it")
+        start = int(metadata["next"])
+    cutter = _Cutter(plan, entries, statistics)
+    saved = time.monotonic()
+    mine = range(rank, len(blocks), world)
+    bar = tqdm(
+        total=len(mine), desc=f"replay {rank + 1}/{world}", unit="block", disable=not progress
+    )
+    with bar:
+        bar.update(len(range(rank, start, world)))
+        for n in range(start, len(blocks), world):
+            block = job.corpus.block(int(blocks[n]))
+            cutter.begin(block, ids[bounds[n] : bounds[n + 1]].sort().values)
+            relevance = cutter.on_relevance if plan.relevance else None
+            cutter.end(job.run.run(block, cutter.on_activation, relevance))
+            bar.update(1)
+            last = n + world >= len(blocks)
+            if last or cutter.windows >= FLUSH or time.monotonic() - saved >= checkpoint_every:
+                files.append(_flush(job, cutter, rank, world, n + world, len(blocks)))
+                saved = time.monotonic()
+    if not files:
+        files.append(_flush(job, cutter, rank, world, start, len(blocks)))
+    return files
+
+
+def _flush(job: Job, cutter: _Cutter, rank: int, world: int, following: int, blocks: int) -> Path:
+    number = len(replayed(job, rank, world))
+    path = job.work / f"replay-{rank:05d}-of-{world:05d}-{number:06d}.safetensors"
+    about = {"plan": job.plan.fingerprint(), "next": following, "done": following >= blocks}
+    cutter.flush(path, {name: str(value) for name, value in about.items()})
+    return path
+
+
+def replayed(job: Job, rank: int, world: int) -> list[Path]:
+    """The files that a replay has written so far."""
+    return sorted(job.work.glob(f"replay-{rank:05d}-of-{world:05d}-*.safetensors"))
+
+
+def _by_block(
+    job: Job, entries: Entries, statistics: Statistics
+) -> tuple[Tensor, Tensor, list[int]]:
+    """The cited blocks, all entries sorted by block, and where each block's begin."""
+    cited, inverse = torch.unique(entries.documents, return_inverse=True)
+    block = job.corpus.block_of(cited)
+    of_entry = block[inverse.reshape(-1)]
+    ids = of_entry.argsort(stable=True)
+    blocks = torch.unique(torch.cat([block, job.corpus.block_of(statistics.docs)]))
+    bounds = torch.searchsorted(of_entry[ids], torch.cat([blocks, blocks[-1:] + 1])).tolist()
+    return blocks, ids, bounds

@@ -1,0 +1,233 @@
+"""Files that a kill cannot spoil and a stranger cannot abuse.
+
+Everything is written under a temporary name beside its place and renamed by ``os.replace``, so a
+file is either whole or not there. Tensors lie in safetensors files that carry a SHA-256 of their
+own contents, so a flipped bit is found wherever it is. Nothing is ever unpickled. What is read back
+is bounded before it is believed: headers, manifests and file names from outside go through here.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lenslrp.errors import LensLRPError
+
+HEADER_LIMIT = 1 << 22
+"""Bytes of a safetensors header; ours are a few kilobytes."""
+
+JSON_LIMIT = 1 << 24
+"""Bytes of a manifest."""
+
+CHECKSUM = "sha256"
+
+
+class StorageError(LensLRPError):
+    """A file is damaged, does not belong here, or could not be written; the message names it."""
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends without error.
+
+    Raises:
+        StorageError: the disk is full. What was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        if _is_full(error):
+            raise StorageError(
+                f"no space left on the disk while writing {path}; what was finished before is "
+                "kept. Make room and run the same command again: it goes on from there"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"code: {errno.ENOSPC}" in str(error) or "No space left" in str(error)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of processes that were killed while writing."""
+    for left in folder.glob(".*.tmp"):
+        owner = left.name.rsplit(".", 2)[-2]
+        if owner.isdigit() and not _runs(int(owner)):
+            left.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def contents_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of names, types, shapes, values and metadata."""
+    digest = hashlib.sha256(canonical(dict(metadata)).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with its own checksum, whole or not at all.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    checked = {**metadata, CHECKSUM: contents_sha256(kept, metadata)}
+    with written_whole(path) as temporary:
+        save_file(kept, temporary, metadata=checked)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file written by :func:`save_tensors`, checked.
+
+    Raises:
+        StorageError: truncated, damaged, or not such a file.
+    """
+    require_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise StorageError(f"{path} is damaged or truncated: {error}") from error
+    stated = metadata.pop(CHECKSUM, None)
+    if stated != contents_sha256(tensors, metadata):
+        raise StorageError(
+            f"{path} is damaged: its contents do not match the SHA-256 stored in it. Delete it and "
+            "run the same command again"
+        )
+    return tensors, metadata
+
+
+def require_header(path: Path) -> None:
+    """Refuse a safetensors file whose header is larger than the file, or than ours ever are.
+
+    Raises:
+        StorageError: naming the file.
+    """
+    require_plain(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+    if len(start) < 8:
+        raise StorageError(f"{path} is truncated: {size} bytes, too short for a header")
+    length = struct.unpack("<Q", start)[0]
+    if length > HEADER_LIMIT:
+        raise StorageError(
+            f"{path} claims a header of {length} bytes; ours have up to {HEADER_LIMIT}"
+        )
+    if length > size - 8:
+        raise StorageError(f"{path} is truncated: a header of {length} bytes in a file of {size}")
+
+
+def require_plain(path: Path) -> None:
+    """Refuse what is not a regular file in its own right: a link could lead anywhere.
+
+    Raises:
+        StorageError: a link, a folder, or nothing there.
+    """
+    if path.is_symlink():
+        raise StorageError(f"{path} is a symbolic link; a dictionary's files must be files")
+    if not path.is_file():
+        raise StorageError(f"{path} does not exist or is not a file")
+
+
+def canonical(value: Any) -> str:
+    """JSON of one spelling: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size.
+
+    Raises:
+        StorageError: too large, not JSON, or not an object.
+    """
+    require_plain(path)
+    size = path.stat().st_size
+    if size > JSON_LIMIT:
+        raise StorageError(f"{path} has {size} bytes; at most {JSON_LIMIT} are read")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise StorageError(f"{path} does not hold a JSON object")
+    return value
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file: its size and its SHA-256."""
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def check_files(folder: Path, records: Any, allowed: frozenset[str], contents: bool) -> None:
+    """Compare files with what the manifest says of them.
+
+    Args:
+        folder: where they lie.
+        records: name -> ``{"bytes", "sha256"}``, as read from the manifest.
+        allowed: the only names that may occur: none of them leads out of the folder.
+        contents: compare the SHA-256 as well, not the size alone.
+
+    Raises:
+        StorageError: naming the first file that is missing, foreign, truncated or damaged.
+    """
+    if not isinstance(records, dict) or set(records) != allowed:
+        names = sorted(map(str, records)) if isinstance(records, dict) else records
+        raise StorageError(
+            f"{folder / 'manifest.json'} lists the files {str(names)[:200]}; a dictionary of this "
+            f"schema has exactly {sorted(allowed)}"
+        )
+    for name in sorted(allowed):
+        path, record = folder / name, records[name]
+        require_plain(path)
+        size = path.stat().st_size
+        if not isinstance(record, dict) or size != record.get("bytes"):
+            stated = record.get("bytes") if isinstance(record, dict) else record
+            raise StorageError(f"{path} has {size} bytes, but the manifest says {stated!r:.40}")
+        if contents and file_sha256(path) != record.get("sha256"):
+            raise StorageError(f"{path} is damaged: its SHA-256 is not the one in the manifest")

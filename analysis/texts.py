@@ -1,0 +1,181 @@
+"""The documents that a dictionary cites, with a full-text index, in one SQLite file.
+
+Each document is kept once, whatever the number of units that cite it. The full-text index is
+SQLite's own FTS5 over the documents' text. A file from a stranger is opened read-only, with a
+schema that is compared to ours word for word, so that it brings no view, trigger or virtual table
+of its own.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from lenslrp.analysis.storage import StorageError, require_plain, written_whole
+from lenslrp.errors import InputError
+
+SCHEMA = (
+    "CREATE TABLE documents (id INTEGER PRIMARY KEY, source INTEGER, start INTEGER, tokens BLOB, "
+    "aim_position INTEGER, aim_token INTEGER, aim_value REAL, text TEXT)",
+    "CREATE TABLE tokens (id INTEGER PRIMARY KEY, text TEXT)",
+    "CREATE VIRTUAL TABLE search USING fts5(text, content='documents', content_rowid='id')",
+)
+OURS = frozenset({"documents", "tokens", "search"})
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of a dictionary.
+
+    Attributes:
+        id: its number in the corpus.
+        source: which text of the corpus it was cut from.
+        start: at which of that text's tokens (a beginning-of-sequence token not counted).
+        tokens: ids, [pos].
+        aim_position: where the target of relevance was read; -1 without one.
+        aim_token: the token that was explained; -1 likewise.
+        aim_value: the target's value.
+        text: the tokens as one string.
+    """
+
+    id: int
+    source: int
+    start: int
+    tokens: Int64[Tensor, " pos"]
+    aim_position: int
+    aim_token: int
+    aim_value: float
+    text: str
+
+
+def write_texts(
+    path: Path, documents: Iterable[Document], names: Iterator[tuple[int, str]]
+) -> None:
+    """Write the file. ``names`` is asked for the text of each token after the documents."""
+    with written_whole(path) as temporary:
+        try:
+            with closing(sqlite3.connect(temporary)) as database:
+                database.execute("PRAGMA journal_mode = OFF")
+                database.execute("PRAGMA synchronous = OFF")
+                for statement in SCHEMA:
+                    database.execute(statement)
+                database.executemany(
+                    "INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        (
+                            d.id, d.source, d.start, d.tokens.int().numpy().tobytes(),
+                            d.aim_position, d.aim_token, d.aim_value, d.text,
+                        )
+                        for d in documents
+                    ),
+                )  # fmt: skip
+                database.executemany("INSERT INTO tokens VALUES (?, ?)", names)
+                database.execute("INSERT INTO search(search) VALUES ('rebuild')")
+                database.execute("INSERT INTO search(search) VALUES ('optimize')")
+                database.commit()
+        except sqlite3.OperationalError as error:
+            if "full" in str(error):
+                raise OSError(28, "No space left on device") from error
+            raise
+
+
+class Texts:
+    """The file, opened for reading."""
+
+    def __init__(self, path: Path) -> None:
+        require_plain(path)
+        self.path = path
+        self._database = sqlite3.connect(
+            f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
+        )
+        try:
+            for pragma in ("trusted_schema = OFF", "query_only = ON", "cell_size_check = ON"):
+                self._database.execute(f"PRAGMA {pragma}")
+            self._require_schema()
+        except sqlite3.DatabaseError as error:
+            self._database.close()
+            raise StorageError(f"{path} is damaged: {error}") from error
+
+    def close(self) -> None:
+        self._database.close()
+
+    def _require_schema(self) -> None:
+        found = self._database.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
+        mine = {sql for _, name, sql in found if name in OURS}
+        rest = [
+            name for kind, name, sql in found
+            if name not in OURS and not (kind == "table" and str(name) in _SHADOWS)
+        ]  # fmt: skip
+        if mine != set(SCHEMA) or rest:
+            raise StorageError(
+                f"{self.path} has tables that are not a dictionary's ({str(rest)[:100]}): it was "
+                "not made by LensLRP and is not opened"
+            )
+
+    def documents(self, ids: Iterable[int]) -> dict[int, Document]:
+        """Documents by id; unknown ids are left out."""
+        found = {}
+        for doc in dict.fromkeys(ids):
+            row = self._one("SELECT * FROM documents WHERE id = ?", doc)
+            if row is not None:
+                tokens = torch.from_numpy(np.frombuffer(row[3], dtype=np.int32).astype(np.int64))
+                found[doc] = Document(row[0], row[1], row[2], tokens, *row[4:8])
+        return found
+
+    def token(self, token: int) -> str:
+        """A token as text; its id in brackets where the model had no tokenizer."""
+        row = self._one("SELECT text FROM tokens WHERE id = ?", token)
+        return f"[{token}]" if row is None else str(row[0])
+
+    def tokens_called(self, text: str) -> list[int]:
+        """The tokens whose text is ``text``, white space aside."""
+        rows = self._database.execute("SELECT id, text FROM tokens").fetchall()
+        return [int(token) for token, name in rows if str(name).strip() == text.strip()]
+
+    def matching(self, query: str, limit: int) -> list[tuple[int, str]]:
+        """The best documents (id, snippet) for words that must all occur; ``"..."`` is a phrase.
+
+        Raises:
+            InputError: an empty query.
+        """
+        words = terms(query)
+        if not words:
+            raise InputError(f"nothing to search for in {query!r}; give at least one word")
+        wanted = " ".join('"' + word.replace('"', '""') + '"' for word in words)
+        try:
+            rows = self._database.execute(
+                "SELECT rowid, snippet(search, 0, '[', ']', ' ... ', 12) FROM search "
+                "WHERE search MATCH ? ORDER BY rank, rowid LIMIT ?",
+                (wanted, limit),
+            ).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise StorageError(f"{self.path} is damaged: {error}") from error
+        return [(int(doc), str(text)) for doc, text in rows]
+
+    def _one(self, sql: str, key: int) -> tuple[Any, ...] | None:
+        try:
+            row: tuple[Any, ...] | None = self._database.execute(sql, (key,)).fetchone()
+        except sqlite3.DatabaseError as error:
+            raise StorageError(f"{self.path} is damaged: {error}") from error
+        return row
+
+
+_SHADOWS = frozenset(f"search_{part}" for part in ("data", "idx", "docsize", "config"))
+
+
+def terms(query: str) -> list[str]:
+    """Words and quoted phrases of a query; operators of FTS5 are words like any other."""
+    pieces = query.split('"')
+    found: list[str] = []
+    for n, piece in enumerate(pieces):
+        found += [piece.strip()] if n % 2 else piece.split()
+    return [word for word in found if any(c.isalnum() for c in word)]

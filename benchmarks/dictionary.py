@@ -1,0 +1,340 @@
+"""What a dictionary costs: throughput, memory, size, look-ups, and what kills cost it.
+
+    python benchmarks/dictionary.py throughput [--layers 30] [--rounds 7]
+    python benchmarks/dictionary.py memory
+    python benchmarks/dictionary.py kills [--moments 20]
+    python benchmarks/dictionary.py build CORPUS PATH
+    python benchmarks/dictionary.py open PATH
+
+``throughput`` compares tokens a second of a scan with those of the plain model over the same
+blocks, in turn, in an order drawn anew in each round; ratios are formed within a round. The plain
+forward pass is the bridge's, stopped before the unembedding; the plain forward and backward pass is
+the bridge's too, with weights frozen, a leaf at the embeddings and the same target, and is given
+twice: as anyone would write it, and at the targets' positions
+only, as the scan does. Time is the process's own (CPU) time of one thread, beside the clock's: on a
+machine that others use, only the former tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CORPUS = Path(__file__).resolve().parent.parent.parent / "shared/data/wikipedia_paragraphs.jsonl"
+BOTH = ["mlp.hook_post", "attn.hook_z"]
+
+
+def smollm2(layers: int) -> Any:
+    import lenslrp
+
+    model = lenslrp.load("smollm2-135m", dtype=torch.float32, device="cpu")
+    if layers >= len(model.blocks):
+        return model
+    inner = model.original_model
+    inner.model.layers = inner.model.layers[:layers]
+    inner.config.num_hidden_layers = layers
+    tokenizer = model.tokenizer
+    return lenslrp.load(type(inner)(inner.config).eval(), tokenizer=tokenizer)
+
+
+def throughput(arguments: argparse.Namespace) -> None:
+    from lenslrp.analysis.block_pass import _unembedding_at, target_positions
+    from lenslrp.analysis.job import prepare
+    from lenslrp.analysis.search import State, _Scanner
+
+    torch.set_num_threads(1)
+    model = smollm2(arguments.layers)
+    corpus = CORPUS if CORPUS.exists() else [[i % 1000 + 5] * 128 for i in range(640)]
+    folder = Path(tempfile.mkdtemp())
+    acts = ("actmax", "actmin")
+    jobs = {
+        "ActMax, ActMin": prepare(model, corpus, folder / "a", sites=BOTH, criteria=acts),
+        "and RelMax, RelMin": prepare(
+            model, corpus, folder / "r", sites=BOTH, criteria=(*acts, "relmax", "relmin")
+        ),
+    }
+    scanners = {}
+    for name, job in jobs.items():
+        scanners[name] = _Scanner(State.empty(job.plan), job.plan, {})
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    def plain(block: Any) -> None:
+        handle = model.unembed.register_forward_pre_hook(stop)
+        mask = {} if block.mask.all() else {"attention_mask": block.mask.long()}
+        try:
+            with torch.no_grad():
+                model(block.tokens, return_type="logits", use_cache=False, **mask)
+        except Stop:
+            pass
+        finally:
+            handle.remove()
+
+    def backward(block: Any, sliced: bool) -> None:
+        lengths = torch.tensor(block.lengths)
+        positions = target_positions(block.docs, lengths, 0)
+        tokens = block.tokens.gather(1, positions[:, None] + 1)[:, 0]
+        mask = {} if block.mask.all() else {"attention_mask": block.mask.long()}
+        kept: list[torch.Tensor] = []
+
+        def leaf(_: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+            kept.append(out.detach().requires_grad_())
+            return kept[-1]
+
+        frozen = [p for p in model.parameters() if p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        handle = model.embed.register_forward_hook(leaf)
+        try:
+            if sliced:
+                with _unembedding_at(model, positions):
+                    logits = model(block.tokens, return_type="logits", use_cache=False, **mask)
+                picked = logits[:, 0].gather(1, tokens[:, None])
+            else:
+                logits = model(block.tokens, return_type="logits", use_cache=False, **mask)
+                picked = logits[torch.arange(len(tokens)), positions, tokens]
+            torch.autograd.grad(picked.sum(), kept)
+        finally:
+            handle.remove()
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    def scan(name: str, block: Any) -> None:
+        scanner, job = scanners[name], jobs[name]
+        scanner.docs = block.docs
+        job.run.run(
+            block, scanner.on_activation, scanner.on_relevance if job.plan.relevance else None
+        )
+
+    first, second = jobs
+    ways: dict[str, Callable[[Any], None]] = {
+        "plain forward": plain,
+        first: lambda b: scan(first, b),
+        "forward and backward": lambda b: backward(b, False),
+        "the same, sliced": lambda b: backward(b, True),
+        second: lambda b: scan(second, b),
+    }
+    blocks = jobs[first].corpus.blocks
+    draw = random.Random(0)
+    times: dict[str, list[tuple[float, float, int]]] = {name: [] for name in ways}
+    for round_number in range(arguments.rounds + 1):
+        block = jobs[first].corpus.block(draw.randrange(blocks))
+        for name in draw.sample(list(ways), len(ways)):
+            cpu, wall = time.process_time(), time.perf_counter()
+            ways[name](block)
+            spent = time.process_time() - cpu, time.perf_counter() - wall, sum(block.lengths)
+            if round_number:
+                times[name].append(spent)
+    print(f"SmolLM2, {arguments.layers} layers, {arguments.rounds} rounds of a block, one thread")
+    for name, spent in times.items():
+        speed = statistics.median(n / cpu for cpu, _, n in spent)
+        print(f"  {name:22} {speed:8.0f} tokens/s of CPU time (median)")
+    for mine, base in (
+        (first, "plain forward"), (second, "forward and backward"), (second, "the same, sliced")
+    ):  # fmt: skip
+        for clock, at in (("CPU", 0), ("clock", 1)):
+            ratios = sorted(b[at] / m[at] for m, b in zip(times[mine], times[base], strict=True))
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            print(
+                f"  {mine} / {base}: throughput {middle:.3f} ({low:.3f} to {high:.3f} quartiles, "
+                f"{ratios[0]:.3f} to {ratios[-1]:.3f}) by {clock}"
+            )
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    """Peak resident memory of a scan of a small random Llama, by the length of the corpus."""
+    if arguments.documents:
+        _scan_random(arguments.documents)
+        return
+    for documents in (1_000, 4_000, 16_000, 64_000):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", __file__, "memory", "--documents", str(documents)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        print(done.stdout.strip())
+
+
+def _scan_random(documents: int) -> None:
+    import transformers as hf
+
+    import lenslrp
+    from lenslrp.analysis.job import prepare
+    from lenslrp.analysis.search import scan_shard
+
+    torch.set_num_threads(1)
+    config = hf.LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+    model = lenslrp.load(hf.LlamaForCausalLM(config).eval())
+    draw = random.Random(0)
+    rows = ([draw.randrange(512) for _ in range(32)] for _ in range(documents))
+    with tempfile.TemporaryDirectory() as folder:
+        job = prepare(model, rows, folder, context=32, batch_size=64, criteria=("actmax", "relmax"))
+        scan_shard(job, progress=False)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{documents:7} documents, {documents * 32:9} tokens: peak {peak:.0f} MiB")
+
+
+CHILD = """
+import sys
+from tests.conformance.dictionaries import build
+print("ready", flush=True)
+build(sys.argv[1], checkpoint_every=0.0).close()
+"""
+
+
+def kills(arguments: argparse.Namespace) -> None:
+    """SIGKILL a build of a tiny dictionary again and again; then compare it with one left alone."""
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", CHILD]
+
+    def start(path: Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*command, str(path)], cwd=root, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        return process
+
+    folder = Path(tempfile.mkdtemp())
+    began = time.monotonic()
+    with start(folder / "whole"):
+        began = time.monotonic()
+    length = time.monotonic() - began
+    expected = {p.name: p.read_bytes() for p in (folder / "whole").iterdir()}
+    draw, stages = random.Random(arguments.seed), []
+    killed, path, number = 0, folder / "0", 0
+    while killed < arguments.moments:
+        with start(path) as process:
+            time.sleep(draw.uniform(0, 1.1 * length))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+                stages.append(_stage(path))
+        if (path / "manifest.json").exists() and not (path / "work").exists():
+            same = {p.name: p.read_bytes() for p in path.iterdir()} == expected
+            print(f"dictionary {number}: finished after {killed} kills so far, identical: {same}")
+            number += 1
+            path = folder / str(number)
+    if not (path / "manifest.json").exists() or (path / "work").exists():
+        with start(path):
+            pass
+    if path.exists():
+        same = {p.name: p.read_bytes() for p in path.iterdir()} == expected
+        print(f"dictionary {number}: finished undisturbed in the end, identical: {same}")
+    found = {stage: stages.count(stage) for stage in sorted(set(stages))}
+    print(f"{killed} kills; what they found: {found}")
+
+
+def _stage(path: Path) -> str:
+    work = path / "work"
+    for name, pattern in (
+        ("publishing", "../*.*"),
+        ("replaying", "replay-*"),
+        ("scanning", "shard-*"),
+    ):
+        if list(work.glob(pattern)):
+            return name
+    return "preparing"
+
+
+def build(arguments: argparse.Namespace) -> None:
+    from lenslrp.analysis import NeuronDictionary
+
+    torch.set_num_threads(arguments.threads)
+    start = time.monotonic()
+    d = NeuronDictionary.build(smollm2(30), arguments.corpus, arguments.path, sites=BOTH, k=10)
+    print(d, f"{time.monotonic() - start:.0f} s")
+
+
+def opened(arguments: argparse.Namespace) -> None:
+    from lenslrp.analysis import NeuronDictionary
+
+    folder = Path(arguments.path)
+    for name, record in json.loads((folder / "manifest.json").read_text())["files"].items():
+        print(f"  {name:24} {record['bytes'] / 2**20:8.1f} MiB")
+    for verify in (True, False):
+        took = _timed(lambda v=verify: NeuronDictionary.open(folder, verify=v), 3)
+        print(f"  open, verify={verify}: {took}")
+    d, draw = NeuronDictionary.open(folder), random.Random(0)
+    print(" ", d)
+
+    def one() -> None:
+        place = draw.choice(d.plan.places)
+        page = d.page(place, draw.randrange(place.size))
+        for criterion in d.plan.criteria:
+            page.examples(criterion)
+
+    def lazily() -> None:
+        place = draw.choice(d.plan.places)
+        d.page(place, draw.randrange(place.size)).examples("actmax")
+
+    words = ["football", "church", "energy", "law", "city", "teacher", "river", "disease", "war"]
+    print(f"  one unit, one criterion: {_timed(lazily, 50)}")
+    print(f"  one unit, all {len(d.plan.criteria)} criteria: {_timed(one, 50)}")
+    print(f"  search_text, one word: {_timed(lambda: d.search_text(draw.choice(words)), 20)}")
+    two = _timed(lambda: d.search_text("the " + draw.choice(words)), 20)
+    print(f"  search_text, two words: {two}")
+    print(f"  search_tokens: {_timed(lambda: d.search_tokens(draw.choice(words)), 5)}")
+    print(f"  similar: {_timed(lambda: d.similar((5, draw.randrange(1000))), 10)}")
+
+
+def _timed(act: Callable[[], Any], times: int) -> str:
+    spent = []
+    for _ in range(times):
+        start = time.perf_counter()
+        act()
+        spent.append(1000 * (time.perf_counter() - start))
+    rest = sorted(spent[1:] or spent)
+    middle = statistics.median(rest)
+    return f"first {spent[0]:.0f} ms, then median {middle:.0f} ms (up to {rest[-1]:.0f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    commands = parser.add_subparsers(required=True)
+    for name, act in (
+        ("throughput", throughput), ("memory", memory), ("kills", kills), ("build", build),
+        ("open", opened),
+    ):  # fmt: skip
+        command = commands.add_parser(name)
+        command.set_defaults(act=act)
+        if name == "throughput":
+            command.add_argument("--layers", type=int, default=30)
+            command.add_argument("--rounds", type=int, default=7)
+        if name == "memory":
+            command.add_argument("--documents", type=int, default=0)
+        if name == "kills":
+            command.add_argument("--moments", type=int, default=20)
+            command.add_argument("--seed", type=int, default=0)
+        if name == "build":
+            command.add_argument("corpus")
+            command.add_argument("--threads", type=int, default=1)
+        if name in ("build", "open"):
+            command.add_argument("path")
+    arguments = parser.parse_args()
+    arguments.act(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The running top-k against a full sort, ties included; keys; hash priorities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lenslrp.analysis.topk import (
+    EMPTY,
+    TopK,
+    extremes,
+    locator,
+    pack,
+    priorities,
+    require_finite,
+    unpack,
+)
+from lenslrp.errors import InputError
+
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+def brute_force(
+    x: torch.Tensor, docs: list[int], spans: list[tuple[int, int]], k: int, sign: int
+) -> list[list[tuple[float, int, int]]]:
+    """Sort everything: one hit a document, ties by (-value, document, position). In plain loops."""
+    found = []
+    for unit in range(x.shape[2]):
+        hits = []
+        for row, doc in enumerate(docs):
+            a, b = spans[row]
+            best = min((-sign * float(x[row, p, unit]), p) for p in range(a, b))
+            hits.append((best[0], doc, best[1]))
+        found.append([(-v, d, p) for v, d, p in sorted(hits)[:k]])
+    return found
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("levels", [2, 5, 1000])
+@pytest.mark.parametrize("order", ["as it is", "backwards", "shuffled", "in three shards"])
+def test_equals_a_full_sort_in_any_order_with_ties(sign: int, levels: int, order: str) -> None:
+    x = torch.randint(-levels, levels + 1, (30, 6, 4)).float() / levels
+    docs = torch.randperm(1000)[:30]
+    spans = [(1, int(n)) for n in torch.randint(2, 7, (30,))]
+    batches = torch.arange(30).split(4)
+    if order == "backwards":
+        batches = batches[::-1]
+    if order == "shuffled":
+        batches = torch.randperm(30).split(7)
+    shards = [batches[i::3] for i in range(3)] if order == "in three shards" else [batches]
+    tallies = []
+    for shard in shards:
+        top = TopK.empty(4, 7)
+        for rows in shard:
+            some, where = x[rows], [spans[r] for r in rows.tolist()]
+            locate = locator(some, where, sign)
+            top.update(0, sign * extremes(some, where, sign), docs[rows], locate)
+        tallies.append(top)
+    merged = tallies[0].merge(tallies[1:])
+    values, found = unpack(merged.keys)
+    assert [
+        list(zip(v, d, p, strict=True))
+        for v, d, p in zip(values.tolist(), found.tolist(), merged.positions.tolist(), strict=True)
+    ] == brute_force(x, docs.tolist(), spans, 7, sign)
+
+
+def test_units_beyond_the_first_go_to_their_own_rows() -> None:
+    x = torch.randn(3, 4, 2)
+    top, spans = TopK.empty(5, 2), [(0, 4)] * 3
+    top.update(3, extremes(x, spans, 1), torch.arange(3), locator(x, spans, 1))
+    assert bool((top.keys[:3] == EMPTY).all())
+    assert bool((top.keys[3:] != EMPTY).all())
+
+
+def test_fewer_documents_than_k_leave_empty_entries() -> None:
+    x = torch.randn(2, 3, 1)
+    top, spans = TopK.empty(1, 4), [(0, 3)] * 2
+    top.update(0, extremes(x, spans, 1), torch.arange(2), locator(x, spans, 1))
+    values, docs = unpack(top.keys)
+    assert sorted(docs[0].tolist()) == [-1, -1, 0, 1]
+    assert int(values.isnan().sum()) == 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(FLOATS, st.integers(0, 2**32 - 1)), min_size=1, max_size=20))
+def test_keys_hold_values_and_documents_and_their_order(pairs: list[tuple[float, int]]) -> None:
+    values = torch.tensor([[v for v, _ in pairs]])
+    docs = torch.tensor([d for _, d in pairs])
+    keys = pack(values, docs)
+    back, same = unpack(keys)
+    assert torch.equal(back, values + 0.0)
+    assert torch.equal(same[0], docs)
+    by_key = sorted(range(len(pairs)), key=lambda i: -int(keys[0, i]))
+    by_value = sorted(range(len(pairs)), key=lambda i: (-float(values[0, i]), pairs[i][1]))
+    assert [pairs[i] for i in by_key] == [pairs[i] for i in by_value]
+
+
+def test_nan_has_no_place_in_an_order() -> None:
+    values = torch.tensor([[0.0, float("nan")]])
+    with pytest.raises(InputError, match=r"mlp.hook_post is NaN or infinite in document 9"):
+        require_finite(values, "mlp.hook_post", torch.tensor([4, 9]))
+
+
+def test_priorities_are_the_same_for_everyone_and_look_random() -> None:
+    docs = torch.arange(10_000)
+    found = priorities(docs, 0)
+    assert torch.equal(found[5:7], priorities(docs[5:7], 0))
+    assert not torch.equal(found, priorities(docs, 1))
+    assert len(found.unique()) == len(docs)
+    assert bool((found >= 0).all())
+    assert abs(float((found % 2).double().mean()) - 0.5) < 0.02
+    assert abs(float((found.double() / 2**63).mean()) - 0.5) < 0.02
