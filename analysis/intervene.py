@@ -1,0 +1,141 @@
+"""Units switched off, scaled or set, in chosen rows of a batch, for as long as a context lasts.
+
+An intervention is what a relevance score must predict: a neuron that mattered for an answer is one
+whose removal takes the answer away. Because every edit names its rows, one forward pass tries many
+interventions on copies of one prompt::
+
+    prompt = tokens.expand(3, -1)
+    edits = [
+        Edit("blocks.5.mlp.hook_post", (17, 40), scale=0, rows=(1,)),  # row 0 stays as it is
+        Edit("blocks.5.mlp.hook_post", (17, 40), scale=5, rows=(2,)),
+    ]
+    with edit_units(model, edits):
+        logits = model(prompt)
+
+Edits work inside :func:`lenslrp.run_with_relevance` and beside the user's own hooks.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lenslrp.errors import InputError
+
+
+@dataclass(frozen=True)
+class Edit:
+    """``x -> scale * x + shift`` for units of one hook point.
+
+    Attributes:
+        hook: a hook point whose activations are [batch, pos, unit], such as
+            ``"blocks.5.mlp.hook_post"``.
+        units: indices into the last axis.
+        scale: 0 switches off, 1 changes nothing (equal to the last bit), more amplifies.
+        shift: what is added, in units of the activation; ``scale=0`` with a shift sets a value.
+        rows: batch rows in which to do it; ``None`` for all.
+        positions: where in the row, padding counted; negative from the end; ``None`` for all.
+    """
+
+    hook: str
+    units: tuple[int, ...]
+    scale: float = 0.0
+    shift: float = 0.0
+    rows: tuple[int, ...] | None = None
+    positions: tuple[int, ...] | None = None
+
+
+@contextmanager
+def edit_units(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
+    """Apply ``edits`` in every forward pass inside the context, and undo them however it ends.
+
+    Args:
+        model: a ``TransformerBridge``.
+        edits: any number of them; one unit must not be edited twice in one place.
+
+    Raises:
+        InputError: a hook point that the model does not have; in the forward pass, a unit, row or
+            position out of range, a unit edited twice, or activations that are not
+            [batch, pos, unit]; at the end of the context, a hook point that never fired, so that
+            nothing was done there.
+    """
+    by_hook: dict[str, list[Edit]] = {}
+    for edit in edits:
+        if edit.hook not in model.hook_dict:
+            near = difflib.get_close_matches(edit.hook, model.hook_dict, n=3)
+            raise InputError(f"no hook point is called {edit.hook!r}; nearest: {', '.join(near)}")
+        by_hook.setdefault(edit.hook, []).append(edit)
+    objects = {id(model.hook_dict[name]): name for name in by_hook}
+    if len(objects) < len(by_hook):
+        alias = next(n for n in by_hook if n not in objects.values())
+        other = objects[id(model.hook_dict[alias])]
+        raise InputError(f"{alias!r} and {other!r} are one hook point: use one name")
+    fired: set[str] = set()
+    hooks = [(name, _apply(name, own, fired)) for name, own in by_hook.items()]
+    with model.hooks(fwd_hooks=hooks):
+        yield
+    idle = [name for name in by_hook if name not in fired]
+    if idle:
+        raise InputError(
+            f"nothing was edited at {', '.join(idle[:4])}: no forward pass inside the context "
+            "reached it"
+        )
+
+
+def _apply(name: str, edits: list[Edit], fired: set[str]) -> Callable[..., Tensor]:
+    made: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by batch size and length
+
+    def hook(x: Tensor, hook: Any) -> Tensor:
+        fired.add(name)
+        if x.ndim != 3:
+            raise InputError(f"{name} has shape {list(x.shape)}; edits need [batch, pos, unit]")
+        key = (x.shape[0], x.shape[1])
+        if key not in made:
+            made[key] = _table(name, edits, x)
+        rows, positions, units, scale, shift = made[key]
+        place = (rows, positions, units)
+        return x.index_put(place, x[place] * scale + shift)
+
+    return hook
+
+
+def _table(name: str, edits: list[Edit], x: Tensor) -> tuple[Tensor, ...]:
+    """Row, position and unit of every change at one hook point, its scale and its shift: [n]."""
+    batch, length, width = x.shape
+    tables = []
+    for edit in edits:
+        rows = range(batch) if edit.rows is None else edit.rows
+        positions = range(length) if edit.positions is None else edit.positions
+        _require_inside(f"row of the edit at {name}", rows, 0, batch)
+        _require_inside(f"position of the edit at {name}", positions, -length, length)
+        _require_inside(f"unit of {name}", edit.units, 0, width)
+        grid = torch.meshgrid(
+            torch.tensor(list(rows), dtype=torch.long),
+            torch.tensor(list(positions), dtype=torch.long) % length,
+            torch.tensor(edit.units, dtype=torch.long),
+            indexing="ij",
+        )
+        places = torch.stack([axis.flatten() for axis in grid])
+        tables.append((places, edit.scale, edit.shift))
+    places = torch.cat([own for own, _, _ in tables], dim=1)
+    unique, counts = places.unique(dim=1, return_counts=True)
+    if unique.shape[1] < places.shape[1]:
+        row, position, unit = unique[:, counts > 1][:, 0].tolist()
+        raise InputError(
+            f"unit {unit} of {name} is edited twice in row {row} at position {position}"
+        )
+    scale = torch.cat([x.new_full((own.shape[1],), scale) for own, scale, _ in tables])
+    shift = torch.cat([x.new_full((own.shape[1],), shift) for own, _, shift in tables])
+    return (*places.to(x.device), scale, shift)
+
+
+def _require_inside(what: str, indices: Iterable[int], low: int, stop: int) -> None:
+    for index in indices:
+        if not low <= index < stop:
+            raise InputError(f"{what} is {index}, expected {low} to {stop - 1}")
