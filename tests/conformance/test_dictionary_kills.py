@@ -153,26 +153,6 @@ def test_a_full_disk_is_said_and_loses_nothing(
     assert contents(tmp_path / "d") == undisturbed
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_disk_that_is_really_full(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(small)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this machine does not let a file system be mounted")
-    try:
-        with pytest.raises(StorageError, match="no space left on the disk"):
-            build(small / "d", checkpoint_every=0.0)
-        subprocess.run(
-            ["mount", "-o", "remount,size=32m", str(small)], check=True, capture_output=True
-        )
-        build(small / "d").close()
-        assert contents(small / "d") == undisturbed
-    finally:
-        # Lazily: the last parts of the corpus are still mapped.
-        subprocess.run(["umount", "-l", str(small)], check=True)
-
-
 def test_a_damaged_checkpoint_is_named_and_not_gone_on_with(tmp_path: Path) -> None:
     bridge = model()
     job = prepare(bridge, texts(), tmp_path / "d", **OPTIONS)
