@@ -37,6 +37,7 @@ from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, components, layer_of, original
 from lenslrp.hooks.attention import attach_attention, gates_its_output, softcap_of
 from lenslrp.hooks.convolution import CONVOLUTIONS, attach_convolution
+from lenslrp.hooks.embeddings import attach_leaf, attach_patches, embeddings
 from lenslrp.hooks.experts import ExpertPoint, Mixture, attach_mixture, expert_points, mixtures
 from lenslrp.hooks.norms import (
     attach_loose_norm,
@@ -55,7 +56,7 @@ from lenslrp.hooks.operations import (
 )
 from lenslrp.hooks.patches import below, embedders
 from lenslrp.hooks.rules import Epsilon, LinearRule, Normalisation, Operations, Plain
-from lenslrp.hooks.sites import Site, has_values
+from lenslrp.hooks.sites import Site
 
 ACTIVATIONS: tuple[type, ...] = (
     nn.SiLU,
@@ -91,84 +92,9 @@ ACTIVATIONS: tuple[type, ...] = (
 LAYERS: tuple[type, ...] = (nn.Linear, Conv1D, *CONVOLUTIONS)
 """Linear layers: the epsilon rule leaves their gradient as it is."""
 
-SINUSOIDS = "SinusoidalPositionalEmbedding"
-"""How transformers' classes for positions without a weight end."""
-
-PER_LAYER = "model.embed_tokens_per_layer"
-"""Gemma 4 embeds the tokens once more for every layer, without a bridge."""
-
 NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
     native._ACTIVATIONS[name] for name in ("gelu", "gelu_new", "relu", "silu")
 )
-
-
-def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, bool]]:
-    """The modules whose outputs are the leaves, and whether each embeds positions (or types).
-
-    Sinusoids kept in a buffer count as positions, and so does a stack's own embedding around the
-    shared weight (T5). Rotary tables are no embeddings, and neither is T5's relative-position bias,
-    which is added to scores.
-    """
-    found: dict[int, tuple[nn.Module, bool]] = {}
-    parts = list(parts)
-    for path, module in parts:
-        if not isinstance(module, EmbeddingBridge | PosEmbedBridge):
-            position = type(module).__name__.endswith(SINUSOIDS)  # XGLM's has no bridge
-            if position or path.endswith(PER_LAYER):
-                found.setdefault(id(module), (module, position))
-            continue
-        inner = original(module)
-        if inner is None or not any(True for _ in (*inner.parameters(), *inner.buffers())):
-            continue
-        position = isinstance(module, PosEmbedBridge) or "token_type" in path
-        if position and _adds_to_scores(module):
-            continue
-        found[id(inner)] = (inner, position)
-    tables: list[tuple[Any, bool]] = [(m, position) for m, position in found.values()]
-    for table, position in tables:
-        for _, module in parts:
-            weight = getattr(table, "weight", None)
-            if not isinstance(module, nn.Embedding) or weight is None:
-                continue
-            if _same_table(module, weight):
-                found.setdefault(id(module), (module, position))
-    return list(found.values())
-
-
-def _same_table(module: nn.Embedding, b: Any) -> bool:
-    """One table, or the copy that TransformerLens makes of it when it processes weights."""
-    a = module.weight
-    alike = a.shape == b.shape and a.device == b.device and has_values(a)
-    return a is b or (alike and torch.equal(a, b))
-
-
-def _adds_to_scores(bridge: Any) -> bool:
-    return "relative" in str(bridge.name)
-
-
-def attach_leaf(at: Attached, inner: nn.Module) -> None:
-    """Embeddings are the leaves: with the weights frozen, nothing else would start a graph."""
-
-    def leaf(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        return out.requires_grad_() if torch.is_grad_enabled() else out
-
-    at.hook(inner, leaf)
-
-
-def attach_patches(at: Attached, projection: nn.Module, sites: list[Site]) -> None:
-    """Patches are leaves where nothing before them is: ``sites`` are then off the path.
-
-    Attached behind the projection's own rule, which cuts the graph.
-    """
-
-    def leaf(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return out
-        for site in sites:
-            site.cut = not out.requires_grad
-        return out.requires_grad_()
-
-    at.hook(projection, leaf)
 
 
 def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
@@ -457,7 +383,6 @@ __all__ = [
     "UnembeddingBridge",
     "attach_all",
     "components",
-    "embeddings",
     "hook_points",
     "layer_of",
     "original",

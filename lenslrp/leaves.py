@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.components import embeddings
+from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.patches import Embedder, below, embedders
 from lenslrp.hooks.sites import Site
 from lenslrp.inputs import Prepared

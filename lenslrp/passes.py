@@ -24,13 +24,13 @@ from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.components import (
-    PER_LAYER,
     Attached,
     BlockBridge,
     ExpertPoint,
     UnembeddingBridge,
     layer_of,
 )
+from lenslrp.hooks.embeddings import PER_LAYER
 from lenslrp.hooks.functions import apply
 from lenslrp.hooks.install import Rules
 from lenslrp.hooks.readers import Readers, select_names

@@ -31,7 +31,8 @@ from transformer_lens.utilities.attn_implementation import force_eager_attention
 
 import lenslrp
 from lenslrp import media
-from lenslrp.hooks.components import components, embeddings
+from lenslrp.hooks.components import components
+from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.sites import TERMS
 from lenslrp.targets import Activation
 from tests.conformance import zoo_media
