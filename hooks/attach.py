@@ -13,6 +13,9 @@ from lenslrp.hooks import functions as F
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.sites import Books, Site
 
+FEEDS_PATTERN = re.compile(r"[._](q|k|qk)(_(layer)?norm|_a_layernorm|_[ab]_proj)?$")
+"""Names of components that feed queries and keys, and nothing else."""
+
 Undo = Callable[[], None]
 
 
@@ -32,18 +35,21 @@ class Context:
     def site(self, hook: str, component: Any, role: str, rule: Any = None) -> Site:
         rule = self.composite[role] if rule is None else rule
         site = Site(hook, type(component).__name__, role, rule, layer_of(hook), books=self.books)
-        site.optional = ".experts." in hook  # one that no token was sent to does not run
+        # An expert that no token was sent to does not run, nor do projections for global attention.
+        site.optional = ".experts." in hook or hook.endswith("_global")
         return site
 
     def cuts(self, path: str) -> bool:
         """Whether the composite leaves a component off the path: what feeds a constant factor."""
-        pattern, gate = (
-            F.product_shares(self.composite[role])[0] for role in ("attention_av", "gate")
-        )
-        feeds_pattern = re.search(r"[._](q|k|qk)(_(layer)?norm|_a_layernorm)?$", path) is not None
-        feeds_pattern = feeds_pattern or path in self.queries
-        chooses = ".indexer." in path  # which keys are seen: a choice, no relevance
-        return chooses or (pattern == 0 and feeds_pattern) or (gate == 0 and path.endswith(".gate"))
+        roles = ("attention_av", "attention_gate", "gate")
+        constant = {role: F.product_shares(self.composite[role])[0] == 0 for role in roles}
+        if ".indexer." in path:  # which keys are seen: a choice, no relevance
+            return True
+        if path in self.queries or FEEDS_PATTERN.search(path):
+            return constant["attention_av"]
+        if path.endswith((".gate", ".dense_gate")):
+            return constant["attention_gate" if path.endswith(".attn.gate") else "gate"]
+        return False
 
 
 def layer_of(name: str) -> int | None:

@@ -30,6 +30,7 @@ from transformer_lens.model_bridge.generalized_components.gated_mlp import resol
 from transformer_lens.model_bridge.sources.native import model as native
 from transformers import activations as hf_activations
 from transformers.models.bloom.modeling_bloom import BloomGelu
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from lenslrp.errors import InputError
@@ -49,7 +50,7 @@ from lenslrp.hooks.norms import (
 from lenslrp.hooks.operations import (
     ATTENTION,
     ATTENTION_GATE,
-    GATED_MLP,
+    ROUTER,
     attach_operations,
     declared,
     is_known,
@@ -92,6 +93,9 @@ ACTIVATIONS: tuple[type, ...] = (
 LAYERS: tuple[type, ...] = (nn.Linear, Conv1D, *CONVOLUTIONS)
 """Linear layers: the epsilon rule leaves their gradient as it is."""
 
+PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward, FalconLinear.forward)
+"""Forward passes that are a product with ``weight``, plus ``bias``, and nothing else."""
+
 NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
     native._ACTIVATIONS[name] for name in ("gelu", "gelu_new", "relu", "silu")
 )
@@ -119,7 +123,7 @@ def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role
         attach_bias_meter(at, ctx, path, module)
         return
     convolves = isinstance(module, CONVOLUTIONS)
-    if not convolves and type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+    if not convolves and type(module).forward not in PLAIN_FORWARDS:
         raise InputError(
             f"{path} is a {type(module).__name__}, whose weight the {rule.name} rule cannot read "
             "(quantised, or with something added to it): use epsilon for its role "
@@ -128,7 +132,7 @@ def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role
     site = ctx.site(path, module, role)
     site.cut = ctx.cuts(path)
     at.sites.append(site)
-    if isinstance(module, CONVOLUTIONS):  # also one whose weight is parametrised
+    if convolves:  # also one whose weight is parametrised
         attach_convolution(at, module, rule, site)
         return
     transposed = isinstance(module, Conv1D)
@@ -246,6 +250,7 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
     raw = _raw_modules(found, mixed, ctx)
     linear = {id(original(m)) for _, m in found if isinstance(m, LinearBridge)}
     roles.update((id(part), "") for mixture in mixed for part in mixture)  # met where they run
+    roles.update(_router_roles(found, mixed, raw))
     for path, module in found:
         if "cross_attn" in module._modules and "ln2" in module._modules:
             ctx.queries.add(f"{path}.ln2")  # before cross-attention, whose keys are the encoder's
@@ -263,15 +268,7 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
             share = gate_share(ctx)
             for inner in [*original(module).children(), *module.children(), original(module)]:
                 gates[id(inner)] = share
-    for path, module in found:
-        role = roles.get(id(module), _linear_role(module))
-        rule = ctx.composite[role] if role else None
-        # A parametrised weight is a new tensor at every call; on the meta device none has a place.
-        if not isinstance(module, LAYERS) or parametrize.is_parametrized(module):
-            continue
-        layer: Any = module
-        if isinstance(rule, LinearRule) and not layer.weight.is_meta:
-            at.weights[layer.weight.data_ptr()] = path
+    at.weights = _ruled_weights(found, ctx, roles, raw)
     try:
         inside: set[int] = set()  # what an embedding does inside it (a norm) comes before its leaf
         for inner, _ in embeddings(found):
@@ -304,9 +301,8 @@ def _raw_modules(
     """Modules whose own code multiplies or activates, by id: where no component has a rule."""
     gated = (GatedMLPBridge, JointGateUpMLPBridge)
     bridged = {id(original(module)) for _, module in parts if isinstance(module, gated)}
-    raw = {id(part): GATED_MLP for mixture in mixed for part in mixture}
-    attended = [original(m) for _, m in parts if isinstance(m, AttentionBridge)]
-    met = {id(part) for inner in attended if inner is not None for part in inner.modules()}
+    raw = {id(part): spec for mixture in mixed for part, spec in mixture.specs()}
+    met = _attended(parts)
     for _, module in parts:
         if gates_its_output(module):
             raw[id(module)] = ATTENTION_GATE
@@ -319,6 +315,59 @@ def _raw_modules(
         if id(module) not in bridged or is_known(module):
             raw.setdefault(id(module), spec)
     return raw
+
+
+def _ruled_weights(
+    parts: list[tuple[str, nn.Module]],
+    ctx: Context,
+    roles: dict[int, str],
+    raw: dict[int, Operations],
+) -> dict[int, str]:
+    """Addresses of weights whose products have a rule other than epsilon, and where they are.
+
+    Batched experts, say, keep theirs as parameters of their own, one matrix after another.
+    """
+    found: dict[int, str] = {}
+    attended = _attended(parts)
+    for path, module in parts:
+        layer: Any = module
+        # A parametrised weight is a new tensor at every call.
+        if isinstance(module, nn.Embedding) or parametrize.is_parametrized(module):
+            continue
+        if isinstance(module, LAYERS):
+            role, matrices = roles.get(id(module), _linear_role(module)), [layer.weight]
+        elif raw.get(id(module)) == ROUTER:
+            continue
+        else:
+            role = "projection" if id(module) in attended else "linear"
+            own = [w for w in module._parameters.values() if w is not None]
+            matrices = [m for w in own if w.ndim in (2, 3) for m in (w if w.ndim == 3 else [w])]
+        if role and isinstance(ctx.composite[role], LinearRule):
+            # On the meta device no tensor has an address.
+            found.update((m.data_ptr(), path) for m in matrices if not m.is_meta)
+    return found
+
+
+def _attended(parts: list[tuple[str, nn.Module]]) -> set[int]:
+    """What lies inside attention that has a bridge."""
+    inner = [original(m) for _, m in parts if isinstance(m, AttentionBridge)]
+    return {id(part) for module in inner if module is not None for part in module.modules()}
+
+
+def _router_roles(
+    parts: list[tuple[str, nn.Module]], mixed: list[Mixture], raw: dict[int, Operations]
+) -> dict[int, str]:
+    """Linear layers that weigh experts: they keep the epsilon rule, whatever that of the others."""
+    found: dict[int, str] = {}
+    for _, module in parts:
+        if raw.get(id(module)) == ROUTER:
+            found.update((id(inner), "router") for inner in module.modules())
+            found[id(module)] = ""
+    for mixture in mixed:  # the weight of a shared expert: one number a position
+        for inner in mixture.block.modules():
+            if isinstance(inner, nn.Linear) and inner.out_features == 1:
+                found[id(inner)] = "router"
+    return found
 
 
 def hook_points(model: Any, parts: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:

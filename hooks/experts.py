@@ -36,6 +36,9 @@ ROUTERS = re.compile("Router|Gating|Statics")
 EXPERTS = re.compile("Experts$")
 """Class names of what a mixture is made of; anything else inside it has rules of its own."""
 
+BLOCK = Operations(gated=True, attention=False)
+"""A mixture's own code: the weight of a shared expert, a product before the experts."""
+
 BATCHED = frozenset({"bmm", "grouped_mm", "_grouped_mm"})
 
 
@@ -75,6 +78,12 @@ class Mixture:
     def __iter__(self) -> Iterator[nn.Module]:
         yield self.block
         yield from (module for _, module in self.parts())
+
+    def specs(self) -> Iterator[tuple[nn.Module, Operations]]:
+        """Each module whose own code is met, and which of its operations have a rule."""
+        yield self.block, BLOCK
+        for _, module in self.parts():
+            yield module, ROUTER if ROUTERS.search(type(module).__name__) else GATED_MLP
 
     def batched_experts(self) -> nn.Module | None:
         """The module with all experts' weights, whose neurons get a hook point."""
@@ -188,7 +197,7 @@ def attach_mixture(at: Attached, ctx: Context, mixture: Mixture) -> None:
             ctx.routing[mixture.path] = chosen.reshape(*mixture.shape, -1)
 
     at.undo.append(mixture.block.register_forward_pre_hook(begin, with_kwargs=True).remove)
-    attach_operations(at, ctx, mixture.path, mixture.block, Operations(gated=True, attention=False))
+    attach_operations(at, ctx, mixture.path, mixture.block, BLOCK)
     neurons: Any = mixture.batched_experts()
     if neurons is not None:
         ctx.experts[mixture.path] = int(neurons.down_proj.shape[0])

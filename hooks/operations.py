@@ -33,6 +33,7 @@ from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context
 from lenslrp.hooks.norms import measure_bias
 from lenslrp.hooks.rules import (
+    Epsilon,
     LinearRule,
     Operations,
     Plain,
@@ -142,6 +143,8 @@ class Met(TorchFunctionMode):
         out = func(*args, **kwargs)
         if name in SUMS:
             return self.sum(out, args, SUMS[name])
+        if name in ("matmul", "__matmul__") and _live(args[0]) and args[1].ndim == 2:
+            return self.weighted(out, args[0], args[1].T, None)
         if name == "linear":
             return self.linear(out, args, kwargs)
         if name in CONVOLUTIONS and self.sites["linear"].books is not None:
@@ -243,15 +246,19 @@ class Met(TorchFunctionMode):
 
     def linear(self, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
-        site = self.sites["linear"]
-        rule = site.rule
         weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-        if isinstance(rule, LinearRule) and _live(args[0]):
-            # `y` was computed on the graph, which the rule's own node takes the place of.
-            return F.apply(F.Linear, args[0], y.detach(), weight, bias, rule, site)
-        if site.books is not None:
-            measure_bias(y, bias, site)
-        return y
+        ruled = self.weighted(y, args[0], weight, bias)
+        if ruled is y and self.sites["linear"].books is not None:
+            measure_bias(y, bias, self.sites["linear"])
+        return ruled
+
+    def weighted(self, y: Tensor, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        """A product with a weight under a rule other than epsilon; ``y`` as it is otherwise."""
+        site = self.sites["linear"]
+        if not isinstance(site.rule, LinearRule) or not _live(x) or _live(weight):
+            return y
+        # `y` was computed on the graph, which the rule's own node takes the place of.
+        return F.apply(F.Linear, x, y.detach(), weight, bias, site.rule, site)
 
 
 def _live(x: Any) -> bool:
@@ -313,6 +320,8 @@ def sites_of(ctx: Context, path: str, module: nn.Module, spec: Operations) -> di
     if spec.attention:
         roles |= {"attention_qk", "attention_av"}
     sites = {role: ctx.site(path, module, role) for role in sorted(roles)}
+    if spec == ROUTER:  # what chooses has no weighted rule
+        sites["linear"].rule = Epsilon()
     # GIM's temperature is for attention; a router's softmax keeps its plain gradient.
     sites["softmax"] = ctx.site(path, module, "softmax", None if spec.attention else Softmax())
     # What a softmax or sigmoid feeds; under a constant factor nothing passes it.

@@ -168,6 +168,45 @@ def test_weighted_linear_rules_need_experts_one_by_one(implementation: str) -> N
         explain(model, table)
 
 
+WEIGHTED = [
+    "AfmoeForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "FalconForCausalLM",
+    "GptOssForCausalLM",
+    "HrmTextForCausalLM",
+    "LEDForConditionalGeneration",
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "SwitchTransformersForConditionalGeneration",
+]
+GAMMA = {"linear": Gamma(0.3), "projection": Gamma(0.3)}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("error:the books do not balance:UserWarning")
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weighted_linear_rules_reach_every_weight_but_the_routers(name: str) -> None:
+    """Also where a factor is constant, and layers that feed nothing else are off the path."""
+    model = zoo.build(name)
+    for base in (lenslrp.AttnLRP(), lenslrp.CPLRP(gate="up")):
+        R = zoo.explain(model, {**base.rules, **GAMMA}, [])[1]
+        assert abs(R.ledger().error) <= max(1e-8, zoo.tolerance(name))
+        ruled = R.coverage.sites[R.coverage.sites["rule"] == "gamma"]["hook"]
+        mixtures = [
+            b.mlp for b in getattr(model, "blocks", []) if hasattr(b.mlp, "hook_router_scores")
+        ]
+        chooses = r"router|classifier|shared_expert_gate" + (r"|mlp\.gate$" if mixtures else "")
+        assert not ruled.str.contains(chooses).any()
+        assert ruled.str.endswith("mlp.experts").sum() == len(mixtures), list(ruled)
+
+
+def test_raw_weights_without_their_rule_are_refused() -> None:
+    """JetMoe's heads are experts, called past any component: plain products would be epsilon."""
+    model = zoo.build("JetMoeForCausalLM")
+    with pytest.raises(lenslrp.CoverageError, match=r"Mm in .*attn\.experts\.output_linear"):
+        explain(model, {"projection": Gamma(0.3)})
+
+
 def test_checkpointed_experts_give_the_same(mixtral: Any) -> None:
     R = explain(mixtral, lenslrp.AttnLRP(), names_filter=[POST])
     again = explain(mixtral, lenslrp.AttnLRP(), names_filter=[POST], checkpoint=True)
