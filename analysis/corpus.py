@@ -23,14 +23,8 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from lenslrp.analysis.corpus_files import texts_of
-from lenslrp.analysis.storage import (
-    StorageError,
-    load_json,
-    load_tensors,
-    save_json,
-    save_tensors,
-)
-from lenslrp.errors import InputError
+from lenslrp.analysis.storage import load_json, load_tensors, save_json, save_tensors
+from lenslrp.errors import InputError, StorageError
 from lenslrp.quiet import quiet_transformers
 
 PART = 4096

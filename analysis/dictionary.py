@@ -33,16 +33,10 @@ from lenslrp.analysis.plan import SCHEMA, Place, Plan
 from lenslrp.analysis.publish import FILES, publish
 from lenslrp.analysis.replay import Entries, replay
 from lenslrp.analysis.search import Job, merge_shards, scan_shard
-from lenslrp.analysis.storage import (
-    StorageError,
-    check_files,
-    load_json,
-    load_tensors,
-    require_plain,
-)
+from lenslrp.analysis.storage import check_files, load_json, load_tensors, require_plain
 from lenslrp.analysis.texts import Document, Texts
 from lenslrp.analysis.units import Unit
-from lenslrp.errors import InputError
+from lenslrp.errors import InputError, StorageError
 
 
 class NeuronDictionary:

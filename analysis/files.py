@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lenslrp.errors import InputError
+from safetensors import SafetensorError
+
+from lenslrp.errors import InputError, StorageError
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary file to write, beside ``path``, which it replaces when the block ends well.
+    """A temporary path to write, beside ``path``, whose place it takes when the block ends well.
 
-    When the block raises, what was at ``path`` is still there and the temporary file is not. The
-    mode of the result is that of any new file.
+    When the block raises, what was at ``path`` is still there and the temporary file is not.
 
     Raises:
         InputError: the folder of ``path`` does not exist.
+        StorageError: the disk is full.
     """
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} does not exist; cannot write {path.name} there")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield Path(name)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        if _is_full(error):
+            raise StorageError(
+                f"no space left on the disk while writing {path}; what was finished before is "
+                "kept. Make room and run the same command again"
+            ) from error
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"code: {errno.ENOSPC}" in str(error) or "No space left" in str(error)

@@ -20,9 +20,9 @@ from lenslrp.analysis.plan import (
 )
 from lenslrp.analysis.readouts import Sites, sites_of
 from lenslrp.analysis.search import Job
-from lenslrp.analysis.storage import StorageError, load_json, save_json
+from lenslrp.analysis.storage import load_json, save_json
 from lenslrp.analysis.units import Unit
-from lenslrp.errors import InputError
+from lenslrp.errors import InputError, StorageError
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.install import require_bridge
 from lenslrp.hooks.rules import Rule

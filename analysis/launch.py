@@ -21,8 +21,7 @@ from lenslrp.analysis.dictionary import NeuronDictionary
 from lenslrp.analysis.job import prepare
 from lenslrp.analysis.replay import Entries, replay, replayed
 from lenslrp.analysis.search import Job, merge_shards, scan_shard
-from lenslrp.analysis.storage import StorageError
-from lenslrp.errors import InputError
+from lenslrp.errors import InputError, StorageError
 
 RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 """Where launchers say which process this is, and of how many."""

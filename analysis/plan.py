@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lenslrp.analysis.storage import StorageError, canonical
-from lenslrp.errors import InputError
+from lenslrp.analysis.storage import canonical
+from lenslrp.errors import InputError, StorageError
 from lenslrp.hooks.composites import Composite
 from lenslrp.passes import architecture
 

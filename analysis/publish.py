@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
+from lenslrp.analysis.files import whole
 from lenslrp.analysis.plan import SCHEMA, Place, Plan, describe_libraries
 from lenslrp.analysis.replay import STATISTICS, Entries
 from lenslrp.analysis.search import Job, State
-from lenslrp.analysis.storage import file_record, save_json, save_tensors, written_whole
+from lenslrp.analysis.storage import file_record, save_json, save_tensors
 from lenslrp.analysis.texts import Document, write_texts
 from lenslrp.inputs import str_token
 
@@ -124,7 +125,7 @@ def _moments(values: Tensor, kind: str) -> dict[str, NDArray[Any]]:
 
 
 def _write_units(path: Path, plan: Plan, sample: dict[str, Tensor]) -> None:
-    with written_whole(path) as temporary:
+    with whole(path) as temporary:
         writer = None
         try:
             for place in plan.places:
@@ -163,7 +164,7 @@ def _write_examples(path: Path, plan: Plan, entries: Entries, parts: list[Path])
     for part in parts:
         with safe_open(part, framework="pt") as file:
             ids.append(file.get_tensor("entry"))
-    with written_whole(path) as temporary:
+    with whole(path) as temporary:
         writer = None
         try:
             for place in plan.places:

@@ -21,8 +21,9 @@ from lenslrp.analysis.block_pass import Aims, Spans
 from lenslrp.analysis.corpus import Block
 from lenslrp.analysis.plan import CRITERIA, Place, Plan, sampled_documents
 from lenslrp.analysis.search import Job, State
-from lenslrp.analysis.storage import StorageError, load_tensors, remove_leftovers, save_tensors
+from lenslrp.analysis.storage import load_tensors, remove_leftovers, save_tensors
 from lenslrp.analysis.topk import priorities, unpack
+from lenslrp.errors import StorageError
 
 DECILES = 10
 RANDOM = 10

@@ -27,14 +27,9 @@ from tqdm.auto import tqdm
 from lenslrp.analysis.block_pass import BlockPass, Spans
 from lenslrp.analysis.corpus import Corpus
 from lenslrp.analysis.plan import CRITERIA, SAMPLES, Place, Plan, sampled_documents
-from lenslrp.analysis.storage import (
-    StorageError,
-    canonical,
-    load_tensors,
-    remove_leftovers,
-    save_tensors,
-)
+from lenslrp.analysis.storage import canonical, load_tensors, remove_leftovers, save_tensors
 from lenslrp.analysis.topk import TopK, extremes, locator, pack, require_finite, unpack
+from lenslrp.errors import StorageError
 
 
 @dataclass

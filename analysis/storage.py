@@ -8,13 +8,11 @@ is bounded before it is believed: headers, manifests and file names from outside
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lenslrp.errors import LensLRPError
+from lenslrp.analysis.files import whole
+from lenslrp.errors import StorageError
 
 HEADER_LIMIT = 1 << 22
 """Bytes of a safetensors header; ours are a few kilobytes."""
@@ -32,40 +31,6 @@ JSON_LIMIT = 1 << 24
 """Bytes of a manifest."""
 
 CHECKSUM = "sha256"
-
-
-class StorageError(LensLRPError):
-    """A file is damaged, does not belong here, or could not be written; the message names it."""
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends without error.
-
-    Raises:
-        StorageError: the disk is full. What was there before is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        if _is_full(error):
-            raise StorageError(
-                f"no space left on the disk while writing {path}; what was finished before is "
-                "kept. Make room and run the same command again: it goes on from there"
-            ) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _is_full(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return f"code: {errno.ENOSPC}" in str(error) or "No space left" in str(error)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -110,7 +75,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checked = {**metadata, CHECKSUM: contents_sha256(kept, metadata)}
-    with written_whole(path) as temporary:
+    with whole(path) as temporary:
         save_file(kept, temporary, metadata=checked)
 
 
@@ -176,7 +141,7 @@ def canonical(value: Any) -> str:
 
 def save_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
-    with written_whole(path) as temporary:
+    with whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from lenslrp.analysis.storage import StorageError, require_plain, written_whole
-from lenslrp.errors import InputError
+from lenslrp.analysis.files import whole
+from lenslrp.analysis.storage import require_plain
+from lenslrp.errors import InputError, StorageError
 
 SCHEMA = (
     "CREATE TABLE documents (id INTEGER PRIMARY KEY, source INTEGER, start INTEGER, tokens BLOB, "
@@ -61,7 +62,7 @@ def write_texts(
     path: Path, documents: Iterable[Document], names: Iterator[tuple[int, str]]
 ) -> None:
     """Write the file. ``names`` is asked for the text of each token after the documents."""
-    with written_whole(path) as temporary:
+    with whole(path) as temporary:
         try:
             with closing(sqlite3.connect(temporary)) as database:
                 database.execute("PRAGMA journal_mode = OFF")

@@ -67,6 +67,20 @@ class Shape:
         )
 
 
+SMOLLM2 = Shape(
+    layers=30,
+    d_model=576,
+    d_mlp=1536,
+    heads=9,
+    kv_heads=3,
+    vocabulary=49152,
+    tied=True,
+    norm_eps=1e-5,
+    rope_theta=100000.0,
+)
+"""SmolLM2-135M's sizes."""
+
+
 def build_llama(shape: Shape, attention: str, weights: Path | None = None) -> LlamaForCausalLM:
     """A frozen float32 Llama in evaluation mode with `attention` ("eager" or "sdpa").
 

@@ -25,24 +25,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from cost_measure import Shape, make_tokens
+from cost_measure import SMOLLM2, Shape, make_tokens
 
 import lenslrp
 from lenslrp.surveying import Survey
 
 GIB, MIB = 2**30, 2**20
 SHAPES = {
-    "smollm2-135m": Shape(
-        layers=30,
-        d_model=576,
-        d_mlp=1536,
-        heads=9,
-        kv_heads=3,
-        vocabulary=49152,
-        tied=True,
-        norm_eps=1e-5,
-        rope_theta=100000.0,
-    ),
+    "smollm2-135m": SMOLLM2,
     "llama-2-7b": Shape(
         layers=32, d_model=4096, d_mlp=11008, heads=32, kv_heads=32, vocabulary=32000
     ),

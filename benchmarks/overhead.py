@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from cost_bridge import all_hooks_pass, build_bridge, plain_pass, rules_pass
 from cost_measure import (
+    SMOLLM2,
     Pass,
     Shape,
     Summary,
@@ -50,17 +51,6 @@ from lenslrp.embedded import ensure_cached
 
 TARGET = 7
 SMALL = Shape(layers=4, d_model=512, d_mlp=1376, heads=8, kv_heads=8, vocabulary=1024)
-SMOLLM2 = Shape(
-    layers=30,
-    d_model=576,
-    d_mlp=1536,
-    heads=9,
-    kv_heads=3,
-    vocabulary=49152,
-    tied=True,
-    norm_eps=1e-5,
-    rope_theta=100000.0,
-)
 SIZES: dict[str, tuple[Shape, int, int]] = {  # name -> shape, batch, length
     "t256": (SMALL, 2, 256),
     "t1024": (SMALL, 1, 1024),

@@ -57,7 +57,6 @@ from lenslrp.hooks.operations import (
 )
 from lenslrp.hooks.patches import below, embedders
 from lenslrp.hooks.rules import Epsilon, LinearRule, Normalisation, Operations, Plain
-from lenslrp.hooks.sites import Site
 
 ACTIVATIONS: tuple[type, ...] = (
     nn.SiLU,
@@ -156,11 +155,7 @@ def attach_activation(
         at.sites.append(site)
         at.wrap(module, lambda x, y: F.apply(F.Elementwise, x, y, rule, site))
     if share != 1:
-        at.hook(module, lambda _, args, y: _share(y, share, site))
-
-
-def _share(y: Tensor, share: float, site: Site) -> Tensor:
-    return y.detach() if share == 0 else F.apply(F.Share, y, share, site)
+        at.hook(module, lambda _, args, y: F.shared(y, share, site))
 
 
 def attach_native_activation(
@@ -168,7 +163,6 @@ def attach_native_activation(
 ) -> None:
     """TransformerLens' own MLPs keep their activation as a function on the instance."""
     act: Any = mlp.act
-    rule = ctx.composite["activation"]
     if act not in NATIVE_ACTIVATIONS:
         return
     site = ctx.site(path, mlp, "activation")
@@ -176,12 +170,7 @@ def attach_native_activation(
     at.sites.append(site)
 
     def ruled(x: Tensor) -> Tensor:
-        if isinstance(rule, Plain):
-            x = F.apply(F.RegionInput, x, "plain", site)
-            y = F.apply(F.RegionOutput, act(x), None, "plain", site)
-        else:
-            y = F.apply(F.Elementwise, x, act(x.detach()), rule, site)
-        return y if share == 1 else _share(y, share, site)
+        return F.shared(F.activated(act, x, site), share, site)
 
     at.attribute(mlp, "act", ruled)
 
@@ -247,9 +236,10 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
     gates: dict[int, float] = {}
     roles: dict[int, str] = {}
     mixed = mixtures(found)
+    mixing = {id(part) for mixture in mixed for part, _ in mixture.specs()}
     raw = _raw_modules(found, mixed, ctx)
     linear = {id(original(m)) for _, m in found if isinstance(m, LinearBridge)}
-    roles.update((id(part), "") for mixture in mixed for part in mixture)  # met where they run
+    roles.update(dict.fromkeys(mixing, ""))  # met where they run
     roles.update(_router_roles(found, mixed, raw))
     for path, module in found:
         if "cross_attn" in module._modules and "ln2" in module._modules:
@@ -282,7 +272,7 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
             _attach(at, ctx, path, module, gates, roles)
             if id(module) in linear and not isinstance(module, LAYERS):
                 attach_linear(at, ctx, path, module, roles.get(id(module), "linear"))
-            if id(module) in raw and not any(module in mixture for mixture in mixed):
+            if id(module) in raw and id(module) not in mixing:
                 attach_operations(at, ctx, path, module, raw[id(module)])
         for mixture in mixed:
             attach_mixture(at, ctx, mixture)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -58,13 +58,14 @@ class Mixture:
         block: the Hugging Face module that routes and calls the experts.
         shape: batch and positions of the current input.
         chosen: the experts that each position was sent to, [batch * pos, slot].
+        running: what meets the operations of the experts that run.
     """
 
     path: str
     block: nn.Module
     shape: tuple[int, ...] = ()
     chosen: Tensor | None = None
-    running: list[Any] = field(default_factory=list)
+    running: Any = None
 
     def parts(self) -> list[tuple[str, nn.Module]]:
         """Routers and experts inside the block, under their names there."""
@@ -74,10 +75,6 @@ class Mixture:
             if module is not self.block and (ROUTERS.search(kind) or EXPERTS.search(kind)):
                 found[id(module)] = (name.replace("._original_component", ""), module)
         return list(found.values())
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        yield self.block
-        yield from (module for _, module in self.parts())
 
     def specs(self) -> Iterator[tuple[nn.Module, Operations]]:
         """Each module whose own code is met, and which of its operations have a rule."""
@@ -123,7 +120,7 @@ class ExpertsMet(Met):
         super().__init__(*args)
         self.mixture, self.point = mixture, point
         self.rows: Tensor | None = None  # of [batch * pos * slot], in the order they are computed
-        mixture.running[:] = [self]
+        mixture.running = self
 
     def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in BATCHED and isinstance(self.sites["linear"].rule, LinearRule):
@@ -216,5 +213,5 @@ def attach_mixture(at: Attached, ctx: Context, mixture: Mixture) -> None:
             at.attribute(
                 module,
                 "_apply_gate",
-                lambda x, gate=gate, module=module: gate(mixture.running[0], module, x),
+                lambda x, gate=gate, module=module: gate(mixture.running, module, x),
             )

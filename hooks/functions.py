@@ -8,6 +8,7 @@ answers for as a whole, and -1 where it ends.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lenslrp.hooks.rules import (
     Identity,
     LinearRule,
     Normalisation,
+    Plain,
     Product,
     SoftmaxTemperature,
     layer_norm_identity,
@@ -389,3 +391,18 @@ class Read(torch.autograd.Function):
 def product_shares(rule: Any) -> tuple[float, float]:
     """(first, second) of a product rule; a plain product passes all of the gradient to both."""
     return (rule.first, rule.second) if isinstance(rule, Product) else (1.0, 1.0)
+
+
+def shared(x: Tensor, share: float, site: Site) -> Tensor:
+    """``x`` with its share of the gradient: all of it, a part, or none (cut from the graph)."""
+    if share == 1:
+        return x
+    return x.detach() if share == 0 else apply(Share, x, share, site)
+
+
+def activated(act: Callable[[Tensor], Tensor], x: Tensor, site: Site) -> Tensor:
+    """``act(x)``, element by element, under the site's rule for activations."""
+    if isinstance(site.rule, Plain):
+        inside = act(apply(RegionInput, x, "plain", site))
+        return apply(RegionOutput, inside, None, "plain", site)
+    return apply(Elementwise, x, act(x.detach()), site.rule, site)

@@ -15,17 +15,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
 from lenslrp.hooks.attach import Attached, original
+from lenslrp.hooks.meeting import MATRIX_PRODUCTS, SUMS, Meeting
 from lenslrp.hooks.sites import Site, has_values, row_sums
 
-PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "einsum"})
-SUMS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
 
-
-class ScoreMeter(TorchFunctionMode):
+class ScoreMeter(Meeting):
     """Books what constants added to the scores of one attention module take.
 
     Args:
@@ -37,16 +34,8 @@ class ScoreMeter(TorchFunctionMode):
         super().__init__()
         self.qk, self.share = qk, share
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
         if name == "baddbmm":  # Bloom adds ALiBi in the product itself
             return self.metered(out, (args[0] * kwargs.get("beta", 1),))
         return self.metered(out, args) if name in SUMS else out
@@ -92,15 +81,7 @@ class LiveAttention(ScoreMeter):
         self.passed_on: list[Tensor] = []  # the pattern after casts and dropout
         self.multiplied = False
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
+    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.pattern is None:
             # A router inside the attention has a softmax as well, over two dimensions.
             if name == "softmax" and isinstance(args[0], Tensor) and args[0].ndim > 2:
@@ -112,7 +93,7 @@ class LiveAttention(ScoreMeter):
                 return self.pattern
             if name in SUMS:
                 return self.metered(func(*args, **kwargs), args)
-        elif not self.multiplied and name in PRODUCTS and self._multiplies(args):
+        elif not self.multiplied and name in MATRIX_PRODUCTS and self._multiplies(args):
             self.multiplied = True
             return self.at_product(func(*args, **kwargs))
         out = func(*args, **kwargs)
@@ -170,7 +151,7 @@ def attach_live(
         at.undo.append(_eager(config))
 
 
-class AtProduct(TorchFunctionMode):
+class AtProduct(Meeting):
     """Gives the product of pattern and values, where the bridge computes it, its rule."""
 
     def __init__(self, at_product: Callable[[Tensor], Tensor]) -> None:
@@ -178,16 +159,13 @@ class AtProduct(TorchFunctionMode):
         self.at_product = at_product
         self.pattern: Tensor | None = None
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        if self.pattern is not None and name in PRODUCTS and args[0].shape == self.pattern.shape:
+    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        if (
+            self.pattern is not None
+            and name in MATRIX_PRODUCTS
+            and args[0].shape == self.pattern.shape
+        ):
             self.pattern = None
             return self.at_product(out)
         return out

@@ -27,16 +27,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context
+from lenslrp.hooks.meeting import MATRIX_PRODUCTS, SUMS, Meeting
 from lenslrp.hooks.norms import measure_bias
 from lenslrp.hooks.rules import (
     Epsilon,
     LinearRule,
     Operations,
-    Plain,
     Softmax,
     SoftmaxTemperature,
 )
@@ -91,19 +90,15 @@ GATED = ({"gate_proj", "up_proj", "down_proj"},)
 ACTIVATIONS = frozenset(
     {"silu", "gelu", "relu", "leaky_relu", "elu", "tanh", "mish", "hardswish", "relu_", "silu_"}
 )
-PRODUCTS = {"mul": 0, "__mul__": 0, "__rmul__": 1, "mul_": 0, "__imul__": 0, "multiply": 0}
+PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply"})
 QUOTIENTS = frozenset({"div", "__truediv__", "true_divide", "div_", "__itruediv__"})
-MATRIX_PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "einsum"})
-SUMS = {
-    **dict.fromkeys(("add", "__add__", "__radd__", "add_", "__iadd__"), 1.0),
-    **dict.fromkeys(("sub", "__sub__", "sub_", "__isub__"), -1.0),
-}
+DIFFERENCES = frozenset({"sub", "__sub__", "sub_", "__isub__"})
 CONVOLUTIONS = frozenset({"conv1d", "conv2d"})
 JOINS = frozenset({"cat", "concat", "concatenate"})
 LEAKS = frozenset({"softmax", "sigmoid", "softplus"})
 
 
-class Met(TorchFunctionMode):
+class Met(Meeting):
     """Meets the raw operations of one module while it runs.
 
     Args:
@@ -116,17 +111,9 @@ class Met(TorchFunctionMode):
         super().__init__()
         self.sites, self.spec, self.depth = sites, spec, depth
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.depth[0] or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        return self.meet(func, getattr(func, "__name__", ""), args, kwargs)
+    def meets(self) -> bool:
+        """Whether the code that runs is the module's own, and on the graph."""
+        return self.depth[0] == 0 and torch.is_grad_enabled()
 
     def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in PRODUCTS and _factors(args) == 2:
@@ -141,8 +128,8 @@ class Met(TorchFunctionMode):
         if name in MATRIX_PRODUCTS and self.spec.attention and _factors(args) == 2:
             return self.matrix_product(func, args, kwargs)
         out = func(*args, **kwargs)
-        if name in SUMS:
-            return self.sum(out, args, SUMS[name])
+        if name in SUMS or name in DIFFERENCES:
+            return self.sum(out, args, -1.0 if name in DIFFERENCES else 1.0)
         if name in ("matmul", "__matmul__") and _live(args[0]) and args[1].ndim == 2:
             return self.weighted(out, args[0], args[1].T, None)
         if name == "linear":
@@ -167,7 +154,7 @@ class Met(TorchFunctionMode):
             gates = [i for i, x in enumerate(factors) if _activated(x) or _from_leak(x)]
             at_first = next(iter(gates), 0)
         if not (role == "gate" and _activated(factors[at_first])):  # which has its share already
-            factors[at_first] = _shared(factors[at_first], first / second, site)
+            factors[at_first] = F.shared(factors[at_first], first / second, site)
         y = torch.mul(*factors)
         if first == 0:
             return F.apply(F.Mark, y, site)
@@ -179,14 +166,10 @@ class Met(TorchFunctionMode):
         """An element-wise function; ``gate``: it feeds the first factor of a gated product."""
         site = self.sites["activation"]
         self.depth[0] += 1  # what it is made of is not met
-        if isinstance(site.rule, Plain):
-            inside = act(F.apply(F.RegionInput, x, "plain", site))
-            y = F.apply(F.RegionOutput, inside, None, "plain", site)
-        else:
-            y = F.apply(F.Elementwise, x, act(x.detach()), site.rule, site)
+        y = F.activated(act, x, site)
         self.depth[0] -= 1
         first, second = F.product_shares(self.sites["gate"].rule)
-        return _shared(y, first / second, site) if gate and self.spec.gated else y
+        return F.shared(y, first / second, site) if gate and self.spec.gated else y
 
     def leak(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """The plain gradient between its measured inputs and output."""
@@ -206,7 +189,7 @@ class Met(TorchFunctionMode):
         first, second = F.product_shares(site.rule)
         factors = list(args)
         first_at = (pattern or at)[0]
-        factors[first_at] = _shared(factors[first_at], first / second, site)
+        factors[first_at] = F.shared(factors[first_at], first / second, site)
         y = func(*factors, **kwargs)
         if first == 0:
             return F.apply(F.Mark, y, site)
@@ -290,12 +273,6 @@ def _from_leak(x: Tensor, steps: int = 3) -> bool:
             return bool(node.site.role == "softmax")  # type: ignore[attr-defined]
         node = node.next_functions[0][0] if node.next_functions else None
     return False
-
-
-def _shared(x: Tensor, share: float, site: Site) -> Tensor:
-    if share == 1:
-        return x
-    return x.detach() if share == 0 else F.apply(F.Share, x, share, site)
 
 
 def is_known(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lenslrp.cache import RelevanceCache
     from lenslrp.conversation import chat
     from lenslrp.doctor import examine
-    from lenslrp.errors import CoverageError, InputError, LensLRPError, LoadError
+    from lenslrp.errors import CoverageError, InputError, LensLRPError, LoadError, StorageError
     from lenslrp.hooks import (
         CPLRP,
         GIM,
@@ -36,7 +36,7 @@ _HOMES = {
     "cache": ("RelevanceCache",),
     "conversation": ("chat",),
     "doctor": ("examine",),
-    "errors": ("CoverageError", "InputError", "LensLRPError", "LoadError"),
+    "errors": ("CoverageError", "InputError", "LensLRPError", "LoadError", "StorageError"),
     "hooks": (
         "CPLRP",
         "GIM",
@@ -68,6 +68,7 @@ __all__ = [
     "LoadError",
     "RelP",
     "RelevanceCache",
+    "StorageError",
     "TopK",
     "chat",
     "examine",

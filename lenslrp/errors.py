@@ -20,3 +20,7 @@ class CoverageError(LensLRPError):
 
 class LoadError(LensLRPError):
     """A model could not be loaded; the message says what was looked for and what to do."""
+
+
+class StorageError(LensLRPError):
+    """A file is damaged, does not belong here, or could not be written; the message names it."""

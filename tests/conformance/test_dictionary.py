@@ -19,9 +19,8 @@ from lenslrp.analysis.job import prepare
 from lenslrp.analysis.launch import build_distributed, rank_and_world
 from lenslrp.analysis.replay import ReplayError
 from lenslrp.analysis.search import merge_shards, scan_shard
-from lenslrp.analysis.storage import StorageError
 from lenslrp.analysis.units import Head, Neuron
-from lenslrp.errors import InputError
+from lenslrp.errors import InputError, StorageError
 from tests.conformance.dictionaries import OPTIONS, build, contents, model, texts
 
 FAMILIES = ["llama", "gpt2", "phi", "gemma2", "neox", "native"]

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lenslrp.analysis.dictionary import NeuronDictionary
 from lenslrp.analysis.publish import FILES
-from lenslrp.analysis.storage import StorageError, canonical, file_record
+from lenslrp.analysis.storage import canonical, file_record
+from lenslrp.errors import StorageError
 from tests.conformance.dictionaries import OPTIONS, build, texts
 from tests.unit.test_storage import Payload
 from tests.unit.tiny import WORDS, tiny

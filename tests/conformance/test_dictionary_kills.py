@@ -18,7 +18,7 @@ from lenslrp.analysis import storage
 from lenslrp.analysis.dictionary import NeuronDictionary
 from lenslrp.analysis.job import prepare
 from lenslrp.analysis.search import scan_shard
-from lenslrp.analysis.storage import StorageError
+from lenslrp.errors import StorageError
 from tests.conformance.dictionaries import OPTIONS, build, contents, model, texts
 from tests.conftest import ROOT
 

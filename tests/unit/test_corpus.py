@@ -16,8 +16,7 @@ import torch
 from lenslrp.analysis import corpus as module
 from lenslrp.analysis.corpus import Corpus, Cut, tokenise
 from lenslrp.analysis.corpus_files import describe_corpus, texts_of
-from lenslrp.analysis.storage import StorageError
-from lenslrp.errors import InputError
+from lenslrp.errors import InputError, StorageError
 from tests.unit.tiny import word_tokenizer
 
 TEXTS = ["a b c d e f g", "h i j", "k l m n", "o p q r s t u a b c d", "e", "f g h"]

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lenslrp.analysis import storage
+from lenslrp.analysis.files import whole
 from lenslrp.analysis.storage import (
-    StorageError,
     check_files,
     file_record,
     load_json,
@@ -23,8 +23,8 @@ from lenslrp.analysis.storage import (
     remove_leftovers,
     save_json,
     save_tensors,
-    written_whole,
 )
+from lenslrp.errors import StorageError
 
 TENSORS = {"a": torch.arange(6).view(2, 3), "b": torch.randn(4), "empty": torch.zeros(0, 2)}
 
@@ -113,7 +113,7 @@ def test_a_full_disk_is_said_and_what_was_there_stays(
 
 
 def test_other_errors_pass_and_leave_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), written_whole(tmp_path / "x") as temporary:  # noqa: PT012
+    with pytest.raises(KeyError), whole(tmp_path / "x") as temporary:  # noqa: PT012
         temporary.write_text("half")
         raise KeyError("x")
     assert list(tmp_path.iterdir()) == []
