@@ -126,6 +126,24 @@ class Page:
         frame["source"] = [d.source for d in aims]
         return frame
 
+    def vocabulary(self) -> pd.DataFrame:
+        """What the unit writes to and reads from the vocabulary, by its weights.
+
+        Columns: ``role`` (``"writes"`` or ``"reads"``); ``name`` (``"out"``; ``"in"``, ``"gate"``;
+        of a head ``"q"``, ``"k"``, ``"v"``: the largest components of QK and OV); ``side``
+        (``"top"`` or ``"bottom"``); ``rank``; ``id``, ``token``; ``score``, in logits up to one
+        positive factor a list (see :mod:`lenslrp.analysis.vocabulary`).
+
+        Raises:
+            InputError: no such lists; says why not.
+        """
+        dictionary = self.dictionary
+        frame = dictionary.projections.of(self.place.first + self.index, self.place.site)
+        frame = frame.drop(columns="unit")
+        tokens = [dictionary.texts.token(token) for token in frame["id"].tolist()]
+        frame.insert(frame.columns.get_loc("id") + 1, "token", tokens)
+        return frame
+
     def histogram(self, kind: str = "activation") -> Histogram:
         """Of ``"activation"`` or ``"relevance"`` at the sampled tokens.
 
