@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from lenslrp.analysis.coders import SparseCoder
     from lenslrp.analysis.conditions import through
     from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.analysis.exports import export_html, export_neuronpedia
     from lenslrp.analysis.launch import build_distributed, build_with_ray
     from lenslrp.analysis.lens import Lens
     from lenslrp.analysis.lens_fit import compare_lenses, fit_relevance_lens, fit_ridge_lens
     from lenslrp.analysis.page import Page
+    from lenslrp.analysis.unit_page import page_html, write_page
     from lenslrp.analysis.units import Direction, Feature, Head, Neuron, Unit, parse_unit
     from lenslrp.analysis.vocabulary import VocabularyScores, cosines, reads, sign_cases, writes
 
@@ -22,10 +24,12 @@ _HOMES = {
     "coders": ("SparseCoder",),
     "conditions": ("through",),
     "dictionary": ("NeuronDictionary",),
+    "exports": ("export_html", "export_neuronpedia"),
     "launch": ("build_distributed", "build_with_ray"),
     "lens": ("Lens",),
     "lens_fit": ("compare_lenses", "fit_relevance_lens", "fit_ridge_lens"),
     "page": ("Page",),
+    "unit_page": ("page_html", "write_page"),
     "units": ("Direction", "Feature", "Head", "Neuron", "Unit", "parse_unit"),
     "vocabulary": ("VocabularyScores", "cosines", "reads", "sign_cases", "writes"),
 }
@@ -45,12 +49,16 @@ __all__ = [
     "build_with_ray",
     "compare_lenses",
     "cosines",
+    "export_html",
+    "export_neuronpedia",
     "fit_relevance_lens",
     "fit_ridge_lens",
+    "page_html",
     "parse_unit",
     "reads",
     "sign_cases",
     "through",
+    "write_page",
     "writes",
 ]
 
