@@ -336,6 +336,11 @@ class NeuronDictionary:
         place = next(p for p in self.plan.places if unit < p.end)
         return unit, place.hook, unit - place.first
 
+    def name(self, unit: int) -> str:
+        """A unit's number as text."""
+        place = next(p for p in self.plan.places if unit < p.end)
+        return place.name(unit - place.first)
+
     def window(self, document: Document, position: int) -> tuple[int, list[str]]:
         """Where the window around a position begins, and its tokens as text."""
         before, after = self.plan.window
