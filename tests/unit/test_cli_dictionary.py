@@ -118,6 +118,24 @@ def test_a_launcher_shares_out_by_itself(folder, tmp_path, monkeypatch, capsys):
     assert "--shard is for processes started by hand" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "local", "device"),
+    [([], "1", "cuda:1"), ([], "5", "cuda:1"), (["--device", "cpu"], "1", "cpu")],
+)
+def test_each_process_of_a_launcher_has_its_own_gpu(
+    folder, tmp_path, monkeypatch, given, local, device
+):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", local)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    asked = []
+    monkeypatch.setattr(loading, "load", lambda name, **options: asked.append(options["device"]))
+    monkeypatch.setattr("lenslrp.analysis.launch.build_distributed", lambda *_, **__: None)
+    assert cli.main(build(folder, tmp_path / "d", *given)) == 0
+    assert asked == [device]
+
+
 @pytest.mark.parametrize("unit", ["blocks.1.mlp.hook_post[17]", "1,17"])
 def test_show_has_identity_vocabulary_statistics_and_sentences(folder, capsys, unit):
     assert cli.main(["dictionary", "show", "d", unit, "--k", "2"]) == 0
