@@ -20,6 +20,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 import lenslrp
+from lenslrp.analysis.baselines_attention import (
+    atman,
+    attention_rollout,
+    gradient_x_attention_rollout,
+)
+from lenslrp.analysis.baselines_gradient import integrated_gradients, smoothgrad
+from lenslrp.analysis.baselines_perturbation import kernel_shap, occlusion
 from lenslrp.analysis.question import CHUNK, Passes, Question, ask
 from lenslrp.errors import InputError
 from lenslrp.hooks.composites import Composite
@@ -218,6 +225,38 @@ METHODS: dict[str, Method] = {
             "gradient_x_input",
             lenslrp.GradientTimesInput(),
             "Shrikumar et al. 2016, arXiv:1605.01713",
+        ),
+        Method(
+            "integrated_gradients",
+            integrated_gradients,
+            "Sundararajan et al. 2017, arXiv:1703.01365",
+            needs=("captum",),
+        ),
+        Method(
+            "smoothgrad",
+            smoothgrad,
+            "Smilkov et al. 2017, arXiv:1706.03825",
+            deterministic=False,
+        ),
+        Method(
+            "attention_rollout",
+            attention_rollout,
+            "Abnar & Zuidema 2020, arXiv:2005.00928",
+            needs=("patterns",),
+        ),
+        Method(
+            "gradient_x_attention_rollout",
+            gradient_x_attention_rollout,
+            "Chefer et al. 2021, arXiv:2103.15679",
+            needs=("patterns",),
+        ),
+        Method("atman", atman, "Deb et al. 2023, arXiv:2301.08110", needs=("patterns",)),
+        Method("occlusion", occlusion, "Zeiler & Fergus 2014, arXiv:1311.2901"),
+        Method(
+            "kernel_shap",
+            kernel_shap,
+            "Lundberg & Lee 2017, arXiv:1705.07874",
+            deterministic=False,
         ),
         _rules("epsilon_lrp", epsilon_lrp(), "Bach et al. 2015, PLoS ONE 10(7)"),
         _rules("cp_lrp", lenslrp.CPLRP(), "Ali et al. 2022, arXiv:2202.07304"),
