@@ -27,8 +27,10 @@ from lenslrp.analysis.baselines_attention import (
 )
 from lenslrp.analysis.baselines_gradient import integrated_gradients, smoothgrad
 from lenslrp.analysis.baselines_perturbation import kernel_shap, occlusion
+from lenslrp.analysis.baselines_positional import pa_lrp
 from lenslrp.analysis.question import CHUNK, Passes, Question, ask
 from lenslrp.errors import InputError
+from lenslrp.hooks.ablations import DistributedBiasAtSoftmax, IdentityAtSoftmax
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.rules import Plain
 from lenslrp.targets import Explained
@@ -263,11 +265,18 @@ METHODS: dict[str, Method] = {
         _rules("relp", lenslrp.RelP(), "Rezaei Jafari et al. 2025, arXiv:2508.21258"),
         _rules("gim", lenslrp.GIM(), "Edin et al. 2025, arXiv:2505.17630"),
         _rules("attnlrp", lenslrp.AttnLRP(), _ATTNLRP),
+        Method("attnlrp_positional", pa_lrp, "Bakish et al. 2025, arXiv:2506.02138"),
         _rules("attnlrp_gamma", lenslrp.AttnLRPViT(), f"{_ATTNLRP}, App. B.4"),
         _rules(
             "attnlrp_plain_activation",
             Composite("AttnLRP, plain activation", {"activation": Plain()}),
             f"{_ATTNLRP}, less its identity rule",
+        ),
+        _rules("attnlrp_softmax_identity", IdentityAtSoftmax(), f"{_ATTNLRP}, an ablation"),
+        _rules(
+            "attnlrp_softmax_distributed",
+            DistributedBiasAtSoftmax(),
+            f"{_ATTNLRP}, an ablation",
         ),
     )
 }

@@ -275,7 +275,7 @@ def _rows(
     weights = torch.zeros(last.shape[:2]).to(last)
     written = question.prepared.decoder or question.prepared
     mask = written.mask.to(last.device)
-    outputs = Outputs(last, mask, None, {}.__getitem__, written.prompt_lengths)
+    outputs = Outputs(last, mask, None, dict[str, Tensor]().__getitem__, written.prompt_lengths)
     if question.pooled and position is None:
         if question.grid is not None and not _before(question, last.shape[-1]):
             return weights + 1 / last.shape[1]

@@ -88,9 +88,9 @@ def coalitions(
         sizes = plan.sum(dim=1).tolist()
         weights = [(units - 1) / (math.comb(units, s) * s * (units - s)) for s in sizes]
         return plan, torch.tensor(weights, dtype=torch.float64)
-    sizes = torch.arange(1, units)
-    chance = 1 / (sizes * (units - sizes)).double()
-    drawn = sizes[torch.multinomial(chance, samples // 2, replacement=True, generator=generator)]
+    size = torch.arange(1, units)
+    chance = 1 / (size * (units - size)).double()
+    drawn = size[torch.multinomial(chance, samples // 2, replacement=True, generator=generator)]
     order = torch.rand(len(drawn), units, generator=generator).argsort(dim=1).argsort(dim=1)
     half = order < drawn[:, None]
     return torch.cat([half, ~half]), torch.ones(2 * len(half), dtype=torch.float64)
@@ -109,4 +109,5 @@ def solved(
     system[units, units] = 0
     right = torch.cat([plan.T @ (weights * values), total[None]])
     # Fewer samples than units leave more than one solution: the shortest is taken.
-    return torch.linalg.lstsq(system, right[:, None], driver="gelsd").solution[:units, 0]
+    found: Tensor = torch.linalg.lstsq(system, right[:, None], driver="gelsd").solution
+    return found[:units, 0]

@@ -123,7 +123,7 @@ class Question:
         if self.grid is None:
             return units[..., None]
         height, width = (n // m for n, m in zip(self.inputs.shape[-2:], self.grid, strict=True))
-        image = units.unflatten(-1, self.grid)[..., None, :, :]
+        image: Tensor = units.unflatten(-1, self.grid)[..., None, :, :]
         return image.repeat_interleave(height, -2).repeat_interleave(width, -1)
 
     def summed(self, relevance: Tensor) -> Float[Tensor, "... batch units"]:
@@ -132,7 +132,7 @@ class Question:
             return relevance.sum(dim=-1)
         rows, columns = self.grid
         image = relevance.sum(dim=-3)
-        parts = image.unflatten(-2, (rows, -1)).unflatten(-1, (columns, -1))
+        parts: Tensor = image.unflatten(-2, (rows, -1)).unflatten(-1, (columns, -1))
         return parts.sum(dim=(-3, -1)).flatten(-2)
 
     def baseline(self, kind: str | Tensor) -> Tensor:
