@@ -55,7 +55,10 @@ class Scales:
         limits = {}
         for kind, column in COLUMNS.items():
             sizes = [
-                [_largest(row, first - start) for row, start in zip(f[column], f["start"], strict=True)]
+                [
+                    _largest(row, first - start)
+                    for row, start in zip(f[column], f["start"], strict=True)
+                ]
                 for f in extreme or frames.values()
                 if column in f
             ]

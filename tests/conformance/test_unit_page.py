@@ -242,9 +242,8 @@ def test_clamping_changes_the_logit_that_was_explained(
                 x[:, :, page.index] *= scale
                 return x
 
-            with bridge.hooks(fwd_hooks=[(page.place.hook, change)]):
-                with torch.no_grad():
-                    return float(bridge(doc.tokens[None])[0, doc.aim_position, doc.aim_token])
+            with bridge.hooks(fwd_hooks=[(page.place.hook, change)]), torch.no_grad():
+                return float(bridge(doc.tokens[None])[0, doc.aim_position, doc.aim_token])
 
         assert got.logit == pytest.approx(row.target_value, rel=1e-5)
         assert got.off == pytest.approx(logit(0) - logit(1), rel=1e-3, abs=1e-6)
