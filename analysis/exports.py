@@ -305,7 +305,8 @@ def export_html(
     title = f"{len(rows)} units of {dictionary.plan.model['name']}"
     what = (
         f"{dictionary.manifest['tokens_seen']:,} tokens searched, corpus: "
-        f"{dictionary.plan.corpus['name']}. Active: share of tokens above 0. Tokens are those at the hits of the best examples."
+        f"{dictionary.plan.corpus['name']}. "
+        "Active: share of tokens above 0. Tokens are those at the hits of the best examples."
     )
     jinja = environment()
     body = jinja.from_string(INDEX).render(

@@ -60,7 +60,7 @@ text-align:left;vertical-align:top;background:none;color:inherit}}
 § td,§ th{{overflow-wrap:normal}}
 § .long td{{overflow-wrap:anywhere}}
 § .n{{text-align:right;white-space:nowrap}}
-§ td.n,§ th.n{{padding-right:.9em}}
+§ td.n,§ th.n{{padding-right:.9em;width:1%}}
 § .pos{{color:var(--pos)}}
 § .neg{{color:var(--neg)}}
 § .faint{{opacity:.6}}
@@ -149,7 +149,7 @@ PAGE = """<div class="lenslrp-unit"><style>{{ style }}</style><div class="wide">
 <p class="what">What it writes: tokens whose logits it raises and lowers when it is active.
 What it reads: tokens whose embeddings push its input up and down. Through the model's own norms;
 scores are logits up to one positive factor.</p>
-<div class="columns">{% for part in vocabulary.parts %}<div><h3>{{ part.title }}</h3>
+<div class="columns two">{% for part in vocabulary.parts %}<div><h3>{{ part.title }}</h3>
 {{ table(part.table) }}</div>{% endfor %}</div>{% endif %}</section>
 
 <section><h2>How it behaves</h2>
