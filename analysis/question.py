@@ -1,0 +1,393 @@
+"""One input and one target, as a function of what the model embedded: what every method is asked.
+
+A method of attribution asks how the target's value depends on the units of the input: token
+embeddings (a unit is the whole vector), or patches of an image (a unit is all of its pixels). Here
+input and target are resolved exactly as :func:`lenslrp.run_with_relevance` resolves them; then the
+value can be asked for any number of changed inputs, in chunks of bounded memory, and every pass is
+counted. The default target, the top logit, is that of the unchanged input throughout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lenslrp import media
+from lenslrp.errors import InputError
+from lenslrp.hooks.attach import Attached
+from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.embeddings import embeddings
+from lenslrp.hooks.install import require_bridge
+from lenslrp.inputs import Prepared
+from lenslrp.leaves import Leaves, cut_leaves, cut_media
+from lenslrp.passes import architecture, capture, parts_of, undone
+from lenslrp.targets import (
+    Activation,
+    Explained,
+    Logit,
+    Outputs,
+    PerRow,
+    Sequence,
+    Target,
+    Top,
+    as_target,
+    require_latent,
+)
+
+CHUNK = 16
+"""How many sequences run through the model at once."""
+
+
+@dataclass
+class Passes:
+    """Forward and backward passes of one sequence that an explanation took."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+@dataclass(eq=False)
+class Question:
+    """What a method is asked; see :func:`ask`.
+
+    Attributes:
+        inputs: the embeddings of the tokens, [batch, pos, d_model], or an image's pixels,
+            [batch, channel, height, width].
+        mask: True where a unit (a token, a patch) is real.
+        target: with the top logit's token fixed.
+        explained: the target's text, and its value for the unchanged input.
+        units: what the units are called.
+        grid: rows and columns of an image's patches, ``None`` for text.
+        given: the input as :func:`lenslrp.run_with_relevance` takes it.
+        chunk: how many sequences run at once.
+        passes: counted so far, for each row.
+    """
+
+    model: Any
+    prepared: Prepared
+    inputs: Tensor
+    mask: Bool[Tensor, "batch units"]
+    target: Target
+    explained: Explained
+    units: list[list[str]]
+    grid: tuple[int, int] | None
+    given: Mapping[str, Any]
+    chunk: int = CHUNK
+    passes: Passes = field(default_factory=Passes)
+
+    @property
+    def step(self) -> int:
+        """How many copies of the batch run at once."""
+        return max(1, self.chunk // len(self.inputs))
+
+    def values(self, inputs: Float[Tensor, "copies batch ..."]) -> Float[Tensor, "copies batch"]:
+        """The target's value for changed inputs, on the autograd graph where they are on it."""
+        return torch.cat([self._values(part) for part in inputs.split(self.step)])
+
+    def gradients(self, inputs: Float[Tensor, "copies batch ..."]) -> Tensor:
+        """The gradient of the value at changed inputs, of their shape."""
+        found = []
+        for part in inputs.split(self.step):
+            leaf = part.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                value = self._values(leaf).sum()
+            found.append(torch.autograd.grad(value, leaf)[0])
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def ablated(
+        self, keep: Bool[Tensor, "copies batch units"], baseline: Tensor
+    ) -> Float[Tensor, "copies batch"]:
+        """The value with every unit that is not kept set to the baseline."""
+        parts = keep.to(self.inputs.device).split(self.step)
+        return torch.cat(
+            [
+                self._values(torch.where(self.over_inputs(part), self.inputs, baseline))
+                for part in parts
+            ]
+        )
+
+    def over_inputs(self, units: Tensor) -> Tensor:
+        """[..., batch, units] spread over the shape of the inputs (or one it broadcasts to)."""
+        if self.grid is None:
+            return units[..., None]
+        height, width = (n // m for n, m in zip(self.inputs.shape[-2:], self.grid, strict=True))
+        image = units.unflatten(-1, self.grid)[..., None, :, :]
+        return image.repeat_interleave(height, -2).repeat_interleave(width, -1)
+
+    def summed(self, relevance: Tensor) -> Float[Tensor, "... batch units"]:
+        """Relevance of the inputs summed over each unit: features of a token, pixels of a patch."""
+        if self.grid is None:
+            return relevance.sum(dim=-1)
+        rows, columns = self.grid
+        image = relevance.sum(dim=-3)
+        parts = image.unflatten(-2, (rows, -1)).unflatten(-1, (columns, -1))
+        return parts.sum(dim=(-3, -1)).flatten(-2)
+
+    def baseline(self, kind: str | Tensor) -> Tensor:
+        """What takes the place of a unit, of the inputs' shape.
+
+        ``"zero"`` (for pixels: the processor's mean colour), ``"mean"`` (of the row's own real
+        tokens, or the image's own mean colour), or a tensor that broadcasts to the inputs.
+
+        Raises:
+            InputError: anything else.
+        """
+        x = self.inputs
+        if isinstance(kind, Tensor):
+            try:
+                return kind.to(x).expand_as(x)
+            except RuntimeError as error:
+                raise InputError(
+                    f"a baseline must broadcast to the inputs {list(x.shape)}, not "
+                    f"{list(kind.shape)}"
+                ) from error
+        if kind == "zero":
+            return torch.zeros_like(x)
+        if kind == "mean" and self.grid is not None:
+            return x.mean(dim=(-2, -1), keepdim=True).expand_as(x)
+        if kind == "mean":
+            real = self.mask[..., None].to(x.dtype)
+            mean = (x * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True)
+            return mean.expand_as(x)
+        raise InputError(f"baseline must be 'zero', 'mean' or a tensor, not {kind!r}")
+
+    def generator(self, row: int, seed: int) -> torch.Generator:
+        """Random numbers for one row: by seed and content, whatever the batch it is in."""
+        prompt = self.prepared
+        content = (
+            self.inputs[row] if prompt.media or "inputs_embeds" in prompt.kwargs
+            else prompt.tokens[row][prompt.mask[row]]
+        )  # fmt: skip
+        data = content.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        digest = hashlib.sha256(f"{seed} ".encode() + data).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def _values(self, inputs: Tensor) -> Tensor:
+        copies, batch = inputs.shape[:2]
+        prepared = _repeated(self.prepared, copies)
+        logits, captured = _run(self.model, prepared, self.target, inputs.flatten(0, 1))
+        self.passes.forward += copies
+        self.passes.backward += copies if logits.requires_grad else 0
+        values = []
+        for copy in range(copies):
+            rows = slice(copy * batch, (copy + 1) * batch)
+            hooked = {name: x[rows] for name, x in captured.items()}
+            outputs = _outputs(self.model, self.prepared, logits[rows], hooked)
+            values.append(self.target.values(outputs))
+        return torch.stack(values)
+
+
+def ask(
+    model: Any,
+    input: Any = None,
+    target: Any = None,
+    *,
+    prepend_bos: bool | None = None,
+    attention_mask: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    decoder_input: Any = None,
+    pixel_values: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> Question:
+    """Resolve an input and a target, with one forward pass that is not counted.
+
+    Args:
+        model, input, target and the other keywords: as for :func:`lenslrp.run_with_relevance`. Of
+            an encoder-decoder, the units are the encoder's tokens.
+        chunk: how many sequences may run at once; the batch itself always does.
+
+    Raises:
+        InputError: what cannot be explained; sound, and an image beside text, which
+            :func:`lenslrp.run_with_relevance` explains but the baselines do not.
+    """
+    require_bridge(model)
+    if chunk < 1:
+        raise InputError(f"chunk must be at least 1, not {chunk}")
+    kind = architecture(model)
+    reads = media.main_input(model)
+    if reads not in ("input_ids", "pixel_values"):
+        raise InputError(f"baselines take text and images; {kind} reads {reads}")
+    image = reads == "pixel_values"
+    if pixel_values is not None and not image:
+        raise InputError(f"baselines take text or an image, not both; {kind} reads {reads}")
+    if image and isinstance(input, Tensor) and input.is_floating_point():
+        input, pixel_values = None, input
+    given = {
+        "input": input, "prepend_bos": prepend_bos, "attention_mask": attention_mask,
+        "inputs_embeds": inputs_embeds, "decoder_input": decoder_input,
+        "pixel_values": pixel_values,
+    }  # fmt: skip
+    labels = media.labels_of(model)
+    wanted = as_target(target, model.tokenizer, _batch(input, inputs_embeds, pixel_values), labels)
+    prepared = media.prepare(
+        model,
+        input,
+        {} if pixel_values is None else {"pixel_values": pixel_values},
+        append=wanted.ids(model.tokenizer) if isinstance(wanted, Sequence) else [],
+        prepend_bos=prepend_bos,
+        attention_mask=attention_mask,
+        inputs_embeds=inputs_embeds,
+        decoder_input=decoder_input,
+    )
+    if not media.head_of(model):
+        require_latent(wanted, kind)
+    leaves = Leaves()
+    with torch.no_grad():
+        logits, captured = _run(model, prepared, wanted, None, leaves)
+    grid = None
+    if image:
+        inputs = prepared.media["pixel_values"]
+        seen = media.with_sequence(prepared, leaves) if leaves.seen else prepared
+        prepared = replace(seen, media=prepared.media)
+        grid = _grid(leaves, inputs, kind)
+        units = [[f"{r},{c}" for r in range(grid[0]) for c in range(grid[1])]] * len(inputs)
+        mask = torch.ones(len(inputs), grid[0] * grid[1], dtype=torch.bool, device=inputs.device)
+    else:
+        if len(leaves.tokens) != 1 and inputs_embeds is None:
+            raise InputError(
+                f"{kind} embeds its tokens in {len(leaves.tokens)} places: the baselines take "
+                "models that do it in one"
+            )
+        inputs = (leaves.tokens[0] if inputs_embeds is None else inputs_embeds).detach()
+        mask, units = prepared.mask, prepared.str_tokens(model.tokenizer)
+    outputs = _outputs(model, prepared, logits, captured)
+    value = wanted.values(outputs).detach()
+    if not bool(value.isfinite().all()):
+        raise InputError(f"the target is NaN or infinite: {value.tolist()}")
+    explained = Explained(wanted.text(outputs), value)
+    fixed = _fixed(wanted, outputs)
+    return Question(
+        model, prepared, inputs, mask, fixed, explained, units, grid, given, chunk
+    )  # fmt: skip
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No weight asks for a gradient inside, so that none is kept for it."""
+    thawed = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        for weight in thawed:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in thawed:
+            weight.requires_grad_(True)
+
+
+def _batch(text: Any, embeds: Tensor | None, pixels: Tensor | None) -> int:
+    first = next((x for x in (embeds, pixels) if x is not None), None)
+    if first is not None:
+        return len(first)
+    if isinstance(text, Tensor):
+        return 1 if text.ndim < 2 else len(text)
+    single = isinstance(text, str) or (isinstance(text, list) and text and isinstance(text[0], int))
+    return 1 if single or not isinstance(text, list) else len(text)
+
+
+def _grid(leaves: Leaves, pixels: Tensor, kind: str) -> tuple[int, int]:
+    """Rows and columns of an image's patches."""
+    places = leaves.seen[0].shape[2:] if leaves.seen and leaves.seen[0].ndim == 4 else ()
+    sizes = pixels.shape[-2:]
+    if len(places) != 2 or any(n % m for n, m in zip(sizes, places, strict=True)):
+        raise InputError(f"{kind} has no grid of patches that covers its image {list(sizes)}")
+    return int(places[0]), int(places[1])
+
+
+def _fixed(target: Target, outputs: Outputs) -> Target:
+    """The target with the top logit's token as it is for the unchanged input."""
+    if isinstance(target, PerRow):
+        rows = enumerate(target.targets)
+        return PerRow(tuple(_fixed(part, outputs.row(row)) for row, part in rows))
+    if not isinstance(target, Top):
+        return target
+    best = outputs.rows_at(target.position).argmax(dim=1).tolist()
+    logits = tuple(Logit(token, target.position) for token in best)
+    return logits[0] if len(logits) == 1 else PerRow(logits)
+
+
+def _run(
+    model: Any,
+    prepared: Prepared,
+    target: Target,
+    inputs: Tensor | None,
+    leaves: Leaves | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and what the target reads, with ``inputs`` in place of what was embedded.
+
+    Without ``inputs``, what is embedded is put into ``leaves``.
+    """
+    parts = list(components(model))
+    hooks = [part.hook for part in parts_of(target) if isinstance(part, Activation)]
+    captured: dict[str, Tensor] = {}
+    kwargs: dict[str, Any] = {"use_cache": False, **prepared.kwargs}
+    text: Tensor | None = prepared.tokens
+    replaced: list[nn.Module] = []
+    with frozen(model), undone(Attached()) as at:
+        if prepared.media:
+            kwargs, text = {**prepared.media}, None
+            if leaves is not None:
+                kwargs = dict(cut_media(at, parts, leaves, [], kwargs, "pixels"))
+            if inputs is not None:
+                kwargs["pixel_values"] = inputs
+        elif "inputs_embeds" in kwargs:
+            embeds = kwargs.pop("inputs_embeds")
+            text = embeds if inputs is None else inputs
+        elif inputs is not None:
+            _embed(at, parts, inputs, replaced)
+        elif leaves is not None:
+            cut_leaves(at, parts, leaves, prepared)
+        capture(at, hook_points(model, parts), parts, hooks, captured)
+        logits: Tensor = model(text, return_type="logits", **kwargs)
+    return logits, captured
+
+
+def _embed(
+    at: Attached, parts: list[tuple[str, nn.Module]], inputs: Tensor, replaced: list[nn.Module]
+) -> None:
+    """Make the first embedding of tokens return ``inputs``; an encoder embeds before a decoder."""
+
+    def replace_it(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+        if replaced or out.ndim != 3 or out.shape != inputs.shape:
+            return None
+        replaced.append(module)
+        return inputs
+
+    for module, position in embeddings(parts):
+        if not position:
+            at.hook(module, replace_it)
+
+
+def _outputs(
+    model: Any, prepared: Prepared, logits: Tensor, captured: Mapping[str, Tensor]
+) -> Outputs:
+    written = prepared.decoder or prepared
+    return Outputs(
+        logits,
+        written.mask.to(logits.device),
+        model.tokenizer,
+        captured.__getitem__,
+        written.prompt_lengths,
+        media.labels_of(model),
+    )
+
+
+def _repeated(prepared: Prepared, copies: int) -> Prepared:
+    """The batch ``copies`` times, one after the other."""
+
+    def repeat(value: Any) -> Any:
+        alike = isinstance(value, Tensor) and len(value) == len(prepared.tokens)
+        return value.repeat(copies, *[1] * (value.ndim - 1)) if alike else value
+
+    return replace(
+        prepared,
+        tokens=repeat(prepared.tokens),
+        kwargs={name: repeat(value) for name, value in prepared.kwargs.items()},
+    )
