@@ -7,9 +7,9 @@
   target's probability. LeRF read from its end is insertion: only the most relevant are there.
 * **Comprehensiveness and sufficiency** (ERASER, DeYoung et al. 2020): how much probability goes
   with the most relevant features, and how much is missing when they are all there is.
-* **Normalised AOPC** (Edin et al. 2024, arXiv 2408.08137): the area over the MoRF curve, one feature
-  a step, between the lowest and the highest that any order has on this input. Raw areas say as
-  much about a model as about a method; this one can be compared across models.
+* **Normalised AOPC** (Edin et al. 2024, arXiv 2408.08137): the area over the MoRF curve, one
+  feature a step, between the lowest and the highest that any order has on this input. Raw areas
+  say as much about a model as about a method; this one can be compared across models.
 
 All of them ask :class:`~lenslrp.analysis.perturb.Features` for values, and ask for every set once.
 """
@@ -24,8 +24,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lenslrp.analysis.perturb import Features, Masks, Numbers, Prompt, Values, token_values
-from lenslrp.analysis.perturb import tokens_of
+from lenslrp.analysis.perturb import Features, Masks, token_values, tokens_of
+from lenslrp.analysis.prompts import Numbers, Prompt, Values
 from lenslrp.analysis.statistics import area
 from lenslrp.errors import InputError
 
@@ -194,9 +194,7 @@ def _asked_once(features: Features, masks: Sequence[Masks]) -> list[Values]:
     unique, where = np.unique(every, axis=0, return_inverse=True)
     found, where = features.without(unique), where.reshape(-1)
     ends = np.cumsum([len(part) for part in masks])[:-1]
-    return [
-        Values(found.value[part], found.probability[part]) for part in np.split(where, ends)
-    ]
+    return [Values(found.value[part], found.probability[part]) for part in np.split(where, ends)]
 
 
 def comprehensiveness(

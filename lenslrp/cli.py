@@ -1,4 +1,4 @@
-"""The command line: ``lenslrp explain`` and ``lenslrp doctor``.
+"""The command line: ``lenslrp explain``, ``lenslrp doctor`` and ``lenslrp evaluate``.
 
 Exit codes: 0 the question was answered, 1 the model is not covered or not loadable, 2 bad usage or
 bad input. Results go to standard output, progress and messages to standard error.
@@ -10,9 +10,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lenslrp.cli_evaluate import add_evaluate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.set_defaults(run=_explain)
     _add_model_options(explain, "--model", default=DEFAULT_MODEL)
+    _add_composite(explain)
 
     doctor = commands.add_parser(
         "doctor",
@@ -92,7 +96,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
     _add_model_options(doctor, "model")
+    _add_composite(doctor)
+
+    add_evaluate(
+        commands, partial(_add_model_options, name="--model", default=DEFAULT_MODEL), _load
+    )
     return parser
+
+
+def _add_composite(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--composite", choices=COMPOSITES, default="AttnLRP", help="rules (default: %(default)s)"
+    )
 
 
 def _add_model_options(command: argparse.ArgumentParser, name: str, **settings: Any) -> None:
@@ -102,9 +117,6 @@ def _add_model_options(command: argparse.ArgumentParser, name: str, **settings: 
         metavar="MODEL",
         help=f"embedded model ({DEFAULT_MODEL}), Hugging Face id or directory{default}",
         **settings,
-    )
-    command.add_argument(
-        "--composite", choices=COMPOSITES, default="AttnLRP", help="rules (default: %(default)s)"
     )
     command.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)"
