@@ -20,8 +20,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 import lenslrp
+from lenslrp.analysis.baselines_attention import (
+    atman,
+    attention_rollout,
+    gradient_x_attention_rollout,
+)
+from lenslrp.analysis.baselines_gradient import integrated_gradients, smoothgrad
+from lenslrp.analysis.baselines_perturbation import kernel_shap, occlusion
+from lenslrp.analysis.baselines_positional import pa_lrp
 from lenslrp.analysis.question import CHUNK, Passes, Question, ask
 from lenslrp.errors import InputError
+from lenslrp.hooks.ablations import DistributedBiasAtSoftmax, IdentityAtSoftmax
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.rules import Plain
 from lenslrp.targets import Explained
@@ -219,16 +228,55 @@ METHODS: dict[str, Method] = {
             lenslrp.GradientTimesInput(),
             "Shrikumar et al. 2016, arXiv:1605.01713",
         ),
+        Method(
+            "integrated_gradients",
+            integrated_gradients,
+            "Sundararajan et al. 2017, arXiv:1703.01365",
+            needs=("captum",),
+        ),
+        Method(
+            "smoothgrad",
+            smoothgrad,
+            "Smilkov et al. 2017, arXiv:1706.03825",
+            deterministic=False,
+        ),
+        Method(
+            "attention_rollout",
+            attention_rollout,
+            "Abnar & Zuidema 2020, arXiv:2005.00928",
+            needs=("patterns",),
+        ),
+        Method(
+            "gradient_x_attention_rollout",
+            gradient_x_attention_rollout,
+            "Chefer et al. 2021, arXiv:2103.15679",
+            needs=("patterns",),
+        ),
+        Method("atman", atman, "Deb et al. 2023, arXiv:2301.08110", needs=("patterns",)),
+        Method("occlusion", occlusion, "Zeiler & Fergus 2014, arXiv:1311.2901"),
+        Method(
+            "kernel_shap",
+            kernel_shap,
+            "Lundberg & Lee 2017, arXiv:1705.07874",
+            deterministic=False,
+        ),
         _rules("epsilon_lrp", epsilon_lrp(), "Bach et al. 2015, PLoS ONE 10(7)"),
         _rules("cp_lrp", lenslrp.CPLRP(), "Ali et al. 2022, arXiv:2202.07304"),
         _rules("relp", lenslrp.RelP(), "Rezaei Jafari et al. 2025, arXiv:2508.21258"),
         _rules("gim", lenslrp.GIM(), "Edin et al. 2025, arXiv:2505.17630"),
         _rules("attnlrp", lenslrp.AttnLRP(), _ATTNLRP),
+        Method("attnlrp_positional", pa_lrp, "Bakish et al. 2025, arXiv:2506.02138"),
         _rules("attnlrp_gamma", lenslrp.AttnLRPViT(), f"{_ATTNLRP}, App. B.4"),
         _rules(
             "attnlrp_plain_activation",
             Composite("AttnLRP, plain activation", {"activation": Plain()}),
             f"{_ATTNLRP}, less its identity rule",
+        ),
+        _rules("attnlrp_softmax_identity", IdentityAtSoftmax(), f"{_ATTNLRP}, an ablation"),
+        _rules(
+            "attnlrp_softmax_distributed",
+            DistributedBiasAtSoftmax(),
+            f"{_ATTNLRP}, an ablation",
         ),
     )
 }

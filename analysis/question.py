@@ -60,11 +60,13 @@ class Question:
     Attributes:
         inputs: the embeddings of the tokens, [batch, pos, d_model], or an image's pixels,
             [batch, channel, height, width].
+        vectors: the embedding of every unit, [batch, units, d_model].
         mask: True where a unit (a token, a patch) is real.
         target: with the top logit's token fixed.
         explained: the target's text, and its value for the unchanged input.
         units: what the units are called.
         grid: rows and columns of an image's patches, ``None`` for text.
+        pooled: the logits have no positions (a classifier's).
         given: the input as :func:`lenslrp.run_with_relevance` takes it.
         chunk: how many sequences run at once.
         passes: counted so far, for each row.
@@ -73,11 +75,13 @@ class Question:
     model: Any
     prepared: Prepared
     inputs: Tensor
+    vectors: Float[Tensor, "batch units d_model"]
     mask: Bool[Tensor, "batch units"]
     target: Target
     explained: Explained
     units: list[list[str]]
     grid: tuple[int, int] | None
+    pooled: bool
     given: Mapping[str, Any]
     chunk: int = CHUNK
     passes: Passes = field(default_factory=Passes)
@@ -119,7 +123,7 @@ class Question:
         if self.grid is None:
             return units[..., None]
         height, width = (n // m for n, m in zip(self.inputs.shape[-2:], self.grid, strict=True))
-        image = units.unflatten(-1, self.grid)[..., None, :, :]
+        image: Tensor = units.unflatten(-1, self.grid)[..., None, :, :]
         return image.repeat_interleave(height, -2).repeat_interleave(width, -1)
 
     def summed(self, relevance: Tensor) -> Float[Tensor, "... batch units"]:
@@ -128,7 +132,7 @@ class Question:
             return relevance.sum(dim=-1)
         rows, columns = self.grid
         image = relevance.sum(dim=-3)
-        parts = image.unflatten(-2, (rows, -1)).unflatten(-1, (columns, -1))
+        parts: Tensor = image.unflatten(-2, (rows, -1)).unflatten(-1, (columns, -1))
         return parts.sum(dim=(-3, -1)).flatten(-2)
 
     def baseline(self, kind: str | Tensor) -> Tensor:
@@ -248,6 +252,7 @@ def ask(
         seen = media.with_sequence(prepared, leaves) if leaves.seen else prepared
         prepared = replace(seen, media=prepared.media)
         grid = _grid(leaves, inputs, kind)
+        vectors = leaves.seen[0].flatten(2).transpose(1, 2)
         units = [[f"{r},{c}" for r in range(grid[0]) for c in range(grid[1])]] * len(inputs)
         mask = torch.ones(len(inputs), grid[0] * grid[1], dtype=torch.bool, device=inputs.device)
     else:
@@ -257,7 +262,7 @@ def ask(
                 "models that do it in one"
             )
         inputs = (leaves.tokens[0] if inputs_embeds is None else inputs_embeds).detach()
-        mask, units = prepared.mask, prepared.str_tokens(model.tokenizer)
+        vectors, mask, units = inputs, prepared.mask, prepared.str_tokens(model.tokenizer)
     outputs = _outputs(model, prepared, logits, captured)
     value = wanted.values(outputs).detach()
     if not bool(value.isfinite().all()):
@@ -265,7 +270,8 @@ def ask(
     explained = Explained(wanted.text(outputs), value)
     fixed = _fixed(wanted, outputs)
     return Question(
-        model, prepared, inputs, mask, fixed, explained, units, grid, given, chunk
+        model, prepared, inputs, vectors, mask, fixed, explained, units, grid, logits.ndim == 2,
+        given, chunk,
     )  # fmt: skip
 
 

@@ -41,7 +41,14 @@ from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, original
 from lenslrp.hooks.live import attach_at_product, attach_live, attach_score_meter
 from lenslrp.hooks.norms import measure_bias
-from lenslrp.hooks.rules import Epsilon, LinearRule, Product, Softmax, SoftmaxTemperature
+from lenslrp.hooks.rules import (
+    Epsilon,
+    LinearRule,
+    Product,
+    Softmax,
+    SoftmaxRule,
+    SoftmaxTemperature,
+)
 from lenslrp.hooks.sites import has_values
 
 FUSED = "lenslrp_fused"
@@ -160,16 +167,23 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     elif not isinstance(inner, native.NativeAttention):
         attach_live(at, attn, at_product, sites["attention_qk"], q_share)
     needs_scores = isinstance(roles["softmax"], SoftmaxTemperature)
+    replaces = isinstance(roles["softmax"], SoftmaxRule)
     stash: list[Tensor] = []
 
     def at_scores(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> Tensor:
         stash.clear()
         if needs_scores:
             stash.append(scores.detach())
-        return F.apply(F.Scores, scores, q_share, cap, sites)
+        ruled = F.apply(F.Scores, scores, q_share, cap, sites)
+        if replaces:
+            stash.append(ruled)
+        return ruled
 
     def at_pattern(_: nn.Module, args: tuple[Any, ...], pattern: Tensor) -> Tensor:
         scores = stash.pop() if stash else None
+        if replaces:
+            site = sites["softmax"]
+            return F.apply(F.SoftmaxReplaced, pattern.detach(), scores, first / second, site)
         return F.apply(F.Pattern, pattern, scores, first / second, sites["softmax"])
 
     at.hook(attn.hook_attn_scores, at_scores)

@@ -29,6 +29,7 @@ from lenslrp.hooks.rules import (
     Rule,
     SoftCap,
     Softmax,
+    SoftmaxRule,
     SoftmaxTemperature,
 )
 
@@ -36,7 +37,7 @@ ROLES: Mapping[str, tuple[type, ...]] = {
     "norm": (Normalisation, Plain),
     "activation": (Identity, Plain),
     "gate": (Product, Plain),
-    "softmax": (Softmax, SoftmaxTemperature, Plain),
+    "softmax": (Softmax, SoftmaxTemperature, SoftmaxRule, Plain),
     "attention_qk": (Product, Plain),
     "attention_av": (Product, Plain),
     "attention_gate": (Product, Plain),

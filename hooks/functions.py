@@ -268,6 +268,27 @@ class Pattern(torch.autograd.Function):
         return g, None, None, None
 
 
+class SoftmaxReplaced(torch.autograd.Function):
+    """From the attention pattern straight to the scores, by a rule that is no Jacobian."""
+
+    @staticmethod
+    def forward(ctx: Any, pattern: Tensor, scores: Tensor, share: float, site: Site) -> Tensor:
+        _mark(ctx, site)
+        ctx.share = share
+        ctx.save_for_backward(pattern, scores)
+        return pattern.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None, None]:
+        site = ctx.site
+        site.backward += 1
+        pattern, scores = ctx.saved_tensors
+        g = g if ctx.share == 1 else g * ctx.share
+        if site.books is not None:
+            site.report("softmax", row_sums(pattern, g))
+        return None, site.rule.at_scores(g, scores, pattern), None, None
+
+
 class Share(torch.autograd.Function):
     """Multiplies the gradient by a constant, the share of one factor of a product."""
 

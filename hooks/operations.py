@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context
 from lenslrp.hooks.meeting import MATRIX_PRODUCTS, SUMS, Meeting
@@ -37,6 +38,7 @@ from lenslrp.hooks.rules import (
     LinearRule,
     Operations,
     Softmax,
+    SoftmaxRule,
     SoftmaxTemperature,
 )
 from lenslrp.hooks.sites import Site, row_sums
@@ -174,6 +176,8 @@ class Met(Meeting):
     def leak(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """The plain gradient between its measured inputs and output."""
         site = self.sites["softmax"]
+        if isinstance(site.rule, SoftmaxRule):
+            raise InputError(f"{site.hook}: {site.rule.name} needs an attention with hook_pattern")
         inside = [F.apply(F.RegionInput, x, "softmax", site) if _live(x) else x for x in inputs]
         y = function(*inside)
         if isinstance(site.rule, SoftmaxTemperature) and len(inputs) == 1:

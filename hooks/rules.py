@@ -352,6 +352,18 @@ class SoftmaxTemperature:
             raise InputError(f"temperature must be above 0, got {self.temperature}")
 
 
+@runtime_checkable
+class SoftmaxRule(Protocol):
+    """A rule for the attention softmax in the place of its Jacobian."""
+
+    @property
+    def name(self) -> str: ...
+
+    def at_scores(self, g: Tensor, scores: Tensor, pattern: Tensor) -> Tensor:
+        """The gradient at the scores [..., keys] from that at the pattern, of one shape."""
+        ...
+
+
 @dataclass(frozen=True)
 class SoftCap:
     """The identity rule for y = cap tanh(x / cap)."""

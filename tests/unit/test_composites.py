@@ -151,7 +151,7 @@ def test_an_unknown_role_names_the_roles() -> None:
         ("gate", Identity(), "Product, Plain"),
         ("norm", UNIFORM, "Normalisation, Plain"),
         ("activation", Gamma(), "Identity, Plain"),
-        ("softmax", SoftCap(), "Softmax, SoftmaxTemperature, Plain"),
+        ("softmax", SoftCap(), "Softmax, SoftmaxTemperature, SoftmaxRule, Plain"),
         ("linear", Plain(), "Epsilon"),
         ("linear", 3, "Epsilon"),
         ("norm", "identity", "Normalisation, Plain"),

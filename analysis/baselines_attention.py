@@ -1,0 +1,303 @@
+"""Attributions from attention: rollout, gradient x attention rollout, and AtMan.
+
+Rollout (Abnar & Zuidema 2020) and its gradient form (Chefer et al. 2021) carry a matrix of
+relevance through the attention patterns, layer by layer, and read the row of the position that is
+explained; AtMan (Deb et al. 2023) turns the scores of one token down in every head and looks at the
+loss. Attention that TransformerLens delegates is made live meanwhile, and undone after.
+
+Of an encoder-decoder the encoder's tokens are rated: rollout treats cross-attention as one more
+layer with a residual around it, Chefer et al. have a rule for it (their Eq. 10).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+import lenslrp
+from lenslrp.analysis.question import Question
+from lenslrp.errors import InputError
+from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.install import relevance_rules
+from lenslrp.passes import architecture
+from lenslrp.targets import Logit, LogProb, Outputs, PerRow, Sequence, Target
+
+Patterns = list[tuple[str, Float[Tensor, "batch query key"]]]
+"""By hook name, in the order in which they were formed, heads averaged."""
+
+
+@torch.no_grad()
+def attention_rollout(
+    question: Question, *, seed: int, position: int | None = None
+) -> Float[Tensor, "batch units"]:
+    """The product of ``A / 2 + I / 2`` over all layers, A the mean pattern of a layer's heads.
+
+    A share of one, whatever the target; the target says only which position is read.
+
+    Args:
+        position: whose row to read, where the target (a ``Custom`` one) does not say it.
+    """
+    found: Patterns = []
+
+    def keep(name: str, pattern: Tensor, hook: Any) -> None:
+        # A query that sees no key (padding) has NaN for a pattern.
+        found.append((name, pattern.mean(dim=1).nan_to_num(0.0)))
+
+    hooks = [(name, partial(keep, name)) for name in _names(question.model, "hook_pattern")]
+    with _live(question), question.model.hooks(fwd_hooks=hooks):
+        question.values(question.inputs[None])
+
+    def layer(pattern: Tensor, carried: Tensor) -> Tensor:
+        return (pattern @ carried + carried) / 2
+
+    def cross(pattern: Tensor, own: Tensor, carried: Tensor, encoder: Tensor) -> Tensor:
+        return (pattern @ encoder + carried) / 2
+
+    return _carried(question, found, layer, cross, position)
+
+
+def gradient_x_attention_rollout(
+    question: Question, *, seed: int, position: int | None = None
+) -> Float[Tensor, "batch units"]:
+    """``R += A R`` over all layers, from ``R = I``, with A the mean over heads of what is positive
+    in pattern times gradient (Chefer et al. 2021, Eqs. 5 to 10).
+
+    Args:
+        position: as for :func:`attention_rollout`.
+    """
+    names = _names(question.model, "hook_pattern")
+    _, cache = lenslrp.run_with_relevance(
+        question.model,
+        target=question.target,
+        composite=lenslrp.GradientTimesInput(),
+        names_filter=lambda name: name in names,
+        ledger=False,
+        **question.given,
+    )
+    question.passes.forward += 1
+    question.passes.backward += 1
+    found = [(name, cache[name].clamp(min=0).mean(dim=1)) for name in names if name in cache]
+
+    def layer(pattern: Tensor, carried: Tensor) -> Tensor:
+        return carried + pattern @ carried
+
+    def cross(pattern: Tensor, own: Tensor, carried: Tensor, encoder: Tensor) -> Tensor:
+        return carried + _normalised(own).transpose(1, 2) @ pattern @ _normalised(encoder)
+
+    return _carried(question, found, layer, cross, position)
+
+
+@torch.no_grad()
+def atman(
+    question: Question,
+    *,
+    seed: int,
+    factor: float = 0.1,
+    threshold: float | None = 0.6,
+    minimum: bool = True,
+) -> Float[Tensor, "batch units"]:
+    """The rise of the loss when the scores of one token are multiplied by ``factor`` everywhere.
+
+    In nats where the target is a token or several (the cross-entropy, as in the paper), else what
+    the target's value loses.
+
+    Args:
+        factor: what scores of the token become, relative; the paper's 1 - f.
+        threshold: tokens whose embeddings have at least this cosine c with it are turned down with
+            it, by ``factor + (1 - factor)(1 - c)``; ``None`` for the token alone.
+        minimum: take each query's smallest score away first, so that a factor below 1 always turns
+            down, as the authors' code does (there over all keys, here over those that the query
+            sees); ``False`` for the formula of the paper.
+    """
+    batch, units = question.mask.shape
+    factors = _factors(question, factor, threshold)  # one token after the other turned down
+    plain = torch.ones(1, batch, units).to(factors)
+    logs = replace(question, target=_log_probability(question.target))
+    now: list[Tensor] = []
+
+    def turn_down(scores: Tensor, hook: Any) -> Tensor:
+        before = _before(question, scores.shape[-1])
+        share = torch.nn.functional.pad(now[0], (before, 0), value=1.0)
+        share = share.view(len(scores), *[1] * (scores.ndim - 2), -1).to(scores)
+        seen = _seen(scores)
+        low = scores.masked_fill(~seen, torch.inf).amin(dim=-1, keepdim=True) if minimum else 0.0
+        return torch.where(seen, (scores - low) * share, scores)
+
+    names = [n for n in _names(question.model, "hook_attn_scores") if not _of_decoder(n)]
+    values = []
+    with _live(question), question.model.hooks(fwd_hooks=[(name, turn_down) for name in names]):
+        for part in torch.cat([plain, factors]).split(question.step):
+            now[:] = [part.flatten(0, 1)]
+            values.append(logs.values(question.inputs.expand(len(part), *question.inputs.shape)))
+    found = torch.cat(values)
+    return (found[:1] - found[1:]).T
+
+
+def _factors(
+    question: Question, factor: float, threshold: float | None
+) -> Float[Tensor, "tokens batch units"]:
+    """What each key's scores are multiplied by when each token in turn is turned down."""
+    batch, units = question.mask.shape
+    own = torch.eye(units, device=question.inputs.device, dtype=torch.bool)[:, None]
+    if threshold is None:
+        alike = torch.zeros(units, batch, units, device=own.device)
+    else:
+        unit = torch.nn.functional.normalize(question.vectors.float(), dim=-1)
+        cosines = (unit @ unit.transpose(1, 2)).clamp(-1, 1).transpose(0, 1)
+        alike = cosines.where(cosines >= threshold, 0.0)
+    shares = factor + (1 - factor) * (1 - alike.clamp(min=0))
+    return shares.masked_fill(own, factor)
+
+
+def _seen(scores: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """Which scores are not masked."""
+    return scores > max(torch.finfo(scores.dtype).min / 2, -1e8)
+
+
+def _log_probability(target: Target) -> Target:
+    """The same tokens by their log-probability; other targets as they are."""
+    if isinstance(target, PerRow):
+        return PerRow(tuple(_log_probability(part) for part in target.targets))
+    if isinstance(target, Logit):
+        return LogProb(target.token, target.position)
+    return replace(target, of="log_prob") if isinstance(target, Sequence) else target
+
+
+def _live(question: Question) -> Any:
+    """Scores and patterns that are formed where their hooks are, whoever computes them."""
+    return relevance_rules(question.model, lenslrp.GradientTimesInput(), strict=False)
+
+
+def _names(model: Any, hook: str) -> list[str]:
+    """One name of every hook point of a kind, in the model's order.
+
+    Raises:
+        InputError: the model has none.
+    """
+    points = hook_points(model, list(components(model)))
+    names = {id(point): name for name, point in points.items() if name.endswith("." + hook)}
+    if not names:
+        raise InputError(f"{architecture(model)} has no attention patterns")
+    return list(names.values())
+
+
+def _of_decoder(name: str) -> bool:
+    """Whether attention is a decoder's to what it wrote itself, beside an encoder."""
+    return name.startswith("decoder_blocks.") and not _crosses(name)
+
+
+def _crosses(name: str) -> bool:
+    return ".cross_attn." in name
+
+
+def _normalised(relevance: Float[Tensor, "batch row unit"]) -> Tensor:
+    """What was added to I, each row to sum 1, and I (Chefer et al., Eqs. 8 and 9)."""
+    eye = torch.eye(relevance.shape[1]).to(relevance)
+    added = relevance - eye
+    total = added.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, added / total, 0.0) + eye
+
+
+def _carried(
+    question: Question,
+    patterns: Patterns,
+    layer: Callable[[Tensor, Tensor], Tensor],
+    cross: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    position: int | None,
+) -> Float[Tensor, "batch units"]:
+    """Relevance carried from layer to layer; the row of what is explained.
+
+    Raises:
+        InputError: patterns of another shape than the layers before.
+    """
+    encoder = _identity(patterns[0][1])
+    own = carried = encoder[:, :0]  # of a decoder: to its own tokens, and to the encoder's
+    for name, pattern in patterns:
+        decodes = name.startswith("decoder_blocks.")
+        if decodes and not own.shape[1]:
+            own = _identity(pattern)
+            carried = encoder.new_zeros(len(own), own.shape[1], encoder.shape[1])
+        expected = carried if _crosses(name) else own if decodes else encoder
+        if pattern.shape != expected.shape:
+            raise InputError(
+                f"{name} is a pattern of {list(pattern.shape[1:])}, where a layer before it was "
+                f"one of {list(expected.shape[1:])}: rollout needs all tokens in every layer"
+            )
+        if _crosses(name):
+            carried = cross(pattern, own, carried, encoder)
+        elif decodes:
+            own, carried = layer(pattern, own), layer(pattern, carried)
+        else:
+            encoder = layer(pattern, encoder)
+    last = carried if own.shape[1] else encoder
+    weights = _rows(question, patterns, last, position)
+    return torch.einsum("bq,bqk->bk", weights, last)[:, _before(question, last.shape[-1]) :]
+
+
+def _before(question: Question, keys: int) -> int:
+    """How many tokens (CLS and its like) stand before an image's patches.
+
+    Raises:
+        InputError: there are other keys than the tokens of a text, or fewer than patches.
+    """
+    before = keys - question.mask.shape[1]
+    if before < 0 or (before and question.grid is None):
+        raise InputError(f"attention to {keys} keys, where there are {keys - before} tokens")
+    return before
+
+
+def _identity(pattern: Float[Tensor, "batch query key"]) -> Float[Tensor, "batch query query"]:
+    eye = torch.eye(pattern.shape[1]).to(pattern)
+    return eye.expand(len(pattern), -1, -1)
+
+
+def _rows(
+    question: Question,
+    patterns: Patterns,
+    last: Float[Tensor, "batch row unit"],
+    position: int | None,
+) -> Float[Tensor, "batch row"]:
+    """Which row of the carried matrix is read, as weights that sum to 1.
+
+    The target's own position (the mean over those of a span). A classifier's logits have none:
+    there it is the first token (CLS) where attention looks both ways, the last where it looks back
+    only, and the mean over an image's patches where nothing stands before them.
+
+    Raises:
+        InputError: a target that does not say its position, without ``position``.
+    """
+    weights = torch.zeros(last.shape[:2]).to(last)
+    written = question.prepared.decoder or question.prepared
+    mask = written.mask.to(last.device)
+    outputs = Outputs(last, mask, None, dict[str, Tensor]().__getitem__, written.prompt_lengths)
+    if question.pooled and position is None:
+        if question.grid is not None and not _before(question, last.shape[-1]):
+            return weights + 1 / last.shape[1]
+        causal = not any(bool(pattern.triu(1).any()) for _, pattern in patterns)
+        position = -1 if causal else 0
+    for row, target in enumerate(_each(question.target, len(weights))):
+        one = outputs.row(row)
+        if position is None and isinstance(target, Sequence):
+            ids = target.ids(question.model.tokenizer)
+            start = int(mask[row].int().argmax()) + one.prompt_lengths[0] - 1
+            weights[row, start : start + len(ids)] = 1 / len(ids)
+            continue
+        where = getattr(target, "position", None) if position is None else position
+        if where is None:
+            raise InputError(
+                f"{type(target).__name__} targets do not say which position they read: give "
+                "position="
+            )
+        weights[row, one.at(where)] = 1
+    return weights
+
+
+def _each(target: Target, batch: int) -> tuple[Target, ...]:
+    """The target of every row."""
+    return target.targets if isinstance(target, PerRow) else (target,) * batch

@@ -1,0 +1,80 @@
+"""Gradients averaged over changed inputs: Integrated Gradients and SmoothGrad.
+
+Both attribute the embeddings (or pixels) and are summed over each unit. Integrated Gradients is
+captum's (``pip install 'lenslrp[evaluate]'``). SmoothGrad is not: captum's ``NoiseTunnel`` draws
+from torch's global generator and has one noise level for the whole batch, so that what it says of
+a row would depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lenslrp.analysis.question import Question
+from lenslrp.errors import InputError
+
+
+def integrated_gradients(
+    question: Question, *, seed: int, steps: int = 32, baseline: str | Tensor = "zero"
+) -> Tensor:
+    """``(x - x') * integral of df/dx along the line from x' to x`` (Sundararajan et al. 2017).
+
+    In units of the target; sums to ``f(x) - f(x')``, but for the error of the integral.
+
+    Args:
+        steps: of Gauss-Legendre's rule.
+        baseline: x', see :meth:`Question.baseline`.
+
+    Raises:
+        InputError: captum is not installed.
+    """
+    try:
+        from captum.attr import IntegratedGradients
+    except ImportError as error:
+        raise InputError(
+            "integrated_gradients needs captum, which is not installed; "
+            "pip install 'lenslrp[evaluate]'"
+        ) from error
+
+    def value(inputs: Tensor) -> Tensor:  # captum's rows are steps x batch, the batch innermost
+        return question.values(inputs.unflatten(0, (-1, len(question.inputs)))).flatten()
+
+    found: Tensor = IntegratedGradients(value).attribute(
+        question.inputs,
+        question.baseline(baseline),
+        n_steps=steps,
+        internal_batch_size=max(question.chunk, len(question.inputs)),
+    )
+    return found
+
+
+@torch.no_grad()
+def smoothgrad(
+    question: Question,
+    *,
+    seed: int,
+    samples: int = 20,
+    noise: float = 0.1,
+    times_input: bool = True,
+) -> Tensor:
+    """The mean gradient over inputs with Gaussian noise (Smilkov et al. 2017), times the input.
+
+    In units of the target with ``times_input``, else of the target per unit of embedding.
+
+    Args:
+        samples: noisy copies.
+        noise: standard deviation, as a share of the range of the row's own values.
+        times_input: multiply by the input without noise. Without it, the gradient's entries are
+            summed as they are.
+    """
+    x = question.inputs
+    noisy = x.expand(samples, *x.shape).clone()
+    for row, values in enumerate(x):
+        real = question.mask[row] if question.grid is None else ...
+        width = noise * (values[real].max() - values[real].min())
+        shape = (samples, *values[real].shape)
+        draw = torch.randn(shape, generator=question.generator(row, seed)).to(x)
+        noisy[:, row, real] += draw * width
+    mean = question.gradients(noisy).mean(dim=0)
+    return mean * x if times_input else mean
