@@ -25,8 +25,9 @@ from lenslrp.analysis.prompts import (
 )
 from lenslrp.analysis.question import ask
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.components import components, hook_points, layer_of
 from lenslrp.hooks.readers import select_names
+from lenslrp.inputs import is_encoder_decoder
 
 IMAGES_PER_PASS = 16
 
@@ -51,7 +52,8 @@ def unit_relevance(cache: Any, name: str) -> Numbers:
     if name == "attn.hook_z":
         heads: Numbers = cache.heads().to_numpy(dtype=np.float64).ravel()
         return heads
-    rows = [cache[hook][0].double().sum(dim=0) for hook in cache if hook.endswith(name)]
+    hooks = sorted((hook for hook in cache if hook.endswith(name)), key=lambda h: layer_of(h) or 0)
+    rows = [cache[hook][0].double().sum(dim=0) for hook in hooks]
     return torch.cat(rows).cpu().numpy()
 
 
@@ -83,6 +85,8 @@ def patches_of(model: Any, prompt: Prompt, *, baseline: str = "zero") -> Feature
 
 
 def _units(model: Any, prompt: Prompt, suffix: str, dims: int) -> Features:
+    if is_encoder_decoder(model):
+        raise InputError("heads and neurons are switched off in models of one stack only")
     points = hook_points(model, components(model))
     names, _ = select_names(points, suffix)
     sizes: dict[str, int] = {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,14 +25,14 @@ from lenslrp.analysis.prompts import Numbers
 from lenslrp.analysis.statistics import spearman
 from lenslrp.errors import InputError
 
-Mode = Literal["cascading", "independent"]
+MODES = ("cascading", "independent")
 
 
 def randomisation(
     model: Any,
     relevance: Callable[[], Any],
     *,
-    mode: Mode = "cascading",
+    mode: str = "cascading",
     layers: Iterable[int] | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -55,7 +55,7 @@ def randomisation(
     Raises:
         InputError: an unknown mode or layer.
     """
-    if mode not in ("cascading", "independent"):
+    if mode not in MODES:
         raise InputError(f"mode is 'cascading' or 'independent', not {mode!r}")
     blocks = list(getattr(model, stack_name(model)))
     wanted = list(range(len(blocks))) if layers is None else sorted(set(layers))
