@@ -56,6 +56,7 @@ def _parsed(path: Path, number: int, line: bytes) -> Row:
 
 
 def _require_same(path: Path, found: Row, wanted: Row) -> None:
+    found, wanted = _flat(found), _flat(wanted)
     names = dict.fromkeys([*found, *wanted])
     other = [
         f"{name} {json.dumps(found.get(name))}, now {json.dumps(wanted.get(name))}"
@@ -67,3 +68,14 @@ def _require_same(path: Path, found: Row, wanted: Row) -> None:
             f"{path} was made with other settings ({'; '.join(other)}): "
             "move it, or give another place for the results"
         )
+
+
+def _flat(settings: Row, prefix: str = "") -> Row:
+    """Settings of settings by a dotted name."""
+    flat: Row = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -158,9 +158,7 @@ def test_prompts_of_several_lengths_share_passes(family: str) -> None:
         as_prompt(model, IDS[1:], targets.LogitDiff(2, 3)),
     ]
     asked = [masks(6), masks(3, seed=1), masks(5, seed=2)]
-    apart = [
-        token_values(model, [p], [m])[0] for p, m in zip(prompts, asked, strict=True)
-    ]
+    apart = [token_values(model, [p], [m])[0] for p, m in zip(prompts, asked, strict=True)]
     calls: list[int] = []
     handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
     together = token_values(model, prompts, asked)
@@ -255,13 +253,13 @@ def test_relevance_of_units_is_laid_out_as_the_units_are() -> None:
     assert neurons.shape == (48,)
     assert neurons[24 + 7] == pytest.approx(float(cache["blocks.1.mlp.hook_post"][0, :, 7].sum()))
     found = curves(heads_of(model, as_prompt(model, IDS, 5)), {"a": heads}, steps=4)["a"]
-    assert found.morf[0] == pytest.approx(float(model(IDS[None])[0, -1, 5]))
+    assert found.morf[0] == pytest.approx(float(model(IDS[None])[0, -1, 5].detach()))
 
 
 def test_patches_are_painted_over() -> None:
     model = zoo.build("ViTForImageClassification")
     torch.manual_seed(1)
-    name, pixels = next(iter(lenslrp.media.example(model).items()))
+    pixels = lenslrp.media.example(model)["pixel_values"]
     prompt = as_prompt(model, target=None, pixel_values=pixels)
     top = int(model(None, pixel_values=pixels)[0].argmax())
     assert prompt.target == targets.Logit(top)

@@ -21,11 +21,18 @@ def test_a_shuffle_keeps_the_values_of_each_weight_and_is_undone() -> None:
     before, old = snapshot(model), weights(model)
     block = list(model.blocks[1].parameters())
     kept = [p.detach().clone() for p in block]
-    with pytest.raises(KeyError), shuffled([(1, model.blocks[1])], seed=0):
-        for weight, value in zip(block, kept, strict=True):
-            assert not torch.equal(weight, value)
-            assert torch.equal(weight.flatten().sort().values, value.flatten().sort().values)
-        raise KeyError
+    inside: list[torch.Tensor] = []
+
+    def look() -> None:
+        with shuffled([(1, model.blocks[1])], seed=0):
+            inside.extend(p.detach().clone() for p in block)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        look()
+    for weight, value in zip(inside, kept, strict=True):
+        assert not torch.equal(weight, value)
+        assert torch.equal(weight.flatten().sort().values, value.flatten().sort().values)
     assert all(torch.equal(a, b) for a, b in zip(old, weights(model), strict=True))
     ours = [key for key in changes(before, model) if not key.endswith(": version")]
     assert not ours

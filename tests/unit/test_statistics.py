@@ -72,14 +72,16 @@ def test_results_are_resumed_and_a_half_written_line_is_dropped(tmp_path: Path) 
 
 def test_a_file_made_with_other_settings_is_refused_and_they_are_named(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    with resumed(path, {"seed": 0, "k": (1, 2)}):
+    with resumed(path, {"seed": 0, "k": (1, 2), "in": {"a": 1, "b": 2}}):
         pass
-    with resumed(path, {"k": [1, 2], "seed": 0}):  # the same, as JSON has it
+    with resumed(path, {"k": [1, 2], "seed": 0, "in": {"b": 2, "a": 1}}):  # the same, as JSON
         pass
     before = path.read_bytes()
     with (
-        pytest.raises(InputError, match=r"results\.jsonl was made with .*\(seed 0, now 1\)"),
-        resumed(path, {"seed": 1, "k": (1, 2)}),
+        pytest.raises(
+            InputError, match=r"results\.jsonl was made with .*\(seed 0, now 1; in\.a 1, now 3\)"
+        ),
+        resumed(path, {"seed": 1, "k": (1, 2), "in": {"a": 3, "b": 2}}),
     ):
         pass
     assert path.read_bytes() == before
