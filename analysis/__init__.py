@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lenslrp.analysis.baselines import METHODS, Attribution, Method, attribute
     from lenslrp.analysis.coders import SparseCoder
     from lenslrp.analysis.conditions import through
     from lenslrp.analysis.dictionary import NeuronDictionary
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lenslrp.analysis.vocabulary import VocabularyScores, cosines, reads, sign_cases, writes
 
 _HOMES = {
+    "baselines": ("METHODS", "Attribution", "Method", "attribute"),
     "coders": ("SparseCoder",),
     "conditions": ("through",),
     "dictionary": ("NeuronDictionary",),
@@ -31,16 +33,20 @@ _HOMES = {
 }
 
 __all__ = [
+    "METHODS",
+    "Attribution",
     "Direction",
     "Feature",
     "Head",
     "Lens",
+    "Method",
     "Neuron",
     "NeuronDictionary",
     "Page",
     "SparseCoder",
     "Unit",
     "VocabularyScores",
+    "attribute",
     "build_distributed",
     "build_with_ray",
     "compare_lenses",

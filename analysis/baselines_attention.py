@@ -21,15 +21,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 import lenslrp
+from lenslrp import media
 from lenslrp.analysis.question import Question
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import components, hook_points
 from lenslrp.hooks.install import relevance_rules
 from lenslrp.passes import architecture
-from lenslrp.targets import Logit, LogProb, Outputs, PerRow, Sequence, Target
+from lenslrp.targets import Activation, Logit, LogProb, Outputs, PerRow, Sequence, Target
 
-Patterns = list[tuple[str, Float[Tensor, "batch query key"]]]
-"""By hook name, in the order in which they were formed, heads averaged."""
+Patterns = list[tuple[str, Tensor]]
+"""[batch, query, key] by hook name, in the order in which they were formed, heads averaged."""
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def attention_rollout(
 
     def keep(name: str, pattern: Tensor, hook: Any) -> None:
         # A query that sees no key (padding) has NaN for a pattern.
-        found.append((name, pattern.mean(dim=1).nan_to_num(0.0)))
+        found.append((name, pattern.mean(dim=1).nan_to_num(0.0).to(question.inputs)))
 
     hooks = [(name, partial(keep, name)) for name in _names(question.model, "hook_pattern")]
     with _live(question), question.model.hooks(fwd_hooks=hooks):
@@ -82,7 +83,11 @@ def gradient_x_attention_rollout(
     )
     question.passes.forward += 1
     question.passes.backward += 1
-    found = [(name, cache[name].clamp(min=0).mean(dim=1)) for name in names if name in cache]
+    found = [
+        (name, cache[name].clamp(min=0).mean(dim=1).to(question.inputs))
+        for name in names
+        if name in cache
+    ]
 
     def layer(pattern: Tensor, carried: Tensor) -> Tensor:
         return carried + pattern @ carried
@@ -236,7 +241,7 @@ def _carried(
         else:
             encoder = layer(pattern, encoder)
     last = carried if own.shape[1] else encoder
-    weights = _rows(question, patterns, last, position)
+    weights = _rows(question, last, position)
     return torch.einsum("bq,bqk->bk", weights, last)[:, _before(question, last.shape[-1]) :]
 
 
@@ -258,16 +263,12 @@ def _identity(pattern: Float[Tensor, "batch query key"]) -> Float[Tensor, "batch
 
 
 def _rows(
-    question: Question,
-    patterns: Patterns,
-    last: Float[Tensor, "batch row unit"],
-    position: int | None,
+    question: Question, last: Float[Tensor, "batch row unit"], position: int | None
 ) -> Float[Tensor, "batch row"]:
     """Which row of the carried matrix is read, as weights that sum to 1.
 
-    The target's own position (the mean over those of a span). A classifier's logits have none:
-    there it is the first token (CLS) where attention looks both ways, the last where it looks back
-    only, and the mean over an image's patches where nothing stands before them.
+    The target's own position, or the mean over those of a span. The logits of an image's classes
+    have none: the first token (CLS) is read, or the mean over the patches where there is none.
 
     Raises:
         InputError: a target that does not say its position, without ``position``.
@@ -276,25 +277,25 @@ def _rows(
     written = question.prepared.decoder or question.prepared
     mask = written.mask.to(last.device)
     outputs = Outputs(last, mask, None, dict[str, Tensor]().__getitem__, written.prompt_lengths)
-    if question.pooled and position is None:
-        if question.grid is not None and not _before(question, last.shape[-1]):
-            return weights + 1 / last.shape[1]
-        causal = not any(bool(pattern.triu(1).any()) for _, pattern in patterns)
-        position = -1 if causal else 0
+    classifies = media.labels_of(question.model) is not None
     for row, target in enumerate(_each(question.target, len(weights))):
         one = outputs.row(row)
-        if position is None and isinstance(target, Sequence):
+        where = getattr(target, "position", None) if position is None else position
+        if position is None and classifies and not isinstance(target, Activation):
+            before = _before(question, last.shape[-1])
+            weights[row] += 1 / weights.shape[1] if not before else 0.0
+            where = 0 if before else None
+        elif position is None and isinstance(target, Sequence):
             ids = target.ids(question.model.tokenizer)
             start = int(mask[row].int().argmax()) + one.prompt_lengths[0] - 1
             weights[row, start : start + len(ids)] = 1 / len(ids)
-            continue
-        where = getattr(target, "position", None) if position is None else position
-        if where is None:
+        elif where is None:
             raise InputError(
                 f"{type(target).__name__} targets do not say which position they read: give "
                 "position="
             )
-        weights[row, one.at(where)] = 1
+        if where is not None:
+            weights[row, one.at(where)] = 1
     return weights
 
 

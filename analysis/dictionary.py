@@ -23,17 +23,23 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from torch import Tensor
 
 from lenslrp.analysis import lookup
 from lenslrp.analysis.job import prepare
 from lenslrp.analysis.page import Page
 from lenslrp.analysis.plan import SCHEMA, Place, Plan
+from lenslrp.analysis.projections import TOKENS, Projections, project_places
 from lenslrp.analysis.publish import FILES, publish
 from lenslrp.analysis.replay import Entries, replay
 from lenslrp.analysis.search import Job, merge_shards, scan_shard
-from lenslrp.analysis.storage import check_files, load_json, load_tensors, require_plain
+from lenslrp.analysis.storage import (
+    check_files,
+    load_json,
+    load_tensors,
+    open_parquet,
+    read_groups,
+)
 from lenslrp.analysis.texts import Document, Texts
 from lenslrp.analysis.units import Unit
 from lenslrp.errors import InputError, StorageError
@@ -55,8 +61,9 @@ class NeuronDictionary:
         self.plan = Plan.from_json(manifest["plan"])
         self.slots = tuple((str(c), int(r)) for c, r in manifest["slots"])
         self.texts = Texts(path / "texts.sqlite")
-        self._examples = _open_parquet(path / "examples.parquet")
-        self._unit_file = _open_parquet(path / "units.parquet")
+        self.projections = Projections(path / "vocabulary.parquet", manifest["vocabulary"])
+        self._examples = open_parquet(path / "examples.parquet")
+        self._unit_file = open_parquet(path / "units.parquet")
         groups = self._examples.metadata
         rows = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(rows)])
@@ -73,6 +80,7 @@ class NeuronDictionary:
         checkpoint_every: float = 60.0,
         progress: bool = True,
         keep_work: bool = False,
+        vocabulary: int = TOKENS,
         **options: Any,
     ) -> NeuronDictionary:
         """Build a dictionary, or go on with one that was interrupted.
@@ -84,6 +92,7 @@ class NeuronDictionary:
             checkpoint_every: seconds of work that a kill can cost.
             progress: show bars with tokens a second and the time left.
             keep_work: keep ``work``, with the tokenised corpus, afterwards.
+            vocabulary: tokens to list at either end of what a unit writes and reads; 0 for none.
             options: what the dictionary is made of:
 
                 - ``sites``: hook names (``"mlp.hook_post"`` in every block, ``"attn.hook_z"`` for
@@ -111,7 +120,12 @@ class NeuronDictionary:
         job = prepare(model, corpus, folder, **options)
         shard = scan_shard(job, checkpoint_every=checkpoint_every, progress=progress)
         return cls.merge(
-            job, [shard], checkpoint_every=checkpoint_every, progress=progress, keep_work=keep_work
+            job,
+            [shard],
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+            keep_work=keep_work,
+            vocabulary=vocabulary,
         )
 
     @classmethod
@@ -124,14 +138,15 @@ class NeuronDictionary:
         checkpoint_every: float = 60.0,
         progress: bool = True,
         keep_work: bool = False,
+        vocabulary: int = TOKENS,
     ) -> NeuronDictionary:
-        """Merge the shards of a scan, replay what they cite, and publish.
+        """Merge the shards of a scan, replay what they cite, project all units, and publish.
 
         Args:
             job: of :func:`prepare`, with the options of the shards.
             files: the files of all shards.
             parts: the files of the replay, where it was done already.
-            checkpoint_every, progress, keep_work: as for :meth:`build`.
+            checkpoint_every, progress, keep_work, vocabulary: as for :meth:`build`.
 
         Raises:
             StorageError: shards that do not make a whole, or were made otherwise.
@@ -140,7 +155,8 @@ class NeuronDictionary:
         entries = Entries.of(state, job.plan)
         if parts is None:
             parts = replay(job, entries, checkpoint_every=checkpoint_every, progress=progress)
-        publish(job, state, entries, parts)
+        projected = project_places(job, tokens=vocabulary, progress=progress)
+        publish(job, state, entries, parts, projected)
         if not keep_work:
             # The plan goes first: without it, what is left of the work is not gone on with.
             (job.work / "plan.json").unlink()
@@ -183,6 +199,7 @@ class NeuronDictionary:
         self.texts.close()
         self._examples.close()
         self._unit_file.close()
+        self.projections.close()
 
     def __len__(self) -> int:
         return self.plan.units
@@ -194,7 +211,9 @@ class NeuronDictionary:
 
     @cached_property
     def units(self) -> pd.DataFrame:
-        frame: pd.DataFrame = _read(self.path / "units.parquet", self._unit_file, None).to_pandas()
+        frame: pd.DataFrame = read_groups(
+            self.path / "units.parquet", self._unit_file, None
+        ).to_pandas()
         return frame
 
     def unit_number(self, key: Any) -> tuple[Place, int]:
@@ -250,14 +269,14 @@ class NeuronDictionary:
         while start + metadata.row_group(group).num_rows <= number:
             start += metadata.row_group(group).num_rows
             group += 1
-        table = _read(self.path / "units.parquet", self._unit_file, [group])
+        table = read_groups(self.path / "units.parquet", self._unit_file, [group])
         return dict(table.slice(number - start, 1).to_pylist()[0])
 
     def _rows(self, rows: range) -> pa.Table:
         """Some rows of ``examples.parquet``, from the row groups that hold them."""
         a = int(np.searchsorted(self._starts, rows.start, side="right")) - 1
         b = int(np.searchsorted(self._starts, rows.stop, side="left"))
-        table = _read(self.path / "examples.parquet", self._examples, list(range(a, b)))
+        table = read_groups(self.path / "examples.parquet", self._examples, list(range(a, b)))
         return table.slice(rows.start - int(self._starts[a]), len(rows))
 
     def to_dataframe(self, criterion: str | None = None) -> pd.DataFrame:
@@ -267,7 +286,7 @@ class NeuronDictionary:
         """
         self.require_criterion(criterion)
         columns = ["unit", "criterion", "rank", "score", "document", "position"]
-        table = _read(self.path / "examples.parquet", self._examples, None, columns)
+        table = read_groups(self.path / "examples.parquet", self._examples, None, columns)
         if criterion is not None:
             table = table.filter(pc.equal(table["criterion"].cast(pa.string()), criterion))
         frame = table.to_pandas().rename(columns={"document": "doc"})
@@ -293,10 +312,10 @@ class NeuronDictionary:
         return lookup.search_text(self, query, criterion, limit)
 
     def search_tokens(
-        self, token: str, *, criterion: str = "actmax", limit: int = 50
+        self, token: str, *, by: str = "hits", criterion: str = "actmax", limit: int = 50
     ) -> pd.DataFrame:
-        """Units whose hits are at a token: :func:`lookup.search_tokens`."""
-        return lookup.search_tokens(self, token, criterion, limit)
+        """Units by a token that they fire at, write or read: :func:`lookup.search_tokens`."""
+        return lookup.search_tokens(self, token, by, criterion, limit)
 
     def similar(self, key: Any, k: int = 10, *, kind: str = "activation") -> pd.DataFrame:
         """Units that do the same at the sampled tokens: :func:`lookup.similar`."""
@@ -317,32 +336,14 @@ class NeuronDictionary:
         place = next(p for p in self.plan.places if unit < p.end)
         return unit, place.hook, unit - place.first
 
+    def name(self, unit: int) -> str:
+        """A unit's number as text."""
+        place = next(p for p in self.plan.places if unit < p.end)
+        return place.name(unit - place.first)
+
     def window(self, document: Document, position: int) -> tuple[int, list[str]]:
         """Where the window around a position begins, and its tokens as text."""
         before, after = self.plan.window
         start = max(0, position - before)
         tokens = document.tokens[start : position + after + 1].tolist()
         return start, [self.texts.token(token) for token in tokens]
-
-
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    require_plain(path)
-    try:
-        return pq.ParquetFile(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise StorageError(f"{path} is damaged: {str(error)[:200]}") from error
-
-
-def _read(
-    path: Path, file: pq.ParquetFile, groups: list[int] | None, columns: list[str] | None = None
-) -> pa.Table:
-    """Some row groups, or all.
-
-    Raises:
-        StorageError: a page's checksum is not what it should be; names the file.
-    """
-    chosen = list(range(file.metadata.num_row_groups)) if groups is None else groups
-    try:
-        return file.read_row_groups(chosen, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise StorageError(f"{path} is damaged: {str(error)[:200]}") from error

@@ -35,8 +35,8 @@ class Edit:
 
     Attributes:
         hook: a hook point whose activations are [batch, pos, unit], such as
-            ``"blocks.5.mlp.hook_post"``.
-        units: indices into the last axis.
+            ``"blocks.5.mlp.hook_post"``, or [batch, pos, head, d_head]: there a unit is a head.
+        units: indices into the third axis.
         scale: 0 switches off, 1 changes nothing (equal to the last bit), more amplifies.
         shift: what is added, in units of the activation; ``scale=0`` with a shift sets a value.
         rows: batch rows in which to do it; ``None`` for all.
@@ -61,9 +61,8 @@ def edit_units(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
 
     Raises:
         InputError: a hook point that the model does not have; in the forward pass, a unit, row or
-            position out of range, a unit edited twice, or activations that are not
-            [batch, pos, unit]; at the end of the context, a hook point that never fired, so that
-            nothing was done there.
+            position out of range, a unit edited twice, or activations of another shape; at the end
+            of the context, a hook point that never fired, so that nothing was done there.
     """
     by_hook: dict[str, list[Edit]] = {}
     for edit in edits:
@@ -93,8 +92,11 @@ def _apply(name: str, edits: list[Edit], fired: set[str]) -> Callable[..., Tenso
 
     def hook(x: Tensor, hook: Any) -> Tensor:
         fired.add(name)
-        if x.ndim != 3:
-            raise InputError(f"{name} has shape {list(x.shape)}; edits need [batch, pos, unit]")
+        if x.ndim not in (3, 4):
+            raise InputError(
+                f"{name} has shape {list(x.shape)}; edits need [batch, pos, unit] or "
+                "[batch, pos, head, d_head]"
+            )
         key = (x.shape[0], x.shape[1])
         if key not in made:
             made[key] = _table(name, edits, x)
@@ -107,7 +109,7 @@ def _apply(name: str, edits: list[Edit], fired: set[str]) -> Callable[..., Tenso
 
 def _table(name: str, edits: list[Edit], x: Tensor) -> tuple[Tensor, ...]:
     """Row, position and unit of every change at one hook point, its scale and its shift: [n]."""
-    batch, length, width = x.shape
+    batch, length, width = x.shape[:3]
     tables = []
     for edit in edits:
         rows = range(batch) if edit.rows is None else edit.rows
@@ -130,8 +132,9 @@ def _table(name: str, edits: list[Edit], x: Tensor) -> tuple[Tensor, ...]:
         raise InputError(
             f"unit {unit} of {name} is edited twice in row {row} at position {position}"
         )
-    scale = torch.cat([x.new_full((own.shape[1],), scale) for own, scale, _ in tables])
-    shift = torch.cat([x.new_full((own.shape[1],), shift) for own, _, shift in tables])
+    shape = (-1, *(1 for _ in x.shape[3:]))  # the same for every entry of a head
+    scale = torch.cat([x.new_full((own.shape[1],), scale) for own, scale, _ in tables]).view(shape)
+    shift = torch.cat([x.new_full((own.shape[1],), shift) for own, _, shift in tables]).view(shape)
     return (*places.to(x.device), scale, shift)
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from lenslrp.analysis.dictionary import NeuronDictionary
 from lenslrp.analysis.job import prepare
+from lenslrp.analysis.projections import TOKENS, project_places
 from lenslrp.analysis.replay import Entries, replay, replayed
 from lenslrp.analysis.search import Job, merge_shards, scan_shard
 from lenslrp.errors import InputError, StorageError
@@ -26,7 +27,7 @@ from lenslrp.errors import InputError, StorageError
 RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 """Where launchers say which process this is, and of how many."""
 
-LOCAL = ("checkpoint_every", "progress", "keep_work")
+LOCAL = ("checkpoint_every", "progress", "keep_work", "vocabulary")
 """Options that are no part of the plan."""
 
 
@@ -72,7 +73,7 @@ def build_distributed(
     rank, world = rank_and_world()
     folder = Path(path)
     local = {name: options.pop(name) for name in LOCAL if name in options}
-    keep_work = local.pop("keep_work", False)
+    keep_work, tokens = local.pop("keep_work", False), local.pop("vocabulary", TOKENS)
     if rank == 0:
         job = prepare(model, corpus, folder, **options)
     else:
@@ -82,13 +83,15 @@ def build_distributed(
     shards = [job.shard(r, world) for r in range(world)]
     _wait(shards, timeout, _is_done)
     entries = Entries.of(merge_shards(job, shards), job.plan)
+    project_places(job, rank, world, tokens=tokens, progress=local.get("progress", True))
     replay(job, entries, rank, world, **local)
     if rank > 0:
         return None
     ranks = list(range(world))
     _wait(ranks, timeout, lambda r: _has_replayed(job, r, world))
     parts = [path for r in ranks for path in replayed(job, r, world)]
-    return NeuronDictionary.merge(job, shards, parts=parts, keep_work=keep_work, **local)
+    published = {"keep_work": keep_work, "vocabulary": tokens, **local}
+    return NeuronDictionary.merge(job, shards, parts=parts, **published)
 
 
 def _has_replayed(job: Job, rank: int, world: int) -> bool:
@@ -124,7 +127,10 @@ class Worker:
     def scan(self, rank: int, world: int, local: dict[str, Any]) -> str:
         return str(scan_shard(self.job, rank, world, **local))
 
-    def replay(self, files: list[str], rank: int, world: int, local: dict[str, Any]) -> list[str]:
+    def replay(
+        self, files: list[str], rank: int, world: int, tokens: int, local: dict[str, Any]
+    ) -> list[str]:
+        project_places(self.job, rank, world, tokens=tokens, progress=False)
         entries = Entries.of(merge_shards(self.job, files), self.job.plan)
         return [str(path) for path in replay(self.job, entries, rank, world, **local)]
 
@@ -161,7 +167,7 @@ def build_with_ray(
     except ImportError as error:
         raise InputError('build_with_ray needs Ray: pip install "lenslrp[ray]"') from error
     local = {name: options.pop(name) for name in LOCAL if name in options}
-    keep_work = local.pop("keep_work", False)
+    keep_work, tokens = local.pop("keep_work", False), local.pop("vocabulary", TOKENS)
     local["progress"] = False
     world = shards or 4 * workers
     job = prepare(make_model(), corpus, path, **options)
@@ -171,8 +177,9 @@ def build_with_ray(
     pool = ActorPool(actors)
     ranks = list(range(world))
     files = list(pool.map(lambda a, r: a.scan.remote(r, world, local), ranks))
-    parts = list(pool.map(lambda a, r: a.replay.remote(files, r, world, local), ranks))
+    parts = list(pool.map(lambda a, r: a.replay.remote(files, r, world, tokens, local), ranks))
     for actor in actors:
         ray.kill(actor)
     paths = [Path(path) for some in parts for path in some]
-    return NeuronDictionary.merge(job, files, parts=paths, keep_work=keep_work, **local)
+    published = {"keep_work": keep_work, "vocabulary": tokens, **local}
+    return NeuronDictionary.merge(job, files, parts=paths, **published)

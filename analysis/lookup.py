@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from lenslrp.analysis.projections import ROLES
 from lenslrp.analysis.storage import require_header
 from lenslrp.analysis.texts import terms
 from lenslrp.errors import InputError
@@ -44,23 +45,42 @@ def search_text(
 
 
 def search_tokens(
-    d: NeuronDictionary, token: str, criterion: str = "actmax", limit: int = 50
+    d: NeuronDictionary,
+    token: str,
+    by: str = "hits",
+    criterion: str = "actmax",
+    limit: int = 50,
 ) -> pd.DataFrame:
-    """Units whose hits are at a token: rows as for :meth:`search_text`, with ``share``.
+    """Units by a token: those that fire (or matter) at it, or that write or read it by weights.
 
     Args:
         token: the token's text; white space around it does not matter.
-        criterion: whose examples.
+        by: ``"hits"``: the examples' hits are at the token; ``"writes"``, ``"reads"``: the token is
+            in the lists of :meth:`Page.vocabulary`.
+        criterion: whose examples, of ``"hits"``.
         limit: how many rows.
 
     Returns:
-        ``unit, hook, index, share``: the share of the unit's examples whose hit is at the
-        token, largest first.
+        For hits ``unit, hook, index, share``: the share of the unit's examples whose hit is at the
+        token, largest first. Otherwise ``unit, hook, index, name, side, rank, token, score``: best
+        ranks first, then the largest scores.
+
+    Raises:
+        InputError: another ``by``, an unknown criterion, or a dictionary without such lists.
     """
+    if by not in ("hits", *ROLES):
+        raise InputError(f"by is one of hits, {', '.join(ROLES)}, not {by!r}")
     d.require_criterion(criterion)
     wanted = d.texts.tokens_called(token)
-    if not wanted:
-        return pd.DataFrame(columns=["unit", "hook", "index", "share"])
+    if by == "hits":
+        return _hitting(d, wanted, criterion, limit)
+    found = d.projections.naming(wanted, by, [name for name, _ in d.plan.sites]).head(limit)
+    found["token"] = [d.texts.token(int(t)) for t in found["id"]]
+    names = pd.DataFrame(map(d.named, found["unit"]), columns=["unit", "hook", "index"])
+    return names.join(found[["name", "side", "rank", "token", "score"]])
+
+
+def _hitting(d: NeuronDictionary, wanted: list[int], criterion: str, limit: int) -> pd.DataFrame:
     counts = d.citations.at_tokens(wanted, d.slots, criterion, len(d))
     total = sum(name == criterion for name, _ in d.slots)
     best = np.lexsort((np.arange(len(counts)), -counts))[:limit]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from numpy.typing import NDArray
+from torch import Tensor
 
 import lenslrp
 from lenslrp.analysis.plan import Place
@@ -56,12 +57,7 @@ class Page:
     @property
     def name(self) -> str:
         """The unit as text: ``blocks.5.mlp.hook_post[17]``, ``...[sae 40]``."""
-        label = self.place.site.partition("[")[2].removesuffix("]")
-        return (
-            f"{self.place.hook}[{label} {self.index}]"
-            if label
-            else (f"{self.place.hook}[{self.index}]")
-        )
+        return self.place.name(self.index)
 
     @property
     def unit(self) -> Unit:
@@ -76,6 +72,11 @@ class Page:
     @property
     def criteria(self) -> tuple[str, ...]:
         return self.dictionary.plan.criteria
+
+    def _repr_html_(self) -> str:
+        from lenslrp.analysis.unit_page import fragment
+
+        return fragment(self)
 
     def __repr__(self) -> str:
         return f"Page({self.name}: {len(self.rows)} examples by {', '.join(self.criteria)})"
@@ -125,6 +126,24 @@ class Page:
         frame["source"] = [d.source for d in aims]
         return frame
 
+    def vocabulary(self) -> pd.DataFrame:
+        """What the unit writes to and reads from the vocabulary, by its weights.
+
+        Columns: ``role`` (``"writes"`` or ``"reads"``); ``name`` (``"out"``; ``"in"``, ``"gate"``;
+        of a head ``"q"``, ``"k"``, ``"v"``: the largest components of QK and OV); ``side``
+        (``"top"`` or ``"bottom"``); ``rank``; ``id``, ``token``; ``score``, in logits up to one
+        positive factor a list (see :mod:`lenslrp.analysis.vocabulary`).
+
+        Raises:
+            InputError: no such lists; says why not.
+        """
+        dictionary = self.dictionary
+        frame = dictionary.projections.of(self.place.first + self.index, self.place.site)
+        frame = frame.drop(columns="unit")
+        tokens = [dictionary.texts.token(token) for token in frame["id"].tolist()]
+        frame.insert(frame.columns.get_loc("id") + 1, "token", tokens)
+        return frame
+
     def histogram(self, kind: str = "activation") -> Histogram:
         """Of ``"activation"`` or ``"relevance"`` at the sampled tokens.
 
@@ -168,27 +187,56 @@ class Page:
                 f"{self.name} is a {self.place.kind}; tokens are attributed for single components"
             )
         frame = self.examples(criterion).head(k).copy()
-        documents = self.dictionary.texts.documents(frame["doc"])
-        frame["attributions"] = _attributions(model, self, frame, documents, options)
+        frame["attributions"] = _attributions(model, self, frame, options)
         return frame
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The documents of some examples as one batch, padded on the right.
+
+    Attributes:
+        mask: 1 where a token is real; None where all are.
+        hits: the positions of the hits.
+    """
+
+    tokens: Int64[Tensor, "row pos"]
+    mask: Int64[Tensor, "row pos"] | None
+    hits: list[int]
+
+    @classmethod
+    def of(cls, page: Page, frame: pd.DataFrame) -> Rows:
+        documents = page.dictionary.texts.documents(frame["doc"])
+        rows = [documents[doc].tokens for doc in frame["doc"]]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.tensor([[i < len(row) for i in range(tokens.shape[1])] for row in rows])
+        return cls(tokens, None if bool(mask.all()) else mask.long(), frame["position"].tolist())
+
+    def activations(self, page: Page) -> PerRow:
+        """The unit's activation at each hit, as a target."""
+        return PerRow(tuple(Activation(page.place.hook, page.index, hit) for hit in self.hits))
+
+    def forward(self, model: Any) -> Tensor:
+        """The model's logits, [row, pos, vocab]."""
+        kwargs = {} if self.mask is None else {"attention_mask": self.mask}
+        device = next(model.parameters()).device
+        logits: Tensor = model(
+            self.tokens.to(device), return_type="logits", use_cache=False, **kwargs
+        )
+        return logits
+
+
 def _attributions(
-    model: Any, page: Page, frame: pd.DataFrame, documents: Any, options: dict[str, Any]
+    model: Any, page: Page, frame: pd.DataFrame, options: dict[str, Any]
 ) -> list[NDArray[np.float32]]:
-    rows = [documents[doc].tokens for doc in frame["doc"]]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = torch.tensor([[i < len(row) for i in range(tokens.shape[1])] for row in rows])
-    target = PerRow(
-        tuple(Activation(page.place.hook, page.index, int(p)) for p in frame["position"])
-    )
+    rows = Rows.of(page, frame)
     _, found = lenslrp.run_with_relevance(
         model,
-        tokens,
-        target,
+        rows.tokens,
+        rows.activations(page),
         names_filter=[],
         ledger=False,
-        attention_mask=None if bool(mask.all()) else mask.long(),
+        attention_mask=rows.mask,
         **options,
     )
     relevance = found.tokens.float().cpu().numpy()

@@ -52,6 +52,11 @@ class Place:
     def end(self) -> int:
         return self.first + self.size
 
+    def name(self, index: int) -> str:
+        """A unit here as text: ``blocks.5.mlp.hook_post[17]``, ``...[sae 40]``."""
+        label = self.site.partition("[")[2].removesuffix("]")
+        return f"{self.hook}[{label} {index}]" if label else f"{self.hook}[{index}]"
+
 
 @dataclass(frozen=True)
 class Plan:

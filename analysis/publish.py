@@ -1,9 +1,9 @@
 """From a finished scan and its replay to the files that are a dictionary.
 
-``units.parquet`` and ``examples.parquet`` (zstd, small row groups in the order of the units, a
-checksum on every page), ``texts.sqlite``, ``citations.safetensors`` (which examples cite a
-document), ``samples.safetensors`` (what the units did at the sampled tokens) and, last,
-``manifest.json`` with the SHA-256 of all of them: a dictionary without a manifest is unfinished.
+``units.parquet``, ``examples.parquet`` and ``vocabulary.parquet`` (zstd, small row groups in the
+order of the units, a checksum on every page), ``texts.sqlite``, ``citations.safetensors`` (which
+examples cite a document), ``samples.safetensors`` (what the units did at the sampled tokens) and,
+last, ``manifest.json`` with the SHA-256 of all of them: a dictionary without it is unfinished.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
@@ -22,9 +21,10 @@ from torch import Tensor
 
 from lenslrp.analysis.files import whole
 from lenslrp.analysis.plan import SCHEMA, Place, Plan, describe_libraries
+from lenslrp.analysis.projections import write_vocabulary
 from lenslrp.analysis.replay import STATISTICS, Entries
 from lenslrp.analysis.search import Job, State
-from lenslrp.analysis.storage import file_record, save_json, save_tensors
+from lenslrp.analysis.storage import file_record, parquet_writer, save_json, save_tensors
 from lenslrp.analysis.texts import Document, write_texts
 from lenslrp.inputs import str_token
 
@@ -32,6 +32,7 @@ FILES = frozenset(
     {
         "units.parquet",
         "examples.parquet",
+        "vocabulary.parquet",
         "texts.sqlite",
         "citations.safetensors",
         "samples.safetensors",
@@ -47,8 +48,15 @@ MANTISSA = 13
 WINDOWS = ("activation", "relevance")
 
 
-def publish(job: Job, state: State, entries: Entries, parts: list[Path]) -> None:
+def publish(
+    job: Job, state: State, entries: Entries, parts: list[Path], projected: list[Path]
+) -> None:
     """Write all files, the manifest last.
+
+    Args:
+        job, state, entries: what was searched and found.
+        parts: the files of the replay.
+        projected: those of :func:`lenslrp.analysis.projections.project_places`.
 
     Raises:
         StorageError: the disk is full; nothing that was there before is lost.
@@ -57,7 +65,8 @@ def publish(job: Job, state: State, entries: Entries, parts: list[Path]) -> None
     sample = _sample(plan, parts)
     _write_units(folder / "units.parquet", plan, sample)
     _write_examples(folder / "examples.parquet", plan, entries, parts)
-    _write_texts(folder / "texts.sqlite", job, entries, parts)
+    about, shown = write_vocabulary(folder / "vocabulary.parquet", plan, projected)
+    _write_texts(folder / "texts.sqlite", job, entries, parts, shown)
     save_tensors(folder / "citations.safetensors", _citations(entries, job), {})
     save_tensors(folder / "samples.safetensors", _standardised(sample), {})
     manifest = {
@@ -66,6 +75,7 @@ def publish(job: Job, state: State, entries: Entries, parts: list[Path]) -> None
         "plan_sha256": plan.fingerprint(),
         "slots": [list(slot) for slot in entries.slots],
         "tokens_seen": state.tokens,
+        "vocabulary": about,
         "libraries": describe_libraries(),
         "files": {name: file_record(folder / name) for name in sorted(FILES)},
     }
@@ -141,7 +151,7 @@ def _write_units(path: Path, plan: Plan, sample: dict[str, Tensor]) -> None:
                     for name, column in _moments(values[place.first : place.end], kind).items():
                         rows[name] = _column(column)
                 table = pa.table(rows)
-                writer = writer or _writer(temporary, table.schema)
+                writer = writer or parquet_writer(temporary, table.schema)
                 writer.write_table(table, row_group_size=GROUP * 16)
         finally:
             if writer is not None:
@@ -153,10 +163,6 @@ def _column(values: NDArray[Any]) -> pa.Array:
         return pa.array(values)
     offsets = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
     return pa.ListArray.from_arrays(offsets, values.reshape(-1))
-
-
-def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
 
 
 def _write_examples(path: Path, plan: Plan, entries: Entries, parts: list[Path]) -> None:
@@ -174,7 +180,7 @@ def _write_examples(path: Path, plan: Plan, entries: Entries, parts: list[Path])
                     some = slice(place.first + first, place.first + last)
                     cut = {k: w[first:last] for k, w in windows.items()}
                     table = _examples(plan, entries, some, cut)
-                    writer = writer or _writer(temporary, table.schema)
+                    writer = writer or parquet_writer(temporary, table.schema)
                     writer.write_table(table, row_group_size=len(table))
         finally:
             if writer is not None:
@@ -225,7 +231,10 @@ def _rounded(values: Tensor) -> NDArray[np.float32]:
     return (bits & ~np.uint32((1 << MANTISSA) - 1)).view(np.float32)
 
 
-def _write_texts(path: Path, job: Job, entries: Entries, parts: list[Path]) -> None:
+def _write_texts(
+    path: Path, job: Job, entries: Entries, parts: list[Path], shown: set[int]
+) -> None:
+    """The cited documents, and the text of their tokens and of ``shown``."""
     tokenizer = job.run.model.tokenizer
     aims: dict[int, tuple[int, int, float]] = {}
     for part in parts:
@@ -241,7 +250,7 @@ def _write_texts(path: Path, job: Job, entries: Entries, parts: list[Path]) -> N
                         strict=True,
                     )
                 )
-    used: set[int] = set()
+    used = set(shown)
     without = 0 if job.corpus.cut.bos is None else 1
 
     def documents() -> Iterator[Document]:

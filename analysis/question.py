@@ -66,7 +66,6 @@ class Question:
         explained: the target's text, and its value for the unchanged input.
         units: what the units are called.
         grid: rows and columns of an image's patches, ``None`` for text.
-        pooled: the logits have no positions (a classifier's).
         given: the input as :func:`lenslrp.run_with_relevance` takes it.
         chunk: how many sequences run at once.
         passes: counted so far, for each row.
@@ -81,7 +80,6 @@ class Question:
     explained: Explained
     units: list[list[str]]
     grid: tuple[int, int] | None
-    pooled: bool
     given: Mapping[str, Any]
     chunk: int = CHUNK
     passes: Passes = field(default_factory=Passes)
@@ -270,8 +268,7 @@ def ask(
     explained = Explained(wanted.text(outputs), value)
     fixed = _fixed(wanted, outputs)
     return Question(
-        model, prepared, inputs, vectors, mask, fixed, explained, units, grid, logits.ndim == 2,
-        given, chunk,
+        model, prepared, inputs, vectors, mask, fixed, explained, units, grid, given, chunk,
     )  # fmt: skip
 
 

@@ -70,14 +70,15 @@ class Gain:
 
 @torch.no_grad()
 def measure_gain(norm: nn.Module, like: Tensor) -> Gain:
-    """The gain of a norm module that takes [..., d_model]; ``like`` gives width, type and place.
+    """The gain of a norm module that takes [..., d_model]; ``like`` gives width and place.
 
     Raises:
         InputError: the module is not linear at a fixed denominator, as norms are.
     """
     module: Any = original(norm) or norm
     width = like.shape[-1]
-    signs = torch.ones(width, dtype=like.dtype, device=like.device)
+    own = next(module.parameters(), like)  # a LayerNorm takes no other type than its weight's
+    signs = torch.ones(width, dtype=own.dtype, device=like.device)
     signs[1::2] = -1
     if width % 2:  # zero mean all the same
         signs[-1] = -2

@@ -77,7 +77,7 @@ def _picture(draw: Callable[..., Figure], *args: Any, alt: str, **options: Any) 
     }
 
 
-def _section(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def section(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What ``make`` returns, or why it cannot: hook points that this R did not read."""
     try:
         return make()
@@ -228,7 +228,12 @@ def _facts(R: RelevanceCache, row: int, values: list[float], ledger: Mapping[str
     return [*facts, ("composite", R.composite.name)]
 
 
-def _environment() -> Any:
+def environment() -> Any:
+    """Jinja2 with autoescape on.
+
+    Raises:
+        ImportError: it is missing; names the extra.
+    """
     try:
         import jinja2
     except ImportError as error:
@@ -252,7 +257,7 @@ def report_html(
     R: RelevanceCache, *, model: TransformerBridge | None = None, row: int = 0, image: Any = None
 ) -> str:
     """The page of :func:`write_report` as a string."""
-    environment = _environment()
+    template = environment().from_string(TEMPLATE)
     from markupsafe import Markup
 
     batch = len(R.str_tokens)
@@ -271,11 +276,11 @@ def report_html(
             grid=R.grid,
             title="Colours scaled without the first token",
         )
-    ledger = _section(lambda: _ledger(R))
+    ledger = section(lambda: _ledger(R))
     text = visible("".join(t for t, kept in zip(tokens, mask, strict=True) if kept))
     if R.grid is not None:
         text = f"an image of {R.grid[0]} x {R.grid[1]} patches"
-    page: str = environment.from_string(TEMPLATE).render(
+    page: str = template.render(
         title=f"{visible(R.target.text)} · LensLRP",
         target=visible(R.target.text),
         prompt=text,
@@ -284,9 +289,9 @@ def report_html(
         heatmap=Markup(token_heatmap(tokens, values, attention_mask=mask, grid=R.grid)),
         picture_of=None if R.grid is None else _seen(R, row, image),
         rescaled=Markup(rescaled),
-        residual=_section(lambda: _residual(R, row, scale.dominated)),
-        heads=_section(lambda: _heads(R, row)),
-        neurons=_section(lambda: _neurons(R, row, model)),
+        residual=section(lambda: _residual(R, row, scale.dominated)),
+        heads=section(lambda: _heads(R, row)),
+        neurons=section(lambda: _neurons(R, row, model)),
         writes=_has_vocabulary(model),
         ledger=ledger,
         coverage=_coverage(R),

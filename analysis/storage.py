@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -120,6 +122,39 @@ def require_header(path: Path) -> None:
         )
     if length > size - 8:
         raise StorageError(f"{path} is truncated: a header of {length} bytes in a file of {size}")
+
+
+def parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """A writer of zstd pages that carry checksums."""
+    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """A parquet file, its pages to be checked as they are read.
+
+    Raises:
+        StorageError: no regular file, or no parquet.
+    """
+    require_plain(path)
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"{path} is damaged: {str(error)[:200]}") from error
+
+
+def read_groups(
+    path: Path, file: pq.ParquetFile, groups: list[int] | None, columns: list[str] | None = None
+) -> pa.Table:
+    """Some row groups, or all.
+
+    Raises:
+        StorageError: a page's checksum is not what it should be; names the file.
+    """
+    chosen = list(range(file.metadata.num_row_groups)) if groups is None else groups
+    try:
+        return file.read_row_groups(chosen, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"{path} is damaged: {str(error)[:200]}") from error
 
 
 def require_plain(path: Path) -> None:

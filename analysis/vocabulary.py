@@ -105,7 +105,7 @@ def _like(vectors: Tensor) -> Tensor:
     return vectors.float() if half else vectors
 
 
-def _written(model: TransformerBridge, unit: Unit, vectors: Tensor) -> Tensor:
+def as_written(model: TransformerBridge, unit: Unit, vectors: Tensor) -> Tensor:
     """Vectors as they arrive in the residual stream: through the branch's own norm, if any."""
     place, norm = _part(unit), None
     if place is not None:
@@ -114,7 +114,7 @@ def _written(model: TransformerBridge, unit: Unit, vectors: Tensor) -> Tensor:
     return _like(vectors) if norm is None else measure_gain(norm, vectors).forward(_like(vectors))
 
 
-def _read(model: TransformerBridge, unit: Unit, name: str, vectors: Tensor) -> Tensor:
+def as_read(model: TransformerBridge, unit: Unit, name: str, vectors: Tensor) -> Tensor:
     """Vectors as they meet the residual stream: through the norm before the branch, if any."""
     place, norm = _part(unit), None
     if place is not None:
@@ -126,7 +126,7 @@ def _read(model: TransformerBridge, unit: Unit, name: str, vectors: Tensor) -> T
     return _like(vectors) if norm is None else measure_gain(norm, vectors).backward(_like(vectors))
 
 
-def _require_decoder(model: TransformerBridge, unit: Unit) -> None:
+def require_decoder(model: TransformerBridge, unit: Unit) -> None:
     unembedding(model)  # or say why not, before anything else
     place = _part(unit)
     if place is not None and stack_name(model, place[2]) == "encoder_blocks":
@@ -183,15 +183,15 @@ def writes(
     Raises:
         InputError: the unit is not in the model, or the model has no vocabulary to read it in.
     """
-    _require_decoder(model, unit)
+    require_decoder(model, unit)
     strength = 1.0
     if isinstance(unit, Head):
-        vector, strength = _head_writes(model, unit, source, component)
+        vector, strength = head_writes(model, unit, source, component)
     elif source is not None:
         raise InputError("source is for heads: other units write the same whatever they read")
     else:
         vector = unit.writes(model)["out"][0]
-    vector = _written(model, unit, vector[None])
+    vector = as_written(model, unit, vector[None])
     if lens is not None:
         vector = lens.carry(_layer_of(unit), vector)
     found = project(model, vector * amount, at=at)[0]
@@ -213,10 +213,10 @@ def reads(
     """
     rows = embedding(model)
     if isinstance(unit, Head):
-        found = _head_reads(model, unit, component)
+        found = head_reads(model, unit, component)
     else:
         vectors = unit.reads(model)
-        found = {n: (_read(model, unit, n, v)[0], 1.0) for n, v in vectors.items()}
+        found = {n: (as_read(model, unit, n, v)[0], 1.0) for n, v in vectors.items()}
     label = token_labels(model)
     return {
         name: VocabularyScores(
@@ -237,11 +237,11 @@ def _layer_of(unit: Unit) -> int:
     return layer
 
 
-def _head_writes(
+def head_writes(
     model: TransformerBridge, head: Head, source: Any, component: int
 ) -> tuple[Tensor, float]:
     out = _like(head.writes(model)["out"])
-    value = _read(model, head, "v", head.reads(model)["v"])
+    value = as_read(model, head, "v", head.reads(model)["v"])
     if source is None:
         _, sizes, write = _components(value, out, component)
         return write, sizes
@@ -252,10 +252,10 @@ def _head_writes(
     return (value @ source.to(value)) @ out, 1.0
 
 
-def _head_reads(
+def head_reads(
     model: TransformerBridge, head: Head, component: int
 ) -> dict[str, tuple[Tensor, float]]:
-    vectors = {n: _read(model, head, n, v) for n, v in head.reads(model).items()}
+    vectors = {n: as_read(model, head, n, v) for n, v in head.reads(model).items()}
     query, strength, key = _components(vectors["q"], vectors["k"], component)
     value, size, _ = _components(vectors["v"], _like(head.writes(model)["out"]), component)
     return {"q": (query, strength), "k": (key, strength), "v": (value, size)}
@@ -305,8 +305,8 @@ def cosines(model: TransformerBridge, unit: Unit) -> dict[str, float]:
     """
     if isinstance(unit, Head):
         raise InputError(f"{unit} reads and writes subspaces, between which there is no one angle")
-    vectors = {n: _read(model, unit, n, v)[0] for n, v in unit.reads(model).items()}
-    vectors["out"] = _written(model, unit, unit.writes(model)["out"])[0]
+    vectors = {n: as_read(model, unit, n, v)[0] for n, v in unit.reads(model).items()}
+    vectors["out"] = as_written(model, unit, unit.writes(model)["out"])[0]
     pairs = [("in", "out"), *([("gate", "out"), ("gate", "in")] if "gate" in vectors else [])]
     return {
         f"{a},{b}": float(torch.cosine_similarity(vectors[a], vectors[b].to(vectors[a]), dim=0))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -56,8 +57,10 @@ def read_all(folder: Path, verify: bool = True) -> None:
         for place in d.plan.places:
             for criterion in d.plan.criteria:
                 d.page(place, 1).examples(criterion)
+            assert len(d.page(place, 1).vocabulary())
         d.search_text("a")
-        d.search_tokens("a")
+        for by in ("hits", "writes", "reads"):
+            d.search_tokens("a", by=by)
         d.similar((0, 0))
         d.to_dataframe()
         assert len(d.units) == len(d)
@@ -91,7 +94,7 @@ def test_a_truncated_or_missing_file_is_named(folder: Path, name: str) -> None:
         NeuronDictionary.open(folder, verify=False)
 
 
-@pytest.mark.parametrize("name", ["units.parquet", "examples.parquet"])
+@pytest.mark.parametrize("name", ["units.parquet", "examples.parquet", "vocabulary.parquet"])
 def test_pages_are_checked_as_they_are_read(folder: Path, name: str) -> None:
     """Without comparing whole files, and with a manifest that agrees."""
     path = folder / name
@@ -100,6 +103,21 @@ def test_pages_are_checked_as_they_are_read(folder: Path, name: str) -> None:
     path.write_bytes(bytes(spoilt))
     resign(folder, name)
     with pytest.raises(StorageError, match=name.replace(".", r"\.")):
+        read_all(folder)
+
+
+def test_a_vocabulary_of_other_columns_is_not_opened(folder: Path) -> None:
+    shutil.copy(folder / "units.parquet", folder / "vocabulary.parquet")
+    resign(folder, "vocabulary.parquet")
+    with pytest.raises(StorageError, match=r"vocabulary\.parquet does not have the columns"):
+        read_all(folder)
+
+
+def test_row_groups_without_their_units_are_not_opened(folder: Path) -> None:
+    path = folder / "vocabulary.parquet"
+    pq.write_table(pq.read_table(path), path, write_statistics=False)
+    resign(folder, path.name)
+    with pytest.raises(StorageError, match=r"vocabulary\.parquet does not say which units"):
         read_all(folder)
 
 
@@ -180,6 +198,11 @@ CHANGES: list[Callable[[dict[str, Any]], Any]] = [
     lambda m: m["plan"].update(k=7),
     lambda m: m.update(slots=[["actmax", 0]]),
     lambda m: m.update(slots=3),
+    lambda m: m.pop("vocabulary"),
+    lambda m: m.update(vocabulary=[]),
+    lambda m: m.update(vocabulary={"tokens": 10}),
+    lambda m: m["vocabulary"].update(missing={"mlp.hook_post": ["<script>"]}),
+    lambda m: m["vocabulary"].update(missing={"mlp.hook_post": {"writes": 1}}),
     forged(lambda p: p.update(extra=1)),
     forged(lambda p: p.update(places=[])),
     forged(lambda p: p["places"][0].update(size=10**12)),
@@ -197,7 +220,7 @@ def test_a_manifest_is_checked_before_it_is_believed(
     folder: Path, change: Callable[[dict[str, Any]], Any]
 ) -> None:
     manifest(folder, change)
-    with pytest.raises(StorageError, match=r"\.json|schema|plan|\.parquet|damaged"):
+    with pytest.raises(StorageError, match=r"\.json|schema|plan|vocabulary|\.parquet|damaged"):
         read_all(folder)
 
 

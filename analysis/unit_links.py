@@ -1,0 +1,208 @@
+"""What made a unit fire, what it moved, and what becomes of a target when it is clamped.
+
+Three questions that a dictionary alone cannot answer, put to the model over a unit's own examples:
+
+* **upstream**: relevance of earlier neurons and heads for the unit's activation at its ActMax hits
+  (``targets.Activation``): one forward and one backward pass for all examples together;
+* **downstream**: the unit is switched off at its RelMax hits, and later neurons and heads are read
+  at the same positions with and without it: two forward passes;
+* **clamping**: the unit is scaled by 0 and by 2 in the whole document, and the logit that its
+  relevance explained is read again, beside a placebo: another unit of the same hook point, drawn
+  anew for each example, scaled by 0. Four forward passes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import lenslrp
+from lenslrp.analysis.intervene import Edit, edit_units
+from lenslrp.analysis.page import Page, Rows
+from lenslrp.errors import InputError
+from lenslrp.hooks.components import layer_of
+from lenslrp.reductions import over_positions
+
+LINKED = re.compile(r"\w*blocks\.\d+\.(mlp\.hook_post|attn\.hook_z)")
+"""Where other units are looked for: MLP neurons and attention heads."""
+
+_QUIET = 0.01
+"""A unit that varies by less than this share of its hook point's mean is measured by that share."""
+
+
+def _over_heads(z: Tensor) -> Tensor:
+    """[batch, pos, head, d_head] summed to [batch, head]; no heads where it has another shape."""
+    return z.sum(dim=(1, 3)) if z.ndim == 4 else z.new_zeros(len(z), 0)
+
+
+def _ranked(
+    values: dict[str, Float[Tensor, "example unit"]], limit: int, column: str
+) -> pd.DataFrame:
+    """The units with the largest mean over examples, in size, and how many examples agree."""
+    records = []
+    for hook, found in values.items():
+        mean = found.mean(dim=0)
+        best = mean.abs().topk(min(limit, len(mean))).indices
+        for unit in best.tolist():
+            same = int((found[:, unit].sign() == mean[unit].sign()).sum())
+            records.append((f"{hook}[{unit}]", float(mean[unit]), same, len(found)))
+    records = sorted((r for r in records if r[1]), key=lambda record: -abs(record[1]))
+    return pd.DataFrame(records[:limit], columns=["name", column, "same_sign", "examples"])
+
+
+def upstream(model: Any, page: Page, *, k: int = 8, limit: int = 12) -> pd.DataFrame:
+    """Earlier units whose relevance for this unit's activation is largest.
+
+    Args:
+        model: the bridge that the dictionary was built from.
+        page: of a neuron.
+        k: over how many of the unit's ActMax examples.
+        limit: how many units.
+
+    Returns:
+        ``name``; ``relevance`` (summed over positions, mean over examples, in units of the
+        activation); ``same_sign`` (in how many examples it has the sign of its mean); ``examples``;
+        ``share`` (of the activation at the hit).
+
+    Raises:
+        InputError: no neuron, or ActMax was not searched.
+    """
+    rows = Rows.of(page, page.examples("actmax").head(k))
+    _, found = lenslrp.run_with_relevance(
+        model,
+        rows.tokens,
+        rows.activations(page),
+        names_filter=lambda name: LINKED.fullmatch(name) is not None and _before(name, page),
+        reduce={"mlp.hook_post": over_positions, "attn.hook_z": _over_heads},
+        ledger=False,
+        attention_mask=rows.mask,
+    )
+    activation = float(found.target.value.float().mean())
+    values = {name: found[name].float().cpu() for name in found if found[name].ndim == 2}
+    frame = _ranked(values, limit, "relevance")
+    return frame.assign(share=frame["relevance"] / activation if activation else float("nan"))
+
+
+def downstream(model: Any, page: Page, *, k: int = 8, limit: int = 12) -> pd.DataFrame:
+    """Later units that change most when this one is switched off at its RelMax hits.
+
+    Arguments as for :func:`upstream`.
+
+    Returns:
+        ``name``; ``change`` (with the unit minus without it, at the position of the hit, mean over
+        examples, in standard deviations of the other unit over all tokens of these examples; a
+        head is measured by the length of its value mixture); ``same_sign``; ``examples``.
+
+    Raises:
+        InputError: units that cannot be edited, RelMax was not searched, or nothing comes later.
+    """
+    rows = Rows.of(page, page.examples("relmax").head(k))
+    later = [name for name in model.hook_dict if LINKED.fullmatch(name) and _after(name, page)]
+    if not later:
+        raise InputError(f"no neurons or heads come after {page.place.hook}")
+    edits = [
+        Edit(page.place.hook, (page.index,), rows=(row,), positions=(hit,))
+        for row, hit in enumerate(rows.hits)
+    ]
+    with_it = _read(model, later, rows)
+    with edit_units(model, edits):
+        without = _read(model, later, rows)
+    change = {}
+    for name, (values, std) in with_it.items():
+        floor = (_QUIET * std.mean()).clamp_min(torch.finfo(std.dtype).tiny)
+        change[name] = (values - without[name][0]) / std.clamp_min(floor)
+    return _ranked(change, limit, "change")
+
+
+def _order(name: str) -> tuple[int, bool]:
+    """Where a hook point is in the network: an MLP comes after its block's heads."""
+    layer = layer_of(name)
+    return (-1 if layer is None else layer), name.endswith("mlp.hook_post")
+
+
+def _before(name: str, page: Page) -> bool:
+    return _order(name) < _order(page.place.hook)
+
+
+def _after(name: str, page: Page) -> bool:
+    return _order(name) > _order(page.place.hook)
+
+
+def _read(
+    model: Any, names: list[str], rows: Rows
+) -> dict[str, tuple[Float[Tensor, "example unit"], Float[Tensor, " unit"]]]:
+    """One forward pass: each hook point's units at the hits, and their spread over all tokens."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(x: Tensor, name: str) -> None:
+        if x.ndim < 3:
+            return  # flattened over batch and position
+        units = (x.norm(dim=-1) if x.ndim == 4 else x).float()
+        real = units.flatten(0, 1) if rows.mask is None else units[rows.mask.bool()]
+        at = units[torch.arange(len(units)), torch.tensor(rows.hits)]
+        found[name] = at.cpu(), real.std(dim=0).cpu()
+
+    hooks = [(name, lambda x, hook, name=name: keep(x, name)) for name in names]
+    with model.hooks(fwd_hooks=hooks), torch.no_grad():
+        rows.forward(model)
+    return found
+
+
+def clamped(model: Any, page: Page, *, k: int = 8) -> pd.DataFrame:
+    """The logit that RelMax explained, when this unit is scaled by 0 and by 2.
+
+    Args:
+        model, page, k: as for :func:`upstream`, over RelMax examples.
+
+    Returns:
+        ``rank``; ``token`` (id) and ``position`` of the target; ``logit`` as it is; ``off``,
+        ``doubled`` and ``placebo``: changes of it, in logits; ``score``: the unit's relevance at
+        its hit.
+
+    Raises:
+        InputError: units that cannot be edited, a hook point with no other unit, RelMax was not
+            searched, or relevance explained something else than one token.
+    """
+    frame = page.examples("relmax").head(k)
+    if page.place.size < 2:
+        raise InputError(f"{page.place.hook} has no other unit to compare with")
+    if (frame["target_position"] < 0).any():
+        raise InputError("relevance explained something else than the logit of one token")
+    documents = page.dictionary.texts.documents(frame["doc"])
+    tokens = torch.tensor([documents[doc].aim_token for doc in frame["doc"]])
+    aims = torch.tensor(frame["target_position"].tolist())
+    each = torch.arange(len(aims))
+    rows = Rows.of(page, frame)
+
+    def logits(*edits: Edit) -> Tensor:
+        with edit_units(model, edits), torch.no_grad():
+            at = rows.forward(model)[each, aims].float().cpu()
+        if (tokens < 0).any():  # the top logit was explained
+            tokens.copy_(at.argmax(dim=1))
+        return at[each, tokens]
+
+    hook, unit = page.place.hook, (page.index,)
+    plain = logits()
+    draw = torch.Generator().manual_seed(page.dictionary.plan.seed)
+    others = torch.randint(1, page.place.size, (len(aims),), generator=draw).tolist()
+    placebo = [
+        Edit(hook, ((page.index + other) % page.place.size,), rows=(row,))
+        for row, other in enumerate(others)
+    ]
+    return pd.DataFrame(
+        {
+            "rank": frame["rank"],
+            "token": tokens.tolist(),
+            "position": aims.tolist(),
+            "logit": plain.tolist(),
+            "off": (logits(Edit(hook, unit, scale=0)) - plain).tolist(),
+            "doubled": (logits(Edit(hook, unit, scale=2)) - plain).tolist(),
+            "placebo": (logits(*placebo) - plain).tolist(),
+            "score": frame["score"],
+        }
+    )

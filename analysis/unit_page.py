@@ -1,0 +1,389 @@
+"""One unit's page: identity, vocabulary, behaviour, sentences, relations, clamping, provenance.
+
+The page is HTML without a script, in which nothing is loaded: a fragment for a notebook
+(:func:`fragment`, which a :class:`~lenslrp.analysis.page.Page` shows there by itself) or a file of
+its own (:func:`write_page`). Everything from texts, tokens and manifests is escaped by Jinja2.
+Parts that only the model can tell (attribution, upstream and downstream units, clamping) are there
+when it is given, and say so in one line when it is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from lenslrp.analysis.files import whole
+from lenslrp.analysis.page import Histogram, Page
+from lenslrp.analysis.report import environment, section
+from lenslrp.analysis.unit_links import clamped, downstream, upstream
+from lenslrp.analysis.unit_sentences import sentences
+from lenslrp.analysis.unit_template import DOCUMENT, PAGE, STYLE
+from lenslrp.analysis.units import Neuron
+from lenslrp.analysis.vocabulary import cosines, reads, sign_cases, writes
+from lenslrp.errors import InputError
+from lenslrp.heatmap import signed
+from lenslrp.visible_text import visible
+
+if TYPE_CHECKING:
+    from lenslrp.analysis.lens import Lens
+
+NEEDS_MODEL = "it takes the model; give model= to page_html or write_page."
+SEARCHED = ("actmax", "actmin", "relmax", "relmin")
+
+
+def page_html(
+    page: Page,
+    *,
+    model: Any = None,
+    attributed: int = 8,
+    examples: int = 10,
+    lens: Lens | None = None,
+    links: Mapping[str, str] | None = None,
+) -> str:
+    """The page as a standalone HTML document.
+
+    Args:
+        page: of a dictionary, ``dictionary[5, 17]``.
+        model: the bridge that the dictionary was built from: adds attribution, upstream and
+            downstream units, and what clamping the unit does. About a dozen forward and five
+            backward passes over ``attributed`` documents.
+        attributed: over how many examples of each criterion the model is asked; 0 for none.
+        examples: how many of each criterion are shown.
+        lens: a relevance lens, through which what the unit writes is read too; needs the model.
+        links: name of a unit -> address of its page; ``""`` -> the index.
+
+    Raises:
+        InputError: ``model`` is not the one that the dictionary was built from.
+        ImportError: Jinja2 is missing.
+    """
+    from markupsafe import Markup
+
+    body = fragment(
+        page, model=model, attributed=attributed, examples=examples, lens=lens, links=links
+    )
+    title = f"{page.name} · {page.dictionary.plan.model['name']}"
+    document: str = (
+        environment().from_string(DOCUMENT).render(title=visible(title), body=Markup(body))
+    )
+    return document
+
+
+def write_page(page: Page, path: str | Path, *, model: Any = None, **options: Any) -> Path:
+    """Write :func:`page_html` to ``path``, whole or not at all, and return where it is."""
+    path = Path(path)
+    html = page_html(page, model=model, **options)
+    with whole(path) as part:
+        part.write_text(html, encoding="utf-8", errors="replace")
+    return path
+
+
+def fragment(
+    page: Page,
+    *,
+    model: Any = None,
+    attributed: int = 8,
+    examples: int = 10,
+    lens: Lens | None = None,
+    links: Mapping[str, str] | None = None,
+) -> str:
+    """The page as one ``<div>``, for a notebook; arguments as for :func:`page_html`."""
+    from markupsafe import Markup
+
+    if model is not None:
+        require_same_model(page, model)
+    asked = model if attributed else None
+    plan = page.dictionary.plan
+    html: str = (
+        environment()
+        .from_string(PAGE)
+        .render(
+            style=Markup(STYLE),
+            model_name=visible(str(plan.model["name"])),
+            name=page.name,
+            links=dict(links or {}),
+            identity=_identity(page),
+            facts=_facts(page),
+            vocabulary=section(lambda: _vocabulary(page, model, lens)),
+            sampled=int(page.histogram().counts.sum()),
+            histograms=[_bars(page.histogram(kind), kind) for kind in _kinds(page)],
+            moments=_moments(page),
+            angles=section(lambda: _angles(page, model)),
+            sentences=_sentences(page, asked, attributed, examples),
+            similar=_similar(page),
+            related=_links(page, asked, attributed),
+            clamp=section(lambda: _clamp(page, asked, attributed)),
+            provenance=_provenance(page),
+        )
+    )
+    return html
+
+
+def require_same_model(page: Page, model: Any) -> None:
+    """Refuse a model with other weights than the dictionary's.
+
+    Raises:
+        InputError: naming both.
+    """
+    from lenslrp.analysis.plan import describe_model
+
+    mine, other = page.dictionary.plan.model, describe_model(model)
+    if mine["weights"] != other["weights"]:
+        raise InputError(
+            f"the dictionary was built from {mine['name']!r} in {mine['dtype']}; given is "
+            f"{other['name']!r} in {other['dtype']}, with other weights"
+        )
+
+
+def _kinds(page: Page) -> tuple[str, ...]:
+    return ("activation", "relevance") if page.dictionary.plan.relevance else ("activation",)
+
+
+def column(title: str, **kinds: bool) -> dict[str, Any]:
+    """A column of a table: ``number`` or ``unit`` where its cells are."""
+    return {"title": title, "number": False, "unit": False, **kinds}
+
+
+def text(value: Any, look: str = "") -> dict[str, Any]:
+    return {"text": str(value), "look": look}
+
+
+def numbers(values: Sequence[float], *, coloured: bool = True) -> list[dict[str, Any]]:
+    """Cells of one column: the digits that its largest value needs, and the colour of the sign."""
+    limit = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
+    looks = ["pos" if v > 0 else "neg" if v < 0 else "" for v in values]
+    return [
+        text("-" if math.isnan(v) else signed(v, limit), look if coloured else "")
+        for v, look in zip(values, looks, strict=True)
+    ]
+
+
+def _identity(page: Page) -> str:
+    kind = "MLP neuron" if "mlp" in page.place.hook else page.place.kind.capitalize()
+    where = "" if page.place.layer is None else f" in layer {page.place.layer}"
+    return (
+        f"{kind} {page.index} of {page.place.size}{where}. Its name can be copied: it is a key of "
+        "the dictionary, and names the hook point in TransformerLens."
+    )
+
+
+def _facts(page: Page) -> list[tuple[str, str]]:
+    s = page.statistics
+    facts = [("active (above 0)", f"{s['activation_density']:.1%} of tokens")]
+    for name, label in (("actmax", "largest activation"), ("relmax", "largest relevance")):
+        if name in page.criteria:
+            scores = page.examples(name)["score"]
+            if len(scores):
+                facts.append((label, f"{scores.iloc[0]:+.3g}"))
+    facts.append(
+        ("activation, mean ± std", f"{s['activation_mean']:+.2g} ± {s['activation_std']:.2g}")
+    )
+    return [*facts, ("tokens searched", f"{page.dictionary.manifest['tokens_seen']:,}")]
+
+
+def _vocabulary(page: Page, model: Any, lens: Lens | None) -> dict[str, Any]:
+    if model is None:
+        raise InputError(NEEDS_MODEL)
+    k = 10
+    found = [("writes", writes(model, page.unit))]
+    if lens is not None:
+        found.append(("writes, through the lens", writes(model, page.unit, lens=lens)))
+    found += [(f"reads: {n}", s) for n, s in reads(model, page.unit).items()]
+    return {"parts": [_tokens_table([s.top(k), s.bottom(k)], title) for title, s in found]}
+
+
+def _tokens_table(lists: list[pd.DataFrame], title: str) -> dict[str, Any]:
+    """The top and the bottom of one list of scores, beside each other."""
+    columns, cells = [], []
+    for frame, arrow in zip(lists, "↑↓", strict=True):
+        columns += [column(arrow), column("", number=True)]
+        cells += [[{"tokens": [visible(t)]} for t in frame["token"]], numbers(frame["score"])]
+    return {"title": title, "table": {"columns": columns, "rows": list(zip(*cells, strict=True))}}
+
+
+def _bars(histogram: Histogram, kind: str) -> dict[str, Any]:
+    """A histogram as rectangles in a box of 460 by 120."""
+    counts, edges = histogram.counts.tolist(), histogram.edges.tolist()
+    low, high = edges[0], edges[-1]
+    step, most = 460 / len(counts), math.log1p(max(counts, default=0)) or 1.0
+    bars = []
+    for i, count in enumerate(counts):
+        height = 118 * math.log1p(count) / most
+        if count:
+            bars.append(
+                {
+                    "x": f"{i * step:.1f}",
+                    "y": f"{120 - height:.1f}",
+                    "width": f"{step - 1:.1f}",
+                    "height": f"{height:.1f}",
+                    "title": f"{edges[i]:+.3g} to {edges[i + 1]:+.3g}: {count}",
+                }
+            )
+    zero = f"{460 * -low / (high - low):.1f}" if low < 0 < high else None
+    alt = f"Histogram of {kind} from {low:+.3g} to {high:+.3g}."
+    ends = {"low": f"{low:+.3g}", "high": f"{high:+.3g}"}
+    return {"title": kind.capitalize(), "bars": bars, "zero": zero, "alt": alt, **ends}
+
+
+def _moments(page: Page) -> dict[str, Any]:
+    names = ("mean", "std", "skew", "kurtosis", "min", "max", "density")
+    columns = [column(""), *(column(name, number=True) for name in names)]
+    rows = []
+    for kind in _kinds(page):
+        values = [page.statistics[f"{kind}_{name}"] for name in names]
+        shown = [
+            text(f"{v:.1%}" if n == "density" else f"{v:.3g}")
+            for n, v in zip(names, values, strict=True)
+        ]
+        rows.append([text(kind), *shown])
+    return {"columns": columns, "rows": rows}
+
+
+def _angles(page: Page, model: Any) -> dict[str, Any]:
+    if model is None:
+        raise InputError(f"cosines between what it reads and writes: {NEEDS_MODEL}")
+    unit = page.unit
+    found = [
+        (pair.replace(",", ", "), f"{value:+.2f}") for pair, value in cosines(model, unit).items()
+    ]
+    if not isinstance(unit, Neuron) or len(found) == 1:
+        return {"cosines": found, "cases": None}
+    cases = sign_cases(model, unit)
+    columns = [column(title) for title in cases.columns]
+    rows = [
+        [
+            text(cell) if isinstance(cell, str) else {"tokens": [visible(t) for t in cell]}
+            for cell in row
+        ]
+        for row in cases.itertuples(index=False)
+    ]
+    return {"cosines": found, "cases": {"columns": columns, "rows": rows}}
+
+
+def _sentences(page: Page, model: Any, attributed: int, examples: int) -> dict[str, Any]:
+    frames = {name: page.examples(name) for name in page.criteria}
+    totals = {name: len(frame) for name, frame in frames.items()}
+    frames = {name: frame.head(examples) for name, frame in frames.items()}
+    absent = f"Attribution of its activation to the tokens: {NEEDS_MODEL}" if model is None else ""
+    if model is not None:
+        try:
+            for name in set(SEARCHED) & set(frames):
+                shown = min(attributed, len(frames[name]))
+                values = list(page.attributed(model, name, shown)["attributions"])
+                rest = [np.empty(0, np.float32)] * (len(frames[name]) - shown)
+                frames[name] = frames[name].assign(attributions=[*values, *rest])
+        except InputError as error:
+            absent = str(error)
+    return {**sentences(page, frames, totals), "absent": absent}
+
+
+def _unit_table(frame: pd.DataFrame, title: str, value: str) -> dict[str, Any]:
+    columns = [column("unit", unit=True), column(title, number=True)]
+    cells = [[text(visible(name)) for name in frame["name"]], numbers(frame[value])]
+    if "share" in frame:
+        columns.append(column("share", number=True))
+        cells.append([text(f"{share:+.1%}") for share in frame["share"]])
+    if "same_sign" in frame:
+        columns.append(column("same sign", number=True))
+        cells.append(
+            [
+                text(f"{a} of {n}")
+                for a, n in zip(frame["same_sign"], frame["examples"], strict=True)
+            ]
+        )
+    return {"columns": columns, "rows": list(zip(*cells, strict=True))}
+
+
+def _similar(page: Page) -> list[dict[str, Any]]:
+    dictionary = page.dictionary
+    parts = []
+    for kind in _kinds(page):
+        sampled = int(page.histogram(kind).counts.sum())
+        chance = math.sqrt(2 * math.log(max(2, len(dictionary))) / sampled)
+        frame = dictionary.similar(page.name, 8, kind=kind)
+        frame["name"] = [dictionary.name(unit) for unit in frame["unit"]]
+        parts.append(
+            {
+                "title": f"Co-active units, by {kind}",
+                "table": _unit_table(frame, "correlation", "correlation"),
+                "what": f"Correlation over {sampled} tokens, one a document. By chance alone the "
+                f"best of {len(dictionary):,} units would reach about {min(1.0, chance):.2f}.",
+            }
+        )
+    return parts
+
+
+def _links(page: Page, model: Any, k: int) -> list[dict[str, Any]]:
+    kinds: list[tuple[str, str, Callable[..., pd.DataFrame], str, str]] = [
+        (
+            "Upstream: what made it fire",
+            "relevance",
+            upstream,
+            "relevance",
+            "Relevance of earlier neurons and heads for its activation at its best ActMax hits, "
+            "summed over positions, mean over {n} examples; share of the activation there.",
+        ),
+        (
+            "Downstream: what it moved",
+            "change, in std",
+            downstream,
+            "change",
+            "Units after it at its best RelMax hits, with it less without it (scaled by 0 at that "
+            "position), mean over {n} examples, in standard deviations of the other unit over all "
+            "tokens of these documents. Effects on later positions are not counted.",
+        ),
+    ]
+    parts: list[dict[str, Any]] = []
+    for title, heading, compute, value, what in kinds:
+        if model is None:
+            parts.append({"title": title, "absent": NEEDS_MODEL, "what": ""})
+            continue
+        try:
+            frame = compute(model, page, k=k)
+        except InputError as error:
+            parts.append({"title": title, "absent": str(error), "what": ""})
+            continue
+        n = int(frame["examples"].max()) if len(frame) else 0
+        table = _unit_table(frame, heading, value)
+        parts.append({"title": title, "table": table, "what": what.format(n=n)})
+    return parts
+
+
+def _clamp(page: Page, model: Any, k: int) -> dict[str, Any]:
+    if model is None:
+        raise InputError(NEEDS_MODEL)
+    frame = clamped(model, page, k=k)
+    tokens = [page.dictionary.texts.token(token) for token in frame["token"]]
+    titles = ("logit", "off: ×0", "doubled: ×2", "placebo: another ×0", "relevance at hit")
+    columns = [column("target"), *(column(title, number=True) for title in titles)]
+    changes = numbers([*frame["off"], *frame["doubled"], *frame["placebo"]])
+    n = len(frame)
+    cells = [
+        [{"tokens": [visible(token)]} for token in tokens],
+        numbers(frame["logit"], coloured=False),
+        changes[:n], changes[n : 2 * n], changes[2 * n :],
+        numbers(frame["score"]),
+    ]  # fmt: skip
+    off, doubled, placebo = (float(frame[c].mean()) for c in ("off", "doubled", "placebo"))
+    return {
+        "what": "Change of the logit that its relevance explained, over its best RelMax examples, "
+        "when its activation is scaled in the whole document. Placebo: another unit of the same "
+        "hook point, drawn for each example, is switched off instead.",
+        "table": {"columns": columns, "rows": list(zip(*cells, strict=True))},
+        "note": f"Mean change: off {off:+.3f}, doubled {doubled:+.3f}, placebo {placebo:+.3f}, "
+        f"over {n} examples chosen because it mattered there.",
+    }
+
+
+def _provenance(page: Page) -> list[tuple[str, str]]:
+    found = []
+    for name, value in page.provenance.items():
+        parts = value.items() if isinstance(value, Mapping) else [("", value)]
+        for key, part in parts:
+            label = f"{name}: {key}" if key else name
+            found.append((label, visible(str(part))))
+    return found

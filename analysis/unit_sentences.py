@@ -1,0 +1,167 @@
+"""A unit's sentences as markup: each token coloured by what the unit did there.
+
+One symmetric scale for each quantity over the whole page, so that a decile is as pale as it is weak
+beside the best hits. Positions that were not searched (the attention sink at the start of a
+document) do not set the scale; beyond its end the colour is full.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from lenslrp.heatmap import rgba, signed
+from lenslrp.visible_text import visible
+
+if TYPE_CHECKING:
+    from lenslrp.analysis.page import Page
+
+COLUMNS = {"activation": "activations", "relevance": "relevances", "attribution": "attributions"}
+
+TITLES: Mapping[str, tuple[str, str]] = {
+    "actmax": ("ActMax", "the documents in which it is most active."),
+    "actmin": ("ActMin", "the documents in which it is least active, or most negative."),
+    "relmax": ("RelMax", "the documents in which it mattered most for the target."),
+    "relmin": ("RelMin", "the documents in which it spoke most against the target."),
+    "deciles": (
+        "Deciles",
+        "ten documents at the deciles of its largest activations over a sample, lowest first.",
+    ),
+    "random": ("Random", "ten documents drawn at random, the same for every unit."),
+}
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What gets the full colour, of each quantity."""
+
+    limits: Mapping[str, float]
+
+    @classmethod
+    def of(cls, frames: Mapping[str, pd.DataFrame], first: int) -> Scales:
+        """From all examples shown; positions before ``first`` were not searched."""
+        limits = {}
+        for kind, column in COLUMNS.items():
+            values = [
+                row[max(0, first - start) :]
+                for frame in frames.values()
+                if column in frame
+                for row, start in zip(frame[column], frame["start"], strict=True)
+            ]
+            if values:
+                all_values = np.concatenate(values)
+                finite = np.abs(all_values[np.isfinite(all_values)])
+                limits[kind] = float(finite.max(initial=0.0))
+        return cls(limits)
+
+    def fraction(self, kind: str, value: float) -> float:
+        limit = self.limits[kind]
+        if limit == 0 or not math.isfinite(value):
+            return 0.0
+        return max(-1.0, min(1.0, value / limit))
+
+    def legend(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": name,
+                "low": signed(-limit, limit),
+                "high": signed(limit, limit),
+                "left": rgba(-1.0),
+                "right": rgba(1.0),
+            }
+            for name, limit in self.limits.items()
+        ]
+
+
+def running(token: str) -> str:
+    """A token as part of a running text: like ``visible``, but a single space stays a space."""
+    shown = visible(token)
+    if len(token) > 1 and token[0] == " " != token[1]:
+        shown = " " + shown[1:]
+    if len(token) > 1 and token[-1] == " " != token[-2]:
+        shown = shown[:-1] + " "
+    return shown
+
+
+def sentences(
+    page: Page, frames: Mapping[str, pd.DataFrame], totals: Mapping[str, int]
+) -> dict[str, Any]:
+    """What the template shows of the examples in ``frames``, of ``totals`` there are."""
+    plan = page.dictionary.plan
+    scales = Scales.of(frames, int(plan.skip_first))
+    tabs = []
+    for name, frame in frames.items():
+        title, what = TITLES[name]
+        relevant = name.startswith("rel")
+        kinds = [kind for kind in ("relevance", "activation", "attribution")
+                 if COLUMNS[kind] in frame and (kind != "relevance" or relevant)]  # fmt: skip
+        examples = [_example(row, kinds, scales, relevant) for row in frame.to_dict("records")]
+        more = totals[name] - len(frame)
+        note = f"{more} more in the dictionary." if more > 0 else ""
+        tabs.append({"title": title, "what": what, "examples": examples, "more": note})
+    what = "Red where it is active or matters, blue where it is negative."
+    if "attribution" in scales.limits:
+        what += (
+            " Attribution: which tokens made it fire at the hit, as relevance for its activation"
+            " there."
+        )
+    if plan.relevance:
+        what += f" Relevance is for the target {plan.target!r}, at one position a document."
+    return {
+        "what": what,
+        "scales": scales.legend(),
+        "tabs": tabs,
+        "aims": plan.relevance,
+    }
+
+
+def _example(
+    row: Mapping[str, Any], kinds: list[str], scales: Scales, relevant: bool
+) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    offset = row["target_position"] - row["position"]
+    where = (
+        "at the hit"
+        if offset == 0
+        else f"{abs(offset)} tokens {'later' if offset > 0 else 'earlier'}"
+    )
+    target = row["target"] if relevant else None
+    kind = "relevance" if relevant else "activation"
+    return {
+        "score": f"{kind} {signed(row['score'], abs(row['score']))}",
+        "about": f" · document {row['doc']}, token {row['position']}",
+        "target": None if target is None else visible(target),
+        "aim": f" ({row['target_value']:+.2f}), predicted {where}",
+        "lines": [
+            {"name": kind, "tokens": Markup(_line(row, kind, scales))}
+            for kind in kinds
+            if len(row[COLUMNS[kind]])
+        ],
+    }
+
+
+def _line(row: Mapping[str, Any], kind: str, scales: Scales) -> str:
+    """The tokens of one window, coloured by one quantity; all quantities in their titles."""
+    shown = []
+    values = {k: row[c] for k, c in COLUMNS.items() if c in row and len(row[c])}
+    for i, token in enumerate(row["tokens"]):
+        position = row["start"] + i
+        numbers = " · ".join(f"{k} {values[k][i]:+.3g}" for k in values)
+        fraction = scales.fraction(kind, float(values[kind][i]))
+        look = f' style="background:{rgba(fraction)}"' if abs(fraction) >= 0.02 else ""
+        text = escape(running(token))
+        marks = "t"
+        if position == row["position"]:
+            marks, text = "t hit", f"<b>{text}</b>"
+        if position == row["target_position"]:
+            marks += " aim"
+        title = escape(f"{position} · {numbers}")
+        shown.append(f'<bdi class="{marks}" title="{title}"{look}>{text}</bdi>')
+    return "".join(shown)
