@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lenslrp import media
-from lenslrp.analysis.baselines import Attribution, Method, as_method, attribute
+from lenslrp.analysis.baselines import Method, answer, as_method
 from lenslrp.analysis.faithfulness import aopc, aopc_bounds, curves, normalised_aopc
 from lenslrp.analysis.journal import Row, resumed
 from lenslrp.analysis.perturb import Features, tokens_of
+from lenslrp.analysis.perturb_parts import patches_of
 from lenslrp.analysis.plan import describe_model
 from lenslrp.analysis.prompts import Numbers
-from lenslrp.analysis.question import Question, ask, frozen
+from lenslrp.analysis.question import Passes, Question, ask, frozen
 from lenslrp.analysis.records import HALVES, half_of, identity, in_order, read_records
 from lenslrp.analysis.results import JOURNAL, PARQUET, Results
 from lenslrp.analysis.spans import hit, ious
@@ -56,6 +56,10 @@ class Perturbation:
 
     def features(self, model: Any, example: Example) -> Features:
         """What of an example may be taken away in this way."""
+        if example.prompt.pixels is not None:
+            if self.keep_first:
+                raise InputError(f"an image has no first token to keep: {self.baseline!r}")
+            return patches_of(model, example.prompt, baseline=self.baseline)
         keep = np.flatnonzero(~example.removable).tolist()
         if self.keep_first:
             keep = sorted({0, *keep})
@@ -201,8 +205,9 @@ def _measured(
     plain = _plain(question)
     relevance, told = {}, {}
     for method in methods:
+        own = replace(question, passes=Passes())
         start = time.perf_counter()
-        found = _attributed(method, model, example, settings["seed"])
+        found = answer(method, own, seed=settings["seed"])
         seconds = time.perf_counter() - start
         values = found.tokens[0].detach().double().cpu().numpy()[: len(example.removable)]
         relevance[method.name] = values
@@ -253,20 +258,11 @@ def _pointing(values: Numbers, example: Example) -> dict[str, float]:
     return told
 
 
-def _given(model: Any, example: Example) -> dict[str, Any]:
-    if media.reads_no_text(model):
-        assert example.prompt.pixels is not None
-        return {"pixel_values": example.prompt.pixels[None]}
-    return {"input": example.prompt.given}
-
-
-def _attributed(method: Method, model: Any, example: Example, seed: int) -> Attribution:
-    given = _given(model, example)
-    return attribute(method, model, target=example.prompt.target, seed=seed, **given)
-
-
 def _question(model: Any, example: Example) -> Question:
-    return ask(model, target=example.prompt.target, **_given(model, example))
+    prompt = example.prompt
+    if prompt.pixels is not None:
+        return ask(model, target=prompt.target, pixel_values=prompt.pixels[None])
+    return ask(model, prompt.given, prompt.target)
 
 
 def _plain(question: Question) -> float:

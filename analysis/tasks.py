@@ -7,6 +7,7 @@ wrong answer has no reason that a reader would know.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lenslrp import targets
 from lenslrp.analysis.perturb import token_values
 from lenslrp.analysis.prompts import Prompt, as_prompt
+from lenslrp.analysis.question import ask
 from lenslrp.analysis.records import Record
 from lenslrp.analysis.spans import Spans, normalise, occurrences, overlap, token_spans
 from lenslrp.analysis.templates import agreement, indirect_objects
@@ -158,6 +161,28 @@ def generate(model: Any, ids: list[int]) -> list[int]:
         elif answer:
             break
     return answer
+
+
+def image_task(images: Mapping[str, Tensor]) -> Task:
+    """The class that the model gives an image, and the image's patches.
+
+    Args:
+        images: name -> [channel, height, width], as the model's own processor makes it.
+    """
+
+    def digest(pixels: Tensor) -> str:
+        return hashlib.sha256(pixels.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+    def records() -> Iterator[Record]:
+        return ({"image": name, "pixels": digest(x)} for name, x in images.items())
+
+    def make(model: Any, record: Record, length: int) -> Example:
+        pixels = images[record["image"]][None]
+        prompt = as_prompt(model, pixel_values=pixels)
+        patches = ask(model, target=prompt.target, pixel_values=pixels).mask.shape[1]
+        return Example(prompt, np.ones(patches, dtype=bool))
+
+    return Task("images", {"image": str, "pixels": str}, make, records, split_by="pixels")
 
 
 def _known(model: Any, text: str, right: str, wrong: str, removable: Spans) -> Example:

@@ -11,18 +11,21 @@ import pandas as pd
 import pytest
 import torch
 
+import lenslrp
 from lenslrp import cli, cli_evaluate, loading, targets
 from lenslrp.analysis import baselines, records
 from lenslrp.analysis.baselines import Method
 from lenslrp.analysis.evaluate import Perturbation, evaluate
 from lenslrp.analysis.faithfulness import aopc, aopc_bounds, curves, normalised_aopc
 from lenslrp.analysis.perturb import tokens_of
+from lenslrp.analysis.perturb_parts import patches_of
 from lenslrp.analysis.prompts import as_prompt
 from lenslrp.analysis.results import JOURNAL, PARQUET
 from lenslrp.analysis.statistics import bootstrap
-from lenslrp.analysis.tasks import LABELS, REVIEW, TASKS, Task, Unfit
+from lenslrp.analysis.tasks import LABELS, REVIEW, TASKS, Task, Unfit, image_task
 from lenslrp.analysis.templates import agreement, indirect_objects
 from lenslrp.errors import InputError, StorageError
+from tests.conformance import zoo
 from tests.unit.tiny import WORDS, tiny, word_tokenizer
 
 METHODS = ("random", "cp_lrp", "attnlrp")
@@ -118,7 +121,7 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_numbers(
     assert sum('"methods": {' in line for line in done) == 2
     journal.write_text(journal.read_text() + done[-1][: len(done[-1]) // 2])
     calls.clear()
-    resumed = run(model, tmp_path / "cut", data, methods=methods[:2] + ["attnlrp"])
+    resumed = run(model, tmp_path / "cut", data, methods=[*methods[:2], "attnlrp"])
     pd.testing.assert_frame_equal(numbers(whole), numbers(resumed), check_exact=True)
     assert (tmp_path / "whole" / JOURNAL).read_text().count("\n") == journal.read_text().count("\n")
 
@@ -256,7 +259,7 @@ def test_results_are_kept_as_parquet_and_drawn(model: Any, data: Path, tmp_path:
         ({"methods": ["random", "random"]}, "two methods have one name"),
         ({"half": "third"}, "half is one of development, held-out or None, not 'third'"),
         ({"n": 0}, "one example"),
-        ({"length": 9}, r"not one example \(shorter than 9 tokens: 12\)"),
+        ({"length": 10}, r"not one example \(shorter than 10 tokens: 12\)"),
         ({"perturbations": ["blank"]}, "baseline is 'zero'"),
     ],
 )
@@ -297,8 +300,9 @@ def test_a_known_answer_has_a_key_and_a_distractor(model: Any) -> None:
     record = known(model, "a c d e c b", right=True)
     example = task.make(model, record, 64)
     assert example.key is not None and example.distractor is not None
-    assert example.key.tolist() == [t == "c" for t in ["a", "c", "d", "e", "c", "b"]]
-    assert example.distractor.tolist() == [t == "e" for t in ["a", "c", "d", "e", "c", "b"]]
+    words = ["<s>", *"acdecb"]  # after this model's own start token
+    assert example.key.tolist() == [word == "c" for word in words]
+    assert example.distractor.tolist() == [word == "e" for word in words]
     assert example.prompt.target == targets.LogitDiff(record["answer"], record["rival"])
     with pytest.raises(Unfit, match="answered otherwise"):
         task.make(model, known(model, "a c d e c b", right=False), 64)
@@ -320,14 +324,14 @@ def test_hits_are_in_the_table(model: Any, tmp_path: Path) -> None:
         ids = model.to_tokens(record["text"])
         target = targets.LogitDiff(record["answer"], record["rival"])
         found = baselines.attribute(row["method"], model, ids, target, seed=1).tokens[0]
-        words = record["text"].split()
-        best = sorted(range(6), key=lambda i: -float(found[i]))
+        words = ["<s>", *record["text"].split()]
+        best = sorted(range(7), key=lambda i: -float(found[i]))
         assert row["hit"] == (words[best[0]] == "c")
         assert row["hit_at_3"] == any(words[i] == "c" for i in best[:3])
         k = words.count("c")
-        chosen, key = set(best[:k]), {i for i in range(6) if words[i] == "c"}
+        chosen, key = set(best[:k]), {i for i in range(7) if words[i] == "c"}
         assert row["iou"] == pytest.approx(len(chosen & key) / len(chosen | key))
-        above = max(found[i] for i in key) > max(found[i] for i in range(6) if words[i] == "e")
+        above = max(found[i] for i in key) > max(found[i] for i in range(7) if words[i] == "e")
         assert row["above_distractor"] == above
     assert {"hit", "iou"} <= set(results.metrics())
     assert "hit" in str(results)
@@ -336,15 +340,17 @@ def test_hits_are_in_the_table(model: Any, tmp_path: Path) -> None:
 def test_of_a_review_only_its_own_tokens_go(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LABELS, "positive", "d")
     monkeypatch.setitem(LABELS, "negative", "e")
-    made = []
-    for label in LABELS:
-        try:
-            made.append(TASKS["sentiment"].make(model, {"text": "a b c", "label": label}, 64))
-        except Unfit as reason:
-            assert str(reason) == "answered otherwise"
-    (example,) = made
-    words = REVIEW.format(text="a b c").split()
-    assert example.removable.tolist() == [word in "abc" for word in words]
+    with torch.no_grad():
+        logits = model(model.to_tokens(REVIEW.format(text="a b c")))[0, -1]
+    right, wrong = ("positive", "negative") if logits[5] > logits[6] else ("negative", "positive")
+    make = TASKS["sentiment"].make
+    with pytest.raises(Unfit, match="answered otherwise"):
+        make(model, {"text": "a b c", "label": wrong}, 64)
+    with pytest.raises(Unfit, match="longer than 5 tokens"):
+        make(model, {"text": "a b c", "label": right}, 5)
+    example = make(model, {"text": "a b c", "label": right}, 64)
+    words = ["<s>", *REVIEW.format(text="a b c").split()]
+    assert example.removable.tolist() == [word in ("a", "b", "c") for word in words]
     with pytest.raises(InputError, match="one of positive, negative, not 'mixed'"):
         TASKS["sentiment"].make(model, {"text": "a", "label": "mixed"}, 64)
 
@@ -370,6 +376,29 @@ def test_a_task_of_your_own(model: Any, tmp_path: Path) -> None:
     results = run(model, tmp_path / "a", data, task=task, length=4)
     assert results.n == 2
     assert results.settings["task"] == "mine"
+
+
+def test_images_lose_patches(tmp_path: Path) -> None:
+    model = zoo.build("ViTForImageClassification")
+    images = {f"image {k}": lenslrp.media.example(model, seed=k)["pixel_values"][0] for k in (0, 1)}
+    task = image_task(images)
+    results = run(
+        model, tmp_path / "a", None, task=task, n=2, perturbations=["zero", "mean"], steps=4
+    )
+    assert len(results.frame) == 2 * 2 * 3
+    for row in results.frame.to_dict("records"):
+        name = next(r["image"] for r in task.records() if records.identity(r) == row["example"])
+        pixels = images[name][None]
+        prompt = as_prompt(model, pixel_values=pixels)
+        found = baselines.attribute(
+            row["method"], model, target=prompt.target, pixel_values=pixels, seed=1
+        )
+        features = patches_of(model, prompt, baseline=row["perturbation"])
+        curve = curves(features, {"a": features.of(found.tokens[0])}, steps=4)["a"]
+        assert row["area"] == pytest.approx(curve.area, rel=1e-6)
+        assert row["features"] == features.size
+    with pytest.raises(InputError, match="an image has no first token"):
+        run(model, tmp_path / "b", None, task=image_task(images), perturbations=["zero+first"])
 
 
 def test_perturbations_as_text() -> None:
