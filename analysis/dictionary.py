@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from lenslrp.analysis.job import prepare
 from lenslrp.analysis.page import Page
 from lenslrp.analysis.plan import SCHEMA, Place, Plan
 from lenslrp.analysis.projections import TOKENS, Projections, project_places
-from lenslrp.analysis.publish import FILES, publish
+from lenslrp.analysis.publish import FILES, GROUP, publish
 from lenslrp.analysis.replay import Entries, replay
 from lenslrp.analysis.search import Job, merge_shards, scan_shard
 from lenslrp.analysis.storage import (
@@ -259,18 +259,28 @@ class NeuronDictionary:
         return self.page(place, index)
 
     def page(self, place: Place, index: int) -> Page:
-        number = place.first + index
-        rows = self._rows(range(number * len(self.slots), (number + 1) * len(self.slots)))
-        return Page(place, index, self._unit_row(number), rows, self)
+        return next(self.pages(place, range(index, index + 1)))
 
-    def _unit_row(self, number: int) -> dict[str, Any]:
-        group, start = 0, 0
+    def pages(self, place: Place, indices: range | None = None) -> Iterator[Page]:
+        """The pages of units at one hook point, in order; a few are in memory at a time."""
+        chosen, slots = range(place.size) if indices is None else indices, len(self.slots)
+        for first in range(chosen.start, chosen.stop, GROUP):
+            some = range(place.first + first, place.first + min(first + GROUP, chosen.stop))
+            rows = self._rows(range(some.start * slots, some.stop * slots))
+            for i, about in enumerate(self._unit_rows(some)):
+                yield Page(place, first + i, about, rows.slice(i * slots, slots), self)
+
+    def _unit_rows(self, units: range) -> list[dict[str, Any]]:
         metadata = self._unit_file.metadata
-        while start + metadata.row_group(group).num_rows <= number:
-            start += metadata.row_group(group).num_rows
-            group += 1
-        table = read_groups(self.path / "units.parquet", self._unit_file, [group])
-        return dict(table.slice(number - start, 1).to_pylist()[0])
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        a = int(np.searchsorted(starts, units.start, side="right")) - 1
+        b = int(np.searchsorted(starts, units.stop, side="left"))
+        table = read_groups(self.path / "units.parquet", self._unit_file, list(range(a, b)))
+        found: list[dict[str, Any]] = table.slice(
+            units.start - int(starts[a]), len(units)
+        ).to_pylist()
+        return found
 
     def _rows(self, rows: range) -> pa.Table:
         """Some rows of ``examples.parquet``, from the row groups that hold them."""

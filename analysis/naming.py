@@ -15,13 +15,11 @@ executed, and what a provider returns is shown escaped.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 
 from lenslrp.errors import InputError
 
@@ -176,104 +174,3 @@ def area_under_roc(scores: Any, labels: Any) -> float:
     scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     above = scores[labels][:, None] - scores[~labels][None, :]
     return float((np.sign(above) + 1).mean() / 2)
-
-
-@dataclass(frozen=True)
-class TokenRule:
-    """A provider without a language model: the tokens on which the unit fires, as a list.
-
-    A baseline that runs anywhere: an explanation that does no better than a list of tokens has
-    found no concept.
-
-    Attributes:
-        tokens: how many the list has at most.
-    """
-
-    tokens: int = 10
-    name: str = "token-rule"
-
-    def explain(self, examples: Sequence[Example], writes: Sequence[str]) -> str:
-        at, elsewhere = Counter[str](), Counter[str]()
-        for example in examples:
-            peaks = set(example.peaks())
-            for i, token in enumerate(example.tokens):
-                (at if i in peaks else elsewhere)[_plain(token)] += 1
-        common = sorted(at, key=lambda t: (-at[t] / (1 + elsewhere[t]), -at[t], t))
-        return "fires on: " + "; ".join([t for t in common if t][: self.tokens])
-
-    def detect(self, explanation: str, texts: Sequence[str]) -> list[float]:
-        rule = self._rule(explanation)
-        return [float(sum(token in text.lower() for token in rule)) for text in texts]
-
-    def fuzz(self, explanation: str, marked: Sequence[str]) -> list[float]:
-        rule = self._rule(explanation)
-        judged = []
-        for text in marked:
-            parts = [part.split(MARK[1])[0] for part in text.split(MARK[0])[1:]]
-            judged.append(sum(_plain(p) in rule for p in parts) / max(1, len(parts)))
-        return judged
-
-    @staticmethod
-    def _rule(explanation: str) -> list[str]:
-        return [t for t in explanation.removeprefix("fires on: ").split("; ") if t]
-
-
-def _plain(token: str) -> str:
-    return token.strip().lower().replace(";", "")
-
-
-@dataclass(frozen=True)
-class LanguageModel:
-    """A provider that asks a language model that you run: any bridge with a tokenizer.
-
-    Attributes:
-        model: the bridge.
-        shown: how many examples go into the prompt.
-        answer: how many tokens an explanation has at most.
-    """
-
-    model: Any
-    shown: int = 8
-    answer: int = 16
-    name: str = "language-model"
-
-    def explain(self, examples: Sequence[Example], writes: Sequence[str]) -> str:
-        lines = [f"Words: {self._words(e)}" for e in examples[: self.shown]]
-        prompt = (
-            "Each line has words from one text. Name the topic that they share.\n"
-            "Words: Paris, Rome, Berlin\nTopic: capital cities\n\n"
-            "Words: ran, jumped, swam\nTopic: verbs of movement\n\n" + "\n".join(lines) + "\nTopic:"
-        )
-        tokens = self.model.to_tokens(prompt, prepend_bos=False)
-        with torch.no_grad():
-            for _ in range(self.answer):
-                best = self.model(tokens, use_cache=False)[0, -1].argmax()
-                if "\n" in self.model.tokenizer.decode([int(best)]):
-                    break
-                tokens = torch.cat([tokens, best.view(1, 1)], dim=1)
-        written: str = self.model.tokenizer.decode(tokens[0].tolist())
-        return written.rsplit("Topic:", 1)[-1].strip()
-
-    @staticmethod
-    def _words(example: Example) -> str:
-        return ", ".join(dict.fromkeys(example.tokens[i].strip() for i in example.peaks()))
-
-    def detect(self, explanation: str, texts: Sequence[str]) -> list[float]:
-        return [
-            self._asked(f"Topic: {explanation}\nText: {t}\nIs the text about it?") for t in texts
-        ]
-
-    def fuzz(self, explanation: str, marked: Sequence[str]) -> list[float]:
-        question = "Are the words between << and >> about it?"
-        return [self._asked(f"Topic: {explanation}\nText: {t}\n{question}") for t in marked]
-
-    def _asked(self, question: str) -> float:
-        """The logit of " Yes" minus that of " No"."""
-        yes, no = (
-            self.model.tokenizer.encode(word, add_special_tokens=False)[0]
-            for word in (" Yes", " No")
-        )
-        tokens = self.model.to_tokens(f"{question} Answer:", prepend_bos=False)
-        with torch.no_grad():
-            last = self.model(tokens, use_cache=False)[0, -1]
-        return float(last[yes] - last[no])

@@ -173,6 +173,10 @@ def _require_types(plan: Plan) -> None:
         if place.first != first or not isinstance(place.size, int) or place.size < 1:
             raise ValueError("places must follow one another")
         first = place.end
+        if not isinstance(place.layer, int | None):
+            raise TypeError("a layer must be an integer")
+        if not all(isinstance(text, str) for text in (place.hook, place.site, place.kind)):
+            raise TypeError("hook, site and kind must be strings")
     for name in ("k", "sample", "seed"):
         if not isinstance(getattr(plan, name), int):
             raise TypeError(f"{name} must be an integer")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -298,10 +299,12 @@ class Projections:
         if not self._file.schema_arrow.equals(SCHEMA):
             raise StorageError(f"{path} does not have the columns of this schema")
         groups = self._file.metadata
-        starts = [groups.row_group(i).column(0).statistics for i in range(groups.num_row_groups)]
+        parts = [groups.row_group(i) for i in range(groups.num_row_groups)]
+        starts = [part.column(0).statistics for part in parts]
         if not all(start is not None and isinstance(start.min, int) for start in starts):
             raise StorageError(f"{path} does not say which units its row groups hold")
         self._starts = np.array([start.min for start in starts], dtype=np.int64)
+        self._ends = np.cumsum([part.num_rows for part in parts])
 
     def close(self) -> None:
         self._file.close()
@@ -326,14 +329,20 @@ class Projections:
         Raises:
             InputError: no unit of ``sites``, which are all there are, has such lists; says why.
         """
-        ids = read_groups(self.path, self._file, None, ["id"])["id"].to_numpy()
-        rows = np.isin(ids, tokens).nonzero()[0]
+        rows = np.isin(self._ids, tokens).nonzero()[0]
         if len(rows) == 0 and all(role in self.missing.get(site, {}) for site in sites):
             raise InputError(self._reason(sites, (role,)))
-        table = read_groups(self.path, self._file, None).take(pa.array(rows))
-        table = table.filter(pc.equal(table["role"].cast(pa.string()), role))
+        groups = np.unique(np.searchsorted(self._ends, rows, side="right"))
+        table = read_groups(self.path, self._file, groups.tolist())
+        wanted = pc.is_in(table["id"], pa.array(tokens, pa.int32()))
+        table = table.filter(pc.and_(wanted, pc.equal(table["role"].cast(pa.string()), role)))
         order = np.lexsort((table["unit"], -np.abs(table["score"].to_numpy()), table["rank"]))
         return _plain(table.take(pa.array(order)))
+
+    @cached_property
+    def _ids(self) -> NDArray[np.int32]:
+        ids: NDArray[np.int32] = read_groups(self.path, self._file, None, ["id"])["id"].to_numpy()
+        return ids
 
     def _reason(self, sites: Sequence[str], roles: Sequence[str]) -> str:
         """Why nothing is there, each reason once."""

@@ -163,7 +163,7 @@ def unembedding(model: TransformerBridge) -> tuple[Float[Tensor, "rows d_model"]
             f"{_name(model)} has a head of its own ({between}) between the residual stream and "
             "the vocabulary, so a direction has no reading of its own there"
         )
-    config = model.original_model.config
+    config = _config(model)
     if getattr(config, "do_stable_layer_norm", False) and final_norm(model) is None:
         raise InputError(f"{_name(model)}: the bridge does not know the model's final norm")
     weight = unembed.W_U.T if hasattr(unembed, "W_U") else unembed.weight
@@ -214,7 +214,7 @@ def readout(
     if norm is not None:
         module: Any = original(norm) or norm
         x = module(x[None])[0]
-    if getattr(model.original_model.config, SCALED.get(_name(model), "-"), False):
+    if getattr(_config(model), SCALED.get(_name(model), "-"), False):
         x = x * rows.shape[1] ** -0.5
     logits = scores(rows, x)
     if bias is not None:
@@ -226,7 +226,7 @@ def readout(
 def labels(model: TransformerBridge) -> Callable[[int], str]:
     """What the rows of the unembedding are called: tokens, or an image's classes."""
     if not hasattr(getattr(model, "unembed", None), "W_U"):
-        names = getattr(model.original_model.config, "id2label", None) or {}
+        names = getattr(_config(model), "id2label", None) or {}
         return lambda row: str(names.get(row, f"[{row}]"))
     return token_labels(model)
 
@@ -239,6 +239,11 @@ def token_labels(model: TransformerBridge) -> Callable[[int], str]:
     if not hasattr(tokenizer, "convert_ids_to_tokens"):
         return lambda row: str(tokenizer.decode([row]))
     return lambda row: str_token(tokenizer, row)
+
+
+def _config(model: TransformerBridge) -> Any:
+    """Hugging Face's configuration; None for TransformerLens' native models, which have none."""
+    return getattr(model.original_model, "config", None)
 
 
 def _name(model: Any) -> str:

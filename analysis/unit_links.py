@@ -40,17 +40,26 @@ def _over_heads(z: Tensor) -> Tensor:
     return z.sum(dim=(1, 3)) if z.ndim == 4 else z.new_zeros(len(z), 0)
 
 
+def _require_component(page: Page, *kinds: str) -> None:
+    if page.place.kind not in kinds:
+        wanted = " and ".join(f"{kind}s" for kind in kinds)
+        raise InputError(f"{page.name} is a {page.place.kind}; this is for {wanted}")
+
+
 def _ranked(
     values: dict[str, Float[Tensor, "example unit"]], limit: int, column: str
 ) -> pd.DataFrame:
-    """The units with the largest mean over examples, in size, and how many examples agree."""
+    """The units with the largest median over examples, in size, and how many examples agree.
+
+    The median, so that no unit is listed for a single example.
+    """
     records = []
     for hook, found in values.items():
-        mean = found.mean(dim=0)
-        best = mean.abs().topk(min(limit, len(mean))).indices
+        middle = found.quantile(0.5, dim=0)
+        best = middle.abs().topk(min(limit, len(middle))).indices
         for unit in best.tolist():
-            same = int((found[:, unit].sign() == mean[unit].sign()).sum())
-            records.append((f"{hook}[{unit}]", float(mean[unit]), same, len(found)))
+            same = int((found[:, unit].sign() == middle[unit].sign()).sum())
+            records.append((f"{hook}[{unit}]", float(middle[unit]), same, len(found)))
     records = sorted((r for r in records if r[1]), key=lambda record: -abs(record[1]))
     return pd.DataFrame(records[:limit], columns=["name", column, "same_sign", "examples"])
 
@@ -65,13 +74,14 @@ def upstream(model: Any, page: Page, *, k: int = 8, limit: int = 12) -> pd.DataF
         limit: how many units.
 
     Returns:
-        ``name``; ``relevance`` (summed over positions, mean over examples, in units of the
-        activation); ``same_sign`` (in how many examples it has the sign of its mean); ``examples``;
-        ``share`` (of the activation at the hit).
+        ``name``; ``relevance`` (summed over positions, median over examples, in units of the
+        activation); ``same_sign`` (in how many examples it has that sign); ``examples``; ``share``
+        (of the median activation at the hits).
 
     Raises:
-        InputError: no neuron, or ActMax was not searched.
+        InputError: no neuron or other component of a hook point, or ActMax was not searched.
     """
+    _require_component(page, "neuron")
     rows = Rows.of(page, page.examples("actmax").head(k))
     _, found = lenslrp.run_with_relevance(
         model,
@@ -82,7 +92,7 @@ def upstream(model: Any, page: Page, *, k: int = 8, limit: int = 12) -> pd.DataF
         ledger=False,
         attention_mask=rows.mask,
     )
-    activation = float(found.target.value.float().mean())
+    activation = float(found.target.value.float().quantile(0.5))
     values = {name: found[name].float().cpu() for name in found if found[name].ndim == 2}
     frame = _ranked(values, limit, "relevance")
     return frame.assign(share=frame["relevance"] / activation if activation else float("nan"))
@@ -94,13 +104,14 @@ def downstream(model: Any, page: Page, *, k: int = 8, limit: int = 12) -> pd.Dat
     Arguments as for :func:`upstream`.
 
     Returns:
-        ``name``; ``change`` (with the unit minus without it, at the position of the hit, mean over
-        examples, in standard deviations of the other unit over all tokens of these examples; a
+        ``name``; ``change`` (with the unit minus without it, at the position of the hit, median
+        over examples, in standard deviations of the other unit over all tokens of these examples; a
         head is measured by the length of its value mixture); ``same_sign``; ``examples``.
 
     Raises:
-        InputError: units that cannot be edited, RelMax was not searched, or nothing comes later.
+        InputError: neither neuron nor head, RelMax was not searched, or nothing comes later.
     """
+    _require_component(page, "neuron", "head")
     rows = Rows.of(page, page.examples("relmax").head(k))
     later = [name for name in model.hook_dict if LINKED.fullmatch(name) and _after(name, page)]
     if not later:
@@ -165,9 +176,10 @@ def clamped(model: Any, page: Page, *, k: int = 8) -> pd.DataFrame:
         its hit.
 
     Raises:
-        InputError: units that cannot be edited, a hook point with no other unit, RelMax was not
+        InputError: neither neuron nor head, a hook point with no other unit, RelMax was not
             searched, or relevance explained something else than one token.
     """
+    _require_component(page, "neuron", "head")
     frame = page.examples("relmax").head(k)
     if page.place.size < 2:
         raise InputError(f"{page.place.hook} has no other unit to compare with")
@@ -200,8 +212,8 @@ def clamped(model: Any, page: Page, *, k: int = 8) -> pd.DataFrame:
             "token": tokens.tolist(),
             "position": aims.tolist(),
             "logit": plain.tolist(),
-            "off": (logits(Edit(hook, unit, scale=0)) - plain).tolist(),
-            "doubled": (logits(Edit(hook, unit, scale=2)) - plain).tolist(),
+            "off": (logits(Edit(hook, unit, scale=0.0)) - plain).tolist(),
+            "doubled": (logits(Edit(hook, unit, scale=2.0)) - plain).tolist(),
             "placebo": (logits(*placebo) - plain).tolist(),
             "score": frame["score"],
         }

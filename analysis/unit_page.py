@@ -10,7 +10,7 @@ when it is given, and say so in one line when it is not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +18,15 @@ import numpy as np
 import pandas as pd
 
 from lenslrp.analysis.files import whole
-from lenslrp.analysis.page import Histogram, Page
+from lenslrp.analysis.page import Page
 from lenslrp.analysis.report import environment, section
 from lenslrp.analysis.unit_links import clamped, downstream, upstream
 from lenslrp.analysis.unit_sentences import sentences
+from lenslrp.analysis.unit_tables import bars, column, numbers, text, tokens_table, unit_table
 from lenslrp.analysis.unit_template import DOCUMENT, PAGE, STYLE
 from lenslrp.analysis.units import Neuron
-from lenslrp.analysis.vocabulary import cosines, reads, sign_cases, writes
+from lenslrp.analysis.vocabulary import cosines, sign_cases, writes
 from lenslrp.errors import InputError
-from lenslrp.heatmap import signed
 from lenslrp.visible_text import visible
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def fragment(
             facts=_facts(page),
             vocabulary=section(lambda: _vocabulary(page, model, lens)),
             sampled=int(page.histogram().counts.sum()),
-            histograms=[_bars(page.histogram(kind), kind) for kind in _kinds(page)],
+            histograms=[bars(page.histogram(kind), kind) for kind in _kinds(page)],
             moments=_moments(page),
             angles=section(lambda: _angles(page, model)),
             sentences=_sentences(page, asked, attributed, examples),
@@ -143,25 +143,6 @@ def _kinds(page: Page) -> tuple[str, ...]:
     return ("activation", "relevance") if page.dictionary.plan.relevance else ("activation",)
 
 
-def column(title: str, **kinds: bool) -> dict[str, Any]:
-    """A column of a table: ``number`` or ``unit`` where its cells are."""
-    return {"title": title, "number": False, "unit": False, **kinds}
-
-
-def text(value: Any, look: str = "") -> dict[str, Any]:
-    return {"text": str(value), "look": look}
-
-
-def numbers(values: Sequence[float], *, coloured: bool = True) -> list[dict[str, Any]]:
-    """Cells of one column: the digits that its largest value needs, and the colour of the sign."""
-    limit = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
-    looks = ["pos" if v > 0 else "neg" if v < 0 else "" for v in values]
-    return [
-        text("-" if math.isnan(v) else signed(v, limit), look if coloured else "")
-        for v, look in zip(values, looks, strict=True)
-    ]
-
-
 def _identity(page: Page) -> str:
     kind = "MLP neuron" if "mlp" in page.place.hook else page.place.kind.capitalize()
     where = "" if page.place.layer is None else f" in layer {page.place.layer}"
@@ -186,47 +167,15 @@ def _facts(page: Page) -> list[tuple[str, str]]:
 
 
 def _vocabulary(page: Page, model: Any, lens: Lens | None) -> dict[str, Any]:
-    if model is None:
-        raise InputError(NEEDS_MODEL)
-    k = 10
-    found = [("writes", writes(model, page.unit))]
-    if lens is not None:
-        found.append(("writes, through the lens", writes(model, page.unit, lens=lens)))
-    found += [(f"reads: {n}", s) for n, s in reads(model, page.unit).items()]
-    return {"parts": [_tokens_table([s.top(k), s.bottom(k)], title) for title, s in found]}
-
-
-def _tokens_table(lists: list[pd.DataFrame], title: str) -> dict[str, Any]:
-    """The top and the bottom of one list of scores, beside each other."""
-    columns, cells = [], []
-    for frame, arrow in zip(lists, "↑↓", strict=True):
-        columns += [column(arrow), column("", number=True)]
-        cells += [[{"tokens": [visible(t)]} for t in frame["token"]], numbers(frame["score"])]
-    return {"title": title, "table": {"columns": columns, "rows": list(zip(*cells, strict=True))}}
-
-
-def _bars(histogram: Histogram, kind: str) -> dict[str, Any]:
-    """A histogram as rectangles in a box of 460 by 120."""
-    counts, edges = histogram.counts.tolist(), histogram.edges.tolist()
-    low, high = edges[0], edges[-1]
-    step, most = 460 / len(counts), math.log1p(max(counts, default=0)) or 1.0
-    bars = []
-    for i, count in enumerate(counts):
-        height = 118 * math.log1p(count) / most
-        if count:
-            bars.append(
-                {
-                    "x": f"{i * step:.1f}",
-                    "y": f"{120 - height:.1f}",
-                    "width": f"{step - 1:.1f}",
-                    "height": f"{height:.1f}",
-                    "title": f"{edges[i]:+.3g} to {edges[i + 1]:+.3g}: {count}",
-                }
-            )
-    zero = f"{460 * -low / (high - low):.1f}" if low < 0 < high else None
-    alt = f"Histogram of {kind} from {low:+.3g} to {high:+.3g}."
-    ends = {"low": f"{low:+.3g}", "high": f"{high:+.3g}"}
-    return {"title": kind.capitalize(), "bars": bars, "zero": zero, "alt": alt, **ends}
+    found: dict[str, list[pd.DataFrame]] = {}
+    for (role, name, _), frame in page.vocabulary().groupby(
+        ["role", "name", "side"], sort=False, observed=True
+    ):
+        found.setdefault("writes" if role == "writes" else f"reads: {name}", []).append(frame)
+    if lens is not None and model is not None:
+        carried = writes(model, page.unit, lens=lens)
+        found["writes, through the lens"] = [carried.top(10), carried.bottom(10)]
+    return {"parts": [tokens_table(lists, title) for title, lists in found.items()]}
 
 
 def _moments(page: Page) -> dict[str, Any]:
@@ -281,23 +230,6 @@ def _sentences(page: Page, model: Any, attributed: int, examples: int) -> dict[s
     return {**sentences(page, frames, totals), "absent": absent}
 
 
-def _unit_table(frame: pd.DataFrame, title: str, value: str) -> dict[str, Any]:
-    columns = [column("unit", unit=True), column(title, number=True)]
-    cells = [[text(visible(name)) for name in frame["name"]], numbers(frame[value])]
-    if "share" in frame:
-        columns.append(column("share", number=True))
-        cells.append([text(f"{share:+.1%}") for share in frame["share"]])
-    if "same_sign" in frame:
-        columns.append(column("same sign", number=True))
-        cells.append(
-            [
-                text(f"{a} of {n}")
-                for a, n in zip(frame["same_sign"], frame["examples"], strict=True)
-            ]
-        )
-    return {"columns": columns, "rows": list(zip(*cells, strict=True))}
-
-
 def _similar(page: Page) -> list[dict[str, Any]]:
     dictionary = page.dictionary
     parts = []
@@ -305,13 +237,16 @@ def _similar(page: Page) -> list[dict[str, Any]]:
         sampled = int(page.histogram(kind).counts.sum())
         chance = math.sqrt(2 * math.log(max(2, len(dictionary))) / sampled)
         frame = dictionary.similar(page.name, 8, kind=kind)
+        mine = dictionary.samples[kind][page.place.first + page.index].float().square()
+        largest = float(mine.max() / mine.sum().clamp_min(1))
         frame["name"] = [dictionary.name(unit) for unit in frame["unit"]]
         parts.append(
             {
                 "title": f"Co-active units, by {kind}",
-                "table": _unit_table(frame, "correlation", "correlation"),
+                "table": unit_table(frame, "correlation", "correlation"),
                 "what": f"Correlation over {sampled} tokens, one a document. By chance alone the "
-                f"best of {len(dictionary):,} units would reach about {min(1.0, chance):.2f}.",
+                f"best of {len(dictionary):,} evenly spread units would reach about "
+                f"{min(1.0, chance):.2f}. One token holds {largest:.0%} of this unit's variance.",
             }
         )
     return parts
@@ -325,7 +260,7 @@ def _links(page: Page, model: Any, k: int) -> list[dict[str, Any]]:
             upstream,
             "relevance",
             "Relevance of earlier neurons and heads for its activation at its best ActMax hits, "
-            "summed over positions, mean over {n} examples; share of the activation there.",
+            "summed over positions, median over {n} examples; share of the median activation.",
         ),
         (
             "Downstream: what it moved",
@@ -333,8 +268,8 @@ def _links(page: Page, model: Any, k: int) -> list[dict[str, Any]]:
             downstream,
             "change",
             "Units after it at its best RelMax hits, with it less without it (scaled by 0 at that "
-            "position), mean over {n} examples, in standard deviations of the other unit over all "
-            "tokens of these documents. Effects on later positions are not counted.",
+            "position), median over {n} examples, in standard deviations of the other unit over "
+            "all tokens of these documents. Effects on later positions are not counted.",
         ),
     ]
     parts: list[dict[str, Any]] = []
@@ -348,7 +283,7 @@ def _links(page: Page, model: Any, k: int) -> list[dict[str, Any]]:
             parts.append({"title": title, "absent": str(error), "what": ""})
             continue
         n = int(frame["examples"].max()) if len(frame) else 0
-        table = _unit_table(frame, heading, value)
+        table = unit_table(frame, heading, value)
         parts.append({"title": title, "table": table, "what": what.format(n=n)})
     return parts
 

@@ -1,8 +1,7 @@
 """A unit's sentences as markup: each token coloured by what the unit did there.
 
 One symmetric scale for each quantity over the whole page, so that a decile is as pale as it is weak
-beside the best hits. Positions that were not searched (the attention sink at the start of a
-document) do not set the scale; beyond its end the colour is full.
+beside the best hits; beyond its ends the colour is full, and titles have the numbers.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from lenslrp.analysis.plan import CRITERIA
 from lenslrp.heatmap import rgba, signed
 from lenslrp.visible_text import visible
 
@@ -39,25 +39,29 @@ TITLES: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Scales:
-    """What gets the full colour, of each quantity."""
+    """What gets the full colour, of each quantity: one symmetric scale for the whole page."""
 
     limits: Mapping[str, float]
 
     @classmethod
     def of(cls, frames: Mapping[str, pd.DataFrame], first: int) -> Scales:
-        """From all examples shown; positions before ``first`` were not searched."""
+        """The median over examples of the largest size, so that one hit does not fade all others.
+
+        Examples of the extreme criteria decide, if there are any; positions before ``first`` were
+        not searched and do not count.
+        """
+        extreme = [frame for name, frame in frames.items() if name in CRITERIA]
         limits = {}
         for kind, column in COLUMNS.items():
-            values = [
-                row[max(0, first - start) :]
-                for frame in frames.values()
+            largest = [
+                float(np.nan_to_num(np.abs(row[max(0, first - start) :]), posinf=0).max(initial=0))
+                for frame in extreme or frames.values()
                 if column in frame
                 for row, start in zip(frame[column], frame["start"], strict=True)
+                if len(row)
             ]
-            if values:
-                all_values = np.concatenate(values)
-                finite = np.abs(all_values[np.isfinite(all_values)])
-                limits[kind] = float(finite.max(initial=0.0))
+            if largest:
+                limits[kind] = float(np.median(largest)) or max(largest)
         return cls(limits)
 
     def fraction(self, kind: str, value: float) -> float:
@@ -70,8 +74,8 @@ class Scales:
         return [
             {
                 "name": name,
-                "low": signed(-limit, limit),
-                "high": signed(limit, limit),
+                "low": f"≤ {signed(-limit, limit)}",
+                "high": f"≥ {signed(limit, limit)}",
                 "left": rgba(-1.0),
                 "right": rgba(1.0),
             }
@@ -81,6 +85,8 @@ class Scales:
 
 def running(token: str) -> str:
     """A token as part of a running text: like ``visible``, but a single space stays a space."""
+    if token == " ":
+        return token
     shown = visible(token)
     if len(token) > 1 and token[0] == " " != token[1]:
         shown = " " + shown[1:]
@@ -101,10 +107,19 @@ def sentences(
         relevant = name.startswith("rel")
         kinds = [kind for kind in ("relevance", "activation", "attribution")
                  if COLUMNS[kind] in frame and (kind != "relevance" or relevant)]  # fmt: skip
-        examples = [_example(row, kinds, scales, relevant) for row in frame.to_dict("records")]
+        aim = "logit " if plan.target in ("next", "argmax") else ""
+        examples = [_example(row, kinds, scales, aim) for row in frame.to_dict("records")]
         more = totals[name] - len(frame)
         note = f"{more} more in the dictionary." if more > 0 else ""
-        tabs.append({"title": title, "what": what, "examples": examples, "more": note})
+        tabs.append(
+            {
+                "title": title,
+                "what": what,
+                "examples": examples,
+                "more": note,
+                "alone": len(kinds) == 1,
+            }
+        )
     what = "Red where it is active or matters, blue where it is negative."
     if "attribution" in scales.limits:
         what += (
@@ -121,9 +136,7 @@ def sentences(
     }
 
 
-def _example(
-    row: Mapping[str, Any], kinds: list[str], scales: Scales, relevant: bool
-) -> dict[str, Any]:
+def _example(row: Mapping[str, Any], kinds: list[str], scales: Scales, aim: str) -> dict[str, Any]:
     from markupsafe import Markup
 
     offset = row["target_position"] - row["position"]
@@ -132,13 +145,13 @@ def _example(
         if offset == 0
         else f"{abs(offset)} tokens {'later' if offset > 0 else 'earlier'}"
     )
+    relevant = kinds[0] == "relevance"
     target = row["target"] if relevant else None
-    kind = "relevance" if relevant else "activation"
     return {
-        "score": f"{kind} {signed(row['score'], abs(row['score']))}",
+        "score": f"{kinds[0]} {signed(row['score'], abs(row['score']))}",
         "about": f" · document {row['doc']}, token {row['position']}",
         "target": None if target is None else visible(target),
-        "aim": f" ({row['target_value']:+.2f}), predicted {where}",
+        "aim": f" ({aim}{row['target_value']:+.2f}), predicted {where}",
         "lines": [
             {"name": kind, "tokens": Markup(_line(row, kind, scales))}
             for kind in kinds
@@ -156,10 +169,12 @@ def _line(row: Mapping[str, Any], kind: str, scales: Scales) -> str:
         numbers = " · ".join(f"{k} {values[k][i]:+.3g}" for k in values)
         fraction = scales.fraction(kind, float(values[kind][i]))
         look = f' style="background:{rgba(fraction)}"' if abs(fraction) >= 0.02 else ""
-        text = escape(running(token))
-        marks = "t"
+        marks, text = "t", escape(running(token))
         if position == row["position"]:
-            marks, text = "t hit", f"<b>{text}</b>"
+            marks, text = (
+                "t hit",
+                f"<b>{escape(visible(token) if token == ' ' else running(token))}</b>",
+            )
         if position == row["target_position"]:
             marks += " aim"
         title = escape(f"{position} · {numbers}")

@@ -56,7 +56,9 @@ color:inherit;background:none;margin:0}}
 text-align:left;vertical-align:top;background:none;color:inherit}}
 § tbody tr{{background:none}}
 § tr:last-child>td,§ tbody tr:last-child>th{{border-bottom:0}}
-§ th{{color:var(--muted);font-weight:600;font-size:.92em}}
+§ th{{color:var(--muted);font-weight:600;font-size:.92em;white-space:nowrap}}
+§ td,§ th{{overflow-wrap:normal}}
+§ .long td{{overflow-wrap:anywhere}}
 § .n{{text-align:right;white-space:nowrap}}
 § td.n,§ th.n{{padding-right:1.1em}}
 § .pos{{color:var(--pos)}}
@@ -182,8 +184,8 @@ transparent,{{ scale.right }})"></span> {{ scale.high }}</li>{% endfor %}
 {% for example in tab.examples %}<div class="example"><p class="head"><b>{{ example.score }}</b>
 {{- example.about }}{% if example.target is not none %} · explains \
 <bdi class="tok">{{ example.target }}</bdi>{{ example.aim }}{% endif %}</p>
-{% for line in example.lines %}<div class="line{% if example.lines|length == 1 %} alone{% endif %}">
-{%- if example.lines|length > 1 %}<small>{{ line.name }}</small>{% endif %}<div dir="auto">\
+{% for line in example.lines %}<div class="line{% if tab.alone %} alone{% endif %}">
+{%- if not tab.alone %}<small>{{ line.name }}</small>{% endif %}<div dir="auto">\
 {{ line.tokens }}</div></div>{% endfor %}</div>{% else %}<p class="absent">No examples.</p>
 {%- endfor %}{% if tab.more %}<p class="note">{{ tab.more }}</p>{% endif %}</div>{% endfor %}
 </form></section>
@@ -200,8 +202,9 @@ transparent,{{ scale.right }})"></span> {{ scale.high }}</li>{% endfor %}
 {% endif %}</section>
 
 <section><h2>Provenance</h2>
-<div class="scroll"><table><tbody>{% for key, value in provenance %}<tr><th scope="row">{{ key }}
-</th><td>{{ value }}</td></tr>{% endfor %}</tbody></table></div></section>
+<div class="scroll"><table class="long"><tbody>
+{% for key, value in provenance %}<tr><th scope="row">{{ key }}</th><td>{{ value }}</td></tr>
+{% endfor %}</tbody></table></div></section>
 </div></div>
 """
 

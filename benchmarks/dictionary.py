@@ -3,6 +3,7 @@
     python benchmarks/dictionary.py throughput [--layers 30] [--rounds 7]
     python benchmarks/dictionary.py memory
     python benchmarks/dictionary.py kills [--moments 20]
+    python benchmarks/dictionary.py vocabulary
     python benchmarks/dictionary.py build CORPUS PATH
     python benchmarks/dictionary.py open PATH
 
@@ -258,6 +259,28 @@ def _stage(path: Path) -> str:
     return "preparing"
 
 
+def vocabulary(arguments: argparse.Namespace) -> None:
+    """What all neurons and heads write and read, and the file of it."""
+    from lenslrp.analysis.job import prepare
+    from lenslrp.analysis.projections import project_places, write_vocabulary
+
+    torch.set_num_threads(1)
+    rows = [[i % 1000 + 5] * 16 for i in range(8)]
+    with tempfile.TemporaryDirectory() as folder:
+        job = prepare(smollm2(30), rows, folder, sites=BOTH, criteria=("actmax",))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        cpu, wall = time.process_time(), time.perf_counter()
+        parts = project_places(job, progress=False)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        write_vocabulary(Path(folder) / "vocabulary.parquet", job.plan, parts)
+        size = (Path(folder) / "vocabulary.parquet").stat().st_size / 2**20
+    print(
+        f"{job.plan.units} units: {cpu:.0f} s of CPU time of one thread ({wall:.0f} s by the "
+        f"clock), {(peak - before) / 1024:.0f} MiB more memory, {size:.1f} MiB on disk"
+    )
+
+
 def build(arguments: argparse.Namespace) -> None:
     from lenslrp.analysis import NeuronDictionary
 
@@ -296,6 +319,10 @@ def opened(arguments: argparse.Namespace) -> None:
     two = _timed(lambda: d.search_text("the " + draw.choice(words)), 20)
     print(f"  search_text, two words: {two}")
     print(f"  search_tokens: {_timed(lambda: d.search_tokens(draw.choice(words)), 5)}")
+    for by in ("writes", "reads"):
+        took = _timed(lambda by=by: d.search_tokens(draw.choice(words), by=by), 10)
+        print(f"  search_tokens, by={by}: {took}")
+    print(f"  vocabulary of one unit: {_timed(lambda: d[draw.randrange(30), 5].vocabulary(), 50)}")
     print(f"  similar: {_timed(lambda: d.similar((5, draw.randrange(1000))), 10)}")
 
 
@@ -314,8 +341,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     commands = parser.add_subparsers(required=True)
     for name, act in (
-        ("throughput", throughput), ("memory", memory), ("kills", kills), ("build", build),
-        ("open", opened),
+        ("throughput", throughput), ("memory", memory), ("kills", kills),
+        ("vocabulary", vocabulary), ("build", build), ("open", opened),
     ):  # fmt: skip
         command = commands.add_parser(name)
         command.set_defaults(act=act)

@@ -1,4 +1,4 @@
-"""The command line: ``lenslrp explain``, ``lenslrp doctor`` and ``lenslrp evaluate``.
+"""The command line: ``lenslrp explain``, ``doctor`` and ``dictionary``.
 
 Exit codes: 0 the question was answered, 1 the model is not covered or not loadable, 2 bad usage or
 bad input. Results go to standard output, progress and messages to standard error.
@@ -10,35 +10,39 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lenslrp.cli_dictionary import add_dictionary
 from lenslrp.cli_evaluate import add_evaluate
+from lenslrp.cli_options import (
+    BAD_INPUT,
+    DEFAULT_MODEL,
+    NOT_COVERED,
+    OK,
+    add_model_options,
+    check_writable,
+    composite,
+    console,
+    load_model,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from transformer_lens.model_bridge import TransformerBridge
-
     from lenslrp.cache import RelevanceCache
 
-DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_REPORT = "lenslrp-report.html"
-COMPOSITES = ("AttnLRP", "CPLRP", "GradientTimesInput", "RelP", "GIM")
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-OK, NOT_COVERED, BAD_INPUT = 0, 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     # torch takes seconds to import: not before the command line is known to be right
-    from lenslrp.errors import CoverageError, InputError, LoadError
+    from lenslrp.errors import CoverageError, InputError, LoadError, StorageError
 
     try:
         return int(options.run(options))
-    except InputError as error:
+    except (InputError, StorageError) as error:
         return _complain(error, BAD_INPUT)
     except (CoverageError, LoadError) as error:
         return _complain(error, NOT_COVERED)
@@ -85,8 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print one JSON object instead of text"
     )
     explain.set_defaults(run=_explain)
-    _add_model_options(explain, "--model", default=DEFAULT_MODEL)
-    _add_composite(explain)
+    add_model_options(explain, "--model", default=DEFAULT_MODEL)
 
     doctor = commands.add_parser(
         "doctor",
@@ -95,34 +98,10 @@ def _parser() -> argparse.ArgumentParser:
         "random prompt. Exit code 1 if anything is uncovered or does not balance.",
     )
     doctor.set_defaults(run=_doctor)
-    _add_model_options(doctor, "model")
-    _add_composite(doctor)
-
-    add_evaluate(
-        commands, partial(_add_model_options, name="--model", default=DEFAULT_MODEL), _load
-    )
+    add_model_options(doctor, "model")
+    add_dictionary(commands)
+    add_evaluate(commands)
     return parser
-
-
-def _add_composite(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--composite", choices=COMPOSITES, default="AttnLRP", help="rules (default: %(default)s)"
-    )
-
-
-def _add_model_options(command: argparse.ArgumentParser, name: str, **settings: Any) -> None:
-    default = f" (default: {settings['default']})" if settings else ""
-    command.add_argument(
-        name,
-        metavar="MODEL",
-        help=f"embedded model ({DEFAULT_MODEL}), Hugging Face id or directory{default}",
-        **settings,
-    )
-    command.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)"
-    )
-    command.add_argument("--device", help="such as cpu or cuda (default: an accelerator if any)")
-    command.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
 
 
 def _version() -> str:
@@ -130,28 +109,6 @@ def _version() -> str:
         return f"lenslrp {version('lenslrp')}"
     except PackageNotFoundError:
         return "lenslrp (not installed)"
-
-
-def _load(options: argparse.Namespace) -> TransformerBridge:
-    import torch
-
-    from lenslrp.errors import InputError
-    from lenslrp.loading import load
-
-    device = options.device
-    if device is not None:
-        try:
-            torch.device(device)
-        except RuntimeError as error:
-            raise InputError(f"no such device: {device!r}") from error
-    dtype = getattr(torch, options.dtype)
-    return load(options.model, dtype=dtype, device=device, revision=options.revision)
-
-
-def _composite(name: str) -> Any:
-    import lenslrp
-
-    return getattr(lenslrp, name)()
 
 
 def _target(text: str | None) -> str | int | None:
@@ -163,13 +120,13 @@ def _explain(options: argparse.Namespace) -> int:
     from lenslrp.analysis.report import write_report
     from lenslrp.run import run_with_relevance
 
-    _check_writable(options.report)
-    model = _load(options)
+    check_writable("--report", options.report)
+    model = load_model(options)
     _, relevance = run_with_relevance(
         model,
         options.prompt,
         target=_target(options.target),
-        composite=_composite(options.composite),
+        composite=composite(options.composite),
     )
     write_report(relevance, options.report, model=model)
     if options.json:
@@ -179,32 +136,16 @@ def _explain(options: argparse.Namespace) -> int:
     return OK
 
 
-def _check_writable(report: Path) -> None:
-    """Before the work, not after it."""
-    from lenslrp.errors import InputError
-
-    if report.is_dir():
-        raise InputError(f"--report {report} is a directory, give a file")
-    if not report.absolute().parent.is_dir():
-        raise InputError(f"--report {report}: there is no directory {report.absolute().parent}")
-
-
 def _show(relevance: RelevanceCache, report: Path) -> None:
     from rich.text import Text
 
     from lenslrp.terminal import render
 
-    console = _console()
-    console.print(render(relevance))
+    screen = console()
+    screen.print(render(relevance))
     for term, value in _ledger(relevance).items():
-        console.print(Text(f"  {term:<18} {value:>+14.6g}"))
-    console.print(Text(f"report: {report.absolute()}"), soft_wrap=True)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False)
+        screen.print(Text(f"  {term:<18} {value:>+14.6g}"))
+    screen.print(Text(f"report: {report.absolute()}"), soft_wrap=True)
 
 
 def _ledger(relevance: RelevanceCache) -> dict[str, float]:
@@ -231,8 +172,8 @@ def _summary(relevance: RelevanceCache, report: Path) -> dict[str, Any]:
 def _doctor(options: argparse.Namespace) -> int:
     from lenslrp.doctor import examine
 
-    diagnosis = examine(_load(options), _composite(options.composite))
-    _console().print(diagnosis.render())
+    diagnosis = examine(load_model(options), composite(options.composite))
+    console().print(diagnosis.render())
     return OK if diagnosis.ok else NOT_COVERED
 
 

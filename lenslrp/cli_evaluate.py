@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from lenslrp.cli_options import DEFAULT_MODEL, OK, add_model_options, load_model
 
 TASKS = ("next_word", "sentiment", "squad", "indirect_object", "agreement")
 DEFAULT_METHODS = "random,gradient_x_input,cp_lrp,attnlrp"
 
 
-def add_evaluate(
-    commands: Any, add_model_options: Callable[..., None], load: Callable[..., Any]
-) -> None:
-    """Put the command's options into the parser."""
+def add_evaluate(commands: Any) -> None:
+    """Add the command to the others (what ``add_subparsers`` returned)."""
     command = commands.add_parser(
         "evaluate",
         help="measure how faithful methods of attribution are",
@@ -56,19 +55,19 @@ def add_evaluate(
     command.add_argument("--beam", type=int, help="also measure the normalised AOPC (slow)")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--json", action="store_true", help="print one JSON object, not tables")
-    add_model_options(command)
-    command.set_defaults(run=lambda options: _run(options, load))
+    add_model_options(command, "--model", rules=False, default=DEFAULT_MODEL)
+    command.set_defaults(run=_run)
 
 
-def _run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
+def _run(options: argparse.Namespace) -> int:
     from lenslrp.analysis.baselines import as_method
-    from lenslrp.analysis.evaluate import Perturbation, evaluate
+    from lenslrp.analysis.evaluation import Perturbation, evaluate
 
     methods = [as_method(name) for name in options.methods.split(",")]
     perturbations = [Perturbation.parse(text) for text in options.perturb.split(",")]
     results = evaluate(
         options.task,
-        load(options),
+        load_model(options),
         methods,
         n=options.n,
         folder=options.folder,
@@ -83,7 +82,7 @@ def _run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
     if not options.json:
         print(results)
         print(f"every number: {(options.folder / 'results.parquet').absolute()}")
-        return 0
+        return OK
     tables = {m: json.loads(results.table(m).to_json(orient="records")) for m in results.metrics()}
     told = {
         "n": results.n,
@@ -93,4 +92,4 @@ def _run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
         "tables": tables,
     }
     print(json.dumps(told))
-    return 0
+    return OK

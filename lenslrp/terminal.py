@@ -40,20 +40,30 @@ def _style(fraction: float) -> Style:
     return Style.parse(f"white on rgb({mixed[0]},{mixed[1]},{mixed[2]})")
 
 
-class _Heat:
-    """The prompt as a run of tokens; asks the console whether it has colour."""
+class Heat:
+    """Text as a run of tokens; asks the console whether it has colour. ``mark`` is underlined."""
 
-    def __init__(self, tokens: Sequence[str], values: Sequence[float], scale: Scale) -> None:
+    def __init__(
+        self,
+        tokens: Sequence[str],
+        values: Sequence[float],
+        scale: Scale,
+        mark: int | None = None,
+    ) -> None:
         self.tokens = tokens
         self.values = values
         self.scale = scale
+        self.mark = mark
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         coloured = console.color_system is not None and not console.no_color
         text = Text(overflow="fold")
-        for token, value in zip(self.tokens, self.values, strict=True):
+        for index, (token, value) in enumerate(zip(self.tokens, self.values, strict=True)):
             finite = math.isfinite(value)
             style = _style(self.scale.fraction(value)) if finite else Style(reverse=True)
+            if index == self.mark:
+                style += Style(bold=True, underline=True)
+                text.append("" if coloured else ">")
             text.append(visible(token), style)
             if not coloured:
                 text.append(f" ({signed(value, self.scale.limit)}) ")
@@ -114,7 +124,7 @@ def render(
         f" = {float(R.target.value[row]):.4g}   ",
         (f"token relevance sums to {signed(total, scale.limit)}", "dim"),
     )
-    lines: list[RenderableType] = [heading, "", _Heat(tokens, values, scale), ""]
+    lines: list[RenderableType] = [heading, "", Heat(tokens, values, scale), ""]
     lines.append(_largest(shown, tokens, values, scale, k))
     padding = len(mask) - len(values)
     if padding:

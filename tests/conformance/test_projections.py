@@ -68,6 +68,23 @@ def test_all_at_once_equal_each_by_itself(name: str, monkeypatch: pytest.MonkeyP
             torch.testing.assert_close(found.scores[row], scores, rtol=1e-5, atol=1e-6)
 
 
+def test_native_models_have_lists() -> None:
+    """Its weights as they are: no configuration of Hugging Face's, a LayerNorm that centres."""
+    bridge, unit = model("native"), Neuron(1, 3)
+    out = bridge.blocks[1].mlp.W_out[3] - bridge.blocks[1].mlp.W_out[3].mean()
+    expected = (out * bridge.ln_final.weight) @ bridge.unembed.W_U
+    found = ends_of_lists(bridge, [unit], tokens=5)
+    assert found.ids[0, :5].tolist() == expected.topk(5).indices.tolist()
+    assert found.missing == {}
+
+
+def test_units_may_be_of_another_type_than_the_norms() -> None:
+    """A LayerNorm in bfloat16 takes nothing else; what is written is raised to float32."""
+    bridge = zoo.build("GPT2LMHeadModel", torch.bfloat16)
+    for units in some_units(bridge).values():
+        assert ends_of_lists(bridge, units, tokens=2).missing == {}
+
+
 @pytest.mark.parametrize(
     ("name", "units", "missing"),
     [
@@ -130,14 +147,13 @@ def test_a_page_has_its_lists(built: NeuronDictionary) -> None:
 
 @pytest.mark.parametrize("role", ["writes", "reads"])
 def test_units_are_found_by_what_they_write_or_read(built: NeuronDictionary, role: str) -> None:
-    expected = []
-    for place in built.plan.places:
-        for index in range(place.size):
-            frame = built.page(place, index).vocabulary()
-            for row in frame[(frame["role"] == role) & (frame["token"] == "c")].itertuples():
-                expected.append(
-                    (row.rank, -abs(row.score), place.first + index, row.name, row.side)
-                )
+    expected = [
+        (row.rank, -abs(row.score), place.first + index, row.name, row.side)
+        for place in built.plan.places
+        for index in range(place.size)
+        for row in built.page(place, index).vocabulary().itertuples()
+        if (row.role, row.token) == (role, "c")
+    ]
     found = built.search_tokens(" c ", by=role, limit=1000)
     columns = ["unit", "hook", "index", "name", "side", "rank", "token", "score"]
     assert list(found) == columns

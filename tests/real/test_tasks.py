@@ -11,7 +11,7 @@ import torch
 
 import lenslrp
 from lenslrp import targets
-from lenslrp.analysis.evaluate import evaluate
+from lenslrp.analysis.evaluation import evaluate
 from lenslrp.analysis.records import in_order, read_records
 from lenslrp.analysis.tasks import TASKS, Unfit
 

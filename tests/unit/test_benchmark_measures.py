@@ -23,7 +23,9 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_random_top_1_is_the_exact_expectation(benchmark: Any) -> None:
     squad = benchmark("squad")
     offsets = [(i, i + 1) for i in range(10)]
-    item = squad.Item("q", "cd", True, True, offsets, (2, 4), {"AttnLRP": list(range(10))})
+    item = squad.Item(
+        "q", "cd", True, True, offsets, (2, 4), {"AttnLRP": [float(i) for i in range(10)]}
+    )
     judged = squad.judge(item, "abcdefghij", np.random.default_rng(0))
     assert judged["random"]["top-1"] == 0.2
     assert judged["AttnLRP"]["top-1"] == 0.0

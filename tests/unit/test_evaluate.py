@@ -15,7 +15,7 @@ import lenslrp
 from lenslrp import cli, cli_evaluate, loading, targets
 from lenslrp.analysis import baselines, records
 from lenslrp.analysis.baselines import Method
-from lenslrp.analysis.evaluate import Perturbation, evaluate
+from lenslrp.analysis.evaluation import Perturbation, evaluate
 from lenslrp.analysis.faithfulness import aopc, aopc_bounds, curves, normalised_aopc
 from lenslrp.analysis.perturb import tokens_of
 from lenslrp.analysis.perturb_parts import patches_of

@@ -197,7 +197,11 @@ def test_relevance_of_a_neuron_that_is_off_is_zero() -> None:
         ([Edit(HOOK, (3, 3))], "unit 3 of .* is edited twice in row 0"),
         ([Edit(HOOK, (3,), positions=(6,))], "position of the edit .* is 6, expected -6 to 5"),
         ([Edit(HOOK, (3,)), Edit("blocks.1.mlp.out.hook_in", (4,))], "are one hook point"),
-        ([Edit("blocks.0.attn.hook_z", (0,))], r"shape \[2, 6, 2, 8\]; edits need"),
+        (
+            [Edit("blocks.0.attn.hook_z", (2,))],
+            "unit of blocks.0.attn.hook_z is 2, expected 0 to 1",
+        ),
+        ([Edit("unembed.hook_in", (0,)), Edit("blocks.0.hook_attn_out", (99,))], "is 99, expected"),
     ],
 )
 def test_bad_edits_name_the_choice_and_leave_nothing(edits: list[Edit], message: str) -> None:
@@ -206,6 +210,25 @@ def test_bad_edits_name_the_choice_and_leave_nothing(edits: list[Edit], message:
     with pytest.raises(InputError, match=message):
         logits_of(model, *edits)
     assert changes(before, model) == []
+
+
+def test_a_head_is_edited_as_a_whole() -> None:
+    model = tiny()
+
+    def by_hand(scale: float, shift: float) -> Tensor:
+        def change(z: Tensor, hook: object) -> Tensor:
+            z = z.clone()
+            z[1, :, 0] = z[1, :, 0] * scale + shift
+            return z
+
+        with torch.no_grad(), model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", change)]):
+            return model(TOKENS)
+
+    for scale, shift in ((0.0, 0.0), (2.0, 0.5)):
+        edit = Edit("blocks.0.attn.hook_z", (0,), scale, shift, rows=(1,))
+        torch.testing.assert_close(logits_of(model, edit), by_hand(scale, shift))
+    neutral = Edit("blocks.0.attn.hook_z", (0, 1), scale=1.0)
+    assert torch.equal(logits_of(model, neutral), logits_of(model))
 
 
 def test_an_edit_that_never_happens_is_an_error() -> None:

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 import lenslrp
-from lenslrp.analysis.naming import Example, Provider, TokenRule, area_under_roc, name_unit
+from lenslrp.analysis.naming import Example, Provider, area_under_roc, name_unit
+from lenslrp.analysis.providers import LanguageModel, TokenRule
+from tests.unit.tiny import tiny, word_tokenizer
 
 
 def fruit(i: int) -> Example:
@@ -105,3 +108,46 @@ def test_bad_input_is_named() -> None:
 
     with pytest.raises(lenslrp.InputError, match="judged 0 of 15 texts"):
         name_unit(Lazy(), FRUITS, OTHERS)
+
+
+def test_a_language_model_is_asked_how_likely_each_text_becomes() -> None:
+    words = word_tokenizer()
+    model = tiny(tokenizer=words)
+    provider = LanguageModel(model, batch_size=2, answer=3)
+    assert isinstance(provider, Provider)
+
+    def one_by_one(topic: str, pieces: list[tuple[str, bool]]) -> float:
+        ids, counted = model.to_tokens(f"Topic: {topic}\nText:")[0].tolist(), []
+        for text, on in pieces:
+            new = words.encode(text, add_special_tokens=False)
+            counted += [len(ids) + i for i in range(len(new))] if on else []
+            ids += new
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).log_softmax(dim=-1)[0]
+        return sum(float(logits[i - 1, ids[i]]) for i in counted)
+
+    vocabulary = sorted(w for w in words.get_vocab() if w.isalpha())[:12]
+    texts = [" ".join(vocabulary[i : i + 3 + i]) for i in range(5)]  # of several lengths
+    found = provider.detect(vocabulary[0], texts)
+    expected = [
+        one_by_one(vocabulary[0], [(t, True)]) - one_by_one("anything", [(t, True)]) for t in texts
+    ]
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert max(map(abs, found)) > 1e-3
+    a, b, c = vocabulary[:3]
+    pieces = [(a, False), (b, True), (c, False)]
+    expected_fuzz = one_by_one(a, pieces) - one_by_one("anything", pieces)
+    assert provider.fuzz(a, [f"{a}<<{b}>>{c}"]) == pytest.approx([expected_fuzz], abs=1e-5)
+
+
+def test_a_language_model_chooses_the_candidate_that_fits_better() -> None:
+    class Judged(LanguageModel):
+        def _topic(self, texts: Sequence[str]) -> str:
+            return "of its own"
+
+        def detect(self, explanation: str, texts: Sequence[str]) -> list[float]:
+            return [{"apple, pear": 2.0, "of its own": 1.0}[explanation]] * len(texts)
+
+    provider = Judged(None)
+    assert provider.explain(FRUITS, [" apple", " pear"]) == "apple, pear"
+    assert provider.explain(FRUITS, []) == "of its own"

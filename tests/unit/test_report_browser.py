@@ -7,14 +7,20 @@ from html import unescape
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lenslrp.analysis.circuitsvis_safe import Page as VisPage
 from lenslrp.analysis.circuitsvis_safe import attention_heads, colored_tokens
+from lenslrp.analysis.dictionary import NeuronDictionary
 from lenslrp.analysis.report import report_html
+from lenslrp.analysis.unit_page import page_html
 from lenslrp.heatmap import token_heatmap
 from lenslrp.visible_text import visible
+from tests.conformance.dictionaries import OPTIONS
 from tests.unit.fake_relevance import NASTY, fake_relevance
 from tests.unit.test_heatmap import Page
+from tests.unit.tiny import tiny
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
@@ -74,6 +80,42 @@ def test_report_executes_nothing_and_shows_every_token(opened, policy):
     text = text_of(dom)
     for token in HOSTILE:
         assert visible(token) in text
+
+
+@pytest.fixture(scope="module")
+def hostile_dictionary(tmp_path_factory):
+    """Of texts whose words, like the names of model and corpus, are all out to run."""
+    words = {word: i for i, word in enumerate(["<s>", "</s>", *HOSTILE_WORDS])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", pad_token="</s>")
+    model = tiny(tokenizer=tokenizer)
+    model.cfg.model_name = HOSTILE_WORDS[0]
+    folder = tmp_path_factory.mktemp("hostile")
+    corpus = folder / f"{HOSTILE_WORDS[1]}.txt"
+    corpus.write_text("\n\n".join([" ".join(HOSTILE_WORDS * 2)] * 3), encoding="utf-8")
+    options = {**OPTIONS, "window": (20, 20), "progress": False}
+    return NeuronDictionary.build(model, corpus, folder / "d", **options), model
+
+
+HOSTILE_WORDS = [token.replace(" ", "/") for token in (HOSTILE[1], HOSTILE[4], HOSTILE[0])]
+
+
+@pytest.mark.parametrize("policy", [True, False], ids=["as written", "without its policy"])
+def test_a_units_page_executes_nothing_and_shows_every_token(opened, policy, hostile_dictionary):
+    dictionary, model = hostile_dictionary
+    html = page_html(dictionary[0, 0], model=model)
+    dom = opened(html if policy else html.replace("Content-Security-Policy", "nothing"))
+    assert 'id="owned"' not in dom
+    assert "<script" not in dom
+    for word in HOSTILE_WORDS:
+        assert visible(word) in text_of(dom.replace("<rect", "<br data-was"))
+
+
+def test_a_units_page_in_a_host_page(opened, hostile_dictionary):
+    dictionary, _ = hostile_dictionary
+    dom = opened(f"<!DOCTYPE html><body>{dictionary[0, 0]._repr_html_()}")
+    assert 'id="owned"' not in dom
 
 
 def test_heatmap_in_a_host_page(opened):

@@ -1,0 +1,334 @@
+"""A dictionary for other readers: Neuronpedia's bulk layout, and standalone HTML pages.
+
+The layout is what Neuronpedia's importer reads (github.com/hijohnnylin/neuronpedia): one folder a
+source, with ``model.jsonl``, ``release.jsonl``, ``sourceset.jsonl`` and ``source.jsonl`` beside
+``features/batch-*.jsonl.gz`` and ``activations/batch-*.jsonl.gz``
+(``apps/webapp/app/api/admin/import/route.ts``). The fields are the columns of ``Model``,
+``SourceRelease``, ``SourceSet``, ``Source``, ``Neuron`` and ``Activation`` in
+``apps/webapp/prisma/schema.prisma``; batches hold 1,024 units, as in
+``utils/neuronpedia-utils/neuronpedia_utils/export-data.py``; ``creatorId`` is the user that
+``apps/webapp/prisma/seed.ts`` makes for what is imported. In ``binMin``, ``binMax`` and
+``binContains``, -1 marks the largest activations, as SAEDashboard's converter writes them
+(``sae_dashboard/neuronpedia/neuronpedia_converter.py``).
+
+Neuronpedia has no place for relevance beside activation, so relevance becomes a source of its own.
+
+Names in a dictionary may come from a stranger: folders and files get names of letters, digits,
+dots, dashes and underscores only.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from lenslrp.analysis.files import whole
+from lenslrp.analysis.page import Page
+from lenslrp.analysis.plan import Place
+from lenslrp.analysis.report import environment
+from lenslrp.analysis.unit_page import page_html
+from lenslrp.analysis.unit_template import DOCUMENT, INDEX, STYLE
+from lenslrp.errors import InputError
+from lenslrp.visible_text import visible
+
+if TYPE_CHECKING:
+    from lenslrp.analysis.dictionary import NeuronDictionary
+
+BATCH = 1024
+"""Units in a file."""
+
+CREATOR = "clkht01d40000jv08hvalcvly"
+"""The user that Neuronpedia's seed makes, to whom what is imported belongs."""
+
+KINDS = {"activation": "actmax", "relevance": "relmax"}
+"""What a source shows, and by which criterion its best examples are chosen."""
+
+
+def slug(text: str, *, limit: int = 100) -> str:
+    """``text`` with nothing but letters, digits, dots, dashes, underscores: a name, not a path."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-")[:limit] or "unnamed"
+
+
+def export_neuronpedia(
+    dictionary: NeuronDictionary,
+    folder: str | Path,
+    *,
+    model_id: str | None = None,
+    source_set: str = "lenslrp",
+    creator: str = CREATOR,
+) -> list[Path]:
+    """Write a dictionary in the layout that Neuronpedia imports.
+
+    For each hook point ``folder/<model>/<layer>-<source set>-<site>``, and the same with
+    ``-relevance`` where relevance was searched. The examples are the largest (``actmax``,
+    ``relmax``) and, for activation, those at the deciles; values are those of the window. What the
+    unit writes to the vocabulary becomes ``pos_str`` and ``neg_str``.
+
+    Args:
+        dictionary: an open one.
+        folder: is made where it does not exist. Files of the same name are replaced.
+        model_id: Neuronpedia's name of the model; by default the dictionary's, in lower case.
+        source_set: how the sources are called together, without the site.
+        creator: id of the Neuronpedia user to whom the data belongs.
+
+    Returns:
+        The folders written, one a source.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    about = dictionary.plan.model["name"] or dictionary.plan.model["architecture"]
+    model = slug(model_id or str(about)).replace(".", "-").lower()
+    made = []
+    for place in dictionary.plan.places:
+        for kind, criterion in KINDS.items():
+            if criterion not in dictionary.plan.criteria:
+                continue
+            end = "" if kind == "activation" else f"-{kind}"
+            name = slug(f"{source_set}-{_site(place)}{end}").replace(".", "-")
+            source = slug(f"{0 if place.layer is None else place.layer}-{name}", limit=120)
+            path = Path(folder) / model / source
+            ids = {"modelId": model, "creatorId": creator}
+            _write_metadata(path, dictionary, place, {**ids, "name": name, "source": source})
+            ids["layer"] = source
+            for number, pages in enumerate(_batched(dictionary.pages(place))):
+                _write_batch(path, number, pages, kind, {**ids, "sourceSetName": name})
+            made.append(path)
+    return made
+
+
+def _site(place: Place) -> str:
+    """A hook point without its layer: ``mlp.hook_post``."""
+    return re.sub(r"^(\w*blocks)\.\d+\.", "", place.site if "[" in place.site else place.hook)
+
+
+def _batched(pages: Iterator[Page]) -> Iterator[Iterator[Page]]:
+    while (first := next(pages, None)) is not None:
+        yield itertools.chain([first], itertools.islice(pages, BATCH - 1))
+
+
+def _write_metadata(
+    path: Path, dictionary: NeuronDictionary, place: Place, ids: dict[str, str]
+) -> None:
+    plan = dictionary.plan
+    own = {"creatorId": ids["creatorId"], "visibility": "PUBLIC"}
+    mlps = [p.size for p in plan.places if p.hook.endswith("mlp.hook_post")]
+    layers = [p.layer for p in plan.places if p.layer is not None]
+    title = f"LensLRP: {place.kind}s at {_site(place)}"
+    records: dict[str, dict[str, Any]] = {
+        "model": {
+            "id": ids["modelId"],
+            "displayName": str(plan.model["name"]),
+            "displayNameShort": str(plan.model["name"]),
+            "layers": max(layers, default=0) + 1,
+            "neuronsPerLayer": max(mlps, default=0),
+            "owner": "",
+            **own,
+        },
+        "release": {
+            "name": "lenslrp",
+            "description": "Units with the sentences in which they are active and relevant.",
+            "creatorName": "LensLRP",
+            "urls": [],
+            **own,
+        },
+        "sourceset": {
+            "modelId": ids["modelId"],
+            "name": ids["name"],
+            "description": title,
+            "creatorName": "LensLRP",
+            "releaseName": "lenslrp",
+            "urls": [],
+            **own,
+        },
+        "source": {
+            "id": ids["source"],
+            "modelId": ids["modelId"],
+            "setName": ids["name"],
+            "dataset": str(plan.corpus.get("name") or ""),
+            "num_prompts": plan.corpus["documents"],
+            "num_tokens_in_prompt": int(plan.corpus["cut"]["context"]),
+            "notes": f"{place.hook}; plan {dictionary.manifest['plan_sha256']}",
+            **own,
+        },
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    for name, record in records.items():
+        with whole(path / f"{name}.jsonl") as part:
+            part.write_text(_line(record), encoding="utf-8")
+
+
+def _write_batch(
+    path: Path, number: int, pages: Iterator[Page], kind: str, ids: dict[str, str]
+) -> None:
+    for name in ("features", "activations"):
+        (path / name).mkdir(exist_ok=True)
+    with (
+        whole(path / "features" / f"batch-{number}.jsonl.gz") as features,
+        whole(path / "activations" / f"batch-{number}.jsonl.gz") as activations,
+        _zipped(features) as feature_file,
+        _zipped(activations) as activation_file,
+    ):
+        for page in pages:
+            own = {**ids, "index": str(page.index)}
+            feature_file.write(_line(_feature(page, kind, own)).encode())
+            own.pop("sourceSetName")
+            for record in _activations(page, kind, own):
+                activation_file.write(_line(record).encode())
+
+
+@contextmanager
+def _zipped(path: Path) -> Iterator[gzip.GzipFile]:
+    """The same bytes for the same contents: no name and no time in the header."""
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+        yield file
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _feature(page: Page, kind: str, ids: dict[str, str]) -> dict[str, Any]:
+    best = page.examples(KINDS[kind])["score"]
+    histogram = page.histogram(kind)
+    lists = {side: _written(page, side) for side in ("top", "bottom")}
+    return {
+        **ids,
+        "hookName": page.place.hook,
+        "hasVector": False,
+        "maxActApprox": _finite(best.max()) if len(best) else 0.0,
+        "frac_nonzero": _finite(page.statistics[f"{kind}_density"]),
+        "freq_hist_data_bar_heights": histogram.counts.tolist(),
+        "freq_hist_data_bar_values": [
+            _finite(v) for v in (histogram.edges[:-1] + histogram.edges[1:]) / 2
+        ],
+        "pos_str": lists["top"]["token"].tolist(),
+        "pos_values": [_finite(v) for v in lists["top"]["score"]],
+        "neg_str": lists["bottom"]["token"].tolist(),
+        "neg_values": [_finite(v) for v in lists["bottom"]["score"]],
+    }
+
+
+def _written(page: Page, side: str) -> pd.DataFrame:
+    try:
+        frame = page.vocabulary()
+    except InputError:  # no lists in this dictionary
+        return pd.DataFrame(columns=["token", "score"])
+    return frame[(frame["role"] == "writes") & (frame["side"] == side)]
+
+
+def _activations(page: Page, kind: str, ids: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The best examples, and for activation those at the deciles, each in its interval."""
+    column = f"{kind}s"
+    groups = [KINDS[kind]]
+    if kind == "activation" and "deciles" in page.criteria:
+        groups.append("deciles")
+    for criterion in groups:
+        low = _finite(page.statistics[f"{kind}_min"])
+        for row in page.examples(criterion).to_dict("records"):
+            values = [_finite(v) for v in row[column]]
+            hit, score = row["position"] - row["start"], _finite(row["score"])
+            interval = (low, score, 0.1) if criterion == "deciles" else (-1.0, score, -1.0)
+            low = score
+            yield {
+                **ids,
+                "id": _identifier(*ids.values(), criterion, str(row["rank"])),
+                "tokens": row["tokens"],
+                "values": values,
+                "maxValue": values[hit],  # at positions that were not searched there may be more
+                "maxValueTokenIndex": hit,
+                "minValue": min(values),
+                **dict(zip(("binMin", "binMax", "binContains"), interval, strict=True)),
+            }
+
+
+def _finite(value: Any) -> float:
+    """Five digits, which is more than windows keep; JSON has no infinities."""
+    return float(f"{value:.5g}") if math.isfinite(value) else 0.0
+
+
+def _identifier(*parts: str) -> str:
+    """25 characters, the same for the same example."""
+    return "l" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def export_html(
+    dictionary: NeuronDictionary,
+    folder: str | Path,
+    units: Iterable[Any],
+    *,
+    model: Any = None,
+    **options: Any,
+) -> Path:
+    """Write a page for each of many units, linked to one another, and an index.
+
+    Args:
+        dictionary: an open one.
+        folder: is made where it does not exist. Files of the same name are replaced.
+        units: keys, as for ``dictionary[key]``.
+        model, options: of :func:`lenslrp.analysis.unit_page.page_html`.
+
+    Returns:
+        ``folder/index.html``.
+
+    Raises:
+        InputError: no such unit, or no units.
+    """
+    from markupsafe import Markup
+
+    found = [dictionary.unit_number(key) for key in units]
+    pages = {dictionary.name(place.first + i): (place, i) for place, i in found}
+    if not pages:
+        raise InputError("no units to export")
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    links = {name: f"{slug(name)}-{place.first + i}.html" for name, (place, i) in pages.items()}
+    rows: list[dict[str, Any]] = []
+    for name, href in links.items():
+        page = dictionary.page(*pages[name])
+        html = page_html(page, model=model, links={**links, "": "index.html"}, **options)
+        with whole(path / href) as part:
+            part.write_text(html, encoding="utf-8", errors="replace")
+        rows.append({"name": visible(name), "href": href, **_summary(page)})
+    title = f"{len(rows)} units of {dictionary.plan.model['name']}"
+    what = (
+        f"Over {dictionary.manifest['tokens_seen']:,} tokens of {dictionary.plan.corpus['name']}. "
+        "Active: share of tokens above 0. Tokens are those at the hits of the best examples."
+    )
+    jinja = environment()
+    body = jinja.from_string(INDEX).render(
+        style=Markup(STYLE), title=visible(title), what=visible(what), rows=rows
+    )
+    html = jinja.from_string(DOCUMENT).render(title=visible(title), body=Markup(body))
+    with whole(path / "index.html") as part:
+        part.write_text(html, encoding="utf-8", errors="replace")
+    return path / "index.html"
+
+
+def _summary(page: Page) -> dict[str, Any]:
+    """A unit's row in the index."""
+    hits = {}
+    for criterion in KINDS.values():
+        frame = page.examples(criterion) if criterion in page.criteria else pd.DataFrame()
+        tokens = [row["tokens"][row["position"] - row["start"]] for row in frame.to_dict("records")]
+        hits[criterion] = [visible(token) for token in dict.fromkeys(tokens)][:5]
+    written = [visible(token) for token in _written(page, "top")["token"][:5]]
+    best = page.statistics["activation_max"]
+    if "actmax" in page.criteria:
+        best = page.examples("actmax")["score"].max()
+    return {
+        **hits,
+        "writes": written,
+        "density": f"{page.statistics['activation_density']:.1%}",
+        "largest": f"{best:+.3g}",
+    }

@@ -1,0 +1,91 @@
+"""A dictionary as lines of JSON: one unit a line, with all that its page says."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from lenslrp.analysis.files import whole
+from lenslrp.analysis.page import Page
+from lenslrp.errors import InputError
+
+if TYPE_CHECKING:
+    from lenslrp.analysis.dictionary import NeuronDictionary
+
+
+def export_jsonl(
+    dictionary: NeuronDictionary, path: str | Path, units: Iterable[Any] | None = None
+) -> Path:
+    """Write one JSON object a unit: ``unit, kind, hook, layer, index``, ``statistics``,
+    ``vocabulary`` (records of :meth:`Page.vocabulary`; empty where it has none) and ``examples``
+    (records of :meth:`Page.examples`, with their ``criterion``). NaN and infinities become null.
+
+    Args:
+        dictionary: an open one.
+        path: the file.
+        units: keys, as for ``dictionary[key]``; None for all.
+
+    Raises:
+        InputError: no such unit.
+        StorageError: the disk is full.
+    """
+    path, places = Path(path), dictionary.plan.places
+    chosen = (
+        ((place, index) for place in places for index in range(place.size))
+        if units is None
+        else [dictionary.unit_number(unit) for unit in units]
+    )
+    with whole(path) as part, part.open("w", encoding="utf-8") as file:
+        for place, index in chosen:
+            line = _described(dictionary.page(place, index))
+            file.write(json.dumps(line, ensure_ascii=True, allow_nan=False) + "\n")
+    return path
+
+
+def _described(page: Page) -> dict[str, Any]:
+    try:
+        vocabulary = records(page.vocabulary())
+    except InputError:
+        vocabulary = []
+    place = page.place
+    return {
+        "unit": page.name,
+        "kind": place.kind,
+        "hook": place.hook,
+        "layer": place.layer,
+        "index": page.index,
+        "statistics": {
+            name: jsonable(value)
+            for name, value in page.statistics.items()
+            if name.startswith(("activation_", "relevance_"))
+        },
+        "vocabulary": vocabulary,
+        "examples": [
+            {"criterion": criterion, **record}
+            for criterion in page.criteria
+            for record in records(page.examples(criterion))
+        ],
+    }
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table, as JSON can hold them."""
+    return [{str(k): jsonable(v) for k, v in row.items()} for row in frame.to_dict("records")]
+
+
+def jsonable(value: Any) -> Any:
+    """Numbers and lists of Python's own; None for what JSON has no number for.
+
+    Lists are rounded to five digits: what a window holds has 11 significant bits.
+    """
+    if isinstance(value, np.ndarray):
+        return [jsonable(float(f"{entry:.5g}")) for entry in value.tolist()]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,359 @@
+"""``lenslrp dictionary``: build, merge, show, search and export dictionaries of units."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lenslrp.cli_options import (
+    COMPOSITES,
+    OK,
+    add_model_options,
+    check_writable,
+    composite,
+    console,
+    load_model,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.analysis.plan import Plan
+
+CRITERIA = ("actmax", "actmin", "relmax", "relmin", "deciles", "random")
+TARGETS = ("next", "argmax", "logit_diff")
+SEARCHES = ("text", "hits", "writes", "reads")
+FORMATS = ("html", "jsonl", "neuronpedia")
+
+
+def add_dictionary(commands: Any) -> None:
+    """Add the command to the others (what ``add_subparsers`` returned)."""
+    command = commands.add_parser(
+        "dictionary",
+        help="what every unit of a model does, over a corpus",
+        description="Build a dictionary of all units of a model over a corpus, look at one unit, "
+        "search, export.",
+    )
+    actions = command.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for add in (_add_build, _add_merge, _add_show, _add_search, _add_export):
+        add(actions)
+
+
+def _add_build(actions: Any) -> None:
+    build = actions.add_parser(
+        "build",
+        help="build a dictionary, or go on with one that was interrupted",
+        description="Build a dictionary, or go on with one that was interrupted: give the same "
+        "arguments again. Under torchrun, accelerate launch or Slurm, all processes share the "
+        "work. With --shard R/N this process scans one share, on a disk that all of them see; "
+        "then 'merge' makes the dictionary.",
+    )
+    build.set_defaults(run=_build)
+    add_model_options(build, "model")
+    build.add_argument(
+        "corpus",
+        metavar="CORPUS",
+        type=Path,
+        help=".txt, .jsonl or .parquet file, or a folder of them",
+    )
+    _add_path(build, "folder to make")
+    build.add_argument(
+        "--sites",
+        nargs="+",
+        metavar="HOOK",
+        default=["mlp.hook_post"],
+        help="hook points whose units are searched, in every block or by full name; attn.hook_z "
+        "for heads (default: mlp.hook_post)",
+    )
+    build.add_argument(
+        "--criteria", nargs="+", choices=CRITERIA, default=CRITERIA, help="(default: all)"
+    )
+    build.add_argument("--target", choices=TARGETS, default="next", help="what relevance explains")
+    for name, default, text in (
+        ("--k", 20, "examples a unit and criterion"),
+        ("--context", 128, "tokens of a document"),
+        ("--batch-size", 16, "documents at once"),
+        ("--vocabulary", 10, "tokens at either end of what a unit writes and reads; 0 for none"),
+    ):
+        build.add_argument(
+            name, type=int, metavar="N", default=default, help=f"{text} (default: %(default)s)"
+        )
+    build.add_argument("--field", default="text", help="of a record (default: %(default)s)")
+    build.add_argument("--shard", metavar="R/N", type=_shard, help="scan share R (from 0) of N")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    rank, _, world = text.partition("/")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: give 0/4, 1/4, 2/4 or 3/4")
+    return int(rank), int(world)
+
+
+def _add_merge(actions: Any) -> None:
+    merge = actions.add_parser(
+        "merge",
+        help="make a dictionary of shards that are done",
+        description="Merge the shards in PATH, replay what they cite, and publish. The options "
+        "are those of the shards, except --dtype, --device and --revision of the model.",
+    )
+    merge.set_defaults(run=_merge)
+    add_model_options(merge, "model", rules=False)
+    _add_path(merge, "folder of the shards")
+    merge.add_argument("--vocabulary", type=int, metavar="N", default=10, help="as for build")
+
+
+def _add_show(actions: Any) -> None:
+    show = actions.add_parser(
+        "show", help="one unit", description="One unit's page, in the terminal or as HTML."
+    )
+    show.set_defaults(run=_show)
+    _add_path(show)
+    show.add_argument(
+        "unit",
+        metavar="UNIT",
+        help="such as 'blocks.5.mlp.hook_post[17]', or 5,17: layer and index of the first site",
+    )
+    show.add_argument(
+        "--criterion", nargs="+", choices=CRITERIA, help="(default: actmax and relmax)"
+    )
+    show.add_argument(
+        "--k", type=int, metavar="N", default=5, help="examples of each (default: %(default)s)"
+    )
+    show.add_argument("--html", metavar="FILE", type=Path, help="write the page here instead")
+    add_model_options(show, "--model", rules=False, default=None)
+
+
+def _add_search(actions: Any) -> None:
+    search = actions.add_parser(
+        "search",
+        help="units by words or by tokens",
+        description='Units by words and "phrases" of their sentences, or by a token.',
+    )
+    search.set_defaults(run=_search)
+    _add_path(search)
+    search.add_argument("query", metavar="QUERY", help="words, or with --by a token")
+    search.add_argument(
+        "--by",
+        choices=SEARCHES,
+        default="text",
+        help="text: sentences; hits: at which token a unit fires; writes, reads: the lists of its "
+        "weights (default: %(default)s)",
+    )
+    search.add_argument(
+        "--tokens", dest="by", action="store_const", const="hits", help="short for --by hits"
+    )
+    search.add_argument("--criterion", choices=CRITERIA, help="whose examples, of text and hits")
+    search.add_argument(
+        "--limit", type=int, metavar="N", default=20, help="rows (default: %(default)s)"
+    )
+    search.add_argument("--json", action="store_true", help="print a JSON array of records")
+
+
+def _add_export(actions: Any) -> None:
+    export = actions.add_parser(
+        "export",
+        help="as HTML pages, for Neuronpedia, or as jsonl",
+        description="A folder of HTML pages, a folder in Neuronpedia's layout, or a file with one "
+        "JSON object a unit.",
+    )
+    export.set_defaults(run=_export)
+    _add_path(export)
+    export.add_argument("--format", required=True, choices=FORMATS)
+    export.add_argument("--out", required=True, metavar="PATH", type=Path, help="folder or file")
+    export.add_argument("--units", nargs="+", metavar="UNIT", help="only these (html, jsonl)")
+
+
+def _add_path(command: argparse.ArgumentParser, text: str = "folder of the dictionary") -> None:
+    command.add_argument("path", metavar="PATH", type=Path, help=text)
+
+
+def _build(options: argparse.Namespace) -> int:
+    from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.analysis.job import prepare
+    from lenslrp.analysis.launch import build_distributed, rank_and_world
+    from lenslrp.analysis.search import scan_shard
+    from lenslrp.errors import InputError
+
+    names = ("sites", "criteria", "k", "context", "batch_size", "field", "target")
+    given = {name: getattr(options, name) for name in names}
+    given["composite"] = composite(options.composite)
+    spread = rank_and_world()[1] > 1
+    if options.shard and spread:
+        raise InputError(
+            "--shard is for processes started by hand; a launcher shares out by itself"
+        )
+    if spread and options.device is None:
+        options.device = _own_device()
+    model = load_model(options)
+    if options.shard:
+        job = prepare(model, options.corpus, options.path, **given)
+        print(scan_shard(job, *options.shard))
+        return OK
+    build = build_distributed if spread else NeuronDictionary.build
+    return _say(build(model, options.corpus, options.path, vocabulary=options.vocabulary, **given))
+
+
+def _own_device() -> str | None:
+    """Each process of a launcher has a GPU of its own, where there are any."""
+    import torch
+
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    if not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(local) % torch.cuda.device_count()}"
+
+
+def _say(dictionary: NeuronDictionary | None) -> int:
+    """What was made: nothing in the other ranks of a launcher."""
+    if dictionary is not None:
+        print(f"{dictionary.path}: {dictionary}")
+        dictionary.close()
+    return OK
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.analysis.job import prepare
+    from lenslrp.analysis.plan import Plan
+    from lenslrp.analysis.storage import load_json
+    from lenslrp.errors import StorageError
+
+    work = options.path / "work"
+    if not (work / "plan.json").exists():
+        raise StorageError(f"{work} has no plan.json: there are no shards to merge")
+    given = _options_of(Plan.from_json(load_json(work / "plan.json")))
+    job = prepare(load_model(options), None, options.path, **given)
+    shards = sorted(work.glob("shard-*.safetensors"))
+    return _say(NeuronDictionary.merge(job, shards, vocabulary=options.vocabulary))
+
+
+def _options_of(plan: Plan) -> dict[str, Any]:
+    """The options of ``prepare`` that make a plan, its corpus being there.
+
+    Raises:
+        InputError: it was made with objects that a plan does not hold, from Python.
+    """
+    from lenslrp.analysis.units import parse_unit
+    from lenslrp.errors import InputError
+
+    rules = {composite(name).name: composite(name) for name in COMPOSITES}
+    name = None if plan.rules is None else plan.rules["name"]
+    sites = [site for site, _ in plan.sites]
+    own = [site for site in sites if "[" in site]
+    own += [] if name is None or name in rules else [f"rules {name}"]
+    own += [] if plan.target in (None, *TARGETS) else [f"target {plan.target}"]
+    if own:
+        raise InputError(f"these shards were made in Python; merge them there: {'; '.join(own)}")
+    names = ("criteria", "k", "sample", "window", "skip_first", "attention", "seed")
+    return {
+        **{name: getattr(plan, name) for name in names},
+        "sites": sites,
+        "composite": None if name is None else rules[name],
+        "target": plan.target or "next",
+        "through": [parse_unit(unit) for unit in plan.through],
+        "revision": plan.corpus["revision"],
+    }
+
+
+def _unit(text: str) -> Any:
+    layer, _, index = text.partition(",")
+    return (int(layer), int(index)) if layer.isdecimal() and index.isdecimal() else text
+
+
+def _show(options: argparse.Namespace) -> int:
+    from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.errors import InputError
+
+    if options.model is not None and options.html is None:
+        raise InputError("--model adds to the page what only the model can tell: give --html too")
+    if options.html is not None:
+        check_writable("--html", options.html)
+    dictionary = NeuronDictionary.open(options.path)
+    page = dictionary[_unit(options.unit)]
+    if options.html is not None:
+        from lenslrp.analysis.unit_page import write_page
+
+        model = None if options.model is None else load_model(options)
+        print(write_page(page, options.html, model=model).absolute())
+    else:
+        from lenslrp.analysis.unit_terminal import render_unit
+
+        criteria = options.criterion or [c for c in ("actmax", "relmax") if c in page.criteria]
+        console().print(render_unit(page, criteria, options.k))
+    dictionary.close()
+    return OK
+
+
+def _search(options: argparse.Namespace) -> int:
+    from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.analysis.jsonl import records
+
+    dictionary = NeuronDictionary.open(options.path)
+    if options.by == "text":
+        found = dictionary.search_text(
+            options.query, criterion=options.criterion, limit=options.limit
+        )
+    else:
+        criterion = options.criterion or dictionary.plan.criteria[0]
+        found = dictionary.search_tokens(
+            options.query, by=options.by, criterion=criterion, limit=options.limit
+        )
+    dictionary.close()
+    if options.json:
+        print(json.dumps(records(found)))
+    elif found.empty:
+        print("nothing found", file=sys.stderr)
+    else:
+        console().print(_table(found))
+    return OK
+
+
+def _table(frame: pd.DataFrame) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    from lenslrp.visible_text import visible
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    names = [name for name in frame if name not in ("unit", "hook", "index")]
+    for name in ("unit", *names):
+        table.add_column(str(name), no_wrap=name != "window", overflow="fold")
+    for row in frame.to_dict("records"):
+        cells = [f"{row['hook']}[{row['index']}]", *(row[name] for name in names)]
+        shown = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
+        table.add_row(*(Text(visible(cell)) for cell in shown))
+    return table
+
+
+def _export(options: argparse.Namespace) -> int:
+    from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.errors import InputError
+
+    units = None if options.units is None else [_unit(unit) for unit in options.units]
+    if (options.format == "html" and not units) or (options.format == "neuronpedia" and units):
+        raise InputError(
+            "--format html makes one page a unit: give --units. Neuronpedia takes all units: "
+            "leave them out"
+        )
+    dictionary = NeuronDictionary.open(options.path)
+    if options.format == "html":
+        from lenslrp.analysis.exports import export_html
+
+        export_html(dictionary, options.out, units or [])
+    elif options.format == "neuronpedia":
+        from lenslrp.analysis.exports import export_neuronpedia
+
+        export_neuronpedia(dictionary, options.out)
+    else:
+        from lenslrp.analysis.jsonl import export_jsonl
+
+        check_writable("--out", options.out)
+        export_jsonl(dictionary, options.out, units)
+    dictionary.close()
+    print(options.out.absolute())
+    return OK

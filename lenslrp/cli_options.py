@@ -1,0 +1,94 @@
+"""What the commands share: exit codes, how a model is asked for, where results are shown.
+
+Nothing here imports torch before a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformer_lens.model_bridge import TransformerBridge
+
+DEFAULT_MODEL = "smollm2-135m"
+COMPOSITES = ("AttnLRP", "CPLRP", "GradientTimesInput", "RelP", "GIM")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+OK, NOT_COVERED, BAD_INPUT = 0, 1, 2
+
+
+def add_model_options(
+    command: argparse.ArgumentParser, name: str, *, rules: bool = True, **settings: Any
+) -> None:
+    """How a command finds its model, and the rules that it is given."""
+    default = f" (default: {settings['default']})" if settings.get("default") else ""
+    command.add_argument(
+        name,
+        metavar="MODEL",
+        help=f"embedded model ({DEFAULT_MODEL}), Hugging Face id or directory{default}",
+        **settings,
+    )
+    if rules:
+        command.add_argument(
+            "--composite",
+            choices=COMPOSITES,
+            default="AttnLRP",
+            help="rules (default: %(default)s)",
+        )
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)"
+    )
+    command.add_argument("--device", help="such as cpu or cuda (default: an accelerator if any)")
+    command.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+
+
+def load_model(options: argparse.Namespace) -> TransformerBridge:
+    """The bridge that the options ask for.
+
+    Raises:
+        InputError: no such device.
+        LoadError: no such model.
+    """
+    import torch
+
+    from lenslrp.errors import InputError
+    from lenslrp.loading import load
+
+    device = options.device
+    if device is not None:
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise InputError(f"no such device: {device!r}") from error
+    dtype = getattr(torch, options.dtype)
+    return load(options.model, dtype=dtype, device=device, revision=options.revision)
+
+
+def composite(name: str) -> Any:
+    """Rules by the name that the command line gives them."""
+    import lenslrp
+
+    return getattr(lenslrp, name)()
+
+
+def console() -> Console:
+    """Standard output."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Before the work, not after it: a file can be written there.
+
+    Raises:
+        InputError: a directory, or in none.
+    """
+    from lenslrp.errors import InputError
+
+    if path.is_dir():
+        raise InputError(f"{option} {path} is a directory, give a file")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{option} {path}: there is no directory {path.absolute().parent}")
