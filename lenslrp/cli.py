@@ -1,4 +1,4 @@
-"""The command line: ``lenslrp explain``, ``doctor`` and ``dictionary``.
+"""The command line: ``lenslrp explain``, ``doctor``, ``dictionary`` and ``evaluate``.
 
 Exit codes: 0 the question was answered, 1 the model is not covered or not loadable, 2 bad usage or
 bad input. Results go to standard output, progress and messages to standard error.
