@@ -32,9 +32,11 @@ Chosen = NDArray[np.bool_]
 REVIEW = "Review: {text}\nSentiment:"
 LABELS = {"positive": " positive", "negative": " negative"}
 QUESTION = {
-    # by whether there is a decoder of its own; the first is what Flan-T5 was tuned on
+    # by whether there is a decoder of its own: Flan-T5 was tuned on such prompts; a small decoder
+    # needs an example to see that the answer is short
     True: "Please answer a question about the following article:\n\n{context}\n\n{question}",
-    False: "{context}\nQuestion: {question}\nAnswer:",
+    False: "Text: The Nile flows through Egypt.\nQuestion: Where does the Nile flow?\n"
+    "Answer: Egypt\n\nText: {context}\nQuestion: {question}\nAnswer:",
 }
 LONGEST_ANSWER = 32
 
@@ -127,20 +129,21 @@ def squad(model: Any, record: Record, length: int) -> Example:
         raise Unfit(f"longer than {length} tokens")
     written = generate(model, ids)
     answer = normalise(model.tokenizer.decode(written))
-    right = [a for a in record["answers"] if answer and normalise(str(a.get("text", ""))) == answer]
-    if not right:
+    references = {normalise(str(a.get("text", ""))): a for a in reversed(record["answers"])}
+    if not answer or answer not in references:
         raise Unfit("answered otherwise")
     prompt = as_prompt(model, torch.tensor(ids), targets.Sequence(written))
     begin = template.index("{context}")
-    spans = token_spans(model.tokenizer, text, prompt.tokens[: prompt.length].tolist())
-    start = begin + int(right[0]["start"])
+    start = begin + int(references[answer]["start"])
+    spans = token_spans(model.tokenizer, text, ids)
     removable = overlap(spans, [(begin, begin + len(record["context"]))])
-    return Example(prompt, removable, overlap(spans, [(start, start + len(right[0]["text"]))]))
+    key = overlap(spans, [(start, start + len(references[answer]["text"]))])
+    return Example(prompt, removable, key)
 
 
 @torch.no_grad()
 def generate(model: Any, ids: list[int]) -> list[int]:
-    """The greedy answer, up to its end or (where the answer goes on the prompt's text) its line."""
+    """What the model writes greedily: up to its end, or to the end of its first line of text."""
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     written = model.original_model.generate(
         tokens,
@@ -154,12 +157,11 @@ def generate(model: Any, ids: list[int]) -> list[int]:
     special = set(model.tokenizer.all_special_ids)
     answer: list[int] = []
     for token in written:
-        if "\n" in model.tokenizer.decode([token]):
+        begun = bool(model.tokenizer.decode(answer).strip()) if answer else False
+        if begun and (token in special or "\n" in model.tokenizer.decode([token])):
             break
         if token not in special:
             answer.append(token)
-        elif answer:
-            break
     return answer
 
 

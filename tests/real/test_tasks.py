@@ -67,7 +67,7 @@ def test_answers_are_explained_where_they_are_right(
     assert isinstance(target, targets.Sequence)
     answer = model.tokenizer.decode(target.tokens).strip().lower().rstrip(".")
     inside = example.prompt.tokens[: example.prompt.length][torch.from_numpy(example.key)]
-    assert answer in model.tokenizer.decode(inside).lower()
+    assert answer in model.tokenizer.decode(inside).lower().strip()
     assert answer in record["context"].lower()
     assert not (example.key & ~example.removable).any()
 
