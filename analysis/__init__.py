@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from lenslrp.analysis.conditions import through
     from lenslrp.analysis.dictionary import NeuronDictionary
     from lenslrp.analysis.evaluation import Perturbation, evaluate
+    from lenslrp.analysis.exports import export_html, export_neuronpedia
     from lenslrp.analysis.launch import build_distributed, build_with_ray
     from lenslrp.analysis.lens import Lens
     from lenslrp.analysis.lens_fit import compare_lenses, fit_relevance_lens, fit_ridge_lens
     from lenslrp.analysis.page import Page
     from lenslrp.analysis.results import Results
     from lenslrp.analysis.tasks import TASKS, Example, Task, Unfit, image_task
+    from lenslrp.analysis.unit_page import page_html, write_page
     from lenslrp.analysis.units import Direction, Feature, Head, Neuron, Unit, parse_unit
     from lenslrp.analysis.vocabulary import VocabularyScores, cosines, reads, sign_cases, writes
 
@@ -28,12 +30,14 @@ _HOMES = {
     "conditions": ("through",),
     "dictionary": ("NeuronDictionary",),
     "evaluation": ("Perturbation", "evaluate"),
+    "exports": ("export_html", "export_neuronpedia"),
     "launch": ("build_distributed", "build_with_ray"),
     "lens": ("Lens",),
     "lens_fit": ("compare_lenses", "fit_relevance_lens", "fit_ridge_lens"),
     "page": ("Page",),
     "results": ("Results",),
     "tasks": ("TASKS", "Example", "Task", "Unfit", "image_task"),
+    "unit_page": ("page_html", "write_page"),
     "units": ("Direction", "Feature", "Head", "Neuron", "Unit", "parse_unit"),
     "vocabulary": ("VocabularyScores", "cosines", "reads", "sign_cases", "writes"),
 }
@@ -64,13 +68,17 @@ __all__ = [
     "compare_lenses",
     "cosines",
     "evaluate",
+    "export_html",
+    "export_neuronpedia",
     "fit_relevance_lens",
     "fit_ridge_lens",
     "image_task",
+    "page_html",
     "parse_unit",
     "reads",
     "sign_cases",
     "through",
+    "write_page",
     "writes",
 ]
 

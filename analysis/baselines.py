@@ -157,6 +157,7 @@ def answer(
         known = ", ".join(chosen.options) or "none"
         raise InputError(f"{chosen.name} has no option {unknown[0]!r}; its options: {known}")
     found = chosen.function(question, seed=seed, **options).detach()
+    found = found.to(torch.promote_types(question.inputs.dtype, torch.float32))
     pixels = found if found.shape == question.inputs.shape and found.ndim == 4 else None
     tokens = question.summed(found) if found.ndim > 2 else found
     return Attribution(
@@ -208,7 +209,7 @@ def random(question: Question, *, seed: int) -> Float[Tensor, "batch units"]:
     for row in range(batch):
         real = question.mask[row].cpu()
         found[row, real] = torch.randn(int(real.sum()), generator=question.generator(row, seed))
-    return found.to(question.inputs)
+    return found.to(question.inputs.device)
 
 
 def _rules(name: str, composite: Composite, citation: str) -> Method:

@@ -11,6 +11,7 @@ layer with a residual around it, Chefer et al. have a rule for it (their Eq. 10)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,8 @@ from lenslrp.hooks.components import components, hook_points
 from lenslrp.hooks.install import relevance_rules
 from lenslrp.passes import architecture
 from lenslrp.targets import Activation, Logit, LogProb, Outputs, PerRow, Sequence, Target
+
+BLOCK = re.compile(r"^\w*blocks\.\d+", re.MULTILINE)
 
 Patterns = list[tuple[str, Tensor]]
 """[batch, query, key] by hook name, in the order in which they were formed, heads averaged."""
@@ -183,12 +186,15 @@ def _names(model: Any, hook: str) -> list[str]:
     """One name of every hook point of a kind, in the model's order.
 
     Raises:
-        InputError: the model has none.
+        InputError: the model has none, or a block of it: what passes there would not be seen.
     """
     points = hook_points(model, list(components(model)))
     names = {id(point): name for name, point in points.items() if name.endswith("." + hook)}
-    if not names:
-        raise InputError(f"{architecture(model)} has no attention patterns")
+    blocks = dict.fromkeys(BLOCK.findall("\n".join(points)))
+    without = [b for b in blocks if not any(n.startswith(f"{b}.") for n in names.values())]
+    if without or not names:
+        where = f" in {', '.join(without[:4])}" if names else ""
+        raise InputError(f"{architecture(model)} has no attention patterns{where}")
     return list(names.values())
 
 

@@ -70,7 +70,7 @@ def kernel_shap(
         nothing, rest = values[0, row], values[1 : len(plan) + 1, row]
         total = question.explained.value[row].cpu().double() - nothing
         found[row, mask[row]] = solved(plan.double(), weights, rest - nothing, total)
-    return found.to(question.inputs)
+    return found.to(question.inputs.device)
 
 
 def coalitions(

@@ -70,7 +70,7 @@ def pa_lrp(question: Question, *, seed: int, absolute: bool = True) -> Tensor:
 
 def _attach(at: Attached, path: str, attn: Any, sinks: dict[str, Tensor]) -> None:
     """Halve the gradient of one attention's rotated queries and keys; what is taken is kept."""
-    tables: list[tuple[Tensor, Tensor]] = []
+    tables: list[Any] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs.get("position_embeddings")
@@ -79,7 +79,8 @@ def _attach(at: Attached, path: str, attn: Any, sinks: dict[str, Tensor]) -> Non
     def rotated(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         if not tables or not y.requires_grad:
             return  # a layer without rotation
-        if any(getattr(attn.config, name, False) for name in ADJACENT):
+        adjacent = any(getattr(attn.config, name, False) for name in ADJACENT)
+        if adjacent or not isinstance(tables[0], tuple):  # DeepSeek V2's are complex numbers
             raise InputError(f"pa_lrp: {path} rotates neighbouring features, which is not offered")
         cos, sin = (_table(table, attn, y) for table in tables[0])
         width = cos.shape[-1]

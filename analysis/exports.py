@@ -201,7 +201,8 @@ def _line(record: dict[str, Any]) -> str:
 def _feature(page: Page, kind: str, ids: dict[str, str]) -> dict[str, Any]:
     best = page.examples(KINDS[kind])["score"]
     histogram = page.histogram(kind)
-    lists = {side: _written(page, side) for side in ("top", "bottom")}
+    written = _written(page)
+    lists = {side: written[written["side"] == side] for side in ("top", "bottom")}
     return {
         **ids,
         "hookName": page.place.hook,
@@ -219,12 +220,13 @@ def _feature(page: Page, kind: str, ids: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _written(page: Page, side: str) -> pd.DataFrame:
+def _written(page: Page) -> pd.DataFrame:
+    """What the unit writes to the vocabulary; empty where the dictionary has no such lists."""
     try:
         frame = page.vocabulary()
-    except InputError:  # no lists in this dictionary
-        return pd.DataFrame(columns=["token", "score"])
-    return frame[(frame["role"] == "writes") & (frame["side"] == side)]
+    except InputError:
+        return pd.DataFrame(columns=["side", "token", "score"])
+    return frame[frame["role"] == "writes"]
 
 
 def _activations(page: Page, kind: str, ids: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -302,7 +304,8 @@ def export_html(
         rows.append({"name": visible(name), "href": href, **_summary(page)})
     title = f"{len(rows)} units of {dictionary.plan.model['name']}"
     what = (
-        f"Over {dictionary.manifest['tokens_seen']:,} tokens of {dictionary.plan.corpus['name']}. "
+        f"{dictionary.manifest['tokens_seen']:,} tokens searched, corpus: "
+        f"{dictionary.plan.corpus['name']}. "
         "Active: share of tokens above 0. Tokens are those at the hits of the best examples."
     )
     jinja = environment()
@@ -322,7 +325,8 @@ def _summary(page: Page) -> dict[str, Any]:
         frame = page.examples(criterion) if criterion in page.criteria else pd.DataFrame()
         tokens = [row["tokens"][row["position"] - row["start"]] for row in frame.to_dict("records")]
         hits[criterion] = [visible(token) for token in dict.fromkeys(tokens)][:5]
-    written = [visible(token) for token in _written(page, "top")["token"][:5]]
+    frame = _written(page)
+    written = [visible(token) for token in frame[frame["side"] == "top"]["token"][:5]]
     best = page.statistics["activation_max"]
     if "actmax" in page.criteria:
         best = page.examples("actmax")["score"].max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -36,15 +37,14 @@ def export_jsonl(
         StorageError: the disk is full.
     """
     path, places = Path(path), dictionary.plan.places
-    chosen = (
-        ((place, index) for place in places for index in range(place.size))
+    pages = (
+        itertools.chain.from_iterable(map(dictionary.pages, places))
         if units is None
-        else [dictionary.unit_number(unit) for unit in units]
+        else map(dictionary.__getitem__, units)
     )
     with whole(path) as part, part.open("w", encoding="utf-8") as file:
-        for place, index in chosen:
-            line = _described(dictionary.page(place, index))
-            file.write(json.dumps(line, ensure_ascii=True, allow_nan=False) + "\n")
+        for page in pages:
+            file.write(json.dumps(_described(page), allow_nan=False) + "\n")
     return path
 
 

@@ -10,26 +10,23 @@ counted. The default target, the top logit, is that of the unchanged input throu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from lenslrp import media
+from lenslrp.analysis.replaced import outputs_of, repeated, run
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.components import components, hook_points
-from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.install import require_bridge
 from lenslrp.inputs import Prepared
-from lenslrp.leaves import Leaves, cut_leaves, cut_media
-from lenslrp.passes import architecture, capture, parts_of, undone
+from lenslrp.leaves import Leaves
+from lenslrp.passes import architecture
+from lenslrp.run import batch_size
 from lenslrp.targets import (
-    Activation,
     Explained,
     Logit,
     Outputs,
@@ -174,15 +171,15 @@ class Question:
 
     def _values(self, inputs: Tensor) -> Tensor:
         copies, batch = inputs.shape[:2]
-        prepared = _repeated(self.prepared, copies)
-        logits, captured = _run(self.model, prepared, self.target, inputs.flatten(0, 1))
+        prepared = repeated(self.prepared, copies)
+        logits, captured = run(self.model, prepared, self.target, inputs.flatten(0, 1))
         self.passes.forward += copies
         self.passes.backward += copies if logits.requires_grad else 0
         values = []
         for copy in range(copies):
             rows = slice(copy * batch, (copy + 1) * batch)
             hooked = {name: x[rows] for name, x in captured.items()}
-            outputs = _outputs(self.model, self.prepared, logits[rows], hooked)
+            outputs = outputs_of(self.model, self.prepared, logits[rows], hooked)
             values.append(self.target.values(outputs))
         return torch.stack(values)
 
@@ -227,12 +224,13 @@ def ask(
         "inputs_embeds": inputs_embeds, "decoder_input": decoder_input,
         "pixel_values": pixel_values,
     }  # fmt: skip
-    labels = media.labels_of(model)
-    wanted = as_target(target, model.tokenizer, _batch(input, inputs_embeds, pixel_values), labels)
+    floats = {} if pixel_values is None else {"pixel_values": pixel_values}
+    batch = batch_size(input, inputs_embeds, floats)
+    wanted = as_target(target, model.tokenizer, batch, media.labels_of(model))
     prepared = media.prepare(
         model,
         input,
-        {} if pixel_values is None else {"pixel_values": pixel_values},
+        floats,
         append=wanted.ids(model.tokenizer) if isinstance(wanted, Sequence) else [],
         prepend_bos=prepend_bos,
         attention_mask=attention_mask,
@@ -243,7 +241,7 @@ def ask(
         require_latent(wanted, kind)
     leaves = Leaves()
     with torch.no_grad():
-        logits, captured = _run(model, prepared, wanted, None, leaves)
+        logits, captured = run(model, prepared, wanted, None, leaves)
     grid = None
     if image:
         inputs = prepared.media["pixel_values"]
@@ -261,7 +259,7 @@ def ask(
             )
         inputs = (leaves.tokens[0] if inputs_embeds is None else inputs_embeds).detach()
         vectors, mask, units = inputs, prepared.mask, prepared.str_tokens(model.tokenizer)
-    outputs = _outputs(model, prepared, logits, captured)
+    outputs = outputs_of(model, prepared, logits, captured)
     value = wanted.values(outputs).detach()
     if not bool(value.isfinite().all()):
         raise InputError(f"the target is NaN or infinite: {value.tolist()}")
@@ -270,29 +268,6 @@ def ask(
     return Question(
         model, prepared, inputs, vectors, mask, fixed, explained, units, grid, given, chunk,
     )  # fmt: skip
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No weight asks for a gradient inside, so that none is kept for it."""
-    thawed = [weight for weight in model.parameters() if weight.requires_grad]
-    try:
-        for weight in thawed:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in thawed:
-            weight.requires_grad_(True)
-
-
-def _batch(text: Any, embeds: Tensor | None, pixels: Tensor | None) -> int:
-    first = next((x for x in (embeds, pixels) if x is not None), None)
-    if first is not None:
-        return len(first)
-    if isinstance(text, Tensor):
-        return 1 if text.ndim < 2 else len(text)
-    single = isinstance(text, str) or (isinstance(text, list) and text and isinstance(text[0], int))
-    return 1 if single or not isinstance(text, list) else len(text)
 
 
 def _grid(leaves: Leaves, pixels: Tensor, kind: str) -> tuple[int, int]:
@@ -314,83 +289,3 @@ def _fixed(target: Target, outputs: Outputs) -> Target:
     best = outputs.rows_at(target.position).argmax(dim=1).tolist()
     logits = tuple(Logit(token, target.position) for token in best)
     return logits[0] if len(logits) == 1 else PerRow(logits)
-
-
-def _run(
-    model: Any,
-    prepared: Prepared,
-    target: Target,
-    inputs: Tensor | None,
-    leaves: Leaves | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and what the target reads, with ``inputs`` in place of what was embedded.
-
-    Without ``inputs``, what is embedded is put into ``leaves``.
-    """
-    parts = list(components(model))
-    hooks = [part.hook for part in parts_of(target) if isinstance(part, Activation)]
-    captured: dict[str, Tensor] = {}
-    kwargs: dict[str, Any] = {"use_cache": False, **prepared.kwargs}
-    text: Tensor | None = prepared.tokens
-    replaced: list[nn.Module] = []
-    with frozen(model), undone(Attached()) as at:
-        if prepared.media:
-            kwargs, text = {**prepared.media}, None
-            if leaves is not None:
-                kwargs = dict(cut_media(at, parts, leaves, [], kwargs, "pixels"))
-            if inputs is not None:
-                kwargs["pixel_values"] = inputs
-        elif "inputs_embeds" in kwargs:
-            embeds = kwargs.pop("inputs_embeds")
-            text = embeds if inputs is None else inputs
-        elif inputs is not None:
-            _embed(at, parts, inputs, replaced)
-        elif leaves is not None:
-            cut_leaves(at, parts, leaves, prepared)
-        capture(at, hook_points(model, parts), parts, hooks, captured)
-        logits: Tensor = model(text, return_type="logits", **kwargs)
-    return logits, captured
-
-
-def _embed(
-    at: Attached, parts: list[tuple[str, nn.Module]], inputs: Tensor, replaced: list[nn.Module]
-) -> None:
-    """Make the first embedding of tokens return ``inputs``; an encoder embeds before a decoder."""
-
-    def replace_it(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
-        if replaced or out.ndim != 3 or out.shape != inputs.shape:
-            return None
-        replaced.append(module)
-        return inputs
-
-    for module, position in embeddings(parts):
-        if not position:
-            at.hook(module, replace_it)
-
-
-def _outputs(
-    model: Any, prepared: Prepared, logits: Tensor, captured: Mapping[str, Tensor]
-) -> Outputs:
-    written = prepared.decoder or prepared
-    return Outputs(
-        logits,
-        written.mask.to(logits.device),
-        model.tokenizer,
-        captured.__getitem__,
-        written.prompt_lengths,
-        media.labels_of(model),
-    )
-
-
-def _repeated(prepared: Prepared, copies: int) -> Prepared:
-    """The batch ``copies`` times, one after the other."""
-
-    def repeat(value: Any) -> Any:
-        alike = isinstance(value, Tensor) and len(value) == len(prepared.tokens)
-        return value.repeat(copies, *[1] * (value.ndim - 1)) if alike else value
-
-    return replace(
-        prepared,
-        tokens=repeat(prepared.tokens),
-        kwargs={name: repeat(value) for name, value in prepared.kwargs.items()},
-    )

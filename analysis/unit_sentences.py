@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from lenslrp.analysis.plan import CRITERIA
 from lenslrp.heatmap import rgba, signed
@@ -45,23 +46,25 @@ class Scales:
 
     @classmethod
     def of(cls, frames: Mapping[str, pd.DataFrame], first: int) -> Scales:
-        """The median over examples of the largest size, so that one hit does not fade all others.
+        """The median of the examples' largest sizes, of the extreme criterion where it is largest.
 
-        Examples of the extreme criteria decide, if there are any; positions before ``first`` were
-        not searched and do not count.
+        So one hit does not fade all others. Positions before ``first`` were not searched and do
+        not count.
         """
         extreme = [frame for name, frame in frames.items() if name in CRITERIA]
         limits = {}
         for kind, column in COLUMNS.items():
-            largest = [
-                float(np.nan_to_num(np.abs(row[max(0, first - start) :]), posinf=0).max(initial=0))
-                for frame in extreme or frames.values()
-                if column in frame
-                for row, start in zip(frame[column], frame["start"], strict=True)
-                if len(row)
+            sizes = [
+                [
+                    _largest(row, first - start)
+                    for row, start in zip(f[column], f["start"], strict=True)
+                ]
+                for f in extreme or frames.values()
+                if column in f
             ]
-            if largest:
-                limits[kind] = float(np.median(largest)) or max(largest)
+            if any(sizes):
+                middle = max(float(np.median(some)) for some in sizes if some)
+                limits[kind] = middle or max(max(some, default=0.0) for some in sizes)
         return cls(limits)
 
     def fraction(self, kind: str, value: float) -> float:
@@ -81,6 +84,11 @@ class Scales:
             }
             for name, limit in self.limits.items()
         ]
+
+
+def _largest(row: NDArray[np.float32], skipped: int) -> float:
+    sizes = np.abs(row[max(0, skipped) :])
+    return float(np.nan_to_num(sizes, posinf=0).max(initial=0))
 
 
 def running(token: str) -> str:

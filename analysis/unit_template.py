@@ -60,14 +60,14 @@ text-align:left;vertical-align:top;background:none;color:inherit}}
 § td,§ th{{overflow-wrap:normal}}
 § .long td{{overflow-wrap:anywhere}}
 § .n{{text-align:right;white-space:nowrap}}
-§ td.n,§ th.n{{padding-right:1.1em}}
+§ td.n,§ th.n{{padding-right:.9em;width:1%}}
 § .pos{{color:var(--pos)}}
 § .neg{{color:var(--neg)}}
 § .faint{{opacity:.6}}
 § code,§ .tok{{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.9em;\
 color:inherit;background:none;padding:0}}
 § .tok{{display:inline-block;border:1px solid var(--line);border-radius:5px;padding:0 .35em;\
-margin:0 .25em .2em 0;white-space:pre-wrap;max-width:100%}}
+margin:0 .25em .2em 0;white-space:pre-wrap;overflow-wrap:anywhere}}
 § td code{{white-space:nowrap}}
 § a{{color:var(--accent)}}
 § .absent{{color:var(--muted);border:1px dashed var(--line);border-radius:8px;padding:.5em .9em;\
@@ -149,7 +149,7 @@ PAGE = """<div class="lenslrp-unit"><style>{{ style }}</style><div class="wide">
 <p class="what">What it writes: tokens whose logits it raises and lowers when it is active.
 What it reads: tokens whose embeddings push its input up and down. Through the model's own norms;
 scores are logits up to one positive factor.</p>
-<div class="columns">{% for part in vocabulary.parts %}<div><h3>{{ part.title }}</h3>
+<div class="columns two">{% for part in vocabulary.parts %}<div><h3>{{ part.title }}</h3>
 {{ table(part.table) }}</div>{% endfor %}</div>{% endif %}</section>
 
 <section><h2>How it behaves</h2>

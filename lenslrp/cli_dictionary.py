@@ -332,6 +332,8 @@ def _table(frame: pd.DataFrame) -> Any:
 
 def _export(options: argparse.Namespace) -> int:
     from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.analysis.exports import export_html, export_neuronpedia
+    from lenslrp.analysis.jsonl import export_jsonl
     from lenslrp.errors import InputError
 
     units = None if options.units is None else [_unit(unit) for unit in options.units]
@@ -342,16 +344,10 @@ def _export(options: argparse.Namespace) -> int:
         )
     dictionary = NeuronDictionary.open(options.path)
     if options.format == "html":
-        from lenslrp.analysis.exports import export_html
-
         export_html(dictionary, options.out, units or [])
     elif options.format == "neuronpedia":
-        from lenslrp.analysis.exports import export_neuronpedia
-
         export_neuronpedia(dictionary, options.out)
     else:
-        from lenslrp.analysis.jsonl import export_jsonl
-
         check_writable("--out", options.out)
         export_jsonl(dictionary, options.out, units)
     dictionary.close()

@@ -173,7 +173,7 @@ def _run(
         raise InputError("give at least one target")
     if leaves not in media.LEAVES:
         raise InputError(f"leaves must be one of {media.LEAVES}, not {leaves!r}")
-    batch = _batch_size(text, inputs_embeds, floats)
+    batch = batch_size(text, inputs_embeds, floats)
     labels = media.labels_of(model)
     wanted = [as_target(target, model.tokenizer, batch, labels) for target in targets]
     spans = [target.ids(model.tokenizer) for target in wanted if isinstance(target, Sequence)]
@@ -253,7 +253,8 @@ def _given(*floats: Tensor | None) -> dict[str, Tensor]:
     return {n: v for n, v in zip(media.LAYOUTS, floats, strict=True) if v is not None}
 
 
-def _batch_size(text: Any, inputs_embeds: Tensor | None, floats: dict[str, Tensor]) -> int:
+def batch_size(text: Any, inputs_embeds: Tensor | None, floats: dict[str, Tensor]) -> int:
+    """How many rows were given."""
     if inputs_embeds is not None:
         return len(inputs_embeds)
     if text is None and floats:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -254,11 +255,10 @@ def test_clamping_changes_the_logit_that_was_explained(
 
 
 def test_one_hit_does_not_fade_all_others() -> None:
-    import pandas as pd
-
     rows = [np.array(v, np.float32) for v in ([9, 1, 0.5], [0, 2, -3], [0, 50, 1])]
     frames = {
         "actmax": pd.DataFrame({"activations": rows, "start": [0, 1, 1]}),
+        "actmin": pd.DataFrame({"activations": [-rows[1] / 8], "start": [1]}),
         "random": pd.DataFrame({"activations": [rows[2]], "start": [1]}),
     }
     scales = Scales.of(frames, first=1)

@@ -275,9 +275,47 @@ def test_a_model_without_attention_patterns_is_refused() -> None:
             attribute(method, model, TOKENS)
 
 
-def test_rotary_positions_that_cannot_be_read_are_refused() -> None:
-    with pytest.raises(InputError, match="GPTNeoXForCausalLM has no learned positions, and no"):
-        attribute("attnlrp_positional", tiny("neox"), TOKENS)
+def test_a_block_without_attention_is_no_gap_to_pass_over() -> None:
+    model = zoo.build("Qwen3NextForCausalLM")
+    for method in ("attention_rollout", "atman"):
+        with pytest.raises(InputError, match=r"has no attention patterns in blocks\.0"):
+            attribute(method, model, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("GPTNeoXForCausalLM", "GPTNeoXForCausalLM has no learned positions, and no rotary"),
+        ("CohereForCausalLM", r"blocks\.0\.attn rotates neighbouring features"),
+        ("DeepseekV2ForCausalLM", r"blocks\.0\.attn rotates neighbouring features"),
+    ],
+)
+def test_rotary_positions_that_cannot_be_read_are_refused(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        attribute("attnlrp_positional", zoo.build(name), TOKENS)
+
+
+def test_keys_that_are_not_all_tokens_are_refused() -> None:
+    model = zoo.build("LEDForConditionalGeneration")
+    with pytest.raises(InputError, match="rollout needs all tokens in every layer"):
+        attribute("attention_rollout", model, TOKENS)
+    with pytest.raises(InputError, match=r"attention to \d+ keys, where there are 6 tokens"):
+        attribute("atman", model, TOKENS)
+
+
+def test_tokens_that_are_embedded_twice_are_refused() -> None:
+    model = zoo.build("Gemma3nForConditionalGeneration")
+    with pytest.raises(InputError, match="embeds its tokens in 2 places"):
+        attribute("occlusion", model, TOKENS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_types_are_answered_in_float32(method: str) -> None:
+    model = tiny("llama")
+    model.original_model.bfloat16()
+    model.cfg.dtype = torch.bfloat16
+    found = fast(method, model, TOKENS, 7)
+    assert found.tokens.dtype == torch.float32 and found.tokens.isfinite().all()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from lenslrp import cli, cli_dictionary, loading
-from lenslrp.analysis import job, plan
+from lenslrp.analysis import exports, job, plan
 from lenslrp.analysis.block_pass import TARGETS
 from lenslrp.analysis.dictionary import NeuronDictionary
 from lenslrp.analysis.unit_page import page_html
@@ -245,6 +245,22 @@ def test_export_as_lines_of_json(folder, tmp_path, capsys):
     names = [json.loads(line)["unit"] for line in out.read_text().splitlines()]
     assert names == ["blocks.1.mlp.hook_post[5]", "blocks.0.attn.hook_z[1]"]
     d.close()
+
+
+def test_export_as_pages_and_for_neuronpedia(folder, tmp_path):
+    export = ["dictionary", "export", "d", "--out", str(tmp_path / "out"), "--format"]
+    assert cli.main([*export, "html", "--units", "1,5", "blocks.0.attn.hook_z[1]"]) == 0
+    d = NeuronDictionary.open(folder / "d")
+    exports.export_html(d, tmp_path / "same", [(1, 5), "blocks.0.attn.hook_z[1]"])
+    exports.export_neuronpedia(d, tmp_path / "same")
+    d.close()
+    assert cli.main([*export, "neuronpedia"]) == 0
+    made, expected = (
+        {p.relative_to(root): p.read_bytes() for p in root.rglob("*.*") if p.is_file()}
+        for root in (tmp_path / "out", tmp_path / "same")
+    )
+    assert made == expected
+    assert len(made) > 10
 
 
 @pytest.mark.parametrize(

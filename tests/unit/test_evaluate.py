@@ -316,7 +316,9 @@ def test_hits_are_in_the_table(model: Any, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     texts = [" ".join(["c", *rng.choice(WORDS[2:], size=4), "e"]) for _ in range(8)]
     data = [known(model, text, right=k % 2 == 0) for k, text in enumerate(texts)]
-    results = run(model, tmp_path / "a", data, task="agreement", n=99)
+    results = run(
+        model, tmp_path / "a", data, task="agreement", n=99, perturbations=["zero", "mean"]
+    )
     assert results.n == 4
     assert results.unfit == {"answered otherwise": 4}
     for row in results.frame.to_dict("records"):
@@ -334,6 +336,9 @@ def test_hits_are_in_the_table(model: Any, tmp_path: Path) -> None:
         above = max(found[i] for i in key) > max(found[i] for i in range(7) if words[i] == "e")
         assert row["above_distractor"] == above
     assert {"hit", "iou"} <= set(results.metrics())
+    table = results.table("hit")
+    assert table["perturbation"].tolist() == ["none"] * 3
+    assert table["n"].tolist() == [4] * 3
     assert "hit" in str(results)
 
 

@@ -90,9 +90,9 @@ def hostile_dictionary(tmp_path_factory):
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", pad_token="</s>")
     model = tiny(tokenizer=tokenizer)
-    model.cfg.model_name = HOSTILE_WORDS[0]
+    model.cfg.model_name = HOSTILE[0]
     folder = tmp_path_factory.mktemp("hostile")
-    corpus = folder / f"{HOSTILE_WORDS[1]}.txt"
+    corpus = folder / f"{HOSTILE[1]}.txt"
     corpus.write_text("\n\n".join([" ".join(HOSTILE_WORDS * 2)] * 3), encoding="utf-8")
     options = {**OPTIONS, "window": (20, 20), "progress": False}
     return NeuronDictionary.build(model, corpus, folder / "d", **options), model
@@ -109,7 +109,7 @@ def test_a_units_page_executes_nothing_and_shows_every_token(opened, policy, hos
     assert 'id="owned"' not in dom
     assert "<script" not in dom
     for word in HOSTILE_WORDS:
-        assert visible(word) in text_of(dom.replace("<rect", "<br data-was"))
+        assert visible(word) in text_of(re.sub("<svg v.*?</svg>", "", dom, flags=re.DOTALL))
 
 
 def test_a_units_page_in_a_host_page(opened, hostile_dictionary):

@@ -1,0 +1,113 @@
+"""The model run with something else in the place of what it embeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lenslrp import media
+from lenslrp.errors import InputError
+from lenslrp.hooks.attach import Attached
+from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.embeddings import embeddings
+from lenslrp.inputs import Prepared
+from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
+from lenslrp.passes import architecture, capture, parts_of, undone
+from lenslrp.targets import Activation, Outputs, Target
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No weight asks for a gradient inside, so that none is kept for it."""
+    thawed = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        for weight in thawed:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in thawed:
+            weight.requires_grad_(True)
+
+
+def run(
+    model: Any,
+    prepared: Prepared,
+    target: Target,
+    inputs: Tensor | None,
+    leaves: Leaves | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and what the target reads, with ``inputs`` in place of what was embedded.
+
+    Without ``inputs``, what is embedded is put into ``leaves``.
+    """
+    parts = list(components(model))
+    hooks = [part.hook for part in parts_of(target) if isinstance(part, Activation)]
+    captured: dict[str, Tensor] = {}
+    kwargs: dict[str, Any] = {"use_cache": False, **prepared.kwargs}
+    text: Tensor | None = prepared.tokens
+    met: list[nn.Module] = []
+    with frozen(model), undone(Attached()) as at:
+        if prepared.media:
+            kwargs, text = {**prepared.media}, None
+            if leaves is not None:
+                kwargs = dict(cut_media(at, parts, leaves, [], kwargs, "pixels"))
+            if inputs is not None:
+                kwargs["pixel_values"] = inputs
+        elif "inputs_embeds" in kwargs:
+            embeds = kwargs.pop("inputs_embeds")
+            text = embeds if inputs is None else inputs
+        elif inputs is not None:
+            _embed(at, parts, inputs, met)
+        elif leaves is not None:
+            cut_leaves(at, parts, leaves, prepared)
+        capture(at, hook_points(model, parts), parts, hooks, captured)
+        logits: Tensor = model(text, return_type="logits", **kwargs)
+    if inputs is not None and text is prepared.tokens and not met:
+        raise InputError(f"{architecture(model)} embedded no tokens of shape {list(inputs.shape)}")
+    return logits, captured
+
+
+def _embed(at: Attached, parts: Parts, inputs: Tensor, met: list[nn.Module]) -> None:
+    """Make the first embedding of tokens return ``inputs``; an encoder embeds before a decoder."""
+
+    def replace_it(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+        if met or out.ndim != 3 or out.shape != inputs.shape:
+            return None
+        met.append(module)
+        return inputs
+
+    for module, position in embeddings(parts):
+        if not position:
+            at.hook(module, replace_it)
+
+
+def outputs_of(
+    model: Any, prepared: Prepared, logits: Tensor, captured: Mapping[str, Tensor]
+) -> Outputs:
+    written = prepared.decoder or prepared
+    return Outputs(
+        logits,
+        written.mask.to(logits.device),
+        model.tokenizer,
+        captured.__getitem__,
+        written.prompt_lengths,
+        media.labels_of(model),
+    )
+
+
+def repeated(prepared: Prepared, copies: int) -> Prepared:
+    """The batch ``copies`` times, one after the other."""
+
+    def repeat(value: Any) -> Any:
+        alike = isinstance(value, Tensor) and len(value) == len(prepared.tokens)
+        return value.repeat(copies, *[1] * (value.ndim - 1)) if alike else value
+
+    return replace(
+        prepared,
+        tokens=repeat(prepared.tokens),
+        kwargs={name: repeat(value) for name, value in prepared.kwargs.items()},
+    )
