@@ -95,8 +95,9 @@ class Results:
 
         Returns:
             A row a perturbation (``"none"`` where a metric needs none) and method: ``n, mean, low,
-            high``; ``difference, difference_low, difference_high`` (this method less the other, on
-            the same examples); ``cost`` (median, in plain forward and backward passes), ``forward``, ``backward``.
+            high``; ``difference, difference_low, difference_high`` (this method less the other;
+            over the examples where both have a value, ``n``); ``cost`` (median, in plain forward
+            and backward passes), ``forward``, ``backward``.
 
         Raises:
             InputError: no such metric or method.
@@ -111,14 +112,15 @@ class Results:
         ways = self.settings["perturbations"]
         for way in ways[:1] if metric in POINTING else ways:
             part = self.frame[self.frame["perturbation"] == way]
-            wide = part.pivot_table(index="example", columns="method", values=metric, sort=False)
+            wide = part.pivot(index="example", columns="method", values=metric)
             for name in names:
-                if name not in wide or other not in wide:
-                    continue
                 both = wide[[name]].assign(other=wide[other]).dropna().to_numpy()
                 own = part[part["method"] == name]
-                mean = bootstrap(both[:, 0], seed)
-                lead = bootstrap(both[:, 0] - both[:, 1], seed) if name != other else [np.nan] * 3
+                nothing = (np.nan,) * 3
+                mean = bootstrap(both[:, 0], seed) if len(both) else nothing
+                lead = nothing
+                if len(both) and name != other:
+                    lead = bootstrap(both[:, 0] - both[:, 1], seed)
                 costs = [own["cost"].median(), own["forward"].mean(), own["backward"].mean()]
                 shown = "none" if metric in POINTING else way
                 rows.append([shown, name, len(both), *mean, *lead, *costs])

@@ -216,8 +216,7 @@ def test_tables_have_intervals_and_paired_differences(
     assert row["n"] == 5
     expected = bootstrap(wide["cp_lrp"].to_numpy(), 1)[0]
     assert row["mean"] == pytest.approx(expected)
-    lead = bootstrap((wide["cp_lrp"] - wide["attnlrp"]).loc[list(dict.fromkeys(
-        results.frame["example"]))].to_numpy(), 1)  # fmt: skip
+    lead = bootstrap((wide["cp_lrp"] - wide["attnlrp"]).to_numpy(), 1)
     assert tuple(row[["difference", "difference_low", "difference_high"]]) == pytest.approx(lead)
     assert np.isnan(table.loc["eos", "attnlrp"]["difference"])
     other = results.table("area", against="random").set_index(["perturbation", "method"])
@@ -230,6 +229,14 @@ def test_tables_have_intervals_and_paired_differences(
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_a_measure_that_no_example_has_is_shown_as_missing(
+    model: Any, data: Path, tmp_path: Path
+) -> None:
+    table = run(model, tmp_path / "a", data, n=2, steps=1).table("sufficiency")
+    assert table["n"].tolist() == [0, 0, 0]
+    assert table["mean"].isna().all()
 
 
 def test_results_are_kept_as_parquet_and_drawn(model: Any, data: Path, tmp_path: Path) -> None:
