@@ -115,7 +115,7 @@ class Passes:
             prompt = self._generations[-1].setdefault("prompt", total)
         mask = kwargs.get("attention_mask")
         if mask is None and self._text is not None:
-            mask = get_attention_mask(input=ids, **self._text)
+            mask = get_attention_mask(tokens=ids, **self._text)
         if mask is None:
             mask = torch.ones(ids.shape[0], total, device=ids.device)
         if tuple(mask.shape) != (ids.shape[0], total):

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,9 +34,6 @@ from lenslrp.analysis.intervene import change_hooks
 from lenslrp.analysis.passes import Passes, Positions, follow, positions
 from lenslrp.analysis.units import Direction, Feature, Head, Neuron, Unit
 from lenslrp.errors import InputError
-
-Amounts = Literal["raw", "resid_rms"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -48,8 +45,8 @@ class Place:
     """
 
     rows: tuple[int, ...] | None = None
-    prompt: Positions | None = None
-    generation: Positions | None = None
+    prompt: str | Sequence[int] | None = None
+    generation: str | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         for what in ("prompt", "generation"):
@@ -114,7 +111,7 @@ class Add(Moving):
     """
 
     amount: float
-    units: Amounts = "raw"
+    units: str = "raw"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,8 +208,8 @@ class Steering:
     """
 
     operations: tuple[Operation, ...]
-    prompt: Positions = "all"
-    generation: Positions = "all"
+    prompt: str | Sequence[int] = "all"
+    generation: str | Sequence[int] = "all"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "operations", tuple(self.operations))
@@ -246,9 +243,7 @@ def steer(
             or positions out of range; at the end, a hook point that never fired.
     """
     if not isinstance(operations, Steering):
-        operations = Steering(
-            tuple(operations), positions(prompt, "prompt"), positions(generation, "generation")
-        )
+        operations = Steering(tuple(operations), prompt, generation)
     elif (prompt, generation) != ("all", "all"):
         raise InputError("a Steering says where it acts: give prompt and generation there")
     by_hook: dict[str, list[Operation]] = {}
@@ -265,13 +260,13 @@ def steer(
 def _changed(
     hook: str, operations: list[Operation], steering: Steering, passes: Passes
 ) -> Callable[[Tensor], Tensor]:
+    def chosen_by(what: str, operation: Operation) -> Positions:
+        own = getattr(operation, what)
+        return positions(getattr(steering, what) if own is None else own, what)
+
     places = [
-        (
-            steering.prompt if operation.prompt is None else operation.prompt,
-            steering.generation if operation.generation is None else operation.generation,
-            operation.rows,
-        )
-        for operation in operations
+        (chosen_by("prompt", each), chosen_by("generation", each), each.rows)
+        for each in operations
     ]
 
     def change(x: Tensor) -> Tensor:
