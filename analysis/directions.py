@@ -104,10 +104,12 @@ def relevance_direction(
     at = known_hook(model, at)
     total, weight = torch.zeros(()), torch.zeros(())
     for text, target in zip(texts, targets, strict=True):
-        _, found = lenslrp.run_with_relevance(
-            model, text, target, names_filter=at, ledger=False, prepend_bos=prepend_bos
-        )
-        relevance, x = found[at][0].sum(dim=-1), found.activations[at][0].detach()
+        seen: list[Tensor] = []
+        with model.hooks(fwd_hooks=[(at, lambda x, hook, seen=seen: seen.append(x.detach()))]):
+            _, found = lenslrp.run_with_relevance(
+                model, text, target, names_filter=at, ledger=False, prepend_bos=prepend_bos
+            )
+        relevance, x = found[at][0].sum(dim=-1), seen[-1][0]
         normed = x / x.square().mean(dim=-1, keepdim=True).sqrt()
         total = total.to(x) + (relevance[:, None] * normed).sum(dim=0)
         weight = weight.to(x) + relevance.abs().sum()
@@ -145,7 +147,7 @@ def mean_activation(
 @torch.no_grad()
 def states(
     model: TransformerBridge, texts: Sequence[str], at: str, *, prepend_bos: bool | None = None
-) -> Iterator[Float[Tensor, "pos *features"]]:
+) -> Iterator[Float[Tensor, "pos ..."]]:
     """Each text's activations at a hook point, padding left out.
 
     Raises:

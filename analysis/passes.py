@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from transformer_lens.utilities import get_attention_mask
+from transformer_lens.utilities.tokenize_utils import get_attention_mask
 
 from lenslrp.errors import InputError
 from lenslrp.inputs import is_encoder_decoder

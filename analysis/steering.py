@@ -1,10 +1,11 @@
 """Steering: units scaled, added to, set, bounded or projected out while a model reads and writes.
 
     happy = mean_difference(model, glad, sad, "blocks.12.hook_resid_post")
-    with steer(model, [Scale(Neuron(17, 40), 0.0), Add(happy, 4.0, units="resid_rms")], prompt=[-1]):
+    operations = [Scale(Neuron(17, 40), 0.0), Add(happy, 4.0, units="resid_rms")]
+    with steer(model, operations, prompt=[-1], generation="all"):
         text = model.generate("I think that", max_new_tokens=20)
 
-An operation moves the activation ``a`` of one unit (:mod:`lenslrp.analysis.units`) and nothing else::
+An operation moves the activation ``a`` of one unit (:mod:`lenslrp.analysis.units`), nothing else::
 
     x -> x + change(a) * step        step: the unit's own entry of a neuron's hook point,
                                      v / |v|^2 of a direction v, the decoder's row of a feature,
@@ -35,6 +36,7 @@ from lenslrp.analysis.passes import Passes, Positions, follow, positions
 from lenslrp.analysis.units import Direction, Feature, Head, Neuron, Unit
 from lenslrp.errors import InputError
 
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Where an operation acts, if elsewhere than :func:`steer` says.
@@ -64,7 +66,7 @@ class Operation(Place):
         """The hook point where it acts."""
         raise NotImplementedError
 
-    def apply(self, x: Float[Tensor, "n *features"]) -> Float[Tensor, "n *features"]:
+    def apply(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
         """The new activations at n positions."""
         raise NotImplementedError
 
@@ -79,7 +81,7 @@ class Moving(Operation):
         _require_movable(self.unit)
         return self.unit.hook(model)
 
-    def apply(self, x: Float[Tensor, "n *features"]) -> Float[Tensor, "n *features"]:
+    def apply(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
         a = self.unit.activation(x)
         return moved(self.unit, x, a, self.change(a, x))
 
@@ -128,7 +130,9 @@ class Add(Moving):
             rms = x.detach().float().square().mean(dim=-1).sqrt().to(x)
             return self.amount * rms / step_length(self.unit)
         direction = isinstance(self.unit, Direction)
-        return torch.full_like(a, self.amount / step_length(self.unit) ** 2 if direction else self.amount)
+        return torch.full_like(
+            a, self.amount / step_length(self.unit) ** 2 if direction else self.amount
+        )
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ class ProjectOut(Operation):
             _require_movable(direction)
         return self.directions[0].hook(model)
 
-    def apply(self, x: Float[Tensor, "n *features"]) -> Float[Tensor, "n *features"]:
+    def apply(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
         basis = self._basis.to(x)
         if x.shape[-1] != len(basis):
             self.directions[0].activation(x)  # which says what is wrong
@@ -193,7 +197,8 @@ class ProjectOut(Operation):
     def _basis(self) -> Float[Tensor, "features rank"]:
         vectors = torch.stack([d.vector.detach().double() for d in self.directions], dim=1)
         left, sizes, _ = torch.linalg.svd(vectors, full_matrices=False)
-        return left[:, sizes > sizes[0] * 1e-6]
+        basis: Tensor = left[:, sizes > sizes[0] * 1e-6]
+        return basis
 
 
 @dataclass(frozen=True)
@@ -265,8 +270,7 @@ def _changed(
         return positions(getattr(steering, what) if own is None else own, what)
 
     places = [
-        (chosen_by("prompt", each), chosen_by("generation", each), each.rows)
-        for each in operations
+        (chosen_by("prompt", each), chosen_by("generation", each), each.rows) for each in operations
     ]
 
     def change(x: Tensor) -> Tensor:
@@ -275,7 +279,7 @@ def _changed(
         flat = x.ndim == 2 and len(x) == batch * length  # OPT's MLPs
         if not flat and (x.ndim < 3 or x.shape[:2] != (batch, length)):
             raise InputError(
-                f"{hook} is {list(x.shape)}, where steering needs [batch={batch}, pos={length}, ...]"
+                f"{hook} is {list(x.shape)}; steering needs [batch={batch}, pos={length}, ...]"
             )
         y = x.clone()
         for operation, where in zip(operations, chosen, strict=True):
@@ -324,7 +328,7 @@ def _require_movable(unit: Unit) -> None:
     if isinstance(unit, Feature) and unit.coder.W_dec.shape[1] != unit.coder.W_enc.shape[0]:
         raise InputError(
             f"{unit}: this coder writes {unit.coder.W_dec.shape[1]} values where it reads "
-            f"{unit.coder.W_enc.shape[0]}: only an autoencoder's features are moved where they are read"
+            f"{unit.coder.W_enc.shape[0]}; an autoencoder's features can be moved"
         )
 
 

@@ -79,9 +79,7 @@ def steering_from_json(text: str, vectors: Mapping[str, Tensor] | None = None) -
     if unknown or not isinstance(said.get("operations"), list):
         raise InputError(f"a specification has a list of operations and no {sorted(unknown)}")
     operations = [_operation_read(each, vectors or {}) for each in said["operations"]]
-    return Steering(
-        tuple(operations), said.get("prompt", "all"), said.get("generation", "all")
-    )
+    return Steering(tuple(operations), said.get("prompt", "all"), said.get("generation", "all"))
 
 
 def save_steering(steering: Steering, path: str | Path) -> Path:
@@ -170,8 +168,8 @@ def load_control_vector(path: str | Path) -> tuple[Direction, ...]:
         layer = re.fullmatch(r"direction\.(\d+)", tensor.name)
         if layer is None or tensor.data.dtype != np.float32 or tensor.data.ndim != 1:
             raise StorageError(
-                f"{path}: {tensor.name} is {tensor.data.dtype} {list(tensor.data.shape)}; a control "
-                "vector holds float32 vectors called direction.N"
+                f"{path}: {tensor.name} is {tensor.data.dtype} {list(tensor.data.shape)}; "
+                "a control vector holds float32 vectors called direction.N"
             )
         found[int(layer[1])] = torch.from_numpy(np.array(tensor.data))
     if not found:
@@ -195,7 +193,9 @@ def _layer(direction: Direction) -> int:
             f"{direction.at} is not the residual stream after a block, where control vectors act"
         )
     if layer < 1:
-        raise InputError(f"{direction.at}: llama.cpp refuses control vectors before block 1's output")
+        raise InputError(
+            f"{direction.at}: llama.cpp refuses control vectors before block 1's output"
+        )
     return layer
 
 
@@ -237,9 +237,9 @@ def _operation_read(said: Any, vectors: Mapping[str, Tensor]) -> Operation:
     attributes = {name: value for name, value in said.items() if name != "operation"}
     known = {field.name: field for field in dataclasses.fields(kind)}
     unknown = set(attributes) - set(known)
-    missing = {
-        name for name, field in known.items() if field.default is dataclasses.MISSING
-    } - set(attributes)
+    missing = {name for name, field in known.items() if field.default is dataclasses.MISSING} - set(
+        attributes
+    )
     if unknown or missing:
         raise InputError(
             f"{said['operation']} lacks {sorted(missing)} and does not know {sorted(unknown)}"

@@ -1,4 +1,4 @@
-"""Steering: the same text with the cache on and off, alone and padded; undone; neutral is nothing."""
+"""Steering: one text with the cache on and off, alone and padded; undone; neutral is nothing."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ def test_the_cache_changes_nothing(family: str, name: str) -> None:
             on = generated(model, use_past_kv_cache=True)
             off = generated(model, use_past_kv_cache=False)
             again = generated(model, use_past_kv_cache=True)
-            hugging = model.hf_generate(TOKENS, max_new_tokens=6, do_sample=False, stop_at_eos=False)
+            hugging = model.hf_generate(
+                TOKENS, max_new_tokens=6, do_sample=False, stop_at_eos=False
+            )
         assert torch.equal(on.sequences, off.sequences), (prompt, generation)
         assert torch.equal(on.sequences, again.sequences)
         assert torch.equal(on.sequences, hugging)
@@ -133,7 +135,9 @@ def test_a_padded_batch_equals_its_rows_alone(family: str, name: str) -> None:
         assert torch.equal(together[:, -4:], torch.stack(alone))
         assert torch.equal(uncached, together)
         for row, expected in enumerate(single):
-            torch.testing.assert_close(forward[row, : len(expected)], expected, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                forward[row, : len(expected)], expected, rtol=1e-3, atol=1e-3
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -168,15 +172,13 @@ def test_an_exception_inside_a_generation_leaves_nothing(family: str, way: str) 
             raise Boom
 
     options: dict[str, Any] = {} if way == "hf_generate" else {"verbose": False}
+    options |= {"max_new_tokens": 6, "do_sample": False, "stop_at_eos": False}
     with (
         pytest.raises(Boom),
         steer(model, [make() for make in OPERATIONS.values()]),
         model.hooks(fwd_hooks=[("ln_final.hook_in", fail)]),
     ):
-        result = getattr(model, way)(
-            TOKENS, max_new_tokens=6, do_sample=False, stop_at_eos=False, **options
-        )
-        list(result)
+        list(getattr(model, way)(TOKENS, **options))
     assert calls == [6, 1, 1]
     assert changes(before, model) == []
     assert torch.equal(generated(model).sequences, plain)
@@ -239,9 +241,11 @@ def test_a_cache_by_hand_is_followed_even_beside_another() -> None:
     seen: list[Tensor] = []
     keep = [(STREAM, lambda x, hook: seen.append(x.detach()))]
     token = torch.tensor([[4], [4]])
-    with steer(model, [Add(direction(), 3.0)], prompt="all", generation="none"):
-        with model.hooks(fwd_hooks=keep):
-            model(token, past_key_values=cache)  # read before: all that follows is generated
+    with (
+        steer(model, [Add(direction(), 3.0)], prompt="all", generation="none"),
+        model.hooks(fwd_hooks=keep),
+    ):
+        model(token, past_key_values=cache)  # read before: all that follows is generated
     cache = model(first, return_type="logits_and_cache")[1]
     with model.hooks(fwd_hooks=keep):
         model(token, past_key_values=cache)
@@ -307,7 +311,9 @@ def test_every_operation_does_what_it_says_to_its_unit_and_to_nothing_else() -> 
     plain, steered = activations(
         model, STREAM, ProjectOut((direction(1), direction(2), Direction(STREAM, 3 * vector(2))))
     )
-    torch.testing.assert_close(steered @ spanned.T, torch.zeros(2, 6, 2).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        steered @ spanned.T, torch.zeros(2, 6, 2).double(), atol=1e-5, rtol=0
+    )
     gone = torch.linalg.lstsq(spanned.T, (plain - steered).reshape(-1, 16).T)
     rebuilt = (spanned.T @ gone.solution).T.reshape(plain.shape)
     torch.testing.assert_close(plain - steered, rebuilt, atol=1e-5, rtol=0)
@@ -321,9 +327,11 @@ def test_operations_act_in_order_and_contexts_nest() -> None:
         torch.testing.assert_close(found, torch.full_like(found, value))
     text = [generated(model, use_past_kv_cache=cached).sequences for cached in (True, False)]
     model = tiny(tokenizer=word_tokenizer())
-    with steer(model, [Add(direction(1), 2.0)], prompt=[-1], generation=[0]):
-        with steer(model, [Add(direction(2), 2.0)], prompt=[0], generation="none"):
-            on, off = (generated(model, use_past_kv_cache=c).sequences for c in (True, False))
+    with (
+        steer(model, [Add(direction(1), 2.0)], prompt=[-1], generation=[0]),
+        steer(model, [Add(direction(2), 2.0)], prompt=[0], generation="none"),
+    ):
+        on, off = (generated(model, use_past_kv_cache=c).sequences for c in (True, False))
     both = [
         Add(direction(1), 2.0, prompt=(-1,), generation=(0,)),
         Add(direction(2), 2.0, prompt=(0,), generation="none"),
@@ -385,12 +393,16 @@ def test_bad_steering_names_the_choice_and_leaves_nothing(
 
 def test_a_steering_says_where_it_acts() -> None:
     steering = Steering((Scale(Neuron(1, 3), 0.0),), prompt=[-1])
-    with pytest.raises(InputError, match="give prompt and generation there"):
-        with steer(tiny(), steering, prompt=[-1]):
-            pass
+    with (
+        pytest.raises(InputError, match="give prompt and generation there"),
+        steer(tiny(), steering, prompt=[-1]),
+    ):
+        pass
 
 
 def test_steering_that_never_happens_is_an_error() -> None:
-    with pytest.raises(InputError, match="nothing was edited at"):
-        with steer(tiny(), [Scale(Neuron(1, 3), 0.0)]):
-            pass
+    with (
+        pytest.raises(InputError, match="nothing was edited at"),
+        steer(tiny(), [Scale(Neuron(1, 3), 0.0)]),
+    ):
+        pass

@@ -1,4 +1,4 @@
-"""Directions by their definitions; steering and control vectors from files equal what was written."""
+"""Directions by their definitions; steering and control vectors come back from files as written."""
 
 from __future__ import annotations
 
@@ -107,9 +107,7 @@ def test_specifications_that_say_something_else_are_refused(change: Any, message
 
 
 def test_what_cannot_be_written_down_is_refused(tmp_path: Path) -> None:
-    coder = SparseCoder(
-        STREAM, torch.ones(16, 4), torch.ones(4), torch.ones(4, 16), torch.ones(16)
-    )
+    coder = SparseCoder(STREAM, torch.ones(16, 4), torch.ones(4), torch.ones(4, 16), torch.ones(16))
     for operations, message in (
         ((Scale(Feature(coder, 1), 0.0),), "a feature's coder is in a file of its own"),
         (
@@ -142,8 +140,9 @@ def test_a_control_vector_is_what_llama_cpp_and_repeng_read(tmp_path: Path) -> N
     model = tiny()
     plain, (own, _) = model(TOKENS), back
     seen: list[torch.Tensor] = []
-    with steer(model, [Add(own, 2.0)]), model.hooks(
-        fwd_hooks=[(LAST, lambda x, hook: seen.append(x))]
+    with (
+        steer(model, [Add(own, 2.0)]),
+        model.hooks(fwd_hooks=[(LAST, lambda x, hook: seen.append(x))]),
     ):
         assert not torch.equal(model(TOKENS), plain)
     with model.hooks(fwd_hooks=[(LAST, lambda x, hook: seen.append(x))]):
