@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from lenslrp.analysis.lens_fit import compare_lenses, fit_relevance_lens, fit_ridge_lens
     from lenslrp.analysis.page import Page
     from lenslrp.analysis.results import Results
-    from lenslrp.analysis.tasks import TASKS, Example, Task, Unfit, image_task
     from lenslrp.analysis.steering import (
         Ablate,
         Add,
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
         save_steering,
     )
     from lenslrp.analysis.sweep import SweepResult, sweep
+    from lenslrp.analysis.tasks import TASKS, Example, Task, Unfit, image_task
     from lenslrp.analysis.unit_page import page_html, write_page
     from lenslrp.analysis.units import Direction, Feature, Head, Neuron, Unit, parse_unit
     from lenslrp.analysis.vocabulary import VocabularyScores, cosines, reads, sign_cases, writes

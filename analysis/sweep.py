@@ -22,8 +22,8 @@ kind         of a direction                                   of a neuron
              that the model has on these prompts
 ============ ================================================ =====================================
 
-So ``placebo`` differs from what is tested in nothing but where it points. Text is generated greedily;
-the only chance is in the placebos, which the seed fixes.
+So ``placebo`` differs from what is tested in nothing but where it points. Text is generated
+greedily; the only chance is in the placebos, which the seed fixes.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lenslrp.analysis.directions import states
@@ -49,8 +51,8 @@ from lenslrp.analysis.steering import (
     Operation,
     Scale,
     moved,
-    step_length,
     steer,
+    step_length,
 )
 from lenslrp.analysis.units import Direction, Neuron, Unit
 from lenslrp.errors import InputError
@@ -99,7 +101,7 @@ class SweepResult:
         """
         if metric not in METRICS:
             raise InputError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
-        kinds = {kind: own for kind, own in self.frame.groupby("kind")}
+        kinds = dict(list(self.frame.groupby("kind")))
         base = kinds["base"].set_index("prompt")[metric]
         rows = []
         for (layer, coefficient), own in kinds["steered"].groupby(["layer", "coefficient"]):
@@ -176,7 +178,7 @@ def sweep(
         raise InputError("give layers with a function from layer to operation, and only then")
     batch = _Batch.of(model, prompts, target, new_tokens, prepend_bos)
     made = [operation(layer) for layer in layers or ()] if callable(operation) else [operation]
-    frames = []
+    frames: list[pd.DataFrame] = []
     for each in made:
         if type(each) not in STRENGTHS or not isinstance(each.unit, Neuron | Direction):
             raise InputError(
@@ -190,11 +192,12 @@ def sweep(
             frames.append(base.rows(base, kind="base", layer=layer))
         pairs = list(_controls(model, each, prompts, draws, seed, prepend_bos)) if draws else []
         for coefficient in coefficients:
-            own = replace(each, **{STRENGTHS[type(each)]: float(coefficient)})
+            strength: dict[str, Any] = {STRENGTHS[type(each)]: float(coefficient)}
+            own = replace(each, **strength)
             tried: list[tuple[str, float, Operation]] = [("steered", math.nan, own)]
-            for draw, (random, placebo, factor) in enumerate(pairs):
-                tried.append(("random", draw, replace(own, unit=random)))
-                tried.append(("placebo", draw, Matched(own, placebo, factor)))
+            for number, (random, placebo, factor) in enumerate(pairs):
+                tried.append(("random", number, replace(own, unit=random)))
+                tried.append(("placebo", number, Matched(own, placebo, factor)))
             for kind, draw, what in tried:
                 with steer(model, [what], prompt=prompt, generation=generation):
                     found = batch.read(model, stream)
@@ -288,35 +291,29 @@ class _Batch:
         return _Read(logits, lengths[0], new, target, texts)
 
     @torch.no_grad()
-    def surprise(self, model: Any, texts: np.ndarray[Any, Any]) -> list[float]:
+    def surprise(self, model: Any, texts: NDArray[np.int64]) -> list[float]:
         """Nats a token of each row [row, new] under the base model; rows go round the prompts."""
-        count, cache = len(self.tokens), {}
+        count = len(self.tokens)
         rows = [(index % count, *row.tolist()) for index, row in enumerate(texts)]
         unique = list(dict.fromkeys(rows))
+        ends = ("unembed.hook_in", lambda x, hook: x[:, -self.new - 1 : -1])
+        nats: list[float] = []
         for start in range(0, len(unique), count):
             some = torch.tensor(unique[start : start + count], device=self.tokens.device)
-            given = torch.cat([self.tokens[some[:, 0]], some[:, 1:]], dim=1)
-            mask = torch.cat([self.mask[some[:, 0]], torch.ones_like(some[:, 1:]).bool()], dim=1)
-            last = (
-                "unembed.hook_in",
-                lambda x, hook: x[:, -self.new - 1 : -1],
-            )
-            with model.hooks(fwd_hooks=[last]):
-                logits = model(given, attention_mask=mask.long())
-            losses = torch.nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), some[:, 1:].flatten(), reduction="none"
-            )
-            for row, loss in zip(
-                unique[start : start + count],
-                losses.view(len(some), -1).mean(dim=1).tolist(),
-                strict=True,
-            ):
-                cache[row] = loss
-        return [cache[row] for row in rows]
+            which, new = some[:, 0], some[:, 1:]
+            mask = torch.cat([self.mask[which], torch.ones_like(new).bool()], dim=1)
+            with model.hooks(fwd_hooks=[ends]):
+                logits = model(
+                    torch.cat([self.tokens[which], new], dim=1), attention_mask=mask.long()
+                )
+            losses = torch.nn.functional.cross_entropy(logits.float().mT, new, reduction="none")
+            nats += losses.mean(dim=1).tolist()
+        found = dict(zip(unique, nats, strict=True))
+        return [found[row] for row in rows]
 
 
 def _repetition(tokens: list[int]) -> float:
-    pairs = list(zip(tokens, tokens[1:], strict=False))
+    pairs = list(pairwise(tokens))
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
