@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -404,5 +405,37 @@ def test_steering_that_never_happens_is_an_error() -> None:
     with (
         pytest.raises(InputError, match="nothing was edited at"),
         steer(tiny(), [Scale(Neuron(1, 3), 0.0)]),
+    ):
+        pass
+
+
+def test_activations_that_a_model_flattens_are_steered_at_their_positions() -> None:
+    config = hf.OPTConfig(
+        vocab_size=23,
+        hidden_size=16,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        word_embed_proj_dim=16,
+    )
+    model = lenslrp.load(hf.OPTForCausalLM(config).double().eval())
+    plain = model(TOKENS)
+    with steer(model, [Add(Neuron(0, 3), 5.0)], prompt=[-1]):
+        steered = model(TOKENS)
+        on, off = (generated(model, use_past_kv_cache=c).sequences for c in (True, False))
+    assert torch.equal(steered[:, :-1], plain[:, :-1])
+    assert not torch.equal(steered[:, -1], plain[:, -1])
+    assert torch.equal(on, off)
+
+
+def test_encoder_decoders_are_refused() -> None:
+    config = hf.T5Config(
+        vocab_size=23, d_model=16, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    model = lenslrp.load(hf.T5ForConditionalGeneration(config).eval())
+    with (
+        pytest.raises(InputError, match="is an encoder-decoder"),
+        steer(model, [Scale(Neuron(0, 3), 0.0)]),
     ):
         pass
