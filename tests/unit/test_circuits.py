@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslrp import AttnLRP, InputError
-from lenslrp.analysis.circuits import METHODS, score_nodes
-from lenslrp.analysis.nodes import COMPONENTS, Node
-from lenslrp.analysis.pairs import Pairs, template_pairs
-from lenslrp.hooks import CPLRP, GradientTimesInput
-from tests.unit.tiny import HEADS, VOCABULARY, changes, snapshot, tiny, word_tokenizer
+from lenslrp.analysis.circuits import score_nodes
+from lenslrp.analysis.nodes import COMPONENTS
+from lenslrp.analysis.pairs import Pairs
+from tests.unit.tiny import tiny
 
 NAMES = tuple(COMPONENTS)
 CLEAN = torch.tensor([[3, 17, 5, 17, 8, 11], [2, 9, 2, 21, 9, 0], [4, 4, 6, 7, 0, 0]])
@@ -65,9 +63,7 @@ PARTS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_exact_effects_are_those_of_a_loop(family: str) -> None:
     model, pairs = tiny(family), some_pairs()
-    scores = score_nodes(
-        model, pairs, method="exact", components=NAMES, by_position=True, chunk=2
-    )
+    scores = score_nodes(model, pairs, method="exact", components=NAMES, by_position=True, chunk=2)
     for hook, component in scores.components.items():
         part = PARTS[COMPONENTS[component].kind]
         for row in range(3):
