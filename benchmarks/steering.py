@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 import lenslrp
@@ -97,16 +98,24 @@ def happiness(model: Any) -> SweepResult:
 CONCEPTS: dict[str, Callable[[Any], SweepResult]] = {"astronomy": astronomy, "happiness": happiness}
 
 
-def told(result: SweepResult) -> None:
+WORDS = {
+    "astronomy": r"\b(?:moon|star|sun|planet|space|sky|universe|galax|telescope|astro|orbit|solar)",
+    "happiness": r"\b(?:happ|joy|glad|smil|laugh|delight|cheer|wonderful|excit|love)",
+}
+"""How a text of the concept is told: by the beginning of any word in it."""
+
+
+def told(name: str, frame: pd.DataFrame) -> None:
+    result = SweepResult(frame, SEED)
     target = result.summary()
-    for name in ("change", "over_random", "over_placebo"):
-        target[name] = [
+    for column in ("change", "over_random", "over_placebo"):
+        target[column] = [
             f"{m:+.2f} ({low:+.2f} to {high:+.2f})"
-            for m, low, high in target[[name, f"{name}_low", f"{name}_high"]].to_numpy()
+            for m, low, high in target[[column, f"{column}_low", f"{column}_high"]].to_numpy()
         ]
     print(target[[c for c in target if not c.endswith(("_low", "_high"))]].to_string(index=False))
-    frame = result.to_dataframe()
-    means = ["target", "kl", "nll", "norm_ratio", "repetition"]
+    frame = frame.assign(said=frame.text.str.contains(WORDS[name], case=False, regex=True))
+    means = ["target", "said", "kl", "nll", "norm_ratio", "repetition"]
     keys = ["layer", "coefficient", "kind"]
     table = frame.groupby(keys, dropna=False)[means].mean().round(3)
     print(table.to_string())
@@ -118,13 +127,15 @@ def told(result: SweepResult) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     model = lenslrp.load("smollm2-135m", dtype=torch.float32, device="cpu")
-    Path("results").mkdir(exist_ok=True)
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
     for name in sys.argv[1:] or CONCEPTS:
         start = time.perf_counter()
         result = CONCEPTS[name](model)
         print(f"## {name}: {time.perf_counter() - start:.0f} s")
-        told(result)
-        result.to_dataframe().to_csv(f"results/steering-{name}.csv", index=False)
+        frame = result.to_dataframe()
+        frame.to_csv(folder / f"steering-{name}.csv", index=False)
+        told(name, frame)
 
 
 if __name__ == "__main__":
