@@ -21,6 +21,7 @@ import torch
 
 import lenslrp
 from lenslrp.analysis import Add, Neuron, SweepResult, mean_difference, sweep
+from lenslrp.analysis.statistics import interval
 
 SEED = 0
 LAYERS = (8, 14, 20)
@@ -116,6 +117,10 @@ def told(name: str, frame: pd.DataFrame) -> None:
     print(target[[c for c in target if not c.endswith(("_low", "_high"))]].to_string(index=False))
     frame = frame.assign(said=frame.text.str.contains(WORDS[name], case=False, regex=True))
     means = ["target", "said", "kl", "nll", "norm_ratio", "repetition"]
+    for (layer, coefficient), own in frame[frame.kind != "base"].groupby(["layer", "coefficient"]):
+        said = own.pivot_table(index="prompt", columns="kind", values="said").astype(float)
+        over = interval((said.steered - said.placebo).to_numpy(), SEED, "+")
+        print(f"{layer} {coefficient}: share of texts with a word of it, less placebo: {over}")
     keys = ["layer", "coefficient", "kind"]
     table = frame.groupby(keys, dropna=False)[means].mean().round(3)
     print(table.to_string())
