@@ -21,7 +21,7 @@ from lenslrp.targets import PerRow
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 PARAGRAPHS = "wikipedia_paragraphs.jsonl"
-BATCH = 8
+TOKENS_PER_PASS = 640
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -62,7 +62,8 @@ def relevance(method: str, model: Any, prompts: Sequence[Prompt], seed: int = 0)
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].length)
     while order:
         length = prompts[order[0]].length
-        batch = [i for i in order[:BATCH] if prompts[i].length == length]
+        most = max(1, TOKENS_PER_PASS // length)
+        batch = [i for i in order[:most] if prompts[i].length == length]
         order = order[len(batch) :]
         target = PerRow(tuple(prompts[i].target for i in batch))
         rows = torch.cat([prompts[i].given for i in batch])

@@ -13,7 +13,7 @@ where the model's top token is the capital after both.
 last one down to a block, and that block alone. Attention rollout, which has no gradient and sees
 nothing but patterns, is there as a control.
 
-Relevance is in float32; the perturbed passes of `next_word` are in bfloat16 (`--dtype`).
+The model is in bfloat16 unless `--dtype float32` is given; each table says which it was.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,8 @@ from examples import DATA, PARAGRAPHS, ROOT, Numbers, examples, keep, relevance,
 
 import lenslrp
 from lenslrp.analysis.faithfulness import aopc, aopc_bounds, curves, normalised_aopc
-from lenslrp.analysis.perturb import token_values, tokens_of
-from lenslrp.analysis.prompts import Prompt, as_prompt
+from lenslrp.analysis.perturb import Features, Masks, token_values, tokens_of
+from lenslrp.analysis.prompts import Prompt, Values, as_prompt
 from lenslrp.analysis.sanity import MODES, randomisation, sensitivity
 
 MODEL = "smollm2-135m"
@@ -40,7 +42,7 @@ METHODS = ("attnlrp", "cp_lrp", "gradient_x_input", "attention_rollout")
 REJECTED = ("attnlrp_softmax_identity", "attnlrp_softmax_distributed")
 ORDERED = ("attnlrp", "cp_lrp", "gradient_x_input", "random")
 LAYERS = (29, 22, 15, 7, 0)
-STEPS = 8
+STEPS = 4
 SHORT = 8
 SENTENCES = (
     "It rained all day.",
@@ -81,7 +83,7 @@ def next_word(model: Any, options: argparse.Namespace) -> None:
         for name, rows in found.items()
     }
     command = f"sanity.py next_word --n {options.n}"
-    about = {"model": MODEL, "tokens": prompts[0].length, "seed": seed}
+    about = {"model": MODEL, "tokens": prompts[0].length, "seed": seed, "dtype": options.dtype}
     keep(options.results, "first_token", leads(shares, seed), command, **about)
     found |= {name: relevance(name, model, few) for name in REJECTED}
     targets = np.abs(values_of(model, few))
@@ -96,16 +98,28 @@ def next_word(model: Any, options: argparse.Namespace) -> None:
             {"method": name, "n": count, "quartile_1": low, "median": median, "quartile_3": high}
         )
     keep(options.results, "softmax_magnitude", rows, command, **about)
-    rough = lenslrp.load(MODEL, dtype=getattr(torch, options.dtype), device="cpu")
     areas: dict[str, list[float]] = {name: [] for name in found}
     for i, prompt in enumerate(few):
-        features = tokens_of(rough, prompt)
         own = {name: tokens[i] for name, tokens in found.items()}
-        for name, curve in curves(features, own, steps=STEPS).items():
+        for name, curve in curves(tokens_of(model, prompt), own, steps=STEPS).items():
             areas[name].append(curve.area)
     table = leads({name: np.array(own) for name, own in areas.items()}, seed)
-    about |= {"baseline": "zero", "steps": STEPS, "perturbed_in": options.dtype}
-    keep(options.results, "softmax_area", table, command, **about)
+    keep(options.results, "softmax_area", table, command, **about, baseline="zero", steps=STEPS)
+
+
+def every_set(model: Any, prompts: list[Prompt]) -> list[Features]:
+    """The tokens of short prompts as features; all sets of all prompts are asked for at once."""
+    sets = [np.array([*product((False, True), repeat=prompt.length)]) for prompt in prompts]
+    return [
+        Features(np.arange(len(own[0])), partial(_known, own, found))
+        for own, found in zip(sets, token_values(model, prompts, sets), strict=True)
+    ]
+
+
+def _known(sets: Masks, found: Values, asked: Masks) -> Values:
+    """The values of the sets that are asked for: their places are their numbers in binary."""
+    rows = asked @ (1 << np.arange(sets.shape[1])[::-1])
+    return Values(found.value[rows], found.probability[rows])
 
 
 def naopc(model: Any, options: argparse.Namespace) -> None:
@@ -117,15 +131,15 @@ def naopc(model: Any, options: argparse.Namespace) -> None:
     prompts = [example.prompt for example in drawn]
     found = {name: relevance(name, model, prompts, options.seed) for name in ORDERED}
     scores: dict[str, list[float]] = {name: [] for name in ORDERED}
-    for i, prompt in enumerate(prompts):
-        features = tokens_of(model, prompt)
+    for i, features in enumerate(every_set(model, prompts)):
         bounds = aopc_bounds(features)
         for name, rows in found.items():
             scores[name].append(normalised_aopc(aopc(features, rows[i]), bounds))
     table = leads({name: np.array(own) for name, own in scores.items()}, options.seed)
     command = f"sanity.py naopc --n {options.n}"
     keep(options.results, "naopc", table, command, model=MODEL, task="agreement",
-         tokens=f"at most {SHORT}", bounds="exact", baseline="zero", seed=options.seed)  # fmt: skip
+         tokens=f"at most {SHORT}", bounds="exact", baseline="zero", seed=options.seed,
+         dtype=options.dtype)  # fmt: skip
 
 
 def known_capitals(model: Any) -> list[dict[str, Prompt]]:
@@ -161,7 +175,8 @@ def irrelevant(model: Any, options: argparse.Namespace) -> None:
     tables = [leads(columns[measure], options.seed, f"{measure}_") for measure in measures]
     table = [dict(a | b | c) for a, b, c in zip(*tables, strict=True)]
     keep(options.results, "sensitivity", table, "sanity.py sensitivity", model=MODEL,
-         target_moved_by=round(float(moved.mean()), 3), seed=options.seed)  # fmt: skip
+         target_moved_by=round(float(moved.mean()), 3), seed=options.seed,
+         dtype=options.dtype)  # fmt: skip
 
 
 def randomised(model: Any, options: argparse.Namespace) -> None:
@@ -188,7 +203,8 @@ def randomised(model: Any, options: argparse.Namespace) -> None:
                 row |= spread(part[measure].to_numpy(), seed, f"{measure}_")
             rows.append(row)
     keep(options.results, "randomisation", rows, f"sanity.py randomisation --n {options.n}",
-         model=MODEL, tokens=32, blocks=len(model.blocks), seed=seed)  # fmt: skip
+         model=MODEL, tokens=32, blocks=len(model.blocks), seed=seed,
+         dtype=options.dtype)  # fmt: skip
 
 
 TABLES: dict[str, Callable[[Any, argparse.Namespace], None]] = {
@@ -205,11 +221,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of the texts")
     parser.add_argument("--n", type=int, default=100, help="prompts (fewer where told)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="bfloat16", help="of next_word's perturbed passes")
+    parser.add_argument("--dtype", default="bfloat16", help="the model's")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results" / "sanity.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = lenslrp.load(MODEL, dtype=torch.float32, device="cpu")
+    model = lenslrp.load(MODEL, dtype=getattr(torch, options.dtype), device="cpu")
     for name in options.tables:
         TABLES[name](model, options)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lenslrp.analysis.baselines import attribute
+from lenslrp.analysis.perturb import tokens_of
 from lenslrp.analysis.prompts import as_prompt
 from tests.conftest import ROOT
 from tests.unit.tiny import TOKENS, tiny
@@ -149,3 +150,16 @@ def test_relevance_of_many_prompts_is_that_of_each(benchmark: Any) -> None:
     ):
         alone = attribute("attnlrp", model, prompt.given, prompt.target).tokens[0]
         np.testing.assert_allclose(found, alone.numpy(), rtol=1e-9)
+
+
+def test_every_set_of_a_short_prompt_has_its_own_value(benchmark: Any) -> None:
+    model = tiny("native", n_layers=2)
+    prompts = [as_prompt(model, TOKENS[0][:3]), as_prompt(model, TOKENS[1][:4])]
+    masks = np.random.default_rng(0).random((5, 4)) < 0.5
+    for prompt, features in zip(
+        prompts, benchmark("sanity").every_set(model, prompts), strict=True
+    ):
+        asked = masks[:, : prompt.length]
+        found, expected = features.without(asked), tokens_of(model, prompt).without(asked)
+        np.testing.assert_allclose(found.value, expected.value, rtol=1e-9)
+        np.testing.assert_allclose(found.probability, expected.probability, rtol=1e-9)
