@@ -8,8 +8,9 @@ writes them to a file, starts `explain` with LXT's Python, reads its relevance b
 the area of both (Achtibat et al. 2024, section 4.1: zeroed embeddings, eight steps). Relevance is
 in float32 on both sides; perturbed passes are in `--dtype`, the same for both.
 
-`explain` imports nothing of LensLRP: it takes the patched model and input x gradient from
-`tests/reference/make_lxt_references.py`, the script behind the parity tests.
+`explain` imports nothing of LensLRP: it takes the patched module from
+`tests/reference/make_lxt_references.py`, the script behind the parity tests; relevance is input x
+gradient, as there.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "lxt.json"
 MODEL = "smollm2-135m"
 STEPS = 8
+BATCH = 10
 
 
 def explain(options: argparse.Namespace) -> None:
     """In LXT's environment: token relevance [example, pos] and the target's value [example]."""
     sys.path.insert(0, str(ROOT / "tests" / "reference"))
     from make_lxt_references import FAMILIES, import_torchvision, patch
-    from make_lxt_references import explain as input_x_gradient
 
     torch.set_num_threads(1)
     asked = json.loads(options.asked.read_text(encoding="utf-8"))
@@ -54,13 +55,19 @@ def explain(options: argparse.Namespace) -> None:
     ).eval()
     model.requires_grad_(False)
     tokens, values = [], []
-    for ids, target in zip(asked["ids"], asked["targets"], strict=True):
-        logits, top, inputs = input_x_gradient(model, torch.tensor(ids))
-        if int(top) != target:
-            raise SystemExit(f"LXT's model says token {int(top)} where ours says {target}")
-        tokens.append(inputs.sum(-1))
-        values.append(logits[-1, target])
-    save_file({"tokens": torch.stack(tokens), "values": torch.stack(values)}, options.answer)
+    targets = torch.tensor(asked["targets"])
+    for ids, wanted in zip(
+        torch.tensor(asked["ids"]).split(BATCH), targets.split(BATCH), strict=True
+    ):
+        inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        if not torch.equal(logits.argmax(dim=1), wanted):
+            raise SystemExit("LXT's model and ours do not agree on the next token")
+        value = logits.gather(1, wanted[:, None])[:, 0]
+        value.sum().backward()
+        tokens.append((inputs * inputs.grad).sum(-1).detach())
+        values.append(value.detach())
+    save_file({"tokens": torch.cat(tokens), "values": torch.cat(values)}, options.answer)
 
 
 def lxt_relevance(python: Path, prompts: list[Any]) -> tuple[Any, Any]:
