@@ -109,11 +109,11 @@ RUNS_OF: Mapping[str, Run] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True, dest="command")
-    run = commands.add_parser("run", help="measure; goes on where it was")
-    run.add_argument("names", nargs="+", choices=RUNS_OF)
-    run.add_argument("--n", type=int, help="fewer examples")
-    run.add_argument("--data", type=Path, default=DATA, help="the folder of the tasks' files")
-    run.add_argument("--images", type=Path, help="CIFAR-10, see cifar.py")
+    command = commands.add_parser("run", help="measure; goes on where it was")
+    command.add_argument("names", nargs="+", choices=RUNS_OF)
+    command.add_argument("--n", type=int, help="fewer examples")
+    command.add_argument("--data", type=Path, default=DATA, help="the folder of the tasks' files")
+    command.add_argument("--images", type=Path, help="CIFAR-10, see cifar.py")
     options = parser.parse_args()
     for name in options.names:
         run = RUNS_OF[name]

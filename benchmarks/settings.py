@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-
 import torch
 from results import RUNS, SMOLLM2, Run, measure
 
