@@ -38,6 +38,7 @@ class Component:
 
 
 COMPONENTS: Mapping[str, Component] = {
+    "tokens": Component("hook_embed", "whole"),
     "residual": Component("hook_resid_pre", "whole"),
     "attention": Component("hook_attn_out", "whole"),
     "mlp": Component("hook_mlp_out", "whole"),
