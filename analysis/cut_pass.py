@@ -1,10 +1,10 @@
 """A forward pass cut at its nodes, so that a backward pass from one node ends at those before it.
 
-At every node the graph is cut: what goes on is a leaf with the same values. A backward pass that is
-seeded above the cut of a node ``d`` with ``d``'s own coefficient then carries exactly the relevance
-that flows through ``d``, and arrives at every earlier node's leaf with what reached ``d`` from there
-without passing through any other node: along the residual stream, through norms, and through what
-is not a node itself. Since no node is crossed, such a pass is cheaper than a full one.
+At every node the graph is cut: what goes on is a leaf with the same values. A backward pass that
+is seeded above the cut of a node ``d`` with ``d``'s own coefficient then carries exactly the
+relevance that flows through ``d``, and arrives at every earlier node's leaf with what reached ``d``
+from there without passing through any other node: along the residual stream, through norms, and
+through what is not a node itself. Since no node is crossed, it is cheaper than a full one.
 
 Each row of the batch is seeded by itself, so copies of a prompt carry as many nodes at once. Books
 with rows tell for each what was absorbed on the way.
@@ -90,12 +90,13 @@ class CutPass:
         return self._units(hook, self.tops[hook].detach())
 
     def flows(
-        self, seeds: Mapping[str, Units], target: Tensor | None = None
-    ) -> tuple[dict[str, Units], Tensor]:
+        self, seeds: Mapping[str, Tensor], target: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """One backward pass.
 
         Args:
-            seeds: hook point -> coefficient above its cut, 0 where nothing starts.
+            seeds: hook point -> coefficient above its cut, [row, pos, unit, feature], 0 where
+                nothing starts.
             target: [row], 1 where a row starts at the target.
 
         Returns:

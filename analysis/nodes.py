@@ -65,6 +65,10 @@ class Node:
         return f"{self.hook}[{self.unit}]{place}"
 
 
+GAP = Node("gap", 0)
+"""Where all edges end: the gap between answer and rival."""
+
+
 def as_units(kind: Kind, x: Tensor, hook: str) -> Units:
     """A hook point's tensor as [pair, pos, unit, feature]; a view.
 
