@@ -353,7 +353,7 @@ def _exact(runs: _Runs, edges: list[Edge]) -> _Found:
     for up, down in edges:
         if (up.position is not None) != runs.by_position:
             raise InputError(
-                f"{up}: by_position={runs.by_position} asks for the other kind of node"
+                f"{up}: an edge starts at one position with by_position=True, and only then"
             )
         wanted.setdefault(up, []).append(down)
     base, other, effects = exact_edges(

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-import lenslrp
 from lenslrp.analysis.circuits import score_nodes
 from lenslrp.analysis.cut_pass import EMBEDDINGS, coefficients, cut
-from lenslrp.analysis.edges import Edge, EdgeScores, score_edges
+from lenslrp.analysis.edges import Edge, score_edges
 from lenslrp.analysis.nodes import GAP, Node, place_components
 from lenslrp.analysis.pairs import Pairs
 from lenslrp.analysis.replaced import repeated
@@ -190,3 +189,167 @@ def test_exact_edges_are_those_of_path_patching_by_hand() -> None:
         assert float(scores.score(up, down)) == pytest.approx(expected, abs=1e-7), (up, down)
         moved += abs(expected) > 1e-4
     assert moved > 6
+
+
+@contextmanager
+def linearised(model: TransformerBridge, base: Tensor) -> Iterator[None]:
+    """Norms, attention patterns and gates as they are for ``base``: the rest is linear."""
+    ratios: dict[str, Tensor] = {}
+    handles = []
+    named = dict(model.original_model.named_modules())
+    norms = {n: m for n, m in named.items() if type(m).__name__ == "LlamaRMSNorm"}
+    gates = {n: m for n, m in named.items() if type(m).__name__ == "SiLUActivation"}
+    assert len(norms) == 5 and len(gates) == 2
+
+    def learn(name: str) -> Any:
+        def hook(_: Any, args: Any, y: Tensor) -> None:
+            ratios[name] = y / args[0] if name in norms else y
+
+        return hook
+
+    def hold(name: str) -> Any:
+        def hook(_: Any, args: Any, y: Tensor) -> Tensor:
+            return args[0] * ratios[name] if name in norms else ratios[name].expand_as(y)
+
+        return hook
+
+    patterns = {}
+    try:
+        handles = [m.register_forward_hook(learn(n)) for n, m in {**norms, **gates}.items()]
+        with torch.no_grad():
+            _, cache = model.run_with_cache(
+                base, names_filter=lambda name: name.endswith("hook_pattern")
+            )
+        patterns = dict(cache.items())
+        for handle in handles:
+            handle.remove()
+        handles = [m.register_forward_hook(hold(n)) for n, m in {**norms, **gates}.items()]
+        holds = [(name, lambda x, hook, p=p: p.expand_as(x)) for name, p in patterns.items()]
+        with model.hooks(fwd_hooks=holds):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_where_all_else_is_linear_prediction_and_patching_agree() -> None:
+    """CP-LRP with the gate constant treats norms, patterns and gates as the constants they are."""
+    model, pairs, names = tiny("llama"), one_pair(), ("tokens", "heads", "mlp", "neurons")
+    composite, true = CPLRP(gate="up"), gap(tiny("llama"), pairs, 0, pairs.corrupt)
+    with linearised(model, pairs.corrupt):
+        predicted = score_edges(model, pairs, composite=composite)
+        only: list[Edge] = [(up, down) for up in UPS for down in predicted.into]
+        exact = score_edges(model, pairs, method="exact", only=only)
+        nodes = score_nodes(model, pairs, components=names, composite=composite)
+        patched = score_nodes(model, pairs, method="exact", components=names)
+    assert float(predicted.corrupt) == pytest.approx(float(true), abs=1e-9)
+    large = 0
+    for up, down in only:
+        found, expected = float(predicted.score(up, down)), float(exact.score(up, down))
+        assert found == pytest.approx(expected, abs=1e-9), (up, down)
+        large += abs(expected) > 1e-4
+    assert large > 6
+    for hook in nodes.components:
+        assert torch.allclose(nodes.values[hook], patched.values[hook], rtol=0, atol=1e-9), hook
+
+
+def test_relevance_under_float32_closes_to_a_millionth() -> None:
+    model = tiny("llama").to(torch.float32)
+    hooks = place_components(model, ("heads", "neurons"))
+    _, found = coefficients(model, hooks, input=TOKENS, target=Logit(5), composite=AttnLRP())
+    prepared = prepare(
+        model, TOKENS, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
+    )
+    with cut(model, prepared, Logit(5), hooks, AttnLRP(), books=True) as passed:
+        for hook, (x, g) in found.items():
+            for unit in range(x.shape[2]):
+                seed = torch.zeros_like(g)
+                seed[:, :, unit] = g[:, :, unit]
+                flows, _ = passed.flows({hook: seed})
+                entered = sum(
+                    float(((passed.embedded() if h == EMBEDDINGS else passed.at(h)) * f).sum())
+                    for h, f in flows.items()
+                )
+                entered += sum(float(v) for v in passed.absorbed().values())
+                relevance = float((x * g)[:, :, unit].sum())
+                assert entered == pytest.approx(relevance, abs=1e-6), (hook, unit)
+
+
+def test_transformer_lens_finds_the_same_edges_where_it_can() -> None:
+    """Its edges into q, k, v, MLPs and logits; its own gradients, hooks and enumeration."""
+    from transformer_lens.tools.analysis.attribution_patching import (
+        EdgeAttributionConfig,
+        attribution_patch,
+    )
+
+    model, pairs = tiny("gpt2"), one_pair()
+    names = ("tokens", "heads", "mlp", "q", "k", "v")
+    ours = score_edges(model, pairs, method="attribution", components=names, by_position=True)
+    theirs = attribution_patch(
+        model, pairs.clean, pairs.corrupt, lambda x: pairs.gap(x)[0], EdgeAttributionConfig("edge")
+    )
+    hooks = {"embed": "hook_embed", "attn_head_out": "attn.hook_z", "mlp_out": "hook_mlp_out",
+             "mlp_in": "hook_mlp_out", "q_input": "attn.hook_q", "k_input": "attn.hook_k",
+             "v_input": "attn.hook_v"}  # fmt: skip
+
+    def node(given: Any) -> Node:
+        if given.kind == "logits":
+            return GAP
+        name = hooks[given.kind]
+        name = name if given.layer is None else f"blocks.{given.layer}.{name}"
+        return Node(name, given.head or 0, given.position)
+
+    compared = 0
+    totals: dict[Any, float] = {}
+    for (up, down), score in theirs.edge_scores.items():
+        if down.kind == "logits":
+            totals[up] = totals.get(up, 0.0) + score
+            continue
+        assert float(ours.score(node(up), node(down))) == pytest.approx(score, abs=1e-9)
+        compared += score != 0
+    assert compared > 60
+    for up, score in totals.items():
+        assert float(ours.score(node(up), GAP)) == pytest.approx(score, abs=1e-9)
+
+
+def test_what_cannot_be_asked_is_refused_by_name() -> None:
+    model, pairs = tiny("llama"), one_pair()
+
+    def refuses(text: str, **given: Any) -> None:
+        with pytest.raises(InputError, match=text):
+            score_edges(model, pairs, **given)
+
+    refuses("one of relevance, attribution, exact, not 'guess'", method="guess")
+    refuses("one of denoising, noising, not 'both'", direction="both")
+    refuses("composite is for method='relevance'", method="attribution", composite=RelP())
+    refuses("only says which edges", method="exact")
+    refuses("only says which edges", only=[(UPS[0], GAP)])
+    refuses("nothing gets past it", components=("residual",))
+    refuses("rows must be at least 1, not 0", rows=0)
+    refuses("no node of these components", into=[Node("blocks.0.mlp.hook_post", 3)])
+    refuses("has 2 units and 6 positions", into=[Node("blocks.0.attn.hook_z", 2)])
+    refuses("at one position with by_position=True, and only then", method="exact",
+            only=[(Node("hook_embed", 0, 3), GAP)])  # fmt: skip
+    with pytest.raises(InputError, match="no pairs"):
+        score_edges(model, pairs[:0])
+    with pytest.raises(InputError, match="was not scored"):
+        score_edges(model, pairs, into=[GAP]).score(UPS[0], DOWNS[0])
+
+
+def test_chosen_downstream_nodes_alone_and_in_any_order() -> None:
+    model, pairs = tiny("llama"), some_pairs()
+    whole = score_edges(model, pairs, direction="noising")
+    into = [GAP, DOWNS[3], DOWNS[0]]
+    some = score_edges(model, pairs, direction="noising", into=into, rows=3)
+    for hook, value in some.values.items():
+        index = [whole.into.index(node) for node in into]
+        assert torch.allclose(value, whole.values[hook][:, index], rtol=0, atol=1e-12)
+    assert some.passes.backward == len(pairs) * (1 + len(into))
+    frame = whole.top(3)
+    assert list(frame["score"].abs()) == sorted(frame["score"].abs(), reverse=True)
+    assert frame.loc[0, "to"] in {str(node) for node in whole.into}
+    gradient = score_edges(model, pairs, method="attribution", direction="noising")
+    given = score_edges(model, pairs, composite=GradientTimesInput(), direction="noising")
+    for hook, value in gradient.values.items():
+        assert torch.equal(value, given.values[hook])
+        assert not torch.allclose(value, whole.values[hook])
