@@ -12,7 +12,7 @@ with rows tell for each what was absorbed on the way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from lenslrp.analysis.block_pass import Deliver
-from lenslrp.analysis.nodes import COMPONENTS, Units, as_units
+from lenslrp.analysis.nodes import COMPONENTS, TARGET, Node, Units, as_units
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached
@@ -133,6 +133,35 @@ class CutPass:
                 found[EMBEDDINGS] = _beside(found[EMBEDDINGS], g)
         return found, begun
 
+    def into(
+        self, downs: Sequence[Node], here: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """A backward pass in which the k-th copy of the batch starts at the k-th node.
+
+        Args:
+            downs: nodes, :data:`~lenslrp.analysis.nodes.TARGET` among them; without a position, at
+                all positions.
+            here: hook point -> activation and coefficient, as :func:`coefficients` finds them for
+                the batch.
+
+        Returns:
+            As :meth:`flows` does.
+        """
+        seeds: dict[str, Tensor] = {}
+        starts = torch.zeros(len(self.values))
+        batch = len(next(iter(here.values()))[1])
+        for k, down in enumerate(downs):
+            rows = slice(k * batch, (k + 1) * batch)
+            if down == TARGET:
+                starts[rows] = 1
+                continue
+            g = here[down.hook][1]
+            if down.hook not in seeds:
+                seeds[down.hook] = g.new_zeros(len(starts), *g.shape[1:])
+            at = slice(None) if down.position is None else down.position
+            seeds[down.hook][rows, at, down.unit] = g[:, at, down.unit]
+        return self.flows(seeds, starts if bool(starts.any()) else None)
+
     def embedded(self) -> Units:
         """The embeddings, tokens' and positions' features side by side."""
         made = torch.empty(0)
@@ -153,7 +182,7 @@ class CutPass:
         x = x if conversion is None else conversion.convert(x)
         return as_units(COMPONENTS[self.hooks[hook]].kind, x, hook)
 
-    def _raw(self, hook: str, units: Units) -> Tensor:
+    def _raw(self, hook: str, units: Tensor) -> Tensor:
         """The inverse of :meth:`_units`."""
         kind = COMPONENTS[self.hooks[hook]].kind
         x = units if kind == "head" else units.squeeze(-2 if kind == "whole" else -1)
@@ -209,8 +238,8 @@ def cut(
         cut_leaves(at, parts, run.leaves, prepared)
         capture(at, points, parts, latent, run.captured)
         for hook in hooks:
-            kept = None if keep is None else keep.get(hook)
-            at.hook(points[hook], partial(_cut, made=made, hook=hook, kept=kept, all=keep is None))
+            kept = None if keep is None else keep[hook]
+            at.hook(points[hook], partial(_cut, made=made, hook=hook, kept=kept))
         run.logits = model(
             prepared.tokens, return_type="logits", use_cache=False, **prepared.kwargs
         )
@@ -222,15 +251,15 @@ def cut(
 
 
 def _cut(
-    _: Any, args: Any, out: Tensor, *, made: CutPass, hook: str, kept: Tensor | None, all: bool
+    _: Any, args: Any, out: Tensor, *, made: CutPass, hook: str, kept: Tensor | None
 ) -> Tensor | None:
     if hook in made.tops:
         raise InputError(f"{hook} fires more than once in a pass; its units cannot be nodes")
     made.tops[hook] = out
-    if not all and (kept is None or not bool(kept.any())):
+    if kept is not None and not bool(kept.any()):
         return None
     leaf = made.leaves[hook] = out.detach().requires_grad_()
-    if all or kept is None:
+    if kept is None:
         return leaf.view_as(leaf)  # what follows may write in place, which no leaf allows
     units = made._units(hook, out)
     mask = made._raw(hook, kept[None, ..., None].to(out.device).expand_as(units).contiguous())

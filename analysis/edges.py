@@ -30,8 +30,8 @@ from torch import Tensor
 
 from lenslrp.analysis.block_pass import unembedding_at
 from lenslrp.analysis.circuits import DIRECTIONS
-from lenslrp.analysis.cut_pass import EMBEDDINGS, CutPass, coefficients, cut
-from lenslrp.analysis.nodes import GAP, Node, Units, masking, place_components, read
+from lenslrp.analysis.cut_pass import EMBEDDINGS, coefficients, cut
+from lenslrp.analysis.nodes import TARGET, Node, Units, masking, place_components, read
 from lenslrp.analysis.pairs import Pairs
 from lenslrp.analysis.path_patching import exact_edges
 from lenslrp.analysis.question import Passes
@@ -60,7 +60,7 @@ class EdgeScores:
     Attributes:
         method, direction: how they were found.
         components: hook point of upstream nodes -> component name, in the model's order.
-        into: the downstream nodes; :data:`~lenslrp.analysis.nodes.GAP` is the gap itself.
+        into: the downstream nodes; ``TARGET`` is the gap itself.
         values: upstream hook point -> [pair, into, unit], or [pair, into, pos, unit]; exactly 0
             where there can be no edge, NaN where ``"exact"`` was not asked.
         clean, corrupt: [pair], the gap of each run.
@@ -281,7 +281,7 @@ def _estimated(runs: _Runs, into: Iterable[Node] | None) -> _Found:
     ):
         runs.passes.forward += copies * len(pairs)
         for batch in _batches(downs, list(runs.hooks), copies):
-            flows = _flows(passed, [downs[i] for i in batch], here, len(pairs))
+            flows, _ = passed.into([downs[i] for i in batch], here)
             runs.passes.backward += len(batch) * len(pairs)
             for hook, g in flows.items():
                 if hook == EMBEDDINGS:
@@ -290,25 +290,6 @@ def _estimated(runs: _Runs, into: Iterable[Node] | None) -> _Found:
                 sums = torch.einsum("bpuf,kbpuf->bkpu", deltas[hook], g)
                 scores[hook][:, batch] = sums if runs.by_position else sums.sum(dim=2)
     return cache.target.value, value, downs, scores
-
-
-def _flows(
-    passed: CutPass, downs: Sequence[Node], here: Mapping[str, tuple[Units, Units]], pairs: int
-) -> dict[str, Tensor]:
-    """A backward pass in which the k-th copy of the pairs starts at the k-th node."""
-    seeds: dict[str, Tensor] = {}
-    target = torch.zeros(len(passed.values))
-    for k, down in enumerate(downs):
-        rows = slice(k * pairs, (k + 1) * pairs)
-        if down == GAP:
-            target[rows] = 1
-            continue
-        g = here[down.hook][1]
-        if down.hook not in seeds:
-            seeds[down.hook] = g.new_zeros(len(target), *g.shape[1:])
-        at = slice(None) if down.position is None else down.position
-        seeds[down.hook][rows, at, down.unit] = g[:, at, down.unit]
-    return passed.flows(seeds, target if bool(target.any()) else None)[0]
 
 
 def _batches(downs: Sequence[Node], hooks: list[str], size: int) -> Iterator[list[int]]:
@@ -333,12 +314,12 @@ def _downstream(runs: _Runs, deltas: Mapping[str, Units]) -> tuple[Node, ...]:
             f"there are {len(found)} downstream nodes, and each takes a backward pass: name those "
             "that you want with into=, or score_nodes() first"
         )
-    return (*found, GAP)
+    return (*found, TARGET)
 
 
 def _require(downs: Sequence[Node], deltas: Mapping[str, Units]) -> None:
     for node in downs:
-        if node == GAP:
+        if node == TARGET:
             continue
         if node.hook not in deltas:
             raise InputError(f"{node} is no node of these components")

@@ -65,8 +65,8 @@ class Node:
         return f"{self.hook}[{self.unit}]{place}"
 
 
-GAP = Node("gap", 0)
-"""Where all edges end: the gap between answer and rival."""
+TARGET = Node("target", 0)
+"""Where all edges end: what is explained."""
 
 
 def as_units(kind: Kind, x: Tensor, hook: str) -> Units:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lenslrp.analysis.nodes import (
     COMPONENTS,
-    GAP,
+    TARGET,
     Node,
     as_units,
     forward,
@@ -68,7 +68,7 @@ def exact_edges(
             direct = forward(model, base, pairs)
         passes.forward += len(pairs)
         for down in downs:
-            if down == GAP:
+            if down == TARGET:
                 effects[up, down] = direct - base_value
                 continue
             # Hook points of blocks that were replayed lie before the upstream node.

@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lenslrp.analysis.circuits import score_nodes
 from lenslrp.analysis.cut_pass import EMBEDDINGS, coefficients, cut
 from lenslrp.analysis.edges import Edge, score_edges
-from lenslrp.analysis.nodes import GAP, Node, place_components
+from lenslrp.analysis.nodes import TARGET, Node, place_components
 from lenslrp.analysis.pairs import Pairs
 from lenslrp.analysis.replaced import repeated
 from lenslrp.errors import InputError
@@ -108,7 +108,7 @@ def test_edges_that_cannot_exist_are_exactly_zero() -> None:
     possible = 0
     for hook, value in edges.values.items():
         for index, down in enumerate(edges.into):
-            if down == GAP:
+            if down == TARGET:
                 continue
             found = value[:, index]
             assert down.position is not None
@@ -137,7 +137,7 @@ def by_hand(model: TransformerBridge, pairs: Pairs, up: Node, down: Node) -> flo
         size = delta.shape[-1]
         columns = weight.detach()[:, up.unit * size : (up.unit + 1) * size]
         delta = torch.einsum("bpf,of->bpo", delta[:, :, up.unit], columns)
-    layer = "final" if down == GAP else down.hook.split(".")[1]
+    layer = "final" if down == TARGET else down.hook.split(".")[1]
     mlp = down.hook.endswith("mlp_out")
     at = {"final": "blocks.1.hook_resid_post"}.get(layer, f"blocks.{layer}.hook_resid_pre")
     if mlp:
@@ -159,7 +159,7 @@ def by_hand(model: TransformerBridge, pairs: Pairs, up: Node, down: Node) -> flo
 
     with torch.no_grad():
         before = gap(model, pairs, 0, pairs.corrupt)
-        if down == GAP:
+        if down == TARGET:
             with model.hooks(fwd_hooks=[(at, move)]):
                 return float(gap(model, pairs, 0, pairs.corrupt) - before)
         with model.hooks(fwd_hooks=[(at, move), (down.hook, read)]):
@@ -174,7 +174,7 @@ DOWNS = (
     Node("blocks.0.hook_mlp_out", 0),
     Node("blocks.1.attn.hook_z", 1),
     Node("blocks.1.hook_mlp_out", 0),
-    GAP,
+    TARGET,
 )
 
 
@@ -294,7 +294,7 @@ def test_transformer_lens_finds_the_same_edges_where_it_can() -> None:
 
     def node(given: Any) -> Node:
         if given.kind == "logits":
-            return GAP
+            return TARGET
         name = hooks[given.kind]
         name = name if given.layer is None else f"blocks.{given.layer}.{name}"
         return Node(name, given.head or 0, given.position)
@@ -309,7 +309,7 @@ def test_transformer_lens_finds_the_same_edges_where_it_can() -> None:
         compared += score != 0
     assert compared > 60
     for up, score in totals.items():
-        assert float(ours.score(node(up), GAP)) == pytest.approx(score, abs=1e-9)
+        assert float(ours.score(node(up), TARGET)) == pytest.approx(score, abs=1e-9)
 
 
 def test_what_cannot_be_asked_is_refused_by_name() -> None:
@@ -323,23 +323,23 @@ def test_what_cannot_be_asked_is_refused_by_name() -> None:
     refuses("one of denoising, noising, not 'both'", direction="both")
     refuses("composite is for method='relevance'", method="attribution", composite=RelP())
     refuses("only says which edges", method="exact")
-    refuses("only says which edges", only=[(UPS[0], GAP)])
+    refuses("only says which edges", only=[(UPS[0], TARGET)])
     refuses("nothing gets past it", components=("residual",))
     refuses("rows must be at least 1, not 0", rows=0)
     refuses("no node of these components", into=[Node("blocks.0.mlp.hook_post", 3)])
     refuses("has 2 units and 6 positions", into=[Node("blocks.0.attn.hook_z", 2)])
     refuses("at one position with by_position=True, and only then", method="exact",
-            only=[(Node("hook_embed", 0, 3), GAP)])  # fmt: skip
+            only=[(Node("hook_embed", 0, 3), TARGET)])  # fmt: skip
     with pytest.raises(InputError, match="no pairs"):
         score_edges(model, pairs[:0])
     with pytest.raises(InputError, match="was not scored"):
-        score_edges(model, pairs, into=[GAP]).score(UPS[0], DOWNS[0])
+        score_edges(model, pairs, into=[TARGET]).score(UPS[0], DOWNS[0])
 
 
 def test_chosen_downstream_nodes_alone_and_in_any_order() -> None:
     model, pairs = tiny("llama"), some_pairs()
     whole = score_edges(model, pairs, direction="noising")
-    into = [GAP, DOWNS[3], DOWNS[0]]
+    into = [TARGET, DOWNS[3], DOWNS[0]]
     some = score_edges(model, pairs, direction="noising", into=into, rows=3)
     for hook, value in some.values.items():
         index = [whole.into.index(node) for node in into]
