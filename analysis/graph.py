@@ -68,7 +68,7 @@ class AttributionGraph:
             (0 to 1), ``rest`` (relevance from nodes and edges that are not shown) and, for each
             term of the ledger, what was absorbed.
         edges: ``source``, ``target`` (ids) and ``relevance``, in units of the target.
-        str_tokens: the prompt.
+        str_tokens, token_ids: the prompt.
         explained: the target and its value.
         token: id of the token that is explained, ``None`` where it is not one; ``probability``:
             the model's, of it.
@@ -81,6 +81,7 @@ class AttributionGraph:
     nodes: pd.DataFrame
     edges: pd.DataFrame
     str_tokens: list[str]
+    token_ids: list[int]
     explained: Explained
     token: int | None
     probability: float
@@ -125,11 +126,18 @@ class AttributionGraph:
             graph.add_edge(edge["source"], edge["target"], relevance=edge["relevance"])
         return graph
 
-    def to_neuronpedia(self, path: str | Path, *, slug: str = "lenslrp") -> Path:
-        """Write Neuronpedia's attribution-graph JSON; see :mod:`lenslrp.analysis.graph_export`."""
+    def to_neuronpedia(
+        self, path: str | Path, *, slug: str = "lenslrp", model_id: str | None = None
+    ) -> Path:
+        """Write Neuronpedia's attribution-graph JSON; see :mod:`lenslrp.analysis.graph_export`.
+
+        Args:
+            slug: the graph's name there.
+            model_id: Neuronpedia's name of the model; by default the model's own, in lower case.
+        """
         from lenslrp.analysis.graph_export import write_neuronpedia
 
-        return write_neuronpedia(self, Path(path), slug=slug)
+        return write_neuronpedia(self, Path(path), slug=slug, model_id=model_id)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """The zoomable picture as HTML without remote assets; a whole page, with ``path``."""
@@ -226,6 +234,7 @@ def attribution_graph(
             {"source": ids[ups], "target": ids[downs], "relevance": made.amounts[downs, ups]}
         ),
         str_tokens=cache.str_tokens[0],
+        token_ids=cache.token_ids[0].tolist(),
         explained=cache.target,
         token=made.token,
         probability=made.probability,

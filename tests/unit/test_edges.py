@@ -17,6 +17,7 @@ from lenslrp.analysis.edges import Edge, score_edges
 from lenslrp.analysis.nodes import TARGET, Node, place_components
 from lenslrp.analysis.pairs import Pairs
 from lenslrp.analysis.replaced import repeated
+from lenslrp.analysis.transformer_lens_results import to_transformer_lens
 from lenslrp.errors import InputError
 from lenslrp.hooks import CPLRP, AttnLRP, Composite, GradientTimesInput, RelP
 from lenslrp.inputs import prepare
@@ -288,28 +289,35 @@ def test_transformer_lens_finds_the_same_edges_where_it_can() -> None:
     theirs = attribution_patch(
         model, pairs.clean, pairs.corrupt, lambda x: pairs.gap(x)[0], EdgeAttributionConfig("edge")
     )
-    hooks = {"embed": "hook_embed", "attn_head_out": "attn.hook_z", "mlp_out": "hook_mlp_out",
-             "mlp_in": "hook_mlp_out", "q_input": "attn.hook_q", "k_input": "attn.hook_k",
-             "v_input": "attn.hook_v"}  # fmt: skip
+    found = to_transformer_lens(ours)
+    expected = {edge: score for edge, score in theirs.edge_scores.items() if abs(score) > 1e-12}
+    assert len(expected) > 60 and set(expected) <= set(found.edge_scores)
+    for edge, score in found.edge_scores.items():
+        assert score == pytest.approx(theirs.edge_scores[edge], abs=1e-9), edge
+    nodes = score_nodes(model, pairs, method="attribution", components=names[:3], by_position=True)
+    alone = to_transformer_lens(nodes)
+    assert set(alone.node_scores) == set(theirs.node_scores)
+    for node, score in theirs.node_scores.items():
+        assert alone.node_scores[node] == pytest.approx(score, abs=1e-9), node
+        assert found.node_scores.get(node, 0.0) == pytest.approx(score, abs=1e-9), node
+    assert found.top_edges(3) == [
+        (*edge, pytest.approx(score, abs=1e-9)) for *edge, score in theirs.top_edges(3)
+    ]
 
-    def node(given: Any) -> Node:
-        if given.kind == "logits":
-            return TARGET
-        name = hooks[given.kind]
-        name = name if given.layer is None else f"blocks.{given.layer}.{name}"
-        return Node(name, given.head or 0, given.position)
 
-    compared = 0
-    totals: dict[Any, float] = {}
-    for (up, down), score in theirs.edge_scores.items():
-        if down.kind == "logits":
-            totals[up] = totals.get(up, 0.0) + score
-            continue
-        assert float(ours.score(node(up), node(down))) == pytest.approx(score, abs=1e-9)
-        compared += score != 0
-    assert compared > 60
-    for up, score in totals.items():
-        assert float(ours.score(node(up), TARGET)) == pytest.approx(score, abs=1e-9)
+def test_what_transformer_lens_has_no_place_for_is_refused_by_name() -> None:
+    model, pairs = tiny("llama"), one_pair()
+    with pytest.raises(InputError, match="by_position=True"):
+        to_transformer_lens(score_nodes(model, pairs, components=["heads"]))
+    with pytest.raises(InputError, match="'neurons' is no node of TransformerLens; tokens, heads"):
+        to_transformer_lens(score_nodes(model, pairs, components=["neurons"], by_position=True))
+    with pytest.raises(InputError, match="no edges into blocks.0.attn.hook_z"):
+        to_transformer_lens(score_edges(model, pairs, by_position=True))
+    grouped = score_edges(
+        model, pairs, components=("tokens", "heads", "mlp", "q", "k", "v"), by_position=True
+    )
+    keys = [edge for edge in to_transformer_lens(grouped).edge_scores if edge[1].kind == "k_input"]
+    assert keys and {down.head for _, down in keys} == {0}  # one group of two heads
 
 
 def test_what_cannot_be_asked_is_refused_by_name() -> None:

@@ -69,7 +69,7 @@ def test_a_pruned_graph_still_closes_and_says_what_is_not_shown(direct: bool) ->
 def test_nodes_that_go_conduct_as_if_they_had_never_been_chosen() -> None:
     model = tiny("llama")
     graph = attribution_graph(model, TOKENS, Logit(5), k=24, node_share=0.7, edge_share=1.0)
-    assert 6 < len(graph.nodes) - 7 < 24
+    assert 3 < len(graph.nodes) - 7 < 24
     assert (graph.nodes["rest"].abs() < 1e-12).all() and graph.error < 1e-9
     out = graph.edges.groupby("source")["relevance"].sum()
     for node in graph.nodes.iloc[:-1].to_dict("records"):
