@@ -210,7 +210,7 @@ def attribution_graph(
         model, hooks, input=input, target=wanted, composite=rules, prepend_bos=prepend_bos,
         ledger=False,
     )  # fmt: skip
-    chosen = _choose(here, k, share)
+    chosen = choose_nodes(here, k, share)
     build = partial(_build, model, prepared, wanted, hooks, rules, here, cache, rows, direct)
     made = build(chosen)
     stays = influential(made.amounts, made.sinks, made.fixed, node_share)
@@ -292,7 +292,7 @@ def _build(
     chosen: Sequence[Node],
 ) -> _Made:
     copies = min(rows, len(chosen) + 1)
-    keep = None if direct else _masks(chosen, here)
+    keep = None if direct else node_masks(chosen, here)
     tokens, layers = cache.str_tokens[0], int(model.cfg.n_layers)
     with cut(
         model, repeated(prepared, copies), target, hooks, rules, keep=keep, books=True
@@ -330,7 +330,7 @@ def _check(
             raise InputError(f"{name} must be above 0 and at most 1, not {value}")
 
 
-def _choose(here: _Here, k: int, share: float) -> list[Node]:
+def choose_nodes(here: _Here, k: int, share: float) -> list[Node]:
     """The most relevant nodes, in the order in which the model computes them."""
     sizes = {hook: (x * g)[0].sum(dim=-1).abs().double().cpu() for hook, (x, g) in here.items()}
     flat = torch.cat([size.flatten() for size in sizes.values()])
@@ -347,7 +347,7 @@ def _choose(here: _Here, k: int, share: float) -> list[Node]:
     return sorted(found, key=lambda n: (order[n.hook], n.position or 0, n.unit))
 
 
-def _masks(chosen: Sequence[Node], here: _Here) -> dict[str, Tensor]:
+def node_masks(chosen: Sequence[Node], here: _Here) -> dict[str, Tensor]:
     masks = {hook: torch.zeros(x.shape[1:3], dtype=torch.bool) for hook, (x, _) in here.items()}
     for node in chosen:
         masks[node.hook][node.position, node.unit] = True
