@@ -21,6 +21,7 @@ ABREAST = 5
 MARGIN = 74.0
 """On the left, where rows are named."""
 
+_NAMED = {"token": "tokens", "target": "target"}
 _ORDER = {"token": 0, "attention": 1, "head": 1, "mlp": 2, "neuron": 2, "target": 3}
 
 
@@ -71,7 +72,7 @@ def lay_out(nodes: pd.DataFrame) -> Layout:
     for key in sorted(lines):
         heights[key] = bottom
         middle = bottom + (lines[key] - 1) * LINE / 2
-        name = kinds[key] if key[1] in (0, 3) else f"{kinds[key]}s {key[0]}"
+        name = _NAMED.get(kinds[key]) or f"{kinds[key]}s {key[0]}"
         rows.append((name, middle))
         bottom += lines[key] * LINE + GAP_Y
     height = bottom - GAP_Y + 2 * LINE
