@@ -46,7 +46,7 @@ def graph_figure(graph: AttributionGraph, theme: Theme | None = None) -> Figure:
     for node in graph.nodes.to_dict("records"):
         x, y = layout.places[node["id"]]
         size = 0.0 if node["kind"] in ("token", "target") else HEIGHT * 0.45
-        shade = colours(0.5 + 0.32 * max(-1.0, min(1.0, node["relevance"] / scale)))
+        shade = colours(0.5 + 0.26 * max(-1.0, min(1.0, node["relevance"] / scale)))
         axes.add_patch(
             FancyBboxPatch(
                 (x - WIDTH / 2 + size, y - HEIGHT / 2 + size),
