@@ -39,6 +39,7 @@ from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.sites import TERMS
 from lenslrp.inputs import Prepared, is_encoder_decoder, str_token
 from lenslrp.targets import Explained, Outputs, PerRow, Target, Top, as_target
+from lenslrp.targets import Sequence as Span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -198,7 +199,7 @@ def attribution_graph(
     wanted = as_target(target, model.tokenizer, 1, media.labels_of(model))
     if isinstance(wanted, PerRow):
         wanted = wanted.targets[0]
-    append = getattr(wanted, "ids", lambda _: [])(model.tokenizer)
+    append = wanted.ids(model.tokenizer) if isinstance(wanted, Span) else []
     prepared = media.prepare(
         model, input, {}, append=append, prepend_bos=prepend_bos, attention_mask=None,
         inputs_embeds=None, decoder_input=None,

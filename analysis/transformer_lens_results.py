@@ -12,6 +12,8 @@ value is the number of its group.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 from transformer_lens.tools.analysis.attribution_patching import AttributionResult, NodeKind
 from transformer_lens.tools.analysis.attribution_patching import Node as LensNode
@@ -42,7 +44,7 @@ def to_transformer_lens(scores: NodeScores | EdgeScores) -> AttributionResult:
     return _edges(scores)
 
 
-def _nodes(values: dict[str, Tensor], components: dict[str, str]) -> dict[LensNode, float]:
+def _nodes(values: Mapping[str, Tensor], components: Mapping[str, str]) -> dict[LensNode, float]:
     found = {}
     for hook, value in values.items():
         mean = value.double().mean(dim=0)
