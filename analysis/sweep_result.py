@@ -129,7 +129,7 @@ class SweepResult:
             layer = swept[0]
         if layer is None or layer not in swept:
             raise InputError(f"layer is {layer}: choose one of {', '.join(map(str, swept))}")
-        figure, panels = new_figure(3.1 * len(metrics), 3.0, theme, len(metrics))
+        figure, panels = new_figure(2.7 * len(metrics), 2.9, theme, len(metrics))
         for axes, metric in zip(panels, metrics, strict=True):
             self._panel(axes, metric, layer, theme)
         panels[0].legend(frameon=False, fontsize=8, labelcolor=theme.ink)
