@@ -3,7 +3,7 @@
     python benchmarks/gallery.py [report] [difference] [photograph] [neuron] [steering]
 
 Each is what the library itself draws, in its light and its dark theme; pages of HTML are taken by a
-headless Chromium. `photograph` needs scikit-image, `steering` what `steering.py astronomy` found.
+headless Chromium. `photograph` needs scikit-image, `steering` takes two minutes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from photographs import cifar, classifier, explain, photographs
 from PIL import Image
-from steering import SEED
+from steering import OPENINGS, astronomy, speaks_of
 
 import lenslrp
 from lenslrp.analysis import NeuronDictionary, SweepResult
@@ -86,11 +85,15 @@ def neuron() -> Picture:
 
 
 def steering() -> Picture:
-    """As `steering.py` found it."""
-    found = Path(__file__).parent / "results" / "steering-astronomy.csv"
-    frame = pd.read_csv(found).rename(columns={"said": "texts about the sky"})
-    result = SweepResult(frame, SEED)
-    return lambda theme: result.plot(("texts about the sky", "nll"), theme=theme)
+    """The sweep of tutorial 07."""
+    openings = [OPENINGS[i] for i in (0, 1, 3, 7, 9, 12, 14, 16, 20, 24)]
+    result = astronomy(smollm2(), openings, new_tokens=12)
+    return lambda theme: drawn(result, theme)
+
+
+def drawn(result: SweepResult, theme: Theme) -> Figure:
+    said = result.scored("texts about the sky", speaks_of("astronomy"))
+    return said.plot(("texts about the sky", "nll"), theme=theme)
 
 
 PICTURES = {f.__name__: f for f in (report, difference, photograph, neuron, steering)}
