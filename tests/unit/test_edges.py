@@ -371,17 +371,17 @@ def test_a_cut_pass_leaves_nothing_behind_even_after_an_exception() -> None:
     prepared = prepare(
         model, TOKENS, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
     )
+    _, found = coefficients(model, hooks, input=TOKENS, target=Logit(5), composite=AttnLRP())
     before = snapshot(model)
 
     def fail() -> None:
         with cut(model, prepared, Logit(5), hooks, AttnLRP()) as passed:
-            passed.into([TARGET], coefficients(model, hooks, input=TOKENS, target=Logit(5))[1])
+            passed.into([TARGET], found)
             raise RuntimeError("inside")
 
     with pytest.raises(RuntimeError, match="inside"):
         fail()
     assert changes(before, model) == []
-    _, found = coefficients(model, hooks, input=TOKENS, target=Logit(5), composite=AttnLRP())
     with cut(model, prepared, Logit(5), hooks, AttnLRP()) as passed:
         first, _ = passed.into([TARGET], found)
         again, _ = passed.into([TARGET], found)
