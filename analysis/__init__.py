@@ -43,7 +43,8 @@ if TYPE_CHECKING:
         save_control_vector,
         save_steering,
     )
-    from lenslrp.analysis.steering_sweep import SweepResult, sweep
+    from lenslrp.analysis.steering_sweep import sweep
+    from lenslrp.analysis.sweep_result import SweepResult
     from lenslrp.analysis.tasks import TASKS, Example, Task, Unfit, image_task
     from lenslrp.analysis.transformer_lens_results import to_transformer_lens
     from lenslrp.analysis.unit_page import page_html, write_page
@@ -79,7 +80,8 @@ _HOMES = {
         "save_control_vector",
         "save_steering",
     ),
-    "steering_sweep": ("SweepResult", "sweep"),
+    "steering_sweep": ("sweep",),
+    "sweep_result": ("SweepResult",),
     "transformer_lens_results": ("to_transformer_lens",),
     "unit_page": ("page_html", "write_page"),
     "units": ("Direction", "Feature", "Head", "Neuron", "Unit", "parse_unit"),

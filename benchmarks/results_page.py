@@ -19,12 +19,12 @@ from results import ROOT, RUNS, RUNS_OF, SEED
 
 from lenslrp.analysis.baselines import METHODS
 from lenslrp.analysis.plots import LIGHT, new_figure
-from lenslrp.analysis.results import Results
+from lenslrp.analysis.results import PARQUET, Results
 
 PAGE = ROOT / "docs" / "results.md"
 IMAGES = ROOT / "docs" / "images"
 MEASURED = ROOT / "docs" / "results"
-"""What other scripts measured: a JSON file each, ``{"rows": [...], ...}``."""
+"""What other scripts measured: a JSON file each, table -> ``{"rows": [...], ...}``."""
 
 TASKS: Mapping[str, tuple[str, str, str]] = {
     "next_word": ("next word", "area", "zero+first"),
@@ -49,7 +49,7 @@ SHOWN = ("attnlrp", "cp_lrp", "relp", "gradient_x_attention_rollout", "atman",
 
 def runs_of(task: str) -> list[Results]:
     """The run of a task and, where there is one, that of the slow methods."""
-    folders = [RUNS / name for name in (task, f"{task}-slow") if (RUNS / name).exists()]
+    folders = [RUNS / name for name in (task, f"{task}-slow") if (RUNS / name / PARQUET).exists()]
     return [Results.read(folder) for folder in folders]
 
 
@@ -148,11 +148,16 @@ def costs() -> str:
     return markdown(["method", "forward, backward", *(TASKS[t][0] for t in tables)], rows)
 
 
-def measured(name: str) -> str:
-    """The rows of another script's file."""
-    rows = json.loads((MEASURED / f"{name}.json").read_text(encoding="utf-8"))["rows"]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return markdown(columns, ([_shown(row.get(c, "")) for c in columns] for row in rows))
+def measured() -> dict[str, str]:
+    """Every table of the other scripts' files, as ``file table``."""
+    found = {}
+    for path in sorted(MEASURED.glob("*.json")):
+        for name, table in json.loads(path.read_text(encoding="utf-8")).items():
+            rows = table["rows"]
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            shown = ([_shown(row.get(column, "")) for column in columns] for row in rows)
+            found[f"{path.stem} {name}"] = markdown(columns, shown)
+    return found
 
 
 def _shown(value: Any) -> str:
@@ -217,16 +222,16 @@ def main() -> None:
         "summary": partial(summary, every),
         "costs": costs,
         **{task: partial(task_table, task) for task in every},
-        **{path.stem: partial(measured, path.stem) for path in sorted(MEASURED.glob("*.json"))},
     }
     text = PAGE.read_text(encoding="utf-8")
-    for name, made in blocks.items():
+    written = {**{name: made() for name, made in blocks.items()}, **measured()}
+    for name, table in written.items():
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
         if begin not in text or end not in text:
             print(f"{PAGE.name} has no place for {name}")
             continue
         before, rest = text.split(begin, 1)
-        text = f"{before}{begin}\n{made()}\n\n{end}{rest.split(end, 1)[1]}"
+        text = f"{before}{begin}\n{table}\n\n{end}{rest.split(end, 1)[1]}"
     PAGE.write_text(text, encoding="utf-8")
     draw_leads(every)
     draw_curves()
