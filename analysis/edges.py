@@ -132,6 +132,18 @@ class EdgeScores:
         order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
         return frame.loc[order[:k]].reset_index(drop=True)
 
+    def best(self, k: int = 10) -> list[Edge]:
+        """The ends of :meth:`top`'s edges, as ``only=`` takes them."""
+        downs = {str(node): node for node in self.into}
+        return [
+            (
+                Node(row["hook"], int(row["unit"]),
+                     int(row["position"]) if self.by_position else None),
+                downs[row["to"]],
+            )
+            for row in self.top(k).to_dict("records")
+        ]  # fmt: skip
+
 
 def score_edges(
     model: Any,

@@ -25,7 +25,7 @@ import lenslrp
 from lenslrp.analysis.circuits import score_nodes
 from lenslrp.analysis.cut_pass import coefficients, cut
 from lenslrp.analysis.edges import score_edges
-from lenslrp.analysis.graph import choose_nodes, node_masks
+from lenslrp.analysis.graph_flows import choose_nodes, node_masks
 from lenslrp.analysis.nodes import TARGET, Node, place_components
 from lenslrp.analysis.pairs import template_pairs
 from lenslrp.analysis.replaced import repeated

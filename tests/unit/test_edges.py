@@ -23,7 +23,7 @@ from lenslrp.hooks import CPLRP, AttnLRP, Composite, GradientTimesInput, RelP
 from lenslrp.inputs import prepare
 from lenslrp.targets import Logit
 from tests.unit.test_circuits import gap, some_pairs
-from tests.unit.tiny import tiny
+from tests.unit.tiny import changes, snapshot, tiny
 
 TOKENS = torch.tensor([[3, 17, 5, 17, 8, 11]])
 FAMILIES = ("llama", "gpt2", "qwen3", "gemma2", "phi", "neox")
@@ -354,6 +354,8 @@ def test_chosen_downstream_nodes_alone_and_in_any_order() -> None:
         assert torch.allclose(value, whole.values[hook][:, index], rtol=0, atol=1e-12)
     assert some.passes.backward == len(pairs) * (1 + len(into))
     frame = whole.top(3)
+    means = [float(whole.score(*edge).mean()) for edge in whole.best(3)]
+    assert means == pytest.approx(frame["score"].tolist())
     assert list(frame["score"].abs()) == sorted(frame["score"].abs(), reverse=True)
     assert frame.loc[0, "to"] in {str(node) for node in whole.into}
     gradient = score_edges(model, pairs, method="attribution", direction="noising")
@@ -361,3 +363,26 @@ def test_chosen_downstream_nodes_alone_and_in_any_order() -> None:
     for hook, value in gradient.values.items():
         assert torch.equal(value, given.values[hook])
         assert not torch.allclose(value, whole.values[hook])
+
+
+def test_a_cut_pass_leaves_nothing_behind_even_after_an_exception() -> None:
+    model = tiny("llama")
+    hooks = place_components(model, ("heads", "neurons"))
+    prepared = prepare(
+        model, TOKENS, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
+    )
+    _, found = coefficients(model, hooks, input=TOKENS, target=Logit(5), composite=AttnLRP())
+    before = snapshot(model)
+
+    def fail() -> None:
+        with cut(model, prepared, Logit(5), hooks, AttnLRP()) as passed:
+            passed.into([TARGET], found)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert changes(before, model) == []
+    with cut(model, prepared, Logit(5), hooks, AttnLRP()) as passed:
+        first, _ = passed.into([TARGET], found)
+        again, _ = passed.into([TARGET], found)
+        assert all(torch.equal(first[hook], again[hook]) for hook in first)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import lenslrp
-from lenslrp.analysis.graph import ABSORBED, AttributionGraph, attribution_graph
+from lenslrp.analysis.graph import AttributionGraph, attribution_graph
+from lenslrp.analysis.graph_flows import ABSORBED
 from lenslrp.analysis.graph_pruning import influences, influential, strongest
 from lenslrp.errors import InputError
 from lenslrp.hooks import CPLRP, AttnLRP, Composite, RelP
