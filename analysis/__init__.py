@@ -1,4 +1,4 @@
-"""What relevance means: units and their vocabulary, lenses, plots and reports.
+"""What relevance means: units and their vocabulary, lenses, evaluation, plots and reports.
 
 Imported as ``lenslrp.analysis``; the folder is named ``analysis`` at the top of the repository.
 Public names are imported when first used, as in :mod:`lenslrp`.
@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from lenslrp.analysis.coders import SparseCoder
     from lenslrp.analysis.conditions import through
     from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.analysis.evaluation import Perturbation, evaluate
     from lenslrp.analysis.exports import export_html, export_neuronpedia
     from lenslrp.analysis.launch import build_distributed, build_with_ray
     from lenslrp.analysis.lens import Lens
     from lenslrp.analysis.lens_fit import compare_lenses, fit_relevance_lens, fit_ridge_lens
     from lenslrp.analysis.page import Page
+    from lenslrp.analysis.results import Results
+    from lenslrp.analysis.tasks import TASKS, Example, Task, Unfit, image_task
     from lenslrp.analysis.unit_page import page_html, write_page
     from lenslrp.analysis.units import Direction, Feature, Head, Neuron, Unit, parse_unit
     from lenslrp.analysis.vocabulary import VocabularyScores, cosines, reads, sign_cases, writes
@@ -26,11 +29,14 @@ _HOMES = {
     "coders": ("SparseCoder",),
     "conditions": ("through",),
     "dictionary": ("NeuronDictionary",),
+    "evaluation": ("Perturbation", "evaluate"),
     "exports": ("export_html", "export_neuronpedia"),
     "launch": ("build_distributed", "build_with_ray"),
     "lens": ("Lens",),
     "lens_fit": ("compare_lenses", "fit_relevance_lens", "fit_ridge_lens"),
     "page": ("Page",),
+    "results": ("Results",),
+    "tasks": ("TASKS", "Example", "Task", "Unfit", "image_task"),
     "unit_page": ("page_html", "write_page"),
     "units": ("Direction", "Feature", "Head", "Neuron", "Unit", "parse_unit"),
     "vocabulary": ("VocabularyScores", "cosines", "reads", "sign_cases", "writes"),
@@ -38,8 +44,10 @@ _HOMES = {
 
 __all__ = [
     "METHODS",
+    "TASKS",
     "Attribution",
     "Direction",
+    "Example",
     "Feature",
     "Head",
     "Lens",
@@ -47,7 +55,11 @@ __all__ = [
     "Neuron",
     "NeuronDictionary",
     "Page",
+    "Perturbation",
+    "Results",
     "SparseCoder",
+    "Task",
+    "Unfit",
     "Unit",
     "VocabularyScores",
     "attribute",
@@ -55,10 +67,12 @@ __all__ = [
     "build_with_ray",
     "compare_lenses",
     "cosines",
+    "evaluate",
     "export_html",
     "export_neuronpedia",
     "fit_relevance_lens",
     "fit_ridge_lens",
+    "image_task",
     "page_html",
     "parse_unit",
     "reads",

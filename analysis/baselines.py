@@ -132,11 +132,6 @@ def attribute(
         InputError: an unknown method or option; what cannot be explained; a missing extra.
         CoverageError: an operation on the path has no rule, for methods that attach rules.
     """
-    chosen = as_method(method)
-    unknown = [name for name in options if name not in chosen.options]
-    if unknown:
-        known = ", ".join(chosen.options) or "none"
-        raise InputError(f"{chosen.name} has no option {unknown[0]!r}; its options: {known}")
     question = ask(
         model,
         input,
@@ -148,6 +143,19 @@ def attribute(
         pixel_values=pixel_values,
         chunk=chunk,
     )
+    return answer(method, question, seed=seed, **options)
+
+
+def answer(
+    method: str | Method | Composite, question: Question, *, seed: int = 0, **options: Any
+) -> Attribution:
+    """What a method says of an input and a target that are resolved already; see
+    :func:`attribute`."""
+    chosen = as_method(method)
+    unknown = [name for name in options if name not in chosen.options]
+    if unknown:
+        known = ", ".join(chosen.options) or "none"
+        raise InputError(f"{chosen.name} has no option {unknown[0]!r}; its options: {known}")
     found = chosen.function(question, seed=seed, **options).detach()
     found = found.to(torch.promote_types(question.inputs.dtype, torch.float32))
     pixels = found if found.shape == question.inputs.shape and found.ndim == 4 else None

@@ -150,7 +150,7 @@ class BlockPass:
         target, aims, spans = self._aim(block)
         stack.enter_context(only_through(self.model, self.through))
         if isinstance(target, Recorded):
-            stack.enter_context(_unembedding_at(self.model, target.positions))
+            stack.enter_context(unembedding_at(self.model, target.positions))
 
         def deliver(hook: str, x: Tensor, g: Tensor) -> None:
             x, g = unflattened(x, block), unflattened(g, block)
@@ -254,8 +254,11 @@ def _reading(point: nn.Module, read: Callable[[Tensor], None]) -> Iterator[None]
 
 
 @contextmanager
-def _unembedding_at(model: Any, positions: Tensor) -> Iterator[None]:
-    """Unembed one position a row. Models whose head is another component keep all positions."""
+def unembedding_at(model: Any, positions: Tensor) -> Iterator[None]:
+    """Unembed one position a row (``positions`` [row]), or k (``positions`` [row, k]).
+
+    Models whose head is another component keep all positions.
+    """
     unembed = getattr(model, "_modules", {}).get("unembed")
     if not isinstance(unembed, UnembeddingBridge):
         yield
@@ -265,8 +268,8 @@ def _unembedding_at(model: Any, positions: Tensor) -> Iterator[None]:
         if not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
             return None
         x = args[0]
-        rows = torch.arange(len(x), device=x.device)
-        return (x[rows, positions.to(x.device)][:, None], *args[1:])
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        return (x[rows, positions.to(x.device).reshape(len(x), -1)], *args[1:])
 
     handle = unembed.register_forward_pre_hook(pick)
     try:

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from bootstrap import interval
 from tqdm import tqdm
 
 import lenslrp
 from lenslrp.analysis.baselines import METHODS, attribute
 from lenslrp.analysis.question import Passes, ask
+from lenslrp.analysis.statistics import interval
 
 LENGTH = 64
 STABLE = (

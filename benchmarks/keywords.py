@@ -24,11 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from bootstrap import RESAMPLES, interval
 from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
+from lenslrp.analysis.spans import Spans, overlap, token_spans
+from lenslrp.analysis.statistics import RESAMPLES, interval
 
 PROMPTS = Path(__file__).with_name("keyword_prompts.json")
 METHODS: dict[str, Callable[[], object]] = {
@@ -37,8 +38,6 @@ METHODS: dict[str, Callable[[], object]] = {
     "Gradient x Input": lenslrp.GradientTimesInput,
 }
 RANDOM = "random"
-
-Spans = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -80,22 +79,6 @@ def read_prompts(path: Path = PROMPTS) -> list[Prompt]:
     return [Prompt(e["kind"], e["prompt"], e["target"], tuple(e["keywords"])) for e in entries]
 
 
-def token_spans(model: TransformerBridge, prompt: str, token_ids: list[int]) -> Spans:
-    """Character span of each token; a prepended token has the empty span (0, 0)."""
-    encoded = model.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-    extra = len(token_ids) - len(encoded["input_ids"])
-    if extra < 0 or token_ids[extra:] != encoded["input_ids"]:
-        raise ValueError(f"the tokens explained are not those of {prompt!r}")
-    return [(0, 0)] * extra + [(start, end) for start, end in encoded["offset_mapping"]]
-
-
-def is_key(tokens: Spans, keywords: Spans) -> NDArray[np.bool_]:
-    """Whether each token [pos] shares at least one character with a key word."""
-    return np.array(
-        [any(start < stop and begin < end for begin, stop in keywords) for start, end in tokens]
-    )
-
-
 def judge(relevance: NDArray[np.float64], key: NDArray[np.bool_], words: list[str]) -> Outcome:
     """The outcome of one relevance vector [pos] (in logits) given the key tokens [pos]."""
     order = np.argsort(-relevance, kind="stable")
@@ -130,8 +113,8 @@ def outcomes_of(model: TransformerBridge, prompts: Iterable[Prompt]) -> dict[str
                 composite=composite(),
                 names_filter=[],
             )
-            spans = token_spans(model, prompt.prompt, relevance.token_ids[0].tolist())
-            key = is_key(spans, prompt.keyword_spans())
+            spans = token_spans(model.tokenizer, prompt.prompt, relevance.token_ids[0].tolist())
+            key = overlap(spans, prompt.keyword_spans())
             values = relevance.tokens[0].double().numpy()
             outcomes[name].append(judge(values, key, relevance.str_tokens[0]))
         outcomes[RANDOM].append(judge_random(key))

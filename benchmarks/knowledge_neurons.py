@@ -55,13 +55,14 @@ from knowledge_scores import (
     top_neurons,
     write_norms,
 )
-from resume import RESULTS, resumed
 from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
+from lenslrp.analysis.journal import resumed
 
+RESULTS = Path(__file__).with_name("results")  # ignored by git
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ROOT.parent / "shared" / "data" / "wikipedia_paragraphs.jsonl"
 CACHE = RESULTS / "knowledge_neurons"

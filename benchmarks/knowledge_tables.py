@@ -14,9 +14,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from bootstrap import RESAMPLES, bootstrap, interval
 from knowledge_scores import METHODS, RANDOM, Fact
 from numpy.typing import NDArray
+
+from lenslrp.analysis.statistics import RESAMPLES, bootstrap, interval
 
 Values = NDArray[np.float64]
 LOGIT, LOG_PROB, RANK = 0, 1, 2

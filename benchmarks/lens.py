@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from bootstrap import bootstrap
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
@@ -32,6 +31,7 @@ from lenslrp.analysis import (
     fit_ridge_lens,
     writes,
 )
+from lenslrp.analysis.statistics import bootstrap
 
 HELD_OUT = 0.2  # the last share of the file: other articles, as neighbours share theirs
 

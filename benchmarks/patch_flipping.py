@@ -26,16 +26,18 @@ from typing import Any
 import cifar
 import numpy as np
 import torch
-from bootstrap import RESAMPLES, interval
 from cifar_head import classifier, hugging_face_model, summed_pixels
 from numpy.typing import NDArray
-from resume import RESULTS, resumed
 from tqdm import tqdm
 from transformers import ViTForImageClassification
 
 import lenslrp
+from lenslrp.analysis import statistics
+from lenslrp.analysis.journal import resumed
+from lenslrp.analysis.statistics import RESAMPLES, interval
 from lenslrp.hooks import Composite, Gamma
 
+RESULTS = Path(__file__).with_name("results")  # ignored by git
 METHODS: dict[str, Callable[[], Composite]] = {
     "gamma": lenslrp.AttnLRPViT,
     "epsilon": lenslrp.AttnLRP,
@@ -149,7 +151,7 @@ def curves(
 def area(pair: list[list[float]]) -> float:
     """Between LeRF and MoRF, in logits, over the share of patches flipped."""
     morf, lerf = (np.array(curve) for curve in pair)
-    return float(np.trapezoid(lerf - morf, dx=1 / (len(morf) - 1)))
+    return statistics.area(lerf - morf)
 
 
 def measure(options: argparse.Namespace, images: cifar.Images) -> list[dict[str, Any]]:

@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import string
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,20 +31,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from bootstrap import RESAMPLES, interval
-from numpy.typing import NDArray
-from resume import RESULTS, resumed
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
 from lenslrp import targets
+from lenslrp.analysis.journal import resumed
+from lenslrp.analysis.spans import Spans, ious, normalise, occurrences, overlap, words_of
+from lenslrp.analysis.statistics import RESAMPLES, interval
+from lenslrp.analysis.tasks import QUESTION, generate
 
+RESULTS = Path(__file__).with_name("results")  # ignored by git
 MODEL = "flan-t5-small-titles"
-TEMPLATE = "Please answer a question about the following article:\n\n{context}\n\n{question}"
+TEMPLATE = QUESTION[True]
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data" / "squad_dev.jsonl"
-LONGEST_ANSWER = 32
 RANDOM_ORDERS = 200
 
 METHODS: dict[str, Callable[[], lenslrp.Composite]] = {
@@ -55,8 +54,6 @@ METHODS: dict[str, Callable[[], lenslrp.Composite]] = {
     "Gradient x Input": lenslrp.GradientTimesInput,
 }
 RANDOM = "random"
-Spans = list[tuple[int, int]]
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -72,31 +69,11 @@ class Item:
     relevance: dict[str, list[float]]  # method -> of the paragraph's tokens
 
 
-def normalise(text: str) -> str:
-    """SQuAD's: lower case, no punctuation, no articles, single spaces."""
-    kept = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
-
-
-def generate(model: TransformerBridge, prompt: str) -> list[int]:
-    """The greedy answer, without its start and end tokens."""
-    encoded = model.tokenizer(prompt, return_tensors="pt")
-    with torch.no_grad():
-        written = model.original_model.generate(
-            encoded.input_ids,
-            attention_mask=encoded.attention_mask,
-            max_new_tokens=LONGEST_ANSWER,
-            do_sample=False,
-        )
-    special = set(model.tokenizer.all_special_ids)
-    return [int(i) for i in written[0] if int(i) not in special]
-
-
 def examine(model: TransformerBridge, entry: dict[str, Any], of: Any) -> Item:
     """Answer one question and, if the answer is right, explain it with every method."""
     context = entry["context"]
     prompt = TEMPLATE.format(context=context, question=entry["question"])
-    ids = generate(model, prompt)
+    ids = generate(model, model.tokenizer(prompt)["input_ids"])
     answer = model.tokenizer.decode(ids)
     references = [a for a in entry["answers"] if normalise(a["text"])]
     equal = [a for a in references if normalise(a["text"]) == normalise(answer)]
@@ -124,61 +101,6 @@ def examine(model: TransformerBridge, entry: dict[str, Any], of: Any) -> Item:
     first = equal[0]
     span = (first["start"], first["start"] + len(first["text"]))
     return Item(entry["id"], answer, True, True, [s for _, s in inside], span, relevance)
-
-
-def overlap(pieces: Spans, spans: Spans) -> NDArray[np.bool_]:
-    """Whether each piece shares a character with one of the spans."""
-    return np.array([any(a < d and c < b for c, d in spans) for a, b in pieces])
-
-
-def words_of(offsets: Spans, context: str) -> list[list[int]]:
-    """Token positions of each whitespace word of the context."""
-    bounds = [match.span() for match in re.finditer(r"\S+", context)]
-    words = [
-        [i for i, (a, b) in enumerate(offsets) if a < stop and start < b] for start, stop in bounds
-    ]
-    return [word for word in words if word]
-
-
-def otsu(values: Values) -> float:
-    """The threshold that splits the positive values with the largest variance between classes."""
-    ordered = np.sort(values[values > 0])
-    if len(ordered) < 2:
-        return 0.0
-    counts = np.arange(1, len(ordered))
-    below = np.cumsum(ordered)[:-1]
-    means = below / counts, (ordered.sum() - below) / (len(ordered) - counts)
-    between = counts * (len(ordered) - counts) * (means[0] - means[1]) ** 2
-    return float(ordered[int(between.argmax())])
-
-
-def iou(chosen: NDArray[np.bool_], key: NDArray[np.bool_]) -> float:
-    """Intersection over union of two sets of tokens."""
-    return float((chosen & key).sum() / max((chosen | key).sum(), 1))
-
-
-def best_iou(values: Values, key: NDArray[np.bool_]) -> float:
-    """IoU at the best of all thresholds."""
-    hits = np.cumsum(key[np.argsort(-values, kind="stable")])
-    union = np.arange(1, len(values) + 1) + key.sum() - hits
-    return float((hits / union).max())
-
-
-def ious(values: Values, key: NDArray[np.bool_]) -> dict[str, float]:
-    """IoU by every way to binarise."""
-    largest = np.argsort(-values, kind="stable")[: key.sum()]
-    return {
-        "half of max": iou(values > values.max() / 2 if values.max() > 0 else values < 0, key),
-        "Otsu": iou(values > otsu(values), key),
-        "span length": iou(np.isin(np.arange(len(values)), largest), key),
-        "best": best_iou(values, key),
-    }
-
-
-def occurrences(context: str, text: str) -> Spans:
-    """Everywhere that the text stands in the context as whole words, in any case."""
-    pattern = rf"(?<!\w){re.escape(text)}(?!\w)"
-    return [match.span() for match in re.finditer(pattern, context, re.IGNORECASE)]
 
 
 def judge(item: Item, context: str, rng: np.random.Generator) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The command line: ``lenslrp explain``, ``doctor`` and ``dictionary``.
+"""The command line: ``lenslrp explain``, ``doctor``, ``dictionary`` and ``evaluate``.
 
 Exit codes: 0 the question was answered, 1 the model is not covered or not loadable, 2 bad usage or
 bad input. Results go to standard output, progress and messages to standard error.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenslrp.cli_dictionary import add_dictionary
+from lenslrp.cli_evaluate import add_evaluate
 from lenslrp.cli_options import (
     BAD_INPUT,
     DEFAULT_MODEL,
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     add_model_options(doctor, "model")
     add_dictionary(commands)
+    add_evaluate(commands)
     return parser
 
 

@@ -18,7 +18,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 RUN = [path for path in (README, *sorted((ROOT / "docs").glob("*.md"))) if path.is_file()]
-WEIGHTS = {README, ROOT / "docs" / "flan_t5.md"}  # need a package file, fetched once
+WEIGHTS = {  # need a package file, fetched once
+    README,
+    *(ROOT / "docs" / f"{page}.md" for page in ("evaluation", "flan_t5")),
+}
 PAGES = [*RUN, ROOT / "CONTRIBUTING.md"]
 NO_RUN = "<!-- no-run -->"
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})(?P<language>[\w+-]*)\s*$")

@@ -1,0 +1,43 @@
+"""Perturbation curves as a figure; matplotlib is imported when one is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lenslrp.analysis.plots import LIGHT, Theme, _names, new_figure
+from lenslrp.analysis.statistics import Numbers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def perturbation_curves(
+    shares: Numbers,
+    curves: Mapping[str, Sequence[Numbers]],
+    *,
+    unit: str,
+    title: str,
+    theme: Theme = LIGHT,
+) -> Figure:
+    """The target while features go, for each method: most relevant first solid, least dashed.
+
+    Args:
+        shares: [step] of the features that are gone.
+        curves: method -> (MoRF, LeRF), each [step].
+        unit: of what is followed.
+    """
+    import matplotlib as mpl
+
+    figure, (axes,) = new_figure(7.0, 4.2, theme, 1)
+    colours = mpl.colormaps["tab10" if len(curves) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    for (name, (morf, lerf)), colour in zip(curves.items(), colours, strict=False):
+        axes.plot(shares, morf, color=colour, label=name)
+        axes.plot(shares, lerf, color=colour, linestyle="--")
+    _names(axes, theme, title=title, x="share of features gone", y=unit)
+    axes.grid(color=theme.muted, alpha=0.25)
+    axes.legend(
+        loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8,
+        labelcolor=theme.ink, title="solid: most relevant first\ndashed: least", title_fontsize=7,
+    )  # fmt: skip
+    return figure

@@ -1,0 +1,81 @@
+"""A results file of one JSON object a line, so that an interrupted run goes on where it was.
+
+The first line holds the settings. Results made with other settings are not mixed in, and a line
+that was being written when the run ended is done again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lenslrp.analysis.files import whole
+from lenslrp.errors import InputError, StorageError
+
+Row = dict[str, Any]
+
+
+@contextmanager
+def resumed(path: Path, settings: Row) -> Iterator[tuple[list[Row], Callable[[Row], None]]]:
+    """What was done already, and a function that appends one more result.
+
+    Raises:
+        InputError: the file was made with other settings; the message names them.
+        StorageError: a line of the file is damaged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = path.read_bytes() if path.exists() else b""
+    complete = kept[: kept.rfind(b"\n") + 1]
+    if not complete:
+        complete = (json.dumps(settings) + "\n").encode()
+    head, *rows = [_parsed(path, n, line) for n, line in enumerate(complete.splitlines(), 1)]
+    _require_same(path, head, json.loads(json.dumps(settings)))
+    if complete != kept:
+        with whole(path) as temporary:
+            temporary.write_bytes(complete)
+    with path.open("a", encoding="utf-8") as file:
+
+        def append(result: Row) -> None:
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+
+        yield rows, append
+
+
+def _parsed(path: Path, number: int, line: bytes) -> Row:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path} line {number} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise StorageError(f"{path} line {number} is damaged: no JSON object")
+    return value
+
+
+def _require_same(path: Path, found: Row, wanted: Row) -> None:
+    found, wanted = _flat(found), _flat(wanted)
+    names = dict.fromkeys([*found, *wanted])
+    other = [
+        f"{name} {json.dumps(found.get(name))}, now {json.dumps(wanted.get(name))}"
+        for name in names
+        if found.get(name) != wanted.get(name)
+    ]
+    if other:
+        raise InputError(
+            f"{path} was made with other settings ({'; '.join(other)}): "
+            "move it, or give another place for the results"
+        )
+
+
+def _flat(settings: Row, prefix: str = "") -> Row:
+    """Settings of settings by a dotted name."""
+    flat: Row = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

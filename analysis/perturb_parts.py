@@ -1,0 +1,135 @@
+"""Other things that can be taken away: attention heads, MLP neurons, patches of an image.
+
+The latent version of a perturbation test: relevance at ``hook_z`` or ``mlp.hook_post`` says which
+heads and neurons the target needs, so switching them off in that order must show it. Features are
+laid out as ``R.heads()`` is, layer by layer, so ``R.heads().to_numpy()`` is their relevance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lenslrp.analysis.perturb import TOKENS_PER_PASS, Features, Masks
+from lenslrp.analysis.prompts import (
+    Numbers,
+    Prompt,
+    Values,
+    image_logits,
+    prompt_logits,
+    read,
+)
+from lenslrp.analysis.question import ask
+from lenslrp.errors import InputError
+from lenslrp.hooks.components import components, hook_points, layer_of
+from lenslrp.hooks.readers import select_names
+from lenslrp.inputs import is_encoder_decoder
+
+IMAGES_PER_PASS = 16
+
+
+def heads_of(model: Any, prompt: Prompt) -> Features:
+    """Attention heads, [layer x head]: a head that is gone writes nothing at any position."""
+    return _units(model, prompt, "attn.hook_z", 4)
+
+
+def neurons_of(model: Any, prompt: Prompt) -> Features:
+    """MLP neurons, [layer x neuron]: one that is gone is 0 at every position."""
+    return _units(model, prompt, "mlp.hook_post", 3)
+
+
+def unit_relevance(cache: Any, name: str) -> Numbers:
+    """Relevance of every unit, summed over positions: [layer x unit], as the features are.
+
+    Args:
+        cache: a :class:`lenslrp.RelevanceCache` of one input, with the hook points read whole.
+        name: ``"attn.hook_z"`` or ``"mlp.hook_post"``.
+    """
+    if name == "attn.hook_z":
+        heads: Numbers = cache.heads().to_numpy(dtype=np.float64).ravel()
+        return heads
+    hooks = sorted((hook for hook in cache if hook.endswith(name)), key=lambda h: layer_of(h) or 0)
+    rows = [cache[hook][0].double().sum(dim=0) for hook in hooks]
+    return torch.cat(rows).cpu().numpy()
+
+
+def patches_of(model: Any, prompt: Prompt, *, baseline: str = "zero") -> Features:
+    """Patches of an image, row by row: one that is gone has the baseline's pixels.
+
+    Args:
+        baseline: ``"zero"`` (the mean colour of the processor's statistics), ``"mean"`` (the
+            image's own mean colour).
+
+    Raises:
+        InputError: an unknown baseline.
+    """
+    if prompt.pixels is None:
+        raise InputError("this prompt has no image")
+    question = ask(model, pixel_values=prompt.pixels[None], target=prompt.target)
+    assert question.grid is not None
+    instead = question.baseline(baseline)
+
+    @torch.no_grad()
+    def without(removed: Masks) -> Values:
+        found = []
+        for part in torch.from_numpy(removed).to(instead.device).split(IMAGES_PER_PASS):
+            images = torch.where(question.over_inputs(part), instead, question.inputs)
+            found.append(read(model, prompt, image_logits(model, images)))
+        return Values(*np.concatenate(found, axis=1))
+
+    return Features(np.arange(question.grid[0] * question.grid[1]), without)
+
+
+def _units(model: Any, prompt: Prompt, suffix: str, dims: int) -> Features:
+    if is_encoder_decoder(model):
+        raise InputError("heads and neurons are switched off in models of one stack only")
+    points = hook_points(model, components(model))
+    names, _ = select_names(points, suffix)
+    sizes: dict[str, int] = {}
+
+    def measure(x: Tensor, hook: Any, name: str) -> None:
+        if x.ndim != dims:
+            raise InputError(f"{name} has shape {list(x.shape)}; units need {dims} axes")
+        sizes[name] = x.shape[2]
+
+    with torch.no_grad(), model.hooks(fwd_hooks=[(n, _named(measure, n)) for n in names]):
+        prompt_logits(model, prompt)
+    idle = [name for name in names if name not in sizes]
+    if idle:
+        raise InputError(f"{idle[0]} does not fire in this model's forward pass")
+    starts = dict(zip(names, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
+    rows_at_once = max(1, TOKENS_PER_PASS // len(prompt.tokens))
+
+    @torch.no_grad()
+    def without(removed: Masks) -> Values:
+        found = []
+        for part in torch.from_numpy(removed).split(rows_at_once):
+            hooks = [
+                (name, _switched_off(part[:, starts[name] : starts[name] + sizes[name]]))
+                for name in names
+            ]
+            with model.hooks(fwd_hooks=hooks):
+                logits = prompt_logits(model, prompt, len(part))
+            found.append(read(model, prompt, logits))
+        return Values(*np.concatenate(found, axis=1))
+
+    return Features(np.arange(sum(sizes.values())), without)
+
+
+def _named(function: Callable[..., None], name: str) -> Callable[..., None]:
+    def hook(x: Tensor, hook: Any) -> None:
+        function(x, hook, name)
+
+    return hook
+
+
+def _switched_off(gone: Tensor) -> Callable[..., Tensor]:
+    def hook(x: Tensor, hook: Any) -> Tensor:
+        shape: Sequence[int] = (len(gone), 1, gone.shape[1], *[1] * (x.ndim - 3))
+        return x.masked_fill(gone.to(x.device).view(*shape), 0)
+
+    return hook

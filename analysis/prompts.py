@@ -1,0 +1,199 @@
+"""One input and one target, asked again and again: prompts as rows of batches.
+
+Rows of several prompts share a forward pass, and only the targets' positions are unembedded. What
+is done to the rows meanwhile is the business of whoever asks (:mod:`lenslrp.analysis.perturb`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lenslrp import media, targets
+from lenslrp.analysis.block_pass import unembedding_at
+from lenslrp.errors import InputError
+from lenslrp.targets import Outputs, Target, as_target
+
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """The target in each row: its value (logits), and its probability.
+
+    The probability of a logit is its token's; of a span, the product over its tokens; of a logit
+    difference, that of the first of the two alone; NaN for targets that have none.
+    """
+
+    value: Numbers
+    probability: Numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One input and what is explained of it; see :func:`as_prompt`.
+
+    Attributes:
+        tokens: [pos] what the model (the encoder of an encoder-decoder) reads, the span of a
+            ``Sequence`` target after it. Empty for an image.
+        length: how many of them are the prompt.
+        target: a target at the last of ``positions``' logits.
+        positions: where logits are read.
+        decoder: [pos] what the decoder reads, if there is one.
+        pixels: [channel, height, width] of an image.
+    """
+
+    tokens: Tensor
+    length: int
+    target: Target
+    positions: tuple[int, ...]
+    decoder: Tensor | None = None
+    pixels: Tensor | None = None
+
+    @property
+    def given(self) -> Tensor:
+        """[1, pos] the prompt alone, as ``run_with_relevance`` takes it."""
+        return self.tokens[None, : self.length]
+
+
+def as_prompt(
+    model: Any,
+    input: Any = None,
+    target: Any = None,
+    *,
+    prepend_bos: bool | None = None,
+    pixel_values: Tensor | None = None,
+) -> Prompt:
+    """One input of ``model``, and a target that stays the same whatever is taken away.
+
+    Args:
+        input: a string, or token ids [pos] or [1, pos].
+        target: as in :func:`lenslrp.run_with_relevance`; ``None`` is the logit of the token (or
+            class) that is the top one for the whole input.
+        pixel_values: [1, channel, height, width] instead of ``input``.
+
+    Raises:
+        InputError: more than one input, or a target that has no value by itself in a row.
+    """
+    wanted = as_target(target, model.tokenizer, 1, media.labels_of(model))
+    if isinstance(wanted, targets.Activation | targets.PerRow):
+        raise InputError(f"perturbation follows an output of the model, not {wanted}")
+    span = wanted.ids(model.tokenizer) if isinstance(wanted, targets.Sequence) else []
+    prepared = media.prepare(
+        model,
+        input,
+        {} if pixel_values is None else {"pixel_values": pixel_values},
+        append=span,
+        prepend_bos=prepend_bos,
+        attention_mask=None,
+        inputs_embeds=None,
+        decoder_input=None,
+    )
+    if pixel_values is not None:
+        (pixels,) = prepared.media["pixel_values"]
+        empty = torch.empty(0, dtype=torch.long)
+        prompt = Prompt(empty, 0, wanted, (), pixels=pixels)
+    else:
+        if len(prepared.tokens) != 1:
+            raise InputError(f"give one input at a time, not {len(prepared.tokens)}")
+        writer = prepared.decoder or prepared
+        start = writer.prompt_lengths[0]
+        positions = tuple(range(start - 1, start - 1 + max(len(span), 1)))
+        place = getattr(wanted, "position", -1)
+        if place != -1:
+            positions = (range(start)[place],)
+            wanted = replace(wanted, position=-1)  # type: ignore[type-var]
+        decoder = prepared.decoder.tokens[0] if prepared.decoder else None
+        length = prepared.prompt_lengths[0]
+        prompt = Prompt(prepared.tokens[0], length, wanted, positions, decoder)
+    if isinstance(wanted, targets.Top):
+        return replace(prompt, target=targets.Logit(_top(model, prompt)))
+    return prompt
+
+
+def read(model: Any, prompt: Prompt, logits: Tensor) -> Numbers:
+    """Value and probability [2, row] of the prompt's target.
+
+    Args:
+        logits: [row, n, vocab] at the prompt's positions and, after them, what other prompts have
+            there; or a classifier's [row, class].
+    """
+    if logits.ndim == 3:
+        logits = logits[:, : len(prompt.positions)]
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    mask = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    labels = media.labels_of(model)
+    outputs = Outputs(logits, mask, model.tokenizer, _no_activation, [1] * len(logits), labels)
+    values = prompt.target.values(outputs)
+    probability = _probability(prompt.target, outputs, values)
+    return torch.stack([values, probability]).double().cpu().numpy()
+
+
+def _no_activation(hook: str) -> Tensor:
+    raise InputError(f"perturbation follows an output of the model, not {hook}")
+
+
+def _probability(target: Target, outputs: Outputs, values: Tensor) -> Tensor:
+    if isinstance(target, targets.Sequence):
+        return targets.Sequence(target.tokens, of="log_prob").values(outputs).exp()
+    if isinstance(target, targets.LogitDiff):
+        return values.sigmoid()
+    if isinstance(target, targets.Logit | targets.LogProb | targets.Contrastive):
+        return targets.LogProb(target.token).values(outputs).exp()
+    return torch.full_like(values, torch.nan)
+
+
+def _top(model: Any, prompt: Prompt) -> int:
+    with torch.no_grad():
+        if prompt.pixels is not None:
+            return int(image_logits(model, prompt.pixels[None])[0].argmax())
+        return int(prompt_logits(model, prompt)[0].ravel().argmax())
+
+
+def prompt_logits(model: Any, prompt: Prompt, rows: int = 1) -> Tensor:
+    """Logits [row, n, vocab] of copies of a prompt, at its positions; a classifier's
+    [row, class]."""
+    return batch_logits(model, [prompt] * rows)
+
+
+def image_logits(model: Any, pixels: Tensor) -> Tensor:
+    """[row, class] of images [row, channel, height, width]."""
+    logits: Tensor = model(None, return_type="logits", pixel_values=pixels)
+    return logits
+
+
+def batch_logits(model: Any, prompts: Sequence[Prompt]) -> Tensor:
+    """Logits [row, n, vocab] of a prompt a row, at its positions, repeating the last where others
+    have more; a classifier's [row, class]."""
+    device = next(model.parameters()).device
+    tokens = padded([prompt.tokens for prompt in prompts]).to(device)
+    most = max(len(prompt.positions) for prompt in prompts)
+    positions = torch.tensor(
+        [[*p.positions, *[p.positions[-1]] * (most - len(p.positions))] for p in prompts]
+    ).to(device)
+    kwargs: dict[str, Any] = {}
+    lengths = torch.tensor([len(prompt.tokens) for prompt in prompts])
+    if bool((lengths < tokens.shape[1]).any()):
+        mask = torch.arange(tokens.shape[1])[None] < lengths[:, None]
+        kwargs["attention_mask"] = mask.long().to(device)
+    decoders = [prompt.decoder for prompt in prompts if prompt.decoder is not None]
+    if decoders:
+        kwargs["decoder_input_ids"] = padded(decoders).to(device)  # causal: needs no mask
+    with unembedding_at(model, positions):
+        logits: Tensor = model(tokens, return_type="logits", use_cache=False, **kwargs)
+    if logits.ndim == 3 and logits.shape[1] != most:  # a head of another kind: all positions
+        logits = logits[torch.arange(len(logits), device=device)[:, None], positions]
+    return logits
+
+
+def padded(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of different lengths on the left of one tensor, zeros (False) after them."""
+    width = max(len(row) for row in rows)
+    return torch.stack([nn.functional.pad(row, (0, width - len(row))) for row in rows])

@@ -1,0 +1,159 @@
+"""Does relevance depend on what it should depend on, and on nothing else?
+
+* **Randomisation** (Adebayo et al. 2018, "Sanity checks for saliency maps"): the weights of layers
+  are randomised, and relevance must become another one. Cascading: from the last layer down, all
+  above stay random. Independent: one layer at a time. A map that survives shows the input, not the
+  model.
+* **An irrelevant change**: a sentence that does not matter is exchanged for another. The other
+  tokens mean what they meant, so their relevance should be what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from lenslrp.analysis.places import stack_name
+from lenslrp.analysis.prompts import Numbers
+from lenslrp.analysis.statistics import spearman
+from lenslrp.errors import InputError
+
+MODES = ("cascading", "independent")
+
+
+def randomisation(
+    model: Any,
+    relevance: Callable[[], Any],
+    *,
+    mode: str = "cascading",
+    layers: Iterable[int] | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Rank correlation of relevance with what it was, as the model's blocks are randomised.
+
+    A block is randomised by shuffling the entries of each of its weights: every weight keeps its
+    distribution, so activations keep their size, and nothing of what was learned is left. All is
+    put back, however the check ends.
+
+    Args:
+        relevance: computes the relevance of one input, for one fixed target; any shape.
+        mode: ``"cascading"`` from the last layer down, or ``"independent"``.
+        layers: which, all if not given.
+        seed: of the shuffles.
+
+    Returns:
+        A row a layer, in the order of randomisation: ``layer``; ``spearman`` of the relevance with
+        the original; ``spearman_abs`` of their absolute values (the paper gives both).
+
+    Raises:
+        InputError: an unknown mode or layer.
+    """
+    if mode not in MODES:
+        raise InputError(f"mode is 'cascading' or 'independent', not {mode!r}")
+    blocks = list(getattr(model, stack_name(model)))
+    wanted = list(range(len(blocks))) if layers is None else sorted(set(layers))
+    for layer in wanted:
+        if not 0 <= layer < len(blocks):
+            raise InputError(f"layer is {layer}, but the model has layers 0 to {len(blocks) - 1}")
+    original, rows = _vector(relevance()), []
+    for layer in reversed(wanted):
+        gone = [k for k in wanted if k >= layer] if mode == "cascading" else [layer]
+        with shuffled([(k, blocks[k]) for k in gone], seed):
+            now = _vector(relevance())
+        pair = (spearman(original, now), spearman(np.abs(original), np.abs(now)))
+        rows.append((layer, *pair))
+    return pd.DataFrame(rows, columns=["layer", "spearman", "spearman_abs"])
+
+
+@contextmanager
+def shuffled(modules: Iterable[tuple[int, nn.Module]], seed: int) -> Iterator[None]:
+    """Every parameter's entries in random order inside the context, and back after it.
+
+    A module's shuffle depends on its number and the seed alone.
+    """
+    kept: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
+    try:
+        with torch.no_grad():
+            for number, module in modules:
+                generator = torch.Generator().manual_seed(seed * 100_003 + number)
+                for weight in module.parameters():
+                    if id(weight) in kept:
+                        continue
+                    kept[id(weight)] = (weight, weight.detach().clone())
+                    order = torch.randperm(weight.numel(), generator=generator)
+                    weight.copy_(weight.reshape(-1)[order.to(weight.device)].view_as(weight))
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in kept.values():
+                weight.copy_(value)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What an exchange of one sentence for another did to the relevance of the other tokens.
+
+    Attributes:
+        shared: tokens before and after the sentence, which both texts have.
+        spearman: rank correlation of their relevance.
+        change: sum of its absolute change, over the sum of its absolute value before: 0 is best.
+        inside: share of all absolute relevance that the first sentence has: an irrelevant one
+            should have little.
+        target_change: of the target's value, in its own unit: how irrelevant the change was.
+    """
+
+    shared: int
+    spearman: float
+    change: float
+    inside: float
+    target_change: float
+
+
+def sensitivity(
+    explain: Callable[[str], tuple[list[int], Any, float]], before: str, after: str
+) -> Sensitivity:
+    """Exchange one part of a text for another, and compare the relevance of the rest.
+
+    Args:
+        explain: from a text to its token ids, their relevance [pos], and the target's value.
+        before, after: two texts that differ in one place.
+
+    Raises:
+        InputError: the texts are equal, or have no token in common.
+    """
+    (ids, first, value), (other, second, now) = explain(before), explain(after)
+    if ids == other:
+        raise InputError("the two texts are the same tokens: nothing was changed")
+    short = min(len(ids), len(other))
+    head = next((i for i in range(short) if ids[i] != other[i]), short)
+    rest = short - head
+    tail = next((i for i in range(rest) if ids[-1 - i] != other[-1 - i]), rest)
+    if head + tail == 0:
+        raise InputError("the two texts have no token in common at their beginning or end")
+    whole = _vector(first)
+    a, b = _ends(whole, head, tail), _ends(_vector(second), head, tail)
+    size = np.abs(whole).sum()
+    return Sensitivity(
+        head + tail,
+        spearman(a, b),
+        float(np.abs(a - b).sum() / np.abs(a).sum()),
+        float(1 - np.abs(a).sum() / size),
+        float(now - value),
+    )
+
+
+def _ends(values: Numbers, head: int, tail: int) -> Numbers:
+    return np.concatenate([values[:head], values[len(values) - tail :]])
+
+
+def _vector(values: Any) -> Numbers:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().double().cpu().numpy()
+    return np.asarray(values, dtype=np.float64).ravel()

@@ -1,0 +1,106 @@
+"""Does relevance point at the right place? Spans of text, hits, intersection over union.
+
+Spans are pairs of character positions, (start, stop). A token is in a span if it shares a character
+with it.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lenslrp.errors import InputError
+
+Spans = list[tuple[int, int]]
+Values = NDArray[np.float64]
+Chosen = NDArray[np.bool_]
+
+
+def token_spans(tokenizer: Any, text: str, token_ids: Sequence[int]) -> Spans:
+    """Where each token stands in the text; what is no part of the text (a start or end token) has
+    the empty span (0, 0).
+
+    Raises:
+        InputError: the tokens are not those of the text, or the tokenizer keeps no positions.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError("this model's tokenizer does not say where its tokens stand in the text")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    own, ids = list(encoded["input_ids"]), list(token_ids)
+    for start in range(len(ids) - len(own) + 1):
+        if ids[start : start + len(own)] == own:
+            spans = [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+            return [(0, 0)] * start + spans + [(0, 0)] * (len(ids) - start - len(own))
+    raise InputError(f"the tokens explained are not those of {text[:80]!r}")
+
+
+def overlap(pieces: Spans, spans: Spans) -> Chosen:
+    """Whether each piece shares a character with one of the spans."""
+    return np.array([any(a < d and c < b for c, d in spans) for a, b in pieces], dtype=bool)
+
+
+def occurrences(text: str, words: str, *, ignore_case: bool = True) -> Spans:
+    """Everywhere that ``words`` stand in the text as whole words."""
+    pattern = rf"(?<!\w){re.escape(words)}(?!\w)"
+    flags = re.IGNORECASE if ignore_case else re.NOFLAG
+    return [match.span() for match in re.finditer(pattern, text, flags)]
+
+
+def words_of(offsets: Spans, text: str) -> list[list[int]]:
+    """Token positions of each whitespace word of the text."""
+    bounds = [match.span() for match in re.finditer(r"\S+", text)]
+    words = [
+        [i for i, (a, b) in enumerate(offsets) if a < stop and start < b] for start, stop in bounds
+    ]
+    return [word for word in words if word]
+
+
+def normalise(text: str) -> str:
+    """SQuAD's way to compare answers: lower case, no punctuation, no articles, single spaces."""
+    kept = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+def hit(values: Values, key: Chosen, k: int = 1) -> float:
+    """1 if one of the k most relevant is in the key, else 0. Equal values keep their order."""
+    return float(key[np.argsort(-values, kind="stable")[:k]].any())
+
+
+def iou(chosen: Chosen, key: Chosen) -> float:
+    """Intersection over union of two sets of tokens."""
+    return float((chosen & key).sum() / max((chosen | key).sum(), 1))
+
+
+def otsu(values: Values) -> float:
+    """The threshold that splits the positive values with the largest variance between classes."""
+    ordered = np.sort(values[values > 0])
+    if len(ordered) < 2:
+        return 0.0
+    counts = np.arange(1, len(ordered))
+    below = np.cumsum(ordered)[:-1]
+    means = below / counts, (ordered.sum() - below) / (len(ordered) - counts)
+    between = counts * (len(ordered) - counts) * (means[0] - means[1]) ** 2
+    return float(ordered[int(between.argmax())])
+
+
+def best_iou(values: Values, key: Chosen) -> float:
+    """IoU at the best of all thresholds: an upper bound, which looks at the key."""
+    hits = np.cumsum(key[np.argsort(-values, kind="stable")])
+    union = np.arange(1, len(values) + 1) + key.sum() - hits
+    return float((hits / union).max())
+
+
+def ious(values: Values, key: Chosen) -> dict[str, float]:
+    """IoU by every way to binarise relevance."""
+    largest = np.argsort(-values, kind="stable")[: key.sum()]
+    return {
+        "half of max": iou(values > values.max() / 2 if values.max() > 0 else values < 0, key),
+        "Otsu": iou(values > otsu(values), key),
+        "span length": iou(np.isin(np.arange(len(values)), largest), key),
+        "best": best_iou(values, key),
+    }

@@ -1,0 +1,226 @@
+"""What explanations are tried on: each task makes examples of records, for a given model.
+
+An example is a prompt, a target, the places that may be taken away, and, where the answer is known,
+the places that decide it. Only what the model gets right is kept where right and wrong exist: a
+wrong answer has no reason that a reader would know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lenslrp import targets
+from lenslrp.analysis.perturb import token_values
+from lenslrp.analysis.prompts import Prompt, as_prompt
+from lenslrp.analysis.question import ask
+from lenslrp.analysis.records import Record
+from lenslrp.analysis.spans import Spans, normalise, occurrences, overlap, token_spans
+from lenslrp.analysis.templates import agreement, indirect_objects
+from lenslrp.errors import InputError
+from lenslrp.inputs import is_encoder_decoder
+
+Chosen = NDArray[np.bool_]
+
+REVIEW = "Review: {text}\nSentiment:"
+LABELS = {"positive": " positive", "negative": " negative"}
+QUESTION = {
+    # by whether there is a decoder of its own: Flan-T5 was tuned on such prompts; a small decoder
+    # needs an example to see that the answer is short
+    True: "Please answer a question about the following article:\n\n{context}\n\n{question}",
+    False: "Text: The Nile flows through Egypt.\nQuestion: Where does the Nile flow?\n"
+    "Answer: Egypt\n\nText: {context}\nQuestion: {question}\nAnswer:",
+}
+LONGEST_ANSWER = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One thing to explain.
+
+    Attributes:
+        prompt: the input and the target.
+        removable: [pos] (or [patch]), which places perturbation may take away.
+        key: [pos], the places that decide the answer, where that is known.
+        distractor: [pos], the places that speak for the wrong answer, likewise.
+    """
+
+    prompt: Prompt
+    removable: Chosen
+    key: Chosen | None = None
+    distractor: Chosen | None = None
+
+
+class Unfit(Exception):
+    """A record that makes no example for this model; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of example.
+
+    Attributes:
+        name: its key in :data:`TASKS`.
+        fields: what a record must have.
+        make: model, record and length to an example; raises :class:`Unfit`.
+        records: makes the records, where no data is needed.
+        split_by: the field whose hash decides on which half of the data a record is.
+    """
+
+    name: str
+    fields: Mapping[str, type]
+    make: Callable[[Any, Record, int], Example]
+    records: Callable[[], Iterator[Record]] | None = None
+    split_by: str = "text"
+
+
+def next_word(model: Any, record: Record, length: int) -> Example:
+    """The model's own next token after the first ``length`` tokens of a text."""
+    ids = model.to_tokens(record["text"], truncate=False)[0]
+    if len(ids) < length:
+        raise Unfit(f"shorter than {length} tokens")
+    prompt = as_prompt(model, ids[:length])
+    return Example(prompt, np.ones(length, dtype=bool))
+
+
+def sentiment(model: Any, record: Record, length: int) -> Example:
+    """The label of a review, as the difference of the two labels' logits; the review's tokens."""
+    label = record["label"]
+    if label not in LABELS:
+        raise InputError(f"a review's label is one of {', '.join(LABELS)}, not {label!r}")
+    right, wrong = LABELS[label], next(v for k, v in LABELS.items() if k != label)
+    start = REVIEW.index("{text}")
+    text = REVIEW.format(text=record["text"])
+    example = _known(model, text, right, wrong, [(start, start + len(record["text"]))])
+    if len(example.prompt.tokens) > length:
+        raise Unfit(f"longer than {length} tokens")
+    return example
+
+
+def known_answer(model: Any, record: Record, length: int) -> Example:
+    """A sentence with a right and a wrong next token, and the words that speak for each."""
+    text = record["text"]
+    example = _known(model, text, record["answer"], record["rival"], [(0, len(text))])
+    spans = token_spans(model.tokenizer, text, example.prompt.tokens.tolist())
+    key = overlap(spans, occurrences(text, record["key"]))
+    distractor = overlap(spans, occurrences(text, record["distractor"]))
+    if not key.any() or not distractor.any():
+        raise Unfit(f"{record['key']!r} or {record['distractor']!r} is not in the text")
+    return Example(example.prompt, np.ones(len(spans), dtype=bool), key, distractor)
+
+
+def squad(model: Any, record: Record, length: int) -> Example:
+    """The answer that the model writes to a question about a paragraph, if it is right.
+
+    The target is the sum of the answer's logits, the paragraph's tokens may be taken away, and
+    those of the answer in it are the key.
+    """
+    template = QUESTION[is_encoder_decoder(model)]
+    text = template.format(context=record["context"], question=record["question"])
+    ids = model.tokenizer(text)["input_ids"]
+    if len(ids) > length:
+        raise Unfit(f"longer than {length} tokens")
+    written = generate(model, ids)
+    answer = normalise(model.tokenizer.decode(written))
+    references = {normalise(str(a.get("text", ""))): a for a in reversed(record["answers"])}
+    if not answer or answer not in references:
+        raise Unfit("answered otherwise")
+    prompt = as_prompt(model, torch.tensor(ids), targets.Sequence(written))
+    begin = template.index("{context}")
+    start = begin + int(references[answer]["start"])
+    spans = token_spans(model.tokenizer, text, ids)
+    removable = overlap(spans, [(begin, begin + len(record["context"]))])
+    key = overlap(spans, [(start, start + len(references[answer]["text"]))])
+    return Example(prompt, removable, key)
+
+
+@torch.no_grad()
+def generate(model: Any, ids: list[int]) -> list[int]:
+    """What the model writes greedily: up to its end, or to the end of its first line of text."""
+    tokens = torch.tensor([ids], device=next(model.parameters()).device)
+    written = model.original_model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=LONGEST_ANSWER,
+        do_sample=False,
+        pad_token_id=model.tokenizer.pad_token_id or model.tokenizer.eos_token_id,
+    )[0].tolist()
+    if not is_encoder_decoder(model):
+        written = written[len(ids) :]
+    special = set(model.tokenizer.all_special_ids)
+    answer: list[int] = []
+    for token in written:
+        begun = bool(model.tokenizer.decode(answer).strip()) if answer else False
+        if begun and (token in special or "\n" in model.tokenizer.decode([token])):
+            break
+        if token not in special:
+            answer.append(token)
+    return answer
+
+
+def image_task(images: Mapping[str, Tensor]) -> Task:
+    """The class that the model gives an image, and the image's patches.
+
+    Args:
+        images: name -> [channel, height, width], as the model's own processor makes it.
+    """
+
+    def digest(pixels: Tensor) -> str:
+        return hashlib.sha256(pixels.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+    def records() -> Iterator[Record]:
+        return ({"image": name, "pixels": digest(x)} for name, x in images.items())
+
+    def make(model: Any, record: Record, length: int) -> Example:
+        pixels = images[record["image"]][None]
+        prompt = as_prompt(model, pixel_values=pixels)
+        patches = ask(model, target=prompt.target, pixel_values=pixels).mask.shape[1]
+        return Example(prompt, np.ones(patches, dtype=bool))
+
+    return Task("images", {"image": str, "pixels": str}, make, records, split_by="pixels")
+
+
+def _known(model: Any, text: str, right: str, wrong: str, removable: Spans) -> Example:
+    for word in (right, wrong):
+        if len(model.tokenizer.encode(word, add_special_tokens=False)) != 1:
+            raise Unfit(f"{word!r} is more than one token")
+    prompt = as_prompt(model, text, targets.LogitDiff(right, wrong))
+    nothing = np.zeros((1, len(prompt.tokens)), dtype=bool)
+    if token_values(model, [prompt], [nothing])[0].value[0] <= 0:
+        raise Unfit("answered otherwise")
+    spans = token_spans(model.tokenizer, text, prompt.tokens.tolist())
+    return Example(prompt, overlap(spans, removable))
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("next_word", {"text": str}, next_word),
+        Task("sentiment", {"text": str, "label": str}, sentiment),
+        Task(
+            "squad",
+            {"context": str, "question": str, "answers": list},
+            squad,
+            split_by="context",
+        ),
+        Task(
+            "indirect_object",
+            dict.fromkeys(("text", "answer", "rival", "key", "distractor"), str),
+            known_answer,
+            indirect_objects,
+        ),
+        Task(
+            "agreement",
+            dict.fromkeys(("text", "answer", "rival", "key", "distractor"), str),
+            known_answer,
+            agreement,
+        ),
+    )
+}

@@ -1,0 +1,95 @@
+"""``lenslrp evaluate``: how faithful methods are on a task."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from lenslrp.cli_options import DEFAULT_MODEL, OK, add_model_options, load_model
+
+TASKS = ("next_word", "sentiment", "squad", "indirect_object", "agreement")
+DEFAULT_METHODS = "random,gradient_x_input,cp_lrp,attnlrp"
+
+
+def add_evaluate(commands: Any) -> None:
+    """Add the command to the others (what ``add_subparsers`` returned)."""
+    command = commands.add_parser(
+        "evaluate",
+        help="measure how faithful methods of attribution are",
+        description="Explain examples of TASK with several methods, take tokens away in the order "
+        "of their relevance, and print the area between the curves with 95% intervals. A run that "
+        "was interrupted goes on in the same folder.",
+    )
+    command.add_argument("task", metavar="TASK", choices=TASKS, help=", ".join(TASKS))
+    command.add_argument(
+        "--data",
+        metavar="FILE",
+        type=Path,
+        help="jsonl, one record a line; next_word needs 'text', sentiment 'text' and 'label', "
+        "squad 'context', 'question' and 'answers'; the others need none",
+    )
+    command.add_argument(
+        "--methods",
+        metavar="A,B,...",
+        default=DEFAULT_METHODS,
+        help="see docs/baselines.md (default: %(default)s)",
+    )
+    command.add_argument("--n", type=int, default=20, help="examples (default: %(default)s)")
+    command.add_argument(
+        "--folder", type=Path, required=True, help="where results are kept and resumed from"
+    )
+    command.add_argument(
+        "--perturb",
+        metavar="A,B,...",
+        default="zero",
+        help="what stands for a token that is gone: zero, mean, eos, pad or token:TOKEN; with "
+        "+first the first token stays (default: %(default)s)",
+    )
+    command.add_argument("--steps", type=int, default=8, help="of a curve (default: %(default)s)")
+    command.add_argument(
+        "--length", type=int, default=64, help="tokens of an example (default: %(default)s)"
+    )
+    command.add_argument("--half", choices=("development", "held-out"), help="of the texts")
+    command.add_argument("--beam", type=int, help="also measure the normalised AOPC (slow)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--json", action="store_true", help="print one JSON object, not tables")
+    add_model_options(command, "--model", rules=False, default=DEFAULT_MODEL)
+    command.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from lenslrp.analysis.baselines import as_method
+    from lenslrp.analysis.evaluation import Perturbation, evaluate
+
+    methods = [as_method(name) for name in options.methods.split(",")]
+    perturbations = [Perturbation.parse(text) for text in options.perturb.split(",")]
+    results = evaluate(
+        options.task,
+        load_model(options),
+        methods,
+        n=options.n,
+        folder=options.folder,
+        data=options.data,
+        seed=options.seed,
+        perturbations=perturbations,
+        steps=options.steps,
+        length=options.length,
+        half=options.half,
+        beam=options.beam,
+    )
+    if not options.json:
+        print(results)
+        print(f"every number: {(options.folder / 'results.parquet').absolute()}")
+        return OK
+    tables = {m: json.loads(results.table(m).to_json(orient="records")) for m in results.metrics()}
+    told = {
+        "n": results.n,
+        "settings": results.settings,
+        "skipped": list(results.skipped),
+        "unfit": results.unfit,
+        "tables": tables,
+    }
+    print(json.dumps(told))
+    return OK
