@@ -158,7 +158,7 @@ class BlockPass:
                 relevance = readout.relevance(x, g).float()
                 on_relevance(place, self._conditioned(place, relevance), spans)
 
-        reduce = {hook: _Deliver(partial(deliver, hook)) for hook in by_hook}
+        reduce = {hook: Deliver(partial(deliver, hook)) for hook in by_hook}
         mask = None if bool(block.mask.all()) else block.mask.long()
         _, cache = run_with_relevance(
             self.model,
@@ -197,7 +197,7 @@ class BlockPass:
         return Recorded(kind, positions, tokens), aims, spans
 
 
-class _Deliver:
+class Deliver:
     """A reduction that hands relevance on and keeps nothing of it."""
 
     def __init__(self, deliver: Callable[[Tensor, Tensor], None]) -> None:

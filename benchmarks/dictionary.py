@@ -53,7 +53,7 @@ def smollm2(layers: int) -> Any:
 
 
 def throughput(arguments: argparse.Namespace) -> None:
-    from lenslrp.analysis.block_pass import _unembedding_at, target_positions
+    from lenslrp.analysis.block_pass import unembedding_at, target_positions
     from lenslrp.analysis.job import prepare
     from lenslrp.analysis.search import State, _Scanner
 
@@ -106,7 +106,7 @@ def throughput(arguments: argparse.Namespace) -> None:
         handle = model.embed.register_forward_hook(leaf)
         try:
             if sliced:
-                with _unembedding_at(model, positions):
+                with unembedding_at(model, positions):
                     logits = model(block.tokens, return_type="logits", use_cache=False, **mask)
                 picked = logits[:, 0].gather(1, tokens[:, None])
             else:

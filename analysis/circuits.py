@@ -1,0 +1,306 @@
+"""Which nodes carry the difference between a clean and a corrupt prompt?
+
+The effect of a node is what the gap between answer and rival gains when the node, and it alone, is
+set to what it is in the other run. Exact activation patching needs a forward pass for every node;
+the other methods estimate the effect of all nodes at once, by activation difference times
+coefficient:
+
+* **relevance patching** (RelP, Rezaei Jafari et al. 2025): the coefficient is the gradient as LRP
+  rules modify it, from one backward pass over the base run. Relevance is activation times this
+  coefficient; the score is (activation there - activation here) times it;
+* **attribution patching** (Nanda 2023; Syed et al. 2023): the plain gradient of the base run;
+* **integrated gradients** (Hanna et al. 2024): plain gradients averaged along the straight line
+  between the embeddings of the two runs.
+
+"Denoising" patches clean activations into the corrupt run and "noising" corrupt ones into the
+clean run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lenslrp.analysis.block_pass import Deliver
+from lenslrp.analysis.nodes import (
+    COMPONENTS,
+    Node,
+    as_units,
+    masking,
+    place_components,
+    read,
+)
+from lenslrp.analysis.pairs import Pairs
+from lenslrp.analysis.patching import exact_effects
+from lenslrp.analysis.question import Passes, ask
+from lenslrp.errors import InputError
+from lenslrp.hooks import Composite, GradientTimesInput, RelP
+from lenslrp.hooks.components import layer_of
+from lenslrp.run import run_with_relevance
+
+DIRECTIONS = ("denoising", "noising")
+CHUNK = 32
+"""How many pairs run at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class NodeScores:
+    """What each node does to the gap, estimated or exact, in logits.
+
+    Attributes:
+        method, direction: how they were found.
+        components: hook point -> component name, in the model's order.
+        values: hook point -> [pair, unit], or [pair, pos, unit]; NaN where a node was not scored.
+        clean, corrupt: [pair], the gap of each run.
+        mask: [pair, pos], True where a token is real.
+        passes: of one pair through the model.
+    """
+
+    method: str
+    direction: str
+    components: Mapping[str, str]
+    values: Mapping[str, Tensor]
+    clean: Float[Tensor, " pair"]
+    corrupt: Float[Tensor, " pair"]
+    mask: Tensor
+    passes: Passes
+
+    @property
+    def by_position(self) -> bool:
+        return next(iter(self.values.values())).ndim == 3
+
+    def of(self, component: str) -> Float[Tensor, "pair node"]:
+        """All scores of a component class; padding and what was not scored are NaN."""
+        found = [self.values[h] for h, name in self.components.items() if name == component]
+        if not found:
+            known = ", ".join(dict.fromkeys(self.components.values()))
+            raise InputError(f"no scores of {component!r}; there are {known}")
+        if self.by_position:
+            found = [v.masked_fill(~self.mask[..., None].to(v.device), torch.nan) for v in found]
+        return torch.cat([value.flatten(1) for value in found], dim=1)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a node: ``component``, ``layer``, ``hook``, ``unit``, ``position`` (``None`` for
+        all), ``score`` (mean over pairs, logits), ``std`` over pairs."""
+        frames = []
+        for hook, name in self.components.items():
+            value = self.values[hook].double().cpu().numpy()
+            mean, std = value.mean(axis=0), value.std(axis=0)
+            grid = np.indices(mean.shape).reshape(mean.ndim, -1)
+            frame = pd.DataFrame({"component": name, "layer": layer_of(hook), "hook": hook,
+                                  "unit": grid[-1]})  # fmt: skip
+            frame["position"] = grid[0] if self.by_position else None
+            frames.append(frame.assign(score=mean.ravel(), std=std.ravel()))
+        return pd.concat(frames, ignore_index=True).dropna(subset=["score"])
+
+    def top(self, k: int = 10, *, component: str | None = None) -> pd.DataFrame:
+        """The ``k`` rows of :meth:`to_dataframe` whose score is largest in size."""
+        frame = self.to_dataframe()
+        if component is not None:
+            self.of(component)
+            frame = frame[frame["component"] == component]
+        order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
+        return frame.loc[order[:k]].reset_index(drop=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """What a method is asked: the base run, the other run, and the hook points to score."""
+
+    model: Any
+    pairs: Pairs
+    base: Tensor
+    other: Tensor
+    hooks: Mapping[str, str]
+    by_position: bool
+    only: Sequence[Node] | None
+    composite: Composite
+    steps: int
+    passes: Passes
+
+
+_Found = tuple[Tensor, Tensor, dict[str, Tensor]]  # values of both runs, scores
+
+
+class _Method(Protocol):
+    def __call__(self, runs: _Runs) -> _Found: ...
+
+
+def _product(runs: _Runs, hook: str, delta: Tensor, g: Tensor) -> Tensor:
+    """Delta times coefficient, [pair, unit] or [pair, pos, unit]."""
+    sums: Tensor = torch.einsum("bpuf,bpuf->bpu", delta, g)
+    return sums if runs.by_position else sums.sum(dim=1)
+
+
+def _backward(
+    runs: _Runs, composite: Composite, on: Callable[[str, Tensor, Tensor], None], **given: Any
+) -> Tensor:
+    """One forward and backward pass; every hook point's activation and coefficient are handed on.
+
+    Returns the gap, [pair].
+    """
+
+    def deliver(hook: str, x: Tensor, g: Tensor) -> None:
+        kind = COMPONENTS[runs.hooks[hook]].kind
+        on(hook, as_units(kind, x, hook), as_units(kind, g, hook))
+
+    device = next(runs.model.parameters()).device
+    _, cache = run_with_relevance(
+        runs.model,
+        target=runs.pairs,
+        composite=composite,
+        names_filter=list(runs.hooks),
+        reduce={hook: Deliver(partial(deliver, hook)) for hook in runs.hooks},
+        ledger=False,
+        attention_mask=masking(runs.pairs, device).get("attention_mask"),
+        **given,
+    )
+    runs.passes.forward += len(runs.pairs)
+    runs.passes.backward += len(runs.pairs)
+    return cache.target.value
+
+
+def _relevance(runs: _Runs) -> _Found:
+    """Two forward passes and one backward pass for all nodes."""
+    value, there = read(runs.model, runs.other, runs.pairs, runs.hooks)
+    runs.passes.forward += len(runs.pairs)
+    scores: dict[str, Tensor] = {}
+
+    def score(hook: str, x: Tensor, g: Tensor) -> None:
+        scores[hook] = _product(runs, hook, there.pop(hook) - x, g)
+
+    base = _backward(runs, runs.composite, score, input=runs.base)
+    return base, value, scores
+
+
+def _integrated(runs: _Runs) -> _Found:
+    """Two forward passes, and a forward and a backward pass for each step."""
+    base, here = read(runs.model, runs.base, runs.pairs, runs.hooks)
+    other, there = read(runs.model, runs.other, runs.pairs, runs.hooks)
+    runs.passes.forward += 2 * len(runs.pairs)
+    mask = masking(runs.pairs, runs.base.device).get("attention_mask")
+    ends = [
+        ask(runs.model, tokens, runs.pairs, attention_mask=mask).inputs
+        for tokens in (runs.base, runs.other)
+    ]
+    scores: dict[str, Tensor] = {}
+
+    def score(hook: str, x: Tensor, g: Tensor) -> None:
+        found = _product(runs, hook, there[hook] - here[hook], g) / runs.steps
+        scores[hook] = scores[hook] + found if hook in scores else found
+
+    for step in range(runs.steps):
+        embeds = torch.lerp(*ends, (step + 0.5) / runs.steps)
+        _backward(runs, runs.composite, score, inputs_embeds=embeds)
+    return base, other, scores
+
+
+def _exact(runs: _Runs) -> _Found:
+    return exact_effects(
+        runs.model,
+        runs.base,
+        runs.other,
+        runs.pairs,
+        runs.hooks,
+        by_position=runs.by_position,
+        only=runs.only,
+        passes=runs.passes,
+    )
+
+
+METHODS: Mapping[str, tuple[_Method, Callable[[], Composite]]] = {
+    "relevance": (_relevance, RelP),
+    "attribution": (_relevance, GradientTimesInput),
+    "integrated": (_integrated, GradientTimesInput),
+    "exact": (_exact, GradientTimesInput),
+}
+"""Method -> how its scores are made, and under which rules."""
+
+
+def score_nodes(
+    model: Any,
+    pairs: Pairs,
+    *,
+    method: str = "relevance",
+    components: Sequence[str] = ("heads", "neurons"),
+    direction: str = "denoising",
+    by_position: bool = False,
+    composite: Composite | None = None,
+    steps: int = 5,
+    only: Iterable[Node] | None = None,
+    chunk: int = CHUNK,
+) -> NodeScores:
+    """The effect of every node on the gap, estimated or exact.
+
+    Args:
+        model: a ``TransformerBridge`` of a decoder, in eval mode.
+        pairs: clean and corrupt prompts.
+        method: ``"relevance"``, ``"attribution"``, ``"integrated"`` or ``"exact"``.
+        components: names from :data:`lenslrp.analysis.nodes.COMPONENTS`. ``"residual"`` needs
+            ``by_position``: the whole stream of one layer, patched at all positions, is the run.
+        direction: ``"denoising"``: clean activations in the corrupt run; ``"noising"``: the other
+            way round.
+        by_position: one node a position, or all positions together.
+        composite: the rules of ``"relevance"``; ``RelP()`` if not given.
+        steps: of ``"integrated"``.
+        only: of ``"exact"``: the nodes to patch. The other methods score all nodes anyway.
+        chunk: how many pairs run at once.
+
+    Returns:
+        Scores in logits: what the gap of the base run gains. A final soft-cap on the logits (Gemma
+        2) is not part of what coefficients are taken of, as everywhere in LensLRP.
+
+    Raises:
+        InputError: a choice that does not exist, or does not go with the method.
+    """
+    if method not in METHODS:
+        raise InputError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if direction not in DIRECTIONS:
+        raise InputError(f"direction must be one of {', '.join(DIRECTIONS)}, not {direction!r}")
+    if composite is not None and method != "relevance":
+        raise InputError(f"a composite is for method='relevance', not {method!r}")
+    if only is not None and method != "exact":
+        raise InputError(f"only is for method='exact'; {method!r} scores all nodes in one pass")
+    if "residual" in components and not by_position:
+        raise InputError(
+            "the residual stream patched at all positions is the other run: give by_position=True"
+        )
+    if chunk < 1 or steps < 1:
+        raise InputError(f"chunk and steps must be at least 1, not {chunk} and {steps}")
+    if len(pairs) == 0:
+        raise InputError("no pairs to score")
+    score, rules = METHODS[method]
+    device = next(model.parameters()).device
+    hooks = place_components(model, components)
+    passes = Passes()
+    nodes = None if only is None else list(only)
+    found = []
+    for start in range(0, len(pairs), chunk):
+        part = pairs[start : start + chunk]
+        sides = (part.corrupt.to(device), part.clean.to(device))
+        base, other = sides if direction == "denoising" else reversed(sides)
+        made = composite or rules()
+        runs = _Runs(model, part, base, other, hooks, by_position, nodes, made, steps, passes)
+        found.append(score(runs))
+    bases, others, scores = zip(*found, strict=True)
+    base, other = torch.cat(bases).detach(), torch.cat(others)
+    values = {hook: torch.cat([_wide(part[hook], pairs) for part in scores]) for hook in hooks}
+    clean, corrupt = (other, base) if direction == "denoising" else (base, other)
+    return NodeScores(
+        method, direction, hooks, values, clean, corrupt, pairs.mask, passes
+    )  # fmt: skip
+
+
+def _wide(value: Tensor, pairs: Pairs) -> Tensor:
+    """[pair, pos, unit] with the padding of all pairs, not only of its chunk's."""
+    if value.ndim == 2:
+        return value
+    return torch.nn.functional.pad(value, (0, 0, 0, pairs.mask.shape[1] - value.shape[1]))

@@ -1,0 +1,164 @@
+"""Nodes of a circuit: what can be patched at a hook point, one by one.
+
+A component class says at which hook point its nodes live and what one node is: the whole vector, a
+head, or a single entry. Everything about nodes is computed on one view of a hook point's tensor,
+[pair, pos, unit, feature].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lenslrp.analysis.block_pass import unembedding_at
+from lenslrp.analysis.pairs import Pairs
+from lenslrp.errors import InputError
+from lenslrp.hooks.attach import Attached
+from lenslrp.hooks.components import BlockBridge, components, hook_points, layer_of
+from lenslrp.hooks.readers import select_names
+from lenslrp.passes import undone
+
+Kind = Literal["whole", "head", "entry"]
+Units = Float[Tensor, "pair pos unit feature"]
+
+
+@dataclass(frozen=True)
+class Component:
+    """A class of nodes: the end of their hook point's name, and what one node of it is."""
+
+    hook: str
+    kind: Kind
+
+
+COMPONENTS: Mapping[str, Component] = {
+    "residual": Component("hook_resid_pre", "whole"),
+    "attention": Component("hook_attn_out", "whole"),
+    "mlp": Component("hook_mlp_out", "whole"),
+    "heads": Component("attn.hook_z", "head"),
+    "neurons": Component("mlp.hook_post", "entry"),
+    "q": Component("attn.hook_q", "head"),
+    "k": Component("attn.hook_k", "head"),
+    "v": Component("attn.hook_v", "head"),
+}
+"""Name -> component. To patch a head's query is to patch what it reads through its query matrix;
+``k`` and ``v`` of grouped queries have one node a group."""
+
+
+@dataclass(frozen=True, order=True)
+class Node:
+    """One node: a unit at a hook point, at one position or (``None``) at all of them."""
+
+    hook: str
+    unit: int
+    position: int | None = None
+
+    def __str__(self) -> str:
+        place = "" if self.position is None else f"@{self.position}"
+        return f"{self.hook}[{self.unit}]{place}"
+
+
+def as_units(kind: Kind, x: Tensor, hook: str) -> Units:
+    """A hook point's tensor as [pair, pos, unit, feature]; a view.
+
+    Raises:
+        InputError: a tensor of another shape (some MLPs flatten batch and positions into one).
+    """
+    if x.ndim != (4 if kind == "head" else 3):
+        shape = "[batch, pos, head, d_head]" if kind == "head" else "[batch, pos, feature]"
+        raise InputError(f"{hook} is {list(x.shape)}; nodes need {shape}")
+    return x if kind == "head" else x.unsqueeze(-2 if kind == "whole" else -1)
+
+
+def place_components(model: Any, names: Sequence[str]) -> dict[str, str]:
+    """Hook point -> component name, for all blocks, in the model's order.
+
+    Raises:
+        InputError: a component that does not exist, here or at all.
+    """
+    unknown = [name for name in names if name not in COMPONENTS]
+    if unknown or not names or isinstance(names, str):
+        raise InputError(f"components are some of {', '.join(COMPONENTS)}, not {names!r}")
+    points = hook_points(model, list(components(model)))
+    placed = {}
+    for name in names:
+        for hook in select_names(points, COMPONENTS[name].hook)[0]:
+            placed[hook] = name
+    return placed
+
+
+def forward(model: Any, tokens: Tensor, pairs: Pairs) -> Float[Tensor, " pair"]:
+    """One forward pass without gradients, unembedded at the last token only: the gap."""
+    device = next(model.parameters()).device
+    last = pairs.mask.sum(dim=1) - 1
+    with torch.no_grad(), unembedding_at(model, last):
+        logits = model(
+            tokens.to(device), return_type="logits", use_cache=False, **masking(pairs, device)
+        )
+    return pairs.gap(logits)
+
+
+def masking(pairs: Pairs, device: Any) -> dict[str, Tensor]:
+    """``attention_mask`` where there is padding."""
+    return {} if bool(pairs.mask.all()) else {"attention_mask": pairs.mask.long().to(device)}
+
+
+def read(
+    model: Any, tokens: Tensor, pairs: Pairs, hooks: Mapping[str, str]
+) -> tuple[Float[Tensor, " pair"], dict[str, Units]]:
+    """The gap, and what flows at the hook points (hook -> component), in one forward pass."""
+    found: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: Any, name: str) -> None:
+        found[name] = as_units(COMPONENTS[hooks[name]].kind, x.detach(), name)
+
+    with model.hooks(fwd_hooks=[(name, partial(keep, name=name)) for name in hooks]):
+        value = forward(model, tokens, pairs)
+    missing = [name for name in hooks if name not in found]
+    if missing:
+        raise InputError(f"{missing[0]} does not fire in this model's forward pass")
+    return value, found
+
+
+@contextmanager
+def replayed(model: Any, outputs: Mapping[int, Any], layer: int) -> Iterator[None]:
+    """The blocks below ``layer`` return what they returned before instead of running."""
+    with undone(Attached()) as at:
+        for index, block in blocks(model).items():
+            if index < layer:
+                at.attribute(block, "forward", partial(_give, outputs[index]))
+        yield
+
+
+def _give(value: Any, *args: Any, **kwargs: Any) -> Any:
+    return value
+
+
+@contextmanager
+def recorded(model: Any, outputs: dict[int, Any]) -> Iterator[None]:
+    """Keep what every block returns, by layer."""
+    handles = [
+        block.register_forward_hook(lambda _, a, out, i=index: outputs.__setitem__(i, out))
+        for index, block in blocks(model).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def blocks(model: Any) -> dict[int, Any]:
+    """The blocks by layer."""
+    found = {}
+    for path, module in components(model):
+        layer = layer_of(path + ".")
+        if isinstance(module, BlockBridge) and layer is not None:
+            found[layer] = module
+    return found

@@ -1,0 +1,190 @@
+"""Clean and corrupt prompts of equal length that call for opposite answers.
+
+A circuit is found by what differs between two runs: the clean prompt calls for ``answer``, the
+corrupt one, changed in one word, for ``rival``. The value followed is the difference of the two
+logits at the last token. Templates as in :mod:`lenslrp.analysis.templates`: indirect objects, where
+the repeated name is exchanged (Wang et al. 2022), and subject-verb agreement, where the subject
+changes its number.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lenslrp.analysis.records import Record
+from lenslrp.analysis.templates import NOUNS, agreement, indirect_objects
+from lenslrp.errors import InputError
+from lenslrp.inputs import is_encoder_decoder
+from lenslrp.names import Token, token_id
+from lenslrp.targets import Outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """A batch of pairs; the two prompts of a pair have the same number of tokens.
+
+    Attributes:
+        clean, corrupt: [pair, pos] token ids, padded on the right.
+        mask: [pair, pos], True where a token is real.
+        answers, rivals: [pair] token ids: what the clean and what the corrupt prompt calls for.
+    """
+
+    clean: Int[Tensor, "pair pos"]
+    corrupt: Int[Tensor, "pair pos"]
+    mask: Bool[Tensor, "pair pos"]
+    answers: Int[Tensor, " pair"]
+    rivals: Int[Tensor, " pair"]
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def __getitem__(self, rows: slice | Tensor) -> Pairs:
+        """Some of the pairs, without the padding that they do not need."""
+        mask = self.mask[rows]
+        length = int(mask.sum(dim=1).max()) if len(mask) else 0
+        return Pairs(
+            self.clean[rows, :length],
+            self.corrupt[rows, :length],
+            mask[:, :length],
+            self.answers[rows],
+            self.rivals[rows],
+        )
+
+    def gap(
+        self, logits: Float[Tensor, "pair pos_or_one vocab"]
+    ) -> Float[Tensor, " pair"]:
+        """Logit of the answer minus that of the rival, at each row's last token.
+
+        ``logits`` may hold that position only.
+        """
+        rows = torch.arange(len(self), device=logits.device)
+        last = self.mask.sum(dim=1).to(logits.device) - 1
+        at = logits[:, 0] if logits.shape[1] == 1 else logits[rows, last]
+        answers, rivals = self.answers.to(at.device), self.rivals.to(at.device)
+        return at[rows, answers] - at[rows, rivals]
+
+    def values(self, outputs: Outputs) -> Tensor:
+        """The gap as a target of :func:`lenslrp.run_with_relevance`."""
+        return self.gap(outputs.logits)
+
+    def text(self, outputs: Outputs) -> str:
+        return "logit of the answer minus logit of the rival at the last token"
+
+    @classmethod
+    def from_texts(
+        cls,
+        model: Any,
+        clean: Sequence[str],
+        corrupt: Sequence[str],
+        answers: Sequence[Token],
+        rivals: Sequence[Token],
+        *,
+        prepend_bos: bool | None = None,
+    ) -> Pairs:
+        """Pairs from prompts.
+
+        Args:
+            model: a ``TransformerBridge`` with a tokenizer.
+            clean, corrupt: prompts, one each a pair.
+            answers, rivals: single tokens, as strings (with their space) or ids.
+            prepend_bos: ``None`` is the model's own default.
+
+        Raises:
+            InputError: lists of different lengths, none at all, a pair whose prompts differ in
+                length or not at all, an answer that is not one token, an encoder-decoder.
+        """
+        if is_encoder_decoder(model):
+            raise InputError("pairs are for decoders: an encoder-decoder has two inputs")
+        counts = [len(given) for given in (clean, corrupt, answers, rivals)]
+        if len(set(counts)) > 1 or counts[0] == 0:
+            raise InputError(f"a pair has one of each; got {counts} prompts, answers and rivals")
+        rows = [
+            [model.to_tokens(t, prepend_bos=prepend_bos, truncate=False)[0].tolist() for t in side]
+            for side in (clean, corrupt)
+        ]
+        for index, (a, b) in enumerate(zip(*rows, strict=True)):
+            if len(a) != len(b):
+                raise InputError(
+                    f"pair {index}: the prompts have {len(a)} and {len(b)} tokens, and must have "
+                    "the same number, so that positions correspond"
+                )
+            if a == b:
+                raise InputError(f"pair {index}: the two prompts are the same: {clean[index]!r}")
+        vocabulary, tokenizer = int(model.cfg.d_vocab), model.tokenizer
+        ids = [[token_id(tokenizer, t, vocabulary) for t in side] for side in (answers, rivals)]
+        width = max(map(len, rows[0]))
+        padded = [[row + [0] * (width - len(row)) for row in side] for side in rows]
+        lengths = torch.tensor([len(row) for row in rows[0]])
+        return cls(
+            torch.tensor(padded[0]),
+            torch.tensor(padded[1]),
+            torch.arange(width)[None] < lengths[:, None],
+            torch.tensor(ids[0]),
+            torch.tensor(ids[1]),
+        )
+
+
+def _other_name(record: Record) -> str:
+    """The repeated name becomes the other one: "... Mary gave a drink to" calls for John."""
+    head, name, tail = record["text"].rpartition(record["distractor"])
+    return f"{head}{record['key']}{tail}" if name else record["text"]
+
+
+def _other_number(record: Record) -> str:
+    """The subject's number changes, and with it the verb's."""
+    other = {**NOUNS, **{plural: singular for singular, plural in NOUNS.items()}}
+    return str(record["text"].replace(f" {record['key']} ", f" {other[record['key']]} ", 1))
+
+
+TEMPLATES: Mapping[str, tuple[Callable[[], Iterable[Record]], Callable[[Record], str]]] = {
+    "indirect_object": (indirect_objects, _other_name),
+    "agreement": (agreement, _other_number),
+}
+"""Task -> the records of its sentences, and what makes the corrupt sentence of a record."""
+
+
+def template_pairs(model: Any, task: str, n: int, *, seed: int = 0) -> Pairs:
+    """``n`` different pairs of a task, drawn from its templates.
+
+    Every word that differs, and both answers, are checked to be single tokens of this model.
+
+    Args:
+        model: a ``TransformerBridge`` with a tokenizer.
+        task: a key of :data:`TEMPLATES`.
+        n: how many pairs.
+        seed: of the draw.
+
+    Raises:
+        InputError: no such task, or fewer than ``n`` sentences of single-token words.
+    """
+    if task not in TEMPLATES:
+        raise InputError(f"task must be one of {', '.join(TEMPLATES)}, not {task!r}")
+    make, corrupt = TEMPLATES[task]
+    tokenizer = model.tokenizer
+
+    def single(word: str) -> bool:
+        return len(tokenizer.encode(word, add_special_tokens=False)) == 1
+
+    fit = []
+    for record in make():
+        changed = zip(record["text"].split(), corrupt(record).split(), strict=True)
+        words = {f" {word}" for pair in changed if pair[0] != pair[1] for word in pair}
+        if all(map(single, (record["answer"], record["rival"], *words))):
+            fit.append(record)
+    if len(fit) < n:
+        raise InputError(f"{task} has {len(fit)} pairs of single-token words, {n} were asked for")
+    chosen = random.Random(seed).sample(fit, n)
+    return Pairs.from_texts(
+        model,
+        [record["text"] for record in chosen],
+        [corrupt(record) for record in chosen],
+        [record["answer"] for record in chosen],
+        [record["rival"] for record in chosen],
+    )
