@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,6 @@ from lenslrp.analysis.pairs import Pairs
 from lenslrp.analysis.statistics import RESAMPLES, area
 from lenslrp.errors import InputError
 
-Ablation = Literal["corrupt", "mean"]
 SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -173,7 +172,7 @@ def verify(
     pairs: Pairs,
     circuits: Sequence[Circuit],
     *,
-    ablation: Ablation = "corrupt",
+    ablation: str = "corrupt",
     reference: Pairs | None = None,
     chunk: int = CHUNK,
 ) -> Verdict:

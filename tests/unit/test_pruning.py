@@ -154,7 +154,7 @@ def test_bad_choices() -> None:
             "it goes with ablation='mean'",
         ),
         (
-            lambda: verify(model, pairs, [prune(scores, 0.5)], ablation="zero"),  # type: ignore[arg-type]
+            lambda: verify(model, pairs, [prune(scores, 0.5)], ablation="zero"),
             "ablation must be 'corrupt' or 'mean'",
         ),
     ]
