@@ -288,6 +288,12 @@ def find_places(model: Any, sites: Sequence[Site], tokens: Tensor) -> tuple[Plac
     """
     points = hook_points(model, components(model))
     wanted = [(site, name) for site in sites for name in select_names(points, site.hook)[0]]
+    for _, name in wanted:
+        if name.endswith("hook_post") and points[name] is points.get(f"{name[:-4]}out"):
+            raise InputError(
+                f"{name} is another name of {name[:-4]}out here: a mixture of experts has no one "
+                "set of neurons; search its output by that name, or a dense layer"
+            )
     sizes: dict[tuple[str, str], int] = {}
     block = Block(0, torch.zeros(1, dtype=torch.int64), tokens, torch.ones_like(tokens).bool())
 

@@ -27,8 +27,9 @@ from lenslrp.analysis.perturb import Features, tokens_of
 from lenslrp.analysis.perturb_parts import patches_of
 from lenslrp.analysis.plan import describe_model
 from lenslrp.analysis.prompts import Numbers
-from lenslrp.analysis.question import Passes, Question, ask, frozen
+from lenslrp.analysis.question import Passes, Question, ask
 from lenslrp.analysis.records import HALVES, half_of, identity, in_order, read_records
+from lenslrp.analysis.replaced import frozen
 from lenslrp.analysis.results import JOURNAL, PARQUET, Results
 from lenslrp.analysis.spans import hit, ious
 from lenslrp.analysis.tasks import TASKS, Example, Task, Unfit

@@ -72,16 +72,19 @@ class Curve:
 
     @property
     def comprehensiveness(self) -> float:
-        """Mean loss of probability without the most relevant, at this curve's steps up to half."""
+        """Mean loss of probability without the most relevant, at this curve's steps up to half;
+        NaN if it has none there."""
         some = (self.shares > 0) & (self.shares <= 0.5)
-        return float((self.morf_probability[0] - self.morf_probability[some]).mean())
+        lost = self.morf_probability[0] - self.morf_probability[some]
+        return float(lost.mean()) if some.any() else math.nan
 
     @property
     def sufficiency(self) -> float:
         """Mean loss of probability with nothing but the most relevant, at steps up to half of
-        them: lower is better."""
+        them: lower is better; NaN if there are none."""
         some = (self.shares >= 0.5) & (self.shares < 1)
-        return float((self.lerf_probability[0] - self.lerf_probability[some]).mean())
+        lost = self.lerf_probability[0] - self.lerf_probability[some]
+        return float(lost.mean()) if some.any() else math.nan
 
     def scores(self) -> dict[str, float]:
         """Every number above, by its name."""

@@ -20,9 +20,10 @@ PARQUET = "results.parquet"
 
 REFERENCE = "attnlrp"
 CURVES = ("morf", "lerf", "morf_probability", "lerf_probability")
+POINTING = ("hit", "hit_at_3", "iou", "above_distractor")
+"""Measures that no perturbation has a part in."""
 METRICS = (
-    "area", "deletion", "insertion", "comprehensiveness", "sufficiency", "naopc",
-    "hit", "hit_at_3", "iou", "above_distractor",
+    "area", "deletion", "insertion", "comprehensiveness", "sufficiency", "naopc", *POINTING
 )  # fmt: skip
 
 
@@ -93,9 +94,10 @@ class Results:
             against: the method that the others are compared with; ``attnlrp``, or the first.
 
         Returns:
-            A row a perturbation and method: ``n, mean, low, high``; ``difference,
-            difference_low, difference_high`` (this method less the other, on the same examples);
-            ``cost`` (median, in plain forward and backward passes), ``forward``, ``backward``.
+            A row a perturbation (``"none"`` where a metric needs none) and method: ``n, mean, low,
+            high``; ``difference, difference_low, difference_high`` (this method less the other;
+            over the examples where both have a value, ``n``); ``cost`` (median, in plain forward
+            and backward passes), ``forward``, ``backward``.
 
         Raises:
             InputError: no such metric or method.
@@ -107,18 +109,21 @@ class Results:
         if other not in names:
             raise InputError(f"no method {other!r}; there are {', '.join(names)}")
         seed, rows = self.settings["seed"], []
-        for way in self.settings["perturbations"]:
+        ways = self.settings["perturbations"]
+        for way in ways[:1] if metric in POINTING else ways:
             part = self.frame[self.frame["perturbation"] == way]
-            wide = part.pivot_table(index="example", columns="method", values=metric, sort=False)
+            wide = part.pivot(index="example", columns="method", values=metric)
             for name in names:
-                if name not in wide or other not in wide:
-                    continue
                 both = wide[[name]].assign(other=wide[other]).dropna().to_numpy()
                 own = part[part["method"] == name]
-                mean = bootstrap(both[:, 0], seed)
-                lead = bootstrap(both[:, 0] - both[:, 1], seed) if name != other else [np.nan] * 3
+                nothing = (np.nan,) * 3
+                mean = bootstrap(both[:, 0], seed) if len(both) else nothing
+                lead = nothing
+                if len(both) and name != other:
+                    lead = bootstrap(both[:, 0] - both[:, 1], seed)
                 costs = [own["cost"].median(), own["forward"].mean(), own["backward"].mean()]
-                rows.append([way, name, len(both), *mean, *lead, *costs])
+                shown = "none" if metric in POINTING else way
+                rows.append([shown, name, len(both), *mean, *lead, *costs])
         columns = ["perturbation", "method", "n", "mean", "low", "high", "difference",
                    "difference_low", "difference_high", "cost", "forward", "backward"]  # fmt: skip
         return pd.DataFrame(rows, columns=columns)

@@ -33,6 +33,8 @@ overflow-wrap:anywhere}}
 § h1{{font-size:1.45em;line-height:1.3;margin:.1em 0 .3em;color:inherit}}
 § h1 code{{user-select:all;font-size:1em}}
 § h2{{font-size:1.1em;margin:0 0 .2em;color:inherit}}
+§ summary{{cursor:pointer}}
+§ summary h2{{display:inline}}
 § h3{{font-size:.92em;margin:0 0 .3em;color:var(--muted);font-weight:600}}
 § .what{{margin:0 0 .9em;max-width:88ch}}
 § .note{{margin:.6em 0 0;max-width:88ch}}
@@ -42,16 +44,18 @@ padding:16px 20px 18px;margin:14px 0}}
 margin:14px 0 0}}
 § dl.facts div{{background:var(--card);border:1px solid var(--line);border-radius:8px;\
 padding:8px 12px;min-width:0}}
-§ dl.facts dt{{font-size:.8em;color:var(--muted);font-weight:400}}
-§ dl.facts dd{{margin:0;font-size:1.1em;font-weight:600;font-variant-numeric:tabular-nums}}
+§ dl.facts dt{{font-size:.8em;color:var(--muted);font-weight:400;float:none;width:auto;\
+padding:0}}
+§ dl.facts dd{{margin:0;padding:0;float:none;width:auto;font-size:1.1em;\
+font-weight:600;font-variant-numeric:tabular-nums}}
 § .columns{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(260px,100%),1fr));\
 gap:18px 28px}}
 § .columns.two{{grid-template-columns:repeat(auto-fit,minmax(min(400px,100%),1fr));\
 margin-top:.6em}}
 § .columns>*{{min-width:0}}
 § .scroll{{overflow-x:auto}}
-§ table{{border-collapse:collapse;font-size:.92em;font-variant-numeric:tabular-nums;width:100%;\
-color:inherit;background:none;margin:0}}
+§ table{{border-collapse:collapse;table-layout:auto;font-size:.92em;width:100%;\
+font-variant-numeric:tabular-nums;color:inherit;background:none;margin:0}}
 § th,§ td{{padding:.25em .9em .25em 0;border:0;border-bottom:1px solid var(--line);\
 text-align:left;vertical-align:top;background:none;color:inherit}}
 § tbody tr{{background:none}}
@@ -104,7 +108,9 @@ font-size:.86em;color:var(--muted)}}
 @media (max-width:560px){{.lenslrp-unit{{padding:8px}}§ section{{padding:12px}}
 § .line{{grid-template-columns:minmax(0,1fr);gap:0}}}}
 @media print{{§ .panel{{display:block!important}}}}
-""".replace("§", ".lenslrp-unit")
+"""
+# Named thrice, a rule is more specific than a notebook's own for its tables and lists.
+STYLE = STYLE.replace("§", ".lenslrp-unit" * 3)
 
 # Nothing may load, run or be sent: escaping is the first wall, this policy the second.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -201,10 +207,10 @@ transparent,{{ scale.right }})"></span> {{ scale.high }}</li>{% endfor %}
 <p class="what">{{ clamp.what }}</p>{{ table(clamp.table) }}<p class="note">{{ clamp.note }}</p>
 {% endif %}</section>
 
-<section><h2>Provenance</h2>
+<section><details><summary><h2>Provenance</h2></summary>
 <div class="scroll"><table class="long"><tbody>
 {% for key, value in provenance %}<tr><th scope="row">{{ key }}</th><td>{{ value }}</td></tr>
-{% endfor %}</tbody></table></div></section>
+{% endfor %}</tbody></table></div></details></section>
 </div></div>
 """
 

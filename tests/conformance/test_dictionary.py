@@ -21,6 +21,7 @@ from lenslrp.analysis.replay import ReplayError
 from lenslrp.analysis.search import merge_shards, scan_shard
 from lenslrp.analysis.units import Head, Neuron
 from lenslrp.errors import InputError, StorageError
+from tests.conformance import zoo
 from tests.conformance.dictionaries import OPTIONS, build, contents, model, texts
 
 FAMILIES = ["llama", "gpt2", "phi", "gemma2", "neox", "native"]
@@ -356,6 +357,23 @@ def test_models_and_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             build(tmp_path / "d", **options)
     del bridge
+
+
+@pytest.mark.parametrize(
+    ("architecture", "site", "message"),
+    [
+        ("MixtralForCausalLM", "mlp.hook_expert_post", "experts' neurons cannot be searched"),
+        ("MixtralForCausalLM", "mlp.hook_post", "is another name of blocks.0.mlp.hook_out"),
+        ("T5ForConditionalGeneration", "mlp.hook_post", "two of them"),
+        ("ViTForImageClassification", "mlp.hook_post", "reads no text"),
+    ],
+)
+def test_models_without_one_stack_of_neurons_are_refused(
+    architecture: str, site: str, message: str, tmp_path: Path
+) -> None:
+    rows = [[5, 6, 7, 8], [6, 5, 8, 7]]
+    with pytest.raises(InputError, match=message):
+        NeuronDictionary.build(zoo.build(architecture), rows, tmp_path / "d", sites=site)
 
 
 def test_a_finished_dictionary_is_not_overwritten(tmp_path: Path) -> None:

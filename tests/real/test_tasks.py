@@ -72,10 +72,11 @@ def test_answers_are_explained_where_they_are_right(
     assert not (example.key & ~example.removable).any()
 
 
-def test_attnlrp_beats_chance_on_agreement(smollm2: Any, tmp_path: Path) -> None:
+def test_attnlrp_finds_the_indirect_object(smollm2: Any, tmp_path: Path) -> None:
     results = evaluate(
-        "agreement", smollm2, ["random", "attnlrp"], n=6, folder=tmp_path, steps=3, progress=False
-    )
-    table = results.table().set_index("method")
+        "indirect_object", smollm2, ["random", "attnlrp"], n=6, steps=2, folder=tmp_path,
+        progress=False,
+    )  # fmt: skip
+    table = results.table("hit").set_index("method")
+    assert table.loc["attnlrp", "n"] == 6
     assert table.loc["random", "difference_high"] < 0
-    assert results.table("iou").set_index("method").loc["attnlrp", "n"] == 6

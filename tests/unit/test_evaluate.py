@@ -216,8 +216,7 @@ def test_tables_have_intervals_and_paired_differences(
     assert row["n"] == 5
     expected = bootstrap(wide["cp_lrp"].to_numpy(), 1)[0]
     assert row["mean"] == pytest.approx(expected)
-    lead = bootstrap((wide["cp_lrp"] - wide["attnlrp"]).loc[list(dict.fromkeys(
-        results.frame["example"]))].to_numpy(), 1)  # fmt: skip
+    lead = bootstrap((wide["cp_lrp"] - wide["attnlrp"]).to_numpy(), 1)
     assert tuple(row[["difference", "difference_low", "difference_high"]]) == pytest.approx(lead)
     assert np.isnan(table.loc["eos", "attnlrp"]["difference"])
     other = results.table("area", against="random").set_index(["perturbation", "method"])
@@ -230,6 +229,14 @@ def test_tables_have_intervals_and_paired_differences(
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_a_measure_that_no_example_has_is_shown_as_missing(
+    model: Any, data: Path, tmp_path: Path
+) -> None:
+    table = run(model, tmp_path / "a", data, n=2, steps=1).table("sufficiency")
+    assert table["n"].tolist() == [0, 0, 0]
+    assert table["mean"].isna().all()
 
 
 def test_results_are_kept_as_parquet_and_drawn(model: Any, data: Path, tmp_path: Path) -> None:
@@ -316,7 +323,9 @@ def test_hits_are_in_the_table(model: Any, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     texts = [" ".join(["c", *rng.choice(WORDS[2:], size=4), "e"]) for _ in range(8)]
     data = [known(model, text, right=k % 2 == 0) for k, text in enumerate(texts)]
-    results = run(model, tmp_path / "a", data, task="agreement", n=99)
+    results = run(
+        model, tmp_path / "a", data, task="agreement", n=99, perturbations=["zero", "mean"]
+    )
     assert results.n == 4
     assert results.unfit == {"answered otherwise": 4}
     for row in results.frame.to_dict("records"):
@@ -334,6 +343,9 @@ def test_hits_are_in_the_table(model: Any, tmp_path: Path) -> None:
         above = max(found[i] for i in key) > max(found[i] for i in range(7) if words[i] == "e")
         assert row["above_distractor"] == above
     assert {"hit", "iou"} <= set(results.metrics())
+    table = results.table("hit")
+    assert table["perturbation"].tolist() == ["none"] * 3
+    assert table["n"].tolist() == [4] * 3
     assert "hit" in str(results)
 
 

@@ -67,6 +67,16 @@ def test_steps_are_rounded_to_whole_features_and_never_repeated() -> None:
     assert many.shares.tolist() == [0, 0.2, 0.4, 0.6, 0.8, 1]
 
 
+def test_a_curve_without_a_step_in_one_half_has_no_mean_there() -> None:
+    weights = np.array([3.0, 2, 1])
+    curve = faith.curves(linear(weights), {"a": weights}, steps=2)["a"]
+    assert curve.shares.tolist() == [0, 2 / 3, 1]
+    assert np.isnan(curve.comprehensiveness)
+    assert curve.sufficiency == pytest.approx((6 - 3) / 10)
+    one = faith.curves(linear(weights), {"a": weights}, steps=1)["a"]
+    assert np.isnan(one.sufficiency)
+
+
 def test_equal_relevance_keeps_its_order_and_lerf_is_the_reverse() -> None:
     curve = faith.curves(linear(), {"flat": np.zeros(4)}, steps=4)["flat"]
     assert curve.morf.tolist() == [6, 5, 1, 3, 0]
