@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from lenslrp.analysis.coders import SparseCoder
     from lenslrp.analysis.conditions import through
     from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.analysis.directions import (
+        mean_activation,
+        mean_difference,
+        relevance_direction,
+        unembedding_direction,
+        written_by,
+    )
     from lenslrp.analysis.evaluation import Perturbation, evaluate
     from lenslrp.analysis.exports import export_html, export_neuronpedia
     from lenslrp.analysis.launch import build_distributed, build_with_ray
@@ -19,6 +26,22 @@ if TYPE_CHECKING:
     from lenslrp.analysis.lens_fit import compare_lenses, fit_relevance_lens, fit_ridge_lens
     from lenslrp.analysis.page import Page
     from lenslrp.analysis.results import Results
+    from lenslrp.analysis.steering import (
+        Ablate,
+        Add,
+        Clamp,
+        ProjectOut,
+        Scale,
+        Steering,
+        steer,
+    )
+    from lenslrp.analysis.steering_files import (
+        load_control_vector,
+        load_steering,
+        save_control_vector,
+        save_steering,
+    )
+    from lenslrp.analysis.steering_sweep import SweepResult, sweep
     from lenslrp.analysis.tasks import TASKS, Example, Task, Unfit, image_task
     from lenslrp.analysis.unit_page import page_html, write_page
     from lenslrp.analysis.units import Direction, Feature, Head, Neuron, Unit, parse_unit
@@ -29,6 +52,13 @@ _HOMES = {
     "coders": ("SparseCoder",),
     "conditions": ("through",),
     "dictionary": ("NeuronDictionary",),
+    "directions": (
+        "mean_activation",
+        "mean_difference",
+        "relevance_direction",
+        "unembedding_direction",
+        "written_by",
+    ),
     "evaluation": ("Perturbation", "evaluate"),
     "exports": ("export_html", "export_neuronpedia"),
     "launch": ("build_distributed", "build_with_ray"),
@@ -37,6 +67,14 @@ _HOMES = {
     "page": ("Page",),
     "results": ("Results",),
     "tasks": ("TASKS", "Example", "Task", "Unfit", "image_task"),
+    "steering": ("Ablate", "Add", "Clamp", "ProjectOut", "Scale", "Steering", "steer"),
+    "steering_files": (
+        "load_control_vector",
+        "load_steering",
+        "save_control_vector",
+        "save_steering",
+    ),
+    "steering_sweep": ("SweepResult", "sweep"),
     "unit_page": ("page_html", "write_page"),
     "units": ("Direction", "Feature", "Head", "Neuron", "Unit", "parse_unit"),
     "vocabulary": ("VocabularyScores", "cosines", "reads", "sign_cases", "writes"),
@@ -45,7 +83,10 @@ _HOMES = {
 __all__ = [
     "METHODS",
     "TASKS",
+    "Ablate",
+    "Add",
     "Attribution",
+    "Clamp",
     "Direction",
     "Example",
     "Feature",
@@ -56,8 +97,12 @@ __all__ = [
     "NeuronDictionary",
     "Page",
     "Perturbation",
+    "ProjectOut",
     "Results",
+    "Scale",
     "SparseCoder",
+    "Steering",
+    "SweepResult",
     "Task",
     "Unfit",
     "Unit",
@@ -73,13 +118,24 @@ __all__ = [
     "fit_relevance_lens",
     "fit_ridge_lens",
     "image_task",
+    "load_control_vector",
+    "load_steering",
+    "mean_activation",
+    "mean_difference",
     "page_html",
     "parse_unit",
     "reads",
+    "relevance_direction",
+    "save_control_vector",
+    "save_steering",
     "sign_cases",
+    "steer",
+    "sweep",
     "through",
+    "unembedding_direction",
     "write_page",
     "writes",
+    "written_by",
 ]
 
 

@@ -198,7 +198,7 @@ def _integrated(runs: _Runs) -> _Found:
         scores[hook] = scores[hook] + found if hook in scores else found
 
     for step in range(runs.steps):
-        embeds = torch.lerp(*ends, (step + 0.5) / runs.steps)
+        embeds = torch.lerp(ends[0], ends[1], (step + 0.5) / runs.steps)
         _backward(runs, runs.composite, score, inputs_embeds=embeds)
     return base, other, scores
 

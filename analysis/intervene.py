@@ -12,13 +12,14 @@ interventions on copies of one prompt::
     with edit_units(model, edits):
         logits = model(prompt)
 
-Edits work inside :func:`lenslrp.run_with_relevance` and beside the user's own hooks.
+Edits work inside :func:`lenslrp.run_with_relevance` and beside the user's own hooks. For edits that
+follow a text while it is generated, and for directions, see :mod:`lenslrp.analysis.steering`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,26 +61,51 @@ def edit_units(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
         edits: any number of them; one unit must not be edited twice in one place.
 
     Raises:
-        InputError: a hook point that the model does not have; in the forward pass, a unit, row or
-            position out of range, a unit edited twice, or activations of another shape; at the end
-            of the context, a hook point that never fired, so that nothing was done there.
+        InputError: as :func:`change_hooks`; in the forward pass, a unit, row or position out of
+            range, a unit edited twice, or activations of another shape.
     """
     by_hook: dict[str, list[Edit]] = {}
     for edit in edits:
-        if edit.hook not in model.hook_dict:
-            near = difflib.get_close_matches(edit.hook, model.hook_dict, n=3)
-            raise InputError(f"no hook point is called {edit.hook!r}; nearest: {', '.join(near)}")
         by_hook.setdefault(edit.hook, []).append(edit)
-    objects = {id(model.hook_dict[name]): name for name in by_hook}
-    if len(objects) < len(by_hook):
-        alias = next(n for n in by_hook if n not in objects.values())
+    with change_hooks(model, {name: _apply(name, own) for name, own in by_hook.items()}):
+        yield
+
+
+@contextmanager
+def change_hooks(model: Any, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Put each hook point's activations through a function, and undo it however the context ends.
+
+    Every edit of this library goes through here.
+
+    Args:
+        model: a ``TransformerBridge``.
+        changes: by hook point, what makes the new activations of the old.
+
+    Raises:
+        InputError: a hook point that the model does not have, or one given by two names; at the end
+            of the context, a hook point that never fired, so that nothing was done there.
+    """
+    for name in changes:
+        if name not in model.hook_dict:
+            near = difflib.get_close_matches(name, model.hook_dict, n=3)
+            raise InputError(f"no hook point is called {name!r}; nearest: {', '.join(near)}")
+    objects = {id(model.hook_dict[name]): name for name in changes}
+    if len(objects) < len(changes):
+        alias = next(n for n in changes if n not in objects.values())
         other = objects[id(model.hook_dict[alias])]
         raise InputError(f"{alias!r} and {other!r} are one hook point: use one name")
     fired: set[str] = set()
-    hooks = [(name, _apply(name, own, fired)) for name, own in by_hook.items()]
-    with model.hooks(fwd_hooks=hooks):
+
+    def hook_of(name: str) -> Callable[..., Tensor]:
+        def hook(x: Tensor, hook: Any) -> Tensor:
+            fired.add(name)
+            return changes[name](x)
+
+        return hook
+
+    with model.hooks(fwd_hooks=[(name, hook_of(name)) for name in changes]):
         yield
-    idle = [name for name in by_hook if name not in fired]
+    idle = [name for name in changes if name not in fired]
     if idle:
         raise InputError(
             f"nothing was edited at {', '.join(idle[:4])}: no forward pass inside the context "
@@ -87,11 +113,10 @@ def edit_units(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
         )
 
 
-def _apply(name: str, edits: list[Edit], fired: set[str]) -> Callable[..., Tensor]:
+def _apply(name: str, edits: list[Edit]) -> Callable[[Tensor], Tensor]:
     made: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by batch size and length
 
-    def hook(x: Tensor, hook: Any) -> Tensor:
-        fired.add(name)
+    def change(x: Tensor) -> Tensor:
         if x.ndim not in (3, 4):
             raise InputError(
                 f"{name} has shape {list(x.shape)}; edits need [batch, pos, unit] or "
@@ -104,7 +129,7 @@ def _apply(name: str, edits: list[Edit], fired: set[str]) -> Callable[..., Tenso
         place = (rows, positions, units)
         return x.index_put(place, x[place] * scale + shift)
 
-    return hook
+    return change
 
 
 def _table(name: str, edits: list[Edit], x: Tensor) -> tuple[Tensor, ...]:

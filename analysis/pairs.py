@@ -57,9 +57,7 @@ class Pairs:
             self.rivals[rows],
         )
 
-    def gap(
-        self, logits: Float[Tensor, "pair pos_or_one vocab"]
-    ) -> Float[Tensor, " pair"]:
+    def gap(self, logits: Float[Tensor, "pair pos_or_one vocab"]) -> Float[Tensor, " pair"]:
         """Logit of the answer minus that of the rival, at each row's last token.
 
         ``logits`` may hold that position only.

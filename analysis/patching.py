@@ -82,9 +82,7 @@ def exact_effects(
     return base_value, other_value, effects
 
 
-def _put(
-    x: Tensor, hook: Any, units: Units, kind: Any, unit: int, position: int | None
-) -> Tensor:
+def _put(x: Tensor, hook: Any, units: Units, kind: Any, unit: int, position: int | None) -> Tensor:
     """``x`` with one node as it is in the other run."""
     patched = x.clone()
     where = slice(None) if position is None else position

@@ -53,7 +53,7 @@ def smollm2(layers: int) -> Any:
 
 
 def throughput(arguments: argparse.Namespace) -> None:
-    from lenslrp.analysis.block_pass import unembedding_at, target_positions
+    from lenslrp.analysis.block_pass import target_positions, unembedding_at
     from lenslrp.analysis.job import prepare
     from lenslrp.analysis.search import State, _Scanner
 

@@ -34,8 +34,7 @@ SIZES: dict[str, Any] = {
 
 
 def _llama(**changes: Any) -> nn.Module:
-    sizes = {**SIZES, "num_key_value_heads": 1, **changes}
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes))
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=1, **changes))
 
 
 def _qwen3(**changes: Any) -> nn.Module:

@@ -1,0 +1,170 @@
+"""Directions of the residual stream: from a neuron, two sets of texts, relevance, or a token.
+
+Each is a :class:`~lenslrp.analysis.units.Direction`, to be read as a unit, steered along
+(:mod:`lenslrp.analysis.steering`) or kept in a file (:mod:`lenslrp.analysis.steering_files`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import lenslrp
+from lenslrp.analysis.places import known_hook, stack_name
+from lenslrp.analysis.readout import measure_gain, output_norm, unembedding
+from lenslrp.analysis.units import Direction, Head, Neuron, Unit
+from lenslrp.errors import InputError
+from lenslrp.inputs import prepare
+from lenslrp.names import token_id
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+BATCH = 16
+
+
+def written_by(model: TransformerBridge, unit: Unit, at: str | None = None) -> Direction:
+    """What a neuron (or a feature) adds to the stream for each unit of its activation: W_out's row.
+
+    Args:
+        model: the bridge.
+        unit: anything that writes one vector.
+        at: a hook point of the residual stream; by default that after the neuron's block.
+
+    Raises:
+        InputError: a head, which writes a whole space; no such unit or hook point.
+    """
+    if isinstance(unit, Head):
+        raise InputError(f"{unit} writes a space of vectors, not one; choose one of unit.writes()")
+    (vector,) = unit.writes(model)["out"]
+    if at is None:
+        if not isinstance(unit, Neuron):
+            raise InputError(f"{unit}: say at which hook point of the residual stream")
+        at = f"{stack_name(model, unit.side)}.{unit.layer}.hook_resid_post"
+    return Direction(known_hook(model, at), vector, name=f"written by {unit}")
+
+
+def mean_difference(
+    model: TransformerBridge,
+    positive: Sequence[str],
+    negative: Sequence[str],
+    at: str,
+    *,
+    tokens: Literal["last", "all"] = "last",
+    prepend_bos: bool | None = None,
+) -> Direction:
+    """Mean activation over ``positive`` texts less that over ``negative`` ones.
+
+    Args:
+        model: the bridge.
+        positive, negative: two sets of texts, alike but for what is to be steered.
+        at: a hook point whose activations are [batch, pos, features].
+        tokens: each text by its last token, or by the mean over all.
+        prepend_bos: as in ``model.to_tokens``.
+    """
+    if tokens not in ("last", "all"):
+        raise InputError(f"tokens is 'last' or 'all', not {tokens!r}")
+    means = []
+    for texts in (positive, negative):
+        rows = [
+            row[-1] if tokens == "last" else row.mean(dim=0)
+            for row in states(model, texts, at, prepend_bos=prepend_bos)
+        ]
+        means.append(torch.stack(rows).mean(dim=0))
+    return Direction(at, means[0] - means[1])
+
+
+def relevance_direction(
+    model: TransformerBridge,
+    texts: Sequence[str],
+    targets: Sequence[Any],
+    at: str,
+    *,
+    prepend_bos: bool | None = None,
+) -> Direction:
+    """What the stream holds where it matters: the relevance-weighted mean of normed activations.
+
+    ``v = sum_p R_p x_p / rms(x_p) / sum_p |R_p|`` over all tokens p of all texts, where ``R_p`` is
+    the AttnLRP relevance of the stream at p for the text's target, summed over features. States
+    count by their direction, as the norms that read them see them: otherwise the first token, whose
+    state is hundreds of times longer than any other in many models, would be all of the mean.
+
+    Args:
+        model: the bridge.
+        texts, targets: one target a text, as in :func:`lenslrp.run_with_relevance`.
+        at: a hook point of the residual stream.
+        prepend_bos: as in ``model.to_tokens``.
+    """
+    if not texts or len(texts) != len(targets):
+        raise InputError(f"{len(texts)} texts and {len(targets)} targets: one target a text")
+    at = known_hook(model, at)
+    total, weight = torch.zeros(()), torch.zeros(())
+    for text, target in zip(texts, targets, strict=True):
+        seen: list[Tensor] = []
+        with model.hooks(fwd_hooks=[(at, lambda x, hook, seen=seen: seen.append(x.detach()))]):
+            _, found = lenslrp.run_with_relevance(
+                model, text, target, names_filter=at, ledger=False, prepend_bos=prepend_bos
+            )
+        relevance, x = found[at][0].sum(dim=-1), seen[-1][0]
+        normed = x / x.square().mean(dim=-1, keepdim=True).sqrt()
+        total = total.to(x) + (relevance[:, None] * normed).sum(dim=0)
+        weight = weight.to(x) + relevance.abs().sum()
+    return Direction(at, total / weight)
+
+
+def unembedding_direction(
+    model: TransformerBridge, token: str | int, at: str, *, against: str | int | None = None
+) -> Direction:
+    """What raises a token's logit: its row of the unembedding, as the final norm's gain reads it.
+
+    Args:
+        model: the bridge.
+        token: of the vocabulary.
+        at: a hook point of the residual stream.
+        against: a token whose row is subtracted, so that the two are told apart.
+    """
+    rows, _ = unembedding(model)
+    ids = [token_id(model.tokenizer, t, len(rows)) for t in (token, against) if t is not None]
+    vector = rows[ids[0]] - rows[ids[1]] if len(ids) == 2 else rows[ids[0]]
+    norm = output_norm(model)
+    if norm is not None:
+        vector = measure_gain(norm, vector[None]).backward(vector)
+    return Direction(known_hook(model, at), vector)
+
+
+def mean_activation(
+    model: TransformerBridge, unit: Unit, texts: Sequence[str], *, prepend_bos: bool | None = None
+) -> float:
+    """A unit's mean activation over all tokens of some texts: what ``Ablate`` may set it to."""
+    rows = states(model, texts, unit.hook(model), prepend_bos=prepend_bos)
+    return float(torch.cat([unit.activation(row) for row in rows]).double().mean())
+
+
+@torch.no_grad()
+def states(
+    model: TransformerBridge, texts: Sequence[str], at: str, *, prepend_bos: bool | None = None
+) -> Iterator[Float[Tensor, "pos ..."]]:
+    """Each text's activations at a hook point, padding left out.
+
+    Raises:
+        InputError: no texts, or activations that are not [batch, pos, ...].
+    """
+    if isinstance(texts, str) or not texts:
+        raise InputError("give a list of texts, at least one")
+    at = known_hook(model, at)
+    for start in range(0, len(texts), BATCH):
+        some = list(texts[start : start + BATCH])
+        given = prepare(
+            model, some, append=[], prepend_bos=prepend_bos, attention_mask=None, inputs_embeds=None
+        )
+        seen: list[Tensor] = []
+        with model.hooks(fwd_hooks=[(at, lambda x, hook, seen=seen: seen.append(x.detach()))]):
+            model(given.tokens, **given.kwargs)
+        if seen[0].shape[:2] != given.tokens.shape:
+            raise InputError(f"{at} is {list(seen[0].shape)}, expected [batch, pos, ...]")
+        for row, mask in zip(seen[0], given.mask, strict=True):
+            yield row[mask]

@@ -1,0 +1,344 @@
+"""Steering: units scaled, added to, set, bounded or projected out while a model reads and writes.
+
+    happy = mean_difference(model, glad, sad, "blocks.12.hook_resid_post")
+    operations = [Scale(Neuron(17, 40), 0.0), Add(happy, 4.0, units="resid_rms")]
+    with steer(model, operations, prompt=[-1], generation="all"):
+        text = model.generate("I think that", max_new_tokens=20)
+
+An operation moves the activation ``a`` of one unit (:mod:`lenslrp.analysis.units`), nothing else::
+
+    x -> x + change(a) * step        step: the unit's own entry of a neuron's hook point,
+                                     v / |v|^2 of a direction v, the decoder's row of a feature,
+                                     z / |z| of a head
+
+so that the unit's activation (of a feature: what the decoder writes for it) is what the operation
+says. Operations act in the order in which they are given, each on what the one before left.
+
+Positions are those of the text (:mod:`lenslrp.analysis.passes`), never of the pass: the same tokens
+are steered with a KV cache and without, in a padded batch and alone, in every generation and every
+plain forward pass anew. Padding is never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lenslrp.analysis.intervene import change_hooks
+from lenslrp.analysis.passes import Passes, Positions, follow, positions
+from lenslrp.analysis.units import Direction, Feature, Head, Neuron, Unit
+from lenslrp.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where an operation acts, if elsewhere than :func:`steer` says.
+
+    Attributes:
+        rows: of the batch that the model sees; ``None`` for all.
+        prompt, generation: as in :func:`steer`; ``None`` for what is said there.
+    """
+
+    rows: tuple[int, ...] | None = None
+    prompt: str | Sequence[int] | None = None
+    generation: str | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        for what in ("prompt", "generation"):
+            given = getattr(self, what)
+            if given is not None:
+                object.__setattr__(self, what, positions(given, what))
+        if self.rows is not None:
+            object.__setattr__(self, "rows", tuple(self.rows))
+
+
+class Operation(Place):
+    """What all operations can do."""
+
+    def hook(self, model: Any) -> str:
+        """The hook point where it acts."""
+        raise NotImplementedError
+
+    def apply(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+        """The new activations at n positions."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Moving(Operation):
+    """An operation on one unit's activation."""
+
+    unit: Unit
+
+    def hook(self, model: Any) -> str:
+        _require_movable(self.unit)
+        return self.unit.hook(model)
+
+    def apply(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+        a = self.unit.activation(x)
+        return moved(self.unit, x, a, self.change(a, x))
+
+    def change(self, a: Tensor, x: Tensor) -> Tensor:
+        """What is added to the activation ``a`` that was read from ``x``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Scale(Moving):
+    """The activation times ``factor``: 0 switches off, 1 changes nothing, to the last bit."""
+
+    factor: float
+
+    def change(self, a: Tensor, x: Tensor) -> Tensor:
+        return (self.factor - 1) * a
+
+
+@dataclass(frozen=True)
+class Add(Moving):
+    """``amount`` added; 0 changes nothing, to the last bit.
+
+    Attributes:
+        amount: how much.
+        units: ``"raw"``: to the activation of a neuron, head or feature; of a direction, ``amount``
+            times its vector is added. ``"resid_rms"``, for directions and features: a step along
+            the vector, whatever its length, of ``amount`` times the root mean square of the entries
+            of ``x`` at that position. (The length of ``x`` is sqrt(d_model) times that.)
+    """
+
+    amount: float
+    units: str = "raw"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.units not in ("raw", "resid_rms"):
+            raise InputError(f"units is 'raw' or 'resid_rms', not {self.units!r}")
+        if self.units == "resid_rms" and not isinstance(self.unit, Direction | Feature):
+            raise InputError(
+                f"units='resid_rms' is for directions and features, not for {self.unit}, whose "
+                "hook point is not the residual stream: written_by(model, neuron) is a direction"
+            )
+
+    def change(self, a: Tensor, x: Tensor) -> Tensor:
+        if self.units == "resid_rms":
+            rms = x.detach().float().square().mean(dim=-1).sqrt().to(x)
+            return self.amount * rms / step_length(self.unit)
+        direction = isinstance(self.unit, Direction)
+        return torch.full_like(
+            a, self.amount / step_length(self.unit) ** 2 if direction else self.amount
+        )
+
+
+@dataclass(frozen=True)
+class Ablate(Moving):
+    """The activation set to ``value``: 0, or the unit's mean over a text."""
+
+    value: float = 0.0
+
+    def change(self, a: Tensor, x: Tensor) -> Tensor:
+        return self.value - a
+
+
+@dataclass(frozen=True)
+class Clamp(Moving):
+    """The activation kept between ``low`` and ``high``; ``None`` leaves a side open."""
+
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low is None and self.high is None:
+            raise InputError("Clamp needs low, high or both")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise InputError(f"Clamp from {self.low} to {self.high}: low is above high")
+
+    def change(self, a: Tensor, x: Tensor) -> Tensor:
+        return a.clamp(self.low, self.high) - a
+
+
+@dataclass(frozen=True)
+class ProjectOut(Operation):
+    """What lies in the span of some directions of one hook point, removed."""
+
+    directions: tuple[Direction, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.directions
+        directions = (given,) if isinstance(given, Direction) else tuple(given)
+        if not directions or not all(isinstance(d, Direction) for d in directions):
+            raise InputError("ProjectOut takes one Direction or several")
+        if len({d.at for d in directions}) > 1:
+            raise InputError(
+                f"ProjectOut takes directions of one hook point, not of "
+                f"{', '.join(sorted({d.at for d in directions}))}"
+            )
+        object.__setattr__(self, "directions", directions)
+
+    def hook(self, model: Any) -> str:
+        for direction in self.directions:
+            _require_movable(direction)
+        return self.directions[0].hook(model)
+
+    def apply(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+        basis = self._basis.to(x)
+        if x.shape[-1] != len(basis):
+            self.directions[0].activation(x)  # which says what is wrong
+        return x - (x @ basis) @ basis.mT
+
+    @cached_property
+    def _basis(self) -> Float[Tensor, "features rank"]:
+        vectors = torch.stack([d.vector.detach().double() for d in self.directions], dim=1)
+        left, sizes, _ = torch.linalg.svd(vectors, full_matrices=False)
+        basis: Tensor = left[:, sizes > sizes[0] * 1e-6]
+        return basis
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Operations, and where they act: what :func:`steer` takes and what files hold.
+
+    Attributes:
+        operations: in the order in which they act.
+        prompt: positions of the prompt: ``"all"``, ``"none"``, or integers; negative ones count
+            from its end, padding is not counted.
+        generation: positions after the prompt, the first generated token being 0.
+    """
+
+    operations: tuple[Operation, ...]
+    prompt: str | Sequence[int] = "all"
+    generation: str | Sequence[int] = "all"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "operations", tuple(self.operations))
+        object.__setattr__(self, "prompt", positions(self.prompt, "prompt"))
+        object.__setattr__(self, "generation", positions(self.generation, "generation"))
+
+
+@contextmanager
+def steer(
+    model: Any,
+    operations: Steering | Iterable[Operation],
+    *,
+    prompt: str | Sequence[int] = "all",
+    generation: str | Sequence[int] = "all",
+) -> Iterator[None]:
+    """Steer every forward pass inside the context; leave nothing behind, however it ends.
+
+    Works with ``forward``, ``run_with_cache``, ``generate``, ``generate_stream``, ``hf_generate``
+    and :func:`lenslrp.run_with_relevance`, in batches padded on either side. A generation begins
+    with the first pass of these methods; outside them, a pass with a cache goes on with the text
+    whose cache it is given. A pass without is a prompt.
+
+    Args:
+        model: a ``TransformerBridge`` of a decoder.
+        operations: several, or a :class:`Steering`, whose positions then hold.
+        prompt, generation: see :class:`Steering`. Note that the *first* generated token is chosen
+            at the last position of the prompt: with ``prompt="none"`` it is that of the base model.
+
+    Raises:
+        InputError: units that the model lacks or that cannot be moved; in the forward pass, rows
+            or positions out of range; at the end, a hook point that never fired.
+    """
+    if not isinstance(operations, Steering):
+        operations = Steering(tuple(operations), prompt, generation)
+    elif (prompt, generation) != ("all", "all"):
+        raise InputError("a Steering says where it acts: give prompt and generation there")
+    by_hook: dict[str, list[Operation]] = {}
+    for operation in operations.operations:
+        hook = operation.hook(model)
+        _require_on_path(model, hook)
+        by_hook.setdefault(hook, []).append(operation)
+    with follow(model) as passes:
+        changes = {h: _changed(h, own, operations, passes) for h, own in by_hook.items()}
+        with change_hooks(model, changes):
+            yield
+
+
+def _changed(
+    hook: str, operations: list[Operation], steering: Steering, passes: Passes
+) -> Callable[[Tensor], Tensor]:
+    def chosen_by(what: str, operation: Operation) -> Positions:
+        own = getattr(operation, what)
+        return positions(getattr(steering, what) if own is None else own, what)
+
+    places = [
+        (chosen_by("prompt", each), chosen_by("generation", each), each.rows) for each in operations
+    ]
+
+    def change(x: Tensor) -> Tensor:
+        chosen = [passes.chosen(*place) for place in places]
+        batch, length = chosen[0].shape
+        flat = x.ndim == 2 and len(x) == batch * length  # OPT's MLPs
+        if not flat and (x.ndim < 3 or x.shape[:2] != (batch, length)):
+            raise InputError(
+                f"{hook} is {list(x.shape)}; steering needs [batch={batch}, pos={length}, ...]"
+            )
+        y = x.clone()
+        for operation, where in zip(operations, chosen, strict=True):
+            where = where.flatten() if flat else where
+            y[where] = operation.apply(y[where])
+        return y
+
+    return change
+
+
+def moved(unit: Unit, x: Tensor, a: Tensor, change: Tensor) -> Tensor:
+    """``x``, in which ``unit`` has activation ``a``, with ``change`` added to it."""
+    if isinstance(unit, Direction):
+        vector = unit.vector.detach().to(x)
+        return x + change[..., None] * (vector / vector.square().sum())
+    if isinstance(unit, Feature):
+        return x + change[..., None] * unit.coder.W_dec[unit.index].to(x)
+    assert isinstance(unit, Neuron | Head)
+    y = x.clone()
+    if isinstance(unit, Neuron):
+        y[..., unit.index] = a + change
+        return y
+    some = a > 0  # a head that writes nothing has no direction to be lengthened in
+    ratio = torch.where(some, (a + change) / torch.where(some, a, 1.0), 1.0).detach()
+    y[..., unit.index, :] = x[..., unit.index, :] * ratio[..., None]
+    return y
+
+
+def step_length(unit: Unit) -> float:
+    """How far ``x`` moves where a unit's activation changes by 1."""
+    if isinstance(unit, Direction):
+        return 1 / float(unit.vector.detach().double().norm())
+    if isinstance(unit, Feature):
+        return float(unit.coder.W_dec[unit.index].double().norm())
+    return 1.0
+
+
+def _require_movable(unit: Unit) -> None:
+    if isinstance(unit, Neuron) and isinstance(unit.expert, int):
+        raise InputError(
+            f"{unit}: which expert sits in which slot is not known at its hook point, so an "
+            "expert's neuron cannot be steered; written_by gives the direction that it writes"
+        )
+    if isinstance(unit, Direction) and not 0 < float(unit.vector.detach().norm()) < float("inf"):
+        raise InputError(f"{unit} has no length or an infinite one: it points nowhere")
+    if isinstance(unit, Feature) and unit.coder.W_dec.shape[1] != unit.coder.W_enc.shape[0]:
+        raise InputError(
+            f"{unit}: this coder writes {unit.coder.W_dec.shape[1]} values where it reads "
+            f"{unit.coder.W_enc.shape[0]}; an autoencoder's features can be moved"
+        )
+
+
+def _require_on_path(model: Any, hook: str) -> None:
+    """On most architectures ``hook_resid_mid`` is the input of a norm, which only the MLP sees."""
+    block, _, last = hook.rpartition(".")
+    points = model.hook_dict
+    if last == "hook_resid_mid" and points[hook] is points.get(f"{block}.ln2.hook_in"):
+        raise InputError(
+            f"in this model {hook} is the input of the MLP's norm: a change there does not stay in "
+            f"the residual stream. Steer {block}.hook_resid_post or {block}.hook_attn_out (or "
+            f"{block}.ln2.hook_in, if the MLP's input is meant)"
+        )

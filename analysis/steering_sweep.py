@@ -1,0 +1,350 @@
+"""How strongly to steer: what each strength does to the answer and to the text, beside placebos.
+
+One strength after another is tried on the same prompts, all prompts in one batch, and read by
+
+* ``target``: the logit difference that was steered for, at the end of the prompt;
+* ``kl``: KL(base || steered) of the next token there, in nats: what else changed;
+* ``perplexity`` of the steered text under the base model: exp of ``nll``, in nats a token;
+* ``norm_ratio``: the length of the residual stream behind the steered place, at the end of the
+  prompt, over its length in the base model;
+* ``repetition``: the share of the text's bigrams that it had before.
+
+A steering vector always does *something*; the question is what another one would have done. So each
+strength is also tried on other units, drawn anew for each seed:
+
+============ ================================================ =====================================
+kind         of a direction                                   of a neuron
+============ ================================================ =====================================
+``random``   the operation on a random direction of the same  the operation on another neuron of
+             length, of no preferred orientation              the layer
+``placebo``  a step as long as the steered one, to the last   a change of another neuron that writes
+             digit, along the difference of two states        a step as long as the steered one
+             that the model has on these prompts
+============ ================================================ =====================================
+
+So ``placebo`` differs from what is tested in nothing but where it points. Text is generated
+greedily; the only chance is in the placebos, which the seed fixes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lenslrp.analysis.directions import states
+from lenslrp.analysis.places import stack_name
+from lenslrp.analysis.statistics import bootstrap
+from lenslrp.analysis.steering import (
+    Ablate,
+    Add,
+    Moving,
+    Operation,
+    Scale,
+    moved,
+    steer,
+    step_length,
+)
+from lenslrp.analysis.units import Direction, Neuron, Unit
+from lenslrp.errors import InputError
+from lenslrp.hooks.components import layer_of
+from lenslrp.inputs import prepare
+from lenslrp.names import token_id
+
+STRENGTHS: dict[type[Moving], str] = {Scale: "factor", Add: "amount", Ablate: "value"}
+"""What a coefficient is of each operation."""
+
+METRICS = ("target", "kl", "nll", "norm_ratio", "repetition")
+
+Tokens = str | int | Sequence[str | int]
+
+
+@dataclass(frozen=True, eq=False)
+class SweepResult:
+    """All numbers of a sweep.
+
+    Attributes:
+        frame: see :meth:`to_dataframe`.
+        seed: of placebos and intervals.
+    """
+
+    frame: pd.DataFrame
+    seed: int
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a prompt and condition.
+
+        Columns: ``kind`` (``base``, ``steered``, ``random``, ``placebo``), ``layer``,
+        ``coefficient``, ``draw`` (of a placebo), ``prompt`` (its number), ``target`` (logits),
+        ``kl``, ``nll`` (nats), ``perplexity``, ``norm_ratio``, ``repetition``, ``text``.
+        """
+        return self.frame.copy()
+
+    def summary(self, metric: str = "target") -> pd.DataFrame:
+        """Means over prompts with 95% bootstrap intervals, by layer and coefficient.
+
+        Columns, each with ``_low`` and ``_high``: ``change``, steered less base;
+        ``over_random`` and ``over_placebo``: steered less the mean of the draws, paired by prompt
+        (absent where none was drawn).
+
+        Raises:
+            InputError: no such metric.
+        """
+        if metric not in METRICS:
+            raise InputError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
+        kinds = dict(list(self.frame.groupby("kind")))
+        base = kinds["base"].set_index("prompt")[metric]
+        rows = []
+        for (layer, coefficient), own in kinds["steered"].groupby(["layer", "coefficient"]):
+            steered = own.set_index("prompt")[metric]
+            row: dict[str, Any] = {"layer": layer, "coefficient": coefficient, "n": len(own)}
+            row |= self._told("change", steered - base)
+            for kind in ("random", "placebo"):
+                if kind in kinds:
+                    other = kinds[kind]
+                    other = other[(other.layer == layer) & (other.coefficient == coefficient)]
+                    mean = other.groupby("prompt")[metric].mean()
+                    row |= self._told(f"over_{kind}", steered - mean)
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def _told(self, name: str, values: pd.Series) -> dict[str, float]:
+        mean, low, high = bootstrap(values.to_numpy(dtype=np.float64), self.seed)
+        return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
+@dataclass(frozen=True)
+class Matched(Operation):
+    """What ``operation`` would have done to its unit, done to another: steps of the same length."""
+
+    operation: Moving
+    other: Unit
+    factor: float
+
+    def hook(self, model: Any) -> str:
+        return self.operation.hook(model)
+
+    def apply(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+        change = self.operation.change(self.operation.unit.activation(x), x)
+        return moved(self.other, x, self.other.activation(x), self.factor * change)
+
+
+def sweep(
+    model: Any,
+    operation: Moving | Callable[[int], Moving],
+    coefficients: Sequence[float],
+    prompts: Sequence[str],
+    *,
+    target: tuple[Tokens, Tokens],
+    layers: Sequence[int] | None = None,
+    prompt: str | Sequence[int] = "all",
+    generation: str | Sequence[int] = "all",
+    new_tokens: int = 16,
+    draws: int = 2,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+) -> SweepResult:
+    """Steer with every coefficient, at every layer, and with placebos; see the module.
+
+    Args:
+        model: a ``TransformerBridge`` of a decoder, with a tokenizer.
+        operation: on a neuron or a direction; or, with ``layers``, what makes one for a layer.
+        coefficients: the factors of a ``Scale``, amounts of an ``Add``, values of an ``Ablate``.
+        prompts: texts; all go through the model as one batch.
+        target: tokens that are steered for, tokens that are steered against: the target is the mean
+            logit of the first less that of the second.
+        layers: where to try ``operation``.
+        prompt, generation: as in :func:`~lenslrp.analysis.steering.steer`.
+        new_tokens: how long a text is generated.
+        draws: how many random units and placebos for each coefficient; 0 for none.
+        seed: of the draws.
+        prepend_bos: as in ``model.to_tokens``.
+
+    Raises:
+        InputError: an operation without a strength or on another unit; no prompts or coefficients.
+    """
+    if not coefficients or new_tokens < 1 or draws < 0:
+        raise InputError("a sweep needs coefficients, new_tokens >= 1 and draws >= 0")
+    if callable(operation) == (layers is None):
+        raise InputError("give layers with a function from layer to operation, and only then")
+    batch = _Batch.of(model, prompts, target, new_tokens, prepend_bos)
+    made = [operation(layer) for layer in layers or ()] if callable(operation) else [operation]
+    frames: list[pd.DataFrame] = []
+    for each in made:
+        if type(each) not in STRENGTHS or not isinstance(each.unit, Neuron | Direction):
+            raise InputError(
+                f"{type(each).__name__} of {each.unit} has no strength to sweep; expected Scale, "
+                "Add or Ablate of a Neuron or Direction"
+            )
+        layer = layer_of(each.hook(model))
+        stream = f"{stack_name(model)}.{layer}.hook_resid_post"
+        base = batch.read(model, stream)
+        if not frames:
+            frames.append(base.rows(base, kind="base", layer=layer))
+        pairs = list(_controls(model, each, prompts, draws, seed, prepend_bos)) if draws else []
+        for coefficient in coefficients:
+            strength: dict[str, Any] = {STRENGTHS[type(each)]: float(coefficient)}
+            own = replace(each, **strength)
+            tried: list[tuple[str, float, Operation]] = [("steered", math.nan, own)]
+            for number, (random, placebo, factor) in enumerate(pairs):
+                tried.append(("random", number, replace(own, unit=random)))
+                tried.append(("placebo", number, Matched(own, placebo, factor)))
+            for kind, draw, what in tried:
+                with steer(model, [what], prompt=prompt, generation=generation):
+                    found = batch.read(model, stream)
+                told = {"kind": kind, "layer": layer, "coefficient": coefficient, "draw": draw}
+                frames.append(found.rows(base, **told))
+    scored = pd.concat(frames, ignore_index=True)
+    scored["nll"] = batch.surprise(model, np.stack(scored.pop("tokens").to_list()))
+    scored["perplexity"] = np.exp(scored["nll"])
+    return SweepResult(scored, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """What one condition did to all prompts."""
+
+    logits: Float[Tensor, "prompt vocabulary"]
+    lengths: Float[Tensor, " prompt"]
+    tokens: Int[Tensor, "prompt new"]
+    target: Float[Tensor, " prompt"]
+    texts: list[str]
+
+    def rows(self, base: _Read, **condition: Any) -> pd.DataFrame:
+        p, q = base.logits.log_softmax(dim=-1), self.logits.log_softmax(dim=-1)
+        return pd.DataFrame(
+            {
+                "kind": condition["kind"],
+                "layer": condition["layer"],
+                "coefficient": condition.get("coefficient", math.nan),
+                "draw": condition.get("draw", math.nan),
+                "prompt": range(len(self.texts)),
+                "target": self.target.tolist(),
+                "kl": (p.exp() * (p - q)).sum(dim=-1).clamp_min(0).tolist(),
+                "norm_ratio": (self.lengths / base.lengths).tolist(),
+                "repetition": [_repetition(row) for row in self.tokens.tolist()],
+                "text": self.texts,
+                "tokens": list(self.tokens.numpy()),
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """All prompts, padded on the left."""
+
+    tokens: Int[Tensor, "prompt pos"]
+    mask: Bool[Tensor, "prompt pos"]
+    wanted: tuple[list[int], list[int]]
+    new: int
+
+    @classmethod
+    def of(
+        cls, model: Any, prompts: Sequence[str], target: Any, new: int, bos: bool | None
+    ) -> _Batch:
+        given = prepare(
+            model,
+            list(prompts),
+            append=[],
+            prepend_bos=bos,
+            attention_mask=None,
+            inputs_embeds=None,
+        )
+        width = given.tokens.shape[1]
+        tokens, mask = torch.zeros_like(given.tokens), torch.zeros_like(given.mask)
+        for row, (ids, real) in enumerate(zip(given.tokens, given.mask, strict=True)):
+            tokens[row, width - int(real.sum()) :] = ids[real]
+            mask[row, width - int(real.sum()) :] = True
+        sides = [[side] if isinstance(side, str | int) else list(side) for side in target]
+        vocabulary = int(model.cfg.d_vocab)
+        first, second = ([token_id(model.tokenizer, t, vocabulary) for t in own] for own in sides)
+        return cls(tokens, mask, (first, second), new)
+
+    @torch.no_grad()
+    def read(self, model: Any, stream: str) -> _Read:
+        lengths: list[Tensor] = []
+        hook = (stream, lambda x, hook: lengths.append(x[:, -1].float().norm(dim=-1).cpu()))
+        with model.hooks(fwd_hooks=[hook]):
+            made = model.generate(
+                self.tokens,
+                attention_mask=self.mask.long(),
+                max_new_tokens=self.new,
+                do_sample=False,
+                stop_at_eos=False,
+                verbose=False,
+                output_logits=True,
+            )
+        logits = made.logits[0].double().cpu()
+        new = made.sequences[:, -self.new :].cpu()
+        first, second = self.wanted
+        target = logits[:, first].mean(dim=1) - logits[:, second].mean(dim=1)
+        texts = [model.tokenizer.decode(row) for row in new]
+        return _Read(logits, lengths[0], new, target, texts)
+
+    @torch.no_grad()
+    def surprise(self, model: Any, texts: NDArray[np.int64]) -> list[float]:
+        """Nats a token of each row [row, new] under the base model; rows go round the prompts."""
+        count = len(self.tokens)
+        rows = [(index % count, *row.tolist()) for index, row in enumerate(texts)]
+        unique = list(dict.fromkeys(rows))
+        ends = ("unembed.hook_in", lambda x, hook: x[:, -self.new - 1 : -1])
+        nats: list[float] = []
+        for start in range(0, len(unique), count):
+            some = torch.tensor(unique[start : start + count], device=self.tokens.device)
+            which, new = some[:, 0], some[:, 1:]
+            mask = torch.cat([self.mask[which], torch.ones_like(new).bool()], dim=1)
+            with model.hooks(fwd_hooks=[ends]):
+                logits = model(
+                    torch.cat([self.tokens[which], new], dim=1), attention_mask=mask.long()
+                )
+            losses = torch.nn.functional.cross_entropy(logits.float().mT, new, reduction="none")
+            nats += losses.mean(dim=1).tolist()
+        found = dict(zip(unique, nats, strict=True))
+        return [found[row] for row in rows]
+
+
+def _repetition(tokens: list[int]) -> float:
+    pairs = list(pairwise(tokens))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def _controls(
+    model: Any, operation: Moving, prompts: Sequence[str], draws: int, seed: int, bos: bool | None
+) -> Iterator[tuple[Unit, Unit, float]]:
+    """A random unit, a placebo's, and how many times more its activation must change."""
+    rng = np.random.default_rng(seed)
+    unit = operation.unit
+    if isinstance(unit, Neuron):
+        size = model.blocks[unit.layer].mlp.W_out.shape[0]
+        length = float(unit.writes(model)["out"].norm())
+        for _ in range(draws):
+            others = [replace(unit, index=_other(rng, unit.index, size)) for _ in range(2)]
+            yield others[0], others[1], length / float(others[1].writes(model)["out"].norm())
+        return
+    assert isinstance(unit, Direction)
+    seen = torch.cat([row[1:] for row in states(model, prompts, unit.at, prepend_bos=bos)])
+    if len(seen) < 2:
+        raise InputError("placebos are made of the prompts' states: give longer prompts or draws=0")
+    for _ in range(draws):
+        noise = torch.from_numpy(rng.standard_normal(len(unit.vector))).to(seen)
+        a, b = rng.choice(len(seen), 2, replace=False)
+        made = [_as_long(v, unit) for v in (noise, seen[a] - seen[b])]
+        yield made[0], made[1], step_length(unit) / step_length(made[1])
+
+
+def _other(rng: np.random.Generator, index: int, size: int) -> int:
+    return int((index + rng.integers(1, size)) % size)
+
+
+def _as_long(vector: Tensor, unit: Direction) -> Direction:
+    length = unit.vector.norm().to(vector)
+    return Direction(unit.at, vector * (length / vector.norm()))

@@ -1,0 +1,147 @@
+"""Two concepts steered in SmolLM2, each strength beside placebos: findings in docs/steering.md.
+
+    python benchmarks/steering.py [astronomy] [happiness]
+
+*astronomy*: neuron 23.1368, whose negative activation writes moon, Jupiter, Hubble (docs/
+knowledge_neurons.md), is added to. *happiness*: the mean difference of happy and sad sentences,
+at three layers. Both are read on the 32 openings below, of which none says anything of either.
+Tables go to standard output, all rows to results/steering-NAME.csv.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+import lenslrp
+from lenslrp.analysis import Add, Neuron, SweepResult, mean_difference, sweep
+from lenslrp.analysis.statistics import interval
+
+SEED = 0
+LAYERS = (8, 14, 20)
+
+OPENINGS = (
+    "When I opened the door, I saw", "The first thing she told me was",
+    "Yesterday my brother and I",
+    "In the middle of the room there was", "The old man looked up and said",
+    "The story begins with",
+    "After the long journey, they", "My neighbour came over and talked about",
+    "The teacher asked the class to think about", "At the end of the street stands",
+    "The letter that arrived today was", "I have been thinking about", "The new book is about",
+    "On the way home we talked about", "The picture on the wall shows", "She turned around and saw",
+    "The children were looking at", "It was late in the evening, and", "The film that we saw was",
+    "Everyone in the village knew about", "He wrote a short poem about", "The next morning the",
+    "What I remember best is", "The museum has a large collection of", "Last summer we visited",
+    "The report describes", "As soon as the music stopped,", "I would like to tell you about",
+    "The woman at the window was", "From the train we could see", "My favourite thing is",
+    "Nobody in the house expected",
+)  # fmt: skip
+
+PEOPLE = ("I am", "She is", "My friend is", "The whole family is", "He was", "They were")
+HAPPY = (
+    "so happy today", "full of joy", "smiling and laughing", "delighted with the news",
+    "cheerful and glad", "having a wonderful time",
+)  # fmt: skip
+SAD = (
+    "so sad today", "full of sorrow", "crying and weeping", "devastated by the news",
+    "gloomy and miserable", "having a terrible time",
+)  # fmt: skip
+
+
+def texts(moods: tuple[str, ...]) -> list[str]:
+    return [f"{who} {mood}." for who in PEOPLE for mood in moods]
+
+
+def astronomy(model: Any) -> SweepResult:
+    return sweep(
+        model,
+        Add(Neuron(23, 1368), 0.0),
+        (10.0, -10.0, -20.0, -40.0, -80.0),
+        OPENINGS,
+        target=(
+            (" moon", " stars", " planets", " telescope", " Jupiter", " Mars", " galaxy"),
+            (" house", " table", " river", " money", " school", " dog", " garden"),
+        ),
+        draws=2,
+        seed=SEED,
+        prepend_bos=False,
+    )
+
+
+def happiness(model: Any) -> SweepResult:
+    def operation(layer: int) -> Add:
+        at = f"blocks.{layer}.hook_resid_post"
+        direction = mean_difference(model, texts(HAPPY), texts(SAD), at, prepend_bos=False)
+        return Add(direction, 0.0, units="resid_rms")
+
+    return sweep(
+        model,
+        operation,
+        (-8.0, 4.0, 8.0, 16.0),
+        OPENINGS,
+        target=(
+            (" happy", " glad", " wonderful", " great", " joyful"),
+            (" sad", " unhappy", " terrible", " bad", " miserable"),
+        ),
+        layers=LAYERS,
+        draws=2,
+        seed=SEED,
+        prepend_bos=False,
+    )
+
+
+CONCEPTS: dict[str, Callable[[Any], SweepResult]] = {"astronomy": astronomy, "happiness": happiness}
+
+
+WORDS = {
+    "astronomy": r"\b(?:moon|star|sun|planet|space|sky|universe|galax|telescope|astro|orbit|solar)",
+    "happiness": r"\b(?:happ|joy|glad|smil|laugh|delight|cheer|wonderful|excit|love)",
+}
+"""How a text of the concept is told: by the beginning of any word in it."""
+
+
+def told(name: str, frame: pd.DataFrame) -> None:
+    result = SweepResult(frame, SEED)
+    target = result.summary()
+    for column in ("change", "over_random", "over_placebo"):
+        target[column] = [
+            f"{m:+.2f} ({low:+.2f} to {high:+.2f})"
+            for m, low, high in target[[column, f"{column}_low", f"{column}_high"]].to_numpy()
+        ]
+    print(target[[c for c in target if not c.endswith(("_low", "_high"))]].to_string(index=False))
+    frame = frame.assign(said=frame.text.str.contains(WORDS[name], case=False, regex=True))
+    means = ["target", "said", "kl", "nll", "norm_ratio", "repetition"]
+    for (layer, coefficient), own in frame[frame.kind != "base"].groupby(["layer", "coefficient"]):
+        said = own.pivot_table(index="prompt", columns="kind", values="said").astype(float)
+        over = interval((said.steered - said.placebo).to_numpy(), SEED, "+")
+        print(f"{layer} {coefficient}: share of texts with a word of it, less placebo: {over}")
+    keys = ["layer", "coefficient", "kind"]
+    table = frame.groupby(keys, dropna=False)[means].mean().round(3)
+    print(table.to_string())
+    some = frame[frame.draw.isna() | (frame.kind == "placebo") & (frame.draw == 0)]
+    for row in some[some.prompt.isin([1, 9, 24])].itertuples():
+        print(f"{row.layer} {row.coefficient} {row.kind}: {OPENINGS[row.prompt]} | {row.text!r}")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model = lenslrp.load("smollm2-135m", dtype=torch.float32, device="cpu")
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or CONCEPTS:
+        start = time.perf_counter()
+        result = CONCEPTS[name](model)
+        print(f"## {name}: {time.perf_counter() - start:.0f} s")
+        frame = result.to_dataframe()
+        frame.to_csv(folder / f"steering-{name}.csv", index=False)
+        told(name, frame)
+
+
+if __name__ == "__main__":
+    main()
