@@ -67,9 +67,7 @@ class Circuit:
         return Circuit(self.components, keep)
 
 
-def prune(
-    scores: NodeScores, share: float | Mapping[str, float], *, by: str = "score"
-) -> Circuit:
+def prune(scores: NodeScores, share: float | Mapping[str, float], *, by: str = "score") -> Circuit:
     """The best nodes of each component class.
 
     Args:
@@ -125,7 +123,7 @@ def ablated(model: Any, circuit: Circuit, instead: Mapping[str, Units]) -> Itera
     """Inside, every node outside ``circuit`` is what ``instead`` says.
 
     Args:
-        instead: hook point -> [pair, pos, unit, feature], or what broadcasts to it.
+        instead: hook point -> [pair, pos, unit, feature]; pair and pos may be 1.
     """
 
     def put(x: Tensor, hook: Any, name: str) -> Tensor:
@@ -133,7 +131,8 @@ def ablated(model: Any, circuit: Circuit, instead: Mapping[str, Units]) -> Itera
         keep = circuit.keep[name].to(x.device)[:, None]
         return torch.where(keep, units, instead[name]).reshape(x.shape)
 
-    hooks = [(name, partial(put, name=name)) for name, keep in circuit.keep.items() if not keep.all()]
+    places = [name for name, keep in circuit.keep.items() if not keep.all()]
+    hooks = [(name, partial(put, name=name)) for name in places]
     with model.hooks(fwd_hooks=hooks):
         yield
 
@@ -196,7 +195,8 @@ def verify(
     places = circuits[0].components
     means = {}
     if ablation == "mean":
-        means = mean_activations(model, reference or pairs, places, chunk=chunk)
+        found = mean_activations(model, reference or pairs, places, chunk=chunk)
+        means = {hook: mean[None, None] for hook, mean in found.items()}
     elif reference is not None:
         raise InputError("reference is what means are taken over: it goes with ablation='mean'")
     nothing = Circuit(places, {hook: torch.zeros_like(k) for hook, k in circuits[0].keep.items()})

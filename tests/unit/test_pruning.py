@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,16 +44,14 @@ def looped(
         with torch.no_grad():
             _, cache = model.run_with_cache(pairs.corrupt[row : row + 1, :length])
 
-        def put(x: Tensor, hook: Any, cache: Any = cache) -> Tensor:
+        def put(x: Tensor, hook: Any, name: str, cache: Any = cache) -> Tensor:
             y = x.clone()
-            for unit in range(x.shape[2]):
-                if not circuit.keep[hook.name][unit]:
-                    y[:, :, unit] = (means or cache)[hook.name][..., unit] if x.ndim == 3 else (
-                        cache[hook.name][:, :, unit] if means is None else means[hook.name][unit]
-                    )
+            for unit in (~circuit.keep[name]).nonzero()[:, 0].tolist():
+                y[:, :, unit] = cache[name][:, :, unit] if means is None else means[name][unit]
             return y
 
-        with torch.no_grad(), model.hooks(fwd_hooks=[(hook, put) for hook in circuit.keep]):
+        hooks = [(name, partial(put, name=name)) for name in circuit.keep]
+        with torch.no_grad(), model.hooks(fwd_hooks=hooks):
             found.append(float(gap(model, pairs, row, pairs.clean)))
     return found
 
@@ -71,7 +70,7 @@ def test_the_best_of_each_class_are_kept() -> None:
     assert drawn.sizes() == sized.sizes()
     assert drawn.nodes() == prune(scores, 0.25, by="random").nodes() != sized.nodes()
     assert len(circuit.nodes()) == 14
-    assert Node(*(circuit.nodes()[0].hook, circuit.nodes()[0].unit)) == circuit.nodes()[0]
+    assert all(circuit.keep[node.hook][node.unit] for node in circuit.nodes())
 
 
 def test_everything_else_is_set_to_the_corrupt_run() -> None:
@@ -98,10 +97,11 @@ def test_everything_else_is_set_to_the_corrupt_run() -> None:
 def test_everything_else_is_set_to_its_mean() -> None:
     model, pairs, scores = scored()
     means = mean_activations(model, pairs, scores.components, chunk=2)
-    rows = []
-    for row, length in enumerate(LENGTHS.tolist()):
-        for side in (pairs.clean, pairs.corrupt):
-            rows.append(model.run_with_cache(side[row : row + 1, :length])[1])
+    rows = [
+        model.run_with_cache(side[row : row + 1, :length])[1]
+        for row, length in enumerate(LENGTHS.tolist())
+        for side in (pairs.clean, pairs.corrupt)
+    ]
     for hook in (Z, POST):
         expected = torch.cat([cache[hook][0] for cache in rows]).mean(dim=0)
         assert torch.allclose(means[hook].reshape(expected.shape), expected, atol=1e-12)
