@@ -67,7 +67,13 @@ class Circuit:
         return Circuit(self.components, keep)
 
 
-def prune(scores: NodeScores, share: float | Mapping[str, float], *, by: str = "score") -> Circuit:
+def prune(
+    scores: NodeScores,
+    share: float | Mapping[str, float],
+    *,
+    by: str = "score",
+    seed: int = 0,
+) -> Circuit:
     """The best nodes of each component class.
 
     Args:
@@ -75,7 +81,8 @@ def prune(scores: NodeScores, share: float | Mapping[str, float], *, by: str = "
         share: how much of each class to keep, from 0 to 1: of all, or by component name. Rounded
             down to whole nodes.
         by: ``"score"``: what the gap gains most by (mean over pairs); ``"size"``: what moves it
-            most, either way; ``"random"``: by a fixed shuffle of the nodes (seed 0).
+            most, either way; ``"random"``: by a shuffle of the nodes.
+        seed: of the shuffle.
 
     Raises:
         InputError: scores by position, shares out of range, a component that was not scored.
@@ -89,12 +96,13 @@ def prune(scores: NodeScores, share: float | Mapping[str, float], *, by: str = "
     if by not in ("score", "size", "random"):
         raise InputError(f"by must be 'score', 'size' or 'random', not {by!r}")
     keep: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
     for name in names:
         mean = scores.of(name).mean(dim=0)
         if bool(mean.isnan().any()):
             raise InputError(f"not all {name} were scored, so the best of them are not known")
         if by == "random":
-            mean = torch.rand(len(mean), generator=torch.Generator().manual_seed(0))
+            mean = torch.rand(len(mean), generator=generator)
         ranked = (mean.abs() if by == "size" else mean).argsort(descending=True, stable=True)
         chosen = torch.zeros(len(mean), dtype=torch.bool)
         chosen[ranked[: int(shares[name] * len(mean))].cpu()] = True

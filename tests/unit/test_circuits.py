@@ -120,6 +120,7 @@ ESTIMATES: list[dict[str, Any]] = [
     {"method": "relevance", "composite": CPLRP()},
     {"method": "attribution"},
     {"method": "integrated", "steps": 2},
+    {"method": "integrated", "steps": 1, "composite": CPLRP()},
 ]
 
 
@@ -284,7 +285,7 @@ def test_a_chunk_changes_nothing_and_nothing_is_left_behind() -> None:
         ({"components": ["head"]}, "components are some of residual, attention"),
         ({"components": []}, "components are some of residual, attention"),
         ({"components": ["residual"]}, "give by_position=True"),
-        ({"method": "exact", "composite": AttnLRP()}, "a composite is for method='relevance'"),
+        ({"method": "exact", "composite": AttnLRP()}, "a composite is for .relevance. and"),
         ({"only": [Node("x", 0)]}, "only is for method='exact'"),
         ({"chunk": 0}, "chunk and steps must be at least 1"),
     ],

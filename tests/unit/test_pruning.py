@@ -69,6 +69,7 @@ def test_the_best_of_each_class_are_kept() -> None:
     drawn = prune(scores, 0.25, by="random")
     assert drawn.sizes() == sized.sizes()
     assert drawn.nodes() == prune(scores, 0.25, by="random").nodes() != sized.nodes()
+    assert drawn.nodes() != prune(scores, 0.25, by="random", seed=1).nodes()
     assert len(circuit.nodes()) == 14
     assert all(circuit.keep[node.hook][node.unit] for node in circuit.nodes())
 
