@@ -12,6 +12,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslrp import InputError
+from lenslrp.analysis.circuit_plot import faithfulness_curves, head_scores
 from lenslrp.analysis.circuits import NodeScores, score_nodes
 from lenslrp.analysis.nodes import Node
 from lenslrp.analysis.pairs import Pairs
@@ -162,3 +163,22 @@ def test_bad_choices() -> None:
     for call, message in cases:
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_figures_show_the_scores_and_the_curves() -> None:
+    model, pairs = tiny("llama"), some_pairs()
+    for by_position in (False, True):
+        scores = score_nodes(model, pairs, components=["heads"], by_position=by_position)
+        drawn = head_scores(scores).axes[0]
+        shown = torch.as_tensor(drawn.images[0].get_array())
+        summed = [v.sum(1) if by_position else v for v in scores.values.values()]
+        assert torch.allclose(shown, torch.stack([v.mean(dim=0) for v in summed]))
+        assert [text.get_text() for text in drawn.get_yticklabels()] == ["0", "1"]
+    _, _, scores = scored()
+    curve = faithfulness_curve(model, pairs, scores, shares=(0.0, 0.5, 1.0))
+    axes = faithfulness_curves({"RelP": curve}).axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [
+        [share, value]
+        for share, value in zip((0.5, 1.0), curve.table["faithfulness"][1:], strict=True)
+    ]
+    assert axes.get_legend().texts[0].get_text().startswith("RelP (CPR ")
