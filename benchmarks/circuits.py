@@ -18,7 +18,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ import lenslrp
 from lenslrp.analysis.block_pass import unembedding_at
 from lenslrp.analysis.circuits import NodeScores, score_nodes
 from lenslrp.analysis.files import whole
-from lenslrp.analysis.nodes import Node, forward
+from lenslrp.analysis.nodes import Node, forward, place_components
 from lenslrp.analysis.pairs import TEMPLATES, Pairs, template_pairs
 from lenslrp.analysis.pruning import (
     completeness,
@@ -42,6 +42,7 @@ from lenslrp.analysis.pruning import (
     verify,
 )
 from lenslrp.analysis.statistics import RESAMPLES, bootstrap, spearman
+from lenslrp.hooks.components import layer_of
 
 RESULTS = Path(__file__).with_name("results") / "circuits"  # ignored by git
 N, CHUNK, SEED = 60, 12, 0
@@ -56,12 +57,11 @@ ESTIMATES: Mapping[str, dict[str, Any]] = {
     "integrated": {"method": "integrated", "steps": 5},
     "gradient, midpoint": {"method": "integrated", "steps": 1},
     "RelP, midpoint": {"method": "integrated", "steps": 1, "composite": lenslrp.RelP()},
-    "RelP, integrated": {"method": "integrated", "steps": 3, "composite": lenslrp.RelP()},
 }
 FIND, HELD, SHARE, SEEDS = 40, 50, 0.05, 5
 CIRCUITS = ("RelP, midpoint", "RelP", "gradient", "integrated")
 """What circuits are found by; the first is compared with the others."""
-CURVES = ("RelP, midpoint", "RelP, midpoint, by size", "RelP", "gradient", "random 0")
+CURVES = ("RelP, midpoint", "RelP, midpoint, by size", "gradient")
 Interval = tuple[float, float, float]
 PAPER = {"residual": (0.968, 0.753), "attention": (0.962, 0.979), "mlp": (0.992, 0.195)}
 """RelP and attribution patching on GPT-2 small, indirect object (2508.21258)."""
@@ -103,9 +103,9 @@ def sampled(estimates: Mapping[str, NodeScores], seed: int) -> list[Node]:
     return sorted(nodes | {Node(*place) for place in random.Random(seed).sample(every, 100)})
 
 
-def correlate(model: Any, task: str) -> None:
+def correlate(model: Any, task: str, n: int, every: int) -> None:
     """Scores of every chunk of pairs in a file of its own; what a file lacks is added to it."""
-    for index, part in enumerate(_parts(drawn(model, task))):
+    for index, part in enumerate(_parts(drawn(model, task)[:n])):
         path = RESULTS / f"{task}-{index}.safetensors"
         found = load_file(path) if path.exists() else {}
         before = len(found)
@@ -117,7 +117,8 @@ def correlate(model: Any, task: str) -> None:
                 if f"{name}/{names[0]}" not in found
             }
             if f"exact/{names[0]}" not in found:
-                only = None if by_position else [*sampled(made, index), *_heads(model)]
+                only = nodes(model, names, part, by_position, every)
+                only += [] if by_position else sampled(made, index)
                 made["exact"] = score_nodes(model, part, method="exact", **options, only=only)
                 found["gap"] = (made["exact"].clean - made["exact"].corrupt).contiguous()
             for name, scores in made.items():
@@ -130,11 +131,17 @@ def correlate(model: Any, task: str) -> None:
                 save_file(found, temporary)
 
 
-def _heads(model: Any) -> list[Node]:
+def nodes(
+    model: Any, names: Sequence[str], pairs: Pairs, by_position: bool, every: int
+) -> list[Node]:
+    """All nodes but neurons, of every so many layers."""
+    places = range(pairs.mask.shape[1]) if by_position else (None,)
     return [
-        Node(f"blocks.{layer}.attn.hook_z", head)
-        for layer in range(model.cfg.n_layers)
-        for head in range(model.cfg.n_heads)
+        Node(hook, unit, place)
+        for hook, name in place_components(model, names).items()
+        if name != "neurons" and (layer_of(hook) or 0) % every == 0
+        for unit in range(model.cfg.n_heads if name == "heads" else 1)
+        for place in places
     ]
 
 
@@ -180,14 +187,14 @@ def table() -> None:
 
 def circuit(model: Any, task: str) -> None:
     """Found on some pairs, reported on others: each method's best 5% of heads and of neurons."""
-    pairs = answered(model, template_pairs(model, task, 2 * (FIND + HELD), seed=1))
+    pairs = answered(model, template_pairs(model, task, 140, seed=1))
     find, held = pairs[:FIND], pairs[FIND : FIND + HELD]
     print(f"{task}: found on {len(find)} pairs, reported on {len(held)} others", flush=True)
     options: dict[str, Any] = {"chunk": 25}
     scores = {name: score_nodes(model, find, **ESTIMATES[name], **options) for name in CIRCUITS}
     first, *_ = scores.values()
     ranked = {name: (own, {"by": "score"}) for name, own in scores.items()}
-    ranked |= {f"{name}, by size": (own, {"by": "size"}) for name, own in scores.items()}
+    ranked[f"{CIRCUITS[0]}, by size"] = (first, {"by": "size"})
     ranked |= {f"random {seed}": (first, {"by": "random", "seed": seed}) for seed in range(SEEDS)}
     circuits = {name: prune(own, SHARE, **how) for name, (own, how) in ranked.items()}
     print("scored", flush=True)
@@ -303,6 +310,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["correlate", "table", "circuit", "found", "cost"])
     parser.add_argument("--tasks", nargs="+", default=list(TEMPLATES), choices=list(TEMPLATES))
+    parser.add_argument("--n", type=int, default=N, help="how many of the pairs drawn")
+    parser.add_argument("--every", type=int, default=1, help="patch every so many layers")
     parser.add_argument("--rounds", type=int, default=11)
     given = parser.parse_args()
     if given.what in ("table", "found"):
@@ -314,7 +323,10 @@ def main() -> None:
         cost(model, given.rounds)
         return
     for task in given.tasks:
-        (correlate if given.what == "correlate" else circuit)(model, task)
+        if given.what == "correlate":
+            correlate(model, task, given.n, given.every)
+        else:
+            circuit(model, task)
 
 
 if __name__ == "__main__":
