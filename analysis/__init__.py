@@ -20,8 +20,10 @@ if TYPE_CHECKING:
         unembedding_direction,
         written_by,
     )
+    from lenslrp.analysis.edges import EdgeScores, score_edges
     from lenslrp.analysis.evaluation import Perturbation, evaluate
     from lenslrp.analysis.exports import export_html, export_neuronpedia
+    from lenslrp.analysis.graph import AttributionGraph, attribution_graph
     from lenslrp.analysis.launch import build_distributed, build_with_ray
     from lenslrp.analysis.lens import Lens
     from lenslrp.analysis.lens_fit import compare_lenses, fit_relevance_lens, fit_ridge_lens
@@ -51,8 +53,10 @@ if TYPE_CHECKING:
         save_control_vector,
         save_steering,
     )
-    from lenslrp.analysis.steering_sweep import SweepResult, sweep
+    from lenslrp.analysis.steering_sweep import sweep
+    from lenslrp.analysis.sweep_result import SweepResult
     from lenslrp.analysis.tasks import TASKS, Example, Task, Unfit, image_task
+    from lenslrp.analysis.transformer_lens_results import to_transformer_lens
     from lenslrp.analysis.unit_page import page_html, write_page
     from lenslrp.analysis.units import Direction, Feature, Head, Neuron, Unit, parse_unit
     from lenslrp.analysis.vocabulary import VocabularyScores, cosines, reads, sign_cases, writes
@@ -70,8 +74,10 @@ _HOMES = {
         "unembedding_direction",
         "written_by",
     ),
+    "edges": ("EdgeScores", "score_edges"),
     "evaluation": ("Perturbation", "evaluate"),
     "exports": ("export_html", "export_neuronpedia"),
+    "graph": ("AttributionGraph", "attribution_graph"),
     "launch": ("build_distributed", "build_with_ray"),
     "lens": ("Lens",),
     "lens_fit": ("compare_lenses", "fit_relevance_lens", "fit_ridge_lens"),
@@ -94,7 +100,9 @@ _HOMES = {
         "save_control_vector",
         "save_steering",
     ),
-    "steering_sweep": ("SweepResult", "sweep"),
+    "steering_sweep": ("sweep",),
+    "sweep_result": ("SweepResult",),
+    "transformer_lens_results": ("to_transformer_lens",),
     "unit_page": ("page_html", "write_page"),
     "units": ("Direction", "Feature", "Head", "Neuron", "Unit", "parse_unit"),
     "vocabulary": ("VocabularyScores", "cosines", "reads", "sign_cases", "writes"),
@@ -106,9 +114,11 @@ __all__ = [
     "Ablate",
     "Add",
     "Attribution",
+    "AttributionGraph",
     "Circuit",
     "Clamp",
     "Direction",
+    "EdgeScores",
     "Example",
     "Feature",
     "Head",
@@ -131,6 +141,7 @@ __all__ = [
     "Unit",
     "VocabularyScores",
     "attribute",
+    "attribution_graph",
     "build_distributed",
     "build_with_ray",
     "compare_lenses",
@@ -155,12 +166,14 @@ __all__ = [
     "relevance_direction",
     "save_control_vector",
     "save_steering",
+    "score_edges",
     "score_nodes",
     "sign_cases",
     "steer",
     "sweep",
     "template_pairs",
     "through",
+    "to_transformer_lens",
     "unembedding_direction",
     "verify",
     "write_page",

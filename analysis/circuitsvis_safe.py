@@ -33,6 +33,8 @@ from lenslrp.visible_text import visible
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lenslrp.cache import RelevanceCache
+
 _RED, _BLUE = "#b2182b", "#2166ac"
 _READY = "lenslrpCircuitsVis"
 
@@ -223,6 +225,37 @@ def attention_heads(
     fallback = f"Attention of {len(patterns)} heads over {len(tokens)} tokens; needs JavaScript."
     note += f"Red positive, blue negative, full colour at {bound:.4g}."
     return View("AttentionHeads", props, escape(fallback), note, page or Page())
+
+
+def attention_relevance(
+    R: RelevanceCache,
+    layer: int,
+    *,
+    row: int = 0,
+    scale: float | None = None,
+    page: Page | None = None,
+) -> View:
+    """A layer's attention patterns, each entry weighted by its relevance, head by head.
+
+    Args:
+        R: with the relevance of ``blocks.<layer>.attn.hook_pattern``, which is the pattern times
+            its coefficient: what of the target passed from key to query. Heads are named with
+            their sums.
+        layer: which block.
+        row: which row of the batch; its padding is left out.
+        scale, page: as for :func:`attention_heads`.
+
+    Raises:
+        InputError: patterns were not read, or reduced.
+    """
+    patterns = R[f"blocks.{layer}.attn.hook_pattern"]
+    if patterns.ndim != 4:
+        raise InputError(f"patterns were reduced to {list(patterns.shape)}: no keys are left")
+    kept = R.attention_mask[row].cpu()
+    values = patterns[row].cpu()[:, kept][:, :, kept]
+    tokens = [t for t, real in zip(R.str_tokens[row], kept.tolist(), strict=True) if real]
+    names = [f"{layer}.{head}: {float(v.sum()):+.3g}" for head, v in enumerate(values)]
+    return attention_heads(values, tokens, head_names=names, scale=scale, page=page)
 
 
 def colored_tokens(

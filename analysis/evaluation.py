@@ -30,7 +30,7 @@ from lenslrp.analysis.prompts import Numbers
 from lenslrp.analysis.question import Passes, Question, ask
 from lenslrp.analysis.records import HALVES, half_of, identity, in_order, read_records
 from lenslrp.analysis.replaced import frozen
-from lenslrp.analysis.results import JOURNAL, PARQUET, Results
+from lenslrp.analysis.results import JOURNAL, Results
 from lenslrp.analysis.spans import hit, ious
 from lenslrp.analysis.tasks import TASKS, Example, Task, Unfit
 from lenslrp.errors import InputError
@@ -148,7 +148,7 @@ def evaluate(
                 if found == n:
                     break
     results = Results.of(settings, rows, skipped)
-    results.to_dataframe().to_parquet(folder / PARQUET)
+    results.write(folder)
     return results
 
 

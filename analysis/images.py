@@ -9,6 +9,7 @@ image alone never shows it.
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 PANELS = ("patches", "pixels")
 _PIXEL_QUANTILE = 0.995
+_LETTERS = 14  # to an inch of what is written below
 
 
 def image_map(
@@ -52,13 +54,16 @@ def image_map(
     if not -batch <= row < batch:
         raise InputError(f"row is {row}, but R holds {batch} rows (0 to {batch - 1})")
     picture = None if image is None else as_picture(image)
-    figure, axes = new_figure(4.1 * len(panels) + 0.4, 4.6, theme, len(panels))
+    width = 4.1 * len(panels) + 0.4
+    figure, axes = new_figure(width, 4.6, theme, len(panels))
+    figure.set_layout_engine("compressed")  # legends as high as the images
     for place, (name, values) in zip(axes, panels.items(), strict=True):
         name = "values" if name == "pixels" and R.pixels is None else name
         _panel(figure, place, name, np.asarray(values[row].double().cpu()), picture, theme)
     target = str(R.target).split("; ")[0]
     figure.suptitle(target, x=0.01, ha="left", color=theme.ink, fontsize=11, parse_math=False)
-    figure.supxlabel(elsewhere(R, row), x=0.01, ha="left", color=theme.ink, fontsize=8.5)
+    below = textwrap.fill(elsewhere(R, row), width=int(_LETTERS * width))
+    figure.supxlabel(below, x=0.01, ha="left", color=theme.ink, fontsize=8.5)
     return figure
 
 

@@ -38,6 +38,7 @@ class Component:
 
 
 COMPONENTS: Mapping[str, Component] = {
+    "tokens": Component("hook_embed", "whole"),
     "residual": Component("hook_resid_pre", "whole"),
     "attention": Component("hook_attn_out", "whole"),
     "mlp": Component("hook_mlp_out", "whole"),
@@ -62,6 +63,10 @@ class Node:
     def __str__(self) -> str:
         place = "" if self.position is None else f"@{self.position}"
         return f"{self.hook}[{self.unit}]{place}"
+
+
+TARGET = Node("target", 0)
+"""Where all edges end: what is explained."""
 
 
 def as_units(kind: Kind, x: Tensor, hook: str) -> Units:

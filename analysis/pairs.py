@@ -57,6 +57,11 @@ class Pairs:
             self.rivals[rows],
         )
 
+    def repeated(self, copies: int) -> Pairs:
+        """The batch ``copies`` times, one after the other."""
+        mine = (self.clean, self.corrupt, self.mask, self.answers, self.rivals)
+        return Pairs(*(x.repeat(copies, *[1] * (x.ndim - 1)) for x in mine))
+
     def gap(self, logits: Float[Tensor, "pair pos_or_one vocab"]) -> Float[Tensor, " pair"]:
         """Logit of the answer minus that of the rival, at each row's last token.
 

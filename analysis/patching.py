@@ -73,8 +73,10 @@ def exact_effects(
                         found[at] = 0.0
                         continue
                     kind = COMPONENTS[component].kind
-                    put = partial(_put, units=given[hook], kind=kind, unit=unit, position=position)
-                    with model.hooks(fwd_hooks=[(hook, put)]):
+                    set_it = partial(
+                        put, units=given[hook], kind=kind, unit=unit, position=position
+                    )
+                    with model.hooks(fwd_hooks=[(hook, set_it)]):
                         patched = forward(model, base, pairs)
                     passes.forward += len(pairs)
                     found[at] = patched - base_value
@@ -82,7 +84,7 @@ def exact_effects(
     return base_value, other_value, effects
 
 
-def _put(x: Tensor, hook: Any, units: Units, kind: Any, unit: int, position: int | None) -> Tensor:
+def put(x: Tensor, hook: Any, units: Units, kind: Any, unit: int, position: int | None) -> Tensor:
     """``x`` with one node as it is in the other run."""
     patched = x.clone()
     where = slice(None) if position is None else position

@@ -109,5 +109,7 @@ def repeated(prepared: Prepared, copies: int) -> Prepared:
     return replace(
         prepared,
         tokens=repeat(prepared.tokens),
+        mask=repeat(prepared.mask),
+        prompt_lengths=prepared.prompt_lengths * copies,
         kwargs={name: repeat(value) for name, value in prepared.kwargs.items()},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,6 +66,30 @@ class Results:
             reasons = ", ".join(f"{reason}: {n}" for reason, n in unfit.items()) or "no records"
             raise InputError(f"{settings['task']}: not one example ({reasons})")
         return cls(settings, pd.DataFrame(flat), tuple(skipped), unfit)
+
+    def write(self, folder: Path) -> None:
+        """One parquet file, what it was made with in its metadata."""
+        frame = self.to_dataframe()
+        frame.attrs = {
+            "settings": self.settings, "skipped": list(self.skipped), "unfit": self.unfit
+        }  # fmt: skip
+        frame.to_parquet(folder / PARQUET)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Results:
+        """What :func:`~lenslrp.analysis.evaluation.evaluate` left in its folder.
+
+        Raises:
+            InputError: no finished run there.
+        """
+        path = Path(folder) / PARQUET
+        if not path.exists():
+            raise InputError(f"{path} does not exist: no run was finished in this folder")
+        frame = pd.read_parquet(path)
+        told, frame.attrs = frame.attrs, {}
+        if "settings" not in told:
+            raise InputError(f"{path} does not say what it was made with: run evaluate again")
+        return cls(told["settings"], frame, tuple(told["skipped"]), told["unfit"])
 
     @property
     def n(self) -> int:

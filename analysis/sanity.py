@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,14 +43,16 @@ def randomisation(
     put back, however the check ends.
 
     Args:
-        relevance: computes the relevance of one input, for one fixed target; any shape.
-        mode: ``"cascading"`` from the last layer down, or ``"independent"``.
-        layers: which, all if not given.
+        relevance: computes the relevance of one input, for one fixed target; any shape. Or a dict
+            of such, of several inputs and methods, which then share what is randomised.
+        mode: ``"cascading"``: a layer and all above it; or ``"independent"``: that layer alone.
+        layers: at which to look, all if not given.
         seed: of the shuffles.
 
     Returns:
         A row a layer, in the order of randomisation: ``layer``; ``spearman`` of the relevance with
-        the original; ``spearman_abs`` of their absolute values (the paper gives both).
+        the original; ``spearman_abs`` of their absolute values (the paper gives both). For a dict,
+        a row a layer and key, with the key as ``name``.
 
     Raises:
         InputError: an unknown mode or layer.
@@ -62,14 +64,19 @@ def randomisation(
     for layer in wanted:
         if not 0 <= layer < len(blocks):
             raise InputError(f"layer is {layer}, but the model has layers 0 to {len(blocks) - 1}")
-    original, rows = _vector(relevance()), []
+    found = relevance()
+    several = isinstance(found, Mapping)
+    original, rows = _vectors(found), []
     for layer in reversed(wanted):
-        gone = [k for k in wanted if k >= layer] if mode == "cascading" else [layer]
+        gone = range(layer, len(blocks)) if mode == "cascading" else [layer]
         with shuffled([(k, blocks[k]) for k in gone], seed):
-            now = _vector(relevance())
-        pair = (spearman(original, now), spearman(np.abs(original), np.abs(now)))
-        rows.append((layer, *pair))
-    return pd.DataFrame(rows, columns=["layer", "spearman", "spearman_abs"])
+            now = _vectors(relevance())
+        for name, before in original.items():
+            after = now[name]
+            pair = (spearman(before, after), spearman(np.abs(before), np.abs(after)))
+            rows.append((name, layer, *pair))
+    frame = pd.DataFrame(rows, columns=["name", "layer", "spearman", "spearman_abs"])
+    return frame if several else frame.drop(columns="name")
 
 
 @contextmanager
@@ -151,6 +158,12 @@ def sensitivity(
 
 def _ends(values: Numbers, head: int, tail: int) -> Numbers:
     return np.concatenate([values[:head], values[len(values) - tail :]])
+
+
+def _vectors(found: Any) -> dict[Any, Numbers]:
+    """Every relevance by its key; a single one by none."""
+    named = found if isinstance(found, Mapping) else {None: found}
+    return {name: _vector(values) for name, values in named.items()}
 
 
 def _vector(values: Any) -> Numbers:

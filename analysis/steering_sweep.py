@@ -43,7 +43,6 @@ from torch import Tensor
 
 from lenslrp.analysis.directions import states
 from lenslrp.analysis.places import stack_name
-from lenslrp.analysis.statistics import bootstrap
 from lenslrp.analysis.steering import (
     Ablate,
     Add,
@@ -54,6 +53,7 @@ from lenslrp.analysis.steering import (
     steer,
     step_length,
 )
+from lenslrp.analysis.sweep_result import SweepResult
 from lenslrp.analysis.units import Direction, Neuron, Unit
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import layer_of
@@ -63,63 +63,7 @@ from lenslrp.names import token_id
 STRENGTHS: dict[type[Moving], str] = {Scale: "factor", Add: "amount", Ablate: "value"}
 """What a coefficient is of each operation."""
 
-METRICS = ("target", "kl", "nll", "norm_ratio", "repetition")
-
 Tokens = str | int | Sequence[str | int]
-
-
-@dataclass(frozen=True, eq=False)
-class SweepResult:
-    """All numbers of a sweep.
-
-    Attributes:
-        frame: see :meth:`to_dataframe`.
-        seed: of placebos and intervals.
-    """
-
-    frame: pd.DataFrame
-    seed: int
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row a prompt and condition.
-
-        Columns: ``kind`` (``base``, ``steered``, ``random``, ``placebo``), ``layer``,
-        ``coefficient``, ``draw`` (of a placebo), ``prompt`` (its number), ``target`` (logits),
-        ``kl``, ``nll`` (nats), ``perplexity``, ``norm_ratio``, ``repetition``, ``text``.
-        """
-        return self.frame.copy()
-
-    def summary(self, metric: str = "target") -> pd.DataFrame:
-        """Means over prompts with 95% bootstrap intervals, by layer and coefficient.
-
-        Columns, each with ``_low`` and ``_high``: ``change``, steered less base;
-        ``over_random`` and ``over_placebo``: steered less the mean of the draws, paired by prompt
-        (absent where none was drawn).
-
-        Raises:
-            InputError: no such metric.
-        """
-        if metric not in METRICS:
-            raise InputError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
-        kinds = dict(list(self.frame.groupby("kind")))
-        base = kinds["base"].set_index("prompt")[metric]
-        rows = []
-        for (layer, coefficient), own in kinds["steered"].groupby(["layer", "coefficient"]):
-            steered = own.set_index("prompt")[metric]
-            row: dict[str, Any] = {"layer": layer, "coefficient": coefficient, "n": len(own)}
-            row |= self._told("change", steered - base)
-            for kind in ("random", "placebo"):
-                if kind in kinds:
-                    other = kinds[kind]
-                    other = other[(other.layer == layer) & (other.coefficient == coefficient)]
-                    mean = other.groupby("prompt")[metric].mean()
-                    row |= self._told(f"over_{kind}", steered - mean)
-            rows.append(row)
-        return pd.DataFrame(rows)
-
-    def _told(self, name: str, values: pd.Series) -> dict[str, float]:
-        mean, low, high = bootstrap(values.to_numpy(dtype=np.float64), self.seed)
-        return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
 @dataclass(frozen=True)

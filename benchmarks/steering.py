@@ -10,18 +10,17 @@ Tables go to standard output, all rows to results/steering-NAME.csv.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 import lenslrp
 from lenslrp.analysis import Add, Neuron, SweepResult, mean_difference, sweep
-from lenslrp.analysis.statistics import interval
 
 SEED = 0
 LAYERS = (8, 14, 20)
@@ -58,16 +57,17 @@ def texts(moods: tuple[str, ...]) -> list[str]:
     return [f"{who} {mood}." for who in PEOPLE for mood in moods]
 
 
-def astronomy(model: Any) -> SweepResult:
+def astronomy(model: Any, openings: Sequence[str] = OPENINGS, new_tokens: int = 16) -> SweepResult:
     return sweep(
         model,
         Add(Neuron(23, 1368), 0.0),
         (10.0, -10.0, -20.0, -40.0, -80.0),
-        OPENINGS,
+        openings,
         target=(
             (" moon", " stars", " planets", " telescope", " Jupiter", " Mars", " galaxy"),
             (" house", " table", " river", " money", " school", " dog", " garden"),
         ),
+        new_tokens=new_tokens,
         draws=2,
         seed=SEED,
         prepend_bos=False,
@@ -106,24 +106,26 @@ WORDS = {
 """How a text of the concept is told: by the beginning of any word in it."""
 
 
-def told(name: str, frame: pd.DataFrame) -> None:
-    result = SweepResult(frame, SEED)
-    target = result.summary()
-    for column in ("change", "over_random", "over_placebo"):
-        target[column] = [
-            f"{m:+.2f} ({low:+.2f} to {high:+.2f})"
-            for m, low, high in target[[column, f"{column}_low", f"{column}_high"]].to_numpy()
-        ]
-    print(target[[c for c in target if not c.endswith(("_low", "_high"))]].to_string(index=False))
-    frame = frame.assign(said=frame.text.str.contains(WORDS[name], case=False, regex=True))
-    means = ["target", "said", "kl", "nll", "norm_ratio", "repetition"]
-    for (layer, coefficient), own in frame[frame.kind != "base"].groupby(["layer", "coefficient"]):
-        said = own.pivot_table(index="prompt", columns="kind", values="said").astype(float)
-        over = interval((said.steered - said.placebo).to_numpy(), SEED, "+")
-        print(f"{layer} {coefficient}: share of texts with a word of it, less placebo: {over}")
+def speaks_of(name: str) -> Callable[[str], float]:
+    """Whether a text has a word of the concept: 1 or 0."""
+    words = re.compile(WORDS[name], re.IGNORECASE)
+    return lambda text: float(words.search(text) is not None)
+
+
+def told(result: SweepResult) -> None:
+    for metric in ("target", "said"):
+        table = result.summary(metric)
+        for column in ("change", "over_random", "over_placebo"):
+            table[column] = [
+                f"{m:+.2f} ({low:+.2f} to {high:+.2f})"
+                for m, low, high in table[[column, f"{column}_low", f"{column}_high"]].to_numpy()
+            ]
+        print(metric)
+        print(table[[c for c in table if not c.endswith(("_low", "_high"))]].to_string(index=False))
+    frame = result.to_dataframe()
     keys = ["layer", "coefficient", "kind"]
-    table = frame.groupby(keys, dropna=False)[means].mean().round(3)
-    print(table.to_string())
+    means = ["target", "said", "kl", "nll", "norm_ratio", "repetition"]
+    print(frame.groupby(keys, dropna=False)[means].mean().round(3).to_string())
     some = frame[frame.draw.isna() | (frame.kind == "placebo") & (frame.draw == 0)]
     for row in some[some.prompt.isin([1, 9, 24])].itertuples():
         print(f"{row.layer} {row.coefficient} {row.kind}: {OPENINGS[row.prompt]} | {row.text!r}")
@@ -136,11 +138,10 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     for name in sys.argv[1:] or CONCEPTS:
         start = time.perf_counter()
-        result = CONCEPTS[name](model)
+        result = CONCEPTS[name](model).scored("said", speaks_of(name))
         print(f"## {name}: {time.perf_counter() - start:.0f} s")
-        frame = result.to_dataframe()
-        frame.to_csv(folder / f"steering-{name}.csv", index=False)
-        told(name, frame)
+        result.to_dataframe().to_csv(folder / f"steering-{name}.csv", index=False)
+        told(result)
 
 
 if __name__ == "__main__":

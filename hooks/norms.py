@@ -246,15 +246,18 @@ def measure_bias(y: Tensor, bias: Tensor | None, site: Site, dim: int = -1) -> N
     """Report ``sum(bias * g)`` when the gradient at ``y`` arrives; the bias is along ``dim``.
 
     In chunks: a float64 copy of the gradient of all logits would be the largest tensor of the pass.
+    Books that keep rows get one amount for each.
     """
     if bias is None or not y.requires_grad or (has_values(bias) and not bool(bias.any())):
         return  # TransformerLens gives every unembedding a bias of zeros
 
     def measure(g: Tensor) -> None:
-        wide, rows = widest(g), g.detach().movedim(dim, -1).flatten(0, -2)
-        summed = torch.zeros(rows.shape[-1], dtype=wide, device=g.device)
-        for chunk in rows.split(max(1, ROWS // rows.shape[-1])):
-            summed += chunk.sum(dim=0, dtype=wide)
+        wide, last = widest(g), g.detach().movedim(dim, -1)
+        kept = 1 if site.books is None or site.books.rows is None else site.books.rows
+        rows = last.reshape(kept, -1, last.shape[-1])
+        summed = torch.zeros(kept, rows.shape[-1], dtype=wide, device=g.device)
+        for chunk in rows.split(max(1, ROWS // (kept * rows.shape[-1])), dim=1):
+            summed += chunk.sum(dim=1, dtype=wide)
         site.report("biases", summed @ bias.detach().to(g.device, wide))
 
     y.register_hook(measure)

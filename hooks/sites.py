@@ -55,9 +55,11 @@ class Books:
     of the target.
 
     ``flows`` holds the total relevance of the residual stream entering and leaving each block.
+    With ``rows``, the size of the batch, amounts are kept for each row: [rows].
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int | None = None) -> None:
+        self.rows = rows
         self.terms: dict[tuple[str, int | None, str], Tensor] = {}
         self.flows: dict[tuple[int, str], Tensor] = {}
 
@@ -65,7 +67,8 @@ class Books:
         if term not in TERMS:
             raise KeyError(term)
         key = (term, site.layer, site.role)
-        amount = amount.sum()
+        # Some modules see batch and positions, or samples of a row, as one axis: rows come first.
+        amount = amount.sum() if self.rows is None else amount.reshape(self.rows, -1).sum(dim=1)
         if key in self.terms:  # parts of one layer may be on different devices
             amount = self.terms[key] + amount.to(self.terms[key].device)
         self.terms[key] = amount

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lenslrp import targets
     from lenslrp.cache import RelevanceCache
     from lenslrp.conversation import chat
+    from lenslrp.defaults import recommended
     from lenslrp.doctor import examine
     from lenslrp.errors import CoverageError, InputError, LensLRPError, LoadError, StorageError
     from lenslrp.hooks import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "cache": ("RelevanceCache",),
     "conversation": ("chat",),
+    "defaults": ("recommended",),
     "doctor": ("examine",),
     "errors": ("CoverageError", "InputError", "LensLRPError", "LoadError", "StorageError"),
     "hooks": (
@@ -73,6 +75,7 @@ __all__ = [
     "chat",
     "examine",
     "load",
+    "recommended",
     "relevance_for_targets",
     "relevance_rules",
     "run_with_relevance",

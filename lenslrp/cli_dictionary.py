@@ -309,8 +309,25 @@ def _search(options: argparse.Namespace) -> int:
     elif found.empty:
         print("nothing found", file=sys.stderr)
     else:
-        console().print(_table(found))
+        console().print(_cited(found) if "window" in found else _table(found))
     return OK
+
+
+def _cited(frame: pd.DataFrame) -> Any:
+    """Units with the text around the hit below each: a text needs the width of the terminal."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from lenslrp.visible_text import visible
+
+    parts: list[Any] = []
+    for row in frame.to_dict("records"):
+        unit, place = f"{row['hook']}[{row['index']}]", f"document {row['doc']}"
+        said = f"{row['criterion']} {row['rank']}, {row['score']:.4g}, {place}"
+        parts.append(Text(f"{unit}  {said}, position {row['position']}"))
+        parts.append(Padding(Text(visible(row["window"].strip())), (0, 0, 0, 4)))
+    return Group(*parts)
 
 
 def _table(frame: pd.DataFrame) -> Any:
@@ -322,7 +339,7 @@ def _table(frame: pd.DataFrame) -> Any:
     table = Table(box=None, pad_edge=False, header_style="dim")
     names = [name for name in frame if name not in ("unit", "hook", "index")]
     for name in ("unit", *names):
-        table.add_column(str(name), no_wrap=name != "window", overflow="fold")
+        table.add_column(str(name), no_wrap=True, overflow="fold")
     for row in frame.to_dict("records"):
         cells = [f"{row['hook']}[{row['index']}]", *(row[name] for name in names)]
         shown = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)

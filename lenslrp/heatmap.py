@@ -34,16 +34,25 @@ _DOMINATES = 3.0
 
 _LIGHT = "--llrp-bg:#fff;--llrp-fg:#1b1f24;--llrp-muted:#57606a;--llrp-line:#d8dee4"
 _DARK = "--llrp-bg:#15181d;--llrp-fg:#e6e9ed;--llrp-muted:#9aa4b0;--llrp-line:#343b45"
-# Background and text always change together: a page that stays light under a dark system theme
-# (an exported notebook) shows a dark card, never light text on white.
-_STYLE = f"""<style>
-.lenslrp-heatmap{{{_LIGHT};background:var(--llrp-bg);color:var(--llrp-fg);\
+
+
+def card(name: str) -> str:
+    """The style rules of a card of class ``name``, light or dark as the page or the system is.
+
+    Background and text always change together: a page that stays light under a dark system theme
+    (an exported notebook) shows a dark card, never light text on white.
+    """
+    return f""".{name}{{{_LIGHT};background:var(--llrp-bg);color:var(--llrp-fg);\
 border:1px solid var(--llrp-line);border-radius:8px;padding:12px 16px;max-width:72em}}
-@media (prefers-color-scheme:dark){{.lenslrp-heatmap{{{_DARK}}}}}
-[data-jp-theme-light="true"] .lenslrp-heatmap,.vscode-light .lenslrp-heatmap,\
-html[theme="light"] .lenslrp-heatmap{{{_LIGHT}}}
-[data-jp-theme-light="false"] .lenslrp-heatmap,.vscode-dark .lenslrp-heatmap,\
-html[theme="dark"] .lenslrp-heatmap{{{_DARK}}}
+@media (prefers-color-scheme:dark){{.{name}{{{_DARK}}}}}
+[data-jp-theme-light="true"] .{name},.vscode-light .{name},\
+html[theme="light"] .{name}{{{_LIGHT}}}
+[data-jp-theme-light="false"] .{name},.vscode-dark .{name},\
+html[theme="dark"] .{name}{{{_DARK}}}"""
+
+
+_STYLE = f"""<style>
+{card("lenslrp-heatmap")}
 .lenslrp-heatmap .lenslrp-token:hover{{outline:2px solid currentColor;outline-offset:-1px}}
 .lenslrp-heatmap .lenslrp-note,.lenslrp-heatmap summary{{color:var(--llrp-muted)}}
 .lenslrp-heatmap table.lenslrp-values{{border-collapse:collapse;font-size:.85em;margin:.4em 0 0;\

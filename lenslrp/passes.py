@@ -74,7 +74,7 @@ class Pass:
 
     def explain(self, target: Target, *, last: bool) -> RelevanceCache:
         """One backward pass for one target; ``last`` releases the graph."""
-        outputs = self._outputs()
+        outputs = self.outputs()
         values = target.values(outputs)
         self._require_finite(values)
         if not values.requires_grad:
@@ -158,7 +158,8 @@ class Pass:
             raise InputError("a batch cannot mix Activation targets with targets on the logits")
         return [self.captured[hook] for hook in dict.fromkeys(latent)] or [self._before_softcap()]
 
-    def _outputs(self) -> Outputs:
+    def outputs(self) -> Outputs:
+        """What targets are computed from, on the graph."""
         assert self.logits is not None
         before = self._before_softcap()
         written = self.prepared.decoder or self.prepared  # the side that the logits belong to

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 import lenslrp
 from lenslrp import media
@@ -56,7 +57,12 @@ def test_what_lies_outside_the_image_is_said() -> None:
     share = abs(float(R.special[0, 0])) / float(R.tokens[0].abs().sum())
     assert f"[CLS] {float(R.special[0, 0]):+.3g} ({share:.0%} of all |relevance|)" in text
     assert f"learned positions {float(R.positions[0].sum()):+.3g}" in text
-    assert text in R.plot("image").get_supxlabel()
+    for of in ("patches", ("patches", "pixels")):
+        figure = R.plot("image", of=of)
+        assert figure.get_supxlabel().replace("\n", " ") == text
+        figure.draw_without_rendering()
+        (label,) = [t for t in figure.findobj(Text) if t.get_text() == figure.get_supxlabel()]
+        assert label.get_window_extent().x1 < figure.bbox.x1
     assert "[DIST]" in elsewhere(explained("DeiTForImageClassification"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from lenslrp.analysis.baselines import attribute
+from lenslrp.analysis.perturb import tokens_of
+from lenslrp.analysis.prompts import as_prompt
 from tests.conftest import ROOT
+from tests.unit.tiny import TOKENS, tiny
 
 
 @pytest.fixture
@@ -105,3 +110,56 @@ def test_every_format_gives_the_same_images(benchmark: Any, tmp_path: Path) -> N
     np.testing.assert_array_equal(first.labels, second.labels)
     with pytest.raises(SystemExit, match=r"give one of \.npz, \.bin, \.json"):
         cifar.read(tmp_path / "a.txt")
+
+
+def test_a_table_takes_its_place_beside_the_others(benchmark: Any, tmp_path: Path) -> None:
+    keep, path = benchmark("examples").keep, tmp_path / "new" / "sanity.json"
+    keep(path, "one", [{"method": "random", "n": 3, "mean": 0.123456}], "sanity.py one", seed=0)
+    keep(path, "two", [], "sanity.py two")
+    keep(path, "one", [{"method": "random", "n": 4, "mean": -1.0}], "sanity.py one", seed=1)
+    assert json.loads(path.read_text(encoding="utf-8")) == {
+        "one": {
+            "command": "python benchmarks/sanity.py one",
+            "seed": 1,
+            "rows": [{"method": "random", "n": 4, "mean": -1.0}],
+        },
+        "two": {"command": "python benchmarks/sanity.py two", "rows": []},
+    }
+    keep(path, "two", [{"mean": 0.123456}], "sanity.py two")
+    assert json.loads(path.read_text(encoding="utf-8"))["two"]["rows"] == [{"mean": 0.1235}]
+
+
+def test_differences_from_attnlrp_are_paired(benchmark: Any) -> None:
+    own = np.array([1.0, 5.0, 9.0])
+    columns = {"attnlrp": own, "cp_lrp": own + 2, "few": own[:2] - 1}
+    attnlrp, cp, few = benchmark("sanity").leads(columns, 0, "share_")
+    assert attnlrp == {"method": "attnlrp", "n": 3, "share_mean": 5.0} | {
+        key: attnlrp[key] for key in ("share_low", "share_high")
+    }
+    names = [f"share_less_attnlrp_{end}" for end in ("mean", "low", "high")]
+    assert [cp[name] for name in names] == [2.0, 2.0, 2.0]
+    assert (few["n"], [few[name] for name in names]) == (2, [-1.0, -1.0, -1.0])
+
+
+def test_relevance_of_many_prompts_is_that_of_each(benchmark: Any) -> None:
+    model = tiny("native", n_layers=2)
+    rows = [TOKENS[0], TOKENS[0].flip(0), TOKENS[0][:3]]
+    prompts = [as_prompt(model, row) for row in rows]
+    for prompt, found in zip(
+        prompts, benchmark("examples").relevance("attnlrp", model, prompts), strict=True
+    ):
+        alone = attribute("attnlrp", model, prompt.given, prompt.target).tokens[0]
+        np.testing.assert_allclose(found, alone.numpy(), rtol=1e-9)
+
+
+def test_every_set_of_a_short_prompt_has_its_own_value(benchmark: Any) -> None:
+    model = tiny("native", n_layers=2)
+    prompts = [as_prompt(model, TOKENS[0][:3]), as_prompt(model, TOKENS[1][:4])]
+    masks = np.random.default_rng(0).random((5, 4)) < 0.5
+    for prompt, features in zip(
+        prompts, benchmark("sanity").every_set(model, prompts), strict=True
+    ):
+        asked = masks[:, : prompt.length]
+        found, expected = features.without(asked), tokens_of(model, prompt).without(asked)
+        np.testing.assert_allclose(found.value, expected.value, rtol=1e-9)
+        np.testing.assert_allclose(found.probability, expected.probability, rtol=1e-9)

@@ -204,6 +204,10 @@ def test_search_prints_what_the_dictionary_finds(folder, capsys, arguments, meth
     printed = capsys.readouterr().out
     for row in expected.itertuples():
         assert f"{row.hook}[{row.index}]" in printed
+        if method == "search_text":  # on lines of its own, as wide as the terminal
+            assert "".join(row.window.split()) in "".join(printed.split())
+            below = [line.strip() for line in printed.splitlines() if line.startswith("    ")]
+            assert any(line and row.window.strip().startswith(line) for line in below)
 
 
 def test_nothing_found_is_said_beside_the_results(folder, capsys):

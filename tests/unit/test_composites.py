@@ -27,6 +27,7 @@ from lenslrp.hooks import (
     Softmax,
     SoftmaxTemperature,
 )
+from tests.conformance import zoo
 from tests.unit.tiny import TOKENS, tiny
 
 ATTNLRP: dict[str, Any] = {
@@ -79,6 +80,14 @@ def test_names_are_distinct() -> None:
     ]
     names = [make().name for make in makers]
     assert len(set(names)) == len(names)
+
+
+def test_what_is_recommended() -> None:
+    assert lenslrp.recommended(tiny()).name == lenslrp.AttnLRP().name
+    vision = zoo.build("ViTForImageClassification")
+    assert lenslrp.recommended(vision).name == lenslrp.AttnLRPViT().name
+    with pytest.raises(lenslrp.InputError, match="TransformerBridge"):
+        lenslrp.recommended(vision.original_model)
 
 
 def explain(composite: Any, family: str = "llama", **changes: Any) -> lenslrp.RelevanceCache:

@@ -2,11 +2,13 @@
 
 The blocks of one file share one namespace, as a reader would type them. A block is skipped when the
 line before its fence is ``<!-- no-run -->``. Line numbers in a traceback are those of the page.
-Links and paths in code spans must lead somewhere too.
+Links and paths in code spans must lead somewhere too, in the notebooks as well, and the index leads
+to every page and notebook.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -22,10 +24,19 @@ WEIGHTS = {  # need a package file, fetched once
     README,
     *(ROOT / "docs" / f"{page}.md" for page in ("evaluation", "flan_t5")),
 }
-PAGES = [*RUN, ROOT / "CONTRIBUTING.md"]
+TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+PAGES = [
+    *RUN,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "tutorials" / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    *TUTORIALS,
+]
+LARGEST_PICTURE = 100_000  # bytes
 NO_RUN = "<!-- no-run -->"
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})(?P<language>[\w+-]*)\s*$")
 LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)(?P<file>[^)#\s]*)(?:#(?P<anchor>[^)\s]*))?\)")
+EMBEDDED = re.compile(r'(?:src|srcset|href)="(?!\w+:)([^"#]+)"')
 PATH = re.compile(r"`((?:hooks|lenslrp|analysis|tests|benchmarks|docs|tutorials|\.ci)/[\w./-]*)`")
 
 
@@ -65,6 +76,19 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def read(page: Path) -> str:
+    """A page, or what a notebook says in Markdown."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    cells = json.loads(text)["cells"]
+    return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
 def prose(text: str) -> str:
     """A page without its fenced blocks."""
     kept, inside = [], False
@@ -77,10 +101,10 @@ def prose(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """What GitHub makes of a page's headings."""
+    """What GitHub makes of a page's headings, and ids that the page gives itself."""
     headings = re.findall(r"^#+ +(.*)$", prose(text), flags=re.MULTILINE)
     plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
-    return {heading.replace(" ", "-") for heading in plain}
+    return {*(heading.replace(" ", "-") for heading in plain), *re.findall(r'<a id="(\w+)"', text)}
 
 
 def leads(page: Path, link: re.Match[str]) -> bool:
@@ -88,7 +112,7 @@ def leads(page: Path, link: re.Match[str]) -> bool:
     target = page.parent / link["file"] if link["file"] else page
     if not target.exists():
         return False
-    return not link["anchor"] or link["anchor"] in anchors(target.read_text(encoding="utf-8"))
+    return not link["anchor"] or link["anchor"] in anchors(read(target))
 
 
 def test_blocks_are_found_with_their_lines_and_the_skipped_ones_marked() -> None:
@@ -107,7 +131,7 @@ def test_an_open_fence_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(p, id=p.name, marks=[pytest.mark.real] if p in WEIGHTS else []) for p in RUN],
+    [pytest.param(p, id=name(p), marks=[pytest.mark.real] if p in WEIGHTS else []) for p in RUN],
 )
 def test_every_python_block_runs(
     page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -121,12 +145,31 @@ def test_every_python_block_runs(
             exec(compile(padded, str(page), "exec"), vars(module))  # noqa: S102 - our own pages
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_and_paths_lead_somewhere(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    broken = [path for path in PATH.findall(prose(text)) if not (ROOT / path).exists()]
-    broken += [link.group() for link in LINK.finditer(prose(text)) if not leads(page, link)]
+    text = prose(read(page))
+    broken = [path for path in PATH.findall(text) if not (ROOT / path).exists()]
+    broken += [link.group() for link in LINK.finditer(text) if not leads(page, link)]
+    broken += [path for path in EMBEDDED.findall(text) if not (page.parent / path).exists()]
     assert broken == []
+
+
+@pytest.mark.parametrize("index", ["docs/README.md", "tutorials/README.md"])
+def test_the_index_leads_to_everything(index: str) -> None:
+    page = ROOT / index
+    wanted = {*TUTORIALS, *((ROOT / "docs").glob("*.md") if index.startswith("docs") else ())}
+    linked = {(page.parent / link["file"]).resolve() for link in LINK.finditer(prose(read(page)))}
+    assert {name(path) for path in wanted - linked - {page}} == set()
+
+
+def test_pictures_are_small_and_have_a_dark_twin_where_they_say_so() -> None:
+    pictures = sorted((ROOT / "docs" / "images").glob("*.png"))
+    assert {p.name: p.stat().st_size for p in pictures if p.stat().st_size > LARGEST_PICTURE} == {}
+    dark = {p.name.replace("-dark.png", ".png") for p in pictures if p.stem.endswith("-dark")}
+    assert dark <= {p.name for p in pictures}
+    named = re.findall(r'<img src="docs/images/([\w-]+)\.png"', read(README))
+    offered = re.findall(r'srcset="docs/images/([\w-]+)-dark\.png"', read(README))
+    assert offered and {*offered} == {*named} & {path.removesuffix(".png") for path in dark}
 
 
 def test_the_page_that_a_coverage_error_refers_to_has_that_heading() -> None:

@@ -20,7 +20,7 @@ from lenslrp.analysis.faithfulness import aopc, aopc_bounds, curves, normalised_
 from lenslrp.analysis.perturb import tokens_of
 from lenslrp.analysis.perturb_parts import patches_of
 from lenslrp.analysis.prompts import as_prompt
-from lenslrp.analysis.results import JOURNAL, PARQUET
+from lenslrp.analysis.results import JOURNAL, PARQUET, Results
 from lenslrp.analysis.statistics import bootstrap
 from lenslrp.analysis.tasks import LABELS, REVIEW, TASKS, Task, Unfit, image_task
 from lenslrp.analysis.templates import agreement, indirect_objects
@@ -242,6 +242,16 @@ def test_a_measure_that_no_example_has_is_shown_as_missing(
 def test_results_are_kept_as_parquet_and_drawn(model: Any, data: Path, tmp_path: Path) -> None:
     results = run(model, tmp_path / "a", data, n=2)
     stored = pd.read_parquet(tmp_path / "a" / PARQUET)
+    again = Results.read(tmp_path / "a")
+    assert (again.settings, again.skipped, again.unfit) == (
+        results.settings,
+        results.skipped,
+        results.unfit,
+    )
+    pd.testing.assert_frame_equal(again.table(), results.table())
+    assert str(again) == str(results)
+    with pytest.raises(InputError, match="no run was finished"):
+        Results.read(tmp_path)
     pd.testing.assert_frame_equal(
         stored.drop(columns=["shares", "morf", "lerf", "morf_probability", "lerf_probability"]),
         results.frame.drop(

@@ -19,6 +19,7 @@ from lenslrp.heatmap import token_heatmap
 from lenslrp.visible_text import visible
 from tests.conformance.dictionaries import OPTIONS
 from tests.unit.fake_relevance import NASTY, fake_relevance
+from tests.unit.test_graph_views import wide
 from tests.unit.test_heatmap import Page
 from tests.unit.tiny import tiny
 
@@ -144,3 +145,13 @@ def test_circuitsvis_draws_offline_and_executes_no_token(opened):
     text = unescape(re.sub(r"<[^>]*>", "", f"<div{body}")).replace("\u2060", "")
     for token in HOSTILE:
         assert visible(token) in text.replace("\xa0", " ")
+
+
+def test_a_graph_is_ready_to_zoom_offline_and_executes_no_token(opened):
+    tokens = [token for token in HOSTILE if token != "\udc80"]
+    dom = opened(f"<!DOCTYPE html><body>{wide(tokens).to_html()}")
+    assert 'id="owned"' not in dom
+    assert 'data-ready="1"' in dom
+    svg = dom[dom.index("<svg") : dom.index("</svg>")]
+    for token in tokens:
+        assert visible(token) in unescape(svg)

@@ -55,6 +55,24 @@ def test_layers_are_randomised_from_the_last_one_down(mode: str) -> None:
     assert torch.equal(own_relevance(model), original)
 
 
+def test_a_cascade_randomises_the_layers_that_nobody_looks_at_too() -> None:
+    model = tiny("native", n_layers=3)
+    every = randomisation(model, lambda: own_relevance(model))
+    some = randomisation(model, lambda: own_relevance(model), layers=[2, 0])
+    assert some.to_dict("records") == every[every["layer"] != 1].to_dict("records")
+
+
+def test_several_relevances_share_what_is_randomised() -> None:
+    model = tiny("native", n_layers=3)
+    found = randomisation(model, lambda: {"own": own_relevance(model), "input": TOKENS.double()})
+    own = found[found["name"] == "own"].drop(columns="name")
+    alone = randomisation(model, lambda: own_relevance(model))
+    assert own.to_dict("records") == alone.to_dict("records")
+    rest = found[found["name"] == "input"]
+    assert rest["layer"].tolist() == [2, 1, 0]
+    assert rest["spearman"].tolist() == pytest.approx([1, 1, 1])
+
+
 def test_a_map_of_the_input_alone_survives_randomisation() -> None:
     model = tiny()
     found = randomisation(model, lambda: TOKENS.double(), layers=[1])

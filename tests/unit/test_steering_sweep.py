@@ -11,7 +11,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslrp.analysis.steering import Ablate, Add, Clamp, Moving, Scale, steer
-from lenslrp.analysis.steering_sweep import SweepResult, sweep
+from lenslrp.analysis.steering_sweep import sweep
+from lenslrp.analysis.sweep_result import LABELS, SweepResult
 from lenslrp.analysis.units import Direction, Head, Neuron
 from lenslrp.errors import InputError
 from tests.unit.tiny import tiny, word_tokenizer
@@ -174,3 +175,44 @@ def test_an_unknown_metric_names_the_known() -> None:
     result = swept(model_(), Add(direction(), 0.0), [1.0], draws=0)
     with pytest.raises(InputError, match="expected one of target, kl"):
         result.summary("loss")
+
+
+def test_a_metric_of_ones_own_is_summed_up_like_the_others() -> None:
+    result = swept(model_(), Add(direction(), 0.0), [1.0, 8.0])
+    said = result.scored("said", lambda text: "c" in text.split())
+    frame = said.to_dataframe()
+    assert frame.said.tolist() == ["c" in text.split() for text in frame.text]
+    assert "said" not in result.to_dataframe()
+    means = frame.groupby("kind").said.mean()
+    assert 0 < means.mean() < 1
+    row = said.summary("said").iloc[1]
+    own = frame[frame.coefficient == 8].groupby("kind").said.mean()
+    assert row.change == pytest.approx(own.steered - means.base)
+    assert row.over_placebo == pytest.approx(own.steered - own.placebo)
+    with pytest.raises(InputError, match="a column 'said' already"):
+        said.scored("said", len)
+
+
+def test_the_figure_draws_the_means_of_the_layer_asked_for() -> None:
+    result = swept(model_(), lambda layer: Add(direction(layer), 0.0), [2.0, 1.0], layers=[0, 1])
+    figure = result.plot(("kl", "repetition"), layer=1)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        LABELS["kl"],
+        "share of repeated bigrams",
+    ]
+    frame = result.to_dataframe()
+    frame = frame[(frame.layer == 1) & (frame.kind != "base")]
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    for kind, own in frame.groupby("kind"):
+        np.testing.assert_allclose(lines[kind], own.groupby("coefficient").kl.mean())
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["1", "2"]
+    assert list(lines["base model"]) == [0, 0]
+    legend = figure.axes[0].get_legend()
+    assert [t.get_text() for t in legend.get_texts()] == [*lines]
+    for bad in (None, 2):
+        with pytest.raises(InputError, match="choose one of 0, 1"):
+            result.plot(layer=bad)
+    with pytest.raises(InputError, match="metric is 'loss'"):
+        result.plot(("loss",), layer=0)
+    bare = swept(model_(), Add(direction(), 0.0), [1.0], draws=0).plot(("nll",))
+    assert [line.get_label() for line in bare.axes[0].lines] == ["steered", "base model"]

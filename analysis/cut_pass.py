@@ -1,0 +1,266 @@
+"""A forward pass cut at its nodes, so that a backward pass from one node ends at those before it.
+
+At every node the graph is cut: what goes on is a leaf with the same values. A backward pass that
+is seeded above the cut of a node ``d`` with ``d``'s own coefficient then carries exactly the
+relevance that flows through ``d``, and arrives at every earlier node's leaf with what reached ``d``
+from there without passing through any other node: along the residual stream, through norms, and
+through what is not a node itself. Since no node is crossed, it is cheaper than a full one.
+
+Each row of the batch is seeded by itself, so copies of a prompt carry as many nodes at once. Books
+with rows tell for each what was absorbed on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from lenslrp.analysis.block_pass import Deliver
+from lenslrp.analysis.nodes import COMPONENTS, TARGET, Node, Units, as_units
+from lenslrp.cache import RelevanceCache
+from lenslrp.errors import InputError
+from lenslrp.hooks.attach import Attached
+from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.composites import Composite
+from lenslrp.hooks.install import relevance_rules
+from lenslrp.hooks.readers import Readers
+from lenslrp.hooks.sites import Books
+from lenslrp.inputs import Prepared
+from lenslrp.leaves import Leaves, cut_leaves
+from lenslrp.passes import Pass, capture, parts_of, starting, undone
+from lenslrp.run import run_with_relevance
+from lenslrp.targets import Activation, Target
+
+EMBEDDINGS = "embeddings"
+"""Where flows that arrive at the embeddings are filed: tokens' and positions', [row, pos, 1, f]."""
+
+
+def coefficients(
+    model: Any, hooks: Mapping[str, str], **given: Any
+) -> tuple[RelevanceCache, dict[str, tuple[Units, Units]]]:
+    """Activation and coefficient of every node in one forward and backward pass.
+
+    Args:
+        hooks: hook point -> component.
+        given: of :func:`lenslrp.run_with_relevance`.
+    """
+    found: dict[str, tuple[Units, Units]] = {}
+
+    def deliver(hook: str, x: Tensor, g: Tensor) -> None:
+        kind = COMPONENTS[hooks[hook]].kind
+        found[hook] = as_units(kind, x, hook), as_units(kind, g, hook)
+
+    reduce = {hook: Deliver(partial(deliver, hook)) for hook in hooks}
+    _, cache = run_with_relevance(model, names_filter=list(hooks), reduce=reduce, **given)
+    return cache, found
+
+
+@dataclass(eq=False)
+class CutPass:
+    """One forward pass under rules, cut at nodes; see :func:`cut`.
+
+    Attributes:
+        hooks: hook point -> component, in the model's order.
+        values: [row], the target.
+        embeddings: leaves at the embeddings: tokens, then learned positions.
+    """
+
+    hooks: Mapping[str, str]
+    run: Pass
+    target: Target
+    books: Books
+    tops: dict[str, Tensor] = field(default_factory=dict)
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    points: dict[str, Any] = field(default_factory=dict)
+    values: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def embeddings(self) -> list[Tensor]:
+        return [*self.run.leaves.tokens, *self.run.leaves.positions]
+
+    def at(self, hook: str) -> Units:
+        """What flows at a hook point, [row, pos, unit, feature]."""
+        return self._units(hook, self.tops[hook].detach())
+
+    def flows(
+        self, seeds: Mapping[str, Tensor], target: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """One backward pass.
+
+        Args:
+            seeds: hook point -> coefficient above its cut, [row, pos, unit, feature], 0 where
+                nothing starts.
+            target: [row], 1 where a row starts at the target.
+
+        Returns:
+            Hook point -> coefficient that arrives below; hook points that nothing reaches are left
+            out. And [row], the relevance with which rows that start at the target began.
+        """
+        outputs, starts = [], []
+        for hook, seed in seeds.items():
+            top = self.tops[hook]
+            if top.requires_grad:
+                outputs.append(top)
+                starts.append(self._raw(hook, seed).to(top))
+        if target is not None:
+            outputs.append(self.values)
+            starts.append(target.to(self.values))
+        begun = self.values.new_zeros(len(self.values), dtype=torch.float64)
+        if not outputs:
+            return {}, begun
+        self.books.clear()
+        ends = [*self.leaves.values(), *self.embeddings]
+        roots = self.run.roots(self.target) if target is not None else []
+        with starting(roots) as started:
+            grads = torch.autograd.grad(outputs, ends, starts, retain_graph=True, allow_unused=True)
+        for rows in started.values():
+            begun = begun + rows
+        found = {
+            hook: self._units(hook, g)
+            for hook, g in zip(self.leaves, grads[: len(self.leaves)], strict=True)
+            if g is not None
+        }
+        for leaf, g in zip(self.embeddings, grads[len(self.leaves) :], strict=True):
+            if g is not None:
+                found.setdefault(EMBEDDINGS, leaf.new_zeros(0))
+                found[EMBEDDINGS] = _beside(found[EMBEDDINGS], g)
+        return found, begun
+
+    def into(
+        self, downs: Sequence[Node], here: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """A backward pass in which the k-th copy of the batch starts at the k-th node.
+
+        Args:
+            downs: nodes, :data:`~lenslrp.analysis.nodes.TARGET` among them; without a position, at
+                all positions.
+            here: hook point -> activation and coefficient, as :func:`coefficients` finds them for
+                the batch.
+
+        Returns:
+            As :meth:`flows` does.
+        """
+        seeds: dict[str, Tensor] = {}
+        starts = torch.zeros(len(self.values))
+        batch = len(next(iter(here.values()))[1])
+        for k, down in enumerate(downs):
+            rows = slice(k * batch, (k + 1) * batch)
+            if down == TARGET:
+                starts[rows] = 1
+                continue
+            g = here[down.hook][1]
+            if down.hook not in seeds:
+                seeds[down.hook] = g.new_zeros(len(starts), *g.shape[1:])
+            at = slice(None) if down.position is None else down.position
+            seeds[down.hook][rows, at, down.unit] = g[:, at, down.unit]
+        return self.flows(seeds, starts if bool(starts.any()) else None)
+
+    def embedded(self) -> Units:
+        """The embeddings, tokens' and positions' features side by side."""
+        made = torch.empty(0)
+        for leaf in self.embeddings:
+            made = _beside(made, leaf.detach())
+        return made
+
+    def absorbed(self) -> dict[str, Tensor]:
+        """Term of the ledger -> [row], what the last backward pass lost to it."""
+        found: dict[str, Tensor] = {}
+        for (term, _, _), amount in self.books.terms.items():
+            amount = amount.cpu().double()
+            found[term] = found[term] + amount if term in found else amount
+        return found
+
+    def _units(self, hook: str, x: Tensor) -> Units:
+        conversion = getattr(self.points[hook], "hook_conversion", None)
+        x = x if conversion is None else conversion.convert(x)
+        return as_units(COMPONENTS[self.hooks[hook]].kind, x, hook)
+
+    def _raw(self, hook: str, units: Tensor) -> Tensor:
+        """The inverse of :meth:`_units`."""
+        kind = COMPONENTS[self.hooks[hook]].kind
+        x = units if kind == "head" else units.squeeze(-2 if kind == "whole" else -1)
+        conversion = getattr(self.points[hook], "hook_conversion", None)
+        return (x if conversion is None else conversion.revert(x)).reshape(self.tops[hook].shape)
+
+
+def _beside(made: Tensor, x: Tensor) -> Tensor:
+    x = x.unsqueeze(-2)
+    return x if made.numel() == 0 else torch.cat([made, x[:, : made.shape[1]]], dim=-1)
+
+
+@contextmanager
+def cut(
+    model: Any,
+    prepared: Prepared,
+    target: Target,
+    hooks: Mapping[str, str],
+    composite: Composite,
+    *,
+    keep: Mapping[str, Bool[Tensor, "pos unit"]] | None = None,
+    books: bool = False,
+) -> Iterator[CutPass]:
+    """A forward pass that is cut at nodes, ready for any number of backward passes.
+
+    Coverage is not checked here: the graph is cut on purpose. Run
+    :func:`lenslrp.run_with_relevance` on the same input first; :func:`coefficients` does.
+
+    Args:
+        prepared: the rows.
+        target: what is explained, a value a row.
+        hooks: hook point -> component: where nodes are.
+        composite: the rules.
+        keep: which units are nodes; all if not given. The others conduct.
+        books: keep books, with rows.
+
+    Raises:
+        InputError: a hook point that does not fire, or fires twice.
+    """
+    parts = list(components(model))
+    points = hook_points(model, parts)
+    ledger = Books(rows=len(prepared.tokens))
+    latent = [part.hook for part in parts_of(target) if isinstance(part, Activation)]
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        rules = stack.enter_context(
+            relevance_rules(model, composite, strict=False, books=ledger if books else None)
+        )
+        at = stack.enter_context(undone(Attached()))
+        readers = Readers.plan(points, [], lambda _: None)
+        run = Pass(model, rules, readers, Leaves(), prepared, None, False)
+        made = CutPass(hooks, run, target, ledger, points={hook: points[hook] for hook in hooks})
+        cut_leaves(at, parts, run.leaves, prepared)
+        capture(at, points, parts, latent, run.captured)
+        for hook in hooks:
+            kept = None if keep is None else keep[hook]
+            at.hook(points[hook], partial(_cut, made=made, hook=hook, kept=kept))
+        run.logits = model(
+            prepared.tokens, return_type="logits", use_cache=False, **prepared.kwargs
+        )
+        missing = [hook for hook in hooks if hook not in made.tops]
+        if missing:
+            raise InputError(f"{missing[0]} does not fire in this model's forward pass")
+        made.values = target.values(run.outputs())
+        yield made
+
+
+def _cut(
+    _: Any, args: Any, out: Tensor, *, made: CutPass, hook: str, kept: Tensor | None
+) -> Tensor | None:
+    if hook in made.tops:
+        raise InputError(f"{hook} fires more than once in a pass; its units cannot be nodes")
+    made.tops[hook] = out
+    if kept is not None and not bool(kept.any()):
+        return None
+    leaf = made.leaves[hook] = out.detach().requires_grad_()
+    if kept is None:
+        return leaf.view_as(leaf)  # what follows may write in place, which no leaf allows
+    units = made._units(hook, out)
+    mask = made._raw(hook, kept[None, ..., None].to(out.device).expand_as(units).contiguous())
+    return torch.where(mask, leaf, out)

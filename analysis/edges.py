@@ -1,0 +1,367 @@
+"""What passes along each edge of a circuit: from one node's output straight to another's.
+
+The effect of an edge ``u -> d`` is what the gap between answer and rival gains when ``d``, and it
+alone, is computed from ``u`` as ``u`` is in the other run: along the residual stream and through
+norms, past every other node. As for nodes (:mod:`lenslrp.analysis.circuits`) it is estimated by
+activation difference times coefficient, or measured:
+
+* **relevance patching** and **attribution patching** (Syed et al. 2023): the coefficient is that of
+  relevance, or of the gradient, conditional on ``d``: a backward pass that starts at ``d`` with
+  ``d``'s own coefficient and ends at the first nodes that it meets
+  (:mod:`lenslrp.analysis.cut_pass`). One such pass a downstream node, on a batch row of its own,
+  gives the edges from all upstream nodes; what leaves a node along all its edges sums to its node
+  score;
+* **exact**: path patching (:mod:`lenslrp.analysis.path_patching`).
+
+Nodes are those of the component classes that are given; whatever is not a node conducts. So the
+same function gives edges between heads and MLPs, or between heads alone, through MLPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lenslrp.analysis.block_pass import unembedding_at
+from lenslrp.analysis.circuits import DIRECTIONS
+from lenslrp.analysis.cut_pass import EMBEDDINGS, coefficients, cut
+from lenslrp.analysis.nodes import TARGET, Node, Units, masking, place_components, read
+from lenslrp.analysis.pairs import Pairs
+from lenslrp.analysis.path_patching import exact_edges
+from lenslrp.analysis.question import Passes
+from lenslrp.analysis.replaced import repeated
+from lenslrp.errors import InputError
+from lenslrp.hooks import Composite, GradientTimesInput, RelP
+from lenslrp.hooks.components import layer_of
+from lenslrp.inputs import prepare
+
+Edge = tuple[Node, Node]
+
+METHODS = {"relevance": RelP, "attribution": GradientTimesInput, "exact": None}
+"""Method -> the rules of its coefficients."""
+
+ROWS = 64
+"""How many sequences run at once."""
+
+MOST = 4096
+"""More downstream nodes than this must be asked for one by one."""
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeScores:
+    """What each edge does to the gap, estimated or exact, in logits.
+
+    Attributes:
+        method, direction: how they were found.
+        components: hook point of upstream nodes -> component name, in the model's order.
+        into: the downstream nodes; ``TARGET`` is the gap itself.
+        values: upstream hook point -> [pair, into, unit], or [pair, into, pos, unit]; exactly 0
+            where there can be no edge, NaN where ``"exact"`` was not asked.
+        clean, corrupt: [pair], the gap of each run.
+        mask: [pair, pos], True where a token is real.
+        passes: of one pair through the model.
+    """
+
+    method: str
+    direction: str
+    components: Mapping[str, str]
+    into: tuple[Node, ...]
+    values: Mapping[str, Tensor]
+    clean: Float[Tensor, " pair"]
+    corrupt: Float[Tensor, " pair"]
+    mask: Tensor
+    passes: Passes
+
+    @property
+    def by_position(self) -> bool:
+        return next(iter(self.values.values())).ndim == 4
+
+    def score(self, up: Node, down: Node) -> Float[Tensor, " pair"]:
+        """One edge.
+
+        Raises:
+            InputError: an end that was not scored.
+        """
+        if down not in self.into or up.hook not in self.values:
+            raise InputError(f"the edge {up} -> {down} was not scored")
+        found = self.values[up.hook][:, self.into.index(down)]
+        return found[:, up.position, up.unit] if self.by_position else found[:, up.unit]
+
+    def outgoing(self) -> dict[str, Tensor]:
+        """Upstream hook point -> [pair, unit] or [pair, pos, unit]: the sum over all downstream
+        nodes, which is the node's score if these are all there are."""
+        return {hook: value.sum(dim=1) for hook, value in self.values.items()}
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row an edge that is not exactly 0: ``from``, ``to``, ``component``, ``layer``,
+        ``hook``, ``unit``, ``position`` (``None`` for all), ``score`` (mean over pairs, logits),
+        ``std`` over pairs."""
+        frames = []
+        for hook, name in self.components.items():
+            value = self.values[hook].double()
+            there = (value != 0).any(dim=0) & ~value.isnan().all(dim=0)
+            index = there.nonzero().tolist()
+            mean, std = value.mean(dim=0)[there], value.std(dim=0, correction=0)[there]
+            ups = [Node(hook, i[-1], i[1] if self.by_position else None) for i in index]
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "from": [str(up) for up in ups],
+                        "to": [str(self.into[i[0]]) for i in index],
+                        "component": name,
+                        "layer": layer_of(hook),
+                        "hook": hook,
+                        "unit": [up.unit for up in ups],
+                        "position": [up.position for up in ups],
+                        "score": mean.tolist(),
+                        "std": std.tolist(),
+                    }
+                )
+            )
+        return pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The ``k`` rows of :meth:`to_dataframe` whose score is largest in size."""
+        frame = self.to_dataframe()
+        order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
+        return frame.loc[order[:k]].reset_index(drop=True)
+
+
+def score_edges(
+    model: Any,
+    pairs: Pairs,
+    *,
+    method: str = "relevance",
+    components: Sequence[str] = ("tokens", "heads", "mlp"),
+    into: Iterable[Node] | None = None,
+    direction: str = "denoising",
+    by_position: bool = False,
+    composite: Composite | None = None,
+    only: Iterable[Edge] | None = None,
+    rows: int = ROWS,
+) -> EdgeScores:
+    """The effect of every edge into some nodes, estimated or exact.
+
+    Args:
+        model: a ``TransformerBridge`` of a decoder, in eval mode.
+        pairs: clean and corrupt prompts.
+        method: ``"relevance"``, ``"attribution"`` or ``"exact"``.
+        components: names from :data:`lenslrp.analysis.nodes.COMPONENTS`: the nodes, which all
+            edges end at. With ``q``, ``k``, ``v`` beside ``heads``, a head's edges come from those
+            three, and theirs from the stream. Not ``"residual"``, which nothing gets past.
+        into: the downstream nodes; all nodes and the gap if not given.
+        direction: ``"denoising"`` or ``"noising"``, as for nodes.
+        by_position: one node a position, or all positions together. Downstream nodes have a
+            position then, or none.
+        composite: the rules of ``"relevance"``; ``RelP()`` if not given.
+        only: of ``"exact"``, where it must be given: the edges to patch.
+        rows: how many sequences run at once. Each downstream node of each pair takes one.
+
+    Returns:
+        Scores in logits: what the gap of the base run gains.
+
+    Raises:
+        InputError: a choice that does not exist, or does not go with the method; more than
+            ``MOST`` downstream nodes without ``into``.
+    """
+    _check(method, direction, components, composite, only, rows, len(pairs))
+    placed = place_components(model, components)
+    hooks = {hook: placed[hook] for hook in sorted(placed, key=_depth)}
+    device = next(model.parameters()).device
+    passes = Passes()
+    edges = None if only is None else list(only)
+    rules = composite or (METHODS[method] or GradientTimesInput)()
+    step = max(1, min(rows, len(pairs)))
+    found = []
+    for start in range(0, len(pairs), step):
+        part = pairs[start : start + step]
+        sides = (part.corrupt.to(device), part.clean.to(device))
+        base, other = sides if direction == "denoising" else reversed(sides)
+        runs = _Runs(model, part, base, other, hooks, by_position, rules, rows, passes)
+        found.append(_exact(runs, edges) if edges is not None else _estimated(runs, into))
+    bases, others, intos, scores = zip(*found, strict=True)
+    length = pairs.mask.shape[1]
+    values = {
+        hook: torch.cat([_padded(part[hook], length) for part in scores])
+        for hook in hooks
+        if all(hook in part for part in scores)
+    }
+    base_gap, other_gap = torch.cat(bases).detach(), torch.cat(others)
+    clean, corrupt = (
+        (other_gap, base_gap) if direction == "denoising" else (base_gap, other_gap)
+    )  # fmt: skip
+    kept = {hook: hooks[hook] for hook in values}
+    return EdgeScores(
+        method, direction, kept, intos[0], values, clean, corrupt, pairs.mask, passes
+    )  # fmt: skip
+
+
+def _check(
+    method: str,
+    direction: str,
+    components: Sequence[str],
+    composite: Composite | None,
+    only: Iterable[Edge] | None,
+    rows: int,
+    pairs: int,
+) -> None:
+    if method not in METHODS:
+        raise InputError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if direction not in DIRECTIONS:
+        raise InputError(f"direction must be one of {', '.join(DIRECTIONS)}, not {direction!r}")
+    if composite is not None and method != "relevance":
+        raise InputError(f"a composite is for method='relevance', not {method!r}")
+    if (only is None) == (method == "exact"):
+        raise InputError("only says which edges method='exact' patches, and goes with it alone")
+    if "residual" in components:
+        raise InputError("the residual stream cannot be a node of edges: nothing gets past it")
+    if rows < 1:
+        raise InputError(f"rows must be at least 1, not {rows}")
+    if pairs == 0:
+        raise InputError("no pairs to score")
+
+
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """What a method is asked: the base run, the other run, and the nodes."""
+
+    model: Any
+    pairs: Pairs
+    base: Tensor
+    other: Tensor
+    hooks: Mapping[str, str]
+    by_position: bool
+    composite: Composite
+    rows: int
+    passes: Passes
+
+
+_Found = tuple[Tensor, Tensor, tuple[Node, ...], dict[str, Tensor]]
+
+
+def _estimated(runs: _Runs, into: Iterable[Node] | None) -> _Found:
+    pairs, device = runs.pairs, runs.base.device
+    mask = masking(pairs, device).get("attention_mask")
+    cache, here = coefficients(
+        runs.model,
+        runs.hooks,
+        input=runs.base,
+        target=pairs,
+        composite=runs.composite,
+        ledger=False,
+        attention_mask=mask,
+    )
+    value, there = read(runs.model, runs.other, pairs, runs.hooks)
+    runs.passes.forward += 2 * len(pairs)
+    runs.passes.backward += len(pairs)
+    deltas = {hook: there.pop(hook) - here[hook][0] for hook in runs.hooks}
+    downs = _downstream(runs, deltas) if into is None else tuple(into)
+    _require(downs, deltas)
+    scores = {
+        hook: delta.new_zeros(
+            len(pairs), len(downs), *delta.shape[1 if runs.by_position else 2 : 3]
+        )
+        for hook, delta in deltas.items()
+    }
+    prepared = prepare(
+        runs.model, runs.base, append=[], prepend_bos=None, attention_mask=mask, inputs_embeds=None
+    )
+    copies = max(1, min(len(downs), runs.rows // len(pairs)))
+    copied = pairs.repeated(copies)
+    last = copied.mask.sum(dim=1) - 1
+    with (
+        unembedding_at(runs.model, last),
+        cut(runs.model, repeated(prepared, copies), copied, runs.hooks, runs.composite) as passed,
+    ):
+        runs.passes.forward += copies * len(pairs)
+        for batch in _batches(downs, list(runs.hooks), copies):
+            flows, _ = passed.into([downs[i] for i in batch], here)
+            runs.passes.backward += len(batch) * len(pairs)
+            for hook, g in flows.items():
+                if hook == EMBEDDINGS:
+                    continue  # the tokens' own hook point, right behind them, is a node or conducts
+                g = g.unflatten(0, (copies, len(pairs)))[: len(batch)]
+                sums = torch.einsum("bpuf,kbpuf->bkpu", deltas[hook], g)
+                scores[hook][:, batch] = sums if runs.by_position else sums.sum(dim=2)
+    return cache.target.value, value, downs, scores
+
+
+def _batches(downs: Sequence[Node], hooks: list[str], size: int) -> Iterator[list[int]]:
+    """Indices of downstream nodes, those of the same depth together."""
+    depth = {hook: index for index, hook in enumerate(hooks)}
+    order = sorted(range(len(downs)), key=lambda i: depth.get(downs[i].hook, len(hooks)))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _downstream(runs: _Runs, deltas: Mapping[str, Units]) -> tuple[Node, ...]:
+    """All nodes that have anything before them, and the gap."""
+    found = []
+    for hook, delta in deltas.items():
+        if runs.hooks[hook] == "tokens":
+            continue
+        length, units = delta.shape[1:3]
+        positions = range(length) if runs.by_position else (None,)
+        found += [Node(hook, unit, p) for unit in range(units) for p in positions]
+    if len(found) > MOST:
+        raise InputError(
+            f"there are {len(found)} downstream nodes, and each takes a backward pass: name those "
+            "that you want with into=, or score_nodes() first"
+        )
+    return (*found, TARGET)
+
+
+def _require(downs: Sequence[Node], deltas: Mapping[str, Units]) -> None:
+    for node in downs:
+        if node == TARGET:
+            continue
+        if node.hook not in deltas:
+            raise InputError(f"{node} is no node of these components")
+        length, units = deltas[node.hook].shape[1:3]
+        at = node.position
+        if not 0 <= node.unit < units or not (at is None or 0 <= at < length):
+            raise InputError(f"{node}: {node.hook} has {units} units and {length} positions")
+
+
+def _exact(runs: _Runs, edges: list[Edge]) -> _Found:
+    wanted: dict[Node, list[Node]] = {}
+    for up, down in edges:
+        if (up.position is not None) != runs.by_position:
+            raise InputError(
+                f"{up}: an edge starts at one position with by_position=True, and only then"
+            )
+        wanted.setdefault(up, []).append(down)
+    base, other, effects = exact_edges(
+        runs.model, runs.base, runs.other, runs.pairs, runs.hooks, wanted, runs.passes
+    )
+    downs = tuple(dict.fromkeys(down for _, down in edges))
+    sizes: dict[str, int] = {}
+    for up in wanted:
+        sizes[up.hook] = max(sizes.get(up.hook, 0), up.unit + 1)
+    length = (runs.base.shape[1],) if runs.by_position else ()
+    scores = {
+        hook: base.new_full((len(base), len(downs), *length, size), torch.nan)
+        for hook, size in sizes.items()
+    }
+    for (up, down), effect in effects.items():
+        at = (up.position, up.unit) if runs.by_position else (up.unit,)
+        scores[up.hook][(slice(None), downs.index(down), *at)] = effect
+    return base, other, downs, scores
+
+
+def _padded(value: Tensor, length: int) -> Tensor:
+    """[pair, into, pos, unit] with the padding of all pairs, not only of its chunk's."""
+    if value.ndim == 3:
+        return value
+    return torch.nn.functional.pad(value, (0, 0, 0, length - value.shape[2]))
+
+
+def _depth(hook: str) -> int:
+    layer = layer_of(hook)
+    return -1 if layer is None else layer

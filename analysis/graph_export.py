@@ -1,0 +1,142 @@
+"""An attribution graph as Neuronpedia's graph JSON.
+
+The schema is that of Neuronpedia (``apps/webapp/app/api/graph/graph-schema.json`` in
+github.com/hijohnnylin/neuronpedia), the conventions for ids and types those of circuit-tracer
+(``circuit_tracer/frontend/graph_models.py`` in github.com/safety-research/circuit-tracer):
+``layer_feature_position`` with ``E`` for tokens, the layer above the last for the target,
+``feature`` a pairing of layer and index, ``influence`` the cumulative share up to a node.
+
+Its viewers know features of transcoders and of attention, embeddings and logits. Neurons and heads
+are given those types, and named in ``clerp`` for what they are. What a graph keeps as ``rest`` or
+absorbed has no place there; the description says how much of the target it is.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lenslrp.analysis.exports import slug as safe_name
+from lenslrp.analysis.files import whole
+
+if TYPE_CHECKING:
+    from lenslrp.analysis.graph import AttributionGraph
+
+TYPES = {
+    "token": "embedding",
+    "neuron": "cross layer transcoder",
+    "mlp": "cross layer transcoder",
+    "head": "lorsa",
+    "attention": "lorsa",
+    "target": "logit",
+}
+"""Kind of node -> the type as which viewers draw it."""
+
+
+def pairing(layer: int, index: int) -> int:
+    """Cantor's pairing of two numbers."""
+    return (layer + index) * (layer + index + 1) // 2 + index
+
+
+def to_neuronpedia(graph: AttributionGraph, *, slug: str, model_id: str | None) -> dict[str, Any]:
+    """The graph as JSON values."""
+    influence = graph.nodes["influence"].to_numpy()
+    order = np.argsort(-influence, kind="stable")
+    reached = np.empty(len(order))
+    reached[order] = np.cumsum(influence[order]) / influence.sum()
+    records = graph.nodes.assign(reached=reached).to_dict("records")
+    nodes = [_node(record, graph) for record in records]
+    ids = {record["id"]: made["node_id"] for record, made in zip(records, nodes, strict=True)}
+    settings = dict(graph.settings)
+    last = records[-1]
+    entered = float(graph.edges.loc[graph.edges["target"] == "target", "relevance"].sum())
+    about = (
+        f"{graph.explained}, by {settings['composite']}: {entered:+.4g} along the edges into it, "
+        f"{last['rest']:+.4g} from what is not shown, "
+        f"{last['relevance'] - entered - last['rest']:+.4g} absorbed. Weights are relevance, in "
+        "units of the target."
+    )
+    return {
+        "metadata": {
+            "slug": safe_name(slug),
+            "scan": model_id or safe_name(graph.model_name).lower(),
+            "transcoder_list": [],
+            "prompt_tokens": list(graph.str_tokens),
+            "prompt": "".join(graph.str_tokens),
+            "node_threshold": 1.0,
+            "schema_version": 1,
+            "info": {"description": about, "generator": {"name": "LensLRP", "version": _version()}},
+            "generation_settings": settings,
+            "pruning_settings": {
+                "node_threshold": settings["node_share"],
+                "edge_threshold": settings["edge_share"],
+            },
+        },
+        "qParams": {
+            "pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""
+        },
+        "nodes": nodes,
+        "links": [
+            {"source": ids[edge["source"]], "target": ids[edge["target"]],
+             "weight": float(edge["relevance"])}
+            for edge in graph.edges.to_dict("records")
+        ],
+    }  # fmt: skip
+
+
+def _version() -> str:
+    try:
+        return version("lenslrp")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+def _node(node: dict[str, Any], graph: AttributionGraph) -> dict[str, Any]:
+    kind, layer, unit = node["kind"], int(node["layer"]), int(node["unit"])
+    place = int(node["position"])
+    target = kind == "target"
+    named, feature, shown = f"{layer}_{unit}", pairing(max(layer, 0), unit), str(layer)
+    if kind == "token":
+        named, feature, shown = f"E_{graph.token_ids[place]}", place, "E"
+    elif target:
+        token = -1 if graph.token is None else graph.token
+        named, feature, shown = f"{layer + 1}_{token}", token, str(layer + 1)
+    elif kind in ("head", "attention"):  # beside the neuron of the same number
+        named = f"{layer}_h{unit}"
+    # The target of something else than a token has a name, not a probability.
+    text = {
+        "token": node["label"],
+        "target": f"Output {node['label']!r} (p={graph.probability:.3f})"
+        if graph.token is not None
+        else graph.explained.text,
+    }.get(kind, f"{kind} {layer}.{unit}")
+    activation = float(node["activation"])
+    return {
+        "node_id": f"{named}_{place}",
+        "feature": feature,
+        "layer": shown,
+        "ctx_idx": place,
+        "feature_type": TYPES[kind],
+        "token_prob": graph.probability if target else 0.0,
+        "is_target_logit": target,
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "jsNodeId": f"{named}-{place}",
+        "clerp": text,
+        "influence": float(node["reached"]),
+        "activation": activation if np.isfinite(activation) else None,
+    }
+
+
+def write_neuronpedia(
+    graph: AttributionGraph, path: Path, *, slug: str, model_id: str | None
+) -> Path:
+    """Write :func:`to_neuronpedia` at ``path``."""
+    made = to_neuronpedia(graph, slug=slug, model_id=model_id)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(made, allow_nan=False, indent=1), encoding="utf-8")
+    return path

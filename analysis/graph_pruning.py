@@ -1,0 +1,76 @@
+"""Which nodes and edges of an attribution graph carry the influence on its target.
+
+Each node hands its influence on the target down its edges in proportion to their size (Ameisen et
+al. 2025, circuit tracing).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float64]
+Matrix = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+def influences(amounts: Matrix, sinks: Vector) -> Vector:
+    """What share of the target's influence passes through each node.
+
+    The target, which is last, has 1; every node hands its own down its edges in proportion to their
+    size, less the share of its ``sinks`` (what was absorbed, and what came from elsewhere).
+
+    Args:
+        amounts: [downstream, upstream], numbered so that edges go from lower to higher.
+        sinks: [node], sizes.
+    """
+    weights = _weights(amounts, sinks)
+    found = np.zeros(len(weights))
+    found[-1] = 1.0
+    for node in range(len(weights) - 1, -1, -1):
+        found += found[node] * weights[node]
+    return found
+
+
+def _weights(amounts: Matrix, sinks: Vector) -> Matrix:
+    """[downstream, upstream], each edge's part of all that ends at its downstream node."""
+    sizes = np.abs(amounts)
+    ends = np.maximum(sizes.sum(axis=1) + sinks, np.finfo(float).tiny)
+    weights: Matrix = sizes / ends[:, None]
+    return weights
+
+
+def _most(scores: Vector, share: float) -> Mask:
+    """The fewest entries that hold ``share`` of the sum."""
+    flat = scores.ravel()
+    order = np.argsort(-flat, kind="stable")
+    sums = np.cumsum(flat[order])
+    enough = int((sums < share * sums[-1] * (1 - 1e-12)).sum()) + 1
+    kept = np.zeros(len(flat), dtype=bool)
+    kept[order[:enough]] = True
+    return (kept & (flat > 0)).reshape(scores.shape)
+
+
+def influential(amounts: Matrix, sinks: Vector, fixed: Mask, share: float) -> Mask:
+    """[node], True for those that stay: ``fixed`` ones (tokens, the target), and of the others the
+    fewest that hold ``share`` of their influence."""
+    return fixed | _most(np.where(fixed, 0.0, influences(amounts, sinks)), share)
+
+
+def strongest(
+    amounts: Matrix, sinks: Vector, fixed: Mask, share: float
+) -> tuple[Mask, Mask, Vector]:
+    """Edges [downstream, upstream] and nodes [node] that stay, and all nodes' influence.
+
+    The fewest edges that hold ``share`` of the influence which goes along all of them. A node that
+    is left without an edge into it, or out of it, goes as well, with its other edges.
+    """
+    influence = influences(amounts, sinks)
+    edges = _most(_weights(amounts, sinks) * influence[:, None], share)
+    stays = np.ones(len(amounts), dtype=bool)
+    while True:
+        loose = stays & ~fixed & ~(edges.any(axis=0) & edges.any(axis=1))
+        if not loose.any():
+            return edges, stays, influence
+        stays = stays & ~loose
+        edges &= stays[:, None] & stays[None, :]

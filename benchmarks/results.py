@@ -1,0 +1,177 @@
+"""The five tasks of the evaluation, every method: run them, then write ``docs/results.md``.
+
+    python benchmarks/results.py run next_word sentiment ...   # resumable; --n to stop earlier
+    python benchmarks/results.py write                         # tables and pictures, from the runs
+
+Runs are kept in ``benchmarks/results/evaluation`` (ignored by git), a folder each: a larger ``--n``
+goes on. Models run in bfloat16 where that is what makes the task affordable on a CPU; the table
+says so. Occlusion and KernelSHAP, which ask for a value once or eight times for every token, have
+runs of their own (``slow``) on the first examples of the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lenslrp
+from lenslrp.analysis.baselines import METHODS, Method, as_method
+from lenslrp.analysis.baselines_perturbation import kernel_shap
+from lenslrp.analysis.evaluation import evaluate
+from lenslrp.analysis.question import Question
+from lenslrp.analysis.results import Results
+from lenslrp.analysis.tasks import Task, image_task
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = Path(__file__).with_name("results") / "evaluation"
+DATA = ROOT.parent / "shared" / "data"
+SEED = 0
+
+SLOW = ("occlusion", "kernel_shap")
+ABLATIONS = ("attnlrp_softmax_identity", "attnlrp_softmax_distributed")
+FAST = tuple(name for name in METHODS if name not in (*SLOW, *ABLATIONS))
+ONE_STACK = tuple(name for name in FAST if name != "attnlrp_positional")
+"""For models whose positions PA-LRP has no rule for, or that have images for inputs."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of ``evaluate``: its task, its model, and what it is told."""
+
+    task: str
+    model: str
+    n: int
+    methods: tuple[str, ...]
+    dtype: torch.dtype = torch.float32
+    data: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+SMOLLM2, FLAN_T5 = "smollm2-135m", "flan-t5-small-titles"
+SHORT = {"steps": 8, "length": 32, "perturbations": ["zero", "zero+first"]}
+TEXTS = {"steps": 6, "length": 64, "perturbations": ["zero", "zero+first"], "half": "held-out"}
+REVIEWS = {"steps": 6, "length": 96, "perturbations": ["zero"], "half": "held-out"}
+QUESTIONS = {"steps": 6, "length": 192, "perturbations": ["zero"]}
+PATCHES = {"steps": 6, "perturbations": ["zero"]}
+
+RUNS_OF: Mapping[str, Run] = {
+    "next_word": Run(
+        "next_word", SMOLLM2, 100, FAST, torch.bfloat16, "wikipedia_paragraphs.jsonl", TEXTS
+    ),
+    "sentiment": Run(
+        "sentiment", SMOLLM2, 100, FAST, torch.bfloat16, "movie_reviews.jsonl", REVIEWS
+    ),
+    "squad": Run("squad", FLAN_T5, 100, ONE_STACK, torch.bfloat16, "squad_dev.jsonl", QUESTIONS),
+    "images": Run(
+        "images",
+        "cifar",
+        300,
+        tuple(name for name in ONE_STACK if name != "atman"),
+        torch.bfloat16,
+        options=PATCHES,
+    ),
+    "indirect_object": Run(
+        "indirect_object", SMOLLM2, 100, FAST + SLOW, torch.bfloat16, options=SHORT
+    ),
+    "agreement": Run("agreement", SMOLLM2, 100, FAST + SLOW, torch.bfloat16, options=SHORT),
+    "next_word-slow": Run(
+        "next_word",
+        SMOLLM2,
+        40,
+        (*SLOW, "attnlrp"),
+        torch.bfloat16,
+        "wikipedia_paragraphs.jsonl",
+        TEXTS,
+    ),
+    "sentiment-slow": Run(
+        "sentiment",
+        SMOLLM2,
+        40,
+        (*SLOW, "attnlrp"),
+        torch.bfloat16,
+        "movie_reviews.jsonl",
+        REVIEWS,
+    ),
+    "images-slow": Run(
+        "images",
+        "cifar",
+        40,
+        ("atman", "occlusion", "attnlrp_gamma", "attnlrp"),
+        torch.bfloat16,
+        options=PATCHES,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(required=True, dest="command")
+    command = commands.add_parser("run", help="measure; goes on where it was")
+    command.add_argument("names", nargs="+", choices=RUNS_OF)
+    command.add_argument("--n", type=int, help="fewer examples")
+    command.add_argument("--data", type=Path, default=DATA, help="the folder of the tasks' files")
+    command.add_argument("--images", type=Path, help="CIFAR-10, see cifar.py")
+    options = parser.parse_args()
+    for name in options.names:
+        run = RUNS_OF[name]
+        methods = [_method(method) for method in run.methods]
+        found = measure(
+            run, methods, RUNS / name, n=options.n, data=options.data, images=options.images
+        )
+        print(found, flush=True)
+
+
+def measure(
+    run: Run,
+    methods: Sequence[Method],
+    folder: Path,
+    *,
+    n: int | None = None,
+    data: Path = DATA,
+    images: Path | None = None,
+) -> Results:
+    """One run, or what is still missing of it."""
+    task: str | Task = run.task
+    if run.model == "cifar":
+        import cifar
+        from cifar_head import classifier
+
+        if images is None:
+            raise SystemExit("give --images: CIFAR-10, see cifar.py")
+        model: Any = classifier(run.dtype)
+        held_out = cifar.split(cifar.read(images), held_out=True, per_class=30)
+        pixels = cifar.prepare(held_out.pixels).to(run.dtype)
+        task = image_task({f"{i:03}": image for i, image in enumerate(pixels)})
+    else:
+        model = lenslrp.load(run.model, dtype=run.dtype, device="cpu")
+    return evaluate(
+        task,
+        model,
+        methods,
+        n=min(n or run.n, run.n),
+        folder=folder,
+        data=None if run.data is None else data / run.data,
+        seed=SEED,
+        progress=False,
+        **run.options,
+    )
+
+
+def _method(name: str) -> Method:
+    """By name; KernelSHAP with half of its usual samples, for time's sake."""
+    if name != "kernel_shap":
+        return as_method(name)
+
+    def function(question: Question, *, seed: int) -> torch.Tensor:
+        return kernel_shap(question, seed=seed, samples=4 * question.mask.shape[1])
+
+    return replace(METHODS[name], function=function)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Tables and pictures of ``docs/results.md`` from the runs of ``results.py``.
+
+    python benchmarks/results_page.py
+
+What stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in the page is written here;
+the rest is prose. A number in a table is a mean over examples and its 95% bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from results import ROOT, RUNS, RUNS_OF, SEED
+
+from lenslrp.analysis.baselines import METHODS
+from lenslrp.analysis.plots import LIGHT, new_figure
+from lenslrp.analysis.results import PARQUET, Results
+
+PAGE = ROOT / "docs" / "results.md"
+IMAGES = ROOT / "docs" / "images"
+MEASURED = ROOT / "docs" / "results"
+"""What other scripts measured: a JSON file each, table -> ``{"rows": [...], ...}``."""
+
+TASKS: Mapping[str, tuple[str, str, str]] = {
+    "next_word": ("next word", "area", "zero+first"),
+    "sentiment": ("sentiment", "area", "zero"),
+    "squad": ("SQuAD", "area", "zero"),
+    "images": ("images", "area", "zero"),
+    "indirect_object": ("indirect object", "hit", "none"),
+    "agreement": ("agreement", "hit", "none"),
+}
+"""Run -> its name in tables, and the measure and perturbation that the summary takes."""
+
+REFERENCE = {"images": "attnlrp_gamma"}
+"""The method that others are compared with: AttnLRP, for images its gamma composite."""
+
+RIVALS = (
+    "gradient_x_input", "integrated_gradients", "smoothgrad", "attention_rollout",
+    "gradient_x_attention_rollout", "atman",
+)  # fmt: skip
+SHOWN = ("attnlrp", "cp_lrp", "relp", "gradient_x_attention_rollout", "atman",
+         "integrated_gradients", "gradient_x_input", "random")  # fmt: skip
+
+
+def runs_of(task: str) -> list[Results]:
+    """The run of a task and, where there is one, that of the slow methods."""
+    folders = [RUNS / name for name in (task, f"{task}-slow") if (RUNS / name / PARQUET).exists()]
+    return [Results.read(folder) for folder in folders]
+
+
+def _number(row: Mapping[str, Any], prefix: str = "", sign: str = "") -> str:
+    mean = row[prefix or "mean"]
+    if np.isnan(mean):
+        return ""
+    low, high = ((row[f"{prefix}_{end}"] if prefix else row[end]) for end in ("low", "high"))
+    return f"{mean:{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f})"
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def task_table(task: str) -> str:
+    """A row a method: each perturbation's area and its difference from the reference, pointing."""
+    reference = REFERENCE.get(task, "attnlrp")
+    rows: dict[str, dict[str, str]] = {}
+    for results in runs_of(task):
+        known = set(rows)
+        for metric in ("area", "hit", "iou", "above_distractor"):
+            if metric not in results.metrics():
+                continue
+            for _, row in results.table(metric, reference).iterrows():
+                if row["method"] in known:
+                    continue
+                name = metric if row["perturbation"] == "none" else f"area, {row['perturbation']}"
+                own = rows.setdefault(row["method"], {"n": str(row["n"])})
+                own[name] = _number(row)
+                if metric != "above_distractor":
+                    own[f"less {reference}" + f" ({name})"] = _number(row, "difference", "+")
+    columns = list(dict.fromkeys(name for own in rows.values() for name in own))
+    return markdown(
+        ["method", *columns],
+        ([f"`{method}`", *(own.get(name, "") for name in columns)] for method, own in rows.items()),
+    )
+
+
+def leads(task: str) -> pd.DataFrame:
+    """What the reference has more than each other method: ``method, n, mean, low, high``."""
+    _, metric, way = TASKS[task]
+    reference = REFERENCE.get(task, "attnlrp")
+    frames = []
+    for results in runs_of(task):
+        table = results.table(metric, reference)
+        table = table[table["perturbation"].isin([way, "none"]) & (table["method"] != reference)]
+        lead = pd.DataFrame({"method": table["method"], "n": table["n"]})
+        lead["mean"] = -table["difference"]
+        lead["low"], lead["high"] = -table["difference_high"], -table["difference_low"]
+        frames.append(lead)
+    return pd.concat(frames).drop_duplicates("method").set_index("method")
+
+
+def summary(every: Mapping[str, pd.DataFrame]) -> str:
+    """A row a method, a column a task: the reference's lead, bold where its interval is above 0."""
+
+    def cell(task: str, method: str) -> str:
+        if method not in every[task].index:
+            return ""
+        row = every[task].loc[method]
+        text = f"{row['mean']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
+        return f"**{text}**" if row["low"] > 0 else text
+
+    names = [name for name in METHODS if any(name in table.index for table in every.values())]
+    rows = [[f"`{name}`", *(cell(task, name) for task in every)] for name in names]
+    won = [
+        str(sum(bool(table.loc[m, "low"] > 0) for m in RIVALS if m in table.index))
+        + f" of {sum(m in table.index for m in RIVALS)}"
+        for table in every.values()
+    ]
+    return markdown(
+        ["method", *(f"{TASKS[t][0]}, n = {int(every[t]['n'].max())}" for t in every)],
+        [*rows, ["gradient- and attention-based ones behind", *won]],
+    )
+
+
+def costs() -> str:
+    """Median cost in plain forward and backward passes, a column a task."""
+    tables = {}
+    for task in TASKS:
+        parts = [r.table("area" if "area" in r.metrics() else "hit") for r in runs_of(task)]
+        if parts:
+            table = pd.concat(parts).drop_duplicates("method").set_index("method")
+            tables[task] = table
+    rows = []
+    for name in METHODS:
+        own = [t.loc[name] if name in t.index else None for t in tables.values()]
+        some = [row for row in own if row is not None]
+        if some:
+            passes = f"{some[0]['forward']:.0f}, {some[0]['backward']:.0f}"
+            rows.append(
+                [f"`{name}`", passes, *("" if r is None else f"{r['cost']:.1f}" for r in own)]
+            )
+    return markdown(["method", "forward, backward", *(TASKS[t][0] for t in tables)], rows)
+
+
+def measured() -> dict[str, str]:
+    """Every table of the other scripts' files, as ``file table``."""
+    found = {}
+    for path in sorted(MEASURED.glob("*.json")):
+        for name, table in json.loads(path.read_text(encoding="utf-8")).items():
+            rows = table["rows"]
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            shown = ([_shown(row.get(column, "")) for column in columns] for row in rows)
+            found[f"{path.stem} {name}"] = markdown(columns, shown)
+    return found
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def draw_leads(every: Mapping[str, pd.DataFrame]) -> None:
+    """The summary as a picture: a panel a task, a bar an interval."""
+    names = [name for name in METHODS if any(name in table.index for table in every.values())]
+    figure, panels = new_figure(2.1 * len(every) + 1.6, 4.6, LIGHT, len(every))
+    for place, (axes, (task, table)) in enumerate(zip(panels, every.items(), strict=True)):
+        for y, name in enumerate(reversed(names)):
+            if name in table.index:
+                row = table.loc[name]
+                colour = (
+                    "#c0392b" if row["low"] > 0 else "#2c5f9e" if row["high"] < 0 else "#888888"
+                )
+                axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2)
+                axes.plot([row["mean"]], [y], "o", color=colour, markersize=4)
+        axes.axvline(0, color=LIGHT.muted, linewidth=0.8)
+        axes.set_title(TASKS[task][0], fontsize=9, color=LIGHT.ink)
+        labels = list(reversed(names)) if place == 0 else [""] * len(names)
+        axes.set_yticks(range(len(names)), labels, fontsize=7)
+        axes.tick_params(axis="x", labelsize=7, colors=LIGHT.ink)
+    figure.supxlabel(
+        "AttnLRP's lead: area in logits, or hit rate where the answer is known (95% interval)",
+        fontsize=8,
+    )
+    figure.savefig(IMAGES / "results.png", dpi=110, bbox_inches="tight")
+
+
+def draw_curves() -> None:
+    """Curves of the next-word task, for a few methods."""
+    results = runs_of("next_word")[0]
+    shown = [name for name in SHOWN if name in results.settings["methods"]]
+    frame = results.frame[results.frame["method"].isin(shown)]
+    few = Results({**results.settings, "methods": shown}, frame, results.skipped, results.unfit)
+    figure = few.plot("zero+first")
+    figure.savefig(IMAGES / "curves.png", dpi=110, bbox_inches="tight")
+
+
+def settings_table() -> str:
+    rows = []
+    for task in TASKS:
+        for results in runs_of(task):
+            s, run = results.settings, RUNS_OF[task]
+            unfit = ", ".join(f"{n} {reason}" for reason, n in results.unfit.items()) or "none"
+            told = [run.model, s["model"]["dtype"], results.n, s["steps"]]
+            size = f"{results.frame['features'].mean():.0f}"
+            told += [size, s["half"] or "all", unfit, len(results.skipped)]
+            rows.append([TASKS[task][0], *map(str, told)])
+    return markdown(
+        ["task", "model", "dtype", "n", "steps", "features, mean", "half of the texts", "left out",
+         "damaged lines"], rows,
+    )  # fmt: skip
+
+
+def main() -> None:
+    every = {task: leads(task) for task in TASKS if runs_of(task)}
+    blocks: dict[str, Callable[[], str]] = {
+        "settings": settings_table,
+        "summary": partial(summary, every),
+        "costs": costs,
+        **{task: partial(task_table, task) for task in every},
+    }
+    text = PAGE.read_text(encoding="utf-8")
+    written = {**{name: made() for name, made in blocks.items()}, **measured()}
+    for name, table in written.items():
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        if begin not in text or end not in text:
+            print(f"{PAGE.name} has no place for {name}")
+            continue
+        before, rest = text.split(begin, 1)
+        text = f"{before}{begin}\n{table}\n\n{end}{rest.split(end, 1)[1]}"
+    PAGE.write_text(text, encoding="utf-8")
+    draw_leads(every)
+    draw_curves()
+    print(f"seed {SEED}; written: {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Is there a better setting of AttnLRP? Searched on one half of the texts, reported on the other.
+
+    python benchmarks/settings.py development                          # every candidate
+    python benchmarks/settings.py held-out --only attnlrp relp --n 100   # the best ones
+
+Candidates differ from AttnLRP in one thing each, or join two: how a product shares between its
+factors (value path against pattern, queries against keys, gate against up), the softmax's
+temperature in its backward pass, gamma on linear layers, the derivative of activations, positions'
+relevance, magnitudes instead of signed relevance, the first token's relevance set to zero. SmolLM2,
+three tasks, areas with the first token kept (the sink is no part of the question) and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import torch
+from results import RUNS, SMOLLM2, Run, measure
+
+import lenslrp
+from lenslrp.analysis.baselines import METHODS, Method, answer, as_method
+from lenslrp.analysis.question import Question
+from lenslrp.hooks import Composite, Gamma, Plain, Product, SoftmaxTemperature
+
+
+def _afterwards(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Method:
+    """AttnLRP's relevance of the tokens, changed."""
+
+    def function(question: Question, *, seed: int) -> torch.Tensor:
+        return change(answer("attnlrp", question, seed=seed).tokens)
+
+    return Method(name, function, "AttnLRP, changed afterwards")
+
+
+def _without_first(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, 1:]], dim=1)
+
+
+def _values(share: float) -> Product:
+    return Product(1 - share, share, f"values {share:g}")
+
+
+def candidates() -> list[Method]:
+    """AttnLRP first, then what might be better."""
+    plain = Plain()
+    rules = [
+        Composite("values .75", {"attention_av": _values(0.75)}),
+        Composite("values .9", {"attention_av": _values(0.9)}),
+        Composite("values 1, pattern .5", {"attention_av": Product(0.5, 1.0, "more values")}),
+        Composite("values 1, pattern .25", {"attention_av": Product(0.25, 1.0, "most values")}),
+        Composite("queries plain", {"attention_qk": plain}),
+        Composite("temperature 2", {"softmax": SoftmaxTemperature(2.0)}),
+        Composite("temperature 4", {"softmax": SoftmaxTemperature(4.0)}),
+        Composite(
+            "RelP, temperature 2", {**lenslrp.RelP().rules, "softmax": SoftmaxTemperature(2.0)}
+        ),
+        Composite("RelP, plain activation", {**lenslrp.RelP().rules, "activation": plain}),
+        Composite("gamma .05", {"linear": Gamma(0.05)}),
+        Composite("gamma .25", {"linear": Gamma(0.25)}),
+        Composite("gate constant", {"gate": Product(0.0, 1.0, "up")}),
+        Composite("gate 1, up 1", {"gate": plain}),
+        Composite("CP, gate constant", {**lenslrp.CPLRP(gate="up").rules}),
+    ]
+    named = ["attnlrp", "cp_lrp", "relp", "gim", "attnlrp_positional", "attnlrp_plain_activation"]
+    return [
+        *(METHODS[name] for name in named),
+        *map(as_method, rules),
+        _afterwards("magnitude", torch.abs),
+        _afterwards("first token zero", _without_first),
+    ]
+
+
+COMMON: dict[str, Any] = {"steps": 6, "perturbations": ["zero", "zero+first"]}
+
+
+def runs(half: str, n: int) -> dict[str, Run]:
+    texts = {**COMMON, "half": half}
+    return {
+        "next_word": Run("next_word", SMOLLM2, n, (), torch.bfloat16,
+                         "wikipedia_paragraphs.jsonl", {**texts, "length": 64}),
+        "sentiment": Run("sentiment", SMOLLM2, n, (), torch.bfloat16,
+                         "movie_reviews.jsonl", {**texts, "length": 96}),
+        "indirect_object": Run("indirect_object", SMOLLM2, n, (), torch.bfloat16,
+                               options={**texts, "length": 32}),
+        "agreement": Run("agreement", SMOLLM2, n, (), torch.bfloat16,
+                         options={**texts, "length": 32}),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("half", choices=["development", "held-out"])
+    parser.add_argument("--tasks", nargs="+", default=list(runs("development", 1)))
+    parser.add_argument("--only", nargs="+", help="candidates, by name; all of them otherwise")
+    parser.add_argument("--n", type=int, default=40)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    every = {method.name: method for method in candidates()}
+    chosen = [every[name] for name in options.only or every]
+    for name, run in runs(options.half, options.n).items():
+        if name in options.tasks:
+            found = measure(run, chosen, RUNS / f"{name}-{options.half}-{len(chosen)}")
+            for metric in ("area", "hit"):
+                if metric in found.metrics():
+                    table = found.table(metric).drop(columns=["cost", "forward", "backward"])
+                    with pd.option_context("display.width", 200):
+                        print(f"{name}, {options.half}: {metric}")
+                        print(table.round(3).to_string(index=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()

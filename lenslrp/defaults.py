@@ -1,0 +1,25 @@
+"""Which rules to begin with, by measurement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lenslrp import media
+from lenslrp.hooks import AttnLRP, AttnLRPViT, Composite
+from lenslrp.hooks.install import require_bridge
+
+
+def recommended(model: Any) -> Composite:
+    """The composite that measured best on models of this kind; ``docs/results.md`` is the evidence.
+
+    For models that read images, ``AttnLRPViT()``: gamma 0.25 on the convolution and 0.05 on linear
+    layers. For all others ``AttnLRP()``: no other setting was better across tasks.
+
+    Args:
+        model: a ``TransformerBridge``.
+
+    Raises:
+        InputError: no bridge, or one that rules cannot be attached to.
+    """
+    require_bridge(model)
+    return AttnLRPViT() if media.main_input(model) == "pixel_values" else AttnLRP()
