@@ -172,6 +172,8 @@ def table() -> None:
                         scored = ~np.isnan(b)
                         for measure, of in measures.items():
                             values[measure].append(of(a[scored], b[scored]))
+                if not values["Pearson"]:
+                    continue
                 row: dict[str, Any] = {"component": component, "method": name}
                 for measure, each in values.items():
                     mean, low, high = bootstrap(np.array(each), SEED)
