@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lenslrp.analysis.baselines import METHODS, Attribution, Method, attribute
+    from lenslrp.analysis.circuits import NodeScores, score_nodes
     from lenslrp.analysis.coders import SparseCoder
     from lenslrp.analysis.conditions import through
     from lenslrp.analysis.dictionary import NeuronDictionary
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
     from lenslrp.analysis.lens import Lens
     from lenslrp.analysis.lens_fit import compare_lenses, fit_relevance_lens, fit_ridge_lens
     from lenslrp.analysis.page import Page
+    from lenslrp.analysis.pairs import Pairs, template_pairs
+    from lenslrp.analysis.pruning import (
+        Circuit,
+        completeness,
+        faithfulness_curve,
+        minimality,
+        prune,
+        verify,
+    )
     from lenslrp.analysis.results import Results
     from lenslrp.analysis.steering import (
         Ablate,
@@ -53,6 +63,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "baselines": ("METHODS", "Attribution", "Method", "attribute"),
+    "circuits": ("NodeScores", "score_nodes"),
     "coders": ("SparseCoder",),
     "conditions": ("through",),
     "dictionary": ("NeuronDictionary",),
@@ -71,6 +82,15 @@ _HOMES = {
     "lens": ("Lens",),
     "lens_fit": ("compare_lenses", "fit_relevance_lens", "fit_ridge_lens"),
     "page": ("Page",),
+    "pairs": ("Pairs", "template_pairs"),
+    "pruning": (
+        "Circuit",
+        "completeness",
+        "faithfulness_curve",
+        "minimality",
+        "prune",
+        "verify",
+    ),
     "results": ("Results",),
     "tasks": ("TASKS", "Example", "Task", "Unfit", "image_task"),
     "steering": ("Ablate", "Add", "Clamp", "ProjectOut", "Scale", "Steering", "steer"),
@@ -95,6 +115,7 @@ __all__ = [
     "Add",
     "Attribution",
     "AttributionGraph",
+    "Circuit",
     "Clamp",
     "Direction",
     "EdgeScores",
@@ -105,7 +126,9 @@ __all__ = [
     "Method",
     "Neuron",
     "NeuronDictionary",
+    "NodeScores",
     "Page",
+    "Pairs",
     "Perturbation",
     "ProjectOut",
     "Results",
@@ -122,10 +145,12 @@ __all__ = [
     "build_distributed",
     "build_with_ray",
     "compare_lenses",
+    "completeness",
     "cosines",
     "evaluate",
     "export_html",
     "export_neuronpedia",
+    "faithfulness_curve",
     "fit_relevance_lens",
     "fit_ridge_lens",
     "image_task",
@@ -133,19 +158,24 @@ __all__ = [
     "load_steering",
     "mean_activation",
     "mean_difference",
+    "minimality",
     "page_html",
     "parse_unit",
+    "prune",
     "reads",
     "relevance_direction",
     "save_control_vector",
     "save_steering",
     "score_edges",
+    "score_nodes",
     "sign_cases",
     "steer",
     "sweep",
+    "template_pairs",
     "through",
     "to_transformer_lens",
     "unembedding_direction",
+    "verify",
     "write_page",
     "writes",
     "written_by",

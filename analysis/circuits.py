@@ -10,7 +10,8 @@ coefficient:
   coefficient; the score is (activation there - activation here) times it;
 * **attribution patching** (Nanda 2023; Syed et al. 2023): the plain gradient of the base run;
 * **integrated gradients** (Hanna et al. 2024): plain gradients averaged along the straight line
-  between the embeddings of the two runs.
+  between the embeddings of the two runs; or relevance coefficients, with a composite. One step is
+  the midpoint, which serves both runs better than either end does.
 
 "Denoising" patches clean activations into the corrupt run and "noising" corrupt ones into the
 clean run.
@@ -29,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.block_pass import Deliver
+from lenslrp.analysis.block_pass import Deliver, unembedding_at
 from lenslrp.analysis.nodes import (
     COMPONENTS,
     Node,
@@ -153,16 +154,18 @@ def _backward(
         on(hook, as_units(kind, x, hook), as_units(kind, g, hook))
 
     device = next(runs.model.parameters()).device
-    _, cache = run_with_relevance(
-        runs.model,
-        target=runs.pairs,
-        composite=composite,
-        names_filter=list(runs.hooks),
-        reduce={hook: Deliver(partial(deliver, hook)) for hook in runs.hooks},
-        ledger=False,
-        attention_mask=masking(runs.pairs, device).get("attention_mask"),
-        **given,
-    )
+    last = runs.pairs.mask.sum(dim=1) - 1
+    with unembedding_at(runs.model, last):
+        _, cache = run_with_relevance(
+            runs.model,
+            target=runs.pairs,
+            composite=composite,
+            names_filter=list(runs.hooks),
+            reduce={hook: Deliver(partial(deliver, hook)) for hook in runs.hooks},
+            ledger=False,
+            attention_mask=masking(runs.pairs, device).get("attention_mask"),
+            **given,
+        )
     runs.passes.forward += len(runs.pairs)
     runs.passes.backward += len(runs.pairs)
     return cache.target.value
@@ -249,7 +252,8 @@ def score_nodes(
         direction: ``"denoising"``: clean activations in the corrupt run; ``"noising"``: the other
             way round.
         by_position: one node a position, or all positions together.
-        composite: the rules of ``"relevance"``; ``RelP()`` if not given.
+        composite: the rules of ``"relevance"``, ``RelP()`` if not given, or of ``"integrated"``,
+            plain gradients if not given.
         steps: of ``"integrated"``.
         only: of ``"exact"``: the nodes to patch. The other methods score all nodes anyway.
         chunk: how many pairs run at once.
@@ -265,8 +269,8 @@ def score_nodes(
         raise InputError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     if direction not in DIRECTIONS:
         raise InputError(f"direction must be one of {', '.join(DIRECTIONS)}, not {direction!r}")
-    if composite is not None and method != "relevance":
-        raise InputError(f"a composite is for method='relevance', not {method!r}")
+    if composite is not None and method not in ("relevance", "integrated"):
+        raise InputError(f"a composite is for 'relevance' and 'integrated', not {method!r}")
     if only is not None and method != "exact":
         raise InputError(f"only is for method='exact'; {method!r} scores all nodes in one pass")
     if "residual" in components and not by_position:

@@ -34,7 +34,8 @@ SIZES: dict[str, Any] = {
 
 
 def _llama(**changes: Any) -> nn.Module:
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=1, **changes))
+    sizes = {**SIZES, "num_key_value_heads": 1, **changes}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes))
 
 
 def _qwen3(**changes: Any) -> nn.Module:

@@ -1,0 +1,65 @@
+"""Circuits as figures: scores of all heads, faithfulness over size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lenslrp.analysis.circuits import NodeScores
+from lenslrp.analysis.plots import (
+    LIGHT,
+    Theme,
+    _figure,
+    _label_layers,
+    _limit,
+    _map,
+    _names,
+    new_figure,
+)
+from lenslrp.analysis.pruning import Curve
+from lenslrp.hooks.components import layer_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def head_scores(scores: NodeScores, *, component: str = "heads", theme: Theme = LIGHT) -> Figure:
+    """Mean score over pairs (and sum over positions) of every head, layer (upwards) x head.
+
+    Args:
+        component: any with the same number of units in every layer: ``"q"``, ``"k"``, ``"v"``.
+
+    Raises:
+        InputError: the component was not scored.
+    """
+    scores.of(component)
+    hooks = [hook for hook, name in scores.components.items() if name == component]
+    found = [scores.values[hook].double().mean(dim=0).cpu().numpy() for hook in hooks]
+    values = np.stack([v.sum(axis=0) if scores.by_position else v for v in found])
+    rows, columns = values.shape
+    figure, axes = _figure(min(2.6 + 0.42 * columns, 13), min(1.6 + 0.24 * rows, 11), theme)
+    _map(figure, axes, values, _limit(values), theme, "what the gap gains, logits")
+    axes.set_xticks(range(columns))
+    _label_layers(axes, [str(layer_of(hook)) for hook in hooks])
+    _names(axes, theme, title=f"Scores of {component}", x="head", y="layer")
+    return figure
+
+
+def faithfulness_curves(
+    curves: Mapping[str, Curve], *, title: str = "Faithfulness over size", theme: Theme = LIGHT
+) -> Figure:
+    """Share of the gap kept over the share of nodes kept, on a logarithmic axis, with intervals."""
+    figure, (axes,) = new_figure(7.0, 4.0, theme, 1)
+    for place, (name, curve) in enumerate(curves.items()):
+        table = curve.table[curve.table["share"] > 0]
+        label = f"{name} (CPR {curve.cpr:.2f}, CMD {curve.cmd:.2f})"
+        axes.plot(table["share"], table["faithfulness"], color=f"C{place}", marker="o", label=label)
+        axes.fill_between(table["share"], table["low"], table["high"], color=f"C{place}", alpha=0.2)
+    axes.axhline(1, color=theme.muted, linewidth=0.8, linestyle="--")
+    axes.axhline(0, color=theme.muted, linewidth=0.8)
+    axes.set_xscale("log")
+    _names(axes, theme, title=title, x="share of heads and of neurons kept", y="share of the gap")
+    axes.legend(frameon=False, fontsize=8, labelcolor=theme.ink)
+    return figure

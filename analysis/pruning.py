@@ -1,0 +1,284 @@
+"""A circuit cut to size, and what the model still does when everything else is ablated.
+
+Every node outside the circuit is set to what it is in the corrupt run, or to its mean, while the
+clean prompt runs. Faithfulness is the share of the gap that is left (Wang et al. 2022; MIB, Mueller
+et al. 2025): 0 where the circuit does nothing, 1 where it does all. Over circuits of growing size,
+CPR is the area under that curve and CMD the area between it and 1. Completeness asks the opposite
+question: what is left of the gap when the circuit is what is ablated? Minimality: what does each
+node of it add?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lenslrp.analysis.circuits import CHUNK, NodeScores
+from lenslrp.analysis.nodes import COMPONENTS, Node, Units, as_units, forward, read
+from lenslrp.analysis.pairs import Pairs
+from lenslrp.analysis.statistics import RESAMPLES, area
+from lenslrp.errors import InputError
+
+SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Some of the nodes of some component classes.
+
+    Attributes:
+        components: hook point -> component name.
+        keep: hook point -> [unit], True where a node is in the circuit.
+    """
+
+    components: Mapping[str, str]
+    keep: Mapping[str, Bool[Tensor, " unit"]]
+
+    def nodes(self) -> list[Node]:
+        return [
+            Node(hook, unit)
+            for hook, keep in self.keep.items()
+            for unit in keep.nonzero()[:, 0].tolist()
+        ]
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Component -> how many of its nodes are in the circuit, and how many there are."""
+        found: dict[str, tuple[int, int]] = {}
+        for hook, keep in self.keep.items():
+            kept, total = found.get(self.components[hook], (0, 0))
+            found[self.components[hook]] = (kept + int(keep.sum()), total + len(keep))
+        return found
+
+    def complement(self) -> Circuit:
+        return Circuit(self.components, {hook: ~keep for hook, keep in self.keep.items()})
+
+    def without(self, node: Node) -> Circuit:
+        keep = {hook: mask.clone() for hook, mask in self.keep.items()}
+        keep[node.hook][node.unit] = False
+        return Circuit(self.components, keep)
+
+
+def prune(
+    scores: NodeScores,
+    share: float | Mapping[str, float],
+    *,
+    by: str = "score",
+    seed: int = 0,
+) -> Circuit:
+    """The best nodes of each component class.
+
+    Args:
+        scores: of nodes at all positions.
+        share: how much of each class to keep, from 0 to 1: of all, or by component name. Rounded
+            down to whole nodes.
+        by: ``"score"``: what the gap gains most by (mean over pairs); ``"size"``: what moves it
+            most, either way; ``"random"``: by a shuffle of the nodes.
+        seed: of the shuffle.
+
+    Raises:
+        InputError: scores by position, shares out of range, a component that was not scored.
+    """
+    if scores.by_position:
+        raise InputError("a circuit is of nodes at all positions: score with by_position=False")
+    names = list(dict.fromkeys(scores.components.values()))
+    shares = share if isinstance(share, Mapping) else dict.fromkeys(names, share)
+    if set(shares) != set(names) or not all(0 <= s <= 1 for s in shares.values()):
+        raise InputError(f"share must be from 0 to 1 for each of {', '.join(names)}, not {share!r}")
+    if by not in ("score", "size", "random"):
+        raise InputError(f"by must be 'score', 'size' or 'random', not {by!r}")
+    keep: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for name in names:
+        mean = scores.of(name).mean(dim=0)
+        if bool(mean.isnan().any()):
+            raise InputError(f"not all {name} were scored, so the best of them are not known")
+        if by == "random":
+            mean = torch.rand(len(mean), generator=generator)
+        ranked = (mean.abs() if by == "size" else mean).argsort(descending=True, stable=True)
+        chosen = torch.zeros(len(mean), dtype=torch.bool)
+        chosen[ranked[: int(shares[name] * len(mean))].cpu()] = True
+        hooks = [hook for hook, own in scores.components.items() if own == name]
+        sizes = [scores.values[hook].shape[-1] for hook in hooks]
+        keep.update(zip(hooks, chosen.split(sizes), strict=True))
+    return Circuit(scores.components, {hook: keep[hook] for hook in scores.components})
+
+
+def mean_activations(
+    model: Any, pairs: Pairs, components: Mapping[str, str], *, chunk: int = CHUNK
+) -> dict[str, Float[Tensor, "unit feature"]]:
+    """Each node's mean over both prompts of all pairs and all their real tokens."""
+    sums: dict[str, Tensor] = {}
+    for start in range(0, len(pairs), chunk):
+        part = pairs[start : start + chunk]
+        for tokens in (part.clean, part.corrupt):
+            for hook, x in read(model, tokens, part, components)[1].items():
+                total = x[part.mask.to(x.device)].sum(dim=0)
+                sums[hook] = sums[hook] + total if hook in sums else total
+    return {hook: total / (2 * int(pairs.mask.sum())) for hook, total in sums.items()}
+
+
+@contextmanager
+def ablated(model: Any, circuit: Circuit, instead: Mapping[str, Units]) -> Iterator[None]:
+    """Inside, every node outside ``circuit`` is what ``instead`` says.
+
+    Args:
+        instead: hook point -> [pair, pos, unit, feature]; pair and pos may be 1.
+    """
+
+    def put(x: Tensor, hook: Any, name: str) -> Tensor:
+        units = as_units(COMPONENTS[circuit.components[name]].kind, x, name)
+        keep = circuit.keep[name].to(x.device)[:, None]
+        return torch.where(keep, units, instead[name]).reshape(x.shape)
+
+    places = [name for name, keep in circuit.keep.items() if not keep.all()]
+    hooks = [(name, partial(put, name=name)) for name in places]
+    with model.hooks(fwd_hooks=hooks):
+        yield
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What circuits do when all else is ablated; gaps in logits, [pair] each.
+
+    Attributes:
+        clean: of the whole model.
+        floor: of the corrupt run; under mean ablation, of the clean prompt with every node ablated.
+        gaps: of each circuit.
+    """
+
+    clean: Float[Tensor, " pair"]
+    floor: Float[Tensor, " pair"]
+    gaps: Float[Tensor, "circuit pair"]
+
+    @property
+    def faithfulness(self) -> list[float]:
+        """Of each circuit: the share of the mean gap that it keeps."""
+        return [self.interval(index)[0] for index in range(len(self.gaps))]
+
+    def interval(self, index: int = 0, seed: int = 0) -> tuple[float, float, float]:
+        """Faithfulness and its 95% bootstrap interval over pairs (a ratio of means)."""
+        total = (self.clean - self.floor).double().cpu().numpy()
+        kept = (self.gaps[index] - self.floor).double().cpu().numpy()
+        picks = np.random.default_rng(seed).integers(0, len(total), (RESAMPLES, len(total)))
+        ratios = kept[picks].mean(axis=1) / total[picks].mean(axis=1)
+        low, high = np.percentile(ratios, [2.5, 97.5])
+        return float(kept.mean() / total.mean()), float(low), float(high)
+
+
+def verify(
+    model: Any,
+    pairs: Pairs,
+    circuits: Sequence[Circuit],
+    *,
+    ablation: str = "corrupt",
+    reference: Pairs | None = None,
+    chunk: int = CHUNK,
+) -> Verdict:
+    """Run the clean prompts with all that is outside a circuit ablated, one circuit after another.
+
+    Args:
+        model: a ``TransformerBridge``.
+        pairs: best ones that were not used to find the circuit.
+        circuits: over the same hook points.
+        ablation: nodes outside are set to the pair's ``"corrupt"`` run, or to their ``"mean"``.
+        reference: the pairs over which means are taken; ``pairs`` if not given.
+        chunk: how many pairs run at once.
+
+    Raises:
+        InputError: no circuits, circuits over different hook points, an unknown ablation.
+    """
+    if ablation not in ("corrupt", "mean"):
+        raise InputError(f"ablation must be 'corrupt' or 'mean', not {ablation!r}")
+    if not circuits or any(set(c.keep) != set(circuits[0].keep) for c in circuits):
+        raise InputError("give one or more circuits over the same hook points")
+    places = circuits[0].components
+    means = {}
+    if ablation == "mean":
+        found = mean_activations(model, reference or pairs, places, chunk=chunk)
+        means = {hook: mean[None, None] for hook, mean in found.items()}
+    elif reference is not None:
+        raise InputError("reference is what means are taken over: it goes with ablation='mean'")
+    nothing = Circuit(places, {hook: torch.zeros_like(k) for hook, k in circuits[0].keep.items()})
+    clean, floor, gaps = [], [], []
+    for start in range(0, len(pairs), chunk):
+        part = pairs[start : start + chunk]
+        clean.append(forward(model, part.clean, part))
+        corrupt, instead = (
+            read(model, part.corrupt, part, places) if ablation == "corrupt" else (None, means)
+        )
+        floor.append(_gap(model, part, nothing, instead) if corrupt is None else corrupt)
+        gaps.append(torch.stack([_gap(model, part, circuit, instead) for circuit in circuits]))
+    return Verdict(torch.cat(clean), torch.cat(floor), torch.cat(gaps, dim=1))
+
+
+def _gap(model: Any, pairs: Pairs, circuit: Circuit, instead: Mapping[str, Units]) -> Tensor:
+    with ablated(model, circuit, instead):
+        return forward(model, pairs.clean, pairs)
+
+
+def completeness(model: Any, pairs: Pairs, circuit: Circuit, **options: Any) -> float:
+    """1 minus the faithfulness of everything but the circuit: 1 where nothing else does it.
+
+    Options as for :func:`verify`.
+    """
+    return 1 - verify(model, pairs, [circuit.complement()], **options).faithfulness[0]
+
+
+def minimality(
+    model: Any, pairs: Pairs, circuit: Circuit, *, component: str = "heads", **options: Any
+) -> pd.DataFrame:
+    """What faithfulness loses when one more node is ablated, for each node of a class.
+
+    Returns:
+        ``node``, ``loss``, the largest first. Options as for :func:`verify`.
+    """
+    nodes = [node for node in circuit.nodes() if circuit.components[node.hook] == component]
+    tried = [circuit, *(circuit.without(node) for node in nodes)]
+    whole, *less = verify(model, pairs, tried, **options).faithfulness
+    frame = pd.DataFrame({"node": list(map(str, nodes)), "loss": [whole - one for one in less]})
+    return frame.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Faithfulness of circuits of growing size.
+
+    Attributes:
+        table: ``share``, ``nodes``, ``faithfulness``, ``low`` and ``high`` (95%).
+        cpr: area under faithfulness over the share of nodes kept (higher is better).
+        cmd: area between it and 1 (lower is better).
+    """
+
+    table: pd.DataFrame
+    cpr: float
+    cmd: float
+
+
+def faithfulness_curve(
+    model: Any,
+    pairs: Pairs,
+    scores: NodeScores,
+    *,
+    shares: Sequence[float] = SHARES,
+    by: str = "score",
+    **options: Any,
+) -> Curve:
+    """Keep more and more of the best nodes of every class; other options as for :func:`verify`."""
+    circuits = [prune(scores, share, by=by) for share in shares]
+    verdict = verify(model, pairs, circuits, **options)
+    intervals = [verdict.interval(index) for index in range(len(circuits))]
+    kept = [sum(n for n, _ in circuit.sizes().values()) for circuit in circuits]
+    table = pd.DataFrame(intervals, columns=["faithfulness", "low", "high"])
+    table.insert(0, "share", list(shares))
+    table.insert(1, "nodes", kept)
+    values, at = table["faithfulness"].to_numpy(), np.array(shares)
+    return Curve(table, area(values, at), area(np.abs(1 - values), at))
