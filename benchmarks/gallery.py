@@ -1,6 +1,6 @@
 """The pictures of README.md, from the embedded models: docs/images/NAME.png and NAME-dark.png.
 
-    python benchmarks/gallery.py [report] [difference] [photograph] [neuron] [steering]
+    python benchmarks/gallery.py [report] [difference] [photograph] [neuron] [circuit] [steering]
 
 Each is what the library itself draws, in its light and its dark theme; pages of HTML are taken by a
 headless Chromium. `photograph` needs scikit-image, `steering` takes two minutes.
@@ -22,7 +22,8 @@ from PIL import Image
 from steering import OPENINGS, astronomy, speaks_of
 
 import lenslrp
-from lenslrp.analysis import NeuronDictionary, SweepResult
+from lenslrp.analysis import NeuronDictionary, SweepResult, score_nodes, template_pairs
+from lenslrp.analysis.circuit_plot import head_scores
 from lenslrp.analysis.plots import DARK, LIGHT, Theme
 from lenslrp.analysis.report import report_html
 from lenslrp.analysis.unit_page import fragment
@@ -96,7 +97,15 @@ def drawn(result: SweepResult, theme: Theme) -> Figure:
     return said.plot(("texts about the sky", "nll"), theme=theme)
 
 
-PICTURES = {f.__name__: f for f in (report, difference, photograph, neuron, steering)}
+def circuit() -> Picture:
+    """The heads' scores of tutorial 06."""
+    model = smollm2()
+    find = template_pairs(model, "indirect_object", 48)[:24]
+    scores = score_nodes(model, find, method="integrated", steps=1, composite=lenslrp.RelP())
+    return lambda theme: head_scores(scores, theme=theme)
+
+
+PICTURES = {f.__name__: f for f in (report, difference, photograph, neuron, circuit, steering)}
 
 
 def photographed(html: str, width: int, height: int, theme: Theme, path: Path) -> None:
