@@ -19,7 +19,7 @@ from lenslrp.analysis.pairs import Pairs
 from lenslrp.hooks import CPLRP, GradientTimesInput
 from tests.unit.tiny import HEADS, changes, snapshot, tiny
 
-NAMES = tuple(COMPONENTS)
+NAMES = tuple(name for name in COMPONENTS if name != "tokens")  # integrated starts at them
 CLEAN = torch.tensor([[3, 17, 5, 17, 8, 11], [2, 9, 2, 21, 9, 0], [4, 4, 6, 7, 0, 0]])
 CORRUPT = torch.tensor([[3, 17, 6, 17, 8, 11], [2, 8, 2, 21, 9, 0], [4, 4, 6, 9, 0, 0]])
 LENGTHS = torch.tensor([6, 5, 4])
