@@ -38,6 +38,7 @@ from lenslrp.analysis.nodes import (
     masking,
     place_components,
     read,
+    reading,
 )
 from lenslrp.analysis.pairs import Pairs
 from lenslrp.analysis.patching import exact_effects
@@ -186,14 +187,9 @@ def _relevance(runs: _Runs) -> _Found:
 
 def _integrated(runs: _Runs) -> _Found:
     """Two forward passes, and a forward and a backward pass for each step."""
-    base, here = read(runs.model, runs.base, runs.pairs, runs.hooks)
-    other, there = read(runs.model, runs.other, runs.pairs, runs.hooks)
-    runs.passes.forward += 2 * len(runs.pairs)
-    mask = masking(runs.pairs, runs.base.device).get("attention_mask")
-    ends = [
-        ask(runs.model, tokens, runs.pairs, attention_mask=mask).inputs
-        for tokens in (runs.base, runs.other)
-    ]
+    (base, here, start), (other, there, end) = (
+        _embedded(runs, tokens) for tokens in (runs.base, runs.other)
+    )
     scores: dict[str, Tensor] = {}
 
     def score(hook: str, x: Tensor, g: Tensor) -> None:
@@ -201,9 +197,19 @@ def _integrated(runs: _Runs) -> _Found:
         scores[hook] = scores[hook] + found if hook in scores else found
 
     for step in range(runs.steps):
-        embeds = torch.lerp(ends[0], ends[1], (step + 0.5) / runs.steps)
+        embeds = torch.lerp(start, end, (step + 0.5) / runs.steps)
         _backward(runs, runs.composite, score, inputs_embeds=embeds)
     return base, other, scores
+
+
+def _embedded(runs: _Runs, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """One forward pass: the gap, what flows at the hook points, the tokens' embeddings."""
+    mask = masking(runs.pairs, tokens.device).get("attention_mask")
+    last = runs.pairs.mask.sum(dim=1) - 1
+    with reading(runs.model, runs.hooks) as found, unembedding_at(runs.model, last):
+        asked = ask(runs.model, tokens, runs.pairs, attention_mask=mask)
+    runs.passes.forward += len(runs.pairs)
+    return asked.explained.value, found, asked.inputs
 
 
 def _exact(runs: _Runs) -> _Found:

@@ -114,20 +114,27 @@ def masking(pairs: Pairs, device: Any) -> dict[str, Tensor]:
     return {} if bool(pairs.mask.all()) else {"attention_mask": pairs.mask.long().to(device)}
 
 
-def read(
-    model: Any, tokens: Tensor, pairs: Pairs, hooks: Mapping[str, str]
-) -> tuple[Float[Tensor, " pair"], dict[str, Units]]:
-    """The gap, and what flows at the hook points (hook -> component), in one forward pass."""
+@contextmanager
+def reading(model: Any, hooks: Mapping[str, str]) -> Iterator[dict[str, Units]]:
+    """Keep what flows at the hook points (hook -> component) in the forward pass made inside."""
     found: dict[str, Tensor] = {}
 
     def keep(x: Tensor, hook: Any, name: str) -> None:
         found[name] = as_units(COMPONENTS[hooks[name]].kind, x.detach(), name)
 
     with model.hooks(fwd_hooks=[(name, partial(keep, name=name)) for name in hooks]):
-        value = forward(model, tokens, pairs)
+        yield found
     missing = [name for name in hooks if name not in found]
     if missing:
         raise InputError(f"{missing[0]} does not fire in this model's forward pass")
+
+
+def read(
+    model: Any, tokens: Tensor, pairs: Pairs, hooks: Mapping[str, str]
+) -> tuple[Float[Tensor, " pair"], dict[str, Units]]:
+    """The gap, and what flows at the hook points (hook -> component), in one forward pass."""
+    with reading(model, hooks) as found:
+        value = forward(model, tokens, pairs)
     return value, found
 
 

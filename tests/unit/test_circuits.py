@@ -235,8 +235,7 @@ def test_the_number_of_passes_does_not_depend_on_the_number_of_nodes(
     scores = score_nodes(model, pairs, components=components, **options)
     unembedded.remove()
     assert (scores.passes.forward, scores.passes.backward) == (forward * 3, backward * 3)
-    unasked = 2 if options.get("method") == "integrated" else 0  # resolving the embeddings
-    assert len(calls) == forward + unasked
+    assert len(calls) == forward
 
 
 def test_exact_patching_runs_only_what_is_asked_for_and_what_differs() -> None:
