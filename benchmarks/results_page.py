@@ -29,7 +29,7 @@ MEASURED = ROOT / "docs" / "results"
 TASKS: Mapping[str, tuple[str, str, str]] = {
     "next_word": ("next word", "area", "zero+first"),
     "sentiment": ("sentiment", "area", "zero"),
-    "squad": ("SQuAD", "area", "zero"),
+    "squad": ("SQuAD", "iou", "none"),
     "images": ("images", "area", "zero"),
     "indirect_object": ("indirect object", "hit", "none"),
     "agreement": ("agreement", "hit", "none"),
@@ -196,7 +196,7 @@ def draw_curves() -> None:
     frame = results.frame[results.frame["method"].isin(shown)]
     few = Results({**results.settings, "methods": shown}, frame, results.skipped, results.unfit)
     figure = few.plot("zero+first")
-    figure.savefig(IMAGES / "curves.png", dpi=110, bbox_inches="tight")
+    figure.savefig(IMAGES / "curves.png", dpi=90, bbox_inches="tight")
 
 
 def settings_table() -> str:
