@@ -1,7 +1,7 @@
 """Do estimates of node effects agree with exact patching, and do they find circuits?
 
     python benchmarks/circuits.py correlate            # exact patching: resumable, an hour
-    python benchmarks/circuits.py table                # what it found so far
+    python benchmarks/circuits.py table                # what it found so far; --first 1: from layer 1
     python benchmarks/circuits.py circuit              # circuits of 5%: ten minutes
     python benchmarks/circuits.py found                # what they keep
     python benchmarks/circuits.py cost                 # of scoring all heads and neurons
@@ -46,6 +46,7 @@ from lenslrp.hooks.components import layer_of
 
 RESULTS = Path(__file__).with_name("results") / "circuits"  # ignored by git
 N, CHUNK, SEED = 60, 12, 0
+LAYERS = 30  # of SmolLM2-135M
 BY_POSITION = ("residual", "attention", "mlp")
 WHOLE = ("heads", "neurons")
 ESTIMATES: Mapping[str, dict[str, Any]] = {
@@ -149,8 +150,12 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def table() -> None:
-    """Mean over pairs of the correlation over nodes, with bootstrap intervals over pairs."""
+def table(first: int) -> None:
+    """Mean over pairs of the correlation over nodes, with bootstrap intervals over pairs.
+
+    Args:
+        first: the lowest layer whose nodes count.
+    """
     measures: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
         "Pearson": pearson,
         "Spearman": spearman,
@@ -166,8 +171,11 @@ def table() -> None:
                 for found in files:
                     if f"{name}/{component}" not in found:
                         continue
-                    exact = found[f"exact/{component}"].double().numpy()
-                    estimate = found[f"{name}/{component}"].double().numpy()
+                    exact, estimate = (
+                        found[f"{of}/{component}"].double().unflatten(1, (LAYERS, -1))[:, first:]
+                        .flatten(1).numpy()
+                        for of in ("exact", name)
+                    )  # fmt: skip
                     for a, b in zip(estimate, exact, strict=True):
                         scored = ~np.isnan(b)
                         for measure, of in measures.items():
@@ -313,11 +321,12 @@ def main() -> None:
     parser.add_argument("what", choices=["correlate", "table", "circuit", "found", "cost"])
     parser.add_argument("--tasks", nargs="+", default=list(TEMPLATES), choices=list(TEMPLATES))
     parser.add_argument("--n", type=int, default=N, help="how many of the pairs drawn")
+    parser.add_argument("--first", type=int, default=0, help="the lowest layer in the table")
     parser.add_argument("--every", type=int, default=1, help="patch every so many layers")
     parser.add_argument("--rounds", type=int, default=11)
     given = parser.parse_args()
     if given.what in ("table", "found"):
-        table() if given.what == "table" else found()
+        table(given.first) if given.what == "table" else found()
         return
     torch.set_num_threads(1)
     model = lenslrp.load("smollm2-135m", dtype=torch.float32, device="cpu")
