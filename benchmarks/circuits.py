@@ -1,7 +1,7 @@
 """Do estimates of node effects agree with exact patching, and do they find circuits?
 
     python benchmarks/circuits.py correlate            # exact patching: resumable, an hour
-    python benchmarks/circuits.py table                # what it found so far; --first 1: from layer 1
+    python benchmarks/circuits.py table                # what it found; --first 1: from layer 1
     python benchmarks/circuits.py circuit              # circuits of 5%: ten minutes
     python benchmarks/circuits.py found                # what they keep
     python benchmarks/circuits.py cost                 # of scoring all heads and neurons
