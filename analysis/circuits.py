@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,17 +29,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.block_pass import Deliver, unembedding_at
+from lenslrp.analysis.block_pass import unembedding_at
 from lenslrp.analysis.nodes import (
-    COMPONENTS,
     Node,
-    as_units,
+    Units,
+    delivering,
+    largest,
     masking,
     place_components,
     read,
     reading,
 )
-from lenslrp.analysis.pairs import Pairs
+from lenslrp.analysis.pairs import Pairs, ordered
 from lenslrp.analysis.patching import exact_effects
 from lenslrp.analysis.question import Passes, ask
 from lenslrp.errors import InputError
@@ -48,7 +48,6 @@ from lenslrp.hooks import Composite, GradientTimesInput, RelP
 from lenslrp.hooks.components import layer_of
 from lenslrp.run import run_with_relevance
 
-DIRECTIONS = ("denoising", "noising")
 CHUNK = 32
 """How many pairs run at once."""
 
@@ -109,8 +108,7 @@ class NodeScores:
         if component is not None:
             self.of(component)
             frame = frame[frame["component"] == component]
-        order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
-        return frame.loc[order[:k]].reset_index(drop=True)
+        return largest(frame, "score", k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,17 +141,12 @@ def _product(runs: _Runs, hook: str, delta: Tensor, g: Tensor) -> Tensor:
 
 
 def _backward(
-    runs: _Runs, composite: Composite, on: Callable[[str, Tensor, Tensor], None], **given: Any
+    runs: _Runs, composite: Composite, on: Callable[[str, Units, Units], None], **given: Any
 ) -> Tensor:
     """One forward and backward pass; every hook point's activation and coefficient are handed on.
 
     Returns the gap, [pair].
     """
-
-    def deliver(hook: str, x: Tensor, g: Tensor) -> None:
-        kind = COMPONENTS[runs.hooks[hook]].kind
-        on(hook, as_units(kind, x, hook), as_units(kind, g, hook))
-
     device = next(runs.model.parameters()).device
     last = runs.pairs.mask.sum(dim=1) - 1
     with unembedding_at(runs.model, last):
@@ -162,7 +155,7 @@ def _backward(
             target=runs.pairs,
             composite=composite,
             names_filter=list(runs.hooks),
-            reduce={hook: Deliver(partial(deliver, hook)) for hook in runs.hooks},
+            reduce=delivering(runs.hooks, on),
             ledger=False,
             attention_mask=masking(runs.pairs, device).get("attention_mask"),
             **given,
@@ -273,8 +266,6 @@ def score_nodes(
     """
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    if direction not in DIRECTIONS:
-        raise InputError(f"direction must be one of {', '.join(DIRECTIONS)}, not {direction!r}")
     if composite is not None and method not in ("relevance", "integrated"):
         raise InputError(f"a composite is for 'relevance' and 'integrated', not {method!r}")
     if only is not None and method != "exact":
@@ -293,24 +284,15 @@ def score_nodes(
     passes = Passes()
     nodes = None if only is None else list(only)
     found = []
-    for start in range(0, len(pairs), chunk):
-        part = pairs[start : start + chunk]
-        sides = (part.corrupt.to(device), part.clean.to(device))
-        base, other = sides if direction == "denoising" else reversed(sides)
+    for part in pairs.chunks(chunk):
+        base, other = ordered(direction, part.corrupt.to(device), part.clean.to(device))
         made = composite or rules()
         runs = _Runs(model, part, base, other, hooks, by_position, nodes, made, steps, passes)
         found.append(score(runs))
     bases, others, scores = zip(*found, strict=True)
-    base, other = torch.cat(bases).detach(), torch.cat(others)
-    values = {hook: torch.cat([_wide(part[hook], pairs) for part in scores]) for hook in hooks}
-    clean, corrupt = (other, base) if direction == "denoising" else (base, other)
+    corrupt, clean = ordered(direction, torch.cat(bases).detach(), torch.cat(others))
+    wide = pairs.padded if by_position else torch.as_tensor
+    values = {hook: torch.cat([wide(part[hook]) for part in scores]) for hook in hooks}
     return NodeScores(
         method, direction, hooks, values, clean, corrupt, pairs.mask, passes
     )  # fmt: skip
-
-
-def _wide(value: Tensor, pairs: Pairs) -> Tensor:
-    """[pair, pos, unit] with the padding of all pairs, not only of its chunk's."""
-    if value.ndim == 2:
-        return value
-    return torch.nn.functional.pad(value, (0, 0, 0, pairs.mask.shape[1] - value.shape[1]))

@@ -22,8 +22,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from lenslrp.analysis.block_pass import Deliver
-from lenslrp.analysis.nodes import COMPONENTS, TARGET, Node, Units, as_units
+from lenslrp.analysis.nodes import COMPONENTS, TARGET, Node, Units, as_units, delivering
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached
@@ -53,11 +52,10 @@ def coefficients(
     """
     found: dict[str, tuple[Units, Units]] = {}
 
-    def deliver(hook: str, x: Tensor, g: Tensor) -> None:
-        kind = COMPONENTS[hooks[hook]].kind
-        found[hook] = as_units(kind, x, hook), as_units(kind, g, hook)
+    def keep(hook: str, x: Units, g: Units) -> None:
+        found[hook] = x, g
 
-    reduce = {hook: Deliver(partial(deliver, hook)) for hook in hooks}
+    reduce = delivering(hooks, keep)
     _, cache = run_with_relevance(model, names_filter=list(hooks), reduce=reduce, **given)
     return cache, found
 

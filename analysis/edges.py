@@ -29,10 +29,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.block_pass import unembedding_at
-from lenslrp.analysis.circuits import DIRECTIONS
 from lenslrp.analysis.cut_pass import EMBEDDINGS, coefficients, cut
-from lenslrp.analysis.nodes import TARGET, Node, Units, masking, place_components, read
-from lenslrp.analysis.pairs import Pairs
+from lenslrp.analysis.nodes import (
+    TARGET,
+    Node,
+    Units,
+    largest,
+    masking,
+    place_components,
+    read,
+)
+from lenslrp.analysis.pairs import Pairs, ordered
 from lenslrp.analysis.path_patching import exact_edges
 from lenslrp.analysis.question import Passes
 from lenslrp.analysis.replaced import repeated
@@ -128,9 +135,7 @@ class EdgeScores:
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """The ``k`` rows of :meth:`to_dataframe` whose score is largest in size."""
-        frame = self.to_dataframe()
-        order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
-        return frame.loc[order[:k]].reset_index(drop=True)
+        return largest(self.to_dataframe(), "score", k)
 
     def best(self, k: int = 10) -> list[Edge]:
         """The ends of :meth:`top`'s edges, as ``only=`` takes them."""
@@ -182,32 +187,26 @@ def score_edges(
         InputError: a choice that does not exist, or does not go with the method; more than
             ``MOST`` downstream nodes without ``into``.
     """
-    _check(method, direction, components, composite, only, rows, len(pairs))
+    _check(method, components, composite, only, rows, len(pairs))
     placed = place_components(model, components)
     hooks = {hook: placed[hook] for hook in sorted(placed, key=_depth)}
     device = next(model.parameters()).device
     passes = Passes()
     edges = None if only is None else list(only)
     rules = composite or (METHODS[method] or GradientTimesInput)()
-    step = max(1, min(rows, len(pairs)))
     found = []
-    for start in range(0, len(pairs), step):
-        part = pairs[start : start + step]
-        sides = (part.corrupt.to(device), part.clean.to(device))
-        base, other = sides if direction == "denoising" else reversed(sides)
+    for part in pairs.chunks(rows):
+        base, other = ordered(direction, part.corrupt.to(device), part.clean.to(device))
         runs = _Runs(model, part, base, other, hooks, by_position, rules, rows, passes)
         found.append(_exact(runs, edges) if edges is not None else _estimated(runs, into))
     bases, others, intos, scores = zip(*found, strict=True)
-    length = pairs.mask.shape[1]
+    wide = pairs.padded if by_position else torch.as_tensor
     values = {
-        hook: torch.cat([_padded(part[hook], length) for part in scores])
+        hook: torch.cat([wide(part[hook]) for part in scores])
         for hook in hooks
         if all(hook in part for part in scores)
     }
-    base_gap, other_gap = torch.cat(bases).detach(), torch.cat(others)
-    clean, corrupt = (
-        (other_gap, base_gap) if direction == "denoising" else (base_gap, other_gap)
-    )  # fmt: skip
+    corrupt, clean = ordered(direction, torch.cat(bases).detach(), torch.cat(others))
     kept = {hook: hooks[hook] for hook in values}
     return EdgeScores(
         method, direction, kept, intos[0], values, clean, corrupt, pairs.mask, passes
@@ -216,7 +215,6 @@ def score_edges(
 
 def _check(
     method: str,
-    direction: str,
     components: Sequence[str],
     composite: Composite | None,
     only: Iterable[Edge] | None,
@@ -225,8 +223,6 @@ def _check(
 ) -> None:
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    if direction not in DIRECTIONS:
-        raise InputError(f"direction must be one of {', '.join(DIRECTIONS)}, not {direction!r}")
     if composite is not None and method != "relevance":
         raise InputError(f"a composite is for method='relevance', not {method!r}")
     if (only is None) == (method == "exact"):
@@ -365,13 +361,6 @@ def _exact(runs: _Runs, edges: list[Edge]) -> _Found:
         at = (up.position, up.unit) if runs.by_position else (up.unit,)
         scores[up.hook][(slice(None), downs.index(down), *at)] = effect
     return base, other, downs, scores
-
-
-def _padded(value: Tensor, length: int) -> Tensor:
-    """[pair, into, pos, unit] with the padding of all pairs, not only of its chunk's."""
-    if value.ndim == 3:
-        return value
-    return torch.nn.functional.pad(value, (0, 0, 0, length - value.shape[2]))
 
 
 def _depth(hook: str) -> int:

@@ -28,7 +28,7 @@ from lenslrp import media
 from lenslrp.analysis.cut_pass import coefficients
 from lenslrp.analysis.graph_flows import ABSORBED, KINDS, build_graph, choose_nodes
 from lenslrp.analysis.graph_pruning import influential, strongest
-from lenslrp.analysis.nodes import place_components
+from lenslrp.analysis.nodes import largest, place_components
 from lenslrp.analysis.question import Passes
 from lenslrp.errors import InputError
 from lenslrp.hooks import AttnLRP, Composite
@@ -96,8 +96,7 @@ class AttributionGraph:
     def top(self, k: int = 10) -> pd.DataFrame:
         """The ``k`` edges with the most relevance, in size, with their ends' labels."""
         labels = self.nodes.set_index("id")["label"]
-        order = self.edges["relevance"].abs().sort_values(ascending=False, kind="stable").index
-        frame = self.edges.loc[order[:k]].reset_index(drop=True)
+        frame = largest(self.edges, "relevance", k)
         return frame.assign(source_label=frame["source"].map(labels),
                             target_label=frame["target"].map(labels))  # fmt: skip
 

@@ -14,12 +14,12 @@ absorbed has no place there; the description says how much of the target it is.
 from __future__ import annotations
 
 import json
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import lenslrp
 from lenslrp.analysis.exports import slug as safe_name
 from lenslrp.analysis.files import whole
 
@@ -69,7 +69,10 @@ def to_neuronpedia(graph: AttributionGraph, *, slug: str, model_id: str | None) 
             "prompt": "".join(graph.str_tokens),
             "node_threshold": 1.0,
             "schema_version": 1,
-            "info": {"description": about, "generator": {"name": "LensLRP", "version": _version()}},
+            "info": {
+                "description": about,
+                "generator": {"name": "LensLRP", "version": lenslrp.__version__},
+            },
             "generation_settings": settings,
             "pruning_settings": {
                 "node_threshold": settings["node_share"],
@@ -86,13 +89,6 @@ def to_neuronpedia(graph: AttributionGraph, *, slug: str, model_id: str | None) 
             for edge in graph.edges.to_dict("records")
         ],
     }  # fmt: skip
-
-
-def _version() -> str:
-    try:
-        return version("lenslrp")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
 
 
 def _node(node: dict[str, Any], graph: AttributionGraph) -> dict[str, Any]:

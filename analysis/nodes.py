@@ -7,17 +7,18 @@ head, or a single entry. Everything about nodes is computed on one view of a hoo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.block_pass import unembedding_at
+from lenslrp.analysis.block_pass import Deliver, unembedding_at
 from lenslrp.analysis.pairs import Pairs
 from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached
@@ -96,6 +97,29 @@ def place_components(model: Any, names: Sequence[str]) -> dict[str, str]:
         for hook in select_names(points, COMPONENTS[name].hook)[0]:
             placed[hook] = name
     return placed
+
+
+def delivering(
+    hooks: Mapping[str, str], on: Callable[[str, Units, Units], None]
+) -> dict[str, Deliver]:
+    """Of a relevance pass, ``reduce``: hand on activation and coefficient at each hook point.
+
+    Args:
+        hooks: hook point -> component.
+        on: called with hook point, activation and coefficient.
+    """
+
+    def deliver(x: Tensor, g: Tensor, *, hook: str) -> None:
+        kind = COMPONENTS[hooks[hook]].kind
+        on(hook, as_units(kind, x, hook), as_units(kind, g, hook))
+
+    return {hook: Deliver(partial(deliver, hook=hook)) for hook in hooks}
+
+
+def largest(frame: pd.DataFrame, column: str, k: int) -> pd.DataFrame:
+    """The ``k`` rows whose ``column`` is largest in size; ties keep their order."""
+    order = frame[column].abs().sort_values(ascending=False, kind="stable").index
+    return frame.loc[order[:k]].reset_index(drop=True)
 
 
 def forward(model: Any, tokens: Tensor, pairs: Pairs) -> Float[Tensor, " pair"]:

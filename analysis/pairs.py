@@ -10,7 +10,7 @@ changes its number.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from lenslrp.errors import InputError
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.names import Token, token_id
 from lenslrp.targets import Outputs
+
+DIRECTIONS = ("denoising", "noising")
+"""Clean activations patched into the corrupt run, or corrupt ones into the clean run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +59,15 @@ class Pairs:
             self.answers[rows],
             self.rivals[rows],
         )
+
+    def chunks(self, size: int) -> Iterator[Pairs]:
+        """So many pairs at once, one after the other."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def padded(self, scores: Float[Tensor, "... pos unit"]) -> Float[Tensor, "... longest unit"]:
+        """Scores of some of the pairs, by position, with the padding of all of them."""
+        return torch.nn.functional.pad(scores, (0, 0, 0, self.mask.shape[1] - scores.shape[-2]))
 
     def repeated(self, copies: int) -> Pairs:
         """The batch ``copies`` times, one after the other."""
@@ -132,6 +144,18 @@ class Pairs:
             torch.tensor(ids[0]),
             torch.tensor(ids[1]),
         )
+
+
+def ordered(direction: str, corrupt: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+    """Corrupt and clean as base run and other run, whose activations are patched in; and back:
+    base and other as corrupt and clean.
+
+    Raises:
+        InputError: no such direction.
+    """
+    if direction not in DIRECTIONS:
+        raise InputError(f"direction must be one of {', '.join(DIRECTIONS)}, not {direction!r}")
+    return (corrupt, clean) if direction == "denoising" else (clean, corrupt)
 
 
 def _other_name(record: Record) -> str:

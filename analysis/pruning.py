@@ -117,8 +117,7 @@ def mean_activations(
 ) -> dict[str, Float[Tensor, "unit feature"]]:
     """Each node's mean over both prompts of all pairs and all their real tokens."""
     sums: dict[str, Tensor] = {}
-    for start in range(0, len(pairs), chunk):
-        part = pairs[start : start + chunk]
+    for part in pairs.chunks(chunk):
         for tokens in (part.clean, part.corrupt):
             for hook, x in read(model, tokens, part, components)[1].items():
                 total = x[part.mask.to(x.device)].sum(dim=0)
@@ -209,8 +208,7 @@ def verify(
         raise InputError("reference is what means are taken over: it goes with ablation='mean'")
     nothing = Circuit(places, {hook: torch.zeros_like(k) for hook, k in circuits[0].keep.items()})
     clean, floor, gaps = [], [], []
-    for start in range(0, len(pairs), chunk):
-        part = pairs[start : start + chunk]
+    for part in pairs.chunks(chunk):
         clean.append(forward(model, part.clean, part))
         corrupt, instead = (
             read(model, part.corrupt, part, places) if ablation == "corrupt" else (None, means)
