@@ -193,6 +193,12 @@ def table(first: int) -> None:
                 rows.append(row)
         print(f"\n{task}")
         print(pd.DataFrame(rows).to_string(index=False))
+        layers = [f["exact/mlp"].nan_to_num().abs().unflatten(1, (LAYERS, -1)) for f in files]
+        ratios = torch.cat([x[:, 0].amax(1) / x[:, 1:].amax((1, 2)) for x in layers])
+        low, middle, high = np.percentile(ratios.numpy(), [25, 50, 75])
+        told = f"{middle:.1f} ({low:.1f} to {high:.1f})"
+        above = f"above 1 in {int((ratios > 1).sum())} of {len(ratios)} pairs"
+        print(f"largest effect of an MLP, layer 0 over all others: {told}, {above}")
 
 
 def circuit(model: Any, task: str) -> None:

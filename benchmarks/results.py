@@ -1,12 +1,11 @@
-"""The five tasks of the evaluation, every method: run them, then write ``docs/results.md``.
+"""The five tasks of the evaluation, every method; ``results_page.py`` writes ``docs/results.md``.
 
     python benchmarks/results.py run next_word sentiment ...   # resumable; --n to stop earlier
-    python benchmarks/results.py write                         # tables and pictures, from the runs
 
 Runs are kept in ``benchmarks/results/evaluation`` (ignored by git), a folder each: a larger ``--n``
-goes on. Models run in bfloat16 where that is what makes the task affordable on a CPU; the table
-says so. Occlusion and KernelSHAP, which ask for a value once or eight times for every token, have
-runs of their own (``slow``) on the first examples of the same order.
+goes on. Models run in bfloat16, which is what makes the tasks affordable on a CPU (what that does:
+``precision.py``). Occlusion and KernelSHAP, which ask for a value once or several times for every
+token, and AtMan on images have runs of their own (``slow``), on the first of the same examples.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from examples import DATA, PARAGRAPHS
 
 import lenslrp
 from lenslrp.analysis.baselines import METHODS, Method, as_method
@@ -27,9 +27,7 @@ from lenslrp.analysis.question import Question
 from lenslrp.analysis.results import Results
 from lenslrp.analysis.tasks import Task, image_task
 
-ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path(__file__).with_name("results") / "evaluation"
-DATA = ROOT.parent / "shared" / "data"
 SEED = 0
 
 SLOW = ("occlusion", "kernel_shap")
@@ -47,64 +45,41 @@ class Run:
     model: str
     n: int
     methods: tuple[str, ...]
-    dtype: torch.dtype = torch.float32
     data: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.bfloat16
 
 
 SMOLLM2, FLAN_T5 = "smollm2-135m", "flan-t5-small-titles"
-SHORT = {"steps": 8, "length": 32, "perturbations": ["zero", "zero+first"]}
-TEXTS = {"steps": 6, "length": 64, "perturbations": ["zero", "zero+first"], "half": "held-out"}
+BOTH = ["zero", "zero+first"]
+SHORT = {"steps": 8, "length": 32, "perturbations": BOTH}
+TEXTS = {"steps": 6, "length": 64, "perturbations": BOTH, "half": "held-out"}
 REVIEWS = {"steps": 6, "length": 96, "perturbations": ["zero"], "half": "held-out"}
 QUESTIONS = {"steps": 6, "length": 192, "perturbations": ["zero"]}
 PATCHES = {"steps": 6, "perturbations": ["zero"]}
+PIXELS = tuple(name for name in ONE_STACK if name != "atman")
+
+TASKS: Mapping[str, Run] = {
+    "next_word": Run("next_word", SMOLLM2, 100, FAST, PARAGRAPHS, TEXTS),
+    "sentiment": Run("sentiment", SMOLLM2, 100, FAST, "movie_reviews.jsonl", REVIEWS),
+    "squad": Run("squad", FLAN_T5, 100, ONE_STACK, "squad_dev.jsonl", QUESTIONS),
+    "images": Run("images", "cifar", 300, PIXELS, options=PATCHES),
+    "indirect_object": Run("indirect_object", SMOLLM2, 100, FAST + SLOW, options=SHORT),
+    "agreement": Run("agreement", SMOLLM2, 100, FAST + SLOW, options=SHORT),
+}
+SLOWLY = {
+    "next_word": (*SLOW, "attnlrp"),
+    "sentiment": (*SLOW, "attnlrp"),
+    "images": ("atman", "occlusion", "attnlrp_gamma", "attnlrp"),
+}
+"""Methods that have runs of their own, beside what they are compared with."""
 
 RUNS_OF: Mapping[str, Run] = {
-    "next_word": Run(
-        "next_word", SMOLLM2, 100, FAST, torch.bfloat16, "wikipedia_paragraphs.jsonl", TEXTS
-    ),
-    "sentiment": Run(
-        "sentiment", SMOLLM2, 100, FAST, torch.bfloat16, "movie_reviews.jsonl", REVIEWS
-    ),
-    "squad": Run("squad", FLAN_T5, 100, ONE_STACK, torch.bfloat16, "squad_dev.jsonl", QUESTIONS),
-    "images": Run(
-        "images",
-        "cifar",
-        300,
-        tuple(name for name in ONE_STACK if name != "atman"),
-        torch.bfloat16,
-        options=PATCHES,
-    ),
-    "indirect_object": Run(
-        "indirect_object", SMOLLM2, 100, FAST + SLOW, torch.bfloat16, options=SHORT
-    ),
-    "agreement": Run("agreement", SMOLLM2, 100, FAST + SLOW, torch.bfloat16, options=SHORT),
-    "next_word-slow": Run(
-        "next_word",
-        SMOLLM2,
-        40,
-        (*SLOW, "attnlrp"),
-        torch.bfloat16,
-        "wikipedia_paragraphs.jsonl",
-        TEXTS,
-    ),
-    "sentiment-slow": Run(
-        "sentiment",
-        SMOLLM2,
-        40,
-        (*SLOW, "attnlrp"),
-        torch.bfloat16,
-        "movie_reviews.jsonl",
-        REVIEWS,
-    ),
-    "images-slow": Run(
-        "images",
-        "cifar",
-        40,
-        ("atman", "occlusion", "attnlrp_gamma", "attnlrp"),
-        torch.bfloat16,
-        options=PATCHES,
-    ),
+    **TASKS,
+    **{
+        f"{task}-slow": replace(TASKS[task], n=40, methods=methods)
+        for task, methods in SLOWLY.items()
+    },
 }
 
 

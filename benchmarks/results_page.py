@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from results import ROOT, RUNS, RUNS_OF, SEED
+from examples import ROOT
+from results import RUNS, RUNS_OF, SEED
 
 from lenslrp.analysis.baselines import METHODS
 from lenslrp.analysis.plots import LIGHT, new_figure
@@ -35,6 +36,11 @@ TASKS: Mapping[str, tuple[str, str, str]] = {
     "agreement": ("agreement", "hit", "none"),
 }
 """Run -> its name in tables, and the measure and perturbation that the summary takes."""
+
+POOLED = ("indirect_object", "agreement")
+"""Two runs that the summary also takes as one task."""
+
+NAMES = {**{task: name for task, (name, _, _) in TASKS.items()}, "known": "these two as one"}
 
 REFERENCE = {"images": "attnlrp_gamma"}
 """The method that others are compared with: AttnLRP, for images its gamma composite."""
@@ -90,12 +96,17 @@ def task_table(task: str) -> str:
     )
 
 
-def leads(task: str) -> pd.DataFrame:
+def pooled() -> Results:
+    """The runs of ``POOLED`` as one; their examples have different names."""
+    parts = [results for task in POOLED for results in runs_of(task)]
+    frame = pd.concat([part.frame for part in parts], ignore_index=True)
+    return Results({**parts[0].settings, "task": "known"}, frame, (), {})
+
+
+def leads(runs: Sequence[Results], metric: str, way: str, reference: str) -> pd.DataFrame:
     """What the reference has more than each other method: ``method, n, mean, low, high``."""
-    _, metric, way = TASKS[task]
-    reference = REFERENCE.get(task, "attnlrp")
     frames = []
-    for results in runs_of(task):
+    for results in runs:
         table = results.table(metric, reference)
         table = table[table["perturbation"].isin([way, "none"]) & (table["method"] != reference)]
         lead = pd.DataFrame({"method": table["method"], "n": table["n"]})
@@ -123,7 +134,7 @@ def summary(every: Mapping[str, pd.DataFrame]) -> str:
         for table in every.values()
     ]
     return markdown(
-        ["method", *(f"{TASKS[t][0]}, n = {int(every[t]['n'].max())}" for t in every)],
+        ["method", *(f"{NAMES[t]}, n = {int(every[t]['n'].max())}" for t in every)],
         [*rows, ["gradient- and attention-based ones behind", *won]],
     )
 
@@ -145,7 +156,7 @@ def costs() -> str:
             rows.append(
                 [f"`{name}`", passes, *("" if r is None else f"{r['cost']:.1f}" for r in own)]
             )
-    return markdown(["method", "forward, backward", *(TASKS[t][0] for t in tables)], rows)
+    return markdown(["method", "forward, backward", *(NAMES[t] for t in tables)], rows)
 
 
 def measured() -> dict[str, str]:
@@ -178,7 +189,7 @@ def draw_leads(every: Mapping[str, pd.DataFrame]) -> None:
                 axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2)
                 axes.plot([row["mean"]], [y], "o", color=colour, markersize=4)
         axes.axvline(0, color=LIGHT.muted, linewidth=0.8)
-        axes.set_title(TASKS[task][0], fontsize=9, color=LIGHT.ink)
+        axes.set_title(NAMES[task], fontsize=9, color=LIGHT.ink)
         labels = list(reversed(names)) if place == 0 else [""] * len(names)
         axes.set_yticks(range(len(names)), labels, fontsize=7)
         axes.tick_params(axis="x", labelsize=7, colors=LIGHT.ink)
@@ -199,6 +210,22 @@ def draw_curves() -> None:
     figure.savefig(IMAGES / "curves.png", dpi=90, bbox_inches="tight")
 
 
+def first_steps() -> str:
+    """Mean curves of indirect objects where the first token is kept: start and first step of eight.
+
+    A step takes one or two of the tokens.
+    """
+    frame = runs_of("indirect_object")[0].frame
+    part = frame[frame["perturbation"] == "zero+first"]
+    rows = []
+    for name, own in part.groupby("method", sort=False):
+        steps = [
+            [curve[i] for curve in own[way]] for way, i in (("morf", 0), ("morf", 1), ("lerf", 1))
+        ]
+        rows.append([f"`{name}`", *(f"{np.mean(values):.1f}" for values in steps)])
+    return markdown(["method", "whole", "most relevant gone", "least relevant gone"], rows)
+
+
 def settings_table() -> str:
     rows = []
     for task in TASKS:
@@ -208,7 +235,7 @@ def settings_table() -> str:
             told = [run.model, s["model"]["dtype"], results.n, s["steps"]]
             size = f"{results.frame['features'].mean():.0f}"
             told += [size, s["half"] or "all", unfit, len(results.skipped)]
-            rows.append([TASKS[task][0], *map(str, told)])
+            rows.append([NAMES[task], *map(str, told)])
     return markdown(
         ["task", "model", "dtype", "n", "steps", "features, mean", "half of the texts", "left out",
          "damaged lines"], rows,
@@ -216,12 +243,19 @@ def settings_table() -> str:
 
 
 def main() -> None:
-    every = {task: leads(task) for task in TASKS if runs_of(task)}
+    every = {
+        task: leads(runs_of(task), metric, way, REFERENCE.get(task, "attnlrp"))
+        for task, (_, metric, way) in TASKS.items()
+        if runs_of(task)
+    }
+    if all(task in every for task in POOLED):
+        every["known"] = leads([pooled()], "hit", "none", "attnlrp")
     blocks: dict[str, Callable[[], str]] = {
         "settings": settings_table,
         "summary": partial(summary, every),
         "costs": costs,
-        **{task: partial(task_table, task) for task in every},
+        "first steps": first_steps,
+        **{task: partial(task_table, task) for task in every if task in TASKS},
     }
     text = PAGE.read_text(encoding="utf-8")
     written = {**{name: made() for name, made in blocks.items()}, **measured()}

@@ -1,12 +1,13 @@
-"""Five checks of AttnLRP beside its kin on SmolLM2: docs/results/sanity.json.
+"""Six checks of AttnLRP beside its kin on SmolLM2: docs/results/sanity.json.
 
-    python benchmarks/sanity.py next_word naopc sensitivity randomisation
+    python benchmarks/sanity.py next_word naopc lowest sensitivity randomisation
 
 `next_word` (the examples of `lenslrp evaluate next_word --seed 0`, 64 tokens, top logit):
 the first token's share of all absolute relevance, for CP-LRP and AttnLRP (100 prompts); and the two
 rules for the softmax that AttnLRP's paper rejects (`hooks/ablations.py`): the sum of absolute
 relevance over the target's absolute value, and the area between the perturbation curves (40).
 `naopc`: agreement sentences of at most 8 tokens, where the bounds over all orders are exact.
+`lowest`: indirect objects, which token has the lowest relevance (the first token left out).
 `sensitivity`: the capitals of `facts.json` after one irrelevant sentence and after another; counted
 where the model's top token is the capital after both.
 `randomisation`: rank correlation of relevance with the original, as blocks are shuffled: from the
@@ -142,6 +143,23 @@ def naopc(model: Any, options: argparse.Namespace) -> None:
          dtype=options.dtype)  # fmt: skip
 
 
+def lowest(model: Any, options: argparse.Namespace) -> None:
+    """Which token of an indirect-object sentence speaks against the answer most."""
+    count = max(1, round(0.3 * options.n))
+    drawn = examples("indirect_object", model, count, seed=options.seed)
+    found = relevance("attnlrp", model, [example.prompt for example in drawn])
+    places = {"first mention of the rival": 0, "second mention": 0, "another token": 0}
+    for example, tokens in zip(drawn, found, strict=True):
+        assert example.distractor is not None
+        first, *later = np.flatnonzero(example.distractor).tolist()
+        at = int(tokens[1:].argmin()) + 1
+        kind = "first mention of the rival" if at == first else "second mention"
+        places[kind if at in (first, *later) else "another token"] += 1
+    rows = [{"lowest relevance": kind, "sentences": n} for kind, n in places.items()]
+    keep(options.results, "lowest", rows, f"sanity.py lowest --n {options.n}", model=MODEL,
+         method="attnlrp", n=count, seed=options.seed, dtype=options.dtype)  # fmt: skip
+
+
 def known_capitals(model: Any) -> list[dict[str, Prompt]]:
     """Pairs of texts that differ in an irrelevant sentence, with the capital on top after both."""
     told = json.loads(FACTS.read_text(encoding="utf-8"))["relations"]["capital"]
@@ -210,6 +228,7 @@ def randomised(model: Any, options: argparse.Namespace) -> None:
 TABLES: dict[str, Callable[[Any, argparse.Namespace], None]] = {
     "next_word": next_word,
     "naopc": naopc,
+    "lowest": lowest,
     "sensitivity": irrelevant,
     "randomisation": randomised,
 }

@@ -7,23 +7,23 @@ Candidates differ from AttnLRP in one thing each, or join two: how a product sha
 factors (value path against pattern, queries against keys, gate against up), the softmax's
 temperature in its backward pass, gamma on linear layers, the derivative of activations, positions'
 relevance, magnitudes instead of signed relevance, the first token's relevance set to zero. SmolLM2,
-three tasks, areas with the first token kept (the sink is no part of the question) and without.
+four tasks, areas with the first token kept (the sink is no part of the question) and without.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import pandas as pd
 import torch
-from results import RUNS, SMOLLM2, Run, measure
+from results import BOTH, RUNS, TASKS, Run, measure
 
 import lenslrp
 from lenslrp.analysis.baselines import METHODS, Method, answer, as_method
 from lenslrp.analysis.question import Question
-from lenslrp.hooks import Composite, Gamma, Plain, Product, SoftmaxTemperature
+from lenslrp.hooks import CONSTANT, Composite, Gamma, Plain, Product, SoftmaxTemperature
 
 
 def _afterwards(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Method:
@@ -60,7 +60,7 @@ def candidates() -> list[Method]:
         Composite("RelP, plain activation", {**lenslrp.RelP().rules, "activation": plain}),
         Composite("gamma .05", {"linear": Gamma(0.05)}),
         Composite("gamma .25", {"linear": Gamma(0.25)}),
-        Composite("gate constant", {"gate": Product(0.0, 1.0, "up")}),
+        Composite("gate constant", {"gate": CONSTANT}),
         Composite("gate 1, up 1", {"gate": plain}),
         Composite("CP, gate constant", {**lenslrp.CPLRP(gate="up").rules}),
     ]
@@ -73,27 +73,22 @@ def candidates() -> list[Method]:
     ]
 
 
-COMMON: dict[str, Any] = {"steps": 6, "perturbations": ["zero", "zero+first"]}
+SEARCHED = ("next_word", "sentiment", "indirect_object", "agreement")
 
 
 def runs(half: str, n: int) -> dict[str, Run]:
-    texts = {**COMMON, "half": half}
+    """The tasks as ``results.py`` measures them, on one half and with six steps."""
+    common = {"steps": 6, "perturbations": BOTH, "half": half}
     return {
-        "next_word": Run("next_word", SMOLLM2, n, (), torch.bfloat16,
-                         "wikipedia_paragraphs.jsonl", {**texts, "length": 64}),
-        "sentiment": Run("sentiment", SMOLLM2, n, (), torch.bfloat16,
-                         "movie_reviews.jsonl", {**texts, "length": 96}),
-        "indirect_object": Run("indirect_object", SMOLLM2, n, (), torch.bfloat16,
-                               options={**texts, "length": 32}),
-        "agreement": Run("agreement", SMOLLM2, n, (), torch.bfloat16,
-                         options={**texts, "length": 32}),
-    }  # fmt: skip
+        name: replace(TASKS[name], n=n, options={**TASKS[name].options, **common})
+        for name in SEARCHED
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("half", choices=["development", "held-out"])
-    parser.add_argument("--tasks", nargs="+", default=list(runs("development", 1)))
+    parser.add_argument("--tasks", nargs="+", default=list(SEARCHED), choices=SEARCHED)
     parser.add_argument("--only", nargs="+", help="candidates, by name; all of them otherwise")
     parser.add_argument("--n", type=int, default=40)
     options = parser.parse_args()

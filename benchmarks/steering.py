@@ -100,10 +100,14 @@ CONCEPTS: dict[str, Callable[[Any], SweepResult]] = {"astronomy": astronomy, "ha
 
 
 WORDS = {
-    "astronomy": r"\b(?:moon|star|sun|planet|space|sky|universe|galax|telescope|astro|orbit|solar)",
-    "happiness": r"\b(?:happ|joy|glad|smil|laugh|delight|cheer|wonderful|excit|love)",
+    "astronomy": r"\b(?:moons?|stars?|stellar|planets?|planetary|sun|sunlight|solar|space|"
+    r"spacecraft|sky|skies|universe|galax(?:y|ies)|telescopes?|orbits?|celestial|astro\w*|comets?|jupiter|"
+    r"saturn|mars)\b",
+    "happiness": r"\b(?:happy|happier|happily|happiness|joy|joyful|joyous|glad|smil(?:es?|ed|ing)|"
+    r"laugh(?:s|ed|ing|ter)?|delight(?:s|ed|ful)?|cheer(?:s|ed|ful|fully)?|wonderful|wonderfully|"
+    r"excit(?:ed|ing|ement)|lov(?:e|ed|es|ing|ely))\b",
 }
-"""How a text of the concept is told: by the beginning of any word in it."""
+"""How a text of the concept is told: by any of these words in it."""
 
 
 def speaks_of(name: str) -> Callable[[str], float]:
