@@ -252,6 +252,9 @@ def test_results_are_kept_as_parquet_and_drawn(model: Any, data: Path, tmp_path:
     assert str(again) == str(results)
     with pytest.raises(InputError, match="no run was finished"):
         Results.read(tmp_path)
+    results.frame.to_parquet(tmp_path / PARQUET)
+    with pytest.raises(InputError, match="does not say what it was made with"):
+        Results.read(tmp_path)
     pd.testing.assert_frame_equal(
         stored.drop(columns=["shares", "morf", "lerf", "morf_probability", "lerf_probability"]),
         results.frame.drop(
