@@ -258,7 +258,7 @@ def _cut(
         return None
     leaf = made.leaves[hook] = out.detach().requires_grad_()
     if kept is None:
-        return leaf.view_as(leaf)  # what follows may write in place, which no leaf allows
+        return leaf
     units = made._units(hook, out)
     mask = made._raw(hook, kept[None, ..., None].to(out.device).expand_as(units).contiguous())
     return torch.where(mask, leaf, out)

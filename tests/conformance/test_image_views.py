@@ -48,6 +48,10 @@ def test_patches_and_pixels_are_drawn_with_symmetric_scales(image: Any) -> None:
     assert "class" not in figure.get_suptitle()
     assert "LABEL_1" in figure.get_suptitle()
     assert len(figure.axes[0].images) == (1 if image is None else 2)
+    figure.draw_without_rendering()
+    panels, legends = figure.axes[:2], figure.axes[2:]
+    for panel, legend in zip(panels, legends, strict=True):  # as high as the image
+        assert legend.get_position().height == pytest.approx(panel.get_position().height, rel=0.02)
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 

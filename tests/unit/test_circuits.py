@@ -14,7 +14,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lenslrp import AttnLRP, InputError
 from lenslrp.analysis.circuits import METHODS, score_nodes
-from lenslrp.analysis.nodes import COMPONENTS, Node, place_components
+from lenslrp.analysis.cut_pass import coefficients
+from lenslrp.analysis.nodes import COMPONENTS, Node, as_units, place_components
 from lenslrp.analysis.pairs import Pairs
 from lenslrp.hooks import CPLRP, GradientTimesInput
 from tests.unit.tiny import HEADS, changes, snapshot, tiny
@@ -220,6 +221,24 @@ def test_integrated_gradients_go_along_the_straight_line() -> None:
     assert torch.allclose(total, scores.clean - scores.corrupt, rtol=2e-2)
 
 
+def test_one_step_takes_the_coefficient_halfway_between_the_embeddings() -> None:
+    model, pairs = tiny("llama"), some_pairs()[:1]
+    hooks = place_components(model, ["heads", "neurons"])
+    _, caches = zip(
+        *(model.run_with_cache(side) for side in (pairs.corrupt, pairs.clean)), strict=True
+    )
+    halfway = (caches[0]["hook_embed"] + caches[1]["hook_embed"]) / 2
+    rules = {"composite": AttnLRP(), "ledger": False}
+    _, there = coefficients(model, hooks, inputs_embeds=halfway, target=pairs, **rules)
+    _, here = coefficients(model, hooks, input=pairs.corrupt, target=pairs, **rules)
+    found = score_nodes(model, pairs, method="integrated", steps=1, composite=AttnLRP())
+    for hook, component in hooks.items():
+        delta = as_units(COMPONENTS[component].kind, caches[1][hook] - caches[0][hook], hook)
+        expected, at_end = ((delta * g).sum(dim=(1, 3)) for _, g in (there[hook], here[hook]))
+        assert torch.allclose(found.values[hook], expected, rtol=0, atol=1e-12), hook
+        assert not torch.allclose(found.values[hook], at_end, rtol=0, atol=1e-6), hook
+
+
 @pytest.mark.parametrize(
     ("options", "forward", "backward"),
     [({}, 2, 1), ({"method": "attribution"}, 2, 1),
@@ -230,12 +249,12 @@ def test_the_number_of_passes_does_not_depend_on_the_number_of_nodes(
     components: list[str], options: dict[str, Any], forward: int, backward: int
 ) -> None:
     model, pairs = tiny("llama"), some_pairs()
-    calls: list[int] = []
-    unembedded = model.unembed.register_forward_hook(lambda *_: calls.append(1))
+    calls: list[int] = []  # positions that were unembedded
+    unembedded = model.unembed.register_forward_hook(lambda *a: calls.append(a[2].shape[1]))
     scores = score_nodes(model, pairs, components=components, **options)
     unembedded.remove()
     assert (scores.passes.forward, scores.passes.backward) == (forward * 3, backward * 3)
-    assert len(calls) == forward
+    assert calls == [1] * forward
 
 
 def test_exact_patching_runs_only_what_is_asked_for_and_what_differs() -> None:

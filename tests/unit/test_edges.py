@@ -365,6 +365,16 @@ def test_chosen_downstream_nodes_alone_and_in_any_order() -> None:
         assert not torch.allclose(value, whole.values[hook])
 
 
+def test_nodes_come_in_the_order_of_the_model_whatever_order_they_are_asked_in() -> None:
+    model, pairs = tiny("llama"), some_pairs()
+    mine = score_edges(model, pairs, components=("mlp", "tokens", "heads"))
+    usual = score_edges(model, pairs, components=("tokens", "heads", "mlp"))
+    assert next(iter(mine.components)) == "hook_embed"
+    assert mine.into[-1] == TARGET and set(mine.into) == set(usual.into)
+    up, down = Node("hook_embed", 0), Node("blocks.1.hook_mlp_out", 0)
+    assert torch.equal(mine.score(up, down), usual.score(up, down))
+
+
 def test_a_cut_pass_leaves_nothing_behind_even_after_an_exception() -> None:
     model = tiny("llama")
     hooks = place_components(model, ("heads", "neurons"))

@@ -12,7 +12,7 @@ from lenslrp.analysis.graph_flows import ABSORBED
 from lenslrp.analysis.graph_pruning import influences, influential, strongest
 from lenslrp.errors import InputError
 from lenslrp.hooks import CPLRP, AttnLRP, Composite, RelP
-from lenslrp.targets import Activation, Logit, LogitDiff, LogProb
+from lenslrp.targets import Activation, Logit, LogitDiff, LogProb, Sequence
 from tests.unit.tiny import tiny, word_tokenizer
 
 TOKENS = torch.tensor([[3, 17, 5, 17, 8, 11]])
@@ -111,15 +111,25 @@ def test_nodes_are_the_most_relevant_up_to_a_share_of_all() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", [LogitDiff(5, 6), LogProb(5), Activation("blocks.1.mlp.hook_post", 3), None], ids=str
+    "target",
+    [
+        LogitDiff(5, 6),
+        LogProb(5),
+        Activation("blocks.1.mlp.hook_post", 3),
+        Sequence([8, 11]),
+        None,
+    ],
+    ids=str,
 )
 def test_any_target_of_one_prompt(target: object) -> None:
-    graph = attribution_graph(tiny("gpt2"), TOKENS, target, k=8, **WHOLE)
+    # The tokens of a span follow the prompt.
+    prompt = TOKENS[:, :4] if isinstance(target, Sequence) else TOKENS
+    graph = attribution_graph(tiny("gpt2"), prompt, target, k=8, **WHOLE)
     last = graph.nodes.iloc[-1]
-    assert graph.error < 1e-9 and last["position"] == 5
+    assert graph.error < 1e-9 and last["position"] == len(graph.str_tokens) - 1
     assert last["relevance"] == pytest.approx(float(graph.explained.value[0]))
     assert (abs(last["nonlinear_target"]) > 1e-3) == isinstance(target, LogProb)
-    assert (graph.token is None) == isinstance(target, LogitDiff | Activation)
+    assert (graph.token is None) == isinstance(target, LogitDiff | Activation | Sequence)
     if isinstance(target, LogProb):
         assert np.log(graph.probability) == pytest.approx(last["relevance"], abs=1e-6)
 
