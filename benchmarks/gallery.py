@@ -1,6 +1,6 @@
 """The pictures of README.md, from the embedded models: docs/images/NAME.png and NAME-dark.png.
 
-    python benchmarks/gallery.py [report] [difference] [photograph] [neuron] [circuit] [steering]
+    python benchmarks/gallery.py [NAME ...]    # --help tells the names
 
 Each is what the library itself draws, in its light and its dark theme; pages of HTML are taken by a
 headless Chromium. `photograph` needs scikit-image, `steering` takes two minutes.
@@ -22,7 +22,13 @@ from PIL import Image
 from steering import OPENINGS, astronomy, speaks_of
 
 import lenslrp
-from lenslrp.analysis import NeuronDictionary, SweepResult, score_nodes, template_pairs
+from lenslrp.analysis import (
+    NeuronDictionary,
+    SweepResult,
+    attribution_graph,
+    score_nodes,
+    template_pairs,
+)
 from lenslrp.analysis.circuit_plot import head_scores
 from lenslrp.analysis.plots import DARK, LIGHT, Theme
 from lenslrp.analysis.report import report_html
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "images"
 LIMIT = 100_000  # bytes
+TALLEST = 1200  # pixels of a figure
 SCALE = 1.5  # pixels to a CSS pixel
 PROMPT = "The Eiffel Tower is located in the city of"
 
@@ -105,7 +112,17 @@ def circuit() -> Picture:
     return lambda theme: head_scores(scores, theme=theme)
 
 
-PICTURES = {f.__name__: f for f in (report, difference, photograph, neuron, circuit, steering)}
+def graph() -> Picture:
+    """The graph of docs/graph.md."""
+    found = attribution_graph(
+        smollm2(), "The capital of France is", LogitDiff(" Paris", " Rome"), k=48, node_share=0.8,
+        edge_share=0.8,
+    )  # fmt: skip
+    return lambda theme: found.draw(theme=theme)
+
+
+DRAWN = (report, difference, photograph, neuron, circuit, graph, steering)
+PICTURES = {f.__name__: f for f in DRAWN}
 
 
 def photographed(html: str, width: int, height: int, theme: Theme, path: Path) -> None:
@@ -142,7 +159,7 @@ def main() -> None:
             if isinstance(drawn, tuple):
                 photographed(*drawn, theme, path)
             else:
-                drawn.savefig(path, dpi=130)
+                drawn.savefig(path, dpi=min(130, TALLEST / drawn.get_figheight()))
             with Image.open(path) as picture:
                 small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
             small.save(path, optimize=True)

@@ -1,16 +1,19 @@
 """The five tasks of the evaluation, every method; ``results_page.py`` writes ``docs/results.md``.
 
     python benchmarks/results.py run next_word sentiment ...   # resumable; --n to stop earlier
+    python benchmarks/results.py cost next_word sentiment ...  # on a machine that rests
 
 Runs are kept in ``benchmarks/results/evaluation`` (ignored by git), a folder each: a larger ``--n``
 goes on. Models run in bfloat16, which is what makes the tasks affordable on a CPU (what that does:
 ``precision.py``). Occlusion and KernelSHAP, which ask for a value once or several times for every
 token, and AtMan on images have runs of their own (``slow``), on the first of the same examples.
+``cost`` times every method of a task, the slow ones too, on its first nine examples, always anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,14 +58,14 @@ BOTH = ["zero", "zero+first"]
 SHORT = {"steps": 8, "length": 32, "perturbations": BOTH}
 TEXTS = {"steps": 6, "length": 64, "perturbations": BOTH, "half": "held-out"}
 REVIEWS = {"steps": 6, "length": 96, "perturbations": ["zero"], "half": "held-out"}
-QUESTIONS = {"steps": 6, "length": 192, "perturbations": ["zero"]}
+QUESTIONS = {"steps": 6, "length": 512, "perturbations": ["zero"]}
 PATCHES = {"steps": 6, "perturbations": ["zero"]}
 PIXELS = tuple(name for name in ONE_STACK if name != "atman")
 
 TASKS: Mapping[str, Run] = {
     "next_word": Run("next_word", SMOLLM2, 100, FAST, PARAGRAPHS, TEXTS),
     "sentiment": Run("sentiment", SMOLLM2, 100, FAST, "movie_reviews.jsonl", REVIEWS),
-    "squad": Run("squad", FLAN_T5, 100, ONE_STACK, "squad_dev.jsonl", QUESTIONS),
+    "squad": Run("squad", FLAN_T5, 300, ONE_STACK, "squad_dev.jsonl", QUESTIONS),
     "images": Run("images", "cifar", 300, PIXELS, options=PATCHES),
     "indirect_object": Run("indirect_object", SMOLLM2, 100, FAST + SLOW, options=SHORT),
     "agreement": Run("agreement", SMOLLM2, 100, FAST + SLOW, options=SHORT),
@@ -82,6 +85,16 @@ RUNS_OF: Mapping[str, Run] = {
     },
 }
 
+TIMED = 9
+"""Examples of a run that is there for its times."""
+
+
+def cost_of(task: str) -> Run:
+    """Every method of a task on few examples, with next to no perturbation."""
+    run, slow = TASKS[task], SLOWLY.get(task, ())
+    methods = tuple(dict.fromkeys((*run.methods, *slow)))
+    return replace(run, n=TIMED, methods=methods, options={**run.options, "steps": 1})
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -89,15 +102,22 @@ def main() -> None:
     command = commands.add_parser("run", help="measure; goes on where it was")
     command.add_argument("names", nargs="+", choices=RUNS_OF)
     command.add_argument("--n", type=int, help="fewer examples")
-    command.add_argument("--data", type=Path, default=DATA, help="the folder of the tasks' files")
-    command.add_argument("--images", type=Path, help="CIFAR-10, see cifar.py")
+    timed = commands.add_parser("cost", help="time the methods, anew")
+    timed.add_argument("names", nargs="+", choices=TASKS)
+    for one in (command, timed):
+        one.add_argument("--data", type=Path, default=DATA, help="the folder of the tasks' files")
+        one.add_argument("--images", type=Path, help="CIFAR-10, see cifar.py")
     options = parser.parse_args()
     for name in options.names:
-        run = RUNS_OF[name]
-        methods = [_method(method) for method in run.methods]
-        found = measure(
-            run, methods, RUNS / name, n=options.n, data=options.data, images=options.images
+        anew = options.command == "cost"
+        run, folder = (
+            (cost_of(name), RUNS / f"{name}-cost") if anew else (RUNS_OF[name], RUNS / name)
         )
+        if anew and folder.exists():
+            shutil.rmtree(folder)
+        methods = [_method(method) for method in run.methods]
+        n = None if anew else options.n
+        found = measure(run, methods, folder, n=n, data=options.data, images=options.images)
         print(found, flush=True)
 
 
