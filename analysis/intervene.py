@@ -82,13 +82,15 @@ def change_hooks(model: Any, changes: Mapping[str, Callable[[Tensor], Tensor]]) 
         changes: by hook point, what makes the new activations of the old.
 
     Raises:
-        InputError: a hook point that the model does not have, or one given by two names; at the end
-            of the context, a hook point that never fired, so that nothing was done there.
+        InputError: a hook point that the model does not have, one given by two names, or one that
+            is not where its name says; at the end of the context, a hook point that never fired, so
+            that nothing was done there.
     """
     for name in changes:
         if name not in model.hook_dict:
             near = difflib.get_close_matches(name, model.hook_dict, n=3)
             raise InputError(f"no hook point is called {name!r}; nearest: {', '.join(near)}")
+        _require_on_path(model, name)
     objects = {id(model.hook_dict[name]): name for name in changes}
     if len(objects) < len(changes):
         alias = next(n for n in changes if n not in objects.values())
@@ -110,6 +112,18 @@ def change_hooks(model: Any, changes: Mapping[str, Callable[[Tensor], Tensor]]) 
         raise InputError(
             f"nothing was edited at {', '.join(idle[:4])}: no forward pass inside the context "
             "reached it"
+        )
+
+
+def _require_on_path(model: Any, hook: str) -> None:
+    """On most architectures ``hook_resid_mid`` is the input of a norm, which only the MLP sees."""
+    block, _, last = hook.rpartition(".")
+    points = model.hook_dict
+    if last == "hook_resid_mid" and points[hook] is points.get(f"{block}.ln2.hook_in"):
+        raise InputError(
+            f"in this model {hook} is the input of the MLP's norm: a change there does not stay in "
+            f"the residual stream. Change {block}.hook_resid_post or {block}.hook_attn_out (or "
+            f"{block}.ln2.hook_in, if the MLP's input is meant)"
         )
 
 

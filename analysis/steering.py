@@ -254,7 +254,6 @@ def steer(
     by_hook: dict[str, list[Operation]] = {}
     for operation in operations.operations:
         hook = operation.hook(model)
-        _require_on_path(model, hook)
         by_hook.setdefault(hook, []).append(operation)
     with follow(model) as passes:
         changes = {h: _changed(h, own, operations, passes) for h, own in by_hook.items()}
@@ -329,16 +328,4 @@ def _require_movable(unit: Unit) -> None:
         raise InputError(
             f"{unit}: this coder writes {unit.coder.W_dec.shape[1]} values where it reads "
             f"{unit.coder.W_enc.shape[0]}; an autoencoder's features can be moved"
-        )
-
-
-def _require_on_path(model: Any, hook: str) -> None:
-    """On most architectures ``hook_resid_mid`` is the input of a norm, which only the MLP sees."""
-    block, _, last = hook.rpartition(".")
-    points = model.hook_dict
-    if last == "hook_resid_mid" and points[hook] is points.get(f"{block}.ln2.hook_in"):
-        raise InputError(
-            f"in this model {hook} is the input of the MLP's norm: a change there does not stay in "
-            f"the residual stream. Steer {block}.hook_resid_post or {block}.hook_attn_out (or "
-            f"{block}.ln2.hook_in, if the MLP's input is meant)"
         )

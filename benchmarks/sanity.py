@@ -8,8 +8,8 @@ rules for the softmax that AttnLRP's paper rejects (`hooks/ablations.py`): the s
 relevance over the target's absolute value, and the area between the perturbation curves (40).
 `naopc`: agreement sentences of at most 8 tokens, where the bounds over all orders are exact.
 `lowest`: indirect objects, which token has the lowest relevance (the first token left out).
-`sensitivity`: the capitals of `facts.json` after one irrelevant sentence and after another; counted
-where the model's top token is the capital after both.
+`sensitivity`: the facts of `facts.json` after one irrelevant sentence and after another; counted
+where the model's top token is the answer after both.
 `randomisation`: rank correlation of relevance with the original, as blocks are shuffled: from the
 last one down to a block, and that block alone. Attention rollout, which has no gradient and sees
 nothing but patterns, is there as a control.
@@ -160,23 +160,28 @@ def lowest(model: Any, options: argparse.Namespace) -> None:
          method="attnlrp", n=count, seed=options.seed, dtype=options.dtype)  # fmt: skip
 
 
-def known_capitals(model: Any) -> list[dict[str, Prompt]]:
-    """Pairs of texts that differ in an irrelevant sentence, with the capital on top after both."""
-    told = json.loads(FACTS.read_text(encoding="utf-8"))["relations"]["capital"]
-    pairs = []
-    for i, (country, capital) in enumerate(told["facts"]):
-        asked = told["template"].format(country)
+def known_facts(model: Any, count: int, seed: int) -> list[dict[str, Prompt]]:
+    """Pairs of texts that differ in an irrelevant sentence, with the answer on top after both."""
+    told = json.loads(FACTS.read_text(encoding="utf-8"))["relations"].values()
+    facts = [
+        (one["template"].format(subject), end) for one in told for subject, end in one["facts"]
+    ]
+    pairs: list[dict[str, Prompt]] = []
+    for i in np.random.default_rng(seed).permutation(len(facts)).tolist():
+        asked, end = facts[i]
         both = [f"{SENTENCES[(i + k) % len(SENTENCES)]} {asked}" for k in (0, 1)]
-        answer = model.tokenizer.encode(f" {capital}", add_special_tokens=False)
+        answer = model.tokenizer.encode(f" {end}", add_special_tokens=False)
         prompts = {text: as_prompt(model, text) for text in both}
         if all([prompt.target.token] == answer for prompt in prompts.values()):
             pairs.append(prompts)
+        if len(pairs) == count:
+            break
     return pairs
 
 
 def irrelevant(model: Any, options: argparse.Namespace) -> None:
     """What exchanging an irrelevant sentence does to the relevance of the rest."""
-    pairs = known_capitals(model)
+    pairs = known_facts(model, options.n, options.seed)
     texts = [text for pair in pairs for text in pair]
     prompts = [prompt for pair in pairs for prompt in pair.values()]
     values = values_of(model, prompts).tolist()
@@ -192,7 +197,8 @@ def irrelevant(model: Any, options: argparse.Namespace) -> None:
     moved = np.abs([one.target_change for one in judged])
     tables = [leads(columns[measure], options.seed, f"{measure}_") for measure in measures]
     table = [dict(a | b | c) for a, b, c in zip(*tables, strict=True)]
-    keep(options.results, "sensitivity", table, "sanity.py sensitivity", model=MODEL,
+    command = f"sanity.py sensitivity --n {options.n}"
+    keep(options.results, "sensitivity", table, command, model=MODEL,
          target_moved_by=round(float(moved.mean()), 3), seed=options.seed,
          dtype=options.dtype)  # fmt: skip
 
