@@ -39,6 +39,10 @@ FAST = tuple(name for name in METHODS if name not in (*SLOW, *ABLATIONS))
 ONE_STACK = tuple(name for name in FAST if name != "attnlrp_positional")
 """For models whose positions PA-LRP has no rule for, or that have images for inputs."""
 
+MANY_PASSES = ("integrated_gradients", "smoothgrad", "atman")
+ONE_PASS = tuple(name for name in ONE_STACK if name not in MANY_PASSES)
+"""For long prompts, of which there are many."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -58,14 +62,16 @@ BOTH = ["zero", "zero+first"]
 SHORT = {"steps": 8, "length": 32, "perturbations": BOTH}
 TEXTS = {"steps": 6, "length": 64, "perturbations": BOTH, "half": "held-out"}
 REVIEWS = {"steps": 6, "length": 96, "perturbations": ["zero"], "half": "held-out"}
-QUESTIONS = {"steps": 6, "length": 512, "perturbations": ["zero"]}
+QUESTIONS = {"steps": 6, "length": 192, "perturbations": ["zero"]}
+ANY_LENGTH = {**QUESTIONS, "length": 512}
 PATCHES = {"steps": 6, "perturbations": ["zero"]}
 PIXELS = tuple(name for name in ONE_STACK if name != "atman")
 
 TASKS: Mapping[str, Run] = {
     "next_word": Run("next_word", SMOLLM2, 100, FAST, PARAGRAPHS, TEXTS),
     "sentiment": Run("sentiment", SMOLLM2, 100, FAST, "movie_reviews.jsonl", REVIEWS),
-    "squad": Run("squad", FLAN_T5, 300, ONE_STACK, "squad_dev.jsonl", QUESTIONS),
+    "squad": Run("squad", FLAN_T5, 100, ONE_STACK, "squad_dev.jsonl", QUESTIONS),
+    "squad_all": Run("squad", FLAN_T5, 500, ONE_PASS, "squad_dev.jsonl", ANY_LENGTH),
     "images": Run("images", "cifar", 300, PIXELS, options=PATCHES),
     "indirect_object": Run("indirect_object", SMOLLM2, 100, FAST + SLOW, options=SHORT),
     "agreement": Run("agreement", SMOLLM2, 100, FAST + SLOW, options=SHORT),

@@ -31,6 +31,7 @@ TASKS: Mapping[str, tuple[str, str, str]] = {
     "next_word": ("next word", "area", "zero+first"),
     "sentiment": ("sentiment", "area", "zero"),
     "squad": ("SQuAD", "iou", "none"),
+    "squad_all": ("SQuAD, any length", "iou", "none"),
     "images": ("images", "area", "zero"),
     "indirect_object": ("indirect object", "hit", "none"),
     "agreement": ("agreement", "hit", "none"),
@@ -140,13 +141,13 @@ def summary(every: Mapping[str, pd.DataFrame]) -> str:
 
 
 def costs() -> str:
-    """Median cost in plain forward and backward passes, a column a task."""
+    """Median cost in plain forward and backward passes, a column a task that was timed."""
     tables = {}
     for task in TASKS:
-        parts = [r.table("area" if "area" in r.metrics() else "hit") for r in runs_of(task)]
-        if parts:
-            table = pd.concat(parts).drop_duplicates("method").set_index("method")
-            tables[task] = table
+        folder = RUNS / f"{task}-cost"
+        if (folder / PARQUET).exists():
+            table = Results.read(folder).table("area")
+            tables[task] = table.drop_duplicates("method").set_index("method")
     rows = []
     for name in METHODS:
         own = [t.loc[name] if name in t.index else None for t in tables.values()]

@@ -318,6 +318,7 @@ def _ruled_weights(
     Batched experts, say, keep theirs as parameters of their own, one matrix after another.
     """
     found: dict[int, str] = {}
+    ruled: dict[str, bool] = {}
     attended = _attended(parts)
     for path, module in parts:
         layer: Any = module
@@ -332,7 +333,9 @@ def _ruled_weights(
             role = "projection" if id(module) in attended else "linear"
             own = [w for w in module._parameters.values() if w is not None]
             matrices = [m for w in own if w.ndim in (2, 3) for m in (w if w.ndim == 3 else [w])]
-        if role and isinstance(ctx.composite[role], LinearRule):
+        if role not in ruled:  # a check of a protocol is slow, and roles are few
+            ruled[role] = bool(role) and isinstance(ctx.composite[role], LinearRule)
+        if ruled[role]:
             # On the meta device no tensor has an address.
             found.update((m.data_ptr(), path) for m in matrices if not m.is_meta)
     return found

@@ -60,9 +60,10 @@ def embedders(parts: Iterable[tuple[str, nn.Module]]) -> list[Embedder]:
     for _, module in parts:
         special = {name: text for name, text in SPECIAL.items() if _has(module, name)}
         positions = tuple(name for name in POSITIONS if _has(module, name))
-        patches = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-        if (special or positions) and patches is not None:
-            found.setdefault(id(patches), Embedder(patches, module, special, positions))
+        if special or positions:
+            patches = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+            if patches is not None:
+                found.setdefault(id(patches), Embedder(patches, module, special, positions))
     for path, module in parts:
         inner: Any = original(module) if path == FRAMES else None
         if isinstance(inner, nn.Module):

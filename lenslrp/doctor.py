@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from lenslrp import media
@@ -97,7 +97,8 @@ def _verdict(claim: str, holds: bool) -> Text:
 
 
 def _rules_table(coverage: Coverage) -> Table:
-    table = Table("role", "rule", "component", "places", "fired")
+    names = [Column(name, overflow="fold") for name in ("role", "rule", "component")]
+    table = Table(*names, "places", "fired")
     groups = coverage.sites.groupby(["role", "rule", "component"], sort=True)
     for (role, rule, component), sites in groups:
         fired = int(sites["fired"].sum())

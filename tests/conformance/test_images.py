@@ -6,6 +6,7 @@ Hugging Face computes ViT's softmax in float32, so those books close to 1e-6; th
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from rich.console import Console
 
 import lenslrp
 from lenslrp import media
@@ -219,6 +221,9 @@ def test_doctor_makes_up_an_image_or_a_sound(model: Any) -> None:
     found = lenslrp.examine(model, lenslrp.AttnLRPViT())
     assert found.ok, str(found)
     assert "gamma" in str(found)
+    narrow = Console(file=io.StringIO(), width=60, color_system=None, force_jupyter=False)
+    narrow.print(found.render())
+    assert "…" not in narrow.file.getvalue()  # type: ignore[attr-defined]
 
 
 @models("ViTForImageClassification", "HubertForCTC")
