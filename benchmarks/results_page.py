@@ -165,15 +165,27 @@ def measured() -> dict[str, str]:
     found = {}
     for path in sorted(MEASURED.glob("*.json")):
         for name, table in json.loads(path.read_text(encoding="utf-8")).items():
-            rows = table["rows"]
+            rows = [_joined(row) for row in table["rows"]]
             columns = list(dict.fromkeys(key for row in rows for key in row))
-            shown = ([_shown(row.get(column, "")) for column in columns] for row in rows)
+            shown = ([row.get(column, "") for column in columns] for row in rows)
             found[f"{path.stem} {name}"] = markdown(columns, shown)
     return found
 
 
-def _shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _joined(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row as text, with a mean and its interval in one cell."""
+    cells = {}
+    for name, value in row.items():
+        stem, _, last = name.rpartition("_")
+        prefix = f"{stem}_" if stem else ""
+        if last == "mean" and f"{prefix}low" in row:
+            low, high = row[f"{prefix}low"], row[f"{prefix}high"]
+            cells[stem.replace("_", " ") or "mean"] = f"{value:.3g} ({low:.3g} to {high:.3g})"
+        elif last not in ("low", "high") or f"{prefix}mean" not in row:
+            cells[name.replace("_", " ")] = (
+                f"{value:.3g}" if isinstance(value, float) else str(value)
+            )
+    return cells
 
 
 def draw_leads(every: Mapping[str, pd.DataFrame]) -> None:
@@ -211,20 +223,18 @@ def draw_curves() -> None:
     figure.savefig(IMAGES / "curves.png", dpi=90, bbox_inches="tight")
 
 
-def first_steps() -> str:
-    """Mean curves of indirect objects where the first token is kept: start and first step of eight.
-
-    A step takes one or two of the tokens.
-    """
-    frame = runs_of("indirect_object")[0].frame
-    part = frame[frame["perturbation"] == "zero+first"]
+def first_steps(task: str, way: str) -> str:
+    """Mean curves: the target at the start, and after the first step in either order."""
+    frame = pd.concat([results.frame for results in runs_of(task)])
+    part = frame[frame["perturbation"] == way].drop_duplicates(["example", "method"])
     rows = []
     for name, own in part.groupby("method", sort=False):
         steps = [
             [curve[i] for curve in own[way]] for way, i in (("morf", 0), ("morf", 1), ("lerf", 1))
         ]
-        rows.append([f"`{name}`", *(f"{np.mean(values):.1f}" for values in steps)])
-    return markdown(["method", "whole", "most relevant gone", "least relevant gone"], rows)
+        means = (f"{np.mean(values):.2f}" for values in steps)
+        rows.append([f"`{name}`", str(len(own)), *means])
+    return markdown(["method", "n", "whole", "most relevant gone", "least relevant gone"], rows)
 
 
 def settings_table() -> str:
@@ -255,7 +265,8 @@ def main() -> None:
         "settings": settings_table,
         "summary": partial(summary, every),
         "costs": costs,
-        "first steps": first_steps,
+        "first steps": partial(first_steps, "indirect_object", "zero+first"),
+        "first steps sentiment": partial(first_steps, "sentiment", "zero"),
         **{task: partial(task_table, task) for task in every if task in TASKS},
     }
     text = PAGE.read_text(encoding="utf-8")
