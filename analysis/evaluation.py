@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from lenslrp.analysis.baselines import Method, answer, as_method
 from lenslrp.analysis.faithfulness import aopc, aopc_bounds, curves, normalised_aopc
+from lenslrp.analysis.image_files import read_images
 from lenslrp.analysis.journal import Row, resumed
 from lenslrp.analysis.perturb import Features, tokens_of
 from lenslrp.analysis.perturb_parts import patches_of
@@ -32,7 +33,7 @@ from lenslrp.analysis.records import HALVES, half_of, identity, in_order, read_r
 from lenslrp.analysis.replaced import frozen
 from lenslrp.analysis.results import JOURNAL, Results
 from lenslrp.analysis.spans import hit, ious
-from lenslrp.analysis.tasks import TASKS, Example, Task, Unfit
+from lenslrp.analysis.tasks import IMAGES, TASKS, Example, Task, Unfit, image_task
 from lenslrp.errors import InputError
 
 KEEP_FIRST = "+first"
@@ -86,7 +87,7 @@ def evaluate(
     """Measure how faithful methods are on ``n`` examples of a task.
 
     Args:
-        task: a name in :data:`~lenslrp.analysis.tasks.TASKS`, or a task of your own.
+        task: a name in :data:`~lenslrp.analysis.tasks.TASKS`, ``"images"``, or a task of your own.
         model: a ``TransformerBridge``.
         methods: names in :data:`~lenslrp.analysis.baselines.METHODS`, composites of rules, or
             methods of your own.
@@ -94,7 +95,8 @@ def evaluate(
         folder: where results are kept. A run with other options needs a folder of its own.
         data: a ``.jsonl`` file, a ``datasets`` object or a list of dicts; which fields a record
             needs is ``TASKS[task].fields``. Read whole, and taken in an order drawn by ``seed``.
-            ``None`` for tasks that make their own.
+            ``None`` for tasks that make their own. For ``"images"`` what
+            :func:`~lenslrp.analysis.image_files.read_images` reads, a folder of files, say.
         seed: of the order of examples, of methods that draw random numbers, and of the bootstrap.
         perturbations: see :class:`Perturbation`.
         steps: of a curve.
@@ -110,6 +112,9 @@ def evaluate(
             no example at all.
         StorageError: a damaged results file.
     """
+    skipped: list[str] = []
+    if task == IMAGES:
+        task, data = image_task(read_images(model, data, skipped)), None
     task = _task(task)
     chosen = [as_method(method) for method in methods]
     ways = [p if isinstance(p, Perturbation) else Perturbation.parse(p) for p in perturbations]
@@ -120,7 +125,6 @@ def evaluate(
     names = [method.name for method in chosen]
     if len(set(names)) < len(names):
         raise InputError(f"two methods have one name: {', '.join(names)}")
-    skipped: list[str] = []
     records = in_order(_records(task, data, half, skipped), seed)
     settings = {
         "task": task.name,
@@ -156,7 +160,7 @@ def _task(task: str | Task) -> Task:
     if isinstance(task, Task):
         return task
     if task not in TASKS:
-        raise InputError(f"no task {task!r}; the tasks are {', '.join(TASKS)}")
+        raise InputError(f"no task {task!r}; the tasks are {', '.join((*TASKS, IMAGES))}")
     return TASKS[task]
 
 

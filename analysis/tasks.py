@@ -39,6 +39,7 @@ QUESTION = {
     "Answer: Egypt\n\nText: {context}\nQuestion: {question}\nAnswer:",
 }
 LONGEST_ANSWER = 32
+IMAGES = "images"
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +185,7 @@ def image_task(images: Mapping[str, Tensor]) -> Task:
         patches = ask(model, target=prompt.target, pixel_values=pixels).mask.shape[1]
         return Example(prompt, np.ones(patches, dtype=bool))
 
-    return Task("images", {"image": str, "pixels": str}, make, records, split_by="pixels")
+    return Task(IMAGES, {"image": str, "pixels": str}, make, records, split_by="pixels")
 
 
 def _known(model: Any, text: str, right: str, wrong: str, removable: Spans) -> Example:

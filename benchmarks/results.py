@@ -76,18 +76,18 @@ TASKS: Mapping[str, Run] = {
     "indirect_object": Run("indirect_object", SMOLLM2, 100, FAST + SLOW, options=SHORT),
     "agreement": Run("agreement", SMOLLM2, 100, FAST + SLOW, options=SHORT),
 }
-SLOWLY = {
-    "next_word": (*SLOW, "attnlrp"),
-    "sentiment": (*SLOW, "attnlrp"),
-    "images": ("atman", "occlusion", "attnlrp_gamma", "attnlrp"),
+SLOWLY: Mapping[str, tuple[int, tuple[str, ...]]] = {
+    "next_word": (40, (*SLOW, "attnlrp")),
+    "sentiment": (40, (*SLOW, "attnlrp")),
+    "images": (100, ("atman", "occlusion", "attnlrp_gamma", "attnlrp")),
 }
-"""Methods that have runs of their own, beside what they are compared with."""
+"""Methods that have runs of their own, beside what they are compared with, and on how many."""
 
 RUNS_OF: Mapping[str, Run] = {
     **TASKS,
     **{
-        f"{task}-slow": replace(TASKS[task], n=40, methods=methods)
-        for task, methods in SLOWLY.items()
+        f"{task}-slow": replace(TASKS[task], n=n, methods=methods)
+        for task, (n, methods) in SLOWLY.items()
     },
 }
 
@@ -97,7 +97,7 @@ TIMED = 9
 
 def cost_of(task: str) -> Run:
     """Every method of a task on few examples, with next to no perturbation."""
-    run, slow = TASKS[task], SLOWLY.get(task, ())
+    run, (_, slow) = TASKS[task], SLOWLY.get(task, (0, ()))
     methods = tuple(dict.fromkeys((*run.methods, *slow)))
     return replace(run, n=TIMED, methods=methods, options={**run.options, "steps": 1})
 

@@ -140,6 +140,33 @@ def summary(every: Mapping[str, pd.DataFrame]) -> str:
     )
 
 
+SEARCHED = (
+    ("next_word", "area", "zero+first"),
+    ("sentiment", "area", "zero"),
+    ("indirect_object", "hit", "none"),
+    ("indirect_object", "area", "zero+first"),
+    ("agreement", "hit", "none"),
+    ("agreement", "area", "zero+first"),
+)
+
+
+def search() -> str:
+    """What ``settings.py development`` found: each candidate less AttnLRP, bold where ahead."""
+    cells: dict[str, dict[str, str]] = {}
+    for task, metric, way in SEARCHED:
+        (folder,) = RUNS.glob(f"{task}-development-*")
+        results = Results.read(folder)
+        table = results.table(metric)
+        for _, row in table[table["perturbation"] == way].iterrows():
+            text = _number(row, "difference", "+")
+            own = cells.setdefault(row["method"], {})
+            name = f"{NAMES[task]}, {metric}, n = {row['n']}"
+            own[name] = f"**{text}**" if row["difference_low"] > 0 else text
+    columns = list(cells["cp_lrp"])
+    rows = [[name, *(own[c] for c in columns)] for name, own in cells.items() if name != "attnlrp"]
+    return markdown(["less AttnLRP", *columns], rows)
+
+
 def costs() -> str:
     """Median cost in plain forward and backward passes, a column a task that was timed."""
     tables = {}
@@ -265,6 +292,7 @@ def main() -> None:
         "settings": settings_table,
         "summary": partial(summary, every),
         "costs": costs,
+        "search": search,
         "first steps": partial(first_steps, "indirect_object", "zero+first"),
         "first steps sentiment": partial(first_steps, "sentiment", "zero"),
         **{task: partial(task_table, task) for task in every if task in TASKS},

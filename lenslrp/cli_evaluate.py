@@ -9,7 +9,7 @@ from typing import Any
 
 from lenslrp.cli_options import DEFAULT_MODEL, OK, add_model_options, load_model
 
-TASKS = ("next_word", "sentiment", "squad", "indirect_object", "agreement")
+TASKS = ("next_word", "sentiment", "squad", "images", "indirect_object", "agreement")
 DEFAULT_METHODS = "random,gradient_x_input,cp_lrp,attnlrp"
 
 
@@ -28,13 +28,15 @@ def add_evaluate(commands: Any) -> None:
         metavar="FILE",
         type=Path,
         help="jsonl, one record a line; next_word needs 'text', sentiment 'text' and 'label', "
-        "squad 'context', 'question' and 'answers'; the others need none",
+        "squad 'context', 'question' and 'answers'; images takes a folder of files or an .npz "
+        "with 'images'; the others need none",
     )
     command.add_argument(
         "--methods",
         metavar="A,B,...",
-        default=DEFAULT_METHODS,
-        help="see docs/baselines.md (default: %(default)s)",
+        nargs="+",
+        default=[DEFAULT_METHODS],
+        help=f"see docs/baselines.md; spaces part them as well (default: {DEFAULT_METHODS})",
     )
     command.add_argument("--n", type=int, default=20, help="examples (default: %(default)s)")
     command.add_argument(
@@ -43,9 +45,10 @@ def add_evaluate(commands: Any) -> None:
     command.add_argument(
         "--perturb",
         metavar="A,B,...",
-        default="zero",
+        nargs="+",
+        default=["zero"],
         help="what stands for a token that is gone: zero, mean, eos, pad or token:TOKEN; with "
-        "+first the first token stays (default: %(default)s)",
+        "+first the first token stays (default: zero)",
     )
     command.add_argument("--steps", type=int, default=8, help="of a curve (default: %(default)s)")
     command.add_argument(
@@ -63,8 +66,10 @@ def _run(options: argparse.Namespace) -> int:
     from lenslrp.analysis.baselines import as_method
     from lenslrp.analysis.evaluation import Perturbation, evaluate
 
-    methods = [as_method(name) for name in options.methods.split(",")]
-    perturbations = [Perturbation.parse(text) for text in options.perturb.split(",")]
+    methods = [as_method(name) for text in options.methods for name in text.split(",")]
+    perturbations = [
+        Perturbation.parse(name) for text in options.perturb for name in text.split(",")
+    ]
     results = evaluate(
         options.task,
         load_model(options),

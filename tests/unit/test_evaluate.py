@@ -22,7 +22,7 @@ from lenslrp.analysis.perturb_parts import patches_of
 from lenslrp.analysis.prompts import as_prompt
 from lenslrp.analysis.results import JOURNAL, PARQUET, Results
 from lenslrp.analysis.statistics import bootstrap
-from lenslrp.analysis.tasks import LABELS, REVIEW, TASKS, Task, Unfit, image_task
+from lenslrp.analysis.tasks import IMAGES, LABELS, REVIEW, TASKS, Task, Unfit, image_task
 from lenslrp.analysis.templates import agreement, indirect_objects
 from lenslrp.errors import InputError, StorageError
 from tests.conformance import zoo
@@ -463,5 +463,5 @@ def test_the_command_prints_tables_or_json(
 
 
 def test_the_command_knows_the_tasks_without_importing_torch() -> None:
-    assert tuple(TASKS) == cli_evaluate.TASKS
+    assert {*TASKS, IMAGES} == set(cli_evaluate.TASKS)
     assert all(name in baselines.METHODS for name in cli_evaluate.DEFAULT_METHODS.split(","))
