@@ -154,14 +154,13 @@ def search() -> str:
     """What ``settings.py development`` found: each candidate less AttnLRP, bold where ahead."""
     cells: dict[str, dict[str, str]] = {}
     for task, metric, way in SEARCHED:
-        (folder,) = RUNS.glob(f"{task}-development-*")
-        results = Results.read(folder)
-        table = results.table(metric)
-        for _, row in table[table["perturbation"] == way].iterrows():
-            text = _number(row, "difference", "+")
-            own = cells.setdefault(row["method"], {})
-            name = f"{NAMES[task]}, {metric}, n = {row['n']}"
-            own[name] = f"**{text}**" if row["difference_low"] > 0 else text
+        for folder in sorted(RUNS.glob(f"{task}-development-*")):
+            table = Results.read(folder).table(metric)
+            for _, row in table[table["perturbation"] == way].iterrows():
+                text = _number(row, "difference", "+")
+                own = cells.setdefault(row["method"], {})
+                name = f"{NAMES[task]}, {metric}, n = {row['n']}"
+                own[name] = f"**{text}**" if row["difference_low"] > 0 else text
     columns = list(cells["cp_lrp"])
     rows = [[name, *(own[c] for c in columns)] for name, own in cells.items() if name != "attnlrp"]
     return markdown(["less AttnLRP", *columns], rows)

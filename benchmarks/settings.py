@@ -5,9 +5,11 @@
 
 Candidates differ from AttnLRP in one thing each, or join two: how a product shares between its
 factors (value path against pattern, queries against keys, gate against up), the softmax's
-temperature in its backward pass, gamma on linear layers, the derivative of activations, positions'
-relevance, magnitudes instead of signed relevance, the first token's relevance set to zero. SmolLM2,
-four tasks, areas with the first token kept (the sink is no part of the question) and without.
+temperature in its backward pass, gamma on linear layers, the derivative of activations and its
+stabiliser, positions' relevance, magnitudes instead of signed relevance, the first token's
+relevance set to zero, more or less for a block's parts against the stream that they add to.
+SmolLM2, four tasks, areas with the first token kept (the sink is no part of the question) and
+without.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,7 +26,7 @@ from results import BOTH, RUNS, TASKS, Run, measure
 import lenslrp
 from lenslrp.analysis.baselines import METHODS, Method, answer, as_method
 from lenslrp.analysis.question import Question
-from lenslrp.hooks import CONSTANT, Composite, Gamma, Plain, Product, SoftmaxTemperature
+from lenslrp.hooks import CONSTANT, Composite, Gamma, Identity, Plain, Product, SoftmaxTemperature
 
 
 def _afterwards(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Method:
@@ -37,6 +40,25 @@ def _afterwards(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Me
 
 def _without_first(tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, 1:]], dim=1)
+
+
+def _branches(factor: float) -> Method:
+    """AttnLRP, where attention and MLP get ``factor`` times what the residual rule gives them."""
+
+    def weigh(x: torch.Tensor, hook: Any) -> None:
+        if x.requires_grad:
+            x.register_hook(lambda g: factor * g)
+
+    def function(question: Question, *, seed: int) -> torch.Tensor:
+        outputs = [
+            (f"blocks.{layer}.hook_{part}_out", weigh)
+            for layer in range(question.model.cfg.n_layers)
+            for part in ("attn", "mlp")
+        ]
+        with question.model.hooks(fwd_hooks=outputs):
+            return answer("attnlrp", question, seed=seed).tokens
+
+    return Method(f"branches {factor:g}", function, "AttnLRP, the residual stream weighed")
 
 
 def _values(share: float) -> Product:
@@ -63,6 +85,7 @@ def candidates() -> list[Method]:
         Composite("gate constant", {"gate": CONSTANT}),
         Composite("gate 1, up 1", {"gate": plain}),
         Composite("CP, gate constant", {**lenslrp.CPLRP(gate="up").rules}),
+        Composite("stabiliser .1", {"activation": Identity(0.1)}),
     ]
     named = ["attnlrp", "cp_lrp", "relp", "gim", "attnlrp_positional", "attnlrp_plain_activation"]
     return [
@@ -70,6 +93,8 @@ def candidates() -> list[Method]:
         *map(as_method, rules),
         _afterwards("magnitude", torch.abs),
         _afterwards("first token zero", _without_first),
+        _branches(0.5),
+        _branches(2.0),
     ]
 
 
