@@ -150,19 +150,20 @@ SEARCHED = (
 )
 
 
-def search() -> str:
-    """What ``settings.py development`` found: each candidate less AttnLRP, bold where ahead."""
+def search(half: str) -> str:
+    """What ``settings.py`` found on a half: each candidate less AttnLRP, bold where ahead."""
     cells: dict[str, dict[str, str]] = {}
     for task, metric, way in SEARCHED:
-        for folder in sorted(RUNS.glob(f"{task}-development-*")):
+        for folder in sorted(RUNS.glob(f"{task}-{half}-*")):
             table = Results.read(folder).table(metric)
             for _, row in table[table["perturbation"] == way].iterrows():
                 text = _number(row, "difference", "+")
                 own = cells.setdefault(row["method"], {})
                 name = f"{NAMES[task]}, {metric}, n = {row['n']}"
                 own[name] = f"**{text}**" if row["difference_low"] > 0 else text
-    columns = list(cells["cp_lrp"])
-    rows = [[name, *(own[c] for c in columns)] for name, own in cells.items() if name != "attnlrp"]
+    del cells["attnlrp"]
+    columns = list(next(iter(cells.values())))
+    rows = [[name, *(own[c] for c in columns)] for name, own in cells.items()]
     return markdown(["less AttnLRP", *columns], rows)
 
 
@@ -232,8 +233,11 @@ def draw_leads(every: Mapping[str, pd.DataFrame]) -> None:
         labels = list(reversed(names)) if place == 0 else [""] * len(names)
         axes.set_yticks(range(len(names)), labels, fontsize=7)
         axes.tick_params(axis="x", labelsize=7, colors=LIGHT.ink)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", color=LIGHT.muted, linewidth=0.3, alpha=0.5)
     figure.supxlabel(
-        "AttnLRP's lead: area in logits, or hit rate where the answer is known (95% interval)",
+        "AttnLRP's lead with its 95% interval (red: ahead, blue: behind, grey: neither): area in "
+        "logits; overlap on SQuAD; hit rate where the answer is known",
         fontsize=8,
     )
     figure.savefig(IMAGES / "results.png", dpi=110, bbox_inches="tight")
@@ -291,7 +295,8 @@ def main() -> None:
         "settings": settings_table,
         "summary": partial(summary, every),
         "costs": costs,
-        "search": search,
+        "search": partial(search, "development"),
+        "held-out": partial(search, "held-out"),
         "first steps": partial(first_steps, "indirect_object", "zero+first"),
         "first steps sentiment": partial(first_steps, "sentiment", "zero"),
         **{task: partial(task_table, task) for task in every if task in TASKS},
