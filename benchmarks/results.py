@@ -79,6 +79,7 @@ TASKS: Mapping[str, Run] = {
 SLOWLY: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "next_word": (40, (*SLOW, "attnlrp")),
     "sentiment": (40, (*SLOW, "attnlrp")),
+    "squad": (40, (*SLOW, "attnlrp")),
     "images": (100, ("atman", "occlusion", "attnlrp_gamma", "attnlrp")),
 }
 """Methods that have runs of their own, beside what they are compared with, and on how many."""
