@@ -63,6 +63,7 @@ SHORT = {"steps": 8, "length": 32, "perturbations": BOTH}
 TEXTS = {"steps": 6, "length": 64, "perturbations": BOTH, "half": "held-out"}
 REVIEWS = {"steps": 6, "length": 96, "perturbations": ["zero"], "half": "held-out"}
 QUESTIONS = {"steps": 6, "length": 192, "perturbations": ["zero"]}
+ANSWERED_BY_A_DECODER = {**QUESTIONS, "length": 256}
 ANY_LENGTH = {**QUESTIONS, "length": 512}
 PATCHES = {"steps": 6, "perturbations": ["zero"]}
 PIXELS = tuple(name for name in ONE_STACK if name != "atman")
@@ -72,6 +73,7 @@ TASKS: Mapping[str, Run] = {
     "sentiment": Run("sentiment", SMOLLM2, 100, FAST, "movie_reviews.jsonl", REVIEWS),
     "squad": Run("squad", FLAN_T5, 100, ONE_STACK, "squad_dev.jsonl", QUESTIONS),
     "squad_all": Run("squad", FLAN_T5, 500, ONE_PASS, "squad_dev.jsonl", ANY_LENGTH),
+    "squad_smollm2": Run("squad", SMOLLM2, 24, ONE_PASS, "squad_dev.jsonl", ANSWERED_BY_A_DECODER),
     "images": Run("images", "cifar", 300, PIXELS, options=PATCHES),
     "indirect_object": Run("indirect_object", SMOLLM2, 100, FAST + SLOW, options=SHORT),
     "agreement": Run("agreement", SMOLLM2, 100, FAST + SLOW, options=SHORT),

@@ -32,6 +32,7 @@ TASKS: Mapping[str, tuple[str, str, str]] = {
     "sentiment": ("sentiment", "area", "zero"),
     "squad": ("SQuAD", "iou", "none"),
     "squad_all": ("SQuAD, any length", "iou", "none"),
+    "squad_smollm2": ("SQuAD, SmolLM2", "iou", "none"),
     "images": ("images", "area", "zero"),
     "indirect_object": ("indirect object", "hit", "none"),
     "agreement": ("agreement", "hit", "none"),
