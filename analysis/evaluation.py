@@ -112,10 +112,6 @@ def evaluate(
             no example at all.
         StorageError: a damaged results file.
     """
-    skipped: list[str] = []
-    if task == IMAGES:
-        task, data = image_task(read_images(model, data, skipped)), None
-    task = _task(task)
     chosen = [as_method(method) for method in methods]
     ways = [p if isinstance(p, Perturbation) else Perturbation.parse(p) for p in perturbations]
     if not chosen or not ways or n < 1:
@@ -125,6 +121,10 @@ def evaluate(
     names = [method.name for method in chosen]
     if len(set(names)) < len(names):
         raise InputError(f"two methods have one name: {', '.join(names)}")
+    skipped: list[str] = []
+    if task == IMAGES:
+        task, data = image_task(read_images(model, data, skipped)), None
+    task = _task(task)
     records = in_order(_records(task, data, half, skipped), seed)
     settings = {
         "task": task.name,

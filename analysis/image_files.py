@@ -79,14 +79,14 @@ def _images(source: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _folder(path: Path) -> Iterator[tuple[str, Any]]:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     files = [p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES]
     for file in files:
         try:
             with Image.open(file) as image:
                 found = _bytes(image)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except (OSError, Image.DecompressionBombError) as error:
             found = ValueError(f"no image: {error}"[:200])
         yield file.name, found
 

@@ -113,20 +113,19 @@ def main() -> None:
     command.add_argument("--n", type=int, help="fewer examples")
     timed = commands.add_parser("cost", help="time the methods, anew")
     timed.add_argument("names", nargs="+", choices=TASKS)
+    timed.set_defaults(n=None)
     for one in (command, timed):
         one.add_argument("--data", type=Path, default=DATA, help="the folder of the tasks' files")
         one.add_argument("--images", type=Path, help="CIFAR-10, see cifar.py")
     options = parser.parse_args()
     for name in options.names:
-        anew = options.command == "cost"
-        run, folder = (
-            (cost_of(name), RUNS / f"{name}-cost") if anew else (RUNS_OF[name], RUNS / name)
-        )
-        if anew and folder.exists():
-            shutil.rmtree(folder)
+        if options.command == "cost":
+            run, folder = cost_of(name), RUNS / f"{name}-cost"
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            run, folder = RUNS_OF[name], RUNS / name
         methods = [_method(method) for method in run.methods]
-        n = None if anew else options.n
-        found = measure(run, methods, folder, n=n, data=options.data, images=options.images)
+        found = measure(run, methods, folder, n=options.n, data=options.data, images=options.images)
         print(found, flush=True)
 
 

@@ -162,9 +162,9 @@ def search(half: str) -> str:
                 own = cells.setdefault(row["method"], {})
                 name = f"{NAMES[task]}, {metric}, n = {row['n']}"
                 own[name] = f"**{text}**" if row["difference_low"] > 0 else text
-    del cells["attnlrp"]
-    columns = list(next(iter(cells.values())))
-    rows = [[name, *(own[c] for c in columns)] for name, own in cells.items()]
+    cells.pop("attnlrp", None)
+    columns = list(dict.fromkeys(name for own in cells.values() for name in own))
+    rows = [[name, *(own.get(c, "") for c in columns)] for name, own in cells.items()]
     return markdown(["less AttnLRP", *columns], rows)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lenslrp.cli_options import DEFAULT_MODEL, OK, add_model_options, load_model
 
-TASKS = ("next_word", "sentiment", "squad", "images", "indirect_object", "agreement")
+TASKS = ("next_word", "sentiment", "squad", "indirect_object", "agreement", "images")
 DEFAULT_METHODS = "random,gradient_x_input,cp_lrp,attnlrp"
 
 
@@ -66,10 +66,8 @@ def _run(options: argparse.Namespace) -> int:
     from lenslrp.analysis.baselines import as_method
     from lenslrp.analysis.evaluation import Perturbation, evaluate
 
-    methods = [as_method(name) for text in options.methods for name in text.split(",")]
-    perturbations = [
-        Perturbation.parse(name) for text in options.perturb for name in text.split(",")
-    ]
+    methods = [as_method(name) for name in _parted(options.methods)]
+    perturbations = [Perturbation.parse(text) for text in _parted(options.perturb)]
     results = evaluate(
         options.task,
         load_model(options),
@@ -98,3 +96,8 @@ def _run(options: argparse.Namespace) -> int:
     }
     print(json.dumps(told))
     return OK
+
+
+def _parted(given: list[str]) -> list[str]:
+    """What was parted by spaces, by commas, or both."""
+    return [name for text in given for name in text.split(",")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,8 +68,14 @@ def test_images_of_files_go_through_the_models_processor(
     np.savez(tmp_path / "other.npz", labels=np.zeros(3))
     with pytest.raises(InputError, match="has no array of images"):
         read_images(model, tmp_path / "other.npz", [])
+    narrow = read_images(lenslrp.load(str(place), dtype=torch.bfloat16), folder, [])
+    assert all(one.dtype == torch.bfloat16 for one in narrow.values())
+    nameless = zoo.build("ViTForImageClassification")
     with pytest.raises(InputError, match="no image processor"):
-        read_images(zoo.build("ViTForImageClassification"), folder, [])
+        read_images(nameless, folder, [])
+    for processor in (process, SimpleNamespace(image_processor=process)):
+        nameless.processor = processor
+        assert list(read_images(nameless, folder, [])) == list(found)
 
 
 def test_images_from_the_command_line(
@@ -79,8 +86,10 @@ def test_images_from_the_command_line(
     place, folder, _ = photographs
     arguments = ["evaluate", "images", "--model", str(place), "--data", str(folder), "--n", "2"]
     arguments += ["--folder", str(tmp_path), "--steps", "2", "--device", "cpu"]
-    assert cli.main([*arguments, "--methods", "random", "attnlrp", "--json"]) == 0
+    arguments += ["--methods", "random", "attnlrp", "--perturb", "zero", "mean"]
+    assert cli.main([*arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["n"] == 2
     assert told["settings"]["methods"] == ["random", "attnlrp"]
+    assert told["settings"]["perturbations"] == ["zero", "mean"]
     assert len(told["skipped"]) == 1 and "damaged.jpg" in told["skipped"][0]
