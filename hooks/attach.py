@@ -26,6 +26,7 @@ class Context:
     composite: Composite
     books: Books | None
     attention: str
+    copies: bool = False  #: keep values that something may write to in place
     queries: set[str] = field(default_factory=set)  #: norms that feed nothing but queries: paths
     routing: dict[str, Tensor] = field(
         default_factory=dict
@@ -35,6 +36,7 @@ class Context:
     def site(self, hook: str, component: Any, role: str, rule: Any = None) -> Site:
         rule = self.composite[role] if rule is None else rule
         site = Site(hook, type(component).__name__, role, rule, layer_of(hook), books=self.books)
+        site.copies = self.copies
         # An expert that no token was sent to does not run, nor do projections for global attention.
         site.optional = ".experts." in hook or hook.endswith("_global")
         return site
@@ -66,17 +68,34 @@ def original(component: nn.Module) -> Any:
 class Attached:
     """Sites created so far and how to undo them, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, copies: bool = False) -> None:
+        self.copies = copies  # of what something may write to in place
         self.sites: list[Site] = []
         self.undo: list[Undo] = []
         self.weights: dict[int, str] = {}  # of layers with a linear rule: address -> path
         self.wrapped: set[int] = set()  # modules that a norm's bridge wraps: their ids
+        self.replaced: dict[int, Site] = {}  # wrapped norms that have their rule: id -> its site
+        self.edits: list[Any] = []  # meters of the user's own hooks
+        self.plain: dict[int, list[bool]] = {}  # wrapped norms left plain: id -> is it running?
 
     def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         self.undo.append(module.register_forward_hook(hook).remove)
 
+    def first_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """A hook ahead of the user's own: what they do is above it on the graph."""
+        self.undo.append(module.register_forward_hook(hook, prepend=True).remove)
+
     def pre_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         self.undo.append(module.register_forward_pre_hook(hook).remove)
+
+    def meter(self, module: nn.Module, measure: Callable[[Any], None]) -> None:
+        """See what the module itself returns, ahead of any hook of the user's."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
+            measure(y)
+            return y.clone() if self.copies else None  # a write into a view loses its hooks
+
+        self.first_hook(module, hook)
 
     def attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """Shadow an attribute of one instance, past nn.Module's and the bridge's own setters."""
@@ -91,19 +110,38 @@ class Attached:
 
         self.undo.append(restore)
 
-    def wrap(self, module: nn.Module, apply: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Cut the graph through ``module``; ``apply(x, y)`` puts a rule in its place."""
-        inputs: list[Tensor] = []
+    def around(self, module: nn.Module, call: Callable[..., Any], name: str = "forward") -> None:
+        """Have ``call(run, x, *args, **kwargs)`` in the place of a method, the module's forward.
 
-        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            inputs.append(args[0])
-            return (args[0].detach(), *args[1:])
+        Hooks of the user's, on the module itself too, stay outside it and on the graph.
+        """
+        run = getattr(module, name)
 
-        def after(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-            return apply(inputs.pop(), y)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                return call(run, *args, **kwargs)
+            first = next(iter(kwargs))  # a caller that names its first argument
+            return call(lambda x, **rest: run(**{first: x}, **rest), kwargs.pop(first), **kwargs)
 
-        self.pre_hook(module, before)
-        self.hook(module, after)
+        self.attribute(module, name, method)
+
+    def wrap(self, module: nn.Module, apply: Callable[[Tensor, Tensor], Tensor | None]) -> None:
+        """Cut the graph through ``module``; ``apply(x, y)`` puts a rule in its place.
+
+        Where it gives ``None`` instead, the module does not compute what the rule supposes, and
+        stays on the graph.
+        """
+        in_place = bool(getattr(module, "inplace", False))
+
+        def call(run: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            before = x.clone() if in_place else x
+            y = run(before.detach().clone() if in_place else x.detach(), *args, **kwargs)
+            ruled = apply(before, y)
+            if ruled is None:
+                return run(x, *args, **kwargs)
+            return x.copy_(ruled) if in_place else ruled
+
+        self.around(module, call)
 
     def region(
         self, module: nn.Module, site: Site, bias: Callable[[Tensor], Tensor | None]
@@ -114,14 +152,11 @@ class Attached:
         """
         self.sites.append(site)
 
-        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (F.apply(F.RegionInput, args[0], "plain", site), *args[1:])
-
-        def after(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        def call(run: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            y = run(F.apply(F.RegionInput, x, "plain", site), *args, **kwargs)
             return F.apply(F.RegionOutput, y, bias(y), "plain", site)
 
-        self.pre_hook(module, before)
-        self.hook(module, after)
+        self.around(module, call)
 
 
 def components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -39,8 +39,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, original
+from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.live import attach_at_product, attach_live, attach_score_meter
-from lenslrp.hooks.norms import measure_bias
 from lenslrp.hooks.rules import (
     Epsilon,
     LinearRule,
@@ -143,7 +143,7 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
         return F.apply(F.ProductOutput, y, first, second, z)
 
     if hasattr(attn, "o"):
-        at.hook(attn.o.hook_in, at_output)
+        at.first_hook(attn.o.hook_in, at_output)
     if _goes_on(attn):
         attach_at_product(at, attn, at_product)
     if first == 0:
@@ -166,28 +166,32 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
         attach_score_meter(at, attn, sites["attention_qk"], q_share)
     elif not isinstance(inner, native.NativeAttention):
         attach_live(at, attn, at_product, sites["attention_qk"], q_share)
-    needs_scores = isinstance(roles["softmax"], SoftmaxTemperature)
     replaces = isinstance(roles["softmax"], SoftmaxRule)
+    needs_scores = replaces or isinstance(roles["softmax"], SoftmaxTemperature)
     stash: list[Tensor] = []
 
     def at_scores(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> Tensor:
-        stash.clear()
-        if needs_scores:
-            stash.append(scores.detach())
-        ruled = F.apply(F.Scores, scores, q_share, cap, sites)
-        if replaces:
-            stash.append(ruled)
-        return ruled
+        return F.apply(F.Scores, scores, q_share, cap, sites)
+
+    def keep(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> None:
+        stash[:] = [scores if replaces else scores.detach()]  # what the softmax is given
 
     def at_pattern(_: nn.Module, args: tuple[Any, ...], pattern: Tensor) -> Tensor:
-        scores = stash.pop() if stash else None
+        if needs_scores and not stash:
+            raise CoverageError(
+                f"{path}: hook_pattern ran without hook_attn_scores before it, and the "
+                f"{roles['softmax'].name} rule needs the scores"
+            )
+        scores = stash.pop() if needs_scores else None
         if replaces:
             site = sites["softmax"]
             return F.apply(F.SoftmaxReplaced, pattern.detach(), scores, first / second, site)
         return F.apply(F.Pattern, pattern, scores, first / second, sites["softmax"])
 
-    at.hook(attn.hook_attn_scores, at_scores)
-    at.hook(attn.hook_pattern, at_pattern)
+    at.first_hook(attn.hook_attn_scores, at_scores)
+    if needs_scores:
+        at.hook(attn.hook_attn_scores, keep)
+    at.first_hook(attn.hook_pattern, at_pattern)
 
 
 def attach_per_head(at: Attached, ctx: Context, path: str, attn: Any) -> None:

@@ -33,10 +33,12 @@ from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from lenslrp.errors import InputError
+from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, components, layer_of, original
 from lenslrp.hooks.attention import attach_attention, gates_its_output, softcap_of
+from lenslrp.hooks.checks import elementwise, known_forward
+from lenslrp.hooks.constants import measure_bias, meter_edits
 from lenslrp.hooks.convolution import CONVOLUTIONS, attach_convolution
 from lenslrp.hooks.embeddings import attach_leaf, attach_patches, embeddings
 from lenslrp.hooks.experts import ExpertPoint, Mixture, attach_mixture, expert_points, mixtures
@@ -45,7 +47,6 @@ from lenslrp.hooks.norms import (
     attach_norm,
     attach_own_norm,
     is_norm,
-    measure_bias,
 )
 from lenslrp.hooks.operations import (
     ATTENTION,
@@ -56,7 +57,7 @@ from lenslrp.hooks.operations import (
     is_known,
 )
 from lenslrp.hooks.patches import below, embedders
-from lenslrp.hooks.rules import Epsilon, LinearRule, Normalisation, Operations, Plain
+from lenslrp.hooks.rules import Epsilon, Identity, LinearRule, Normalisation, Operations, Plain
 
 ACTIVATIONS: tuple[type, ...] = (
     nn.SiLU,
@@ -89,6 +90,9 @@ ACTIVATIONS: tuple[type, ...] = (
 )
 """Element-wise modules with f(0) = 0, for which the identity rule holds."""
 
+KNOWN_ACTIVATIONS = frozenset(vars(cls)["forward"] for cls in ACTIVATIONS)
+"""Their code: a sub-class that computes something else is not one of them."""
+
 LAYERS: tuple[type, ...] = (nn.Linear, Conv1D, *CONVOLUTIONS)
 """Linear layers: the epsilon rule leaves their gradient as it is."""
 
@@ -110,7 +114,7 @@ def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) 
         layer: Any = module
         role, dim = "convolution", 1 - layer.weight.ndim  # the channels, before the places
     site = ctx.site(path, module, role, Epsilon())
-    at.hook(module, lambda _, args, y: measure_bias(y, bias, site, dim))
+    at.meter(module, lambda y: measure_bias(y, bias, site, dim))
 
 
 def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role: str) -> None:
@@ -122,7 +126,7 @@ def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role
         attach_bias_meter(at, ctx, path, module)
         return
     convolves = isinstance(module, CONVOLUTIONS)
-    if not convolves and type(module).forward not in PLAIN_FORWARDS:
+    if not convolves and known_forward(module) not in PLAIN_FORWARDS:
         raise InputError(
             f"{path} is a {type(module).__name__}, whose weight the {rule.name} rule cannot read "
             "(quantised, or with something added to it): use epsilon for its role "
@@ -144,16 +148,28 @@ def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role
 
 
 def attach_activation(
-    at: Attached, ctx: Context, path: str, module: nn.Module, rule: Any, share: float
+    at: Attached,
+    ctx: Context,
+    path: str,
+    module: nn.Module,
+    rule: Any,
+    share: float,
+    *,
+    declared: bool = False,
 ) -> None:
-    """An activation module; ``share`` is what a gate gets relative to the product's own share."""
+    """An activation module.
+
+    Args:
+        share: what a gate gets relative to the product's own share.
+        declared: the composite has a rule for the module's class.
+    """
     site = ctx.site(path, module, "activation", rule)
     site.cut = share == 0
     if isinstance(rule, Plain):
         at.region(module, site, lambda _: None)
     else:
         at.sites.append(site)
-        at.wrap(module, lambda x, y: F.apply(F.Elementwise, x, y, rule, site))
+        at.wrap(module, elementwise(module, rule, site, declared=declared))
     if share != 1:
         at.hook(module, lambda _, args, y: F.shared(y, share, site))
 
@@ -191,7 +207,7 @@ def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge)
     first, second = F.product_shares(rule)
     site = ctx.site(f"{path}.out.hook_in", mlp, "gate")
     at.sites.append(site)
-    at.hook(
+    at.first_hook(
         mlp.out.hook_in,
         lambda _, args, y: F.apply(F.ProductOutput, y, first, second, site),
     )
@@ -208,7 +224,7 @@ def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
     known: list[Any] = [m for m in original(mlp).children() if isinstance(m, ACTIVATIONS)]
     for module in known:
         probe = torch.linspace(-4.0, 4.0, 33, device=mlp.out.weight.device)
-        if not torch.equal(function(probe), module.forward(probe)):  # past hooks, rules among them
+        if not torch.equal(function(probe), type(module).forward(module, probe)):  # past any rule
             raise InputError(
                 f"{path}: in compatibility mode TransformerLens computes another activation than "
                 f"the model's {type(module).__name__}, so this is not the model any more; load it "
@@ -230,8 +246,10 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
     Returns the sites and how to undo them. What has no rule is left on the autograd graph, where
     :mod:`lenslrp.hooks.coverage` finds it.
     """
-    at = Attached()
+    at = Attached(ctx.copies)
     found = list(components(model))
+    require_modules_of_their_own(model)
+    at.edits = meter_edits(at, ctx, found)
     at.wrapped = {id(original(m)) for _, m in found if isinstance(m, NormalizationBridge)}
     gates: dict[int, float] = {}
     roles: dict[int, str] = {}
@@ -264,6 +282,11 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
         for inner, _ in embeddings(found):
             attach_leaf(at, inner)
             inside.update(id(part) for part in inner.modules() if part is not inner)
+        for _, module in found:  # what has a rule as a whole
+            if isinstance(
+                ctx.composite.modules.get(type(module)), Identity | Normalisation | Plain
+            ):
+                inside.update(id(part) for part in module.modules() if part is not module)
         for path, module in found:
             if id(module) in inside:
                 continue
@@ -283,6 +306,32 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
             undo()
         raise
     return at
+
+
+def require_modules_of_their_own(model: nn.Module) -> None:
+    """Refuse a model in which one module stands in two places.
+
+    Norms, activations and embeddings may. Elsewhere the bridge replaces the module's parts once for
+    each place, and its hook points would mean both.
+
+    Raises:
+        CoverageError: naming the places.
+    """
+    shared = (NormalizationBridge, EmbeddingBridge, PosEmbedBridge, UnembeddingBridge)
+    places: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        inner = original(module) if isinstance(module, GeneralizedComponent) else None
+        if inner is None or isinstance(module, shared) or "_original_component" in path:
+            continue
+        wrapped_twice = isinstance(inner, GeneralizedComponent) and type(inner) is type(module)
+        first = places.setdefault(id(inner), path)
+        # Inside one block several components may stand for parts of one module.
+        if path.split(".")[:2] != first.split(".")[:2] or wrapped_twice:
+            other = "one of another place" if first == path else first
+            raise CoverageError(
+                f"{path} ({type(inner).__name__}) is the same module as {other}: relevance there "
+                "would be that of both; give each place a module of its own (copy.deepcopy)"
+            )
 
 
 def _raw_modules(
@@ -394,7 +443,7 @@ def _attach(
     elif isinstance(own, Normalisation):
         attach_own_norm(at, ctx, path, module, own)
     elif own is not None:
-        attach_activation(at, ctx, path, module, own, share)
+        attach_activation(at, ctx, path, module, own, share, declared=True)
     elif isinstance(module, NormalizationBridge):
         attach_norm(at, ctx, path, module)
     elif isinstance(module, AttentionBridge):
@@ -405,7 +454,7 @@ def _attach(
             attach_gated_mlp(at, ctx, path, module)
     elif id(module) not in at.wrapped and is_norm(module):
         attach_loose_norm(at, ctx, path, module)
-    elif isinstance(module, ACTIVATIONS):
+    elif known_forward(module) in KNOWN_ACTIVATIONS:
         attach_activation(at, ctx, path, module, ctx.composite["activation"], share)
     elif isinstance(module, native.NativeMLP | native.NativeGatedMLP):
         attach_native_activation(at, ctx, path, module, share)

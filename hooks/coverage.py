@@ -4,6 +4,10 @@ Components are not enough: raw operations hide inside wrapped modules (clips, ga
 So every node of the graph must be one of ours, or linear in what flows through it, or the very
 operation that the node of ours above it stands for (the matrix product below a half rule, the
 softmax below a pattern), or inside a region that a composite marks as plain.
+
+A rule's share belongs to its operation: *every* path below the rule must meet that operation before
+it meets another rule or a leaf. A term beside a product (``gate * up + up``) would get the half of
+the product, so it is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import BackwardHookFunction
 
 from lenslrp.errors import CoverageError
-from lenslrp.hooks.functions import Read
+from lenslrp.hooks.functions import OURS
+from lenslrp.hooks.observing import WRITES
 from lenslrp.hooks.sites import Site, has_values
 
 LINEAR = frozenset(
@@ -27,13 +32,13 @@ LINEAR = frozenset(
         r"\w+",
         """
         AccumulateGrad AdaptiveAvgPool1D AdaptiveAvgPool2D Add Alias AsStrided AvgPool1D AvgPool2D
-        BackwardHookFunction Cat Chunk Clone Complex ConstantPadNd Contiguous Copy CopySlices
-        Copyslices Cumsum Detach Embedding Expand Fill Flatten Flip Gather Identity Im2Col Index
-        IndexAdd IndexCopy IndexPut IndexSelect MaskedFill MaskedScatter Max Mean Movedim Narrow Neg
-        Pad Permute Real Repeat RepeatInterleave Reshape ReshapeAlias Roll RSub Scatter ScatterAdd
-        Select SelectScatter Slice SliceScatter Sort Split SplitWithSizes Squeeze Stack Sub Sum T
-        TensorSplit ToCopy Topk Transpose Tril Triu Unbind Unfold UnsafeView Unsqueeze
-        UpsampleBicubic2D UpsampleBilinear2D View ViewAs ViewAsComplex ViewAsReal Where Zero
+        Cat Chunk Clone Complex ConstantPadNd Contiguous Copy Cumsum Detach Embedding Expand Fill
+        Flatten Flip Gather Identity Im2Col Index IndexAdd IndexCopy IndexPut IndexSelect MaskedFill
+        MaskedScatter Max Mean Movedim Narrow Neg Pad Permute Real Repeat RepeatInterleave Reshape
+        ReshapeAlias Roll RSub Scatter ScatterAdd Select SelectScatter Slice SliceScatter Sort Split
+        SplitWithSizes Squeeze Stack Sub Sum T TensorSplit ToCopy Topk Transpose Tril Triu Unbind
+        Unfold UnsafeView Unsqueeze UpsampleBicubic2D UpsampleBilinear2D View ViewAs ViewAsComplex
+        ViewAsReal Where Zero
         """,
     )
 )
@@ -88,26 +93,32 @@ class Coverage:
         uncovered: operations on the path without a rule (empty unless ``strict=False``).
         off_path: hook points that were asked for implicitly and are not on the path.
         notes: what a reader of these results should know.
+        cuts: where the model's own code, or a hook, cut values on the path off the graph
+            (``detach``, ``.data``, ``no_grad``): a rule takes them for constants.
+        balanced: whether the account of the target adds up, within what the type allows.
     """
 
     sites: pd.DataFrame
     uncovered: list[str] = field(default_factory=list)
     off_path: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    cuts: list[str] = field(default_factory=list)
+    balanced: bool = True
 
     @property
     def ok(self) -> bool:
-        return not self.uncovered and bool(self.sites["fired"].all())
+        return not self.uncovered and self.balanced and bool(self.sites["fired"].all())
 
     def __str__(self) -> str:
         rules = self.sites.groupby(["role", "rule"]).size()
         lines = [f"{role}: {rule} at {n} places" for (role, rule), n in rules.items()]
-        return "\n".join([*lines, *(f"NO RULE: {gap}" for gap in self.uncovered)])
+        lines += [f"NO RULE: {gap}" for gap in self.uncovered]
+        return "\n".join([*lines, *(f"constant: {cut}" for cut in self.cuts), *self.notes])
 
 
 def operation(node: Any) -> str:
     """``MulBackward0`` -> ``Mul``."""
-    return re.sub(r"Backward\d*$", "", type(node).__name__)
+    return re.sub(r"Backwards?\d*$", "", type(node).__name__)
 
 
 def _inputs(node: Any) -> list[Any]:
@@ -116,18 +127,39 @@ def _inputs(node: Any) -> list[Any]:
 
 @dataclass
 class Walk:
-    """What a walk over the graph found."""
+    """What a walk over the graph found.
+
+    Attributes:
+        gaps: operations that no rule answers for.
+        sites: the sites on the path, by id.
+        nodes: every node on the path, by id.
+        misplaced: sites whose rule stands above no operation of its kind.
+        leaks: sites whose rule also reaches something beside its operation.
+    """
 
     gaps: list[Gap]
     sites: set[int]
     nodes: dict[int, Any]
     misplaced: list[Site]
+    leaks: list[Site]
+
+    def faults(self) -> list[str]:
+        """Rules that do not stand where they belong, in words."""
+        return [
+            *(f"{_at(s)} found no operation of its kind below it" for s in self.misplaced),
+            *(f"{_at(s)} also reaches something beside its operation" for s in self.leaks),
+        ]
+
+
+def _at(site: Site) -> str:
+    return f"{site.rule.name} at {site.hook}"
 
 
 def walk(
     roots: Iterable[Tensor],
     place: Callable[[Any], str] = lambda _: "",
     weights: Mapping[int, str] | None = None,
+    writes: Mapping[int, str] | None = None,
 ) -> Walk:
     """Walk the graph from ``roots`` (where relevance starts) to the leaves.
 
@@ -136,14 +168,17 @@ def walk(
         weights: addresses of weights whose layers have a rule of their own (gamma, say), with their
             names: met as a plain linear operation, they are gaps.
         place: names the component that a node belongs to, for messages.
+        writes: writes into views that were watched: id of the graph node -> what it hides, "" where
+            that is linear. Others are gaps.
     """
-    found = Walk([], set(), {}, [])
-    seen: set[tuple[int, frozenset[str], int]] = set()
+    found = Walk([], set(), {}, [], [])
+    seen: set[tuple[int, frozenset[tuple[int, str]], tuple[int, ...]]] = set()
     reported: set[int] = set()
     reached: dict[tuple[int, str], Site] = {}
     used: set[tuple[int, str]] = set()
-    stack: list[tuple[Any, frozenset[tuple[int, str]], int, str]] = [
-        (root.grad_fn, frozenset(), 0, "the target") for root in roots if root.grad_fn is not None
+    leaked: dict[int, Site] = {}
+    stack: list[tuple[Any, frozenset[tuple[int, str]], tuple[int, ...], str]] = [
+        (root.grad_fn, frozenset(), (), "the target") for root in roots if root.grad_fn is not None
     ]
 
     def gap(node: Any, name: str, above: str) -> None:
@@ -153,41 +188,57 @@ def walk(
 
     while stack:
         node, pending, region, above = stack.pop()
-        key = (id(node), frozenset(f"{i}{o}" for i, o in pending), region)
+        key = (id(node), pending, region)
         if key in seen:
             continue
         seen.add(key)
         found.nodes[id(node)] = node
         below = _inputs(node)
-        site = getattr(node, "site", None)
+        site = _site(node)
+        if pending and not region and (site is not None or not below):
+            leaked.update((id(reached[item]), reached[item]) for item in pending)
         if site is not None:
             found.sites.add(id(site))
             above = f"{site.hook} ({site.role})"
             if site.role == "attention_qk":
                 found.sites.update(id(s) for s in getattr(node, "sites", {}).values())
-            region = max(region + node.region, 0)
-            pending = frozenset((id(node), opens) for opens in node.opens)
+            if node.region > 0:
+                region = (*region, id(site))
+            elif node.region < 0 and region[-1:] == (id(site),):
+                region = region[:-1]
+            elif node.region < 0:
+                gap(node, "a path that enters a region past its output", above)
+            pending = frozenset((id(node), opens) for opens in node.opens if not region)
             for item in pending:
                 reached[item] = site
-        elif region == 0:
+        elif not region:
             name = operation(node)
-            opens = {o: item for item in pending for o in [item[1]]}
-            wants = _wants(node, name)
+            opens = {item[1]: item for item in pending}
+            wants = _wants(node, name, writes or {})
             if wants == "product" and _factors(node, name) < 2:
                 wants = ""
-            if wants == "?" or (weights and _weight(node) in weights):
-                gap(node, name, above)
+            if wants.startswith("?") or (weights and _weight(node) in weights):
+                gap(node, wants[1:] or name, above)
             elif wants:
                 if wants in opens:
                     used.add(opens[wants])
                     pending = pending - {opens[wants]}
                 else:
                     gap(node, name, above)
+        elif _is_foreign(node):
+            gap(node, operation(node), above)
         if region and not below:
             gap(node, "a path that leaves a region past its inputs", above)
         stack.extend((item, pending, region, above) for item in below)
     found.misplaced = [site for item, site in reached.items() if item not in used]
+    found.leaks = list(leaked.values())
     return found
+
+
+def _site(node: Any) -> Site | None:
+    """The site of a node of ours; what another's function calls so does not count."""
+    ours = getattr(node, "_forward_cls", None) in OURS
+    return getattr(node, "site", None) if ours else None
 
 
 def _weight(node: Any) -> int:
@@ -199,12 +250,18 @@ def _weight(node: Any) -> int:
     return 0
 
 
-def _wants(node: Any, name: str) -> str:
-    """Which kind of rule must stand above an operation: "" for none, "?" for one we lack."""
+def _wants(node: Any, name: str, writes: Mapping[int, str]) -> str:
+    """Which kind of rule must stand above an operation.
+
+    "" for none; "?" for one we lack, with what is hidden behind it if the node's name does not say.
+    """
     if isinstance(node, torch.autograd.function.BackwardCFunction):  # written in Python, any name
-        return "" if node._forward_cls in (Read, BackwardHookFunction) else "?"  # type: ignore[attr-defined]
+        return "?" if _is_foreign(node) else ""
     if name in LINEAR or name.startswith("MkldnnReorder"):
         return ""
+    if name in WRITES:
+        hidden = writes.get(id(node), "an unknown write into a view")
+        return f"?{hidden}" if hidden else ""
     if name in BILINEAR:
         return "product"
     if name in QUOTIENT:
@@ -219,6 +276,12 @@ def _wants(node: Any, name: str) -> str:
     if name == "Maximum":
         return "" if _floors(node) else "?"
     return "?"
+
+
+def _is_foreign(node: Any) -> bool:
+    """Whether a node was written in Python by somebody else: nothing is known of its gradient."""
+    kind = getattr(node, "_forward_cls", None)
+    return kind is not None and kind not in OURS and kind is not BackwardHookFunction
 
 
 def _clips(node: Any) -> bool:
@@ -364,16 +427,16 @@ def _some(names: Sequence[str], shown: int = 6) -> str:
 
 
 def require_in_place(found: Walk, architecture: str) -> None:
-    """Raise where a rule stands above no operation of its kind.
+    """Raise where a rule stands above no operation of its kind, or reaches something beside it.
 
     Raises:
         CoverageError: naming the rules.
     """
-    if found.misplaced:
-        names = ", ".join(f"{s.rule.name} at {s.hook}" for s in found.misplaced[:6])
+    faults = found.faults()
+    if faults:
         raise CoverageError(
-            f"{architecture}: {names} found no operation of its kind below it; the model's forward "
-            "pass differs from what the rule expects"
+            f"{architecture}: {'; '.join(faults[:6])}; the model's forward pass differs from what "
+            "the rules expect, so the relevance would be wrong"
         )
 
 

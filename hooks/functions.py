@@ -35,6 +35,17 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     return result
 
 
+def same(x: Tensor, copies: bool) -> Tensor:
+    """The values of ``x``, apart from the graph; in memory of their own where something writes to
+    it in place."""
+    return x.detach().clone() if copies else x.detach()
+
+
+def _kept(x: Tensor, site: Site) -> Tensor:
+    """An input as the backward pass needs it: as it is now."""
+    return same(x, True) if site.copies else x
+
+
 def _mark(ctx: Any, site: Site, opens: tuple[str, ...] = (), region: int = 0) -> None:
     ctx.site = site
     ctx.opens = opens
@@ -55,8 +66,8 @@ class Elementwise(torch.autograd.Function):
         _mark(ctx, site)
         ctx.rule = rule
         ctx.keeps = site.books is not None
-        ctx.save_for_backward(*((x, y) if ctx.keeps else (rule.factor(x, y),)))
-        return y.detach()
+        ctx.save_for_backward(*((_kept(x, site), y) if ctx.keeps else (rule.factor(x, y),)))
+        return same(y, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
@@ -81,7 +92,7 @@ class LayerNorm(torch.autograd.Function):
         wide = x if x.dtype == torch.float64 else x.float()
         inverse = torch.rsqrt(wide.var(dim=-1, keepdim=True, unbiased=False) + eps)
         ctx.save_for_backward(inverse.to(x.dtype), weight)
-        return y.detach()
+        return same(y, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -101,7 +112,7 @@ class GroupNorm(torch.autograd.Function):
         wide = (x if x.dtype == torch.float64 else x.float()).reshape(len(x), groups, -1)
         inverse = torch.rsqrt(wide.var(dim=-1, keepdim=True, unbiased=False) + eps)
         ctx.save_for_backward(inverse.to(x.dtype), weight)
-        return y.detach()
+        return same(y, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
@@ -130,7 +141,7 @@ class Normalised(torch.autograd.Function):
         if site.books is not None:
             lost = (y if bias is None else y - bias) - x * factor
         ctx.save_for_backward(factor, lost)
-        return y.detach()
+        return same(y, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -157,8 +168,8 @@ class Linear(torch.autograd.Function):
     ) -> Tensor:
         _mark(ctx, site)
         ctx.rule = rule
-        ctx.save_for_backward(x, y, weight, bias)
-        return y.detach()
+        ctx.save_for_backward(_kept(x, site), y, weight, bias)
+        return same(y, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
@@ -186,7 +197,7 @@ class ProductOutput(torch.autograd.Function):
         ctx.absorbs = absorbs = 1 - first - second
         if site.books is not None and absorbs:
             ctx.save_for_backward(y)
-        return y.detach()
+        return same(y, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
@@ -217,7 +228,7 @@ class Scores(torch.autograd.Function):
         ctx.capped = capped
         if capped or sites["attention_qk"].books is not None:
             ctx.save_for_backward(scores)
-        return scores.detach()
+        return same(scores, sites["attention_qk"].copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
@@ -252,7 +263,7 @@ class Pattern(torch.autograd.Function):
         _mark(ctx, site, opens=("softmax",))
         ctx.share = share
         ctx.save_for_backward(pattern if site.books is not None else None, scores)
-        return pattern.detach()
+        return same(pattern, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
@@ -276,7 +287,7 @@ class SoftmaxReplaced(torch.autograd.Function):
         _mark(ctx, site)
         ctx.share = share
         ctx.save_for_backward(pattern, scores)
-        return pattern.detach()
+        return same(pattern, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None, None]:
@@ -296,7 +307,7 @@ class Share(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, share: float, site: Site) -> Tensor:
         _mark(ctx, site)
         ctx.share = share
-        return x.detach()
+        return same(x, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
@@ -309,7 +320,7 @@ class Mark(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, site: Site) -> Tensor:
         _mark(ctx, site)
-        return x.detach()
+        return same(x, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
@@ -326,7 +337,7 @@ class RegionOutput(torch.autograd.Function):
         ctx.term = term
         if site.books is not None:
             ctx.save_for_backward(y if bias is None else y - bias)
-        return y.detach()
+        return same(y, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
@@ -344,8 +355,8 @@ class RegionInput(torch.autograd.Function):
         _mark(ctx, site, region=-1)
         ctx.term = term
         if site.books is not None:
-            ctx.save_for_backward(x)
-        return x.detach()
+            ctx.save_for_backward(_kept(x, site))
+        return same(x, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
@@ -365,7 +376,7 @@ class FusedOutput(torch.autograd.Function):
         _mark(ctx, site, region=1)
         if site.books is not None:
             ctx.save_for_backward(z)
-        return z.detach()
+        return same(z, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
@@ -383,8 +394,8 @@ class FusedInput(torch.autograd.Function):
         _mark(ctx, site, region=-1)
         ctx.share = share
         if site.books is not None:
-            ctx.save_for_backward(x)
-        return x.detach()
+            ctx.save_for_backward(_kept(x, site))
+        return same(x, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
@@ -398,15 +409,23 @@ class Read(torch.autograd.Function):
     """Hands ``(x, g)`` to a reader as the backward pass passes; changes nothing."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, deliver: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, deliver: Any, copies: bool) -> Tensor:
         ctx.deliver = deliver
-        ctx.save_for_backward(x)
-        return x.detach()
+        ctx.save_for_backward(same(x, True) if copies else x)
+        return same(x, copies)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         ctx.deliver(ctx.saved_tensors[0], g)
-        return g, None
+        return g, None, None
+
+
+OURS = frozenset(
+    kind
+    for kind in list(globals().values())
+    if isinstance(kind, type) and issubclass(kind, torch.autograd.Function)
+)
+"""Every Function of this module: only their nodes are taken at their word."""
 
 
 def product_shares(rule: Any) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks.components import Context, attach_all
 from lenslrp.hooks.composites import Composite, as_composite
+from lenslrp.hooks.constants import EditMeter
 from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place, walk
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books, Site
@@ -40,12 +41,19 @@ class Rules:
     """
 
     def __init__(
-        self, model: nn.Module, composite: Composite, attention: str, books: Books | None
+        self,
+        model: nn.Module,
+        composite: Composite,
+        attention: str,
+        books: Books | None,
+        copies: bool = False,
     ) -> None:
         self.model = model
         self.composite = composite
         self.attention = attention
         self.books = books
+        self.copies = copies
+        self.edits: list[EditMeter] = []
         self.sites: list[Site] = []
         self.weights: dict[int, str] = {}
         self.routing: dict[str, Tensor] = {}
@@ -59,6 +67,7 @@ class Rules:
             self.composite,
             self.books,
             self.attention,
+            copies=self.copies,
             routing=self.routing,
             experts=self.experts,
         )
@@ -67,6 +76,7 @@ class Rules:
             for new, old in zip(attached.sites, self.sites, strict=True):
                 new.forward, new.backward = old.forward, old.backward
         self.sites = attached.sites
+        self.edits = attached.edits
         self._undo = attached.undo
         self.weights = attached.weights
         # run_with_cache calls what the bridge wraps, past the bridge's own forward.
@@ -197,6 +207,7 @@ def relevance_rules(
     attention: str = "bridge",
     strict: bool = True,
     books: Books | None = None,
+    copies: bool = False,
 ) -> Iterator[Rules]:
     """Attach LRP rules to ``model`` for the length of the block.
 
@@ -211,6 +222,8 @@ def relevance_rules(
         strict: at the end of the block, raise if a rule's forward ran and its backward never did
             although another's did.
         books: where sites report what they absorb, for a ledger.
+        copies: keep copies of what is needed for the backward pass, for a model that writes in
+            place to what its modules return.
 
     Raises:
         InputError: the model is in train mode, or the rules cannot be had with this attention.
@@ -221,7 +234,7 @@ def relevance_rules(
     require_bridge(model)
     lock, stack = _stack(model)
     with lock:
-        rules = Rules(model, as_composite(composite), attention, books)
+        rules = Rules(model, as_composite(composite), attention, books, copies)
         if stack:
             stack[-1].detach()
         stack.append(rules)

@@ -10,16 +10,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 from transformer_lens.model_bridge.sources.native import model as native
 
 from lenslrp.errors import InputError
+from lenslrp.hooks import checks
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, original
+from lenslrp.hooks.checks import elementwise, known_forward
+from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.rules import Identity, Normalisation, Plain
-from lenslrp.hooks.sites import Site, has_values, widest
+from lenslrp.hooks.sites import Site
 
 LAYER_NORMS = (nn.LayerNorm.forward, native.NativeLayerNormPre.forward)
 GROUP_NORMS = (nn.GroupNorm.forward,)
@@ -53,17 +55,18 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
             return _bias_of(component, own)
         return None if norm.uses_rms_norm else getattr(component, "bias", None)
 
-    site = ctx.site(path, norm, "norm", rule)
+    first = id(component) not in at.replaced
+    site = ctx.site(path, norm, "norm", rule) if first else at.replaced[id(component)]
     site.cut = ctx.cuts(path)
     if isinstance(rule, Plain):
-        at.region(norm, site, lambda _: bias())
-        _region_past_the_bridge(at, norm, site, bias)
+        _plain_norm(at, norm, site, bias)
     else:
-        at.sites.append(site)
-        if isinstance(own, Normalisation):
+        if not first:
+            pass  # one norm under two names: its rule is in its place already
+        elif isinstance(own, Normalisation):
             _wrap_own_norm(at, component, own, site)
         elif isinstance(own, Identity):
-            at.wrap(component, lambda x, y: F.apply(F.Elementwise, x, y, own, site))
+            at.wrap(component, elementwise(component, own, site, declared=True))
         else:
             _attach_wrapped_norm(at, component, site)
 
@@ -85,35 +88,34 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
 
         at.hook(norm.hook_scale, constant_scale)
         at.hook(norm, mark)
+    if first:
+        at.sites.append(site)
+        at.replaced[id(component)] = site
     if ctx.books is not None:
-        _attach_norm_bias(at, ctx, path, norm, bias)
+        _attach_norm_bias(at, norm, bias, site, first=first)
 
 
-def _region_past_the_bridge(
+def _plain_norm(
     at: Attached, norm: NormalizationBridge, site: Site, bias: Callable[[], Tensor | None]
 ) -> None:
-    """The same region around the wrapped norm, where it is called without its bridge.
+    """The norm as it is, measured where it begins and ends: as the bridge runs it, by either of
+    its ways, or called past the bridge (split query, key and value inputs do so)."""
+    component = original(norm)
+    inside = at.plain.setdefault(id(component), [])
 
-    So do split query, key and value inputs.
-    """
-    within: list[bool] = []
+    def call(run: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if inside:
+            return run(x, *args, **kwargs)
+        inside.append(True)
+        try:
+            y = run(F.apply(F.RegionInput, x, "plain", site), *args, **kwargs)
+        finally:
+            inside.clear()
+        return F.apply(F.RegionOutput, y, bias(), "plain", site)
 
-    def enter(*_: Any) -> None:
-        within.append(True)
-
-    def leave(*_: Any) -> None:
-        within.clear()
-
-    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return None if within else (F.apply(F.RegionInput, args[0], "plain", site), *args[1:])
-
-    def after(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-        return None if within else F.apply(F.RegionOutput, y, bias(), "plain", site)
-
-    at.pre_hook(norm, enter)
-    at.hook(norm, leave)
-    at.pre_hook(original(norm), before)
-    at.hook(original(norm), after)
+    at.around(component, call)
+    for way in ("_python_norm_forward", "_hf_autograd_forward_with_hooks"):
+        at.around(norm, call, way)
 
 
 def _native(norm: NormalizationBridge) -> bool:
@@ -124,18 +126,25 @@ def _native(norm: NormalizationBridge) -> bool:
 
 
 def _attach_wrapped_norm(at: Attached, component: nn.Module, site: Site) -> None:
-    name = type(component).__name__
-    if isinstance(component, nn.GroupNorm) and is_norm(component):
-        norm: Any = component
+    norm: Any = component
+    forward = known_forward(norm)
+    if forward in GROUP_NORMS:
         gain, groups = norm.weight, norm.num_groups
         at.wrap(norm, lambda x, y: F.apply(F.GroupNorm, x, y, gain, groups, norm.eps, site))
-    elif type(component).forward in LAYER_NORMS:  # not a subclass with a forward of its own
-        weight, eps = getattr(component, "weight", None), component.eps
-        at.wrap(component, lambda x, y: F.apply(F.LayerNorm, x, y, weight, eps, site))
-    elif name in NAMED_NORMS:
-        _wrap_own_norm(at, component, NAMED_NORMS[name], site)
-    elif "RMSNorm" in name and "Gated" not in name:
-        at.wrap(component, lambda x, y: F.apply(F.Elementwise, x, y, Identity(), site))
+    elif forward in LAYER_NORMS:  # not a subclass with a forward of its own
+        weight, eps = getattr(norm, "weight", None), norm.eps
+        at.wrap(norm, lambda x, y: F.apply(F.LayerNorm, x, y, weight, eps, site))
+    elif type(norm).__name__ in NAMED_NORMS:
+        _wrap_own_norm(at, norm, NAMED_NORMS[type(norm).__name__], site)
+    elif _is_rms_norm(norm):
+        # The class's name is a promise that its values have to keep.
+        run, form = norm.forward, Normalisation()
+
+        def apply(x: Tensor, y: Tensor) -> Tensor | None:
+            fits = checks.is_norm(norm, run, x, y, form, None)
+            return F.apply(F.Elementwise, x, y, Identity(), site) if fits else None
+
+        at.wrap(norm, apply)
     # Any other class stays on the graph, where the coverage check meets it and names it.
 
 
@@ -145,13 +154,15 @@ def _bias_of(module: Any, rule: Normalisation) -> Tensor | None:
 
 
 def _wrap_own_norm(at: Attached, module: nn.Module, rule: Normalisation, site: Site) -> None:
+    run = module.forward
+
     def apply(x: Tensor, y: Tensor) -> Tensor:
         bias = _bias_of(module, rule)
-        if has_values(x) and not rule.fits(x, y, bias):
+        if not checks.is_norm(module, run, x, y, rule, bias):
             other = replace(rule, centred=not rule.centred)
             hint = (
                 f"; it fits Normalisation(centred={other.centred})"
-                if other.fits(x, y, bias)
+                if checks.is_norm(module, run, x, y, other, bias)
                 else "; is its bias an attribute named otherwise (bias=...), or is it no norm?"
             )
             raise InputError(
@@ -174,7 +185,7 @@ def attach_own_norm(
     at.sites.append(site)
     _wrap_own_norm(at, module, rule, site)
     if ctx.books is not None:
-        at.hook(module, lambda _, args, y: measure_bias(y, _bias_of(module, rule), site))
+        at.meter(module, lambda y: measure_bias(y, _bias_of(module, rule), site))
 
 
 def attach_loose_norm(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
@@ -189,9 +200,7 @@ def attach_loose_norm(at: Attached, ctx: Context, path: str, module: nn.Module) 
         _attach_wrapped_norm(at, module, site)
     if ctx.books is not None:
         dim = 1 if isinstance(module, nn.GroupNorm) else -1
-        at.hook(
-            module, lambda _, args, y: measure_bias(y, getattr(module, "bias", None), site, dim)
-        )
+        at.meter(module, lambda y: measure_bias(y, getattr(module, "bias", None), site, dim))
 
 
 def _broadcast_bias(module: nn.Module, y: Tensor) -> Tensor | None:
@@ -203,61 +212,34 @@ def _broadcast_bias(module: nn.Module, y: Tensor) -> Tensor | None:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is of a norm class that has a rule."""
+    known = known_forward(module) in (*LAYER_NORMS, *GROUP_NORMS)
+    return known or type(module).__name__ in NAMED_NORMS or _is_rms_norm(module)
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
     name = type(module).__name__
-    known = type(module).forward in (*LAYER_NORMS, *GROUP_NORMS) or name in NAMED_NORMS
-    return known or ("RMSNorm" in name and "Gated" not in name and "Bridge" not in name)
+    return "RMSNorm" in name and "Gated" not in name and "Bridge" not in name
 
 
 def _attach_norm_bias(
     at: Attached,
-    ctx: Context,
-    path: str,
     norm: NormalizationBridge,
     bias: Callable[[], Tensor | None],
+    site: Site,
+    *,
+    first: bool,
 ) -> None:
     if bias() is None:
         return
-    site = ctx.site(path, norm, "norm")
     called: list[bool] = []
-
-    def native_ran(*_: Any) -> None:
-        called.append(True)
-
-    def meter(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-        measure_bias(y, bias(), site)
-
     # Split query-key-value inputs call the wrapped norm directly, past the bridge.
-    at.hook(original(norm), meter)
-    at.hook(original(norm), native_ran)
+    if first:
+        at.meter(original(norm), lambda y: measure_bias(y, bias(), site))
+    at.hook(original(norm), lambda *_: called.append(True))
 
-    def python_path(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+    def python_path(_: nn.Module, args: tuple[Any, ...]) -> None:
         if not called:
-            measure_bias(y, bias(), site)
+            measure_bias(args[0], bias(), site)
         called.clear()
 
-    at.hook(norm, python_path)
-
-
-ROWS = 1 << 22
-"""How many numbers of a gradient are widened at once."""
-
-
-def measure_bias(y: Tensor, bias: Tensor | None, site: Site, dim: int = -1) -> None:
-    """Report ``sum(bias * g)`` when the gradient at ``y`` arrives; the bias is along ``dim``.
-
-    In chunks: a float64 copy of the gradient of all logits would be the largest tensor of the pass.
-    Books that keep rows get one amount for each.
-    """
-    if bias is None or not y.requires_grad or (has_values(bias) and not bool(bias.any())):
-        return  # TransformerLens gives every unembedding a bias of zeros
-
-    def measure(g: Tensor) -> None:
-        wide, last = widest(g), g.detach().movedim(dim, -1)
-        kept = 1 if site.books is None or site.books.rows is None else site.books.rows
-        rows = last.reshape(kept, -1, last.shape[-1])
-        summed = torch.zeros(kept, rows.shape[-1], dtype=wide, device=g.device)
-        for chunk in rows.split(max(1, ROWS // (kept * rows.shape[-1])), dim=1):
-            summed += chunk.sum(dim=1, dtype=wide)
-        site.report("biases", summed @ bias.detach().to(g.device, wide))
-
-    y.register_hook(measure)
+    at.pre_hook(norm.hook_out, python_path)

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context
+from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.meeting import MATRIX_PRODUCTS, SUMS, Meeting
-from lenslrp.hooks.norms import measure_bias
 from lenslrp.hooks.rules import (
     Epsilon,
     LinearRule,
@@ -89,11 +89,15 @@ KNOWN: Mapping[str, Operations] = {
 GATED = ({"gate_proj", "up_proj", "down_proj"},)
 """The sub-modules by which a gated MLP is known, whatever its class."""
 
-ACTIVATIONS = frozenset(
-    {"silu", "gelu", "relu", "leaky_relu", "elu", "tanh", "mish", "hardswish", "relu_", "silu_"}
-)
-PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply"})
-QUOTIENTS = frozenset({"div", "__truediv__", "true_divide", "div_", "__itruediv__"})
+ACTIVATIONS = frozenset({"silu", "gelu", "relu", "leaky_relu", "elu", "tanh", "mish", "hardswish"})
+PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
+QUOTIENTS = frozenset({"div", "__truediv__", "true_divide"})
+WRITES = {
+    **{f"{name}_": name for name in sorted(ACTIVATIONS | {"div", "mul"})},
+    "__imul__": "mul",
+    "__itruediv__": "div",
+}
+"""Functions that write their result to their first argument -> those that give it."""
 DIFFERENCES = frozenset({"sub", "__sub__", "sub_", "__isub__"})
 CONVOLUTIONS = frozenset({"conv1d", "conv2d"})
 JOINS = frozenset({"cat", "concat", "concatenate"})
@@ -118,6 +122,8 @@ class Met(Meeting):
         return self.depth[0] == 0 and torch.is_grad_enabled()
 
     def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args and _live(args[0]) and (name in WRITES or kwargs.get("inplace")):
+            return self.written(func, name, args, kwargs)
         if name in PRODUCTS and _factors(args) == 2:
             a, b = args[0], args[1]
             return self.product(a, b)
@@ -142,6 +148,18 @@ class Met(Meeting):
         if name in JOINS:
             return self.joined(out, *args, **kwargs)
         return out
+
+    def written(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same operation with its rule on a copy, and its values written where they belong."""
+        apart = {key: value for key, value in kwargs.items() if key != "inplace"}
+
+        def on_copy(x: Tensor, *rest: Any, **options: Any) -> Any:
+            return func(
+                x.clone(), *rest, **options, **dict.fromkeys(kwargs.keys() & {"inplace"}, True)
+            )
+
+        out = self.meet(on_copy, WRITES.get(name, name), (args[0].clone(), *args[1:]), apart)
+        return args[0].copy_(out)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Half to each; a router's weight is one number a position and is the first factor."""

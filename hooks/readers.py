@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import layer_of
-from lenslrp.hooks.functions import Read, apply
+from lenslrp.hooks.functions import Read, apply, same
 from lenslrp.hooks.sites import has_values, masked_to_zero
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -115,6 +115,7 @@ class Readers:
     reduce: Callable[[str], Reduce | None]
     pieces: dict[str, dict[int, Any]] = field(default_factory=dict)
     activations: dict[str, Tensor] = field(default_factory=dict)
+    copies: bool = False  #: keep copies of what is written to in place
     _handles: list[Any] = field(default_factory=list)
 
     @classmethod
@@ -161,7 +162,7 @@ class Readers:
             values = (*args, *(kwargs[k] for k in ("hidden_states",) if k in kwargs))
             x = next((v for v in values if isinstance(v, Tensor)), None)
             if x is not None and x.requires_grad:
-                kept = x.detach()
+                kept = same(x, self.copies)
                 index = self._saw(reading, x)
                 x.register_hook(lambda g: self._deliver(reading, kept, g, index))
 
@@ -176,7 +177,7 @@ class Readers:
                     self._saw(reading, out)  # a rule cut it here: on the path, relevance zero
                 return None
             index = self._saw(reading, out)
-            return apply(Read, out, lambda x, g: self._deliver(reading, x, g, index))
+            return apply(Read, out, lambda x, g: self._deliver(reading, x, g, index), self.copies)
 
         return hook
 

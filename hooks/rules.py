@@ -12,7 +12,7 @@ Sources: [A] Achtibat et al., AttnLRP, ICML 2024 (2402.05602); [D] GIM (2505.176
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -39,12 +39,12 @@ SATURATED: dict[torch.dtype, float] = {
 
 
 PARALLEL: dict[torch.dtype, float] = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-6,
-    torch.bfloat16: 1e-2,
-    torch.float16: 1e-3,
+    torch.float64: 1e-5,  # many norms compute in float32 whatever the model's type
+    torch.float32: 1e-4,
+    torch.bfloat16: 3e-2,
+    torch.float16: 4e-3,
 }
-"""How far below 1 the cosine of two vectors may be that should be parallel."""
+"""How large the sine of the angle between two vectors may be that should be parallel."""
 
 
 def stabilise(x: Float[Tensor, "*shape"], eps: float | None = None) -> Float[Tensor, "*shape"]:
@@ -250,6 +250,23 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Limited(Identity):
+    """The identity rule for a function that is not quite 0 at 0, where y / x has no bound.
+
+    Within ``near`` of 0 the factor is that at ``-near`` or ``near``; what is left of y there goes
+    to the ledger's ``stabiliser``.
+    """
+
+    below: Tensor | float = 0.0
+    above: Tensor | float = 0.0
+    near: ClassVar[float] = 2e-6
+
+    def factor(self, x: Tensor, y: Tensor) -> Tensor:
+        inside = torch.where(x < 0, self.below, self.above).to(x.dtype)
+        return torch.where(x.abs() < self.near, inside, super().factor(x, y))
+
+
+@dataclass(frozen=True)
 class Normalisation:
     """The denominator of a norm is constant, its centring linear ([A] Prop. 3.4, Eq. 19).
 
@@ -276,18 +293,22 @@ class Normalisation:
     def fits(self, x: Tensor, y: Tensor, bias: Tensor | None) -> bool:
         """Whether ``y - bias`` is ``x`` times a gain for each feature and a scale for each row.
 
-        Checked on up to 16 rows, each against the next: with u = (y - bias) of one row times x of
-        the other, u and its mirror image are parallel. One row alone tells nothing.
+        Each row against the next: with u = (y - bias) of one row times x of the other, u and its
+        mirror image are parallel. One row alone tells nothing.
         """
-        near = PARALLEL[y.dtype]
         wide = torch.float32 if x.device.type == "mps" else torch.float64
-        x, y = (t.detach().flatten(0, -2)[-16:].to(wide) for t in (x, y))
+        near = PARALLEL[y.dtype]
+        x, y = (t.detach().flatten(0, -2).to(wide) for t in (x, y))
         if self.centred:
             x = x - x.mean(dim=-1, keepdim=True)
         y = y if bias is None else y - bias.detach().to(wide)
         u, v = y * x.roll(1, 0), y.roll(1, 0) * x
-        lengths = u.norm(dim=-1) * v.norm(dim=-1)
-        return bool(((u * v).sum(dim=-1) >= lengths * (1 - near)).all())
+        lengths = v.square().sum(dim=-1, keepdim=True)
+        along = (u * v).sum(dim=-1, keepdim=True)
+        beside = u - v * (along / stabilise(lengths, torch.finfo(wide).tiny))
+        return bool((along >= 0).all()) and bool(
+            (beside.norm(dim=-1) <= near * u.norm(dim=-1)).all()
+        )
 
 
 @dataclass(frozen=True)

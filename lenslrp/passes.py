@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from lenslrp import media
@@ -33,15 +33,22 @@ from lenslrp.hooks.components import (
 from lenslrp.hooks.embeddings import PER_LAYER
 from lenslrp.hooks.functions import apply
 from lenslrp.hooks.install import Rules
+from lenslrp.hooks.observing import WRITES, Observer
 from lenslrp.hooks.readers import Readers, select_names
 from lenslrp.hooks.sites import TERMS, Books, Site, row_sums
 from lenslrp.inputs import Prepared
 from lenslrp.leaves import Leaves, Parts
 from lenslrp.ledger import Ledger, make_ledger
+from lenslrp.remembered import Remembered, kind_of
 from lenslrp.targets import Activation, Explained, Outputs, PerRow, Target
 
-BALANCED = {torch.float64: 1e-5, torch.float32: 1e-2}
-"""What the books may miss, relative to their largest entry; coarser types round too much."""
+BALANCED = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-3,
+    torch.bfloat16: 1e-1,
+    torch.float16: 2e-2,
+}
+"""What the books may miss, relative to their largest entry."""
 
 
 class _CapSkip(torch.autograd.Function):
@@ -68,6 +75,9 @@ class Pass:
     prepared: Prepared
     books: Books | None
     strict: bool
+    ledger: bool = True  #: hand the books out; they may be kept for their balance alone
+    observer: Observer | None = None
+    memory: Remembered = field(default_factory=Remembered)
     captured: dict[str, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
     layers: int = 0
@@ -81,7 +91,13 @@ class Pass:
             raise InputError("the target does not depend on the logits in a differentiable way")
         roots = self.roots(target)
         latent = [part.hook for part in parts_of(target) if isinstance(part, Activation)]
-        gaps, on_path = self._check(roots, latent)
+        found, faults = self._check(roots, latent)
+        on_path = found.sites
+        if self.observer is not None and self.memory.cuts is None:
+            self.memory.cuts = self.observer.cuts(found.nodes)
+        unknown = not self.ledger and not faults and self._kind(found) not in self.memory.balanced
+        if unknown and self.books is None:
+            raise Again("books", "a graph that has not been seen to balance")
         for site in self.rules.sites:
             site.backward = 0
         if self.books is not None:
@@ -89,9 +105,21 @@ class Pass:
         self.leaves.passing.clear()
         leaves = self.leaves.all()
         with starting(roots if self.books is not None else []) as started:
-            grads = torch.autograd.grad(
-                values.sum(), leaves, retain_graph=not last, allow_unused=True
-            )
+            try:
+                grads = torch.autograd.grad(
+                    values.sum(), leaves, retain_graph=not last, allow_unused=True
+                )
+            except CheckpointError as error:
+                raise CoverageError(
+                    f"{architecture(self.model)}: a part of the model is recomputed in the "
+                    "backward pass (torch.utils.checkpoint), where the rules for its operations "
+                    "are not met: switch gradient checkpointing off; checkpoint=True recomputes "
+                    f"whole blocks under rules. torch says: {str(error).splitlines()[0]}"
+                ) from error
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                raise Again("copies", f"{architecture(self.model)}: {error}") from error
         at_leaves = [
             torch.zeros_like(leaf) if g is None else g
             for leaf, g in zip(leaves, grads, strict=True)
@@ -105,7 +133,9 @@ class Pass:
                 "model in float32 or bfloat16"
             )
         ledger = self._close_books(target, values, roots, grads, started)
-        notes = self._unbalanced(ledger, values.dtype)
+        note = "" if faults else self._unbalanced(ledger, values.dtype, found)
+        if unknown and not note:
+            self.memory.balanced.add(self._kind(found))
         at = self._split(relevances)
         patches = self._patches(at["patches"])
         tokens, positions = _total(at["tokens"]), _total(at["positions"])
@@ -140,16 +170,21 @@ class Pass:
             composite=self.rules.composite,
             coverage=cover.Coverage(
                 cover.site_table(self.rules.sites, on_path),
-                gaps,
+                faults,
                 self.readers.off_path(),
-                notes,
+                [note] if note else [],
+                list(self.memory.cuts or ()),
+                balanced=not note,
             ),
-            ledger_=ledger,
+            ledger_=ledger if self.ledger else None,
             routing=dict(self.rules.routing),
             n_experts=max(self.rules.experts.values(), default=0),
             model_name=str(getattr(self.model.cfg, "model_name", "")),
             dtype=str(values.dtype).removeprefix("torch."),
         )
+
+    def _kind(self, found: cover.Walk) -> Any:
+        return kind_of(found, repr(self.rules.composite), self.rules.attention)
 
     def roots(self, target: Target) -> list[Tensor]:
         """Where relevance starts: the latent units of the target, or the unembedding."""
@@ -183,27 +218,32 @@ class Pass:
             )
         return x
 
-    def _unbalanced(self, ledger: Ledger | None, dtype: torch.dtype) -> list[str]:
-        """A note (and a warning) where the account does not add up.
+    def _unbalanced(self, ledger: Ledger | None, dtype: torch.dtype, found: cover.Walk) -> str:
+        """What to say where the account does not add up; raised if strict.
 
-        The graph shows no constant that is added on the path: only the account does.
+        The graph shows neither a constant that is added on the path nor a gradient that a hook
+        changes: only the account does.
         """
-        near = BALANCED.get(dtype)
-        if ledger is None or near is None or not math.isfinite(ledger.error):
-            return []
+        if ledger is None or not math.isfinite(ledger.error):
+            return ""
         terms = (getattr(ledger, term) for term in ("leaves", *TERMS))
         scale = max(abs(ledger.target), *(abs(term) for term in terms))
-        if abs(ledger.target - ledger.accounted) <= near * scale:
-            return []
+        if abs(ledger.target - ledger.accounted) <= BALANCED[dtype] * scale:
+            return ""
         note = (
             f"the books do not balance: {ledger.target - ledger.accounted:+.4g} of "
-            f"{ledger.target:.4g} is not accounted for. Something adds a constant on the path (a "
-            "hook of your own, or an operation that LensLRP does not know); see R.ledger().table "
-            "for the layer"
+            f"{ledger.target:.4g} is not accounted for. Something adds a constant on the path, "
+            "changes a gradient, or computes what LensLRP does not know; see R.ledger().table "
+            "(with strict=False) for the layer"
         )
+        written = any(meter.missed for meter in self.rules.edits) or any(
+            type(node).__name__ in WRITES for node in found.nodes.values()
+        )
+        if written and not self.rules.copies:  # what was measured is not there any more
+            raise Again("copies", note)
         if self.strict:
-            warnings.warn(note, stacklevel=6)
-        return [note]
+            raise CoverageError(f"{architecture(self.model)}: {note}")
+        return note
 
     def _split(self, relevances: list[Tensor]) -> dict[str, list[Tensor]]:
         """Relevance at each leaf, by the group that the leaf is in."""
@@ -272,11 +312,16 @@ class Pass:
         used = [s.order for s in self.rules.sites if id(s) in on_path and _stack(s) == _stack(site)]
         return bool(used) and site.order > max(used)
 
-    def _check(self, roots: list[Tensor], latent: list[str]) -> tuple[list[str], set[int]]:
-        """What is not covered (raised if strict), and the sites on the path."""
-        found = cover.walk(roots, weights=self.rules.weights)
+    def walk(self, roots: list[Tensor], place: Callable[[Any], str] = lambda _: "") -> cover.Walk:
+        """The graph from ``roots`` down, with what was seen of writes into views."""
+        writes = {} if self.observer is None else self.observer.writes
+        return cover.walk(roots, place, self.rules.weights, writes)
+
+    def _check(self, roots: list[Tensor], latent: list[str]) -> tuple[cover.Walk, list[str]]:
+        """The graph, and what of it is not covered (raised if strict)."""
+        found = self.walk(roots)
         if found.gaps and self.strict:
-            raise Uncovered(found.gaps)
+            raise Again("trace", "uncovered operations")
         sites = self.rules.sites
         below = min((_layer(hook) for hook in latent), default=math.inf)
         if latent and below == math.inf:  # outside the blocks: below the first, or above the last
@@ -296,7 +341,7 @@ class Pass:
             and (not latent or (s.layer is not None and s.layer < below))
         ]
         faults = [
-            *(f"{_at(s)} found no operation of its kind below it" for s in found.misplaced),
+            *found.faults(),
             *(f"{_at(s)}: rules were attached and their operations never ran" for s in idle),
             *(f"{_at(s)} is not on the path to the target: the graph is cut" for s in lost),
         ]
@@ -305,7 +350,7 @@ class Pass:
                 f"{architecture(self.model)}: {'; '.join(faults[:6])}. The model's forward pass "
                 "differs from what the rules expect, so the relevance would be wrong."
             )
-        return [*(str(gap) for gap in found.gaps), *faults], found.sites
+        return found, [*(str(gap) for gap in found.gaps), *faults]
 
 
 def _at(site: Site) -> str:
@@ -331,12 +376,18 @@ def _layer(hook: str) -> float:
     return math.inf if layer is None else layer
 
 
-class Uncovered(CoverageError):
-    """Gaps found, not yet named; :func:`_run` names their components with a traced pass."""
+class Again(CoverageError):
+    """The pass has to be run once more, in another way; the error is raised if that was tried.
 
-    def __init__(self, gaps: list[cover.Gap]) -> None:
-        super().__init__("uncovered operations")
-        self.gaps = gaps
+    Args:
+        way: ``"trace"``: watch which component each operation belongs to, and what writes in place
+            hide. ``"copies"``: keep copies of what is written to in place. ``"books"``: keep the
+            books, to see whether they balance.
+    """
+
+    def __init__(self, way: str, message: str) -> None:
+        super().__init__(message)
+        self.way = way
 
 
 def _total(relevances: list[Tensor]) -> Tensor | None:

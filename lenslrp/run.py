@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,14 +21,15 @@ from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.components import Attached, components, hook_points
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.install import relevance_rules, require_bridge
+from lenslrp.hooks.observing import Observer
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books
 from lenslrp.inputs import Prepared
 from lenslrp.leaves import Leaves, cut_leaves, cut_media
 from lenslrp.passes import (
+    Again,
     Pass,
-    Uncovered,
     architecture,
     capture,
     checkpoint_blocks,
@@ -37,6 +38,7 @@ from lenslrp.passes import (
     watch_blocks,
 )
 from lenslrp.reductions import Reduce, check_reduce, reduction_for
+from lenslrp.remembered import remembered
 from lenslrp.targets import Activation, Sequence, as_target, require_latent
 
 
@@ -201,16 +203,32 @@ def _run(
     table = as_composite(AttnLRP() if composite is None else composite)
     hooks = [t.hook for w in wanted for t in parts_of(w) if isinstance(t, Activation)]
 
-    def forward(*, trace: bool) -> tuple[Tensor, list[RelevanceCache]]:
-        books = Books() if ledger else None
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for _, part in parts)
+    memory = remembered(model, parts)
+
+    def forward(ways: set[str]) -> tuple[Tensor, list[RelevanceCache]]:
+        books = Books() if ledger or "books" in ways or not memory.balanced else None
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             rules = stack.enter_context(
-                relevance_rules(model, table, attention=attention, strict=False, books=books)
+                relevance_rules(
+                    model,
+                    table,
+                    attention=attention,
+                    strict=False,
+                    books=books,
+                    copies="copies" in ways,
+                )
             )
             at = stack.enter_context(undone(Attached()))
             readers = Readers.plan(points, names, partial(reduction_for, reduce))
-            run = Pass(model, rules, readers, Leaves(), prepared, books, strict)
+            readers.copies = rules.copies
+            observer = Observer(parts) if hooked or ways or memory.cuts is None else None
+            for meter in rules.edits:
+                meter.touched = lambda: 0 if observer is None else observer.touched
+            run = Pass(
+                model, rules, readers, Leaves(), prepared, books, strict, ledger, observer, memory
+            )
             given = dict(prepared.media)
             if given:
                 given = cut_media(at, parts, run.leaves, rules.sites, given, leaves)
@@ -222,30 +240,39 @@ def _run(
             capture(at, points, parts, hooks, run.captured)
             if checkpoint:
                 checkpoint_blocks(at, parts)
-            tracer = cover.Tracer(parts) if trace else None
+            tracer = cover.Tracer(parts) if "trace" in ways else None
             if tracer is not None:
                 at.undo.append(tracer.close)
-            run.logits = _forward(model, prepared, run.leaves, given)
+            with observer or nullcontext():
+                run.logits = _forward(model, prepared, run.leaves, given)
             if media.reads_no_text(model):
                 run.prepared = media.with_sequence(prepared, run.leaves)
             if tracer is not None:
                 roots = [root for item in wanted for root in run.roots(item)]
-                found = cover.walk(roots, tracer.place, rules.weights)
-                recurrent = tracer.recurrent(found)
-                raise CoverageError(cover.gap_message(found.gaps, architecture(model), recurrent))
+                found = run.walk(roots, tracer.place)
+                if found.gaps and strict:
+                    recurrent = tracer.recurrent(found)
+                    said = cover.gap_message(found.gaps, architecture(model), recurrent)
+                    raise CoverageError(said)
             _require_on_path(readers, named, attention)
             last = len(wanted) - 1
             caches = [run.explain(item, last=i == last) for i, item in enumerate(wanted)]
             if any(cache.coverage.uncovered for cache in caches):
                 gaps = dict.fromkeys(gap for cache in caches for gap in cache.coverage.uncovered)
                 warnings.warn(cover.gap_message(list(gaps), architecture(model)), stacklevel=4)
+            elif not all(cache.coverage.balanced for cache in caches):
+                notes = dict.fromkeys(note for cache in caches for note in cache.coverage.notes)
+                warnings.warn("; ".join(notes), stacklevel=4)
             return run.logits.detach(), caches
 
-    try:
-        return forward(trace=False)
-    except Uncovered:
-        pass  # run once more, to learn which component the operation belongs to
-    return forward(trace=True)
+    ways: set[str] = set()
+    while True:
+        try:
+            return forward(ways)
+        except Again as again:
+            if again.way in ways:
+                raise
+            ways.add(again.way)
 
 
 def _given(*floats: Tensor | None) -> dict[str, Tensor]:

@@ -37,6 +37,10 @@ class Forgetful(components.Attached):
         if module is not self.skip:
             super().hook(module, hook)
 
+    def first_hook(self, module: nn.Module, hook: Any) -> None:
+        if module is not self.skip:
+            super().first_hook(module, hook)
+
 
 @contextmanager
 def forgotten(model: Any, key: Key) -> Iterator[None]:
@@ -47,7 +51,7 @@ def forgotten(model: Any, key: Key) -> Iterator[None]:
 
     def patched(at: Any, ctx: Any, path: str, *rest: Any) -> None:
         own = Forgetful(point)
-        own.wrapped, own.weights = at.wrapped, at.weights
+        own.wrapped, own.weights, own.plain = at.wrapped, at.weights, at.plain
         attach(own, ctx, path, *rest)
         kept = [site for site in own.sites if (site.hook, site.role) != key]
         if len(kept) < len(own.sites) and role not in ATTENTION:
@@ -183,6 +187,12 @@ def test_a_rule_that_is_listed_and_never_ran_is_noticed(role: str) -> None:
 
         def pre_hook(self, module: nn.Module, hook: Any) -> None:
             super().pre_hook(elsewhere, hook)
+
+        def first_hook(self, module: nn.Module, hook: Any) -> None:
+            super().first_hook(elsewhere, hook)
+
+        def around(self, module: nn.Module, call: Any, name: str = "forward") -> None:
+            super().around(elsewhere, call)
 
     attach = components._attach
 

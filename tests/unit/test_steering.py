@@ -350,11 +350,11 @@ def test_relevance_is_of_the_steered_model() -> None:
         assert torch.equal(logits, model(TOKENS))
     assert (R[EARLY][:, -1, 3] == 0).all() and (R[EARLY][:, 0, 3] != 0).any()
     assert abs(R.ledger().error) < 1e-9
-    with (
-        steer(model, [Add(direction(), 2.0)]),
-        pytest.warns(UserWarning, match="adds a constant on the path"),  # no token's doing
-    ):
-        lenslrp.run_with_relevance(model, TOKENS, 5, names_filter=EARLY)
+    plain = lenslrp.run_with_relevance(model, TOKENS, 5, names_filter=EARLY)[1].ledger()
+    with steer(model, [Add(direction(), 2.0)]):
+        _, R = lenslrp.run_with_relevance(model, TOKENS, 5, names_filter=EARLY)
+    assert abs(R.ledger().error) < 1e-9  # what is added is no token's doing: it absorbs, as a bias
+    assert abs(R.ledger().biases) > abs(plain.biases) + 1e-3
 
 
 @pytest.mark.parametrize(

@@ -223,22 +223,19 @@ def test_an_edit_without_a_rule_is_refused_by_name() -> None:
         explain(model)
 
 
-def test_a_backward_hook_that_cuts_the_gradient_cuts_relevance() -> None:
+def test_a_backward_hook_that_cuts_the_gradient_unbalances_the_books() -> None:
     model = tiny("llama")
     hooks = [("blocks.1.hook_mlp_out", lambda g, hook: torch.zeros_like(g))]
-    with model.hooks(bwd_hooks=hooks), pytest.warns(UserWarning, match="books do not balance"):
-        kept = explain(model)
+    with model.hooks(bwd_hooks=hooks):
+        with pytest.raises(lenslrp.CoverageError, match="books do not balance"):
+            explain(model)
+        with pytest.warns(UserWarning, match="books do not balance"):
+            kept = explain(model, strict=False)
     assert "books do not balance" in kept.coverage.notes[0]
+    assert not kept.coverage.balanced
+    assert not kept.coverage.ok
     assert not kept["blocks.1.mlp.hook_post"].any()
     assert kept["blocks.1.attn.hook_z"].any()
-
-
-def test_a_hook_that_adds_a_constant_is_told_of() -> None:
-    """No graph shows a constant that is added: the account does."""
-    model = tiny("llama")
-    steered = [("blocks.0.hook_resid_post", lambda x, hook: x + 3.0)]
-    with model.hooks(fwd_hooks=steered), pytest.warns(UserWarning, match="adds a constant"):
-        explain(model)
 
 
 # --- norm internals ------------------------------------------------------------------------------

@@ -1,0 +1,172 @@
+"""Whether a module computes what its rule supposes, seen by running it.
+
+A rule in the place of a module's own backward pass holds for one form only: an activation maps each
+number by itself and 0 to 0 ([A] Eq. 9); a norm multiplies each position by one scale, and each
+feature by one gain ([A] Prop. 3.4). The name of a class proves neither. So the module is run on its
+real input beside others: what is elsewhere must not matter, and the form must hold for all rows.
+
+Modules whose code is torch's or transformers' own are tried once; a user's at every forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lenslrp.errors import InputError
+from lenslrp.hooks import functions as F
+from lenslrp.hooks.rules import Identity, Limited, Normalisation
+from lenslrp.hooks.sites import Site, has_values
+
+Run = Callable[[Tensor], Tensor]
+
+KNOWN = ("torch.", "transformers.", "transformer_lens.")
+"""Packages whose modules do the same at every call."""
+
+ZERO = 1e-5
+"""How far from 0 an activation's value at 0 may be (xIELU's is 1e-6)."""
+
+FORMS = ("exact", "nearly")
+"""How a module can fit its rule: ``"nearly"`` where it is not quite 0 at 0."""
+
+_proven: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+
+
+def known_forward(module: nn.Module) -> Any:
+    """The forward of a module's class, ``None`` where the instance has been given another."""
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):  # accelerate moves inputs
+        return None
+    return type(module).forward
+
+
+def _tried(module: nn.Module, run: Run, check: Callable[[], str]) -> str:
+    """The outcome of a check, one of :data:`FORMS` or "", remembered where the code is known."""
+    code = getattr(run, "__func__", None)  # of a method; a function on the instance is anyone's
+    known = code is type(module).forward and code.__module__.startswith(KNOWN)
+    if known and module in _proven and _proven[module][0] is code:
+        return _proven[module][1]
+    try:
+        with torch.no_grad():
+            form = check()
+    except (IndexError, RuntimeError, TypeError, ValueError):  # it takes inputs of one kind only
+        return ""
+    if form and known:
+        _proven[module] = (code, form)
+    return form
+
+
+def is_norm(
+    module: nn.Module, run: Run, x: Tensor, y: Tensor, rule: Normalisation, bias: Tensor | None
+) -> bool:
+    """Whether ``run`` is a norm of the form that ``rule`` describes, position by position.
+
+    Args:
+        module: whose forward it is.
+        run: that forward, past any rule.
+        x, y: an input and what the module returned for it, [..., pos, features].
+        bias: [features], of the module.
+    """
+    if not has_values(x):
+        return True
+    if y.shape != x.shape or x.ndim < 2:
+        return False
+
+    def check() -> str:
+        fits = rule.fits(x, y, bias) and all(
+            _close(out[own], y) and rule.fits(both, out, bias)
+            for both, own, out in _among_others(run, x)
+        )
+        return "exact" if fits else ""
+
+    return bool(_tried(module, run, check))
+
+
+def _among_others(run: Run, x: Tensor) -> Iterator[tuple[Tensor, tuple[slice, ...], Tensor]]:
+    """``x`` before and after other rows, along each leading dimension, through the module."""
+    for dim in range(x.ndim - 1):
+        for first in (True, False):
+            other = _noise(x)
+            both = torch.cat([x, other] if first else [other, x], dim=dim)
+            start = 0 if first else x.shape[dim]
+            at = [slice(None)] * x.ndim
+            at[dim] = slice(start, start + x.shape[dim])
+            yield both, tuple(at), run(both.clone())
+
+
+def form_of(module: nn.Module, run: Run, x: Tensor, y: Tensor) -> str:
+    """Whether ``run`` maps each number by itself, and 0 to 0: one of :data:`FORMS`, or "".
+
+    Arguments as for :func:`is_norm`.
+    """
+    if not has_values(x):
+        return "exact"
+    if y.shape != x.shape:
+        return ""
+
+    def check() -> str:
+        at_zero = run(torch.zeros_like(x)).abs().max()
+        kept = torch.rand(x.shape, generator=_generator()).to(x.device) < 0.5
+        for mask in (kept, ~kept):
+            out = run(torch.where(mask, x, _noise(x)))
+            if at_zero > ZERO or not _close(out[mask], y[mask]):
+                return ""
+        return "nearly" if at_zero > 0 else "exact"
+
+    return _tried(module, run, check)
+
+
+def limited(run: Run, rule: Identity, x: Tensor) -> Identity:
+    """The rule for a module whose value at 0 is not quite 0, with a factor that stays bounded."""
+    with torch.no_grad():
+        below, above = (run(torch.full_like(x, end)) / end for end in (-Limited.near, Limited.near))
+    return Limited(rule.eps, rule.name, below, above)
+
+
+def elementwise(
+    module: nn.Module, rule: Identity, site: Site, *, declared: bool = False
+) -> Callable[[Tensor, Tensor], Tensor | None]:
+    """What :meth:`Attached.wrap` needs to put ``rule`` in the place of an activation.
+
+    Raises (when it is called):
+        InputError: the composite has declared the module's class, and it is no such function.
+    """
+    run = module.forward
+
+    def apply(x: Tensor, y: Tensor) -> Tensor | None:
+        form = form_of(module, run, x.detach(), y)
+        if form:
+            fitting = limited(run, rule, x.detach()) if form == "nearly" else rule
+            return F.apply(F.Elementwise, x, y, fitting, site)
+        if not declared:
+            return None
+        raise InputError(
+            f"{site.hook}: {type(module).__name__} does not map each number by itself and 0 to 0, "
+            f"as {type(rule).__name__}() says; declare it with Operations() or Plain()"
+        )
+
+    return apply
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _noise(x: Tensor) -> Tensor:
+    size = x.abs().mean().clamp(min=1e-3)
+    return torch.randn(x.shape, generator=_generator()).to(x.device, x.dtype) * size
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.numel() == 0:
+        return True
+    near = 256 * torch.finfo(b.dtype).eps
+    # NaN at the same places: what a padded row computes is nobody's input.
+    return bool(
+        torch.isclose(
+            a, b, rtol=near, atol=near * float(b.abs().nan_to_num().max()), equal_nan=True
+        ).all()
+    )

@@ -1,0 +1,170 @@
+"""What constants take of the relevance that passes them: biases, and what hooks of a user's add.
+
+A constant on the path is one more contribution and absorbs its share ([A] Eq. 8); no token gets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from lenslrp.hooks.attach import Attached, Context
+from lenslrp.hooks.rules import Epsilon
+from lenslrp.hooks.sites import Site, has_values, row_sums, widest
+
+ROWS = 1 << 22
+"""How many numbers of a gradient are widened at once."""
+
+
+def measure_bias(y: Tensor, bias: Tensor | None, site: Site, dim: int = -1) -> None:
+    """Report ``sum(bias * g)`` when the gradient at ``y`` arrives; the bias is along ``dim``.
+
+    In chunks: a float64 copy of the gradient of all logits would be the largest tensor of the pass.
+    Books that keep rows get one amount for each.
+    """
+    if bias is None or not y.requires_grad or (has_values(bias) and not bool(bias.any())):
+        return  # TransformerLens gives every unembedding a bias of zeros
+
+    def measure(g: Tensor) -> None:
+        wide, last = widest(g), g.detach().movedim(dim, -1)
+        kept = 1 if site.books is None or site.books.rows is None else site.books.rows
+        rows = last.reshape(kept, -1, last.shape[-1])
+        summed = torch.zeros(kept, rows.shape[-1], dtype=wide, device=g.device)
+        for chunk in rows.split(max(1, ROWS // (kept * rows.shape[-1])), dim=1):
+            summed += chunk.sum(dim=1, dtype=wide)
+        site.report("biases", summed @ bias.detach().to(g.device, wide))
+
+    y.register_hook(measure)
+
+
+class EditMeter:
+    """Books what one module's hooks, the user's own, add to the value that passes them.
+
+    The value leaves with ``<y, g_y>`` and, along the graph that the hooks made, enters with
+    ``<x, g_x>``: the rest is what constants took. A value that is written in place is gone
+    afterwards; it is kept only with ``copies``.
+
+    Attributes:
+        missed: a value was written in place and not kept, so that nothing could be measured.
+        touched: how often hooks have reached for gradients so far. One that changes a gradient
+            would pass for a constant, so that nothing is measured there.
+    """
+
+    def __init__(self, site: Site, copies: bool) -> None:
+        self.site, self.copies = site, copies
+        self.missed = False
+        self.touched: Callable[[], int] = int
+        self._before: list[tuple[Tensor, int, GradientEdge | None, int]] = []
+
+    def before(self, x: Any) -> None:
+        """Called with the value ahead of the hooks."""
+        self._before.clear()
+        if isinstance(x, Tensor) and torch.is_grad_enabled():
+            edge = get_gradient_edge(x) if x.requires_grad else None
+            kept = x.detach().clone() if self.copies else x
+            self._before.append((kept, x._version, edge, _now()))
+            self._object, self._touched = x, self.touched()
+
+    def after(self, y: Any) -> None:
+        """Called with the value behind the hooks."""
+        if not self._before or not isinstance(y, Tensor):
+            return
+        x, version, edge, begun = self._before.pop()
+        given, self._object = self._object, None
+        written = given is not None and given._version != version
+        unchanged = y is given and not written
+        if unchanged or not y.requires_grad or self.touched() > self._touched:
+            return
+        if written and not self.copies:
+            self.missed = True
+            return
+        consumers = _consumers(y, edge, begun)
+        if consumers is None:
+            return  # values from elsewhere were mixed in: what they take is no constant's
+        site, kept = self.site, y.detach().clone() if self.copies else y.detach()
+        y.register_hook(lambda g: site.report("biases", row_sums(kept, g)))
+
+        def leaving(slots: list[int]) -> Callable[..., None]:
+            def measure(grad_inputs: tuple[Tensor | None, ...], _: Any) -> None:
+                for slot in slots:
+                    g = grad_inputs[slot]
+                    if g is not None:
+                        site.report("biases", -row_sums(x.detach(), g))
+
+            return measure
+
+        for node, slots in consumers:
+            node.register_hook(leaving(slots))
+
+    _object: Tensor | None = None
+    _touched: int = 0
+
+
+def _now() -> int:
+    """The number that autograd gives to a node made now; later ones have larger numbers."""
+    node: Any = torch.zeros(1, requires_grad=True).clone().grad_fn
+    return int(node._sequence_nr())
+
+
+def _consumers(
+    y: Tensor, edge: GradientEdge | None, begun: int
+) -> list[tuple[Any, list[int]]] | None:
+    """The nodes made since ``begun`` that take the value of ``edge``, and by which inputs.
+
+    ``None`` where one of them takes something else that is older.
+    """
+    start, number = (None, 0) if edge is None else (edge.node, edge.output_nr)
+    found: list[tuple[Any, list[int]]] = []
+    stack, seen = [y.grad_fn], set()
+    while stack:
+        node: Any = stack.pop()
+        if node in seen:
+            continue
+        if node._sequence_nr() <= begun or not node.next_functions:
+            return None
+        seen.add(node)
+        slots = []
+        for slot, (below, at) in enumerate(node.next_functions):
+            if below is not None and below is start and at == number:
+                slots.append(slot)
+            elif below is not None:
+                stack.append(below)
+        if slots:
+            found.append((node, slots))
+    return found
+
+
+def meter_edits(
+    at: Attached, ctx: Context, parts: Iterable[tuple[str, nn.Module]]
+) -> list[EditMeter]:
+    """Meter every module that has hooks of the user's; called before any rule is attached."""
+    meters: list[EditMeter] = []
+    for path, module in parts:
+        if ctx.books is None:
+            break
+        site = ctx.site(path, module, "linear", Epsilon())
+        if module._forward_hooks:
+            meter = EditMeter(site, ctx.copies)
+            first = module.register_forward_hook(
+                lambda _, args, y, meter=meter: meter.before(_first(y)), prepend=True
+            )
+            at.undo.append(first.remove)
+            at.hook(module, lambda _, args, y, meter=meter: meter.after(_first(y)))
+            meters.append(meter)
+        if module._forward_pre_hooks:
+            meter = EditMeter(site, ctx.copies)
+            first = module.register_forward_pre_hook(
+                lambda _, args, meter=meter: meter.before(_first(args)), prepend=True
+            )
+            at.undo.append(first.remove)
+            at.pre_hook(module, lambda _, args, meter=meter: meter.after(_first(args)))
+            meters.append(meter)
+    return meters
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple | list) and value else value

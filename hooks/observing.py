@@ -1,0 +1,123 @@
+"""Watching a forward pass for what the autograd graph does not show.
+
+The graph hides two things. A write into a view (``y[..., :4] = z``, ``y[0].tanh_()``) is one node,
+``CopySlices``, whatever was written; and a value that is cut off (``detach``, ``.data``,
+``no_grad``) leaves no node at all. Both are seen by the call that does them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lenslrp.hooks.meeting import Meeting
+
+WRITES = frozenset({"CopySlices"})
+"""Graph nodes of writes into views."""
+
+LINEAR_WRITES = frozenset(
+    {
+        "__iadd__", "__isub__", "__setitem__", "add_", "copy_", "fill_", "fill_diagonal_",
+        "index_add_", "index_copy_", "index_fill_", "index_put_", "masked_fill_",
+        "masked_scatter_", "neg_", "scatter_add_", "sub_", "zero_",
+    }
+)  # fmt: skip
+"""In-place functions that are linear in the tensor written to and in what is written."""
+
+SCALINGS = frozenset({"__imul__", "__itruediv__", "div_", "divide_", "mul_", "multiply_"})
+"""In-place functions that are linear while only one factor is on the graph."""
+
+CUTS = frozenset({"detach", "detach_"})
+
+PASSING = frozenset({"meet", "__torch_function__"})
+"""Functions that hand a call on that they have met."""
+
+
+class Observer(Meeting):
+    """Notes writes into views and values that are cut off, while a model runs.
+
+    Args:
+        parts: the model's modules by name, to say where a cut is.
+
+    Attributes:
+        writes: id of a ``CopySlices`` node -> the operation that it hides, "" where that is linear.
+        touched: how often code other than LensLRP's has reached for a gradient (``register_hook``,
+            ``grad_fn``).
+    """
+
+    def __init__(self, parts: Iterable[tuple[str, nn.Module]]) -> None:
+        super().__init__()
+        self.writes: dict[int, str] = {}
+        self.touched = 0
+        self._names = {id(module): name for name, module in parts if name}
+        self._nodes: list[Any] = []  # kept alive, so that no id is used twice
+        self._cuts: list[tuple[Any, str]] = []
+
+    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        first = args[0] if args else None
+        if not isinstance(first, Tensor):
+            return func(*args, **kwargs)
+        cut = name in CUTS or (name == "__get__" and func.__self__ is torch.Tensor.data)
+        if cut or not (torch.is_grad_enabled() or name == "__get__"):
+            self._saw_cut(args, name)
+        reached = name == "__get__" and func.__self__ is torch.Tensor.grad_fn
+        if reached or name == "register_hook":
+            self.touched += not _is_of(_caller(), "lenslrp.")
+        out = func(*args, **kwargs)
+        node = (first if first._base is None else first._base).grad_fn
+        if node is not None and id(node) not in self.writes and type(node).__name__ in WRITES:
+            self._nodes.append(node)
+            self.writes[id(node)] = "" if _is_linear(name, args, kwargs) else name
+        return out
+
+    def _saw_cut(self, args: tuple[Any, ...], name: str) -> None:
+        nodes = [x.grad_fn for x in args if isinstance(x, Tensor) and x.grad_fn is not None]
+        if not nodes:
+            return
+        frame = _caller()
+        if frame is None or _is_of(frame, "lenslrp.", "transformer_lens."):
+            return  # a rule, or the bridge's own reading of what its hook points show
+        how = name if name in CUTS else "data" if name == "__get__" else "no_grad"
+        said = f"{how} in {self._component(frame)}"
+        self._nodes.extend(nodes)
+        self._cuts.extend((node, said) for node in nodes)
+
+    def _component(self, frame: FrameType) -> str:
+        """The module whose code cut a value, by its name, and the line of code."""
+        line = f"{frame.f_code.co_name}, line {frame.f_lineno}"
+        at: FrameType | None = frame
+        while at is not None:
+            module = at.f_locals.get("self")
+            if isinstance(module, nn.Module) and id(module) in self._names:
+                return f"{self._names[id(module)]} ({type(module).__name__}; {line})"
+            at = at.f_back
+        return line
+
+    def cuts(self, nodes: dict[int, Any]) -> list[str]:
+        """Where values of the nodes given were cut off, in words, each place once."""
+        return list(dict.fromkeys(said for node, said in self._cuts if id(node) in nodes))
+
+
+def _caller() -> FrameType | None:
+    """Whose code has called the function that is met."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and (
+        _is_of(frame, "torch.", __name__) or frame.f_code.co_name in PASSING
+    ):
+        frame = frame.f_back
+    return frame
+
+
+def _is_of(frame: FrameType | None, *packages: str) -> bool:
+    return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(packages)
+
+
+def _is_linear(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if name in SCALINGS:
+        return not any(isinstance(x, Tensor) and x.requires_grad for x in args[1:])
+    return name in LINEAR_WRITES and "reduce" not in kwargs
