@@ -30,6 +30,15 @@ KNOWN = ("torch.", "transformers.", "transformer_lens.")
 ZERO = 1e-5
 """How far from 0 an activation's value at 0 may be (xIELU's is 1e-6)."""
 
+SAME: dict[torch.dtype, float] = {
+    torch.float64: 1e-6,  # some modules compute in float32 whatever the model's type
+    torch.float32: 1e-5,
+    torch.bfloat16: 1.6e-2,
+    torch.float16: 2e-3,
+}
+"""How far apart, relatively, what a module returns twice for one number may be: two units of the
+last place in the half types. Of numbers below a hundredth of the largest, a hundredth of that."""
+
 FORMS = ("exact", "nearly")
 """How a module can fit its rule: ``"nearly"`` where it is not quite 0 at 0."""
 
@@ -163,10 +172,7 @@ def _noise(x: Tensor) -> Tensor:
 def _close(a: Tensor, b: Tensor) -> bool:
     if a.numel() == 0:
         return True
-    near = 256 * torch.finfo(b.dtype).eps
+    near = SAME[b.dtype]
+    least = near * 1e-2 * float(b.abs().nan_to_num().max())
     # NaN at the same places: what a padded row computes is nobody's input.
-    return bool(
-        torch.isclose(
-            a, b, rtol=near, atol=near * float(b.abs().nan_to_num().max()), equal_nan=True
-        ).all()
-    )
+    return bool(torch.isclose(a, b, rtol=near, atol=least, equal_nan=True).all())
