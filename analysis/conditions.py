@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lenslrp.analysis.units import Head, Neuron, Unit
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import components, hook_points, layer_of
+from lenslrp.remembered import conditional
 
 
 @contextmanager
@@ -48,7 +49,8 @@ def through(model: Any, units: Sequence[Unit]) -> Iterator[None]:
             cut = _StreamCut(hook)
             handles += cut.attach(model)
             handles.append(points[hook].register_forward_hook(_only(indices, cut)))
-        yield
+        with conditional(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()

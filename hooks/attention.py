@@ -49,7 +49,7 @@ from lenslrp.hooks.rules import (
     SoftmaxRule,
     SoftmaxTemperature,
 )
-from lenslrp.hooks.sites import has_values
+from lenslrp.hooks.sites import has_values, row_sums
 
 FUSED = "lenslrp_fused"
 """The name under which the fused attention is registered with transformers."""
@@ -169,9 +169,17 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     replaces = isinstance(roles["softmax"], SoftmaxRule)
     needs_scores = replaces or isinstance(roles["softmax"], SoftmaxTemperature)
     stash: list[Tensor] = []
+    edited = ctx.books is not None and bool(attn.hook_attn_scores._forward_hooks)
+    ruled = {role: site for role, site in sites.items() if not (edited and role == "softmax")}
 
     def at_scores(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> Tensor:
-        return F.apply(F.Scores, scores, q_share, cap, sites)
+        return F.apply(F.Scores, scores, q_share, cap, ruled)
+
+    def measure(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> Tensor:
+        softmax = sites["softmax"]
+        return F.apply(
+            F.Read, scores, lambda x, g: softmax.report("softmax", -row_sums(x, g)), ctx.copies
+        )
 
     def keep(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> None:
         stash[:] = [scores if replaces else scores.detach()]  # what the softmax is given
@@ -188,6 +196,8 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
             return F.apply(F.SoftmaxReplaced, pattern.detach(), scores, first / second, site)
         return F.apply(F.Pattern, pattern, scores, first / second, sites["softmax"])
 
+    if edited:  # what the softmax is given, behind the edits
+        at.hook(attn.hook_attn_scores, measure)
     at.first_hook(attn.hook_attn_scores, at_scores)
     if needs_scores:
         at.hook(attn.hook_attn_scores, keep)

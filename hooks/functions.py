@@ -212,7 +212,8 @@ class Scores(torch.autograd.Function):
     """At the attention scores, after mask and soft-cap, before the softmax.
 
     Reports the relevance of the scores (the softmax site's output side is :class:`Pattern`), undoes
-    the soft-cap's tanh' and gives queries and keys their share.
+    the soft-cap's tanh' and gives queries and keys their share. Without a softmax site, what the
+    softmax is given is measured elsewhere, behind hooks of the user's.
     """
 
     @staticmethod
@@ -232,7 +233,7 @@ class Scores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        qk, softmax = ctx.sites["attention_qk"], ctx.sites["softmax"]
+        qk, softmax = ctx.sites["attention_qk"], ctx.sites.get("softmax")
         softcap = ctx.sites.get("softcap")
         qk.backward += 1
         saved = ctx.saved_tensors
@@ -242,7 +243,8 @@ class Scores(torch.autograd.Function):
         if qk.books is not None:
             s = saved[0]
             relevance = row_sums(s, g)
-            softmax.report("softmax", -relevance)
+            if softmax is not None:
+                softmax.report("softmax", -relevance)
             passed = relevance
             if softcap is not None:
                 x, slope, _ = uncapped(s, ctx.cap)

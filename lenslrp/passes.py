@@ -39,7 +39,7 @@ from lenslrp.hooks.sites import TERMS, Books, Site, row_sums
 from lenslrp.inputs import Prepared
 from lenslrp.leaves import Leaves, Parts
 from lenslrp.ledger import Ledger, make_ledger
-from lenslrp.remembered import Remembered, kind_of
+from lenslrp.remembered import Remembered, is_conditional, kind_of
 from lenslrp.targets import Activation, Explained, Outputs, PerRow, Target
 
 BALANCED = {
@@ -95,7 +95,8 @@ class Pass:
         on_path = found.sites
         if self.observer is not None and self.memory.cuts is None:
             self.memory.cuts = self.observer.cuts(found.nodes)
-        unknown = not self.ledger and not faults and self._kind(found) not in self.memory.balanced
+        free = self.ledger or bool(faults) or is_conditional(self.model)
+        unknown = not free and self._kind(found) not in self.memory.balanced
         if unknown and self.books is None:
             raise Again("books", "a graph that has not been seen to balance")
         for site in self.rules.sites:

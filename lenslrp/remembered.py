@@ -7,7 +7,8 @@ known by the operations in it; what its code cuts off the graph, by the hooks th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -52,6 +53,24 @@ def remembered(model: nn.Module, parts: Iterable[tuple[str, nn.Module]]) -> Reme
     if known is None or known.hooks != hooks:
         known = _models[model] = Remembered(hooks)
     return known
+
+
+_conditional: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+@contextmanager
+def conditional(model: nn.Module) -> Iterator[None]:
+    """Inside the block gradients are masked on purpose, so that no account can add up."""
+    _conditional[model] = _conditional.get(model, 0) + 1
+    try:
+        yield
+    finally:
+        _conditional[model] -= 1
+
+
+def is_conditional(model: nn.Module) -> bool:
+    """Whether a block of :func:`conditional` is open."""
+    return _conditional.get(model, 0) > 0
 
 
 def kind_of(found: Walk, *conditions: Any) -> Any:

@@ -38,7 +38,7 @@ from lenslrp.passes import (
     watch_blocks,
 )
 from lenslrp.reductions import Reduce, check_reduce, reduction_for
-from lenslrp.remembered import remembered
+from lenslrp.remembered import is_conditional, remembered
 from lenslrp.targets import Activation, Sequence, as_target, require_latent
 
 
@@ -207,7 +207,8 @@ def _run(
     memory = remembered(model, parts)
 
     def forward(ways: set[str]) -> tuple[Tensor, list[RelevanceCache]]:
-        books = Books() if ledger or "books" in ways or not memory.balanced else None
+        checked = "books" in ways or not (memory.balanced or is_conditional(model))
+        books = Books() if ledger or checked else None
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             rules = stack.enter_context(
