@@ -353,7 +353,14 @@ class NeuronDictionary:
 
     def window(self, document: Document, position: int) -> tuple[int, list[str]]:
         """Where the window around a position begins, and its tokens as text."""
+        tokens = self._window(position)
+        return tokens.start, self.texts.pieces(document)[tokens]
+
+    def shown(self, document: Document, position: int) -> str:
+        """The text of the window around a position."""
+        spans = document.spans[self._window(position)]
+        return document.text[int(spans[0, 0]) : int(spans[-1, 1])]
+
+    def _window(self, position: int) -> slice:
         before, after = self.plan.window
-        start = max(0, position - before)
-        tokens = document.tokens[start : position + after + 1].tolist()
-        return start, [self.texts.token(token) for token in tokens]
+        return slice(max(0, position - before), position + after + 1)

@@ -54,7 +54,7 @@ class AttributionGraph:
             (0 to 1), ``rest`` (relevance from nodes and edges that are not shown) and, for each
             term of the ledger, what was absorbed.
         edges: ``source``, ``target`` (ids) and ``relevance``, in units of the target.
-        str_tokens, token_ids: the prompt.
+        str_tokens, token_ids: the prompt's tokens.
         explained: the target and its value.
         token: id of the token that is explained, ``None`` where it is not one; ``probability``:
             the model's, of it.
@@ -62,6 +62,7 @@ class AttributionGraph:
         chosen: how many heads and neurons were nodes before pruning, and of how many.
         settings: what the graph was made with.
         passes: of the prompt through the model.
+        prompt: the prompt, as it was given.
     """
 
     nodes: pd.DataFrame
@@ -76,6 +77,7 @@ class AttributionGraph:
     model_name: str
     settings: Mapping[str, Any]
     passes: Passes
+    prompt: str = ""
 
     @property
     def error(self) -> float:
@@ -232,6 +234,7 @@ def attribution_graph(
             "direct": direct, "node_share": node_share, "edge_share": edge_share,
         },
         passes=Passes(1 + sum(p.forward for p in passes), 1 + sum(p.backward for p in passes)),
+        prompt=cache.prompts[0],
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def to_neuronpedia(graph: AttributionGraph, *, slug: str, model_id: str | None) 
             "scan": model_id or safe_name(graph.model_name).lower(),
             "transcoder_list": [],
             "prompt_tokens": list(graph.str_tokens),
-            "prompt": "".join(graph.str_tokens),
+            "prompt": graph.prompt,
             "node_threshold": 1.0,
             "schema_version": 1,
             "info": {

@@ -24,7 +24,8 @@ from lenslrp.cache import RelevanceCache
 from lenslrp.hooks import Composite
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.sites import TERMS
-from lenslrp.inputs import Prepared, str_token
+from lenslrp.inputs import Prepared
+from lenslrp.spelling import str_token
 from lenslrp.targets import Outputs, Target, Top
 
 KINDS: Mapping[str, str] = {

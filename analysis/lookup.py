@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from lenslrp.analysis.finding import folded, terms
 from lenslrp.analysis.projections import ROLES
 from lenslrp.analysis.storage import require_header
-from lenslrp.analysis.texts import terms
 from lenslrp.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,8 +26,12 @@ def search_text(
 ) -> pd.DataFrame:
     """Units by the sentences they are shown with.
 
+    The text is searched, not its tokens: case, composed and decomposed accents and characters that
+    are not seen make no difference, and in scripts without spaces any part of a text is found.
+
     Args:
         query: words that must all occur in what is shown around the hit; ``"..."`` is a phrase.
+            Where no example shows them all, examples of the documents in which they all stand.
         criterion: only examples of this one.
         limit: how many rows.
 
@@ -39,9 +43,15 @@ def search_text(
         InputError: an empty query, or an unknown criterion.
     """
     d.require_criterion(criterion)
-    wanted = [term.casefold() for term in terms(query)]
-    documents = [doc for doc, _ in d.texts.matching(query, limit)]
-    return _citing(d, documents, criterion, limit, lambda text: all(w in text for w in wanted))
+    wanted = [folded(term) for term in terms(query)]
+    documents = d.texts.matching(query)
+
+    def holds(text: str) -> bool:
+        comparable = folded(text)
+        return all(term in comparable for term in wanted)
+
+    found = _citing(d, documents, criterion, limit, holds)
+    return found if len(found) else _citing(d, documents, criterion, limit, holds, anywhere=True)
 
 
 def search_tokens(
@@ -121,28 +131,37 @@ def _citing(
     documents: list[int],
     criterion: str | None,
     limit: int,
-    keep: Callable[[str], bool],
+    holds: Callable[[str], bool],
+    *,
+    anywhere: bool = False,
 ) -> pd.DataFrame:
-    """The examples that cite documents, of which ``keep`` takes the window."""
+    """The examples that cite the best documents, whose window (or whole text) holds what is wanted.
+
+    Documents are read until there are ``limit`` examples: those of the best ranks, of what was
+    read.
+    """
     allowed = np.array([criterion in (None, name) for name, _ in d.slots])
     ranks = np.array([rank for _, rank in d.slots])
     windows: dict[tuple[int, int], str] = {}
     found: list[NDArray[Any]] = []
-    for order, document in enumerate(d.texts.documents(documents).values()):
-        entries, positions, scores = d.citations.of(document.id)
-        shown = np.zeros(len(document.tokens), dtype=bool)
-        names = [d.texts.token(token) for token in document.tokens.tolist()]
-        before, after = d.plan.window
-        for position in np.unique(positions).tolist():
-            text = "".join(names[max(0, position - before) : position + after + 1])
-            windows[document.id, position] = text
-            shown[position] = keep(text.casefold())
-        slot = entries % len(d.slots)
-        some = shown[positions] & allowed[slot]
-        ranked = ranks[slot[some]]
-        same = [np.full(len(ranked), value) for value in (order, document.id)]
-        columns = [ranked, same[0], entries[some], scores[some], same[1], positions[some]]
-        found.append(np.stack(columns, axis=1))
+    for first in range(0, len(documents), max(1, limit)):
+        some = d.texts.documents(documents[first : first + limit])
+        for order, document in enumerate(some.values(), first):
+            entries, positions, scores = d.citations.of(document.id)
+            shown = np.zeros(len(document.tokens), dtype=bool)
+            for position in np.unique(positions).tolist():
+                text = windows[document.id, position] = d.shown(document, position)
+                shown[position] = anywhere or holds(text)
+            if anywhere and not holds(document.text):
+                continue
+            slot = entries % len(d.slots)
+            kept = shown[positions] & allowed[slot]
+            ranked = ranks[slot[kept]]
+            same = [np.full(len(ranked), value) for value in (order, document.id)]
+            columns = [ranked, same[0], entries[kept], scores[kept], same[1], positions[kept]]
+            found.append(np.stack(columns, axis=1))
+        if sum(map(len, found)) >= limit:
+            break
     rows = np.concatenate(found) if found else np.zeros((0, 6))
     rows = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))][:limit]
     made = []

@@ -22,6 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from lenslrp.errors import InputError
+from lenslrp.words import joined
 
 MARK = ("<<", ">>")
 
@@ -42,7 +43,7 @@ class Example:
 
     @property
     def text(self) -> str:
-        return "".join(self.tokens)
+        return joined(self.tokens)
 
     def peaks(self, share: float = 0.5) -> list[int]:
         """Where the activation is at least ``share`` of its maximum (in absolute value)."""

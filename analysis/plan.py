@@ -21,7 +21,7 @@ from lenslrp.errors import InputError, StorageError
 from lenslrp.hooks.composites import Composite
 from lenslrp.passes import architecture
 
-SCHEMA = 1
+SCHEMA = 2
 
 CRITERIA: dict[str, tuple[str, int]] = {
     "actmax": ("activation", 1),

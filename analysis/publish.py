@@ -26,7 +26,7 @@ from lenslrp.analysis.replay import STATISTICS, Entries
 from lenslrp.analysis.search import Job, State
 from lenslrp.analysis.storage import file_record, parquet_writer, save_json, save_tensors
 from lenslrp.analysis.texts import Document, write_texts
-from lenslrp.inputs import str_token
+from lenslrp.spelling import Speller
 
 FILES = frozenset(
     {
@@ -236,6 +236,7 @@ def _write_texts(
 ) -> None:
     """The cited documents, and the text of their tokens and of ``shown``."""
     tokenizer = job.run.model.tokenizer
+    speller = None if tokenizer is None else Speller(tokenizer)
     aims: dict[int, tuple[int, int, float]] = {}
     for part in parts:
         with safe_open(part, framework="pt") as file:
@@ -261,13 +262,16 @@ def _write_texts(
             aim = aims.get(doc, (-1, -1, 0.0))
             used.update([aim[1]] if aim[1] >= 0 else [])
             at = doc - part.first
-            text = tokenizer.decode(tokens[without:].tolist()) if tokenizer is not None else ""
+            text, spans = "", torch.zeros(len(tokens), 2, dtype=torch.int64)
+            if speller is not None:
+                row = speller.spell(tokens[without:].tolist())
+                text, spans[without:] = row.text, torch.tensor(row.spans)
             source, start = int(part.sources[at]), int(part.starts[at])
-            yield Document(doc, source, start, tokens, *aim, text)
+            yield Document(doc, source, start, tokens, *aim, text, spans)
 
     def names() -> Iterator[tuple[int, str]]:
-        if tokenizer is not None:
-            yield from ((token, str_token(tokenizer, token)) for token in sorted(used))
+        if speller is not None:
+            yield from ((token, speller.token(token)) for token in sorted(used))
 
     write_texts(path, documents(), names())
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lenslrp.analysis.places import Side, stack_name
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import original
-from lenslrp.inputs import str_token
+from lenslrp.spelling import Speller
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -236,9 +236,7 @@ def token_labels(model: TransformerBridge) -> Callable[[int], str]:
     tokenizer = model.tokenizer
     if tokenizer is None:
         return lambda row: f"[{row}]"
-    if not hasattr(tokenizer, "convert_ids_to_tokens"):
-        return lambda row: str(tokenizer.decode([row]))
-    return lambda row: str_token(tokenizer, row)
+    return Speller(tokenizer).token
 
 
 def _config(model: TransformerBridge) -> Any:

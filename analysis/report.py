@@ -277,7 +277,7 @@ def report_html(
             title="Colours scaled without the first token",
         )
     ledger = section(lambda: _ledger(R))
-    text = visible("".join(t for t, kept in zip(tokens, mask, strict=True) if kept))
+    text = visible(R.prompts[row])
     if R.grid is not None:
         text = f"an image of {R.grid[0]} x {R.grid[1]} patches"
     page: str = template.render(

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lenslrp.errors import InputError
+from lenslrp.spelling import Spans, standing
 
-Spans = list[tuple[int, int]]
 Values = NDArray[np.float64]
 Chosen = NDArray[np.bool_]
 
@@ -30,13 +30,11 @@ def token_spans(tokenizer: Any, text: str, token_ids: Sequence[int]) -> Spans:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise InputError("this model's tokenizer does not say where its tokens stand in the text")
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    own, ids = list(encoded["input_ids"]), list(token_ids)
-    for start in range(len(ids) - len(own) + 1):
-        if ids[start : start + len(own)] == own:
-            spans = [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
-            return [(0, 0)] * start + spans + [(0, 0)] * (len(ids) - start - len(own))
-    raise InputError(f"the tokens explained are not those of {text[:80]!r}")
+    found = standing(tokenizer, text, token_ids)
+    if found is None:
+        raise InputError(f"the tokens explained are not those of {text[:80]!r}")
+    start, stop, spans = found
+    return [(0, 0)] * start + (spans or []) + [(0, 0)] * (len(token_ids) - stop)
 
 
 def overlap(pieces: Spans, spans: Spans) -> Chosen:

@@ -22,10 +22,11 @@ from lenslrp.analysis.perturb import token_values
 from lenslrp.analysis.prompts import Prompt, as_prompt
 from lenslrp.analysis.question import ask
 from lenslrp.analysis.records import Record
-from lenslrp.analysis.spans import Spans, normalise, occurrences, overlap, token_spans
+from lenslrp.analysis.spans import normalise, occurrences, overlap, token_spans
 from lenslrp.analysis.templates import agreement, indirect_objects
 from lenslrp.errors import InputError
 from lenslrp.inputs import is_encoder_decoder
+from lenslrp.spelling import Spans
 
 Chosen = NDArray[np.bool_]
 

@@ -1,9 +1,10 @@
 """The documents that a dictionary cites, with a full-text index, in one SQLite file.
 
-Each document is kept once, whatever the number of units that cite it. The full-text index is
-SQLite's own FTS5 over the documents' text. A file from a stranger is opened read-only, with a
-schema that is compared to ours word for word, so that it brings no view, trigger or virtual table
-of its own.
+Each document is kept once, whatever the number of units that cite it, as its tokens, as its text,
+and with the characters of the text that each token holds. The full-text index is SQLite's own FTS5
+over the words of the text as :mod:`lenslrp.analysis.finding` takes them apart. A file from a
+stranger is opened read-only, with a schema that is compared to ours word for word, so that it
+brings no view, trigger or virtual table of its own.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from lenslrp.analysis.files import whole
+from lenslrp.analysis.finding import indexed, terms
 from lenslrp.analysis.storage import require_plain
 from lenslrp.errors import InputError, StorageError
+from lenslrp.spelling import Spelling
+from lenslrp.words import pieces
 
 SCHEMA = (
     "CREATE TABLE documents (id INTEGER PRIMARY KEY, source INTEGER, start INTEGER, tokens BLOB, "
-    "aim_position INTEGER, aim_token INTEGER, aim_value REAL, text TEXT)",
+    "aim_position INTEGER, aim_token INTEGER, aim_value REAL, text TEXT, spans BLOB)",
     "CREATE TABLE tokens (id INTEGER PRIMARY KEY, text TEXT)",
-    "CREATE VIRTUAL TABLE search USING fts5(text, content='documents', content_rowid='id')",
+    "CREATE VIRTUAL TABLE search USING fts5(words, content='', tokenize='ascii')",
 )
 OURS = frozenset({"documents", "tokens", "search"})
 
@@ -46,6 +50,7 @@ class Document:
         aim_token: the token that was explained; -1 likewise.
         aim_value: the target's value.
         text: the tokens as one string.
+        spans: the characters of each token in it, (start, stop); empty where it has none.
     """
 
     id: int
@@ -56,6 +61,7 @@ class Document:
     aim_token: int
     aim_value: float
     text: str
+    spans: Int64[Tensor, "pos 2"]
 
 
 def write_texts(
@@ -70,17 +76,20 @@ def write_texts(
                 for statement in SCHEMA:
                     database.execute(statement)
                 database.executemany(
-                    "INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         (
-                            d.id, d.source, d.start, d.tokens.int().numpy().tobytes(),
-                            d.aim_position, d.aim_token, d.aim_value, d.text,
+                            d.id, d.source, d.start, _packed(d.tokens),
+                            d.aim_position, d.aim_token, d.aim_value, d.text, _packed(d.spans),
                         )
                         for d in documents
                     ),
                 )  # fmt: skip
                 database.executemany("INSERT INTO tokens VALUES (?, ?)", names)
-                database.execute("INSERT INTO search(search) VALUES ('rebuild')")
+                database.create_function("words", 1, indexed, deterministic=True)
+                database.execute(
+                    "INSERT INTO search(rowid, words) SELECT id, words(text) FROM documents"
+                )
                 database.execute("INSERT INTO search(search) VALUES ('optimize')")
                 database.commit()
         except sqlite3.OperationalError as error:
@@ -129,9 +138,20 @@ class Texts:
         for doc in dict.fromkeys(ids):
             row = self._one("SELECT * FROM documents WHERE id = ?", doc)
             if row is not None:
-                tokens = torch.from_numpy(np.frombuffer(row[3], dtype=np.int32).astype(np.int64))
-                found[doc] = Document(row[0], row[1], row[2], tokens, *row[4:8])
+                tokens, spans = _unpacked(row[3]), _unpacked(row[8])
+                if len(spans) != 2 * len(tokens):
+                    raise StorageError(f"{self.path} is damaged: document {doc} has lost its spans")
+                found[doc] = Document(row[0], row[1], row[2], tokens, *row[4:8], spans.view(-1, 2))
         return found
+
+    def pieces(self, document: Document) -> list[str]:
+        """What each token shows of its document; a token without characters, its name."""
+        spans = [(int(start), int(stop)) for start, stop in document.spans.tolist()]
+        shown = pieces(Spelling(document.text, spans, [False] * len(spans)))
+        return [
+            piece or self.token(token)
+            for piece, token in zip(shown, document.tokens.tolist(), strict=True)
+        ]
 
     def token(self, token: int) -> str:
         """A token as text; its id in brackets where the model had no tokenizer."""
@@ -145,8 +165,8 @@ class Texts:
         rows = self._database.execute("SELECT id, text FROM tokens").fetchall()
         return [int(token) for token, name in rows if str(name).strip() == text.strip()]
 
-    def matching(self, query: str, limit: int) -> list[tuple[int, str]]:
-        """The best documents (id, snippet) for words that must all occur; ``"..."`` is a phrase.
+    def matching(self, query: str) -> list[int]:
+        """The documents in which words all occur, the best first; ``"..."`` is a phrase.
 
         Raises:
             InputError: an empty query.
@@ -154,16 +174,14 @@ class Texts:
         words = terms(query)
         if not words:
             raise InputError(f"nothing to search for in {query!r}; give at least one word")
-        wanted = " ".join('"' + word.replace('"', '""') + '"' for word in words)
+        wanted = " ".join(f'"{indexed(word)}"' for word in words)
         try:
             rows = self._database.execute(
-                "SELECT rowid, snippet(search, 0, '[', ']', ' ... ', 12) FROM search "
-                "WHERE search MATCH ? ORDER BY rank, rowid LIMIT ?",
-                (wanted, limit),
+                "SELECT rowid FROM search WHERE search MATCH ? ORDER BY rank, rowid", (wanted,)
             ).fetchall()
         except sqlite3.DatabaseError as error:
             raise StorageError(f"{self.path} is damaged: {error}") from error
-        return [(int(doc), str(text)) for doc, text in rows]
+        return [int(doc) for (doc,) in rows]
 
     def _one(self, sql: str, key: int) -> tuple[Any, ...] | None:
         try:
@@ -176,10 +194,9 @@ class Texts:
 _SHADOWS = frozenset(f"search_{part}" for part in ("data", "idx", "docsize", "config"))
 
 
-def terms(query: str) -> list[str]:
-    """Words and quoted phrases of a query; operators of FTS5 are words like any other."""
-    pieces = query.split('"')
-    found: list[str] = []
-    for n, piece in enumerate(pieces):
-        found += [piece.strip()] if n % 2 else piece.split()
-    return [word for word in found if any(c.isalnum() for c in word)]
+def _packed(values: Tensor) -> bytes:
+    return values.int().numpy().tobytes()
+
+
+def _unpacked(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype=np.int32).astype(np.int64))

@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
-from lenslrp.analysis.spans import Spans, overlap, token_spans
+from lenslrp.analysis.spans import overlap, token_spans
 from lenslrp.analysis.statistics import RESAMPLES, interval
+from lenslrp.spelling import Spans
 
 PROMPTS = Path(__file__).with_name("keyword_prompts.json")
 METHODS: dict[str, Callable[[], object]] = {

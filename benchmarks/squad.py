@@ -37,9 +37,10 @@ from transformer_lens.model_bridge import TransformerBridge
 import lenslrp
 from lenslrp import targets
 from lenslrp.analysis.journal import resumed
-from lenslrp.analysis.spans import Spans, ious, normalise, occurrences, overlap, words_of
+from lenslrp.analysis.spans import ious, normalise, occurrences, overlap, words_of
 from lenslrp.analysis.statistics import RESAMPLES, interval
 from lenslrp.analysis.tasks import QUESTION, generate
+from lenslrp.spelling import Spans
 
 RESULTS = Path(__file__).with_name("results")  # ignored by git
 MODEL = "flan-t5-small-titles"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import html
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.ledger import Ledger
 from lenslrp.targets import Explained
+from lenslrp.words import Word
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +55,10 @@ class RelevanceCache:
         special: per learned token (CLS, distillation) of an image.
         patch_positions: per learned position of an image that stands beside text.
         inputs: per value of each float input that was given; empty with ``leaves="patches"``.
-        str_tokens: the tokens as text, one list a batch row.
+        str_tokens: the tokens as text, one list a batch row. A character that spans tokens is
+            shown by the first of them, and ``⟨…⟩`` by the others; bytes that make none are
+            ``⟨0xE6⟩``.
+        prompts: each row as it was given; the text that its ids spell, where those were given.
         routing: the experts that each position was sent to, by the name of the mixture.
         n_experts: how many experts the mixtures have (0 without).
         target: what exactly was explained, and its value.
@@ -77,6 +82,9 @@ class RelevanceCache:
     decoder_tokens: Float[Tensor, "batch written"] | None = None
     decoder_positions: Float[Tensor, "batch written"] | None = None
     decoder_str_tokens: list[list[str]] | None = None
+    prompts: list[str] = field(default_factory=list, repr=False)
+    words_: list[list[Word]] = field(default_factory=list, repr=False)
+    decoder_words_: list[list[Word]] = field(default_factory=list, repr=False)
     routing: dict[str, Int[Tensor, "batch pos slot"]] = field(default_factory=dict, repr=False)
     n_experts: int = 0
     patches: Float[Tensor, "images rows columns"] | None = None
@@ -196,24 +204,36 @@ class RelevanceCache:
         records.sort(key=lambda record: -abs(record["relevance"]))
         return pd.DataFrame(records[:k])
 
-    def words(self, row: int = 0) -> pd.DataFrame:
-        """Sub-words joined: one row a word with its relevance (a sum) and token positions."""
-        words: list[dict[str, Any]] = []
-        pairs = zip(self.str_tokens[row], self.tokens[row].tolist(), strict=True)
-        for position, (token, relevance) in enumerate(pairs):
-            if not self.attention_mask[row, position]:
-                continue
-            last = words[-1]["word"] if words else ""
-            starts = not words or token[:1].isspace() or last[-1:].isspace()
-            ends = not token.isalnum() or not last.strip().isalnum()
-            # SentencePiece writes a rare word as a lone space and its pieces
-            if (starts or ends) and (last != " " or token[:1].isspace()):
-                words.append({"word": token, "relevance": relevance, "positions": [position]})
-            else:
-                words[-1]["word"] += token
-                words[-1]["relevance"] += relevance
-                words[-1]["positions"].append(position)
-        return pd.DataFrame(words)
+    def words(self, row: int = 0, *, decoder: bool = False) -> pd.DataFrame:
+        """The words of the text: one row a word with its relevance and token positions.
+
+        A word has the space before it, so that words join to the text. Its relevance is the sum
+        over its tokens: the total is kept. Special tokens are words of their own, and padding is
+        left out. Scripts without spaces are not cut into words: there a word is a token, or
+        several that share a character.
+
+        Args:
+            row: which batch row.
+            decoder: of an encoder-decoder, the words that its decoder was given.
+
+        Raises:
+            InputError: a model without a decoder of its own, or a file that has no words.
+        """
+        found, relevance = self.words_, self.tokens
+        if decoder:
+            if self.decoder_tokens is None:
+                raise InputError("decoder=True is for encoder-decoders; this model has one text")
+            found, relevance = self.decoder_words_, self.decoder_tokens
+        if not found:
+            raise InputError("this relevance was saved without its words; explain the text again")
+        values = relevance[row].tolist()
+        return pd.DataFrame(
+            [
+                (word.text, math.fsum(values[i] for i in word.positions), word.positions)
+                for word in found[row]
+            ],
+            columns=["word", "relevance", "positions"],
+        )
 
     def ledger(self) -> Ledger:
         """The account of the whole target (DESIGN promise 4)."""
@@ -262,6 +282,9 @@ class RelevanceCache:
             model_name=self.model_name,
             dtype=self.dtype,
             decoder_str_tokens=self.decoder_str_tokens,
+            prompts=self.prompts,
+            words_=self.words_,
+            decoder_words_=self.decoder_words_,
             inputs={
                 name: value - other.inputs[name]
                 for name, value in self.inputs.items()
@@ -288,6 +311,9 @@ class RelevanceCache:
             "format": "lenslrp.relevance/1",
             "str_tokens": self.str_tokens,
             "decoder_str_tokens": self.decoder_str_tokens,
+            "prompts": self.prompts,
+            "words": self.words_,
+            "decoder_words": self.decoder_words_,
             "target": self.target.text,
             "composite": self.composite.name,
             "rules": {role: rule.name for role, rule in self.composite.rules.items()},
@@ -354,6 +380,9 @@ class RelevanceCache:
             model_name=told["model_name"],
             dtype=told["dtype"],
             decoder_str_tokens=told.get("decoder_str_tokens"),
+            prompts=told.get("prompts") or ["".join(row) for row in told["str_tokens"]],
+            words_=[[Word(*word) for word in row] for row in told.get("words", [])],
+            decoder_words_=[[Word(*word) for word in row] for row in told.get("decoder_words", [])],
             routing=part("routing/"),
             n_experts=told.get("n_experts", 0),
         )

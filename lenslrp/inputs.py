@@ -11,6 +11,8 @@ from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
 from lenslrp.errors import InputError
 from lenslrp.names import token_ids
+from lenslrp.spelling import Speller
+from lenslrp.words import Row, read_row, row_of_names
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Prepared:
         mask: [batch, pos], True where a token is real.
         prompt_lengths: real tokens of the prompt in each row.
         kwargs: what the forward pass takes besides.
+        texts: what the rows were made from, where that was text.
     """
 
     tokens: Tensor
@@ -31,25 +34,20 @@ class Prepared:
     decoder: Prepared | None = None  #: what the decoder of an encoder-decoder is given
     media: dict[str, Tensor] = field(default_factory=dict)  #: pixels, samples: floats, checked
     names: list[str] | None = None  #: what the tokens of an image or a sound are called
+    texts: list[str] | None = None
+
+    def rows(self, tokenizer: Any) -> list[Row]:
+        """Every row as text."""
+        if self.names is not None:
+            return [row_of_names(self.names) for _ in self.tokens]
+        if "inputs_embeds" in self.kwargs or tokenizer is None:
+            return [row_of_names([str(i) for i in row]) for row in self.tokens.tolist()]
+        speller, texts = Speller(tokenizer), self.texts or [None] * len(self.tokens)
+        columns = (self.tokens.tolist(), self.mask.tolist(), self.prompt_lengths, texts)
+        return [read_row(speller, *row) for row in zip(*columns, strict=True)]
 
     def str_tokens(self, tokenizer: Any) -> list[list[str]]:
-        if self.names is not None:
-            return [list(self.names) for _ in self.tokens]
-        if "inputs_embeds" in self.kwargs or tokenizer is None:
-            return [[str(i) for i in row] for row in self.tokens.tolist()]
-        return [[str_token(tokenizer, i) for i in row] for row in self.tokens.tolist()]
-
-
-def str_token(tokenizer: Any, token: int) -> str:
-    """One token as text, with the space that it begins with.
-
-    SentencePiece tokenizers (T5, LLaMA 2) drop that space from whatever is decoded first, so that
-    tokens decoded one by one would run together.
-    """
-    text: str = tokenizer.decode([token])
-    piece = tokenizer.convert_ids_to_tokens(token)
-    starts_word = isinstance(piece, str) and piece.startswith("\N{LOWER ONE EIGHTH BLOCK}")
-    return f" {text}" if starts_word and not text.startswith(" ") else text
+        return [row.pieces for row in self.rows(tokenizer)]
 
 
 def prepare(
@@ -117,7 +115,10 @@ def _with_decoder(model: Any, given: Prepared, decoder_input: Any, append: list[
     kwargs = {**given.kwargs, "decoder_input_ids": tokens.to(device)}
     if not bool(mask.all()):
         kwargs["decoder_attention_mask"] = mask.long().to(device)
-    decoder = Prepared(tokens.to(device), mask.to(device), lengths)
+    written = [decoder_input] * batch if isinstance(decoder_input, str) else decoder_input
+    decoder = Prepared(
+        tokens.to(device), mask.to(device), lengths, texts=written if _is_text(written) else None
+    )
     return replace(given, kwargs=kwargs, decoder=decoder)
 
 
@@ -142,10 +143,12 @@ def prepare_side(
     if isinstance(text, Tensor | list) and _is_empty(text):
         raise InputError("an empty prompt; give at least one token")
     padding_side = getattr(model.tokenizer, "padding_side", None) or "right"
+    texts: list[str] | None = None
     if isinstance(text, str) or (isinstance(text, list) and text and isinstance(text[0], str)):
         if attention_mask is not None:
             raise InputError("attention_mask goes with token tensors; text brings its own")
-        rows = _tokenize(model, [text] if isinstance(text, str) else text, prepend_bos)
+        texts = [text] if isinstance(text, str) else text
+        rows = _tokenize(model, texts, prepend_bos)
         mask = None
     elif isinstance(text, Tensor | list):
         tokens, mask = _as_tensor(text, attention_mask)
@@ -167,7 +170,7 @@ def prepare_side(
     kwargs: dict[str, Any] = {}
     if not bool(mask.all()):
         kwargs["attention_mask"] = mask.long().to(device)
-    return Prepared(tokens.to(device), mask.to(device), lengths, kwargs)
+    return Prepared(tokens.to(device), mask.to(device), lengths, kwargs, texts=texts)
 
 
 def _require_ids(model: Any, rows: list[list[int]]) -> None:

@@ -6,6 +6,8 @@ import difflib
 from typing import Any
 
 from lenslrp.errors import InputError
+from lenslrp.spelling import Speller
+from lenslrp.words import pieces
 
 Token = str | int
 
@@ -33,9 +35,9 @@ def token_id(tokenizer: Any, token: Token, vocabulary: int) -> int:
     if isinstance(token, str):
         ids = token_ids(tokenizer, token)
         if len(ids) != 1:
-            pieces = [tokenizer.decode([i]) for i in ids]
+            shown = pieces(Speller(tokenizer).spell(ids))
             raise InputError(
-                f"{token!r} is {len(ids)} tokens ({pieces}); give one token, or explain them all "
+                f"{token!r} is {len(ids)} tokens ({shown}); give one token, or explain them all "
                 "with targets.Sequence"
             )
         token = ids[0]

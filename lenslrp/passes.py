@@ -149,6 +149,8 @@ class Pass:
         decoder_tokens = _total(at["decoder_tokens"])
         decoder_positions = _total(at["decoder_positions"])
         decoder = self.prepared.decoder
+        rows = self.prepared.rows(self.model.tokenizer)
+        written = decoder.rows(self.model.tokenizer) if decoder else []
         return RelevanceCache(
             values=self.readers.finish(),
             activations=dict(self.readers.activations),
@@ -163,10 +165,13 @@ class Pass:
             patch_positions=None if patch_positions is None else patch_positions.sum(dim=-1),
             special=None if special is None else special.sum(dim=-1),
             inputs=dict(zip(self.leaves.inputs, at["inputs"], strict=True)),
-            decoder_str_tokens=decoder.str_tokens(self.model.tokenizer) if decoder else None,
+            decoder_str_tokens=[row.pieces for row in written] if decoder else None,
+            decoder_words_=[row.words for row in written],
             token_ids=self.prepared.tokens,
             attention_mask=self.prepared.mask,
-            str_tokens=self.prepared.str_tokens(self.model.tokenizer),
+            str_tokens=[row.pieces for row in rows],
+            words_=[row.words for row in rows],
+            prompts=[row.prompt for row in rows],
             target=Explained(target.text(outputs), values.detach()),
             composite=self.rules.composite,
             coverage=cover.Coverage(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lenslrp.errors import InputError
 from lenslrp.names import Token, class_id, token_id, token_ids
+from lenslrp.spelling import Speller, str_token
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _shown(outputs: Outputs, token: Token) -> str:
         return repr(outputs.labels.get(token, token))
     if isinstance(token, str) or outputs.tokenizer is None:
         return repr(token)
-    return repr(outputs.tokenizer.decode([token]))
+    return repr(str_token(outputs.tokenizer, token))
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,9 @@ class Sequence:
 
     def text(self, outputs: Outputs) -> str:
         ids = self.ids(outputs.tokenizer)
-        shown = repr(outputs.tokenizer.decode(ids)) if outputs.tokenizer is not None else str(ids)
+        shown = str(ids)
+        if outputs.tokenizer is not None:
+            shown = repr(Speller(outputs.tokenizer).spell(ids).text)
         unit = "logits" if self.of == "logit" else "log-probabilities"
         return f"sum of {unit} of the span {shown}"
 

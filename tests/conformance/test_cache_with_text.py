@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import lenslrp
-from lenslrp.inputs import str_token
+from lenslrp.spelling import Spelling, str_token
 from lenslrp.targets import LogProb
+from lenslrp.words import words as words_of
 from tests.conformance.families import FAMILIES, randomise
 
 PIECES = ["<pad>", "<s>", "?", " the", " cat", " sat", " on", " mat", "s", " un", "believ", "able"]
@@ -73,14 +74,10 @@ def test_tokens_of_sentencepiece_keep_the_space_that_decoding_drops(model: Any) 
 
 def test_a_lone_space_belongs_to_the_pieces_after_it(cache: lenslrp.RelevanceCache) -> None:
     pieces = ["</s>", " ", "un", "able", " cat", " ", " the", ".", " "]
-    relevance = torch.arange(9.0)[None]
-    shown = replace(
-        cache,
-        str_tokens=[pieces],
-        tokens=relevance,
-        attention_mask=torch.ones(1, 9, dtype=torch.bool),
-    )
-    words = shown.words()
+    ends = [sum(map(len, pieces[: i + 1])) for i in range(9)]
+    spans = list(zip([0, *ends], ends, strict=False))
+    row = Spelling("".join(pieces), spans, [i == 0 for i in range(9)])
+    words = replace(cache, words_=[words_of(row)], tokens=torch.arange(9.0)[None]).words()
     assert words["word"].tolist() == ["</s>", " unable", " cat", " ", " the", ".", " "]
     assert words["relevance"].tolist() == [0.0, 6.0, 4.0, 5.0, 6.0, 7.0, 8.0]
 

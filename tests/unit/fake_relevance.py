@@ -61,6 +61,10 @@ class FakeRelevance:
             value = torch.full((len(self.str_tokens),), 17.4)
             self.target = SimpleNamespace(text="logit of ' Paris' at position -1", value=value)
 
+    @property
+    def prompts(self):
+        return ["".join(row) for row in self.str_tokens]
+
     def _need(self, name):
         if name in self.missing:
             raise InputError(f"{name} was not read")

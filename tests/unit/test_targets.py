@@ -256,7 +256,7 @@ def test_a_token_outside_the_vocabulary(make: Any, token: int) -> None:
 
 @pytest.mark.parametrize("make", [Logit, LogProb, Contrastive, lambda t: LogitDiff(3, t)])
 def test_a_string_of_several_tokens_where_one_is_meant(make: Any) -> None:
-    with pytest.raises(InputError, match=r"'d e' is 2 tokens \(\['d', 'e'\]\).*targets\.Sequence"):
+    with pytest.raises(InputError, match=r"'d e' is 2 tokens \(\['d', ' e'\]\).*targets\.Sequence"):
         make("d e").values(outputs())
 
 

@@ -1,0 +1,44 @@
+"""How text is found: words as a reader compares them, whatever the script and the tokeniser.
+
+Text is folded first: compatibility forms and accents composed (NFKC), upper and lower case alike,
+what is never seen (joiners, variation selectors, soft hyphens) dropped, every white space one
+space. Then it is taken apart into what an index holds: runs of letters, marks and digits, and one
+by one the characters of scripts that are written without spaces (and of Korean, whose words take
+endings) and symbols such as emoji, so that any part of such a text can be found as a phrase.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+import regex
+
+_NEVER_SEEN = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
+_WHITE = regex.compile(r"\s+")
+_UNSPACED = "".join(
+    rf"\p{{scx={script}}}"
+    for script in ("Han", "Hira", "Kana", "Bopo", "Hang", "Yi", "Thai", "Lao", "Khmer", "Mymr")
+)
+_ATOM = regex.compile(
+    rf"(?V1)[{_UNSPACED}--\p{{ASCII}}--\p{{P}}]"
+    rf"|[[\p{{L}}\p{{M}}\p{{N}}]--[{_UNSPACED}]]+|[\p{{S}}--\p{{ASCII}}]"
+)
+
+
+def folded(text: str) -> str:
+    """``text`` as it is compared."""
+    plain = unicodedata.normalize("NFKC", _NEVER_SEEN.sub("", text)).casefold()
+    return _WHITE.sub(" ", unicodedata.normalize("NFC", plain))
+
+
+def indexed(text: str) -> str:
+    """What an index holds of ``text``, with spaces between: no quotes, no ASCII but a-z and 0-9."""
+    return " ".join(_ATOM.findall(folded(text)))
+
+
+def terms(query: str) -> list[str]:
+    """Words and quoted phrases of a query; operators of a query language are words like others."""
+    found: list[str] = []
+    for n, piece in enumerate(query.split('"')):
+        found += [piece.strip()] if n % 2 else piece.split()
+    return [word for word in found if indexed(word)]
