@@ -213,7 +213,7 @@ def residual_map(
     values = np.asarray(table, dtype=float)[:, kept]
     limit = _limit(values[:, 1:]) if without_first and len(kept) > 1 else _limit(values)
     rows, columns = values.shape
-    figure, axes = _figure(min(4 + 0.3 * columns, 15), min(2.2 + 0.2 * rows, 11), theme)
+    figure, axes = _figure(min(4 + 0.3 * columns, 15.0), min(2.2 + 0.2 * rows, 11.0), theme)
     _map(figure, axes, values, limit, theme, "relevance")
     _label_tokens(axes, [R.str_tokens[row][index] for index in kept], kept)
     _label_layers(axes, [str(name) for name in table.index])
@@ -233,7 +233,7 @@ def head_grid(R: RelevanceCache, row: int = 0, *, theme: Theme = LIGHT) -> Figur
     table = R.heads(row)
     values = np.asarray(table, dtype=float)
     rows, columns = values.shape
-    figure, axes = _figure(min(2.6 + 0.42 * columns, 13), min(1.6 + 0.24 * rows, 11), theme)
+    figure, axes = _figure(min(2.6 + 0.42 * columns, 13.0), min(1.6 + 0.24 * rows, 11.0), theme)
     _map(figure, axes, values, _limit(values), theme, "relevance")
     step = -(-columns // 32)
     places = list(range(0, columns, step))
@@ -323,7 +323,7 @@ def token_bars(
     """Relevance of every token, as bars in the order of the text, padding left out."""
     kept = _kept(R, row)
     values = np.array([float(R.tokens[row][index]) for index in kept])
-    figure, axes = _figure(min(3 + 0.28 * len(kept), 15), 3.6, theme)
+    figure, axes = _figure(min(3 + 0.28 * len(kept), 15.0), 3.6, theme)
     known = np.nan_to_num(values, posinf=0.0, neginf=0.0)
     colours = [theme.positive if value >= 0 else theme.negative for value in known]
     axes.bar(np.arange(len(kept)), known, color=colours, width=0.8)

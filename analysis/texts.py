@@ -138,10 +138,14 @@ class Texts:
         for doc in dict.fromkeys(ids):
             row = self._one("SELECT * FROM documents WHERE id = ?", doc)
             if row is not None:
-                tokens, spans = _unpacked(row[3]), _unpacked(row[8])
-                if len(spans) != 2 * len(tokens):
-                    raise StorageError(f"{self.path} is damaged: document {doc} has lost its spans")
-                found[doc] = Document(row[0], row[1], row[2], tokens, *row[4:8], spans.view(-1, 2))
+                tokens, spans = self._unpacked(row[3], 1)[:, 0], self._unpacked(row[8], 2)
+                text = row[7] if isinstance(row[7], str) else ""
+                inside = bool((spans >= 0).all() and (spans <= len(text)).all())
+                if len(spans) != len(tokens) or not inside:
+                    raise StorageError(
+                        f"{self.path} is damaged: the tokens of document {doc} do not fit its text"
+                    )
+                found[doc] = Document(row[0], row[1], row[2], tokens, *row[4:7], text, spans)
         return found
 
     def pieces(self, document: Document) -> list[str]:
@@ -183,6 +187,12 @@ class Texts:
             raise StorageError(f"{self.path} is damaged: {error}") from error
         return [int(doc) for (doc,) in rows]
 
+    def _unpacked(self, data: Any, columns: int) -> Tensor:
+        if not isinstance(data, bytes) or len(data) % (4 * columns):
+            raise StorageError(f"{self.path} is damaged: a document's tokens are no int32")
+        values = np.frombuffer(data, dtype=np.int32).astype(np.int64)
+        return torch.from_numpy(values.reshape(-1, columns))
+
     def _one(self, sql: str, key: int) -> tuple[Any, ...] | None:
         try:
             row: tuple[Any, ...] | None = self._database.execute(sql, (key,)).fetchone()
@@ -196,7 +206,3 @@ _SHADOWS = frozenset(f"search_{part}" for part in ("data", "idx", "docsize", "co
 
 def _packed(values: Tensor) -> bytes:
     return values.int().numpy().tobytes()
-
-
-def _unpacked(data: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, dtype=np.int32).astype(np.int64))

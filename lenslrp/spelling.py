@@ -20,6 +20,7 @@ Spans = list[tuple[int, int]]
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes one
+_JOINS = "@@"  # how CTRL and PhoBERT mark a piece that is not the end of its word
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -44,6 +45,7 @@ class Speller:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.special = special_ids(tokenizer)
+        self._fast = bool(getattr(tokenizer, "is_fast", False))
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = getattr(backend, "decoder", None)
         self._byte_level = (
@@ -59,7 +61,10 @@ class Speller:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The tokenizer's own decoding, nothing left out or tidied."""
-        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        text = str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        last = None if self._fast else self._piece(ids[-1])
+        goes_on = isinstance(last, str) and last.endswith(_JOINS) and last != _JOINS
+        return text.removesuffix(_JOINS) if goes_on else text
 
     def token(self, token: int) -> str:
         """One token as text on its own, with the space that it begins with."""
@@ -73,7 +78,8 @@ class Speller:
     def spell(self, ids: Sequence[int]) -> Spelling:
         """The text of a row, special tokens by their names."""
         text, spans, special = "", [], []
-        at, before = 0, None
+        at = 0
+        before: list[int] = []  # what decoding needs to have seen: back to a token that has text
         while at < len(ids):
             stop = at + 1
             marks = ids[at] in self.special
@@ -97,7 +103,8 @@ class Speller:
             spans += [(len(text) + a, len(text) + b) for a, b in inside]
             special += [marks] * (stop - at)
             text += new
-            before = before if marks else ids[stop - 1]
+            if not marks:
+                before = [*before, *ids[at:stop]] if not new else [ids[stop - 1]]
             at = stop
         return Spelling(text, spans, special)
 
@@ -160,7 +167,8 @@ class Speller:
             return piece
         if not isinstance(piece, str):
             return None
-        if (found := _BYTE.fullmatch(piece)) and alone != piece:
+        slow = hasattr(self.tokenizer, "sp_model")  # decodes them as they are written
+        if (found := _BYTE.fullmatch(piece)) and (slow or alone != piece):
             return bytes.fromhex(found[1])
         if self._byte_level:
             table = [_table().get(char) for char in piece.removesuffix(self._ends)]
@@ -179,18 +187,18 @@ class Speller:
             return False
         return raw or _BROKEN in self._decoded(token)
 
-    def _run(self, before: int | None, ids: Sequence[int]) -> list[bytes]:
+    def _run(self, before: Sequence[int], ids: Sequence[int]) -> list[bytes]:
         made = []
-        for last, token in zip([before, *ids], ids, strict=False):
+        for last, token in zip([*(before[-1:] or [None]), *ids], ids, strict=False):
             data = self._raw(token) or b""
             ended = self._ends and last is not None and self._piece(last).endswith(self._ends)
             made.append(b" " + data if ended and not data.startswith(b" ") else data)
         return made
 
-    def _after(self, before: int | None, ids: Sequence[int]) -> str:
-        """What decoding adds for ``ids`` after another token."""
-        if before is not None:
-            start, whole = self.decode([before]), self.decode([before, *ids])
+    def _after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """What decoding adds for ``ids`` after other tokens."""
+        if before:
+            start, whole = self.decode(before), self.decode([*before, *ids])
             if whole.startswith(start):
                 return whole[len(start) :]
         return self.decode(ids)

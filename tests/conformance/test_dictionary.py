@@ -109,7 +109,9 @@ def test_a_page_shows_what_the_unit_did(built: NeuronDictionary) -> None:
         tokens = corpus.part_of(row.doc).document(row.doc)
         start, stop = max(0, row.position - 3), row.position + 3
         assert row.start == start
-        assert row.tokens == [bridge.tokenizer.decode([int(i)]) for i in tokens[start:stop]]
+        words = [bridge.tokenizer.decode([int(i)]) for i in tokens[start:stop]]
+        assert [token.strip() for token in row.tokens] == words
+        assert "".join(row.tokens).strip() == " ".join(words)  # the window's text
         _, R = lenslrp.run_with_relevance(
             bridge, tokens[None],
             targets.Logit(int(tokens[row.target_position + 1]), row.target_position),
@@ -169,7 +171,7 @@ def test_units_by_every_key_and_none_that_is_not_there(built: NeuronDictionary) 
 
 def test_search_finds_words_tokens_and_neighbours(built: NeuronDictionary) -> None:
     document = built[0, 0].examples("actmax").iloc[0]
-    word = document.tokens[-1]
+    word = document.tokens[-1].strip()
     found = built.search_text(word, criterion="actmax")
     assert len(found)
     assert all(word in window for window in found["window"])
@@ -185,7 +187,10 @@ def test_search_finds_words_tokens_and_neighbours(built: NeuronDictionary) -> No
     by_token = built.search_tokens(word)
     for row in by_token.itertuples():
         hits = built[row.hook + f"[{row.index}]"].examples("actmax")
-        at = [t[p - s] for t, p, s in zip(hits.tokens, hits.position, hits.start, strict=True)]
+        at = [
+            tokens[p - s].strip()
+            for tokens, p, s in zip(hits.tokens, hits.position, hits.start, strict=True)
+        ]
         assert row.share == pytest.approx(at.count(word) / 4)
     near = built.similar((0, 0), k=5)
     assert near["correlation"].is_monotonic_decreasing

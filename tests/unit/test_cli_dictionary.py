@@ -12,6 +12,7 @@ from lenslrp.analysis import exports, job, plan
 from lenslrp.analysis.block_pass import TARGETS
 from lenslrp.analysis.dictionary import NeuronDictionary
 from lenslrp.analysis.unit_page import page_html
+from lenslrp.visible_text import visible
 from tests.conformance.dictionaries import contents, model, texts
 
 OPTIONS = ["--sites", "mlp.hook_post", "attn.hook_z", "--k", "3", "--context", "12"]
@@ -154,7 +155,7 @@ def test_show_has_identity_vocabulary_statistics_and_sentences(folder, capsys, u
         assert criterion in printed
         for row in page.examples(criterion).head(2).itertuples():
             assert f"document {row.doc}" in printed
-            assert f">{row.tokens[row.position - row.start]} (" in printed
+            assert f">{visible(row.tokens[row.position - row.start])} (" in printed
     assert "(logit " in printed
     assert "3. " not in printed
     d.close()
