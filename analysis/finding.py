@@ -28,7 +28,7 @@ _ATOM = regex.compile(
 def folded(text: str) -> str:
     """``text`` as it is compared."""
     plain = unicodedata.normalize("NFKC", _NEVER_SEEN.sub("", text)).casefold()
-    return _WHITE.sub(" ", unicodedata.normalize("NFC", plain))
+    return str(_WHITE.sub(" ", unicodedata.normalize("NFC", plain)))
 
 
 def indexed(text: str) -> str:

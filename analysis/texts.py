@@ -145,7 +145,9 @@ class Texts:
                     raise StorageError(
                         f"{self.path} is damaged: the tokens of document {doc} do not fit its text"
                     )
-                found[doc] = Document(row[0], row[1], row[2], tokens, *row[4:7], text, spans)
+                found[doc] = Document(
+                    row[0], row[1], row[2], tokens, row[4], row[5], row[6], text, spans
+                )
         return found
 
     def pieces(self, document: Document) -> list[str]:

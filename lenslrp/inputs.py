@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,7 +43,8 @@ class Prepared:
             return [row_of_names(self.names) for _ in self.tokens]
         if "inputs_embeds" in self.kwargs or tokenizer is None:
             return [row_of_names([str(i) for i in row]) for row in self.tokens.tolist()]
-        speller, texts = Speller(tokenizer), self.texts or [None] * len(self.tokens)
+        speller = Speller(tokenizer)
+        texts: Sequence[str | None] = self.texts or [None] * len(self.tokens)
         columns = (self.tokens.tolist(), self.mask.tolist(), self.prompt_lengths, texts)
         return [read_row(speller, *row) for row in zip(*columns, strict=True)]
 

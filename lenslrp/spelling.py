@@ -188,12 +188,13 @@ class Speller:
         return raw or _BROKEN in self._decoded(token)
 
     def _run(self, before: Sequence[int], ids: Sequence[int]) -> list[bytes]:
-        made = []
-        for last, token in zip([*(before[-1:] or [None]), *ids], ids, strict=False):
-            data = self._raw(token) or b""
-            ended = self._ends and last is not None and self._piece(last).endswith(self._ends)
-            made.append(b" " + data if ended and not data.startswith(b" ") else data)
-        return made
+        """The bytes of a run, with the space that a mark at the end of a word stands for."""
+        made = [self._raw(token) or b"" for token in ids]
+        if not self._ends:
+            return made
+        earlier = [None, *ids] if not before else [before[-1], *ids]
+        ended = [last is not None and self._piece(last).endswith(self._ends) for last in earlier]
+        return [b" " + data if after else data for data, after in zip(made, ended, strict=False)]
 
     def _after(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """What decoding adds for ``ids`` after other tokens."""
