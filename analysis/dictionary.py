@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lenslrp.analysis import lookup
@@ -353,14 +354,14 @@ class NeuronDictionary:
 
     def window(self, document: Document, position: int) -> tuple[int, list[str]]:
         """Where the window around a position begins, and its tokens as text."""
-        tokens = self._window(position)
-        return tokens.start, self.texts.pieces(document)[tokens]
-
-    def shown(self, document: Document, position: int) -> str:
-        """The text of the window around a position."""
-        spans = document.spans[self._window(position)]
-        return document.text[int(spans[0, 0]) : int(spans[-1, 1])]
-
-    def _window(self, position: int) -> slice:
         before, after = self.plan.window
-        return slice(max(0, position - before), position + after + 1)
+        start = max(0, position - before)
+        return start, self.texts.pieces(document)[start : position + after + 1]
+
+    def shown(self, document: Document, positions: NDArray[np.int64]) -> list[str]:
+        """The text of the window around each position."""
+        before, after = self.plan.window
+        spans = document.spans.numpy()
+        first = spans[np.maximum(positions - before, 0), 0].tolist()
+        last = spans[np.minimum(positions + after, len(spans) - 1), 1].tolist()
+        return [document.text[a:b] for a, b in zip(first, last, strict=True)]

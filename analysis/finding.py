@@ -14,7 +14,6 @@ import unicodedata
 import regex
 
 _NEVER_SEEN = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
-_WHITE = regex.compile(r"\s+")
 _UNSPACED = "".join(
     rf"\p{{scx={script}}}"
     for script in ("Han", "Hira", "Kana", "Bopo", "Hang", "Yi", "Thai", "Lao", "Khmer", "Mymr")
@@ -27,8 +26,10 @@ _ATOM = regex.compile(
 
 def folded(text: str) -> str:
     """``text`` as it is compared."""
-    plain = unicodedata.normalize("NFKC", _NEVER_SEEN.sub("", text)).casefold()
-    return str(_WHITE.sub(" ", unicodedata.normalize("NFC", plain)))
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", _NEVER_SEEN.sub("", text)).casefold()
+        text = unicodedata.normalize("NFC", text)
+    return " ".join(text.lower().split())
 
 
 def indexed(text: str) -> str:

@@ -149,8 +149,9 @@ def _citing(
         for order, document in enumerate(some.values(), first):
             entries, positions, scores = d.citations.of(document.id)
             shown = np.zeros(len(document.tokens), dtype=bool)
-            for position in np.unique(positions).tolist():
-                text = windows[document.id, position] = d.shown(document, position)
+            places = np.unique(positions)
+            for position, text in zip(places.tolist(), d.shown(document, places), strict=True):
+                windows[document.id, position] = text
                 shown[position] = anywhere or holds(text)
             if anywhere and not holds(document.text):
                 continue
