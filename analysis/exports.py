@@ -40,6 +40,7 @@ from lenslrp.analysis.unit_page import page_html
 from lenslrp.analysis.unit_template import DOCUMENT, INDEX, STYLE
 from lenslrp.errors import InputError
 from lenslrp.visible_text import visible
+from lenslrp.words import piece_at
 
 if TYPE_CHECKING:
     from lenslrp.analysis.dictionary import NeuronDictionary
@@ -323,7 +324,10 @@ def _summary(page: Page) -> dict[str, Any]:
     hits = {}
     for criterion in KINDS.values():
         frame = page.examples(criterion) if criterion in page.criteria else pd.DataFrame()
-        tokens = [row["tokens"][row["position"] - row["start"]] for row in frame.to_dict("records")]
+        tokens = [
+            piece_at(row["tokens"], row["position"] - row["start"])
+            for row in frame.to_dict("records")
+        ]
         hits[criterion] = [visible(token) for token in dict.fromkeys(tokens)][:5]
     frame = _written(page)
     written = [visible(token) for token in frame[frame["side"] == "top"]["token"][:5]]

@@ -212,7 +212,10 @@ def str_token(tokenizer: Any, token: int) -> str:
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
     """Tokens that mark something. One that only stands for what is unknown does not."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
+    try:
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+    except NotImplementedError:  # mistral-common's, which lists all of them below
+        added = {}
     found = {index for index, token in added.items() if token.special}
     found |= {i for i in getattr(tokenizer, "all_special_ids", ()) if i is not None}
     unknown = getattr(tokenizer, "unk_token_id", None)

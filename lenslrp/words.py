@@ -86,6 +86,13 @@ def pieces(row: Spelling) -> list[str]:
     return found
 
 
+def piece_at(shown: Sequence[str], place: int) -> str:
+    """What a token shows by itself: if it only goes on, the piece that it goes on from."""
+    while place and shown[place] == CONTINUED:
+        place -= 1
+    return shown[place]
+
+
 def joined(shown: Sequence[str]) -> str:
     """The text of consecutive pieces."""
     return "".join(piece.removeprefix(CONTINUED) for piece in shown)

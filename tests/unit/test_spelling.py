@@ -9,7 +9,7 @@ import pytest
 import transformers as hf
 
 from lenslrp.spelling import Speller, Spelling, standing, str_token
-from lenslrp.words import CONTINUED, joined, pieces, words
+from lenslrp.words import CONTINUED, joined, piece_at, pieces, words
 from tests.unit.tiny_tokenizers import KINDS, LINES, slow_wordpiece, tokenizer
 
 TEXTS = [*LINES, "The Eiffels isn't  in Łódź", "cafe\u0301 e\u0301", "a\nb\t\tc  d", " two "]
@@ -149,6 +149,36 @@ def test_tokenizers_without_offsets_are_decoded(tmp_path: Path) -> None:
     assert not slow.is_fast and standing(slow, text, ids) == (1, len(ids) - 1, None)
     found = [word.text for word in words(Speller(slow).read(ids, text))]
     assert found == ["<s>", "The", " Eiffels", " in", " Łódź", " हिन्दी", "</s>"]
+
+
+class Opaque:
+    """Tells nothing but what ids decode to."""
+
+    def __init__(self) -> None:
+        self.inner = tokenizer("byte-level BPE")
+        self.all_special_ids = self.inner.all_special_ids
+
+    @property
+    def added_tokens_decoder(self) -> Any:
+        raise NotImplementedError
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return str(self.inner.decode(ids, **options))
+
+
+def test_a_tokenizer_that_only_decodes_is_read_character_by_character() -> None:
+    made = Opaque()
+    text = "Łódź 東京 👍🏽!"
+    ids = made.inner(text)["input_ids"]
+    row, known = Speller(made).spell(ids), Speller(made.inner).spell(ids)
+    assert row.text == known.text == f"<s>{text}"
+    assert words(row) == words(known)
+    assert [piece for piece in pieces(row) if piece == "Ł"] == ["Ł"]
+
+
+def test_where_a_token_only_goes_on_its_character_is_that_of_an_earlier_one() -> None:
+    shown = ["a", "東", CONTINUED, CONTINUED, f"{CONTINUED}b"]
+    assert [piece_at(shown, i) for i in range(5)] == ["a", "東", "東", "東", f"{CONTINUED}b"]
 
 
 def test_pieces_that_say_that_they_go_on(tmp_path: Path) -> None:
