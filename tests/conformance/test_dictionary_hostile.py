@@ -177,6 +177,32 @@ def test_a_database_brings_no_schema_of_its_own(folder: Path, statement: str) ->
         NeuronDictionary.open(folder)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "spans = x'00'",
+        "spans = NULL",
+        "spans = zeroblob(8)",
+        "spans = replace(hex(spans), '0', '1')",
+        "spans = randomblob(length(spans))",
+        "tokens = 'abcd'",
+        "tokens = x'010203'",
+        "text = NULL",
+        "text = 5",
+    ],
+)
+def test_documents_whose_tokens_do_not_fit_their_text_are_not_shown(
+    folder: Path, change: str
+) -> None:
+    database = sqlite3.connect(folder / "texts.sqlite")
+    database.execute(f"UPDATE documents SET {change}")
+    database.commit()
+    database.close()
+    resign(folder, "texts.sqlite")
+    with pytest.raises(StorageError, match=r"texts\.sqlite is damaged: "):
+        read_all(folder)
+
+
 def forged(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], None]:
     """A plan changed together with its checksum."""
 

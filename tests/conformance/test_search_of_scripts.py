@@ -97,6 +97,24 @@ def test_pages_show_whole_characters(built: NeuronDictionary) -> None:
         assert all(character in shown[0] for character in best if character.isalpha())
 
 
+def test_documents_that_were_cut_inside_of_characters(tmp_path: Path) -> None:
+    """What is left of a character is shown as bytes, and all that is whole is found."""
+    made = tokenizer("byte-level BPE")
+    bridge = tiny("llama", tokenizer=made, vocab_size=len(made), max_position_embeddings=256)
+    d = NeuronDictionary.build(
+        bridge, LINES, tmp_path / "d", sites="mlp.hook_post", k=4, context=17, window=(16, 16),
+        batch_size=4, sample=60, criteria=("actmax", "random"), progress=False,
+    )  # fmt: skip
+    cited = d.texts.documents(d.to_dataframe()["doc"].unique().tolist()).values()
+    assert any("⟨0x" in document.text for document in cited)
+    for document in cited:
+        shown = joined(d.texts.pieces(document)).removeprefix("<s>")
+        assert shown == document.text and LOST not in shown
+        for word in document.text.split():
+            assert document.id in found(d, word)["doc"].tolist()
+    d.close()
+
+
 def test_a_word_outside_of_every_window_is_found_in_its_document(tmp_path: Path) -> None:
     made = tokenizer("byte-level BPE")
     bridge = tiny("llama", tokenizer=made, vocab_size=len(made), max_position_embeddings=256)
