@@ -108,12 +108,15 @@ class Speller:
             at = stop
         return Spelling(text, spans, special)
 
-    def read(self, ids: Sequence[int], text: str) -> Spelling:
+    def read(self, ids: Sequence[int], text: str, spelled: Spelling | None = None) -> Spelling:
         """The same for a row that was made from ``text``, whose characters are then the text's.
 
         What was put before and after it is spelled. A row that is not the text's is spelled whole.
+
+        Args:
+            spelled: what :meth:`spell` made of ``ids``, where that is known.
         """
-        row = self.spell(ids)
+        row = self.spell(ids) if spelled is None else spelled
         found = standing(self.tokenizer, text, ids)
         if found is None:
             return row

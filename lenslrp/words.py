@@ -54,11 +54,12 @@ def read_row(
     places = [place for place, real in enumerate(mask) if real]
     real = [ids[place] for place in places]
     spelled = speller.spell(real)
-    shown = [speller.token(token) for token in ids]
-    for place, piece in zip(places, pieces(spelled), strict=True):
-        shown[place] = piece or shown[place]
-    found = words(spelled if text is None else speller.read(real, text))
-    prompt = speller.spell(real[:length]).text if text is None else text
+    own_pieces = dict(zip(places, pieces(spelled), strict=True))
+    shown = [own_pieces.get(i) or speller.token(token) for i, token in enumerate(ids)]
+    found = words(spelled if text is None else speller.read(real, text, spelled))
+    prompt = text
+    if prompt is None:
+        prompt = (spelled if length == len(real) else speller.spell(real[:length])).text
     own = [Word(word.text, [places[i] for i in word.positions]) for word in found]
     return Row(shown, own, prompt)
 

@@ -44,7 +44,7 @@ def test_explain_json(tiny, capsys):
     arguments = ["explain", "the cat", "--json", "--report", "r.html", "--composite", "CPLRP"]
     assert cli.main([*arguments, "--dtype", "float64", "--target", "3"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["tokens"] == ["the", "cat"]
+    assert result["tokens"] == ["the", " cat"]  # which join to the text
     assert len(result["relevance"]) == 2
     assert "'cat'" in result["target"]
     assert result["uncovered"] == []
