@@ -207,9 +207,9 @@ class RelevanceCache:
     def words(self, row: int = 0, *, decoder: bool = False) -> pd.DataFrame:
         """The words of the text: one row a word with its relevance and token positions.
 
-        A word has the white space before it, so that words join to the text. Its relevance is the sum
-        over its tokens: the total is kept. Special tokens are words of their own, and padding is
-        left out. Scripts without spaces are not cut into words: there a word is a token, or
+        A word has the white space before it, so that words join to the text. Its relevance is the
+        sum over its tokens: the total is kept. Special tokens are words of their own, and padding
+        is left out. Scripts without spaces are not cut into words: there a word is a token, or
         several that share a character.
 
         Args:
