@@ -110,7 +110,7 @@ def test_a_target_outside_the_vocabulary(words: TransformerBridge, token: int) -
 
 
 def test_a_string_of_several_tokens_in_a_difference(words: TransformerBridge) -> None:
-    message = r"'a b' is 2 tokens \(\['a', 'b'\]\); give one token, or .*Sequence"
+    message = r"'a b' is 2 tokens \(\['a', ' b'\]\); give one token, or .*Sequence"
     refused(words, TOKENS, targets.LogitDiff("a b", "c"), match=message)
 
 
