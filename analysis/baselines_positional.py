@@ -98,7 +98,7 @@ def _attach(at: Attached, path: str, attn: Any, sinks: dict[str, Tensor]) -> Non
 
         y.register_hook(halve)
 
-    at.undo.append(attn.register_forward_pre_hook(before, with_kwargs=True).remove)
+    at.pre_hook(attn, before, with_kwargs=True)
     at.hook(attn.hook_rot_q, rotated)
     at.hook(attn.hook_rot_k, rotated)
 

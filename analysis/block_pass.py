@@ -25,9 +25,12 @@ from lenslrp.analysis.readouts import Readout, Site
 from lenslrp.analysis.topk import priorities
 from lenslrp.analysis.units import Unit
 from lenslrp.errors import InputError
+from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import UnembeddingBridge, components, hook_points, layer_of
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.readers import select_names
+from lenslrp.hooks.turns import turn
+from lenslrp.passes import undone
 from lenslrp.run import run_with_relevance
 from lenslrp.targets import Outputs, Target
 
@@ -121,6 +124,7 @@ class BlockPass:
                 raise _Stop
 
         with ExitStack() as stack:
+            stack.enter_context(turn(self.model))
             for hook in by_hook:
                 stack.enter_context(_reading(points[hook], partial(read, hook)))
             if on_relevance is None:
@@ -261,7 +265,8 @@ def unembedding_at(model: Any, positions: Tensor) -> Iterator[None]:
     """
     unembed = getattr(model, "_modules", {}).get("unembed")
     if not isinstance(unembed, UnembeddingBridge):
-        yield
+        with turn(model):
+            yield
         return
 
     def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -271,11 +276,9 @@ def unembedding_at(model: Any, positions: Tensor) -> Iterator[None]:
         rows = torch.arange(len(x), device=x.device)[:, None]
         return (x[rows, positions.to(x.device).reshape(len(x), -1)], *args[1:])
 
-    handle = unembed.register_forward_pre_hook(pick)
-    try:
+    with turn(model), undone(Attached()) as at:
+        at.pre_hook(unembed, pick)
         yield
-    finally:
-        handle.remove()
 
 
 def find_places(model: Any, sites: Sequence[Site], tokens: Tensor) -> tuple[Place, ...]:
@@ -306,7 +309,7 @@ def find_places(model: Any, sites: Sequence[Site], tokens: Tensor) -> tuple[Plac
             )
         sizes.setdefault((site.name, name), site.readout.activation(x).shape[-1])
 
-    with ExitStack() as stack, torch.no_grad():
+    with turn(model), ExitStack() as stack, torch.no_grad():
         for site, name in wanted:
             stack.enter_context(_reading(points[name], partial(read, site, name)))
         _forward(model, tokens.to(next(model.parameters()).device), block)

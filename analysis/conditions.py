@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from lenslrp.analysis.units import Head, Neuron, Unit
 from lenslrp.errors import InputError
+from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components, hook_points, layer_of
+from lenslrp.hooks.turns import turn
+from lenslrp.passes import undone
 from lenslrp.remembered import conditional
 
 
@@ -43,17 +46,13 @@ def through(model: Any, units: Sequence[Unit]) -> Iterator[None]:
             raise InputError(f"a condition is a Neuron of a dense MLP or a Head, not {unit}")
         chosen.setdefault(unit.hook(model), []).append(unit.index)
     points = hook_points(model, components(model))
-    handles: list[Any] = []
-    try:
+    with turn(model), undone(Attached()) as at:
         for hook, indices in chosen.items():
             cut = _StreamCut(hook)
-            handles += cut.attach(model)
-            handles.append(points[hook].register_forward_hook(_only(indices, cut)))
+            cut.attach(model, at)
+            at.hook(points[hook], _only(indices, cut))
         with conditional(model):
             yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _StreamCut:
@@ -63,7 +62,7 @@ class _StreamCut:
         self.hook = hook
         self.ran = False  # since the condition's own hook point last fired
 
-    def attach(self, model: Any) -> list[Any]:
+    def attach(self, model: Any, at: Attached) -> None:
         prefix, branch, _ = self.hook.rsplit(".", 2)
         if layer_of(self.hook) is None:
             raise InputError(f"{self.hook} is in no block: no condition can be put there")
@@ -71,11 +70,10 @@ class _StreamCut:
         own = "ln2" if branch == "mlp" and "ln2" in parts else "ln1"
         if parts.get(own) is None:
             raise InputError(f"{self.hook}: no norm stands before this branch, so no condition")
-        handles = [parts[own].register_forward_pre_hook(self._before, with_kwargs=True)]
+        at.pre_hook(parts[own], self._before, with_kwargs=True)
         if "ln2" not in parts:  # one norm serves both branches: the other one must not pass
             other = parts["attn" if branch == "mlp" else "mlp"]
-            handles.append(other.hook_out.register_forward_hook(_nothing))
-        return handles
+            at.hook(other.hook_out, _nothing)
 
     def _before(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

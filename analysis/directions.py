@@ -18,6 +18,7 @@ from lenslrp.analysis.places import known_hook, stack_name
 from lenslrp.analysis.readout import measure_gain, output_norm, unembedding
 from lenslrp.analysis.units import Direction, Head, Neuron, Unit
 from lenslrp.errors import InputError
+from lenslrp.hooks.turns import turn
 from lenslrp.inputs import prepare
 from lenslrp.names import token_id
 
@@ -105,7 +106,8 @@ def relevance_direction(
     total, weight = torch.zeros(()), torch.zeros(())
     for text, target in zip(texts, targets, strict=True):
         seen: list[Tensor] = []
-        with model.hooks(fwd_hooks=[(at, lambda x, hook, seen=seen: seen.append(x.detach()))]):
+        reads = (at, lambda x, hook, seen=seen: seen.append(x.detach()))
+        with turn(model), model.hooks(fwd_hooks=[reads]):
             _, found = lenslrp.run_with_relevance(
                 model, text, target, names_filter=at, ledger=False, prepend_bos=prepend_bos
             )
@@ -132,7 +134,7 @@ def unembedding_direction(
     vector = rows[ids[0]] - rows[ids[1]] if len(ids) == 2 else rows[ids[0]]
     norm = output_norm(model)
     if norm is not None:
-        vector = measure_gain(norm, vector[None]).backward(vector)
+        vector = measure_gain(model, norm, vector[None]).backward(vector)
     return Direction(known_hook(model, at), vector)
 
 
@@ -162,7 +164,8 @@ def states(
             model, some, append=[], prepend_bos=prepend_bos, attention_mask=None, inputs_embeds=None
         )
         seen: list[Tensor] = []
-        with model.hooks(fwd_hooks=[(at, lambda x, hook, seen=seen: seen.append(x.detach()))]):
+        reads = (at, lambda x, hook, seen=seen: seen.append(x.detach()))
+        with turn(model), model.hooks(fwd_hooks=[reads]):
             model(given.tokens, **given.kwargs)
         if seen[0].shape[:2] != given.tokens.shape:
             raise InputError(f"{at} is {list(seen[0].shape)}, expected [batch, pos, ...]")

@@ -14,6 +14,7 @@ has the same number of parameters and is what a linear map of states can reach.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -26,7 +27,10 @@ from lenslrp.analysis.places import stack_name
 from lenslrp.analysis.readout import embedding, readout
 from lenslrp.errors import InputError
 from lenslrp.hooks import AttnLRP, Composite, relevance_rules
+from lenslrp.hooks.attach import Attached
+from lenslrp.hooks.turns import turn
 from lenslrp.inputs import prepare
+from lenslrp.passes import undone
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -42,7 +46,6 @@ def _residuals(model: TransformerBridge, tokens: Tensor, **kwargs: Any) -> list[
     """The residual stream before the first block and after every one, on the graph if any."""
     blocks = blocks_of(model)
     seen: dict[int, Tensor] = {}
-    handles = []
 
     def keep(layer: int, out: Any) -> None:
         seen[layer] = out
@@ -50,18 +53,11 @@ def _residuals(model: TransformerBridge, tokens: Tensor, **kwargs: Any) -> list[
             raise _Enough
 
     places = {-1: "0.hook_resid_pre", **{k: f"{k}.hook_resid_post" for k in range(len(blocks))}}
-    for layer, name in places.items():
-        point = model.hook_dict[f"{stack_name(model)}.{name}"]
-        handles.append(
-            point.register_forward_hook(lambda _, args, out, layer=layer: keep(layer, out))
-        )
-    try:
+    with turn(model), undone(Attached()) as at, suppress(_Enough):
+        for layer, name in places.items():
+            point = model.hook_dict[f"{stack_name(model)}.{name}"]
+            at.hook(point, lambda _, args, out, layer=layer: keep(layer, out))
         model(tokens, return_type="logits", use_cache=False, **kwargs)
-    except _Enough:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return [seen[layer] for layer in places]
 
 

@@ -24,6 +24,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import BlockBridge, components, hook_points, layer_of
 from lenslrp.hooks.readers import select_names
+from lenslrp.hooks.turns import turn
 from lenslrp.passes import undone
 
 Kind = Literal["whole", "head", "entry"]
@@ -146,7 +147,7 @@ def reading(model: Any, hooks: Mapping[str, str]) -> Iterator[dict[str, Units]]:
     def keep(x: Tensor, hook: Any, name: str) -> None:
         found[name] = as_units(COMPONENTS[hooks[name]].kind, x.detach(), name)
 
-    with model.hooks(fwd_hooks=[(name, partial(keep, name=name)) for name in hooks]):
+    with turn(model), model.hooks(fwd_hooks=[(name, partial(keep, name=name)) for name in hooks]):
         yield found
     missing = [name for name in hooks if name not in found]
     if missing:
@@ -165,7 +166,7 @@ def read(
 @contextmanager
 def replayed(model: Any, outputs: Mapping[int, Any], layer: int) -> Iterator[None]:
     """The blocks below ``layer`` return what they returned before instead of running."""
-    with undone(Attached()) as at:
+    with turn(model), undone(Attached()) as at:
         for index, block in blocks(model).items():
             if index < layer:
                 at.attribute(block, "forward", partial(_give, outputs[index]))
@@ -179,15 +180,10 @@ def _give(value: Any, *args: Any, **kwargs: Any) -> Any:
 @contextmanager
 def recorded(model: Any, outputs: dict[int, Any]) -> Iterator[None]:
     """Keep what every block returns, by layer."""
-    handles = [
-        block.register_forward_hook(lambda _, a, out, i=index: outputs.__setitem__(i, out))
-        for index, block in blocks(model).items()
-    ]
-    try:
+    with turn(model), undone(Attached()) as at:
+        for index, block in blocks(model).items():
+            at.hook(block, lambda _, a, out, i=index: outputs.__setitem__(i, out))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def blocks(model: Any) -> dict[int, Any]:

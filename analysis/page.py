@@ -16,6 +16,7 @@ import lenslrp
 from lenslrp.analysis.plan import Place
 from lenslrp.analysis.units import Unit, parse_unit
 from lenslrp.errors import InputError
+from lenslrp.hooks.turns import turn
 from lenslrp.targets import Activation, PerRow
 
 if TYPE_CHECKING:
@@ -220,9 +221,10 @@ class Rows:
         """The model's logits, [row, pos, vocab]."""
         kwargs = {} if self.mask is None else {"attention_mask": self.mask}
         device = next(model.parameters()).device
-        logits: Tensor = model(
-            self.tokens.to(device), return_type="logits", use_cache=False, **kwargs
-        )
+        with turn(model):
+            logits: Tensor = model(
+                self.tokens.to(device), return_type="logits", use_cache=False, **kwargs
+            )
         return logits
 
 

@@ -27,6 +27,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components
 from lenslrp.hooks.embeddings import embeddings
+from lenslrp.hooks.turns import turn
 from lenslrp.names import token_id
 from lenslrp.passes import undone
 
@@ -153,7 +154,7 @@ def _replacing(
         done.append(True)
         return torch.where(removed[..., None], fill(module), out)
 
-    with undone(Attached()) as at:
+    with turn(model), undone(Attached()) as at:
         for module, position in embeddings(components(model)):
             if not position:
                 at.hook(module, replaced)

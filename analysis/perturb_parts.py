@@ -27,6 +27,7 @@ from lenslrp.analysis.question import ask
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import components, hook_points, layer_of
 from lenslrp.hooks.readers import select_names
+from lenslrp.hooks.turns import turn
 from lenslrp.inputs import is_encoder_decoder
 
 IMAGES_PER_PASS = 16
@@ -96,7 +97,8 @@ def _units(model: Any, prompt: Prompt, suffix: str, dims: int) -> Features:
             raise InputError(f"{name} has shape {list(x.shape)}; units need {dims} axes")
         sizes[name] = x.shape[2]
 
-    with torch.no_grad(), model.hooks(fwd_hooks=[(n, _named(measure, n)) for n in names]):
+    measured = [(name, _named(measure, name)) for name in names]
+    with turn(model), torch.no_grad(), model.hooks(fwd_hooks=measured):
         prompt_logits(model, prompt)
     idle = [name for name in names if name not in sizes]
     if idle:
@@ -112,7 +114,7 @@ def _units(model: Any, prompt: Prompt, suffix: str, dims: int) -> Features:
                 (name, _switched_off(part[:, starts[name] : starts[name] + sizes[name]]))
                 for name in names
             ]
-            with model.hooks(fwd_hooks=hooks):
+            with turn(model), model.hooks(fwd_hooks=hooks):
                 logits = prompt_logits(model, prompt, len(part))
             found.append(read(model, prompt, logits))
         return Values(*np.concatenate(found, axis=1))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lenslrp import media, targets
 from lenslrp.analysis.block_pass import unembedding_at
 from lenslrp.errors import InputError
+from lenslrp.hooks.turns import turn
 from lenslrp.targets import Outputs, Target, as_target
 
 Numbers = NDArray[np.float64]
@@ -165,7 +166,8 @@ def prompt_logits(model: Any, prompt: Prompt, rows: int = 1) -> Tensor:
 
 def image_logits(model: Any, pixels: Tensor) -> Tensor:
     """[row, class] of images [row, channel, height, width]."""
-    logits: Tensor = model(None, return_type="logits", pixel_values=pixels)
+    with turn(model):
+        logits: Tensor = model(None, return_type="logits", pixel_values=pixels)
     return logits
 
 

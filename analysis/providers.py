@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lenslrp.analysis.naming import MARK, Example
+from lenslrp.hooks.turns import turn
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class LanguageModel:
         written: list[int] = []
         with torch.no_grad():
             for _ in range(self.answer):
-                best = self.model(tokens, use_cache=False)[0, -1].argmax().view(1, 1)
+                with turn(self.model):
+                    best = self.model(tokens, use_cache=False)[0, -1].argmax().view(1, 1)
                 if "\n" in self.model.tokenizer.decode([int(best)]):
                     break
                 written.append(int(best))
@@ -135,7 +137,7 @@ class LanguageModel:
             # padding stands behind, where no earlier token of a causal model sees it
             tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
             weight = torch.nn.utils.rnn.pad_sequence(counted, batch_first=True)
-            with torch.no_grad():
+            with turn(self.model), torch.no_grad():
                 logits = self.model(tokens, use_cache=False)[:, :-1].float().cpu()
             chosen = logits.gather(2, tokens[:, 1:, None])[..., 0] - logits.logsumexp(dim=2)
             found += (chosen * weight[:, 1:]).sum(dim=1).tolist()

@@ -27,6 +27,7 @@ from lenslrp.analysis.nodes import COMPONENTS, Node, Units, as_units, forward, r
 from lenslrp.analysis.pairs import Pairs
 from lenslrp.analysis.statistics import RESAMPLES, area
 from lenslrp.errors import InputError
+from lenslrp.hooks.turns import turn
 
 SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -140,7 +141,7 @@ def ablated(model: Any, circuit: Circuit, instead: Mapping[str, Units]) -> Itera
 
     places = [name for name, keep in circuit.keep.items() if not keep.all()]
     hooks = [(name, partial(put, name=name)) for name in places]
-    with model.hooks(fwd_hooks=hooks):
+    with turn(model), model.hooks(fwd_hooks=hooks):
         yield
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lenslrp.analysis.places import Side, stack_name
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import original
+from lenslrp.hooks.turns import turn
 from lenslrp.spelling import Speller
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ class Gain:
 
 
 @torch.no_grad()
-def measure_gain(norm: nn.Module, like: Tensor) -> Gain:
-    """The gain of a norm module that takes [..., d_model]; ``like`` gives width and place.
+def measure_gain(model: nn.Module, norm: nn.Module, like: Tensor) -> Gain:
+    """The gain of one of a model's norms, [..., d_model]; ``like`` gives width and place.
 
     Raises:
         InputError: the module is not linear at a fixed denominator, as norms are.
@@ -83,9 +84,9 @@ def measure_gain(norm: nn.Module, like: Tensor) -> Gain:
     if width % 2:  # zero mean all the same
         signs[-1] = -2
         signs[-2] = 1
-    zero, probe, even = module(
-        torch.stack([signs * 0, signs * _PROBE, torch.full_like(signs, _PROBE)])[None]
-    )[0]
+    probes = torch.stack([signs * 0, signs * _PROBE, torch.full_like(signs, _PROBE)])
+    with turn(model):
+        zero, probe, even = module(probes[None])[0]
     gain = (probe - zero) / signs * signs.square().mean().sqrt()
     centred = bool((even - zero).abs().sum() < 0.01 * gain.abs().sum())
     expected = zero if centred else zero + gain
@@ -213,7 +214,8 @@ def readout(
     x = residual.to(rows)
     if norm is not None:
         module: Any = original(norm) or norm
-        x = module(x[None])[0]
+        with turn(model):
+            x = module(x[None])[0]
     if getattr(_config(model), SCALED.get(_name(model), "-"), False):
         x = x * rows.shape[1] ** -0.5
     logits = scores(rows, x)

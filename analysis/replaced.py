@@ -14,6 +14,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components, hook_points
 from lenslrp.hooks.embeddings import embeddings
+from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Prepared
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
 from lenslrp.passes import architecture, capture, parts_of, undone
@@ -23,14 +24,15 @@ from lenslrp.targets import Activation, Outputs, Target
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No weight asks for a gradient inside, so that none is kept for it."""
-    thawed = [weight for weight in model.parameters() if weight.requires_grad]
-    try:
-        for weight in thawed:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in thawed:
-            weight.requires_grad_(True)
+    with turn(model):
+        thawed = [weight for weight in model.parameters() if weight.requires_grad]
+        try:
+            for weight in thawed:
+                weight.requires_grad_(False)
+            yield
+        finally:
+            for weight in thawed:
+                weight.requires_grad_(True)
 
 
 def run(

@@ -24,6 +24,7 @@ from lenslrp.analysis.places import stack_name
 from lenslrp.analysis.prompts import Numbers
 from lenslrp.analysis.statistics import spearman
 from lenslrp.errors import InputError
+from lenslrp.hooks.turns import turn
 
 MODES = ("cascading", "independent")
 
@@ -69,7 +70,7 @@ def randomisation(
     original, rows = _vectors(found), []
     for layer in reversed(wanted):
         gone = range(layer, len(blocks)) if mode == "cascading" else [layer]
-        with shuffled([(k, blocks[k]) for k in gone], seed):
+        with turn(model), shuffled([(k, blocks[k]) for k in gone], seed):
             now = _vectors(relevance())
         for name, before in original.items():
             after = now[name]

@@ -57,6 +57,7 @@ from lenslrp.analysis.sweep_result import SweepResult
 from lenslrp.analysis.units import Direction, Neuron, Unit
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.turns import turn
 from lenslrp.inputs import prepare
 from lenslrp.names import token_id
 
@@ -143,7 +144,8 @@ def sweep(
                 tried.append(("random", number, replace(own, unit=random)))
                 tried.append(("placebo", number, Matched(own, placebo, factor)))
             for kind, draw, what in tried:
-                with steer(model, [what], prompt=prompt, generation=generation):
+                steered = steer(model, [what], prompt=prompt, generation=generation)
+                with turn(model), steered:
                     found = batch.read(model, stream)
                 told = {"kind": kind, "layer": layer, "coefficient": coefficient, "draw": draw}
                 frames.append(found.rows(base, **told))
@@ -217,7 +219,7 @@ class _Batch:
     def read(self, model: Any, stream: str) -> _Read:
         lengths: list[Tensor] = []
         hook = (stream, lambda x, hook: lengths.append(x[:, -1].float().norm(dim=-1).cpu()))
-        with model.hooks(fwd_hooks=[hook]):
+        with turn(model), model.hooks(fwd_hooks=[hook]):
             made = model.generate(
                 self.tokens,
                 attention_mask=self.mask.long(),
@@ -246,7 +248,7 @@ class _Batch:
             some = torch.tensor(unique[start : start + count], device=self.tokens.device)
             which, new = some[:, 0], some[:, 1:]
             mask = torch.cat([self.mask[which], torch.ones_like(new).bool()], dim=1)
-            with model.hooks(fwd_hooks=[ends]):
+            with turn(model), model.hooks(fwd_hooks=[ends]):
                 logits = model(
                     torch.cat([self.tokens[which], new], dim=1), attention_mask=mask.long()
                 )

@@ -25,6 +25,7 @@ from lenslrp.analysis.records import Record
 from lenslrp.analysis.spans import normalise, occurrences, overlap, token_spans
 from lenslrp.analysis.templates import agreement, indirect_objects
 from lenslrp.errors import InputError
+from lenslrp.hooks.turns import turn
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.spelling import Spans
 
@@ -147,13 +148,14 @@ def squad(model: Any, record: Record, length: int) -> Example:
 def generate(model: Any, ids: list[int]) -> list[int]:
     """What the model writes greedily: up to its end, or to the end of its first line of text."""
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
-    written = model.original_model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=LONGEST_ANSWER,
-        do_sample=False,
-        pad_token_id=model.tokenizer.pad_token_id or model.tokenizer.eos_token_id,
-    )[0].tolist()
+    with turn(model):
+        written = model.original_model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=LONGEST_ANSWER,
+            do_sample=False,
+            pad_token_id=model.tokenizer.pad_token_id or model.tokenizer.eos_token_id,
+        )[0].tolist()
     if not is_encoder_decoder(model):
         written = written[len(ids) :]
     special = set(model.tokenizer.all_special_ids)

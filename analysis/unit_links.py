@@ -26,6 +26,7 @@ from lenslrp.analysis.intervene import Edit, edit_units
 from lenslrp.analysis.page import Page, Rows
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.turns import turn
 from lenslrp.reductions import over_positions
 
 LINKED = re.compile(r"\w*blocks\.\d+\.(mlp\.hook_post|attn\.hook_z)")
@@ -121,7 +122,7 @@ def downstream(model: Any, page: Page, *, k: int = 8, limit: int = 12) -> pd.Dat
         for row, hit in enumerate(rows.hits)
     ]
     with_it = _read(model, later, rows)
-    with edit_units(model, edits):
+    with turn(model), edit_units(model, edits):
         without = _read(model, later, rows)
     change = {}
     for name, (values, std) in with_it.items():
@@ -159,7 +160,7 @@ def _read(
         found[name] = at.cpu(), real.std(dim=0).cpu()
 
     hooks = [(name, lambda x, hook, name=name: keep(x, name)) for name in names]
-    with model.hooks(fwd_hooks=hooks), torch.no_grad():
+    with turn(model), model.hooks(fwd_hooks=hooks), torch.no_grad():
         rows.forward(model)
     return found
 
@@ -192,7 +193,7 @@ def clamped(model: Any, page: Page, *, k: int = 8) -> pd.DataFrame:
     rows = Rows.of(page, frame)
 
     def logits(*edits: Edit) -> Tensor:
-        with edit_units(model, edits), torch.no_grad():
+        with turn(model), edit_units(model, edits), torch.no_grad():
             at = rows.forward(model)[each, aims].float().cpu()
         if (tokens < 0).any():  # the top logit was explained
             tokens.copy_(at.argmax(dim=1))

@@ -111,7 +111,8 @@ def as_written(model: TransformerBridge, unit: Unit, vectors: Tensor) -> Tensor:
     if place is not None:
         layer, part, side = place
         norm = branch_norm(block_of(model, layer, side), part)
-    return _like(vectors) if norm is None else measure_gain(norm, vectors).forward(_like(vectors))
+    like = _like(vectors)
+    return like if norm is None else measure_gain(model, norm, vectors).forward(like)
 
 
 def as_read(model: TransformerBridge, unit: Unit, name: str, vectors: Tensor) -> Tensor:
@@ -123,7 +124,8 @@ def as_read(model: TransformerBridge, unit: Unit, name: str, vectors: Tensor) ->
             norm = final_norm(model, "encoder")
         else:
             norm = input_norm(model, block_of(model, layer, side), side, part)
-    return _like(vectors) if norm is None else measure_gain(norm, vectors).backward(_like(vectors))
+    like = _like(vectors)
+    return like if norm is None else measure_gain(model, norm, vectors).backward(like)
 
 
 def require_decoder(model: TransformerBridge, unit: Unit) -> None:
@@ -155,7 +157,8 @@ def project(
         return readout(model, here + vectors) - readout(model, here)
     norm = output_norm(model)
     if norm is not None:
-        vectors = measure_gain(norm, vectors.to(rows.device)).forward(vectors.to(rows.device))
+        vectors = vectors.to(rows.device)
+        vectors = measure_gain(model, norm, vectors).forward(vectors)
     return scores(rows, vectors)
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.sites import Books, Site
@@ -65,11 +70,79 @@ def original(component: nn.Module) -> Any:
     return getattr(component, "original_component", None)
 
 
-class Attached:
-    """Sites created so far and how to undo them, in order."""
+def undo_all(undo: list[Undo]) -> list[BaseException]:
+    """Undo everything, the last thing first, and empty the list; returns what failed.
 
-    def __init__(self, copies: bool = False) -> None:
+    A step that fails keeps no other from running. What failed, and what an interrupt cut short, is
+    tried once more, so a step may run twice.
+    """
+    failed: list[BaseException] = []
+    try:
+        _undo(undo, failed)
+    finally:
+        _undo(undo, [])
+        undo.clear()
+    return failed
+
+
+def _undo(undo: list[Undo], failed: list[BaseException]) -> None:
+    for index in reversed(range(len(undo))):
+        try:
+            undo[index]()
+        except BaseException as error:  # noqa: BLE001 - raised once all the rest is undone
+            failed.append(error)
+        else:
+            del undo[index]
+
+
+def raise_failed(failed: list[BaseException]) -> None:
+    """Raise what :func:`undo_all` returned."""
+    if len(failed) == 1:
+        raise failed[0]
+    if failed:
+        raise BaseExceptionGroup("several steps of undoing failed", failed)
+
+
+class Own:
+    """A hook or method of ours on a module: for the thread that attached it, and never copied."""
+
+    def __init__(self, function: Callable[..., Any], thread: int) -> None:
+        self.function, self.thread = function, thread
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if get_ident() != self.thread and not _autograds_own():
+            raise RuntimeError(
+                "this model has relevance rules attached by another thread; wait until its "
+                "relevance_rules block ends, or use a model of your own"
+            )
+        return self.function(*args, **kwargs)
+
+    def __reduce__(self) -> Any:  # what copy.deepcopy and pickle call
+        raise InputError(
+            "this model has relevance rules attached, which a copy of it would keep for good; "
+            "call copy.deepcopy outside the relevance_rules block"
+        )
+
+
+def _autograds_own() -> bool:
+    """Whether this is a thread of autograd's own: on a GPU, a backward pass runs in one.
+
+    A checkpointed block runs forward there once more, for the thread that has called backward.
+    """
+    known = {t.ident for t in threading.enumerate() if not isinstance(t, threading._DummyThread)}
+    return torch._C._current_graph_task_id() != -1 and get_ident() not in known
+
+
+class Attached:
+    """Sites created so far and how to undo them, in order.
+
+    How a step is undone is noted before it is taken, so that an interrupt loses nothing.
+    ``thread`` is whose passes may meet what is attached.
+    """
+
+    def __init__(self, copies: bool = False, thread: int | None = None) -> None:
         self.copies = copies  # of what something may write to in place
+        self.thread = get_ident() if thread is None else thread
         self.sites: list[Site] = []
         self.undo: list[Undo] = []
         self.weights: dict[int, str] = {}  # of layers with a linear rule: address -> path
@@ -78,15 +151,44 @@ class Attached:
         self.edits: list[Any] = []  # meters of the user's own hooks
         self.plain: dict[int, list[bool]] = {}  # wrapped norms left plain: id -> is it running?
 
-    def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        self.undo.append(module.register_forward_hook(hook).remove)
+    def hook(self, module: nn.Module, hook: Callable[..., Any], **options: bool) -> None:
+        """As ``register_forward_hook``."""
+        self._register(module, "_forward_hooks", hook, options)
 
     def first_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """A hook ahead of the user's own: what they do is above it on the graph."""
-        self.undo.append(module.register_forward_hook(hook, prepend=True).remove)
+        self._register(module, "_forward_hooks", hook, {}, first=True)
 
-    def pre_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        self.undo.append(module.register_forward_pre_hook(hook).remove)
+    def pre_hook(self, module: nn.Module, hook: Callable[..., Any], **options: bool) -> None:
+        """As ``register_forward_pre_hook``."""
+        self._register(module, "_forward_pre_hooks", hook, options)
+
+    def first_pre_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Ahead of the user's own hooks on what the module is given."""
+        self._register(module, "_forward_pre_hooks", hook, {}, first=True)
+
+    def _register(
+        self,
+        module: nn.Module,
+        kind: str,
+        hook: Callable[..., Any],
+        options: dict[str, bool],
+        *,
+        first: bool = False,
+    ) -> None:
+        """Past torch's own functions, whose handle an interrupt could lose (and twice as fast)."""
+        own = Own(hook, self.thread)
+        key = id(own)  # torch's keys are counted from 0
+        marks = {"with_kwargs": f"{kind}_with_kwargs", "always_call": f"{kind}_always_called"}
+        for option in options:
+            marked = getattr(module, marks[option])
+            self.undo.append(partial(marked.pop, key, None))
+            marked[key] = True
+        hooks = getattr(module, kind)
+        self.undo.append(partial(hooks.pop, key, None))
+        hooks[key] = own
+        if first:
+            hooks.move_to_end(key, last=False)
 
     def meter(self, module: nn.Module, measure: Callable[[Any], None]) -> None:
         """See what the module itself returns, ahead of any hook of the user's."""
@@ -100,7 +202,6 @@ class Attached:
     def attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """Shadow an attribute of one instance, past nn.Module's and the bridge's own setters."""
         had, old = name in module.__dict__, module.__dict__.get(name)
-        module.__dict__[name] = value
 
         def restore() -> None:
             if had:
@@ -109,6 +210,30 @@ class Attached:
                 module.__dict__.pop(name, None)
 
         self.undo.append(restore)
+        module.__dict__[name] = Own(value, self.thread) if callable(value) else value
+
+    def setting(self, config: Any, name: str, value: Any) -> None:
+        """Change a setting of a configuration."""
+        self.undo.append(partial(setattr, config, name, getattr(config, name)))
+        setattr(config, name, value)
+
+    def guard(self, module: nn.Module) -> None:
+        """Refuse other threads' passes through a module."""
+        self.pre_hook(module, _nothing)
+
+    def freeze(self, weight: nn.Parameter) -> None:
+        """Keep a weight off the graph; a backward pass that would lose its gradient is refused."""
+
+        def thaw() -> None:
+            weight.requires_grad_(True)
+            # The emptied dict stays: another thread's backward pass may be reading it.
+            hooks = weight._backward_hooks or {}
+            for key in [key for key, own in hooks.items() if own is _lost]:
+                hooks.pop(key, None)
+
+        self.undo.append(thaw)
+        weight.register_hook(_lost)
+        weight.requires_grad_(False)
 
     def around(self, module: nn.Module, call: Callable[..., Any], name: str = "forward") -> None:
         """Have ``call(run, x, *args, **kwargs)`` in the place of a method, the module's forward.
@@ -157,6 +282,18 @@ class Attached:
             return F.apply(F.RegionOutput, y, bias(y), "plain", site)
 
         self.around(module, call)
+
+
+def _nothing(*_: Any) -> None:
+    """What guards a module does nothing else."""
+
+
+def _lost(_: Tensor) -> None:
+    raise RuntimeError(
+        "a backward pass reached a weight of a model that has relevance rules attached, which "
+        "freeze it: its gradient would be lost. Call backward before the relevance_rules block or "
+        "after it"
+    )
 
 
 def components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -364,10 +364,4 @@ def attach_fused(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -
     at.sites.append(site)
     at.attribute(inner, "_lenslrp_fused", (site, (av.first * qk.first, av.second)))
     at.attribute(attn, "forward", lambda *a, **k: AttentionBridge.forward(attn, *a, **k))
-    implementation = config._attn_implementation
-    config._attn_implementation = FUSED
-
-    def restore() -> None:
-        config._attn_implementation = implementation
-
-    at.undo.append(restore)
+    at.setting(config, "_attn_implementation", FUSED)

@@ -240,13 +240,12 @@ def gate_share(ctx: Context) -> float:
     return first / second
 
 
-def attach_all(model: nn.Module, ctx: Context) -> Attached:
+def attach_all(model: nn.Module, ctx: Context, at: Attached) -> None:
     """Attach the composite's rules to every component of a bridge.
 
-    Returns the sites and how to undo them. What has no rule is left on the autograd graph, where
-    :mod:`lenslrp.hooks.coverage` finds it.
+    ``at`` learns the sites and how to undo them, as far as it went. What has no rule is left on the
+    autograd graph, where :mod:`lenslrp.hooks.coverage` finds it.
     """
-    at = Attached(ctx.copies)
     found = list(components(model))
     require_modules_of_their_own(model)
     at.edits = meter_edits(at, ctx, found)
@@ -277,35 +276,27 @@ def attach_all(model: nn.Module, ctx: Context) -> Attached:
             for inner in [*original(module).children(), *module.children(), original(module)]:
                 gates[id(inner)] = share
     at.weights = _ruled_weights(found, ctx, roles, raw)
-    try:
-        inside: set[int] = set()  # what an embedding does inside it (a norm) comes before its leaf
-        for inner, _ in embeddings(found):
-            attach_leaf(at, inner)
-            inside.update(id(part) for part in inner.modules() if part is not inner)
-        for _, module in found:  # what has a rule as a whole
-            if isinstance(
-                ctx.composite.modules.get(type(module)), Identity | Normalisation | Plain
-            ):
-                inside.update(id(part) for part in module.modules() if part is not module)
-        for path, module in found:
-            if id(module) in inside:
-                continue
-            if hasattr(module, "L_bp_cycles_padded"):
-                attach_all_cycles(at, module)
-            _attach(at, ctx, path, module, gates, roles)
-            if id(module) in linear and not isinstance(module, LAYERS):
-                attach_linear(at, ctx, path, module, roles.get(id(module), "linear"))
-            if id(module) in raw and id(module) not in mixing:
-                attach_operations(at, ctx, path, module, raw[id(module)])
-        for mixture in mixed:
-            attach_mixture(at, ctx, mixture)
-        for place in embedders(found):
-            attach_patches(at, place.projection, below(found, at.sites))
-    except BaseException:
-        for undo in reversed(at.undo):
-            undo()
-        raise
-    return at
+    inside: set[int] = set()  # what an embedding does inside it (a norm) comes before its leaf
+    for inner, _ in embeddings(found):
+        attach_leaf(at, inner)
+        inside.update(id(part) for part in inner.modules() if part is not inner)
+    for _, module in found:  # what has a rule as a whole
+        if isinstance(ctx.composite.modules.get(type(module)), Identity | Normalisation | Plain):
+            inside.update(id(part) for part in module.modules() if part is not module)
+    for path, module in found:
+        if id(module) in inside:
+            continue
+        if hasattr(module, "L_bp_cycles_padded"):
+            attach_all_cycles(at, module)
+        _attach(at, ctx, path, module, gates, roles)
+        if id(module) in linear and not isinstance(module, LAYERS):
+            attach_linear(at, ctx, path, module, roles.get(id(module), "linear"))
+        if id(module) in raw and id(module) not in mixing:
+            attach_operations(at, ctx, path, module, raw[id(module)])
+    for mixture in mixed:
+        attach_mixture(at, ctx, mixture)
+    for place in embedders(found):
+        attach_patches(at, place.projection, below(found, at.sites))
 
 
 def require_modules_of_their_own(model: nn.Module) -> None:

@@ -149,18 +149,12 @@ def meter_edits(
         site = ctx.site(path, module, "linear", Epsilon())
         if module._forward_hooks:
             meter = EditMeter(site, ctx.copies)
-            first = module.register_forward_hook(
-                lambda _, args, y, meter=meter: meter.before(_first(y)), prepend=True
-            )
-            at.undo.append(first.remove)
+            at.first_hook(module, lambda _, args, y, meter=meter: meter.before(_first(y)))
             at.hook(module, lambda _, args, y, meter=meter: meter.after(_first(y)))
             meters.append(meter)
         if module._forward_pre_hooks:
             meter = EditMeter(site, ctx.copies)
-            first = module.register_forward_pre_hook(
-                lambda _, args, meter=meter: meter.before(_first(args)), prepend=True
-            )
-            at.undo.append(first.remove)
+            at.first_pre_hook(module, lambda _, args, meter=meter: meter.before(_first(args)))
             at.pre_hook(module, lambda _, args, meter=meter: meter.after(_first(args)))
             meters.append(meter)
     return meters

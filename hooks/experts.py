@@ -193,7 +193,7 @@ def attach_mixture(at: Attached, ctx: Context, mixture: Mixture) -> None:
             mixture.chosen = chosen
             ctx.routing[mixture.path] = chosen.reshape(*mixture.shape, -1)
 
-    at.undo.append(mixture.block.register_forward_pre_hook(begin, with_kwargs=True).remove)
+    at.pre_hook(mixture.block, begin, with_kwargs=True)
     attach_operations(at, ctx, mixture.path, mixture.block, BLOCK)
     neurons: Any = mixture.batched_experts()
     if neurons is not None:
@@ -207,7 +207,7 @@ def attach_mixture(at: Attached, ctx: Context, mixture: Mixture) -> None:
         attach_operations(
             at, ctx, path, module, GATED_MLP, mode=ExpertsMet, mixture=mixture, point=point
         )
-        at.undo.append(module.register_forward_pre_hook(routed, with_kwargs=True).remove)
+        at.pre_hook(module, routed, with_kwargs=True)
         gate = GATES.get(type(module))
         if gate is not None:
             at.attribute(

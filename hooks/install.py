@@ -9,21 +9,22 @@ it had before.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from lenslrp.errors import CoverageError, InputError
-from lenslrp.hooks.components import Context, attach_all
+from lenslrp.hooks.attach import Attached, Context, Undo, undo_all
+from lenslrp.hooks.components import attach_all
 from lenslrp.hooks.composites import Composite, as_composite
 from lenslrp.hooks.constants import EditMeter
 from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place, walk
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books, Site
+from lenslrp.hooks.turns import turn
 
 ATTENTION = ("bridge", "fused")
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -58,7 +59,7 @@ class Rules:
         self.weights: dict[int, str] = {}
         self.routing: dict[str, Tensor] = {}
         self.experts: dict[str, int] = {}
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Undo] = []
         self._thread = threading.get_ident()
 
     def attach(self) -> None:
@@ -71,27 +72,41 @@ class Rules:
             routing=self.routing,
             experts=self.experts,
         )
-        attached = attach_all(self.model, context)
+        attached = Attached(self.copies, self._thread)
+        self._undo = attached.undo
+        attach_all(self.model, context, attached)
+        frozen = self._guard(attached)
         if self.sites:  # re-attached after a nested context: the same rules, counting on
             for new, old in zip(attached.sites, self.sites, strict=True):
                 new.forward, new.backward = old.forward, old.backward
         self.sites = attached.sites
         self.edits = attached.edits
-        self._undo = attached.undo
         self.weights = attached.weights
-        # run_with_cache calls what the bridge wraps, past the bridge's own forward.
-        for module in {self.model, getattr(self.model, "original_model", self.model)}:
-            guard = module.register_forward_pre_hook(self._refuse_other_threads)
-            self._undo.append(guard.remove)
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-                self._undo.append(_thaw(parameter))
+        for weight in frozen:
+            attached.freeze(weight)
 
-    def detach(self) -> None:
-        """Undo :meth:`attach`, last thing first."""
-        while self._undo:
-            self._undo.pop()()
+    def detach(self) -> list[BaseException]:
+        """Undo :meth:`attach`, last thing first, however far it went; returns what failed."""
+        return undo_all(self._undo)
+
+    def _guard(self, attached: Attached) -> list[nn.Parameter]:
+        """Refuse other threads' passes, begun before or now; returns the weights to be frozen.
+
+        Rules refuse by themselves. A pass may also meet none and only weights that are frozen, or
+        be at its last one: what unembeds ends in a hook point.
+        """
+        # run_with_cache calls what the bridge wraps, past the bridge's own forward.
+        guarded = {self.model, getattr(self.model, "original_model", self.model)}
+        guarded |= {c.hook_out for c in self.model.children() if hasattr(c, "hook_out")}
+        weights: dict[nn.Parameter, None] = {}
+        for module in self.model.modules():
+            own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
+            if own:
+                guarded.add(module)
+                weights.update(dict.fromkeys(own))
+        for module in guarded:
+            attached.guard(module)
+        return list(weights)
 
     def verify(self, *roots: Tensor) -> None:
         """Check that everything between ``roots`` (logits, say) and the leaves has its rule.
@@ -108,27 +123,13 @@ class Rules:
             raise CoverageError(gap_message(found.gaps, architecture))
         require_in_place(found, architecture)
 
-    def _refuse_other_threads(self, *_: Any) -> None:
-        if threading.get_ident() != self._thread:
-            raise RuntimeError(
-                "this model has relevance rules attached by another thread; wait until its "
-                "relevance_rules block ends, or use a model of your own"
-            )
-
-
-def _thaw(parameter: nn.Parameter) -> Callable[[], None]:
-    def thaw() -> None:
-        parameter.requires_grad_(True)
-
-    return thaw
-
 
 def require_bridge(model: Any) -> None:
     """Refuse what rules cannot be attached to.
 
     Raises:
-        InputError: no bridge, a quantised or an offloaded weight, or train mode, of the whole or
-            of a part.
+        InputError: no bridge, a quantised or an offloaded weight or one that autograd cannot use,
+            or train mode, of the whole or of a part.
     """
     if not hasattr(model, "hook_dict") or not isinstance(model, nn.Module):
         raise InputError(
@@ -136,6 +137,12 @@ def require_bridge(model: Any) -> None:
             f"{type(model).__name__}"
         )
     for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise InputError(
+                f"{name.replace('_original_component.', '')} was made under "
+                "torch.inference_mode(), and autograd can use no such weight: load (or move, or "
+                "convert) the model outside it; torch.no_grad() is fine"
+            )
         if parameter.dtype not in FLOATING:
             raise InputError(
                 f"{name.replace('_original_component.', '')} is quantised ({parameter.dtype}); the "
@@ -186,19 +193,6 @@ def _height(site: Site) -> float:
     return float("inf") if site.layer is None else float(site.layer)
 
 
-# Which rules are attached to which model, innermost last, and a lock that makes threads take turns.
-# Weak, so that it keeps no model alive.
-_active: WeakKeyDictionary[nn.Module, tuple[threading.RLock, list[Rules]]] = WeakKeyDictionary()
-_registry = threading.Lock()
-
-
-def _stack(model: nn.Module) -> tuple[Any, list[Rules]]:
-    with _registry:
-        if model not in _active:
-            _active[model] = (threading.RLock(), [])
-        return _active[model]
-
-
 @contextmanager
 def relevance_rules(
     model: nn.Module,
@@ -232,20 +226,8 @@ def relevance_rules(
     if attention not in ATTENTION:
         raise InputError(f"attention must be one of {ATTENTION}, not {attention!r}")
     require_bridge(model)
-    lock, stack = _stack(model)
-    with lock:
-        rules = Rules(model, as_composite(composite), attention, books, copies)
-        if stack:
-            stack[-1].detach()
-        stack.append(rules)
-        try:
-            rules.attach()
-            yield rules
-        finally:
-            innermost = stack[-1] is rules
-            stack.remove(rules)
-            rules.detach()
-            if innermost and stack:
-                stack[-1].attach()
-        if strict:
-            require_fired(_reached(rules.sites))
+    rules = Rules(model, as_composite(composite), attention, books, copies)
+    with turn(model, rules):
+        yield rules
+    if strict:
+        require_fired(_reached(rules.sites))

@@ -148,7 +148,7 @@ def attach_live(
 
     at.attribute(inner, "forward", forward)
     for config in _configs(inner):
-        at.undo.append(_eager(config))
+        at.setting(config, "_attn_implementation", "eager")
 
 
 class AtProduct(Meeting):
@@ -206,13 +206,3 @@ def _configs(module: nn.Module) -> Iterator[Any]:
         config = getattr(part, "config", None)
         if getattr(config, "_attn_implementation", "eager") not in ("eager", None):
             yield config
-
-
-def _eager(config: Any) -> Callable[[], None]:
-    before = config._attn_implementation
-    config._attn_implementation = "eager"
-
-    def restore() -> None:
-        config._attn_implementation = before
-
-    return restore

@@ -365,7 +365,7 @@ def attach_operations(
     for part in module.modules():
         if part is not module:
             at.pre_hook(part, enter)
-            at.undo.append(part.register_forward_hook(leave, always_call=True).remove)
+            at.hook(part, leave, always_call=True)
     run = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

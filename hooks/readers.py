@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.attach import Attached, layer_of
 from lenslrp.hooks.functions import Read, apply, same
 from lenslrp.hooks.sites import has_values, masked_to_zero
 
@@ -116,7 +116,6 @@ class Readers:
     pieces: dict[str, dict[int, Any]] = field(default_factory=dict)
     activations: dict[str, Tensor] = field(default_factory=dict)
     copies: bool = False  #: keep copies of what is written to in place
-    _handles: list[Any] = field(default_factory=list)
 
     @classmethod
     def plan(
@@ -135,7 +134,7 @@ class Readers:
                 groups[key] = Reading([name], points[name], is_total(name))
         return cls(list(groups.values()), reduce)
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, at: Attached) -> None:
         """Register after the rules, so that a reader sees the gradient the rule will receive."""
         owners = {
             id(child): module
@@ -146,14 +145,9 @@ class Readers:
         for reading in self.readings:
             owner = owners.get(id(reading.point)) if reading.total else None
             if owner is not None:
-                handle = owner.register_forward_pre_hook(self._before(reading), with_kwargs=True)
+                at.pre_hook(owner, self._before(reading), with_kwargs=True)
             else:
-                handle = reading.point.register_forward_hook(self._after(reading))
-            self._handles.append(handle)
-
-    def detach(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+                at.hook(reading.point, self._after(reading))
 
     def _before(self, reading: Reading) -> Callable[..., None]:
         """Total readings: on the residual itself, before any hook point touches the branch."""

@@ -22,6 +22,7 @@ from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks.composites import AttnLRP, Composite
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.turns import turn
 from lenslrp.ledger import Ledger
 from lenslrp.passes import architecture
 from lenslrp.run import run_with_relevance
@@ -146,7 +147,7 @@ def examine(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the gap is reported below
             logits, relevance = run_with_relevance(model, strict=False, **options)
-    with torch.no_grad():
+    with turn(model), torch.no_grad():
         seen = {name: value.to(logits.device) for name, value in given.items()}
         plain = model(seen.pop("input", None), return_type="logits", **seen)
     equal = bool(torch.equal(plain, logits))

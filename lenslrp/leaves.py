@@ -167,7 +167,7 @@ def _cut_constants(at: Attached, leaves: Leaves, place: Embedder) -> None:
         leaves.patch_positions.append(made)
         return made
 
-    at.undo.append(owner.register_forward_pre_hook(before, with_kwargs=True).remove)
+    at.pre_hook(owner, before, with_kwargs=True)
     at.hook(owner, restore)
     at.undo.append(restore)
     for name in place.positions:

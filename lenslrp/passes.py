@@ -23,8 +23,8 @@ from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import coverage as cover
+from lenslrp.hooks.attach import Attached, raise_failed, undo_all
 from lenslrp.hooks.components import (
-    Attached,
     BlockBridge,
     ExpertPoint,
     UnembeddingBridge,
@@ -506,8 +506,11 @@ def starting(roots: list[Tensor]) -> Iterator[dict[int, Tensor]]:
 
 @contextmanager
 def undone(at: Attached) -> Iterator[Attached]:
+    """What ``at`` has attached is undone at the end, also after an interrupt."""
     try:
-        yield at
+        try:
+            yield at
+        finally:
+            raise_failed(undo_all(at.undo))
     finally:
-        for undo in reversed(at.undo):
-            undo()
+        undo_all(at.undo)

@@ -25,6 +25,7 @@ from lenslrp.hooks.observing import Observer
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books
+from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Prepared
 from lenslrp.leaves import Leaves, cut_leaves, cut_media
 from lenslrp.passes import (
@@ -71,11 +72,13 @@ def relevance_for_targets(
     """
     if not isinstance(targets, list | tuple):
         raise InputError(f"targets must be a list of them, not {targets!r}")
-    _, caches = _run(
-        model, input, list(targets), composite, names_filter, prepend_bos, reduce, attention,
-        checkpoint, strict, ledger, attention_mask, inputs_embeds, decoder_input,
-        _given(pixel_values, input_values, input_features), leaves, model_kwargs or {},
-    )  # fmt: skip
+    require_bridge(model)
+    with turn(model):
+        _, caches = _run(
+            model, input, list(targets), composite, names_filter, prepend_bos, reduce, attention,
+            checkpoint, strict, ledger, attention_mask, inputs_embeds, decoder_input,
+            _given(pixel_values, input_values, input_features), leaves, model_kwargs or {},
+        )  # fmt: skip
     return caches
 
 
@@ -141,11 +144,13 @@ def run_with_relevance(
         InputError: something given cannot be explained; the message says what would be valid.
         CoverageError: an operation on the path has no rule, or a rule did not fire.
     """
-    logits, caches = _run(
-        model, input, [target], composite, names_filter, prepend_bos, reduce, attention, checkpoint,
-        strict, ledger, attention_mask, inputs_embeds, decoder_input,
-        _given(pixel_values, input_values, input_features), leaves, model_kwargs or {},
-    )  # fmt: skip
+    require_bridge(model)
+    with turn(model):
+        logits, caches = _run(
+            model, input, [target], composite, names_filter, prepend_bos, reduce, attention,
+            checkpoint, strict, ledger, attention_mask, inputs_embeds, decoder_input,
+            _given(pixel_values, input_values, input_features), leaves, model_kwargs or {},
+        )  # fmt: skip
     return logits, caches[0]
 
 
@@ -168,7 +173,6 @@ def _run(
     leaves: str,
     model_kwargs: Mapping[str, Any],
 ) -> tuple[Tensor, list[RelevanceCache]]:
-    require_bridge(model)
     if torch.is_inference_mode_enabled():
         raise InputError("relevance needs autograd: leave torch.inference_mode() (no_grad is fine)")
     if not targets:
@@ -236,8 +240,7 @@ def _run(
             if inputs_embeds is None:
                 cut_leaves(at, parts, run.leaves, prepared)
             run.layers = watch_blocks(at, parts, books) if books is not None else 0
-            readers.attach(model)
-            at.undo.append(readers.detach)
+            readers.attach(model, at)
             capture(at, points, parts, hooks, run.captured)
             if checkpoint:
                 checkpoint_blocks(at, parts)

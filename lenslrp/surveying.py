@@ -140,8 +140,7 @@ def survey(
             points = hook_points(model, parts)
             names, _ = select_names(points, names_filter)
             readers = Readers.plan(points, names, partial(reduction_for, reduce))
-            readers.attach(model)
-            at.undo.append(readers.detach)
+            readers.attach(model, at)
             if checkpoint:
                 checkpoint_blocks(at, parts)
             stack.enter_context(held)

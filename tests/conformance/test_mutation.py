@@ -33,9 +33,9 @@ class Forgetful(components.Attached):
         super().__init__()
         self.skip = skip
 
-    def hook(self, module: nn.Module, hook: Any) -> None:
+    def hook(self, module: nn.Module, hook: Any, **options: bool) -> None:
         if module is not self.skip:
-            super().hook(module, hook)
+            super().hook(module, hook, **options)
 
     def first_hook(self, module: nn.Module, hook: Any) -> None:
         if module is not self.skip:
@@ -150,9 +150,9 @@ def test_a_pattern_that_is_not_held_constant_is_noticed(name: str) -> None:
     point = model.blocks[1].attn.hook_pattern
     hook = components.Attached.hook
 
-    def forgetful(at: Any, module: nn.Module, function: Any) -> None:
+    def forgetful(at: Any, module: nn.Module, function: Any, **options: bool) -> None:
         if module is not point:
-            hook(at, module, function)
+            hook(at, module, function, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(components.Attached, "hook", forgetful)
@@ -182,11 +182,11 @@ def test_a_rule_that_is_listed_and_never_ran_is_noticed(role: str) -> None:
     elsewhere = nn.Identity()
 
     class Misplaced(components.Attached):
-        def hook(self, module: nn.Module, hook: Any) -> None:
-            super().hook(elsewhere, hook)
+        def hook(self, module: nn.Module, hook: Any, **options: bool) -> None:
+            super().hook(elsewhere, hook, **options)
 
-        def pre_hook(self, module: nn.Module, hook: Any) -> None:
-            super().pre_hook(elsewhere, hook)
+        def pre_hook(self, module: nn.Module, hook: Any, **options: bool) -> None:
+            super().pre_hook(elsewhere, hook, **options)
 
         def first_hook(self, module: nn.Module, hook: Any) -> None:
             super().first_hook(elsewhere, hook)

@@ -183,7 +183,7 @@ def test_what_a_head_reads_with_grouped_queries(name: str) -> None:
     hooks = {"q": (f"blocks.{LAST}.attn.hook_q", 1), "k": (f"blocks.{LAST}.attn.hook_k", 0),
              "v": (f"blocks.{LAST}.attn.hook_v", 0)}  # fmt: skip
     head = Head(LAST, 1)
-    gain = measure_gain(model.blocks[LAST].ln1, torch.zeros(16).double())
+    gain = measure_gain(model, model.blocks[LAST].ln1, torch.zeros(16).double())
     with traced(model, into, *(hook for hook, _ in hooks.values())) as seen:
         for part, (hook, index) in hooks.items():
             for j in (0, 5):

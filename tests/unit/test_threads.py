@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
+import logging
+import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import lenslrp
-from tests.unit.tiny import TOKENS, changes, own_relevance, snapshot, tiny
+from lenslrp import analysis
+from lenslrp.analysis.pairs import Pairs
+from lenslrp.analysis.perturb import tokens_of
+from lenslrp.analysis.perturb_parts import heads_of
+from lenslrp.analysis.prompts import Prompt, as_prompt, prompt_logits
+from lenslrp.analysis.vocabulary import project
+from lenslrp.doctor import examine
+from lenslrp.hooks import install, turns
+from lenslrp.hooks.attach import Attached
+from tests.unit.tiny import TOKENS, changes, own_relevance, plain_gradients, snapshot, tiny
 
 PATIENCE = 60.0
 
@@ -107,3 +126,423 @@ def test_a_failure_in_one_thread_lets_the_others_go_on() -> None:
         got = list(pool.map(attempt, range(4)))
     assert same([g for g in got if g is not None], serial[::2])
     assert changes(before, model) == []
+
+
+# --- a pass of another thread that meets rules ---------------------------------------------------
+
+PLACES = ("hook_embed", "blocks.0.attn.hook_z", "blocks.1.mlp.hook_post", "unembed.hook_in")
+FAMILIES = ("llama", "gpt2", "gemma2", "neox", "native")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_that_meets_rules_attached_after_it_began_is_refused(
+    family: str, place: str
+) -> None:
+    model = tiny(family)
+    expected = plain_gradients(model)
+    midway, attached = threading.Event(), threading.Event()
+
+    def pause(x: Tensor, hook: Any) -> None:
+        midway.set()
+        assert attached.wait(PATIENCE)
+
+    def stranger() -> None:
+        with model.hooks(fwd_hooks=[(place, pause)]):
+            model(TOKENS)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(stranger)
+        assert midway.wait(PATIENCE)
+        before = snapshot_without_hooks(model)
+        with lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
+            attached.set()
+            with pytest.raises(RuntimeError, match="attached by another thread"):
+                running.result(PATIENCE)
+        assert snapshot_without_hooks(model) == before
+    assert equal(plain_gradients(model), expected)
+
+
+def snapshot_without_hooks(model: Any) -> dict[str, Any]:
+    return {key: value for key, value in snapshot(model).items() if key.endswith("frozen")}
+
+
+def equal(a: tuple[Tensor, dict[str, Tensor]], b: tuple[Tensor, dict[str, Tensor]]) -> bool:
+    same_names = a[1].keys() == b[1].keys()
+    return (
+        torch.equal(a[0], b[0]) and same_names and all(torch.equal(a[1][n], b[1][n]) for n in b[1])
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_pass_beside_runs_of_another_thread_is_refused_or_right(family: str) -> None:
+    model = tiny(family)
+    expected = plain_gradients(model)
+    done = threading.Event()
+    outcomes: list[bool] = []
+
+    def stranger() -> None:
+        while not done.is_set():
+            try:
+                outcomes.append(equal(plain_gradients(model), expected))
+            except RuntimeError as error:
+                if "relevance rules" not in str(error):
+                    raise
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(stranger)
+            for _ in range(8):
+                explain(model, jobs()[0])
+            done.set()
+            running.result(PATIENCE)
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)
+    assert all(outcomes)
+    assert equal(plain_gradients(model), expected)
+
+
+@pytest.mark.parametrize("thread", ["another", "own"])
+def test_a_backward_pass_that_would_lose_gradients_is_refused(thread: str) -> None:
+    """Rules freeze the weights: autograd drops, without a word, what a graph made before brings."""
+    model = tiny("llama")
+    loss = model(TOKENS).square().sum()
+    with ThreadPoolExecutor(1) as pool:
+
+        def backward() -> None:
+            loss.backward(retain_graph=True)
+
+        with (
+            lenslrp.relevance_rules(model, lenslrp.AttnLRP()),
+            pytest.raises(RuntimeError, match="its gradient would be lost"),
+        ):
+            backward() if thread == "own" else pool.submit(backward).result(PATIENCE)
+        model.zero_grad()
+        pool.submit(loss.backward).result(PATIENCE)
+    _, expected = plain_gradients(tiny("llama"))
+    assert all(torch.equal(w.grad, expected[n]) for n, w in model.named_parameters())
+
+
+def test_parts_of_a_model_are_refused_to_other_threads_too() -> None:
+    """Also a layer that no rule touches: its weight is frozen."""
+    model = tiny("llama")
+    x = torch.randn(1, 3, 16, dtype=torch.float64)
+    mlp = model.blocks[0].mlp
+    with ThreadPoolExecutor(1) as pool, lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
+        for part in (mlp, mlp.gate, mlp.gate.original_component, model.blocks[0].ln1):
+            with pytest.raises(RuntimeError, match="attached by another thread"):
+                pool.submit(part, x).result(PATIENCE)
+            part(x)
+
+
+def test_a_checkpointed_pass_of_another_thread_is_refused() -> None:
+    """Its blocks run forward once more in the backward pass, and would meet the rules there."""
+    model = tiny("llama")
+    block = model.blocks[0]
+    x = torch.randn(1, 3, 16, dtype=torch.float64, requires_grad=True)
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+    y = checkpoint(block.mlp, x, use_reentrant=False)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        lenslrp.relevance_rules(model, lenslrp.AttnLRP()),
+        pytest.raises(RuntimeError, match="attached by another thread"),
+    ):
+        pool.submit(y.sum().backward).result(PATIENCE)
+
+
+class Deep(torch.autograd.Function):
+    """A backward pass inside a backward pass inside ...: autograd runs the 60th in its own thread,
+    as it runs all on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, depth: int, at_the_end: Callable[[], None]) -> Tensor:
+        ctx.left = depth, at_the_end
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        depth, at_the_end = ctx.left
+        if depth == 0:
+            at_the_end()
+        else:
+            with torch.enable_grad():
+                x = torch.ones(1, requires_grad=True)
+                Deep.apply(x, depth - 1, at_the_end).backward()
+        return g, None, None
+
+
+def test_a_recomputation_in_a_thread_of_autograds_own_is_not_refused() -> None:
+    model = tiny("llama")
+    seen: list[int] = []
+
+    def recompute() -> None:
+        seen.append(threading.get_ident())
+        model.blocks[0].mlp(torch.randn(1, 3, 16, dtype=torch.float64))
+
+    with lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
+        x = torch.ones(1, requires_grad=True)
+        Deep.apply(x, 70, recompute).backward()
+    assert seen != [threading.get_ident()]
+
+
+# --- waiting, and LensLRP's own passes -----------------------------------------------------------
+
+
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+    """Blocks until a thread has said that it waits; returns what was said."""
+    monkeypatch.setattr(turns, "PATIENCE", 0.01)
+    said: list[str] = []
+    event = threading.Event()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(f"{record.levelname} {record.getMessage()}")
+            event.set()
+
+    def wait() -> list[str]:
+        assert event.wait(PATIENCE)
+        return said
+
+    listener = Listener()
+    logging.getLogger("lenslrp").addHandler(listener)
+    yield wait
+    logging.getLogger("lenslrp").removeHandler(listener)
+
+
+def test_a_thread_that_waits_says_so_once(waiting: Callable[[], list[str]]) -> None:
+    model = tiny("llama")
+    expected = explain(model, jobs()[0])
+    with ThreadPoolExecutor(1, thread_name_prefix="second") as pool:
+        with lenslrp.relevance_rules(model, lenslrp.CPLRP()):
+            second = pool.submit(explain, model, jobs()[0])
+            (said,) = waiting()
+            assert said.startswith("WARNING second_0 waits for its turn")
+            assert "MainThread holds" in said
+            for _ in range(3):
+                own_relevance(model)
+            assert not second.done()
+        assert same([second.result(PATIENCE)], [expected])
+    assert len(waiting()) == 1
+
+
+def prompt_of(model: Any) -> Prompt:
+    return as_prompt(model, TOKENS[0], lenslrp.targets.Logit(5))
+
+
+def without_heads(model: Any) -> Any:
+    return heads_of(model, prompt_of(model)).without(np.eye(4, dtype=bool)).value
+
+
+def exact_patching(model: Any) -> Any:
+    lengths = torch.ones_like(TOKENS).bool()
+    pairs = Pairs(TOKENS, TOKENS.flip(0), lengths, torch.tensor([5, 7]), torch.tensor([6, 2]))
+    return analysis.score_nodes(model, pairs, method="exact", components=["heads"]).values
+
+
+OWN_PASSES: dict[str, Callable[[Any], Any]] = {
+    "run_with_relevance": lambda m: lenslrp.run_with_relevance(m, TOKENS, 5)[1].tokens,
+    "relevance_for_targets": lambda m: lenslrp.relevance_for_targets(m, TOKENS, [5])[0].tokens,
+    "examine": lambda m: examine(m).ledger.target,
+    "occlusion": lambda m: analysis.attribute("occlusion", m, TOKENS, 5).tokens,
+    "integrated gradients": lambda m: analysis.attribute("smoothgrad", m, TOKENS, 5).tokens,
+    "prompt_logits": lambda m: prompt_logits(m, prompt_of(m)),
+    "tokens_of": lambda m: tokens_of(m, prompt_of(m)).without(np.eye(6, dtype=bool)).value,
+    "heads_of": without_heads,
+    "score_nodes": exact_patching,
+    "project": lambda m: project(m, torch.ones(1, 16).double()),
+    "fit_ridge_lens": lambda m: analysis.fit_ridge_lens(m, TOKENS.repeat(6, 1)).matrices,
+}
+
+
+@pytest.mark.parametrize("name", OWN_PASSES)
+def test_own_passes_wait_for_their_turn(name: str, waiting: Callable[[], list[str]]) -> None:
+    """They neither meet another thread's rules nor are they refused."""
+    model = tiny("llama")
+    expected = OWN_PASSES[name](model)
+    with ThreadPoolExecutor(1) as pool:
+        with lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
+            second = pool.submit(OWN_PASSES[name], model)
+            waiting()
+            assert not second.done()
+            own_relevance(model)
+        got = second.result(PATIENCE)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+# --- blocks that a generator holds ---------------------------------------------------------------
+
+
+def held(model: Any) -> Generator[None, None, None]:
+    with lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
+        yield
+
+
+ENDINGS: dict[str, Callable[[Generator[None, None, None]], None]] = {
+    "closed": lambda block: block.close(),
+    "run to its end": lambda block: next(block, None),
+    "thrown into": lambda block: _throw(block),
+}
+
+
+class Boom(Exception):
+    pass
+
+
+def _throw(block: Generator[None, None, None]) -> None:
+    with contextlib.suppress(Boom):
+        block.throw(Boom())
+
+
+@pytest.mark.parametrize("how", ENDINGS)
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a block of the other thread"])
+def test_a_block_may_be_ended_by_another_thread(how: str, inside: bool) -> None:
+    model = tiny("llama")
+    expected = explain(model, jobs()[0])
+    before = snapshot(model)
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+        block = held(model)
+        one.submit(next, block).result(PATIENCE)
+        if inside:
+            inner = held(model)
+            one.submit(next, inner).result(PATIENCE)
+        two.submit(ENDINGS[how], block).result(PATIENCE)
+        if inside:
+            assert same([one.submit(explain, model, jobs()[0]).result(PATIENCE)], [expected])
+            two.submit(ENDINGS[how], inner).result(PATIENCE)
+        assert changes(before, model) == []
+        for pool in (one, two):
+            assert same([pool.submit(explain, model, jobs()[0]).result(PATIENCE)], [expected])
+
+
+def test_a_collected_block_leaves_nothing() -> None:
+    model = tiny("llama")
+    before = snapshot(model)
+    with ThreadPoolExecutor(1) as pool:
+        block = held(model)
+        next(block)
+        cycle: list[Any] = [block]
+        cycle.append(cycle)
+        del block, cycle
+        pool.submit(gc.collect).result(PATIENCE)
+        assert changes(before, model) == []
+        pool.submit(explain, model, jobs()[0]).result(PATIENCE)
+
+
+def test_a_block_that_is_collected_while_another_is_attached_leaves_nothing() -> None:
+    """The garbage collector runs at any moment: here in the middle of attaching and detaching."""
+    model = tiny("llama")
+    before = snapshot(model)
+    register, undo = Attached._register, install.undo_all
+    for name in ("attach", "detach"):
+        blocks = [held(model)]
+        next(blocks[0])
+        with pytest.MonkeyPatch.context() as patch:
+
+            def collecting(at: Attached, *args: Any) -> None:
+                register(at, *args)
+                blocks.clear()
+
+            def undoing(steps: Any) -> Any:
+                blocks.clear()
+                return undo(steps)
+
+            if name == "attach":
+                patch.setattr(Attached, "_register", collecting)
+            else:
+                patch.setattr(install, "undo_all", undoing)
+            expected = explain(model, jobs()[0])
+        assert blocks == []
+        assert changes(before, model) == []
+        assert same([explain(model, jobs()[0])], [expected])
+
+
+def test_a_thread_that_has_ended_holds_a_model_no_longer() -> None:
+    """Its block is left open in a generator: others go on, and what it attached is put aside."""
+    model = tiny("llama")
+    expected = explain(model, jobs()[0])
+    before = snapshot(model)
+    block = held(model)
+    thread = threading.Thread(target=next, args=(block,))
+    thread.start()
+    thread.join(PATIENCE)
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(explain, model, jobs()[0]).result(PATIENCE)
+    assert same([got], [expected])
+    block.close()
+    assert changes(before, model) == []
+
+
+class Worker:
+    """One thread that does one thing at a time, and may be left waiting for its turn."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.pool = pool
+        self.open: list[Generator[None, None, None]] = []
+        self.waiting: tuple[Future[Any], Generator[None, None, None]] | None = None
+
+    def do(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self.pool.submit(function, *args).result(PATIENCE)
+
+    def come_in(self) -> None:
+        """The turn has come: what was waiting must go on now."""
+        if self.waiting is not None:
+            future, block = self.waiting
+            future.result(PATIENCE)
+            self.open.append(block)
+            self.waiting = None
+
+
+STEPS = ("enter", "explain", "plain", *ENDINGS)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.sampled_from(STEPS), st.booleans(), st.integers(0, 7)), max_size=12))
+def test_any_order_of_blocks_in_two_threads(steps: list[tuple[str, bool, int]]) -> None:
+    """Blocks entered, nested, and ended by either thread in any order; a hang fails."""
+    model, logits, expected = two_threads_model()
+    before = snapshot(model)
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+        workers = [Worker(one), Worker(two)]
+        for step, second, index in steps:
+            worker, other = workers[second], workers[not second]
+            if worker.waiting is not None:
+                continue
+            if step in ENDINGS:
+                owner = next((w for w in workers if w.open), None)
+                if owner is not None:
+                    worker.do(ENDINGS[step], owner.open.pop(index % len(owner.open)))
+                    if not owner.open:
+                        (other if owner is worker else worker).come_in()
+            elif step == "enter":
+                block = held(model)
+                if other.open:
+                    worker.waiting = worker.pool.submit(next, block), block
+                else:
+                    worker.do(next, block)
+                    worker.open.append(block)
+            elif other.open:
+                with pytest.raises(RuntimeError, match="attached by another thread"):
+                    worker.do(model, TOKENS)
+            elif step == "plain":
+                assert torch.equal(worker.do(model, TOKENS), logits)
+            else:
+                assert same([worker.do(explain, model, jobs()[0])], [expected])
+        while any(worker.open for worker in workers):
+            owner = next(worker for worker in workers if worker.open)
+            workers[0 if workers[0].waiting is None else 1].do(ENDINGS["closed"], owner.open.pop())
+            if not owner.open:
+                workers[workers.index(owner) - 1].come_in()
+        assert changes(before, model) == []
+        for worker in workers:
+            assert same([worker.do(explain, model, jobs()[0])], [expected])
+
+
+@functools.cache
+def two_threads_model() -> tuple[Any, Tensor, tuple[Tensor, Tensor]]:
+    model = tiny("llama")
+    return model, model(TOKENS), explain(model, jobs()[0])
