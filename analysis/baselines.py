@@ -30,6 +30,7 @@ from lenslrp.analysis.baselines_perturbation import kernel_shap, occlusion
 from lenslrp.analysis.baselines_positional import pa_lrp
 from lenslrp.analysis.question import CHUNK, Passes, Question, ask
 from lenslrp.errors import InputError
+from lenslrp.extras import EXTRAS, require
 from lenslrp.hooks.ablations import DistributedBiasAtSoftmax, IdentityAtSoftmax
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.rules import Plain
@@ -129,9 +130,11 @@ def attribute(
         options: the method's own, see ``Method.options``.
 
     Raises:
-        InputError: an unknown method or option; what cannot be explained; a missing extra.
+        InputError: an unknown method or option; what cannot be explained.
+        MissingExtraError: the method needs a package that is not installed.
         CoverageError: an operation on the path has no rule, for methods that attach rules.
     """
+    chosen = as_method(method)
     question = ask(
         model,
         input,
@@ -143,7 +146,7 @@ def attribute(
         pixel_values=pixel_values,
         chunk=chunk,
     )
-    return answer(method, question, seed=seed, **options)
+    return answer(chosen, question, seed=seed, **options)
 
 
 def answer(
@@ -177,14 +180,17 @@ def as_method(method: str | Method | Composite) -> Method:
 
     Raises:
         InputError: an unknown name, or anything else.
+        MissingExtraError: it needs a package that is not installed.
     """
-    if isinstance(method, Method):
-        return method
     if isinstance(method, Composite):
         return Method(method.name, partial(rules, composite=method), "a composite of rules")
     if isinstance(method, str) and method in METHODS:
-        return METHODS[method]
-    raise InputError(f"no method {method!r}; the methods are {', '.join(METHODS)}")
+        method = METHODS[method]
+    if not isinstance(method, Method):
+        raise InputError(f"no method {method!r}; the methods are {', '.join(METHODS)}")
+    for package in EXTRAS.keys() & method.needs:
+        require(package, method.name)
+    return method
 
 
 def rules(question: Question, *, seed: int, composite: Composite) -> Tensor:

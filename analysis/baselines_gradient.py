@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lenslrp.analysis.question import Question
-from lenslrp.errors import InputError
+from lenslrp.extras import require
 
 
 def integrated_gradients(
@@ -27,15 +27,10 @@ def integrated_gradients(
         baseline: x', see :meth:`Question.baseline`.
 
     Raises:
-        InputError: captum is not installed.
+        MissingExtraError: captum is not installed.
     """
-    try:
-        from captum.attr import IntegratedGradients
-    except ImportError as error:
-        raise InputError(
-            "integrated_gradients needs captum, which is not installed; "
-            "pip install 'lenslrp[evaluate]'"
-        ) from error
+    require("captum", "integrated_gradients")
+    from captum.attr import IntegratedGradients
 
     def value(inputs: Tensor) -> Tensor:  # captum's rows are steps x batch, the batch innermost
         return question.values(inputs.unflatten(0, (-1, len(question.inputs)))).flatten()

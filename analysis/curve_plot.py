@@ -27,9 +27,9 @@ def perturbation_curves(
         curves: method -> (MoRF, LeRF), each [step].
         unit: of what is followed.
     """
+    figure, (axes,) = new_figure(7.0, 4.2, theme, 1)
     import matplotlib as mpl
 
-    figure, (axes,) = new_figure(7.0, 4.2, theme, 1)
     colours = mpl.colormaps["tab10" if len(curves) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     for (name, (morf, lerf)), colour in zip(curves.items(), colours, strict=False):
         axes.plot(shares, morf, color=colour, label=name)

@@ -18,12 +18,12 @@ INCH = 78.0
 
 def graph_figure(graph: AttributionGraph, theme: Theme | None = None) -> Figure:
     """Tokens left to right, layers bottom to top; edges as wide as their relevance."""
-    from matplotlib.patches import FancyBboxPatch, PathPatch
-    from matplotlib.path import Path
-
     theme = theme or LIGHT
     layout = lay_out(graph.nodes)
     figure, (axes,) = new_figure(layout.width / INCH, layout.height / INCH + 0.4, theme, 1)
+    from matplotlib.patches import FancyBboxPatch, PathPatch
+    from matplotlib.path import Path
+
     axes.set(xlim=(0, layout.width), ylim=(layout.height, 0), xticks=[], yticks=[])
     limit = float(graph.edges["relevance"].abs().max()) if len(graph.edges) else 1.0
     ordered = graph.edges.reindex(graph.edges["relevance"].abs().sort_values().index)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lenslrp.errors import InputError
+from lenslrp.extras import require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,9 @@ def read_images(model: Any, source: Any, skipped: list[str]) -> dict[str, Tensor
 
     Raises:
         InputError: no such source, or the model has no processor of its own.
+        MissingExtraError: Pillow is not installed.
     """
+    require("PIL", "reading images")  # which transformers' processors need too
     process = _processor(model)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     found: dict[str, Tensor] = {}

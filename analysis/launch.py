@@ -23,6 +23,7 @@ from lenslrp.analysis.projections import TOKENS, project_places
 from lenslrp.analysis.replay import Entries, replay, replayed
 from lenslrp.analysis.search import Job, merge_shards, scan_shard
 from lenslrp.errors import InputError, StorageError
+from lenslrp.extras import require
 
 RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 """Where launchers say which process this is, and of how many."""
@@ -159,13 +160,12 @@ def build_with_ray(
         options: of :meth:`NeuronDictionary.build`.
 
     Raises:
-        InputError: Ray is not installed.
+        MissingExtraError: Ray is not installed.
     """
-    try:
-        import ray
-        from ray.util import ActorPool
-    except ImportError as error:
-        raise InputError('build_with_ray needs Ray: pip install "lenslrp[ray]"') from error
+    require("ray", "build_with_ray")
+    import ray
+    from ray.util import ActorPool
+
     local = {name: options.pop(name) for name in LOCAL if name in options}
     keep_work, tokens = local.pop("keep_work", False), local.pop("vocabulary", TOKENS)
     local["progress"] = False

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lenslrp.errors import InputError
+from lenslrp.extras import require
 from lenslrp.heatmap import colour_scale
 from lenslrp.visible_text import visible
 
@@ -64,15 +65,6 @@ LIGHT = Theme("#ffffff", "#1b1f24", "#8c959f", "#f7f7f7", "#b2182b", "#2166ac")
 DARK = Theme("#15181d", "#e6e9ed", "#6e7781", "#22262d", "#ff5f6b", "#58a6ff")
 
 
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib, which is not installed; pip install 'lenslrp[plot]'"
-        ) from error
-
-
 @cache
 def _figure_class() -> type[Figure]:
     """A Figure that a notebook shows by itself: without pyplot, IPython has no formatter."""
@@ -89,7 +81,7 @@ def _figure_class() -> type[Figure]:
 
 def new_figure(width: float, height: float, theme: Theme, panels: int) -> tuple[Figure, list[Axes]]:
     """A figure of ``width`` x ``height`` inches with ``panels`` axes beside each other."""
-    _require_matplotlib()
+    require("matplotlib", "a figure")
     figure = _figure_class()(figsize=(width, height), layout="constrained", facecolor=theme.paper)
     found = [
         figure.add_subplot(1, panels, place + 1, facecolor=theme.paper) for place in range(panels)
@@ -359,7 +351,7 @@ def plot(R: RelevanceCache, kind: str = "residual", **options: Any) -> Figure:
 
     Raises:
         InputError: when there is no such kind.
-        ImportError: when matplotlib is missing.
+        MissingExtraError: matplotlib is not installed.
     """
     if kind not in KINDS:
         raise InputError(f"no plot is called {kind!r}; there are {', '.join(map(repr, KINDS))}")

@@ -4,8 +4,7 @@ Prompt and target, tokens, layer x position, heads, neurons with what they write
 rules that were used, and the versions of everything. No script runs and nothing is loaded:
 figures are inlined as SVG images, which cannot execute, in a light and a dark rendering. Text
 from the model or the user is escaped by Jinja2 (autoescape on). Sections whose hook points were
-not read say so and are left out. Jinja2 and matplotlib are imported when a report is written
-(``pip install 'lenslrp[report]'``).
+not read say so and are left out. The figures need the extra ``report``.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from lenslrp.analysis.readout import unembedding
 from lenslrp.analysis.report_template import TEMPLATE
 from lenslrp.analysis.vocabulary import neuron_writes
 from lenslrp.errors import InputError
+from lenslrp.extras import require
 from lenslrp.heatmap import colour_scale, signed, token_heatmap
 from lenslrp.visible_text import visible
 
@@ -229,18 +229,19 @@ def _facts(R: RelevanceCache, row: int, values: list[float], ledger: Mapping[str
 
 
 def environment() -> Any:
-    """Jinja2 with autoescape on.
+    """Jinja2 with autoescape on."""
+    import jinja2
+
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+
+
+def require_report() -> None:
+    """Refuse to write a report without figures.
 
     Raises:
-        ImportError: it is missing; names the extra.
+        MissingExtraError: matplotlib is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError(
-            "reports need Jinja2, which is not installed; pip install 'lenslrp[report]'"
-        ) from error
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    require("matplotlib", "an HTML report", "report")
 
 
 def _seen(R: RelevanceCache, row: int, image: Any) -> dict[str, str]:
@@ -257,6 +258,7 @@ def report_html(
     R: RelevanceCache, *, model: TransformerBridge | None = None, row: int = 0, image: Any = None
 ) -> str:
     """The page of :func:`write_report` as a string."""
+    require_report()
     template = environment().from_string(TEMPLATE)
     from markupsafe import Markup
 
@@ -319,7 +321,7 @@ def write_report(
 
     Raises:
         InputError: when ``row`` is out of range or the folder of ``path`` does not exist.
-        ImportError: when Jinja2 or matplotlib is missing.
+        MissingExtraError: matplotlib is not installed.
     """
     path = Path(path)
     page = report_html(R, model=model, row=row, image=image)

@@ -13,7 +13,6 @@ block 0. Only adding can be said in that format.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -28,7 +27,8 @@ from lenslrp.analysis.files import whole
 from lenslrp.analysis.steering import Ablate, Add, Clamp, Operation, ProjectOut, Scale, Steering
 from lenslrp.analysis.storage import load_json, load_tensors, require_plain, save_json, save_tensors
 from lenslrp.analysis.units import Direction, Feature, Unit, parse_unit
-from lenslrp.errors import InputError, LoadError, StorageError
+from lenslrp.errors import InputError, StorageError
+from lenslrp.extras import require
 
 SCHEMA = 1
 OPERATIONS: dict[str, type[Operation]] = {
@@ -120,7 +120,7 @@ def save_control_vector(
 
     Raises:
         InputError: another hook point, block 0, or two directions of one block.
-        LoadError: the ``gguf`` package is missing.
+        MissingExtraError: the ``gguf`` package is not installed.
     """
     path = Path(path)
     layers: dict[int, Direction] = {}
@@ -151,7 +151,7 @@ def load_control_vector(path: str | Path) -> tuple[Direction, ...]:
 
     Raises:
         StorageError: no such file, or no control vector.
-        LoadError: the ``gguf`` package is missing.
+        MissingExtraError: the ``gguf`` package is not installed.
     """
     path = Path(path)
     gguf = _gguf()
@@ -178,8 +178,7 @@ def load_control_vector(path: str | Path) -> tuple[Direction, ...]:
 
 
 def _gguf() -> Any:
-    if importlib.util.find_spec("gguf") is None:
-        raise LoadError('control vectors need the gguf package: pip install "lenslrp[demo]"')
+    require("gguf", "a control vector")
     import gguf
 
     return gguf

@@ -120,7 +120,7 @@ class SweepResult:
 
         Raises:
             InputError: no such metric or layer, or several layers and none chosen.
-            ImportError: matplotlib is missing.
+            MissingExtraError: matplotlib is not installed.
         """
         for metric in metrics:
             self._require(metric)

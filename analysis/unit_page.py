@@ -59,7 +59,6 @@ def page_html(
 
     Raises:
         InputError: ``model`` is not the one that the dictionary was built from.
-        ImportError: Jinja2 is missing.
     """
     from markupsafe import Markup
 

@@ -38,7 +38,14 @@ _HOMES = {
     "conversation": ("chat",),
     "defaults": ("recommended",),
     "doctor": ("examine",),
-    "errors": ("CoverageError", "InputError", "LensLRPError", "LoadError", "StorageError"),
+    "errors": (
+        "CoverageError",
+        "InputError",
+        "LensLRPError",
+        "LoadError",
+        "MissingExtraError",
+        "StorageError",
+    ),
     "hooks": (
         "CPLRP",
         "GIM",
@@ -68,6 +75,7 @@ __all__ = [
     "Ledger",
     "LensLRPError",
     "LoadError",
+    "MissingExtraError",
     "RelP",
     "RelevanceCache",
     "StorageError",

@@ -1,7 +1,8 @@
 """The command line: ``lenslrp explain``, ``doctor``, ``dictionary`` and ``evaluate``.
 
-Exit codes: 0 the question was answered, 1 the model is not covered or not loadable, 2 bad usage or
-bad input. Results go to standard output, progress and messages to standard error.
+Exit codes: 0 the question was answered, 1 the model is not covered or not loadable or an extra is
+not installed, 2 bad usage or bad input. Results go to standard output, progress and messages to
+standard error.
 """
 
 from __future__ import annotations
@@ -38,13 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     # torch takes seconds to import: not before the command line is known to be right
-    from lenslrp.errors import CoverageError, InputError, LoadError, StorageError
+    from lenslrp.errors import (
+        CoverageError,
+        InputError,
+        LoadError,
+        MissingExtraError,
+        StorageError,
+    )
 
     try:
         return int(options.run(options))
     except (InputError, StorageError) as error:
         return _complain(error, BAD_INPUT)
-    except (CoverageError, LoadError) as error:
+    except (CoverageError, LoadError, MissingExtraError) as error:
         return _complain(error, NOT_COVERED)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
@@ -60,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="lenslrp",
         description="Which parts of a transformer produced its output: relevance (AttnLRP) at "
         "every TransformerLens hook point.",
-        epilog="exit codes: 0 answered, 1 model not covered or not loadable, 2 bad usage or input",
+        epilog="exit codes: 0 answered, 1 model not covered or not loadable or an extra missing, 2 "
+        "bad usage or input",
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -82,8 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--report",
         metavar="FILE",
         type=Path,
-        default=Path(DEFAULT_REPORT),
-        help="HTML report (default: %(default)s)",
+        help=f"HTML report (default: {DEFAULT_REPORT}, where the extra 'report' is installed)",
     )
     explain.add_argument(
         "--json", action="store_true", help="print one JSON object instead of text"
@@ -120,7 +127,7 @@ def _explain(options: argparse.Namespace) -> int:
     from lenslrp.analysis.report import write_report
     from lenslrp.run import run_with_relevance
 
-    check_writable("--report", options.report)
+    report = _report_path(options.report)
     model = load_model(options)
     _, relevance = run_with_relevance(
         model,
@@ -128,15 +135,38 @@ def _explain(options: argparse.Namespace) -> int:
         target=_target(options.target),
         composite=composite(options.composite),
     )
-    write_report(relevance, options.report, model=model)
+    if report is not None:
+        write_report(relevance, report, model=model)
     if options.json:
-        print(json.dumps(_summary(relevance, options.report)))
+        print(json.dumps(_summary(relevance, report)))
         return OK
-    _show(relevance, options.report)
+    _show(relevance, report)
     return OK
 
 
-def _show(relevance: RelevanceCache, report: Path) -> None:
+def _report_path(given: Path | None) -> Path | None:
+    """Where the report goes; ``None`` where it was not asked for and its extra is missing.
+
+    Raises:
+        InputError: no file can be written there.
+        MissingExtraError: it was asked for.
+    """
+    from lenslrp.analysis.report import require_report
+    from lenslrp.errors import MissingExtraError
+
+    path = given or Path(DEFAULT_REPORT)
+    check_writable("--report", path)
+    try:
+        require_report()
+    except MissingExtraError as error:
+        if given is not None:
+            raise
+        print(f"lenslrp: no report is written: {error}", file=sys.stderr)
+        return None
+    return path
+
+
+def _show(relevance: RelevanceCache, report: Path | None) -> None:
     from rich.text import Text
 
     from lenslrp.terminal import render
@@ -145,7 +175,8 @@ def _show(relevance: RelevanceCache, report: Path) -> None:
     screen.print(render(relevance))
     for term, value in _ledger(relevance).items():
         screen.print(Text(f"  {term:<18} {value:>+14.6g}"))
-    screen.print(Text(f"report: {report.absolute()}"), soft_wrap=True)
+    if report is not None:
+        screen.print(Text(f"report: {report.absolute()}"), soft_wrap=True)
 
 
 def _ledger(relevance: RelevanceCache) -> dict[str, float]:
@@ -155,7 +186,7 @@ def _ledger(relevance: RelevanceCache) -> dict[str, float]:
     return {name: float(getattr(ledger, name)) for name in names}
 
 
-def _summary(relevance: RelevanceCache, report: Path) -> dict[str, Any]:
+def _summary(relevance: RelevanceCache, report: Path | None) -> dict[str, Any]:
     return {
         "model": relevance.model_name,
         "composite": relevance.composite.name,
@@ -165,7 +196,7 @@ def _summary(relevance: RelevanceCache, report: Path) -> dict[str, Any]:
         "relevance": relevance.tokens[0].tolist(),
         "ledger": _ledger(relevance),
         "uncovered": [str(site) for site in relevance.coverage.uncovered],
-        "report": str(report.absolute()),
+        "report": None if report is None else str(report.absolute()),
     }
 
 

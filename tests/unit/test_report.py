@@ -2,7 +2,6 @@
 
 import base64
 import re
-import sys
 from types import SimpleNamespace
 
 import matplotlib
@@ -68,19 +67,6 @@ def test_waterfall_ends_at_the_target():
 def test_unknown_kind_names_the_kinds():
     with pytest.raises(InputError, match="no plot is called 'pie'; there are 'residual', 'heads'"):
         plots.plot(fake_relevance(), "pie")
-
-
-@pytest.mark.parametrize(
-    ("missing", "extra", "call"),
-    [
-        ("matplotlib.figure", "plot", lambda: plots.head_grid(fake_relevance())),
-        ("jinja2", "report", lambda: report.report_html(fake_relevance())),
-    ],
-)
-def test_a_missing_package_names_the_extra(monkeypatch, missing, extra, call):
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=rf"pip install 'lenslrp\[{extra}\]'"):
-        call()
 
 
 def test_report_is_one_file_without_script_or_remote_asset(nasty_report):

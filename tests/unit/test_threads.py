@@ -433,32 +433,34 @@ def test_a_collected_block_leaves_nothing() -> None:
         pool.submit(explain, model, jobs()[0]).result(PATIENCE)
 
 
-def test_a_block_that_is_collected_while_another_is_attached_leaves_nothing() -> None:
-    """The garbage collector runs at any moment: here in the middle of attaching and detaching."""
+@pytest.mark.parametrize("moment", ["attaching", "detaching"])
+def test_a_block_that_is_collected_while_another_is_attached_leaves_nothing(
+    moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garbage collector runs at any moment."""
     model = tiny("llama")
     before = snapshot(model)
+    blocks = [held(model)]
+    next(blocks[0])
     register, undo = Attached._register, install.undo_all
-    for name in ("attach", "detach"):
-        blocks = [held(model)]
-        next(blocks[0])
-        with pytest.MonkeyPatch.context() as patch:
 
-            def collecting(at: Attached, *args: Any) -> None:
-                register(at, *args)
-                blocks.clear()
+    def collecting(at: Attached, *args: Any) -> None:
+        register(at, *args)
+        blocks.clear()
 
-            def undoing(steps: Any) -> Any:
-                blocks.clear()
-                return undo(steps)
+    def undoing(steps: Any) -> Any:
+        blocks.clear()
+        return undo(steps)
 
-            if name == "attach":
-                patch.setattr(Attached, "_register", collecting)
-            else:
-                patch.setattr(install, "undo_all", undoing)
-            expected = explain(model, jobs()[0])
-        assert blocks == []
-        assert changes(before, model) == []
-        assert same([explain(model, jobs()[0])], [expected])
+    if moment == "attaching":
+        monkeypatch.setattr(Attached, "_register", collecting)
+    else:
+        monkeypatch.setattr(install, "undo_all", undoing)
+    expected = explain(model, jobs()[0])
+    monkeypatch.undo()
+    assert blocks == []
+    assert changes(before, model) == []
+    assert same([explain(model, jobs()[0])], [expected])
 
 
 def test_a_thread_that_has_ended_holds_a_model_no_longer() -> None:

@@ -451,18 +451,18 @@ def test_a_step_that_was_interrupted_is_taken_again() -> None:
     assert ran == ["first", "again"]
 
 
-def test_a_rule_whose_undoing_fails_leaves_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rule_whose_undoing_fails_leaves_nothing_else() -> None:
     model = tiny("llama")
+
+    def fails() -> None:
+        raise Boom("in undoing")
 
     def block() -> None:
         with lenslrp.relevance_rules(model, lenslrp.AttnLRP()) as rules:
-            rules._undo.insert(len(rules._undo) // 2, raising(Boom).__get__(None))
+            rules._undo.insert(len(rules._undo) // 2, fails)
 
-    with nothing_changes(model), pytest.raises(Boom):
+    with nothing_changes(model), pytest.raises(Boom, match="in undoing"):
         block()
-
-
-ROOT = Path(lenslrp.__file__).resolve().parent.parent
 
 
 @contextmanager
@@ -499,8 +499,10 @@ def nested(model: TransformerBridge) -> None:
         attach_and_detach(model)
 
 
-@pytest.mark.parametrize("run", [attach_and_detach, nested, explain])
-def test_an_interrupt_anywhere_leaves_no_trace(run: Callable[[TransformerBridge], Any]) -> None:
+@pytest.mark.parametrize(("run", "samples"), [(attach_and_detach, 30), (nested, 20), (explain, 15)])
+def test_an_interrupt_anywhere_leaves_no_trace(
+    run: Callable[[TransformerBridge], Any], samples: int
+) -> None:
     """Ctrl-C comes between any two lines: while attaching, in the pass, while undoing."""
     model = tiny("llama")
     run(model)
@@ -509,7 +511,7 @@ def test_an_interrupt_anywhere_leaves_no_trace(run: Callable[[TransformerBridge]
         run(model)
     total = count[0]
     assert total > 1000
-    places = random.sample(range(total), 40) + list(range(total - 30, total))
+    places = random.sample(range(total), samples) + list(range(total - samples, total))
     with ThreadPoolExecutor(1) as pool:
         for place in places:
             with suppress(KeyboardInterrupt), interrupt(place):
@@ -521,7 +523,7 @@ def test_an_interrupt_anywhere_leaves_no_trace(run: Callable[[TransformerBridge]
 # --- copies and files made inside a block --------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "native"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "native"])
 def test_a_copy_made_inside_is_refused(family: str) -> None:
     """It would keep rules, and frozen weights, for good."""
     model = tiny(family)
@@ -538,21 +540,16 @@ def test_a_copy_made_inside_is_refused(family: str) -> None:
         assert torch.equal(explain(twin).tokens, explain(model).tokens)
 
 
-def test_files_written_inside_are_as_ever(tmp_path: Path) -> None:
+def test_weights_saved_inside_are_as_ever(tmp_path: Path) -> None:
     model = tiny("llama")
     plain = {name: value.clone() for name, value in model.state_dict().items()}
-    model.original_model.save_pretrained(tmp_path / "before")
     with nothing_changes(model), lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
         own_relevance(model)
         inside = model.state_dict()
         torch.save(inside, tmp_path / "weights.pt")
-        model.original_model.save_pretrained(tmp_path / "inside")
-    read = torch.load(tmp_path / "weights.pt", weights_only=True)
-    for state in (inside, read):
+    for state in (inside, torch.load(tmp_path / "weights.pt", weights_only=True)):
         assert state.keys() == plain.keys()
         assert all(torch.equal(state[name], plain[name]) for name in plain)
-    files = {p.name: p.read_bytes() for p in (tmp_path / "before").iterdir()}
-    assert files == {p.name: p.read_bytes() for p in (tmp_path / "inside").iterdir()}
 
 
 @pytest.mark.parametrize("made", ["built", "converted"])
