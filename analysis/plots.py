@@ -117,6 +117,7 @@ def _font() -> dict[str, Any]:
 
 def _drawable(text: str) -> str:
     """``text`` with the characters that no installed font of ours has as ``U+1F600``."""
+    require("matplotlib", "a figure")
     from matplotlib import font_manager
 
     paths = [

@@ -127,7 +127,7 @@ def _explain(options: argparse.Namespace) -> int:
     from lenslrp.analysis.report import write_report
     from lenslrp.run import run_with_relevance
 
-    report = _report_path(options.report)
+    report, why_not = _report_path(options.report)
     model = load_model(options)
     _, relevance = run_with_relevance(
         model,
@@ -139,13 +139,15 @@ def _explain(options: argparse.Namespace) -> int:
         write_report(relevance, report, model=model)
     if options.json:
         print(json.dumps(_summary(relevance, report)))
-        return OK
-    _show(relevance, report)
+    else:
+        _show(relevance, report)
+    if why_not is not None:
+        print(f"lenslrp: no report is written: {why_not}", file=sys.stderr)
     return OK
 
 
-def _report_path(given: Path | None) -> Path | None:
-    """Where the report goes; ``None`` where it was not asked for and its extra is missing.
+def _report_path(given: Path | None) -> tuple[Path | None, Exception | None]:
+    """Where the report goes, or why it is not written: its extra is missing.
 
     Raises:
         InputError: no file can be written there.
@@ -161,9 +163,8 @@ def _report_path(given: Path | None) -> Path | None:
     except MissingExtraError as error:
         if given is not None:
             raise
-        print(f"lenslrp: no report is written: {error}", file=sys.stderr)
-        return None
-    return path
+        return None, error
+    return path, None
 
 
 def _show(relevance: RelevanceCache, report: Path | None) -> None:

@@ -31,7 +31,7 @@ from tests.unit.tiny import TOKENS, tiny, word_tokenizer
 
 PACKAGES = ("lenslrp", "hooks", "analysis")
 DISTRIBUTIONS = {"PIL": "pillow", "transformer_lens": "transformer-lens"}
-CALLED_LATER = {"_figure_class", "_font", "_drawable", "colour_map", "_image", "_folder"}
+CALLED_LATER = {"_figure_class", "_font", "colour_map", "_image", "_folder"}
 """Functions that are called only when their callers have asked."""
 
 

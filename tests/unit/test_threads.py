@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import gc
 import logging
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -28,11 +23,9 @@ from lenslrp.analysis.perturb_parts import heads_of
 from lenslrp.analysis.prompts import Prompt, as_prompt, prompt_logits
 from lenslrp.analysis.vocabulary import project
 from lenslrp.doctor import examine
-from lenslrp.hooks import install, turns
-from lenslrp.hooks.attach import Attached
+from lenslrp.hooks import turns
+from tests.unit.another_thread import PATIENCE, another_thread
 from tests.unit.tiny import TOKENS, changes, own_relevance, plain_gradients, snapshot, tiny
-
-PATIENCE = 60.0
 
 
 def jobs() -> list[tuple[Tensor, int, lenslrp.Composite]]:
@@ -151,8 +144,8 @@ def test_a_pass_that_meets_rules_attached_after_it_began_is_refused(
         with model.hooks(fwd_hooks=[(place, pause)]):
             model(TOKENS)
 
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(stranger)
+    with another_thread() as thread:
+        running = thread.submit(stranger)
         assert midway.wait(PATIENCE)
         before = snapshot_without_hooks(model)
         with lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
@@ -192,8 +185,8 @@ def test_a_pass_beside_runs_of_another_thread_is_refused_or_right(family: str) -
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(stranger)
+        with another_thread() as thread:
+            running = thread.submit(stranger)
             for _ in range(8):
                 explain(model, jobs()[0])
             done.set()
@@ -210,7 +203,7 @@ def test_a_backward_pass_that_would_lose_gradients_is_refused(thread: str) -> No
     """Rules freeze the weights: autograd drops, without a word, what a graph made before brings."""
     model = tiny("llama")
     loss = model(TOKENS).square().sum()
-    with ThreadPoolExecutor(1) as pool:
+    with another_thread() as thread:
 
         def backward() -> None:
             loss.backward(retain_graph=True)
@@ -219,9 +212,9 @@ def test_a_backward_pass_that_would_lose_gradients_is_refused(thread: str) -> No
             lenslrp.relevance_rules(model, lenslrp.AttnLRP()),
             pytest.raises(RuntimeError, match="its gradient would be lost"),
         ):
-            backward() if thread == "own" else pool.submit(backward).result(PATIENCE)
+            backward() if thread == "own" else thread.do(backward)
         model.zero_grad()
-        pool.submit(loss.backward).result(PATIENCE)
+        thread.do(loss.backward)
     _, expected = plain_gradients(tiny("llama"))
     assert all(torch.equal(w.grad, expected[n]) for n, w in model.named_parameters())
 
@@ -231,10 +224,10 @@ def test_parts_of_a_model_are_refused_to_other_threads_too() -> None:
     model = tiny("llama")
     x = torch.randn(1, 3, 16, dtype=torch.float64)
     mlp = model.blocks[0].mlp
-    with ThreadPoolExecutor(1) as pool, lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
+    with another_thread() as thread, lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
         for part in (mlp, mlp.gate, mlp.gate.original_component, model.blocks[0].ln1):
             with pytest.raises(RuntimeError, match="attached by another thread"):
-                pool.submit(part, x).result(PATIENCE)
+                thread.do(part, x)
             part(x)
 
 
@@ -247,11 +240,11 @@ def test_a_checkpointed_pass_of_another_thread_is_refused() -> None:
         weight.requires_grad_(False)
     y = checkpoint(block.mlp, x, use_reentrant=False)
     with (
-        ThreadPoolExecutor(1) as pool,
+        another_thread() as thread,
         lenslrp.relevance_rules(model, lenslrp.AttnLRP()),
         pytest.raises(RuntimeError, match="attached by another thread"),
     ):
-        pool.submit(y.sum().backward).result(PATIENCE)
+        thread.do(y.sum().backward)
 
 
 class Deep(torch.autograd.Function):
@@ -317,11 +310,11 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]
 def test_a_thread_that_waits_says_so_once(waiting: Callable[[], list[str]]) -> None:
     model = tiny("llama")
     expected = explain(model, jobs()[0])
-    with ThreadPoolExecutor(1, thread_name_prefix="second") as pool:
+    with another_thread("second") as thread:
         with lenslrp.relevance_rules(model, lenslrp.CPLRP()):
-            second = pool.submit(explain, model, jobs()[0])
+            second = thread.submit(explain, model, jobs()[0])
             (said,) = waiting()
-            assert said.startswith("WARNING second_0 waits for its turn")
+            assert said.startswith("WARNING second waits for its turn")
             assert "MainThread holds" in said
             for _ in range(3):
                 own_relevance(model)
@@ -364,187 +357,11 @@ def test_own_passes_wait_for_their_turn(name: str, waiting: Callable[[], list[st
     """They neither meet another thread's rules nor are they refused."""
     model = tiny("llama")
     expected = OWN_PASSES[name](model)
-    with ThreadPoolExecutor(1) as pool:
+    with another_thread() as thread:
         with lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
-            second = pool.submit(OWN_PASSES[name], model)
+            second = thread.submit(OWN_PASSES[name], model)
             waiting()
             assert not second.done()
             own_relevance(model)
         got = second.result(PATIENCE)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
-
-
-# --- blocks that a generator holds ---------------------------------------------------------------
-
-
-def held(model: Any) -> Generator[None, None, None]:
-    with lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
-        yield
-
-
-ENDINGS: dict[str, Callable[[Generator[None, None, None]], None]] = {
-    "closed": lambda block: block.close(),
-    "run to its end": lambda block: next(block, None),
-    "thrown into": lambda block: _throw(block),
-}
-
-
-class Boom(Exception):
-    pass
-
-
-def _throw(block: Generator[None, None, None]) -> None:
-    with contextlib.suppress(Boom):
-        block.throw(Boom())
-
-
-@pytest.mark.parametrize("how", ENDINGS)
-@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a block of the other thread"])
-def test_a_block_may_be_ended_by_another_thread(how: str, inside: bool) -> None:
-    model = tiny("llama")
-    expected = explain(model, jobs()[0])
-    before = snapshot(model)
-    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
-        block = held(model)
-        one.submit(next, block).result(PATIENCE)
-        if inside:
-            inner = held(model)
-            one.submit(next, inner).result(PATIENCE)
-        two.submit(ENDINGS[how], block).result(PATIENCE)
-        if inside:
-            assert same([one.submit(explain, model, jobs()[0]).result(PATIENCE)], [expected])
-            two.submit(ENDINGS[how], inner).result(PATIENCE)
-        assert changes(before, model) == []
-        for pool in (one, two):
-            assert same([pool.submit(explain, model, jobs()[0]).result(PATIENCE)], [expected])
-
-
-def test_a_collected_block_leaves_nothing() -> None:
-    model = tiny("llama")
-    before = snapshot(model)
-    with ThreadPoolExecutor(1) as pool:
-        block = held(model)
-        next(block)
-        cycle: list[Any] = [block]
-        cycle.append(cycle)
-        del block, cycle
-        pool.submit(gc.collect).result(PATIENCE)
-        assert changes(before, model) == []
-        pool.submit(explain, model, jobs()[0]).result(PATIENCE)
-
-
-@pytest.mark.parametrize("moment", ["attaching", "detaching"])
-def test_a_block_that_is_collected_while_another_is_attached_leaves_nothing(
-    moment: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The garbage collector runs at any moment."""
-    model = tiny("llama")
-    before = snapshot(model)
-    blocks = [held(model)]
-    next(blocks[0])
-    register, undo = Attached._register, install.undo_all
-
-    def collecting(at: Attached, *args: Any) -> None:
-        register(at, *args)
-        blocks.clear()
-
-    def undoing(steps: Any) -> Any:
-        blocks.clear()
-        return undo(steps)
-
-    if moment == "attaching":
-        monkeypatch.setattr(Attached, "_register", collecting)
-    else:
-        monkeypatch.setattr(install, "undo_all", undoing)
-    expected = explain(model, jobs()[0])
-    monkeypatch.undo()
-    assert blocks == []
-    assert changes(before, model) == []
-    assert same([explain(model, jobs()[0])], [expected])
-
-
-def test_a_thread_that_has_ended_holds_a_model_no_longer() -> None:
-    """Its block is left open in a generator: others go on, and what it attached is put aside."""
-    model = tiny("llama")
-    expected = explain(model, jobs()[0])
-    before = snapshot(model)
-    block = held(model)
-    thread = threading.Thread(target=next, args=(block,))
-    thread.start()
-    thread.join(PATIENCE)
-    with ThreadPoolExecutor(1) as pool:
-        got = pool.submit(explain, model, jobs()[0]).result(PATIENCE)
-    assert same([got], [expected])
-    block.close()
-    assert changes(before, model) == []
-
-
-class Worker:
-    """One thread that does one thing at a time, and may be left waiting for its turn."""
-
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self.pool = pool
-        self.open: list[Generator[None, None, None]] = []
-        self.waiting: tuple[Future[Any], Generator[None, None, None]] | None = None
-
-    def do(self, function: Callable[..., Any], *args: Any) -> Any:
-        return self.pool.submit(function, *args).result(PATIENCE)
-
-    def come_in(self) -> None:
-        """The turn has come: what was waiting must go on now."""
-        if self.waiting is not None:
-            future, block = self.waiting
-            future.result(PATIENCE)
-            self.open.append(block)
-            self.waiting = None
-
-
-STEPS = ("enter", "explain", "plain", *ENDINGS)
-
-
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.tuples(st.sampled_from(STEPS), st.booleans(), st.integers(0, 7)), max_size=12))
-def test_any_order_of_blocks_in_two_threads(steps: list[tuple[str, bool, int]]) -> None:
-    """Blocks entered, nested, and ended by either thread in any order; a hang fails."""
-    model, logits, expected = two_threads_model()
-    before = snapshot(model)
-    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
-        workers = [Worker(one), Worker(two)]
-        for step, second, index in steps:
-            worker, other = workers[second], workers[not second]
-            if worker.waiting is not None:
-                continue
-            if step in ENDINGS:
-                owner = next((w for w in workers if w.open), None)
-                if owner is not None:
-                    worker.do(ENDINGS[step], owner.open.pop(index % len(owner.open)))
-                    if not owner.open:
-                        (other if owner is worker else worker).come_in()
-            elif step == "enter":
-                block = held(model)
-                if other.open:
-                    worker.waiting = worker.pool.submit(next, block), block
-                else:
-                    worker.do(next, block)
-                    worker.open.append(block)
-            elif other.open:
-                with pytest.raises(RuntimeError, match="attached by another thread"):
-                    worker.do(model, TOKENS)
-            elif step == "plain":
-                assert torch.equal(worker.do(model, TOKENS), logits)
-            else:
-                assert same([worker.do(explain, model, jobs()[0])], [expected])
-        while any(worker.open for worker in workers):
-            owner = next(worker for worker in workers if worker.open)
-            workers[0 if workers[0].waiting is None else 1].do(ENDINGS["closed"], owner.open.pop())
-            if not owner.open:
-                workers[workers.index(owner) - 1].come_in()
-        assert changes(before, model) == []
-        for worker in workers:
-            assert same([worker.do(explain, model, jobs()[0])], [expected])
-
-
-@functools.cache
-def two_threads_model() -> tuple[Any, Tensor, tuple[Tensor, Tensor]]:
-    model = tiny("llama")
-    return model, model(TOKENS), explain(model, jobs()[0])
