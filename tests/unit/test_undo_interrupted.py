@@ -107,7 +107,7 @@ def nested(model: TransformerBridge) -> None:
         attach_and_detach(model)
 
 
-@pytest.mark.parametrize(("run", "samples"), [(attach_and_detach, 30), (nested, 20), (explain, 15)])
+@pytest.mark.parametrize(("run", "samples"), [(attach_and_detach, 20), (nested, 12), (explain, 8)])
 def test_an_interrupt_anywhere_leaves_no_trace(
     run: Callable[[TransformerBridge], Any], samples: int
 ) -> None:
