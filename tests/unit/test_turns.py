@@ -91,8 +91,8 @@ def test_a_block_that_is_collected_while_another_is_attached_leaves_nothing(
     next(blocks[0])
     register, undo = Attached._register, install.undo_all
 
-    def collecting(at: Attached, *args: Any) -> None:
-        register(at, *args)
+    def collecting(at: Attached, *args: Any, **options: Any) -> None:
+        register(at, *args, **options)
         blocks.clear()
 
     def undoing(steps: Any) -> Any:
