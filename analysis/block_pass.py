@@ -28,7 +28,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import UnembeddingBridge, components, hook_points, layer_of
 from lenslrp.hooks.composites import Composite
-from lenslrp.hooks.readers import select_names
+from lenslrp.hooks.readers import converted, select_names
 from lenslrp.hooks.turns import turn
 from lenslrp.passes import undone
 from lenslrp.run import run_with_relevance
@@ -245,10 +245,8 @@ def _forward(model: Any, tokens: Tensor, block: Block) -> None:
 @contextmanager
 def _reading(point: nn.Module, read: Callable[[Tensor], None]) -> Iterator[None]:
     def hook(module: Any, args: tuple[Any, ...], out: Tensor) -> None:
-        conversion = getattr(module, "hook_conversion", None)
-        x = out.detach()
         with torch.no_grad():
-            read(x if conversion is None else conversion.convert(x))
+            read(converted(module, out.detach()))
 
     handle = point.register_forward_hook(hook)
     try:
@@ -273,6 +271,8 @@ def unembedding_at(model: Any, positions: Tensor) -> Iterator[None]:
         if not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
             return None
         x = args[0]
+        if x.shape[1] <= int(positions.max()):  # a pass of another text
+            return None
         rows = torch.arange(len(x), device=x.device)[:, None]
         return (x[rows, positions.to(x.device).reshape(len(x), -1)], *args[1:])
 

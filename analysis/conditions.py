@@ -20,6 +20,7 @@ from lenslrp.analysis.units import Head, Neuron, Unit
 from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components, hook_points, layer_of
+from lenslrp.hooks.readers import converted
 from lenslrp.hooks.turns import turn
 from lenslrp.passes import undone
 from lenslrp.remembered import conditional
@@ -112,7 +113,7 @@ def _only(indices: list[int], cut: _StreamCut) -> Any:
         conversion = getattr(module, "hook_conversion", None)
 
         def mask(g: Tensor) -> Tensor:
-            seen = g if conversion is None else conversion.convert(g)
+            seen = converted(module, g)
             keep = torch.zeros(seen.shape[-1 if conversion is None else 2], device=g.device)
             keep[indices] = 1
             kept = seen * (keep if conversion is None else keep[:, None]).to(g)

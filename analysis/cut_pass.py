@@ -29,7 +29,7 @@ from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components, hook_points
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.install import relevance_rules
-from lenslrp.hooks.readers import Readers
+from lenslrp.hooks.readers import Readers, converted
 from lenslrp.hooks.sites import Books
 from lenslrp.inputs import Prepared
 from lenslrp.leaves import Leaves, cut_leaves
@@ -176,8 +176,7 @@ class CutPass:
         return found
 
     def _units(self, hook: str, x: Tensor) -> Units:
-        conversion = getattr(self.points[hook], "hook_conversion", None)
-        x = x if conversion is None else conversion.convert(x)
+        x = converted(self.points[hook], x)
         return as_units(COMPONENTS[self.hooks[hook]].kind, x, hook)
 
     def _raw(self, hook: str, units: Tensor) -> Tensor:

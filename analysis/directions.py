@@ -18,6 +18,7 @@ from lenslrp.analysis.places import known_hook, stack_name
 from lenslrp.analysis.readout import measure_gain, output_norm, unembedding
 from lenslrp.analysis.units import Direction, Head, Neuron, Unit
 from lenslrp.errors import InputError
+from lenslrp.hooks.sites import widest
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import prepare
 from lenslrp.names import token_id
@@ -72,11 +73,16 @@ def mean_difference(
     means = []
     for texts in (positive, negative):
         rows = [
-            row[-1] if tokens == "last" else row.mean(dim=0)
+            row[-1] if tokens == "last" else row.mean(dim=0, dtype=widest(row))
             for row in states(model, texts, at, prepend_bos=prepend_bos)
         ]
-        means.append(torch.stack(rows).mean(dim=0))
-    return Direction(at, means[0] - means[1])
+        means.append(torch.stack(rows).mean(dim=0, dtype=widest(rows[0])))
+    return Direction(at, (means[0] - means[1]).to(_kept(model)))
+
+
+def _kept(model: TransformerBridge) -> torch.dtype:
+    """The type of a direction: the model's, or float32 where that is coarser."""
+    return torch.promote_types(next(model.parameters()).dtype, torch.float32)
 
 
 def relevance_direction(
@@ -111,11 +117,12 @@ def relevance_direction(
             _, found = lenslrp.run_with_relevance(
                 model, text, target, names_filter=at, ledger=False, prepend_bos=prepend_bos
             )
-        relevance, x = found[at][0].sum(dim=-1), seen[-1][0]
+        wide = widest(seen[-1])
+        relevance, x = found[at][0].to(wide).sum(dim=-1), seen[-1][0].to(wide)
         normed = x / x.square().mean(dim=-1, keepdim=True).sqrt()
         total = total.to(x) + (relevance[:, None] * normed).sum(dim=0)
         weight = weight.to(x) + relevance.abs().sum()
-    return Direction(at, total / weight)
+    return Direction(at, (total / weight).to(_kept(model)))
 
 
 def unembedding_direction(
@@ -143,7 +150,8 @@ def mean_activation(
 ) -> float:
     """A unit's mean activation over all tokens of some texts: what ``Ablate`` may set it to."""
     rows = states(model, texts, unit.hook(model), prepend_bos=prepend_bos)
-    return float(torch.cat([unit.activation(row) for row in rows]).double().mean())
+    found = torch.cat([unit.activation(row.to(_kept(model))) for row in rows])
+    return float(found.mean(dtype=widest(found)))
 
 
 @torch.no_grad()

@@ -28,6 +28,9 @@ import torch
 from torch import Tensor
 
 from lenslrp.errors import InputError
+from lenslrp.hooks.readers import forget, is_total, owners
+from lenslrp.hooks.turns import in_force
+from lenslrp.unused import require_used, why_unused
 
 
 @dataclass(frozen=True)
@@ -82,15 +85,16 @@ def change_hooks(model: Any, changes: Mapping[str, Callable[[Tensor], Tensor]]) 
         changes: by hook point, what makes the new activations of the old.
 
     Raises:
-        InputError: a hook point that the model does not have, one given by two names, or one that
-            is not where its name says; at the end of the context, a hook point that never fired, so
-            that nothing was done there.
+        InputError: a hook point that the model does not have, one given by two names, one that is
+            not where its name says, or one whose tensor nothing uses; at the end of the context, a
+            hook point that never fired, so that nothing was done there.
     """
     for name in changes:
         if name not in model.hook_dict:
             near = difflib.get_close_matches(name, model.hook_dict, n=3)
             raise InputError(f"no hook point is called {name!r}; nearest: {', '.join(near)}")
-        _require_on_path(model, name)
+        require_on_stream(model, name)
+    only_ruled = require_used(model, changes)
     objects = {id(model.hook_dict[name]): name for name in changes}
     if len(objects) < len(changes):
         alias = next(n for n in changes if n not in objects.values())
@@ -100,13 +104,19 @@ def change_hooks(model: Any, changes: Mapping[str, Callable[[Tensor], Tensor]]) 
 
     def hook_of(name: str) -> Callable[..., Tensor]:
         def hook(x: Tensor, hook: Any) -> Tensor:
+            if name in only_ruled and not in_force(model):
+                raise InputError(why_unused(model, name))
             fired.add(name)
             return changes[name](x)
 
         return hook
 
-    with model.hooks(fwd_hooks=[(name, hook_of(name)) for name in changes]):
-        yield
+    try:
+        with model.hooks(fwd_hooks=[(name, hook_of(name)) for name in changes]):
+            yield
+    finally:
+        for name in changes:
+            forget(model.hook_dict[name])
     idle = [name for name in changes if name not in fired]
     if idle:
         raise InputError(
@@ -115,15 +125,24 @@ def change_hooks(model: Any, changes: Mapping[str, Callable[[Tensor], Tensor]]) 
         )
 
 
-def _require_on_path(model: Any, hook: str) -> None:
-    """On most architectures ``hook_resid_mid`` is the input of a norm, which only the MLP sees."""
-    block, _, last = hook.rpartition(".")
-    points = model.hook_dict
-    if last == "hook_resid_mid" and points[hook] is points.get(f"{block}.ln2.hook_in"):
+def require_on_stream(model: Any, hook: str) -> None:
+    """Refuse a name of the residual stream that is the input of a component inside the block.
+
+    On most architectures ``hook_resid_mid`` is what the MLP or its norm is given: the stream itself
+    passes by.
+    """
+    point = model.hook_dict[hook]
+    block = hook.rpartition(".")[0]
+    if not is_total(hook) or point is model.hook_dict.get(f"{block}.hook_in"):
+        return
+    owned = owners(model.modules())
+    if id(point) in owned:
+        inner = next(n for n, p in model.hook_dict.items() if p is point and n.endswith("hook_in"))
+        where = inner.removeprefix(f"{block}.").removesuffix(".hook_in")
         raise InputError(
-            f"in this model {hook} is the input of the MLP's norm: a change there does not stay in "
-            f"the residual stream. Change {block}.hook_resid_post or {block}.hook_attn_out (or "
-            f"{block}.ln2.hook_in, if the MLP's input is meant)"
+            f"in this model {hook} is the input of {where}: a change there does not stay in the "
+            f"residual stream. Change {block}.hook_resid_post or {block}.hook_attn_out (or "
+            f"{inner}, if what {where} is given is meant)"
         )
 
 

@@ -26,6 +26,7 @@ from lenslrp.hooks.components import BlockBridge, components, hook_points, layer
 from lenslrp.hooks.readers import select_names
 from lenslrp.hooks.turns import turn
 from lenslrp.passes import undone
+from lenslrp.unused import require_used
 
 Kind = Literal["whole", "head", "entry"]
 Units = Float[Tensor, "pair pos unit feature"]
@@ -87,7 +88,7 @@ def place_components(model: Any, names: Sequence[str]) -> dict[str, str]:
     """Hook point -> component name, for all blocks, in the model's order.
 
     Raises:
-        InputError: a component that does not exist, here or at all.
+        InputError: a component that does not exist, here or at all, or whose tensor nothing uses.
     """
     unknown = [name for name in names if name not in COMPONENTS]
     if unknown or not names or isinstance(names, str):
@@ -97,6 +98,7 @@ def place_components(model: Any, names: Sequence[str]) -> dict[str, str]:
     for name in names:
         for hook in select_names(points, COMPONENTS[name].hook)[0]:
             placed[hook] = name
+    require_used(model, placed)
     return placed
 
 

@@ -113,7 +113,8 @@ class Pairs:
 
         Raises:
             InputError: lists of different lengths, none at all, a pair whose prompts differ in
-                length or not at all, an answer that is not one token, an encoder-decoder.
+                length or not at all, an answer that is not one token or is the rival, an
+                encoder-decoder.
         """
         if is_encoder_decoder(model):
             raise InputError("pairs are for decoders: an encoder-decoder has two inputs")
@@ -134,6 +135,12 @@ class Pairs:
                 raise InputError(f"pair {index}: the two prompts are the same: {clean[index]!r}")
         vocabulary, tokenizer = int(model.cfg.d_vocab), model.tokenizer
         ids = [[token_id(tokenizer, t, vocabulary) for t in side] for side in (answers, rivals)]
+        for index, (answer, rival) in enumerate(zip(*ids, strict=True)):
+            if answer == rival:
+                raise InputError(
+                    f"pair {index}: the answer is the rival, {answers[index]!r}: their logits "
+                    "differ by nothing"
+                )
         width = max(map(len, rows[0]))
         padded = [[row + [0] * (width - len(row)) for row in side] for side in rows]
         lengths = torch.tensor([len(row) for row in rows[0]])

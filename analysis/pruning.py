@@ -10,6 +10,7 @@ node of it add?
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,6 +161,11 @@ class Verdict:
     gaps: Float[Tensor, "circuit pair"]
 
     @property
+    def solved(self) -> float:
+        """The share of pairs in which the whole model prefers the answer to the rival."""
+        return float((self.clean > 0).double().mean())
+
+    @property
     def faithfulness(self) -> list[float]:
         """Of each circuit: the share of the mean gap that it keeps."""
         return [self.interval(index)[0] for index in range(len(self.gaps))]
@@ -193,6 +199,8 @@ def verify(
         reference: the pairs over which means are taken; ``pairs`` if not given.
         chunk: how many pairs run at once.
 
+    Warns where the model itself is no better than chance at telling answer from rival.
+
     Raises:
         InputError: no circuits, circuits over different hook points, an unknown ablation.
     """
@@ -216,7 +224,23 @@ def verify(
         )
         floor.append(_gap(model, part, nothing, instead) if corrupt is None else corrupt)
         gaps.append(torch.stack([_gap(model, part, circuit, instead) for circuit in circuits]))
-    return Verdict(torch.cat(clean), torch.cat(floor), torch.cat(gaps, dim=1))
+    verdict = Verdict(torch.cat(clean), torch.cat(floor), torch.cat(gaps, dim=1))
+    _require_task(verdict)
+    return verdict
+
+
+def _require_task(verdict: Verdict) -> None:
+    """Warn where there is no task to be faithful to."""
+    n = len(verdict.clean)
+    chance = min(1.0, 0.5 + 1.645 * (0.25 / n) ** 0.5)  # 19 coins of 20 do worse
+    if verdict.solved < chance or verdict.clean.mean() <= verdict.floor.mean():
+        warnings.warn(
+            f"the model does not do the task: it prefers the answer in {verdict.solved:.0%} of {n} "
+            f"clean prompts, and its mean gap is {float(verdict.clean.mean()):.3g}, that of the "
+            f"floor {float(verdict.floor.mean()):.3g}. Faithfulness is a share of that difference "
+            "and says nothing here",
+            stacklevel=3,
+        )
 
 
 def _gap(model: Any, pairs: Pairs, circuit: Circuit, instead: Mapping[str, Units]) -> Tensor:

@@ -98,6 +98,7 @@ def outputs_of(
         captured.__getitem__,
         written.prompt_lengths,
         media.labels_of(model),
+        prepared.mask if prepared.decoder else None,
     )
 
 

@@ -163,9 +163,9 @@ class Attached:
         """As ``register_forward_pre_hook``."""
         self._register(module, "_forward_pre_hooks", hook, options)
 
-    def first_pre_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+    def first_pre_hook(self, module: nn.Module, hook: Callable[..., Any], **options: bool) -> None:
         """Ahead of the user's own hooks on what the module is given."""
-        self._register(module, "_forward_pre_hooks", hook, {}, first=True)
+        self._register(module, "_forward_pre_hooks", hook, options, first=True)
 
     def _register(
         self,

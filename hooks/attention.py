@@ -175,11 +175,12 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     def at_scores(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> Tensor:
         return F.apply(F.Scores, scores, q_share, cap, ruled)
 
+    def leaves(x: Tensor, g: Tensor) -> None:
+        if sites["softmax"].backward:  # not where relevance starts at a score
+            sites["softmax"].report("softmax", -row_sums(x, g))
+
     def measure(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> Tensor:
-        softmax = sites["softmax"]
-        return F.apply(
-            F.Read, scores, lambda x, g: softmax.report("softmax", -row_sums(x, g)), ctx.copies
-        )
+        return F.apply(F.Read, scores, leaves, ctx.copies)
 
     def keep(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> None:
         stash[:] = [scores if replaces else scores.detach()]  # what the softmax is given

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.modules._functions import BackwardHookFunction
+from transformer_lens.model_bridge.generalized_components.base import _ScaledHookGradient
 
 from lenslrp.errors import CoverageError
 from lenslrp.hooks.functions import OURS
@@ -61,6 +62,7 @@ CLIPS = frozenset({"Clamp", "ClampMin", "ClampMax"})
 """Linear where nothing is out of bounds (T5's guard against overflow in float16)."""
 
 
+TARGET = "the target"
 PLACED = 12
 """How many gaps are traced to their component; a recurrent mixer has several for each token."""
 
@@ -160,6 +162,7 @@ def walk(
     place: Callable[[Any], str] = lambda _: "",
     weights: Mapping[int, str] | None = None,
     writes: Mapping[int, str] | None = None,
+    latent: bool = False,
 ) -> Walk:
     """Walk the graph from ``roots`` (where relevance starts) to the leaves.
 
@@ -170,6 +173,7 @@ def walk(
         place: names the component that a node belongs to, for messages.
         writes: writes into views that were watched: id of the graph node -> what it hides, "" where
             that is linear. Others are gaps.
+        latent: the roots are units inside the model.
     """
     found = Walk([], set(), {}, [], [])
     seen: set[tuple[int, frozenset[tuple[int, str]], tuple[int, ...]]] = set()
@@ -178,7 +182,7 @@ def walk(
     used: set[tuple[int, str]] = set()
     leaked: dict[int, Site] = {}
     stack: list[tuple[Any, frozenset[tuple[int, str]], tuple[int, ...], str]] = [
-        (root.grad_fn, frozenset(), (), "the target") for root in roots if root.grad_fn is not None
+        (root.grad_fn, frozenset(), (), TARGET) for root in roots if root.grad_fn is not None
     ]
 
     def gap(node: Any, name: str, above: str) -> None:
@@ -198,15 +202,19 @@ def walk(
         if pending and not region and (site is not None or not below):
             leaked.update((id(reached[item]), reached[item]) for item in pending)
         if site is not None:
-            found.sites.add(id(site))
+            # A latent unit may be inside a region, for which the site then does not answer.
+            begins = latent and node.region < 0 and not region and above == TARGET
+            if not begins:
+                found.sites.add(id(site))
             above = f"{site.hook} ({site.role})"
-            if site.role == "attention_qk":
-                found.sites.update(id(s) for s in getattr(node, "sites", {}).values())
+            if site.role == "attention_qk":  # the softmax's own node is at the pattern
+                sites: dict[str, Site] = getattr(node, "sites", {})
+                found.sites.update(id(s) for role, s in sites.items() if role != "softmax")
             if node.region > 0:
                 region = (*region, id(site))
             elif node.region < 0 and region[-1:] == (id(site),):
                 region = region[:-1]
-            elif node.region < 0:
+            elif node.region < 0 and not begins:
                 gap(node, "a path that enters a region past its output", above)
             pending = frozenset((id(node), opens) for opens in node.opens if not region)
             for item in pending:
@@ -281,7 +289,8 @@ def _wants(node: Any, name: str, writes: Mapping[int, str]) -> str:
 def _is_foreign(node: Any) -> bool:
     """Whether a node was written in Python by somebody else: nothing is known of its gradient."""
     kind = getattr(node, "_forward_cls", None)
-    return kind is not None and kind not in OURS and kind is not BackwardHookFunction
+    known = (BackwardHookFunction, _ScaledHookGradient)  # the other divides by a constant
+    return kind is not None and kind not in OURS and kind not in known
 
 
 def _clips(node: Any) -> bool:

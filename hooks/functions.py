@@ -243,7 +243,7 @@ class Scores(torch.autograd.Function):
         if qk.books is not None:
             s = saved[0]
             relevance = row_sums(s, g)
-            if softmax is not None:
+            if softmax is not None and softmax.backward:  # not where relevance starts at a score
                 softmax.report("softmax", -relevance)
             passed = relevance
             if softcap is not None:
@@ -362,7 +362,7 @@ class RegionInput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.site.books is not None:
+        if ctx.site.books is not None and ctx.site.backward:  # not where relevance starts inside
             ctx.site.report(ctx.term, -row_sums(ctx.saved_tensors[0], g))
         return g, None, None
 

@@ -4,6 +4,10 @@ A reader turns (activation, gradient) into relevance the moment both exist, redu
 keeps only that; gradients are never kept. Names follow TransformerLens, and a name means one thing:
 ``hook_resid_pre``, ``hook_resid_mid`` and ``hook_resid_post`` read the total relevance of the
 residual stream, every other name the branch that its hook point feeds (DESIGN promise 5).
+
+A hook point can fire and its tensor be used by nothing (:mod:`lenslrp.unused`): no gradient comes
+to it, which is not the same as a relevance of 0. ``Readers.silent`` has those of which it is to be
+found out.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint, LensHandle
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached, layer_of
@@ -27,6 +32,10 @@ Reduce = Callable[[Tensor], Tensor]
 MASKED = ("hook_attn_scores", "hook_pattern")
 """Where values are not finite although nothing reads them."""
 
+WHEN_HOOKED = ("hook_attn_out", "hook_mlp_out", "hook_result", "hook_embed", "embed.hook_out")
+"""Points that TransformerLens calls only where they have hooks of its own kind: what Granite adds
+to the residual stream is multiplied by a constant after the module that made it."""
+
 TOTALS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
 
@@ -38,6 +47,63 @@ def is_total(name: str) -> bool:
 def is_middle(name: str) -> bool:
     """Whether a name is that of the residual stream between attention and MLP."""
     return name.rsplit(".", 1)[-1] == "hook_resid_mid"
+
+
+def owners(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
+    """The component of every ``hook_in``, by the id of that hook point.
+
+    What a component is given is the residual stream itself; its ``hook_in`` is the branch.
+    """
+    return {
+        id(point): module
+        for module in modules
+        for name, point in module._modules.items()
+        if name == "hook_in" and point is not None
+    }
+
+
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The hidden states that a component was called with."""
+    values = (*args, *(kwargs[k] for k in ("hidden_states",) if k in kwargs))
+    return next((v for v in values if isinstance(v, Tensor)), None)
+
+
+def converted(point: Any, x: Tensor) -> Tensor:
+    """A hook point's tensor in the form in which TransformerLens shows it to hooks."""
+    conversion = getattr(point, "hook_conversion", None)
+    if conversion is None:
+        return x
+    shown: Tensor = conversion.convert(x)
+    forget(point)
+    return shown
+
+
+def forget(point: Any) -> None:
+    """Drop the note that some conversions keep of every tensor that they have shown."""
+    notes = getattr(getattr(point, "hook_conversion", None), "_conversion_state", None)
+    if notes is not None:
+        notes.clear()
+
+
+class _Stays:
+    """What ``model.reset_hooks()`` is given to remove: a reader goes when its pass ends."""
+
+    def remove(self) -> None: ...
+
+
+def listen(at: Attached, point: Any, names: Iterable[str], hook: Callable[..., Any]) -> None:
+    """A forward hook that also makes TransformerLens call a point of :data:`WHEN_HOOKED`."""
+    at.hook(point, hook)
+    if not isinstance(point, HookPoint) or not any(name.endswith(WHEN_HOOKED) for name in names):
+        return
+    note = LensHandle(_Stays())
+
+    def forget() -> None:
+        if note in point.fwd_hooks:  # model.reset_hooks() may have been first
+            point.fwd_hooks.remove(note)
+
+    at.undo.append(forget)
+    point.fwd_hooks.append(note)
 
 
 def select_names(available: Iterable[str], names_filter: NamesFilter) -> tuple[list[str], bool]:
@@ -92,6 +158,22 @@ class Reading:
     shape: tuple[int, ...] | None = None
     zero_like: Tensor | None = None
     seen: int = 0  #: how often it fired on the path
+    waits: bool = False  #: a gradient may come: no rule cut the graph here
+    late: bool = False  #: the MLP ran before it, so it is not between attention and MLP
+
+
+def _inside(
+    points: Mapping[str, nn.Module], middles: Mapping[str, nn.Module]
+) -> list[tuple[str, nn.Module, bool]]:
+    """Of blocks whose middle is read: where the block begins, and every hook point of its MLP."""
+    found = []
+    for block, middle in middles.items():
+        for name, point in points.items():
+            if name == f"{block}.hook_in":
+                found.append((block, point, True))
+            elif name.startswith(f"{block}.mlp.") and point is not middle:
+                found.append((block, point, False))
+    return found
 
 
 def _shape(value: Any) -> Any:
@@ -113,9 +195,12 @@ class Readers:
 
     readings: list[Reading]
     reduce: Callable[[str], Reduce | None]
+    inside: list[tuple[str, nn.Module, bool]] = field(default_factory=list)
     pieces: dict[str, dict[int, Any]] = field(default_factory=dict)
     activations: dict[str, Tensor] = field(default_factory=dict)
     copies: bool = False  #: keep copies of what is written to in place
+    ran: set[str] = field(default_factory=set)  #: blocks whose MLP has run since they began
+    silent: set[str] = field(default_factory=set)  #: fired, and no gradient came, for some target
 
     @classmethod
     def plan(
@@ -125,6 +210,7 @@ class Readers:
         reduce: Callable[[str], Reduce | None],
     ) -> Readers:
         """Group names by hook point object and reading."""
+        names = list(names)
         groups: dict[tuple[int, bool], Reading] = {}
         for name in names:
             key = (id(points[name]), is_total(name))
@@ -132,32 +218,35 @@ class Readers:
                 groups[key].names.append(name)
             else:
                 groups[key] = Reading([name], points[name], is_total(name))
-        return cls(list(groups.values()), reduce)
+        blocks = {n.rpartition(".")[0]: points[n] for n in names if is_middle(n)}
+        return cls(list(groups.values()), reduce, _inside(points, blocks))
 
     def attach(self, model: nn.Module, at: Attached) -> None:
         """Register after the rules, so that a reader sees the gradient the rule will receive."""
-        owners = {
-            id(child): module
-            for module in model.modules()
-            for key, child in module._modules.items()
-            if key == "hook_in" and child is not None
-        }
+        owned = owners(model.modules())
+        for block, point, begins in self.inside:
+            change = self.ran.discard if begins else self.ran.add
+            at.hook(point, lambda *_, b=block, c=change: c(b))
         for reading in self.readings:
-            owner = owners.get(id(reading.point)) if reading.total else None
-            if owner is not None:
-                at.pre_hook(owner, self._before(reading), with_kwargs=True)
+            owner = owned.get(id(reading.point)) if reading.total else None
+            if owner is not None:  # before what a rule or a mode puts on the branch
+                at.first_pre_hook(owner, self._before(reading), with_kwargs=True)
             else:
-                at.hook(reading.point, self._after(reading))
+                listen(at, reading.point, reading.names, self._after(reading))
 
     def _before(self, reading: Reading) -> Callable[..., None]:
         """Total readings: on the residual itself, before any hook point touches the branch."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            values = (*args, *(kwargs[k] for k in ("hidden_states",) if k in kwargs))
-            x = next((v for v in values if isinstance(v, Tensor)), None)
+            x = given(args, kwargs)
+            block = reading.names[0].rpartition(".")[0]
+            if is_middle(reading.names[0]) and block in self.ran:
+                reading.late = True
+                return
             if x is not None and x.requires_grad:
                 kept = same(x, self.copies)
                 index = self._saw(reading, x)
+                reading.waits = True
                 x.register_hook(lambda g: self._deliver(reading, kept, g, index))
 
         return hook
@@ -171,6 +260,7 @@ class Readers:
                     self._saw(reading, out)  # a rule cut it here: on the path, relevance zero
                 return None
             index = self._saw(reading, out)
+            reading.waits = True
             return apply(Read, out, lambda x, g: self._deliver(reading, x, g, index), self.copies)
 
         return hook
@@ -186,9 +276,7 @@ class Readers:
         x, g = x.detach(), g.detach()
         if x.dtype in (torch.float16, torch.bfloat16):
             x, g = x.float(), g.float()
-        conversion = getattr(reading.point, "hook_conversion", None)
-        if conversion is not None:
-            x, g = conversion.convert(x), conversion.convert(g)
+        x, g = converted(reading.point, x), converted(reading.point, g)
         made: dict[int, Tensor] = {}  # names of one hook point share one tensor
         for name in reading.names:
             reduce = self.reduce(name)
@@ -219,12 +307,18 @@ class Readers:
         """The values of the backward pass that has just ended; zero where no gradient came."""
         for reading in self.readings:
             if reading.seen and reading.names[0] not in self.pieces:
+                if reading.waits:
+                    self.silent.update(reading.names)
                 assert reading.shape is not None and reading.zero_like is not None
                 zeros = reading.zero_like.new_zeros(reading.shape)
                 self._deliver(reading, zeros, zeros, 0)
         values = {name: _joined(pieces) for name, pieces in self.pieces.items()}
         self.pieces = {}
         return values
+
+    def late(self) -> list[str]:
+        """Names of the stream between attention and MLP that are not there in this model."""
+        return [name for r in self.readings if r.late for name in r.names]
 
     def off_path(self) -> list[str]:
         """Names whose hook point never fired on the path."""

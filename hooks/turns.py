@@ -120,6 +120,11 @@ def _turns_of(model: nn.Module) -> Turns:
         return _turns[model]
 
 
+def in_force(model: nn.Module) -> bool:
+    """Whether relevance rules are attached to a model."""
+    return any(block.rules is not None for block in _turns_of(model).blocks)
+
+
 @contextmanager
 def turn(model: nn.Module, rules: Attachable | None = None) -> Iterator[None]:
     """Hold ``model`` for the length of the block: other threads wait to attach rules, or to run it.

@@ -12,6 +12,7 @@ from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
 from lenslrp.errors import InputError
 from lenslrp.names import token_ids
+from lenslrp.padding import masked_ids, position_ids, require_padding, takes_left
 from lenslrp.spelling import Speller
 from lenslrp.words import Row, read_row, row_of_names
 
@@ -112,7 +113,7 @@ def _with_decoder(model: Any, given: Prepared, decoder_input: Any, append: list[
         raise InputError(f"{len(rows)} rows for the decoder, {batch} for the encoder")
     lengths = [len(row) for row in rows]
     tokens, mask = _pad([row + append[:-1] for row in rows], "right", _pad_id(model))
-    _require_ids(model, rows)
+    _require_ids(model, [*rows, append] if append else rows)
     device = _device(model)
     kwargs = {**given.kwargs, "decoder_input_ids": tokens.to(device)}
     if not bool(mask.all()):
@@ -152,6 +153,7 @@ def prepare_side(
         texts = [text] if isinstance(text, str) else text
         rows = _tokenize(model, texts, prepend_bos)
         mask = None
+        padding_side = padding_side if takes_left(model) else "right"
     elif isinstance(text, Tensor | list):
         tokens, mask = _as_tensor(text, attention_mask)
         rows = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
@@ -162,12 +164,14 @@ def prepare_side(
             "input must be a string, a list of strings or a token tensor [batch, pos], not "
             f"{type(text).__name__}"
         )
-    _require_ids(model, rows)
+    _require_ids(model, [*rows, append] if append else rows)
     lengths = [len(row) for row in rows]
     if mask is None or append:
         rows = [row + append[:-1] for row in rows]
         tokens, mask = _pad(rows, padding_side, _pad_id(model))
     _require_room(model, tokens.shape[1])
+    require_padding(model, mask)
+    tokens = masked_ids(model, tokens, mask)
     device = _device(model)
     kwargs: dict[str, Any] = {}
     if not bool(mask.all()):
@@ -272,7 +276,11 @@ def _from_embeddings(
     kwargs: dict[str, Any] = {"inputs_embeds": embeds}
     if attention_mask is not None:
         mask = _as_mask(attention_mask, tokens)
+        require_padding(model, mask)
         kwargs["attention_mask"] = attention_mask
+        places = position_ids(model, mask)
+        if places is not None:
+            kwargs["position_ids"] = places
     return Prepared(tokens, mask, mask.sum(dim=1).tolist(), kwargs)
 
 

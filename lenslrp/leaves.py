@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.patches import Embedder, below, embedders
-from lenslrp.hooks.sites import Site
+from lenslrp.hooks.sites import Site, has_values
 from lenslrp.inputs import Prepared
 
 Parts = list[tuple[str, nn.Module]]
@@ -69,6 +70,8 @@ def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, prepared: Prepared) -
             leaf = out.detach()
             if not position and leaf.ndim == 3 and leaf.shape[:2] not in sides:
                 return leaf
+            if kept is leaves.decoder_tokens and not kept and not _reads(args, prepared.decoder):
+                return leaf
             if leaf.ndim == 2:  # positions without a batch
                 leaf = leaf[None]
             if leaf.shape[0] == 1 and batch > 1:
@@ -78,6 +81,14 @@ def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, prepared: Prepared) -
             return leaf
 
         at.hook(inner, cut)
+
+
+def _reads(args: tuple[Any, ...], decoder: Prepared | None) -> bool:
+    """Whether a decoder's tokens are what is embedded: LED's padding may be as long as they are."""
+    ids = args[0] if args else None
+    if decoder is None or not isinstance(ids, Tensor) or ids.shape != decoder.tokens.shape:
+        return True
+    return not has_values(ids) or torch.equal(ids, decoder.tokens.to(ids.device))
 
 
 def cut_media(

@@ -31,16 +31,32 @@ from lenslrp.hooks.components import (
     layer_of,
 )
 from lenslrp.hooks.embeddings import PER_LAYER
-from lenslrp.hooks.functions import apply
+from lenslrp.hooks.functions import apply, product_shares
 from lenslrp.hooks.install import Rules
 from lenslrp.hooks.observing import WRITES, Observer
-from lenslrp.hooks.readers import Readers, select_names
+from lenslrp.hooks.readers import (
+    Readers,
+    converted,
+    given,
+    is_total,
+    listen,
+    owners,
+    select_names,
+)
 from lenslrp.hooks.sites import TERMS, Books, Site, row_sums
 from lenslrp.inputs import Prepared
 from lenslrp.leaves import Leaves, Parts
 from lenslrp.ledger import Ledger, make_ledger
 from lenslrp.remembered import Remembered, is_conditional, kind_of
-from lenslrp.targets import Activation, Explained, Outputs, PerRow, Target
+from lenslrp.targets import (
+    PAIRED,
+    Activation,
+    Explained,
+    Outputs,
+    PerRow,
+    Target,
+    reads_the_encoder,
+)
 
 BALANCED = {
     torch.float64: 1e-5,
@@ -211,16 +227,26 @@ class Pass:
             self._activation,
             written.prompt_lengths,
             media.labels_of(self.model),
+            self.prepared.mask if self.prepared.decoder else None,
         )
 
     def _activation(self, hook: str) -> Tensor:
         x = self.captured.get(hook)
-        if x is None or not x.requires_grad:
-            fused = self.rules.attention == "fused"
+        constant = hook.endswith(PAIRED) and product_shares(self.rules.composite["attention_av"])
+        if x is None or not x.requires_grad or (constant and constant[0] == 0):
+            why = ""
+            if constant and self.rules.attention == "fused":
+                why = '; attention="fused" forms no patterns or scores'
+            elif constant and constant[0] == 0:
+                why = f"; under {self.rules.composite.name} patterns are constants"
             raise InputError(
-                f"{hook} is not on the path in this pass"
-                + ('; attention="fused" forms no patterns or scores' if fused else "")
-                + ": no relevance can start there"
+                f"{hook} is not on the path in this pass{why}: no relevance can start there"
+            )
+        if constant and constant[0] != constant[1] and not hook.endswith("hook_attn_scores"):
+            raise InputError(
+                f"under {self.rules.composite.name} patterns get {constant[0]:g} of their product "
+                f"with values, and values {constant[1]:g}: {hook} can be explained where "
+                "attention_av shares evenly"
             )
         return x
 
@@ -321,7 +347,9 @@ class Pass:
     def walk(self, roots: list[Tensor], place: Callable[[Any], str] = lambda _: "") -> cover.Walk:
         """The graph from ``roots`` down, with what was seen of writes into views."""
         writes = {} if self.observer is None else self.observer.writes
-        return cover.walk(roots, place, self.rules.weights, writes)
+        units = [x for name, x in self.captured.items() if name != "unembed"]
+        latent = any(root is x for root in roots for x in units)
+        return cover.walk(roots, place, self.rules.weights, writes, latent)
 
     def _check(self, roots: list[Tensor], latent: list[str]) -> tuple[cover.Walk, list[str]]:
         """The graph, and what of it is not covered (raised if strict)."""
@@ -333,6 +361,8 @@ class Pass:
         if latent and below == math.inf:  # outside the blocks: below the first, or above the last
             met = [s.layer for s in sites if id(s) in found.sites and s.layer is not None]
             below = max(met, default=-1) + 1
+        started = max((_order(root) for root in roots), default=math.inf)
+        of_encoder = bool(latent) and all(reads_the_encoder(hook) for hook in latent)
         # A stack that did not run at all (the vision tower of a text prompt) was not called for.
         ran = {_stack(s) for s in sites if s.forward}
         idle = [s for s in sites if s.forward == 0 and not s.optional and _stack(s) in ran]
@@ -344,7 +374,8 @@ class Pass:
             and id(s) not in found.sites
             and not _pools(s)
             and not self._above_features(s, found.sites)
-            and (not latent or (s.layer is not None and s.layer < below))
+            and (not latent or (s.layer is not None and s.layer < below and s.order < started))
+            and not (of_encoder and s.hook.startswith("decoder_"))
         ]
         faults = [
             *found.faults(),
@@ -369,6 +400,11 @@ def _pools(site: Site) -> bool:
     Where the graph is cut on the way to it, what lies below is found missing as well.
     """
     return "pooler" in site.hook.split(".")
+
+
+def _order(root: Tensor) -> float:
+    """When a tensor was made: autograd's number for its node."""
+    return math.inf if root.grad_fn is None else float(root.grad_fn._sequence_nr())
 
 
 def _stack(site: Site) -> str:
@@ -454,18 +490,41 @@ def capture(
     captured: dict[str, Tensor],
 ) -> None:
     """Keep the tensors, on the graph, at the unembedding and at the targets' own hook points."""
+    owned = owners(module for _, module in parts)
     for name in hooks:
         if name not in points:
             found, _ = select_names(points, name)  # raises with the nearest names
             raise InputError(f"{name} is in every block; name one: {', '.join(found[:3])}")
+        point = points[name]
 
-        def keep(point: Any, args: tuple[Any, ...], x: Tensor, name: str = name) -> None:
-            conversion = getattr(point, "hook_conversion", None)
-            x = x if conversion is None else conversion.convert(x)
-            parts_of_it = isinstance(point, ExpertPoint) and name in captured
-            captured[name] = captured[name] + x if parts_of_it else x
+        def keep(point: Any, x: Any, name: str = name) -> None:
+            if not isinstance(x, Tensor):
+                raise InputError(f"{name} holds a {type(x).__name__} and no activations")
+            x = converted(point, x)
+            before = captured.get(name)
+            if before is None:
+                captured[name] = x
+            elif before.shape != x.shape:
+                raise InputError(
+                    f"{name} fires for two sequences, of {before.shape[1]} and {x.shape[1]} "
+                    "positions, in one pass; explain a hook point that fires for one"
+                )
+            else:
+                captured[name] = before + x if isinstance(point, ExpertPoint) else x
 
-        at.hook(points[name], keep)
+        def before_it(
+            _: nn.Module, args: Any, kwargs: Any, keep: Any = keep, point: Any = point
+        ) -> None:
+            keep(point, given(args, kwargs))
+
+        def at_it(point: nn.Module, args: Any, x: Any, keep: Any = keep) -> None:
+            keep(point, x)
+
+        owner = owned.get(id(point)) if is_total(name) else None
+        if owner is not None:  # the residual stream itself, as the readers see it
+            at.first_pre_hook(owner, before_it, with_kwargs=True)
+        else:
+            listen(at, point, [name], at_it)
     for _, module in parts:
         if isinstance(module, UnembeddingBridge):
 
@@ -514,3 +573,28 @@ def undone(at: Attached) -> Iterator[Attached]:
             raise_failed(undo_all(at.undo))
     finally:
         undo_all(at.undo)
+
+
+def run_model(model: Any, prepared: Prepared, leaves: Leaves, given: dict[str, Tensor]) -> Tensor:
+    """The logits of a prepared input; given embeddings become leaves.
+
+    Raises:
+        CoverageError: no token embedding that is known has run.
+    """
+    if media.reads_no_text(model):
+        only: Tensor = model(None, return_type="logits", **given)
+        return only
+    # A key-value cache is of no use here, and a checkpointed block would fill it twice.
+    kwargs = {"use_cache": False, **prepared.kwargs, **given}
+    if "inputs_embeds" in kwargs:
+        leaf = kwargs.pop("inputs_embeds").detach().clone().requires_grad_()
+        leaves.tokens.append(leaf)
+        logits: Tensor = model(leaf, return_type="logits", **kwargs)
+        return logits
+    logits = model(prepared.tokens, return_type="logits", **kwargs)
+    if not leaves.tokens:
+        raise CoverageError(
+            f"{architecture(model)}: no known token embedding ran in the forward pass, so there "
+            "are no leaves to give relevance to"
+        )
+    return logits

@@ -26,7 +26,6 @@ from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books
 from lenslrp.hooks.turns import turn
-from lenslrp.inputs import Prepared
 from lenslrp.leaves import Leaves, cut_leaves, cut_media
 from lenslrp.passes import (
     Again,
@@ -35,12 +34,14 @@ from lenslrp.passes import (
     capture,
     checkpoint_blocks,
     parts_of,
+    run_model,
     undone,
     watch_blocks,
 )
 from lenslrp.reductions import Reduce, check_reduce, reduction_for
 from lenslrp.remembered import is_conditional, remembered
 from lenslrp.targets import Activation, Sequence, as_target, require_latent
+from lenslrp.unused import unused, why_unused
 
 
 def relevance_for_targets(
@@ -210,7 +211,7 @@ def _run(
     hooked = any(part._forward_hooks or part._forward_pre_hooks for _, part in parts)
     memory = remembered(model, parts)
 
-    def forward(ways: set[str]) -> tuple[Tensor, list[RelevanceCache]]:
+    def forward(ways: set[str]) -> tuple[Tensor, list[RelevanceCache], set[str]]:
         checked = "books" in ways or not (memory.balanced or is_conditional(model))
         books = Books() if ledger or checked else None
         with ExitStack() as stack:
@@ -237,8 +238,7 @@ def _run(
             given = dict(prepared.media)
             if given:
                 given = cut_media(at, parts, run.leaves, rules.sites, given, leaves)
-            if inputs_embeds is None:
-                cut_leaves(at, parts, run.leaves, prepared)
+            cut_leaves(at, parts, run.leaves, prepared)  # positions, too, of given embeddings
             run.layers = watch_blocks(at, parts, books) if books is not None else 0
             readers.attach(model, at)
             capture(at, points, parts, hooks, run.captured)
@@ -248,7 +248,7 @@ def _run(
             if tracer is not None:
                 at.undo.append(tracer.close)
             with observer or nullcontext():
-                run.logits = _forward(model, prepared, run.leaves, given)
+                run.logits = run_model(model, prepared, run.leaves, given)
             if media.reads_no_text(model):
                 run.prepared = media.with_sequence(prepared, run.leaves)
             if tracer is not None:
@@ -267,16 +267,21 @@ def _run(
             elif not all(cache.coverage.balanced for cache in caches):
                 notes = dict.fromkeys(note for cache in caches for note in cache.coverage.notes)
                 warnings.warn("; ".join(notes), stacklevel=4)
-            return run.logits.detach(), caches
+            return run.logits.detach(), caches, readers.silent
 
     ways: set[str] = set()
     while True:
         try:
-            return forward(ways)
+            logits, caches, silent = forward(ways)
+            break
         except Again as again:
             if again.way in ways:
                 raise
             ways.add(again.way)
+    if silent:
+        lost = silent & unused(model, prepared, live=True, modules=table.modules)
+        _withdraw(model, caches, lost, named)
+    return logits, caches
 
 
 def _given(*floats: Tensor | None) -> dict[str, Tensor]:
@@ -301,28 +306,28 @@ def batch_size(text: Any, inputs_embeds: Tensor | None, floats: dict[str, Tensor
     return len(text) if isinstance(text, list) else 1
 
 
-def _forward(model: Any, prepared: Prepared, leaves: Leaves, given: dict[str, Tensor]) -> Tensor:
-    if media.reads_no_text(model):
-        only: Tensor = model(None, return_type="logits", **given)
-        return only
-    # A key-value cache is of no use here, and a checkpointed block would fill it twice.
-    kwargs = {"use_cache": False, **prepared.kwargs, **given}
-    if "inputs_embeds" in kwargs:
-        leaf = kwargs.pop("inputs_embeds").detach().clone().requires_grad_()
-        leaves.tokens.append(leaf)
-        logits: Tensor = model(leaf, return_type="logits", **kwargs)
-        return logits
-    logits = model(prepared.tokens, return_type="logits", **kwargs)
-    if not leaves.tokens:
-        raise CoverageError(
-            f"{architecture(model)}: no known token embedding ran in the forward pass, so there "
-            "are no leaves to give relevance to"
-        )
-    return logits
+def _withdraw(model: Any, caches: list[RelevanceCache], lost: set[str], named: bool) -> None:
+    """Take back zeros that are none: no gradient came, because nothing uses the tensor.
+
+    Raises:
+        InputError: they were asked for by name.
+    """
+    if lost and named:
+        raise InputError(f"no relevance can be read: {why_unused(model, min(lost))}")
+    for cache in caches:
+        for name in sorted(lost):
+            del cache.values[name]
+        cache.coverage.off_path.extend(sorted(lost))
 
 
 def _require_on_path(readers: Readers, named: bool, attention: str) -> None:
-    off = readers.off_path()
+    off, late = readers.off_path(), readers.late()
+    if named and late:
+        block = late[0].rpartition(".")[0]
+        raise InputError(
+            f"{late[0]} stands behind the MLP in this model, whose norms come last: it is not the "
+            f"residual stream between attention and MLP. Read {block}.ln1.hook_out, which is"
+        )
     if named and off:
         hint = (
             'attention="fused" forms no patterns or scores; use attention="bridge"'

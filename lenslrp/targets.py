@@ -7,6 +7,7 @@ Every target is a small frozen dataclass whose ``values(outputs)`` gives [batch]
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,21 @@ from torch import Tensor
 from lenslrp.errors import InputError
 from lenslrp.names import Token, class_id, token_id, token_ids
 from lenslrp.spelling import Speller, str_token
+
+PAIRED = ("hook_pattern", "hook_attn_scores", "hook_cross_pattern")
+"""Hook points of [batch, head, query, key]."""
+
+_OF_THE_ENCODER = re.compile(r"^(encoder_|embed\.|pos_embed\.|token_type_embed\.|rotary_emb\.)")
+_READ_FROM_IT = re.compile(r"\.cross_attn\.(k|v|hook_k|hook_v|hook_rot_k)(\.|$)")
+
+
+def reads_the_encoder(hook: str, *, keys: bool = False) -> bool:
+    """Whether a hook point of an encoder-decoder holds a row for each token that was read.
+
+    ``keys``: by the last axis of a pattern, which in cross-attention are the encoder's.
+    """
+    crosses = ".cross_attn." in hook or hook.endswith("hook_cross_pattern")
+    return bool(_OF_THE_ENCODER.match(hook) or _READ_FROM_IT.search(hook) or (keys and crosses))
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,8 @@ class Outputs:
             teacher-forced target).
         labels: names of a classifier's classes, ``None`` for other models. Its logits are
             [batch, class] and have no positions.
+        read_mask: of an encoder-decoder, the mask of what the encoder read; ``mask`` is then that
+            of what the decoder has written.
     """
 
     logits: Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch class"]
@@ -42,29 +60,49 @@ class Outputs:
     activation: Callable[[str], Tensor]
     prompt_lengths: list[int]
     labels: dict[int, str] | None = None
+    read_mask: Bool[Tensor, "batch read"] | None = None
 
     def token(self, token: Token) -> int:
         if self.labels is not None:
             return class_id(self.labels, token, self.logits.shape[-1])
         return token_id(self.tokenizer, token, self.logits.shape[-1])
 
-    def at(self, position: int) -> Int[Tensor, " batch"]:
-        """The column of ``position`` in each row.
+    def at(self, position: int, mask: Tensor | None = None) -> Int[Tensor, " batch"]:
+        """The column of ``position`` in each row; ``mask`` is that of the logits if not given.
 
         Raises:
             InputError: a position outside a row.
         """
         if isinstance(position, bool) or not isinstance(position, int):
             raise InputError(f"position must be an integer, not {position!r}")
-        lengths = self.mask.sum(dim=1)
+        mask = self.mask if mask is None else mask
+        lengths = mask.sum(dim=1)
         shortest = int(lengths.min())
         if not -shortest <= position < shortest:
             raise InputError(
                 f"position {position} is out of range: the shortest row has {shortest} tokens, so "
                 f"positions go from {-shortest} to {shortest - 1}"
             )
-        first = self.mask.int().argmax(dim=1)
+        first = mask.int().argmax(dim=1)
         return first + (position if position >= 0 else lengths + position)
+
+    def mask_at(self, hook: str, x: Tensor, axis: int = 1) -> Bool[Tensor, "batch places"]:
+        """Which places along ``axis`` of the tensor at a hook point are real tokens of its stack.
+
+        Raises:
+            InputError: a tensor with rows of its own (the pictures of a vision tower, say).
+        """
+        if len(x) != len(self.mask):
+            raise InputError(
+                f"{hook} is {list(x.shape)}: its {len(x)} rows are not those of the batch, of "
+                f"{len(self.mask)}, so no position of it can be explained"
+            )
+        masks = [self.mask] if self.read_mask is None else [self.read_mask, self.mask]
+        if self.read_mask is not None and not reads_the_encoder(hook, keys=axis == 3):
+            masks.reverse()
+        fits = [mask for mask in masks if mask.shape[1] == x.shape[axis]]
+        every = torch.ones(len(x), x.shape[axis], dtype=torch.bool)  # a tower's patches
+        return (fits[0] if fits else every).to(x.device)
 
     def row(self, row: int) -> Outputs:
         """The outputs of one row, as a batch of one: other rows may be shorter."""
@@ -73,6 +111,7 @@ class Outputs:
             self,
             logits=self.logits[one],
             mask=self.mask[one],
+            read_mask=None if self.read_mask is None else self.read_mask[one],
             activation=lambda hook: self.activation(hook)[one],
             prompt_lengths=self.prompt_lengths[one],
         )
@@ -119,7 +158,7 @@ class Top:
 
     def text(self, outputs: Outputs) -> str:
         best = outputs.rows_at(self.position).argmax(dim=1).tolist()
-        names = ", ".join(dict.fromkeys(_shown(outputs, i) for i in best))
+        names = ", ".join(_shown(outputs, i) for i in best)
         return f"top logit {names}{outputs.place(self.position)}"
 
 
@@ -165,6 +204,8 @@ class Contrastive:
     def values(self, outputs: Outputs) -> Tensor:
         rows, token = outputs.rows_at(self.position), outputs.token(self.token)
         own = rows[:, token]
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int | None):
+            raise InputError(f"top_k is a number of rivals or None, not {self.top_k!r}")
         if self.top_k is None:
             return own - (rows.sum(dim=1) - own) / (rows.shape[1] - 1)
         if not 1 <= self.top_k < rows.shape[1]:
@@ -211,8 +252,16 @@ class Sequence:
     def __post_init__(self) -> None:
         if self.of not in ("logit", "log_prob"):
             raise InputError(f"of must be 'logit' or 'log_prob', not {self.of!r}")
+        if not isinstance(self.tokens, str | SequenceABC | Tensor):
+            raise InputError(f"a Sequence target is a string or token ids, not {self.tokens!r}")
         if len(self.tokens) == 0:
             raise InputError("a Sequence target needs at least one token")
+        if not isinstance(self.tokens, str):
+            items = [t.item() if isinstance(t, Tensor) else t for t in self.tokens]
+            wrong = [t for t in items if isinstance(t, bool) or not isinstance(t, int) or t < 0]
+            if wrong:
+                raise InputError(f"token ids are integers from 0, not {wrong[0]!r}")
+            object.__setattr__(self, "tokens", tuple(items))
 
     def ids(self, tokenizer: Any) -> list[int]:
         if isinstance(self.tokens, str):
@@ -239,14 +288,21 @@ class Sequence:
         return f"sum of {unit} of the span {shown}"
 
 
+def _picked(x: Tensor, columns: Int[Tensor, " batch"]) -> Tensor:
+    """``x`` [batch, pos, ...] at one column a row."""
+    return x[torch.arange(len(x), device=x.device), columns.to(x.device)]
+
+
 @dataclass(frozen=True)
 class Activation:
     """A latent unit: the activation at a hook point, instead of an output.
 
     Args:
         hook: hook point name, such as ``"blocks.5.mlp.hook_post"``.
-        unit: index into the features, or a tuple of them (head, feature).
-        position: which token.
+        unit: index into the features, or a tuple of them (head, feature). At ``attn.hook_pattern``
+            and ``attn.hook_attn_scores``: (head, key), where the key is a position, too.
+        position: which token, of the hook point's own sequence: an encoder's hook counts what the
+            encoder read. At a pattern or scores: the query.
     """
 
     hook: str
@@ -256,9 +312,12 @@ class Activation:
     def values(self, outputs: Outputs) -> Tensor:
         x = outputs.activation(self.hook)
         unit = self.unit if isinstance(self.unit, tuple) else (self.unit,)
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in unit):
+            raise InputError(f"unit is an index or a tuple of them, not {self.unit!r}")
+        if x.ndim == 4 and self.hook.endswith(PAIRED):
+            return self._entry(outputs, x, unit)
         if x.ndim > 2 or len(unit) != x.ndim - 1:  # what is pooled has no positions
-            rows = torch.arange(len(outputs.mask), device=x.device)
-            x = x[rows, outputs.at(self.position).to(x.device)]
+            x = _picked(x, outputs.at(self.position, outputs.mask_at(self.hook, x)))
         elif self.position != -1:
             raise InputError(f"{self.hook} is pooled and has no position {self.position}")
         if len(unit) != x.ndim - 1:
@@ -271,6 +330,20 @@ class Activation:
                 raise InputError(f"unit {self.unit!r} is outside {self.hook}, {tuple(x.shape[1:])}")
         picked: Any = (slice(None), *unit)
         return x[picked]
+
+    def _entry(self, outputs: Outputs, x: Tensor, unit: tuple[int, ...]) -> Tensor:
+        """One entry of a pattern or of scores [batch, head, query, key]."""
+        if len(unit) != 2:
+            raise InputError(
+                f"{self.hook} is [batch, head, query, key]: unit is (head, key) and position the "
+                f"query; unit {self.unit!r} does not pick one entry"
+            )
+        head, key = unit
+        if not -x.shape[1] <= head < x.shape[1]:
+            raise InputError(f"unit {self.unit!r}: {self.hook} has {x.shape[1]} heads")
+        queries = outputs.at(self.position, outputs.mask_at(self.hook, x, 2))
+        keys = outputs.at(key, outputs.mask_at(self.hook, x, 3))
+        return _picked(_picked(x[:, head], queries), keys)
 
     def text(self, outputs: Outputs) -> str:
         return f"activation of {self.hook}[{self.unit}] at position {self.position}"
@@ -291,6 +364,8 @@ class Custom:
                 f"a Custom target must return a tensor of shape [{len(outputs.logits)}], one value "
                 f"a batch row, not {got}"
             )
+        if values.is_complex():
+            raise InputError(f"a Custom target must return real numbers, not {values.dtype}")
         return values.expand(len(outputs.logits)) / (
             len(outputs.logits) if values.shape == () else 1
         )
@@ -310,8 +385,7 @@ class PerRow:
         return torch.stack([value.to(values[0].device) for value in values])
 
     def text(self, outputs: Outputs) -> str:
-        texts = (target.text(outputs.row(row)) for row, target in enumerate(self.targets))
-        return "; ".join(dict.fromkeys(texts))
+        return "; ".join(t.text(outputs.row(row)) for row, t in enumerate(self.targets))
 
 
 @dataclass(frozen=True)

@@ -109,3 +109,9 @@ def test_an_encoder_decoder_has_no_pairs() -> None:
     config = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True))
     with pytest.raises(InputError, match="pairs are for decoders"):
         Pairs.from_texts(SimpleNamespace(original_model=config), ["a"], ["b"], ["c"], ["d"])
+
+
+def test_an_answer_that_is_the_rival() -> None:
+    given = (["a b", "a d"], ["a c", "a e"], ["d", "e"], ["b", "e"])
+    with pytest.raises(InputError, match="pair 1: the answer is the rival, 'e'"):
+        Pairs.from_texts(bridge(), *given, prepend_bos=False)

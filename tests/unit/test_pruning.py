@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +29,8 @@ from lenslrp.analysis.pruning import (
 )
 from tests.unit.test_circuits import LENGTHS, gap, some_pairs
 from tests.unit.tiny import changes, snapshot, tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:the model does not do the task:UserWarning")
 
 Z, POST = "blocks.0.attn.hook_z", "blocks.1.mlp.hook_post"
 
@@ -182,3 +186,33 @@ def test_figures_show_the_scores_and_the_curves() -> None:
         for share, value in zip((0.5, 1.0), curve.table["faithfulness"][1:], strict=True)
     ]
     assert axes.get_legend().texts[0].get_text().startswith("RelP (CPR ")
+
+
+def test_verify_says_where_there_is_no_task() -> None:
+    """The rival is the answer's other way round: the model that did the task does not do it now."""
+    model, pairs, scores = scored()
+    circuit = prune(scores, 0.5)
+    clean = verify(model, pairs, [circuit]).clean
+    better = torch.where(clean > 0, pairs.answers, pairs.rivals)
+    worse = torch.where(clean > 0, pairs.rivals, pairs.answers)
+    solved = replace(pairs, answers=better, rivals=worse)
+    failed = replace(pairs, answers=worse, rivals=better)
+    with pytest.warns(UserWarning, match="the model does not do the task: .* in 0% of"):
+        verdict = verify(model, failed, [circuit])
+    assert verdict.solved == 0
+    verdict = verify(model, solved, [circuit])
+    assert verdict.solved == 1
+
+
+def test_a_task_that_is_done_is_passed_over_in_silence() -> None:
+    model, pairs, scores = scored()
+    rows, last = torch.arange(len(pairs)), pairs.mask.sum(dim=1) - 1
+    with torch.no_grad():
+        clean, corrupt = (model(side)[rows, last] for side in (pairs.clean, pairs.corrupt))
+    gaps, floors = (x[:, :, None] - x[:, None, :] for x in (clean, corrupt))
+    best = torch.minimum(gaps, gaps - floors).flatten(1).argmax(dim=1)  # answer, rival of each pair
+    answers, rivals = best // clean.shape[1], best % clean.shape[1]
+    done = replace(pairs, answers=answers, rivals=rivals)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert verify(model, done, [prune(scores, 0.5)]).solved == 1

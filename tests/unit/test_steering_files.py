@@ -226,3 +226,21 @@ def test_a_tokens_direction_raises_its_logit_most(family: str) -> None:
     with steer(model, [Add(against, 8.0, units="resid_rms")]):
         steered = model(TOKENS).softmax(dim=-1)
     assert (steered[..., 4] / steered[..., 6] > plain[..., 4] / plain[..., 6]).all()
+
+
+@pytest.mark.parametrize("tokens", ["last", "all"])
+def test_means_are_not_rounded_to_the_models_type(tokens: Any) -> None:
+    """Of many texts, in bfloat16: sums there would be off by several per cent."""
+    model = tiny(tokenizer=word_tokenizer()).to(torch.bfloat16)
+    words = ["a", "b", "c", "d", "e", "f", "g", "h", "k", "l", "m"]
+    sides = [[" ".join(words[i:] + words[:i]) for i in range(start, 11, 2)] * 8 for start in (0, 1)]
+    means = []
+    for texts in sides:
+        rows = [model.run_with_cache(text)[1][STREAM][0].double() for text in texts]
+        means.append(torch.stack([x[-1] if tokens == "last" else x.mean(dim=0) for x in rows]))
+    expected = means[0].mean(dim=0) - means[1].mean(dim=0)
+    found = mean_difference(model, *sides, STREAM, tokens=tokens).vector
+    assert found.dtype == torch.float32
+    assert (found.double() - expected).norm() < 1e-2 * expected.norm()
+    weighed = relevance_direction(model, sides[0][:2], ["c", "d"], STREAM)
+    assert weighed.vector.dtype == torch.float32

@@ -343,3 +343,52 @@ def test_a_row_may_be_explained_beyond_the_end_of_the_shortest() -> None:
     )
     with pytest.raises(InputError, match="the shortest row has 3 tokens"):
         PerRow((Logit(5), Logit(6, 3), Logit(7))).values(out)
+
+
+@pytest.mark.parametrize("top_k", [True, 2.0, "3"])
+def test_a_number_of_rivals_that_is_none(top_k: Any) -> None:
+    with pytest.raises(InputError, match="top_k is a number of rivals or None"):
+        Contrastive(5, top_k=top_k).values(outputs())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (7, "a Sequence target is a string or token ids, not 7"),
+        (None, "a Sequence target is a string or token ids, not None"),
+        ([-1, 3], "token ids are integers from 0, not -1"),
+        ([3, True], "token ids are integers from 0, not True"),
+        ([3, 1.5], r"token ids are integers from 0, not 1\.5"),
+        (["a", 3], "token ids are integers from 0, not 'a'"),
+    ],
+)
+def test_a_span_that_is_none(tokens: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Sequence(tokens)
+
+
+@pytest.mark.parametrize("span", [[VOCABULARY], [3, VOCABULARY, 4]])
+def test_a_span_outside_the_vocabulary(span: list[int]) -> None:
+    with pytest.raises(InputError, match=f"token {VOCABULARY}, outside the vocabulary"):
+        explain(Sequence(span))
+
+
+def test_a_tensor_is_a_span() -> None:
+    assert Sequence(torch.tensor([3, 4])).tokens == (3, 4)  # type: ignore[arg-type]
+
+
+def test_complex_values_are_no_target() -> None:
+    with pytest.raises(InputError, match=r"must return real numbers, not torch\.complex128"):
+        Custom(lambda x: x[:, -1, 0] * 1j).values(outputs())
+
+
+def test_the_label_of_a_batch_has_one_name_a_row() -> None:
+    out = outputs()
+    top = Top().text(out).removeprefix("top logit ").removesuffix(" at position -1")
+    assert len(top.split(", ")) == BATCH
+    same = as_target([5, 6, 5], out.tokenizer, BATCH).text(out).split("; ")
+    assert len(same) == BATCH
+    assert same[0] == same[2] != same[1]
+    twice = lenslrp.run_with_relevance(tiny("llama"), TOKENS[:1].repeat(2, 1))[1].target
+    names, values = str(twice).split(" at position -1 = ")
+    assert len(names.split(", ")) == len(values.split(", ")) == 2

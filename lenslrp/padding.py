@@ -1,0 +1,90 @@
+"""Padding: every row of a batch is what it is alone, wherever its padding stands.
+
+Where a model has absolute positions, those of a row that is padded on the left must come from the
+mask. Most take ``position_ids``; RoBERTa and M2M100 count the tokens that are not their padding
+token; others (BART, Pegasus) count columns and cannot be told otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.utilities.position_ids import accepts_mask_derived_position_ids
+
+from lenslrp.errors import InputError
+from lenslrp.hooks.attach import components
+from lenslrp.hooks.embeddings import embeddings
+
+ACROSS = "ShortConv"
+"""How classes end that mix neighbouring columns, padding or not (LFM2)."""
+
+
+def is_left(mask: Tensor) -> bool:
+    """Whether any row has padding before its first token."""
+    return bool((~mask[:, :1]).any())
+
+
+def require_padding(model: Any, mask: Tensor) -> None:
+    """Refuse padding under which a row would not be what it is alone.
+
+    Raises:
+        InputError: saying which side is right.
+    """
+    kind = type(getattr(model, "original_model", model)).__name__
+    if bool(mask.all()):
+        return
+    if kind.startswith("OpenAIGPT"):
+        raise InputError(
+            f"{kind}: TransformerLens' attention for it takes a padding mask otherwise than "
+            "Hugging Face's, so padded rows would be wrong; give rows of equal length, or one each"
+        )
+    if is_left(mask) and not takes_left(model):
+        raise InputError(
+            f"{kind} goes by columns, so a row that is padded on the left is not what it is alone; "
+            "put the padding on the right"
+        )
+
+
+def takes_left(model: Any) -> bool:
+    """Whether rows padded on the left can have the positions that they have alone."""
+    inner = model.original_model
+    if any(type(module).__name__.endswith(ACROSS) for module in inner.modules()):
+        return False
+    config = getattr(inner, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or counting(inner) is not None:
+        return True
+    return not any(position for _, position in embeddings(components(model)))
+
+
+def counting(inner: nn.Module) -> int | None:
+    """The padding token of a model that finds positions by it, ``None`` for others."""
+    for module in inner.modules():
+        if callable(getattr(module, "create_position_ids_from_input_ids", None)):
+            padding = getattr(module, "padding_idx", None)
+            return None if padding is None else int(padding)
+    return None
+
+
+def masked_ids(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
+    """``tokens`` with the padding token where padding is, for a model that counts by it."""
+    padding = counting(model.original_model)
+    return tokens if padding is None else tokens.masked_fill(~mask.to(tokens.device), padding)
+
+
+def position_ids(model: Any, mask: Tensor) -> Tensor | None:
+    """The positions of embeddings padded on the left; ``None`` where the model finds them itself.
+
+    For tokens the bridge does the same.
+    """
+    inner = model.original_model
+    if not is_left(mask):
+        return None
+    counted = mask.long().cumsum(dim=1)
+    padding = counting(inner)
+    if padding is not None:
+        return torch.where(mask, counted + padding, padding)
+    if not accepts_mask_derived_position_ids(inner):
+        return None
+    return (counted - 1).clamp(min=0)
