@@ -141,8 +141,8 @@ def require_on_stream(model: Any, hook: str) -> None:
         where = inner.removeprefix(f"{block}.").removesuffix(".hook_in")
         raise InputError(
             f"in this model {hook} is the input of {where}: a change there does not stay in the "
-            f"residual stream. Change {block}.hook_resid_post or {block}.hook_attn_out (or "
-            f"{inner}, if what {where} is given is meant)"
+            f"residual stream between attention and MLP. Change {block}.hook_resid_post or "
+            f"{block}.hook_attn_out (or {inner}, if what {where} is given is meant)"
         )
 
 

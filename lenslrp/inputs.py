@@ -11,8 +11,8 @@ from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
 from lenslrp.errors import InputError
+from lenslrp.hooks.padding import masked_ids, position_ids, require_padding, takes_left
 from lenslrp.names import token_ids
-from lenslrp.padding import masked_ids, position_ids, require_padding, takes_left
 from lenslrp.spelling import Speller
 from lenslrp.words import Row, read_row, row_of_names
 
