@@ -13,7 +13,6 @@ The layout of the files is in docs/dictionary.md.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -30,10 +29,9 @@ from lenslrp.analysis import lookup
 from lenslrp.analysis.job import prepare
 from lenslrp.analysis.page import Page
 from lenslrp.analysis.plan import SCHEMA, Place, Plan
-from lenslrp.analysis.projections import TOKENS, Projections, project_places
-from lenslrp.analysis.publish import FILES, GROUP, publish
-from lenslrp.analysis.replay import Entries, replay
-from lenslrp.analysis.search import Job, merge_shards, scan_shard
+from lenslrp.analysis.projections import TOKENS, Projections
+from lenslrp.analysis.publish import GROUP, finish
+from lenslrp.analysis.search import Job, scan_shard
 from lenslrp.analysis.storage import (
     check_files,
     load_json,
@@ -43,6 +41,7 @@ from lenslrp.analysis.storage import (
 )
 from lenslrp.analysis.texts import Document, Texts
 from lenslrp.analysis.units import Unit
+from lenslrp.analysis.work import BUILD, FILES, MANIFEST, begin_work, using
 from lenslrp.errors import InputError, StorageError
 
 
@@ -111,23 +110,22 @@ class NeuronDictionary:
 
         Raises:
             InputError: an option that does not hold for this model or corpus.
-            StorageError: ``path`` holds something else, is damaged, or the disk is full.
+            StorageError: ``path`` holds something else, or is in use by another process, or
+                something in it is damaged, or the disk is full.
         """
         folder = Path(path)
-        if (folder / "manifest.json").exists() and not (folder / "work" / "plan.json").exists():
-            raise StorageError(
-                f"{folder} holds a finished dictionary already: open it, or choose another path"
+        with using(begin_work(folder), BUILD):
+            job = prepare(model, corpus, folder, **options)
+            shard = scan_shard(job, checkpoint_every=checkpoint_every, progress=progress)
+            finish(
+                job,
+                [shard],
+                checkpoint_every=checkpoint_every,
+                progress=progress,
+                keep_work=keep_work,
+                vocabulary=vocabulary,
             )
-        job = prepare(model, corpus, folder, **options)
-        shard = scan_shard(job, checkpoint_every=checkpoint_every, progress=progress)
-        return cls.merge(
-            job,
-            [shard],
-            checkpoint_every=checkpoint_every,
-            progress=progress,
-            keep_work=keep_work,
-            vocabulary=vocabulary,
-        )
+        return cls.open(folder)
 
     @classmethod
     def merge(
@@ -150,18 +148,19 @@ class NeuronDictionary:
             checkpoint_every, progress, keep_work, vocabulary: as for :meth:`build`.
 
         Raises:
-            StorageError: shards that do not make a whole, or were made otherwise.
+            StorageError: shards that do not make a whole, or were made otherwise; another process
+                is still at work on them.
         """
-        state = merge_shards(job, files)
-        entries = Entries.of(state, job.plan)
-        if parts is None:
-            parts = replay(job, entries, checkpoint_every=checkpoint_every, progress=progress)
-        projected = project_places(job, tokens=vocabulary, progress=progress)
-        publish(job, state, entries, parts, projected)
-        if not keep_work:
-            # The plan goes first: without it, what is left of the work is not gone on with.
-            (job.work / "plan.json").unlink()
-            shutil.rmtree(job.work)
+        with using(job.work, BUILD):
+            finish(
+                job,
+                files,
+                parts=parts,
+                checkpoint_every=checkpoint_every,
+                progress=progress,
+                keep_work=keep_work,
+                vocabulary=vocabulary,
+            )
         return cls.open(job.folder)
 
     @classmethod
@@ -178,19 +177,19 @@ class NeuronDictionary:
                 names the file.
         """
         folder = Path(path)
-        if not (folder / "manifest.json").exists():
+        if not (folder / MANIFEST).exists():
             state = "unfinished: build it again" if (folder / "work").exists() else "not there"
             raise StorageError(f"{folder} has no manifest.json: the dictionary is {state}")
-        manifest = load_json(folder / "manifest.json")
+        manifest = load_json(folder / MANIFEST)
         if manifest.get("schema") != SCHEMA:
             raise StorageError(
-                f"{folder / 'manifest.json'} is of schema {str(manifest.get('schema'))[:20]}; this "
+                f"{folder / MANIFEST} is of schema {str(manifest.get('schema'))[:20]}; this "
                 f"version of LensLRP reads schema {SCHEMA}"
             )
         check_files(folder, manifest.get("files"), FILES, verify)
         try:
             if manifest["plan_sha256"] != Plan.from_json(manifest["plan"]).fingerprint():
-                raise StorageError(f"{folder / 'manifest.json'} was changed: its plan is another")
+                raise StorageError(f"{folder / MANIFEST} was changed: its plan is another")
             return cls(folder, manifest)
         except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
             raise StorageError(f"{folder} is damaged: {str(error)[:200]}") from error

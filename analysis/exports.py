@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lenslrp.analysis.files import whole
+from lenslrp.files import whole
 from lenslrp.analysis.page import Page
 from lenslrp.analysis.plan import Place
 from lenslrp.analysis.report import environment

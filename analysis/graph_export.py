@@ -21,7 +21,7 @@ import numpy as np
 
 import lenslrp
 from lenslrp.analysis.exports import slug as safe_name
-from lenslrp.analysis.files import whole
+from lenslrp.files import whole
 
 if TYPE_CHECKING:
     from lenslrp.analysis.graph import AttributionGraph

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lenslrp.analysis.files import whole
+from lenslrp.files import whole
 from lenslrp.analysis.graph_layout import HEIGHT, WIDTH, lay_out
 from lenslrp.heatmap import card, rgba, signed, token_html
 from lenslrp.visible_text import visible

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lenslrp.analysis.readouts import Sites, sites_of
 from lenslrp.analysis.search import Job
 from lenslrp.analysis.storage import load_json, save_json
 from lenslrp.analysis.units import Unit
+from lenslrp.analysis.work import PLAN, begin_work, clear_corpus, found_work, taking_turns
 from lenslrp.errors import InputError, StorageError
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.install import require_bridge
@@ -63,7 +63,8 @@ def prepare(
 
     Raises:
         InputError: an option that does not hold for this model or corpus.
-        StorageError: ``path`` holds work on another dictionary, or the disk is full.
+        StorageError: ``path`` holds work on another dictionary or what LensLRP did not make, or
+            the disk is full.
     """
     require_bridge(model)
     if reads_no_text(model) or is_encoder_decoder(model):
@@ -72,10 +73,10 @@ def prepare(
             + ("no text" if reads_no_text(model) else "two of them (encoder and decoder)")
         )
     folder = Path(path)
-    work = folder / "work"
-    work.mkdir(parents=True, exist_ok=True)
+    work = found_work(folder) if corpus is None else begin_work(folder)
     bos = _bos(model, prepend_bos)
-    tokenised = _tokenised(corpus, model, work, Cut(context, batch_size, bos, field))
+    with taking_turns(work):
+        tokenised = _tokenised(corpus, model, work, Cut(context, batch_size, bos, field))
     found = tuple(sites_of(sites))
     places = find_places(model, found, tokenised.block(0).tokens[:1])
     chosen, units = tuple(criteria), tuple(through)
@@ -100,10 +101,11 @@ def prepare(
         through=tuple(map(str, units)),
         seed=seed,
     )
-    if (work / "plan.json").exists():
-        plan.require_same(Plan.from_json(load_json(work / "plan.json")), str(work))
-    else:
-        save_json(work / "plan.json", plan.to_json())
+    with taking_turns(work):
+        if (work / PLAN).exists():
+            plan.require_same(Plan.from_json(load_json(work / PLAN)), str(work))
+        else:
+            save_json(work / PLAN, plan.to_json())
     own = target if isinstance(target, Target) and not isinstance(target, str) else None
     return Job(BlockPass(model, plan, found, table, own, units), tokenised, folder)
 
@@ -135,7 +137,7 @@ def _target_text(model: Any, target: Any) -> str:
 
 def _corpus_name(corpus: Any, work: Path) -> str:
     if corpus is None:
-        return str(load_json(work / "plan.json")["corpus"]["name"])
+        return str(load_json(work / PLAN)["corpus"]["name"])
     if isinstance(corpus, str | Path):
         return Path(corpus).name
     info = getattr(corpus, "info", None)
@@ -164,5 +166,5 @@ def _tokenised(corpus: Any, model: Any, work: Path, cut: Cut) -> Corpus:
                 f"{new.cut.block}). Choose another path, or delete it"
             )
     finally:
-        shutil.rmtree(again, ignore_errors=True)
+        clear_corpus(again)
     return old

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lenslrp.analysis.files import whole
+from lenslrp.files import whole
 from lenslrp.errors import InputError, StorageError
 
 Row = dict[str, Any]

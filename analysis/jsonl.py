@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lenslrp.analysis.files import whole
+from lenslrp.files import whole
 from lenslrp.analysis.page import Page
 from lenslrp.errors import InputError
 

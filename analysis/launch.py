@@ -20,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from lenslrp.analysis.dictionary import NeuronDictionary
 from lenslrp.analysis.job import prepare
 from lenslrp.analysis.projections import TOKENS, project_places
+from lenslrp.analysis.publish import finish
 from lenslrp.analysis.replay import Entries, replay, replayed
 from lenslrp.analysis.search import Job, merge_shards, scan_shard
+from lenslrp.analysis.work import BUILD, PLAN, begin_work, shard_name, using
 from lenslrp.errors import InputError, StorageError
 from lenslrp.extras import require
 
@@ -78,21 +80,22 @@ def build_distributed(
     if rank == 0:
         job = prepare(model, corpus, folder, **options)
     else:
-        _wait([folder / "work" / "plan.json"], timeout, lambda plan: plan.exists())
+        _wait([folder / "work" / PLAN], timeout, lambda plan: plan.exists())
         job = prepare(model, None, folder, **options)
-    scan_shard(job, rank, world, **local)
-    shards = [job.shard(r, world) for r in range(world)]
-    _wait(shards, timeout, _is_done)
-    entries = Entries.of(merge_shards(job, shards), job.plan)
-    project_places(job, rank, world, tokens=tokens, progress=local.get("progress", True))
-    replay(job, entries, rank, world, **local)
-    if rank > 0:
-        return None
-    ranks = list(range(world))
-    _wait(ranks, timeout, lambda r: _has_replayed(job, r, world))
-    parts = [path for r in ranks for path in replayed(job, r, world)]
-    published = {"keep_work": keep_work, "vocabulary": tokens, **local}
-    return NeuronDictionary.merge(job, shards, parts=parts, **published)
+    with using(job.work, shard_name(rank, world)):
+        scan_shard(job, rank, world, **local)
+        shards = [job.shard(r, world) for r in range(world)]
+        _wait(shards, timeout, _is_done)
+        entries = Entries.of(merge_shards(job, shards), job.plan)
+        project_places(job, rank, world, tokens=tokens, progress=local.get("progress", True))
+        replay(job, entries, rank, world, **local)
+        if rank > 0:
+            return None
+        ranks = list(range(world))
+        _wait(ranks, timeout, lambda r: _has_replayed(job, r, world))
+        parts = [path for r in ranks for path in replayed(job, r, world)]
+        finish(job, shards, parts=parts, keep_work=keep_work, vocabulary=tokens, **local)
+    return NeuronDictionary.open(folder)
 
 
 def _has_replayed(job: Job, rank: int, world: int) -> bool:
@@ -170,16 +173,18 @@ def build_with_ray(
     keep_work, tokens = local.pop("keep_work", False), local.pop("vocabulary", TOKENS)
     local["progress"] = False
     world = shards or 4 * workers
-    job = prepare(make_model(), corpus, path, **options)
-    remote = ray.remote(max_restarts=-1, max_task_retries=-1, **(resources or {}))(Worker)
-    folder = str(Path(path).resolve())
-    actors = [remote.remote(make_model, folder, options) for _ in range(workers)]
-    pool = ActorPool(actors)
-    ranks = list(range(world))
-    files = list(pool.map(lambda a, r: a.scan.remote(r, world, local), ranks))
-    parts = list(pool.map(lambda a, r: a.replay.remote(files, r, world, tokens, local), ranks))
-    for actor in actors:
-        ray.kill(actor)
-    paths = [Path(path) for some in parts for path in some]
-    published = {"keep_work": keep_work, "vocabulary": tokens, **local}
-    return NeuronDictionary.merge(job, files, parts=paths, **published)
+    # The calling process holds the folder for all actors, which may come and go on any host.
+    with using(begin_work(Path(path)), BUILD):
+        job = prepare(make_model(), corpus, path, **options)
+        remote = ray.remote(max_restarts=-1, max_task_retries=-1, **(resources or {}))(Worker)
+        folder = str(Path(path).resolve())
+        actors = [remote.remote(make_model, folder, options) for _ in range(workers)]
+        pool = ActorPool(actors)
+        ranks = list(range(world))
+        files = list(pool.map(lambda a, r: a.scan.remote(r, world, local), ranks))
+        parts = list(pool.map(lambda a, r: a.replay.remote(files, r, world, tokens, local), ranks))
+        for actor in actors:
+            ray.kill(actor)
+        paths = [Path(path) for some in parts for path in some]
+        finish(job, files, parts=paths, keep_work=keep_work, vocabulary=tokens, **local)
+    return NeuronDictionary.open(path)

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lenslrp.analysis.files import whole
+from lenslrp.files import whole
 from lenslrp.analysis.places import stack_name
 from lenslrp.errors import InputError
 from lenslrp.inputs import is_encoder_decoder

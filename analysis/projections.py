@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lenslrp.analysis.files import whole
+from lenslrp.files import whole
 from lenslrp.analysis.plan import Place, Plan
 from lenslrp.analysis.readout import embedding, scores
 from lenslrp.analysis.readouts import Directions, Features, Site
@@ -247,7 +247,7 @@ def write_vocabulary(path: Path, plan: Plan, parts: list[Path]) -> tuple[dict[st
     shown: set[int] = set()
     missing: dict[str, dict[str, str]] = {}
     tokens = 0
-    with whole(path) as temporary, parquet_writer(temporary, SCHEMA) as writer:
+    with whole(path, fresh=True) as temporary, parquet_writer(temporary, SCHEMA) as writer:
         for place, part in zip(plan.places, parts, strict=True):
             tensors, about = load_tensors(part)
             tokens = int(about["tokens"])

@@ -8,7 +8,7 @@ last, ``manifest.json`` with the SHA-256 of all of them: a dictionary without it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,16 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from lenslrp.analysis.files import whole
+from lenslrp.files import whole
 from lenslrp.analysis.plan import SCHEMA, Place, Plan, describe_libraries
-from lenslrp.analysis.projections import write_vocabulary
-from lenslrp.analysis.replay import STATISTICS, Entries
-from lenslrp.analysis.search import Job, State
+from lenslrp.analysis.projections import TOKENS, project_places, write_vocabulary
+from lenslrp.analysis.replay import STATISTICS, Entries, replay
+from lenslrp.analysis.search import Job, State, merge_shards
 from lenslrp.analysis.storage import file_record, parquet_writer, save_json, save_tensors
 from lenslrp.analysis.texts import Document, write_texts
+from lenslrp.analysis.work import FILES, MANIFEST, clear_work
 from lenslrp.spelling import Speller
 
-FILES = frozenset(
-    {
-        "units.parquet",
-        "examples.parquet",
-        "vocabulary.parquet",
-        "texts.sqlite",
-        "citations.safetensors",
-        "samples.safetensors",
-    }
-)
 GROUP = 64
 """Units in a row group: opening one unit reads one of these."""
 
@@ -46,6 +37,27 @@ MANTISSA = 13
 """Bits of a float32 that windows do without: 10 remain, as in float16, and the rest compresses."""
 
 WINDOWS = ("activation", "relevance")
+
+
+def finish(
+    job: Job,
+    files: Iterable[str | Path],
+    *,
+    parts: list[Path] | None = None,
+    checkpoint_every: float = 60.0,
+    progress: bool = True,
+    keep_work: bool = False,
+    vocabulary: int = TOKENS,
+) -> None:
+    """From the shards of a scan to a finished dictionary; see :meth:`NeuronDictionary.merge`."""
+    state = merge_shards(job, files)
+    entries = Entries.of(state, job.plan)
+    if parts is None:
+        parts = replay(job, entries, checkpoint_every=checkpoint_every, progress=progress)
+    projected = project_places(job, tokens=vocabulary, progress=progress)
+    publish(job, state, entries, parts, projected)
+    if not keep_work:
+        clear_work(job.work)
 
 
 def publish(
@@ -67,8 +79,8 @@ def publish(
     _write_examples(folder / "examples.parquet", plan, entries, parts)
     about, shown = write_vocabulary(folder / "vocabulary.parquet", plan, projected)
     _write_texts(folder / "texts.sqlite", job, entries, parts, shown)
-    save_tensors(folder / "citations.safetensors", _citations(entries, job), {})
-    save_tensors(folder / "samples.safetensors", _standardised(sample), {})
+    save_tensors(folder / "citations.safetensors", _citations(entries, job), {}, fresh=True)
+    save_tensors(folder / "samples.safetensors", _standardised(sample), {}, fresh=True)
     manifest = {
         "schema": SCHEMA,
         "plan": plan.to_json(),
@@ -79,7 +91,7 @@ def publish(
         "libraries": describe_libraries(),
         "files": {name: file_record(folder / name) for name in sorted(FILES)},
     }
-    save_json(folder / "manifest.json", manifest)
+    save_json(folder / MANIFEST, manifest, fresh=True)
 
 
 def kinds(plan: Plan) -> tuple[str, ...]:
@@ -135,7 +147,7 @@ def _moments(values: Tensor, kind: str) -> dict[str, NDArray[Any]]:
 
 
 def _write_units(path: Path, plan: Plan, sample: dict[str, Tensor]) -> None:
-    with whole(path) as temporary:
+    with whole(path, fresh=True) as temporary:
         writer = None
         try:
             for place in plan.places:
@@ -170,7 +182,7 @@ def _write_examples(path: Path, plan: Plan, entries: Entries, parts: list[Path])
     for part in parts:
         with safe_open(part, framework="pt") as file:
             ids.append(file.get_tensor("entry"))
-    with whole(path) as temporary:
+    with whole(path, fresh=True) as temporary:
         writer = None
         try:
             for place in plan.places:

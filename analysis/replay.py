@@ -21,7 +21,7 @@ from lenslrp.analysis.block_pass import Aims, Spans
 from lenslrp.analysis.corpus import Block
 from lenslrp.analysis.plan import CRITERIA, Place, Plan, sampled_documents
 from lenslrp.analysis.search import Job, State
-from lenslrp.analysis.storage import load_tensors, remove_leftovers, save_tensors
+from lenslrp.analysis.storage import load_tensors, save_tensors
 from lenslrp.analysis.topk import priorities, unpack
 from lenslrp.errors import StorageError
 
@@ -229,7 +229,6 @@ def replay(
     """
     plan, statistics = job.plan, Statistics.of(job.plan)
     blocks, ids, bounds = _by_block(job, entries, statistics)
-    remove_leftovers(job.work)
     files = replayed(job, rank, world)
     start = rank
     for path in files:

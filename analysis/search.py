@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from lenslrp.analysis.block_pass import BlockPass, Spans
 from lenslrp.analysis.corpus import Corpus
 from lenslrp.analysis.plan import CRITERIA, SAMPLES, Place, Plan, sampled_documents
-from lenslrp.analysis.storage import canonical, load_tensors, remove_leftovers, save_tensors
+from lenslrp.analysis.storage import canonical, load_tensors, save_tensors
 from lenslrp.analysis.topk import TopK, extremes, locator, pack, require_finite, unpack
 from lenslrp.errors import StorageError
 
@@ -190,7 +190,6 @@ def scan_shard(
     if not 0 <= rank < world:
         raise StorageError(f"rank must be from 0 to {world - 1}, not {rank}")
     plan, path = job.plan, job.shard(rank, world)
-    remove_leftovers(job.work)
     state = State.empty(plan)
     if path.exists():
         state, metadata = State.load(path, plan)

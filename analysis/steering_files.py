@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lenslrp.analysis.files import whole
+from lenslrp.files import whole
 from lenslrp.analysis.steering import Ablate, Add, Clamp, Operation, ProjectOut, Scale, Steering
 from lenslrp.analysis.storage import load_json, load_tensors, require_plain, save_json, save_tensors
 from lenslrp.analysis.units import Direction, Feature, Unit, parse_unit

@@ -1,7 +1,6 @@
 """Files that a kill cannot spoil and a stranger cannot abuse.
 
-Everything is written under a temporary name beside its place and renamed by ``os.replace``, so a
-file is either whole or not there. Tensors lie in safetensors files that carry a SHA-256 of their
+Everything is written by :mod:`lenslrp.files`, so a file is either whole or not there. Tensors lie in safetensors files that carry a SHA-256 of their
 own contents, so a flipped bit is found wherever it is. Nothing is ever unpickled. What is read back
 is bounded before it is believed: headers, manifests and file names from outside go through here.
 """
@@ -10,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lenslrp.analysis.files import whole
+from lenslrp.files import whole
 from lenslrp.errors import StorageError
 
 HEADER_LIMIT = 1 << 22
@@ -33,24 +31,6 @@ JSON_LIMIT = 1 << 24
 """Bytes of a manifest."""
 
 CHECKSUM = "sha256"
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files of processes that were killed while writing."""
-    for left in folder.glob(".*.tmp"):
-        owner = left.name.rsplit(".", 2)[-2]
-        if owner.isdigit() and not _runs(int(owner)):
-            left.unlink(missing_ok=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def file_sha256(path: Path) -> str:
@@ -69,15 +49,18 @@ def contents_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
     return digest.hexdigest()
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with its own checksum, whole or not at all.
-
-    Raises:
-        StorageError: the disk is full.
-    """
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    ours: bytes | None = None,
+    fresh: bool = False,
+) -> None:
+    """Write a safetensors file with its own checksum, whole or not at all: see :func:`whole`."""
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checked = {**metadata, CHECKSUM: contents_sha256(kept, metadata)}
-    with whole(path) as temporary:
+    with whole(path, ours=ours, fresh=fresh) as temporary:
         save_file(kept, temporary, metadata=checked)
 
 
@@ -174,9 +157,11 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-def save_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    with whole(path) as temporary:
+def save_json(
+    path: Path, value: Any, *, ours: bytes | None = None, fresh: bool = False
+) -> None:
+    """Write JSON, whole or not at all: see :func:`whole`."""
+    with whole(path, ours=ours, fresh=fresh) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

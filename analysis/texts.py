@@ -9,6 +9,7 @@ brings no view, trigger or virtual table of its own.
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -21,8 +22,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from lenslrp.analysis.files import whole
 from lenslrp.analysis.finding import indexed, terms
+from lenslrp.files import whole
 from lenslrp.analysis.storage import require_plain
 from lenslrp.errors import InputError, StorageError
 from lenslrp.spelling import Spelling
@@ -68,7 +69,7 @@ def write_texts(
     path: Path, documents: Iterable[Document], names: Iterator[tuple[int, str]]
 ) -> None:
     """Write the file. ``names`` is asked for the text of each token after the documents."""
-    with whole(path) as temporary:
+    with whole(path, fresh=True) as temporary:
         try:
             with closing(sqlite3.connect(temporary)) as database:
                 database.execute("PRAGMA journal_mode = OFF")
@@ -93,9 +94,8 @@ def write_texts(
                 database.execute("INSERT INTO search(search) VALUES ('optimize')")
                 database.commit()
         except sqlite3.OperationalError as error:
-            if "full" in str(error):
-                raise OSError(28, "No space left on device") from error
-            raise
+            number = errno.ENOSPC if "full" in str(error) else errno.EIO
+            raise OSError(number, str(error)) from error
 
 
 class Texts:

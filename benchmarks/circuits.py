@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 import lenslrp
 from lenslrp.analysis.block_pass import unembedding_at
 from lenslrp.analysis.circuits import NodeScores, score_nodes
-from lenslrp.analysis.files import whole
+from lenslrp.files import whole
 from lenslrp.analysis.nodes import Node, forward, place_components
 from lenslrp.analysis.pairs import TEMPLATES, Pairs, template_pairs
 from lenslrp.analysis.pruning import (

@@ -177,6 +177,7 @@ def _build(options: argparse.Namespace) -> int:
     from lenslrp.analysis.job import prepare
     from lenslrp.analysis.launch import build_distributed, rank_and_world
     from lenslrp.analysis.search import scan_shard
+    from lenslrp.analysis.work import shard_name, using
     from lenslrp.errors import InputError
 
     names = ("sites", "criteria", "k", "context", "batch_size", "field", "target")
@@ -192,7 +193,8 @@ def _build(options: argparse.Namespace) -> int:
     model = load_model(options)
     if options.shard:
         job = prepare(model, options.corpus, options.path, **given)
-        print(scan_shard(job, *options.shard))
+        with using(job.work, shard_name(*options.shard)):
+            print(scan_shard(job, *options.shard))
         return OK
     build = build_distributed if spread else NeuronDictionary.build
     return _say(build(model, options.corpus, options.path, vocabulary=options.vocabulary, **given))

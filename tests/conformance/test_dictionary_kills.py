@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from lenslrp.analysis import storage
 from lenslrp.analysis.dictionary import NeuronDictionary
 from lenslrp.analysis.job import prepare
 from lenslrp.analysis.search import scan_shard
@@ -89,14 +88,14 @@ def test_death_at_every_file_that_is_written(
     path, deaths = tmp_path / "d", 0
     real = os.replace
     for number in range(1, 60, 2):
-        monkeypatch.setattr(storage.os, "replace", writes_until(number))
+        monkeypatch.setattr(os, "replace", writes_until(number))
         try:
             build(path, checkpoint_every=0.0).close()
             break
         except Died:
             deaths += 1
         finally:
-            monkeypatch.setattr(storage.os, "replace", real)
+            monkeypatch.setattr(os, "replace", real)
     assert deaths > 3
     assert contents(path) == undisturbed
 
@@ -136,7 +135,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         room[0] -= 1
         real(source, target)
 
-    monkeypatch.setattr(storage.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     return room
 
 

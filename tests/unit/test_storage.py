@@ -14,17 +14,16 @@ import pytest
 import torch
 
 from lenslrp.analysis import storage
-from lenslrp.analysis.files import whole
 from lenslrp.analysis.storage import (
     check_files,
     file_record,
     load_json,
     load_tensors,
-    remove_leftovers,
     save_json,
     save_tensors,
 )
 from lenslrp.errors import StorageError
+from lenslrp.files import host, remove_leftovers, whole
 
 TENSORS = {"a": torch.arange(6).view(2, 3), "b": torch.randn(4), "empty": torch.zeros(0, 2)}
 
@@ -120,14 +119,19 @@ def test_other_errors_pass_and_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(tmp_path: Path) -> None:
-    dead, alive = tmp_path / ".x.999999999.tmp", tmp_path / f".x.{os.getpid()}.tmp"
-    foreign = tmp_path / ".notes.tmp"
-    for path in (dead, alive, foreign):
-        path.write_text("half")
+    dead = tmp_path / f".x.lenslrp-{host()}-999999999-0.tmp"
+    kept = [
+        tmp_path / f".x.lenslrp-{host()}-{os.getpid()}-0.tmp",
+        tmp_path / ".x.lenslrp-another-host-999999999-0.tmp",
+        tmp_path / ".notes.tmp",
+        tmp_path / ".notes.999999999.tmp",
+    ]
+    for path in (dead, *kept):
+        path.mkdir()
+        (path / "x").write_text("half")
     remove_leftovers(tmp_path)
     assert not dead.exists()
-    assert alive.exists()
-    assert foreign.exists()
+    assert all((path / "x").exists() for path in kept)
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "", "\x00", "[" * 100_000])
