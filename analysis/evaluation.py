@@ -31,10 +31,10 @@ from lenslrp.analysis.prompts import Numbers
 from lenslrp.analysis.question import Passes, Question, ask
 from lenslrp.analysis.records import HALVES, half_of, identity, in_order, read_records
 from lenslrp.analysis.replaced import frozen
-from lenslrp.analysis.results import JOURNAL, Results
+from lenslrp.analysis.results import JOURNAL, PARQUET, Results
 from lenslrp.analysis.spans import hit, ious
 from lenslrp.analysis.tasks import IMAGES, TASKS, Example, Task, Unfit, image_task
-from lenslrp.errors import InputError
+from lenslrp.errors import InputError, StorageError
 
 KEEP_FIRST = "+first"
 
@@ -139,6 +139,11 @@ def evaluate(
         "records": identity({"all": [identity(record) for record in records]}),
     }
     folder = Path(folder)
+    if (folder / PARQUET).exists() and not (folder / JOURNAL).exists():
+        raise StorageError(
+            f"{folder / PARQUET} is in the way: no run of this folder made it, for there is no "
+            f"{JOURNAL}. Move it, or give another folder"
+        )
     rows: list[Row] = []
     with resumed(folder / JOURNAL, settings) as (done, append):
         known = {row["example"]: row for row in done}

@@ -32,13 +32,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lenslrp.files import whole
+from lenslrp.files import HTML, make_folder, remove_leftovers, require_ours, whole
 from lenslrp.analysis.page import Page
 from lenslrp.analysis.plan import Place
 from lenslrp.analysis.report import environment
 from lenslrp.analysis.unit_page import page_html
 from lenslrp.analysis.unit_template import DOCUMENT, INDEX, STYLE
-from lenslrp.errors import InputError
+from lenslrp.errors import InputError, StorageError
 from lenslrp.visible_text import visible
 from lenslrp.words import piece_at
 
@@ -77,7 +77,7 @@ def export_neuronpedia(
 
     Args:
         dictionary: an open one.
-        folder: is made where it does not exist. Files of the same name are replaced.
+        folder: is made where it does not exist. An earlier export is replaced.
         model_id: Neuronpedia's name of the model; by default the dictionary's, in lower case.
         source_set: how the sources are called together, without the site.
         creator: id of the Neuronpedia user to whom the data belongs.
@@ -86,7 +86,7 @@ def export_neuronpedia(
         The folders written, one a source.
 
     Raises:
-        StorageError: the disk is full.
+        StorageError: the disk is full, or a file that no export made is in the way.
     """
     about = dictionary.plan.model["name"] or dictionary.plan.model["architecture"]
     model = slug(model_id or str(about)).replace(".", "-").lower()
@@ -163,17 +163,36 @@ def _write_metadata(
             **own,
         },
     }
-    path.mkdir(parents=True, exist_ok=True)
-    for name, record in records.items():
+    _require_own_source(path)
+    # The release first: it says that the folder is ours.
+    for name, record in sorted(records.items(), key=lambda item: item[0] != "release"):
         with whole(path / f"{name}.jsonl") as part:
             part.write_text(_line(record), encoding="utf-8")
+
+
+def _require_own_source(path: Path) -> None:
+    """A folder for a source: new, empty, or one that an earlier export made.
+
+    Raises:
+        StorageError: something else is in it.
+    """
+    make_folder(path)
+    remove_leftovers(path)
+    release = path / "release.jsonl"
+    if release.is_file():
+        require_ours(release, b'"LensLRP"')
+    elif any(path.iterdir()):
+        raise StorageError(
+            f"{path} is in the way: it holds files, and was not made by an export of LensLRP. "
+            "Choose another folder, or move it"
+        )
 
 
 def _write_batch(
     path: Path, number: int, pages: Iterator[Page], kind: str, ids: dict[str, str]
 ) -> None:
     for name in ("features", "activations"):
-        (path / name).mkdir(exist_ok=True)
+        make_folder(path / name)
     with (
         whole(path / "features" / f"batch-{number}.jsonl.gz") as features,
         whole(path / "activations" / f"batch-{number}.jsonl.gz") as activations,
@@ -277,7 +296,7 @@ def export_html(
 
     Args:
         dictionary: an open one.
-        folder: is made where it does not exist. Files of the same name are replaced.
+        folder: is made where it does not exist. Pages of an earlier export are replaced.
         units: keys, as for ``dictionary[key]``.
         model, options: of :func:`lenslrp.analysis.unit_page.page_html`.
 
@@ -286,6 +305,7 @@ def export_html(
 
     Raises:
         InputError: no such unit, or no units.
+        StorageError: a file of one of these names that is not ours is in the way.
     """
     from markupsafe import Markup
 
@@ -293,14 +313,15 @@ def export_html(
     pages = {dictionary.name(place.first + i): (place, i) for place, i in found}
     if not pages:
         raise InputError("no units to export")
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
+    path = make_folder(Path(folder))
     links = {name: f"{slug(name)}-{place.first + i}.html" for name, (place, i) in pages.items()}
+    for href in ("index.html", *links.values()):
+        require_ours(path / href, HTML)
     rows: list[dict[str, Any]] = []
     for name, href in links.items():
         page = dictionary.page(*pages[name])
         html = page_html(page, model=model, links={**links, "": "index.html"}, **options)
-        with whole(path / href) as part:
+        with whole(path / href, ours=HTML) as part:
             part.write_text(html, encoding="utf-8", errors="replace")
         rows.append({"name": visible(name), "href": href, **_summary(page)})
     title = f"{len(rows)} units of {dictionary.plan.model['name']}"
@@ -314,7 +335,7 @@ def export_html(
         style=Markup(STYLE), title=visible(title), what=visible(what), rows=rows
     )
     html = jinja.from_string(DOCUMENT).render(title=visible(title), body=Markup(body))
-    with whole(path / "index.html") as part:
+    with whole(path / "index.html", ours=HTML) as part:
         part.write_text(html, encoding="utf-8", errors="replace")
     return path / "index.html"
 

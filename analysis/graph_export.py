@@ -64,15 +64,15 @@ def to_neuronpedia(graph: AttributionGraph, *, slug: str, model_id: str | None) 
         "metadata": {
             "slug": safe_name(slug),
             "scan": model_id or safe_name(graph.model_name).lower(),
+            "info": {
+                "description": about,
+                "generator": {"name": "LensLRP", "version": lenslrp.__version__},
+            },
             "transcoder_list": [],
             "prompt_tokens": list(graph.str_tokens),
             "prompt": graph.prompt,
             "node_threshold": 1.0,
             "schema_version": 1,
-            "info": {
-                "description": about,
-                "generator": {"name": "LensLRP", "version": lenslrp.__version__},
-            },
             "generation_settings": settings,
             "pruning_settings": {
                 "node_threshold": settings["node_share"],
@@ -133,6 +133,6 @@ def write_neuronpedia(
 ) -> Path:
     """Write :func:`to_neuronpedia` at ``path``."""
     made = to_neuronpedia(graph, slug=slug, model_id=model_id)
-    with whole(path) as temporary:
+    with whole(path, ours=b'"name": "LensLRP"') as temporary:
         temporary.write_text(json.dumps(made, allow_nan=False, indent=1), encoding="utf-8")
     return path

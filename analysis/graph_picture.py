@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lenslrp.files import whole
+from lenslrp.files import HTML, whole
 from lenslrp.analysis.graph_layout import HEIGHT, WIDTH, lay_out
 from lenslrp.heatmap import card, rgba, signed, token_html
 from lenslrp.visible_text import visible
@@ -191,9 +191,10 @@ def write_page(graph: AttributionGraph, path: Path) -> str:
     title = escape(visible(str(graph.explained)))
     page = (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="generator" content="LensLRP">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{title}</title></head><body>{graph_html(graph)}</body></html>\n"
     )
-    with whole(path) as temporary:
+    with whole(path, ours=HTML) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return page

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lenslrp.files import whole
+from lenslrp.files import cannot_write, make_folder, whole
 from lenslrp.errors import InputError, StorageError
 
 Row = dict[str, Any]
@@ -24,13 +24,19 @@ def resumed(path: Path, settings: Row) -> Iterator[tuple[list[Row], Callable[[Ro
 
     Raises:
         InputError: the file was made with other settings; the message names them.
-        StorageError: a line of the file is damaged.
+        StorageError: a line of the file is damaged, it is another kind of file, or the disk is
+            full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     kept = path.read_bytes() if path.exists() else b""
     complete = kept[: kept.rfind(b"\n") + 1]
     if not complete:
         complete = (json.dumps(settings) + "\n").encode()
+        if not complete.startswith(kept):
+            raise StorageError(
+                f"{path} is in the way: it is no results file of LensLRP. Move it, or give another "
+                "place for the results"
+            )
     head, *rows = [_parsed(path, n, line) for n, line in enumerate(complete.splitlines(), 1)]
     _require_same(path, head, json.loads(json.dumps(settings)))
     if complete != kept:
@@ -39,8 +45,11 @@ def resumed(path: Path, settings: Row) -> Iterator[tuple[list[Row], Callable[[Ro
     with path.open("a", encoding="utf-8") as file:
 
         def append(result: Row) -> None:
-            file.write(json.dumps(result) + "\n")
-            file.flush()
+            try:
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+            except OSError as error:
+                raise cannot_write(path, error) from error
 
         yield rows, append
 

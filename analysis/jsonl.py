@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from lenslrp.analysis.dictionary import NeuronDictionary
 
 
+JSONL = b'{"unit": '
+"""How every such file begins."""
+
+
 def export_jsonl(
     dictionary: NeuronDictionary, path: str | Path, units: Iterable[Any] | None = None
 ) -> Path:
@@ -42,7 +46,7 @@ def export_jsonl(
         if units is None
         else map(dictionary.__getitem__, units)
     )
-    with whole(path) as part, part.open("w", encoding="utf-8") as file:
+    with whole(path, ours=JSONL) as part, part.open("w", encoding="utf-8") as file:
         for page in pages:
             file.write(json.dumps(_described(page), allow_nan=False) + "\n")
     return path

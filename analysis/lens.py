@@ -102,7 +102,7 @@ class Lens:
         facts = {name: getattr(self, name) for name in _FACTS}
         facts["noise"] = {str(k): v for k, v in self.noise.items()}
         manifest = {"format": FORMAT, "version": VERSION, **facts}
-        with whole(path) as part:
+        with whole(path, ours=b'"manifest"') as part:
             save_file(tensors, part, metadata={"manifest": json.dumps(manifest)})
         return path
 

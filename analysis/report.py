@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenslrp.analysis import plots
-from lenslrp.files import whole
+from lenslrp.files import HTML, whole
 from lenslrp.analysis.readout import unembedding
 from lenslrp.analysis.report_template import TEMPLATE
 from lenslrp.analysis.vocabulary import neuron_writes
@@ -325,6 +325,6 @@ def write_report(
     """
     path = Path(path)
     page = report_html(R, model=model, row=row, image=image)
-    with whole(path) as part:
+    with whole(path, ours=HTML) as part:
         part.write_text(page, encoding="utf-8", errors="replace")
     return path

@@ -67,6 +67,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-ur
 TEMPLATE = (
     """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
+<meta name="generator" content="LensLRP">
 <meta http-equiv="Content-Security-Policy" content=\""""
     + _POLICY
     + """">

@@ -12,6 +12,7 @@ import pandas as pd
 
 from lenslrp.analysis.statistics import bootstrap
 from lenslrp.errors import InputError
+from lenslrp.files import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,7 +74,8 @@ class Results:
         frame.attrs = {
             "settings": self.settings, "skipped": list(self.skipped), "unfit": self.unfit
         }  # fmt: skip
-        frame.to_parquet(folder / PARQUET)
+        with whole(folder / PARQUET) as part:
+            frame.to_parquet(part)
 
     @classmethod
     def read(cls, folder: str | Path) -> Results:

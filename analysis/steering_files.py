@@ -89,8 +89,8 @@ def save_steering(steering: Steering, path: str | Path) -> Path:
         raise InputError(f"{path.name} is for the specification; the vectors are written beside it")
     text, vectors = steering_to_json(steering)
     if vectors:  # first: a specification never stands without its vectors
-        save_tensors(path.with_suffix(".safetensors"), vectors, {"schema": str(SCHEMA)})
-    save_json(path, json.loads(text))
+        save_tensors(path.with_suffix(".safetensors"), vectors, {"schema": str(SCHEMA)}, ours=b'"sha256"')
+    save_json(path, json.loads(text), ours=b'"operations"')
     return path
 
 
@@ -132,7 +132,7 @@ def save_control_vector(
     if not layers:
         raise InputError("no direction was given")
     gguf = _gguf()
-    with whole(path) as temporary:
+    with whole(path, ours=CONTROL.encode()) as temporary:
         writer = gguf.GGUFWriter(temporary, CONTROL)
         writer.add_string(f"{CONTROL}.model_hint", model_hint)
         writer.add_uint32(f"{CONTROL}.layer_count", len(layers))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lenslrp.files import whole
+from lenslrp.files import HTML, whole
 from lenslrp.analysis.page import Page
 from lenslrp.analysis.report import environment, section
 from lenslrp.analysis.unit_links import clamped, downstream, upstream
@@ -76,7 +76,7 @@ def write_page(page: Page, path: str | Path, *, model: Any = None, **options: An
     """Write :func:`page_html` to ``path``, whole or not at all, and return where it is."""
     path = Path(path)
     html = page_html(page, model=model, **options)
-    with whole(path) as part:
+    with whole(path, ours=HTML) as part:
         part.write_text(html, encoding="utf-8", errors="replace")
     return path
 

@@ -118,6 +118,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 DOCUMENT = (
     """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
+<meta name="generator" content="LensLRP">
 <meta http-equiv="Content-Security-Policy" content=\""""
     + _POLICY
     + """">

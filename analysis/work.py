@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +25,14 @@ from filelock import FileLock, Timeout
 
 from lenslrp.analysis.storage import load_json, save_json
 from lenslrp.errors import StorageError
-from lenslrp.files import cannot_write, host, make_folder, remove_leftovers, runs
+from lenslrp.files import (
+    cannot_write,
+    host,
+    make_folder,
+    remove_leftovers,
+    runs,
+    temporary_folder,
+)
 
 logger = logging.getLogger("lenslrp")
 
@@ -98,17 +104,13 @@ def _is_ours(work: Path) -> bool:
 
 def _make(work: Path) -> None:
     """The folder and its mark at once, so that a kill leaves both or none."""
-    scratch = work.with_name(f".{work.name}.lenslrp-{host()}-{os.getpid()}-0.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)  # of a process that had this number before
-    make_folder(scratch)
     try:
-        save_json(scratch / MARK, {"what": "work on a dictionary in progress, made by LensLRP"})
-        scratch.rename(work)
+        with temporary_folder(work.parent, work.name) as scratch:
+            save_json(scratch / MARK, {"what": "work on a dictionary in progress, made by LensLRP"})
+            scratch.rename(work)
     except OSError as error:
         if not _is_ours(work):  # another process was quicker
             raise cannot_write(work, error) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _is_finished(folder: Path) -> bool:

@@ -22,7 +22,6 @@ unless said otherwise; the neurons with the largest signed score are the method'
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
 from lenslrp import targets
+from lenslrp.files import whole
 
 FACTS = Path(__file__).with_name("facts.json")
 HOOK = "blocks.{}.mlp.hook_post"
@@ -211,9 +211,8 @@ def score_all(model: TransformerBridge, facts: list[Fact], folder: Path) -> None
                 some = group[start : start + 8]
                 scores = score_batch(model, [facts[i] for i in some], norms).numpy()
                 for index, own in zip(some, scores, strict=True):
-                    partial = folder / f"{index}.part.npy"
-                    np.save(partial, own.astype(np.float32))
-                    os.replace(partial, folder / f"{index}.npy")
+                    with whole(folder / f"{index}.npy") as part:
+                        np.save(part, own.astype(np.float32))
                 bar.update(len(some))
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lenslrp.errors import InputError
+from lenslrp.files import whole
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.coverage import Coverage
@@ -334,7 +335,8 @@ class RelevanceCache:
         path = Path(path)
         # Names that share one hook point share one tensor, which safetensors asks to be separate.
         cpu = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        save_file(cpu, path, metadata={"lenslrp": json.dumps(meta)})
+        with whole(path, ours=b'"lenslrp"') as part:
+            save_file(cpu, part, metadata={"lenslrp": json.dumps(meta)})
         return path
 
     @classmethod

@@ -27,6 +27,8 @@ from lenslrp.cli_options import (
     composite,
     console,
     load_model,
+    require_utf8,
+    write_keeping,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +39,8 @@ DEFAULT_REPORT = "lenslrp-report.html"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(given)
     # torch takes seconds to import: not before the command line is known to be right
     from lenslrp.errors import (
         CoverageError,
@@ -48,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
     try:
+        require_utf8(given)
         return int(options.run(options))
     except (InputError, StorageError) as error:
         return _complain(error, BAD_INPUT)
@@ -90,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         "--report",
         metavar="FILE",
         type=Path,
-        help=f"HTML report (default: {DEFAULT_REPORT}, where the extra 'report' is installed)",
+        help=f"HTML report; an earlier one is kept beside it (default: {DEFAULT_REPORT}, where the "
+        "extra 'report' is installed)",
     )
     explain.add_argument(
         "--json", action="store_true", help="print one JSON object instead of text"
@@ -136,7 +141,7 @@ def _explain(options: argparse.Namespace) -> int:
         composite=composite(options.composite),
     )
     if report is not None:
-        write_report(relevance, report, model=model)
+        write_keeping(report, lambda: write_report(relevance, report, model=model))
     if options.json:
         print(json.dumps(_summary(relevance, report)))
     else:
@@ -155,9 +160,10 @@ def _report_path(given: Path | None) -> tuple[Path | None, Exception | None]:
     """
     from lenslrp.analysis.report import require_report
     from lenslrp.errors import MissingExtraError
+    from lenslrp.files import HTML
 
     path = given or Path(DEFAULT_REPORT)
-    check_writable("--report", path)
+    check_writable("--report", path, HTML)
     try:
         require_report()
     except MissingExtraError as error:

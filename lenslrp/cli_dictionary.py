@@ -17,6 +17,7 @@ from lenslrp.cli_options import (
     composite,
     console,
     load_model,
+    write_keeping,
 )
 
 if TYPE_CHECKING:
@@ -270,18 +271,20 @@ def _unit(text: str) -> Any:
 def _show(options: argparse.Namespace) -> int:
     from lenslrp.analysis.dictionary import NeuronDictionary
     from lenslrp.errors import InputError
+    from lenslrp.files import HTML
 
     if options.model is not None and options.html is None:
         raise InputError("--model adds to the page what only the model can tell: give --html too")
     if options.html is not None:
-        check_writable("--html", options.html)
+        check_writable("--html", options.html, HTML)
     dictionary = NeuronDictionary.open(options.path)
     page = dictionary[_unit(options.unit)]
     if options.html is not None:
         from lenslrp.analysis.unit_page import write_page
 
         model = None if options.model is None else load_model(options)
-        print(write_page(page, options.html, model=model).absolute())
+        write_keeping(options.html, lambda: write_page(page, options.html, model=model))
+        print(options.html.absolute())
     else:
         from lenslrp.analysis.unit_terminal import render_unit
 
@@ -352,7 +355,7 @@ def _table(frame: pd.DataFrame) -> Any:
 def _export(options: argparse.Namespace) -> int:
     from lenslrp.analysis.dictionary import NeuronDictionary
     from lenslrp.analysis.exports import export_html, export_neuronpedia
-    from lenslrp.analysis.jsonl import export_jsonl
+    from lenslrp.analysis.jsonl import JSONL, export_jsonl
     from lenslrp.errors import InputError
 
     units = None if options.units is None else [_unit(unit) for unit in options.units]
@@ -367,8 +370,8 @@ def _export(options: argparse.Namespace) -> int:
     elif options.format == "neuronpedia":
         export_neuronpedia(dictionary, options.out)
     else:
-        check_writable("--out", options.out)
-        export_jsonl(dictionary, options.out, units)
+        check_writable("--out", options.out, JSONL)
+        write_keeping(options.out, lambda: export_jsonl(dictionary, options.out, units))
     dictionary.close()
     print(options.out.absolute())
     return OK

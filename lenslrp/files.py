@@ -74,17 +74,13 @@ def whole(
         if ours is not None:
             require_ours(path, ours)
         through = _is_open_file(target) or (target.exists() and not target.is_file())
-        scratch = _temporary_folder(
-            Path(tempfile.gettempdir()) if through else target.parent, target.name
-        )
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    try:
-        temporary = scratch / target.name
-        yield temporary
-        if through:
-            _copy_into(temporary, target)
-        else:
+        place = Path(tempfile.gettempdir()) if through else target.parent
+        with temporary_folder(place, target.name) as scratch:
+            temporary = scratch / target.name
+            yield temporary
+            if through:
+                _copy_into(temporary, target)
+                return
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             if fresh and target.exists() and not filecmp.cmp(temporary, target, shallow=False):
@@ -96,8 +92,6 @@ def whole(
             os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         raise cannot_write(path, error) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def require_ours(path: Path, mark: bytes) -> None:
@@ -155,6 +149,24 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise cannot_write(path, error) from error
     return path
+
+
+_numbers = count()
+
+
+@contextmanager
+def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A folder that ends with the block, and in which libraries may leave what they like."""
+    short = name.encode()[:100].decode(errors="ignore")
+    while True:
+        made = parent / f".{short}.lenslrp-{host()}-{os.getpid()}-{next(_numbers)}.tmp"
+        with suppress(FileExistsError):  # of a process that had this number before
+            made.mkdir()
+            break
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -231,19 +243,6 @@ def _end_of_links(path: Path) -> Path:
 def _is_open_file(path: Path) -> bool:
     """Whether a path is a file that this process has open, such as ``/dev/stdout``."""
     return path.parent == Path(f"/proc/{os.getpid()}/fd") and path.name.isdecimal()
-
-
-_numbers = count()
-
-
-def _temporary_folder(parent: Path, name: str) -> Path:
-    """A new folder, in which whatever library may leave what it likes."""
-    short = name.encode()[:100].decode(errors="ignore")
-    while True:
-        made = parent / f".{short}.lenslrp-{host()}-{os.getpid()}-{next(_numbers)}.tmp"
-        with suppress(FileExistsError):  # of a process that had this number before
-            made.mkdir()
-            return made
 
 
 def _mode(target: Path, scratch: Path) -> int:

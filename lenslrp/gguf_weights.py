@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lenslrp.errors import LoadError
+from lenslrp.files import whole
 
 logger = logging.getLogger("lenslrp")
 
@@ -41,7 +42,8 @@ def convert_gguf(files: list[Path], folder: Path) -> None:
         if tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
             weights[name] = tensor.half().contiguous()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with whole(folder / "model.safetensors") as part:
+        save_file(weights, part, metadata={"format": "pt"})
     config = source.config
     del config.quantization_config
     config.architectures = [type(source).__name__]

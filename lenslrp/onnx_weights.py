@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from lenslrp.errors import LoadError
+from lenslrp.files import whole
 from lenslrp.quiet import quiet_transformers
 
 Weights = dict[str, NDArray[np.float32]]
@@ -203,7 +204,8 @@ def _write(
         name: torch.from_numpy(np.array(value, dtype=np.float32, order="C")).to(dtype)
         for name, value in weights.items()
     }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with whole(folder / "model.safetensors") as part:
+        save_file(tensors, part, metadata={"format": "pt"})
     config.architectures = [cls.__name__]
     config.dtype = dtype
     config.save_pretrained(folder)

@@ -20,6 +20,7 @@ from lenslrp import embedded, fetching
 from lenslrp.embedded import ensure_cached, find_fault
 from lenslrp.errors import LoadError
 from lenslrp.fetching import EmbeddedModel, PackagedFile
+from lenslrp.files import host
 from lenslrp.gguf_weights import convert_gguf
 from lenslrp.onnx_weights import convert_t5, convert_vit
 
@@ -140,7 +141,7 @@ def test_damaged_cache_is_found_and_repaired(index, damage, fault, caplog):
 
 
 def test_leftovers_of_a_killed_process_are_removed(index, tmp_path):
-    leftover = tmp_path / "cache" / ".tiny-abc"
+    leftover = tmp_path / "cache" / f".tiny.lenslrp-{host()}-999999999-0.tmp"
     leftover.mkdir(parents=True)
     (leftover / "half").write_bytes(b"x")
     ensure_cached("tiny")
