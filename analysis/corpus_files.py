@@ -13,11 +13,23 @@ from typing import Any
 
 from torch import Tensor
 
-from lenslrp.errors import InputError
+from lenslrp.errors import InputError, StorageError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 ROWS = 256
 """Rows of a parquet file read at a time."""
+
+
+HALF = "half of a surrogate pair in its text, which is no character"
+
+
+def is_text(value: str) -> bool:
+    """Whether all of a string are characters: JSON can spell halves of them, ``"\\ud83d"``."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def describe_corpus(corpus: Any, *rest: Any) -> str | None:
@@ -68,6 +80,7 @@ def texts_of(corpus: Any, field: str = "text", skipped: list[str] | None = None)
             f"{type(corpus).__name__}"
         )
     for number, item in enumerate(corpus):
+        text = item
         if isinstance(item, dict):
             text = item.get(field)
             if not isinstance(text, str):
@@ -75,11 +88,12 @@ def texts_of(corpus: Any, field: str = "text", skipped: list[str] | None = None)
                     f"record {number} of the corpus has no text under {field!r}; it has "
                     f"{', '.join(map(str, item))}"
                 )
-            yield text
-        elif isinstance(item, str | list | tuple | Tensor):
-            yield item.tolist() if isinstance(item, Tensor) else item
-        else:
+        elif not isinstance(item, str | list | tuple | Tensor):
             raise InputError(f"item {number} of the corpus is a {type(item).__name__}, not a text")
+        if isinstance(text, str) and not is_text(text):
+            skipped.append(f"record {number}: {HALF}")
+        else:
+            yield text.tolist() if isinstance(text, Tensor) else text
 
 
 def _files(path: Path) -> list[Path]:
@@ -120,28 +134,39 @@ def _from_jsonl(path: Path, field: str, skipped: list[str]) -> Iterator[str]:
                 text = record[field]
             except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
-            if isinstance(text, str):
-                yield text
-            else:
+            if not isinstance(text, str):
                 skipped.append(f"{path.name} line {number}: no JSON object with a text {field!r}")
+            elif not is_text(text):
+                skipped.append(f"{path.name} line {number}: {HALF}")
+            else:
+                yield text
 
 
 def _from_parquet(path: Path, field: str, skipped: list[str]) -> Iterator[str]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        if field not in file.schema_arrow.names:
-            raise InputError(
-                f"{path.name} has no column {field!r}; it has {', '.join(file.schema_arrow.names)}"
-            )
-        row = 0
-        for some in file.iter_batches(batch_size=ROWS, columns=[field]):
-            for text in some.column(0).to_pylist():
-                if isinstance(text, str):
-                    yield text
-                else:
-                    skipped.append(f"{path.name} row {row}: no text")
-                row += 1
+    try:
+        with pq.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise InputError(
+                    f"{path.name} has no column {field!r}; it has "
+                    f"{', '.join(file.schema_arrow.names)}"
+                )
+            row = 0
+            for some in file.iter_batches(batch_size=ROWS, columns=[field]):
+                for value in some.column(0):
+                    try:
+                        text = value.as_py()
+                    except UnicodeDecodeError:
+                        text = None
+                    if isinstance(text, str):
+                        yield text
+                    else:
+                        skipped.append(f"{path.name} row {row}: no text")
+                    row += 1
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"{path} is damaged: {str(error)[:200]}") from error
 
 
 _READERS = {".txt": _from_text, ".jsonl": _from_jsonl, ".parquet": _from_parquet}

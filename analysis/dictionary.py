@@ -22,15 +22,32 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lenslrp.analysis import lookup
+from lenslrp.analysis.forms import (
+    GROUP,
+    UNIT_BYTES,
+    UNIT_GROUP,
+    example_bytes,
+    example_schema,
+    group_sizes,
+    kinds,
+    read_slots,
+    require_examples,
+    require_manifest,
+    require_units,
+    sampled_tokens,
+    unit_schema,
+)
 from lenslrp.analysis.job import prepare
 from lenslrp.analysis.page import Page
 from lenslrp.analysis.plan import SCHEMA, Place, Plan
 from lenslrp.analysis.projections import TOKENS, Projections
-from lenslrp.analysis.publish import GROUP, finish
+from lenslrp.analysis.publish import finish
 from lenslrp.analysis.search import Job, scan_shard
 from lenslrp.analysis.storage import (
     check_files,
@@ -38,6 +55,7 @@ from lenslrp.analysis.storage import (
     load_tensors,
     open_parquet,
     read_groups,
+    require_forms,
 )
 from lenslrp.analysis.texts import Document, Texts
 from lenslrp.analysis.units import Unit
@@ -58,17 +76,20 @@ class NeuronDictionary:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self.plan = Plan.from_json(manifest["plan"])
-        self.slots = tuple((str(c), int(r)) for c, r in manifest["slots"])
+        self.plan = plan = Plan.from_json(manifest["plan"])
+        require_manifest(path / MANIFEST, manifest)
+        self.slots = read_slots(path / MANIFEST, manifest["slots"], plan)
+        self._sizes = group_sizes(plan, GROUP, len(self.slots)), group_sizes(plan, UNIT_GROUP)
+        self._examples = open_parquet(
+            path / "examples.parquet", example_schema(plan), example_bytes(plan), self._sizes[0]
+        )
+        self._unit_file = open_parquet(
+            path / "units.parquet", unit_schema(plan), UNIT_BYTES, self._sizes[1]
+        )
+        self.projections = Projections(
+            path / "vocabulary.parquet", manifest["vocabulary"], plan.units
+        )
         self.texts = Texts(path / "texts.sqlite")
-        self.projections = Projections(path / "vocabulary.parquet", manifest["vocabulary"])
-        self._examples = open_parquet(path / "examples.parquet")
-        self._unit_file = open_parquet(path / "units.parquet")
-        groups = self._examples.metadata
-        rows = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
-        self._starts = np.concatenate([[0], np.cumsum(rows)])
-        if self._starts[-1] != self.plan.units * len(self.slots):
-            raise StorageError(f"{path / 'examples.parquet'} does not have a row for each example")
 
     @classmethod
     def build(
@@ -191,8 +212,8 @@ class NeuronDictionary:
             if manifest["plan_sha256"] != Plan.from_json(manifest["plan"]).fingerprint():
                 raise StorageError(f"{folder / MANIFEST} was changed: its plan is another")
             return cls(folder, manifest)
-        except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-            raise StorageError(f"{folder} is damaged: {str(error)[:200]}") from error
+        except KeyError as error:
+            raise StorageError(f"{folder / MANIFEST} is damaged: it has no {error}") from error
 
     def close(self) -> None:
         """Close the files."""
@@ -211,9 +232,7 @@ class NeuronDictionary:
 
     @cached_property
     def units(self) -> pd.DataFrame:
-        frame: pd.DataFrame = read_groups(
-            self.path / "units.parquet", self._unit_file, None
-        ).to_pandas()
+        frame: pd.DataFrame = self._unit_table(range(len(self))).to_pandas()
         return frame
 
     def unit_number(self, key: Any) -> tuple[Place, int]:
@@ -266,28 +285,24 @@ class NeuronDictionary:
         chosen, slots = range(place.size) if indices is None else indices, len(self.slots)
         for first in range(chosen.start, chosen.stop, GROUP):
             some = range(place.first + first, place.first + min(first + GROUP, chosen.stop))
-            rows = self._rows(range(some.start * slots, some.stop * slots))
-            for i, about in enumerate(self._unit_rows(some)):
+            rows = self._example_table(some)
+            for i, about in enumerate(self._unit_table(some).to_pylist()):
                 yield Page(place, first + i, about, rows.slice(i * slots, slots), self)
 
-    def _unit_rows(self, units: range) -> list[dict[str, Any]]:
-        metadata = self._unit_file.metadata
-        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        starts = np.concatenate([[0], np.cumsum(sizes)])
-        a = int(np.searchsorted(starts, units.start, side="right")) - 1
-        b = int(np.searchsorted(starts, units.stop, side="left"))
-        table = read_groups(self.path / "units.parquet", self._unit_file, list(range(a, b)))
-        found: list[dict[str, Any]] = table.slice(
-            units.start - int(starts[a]), len(units)
-        ).to_pylist()
-        return found
+    def _unit_table(self, units: range) -> pa.Table:
+        """Rows of ``units.parquet``, from the row groups that hold them."""
+        path = self.path / "units.parquet"
+        table = _some(path, self._unit_file, self._sizes[1], units, None, empty=("layer",))
+        require_units(path, table, self.plan, units)
+        return table
 
-    def _rows(self, rows: range) -> pa.Table:
-        """Some rows of ``examples.parquet``, from the row groups that hold them."""
-        a = int(np.searchsorted(self._starts, rows.start, side="right")) - 1
-        b = int(np.searchsorted(self._starts, rows.stop, side="left"))
-        table = read_groups(self.path / "examples.parquet", self._examples, list(range(a, b)))
-        return table.slice(rows.start - int(self._starts[a]), len(rows))
+    def _example_table(self, units: range, columns: list[str] | None = None) -> pa.Table:
+        """Rows of ``examples.parquet``, likewise."""
+        path, slots = self.path / "examples.parquet", len(self.slots)
+        rows = range(units.start * slots, units.stop * slots)
+        table = _some(path, self._examples, self._sizes[0], rows, columns)
+        require_examples(path, table, self.plan, self.slots, units)
+        return table
 
     def to_dataframe(self, criterion: str | None = None) -> pd.DataFrame:
         """All examples of one criterion, or of all, without their windows.
@@ -296,7 +311,7 @@ class NeuronDictionary:
         """
         self.require_criterion(criterion)
         columns = ["unit", "criterion", "rank", "score", "document", "position"]
-        table = read_groups(self.path / "examples.parquet", self._examples, None, columns)
+        table = self._example_table(range(len(self)), columns)
         if criterion is not None:
             table = table.filter(pc.equal(table["criterion"].cast(pa.string()), criterion))
         frame = table.to_pandas().rename(columns={"document": "doc"})
@@ -334,12 +349,16 @@ class NeuronDictionary:
     @cached_property
     def samples(self) -> dict[str, Tensor]:
         """What the units did at the sampled tokens: kind -> int8 [unit, token]."""
-        return load_tensors(self.path / "samples.safetensors")[0]
+        path = self.path / "samples.safetensors"
+        found, _ = load_tensors(path)
+        shape = (len(self), sampled_tokens(self.plan))
+        require_forms(path, found, dict.fromkeys(kinds(self.plan), (torch.int8, shape)))
+        return found
 
     @cached_property
     def citations(self) -> lookup.Citations:
         """Which examples cite a document."""
-        return lookup.Citations(self.path / "citations.safetensors")
+        return lookup.Citations(self.path / "citations.safetensors", len(self) * len(self.slots))
 
     def named(self, unit: int) -> tuple[int, str, int]:
         """A unit's number, hook point and index there."""
@@ -353,6 +372,11 @@ class NeuronDictionary:
 
     def window(self, document: Document, position: int) -> tuple[int, list[str]]:
         """Where the window around a position begins, and its tokens as text."""
+        if not 0 <= position < len(document.tokens):
+            raise StorageError(
+                f"{self.path} is damaged: it cites position {position} of document {document.id}, "
+                f"which has {len(document.tokens)} tokens"
+            )
         before, after = self.plan.window
         start = max(0, position - before)
         return start, self.texts.pieces(document)[start : position + after + 1]
@@ -364,3 +388,19 @@ class NeuronDictionary:
         first = spans[np.maximum(positions - before, 0), 0].tolist()
         last = spans[np.minimum(positions + after, len(spans) - 1), 1].tolist()
         return [document.text[a:b] for a, b in zip(first, last, strict=True)]
+
+
+def _some(
+    path: Path,
+    file: pq.ParquetFile,
+    sizes: list[int],
+    rows: range,
+    columns: list[str] | None,
+    empty: tuple[str, ...] = (),
+) -> pa.Table:
+    """Some rows of a file whose row groups have these sizes."""
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    a = int(np.searchsorted(starts, rows.start, side="right")) - 1
+    b = int(np.searchsorted(starts, rows.stop, side="left"))
+    table = read_groups(path, file, list(range(a, b)), columns, empty=empty)
+    return table.slice(rows.start - int(starts[a]), len(rows))

@@ -32,13 +32,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lenslrp.files import HTML, make_folder, remove_leftovers, require_ours, whole
 from lenslrp.analysis.page import Page
 from lenslrp.analysis.plan import Place
 from lenslrp.analysis.report import environment
 from lenslrp.analysis.unit_page import page_html
 from lenslrp.analysis.unit_template import DOCUMENT, INDEX, STYLE
 from lenslrp.errors import InputError, StorageError
+from lenslrp.files import HTML, make_folder, remove_leftovers, require_ours, whole
 from lenslrp.visible_text import visible
 from lenslrp.words import piece_at
 

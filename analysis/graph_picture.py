@@ -13,8 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lenslrp.files import HTML, whole
 from lenslrp.analysis.graph_layout import HEIGHT, WIDTH, lay_out
+from lenslrp.files import HTML, whole
 from lenslrp.heatmap import card, rgba, signed, token_html
 from lenslrp.visible_text import visible
 

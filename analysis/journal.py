@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lenslrp.files import cannot_write, make_folder, whole
 from lenslrp.errors import InputError, StorageError
+from lenslrp.files import cannot_write, make_folder, whole
 
 Row = dict[str, Any]
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lenslrp.files import whole
 from lenslrp.analysis.page import Page
 from lenslrp.errors import InputError
+from lenslrp.files import whole
 
 if TYPE_CHECKING:
     from lenslrp.analysis.dictionary import NeuronDictionary

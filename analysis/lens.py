@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lenslrp.files import whole
 from lenslrp.analysis.places import stack_name
 from lenslrp.errors import InputError
+from lenslrp.files import whole
 from lenslrp.inputs import is_encoder_decoder
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from lenslrp.analysis.finding import folded, terms
 from lenslrp.analysis.projections import ROLES
-from lenslrp.analysis.storage import require_header
-from lenslrp.errors import InputError
+from lenslrp.analysis.storage import require_header, require_range
+from lenslrp.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from lenslrp.analysis.dictionary import NeuronDictionary
@@ -148,6 +148,7 @@ def _citing(
         some = d.texts.documents(documents[first : first + limit])
         for order, document in enumerate(some.values(), first):
             entries, positions, scores = d.citations.of(document.id)
+            require_range(d.citations.path, "positions", positions, 0, len(document.tokens))
             shown = np.zeros(len(document.tokens), dtype=bool)
             places = np.unique(positions)
             for position, text in zip(places.tolist(), d.shown(document, places), strict=True):
@@ -178,12 +179,42 @@ def _citing(
 class Citations:
     """Which examples cite a document; read from disk as it is asked for."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, examples: int) -> None:
         require_header(path)
-        file: Any = safe_open(path, framework="np")
+        self.path, self.examples = path, examples
+        try:
+            file: Any = safe_open(path, framework="np")
+            found = {
+                name: (part.get_dtype(), part.get_shape())
+                for name in file.keys()  # noqa: SIM118 - safetensors' own
+                for part in (file.get_slice(name),)
+            }
+        except (SafetensorError, OSError) as error:
+            raise StorageError(f"{path} is damaged or truncated: {error}") from error
+        documents = found.get("documents", ("", [0]))[1]
+        entry = "I32" if examples < 2**31 else "I64"
+        expected = {
+            "documents": ("I64", documents),
+            "offsets": ("I64", [sum(documents) + 1]),
+            "entries": (entry, [examples]),
+            "positions": ("I16", [examples]),
+            "tokens": ("I32", [examples]),
+            "scores": ("F32", [examples]),
+        }
+        if found != expected or len(documents) != 1:
+            raise StorageError(
+                f"{path} is damaged: it holds {str(found)[:300]}, expected {expected}"
+            )
         self._file = file
         self._documents = file.get_tensor("documents")
         self._offsets = file.get_tensor("offsets")
+        ends = int(self._offsets[0]), int(self._offsets[-1])
+        if (
+            ends != (0, examples)
+            or (np.diff(self._offsets) < 0).any()
+            or (np.diff(self._documents) <= 0).any()
+        ):
+            raise StorageError(f"{path} is damaged: its documents do not follow one another")
 
     def of(self, document: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Examples (rows of ``examples.parquet``), positions and scores."""
@@ -192,6 +223,8 @@ class Citations:
         a, b = (int(self._offsets[at]), int(self._offsets[at + 1])) if known else (0, 0)
         names = ("entries", "positions", "scores")
         entries, positions, scores = (self._file.get_slice(name)[a:b] for name in names)
+        require_range(self.path, "entries", entries, 0, self.examples)
+        require_range(self.path, "positions", positions, 0, 1 << 15)
         return entries.astype(np.int64), positions.astype(np.int64), scores
 
     def at_tokens(
@@ -200,5 +233,6 @@ class Citations:
         """How many of each unit's examples of a criterion have their hit at one of ``tokens``."""
         found = np.isin(self._file.get_tensor("tokens"), tokens).nonzero()[0]
         entries = self._file.get_tensor("entries")[found].astype(np.int64)
+        require_range(self.path, "entries", entries, 0, self.examples)
         right = np.array([name == criterion for name, _ in slots])[entries % len(slots)]
         return np.bincount(entries[right] // len(slots), minlength=units)

@@ -15,7 +15,7 @@ from torch import Tensor
 import lenslrp
 from lenslrp.analysis.plan import Place
 from lenslrp.analysis.units import Unit, parse_unit
-from lenslrp.errors import InputError
+from lenslrp.errors import InputError, StorageError
 from lenslrp.hooks.turns import turn
 from lenslrp.targets import Activation, PerRow
 
@@ -99,14 +99,15 @@ class Page:
         slots = self.dictionary.slots
         chosen = [i for i, (name, _) in enumerate(slots) if name == criterion]
         rows = self.rows.slice(chosen[0], len(chosen)) if chosen else self.rows.slice(0, 0)
-        documents = self.dictionary.texts.documents(rows["document"].to_pylist())
         texts = self.dictionary.texts
+        documents = texts.cited(rows["document"].to_pylist())
         windows = [
             self.dictionary.window(documents[doc], position)
             for doc, position in zip(
                 rows["document"].to_pylist(), rows["position"].to_pylist(), strict=True
             )
         ]
+        self._require_lengths(rows, [len(tokens) for _, tokens in windows])
         aims = [documents[doc] for doc in rows["document"].to_pylist()]
         frame = pd.DataFrame(
             {
@@ -126,6 +127,15 @@ class Page:
         frame["target_value"] = [d.aim_value if d.aim_position >= 0 else float("nan") for d in aims]
         frame["source"] = [d.source for d in aims]
         return frame
+
+    def _require_lengths(self, rows: pa.Table, tokens: list[int]) -> None:
+        """A window has a value for each of its tokens."""
+        found = [len(values) for values in rows["activations"].to_pylist()]
+        if found != tokens:
+            raise StorageError(
+                f"{self.dictionary.path} is damaged: windows of {self.name} have {found} values "
+                f"for {tokens} tokens"
+            )
 
     def vocabulary(self) -> pd.DataFrame:
         """What the unit writes to and reads from the vocabulary, by its weights.
@@ -207,7 +217,7 @@ class Rows:
 
     @classmethod
     def of(cls, page: Page, frame: pd.DataFrame) -> Rows:
-        documents = page.dictionary.texts.documents(frame["doc"])
+        documents = page.dictionary.texts.cited(frame["doc"])
         rows = [documents[doc].tokens for doc in frame["doc"]]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.tensor([[i < len(row) for i in range(tokens.shape[1])] for row in rows])

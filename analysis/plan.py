@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -22,6 +23,9 @@ from lenslrp.hooks.composites import Composite
 from lenslrp.passes import architecture
 
 SCHEMA = 2
+
+UNITS = 1 << 27
+"""Units that a dictionary has at most."""
 
 CRITERIA: dict[str, tuple[str, int]] = {
     "actmax": ("activation", 1),
@@ -142,7 +146,7 @@ class Plan:
             fields["sites"] = tuple((str(name), str(mark)) for name, mark in fields["sites"])
             plan = cls(**fields)
             _require_types(plan)
-        except (TypeError, KeyError, ValueError, IndexError) as error:
+        except (TypeError, KeyError, ValueError, IndexError, OverflowError) as error:
             raise StorageError(f"not the plan of a dictionary: {str(error)[:200]}") from error
         return plan
 
@@ -167,24 +171,72 @@ class Plan:
             )
 
 
+_NUMBER, _TEXT, _TEXT_OR_NONE = (int,), (str,), (str, type(None))
+
+_MODEL = {"name": _TEXT, "architecture": _TEXT, "dtype": _TEXT, "weights": _TEXT}
+_CUT = {"context": _NUMBER, "block": _NUMBER, "bos": (int, type(None)), "field": _TEXT}
+_CORPUS = {
+    "documents": _NUMBER,
+    "blocks": _NUMBER,
+    "tokens": _NUMBER,
+    "digest": _TEXT,
+    "name": _TEXT,
+    "revision": _TEXT_OR_NONE,
+}
+_PLACE = {
+    "hook": _TEXT,
+    "site": _TEXT,
+    "kind": _TEXT,
+    "layer": (int, type(None)),
+    "first": _NUMBER,
+    "size": _NUMBER,
+}
+_OPTIONS = {
+    "k": _NUMBER,
+    "sample": _NUMBER,
+    "seed": _NUMBER,
+    "tokenizer": _TEXT,
+    "attention": _TEXT,
+    "skip_first": (bool,),
+    "target": _TEXT_OR_NONE,
+}
+
+
 def _require_types(plan: Plan) -> None:
-    first = 0
+    """Raises :class:`TypeError` or :class:`ValueError` for what no plan of ours says."""
+    _require_scalars("model", plan.model, _MODEL)
+    cut = plan.corpus["cut"]
+    _require_scalars("corpus", {k: v for k, v in plan.corpus.items() if k != "cut"}, _CORPUS)
+    _require_scalars("corpus.cut", cut, _CUT)
+    _require_scalars("plan", {name: getattr(plan, name) for name in _OPTIONS}, _OPTIONS)
+    if plan.rules is not None:
+        _require_scalars("rules", plan.rules, {"name": _TEXT, "sha256": _TEXT})
+    if not all(isinstance(name, str) for name in (*plan.criteria, *plan.through)):
+        raise TypeError("criteria and through must be strings")
+    if len(plan.window) != 2 or not all(type(n) is int and 0 <= n < 1 << 20 for n in plan.window):
+        raise ValueError(f"window is {plan.window!r:.60}")
+    if not (0 < cut["context"] < 1 << 15 and 0 < plan.corpus["documents"] < 1 << 62):
+        raise ValueError("no documents, or none of their length")
+    sites, first = {name for name, _ in plan.sites}, 0
     for place in plan.places:
-        if place.first != first or not isinstance(place.size, int) or place.size < 1:
-            raise ValueError("places must follow one another")
+        _require_scalars("places", asdict(place), _PLACE)
+        if place.first != first or not 0 < place.size <= UNITS or place.site not in sites:
+            raise ValueError("places must follow one another, each of a site")
         first = place.end
-        if not isinstance(place.layer, int | None):
-            raise TypeError("a layer must be an integer")
-        if not all(isinstance(text, str) for text in (place.hook, place.site, place.kind)):
-            raise TypeError("hook, site and kind must be strings")
-    for name in ("k", "sample", "seed"):
-        if not isinstance(getattr(plan, name), int):
-            raise TypeError(f"{name} must be an integer")
-    if not plan.places or len(plan.window) != 2:
-        raise ValueError("no places, or no window")
-    for name in ("documents", "blocks", "tokens"):
-        if not isinstance(plan.corpus[name], int):
-            raise TypeError(f"corpus.{name} must be an integer")
+    if not 0 < first <= UNITS or not plan.k < 1 << 20 > plan.sample:
+        raise ValueError(f"{first} units, k={plan.k}, sample={plan.sample}")
+    if (plan.relevance, plan.relevance) != (plan.target is not None, plan.rules is not None):
+        raise ValueError("target and rules belong to relevance")
+
+
+def _require_scalars(where: str, values: Any, kinds: Mapping[str, tuple[type, ...]]) -> None:
+    if not isinstance(values, dict):
+        raise TypeError(f"{where} must be an object")
+    if missing := kinds.keys() - values.keys():
+        raise TypeError(f"{where} lacks {sorted(missing)}")
+    for name, value in values.items():
+        if type(value) not in kinds.get(name, (str, int, float, bool, type(None))):
+            raise TypeError(f"{where}.{name} is {value!r:.40}")
 
 
 def require_criteria(criteria: tuple[str, ...]) -> None:

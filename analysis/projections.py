@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lenslrp.files import whole
 from lenslrp.analysis.plan import Place, Plan
 from lenslrp.analysis.readout import embedding, scores
 from lenslrp.analysis.readouts import Directions, Features, Site
@@ -47,6 +46,7 @@ from lenslrp.analysis.vocabulary import (
     require_decoder,
 )
 from lenslrp.errors import InputError, StorageError
+from lenslrp.files import whole
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -63,6 +63,9 @@ PIECE = 1 << 24
 
 GROUP = 256
 """Units in a row group."""
+
+ROW_BYTES = 64
+"""Of a row, unpacked: no more."""
 
 ROLES = ("writes", "reads")
 NAMES = ("out", "in", "gate", "q", "k", "v")
@@ -292,18 +295,27 @@ class Projections:
         missing: site -> role -> why it has no lists.
     """
 
-    def __init__(self, path: Path, about: Any) -> None:
+    def __init__(self, path: Path, about: Any, units: int) -> None:
         self.path = path
         self.tokens, self.missing = _checked(path, about)
-        self._file = open_parquet(path)
-        if not self._file.schema_arrow.equals(SCHEMA):
-            raise StorageError(f"{path} does not have the columns of this schema")
+        self._file = open_parquet(path, SCHEMA, ROW_BYTES)
         groups = self._file.metadata
         parts = [groups.row_group(i) for i in range(groups.num_row_groups)]
-        starts = [part.column(0).statistics for part in parts]
-        if not all(start is not None and isinstance(start.min, int) for start in starts):
+        spans = [part.column(0).statistics for part in parts]
+        if not all(s is not None and isinstance(s.min, int) for s in spans):
             raise StorageError(f"{path} does not say which units its row groups hold")
-        self._starts = np.array([start.min for start in starts], dtype=np.int64)
+        starts = np.array([span.min for span in spans], dtype=np.int64)
+        ends = np.array([span.max for span in spans], dtype=np.int64)
+        most = GROUP * len(NAMES) * len(SIDES) * self.tokens
+        if (
+            ((ends < starts) | (ends >= starts + GROUP) | (starts < 0) | (ends >= units)).any()
+            or (starts[1:] <= ends[:-1]).any()
+            or any(part.num_rows > most for part in parts)
+        ):
+            raise StorageError(
+                f"{path} is damaged: its row groups are not of up to {GROUP} units each, in order"
+            )
+        self._starts = starts
         self._ends = np.cumsum([part.num_rows for part in parts])
 
     def close(self) -> None:
@@ -321,7 +333,27 @@ class Projections:
         frame = _plain(table.filter(pc.equal(table["unit"], unit)))
         if frame.empty:
             raise InputError(self._reason([site], ROLES))
+        self._require_lists(frame)
         return frame
+
+    def _require_lists(self, frame: pd.DataFrame) -> None:
+        """Each list has both ends, with ranks from 0."""
+        columns = (frame[name].tolist() for name in ("role", "name", "side", "rank"))
+        ranks: dict[tuple[str, str, str], list[int]] = {}
+        for *key, rank in zip(*columns, strict=True):
+            ranks.setdefault(tuple(key), []).append(rank)
+        whole_lists = all(
+            side in SIDES
+            and role in ROLES
+            and name in NAMES
+            and found == list(range(min(len(found), self.tokens)))
+            and found == ranks.get((role, name, SIDES[1 - SIDES.index(side)]))
+            for (role, name, side), found in ranks.items()
+        )
+        if not whole_lists or frame["id"].min() < 0:
+            raise StorageError(
+                f"{self.path} is damaged: the lists of unit {frame['unit'].iloc[0]} are not whole"
+            )
 
     def naming(self, tokens: list[int], role: str, sites: Sequence[str]) -> pd.DataFrame:
         """The rows of one role with one of ``tokens``: best ranks first, then largest scores.
@@ -358,7 +390,8 @@ def _plain(table: pa.Table) -> pd.DataFrame:
 
 def _checked(path: Path, about: Any) -> tuple[int, dict[str, dict[str, str]]]:
     """What a manifest says of the file, if it has the form of ours."""
-    fits = isinstance(about, dict) and isinstance(about.get("tokens"), int)
+    fits = isinstance(about, dict) and type(about.get("tokens")) is int
+    fits = fits and 0 <= about["tokens"] <= LIMIT
     missing = about.get("missing") if fits else None
     if not isinstance(missing, dict) or not all(
         isinstance(why, dict) and all(isinstance(text, str) for text in why.values())

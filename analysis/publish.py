@@ -19,24 +19,19 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from lenslrp.files import whole
+from lenslrp.analysis.forms import BINS, GROUP, UNIT_GROUP, kinds, sampled_tokens
 from lenslrp.analysis.plan import SCHEMA, Place, Plan, describe_libraries
 from lenslrp.analysis.projections import TOKENS, project_places, write_vocabulary
-from lenslrp.analysis.replay import STATISTICS, Entries, replay
+from lenslrp.analysis.replay import Entries, replay
 from lenslrp.analysis.search import Job, State, merge_shards
 from lenslrp.analysis.storage import file_record, parquet_writer, save_json, save_tensors
 from lenslrp.analysis.texts import Document, write_texts
 from lenslrp.analysis.work import FILES, MANIFEST, clear_work
+from lenslrp.files import whole
 from lenslrp.spelling import Speller
 
-GROUP = 64
-"""Units in a row group: opening one unit reads one of these."""
-
-BINS = 40
 MANTISSA = 13
 """Bits of a float32 that windows do without: 10 remain, as in float16, and the rest compresses."""
-
-WINDOWS = ("activation", "relevance")
 
 
 def finish(
@@ -94,13 +89,9 @@ def publish(
     save_json(folder / MANIFEST, manifest, fresh=True)
 
 
-def kinds(plan: Plan) -> tuple[str, ...]:
-    return WINDOWS if plan.relevance else WINDOWS[:1]
-
-
 def _sample(plan: Plan, parts: list[Path]) -> dict[str, Tensor]:
     """What each unit did at the sampled tokens: kind -> [unit, column]."""
-    columns = min(STATISTICS, plan.corpus["documents"])
+    columns = sampled_tokens(plan)
     found = {kind: torch.zeros(plan.units, columns) for kind in kinds(plan)}
     for path in parts:
         with safe_open(path, framework="pt") as file:
@@ -164,7 +155,7 @@ def _write_units(path: Path, plan: Plan, sample: dict[str, Tensor]) -> None:
                         rows[name] = _column(column)
                 table = pa.table(rows)
                 writer = writer or parquet_writer(temporary, table.schema)
-                writer.write_table(table, row_group_size=GROUP * 16)
+                writer.write_table(table, row_group_size=UNIT_GROUP)
         finally:
             if writer is not None:
                 writer.close()

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lenslrp.analysis.corpus_files import HALF, is_text
 from lenslrp.analysis.storage import canonical
 from lenslrp.errors import InputError
 
@@ -54,6 +55,10 @@ def read_records(source: Any, fields: Mapping[str, type], skipped: list[str]) ->
         if wrong:
             kinds = ", ".join(f"{field!r} ({fields[field].__name__})" for field in wrong)
             skipped.append(f"{name}: it has no {kinds}")
+            continue
+        texts = (entry[field] for field, kind in fields.items() if kind is str)
+        if not all(map(is_text, texts)):
+            skipped.append(f"{name}: {HALF}")
             continue
         yield {field: entry[field] for field in fields}
 

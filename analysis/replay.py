@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from lenslrp.analysis.block_pass import Aims, Spans
 from lenslrp.analysis.corpus import Block
+from lenslrp.analysis.forms import STATISTICS, kinds
 from lenslrp.analysis.plan import CRITERIA, Place, Plan, sampled_documents
 from lenslrp.analysis.search import Job, State
 from lenslrp.analysis.storage import load_tensors, save_tensors
@@ -27,9 +28,6 @@ from lenslrp.errors import StorageError
 
 DECILES = 10
 RANDOM = 10
-STATISTICS = 512
-"""Documents, one token each, from which statistics are estimated."""
-
 FLUSH = 100_000
 """Windows in a file."""
 
@@ -127,15 +125,12 @@ class _Cutter:
         self.block, self.ids = block, ids
         self.cut = {
             what: torch.full((len(ids), sum(self.plan.window) + 1), float("nan"))
-            for what in self._kinds()
+            for what in kinds(self.plan)
         }
         self.columns = self.statistics.columns(block)
         self.sampled = {
-            what: torch.zeros(self.plan.units, len(self.columns)) for what in self._kinds()
+            what: torch.zeros(self.plan.units, len(self.columns)) for what in kinds(self.plan)
         }
-
-    def _kinds(self) -> tuple[str, ...]:
-        return ("activation", "relevance") if self.plan.relevance else ("activation",)
 
     def on_activation(self, place: Place, x: Tensor, spans: Spans) -> None:
         self._take("activation", place, x, spans)
@@ -186,7 +181,7 @@ class _Cutter:
         assert self.block is not None
         columns = torch.tensor([c for c, _ in self.columns], dtype=torch.int64)
         made = {"entry": self.ids, "column": columns, "document": self.block.docs}
-        for what in self._kinds():
+        for what in kinds(self.plan):
             made[what], made[f"sample/{what}"] = self.cut[what], self.sampled[what].T.contiguous()
         if aims is not None:
             made["aim/position"], made["aim/token"] = aims.positions, aims.tokens
@@ -202,7 +197,7 @@ class _Cutter:
             self.end(None)
         joined = {name: torch.cat(some) for name, some in self.done.items()}
         order = joined["entry"].argsort()
-        for name in ("entry", *self._kinds()):
+        for name in ("entry", *kinds(self.plan)):
             joined[name] = joined[name][order]
         save_tensors(path, joined, metadata)
         self.done, self.windows = {}, 0

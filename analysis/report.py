@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenslrp.analysis import plots
-from lenslrp.files import HTML, whole
 from lenslrp.analysis.readout import unembedding
 from lenslrp.analysis.report_template import TEMPLATE
 from lenslrp.analysis.vocabulary import neuron_writes
 from lenslrp.errors import InputError
 from lenslrp.extras import require
+from lenslrp.files import HTML, whole
 from lenslrp.heatmap import colour_scale, signed, token_heatmap
 from lenslrp.visible_text import visible
 

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lenslrp.files import whole
 from lenslrp.analysis.steering import Ablate, Add, Clamp, Operation, ProjectOut, Scale, Steering
 from lenslrp.analysis.storage import load_json, load_tensors, require_plain, save_json, save_tensors
 from lenslrp.analysis.units import Direction, Feature, Unit, parse_unit
-from lenslrp.errors import InputError, StorageError
+from lenslrp.errors import InputError, LoadError, StorageError
 from lenslrp.extras import require
+from lenslrp.files import whole
 
 SCHEMA = 1
 OPERATIONS: dict[str, type[Operation]] = {
@@ -89,7 +89,9 @@ def save_steering(steering: Steering, path: str | Path) -> Path:
         raise InputError(f"{path.name} is for the specification; the vectors are written beside it")
     text, vectors = steering_to_json(steering)
     if vectors:  # first: a specification never stands without its vectors
-        save_tensors(path.with_suffix(".safetensors"), vectors, {"schema": str(SCHEMA)}, ours=b'"sha256"')
+        save_tensors(
+            path.with_suffix(".safetensors"), vectors, {"schema": str(SCHEMA)}, ours=b'"sha256"'
+        )
     save_json(path, json.loads(text), ours=b'"operations"')
     return path
 

@@ -1,8 +1,9 @@
 """Files that a kill cannot spoil and a stranger cannot abuse.
 
-Everything is written by :mod:`lenslrp.files`, so a file is either whole or not there. Tensors lie in safetensors files that carry a SHA-256 of their
-own contents, so a flipped bit is found wherever it is. Nothing is ever unpickled. What is read back
-is bounded before it is believed: headers, manifests and file names from outside go through here.
+Everything is written by :mod:`lenslrp.files`, so a file is either whole or not there. Tensors lie
+in safetensors files that carry a SHA-256 of their own contents, so a flipped bit is found wherever
+it is. Nothing is ever unpickled. What is read back is bounded before it is believed: headers,
+manifests, row groups and file names from outside go through here.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lenslrp.files import whole
 from lenslrp.errors import StorageError
+from lenslrp.files import whole
 
 HEADER_LIMIT = 1 << 22
 """Bytes of a safetensors header; ours are a few kilobytes."""
@@ -31,6 +33,12 @@ JSON_LIMIT = 1 << 24
 """Bytes of a manifest."""
 
 CHECKSUM = "sha256"
+
+GROUP_LIMIT = 1 << 30
+"""Bytes of one row group, unpacked."""
+
+Form = tuple[torch.dtype, tuple[int | None, ...]]
+"""Of a tensor: its type and its shape, None where any size will do."""
 
 
 def file_sha256(path: Path) -> str:
@@ -75,7 +83,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise StorageError(f"{path} is damaged or truncated: {error}") from error
     stated = metadata.pop(CHECKSUM, None)
     if stated != contents_sha256(tensors, metadata):
@@ -86,6 +94,45 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def require_forms(path: Path, tensors: Mapping[str, Tensor], forms: Mapping[str, Form]) -> None:
+    """Refuse tensors of other names, types or shapes than a file of its kind holds.
+
+    Raises:
+        StorageError: naming the file and the first tensor that differs.
+    """
+    if set(tensors) != set(forms):
+        raise StorageError(
+            f"{path} is damaged: it holds {str(sorted(tensors))[:200]}; expected {sorted(forms)}"
+        )
+    for name, (dtype, shape) in forms.items():
+        found = tensors[name]
+        fits = found.ndim == len(shape) and all(
+            size is None or size == have for size, have in zip(shape, found.shape, strict=True)
+        )
+        if found.dtype != dtype or not fits:
+            wanted = [size if size is not None else "any" for size in shape]
+            raise StorageError(
+                f"{path} is damaged: {name} is {found.dtype} {list(found.shape)}, expected "
+                f"{dtype} {wanted}"
+            )
+
+
+def require_range(path: Path, name: str, values: Any, low: int, high: int) -> None:
+    """Refuse whole numbers outside ``low`` to ``high - 1``.
+
+    Args:
+        values: a tensor or an array.
+
+    Raises:
+        StorageError: naming the file and what the numbers are.
+    """
+    if 0 not in values.shape and (int(values.min()) < low or int(values.max()) >= high):
+        raise StorageError(
+            f"{path} is damaged: {name} from {int(values.min())} to {int(values.max())}, expected "
+            f"{low} to {high - 1}"
+        )
+
+
 def require_header(path: Path) -> None:
     """Refuse a safetensors file whose header is larger than the file, or than ours ever are.
 
@@ -93,9 +140,12 @@ def require_header(path: Path) -> None:
         StorageError: naming the file.
     """
     require_plain(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}") from error
     if len(start) < 8:
         raise StorageError(f"{path} is truncated: {size} bytes, too short for a header")
     length = struct.unpack("<Q", start)[0]
@@ -112,32 +162,91 @@ def parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """A parquet file, its pages to be checked as they are read.
+def open_parquet(
+    path: Path, schema: pa.Schema, row: int, groups: Sequence[int] | None = None
+) -> pq.ParquetFile:
+    """A parquet file of known form, its pages to be checked as they are read.
+
+    Args:
+        path: the file.
+        schema: its columns.
+        row: bytes that a row has at most, unpacked.
+        groups: rows of each row group, where that is known.
 
     Raises:
-        StorageError: no regular file, or no parquet.
+        StorageError: no regular file, no parquet, or one of another form.
     """
     require_plain(path)
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise StorageError(f"{path} is damaged: {str(error)[:200]}") from error
+    if not file.schema_arrow.equals(schema):
+        raise StorageError(
+            f"{path} does not have the columns of this schema: {file.schema_arrow.names} of "
+            f"{str([str(t) for t in file.schema_arrow.types])[:200]}"
+        )
+    about = file.metadata
+    found = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
+    if groups is not None and found != list(groups):
+        raise StorageError(
+            f"{path} does not have the row groups of this dictionary: {sum(found)} rows in "
+            f"{len(found)} groups, expected {sum(groups)} in {len(groups)}"
+        )
+    _require_bounded(path, file, row)
+    return file
+
+
+def _require_bounded(path: Path, file: pq.ParquetFile, row: int) -> None:
+    """Refuse row groups that would unpack to more than their rows can have.
+
+    Raises:
+        StorageError: naming the file and the size.
+    """
+    for i in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(i)
+        size = max(
+            group.total_byte_size,
+            *(group.column(c).total_uncompressed_size for c in range(group.num_columns)),
+        )
+        limit = min(GROUP_LIMIT, (1 << 20) + 2 * row * group.num_rows)
+        if size > limit:
+            raise StorageError(
+                f"{path} claims {size} bytes for {group.num_rows} rows, expected up to {limit}"
+            )
 
 
 def read_groups(
-    path: Path, file: pq.ParquetFile, groups: list[int] | None, columns: list[str] | None = None
+    path: Path,
+    file: pq.ParquetFile,
+    groups: list[int] | None,
+    columns: list[str] | None = None,
+    *,
+    empty: tuple[str, ...] = (),
 ) -> pa.Table:
-    """Some row groups, or all.
+    """Some row groups, or all, checked down to their characters.
+
+    Args:
+        empty: columns that may have empty cells.
 
     Raises:
-        StorageError: a page's checksum is not what it should be; names the file.
+        StorageError: a page's checksum is not what it should be, or its contents are no values of
+            their type; names the file.
     """
     chosen = list(range(file.metadata.num_row_groups)) if groups is None else groups
     try:
-        return file.read_row_groups(chosen, columns=columns)
+        table = file.read_row_groups(chosen, columns=columns)
+        table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise StorageError(f"{path} is damaged: {str(error)[:200]}") from error
+    rows = sum(file.metadata.row_group(i).num_rows for i in chosen)
+    if table.num_rows != rows:
+        raise StorageError(f"{path} is damaged: {table.num_rows} rows where it says {rows}")
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        within = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+        if name not in empty and (column.null_count or within.null_count):
+            raise StorageError(f"{path} is damaged: empty cells in the column {name}")
+    return table
 
 
 def require_plain(path: Path) -> None:
@@ -157,9 +266,7 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-def save_json(
-    path: Path, value: Any, *, ours: bytes | None = None, fresh: bool = False
-) -> None:
+def save_json(path: Path, value: Any, *, ours: bytes | None = None, fresh: bool = False) -> None:
     """Write JSON, whole or not at all: see :func:`whole`."""
     with whole(path, ours=ours, fresh=fresh) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -177,6 +284,8 @@ def load_json(path: Path) -> dict[str, Any]:
         raise StorageError(f"{path} has {size} bytes; at most {JSON_LIMIT} are read")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} is damaged: {error}") from error
     if not isinstance(value, dict):

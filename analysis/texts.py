@@ -23,9 +23,9 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from lenslrp.analysis.finding import indexed, terms
-from lenslrp.files import whole
 from lenslrp.analysis.storage import require_plain
 from lenslrp.errors import InputError, StorageError
+from lenslrp.files import whole
 from lenslrp.spelling import Spelling
 from lenslrp.words import pieces
 
@@ -138,8 +138,9 @@ class Texts:
         for doc in dict.fromkeys(ids):
             row = self._one("SELECT * FROM documents WHERE id = ?", doc)
             if row is not None:
+                self._require_types(doc, row)
                 tokens, spans = self._unpacked(row[3], 1)[:, 0], self._unpacked(row[8], 2)
-                text = row[7] if isinstance(row[7], str) else ""
+                text = row[7]
                 inside = bool((spans >= 0).all() and (spans <= len(text)).all())
                 if len(spans) != len(tokens) or not inside:
                     raise StorageError(
@@ -149,6 +150,31 @@ class Texts:
                     row[0], row[1], row[2], tokens, row[4], row[5], row[6], text, spans
                 )
         return found
+
+    def cited(self, ids: Iterable[int]) -> dict[int, Document]:
+        """Documents by id, all of which are there.
+
+        Raises:
+            StorageError: one is not.
+        """
+        wanted = list(ids)
+        found = self.documents(wanted)
+        missing = sorted(set(wanted) - set(found))
+        if missing:
+            raise StorageError(
+                f"{self.path} is damaged: documents that examples cite are missing, such as "
+                f"{missing[0]}"
+            )
+        return found
+
+    def _require_types(self, doc: int, row: tuple[Any, ...]) -> None:
+        """SQLite keeps what it is given, whatever the column says."""
+        numbers = all(isinstance(row[i], int) for i in (0, 1, 2, 4, 5))
+        blob = isinstance(row[3], bytes) and 0 < len(row[3]) <= 4 << 15 and not len(row[3]) % 4
+        if not numbers or not blob or not isinstance(row[6], float) or not isinstance(row[7], str):
+            raise StorageError(f"{self.path} is damaged: document {doc} is not one of a dictionary")
+        if int(np.frombuffer(row[3], dtype=np.int32).min()) < 0:
+            raise StorageError(f"{self.path} is damaged: document {doc} has a negative token")
 
     def pieces(self, document: Document) -> list[str]:
         """What each token shows of its document; a token without characters, its name."""
@@ -168,7 +194,10 @@ class Texts:
 
     def tokens_called(self, text: str) -> list[int]:
         """The tokens whose text is ``text``, white space aside."""
-        rows = self._database.execute("SELECT id, text FROM tokens").fetchall()
+        try:
+            rows = self._database.execute("SELECT id, text FROM tokens").fetchall()
+        except sqlite3.DatabaseError as error:
+            raise StorageError(f"{self.path} is damaged: {error}") from error
         return [int(token) for token, name in rows if str(name).strip() == text.strip()]
 
     def matching(self, query: str) -> list[int]:

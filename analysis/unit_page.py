@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lenslrp.files import HTML, whole
 from lenslrp.analysis.page import Page
 from lenslrp.analysis.report import environment, section
 from lenslrp.analysis.unit_links import clamped, downstream, upstream
@@ -27,6 +26,7 @@ from lenslrp.analysis.unit_template import DOCUMENT, PAGE, STYLE
 from lenslrp.analysis.units import Neuron
 from lenslrp.analysis.vocabulary import cosines, sign_cases, writes
 from lenslrp.errors import InputError
+from lenslrp.files import HTML, whole
 from lenslrp.visible_text import visible
 
 if TYPE_CHECKING:

@@ -31,7 +31,6 @@ from safetensors.torch import load_file, save_file
 import lenslrp
 from lenslrp.analysis.block_pass import unembedding_at
 from lenslrp.analysis.circuits import NodeScores, score_nodes
-from lenslrp.files import whole
 from lenslrp.analysis.nodes import Node, forward, place_components
 from lenslrp.analysis.pairs import TEMPLATES, Pairs, template_pairs
 from lenslrp.analysis.pruning import (
@@ -42,6 +41,7 @@ from lenslrp.analysis.pruning import (
     verify,
 )
 from lenslrp.analysis.statistics import RESAMPLES, bootstrap, spearman
+from lenslrp.files import whole
 from lenslrp.hooks.components import layer_of
 
 RESULTS = Path(__file__).with_name("results") / "circuits"  # ignored by git

@@ -45,9 +45,7 @@ _TEMPORARY = re.compile(r"\..*\.lenslrp-(?P<host>.+)-(?P<process>\d+)-\d+\.tmp")
 
 
 @contextmanager
-def whole(
-    path: str | Path, *, ours: bytes | None = None, fresh: bool = False
-) -> Iterator[Path]:
+def whole(path: str | Path, *, ours: bytes | None = None, fresh: bool = False) -> Iterator[Path]:
     """A temporary path to write, whose contents take the place of ``path`` when the block ends.
 
     When the block raises, what was at ``path`` is still there and the temporary file is not.
@@ -260,7 +258,7 @@ def _copy_into(source: Path, target: Path) -> None:
         sys.stdout.flush()
     with (
         source.open("rb") as read,
-        open(os.dup(int(target.name)) if _is_open_file(target) else target, "wb") as write,  # noqa: PTH123
+        open(os.dup(int(target.name)) if _is_open_file(target) else target, "wb") as write,
     ):
         shutil.copyfileobj(read, write, 1 << 20)
 
