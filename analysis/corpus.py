@@ -122,8 +122,24 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: str | Path) -> Corpus:
-        """Raises :class:`StorageError` where nothing has been tokenised."""
-        return cls(Path(folder), load_json(Path(folder) / "corpus.json"))
+        """Raises :class:`StorageError` where nothing has been tokenised, or it is damaged."""
+        path = Path(folder) / "corpus.json"
+        about = load_json(path)
+        numbers = ("documents", "blocks", "tokens", "texts", "short", "skipped")
+        parts = about.get("parts")
+        if not all(type(about.get(name)) is int and about[name] >= 0 for name in numbers):
+            raise StorageError(f"{path} is damaged: it does not say {', '.join(numbers)}")
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise StorageError(f"{path} is damaged: it does not list its parts")
+        if len(parts) != -(-about["documents"] // PART) or about.get("digest") != _joined(parts):
+            raise StorageError(f"{path} is damaged: its parts are not those of its documents")
+        try:
+            cut = Cut(**about["cut"])
+        except (KeyError, TypeError, InputError) as error:
+            raise StorageError(f"{path} is damaged: its cut is none: {error}") from error
+        if about["blocks"] != -(-about["documents"] // cut.block):
+            raise StorageError(f"{path} is damaged: {about['blocks']} blocks")
+        return cls(Path(folder), about)
 
     @property
     def documents(self) -> int:
@@ -177,9 +193,22 @@ class Corpus:
 def _part(folder: str, number: int, digest: str) -> Part:
     path = Path(folder) / _part_name(number)
     tensors, metadata = load_tensors(path)
-    if metadata.get("digest") != digest:
+    if metadata.get("digest") != digest or _digest(tensors) != digest:
         raise StorageError(f"{path} is not the file that corpus.json lists: it was replaced")
     return Part(number * PART, **tensors)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Of the contents of a part."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _joined(digests: list[str]) -> str:
+    """Of a whole corpus, from those of its parts."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _part_name(number: int) -> str:
@@ -233,7 +262,7 @@ def tokenise(
         "skipped": len(skipped),
         "identity": identity,
         "parts": parts,
-        "digest": hashlib.sha256("".join(parts).encode()).hexdigest(),
+        "digest": _joined(parts),
     }
     save_json(folder / "corpus.json", about)
     return Corpus(folder, about)
@@ -277,11 +306,8 @@ class _Writer:
             "starts": torch.tensor([start for _, _, start in self._rows], dtype=torch.int32),
             "order": lengths.sort(stable=True).indices.int(),
         }
-        digest = hashlib.sha256()
-        for name in sorted(tensors):
-            digest.update(tensors[name].numpy().tobytes())
         path = self.folder / _part_name(len(self.digests))
-        self.digests.append(digest.hexdigest())
+        self.digests.append(_digest(tensors))
         save_tensors(path, tensors, {"digest": self.digests[-1]})
         self._rows = []
 

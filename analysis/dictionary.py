@@ -76,7 +76,7 @@ class NeuronDictionary:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self.plan = plan = Plan.from_json(manifest["plan"])
+        self.plan = plan = Plan.from_json(manifest["plan"], path / MANIFEST)
         require_manifest(path / MANIFEST, manifest)
         self.slots = read_slots(path / MANIFEST, manifest["slots"], plan)
         self._sizes = group_sizes(plan, GROUP, len(self.slots)), group_sizes(plan, UNIT_GROUP)
@@ -209,7 +209,10 @@ class NeuronDictionary:
             )
         check_files(folder, manifest.get("files"), FILES, verify)
         try:
-            if manifest["plan_sha256"] != Plan.from_json(manifest["plan"]).fingerprint():
+            if (
+                manifest["plan_sha256"]
+                != Plan.from_json(manifest["plan"], folder / MANIFEST).fingerprint()
+            ):
                 raise StorageError(f"{folder / MANIFEST} was changed: its plan is another")
             return cls(folder, manifest)
         except KeyError as error:

@@ -103,7 +103,7 @@ def prepare(
     )
     with taking_turns(work):
         if (work / PLAN).exists():
-            plan.require_same(Plan.from_json(load_json(work / PLAN)), str(work))
+            plan.require_same(Plan.from_json(load_json(work / PLAN), work / PLAN), str(work))
         else:
             save_json(work / PLAN, plan.to_json())
     own = target if isinstance(target, Target) and not isinstance(target, str) else None

@@ -11,6 +11,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,8 +128,8 @@ class Plan:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: Any) -> Plan:
-        """A plan read back.
+    def from_json(cls, value: Any, path: Path) -> Plan:
+        """A plan read back, from the file at ``path``.
 
         Raises:
             StorageError: of another schema, or not a plan.
@@ -136,7 +137,8 @@ class Plan:
         if not isinstance(value, dict) or value.get("schema") != SCHEMA:
             found = value.get("schema") if isinstance(value, dict) else value
             raise StorageError(
-                f"made with schema {str(found)[:20]}; this version of LensLRP reads schema {SCHEMA}"
+                f"{path} was made with schema {str(found)[:20]}; this version of LensLRP reads "
+                f"schema {SCHEMA}"
             )
         try:
             fields = dict(value)
@@ -147,7 +149,9 @@ class Plan:
             plan = cls(**fields)
             _require_types(plan)
         except (TypeError, KeyError, ValueError, IndexError, OverflowError) as error:
-            raise StorageError(f"not the plan of a dictionary: {str(error)[:200]}") from error
+            raise StorageError(
+                f"{path} is damaged: not the plan of a dictionary: {str(error)[:200]}"
+            ) from error
         return plan
 
     def fingerprint(self) -> str:
@@ -215,7 +219,7 @@ def _require_types(plan: Plan) -> None:
         raise TypeError("criteria and through must be strings")
     if len(plan.window) != 2 or not all(type(n) is int and 0 <= n < 1 << 20 for n in plan.window):
         raise ValueError(f"window is {plan.window!r:.60}")
-    if not (0 < cut["context"] < 1 << 15 and 0 < plan.corpus["documents"] < 1 << 62):
+    if not (0 < cut["context"] < 1 << 15 and 0 < plan.corpus["documents"] < 1 << 32):
         raise ValueError("no documents, or none of their length")
     sites, first = {name for name, _ in plan.sites}, 0
     for place in plan.places:

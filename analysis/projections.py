@@ -34,6 +34,9 @@ from lenslrp.analysis.storage import (
     open_parquet,
     parquet_writer,
     read_groups,
+    require_forms,
+    require_numbers,
+    require_range,
     save_tensors,
 )
 from lenslrp.analysis.units import Direction, Feature, Head, Unit, parse_unit
@@ -253,10 +256,10 @@ def write_vocabulary(path: Path, plan: Plan, parts: list[Path]) -> tuple[dict[st
     with whole(path, fresh=True) as temporary, parquet_writer(temporary, SCHEMA) as writer:
         for place, part in zip(plan.places, parts, strict=True):
             tensors, about = load_tensors(part)
+            columns, reasons = _read_part(part, tensors, about, plan, place)
             tokens = int(about["tokens"])
-            for role, reason in json.loads(about["missing"]).items():
+            for role, reason in reasons.items():
                 missing.setdefault(place.site, {}).setdefault(role, reason)
-            columns = json.loads(about["columns"])
             ids, values = tensors["ids"].numpy(), tensors["scores"].numpy()
             shown.update(np.unique(ids).tolist())
             for first in range(0, place.size if columns else 0, GROUP):
@@ -264,6 +267,28 @@ def write_vocabulary(path: Path, plan: Plan, parts: list[Path]) -> tuple[dict[st
                 numbers = np.arange(place.first + some.start, place.first + some.stop)
                 writer.write_table(_rows(numbers, columns, ids[some], values[some]))
     return {"tokens": tokens, "missing": missing}, shown
+
+
+def _read_part(
+    path: Path, tensors: dict[str, Tensor], about: dict[str, str], plan: Plan, place: Place
+) -> tuple[list[list[Any]], dict[str, str]]:
+    """Columns and missing roles of a file of :func:`project_places`, if it is one."""
+    require_numbers(path, about, ("tokens",))
+    try:
+        columns, missing = json.loads(about["columns"]), json.loads(about["missing"])
+        known = all(
+            role in ROLES and name in NAMES and side in SIDES and 0 <= rank < LIMIT
+            for role, name, side, rank in columns
+        )
+        reasons = {str(role): str(reason) for role, reason in missing.items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise StorageError(f"{path} is damaged: it does not say what its columns are") from error
+    if not known or about.get("plan") != plan.fingerprint() or not set(reasons) <= set(ROLES):
+        raise StorageError(f"{path} is damaged: its columns are not those of this dictionary")
+    shape = (place.size, len(columns))
+    require_forms(path, tensors, {"ids": (torch.int32, shape), "scores": (torch.float32, shape)})
+    require_range(path, "ids", tensors["ids"], 0, 1 << 31)
+    return columns, reasons
 
 
 def _rows(numbers: NDArray[Any], columns: Any, ids: NDArray[Any], values: NDArray[Any]) -> pa.Table:
@@ -344,8 +369,8 @@ class Projections:
             ranks.setdefault(tuple(key), []).append(rank)
         whole_lists = all(
             side in SIDES
-            and role in ROLES
             and name in NAMES
+            and role == ROLES[name != "out"]
             and found == list(range(min(len(found), self.tokens)))
             and found == ranks.get((role, name, SIDES[1 - SIDES.index(side)]))
             for (role, name, side), found in ranks.items()

@@ -22,7 +22,7 @@ from torch import Tensor
 from lenslrp.analysis.forms import BINS, GROUP, UNIT_GROUP, kinds, sampled_tokens
 from lenslrp.analysis.plan import SCHEMA, Place, Plan, describe_libraries
 from lenslrp.analysis.projections import TOKENS, project_places, write_vocabulary
-from lenslrp.analysis.replay import Entries, replay
+from lenslrp.analysis.replay import Entries, replay, require_part
 from lenslrp.analysis.search import Job, State, merge_shards
 from lenslrp.analysis.storage import file_record, parquet_writer, save_json, save_tensors
 from lenslrp.analysis.texts import Document, write_texts
@@ -49,6 +49,9 @@ def finish(
     entries = Entries.of(state, job.plan)
     if parts is None:
         parts = replay(job, entries, checkpoint_every=checkpoint_every, progress=progress)
+    else:
+        for path in parts:
+            require_part(path, job.plan, entries)
     projected = project_places(job, tokens=vocabulary, progress=progress)
     publish(job, state, entries, parts, projected)
     if not keep_work:

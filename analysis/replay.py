@@ -19,10 +19,17 @@ from tqdm.auto import tqdm
 
 from lenslrp.analysis.block_pass import Aims, Spans
 from lenslrp.analysis.corpus import Block
-from lenslrp.analysis.forms import STATISTICS, kinds
+from lenslrp.analysis.forms import STATISTICS, kinds, sampled_tokens
 from lenslrp.analysis.plan import CRITERIA, Place, Plan, sampled_documents
 from lenslrp.analysis.search import Job, State
-from lenslrp.analysis.storage import load_tensors, save_tensors
+from lenslrp.analysis.storage import (
+    Form,
+    load_tensors,
+    require_forms,
+    require_numbers,
+    require_range,
+    save_tensors,
+)
 from lenslrp.analysis.topk import priorities, unpack
 from lenslrp.errors import StorageError
 
@@ -227,10 +234,7 @@ def replay(
     files = replayed(job, rank, world)
     start = rank
     for path in files:
-        _, metadata = load_tensors(path)
-        if metadata["plan"] != plan.fingerprint():
-            raise StorageError(f"{path} was made for another dictionary; delete it")
-        start = int(metadata["next"])
+        start = require_part(path, plan, entries)
     cutter = _Cutter(plan, entries, statistics)
     saved = time.monotonic()
     mine = range(rank, len(blocks), world)
@@ -252,6 +256,38 @@ def replay(
     if not files:
         files.append(_flush(job, cutter, rank, world, start, len(blocks)))
     return files
+
+
+def require_part(path: Path, plan: Plan, entries: Entries) -> int:
+    """Refuse a file that no replay of these entries wrote; return the block that follows it.
+
+    Raises:
+        StorageError: naming the file.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("plan") != plan.fingerprint():
+        raise StorageError(f"{path} was made for another dictionary; delete it")
+    require_numbers(path, metadata, ("next",))
+    count, width = entries.documents.numel(), sum(plan.window) + 1
+    forms: dict[str, Form] = {
+        "entry": (torch.int64, (None,)),
+        "column": (torch.int64, (None,)),
+        "document": (torch.int64, (None,)),
+    }
+    rows = [len(tensors[name]) if name in tensors else None for name in ("entry", "column")]
+    for kind in kinds(plan):
+        forms[kind] = torch.float32, (rows[0], width)
+        forms[f"sample/{kind}"] = torch.float32, (rows[1], plan.units)
+    if "aim/value" in tensors:
+        documents = (len(tensors["document"]) if "document" in tensors else None,)
+        forms["aim/position"] = forms["aim/token"] = torch.int64, documents
+        forms["aim/value"] = tensors["aim/value"].dtype, documents
+    require_forms(path, tensors, forms)
+    require_range(path, "entry", tensors["entry"], 0, count)
+    require_range(path, "column", tensors["column"], 0, sampled_tokens(plan))
+    if bool((tensors["entry"].diff() <= 0).any()):
+        raise StorageError(f"{path} is damaged: its windows are not sorted")
+    return int(metadata["next"])
 
 
 def _flush(job: Job, cutter: _Cutter, rank: int, world: int, following: int, blocks: int) -> Path:

@@ -27,7 +27,15 @@ from tqdm.auto import tqdm
 from lenslrp.analysis.block_pass import BlockPass, Spans
 from lenslrp.analysis.corpus import Corpus
 from lenslrp.analysis.plan import CRITERIA, SAMPLES, Place, Plan, sampled_documents
-from lenslrp.analysis.storage import canonical, load_tensors, save_tensors
+from lenslrp.analysis.storage import (
+    Form,
+    canonical,
+    load_tensors,
+    require_forms,
+    require_numbers,
+    require_range,
+    save_tensors,
+)
 from lenslrp.analysis.topk import TopK, extremes, locator, pack, require_finite, unpack
 from lenslrp.errors import StorageError
 
@@ -82,7 +90,7 @@ class State:
             StorageError: damaged, or made under another plan.
         """
         tensors, metadata = load_tensors(path)
-        plan.require_same(Plan.from_json(json.loads(metadata["plan"])), str(path))
+        _require_shard(path, tensors, metadata, plan)
         tops = {}
         for name in plan.criteria:
             if name in CRITERIA:
@@ -105,6 +113,36 @@ class State:
         return State(
             tops, values, positions, sum(s.next for s in parts), sum(s.tokens for s in parts)
         )
+
+
+def _require_shard(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], plan: Plan
+) -> None:
+    """Refuse what :meth:`State.save` would not have written under this plan."""
+    try:
+        said = Plan.from_json(json.loads(metadata["plan"]), path)
+    except (KeyError, ValueError, RecursionError) as error:
+        raise StorageError(f"{path} is damaged: it does not say what it is part of") from error
+    plan.require_same(said, str(path))
+    require_numbers(path, metadata, ("rank", "world", "next", "tokens"))
+    shape = plan.units, plan.k
+    sampled = tuple(State.empty(plan).values.shape)
+    forms: dict[str, Form] = {
+        "sample/value": (torch.float32, sampled),
+        "sample/position": (torch.int16, sampled),
+    }
+    names = [name for name in plan.criteria if name in CRITERIA]
+    for name in names:
+        forms[f"{name}/value"] = torch.float32, shape
+        forms[f"{name}/document"] = torch.int64, shape
+        forms[f"{name}/position"] = torch.int16, shape
+    require_forms(path, tensors, forms)
+    context = int(plan.corpus["cut"]["context"])
+    for name in names:
+        require_range(path, f"{name}/document", tensors[f"{name}/document"], -1,
+                      plan.corpus["documents"])  # fmt: skip
+        require_range(path, f"{name}/position", tensors[f"{name}/position"], 0, context)
+    require_range(path, "sample/position", tensors["sample/position"], 0, context)
 
 
 @dataclass(frozen=True, eq=False)

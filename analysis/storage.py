@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,6 +116,17 @@ def require_forms(path: Path, tensors: Mapping[str, Tensor], forms: Mapping[str,
                 f"{path} is damaged: {name} is {found.dtype} {list(found.shape)}, expected "
                 f"{dtype} {wanted}"
             )
+
+
+def require_numbers(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> None:
+    """Refuse metadata in which one of these is not a whole number.
+
+    Raises:
+        StorageError: naming the file and the entry.
+    """
+    for name in names:
+        if not re.fullmatch(r"\d{1,18}", metadata.get(name, "")):
+            raise StorageError(f"{path} is damaged: {name} is {metadata.get(name)!r:.40}")
 
 
 def require_range(path: Path, name: str, values: Any, low: int, high: int) -> None:

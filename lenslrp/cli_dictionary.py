@@ -227,9 +227,10 @@ def _merge(options: argparse.Namespace) -> int:
     from lenslrp.errors import StorageError
 
     work = options.path / "work"
-    if not (work / "plan.json").exists():
+    path = work / "plan.json"
+    if not path.exists():
         raise StorageError(f"{work} has no plan.json: there are no shards to merge")
-    given = _options_of(Plan.from_json(load_json(work / "plan.json")))
+    given = _options_of(Plan.from_json(load_json(path), path))
     job = prepare(load_model(options), None, options.path, **given)
     shards = sorted(work.glob("shard-*.safetensors"))
     return _say(NeuronDictionary.merge(job, shards, vocabulary=options.vocabulary))

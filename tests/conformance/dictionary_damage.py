@@ -103,7 +103,7 @@ def _or_refused(call: Callable[[], object]) -> None:
         return
 
 
-def resign(folder: Path) -> None:
+def resign_all(folder: Path) -> None:
     """What a stranger does who spoils a file: the manifest has its new checksum."""
     path = folder / "manifest.json"
     if not path.is_file():
@@ -436,8 +436,12 @@ def _of_parquet() -> Iterator[tuple[str, Damage]]:
         yield f"{name} without statistics", parquet(name, lambda t: t, write_statistics=False)
         yield f"{name} not packed by words", parquet(name, lambda t: t, use_dictionary=False)
         yield f"{name} in one group", lambda f, n=name: pq.write_table(pq.read_table(f / n), f / n)
-    for name, each in (("examples.parquet", "activations"), ("units.parquet", "activation_histogram"),
-                       ("examples.parquet", "relevances")):  # fmt: skip
+    of_lists = (
+        ("examples.parquet", "activations"),
+        ("examples.parquet", "relevances"),
+        ("units.parquet", "activation_histogram"),
+    )
+    for name, each in of_lists:
         lists: dict[str, Callable[[list[Any]], list[Any]]] = {
             "empty": lambda rows: [[]] * len(rows),
             "short": lambda rows: [row[:-1] for row in rows],
@@ -450,8 +454,13 @@ def _of_parquet() -> Iterator[tuple[str, Damage]]:
                 f"{name} {each} {case}",
                 parquet(name, column(each, lambda v, m=make: pa.array(m(v.to_pylist()), v.type))),
             )
-    for name, each in (("units.parquet", "site"), ("units.parquet", "hook"),
-                       ("examples.parquet", "criterion"), ("vocabulary.parquet", "role")):  # fmt: skip
+    of_words = (
+        ("units.parquet", "site"),
+        ("units.parquet", "hook"),
+        ("examples.parquet", "criterion"),
+        ("vocabulary.parquet", "role"),
+    )
+    for name, each in of_words:
         yield f"{name} {each} not UTF-8", parquet(name, column(each, _not_utf8))
         yield (
             f"{name} {each} a bomb",
@@ -708,7 +717,7 @@ def main(count: int) -> None:
                 damage(folder)
                 made = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 if signed:
-                    resign(folder)
+                    resign_all(folder)
                 start = time.perf_counter()
                 try:
                     use(folder, Path(place) / "out", verify)

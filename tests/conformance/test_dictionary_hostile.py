@@ -5,24 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import resource
 import shutil
 import sqlite3
 import struct
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lenslrp.analysis.corpus import _part
 from lenslrp.analysis.dictionary import NeuronDictionary
-from lenslrp.analysis.publish import FILES
-from lenslrp.analysis.storage import canonical, file_record
+from lenslrp.analysis.job import prepare
+from lenslrp.analysis.plan import Plan
+from lenslrp.analysis.projections import project_places
+from lenslrp.analysis.replay import Entries, replay
+from lenslrp.analysis.search import merge_shards, scan_shard
+from lenslrp.analysis.storage import canonical, file_record, load_tensors, save_tensors
+from lenslrp.analysis.work import FILES
 from lenslrp.errors import StorageError
-from tests.conformance.dictionaries import OPTIONS, build, texts
-from tests.unit.test_storage import Payload
+from tests.conformance.dictionaries import OPTIONS, build, model, texts
+from tests.conformance.dictionary_damage import Damage, Payload, damages, make, resign_all, use
 from tests.unit.tiny import WORDS, tiny
 
 
@@ -265,3 +274,176 @@ def test_texts_and_tokens_are_given_as_they_are(tmp_path: Path) -> None:
     assert evil in d.search_text("script")["window"].iloc[0]
     assert "<script" not in repr(d) + repr(d[0, 0])
     d.close()
+
+
+# Every damage that we know, by name; `python -m tests.conformance.dictionary_damage` tries them all
+# and random ones. Here one in five, and those that once got through.
+ONCE_RAW = ("vocabulary.parquet role all the first",)
+TRIED = {
+    name: damage for n, (name, damage) in enumerate(damages()) if n % 5 == 0 or name in ONCE_RAW
+}
+
+FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork",
+             "pickle.find_class", "ctypes.dlopen", "socket.connect")  # fmt: skip
+CHANGES_OF_FOLDERS = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.link")
+happened: list[str] = []
+watching: list[Path] = []
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    """Notes what a dictionary must not cause: programs run, files changed outside ``watching``."""
+    if not watching:
+        return
+    if event in FORBIDDEN:
+        happened.append(f"{event} {arguments!r:.200}")
+    paths: list[Any] = []
+    if event == "open" and isinstance(arguments[2], int) and arguments[2] & 3:
+        paths = [arguments[0]]
+    elif event in CHANGES_OF_FOLDERS and arguments[-1] in (-1, None):  # not inside an open folder
+        paths = list(arguments[:2] if event in ("os.rename", "os.link") else arguments[:1])
+    happened.extend(
+        f"{event} {path}"
+        for path in paths
+        if isinstance(path, str | Path) and watching[0] not in Path(path).absolute().parents
+    )
+
+
+sys.addaudithook(_watch)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("small") / "d"
+    make(path)
+    return path
+
+
+def test_an_unspoilt_one_is_used_throughout(small: Path, tmp_path: Path) -> None:
+    for verify in (True, False):
+        use(small, tmp_path, verify)
+
+
+def test_there_are_many_damages() -> None:
+    names = [name for name, _ in damages()]
+    assert len(names) == len(set(names)) > 1000
+    assert len(TRIED) > 250
+
+
+def refusal(call: Callable[[], object]) -> str | None:
+    """What a StorageError says; None where the call went well."""
+    try:
+        call()
+    except StorageError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_a_damaged_dictionary_is_right_or_refused(small: Path, tmp_path: Path, name: str) -> None:
+    """Signed again by whoever damaged it, so that no checksum gives it away."""
+    damage: Damage = TRIED[name]
+    folder = Path(shutil.copytree(small, tmp_path / "d"))
+    (tmp_path / "out").mkdir()
+    damage(folder)
+    resign_all(folder)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    happened.clear()
+    watching.append(tmp_path / "out")
+    try:
+        refused = refusal(lambda: use(folder, tmp_path / "out"))
+    finally:
+        watching.clear()
+    assert refused is None or str(folder) in refused
+    assert not happened
+    assert not (tmp_path / "ran").exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kilobytes
+
+
+# The files of work in progress, which others may share a folder of.
+
+
+@pytest.fixture(scope="session")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scan and a replay that are done, and nothing published."""
+    path = tmp_path_factory.mktemp("begun") / "d"
+    job = prepare(model(), texts(20), path, **SMALL)
+    state = merge_shards(job, [scan_shard(job, progress=False)])
+    replay(job, Entries.of(state, job.plan), progress=False)
+    project_places(job, tokens=3, progress=False)
+    return path
+
+
+SMALL = {**OPTIONS, "k": 2, "sample": 3, "sites": "attn.hook_z"}
+WORK = ("plan.json", "corpus/corpus.json", "corpus/part-000000.safetensors",
+        "shard-00000-of-00001.safetensors", "replay-00000-of-00001-000000.safetensors",
+        "vocabulary-00000.safetensors")  # fmt: skip
+
+
+def forge(path: Path, change: Callable[[dict[str, Any], dict[str, str]], object]) -> None:
+    tensors, metadata = load_tensors(path)
+    change(tensors, metadata)
+    save_tensors(path, {k: v.contiguous() for k, v in tensors.items()}, metadata)
+
+
+def without(path: Path, key: str) -> None:
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+
+def spoils() -> Iterator[tuple[str, Damage]]:
+    """Damages of the work folder."""
+    for name in WORK:
+        contents = {"empty": b"", "text": b"{}", "list": b"[]", "noise": bytes(range(256)) * 8}
+        for case, content in contents.items():
+            yield f"{name} {case}", lambda f, n=name, c=content: (f / n).write_bytes(c)
+        yield f"{name} a folder", lambda f, n=name: ((f / n).unlink(), (f / n).mkdir())
+        if name.endswith(".json"):
+            for key in ("digest", "parts", "cut", "documents", "blocks", "model", "places", "k"):
+                yield (
+                    f"{name} without {key}",
+                    lambda f, n=name, k=key: without(f / n, k),
+                )
+            continue
+        kinds: dict[str, Callable[[Any], Any]] = {
+            "doubles": lambda t: t.double(),
+            "shorter": lambda t: t[:-1],
+            "negative": lambda t: torch.full_like(t, -7),
+            "large": lambda t: torch.full_like(t, 30_000),
+            "flat": lambda t: t.reshape(-1)[:1],
+        }
+        for case, make_it in kinds.items():
+            yield (
+                f"{name} all {case}",
+                lambda f, n=name, m=make_it: forge(
+                    f / n, lambda t, _: t.update({k: m(v) for k, v in t.items()})
+                ),
+            )
+        yield f"{name} no tensors", lambda f, n=name: forge(f / n, lambda t, _: t.clear())
+        yield f"{name} no metadata", lambda f, n=name: forge(f / n, lambda _, m: m.clear())
+        yield (
+            f"{name} texts for numbers",
+            lambda f, n=name: forge(f / n, lambda _, m: m.update(dict.fromkeys(m, "x"))),
+        )
+
+
+SPOILS = dict(spoils())
+
+
+@pytest.mark.parametrize("name", SPOILS)
+def test_damaged_work_is_not_gone_on_with(begun: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(begun, tmp_path / "d"))
+    (folder / "mine.txt").write_text("mine")
+    SPOILS[name](folder / "work")
+    _part.cache_clear()
+
+    def go_on() -> None:
+        options = {**SMALL, "vocabulary": 3, "progress": False}
+        NeuronDictionary.build(model(), texts(20), folder, **options).close()
+
+    refused = refusal(go_on)
+    assert refused is None or str(folder) in refused
+    if refused is None:  # what was spoilt was not needed again, or made again
+        plan = json.loads((begun / "work" / "plan.json").read_text())
+        d = NeuronDictionary.open(folder)
+        assert d.plan == Plan.from_json(plan, folder)
+        d.close()
+    assert (folder / "mine.txt").read_text() == "mine"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -119,3 +121,56 @@ def test_help_does_not_import_torch(argument):
     )
     assert done.returncode == 0, done.stderr
     assert "lenslrp" in done.stdout
+
+
+def test_an_earlier_report_is_kept_and_named(tiny, tmp_path, capsys):
+    for word in ("cat", "sat", "cat"):
+        assert cli.main(["explain", "the cat sat", "--target", word]) == 0
+    said = capsys.readouterr().err
+    assert "the earlier lenslrp-report.html is kept as" in said
+    assert "lenslrp-report-1.html" in said and "lenslrp-report-2.html" in said
+    names = ["lenslrp-report-1.html", "lenslrp-report-2.html", "lenslrp-report.html"]
+    first, second, last = ((tmp_path / name).read_text(encoding="utf-8") for name in names)
+    assert first == last != second
+
+
+def test_a_report_does_not_take_the_place_of_another_file(tiny, tmp_path, capsys):
+    (tmp_path / "notes.html").write_text("<html>mine")
+    assert cli.main(["explain", "the cat sat", "--report", "notes.html"]) == 2
+    assert "notes.html exists and was not made by LensLRP" in capsys.readouterr().err
+    assert (tmp_path / "notes.html").read_text() == "<html>mine"
+    assert tiny == []  # refused before the model is loaded
+
+
+def test_a_report_goes_through_links_and_devices(tiny, tmp_path):
+    (tmp_path / "link.html").symlink_to("target.html")
+    for path in ("link.html", "/dev/null"):
+        assert cli.main(["explain", "the cat", "--target", "cat", "--report", path]) == 0
+    assert (tmp_path / "link.html").is_symlink()
+    assert "<html" in (tmp_path / "target.html").read_text(encoding="utf-8")
+    assert os.stat("/dev/null").st_size == 0 and not os.path.isfile("/dev/null")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["explain", "caf\udce9"],
+        ["explain", "the cat", "--target", "\udcff"],
+        ["explain", "the cat", "--report", "\udcff.html"],
+        ["dictionary", "search", "d", "\udcff"],
+        ["doctor", "\udcff"],
+    ],
+)
+def test_text_that_is_not_utf8_is_refused(tiny, capsys, arguments):
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"argument \d is not UTF-8: b'(caf.xe9|.xff(\.html)?)'", said)
+
+
+def test_bytes_of_a_shell_that_are_not_utf8():
+    command = [sys.executable, "-m", "lenslrp.cli", "explain", b"caf\xe9"]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        b"lenslrp: argument 2 is not UTF-8: b'caf\\xe9'. Give text and names of files in UTF-8\n"
+    )

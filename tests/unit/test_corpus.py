@@ -165,3 +165,26 @@ def test_identity_tells_corpora_apart_without_reading_them(tmp_path: Path) -> No
     assert describe_corpus(TEXTS) != describe_corpus(TEXTS[1:])
     assert describe_corpus(TEXTS) != describe_corpus(TEXTS, "another cut")
     assert describe_corpus(iter(TEXTS)) is None
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "records", "strings"])
+def test_half_a_surrogate_pair_is_a_damaged_record(tmp_path: Path, kind: str) -> None:
+    """JSON can spell half a character; a tokenizer cannot read it, nor a database keep it."""
+    bad = "a b \ud83d c"
+    corpora: dict[str, Any] = {
+        "records": [{"text": TEXTS[0]}, {"text": bad}, {"text": TEXTS[1]}],
+        "strings": [TEXTS[0], bad, TEXTS[1]],
+        "jsonl": tmp_path / "c.jsonl",
+    }
+    lines = [json.dumps({"text": text}) for text in (TEXTS[0], bad, TEXTS[1])]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    name = {"jsonl": "c.jsonl line 2"}.get(kind, "record 1")
+    with pytest.warns(UserWarning, match=f"1 records .* skipped: {name}: half of a surrogate pair"):
+        corpus = tokenise(corpora[kind], word_tokenizer(), tmp_path / "out", Cut(context=8))
+    assert (corpus.about["skipped"], corpus.about["texts"]) == (1, 2)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.parquet").write_bytes(b"PAR1" + bytes(100))
+    with pytest.raises(StorageError, match=r"c\.parquet is damaged"):
+        list(texts_of(tmp_path / "c.parquet"))

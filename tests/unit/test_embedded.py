@@ -304,3 +304,18 @@ def test_cache_directory(monkeypatch, variable, value, expected):
     monkeypatch.setattr(embedded.sys, "platform", "linux")
     monkeypatch.setenv(variable, value)
     assert embedded.cache_root() == Path(expected)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_folder_of_the_users_in_the_cache_is_set_aside(index, tmp_path, caplog, damaged):
+    folder = tmp_path / "cache" / "tiny"
+    if damaged:
+        ensure_cached("tiny")
+        flip_a_bit(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "notes.txt").write_text("mine")
+    ensure_cached("tiny")
+    assert find_fault(folder, TINY) is None
+    assert (tmp_path / "cache" / "tiny.aside-1" / "notes.txt").read_text() == "mine"
+    assert [p.name for p in (tmp_path / "cache" / "tiny.aside-1").iterdir()] == ["notes.txt"]
+    assert "held files that are not its own" in caplog.text

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from lenslrp import files
+from lenslrp.analysis.journal import resumed
 from lenslrp.analysis.storage import parquet_writer, save_json, save_tensors
 from lenslrp.analysis.texts import write_texts
 from lenslrp.errors import InputError, StorageError
@@ -314,3 +315,45 @@ def test_what_is_written_through_is_whole(tmp_path: Path) -> None:
         part.write_text("half")
         raise KeyError
     assert json.dumps([p.name for p in tmp_path.iterdir()]) == '["pipe"]'
+
+
+@pytest.mark.parametrize("content", ["mine", "mine\n", "[1]\n", '{"other": 1}\nx'])
+def test_a_journal_does_not_take_the_place_of_another_file(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(content)
+    with (
+        pytest.raises((StorageError, InputError), match=r"examples\.jsonl"),
+        resumed(path, {"a": 1}),
+    ):
+        pass
+    assert path.read_text() == content
+
+
+def test_a_journal_that_a_kill_cut_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "examples.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"a"')  # its first line
+    with resumed(path, {"a": 1}) as (done, append):
+        assert done == []
+        append({"b": 2})
+    with resumed(path, {"a": 1}) as (done, _):
+        assert done == [{"b": 2}]
+
+
+def test_a_full_disk_while_a_journal_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "examples.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with (
+        pytest.raises(StorageError, match=r"examples\.jsonl"),
+        resumed(path, {"a": 1}) as (_, append),
+    ):  # noqa: PT012
+        append({"b": 2})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40, hard))
+        try:
+            append({"c": "x" * 100})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with resumed(path, {"a": 1}) as (done, _):
+        assert done == [{"b": 2}]
