@@ -42,12 +42,13 @@ def resumed(path: Path, settings: Row) -> Iterator[tuple[list[Row], Callable[[Ro
     if complete != kept:
         with whole(path) as temporary:
             temporary.write_bytes(complete)
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("ab", buffering=0) as file:
 
         def append(result: Row) -> None:
+            left = (json.dumps(result) + "\n").encode()
             try:
-                file.write(json.dumps(result) + "\n")
-                file.flush()
+                while left:
+                    left = left[file.write(left) :]
             except OSError as error:
                 raise cannot_write(path, error) from error
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from lenslrp.analysis.steering import Ablate, Add, Clamp, Operation, ProjectOut, Scale, Steering
 from lenslrp.analysis.storage import load_json, load_tensors, require_plain, save_json, save_tensors
 from lenslrp.analysis.units import Direction, Feature, Unit, parse_unit
-from lenslrp.errors import InputError, LoadError, StorageError
+from lenslrp.errors import InputError, StorageError
 from lenslrp.extras import require
 from lenslrp.files import whole
 
