@@ -35,6 +35,9 @@ SCHEMA = (
     "CREATE TABLE tokens (id INTEGER PRIMARY KEY, text TEXT)",
     "CREATE VIRTUAL TABLE search USING fts5(words, content='', tokenize='ascii')",
 )
+TOKEN = 4096
+"""Characters of a token: no vocabulary has longer ones."""
+
 OURS = frozenset({"documents", "tokens", "search"})
 
 
@@ -189,6 +192,10 @@ class Texts:
         """A token as text; its id in brackets where the model had no tokenizer."""
         if token not in self._names:
             row = self._one("SELECT text FROM tokens WHERE id = ?", token)
+            if row is not None and not (isinstance(row[0], str) and len(row[0]) <= TOKEN):
+                raise StorageError(
+                    f"{self.path} is damaged: token {token} is no text of up to {TOKEN} characters"
+                )
             self._names[token] = f"[{token}]" if row is None else str(row[0])
         return self._names[token]
 
