@@ -29,6 +29,7 @@ from lenslrp.hooks.rules import Rule
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.media import reads_no_text
 from lenslrp.targets import Target
+from lenslrp.tokenization import beginning
 
 DEFAULT_CRITERIA = ("actmax", "actmin", "relmax", "relmin", "deciles", "random")
 
@@ -112,7 +113,7 @@ def prepare(
 
 def _bos(model: Any, prepend_bos: bool | None) -> int | None:
     wanted = bool(model.cfg.default_prepend_bos) if prepend_bos is None else prepend_bos
-    token = getattr(model.tokenizer, "bos_token_id", None)
+    token = beginning(model.tokenizer)
     if prepend_bos and token is None:
         raise InputError("prepend_bos: this model's tokenizer has no beginning-of-sequence token")
     return token if wanted else None

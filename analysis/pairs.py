@@ -24,6 +24,7 @@ from lenslrp.errors import InputError
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.names import Token, token_id
 from lenslrp.targets import Outputs
+from lenslrp.tokenization import tokenize
 
 DIRECTIONS = ("denoising", "noising")
 """Clean activations patched into the corrupt run, or corrupt ones into the clean run."""
@@ -121,10 +122,7 @@ class Pairs:
         counts = [len(given) for given in (clean, corrupt, answers, rivals)]
         if len(set(counts)) > 1 or counts[0] == 0:
             raise InputError(f"a pair has one of each; got {counts} prompts, answers and rivals")
-        rows = [
-            [model.to_tokens(t, prepend_bos=prepend_bos, truncate=False)[0].tolist() for t in side]
-            for side in (clean, corrupt)
-        ]
+        rows = [[tokenize(model, t, prepend_bos) for t in side] for side in (clean, corrupt)]
         for index, (a, b) in enumerate(zip(*rows, strict=True)):
             if len(a) != len(b):
                 raise InputError(

@@ -15,6 +15,7 @@ import torch
 
 from lenslrp.analysis.naming import MARK, Example
 from lenslrp.hooks.turns import turn
+from lenslrp.tokenization import tokenize
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class LanguageModel:
             "Texts:\n- They flew to Rome.\n- Berlin has four airports.\nShared topic: cities\n\n"
             f"Texts:\n{lines}\nShared topic:"
         )
-        tokens = self.model.to_tokens(prompt)
+        tokens = torch.tensor([tokenize(self.model, prompt)], device=self.model.cfg.device)
         written: list[int] = []
         with torch.no_grad():
             for _ in range(self.answer):
@@ -125,7 +126,7 @@ class LanguageModel:
 
     def _likelihoods(self, before: str, texts: Sequence[Sequence[tuple[str, bool]]]) -> list[float]:
         """Log-probability of the counted pieces of each text after ``before``, in nats."""
-        start = self.model.to_tokens(before)[0].tolist()
+        start = tokenize(self.model, before)
         encode = partial(self.model.tokenizer.encode, add_special_tokens=False)
         found: list[float] = []
         for first in range(0, len(texts), self.batch_size):

@@ -28,6 +28,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.spelling import Spans
+from lenslrp.tokenization import tokenize
 
 Chosen = NDArray[np.bool_]
 
@@ -86,7 +87,7 @@ class Task:
 
 def next_word(model: Any, record: Record, length: int) -> Example:
     """The model's own next token after the first ``length`` tokens of a text."""
-    ids = model.to_tokens(record["text"], truncate=False)[0]
+    ids = torch.tensor(tokenize(model, record["text"]))
     if len(ids) < length:
         raise Unfit(f"shorter than {length} tokens")
     prompt = as_prompt(model, ids[:length])

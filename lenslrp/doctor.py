@@ -1,7 +1,8 @@
 """``lenslrp doctor``: did I cover everything, and is it right?
 
 Runs one random prompt through a model under a composite and reports which rule sits where, which
-operations have none, whether the forward pass was touched and whether the books balance.
+operations have none, whether the bridge computes what Hugging Face's model does, whether the forward
+pass was touched and whether the books balance.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from lenslrp.ledger import Ledger
 from lenslrp.passes import architecture
 from lenslrp.run import run_with_relevance
 from lenslrp.targets import Activation
+from lenslrp.verifying import Agreement
+from lenslrp.wrapped import agreement
 
 TOLERANCE: Mapping[str, float] = {
     "float64": 1e-6,  # 1e-9 where norms and softmax keep the type; many families use float32 there
@@ -46,6 +49,7 @@ class Diagnosis:
         composite: name of the table that was tried.
         forward_equal: whether logits with rules are ``torch.equal`` to those without.
         gap: the :class:`CoverageError`'s text, ``None`` when everything is covered.
+        agreement: of one short pass of the bridge with the Hugging Face model before it was wrapped.
         coverage, ledger: of the run (with gaps: of a run that takes the plain gradient there).
         tolerance: what the ledger's error is held against.
     """
@@ -58,6 +62,7 @@ class Diagnosis:
     ledger: Ledger
     dtype: str
     tolerance: float
+    agreement: Agreement
 
     @property
     def balanced(self) -> bool:
@@ -65,7 +70,7 @@ class Diagnosis:
 
     @property
     def ok(self) -> bool:
-        return self.forward_equal and self.gap is None and self.balanced
+        return self.forward_equal and self.gap is None and self.balanced and self.agreement.ok
 
     def render(self) -> RenderableType:
         """For ``rich.print`` or a ``rich.console.Console``."""
@@ -73,6 +78,7 @@ class Diagnosis:
             Text(f"{self.architecture} under {self.composite} ({self.dtype})", style="bold")
         ]
         parts.append(_rules_table(self.coverage))
+        parts.append(_verdict(str(self.agreement), self.agreement.ok, self.agreement.known))
         parts.append(_verdict("every operation on the path has its rule", self.gap is None))
         if self.gap is not None:
             parts.append(Text(f"  {self.gap}", style="red"))
@@ -92,8 +98,9 @@ class Diagnosis:
     __repr__ = __str__
 
 
-def _verdict(claim: str, holds: bool) -> Text:
+def _verdict(claim: str, holds: bool, known: bool = True) -> Text:
     mark, style = ("yes", "green") if holds else ("NO", "bold red")
+    mark, style = (mark, style) if known else ("?", "yellow")
     return Text.assemble((f"{mark:>4}  ", style), claim)
 
 
@@ -161,4 +168,5 @@ def examine(
         relevance.ledger(),
         relevance.dtype,
         TOLERANCE[relevance.dtype],
+        agreement(model),
     )

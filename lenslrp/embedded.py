@@ -24,7 +24,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lenslrp.errors import LoadError, MissingExtraError
+from lenslrp.errors import LoadError, MissingExtraError, StorageError
 from lenslrp.extras import require
 from lenslrp.fetching import EmbeddedModel, PackagedFile, fetch, sha256
 from lenslrp.files import remove_leftovers, temporary_folder
@@ -122,13 +122,27 @@ def ensure_cached(name: str) -> Path:
     """
     model = EMBEDDED[name]
     root = cache_root()
-    root.mkdir(parents=True, exist_ok=True)
     final = root / name
+    # It appears complete, by a rename: what is whole needs no lock, nor a file system to write to.
+    if final.exists() and find_fault(final, model) is None:
+        return final
+    try:
+        _prepare(name, model, root, final)
+    except (OSError, StorageError) as error:
+        raise LoadError(
+            f"{name!r} cannot be prepared in {root} ({error}): set LENSLRP_CACHE to a directory "
+            "that can be written to and has room"
+        ) from error
+    return final
+
+
+def _prepare(name: str, model: EmbeddedModel, root: Path, final: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
     with _lock(root / f"{name}.lock", name):
         if final.exists():
             fault = find_fault(final, model)
             if fault is None:
-                return final
+                return
             logger.warning("cached model %s is damaged (%s); preparing it again", final, fault)
         if model.package is not None:  # asked for before the download, not after it
             _require(model.package, name)
@@ -141,7 +155,6 @@ def ensure_cached(name: str) -> Path:
             write_manifest(ready, model)
             _clear_place(final)
             ready.rename(final)
-    return final
 
 
 def _require(package: str, name: str) -> None:

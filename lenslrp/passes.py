@@ -328,9 +328,15 @@ class Pass:
 
     def _require_finite(self, values: Tensor) -> None:
         if not cover.is_finite(values):
+            reason = "activations overflowed or the weights are broken"
+            if values.dtype == torch.float64 and not bool(self.prepared.mask[:, :1].all()):
+                reason = (
+                    "in float64 Hugging Face's softmax is NaN where a position sees nothing but "
+                    "padding, so pad on the right, give rows of one length, or use float32"
+                )
             raise InputError(
-                f"the target is NaN or infinite ({values.tolist()}): activations overflowed or the "
-                f"weights are broken (dtype {values.dtype}); check the model's own logits"
+                f"the target is NaN or infinite ({values.tolist()}): {reason} "
+                f"(dtype {values.dtype}); check the model's own logits"
             )
 
     def _above_features(self, site: Site, on_path: set[int]) -> bool:

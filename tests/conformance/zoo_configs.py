@@ -93,6 +93,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "Wav2Vec2ForPreTraining": {**SPEECH, "conv_bias": True},
     "Wav2Vec2Model": {**SPEECH, "conv_bias": True},
     "BambaForCausalLM": {"attn_layer_indices": [1]},
+    "CodeGenForCausalLM": {"num_attention_heads": 4},  # its weights are laid out for four devices
     "DeepseekV2ForCausalLM": {
         "head_dim": DROP,
         "qk_rope_head_dim": 4,

@@ -29,12 +29,10 @@ def speaker(*missing: str) -> Any:
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?")
 
-    def to_tokens(text: str, **_: Any) -> torch.Tensor:
-        return torch.tensor([tokenizer.encode(text)])
-
-    return SimpleNamespace(
-        tokenizer=tokenizer, to_tokens=to_tokens, cfg=SimpleNamespace(d_vocab=len(tokenizer))
+    cfg = SimpleNamespace(
+        d_vocab=len(tokenizer), default_prepend_bos=False, tokenizer_prepends_bos=False
     )
+    return SimpleNamespace(tokenizer=tokenizer, cfg=cfg)
 
 
 def test_pairs_from_texts() -> None:

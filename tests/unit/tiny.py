@@ -118,7 +118,11 @@ def tiny(
                 weight.mul_(10 if "emb" in name or "wte" in name else 6)
             else:
                 weight.add_(torch.randn_like(weight) * 0.2)
-    bridge = model if family == "native" else lenslrp.load(model, tokenizer=tokenizer)
+    bos = None if tokenizer is None else True  # its texts begin with <s>, which it does not add
+    if family == "native":
+        bridge = model
+    else:
+        bridge = lenslrp.load(model, tokenizer=tokenizer, prepend_bos=bos)
     assert isinstance(bridge, TransformerBridge)
     with torch.no_grad():
         bridge(TOKENS)  # TransformerLens and transformers set some attributes at the first pass

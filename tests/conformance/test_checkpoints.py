@@ -1,0 +1,130 @@
+"""Directories of classes that TransformerLens does not have: none gets a head that is not its own.
+
+The classes are found by looking through transformers: bare models, classifiers of sequences, tokens
+and images, question answering, multiple choice, CLIP, Whisper. Each is saved with its own random
+weights and loaded by directory, with and without an adapter registered for its class.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from transformer_lens.factories.architecture_adapter_factory import (
+    SUPPORTED_ARCHITECTURES,
+    ArchitectureAdapterFactory,
+)
+from transformer_lens.model_bridge.generalized_components import UnembeddingBridge
+
+import lenslrp
+from lenslrp.errors import LoadError
+from tests.conformance.families import randomise, tokens
+from tests.conformance.zoo_configs import CHANGES, tiny
+
+KINDS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+    "Model",
+)
+STEMS = (
+    "Albert", "Bart", "Bert", "BigBird", "Bloom", "CTRL", "Camembert", "Deberta", "DistilBert",
+    "Electra", "Falcon", "GPT2", "GPTNeo", "GPTNeoX", "Gemma", "Gemma2", "Gemma3Text", "Llama",
+    "MPNet", "Mistral", "Mixtral", "ModernBert", "OPT", "Phi", "Phi3", "Qwen2", "Qwen3", "Roberta",
+    "T5", "XLMRoberta",
+)  # fmt: skip
+OTHERS = (
+    "CLIPModel", "CLIPTextModel", "CLIPVisionModel", "SiglipModel", "Dinov2Model",
+    "Dinov2ForImageClassification", "BeitForImageClassification", "WhisperForConditionalGeneration",
+    "WhisperModel", "Wav2Vec2ForSequenceClassification", "HubertForSequenceClassification",
+    "T5EncoderModel", "BertForPreTraining", "BertForNextSentencePrediction", "ElectraForPreTraining",
+    "DistilBertForMaskedLM", "AlbertForMaskedLM", "MPNetForMaskedLM", "ViTForMaskedImageModeling",
+    "GPT2DoubleHeadsModel",
+)  # fmt: skip
+NAMES = [
+    name
+    for name in (*(f"{stem}{kind}" for stem in STEMS for kind in KINDS), *OTHERS)
+    if hasattr(hf, name) and name not in SUPPORTED_ARCHITECTURES
+]
+SMALL: dict[str, Any] = {
+    "projection_dim": 16, "image_size": 8, "patch_size": 4, "max_source_positions": 16,
+    "max_target_positions": 48, "embedding_size": 16, "d_kv": 8, "dim": 16, "hidden_dim": 24,
+    "n_heads": 2, "n_layers": 2, "num_mel_bins": 8, "n_inner": 24, "dff": 24, "block_size": 4,
+    "head_dim": 8,
+}  # fmt: skip
+
+
+def build(name: str) -> Any:
+    """A tiny model of a class, its weights its own."""
+    torch.manual_seed(0)
+    cls = getattr(hf, name)
+    kind = cls.config_class
+    plain = kind()
+    changes = {key: value for key, value in SMALL.items() if hasattr(plain, key)}
+    near = next((n for n in CHANGES if getattr(hf, n).config_class is kind), None)
+    config = tiny(plain, kind, {**changes, **CHANGES.get(near or "", {})}, 53)
+    model = cls(config)
+    randomise(model, bias=True)
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Any:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def test_there_are_many() -> None:
+    assert len(NAMES) >= 100
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NAMES)
+def test_none_gets_a_head_that_is_not_its_own(name: str, tmp_path: Path, no_network: None) -> None:
+    build(name).save_pretrained(tmp_path)
+    with pytest.raises(LoadError, match=f"no adapter for {name}; nearest: "):
+        lenslrp.load(str(tmp_path))
+    with pytest.raises(LoadError, match=f"no adapter for {name}; nearest: "):
+        lenslrp.load(build(name))
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter for Llama's sequence classifier, as another package would offer it."""
+    base: Any = SUPPORTED_ARCHITECTURES["LlamaForCausalLM"]
+
+    class Classifier(base):  # type: ignore[misc]
+        def __init__(self, cfg: Any) -> None:
+            super().__init__(cfg)
+            self.component_mapping["unembed"] = UnembeddingBridge(name="score")
+
+    adapters = dict(ArchitectureAdapterFactory._adapters)
+    monkeypatch.setattr(ArchitectureAdapterFactory, "_adapters", adapters)
+    ArchitectureAdapterFactory.register_adapter("LlamaForSequenceClassification", Classifier)
+
+
+def test_an_adapter_of_others_gets_the_checkpoints_own_head(
+    tmp_path: Path, registered: None, no_network: None
+) -> None:
+    model = build("LlamaForSequenceClassification")
+    model.config.pad_token_id = 0
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(tokens(1, 6)).logits
+    bridge = lenslrp.load(str(tmp_path), device="cpu")
+    assert type(bridge.original_model) is hf.LlamaForSequenceClassification
+    with torch.no_grad():
+        assert torch.equal(bridge(tokens(1, 6), use_cache=False), expected)
+
+
+def test_the_classes_are_of_every_kind() -> None:
+    for kind in KINDS:
+        assert sum(name.endswith(kind) for name in NAMES) >= 8, kind
+    assert all(inspect.isclass(getattr(hf, name)) for name in NAMES)
