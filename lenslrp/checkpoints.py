@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from lenslrp.embedded import EMBEDDED
 from lenslrp.errors import LoadError
@@ -126,11 +125,6 @@ def read_checkpoint(
     """
     if Path(name).is_file():
         raise LoadError(f"{name!r} is a file: give the directory that save_pretrained made")
-    settings = _adapter_settings(name, revision)
-    if settings is not None:
-        return _with_adapter(
-            name, settings, dtype=dtype, device=device, revision=revision, n_devices=n_devices
-        )
     config = _configuration(name, revision)
     cls = _own_class(name, config)
     architecture = require_architecture(cls)
@@ -147,7 +141,7 @@ def read_checkpoint(
     model = _with_all_weights(name, cls, options)
     if n_devices is None and device is not None:
         model = to_device(model, device)
-    return model, _tokenizer(name, revision)
+    return model, read_tokenizer(name, revision)
 
 
 def to_device(model: Any, device: torch.device) -> Any:
@@ -193,7 +187,7 @@ def _own_class(name: str, config: Any) -> type[PreTrainedModel]:
     named = list(getattr(config, "architectures", None) or [])
     if not named:
         raise LoadError(
-            f"the configuration of {name!r} names no class under \"architectures\": load it with "
+            f'the configuration of {name!r} names no class under "architectures": load it with '
             "its own class from transformers, and give lenslrp.load the model"
         )
     cls = getattr(transformers, str(named[0]), None)
@@ -240,11 +234,15 @@ def _with_all_weights(name: str, cls: type[Any], options: dict[str, Any]) -> Pre
     if missing and all("pooler." in key for key in missing) and "add_pooling_layer" in takes:
         # saved without the pooler that the class has by default
         model, missing, unexpected = _read(name, cls, {**options, "add_pooling_layer": False})
-    _require_same(name, f"a {cls.__name__}", missing, unexpected)
+    require_same(name, f"a {cls.__name__}", missing, unexpected)
     return model
 
 
-def _require_same(name: str, kind: str, wanted: set[str], there: set[str]) -> None:
+def require_same(name: str, kind: str, wanted: set[str], there: set[str]) -> None:
+    """
+    Raises:
+        LoadError: naming what is wanted and not there, and what is there and not wanted.
+    """
     faults = [
         f"{_some(keys)} {what}"
         for keys, what in (
@@ -302,7 +300,7 @@ def _some(keys: set[str], limit: int = 4) -> str:
     return f"{', '.join(shown)}{more}"
 
 
-def _tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+def read_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:
     """The checkpoint's own; None where a directory has none."""
     folder = Path(name)
     if folder.is_dir():
@@ -322,81 +320,3 @@ def _tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | Non
             return None
         raise LoadError(f"the tokenizer of {name!r} cannot be read: {first_line(error)}") from error
     return found
-
-
-# --- adapters of PEFT -------------------------------------------------------------------------
-
-
-def _adapter_settings(name: str, revision: str | None) -> dict[str, Any] | None:
-    """What ``adapter_config.json`` says, None where there is none."""
-    path = Path(name, "adapter_config.json")
-    if not Path(name).is_dir():
-        try:
-            found = find_adapter_config_file(name, revision=revision)
-        except (OSError, ValueError):
-            return None  # neither is there anything else; the configuration's error says more
-        if found is None:
-            return None
-        path = Path(found)
-    if not path.is_file():
-        return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        base = settings["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LoadError(f"{path} names no base model: {first_line(error)}") from error
-    if not base:
-        raise LoadError(f"{path} names no base model: load the base, put the adapter on, and give "
-                        "lenslrp.load the PeftModel")  # fmt: skip
-    return dict(settings)
-
-
-def _with_adapter(
-    name: str, settings: dict[str, Any], **options: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The base model with the adapter merged into its weights."""
-    base_name = str(settings["base_model_name_or_path"])
-    try:
-        import peft
-    except ImportError as error:
-        raise LoadError(
-            f"{name!r} is an adapter of {base_name!r}, which PEFT reads: "
-            'pip install "lenslrp[peft]"'
-        ) from error
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
-        raise LoadError(
-            f"{name!r} has no adapter_model.safetensors: weights are read from safetensors only"
-        )
-    own = _tokenizer(name, options["revision"]) if folder.is_dir() else None
-    base, tokenizer = read_checkpoint(base_name, **{**options, "revision": None})
-    try:
-        adapted = peft.PeftModel.from_pretrained(base, name, revision=options["revision"])
-    except UNREADABLE as error:
-        raise LoadError(
-            f"the adapter {name!r} does not go onto {base_name!r}: {first_line(error)}"
-        ) from error
-    if not hasattr(adapted, "merge_and_unload"):
-        raise LoadError(f"the adapter {name!r} changes the input, not the weights: it has no bridge")
-    if folder.is_dir():
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            there = set(file.keys())
-        _require_same(name, "an adapter", set(peft.get_peft_model_state_dict(adapted)), there)
-    return adapted.merge_and_unload(), own or tokenizer
-
-
-def inside_adapter(model: Any) -> Any:
-    """The model that a PeftModel adapts, its adapters in place; any other model as it is.
-
-    Raises:
-        LoadError: what is adapted is the input and not the weights.
-    """
-    if not any(cls.__name__ == "PeftModel" for cls in type(model).__mro__):
-        return model
-    for name, settings in model.peft_config.items():
-        if getattr(settings, "is_prompt_learning", False):
-            raise LoadError(
-                f"the adapter {name!r} ({type(settings).__name__}) puts learned tokens before the "
-                "input, which no bridge has; give the model that it adapts"
-            )
-    return model.get_base_model()

@@ -1,8 +1,8 @@
 """``lenslrp doctor``: did I cover everything, and is it right?
 
 Runs one random prompt through a model under a composite and reports which rule sits where, which
-operations have none, whether the bridge computes what Hugging Face's model does, whether the forward
-pass was touched and whether the books balance.
+operations have none, whether the bridge computes what Hugging Face's model does, whether the
+forward pass was touched and whether the books balance.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Diagnosis:
         composite: name of the table that was tried.
         forward_equal: whether logits with rules are ``torch.equal`` to those without.
         gap: the :class:`CoverageError`'s text, ``None`` when everything is covered.
-        agreement: of one short pass of the bridge with the Hugging Face model before it was wrapped.
+        agreement: of the bridge with the Hugging Face model before it was wrapped.
         coverage, ledger: of the run (with gaps: of a run that takes the plain gradient there).
         tolerance: what the ledger's error is held against.
     """

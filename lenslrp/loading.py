@@ -20,10 +20,9 @@ import transformers
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
+from lenslrp.adapters import inside_adapter, read_model
 from lenslrp.checkpoints import (
     first_line,
-    inside_adapter,
-    read_checkpoint,
     require_architecture,
     require_device,
     to_device,
@@ -134,13 +133,13 @@ def _by_name(
         _refuse("an embedded model has one pinned version", revision=revision)
         folder = ensure_cached(name)
         with quiet_transformers():  # a second's work, and it would end up in every notebook
-            model, tokenizer = read_checkpoint(str(folder), **options)
+            model, tokenizer = read_model(str(folder), **options)
     else:
         if "/" not in name and not Path(name).exists():
             near = difflib.get_close_matches(name.lower(), EMBEDDED, n=1, cutoff=0.75)
             if near:
                 raise LoadError(f"no model is called {name!r}; did you mean {near[0]!r}?")
-        model, tokenizer = read_checkpoint(name, **options)
+        model, tokenizer = read_model(name, **options)
     bridge = _from_memory(model, tokenizer, dtype or torch.float32, None, verify, name=name)
     _give_processor(bridge, name)
     return bridge
@@ -178,13 +177,13 @@ def _from_memory(
     from transformer_lens.utilities.multi_gpu import maybe_cast_floating_params
 
     known = recall(model)
+    if known is not None:
+        return _again(known, tokenizer, dtype, device, verify)
     architecture = require_architecture(type(model))
     if device is not None:
         to_device(model, device)
     if dtype is not None:
         maybe_cast_floating_params(model, dtype)
-    if known is not None:
-        return _again(known, tokenizer, verify)
     force_eager_attention(model)
     if model.dtype == torch.float64:
         _run_experts_in_loops(model)
@@ -205,13 +204,22 @@ def _from_memory(
 
 
 def _again(
-    known: Wrapped, tokenizer: PreTrainedTokenizerBase | None, verify: bool
+    known: Wrapped,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+    verify: bool,
 ) -> TransformerBridge:
-    """A model that is inside a bridge already."""
+    """The bridge that a model is inside already."""
+    own = known.bridge.original_model
+    place = own.device if device is None else torch.empty(0, device=device).device
+    if dtype not in (None, own.dtype) or place != own.device:
+        raise LoadError(
+            f"this {type(own).__name__} is inside a bridge already, in {own.dtype} on "
+            f"{own.device}: load it anew for {dtype or own.dtype} on {place}"
+        )
     if tokenizer is not None:
         give_tokenizer(known.bridge, tokenizer)
-    own = next(known.bridge.parameters())
-    known.bridge.cfg.dtype, known.bridge.cfg.device = own.dtype, str(own.device)
     if verify:
         _require_agreement(known.bridge, known.agreement)
     return known.bridge

@@ -34,6 +34,7 @@ def give_tokenizer(bridge: Any, tokenizer: PreTrainedTokenizerBase) -> None:
             if token is not None:
                 kept.pad_token = token
                 break
+    bridge._tokenizer = None  # in place of another one, TransformerLens would load it once more
     bridge.tokenizer = kept
     bridge.cfg.tokenizer_prepends_bos = prepends(kept)
     bridge.cfg.tokenizer_appends_eos = False  # TransformerLens would take the token away

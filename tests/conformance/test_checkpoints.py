@@ -43,9 +43,9 @@ OTHERS = (
     "CLIPModel", "CLIPTextModel", "CLIPVisionModel", "SiglipModel", "Dinov2Model",
     "Dinov2ForImageClassification", "BeitForImageClassification", "WhisperForConditionalGeneration",
     "WhisperModel", "Wav2Vec2ForSequenceClassification", "HubertForSequenceClassification",
-    "T5EncoderModel", "BertForPreTraining", "BertForNextSentencePrediction", "ElectraForPreTraining",
-    "DistilBertForMaskedLM", "AlbertForMaskedLM", "MPNetForMaskedLM", "ViTForMaskedImageModeling",
-    "GPT2DoubleHeadsModel",
+    "T5EncoderModel", "BertForPreTraining", "BertForNextSentencePrediction",
+    "ElectraForPreTraining", "DistilBertForMaskedLM", "AlbertForMaskedLM", "MPNetForMaskedLM",
+    "ViTForMaskedImageModeling", "GPT2DoubleHeadsModel",
 )  # fmt: skip
 NAMES = [
     name
@@ -69,7 +69,7 @@ def build(name: str) -> Any:
     changes = {key: value for key, value in SMALL.items() if hasattr(plain, key)}
     near = next((n for n in CHANGES if getattr(hf, n).config_class is kind), None)
     config = tiny(plain, kind, {**changes, **CHANGES.get(near or "", {})}, 53)
-    model = cls(config)
+    model = cls._from_config(config, attn_implementation="eager")
     randomise(model, bias=True)
     return model.eval()
 

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -34,7 +35,10 @@ from lenslrp import media
 from lenslrp.hooks.components import components
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.sites import TERMS
+from lenslrp.inputs import prepare
 from lenslrp.targets import Activation
+from lenslrp.tokenization import give_tokenizer
+from lenslrp.verifying import difference, output_of, short_input
 from tests.conformance import zoo_media
 from tests.conformance.families import randomise, tokens
 from tests.conformance.zoo_configs import (
@@ -136,13 +140,12 @@ def remote() -> list[str]:
     return sorted(name for name in SUPPORTED_ARCHITECTURES if not hasattr(hf, name))
 
 
-def build(name: str, dtype: torch.dtype = torch.float64, *, bias: bool = True) -> Any:
-    """A bridge around a new tiny model, the same at every call.
-
-    Libraries that an adapter asks for serve its image processor, which reads files; none is needed.
-    """
+def plain(
+    name: str, dtype: torch.dtype = torch.float64, *, bias: bool = True, changes: Any = ()
+) -> Any:
+    """A new tiny Hugging Face model, the same at every call."""
     torch.manual_seed(0)
-    model = getattr(hf, LOADED_AS.get(name, name))(config(name))
+    model = getattr(hf, LOADED_AS.get(name, name))(config(name, dict(changes)))
     randomise(model, bias=bias)
     for path, weight in model.named_parameters():
         if not bias and path.endswith(CONSTANTS):
@@ -152,20 +155,32 @@ def build(name: str, dtype: torch.dtype = torch.float64, *, bias: bool = True) -
         if hasattr(settings, "_experts_implementation"):
             settings._experts_implementation = "eager"
     model = model.to(dtype).eval()
-    with mock.patch.object(ArchitectureAdapter, "_check_required_libraries"):
+    force_eager_attention(model)
+    return model
+
+
+def wrap(name: str, model: Any) -> Any:
+    """The bridge around it.
+
+    Libraries that an adapter asks for serve its image processor, which reads files; none is needed.
+    """
+    with mock.patch.object(ArchitectureAdapter, "_check_required_libraries"), default_type(model):
         if name in LOADED_AS:
-            force_eager_attention(model)
-            return build_bridge_from_module(
-                model, name, hf_config=model.config, device="cpu"
-            ).eval()
+            bridge = build_bridge_from_module(model, name, hf_config=model.config, device="cpu")
+            return bridge.eval()
         return lenslrp.load(model)
+
+
+def build(name: str, dtype: torch.dtype = torch.float64, *, bias: bool = True) -> Any:
+    """A bridge around a new tiny model, the same at every call."""
+    return wrap(name, plain(name, dtype, bias=bias))
 
 
 @contextmanager
 def default_type(model: Any) -> Iterator[None]:
     """XGLM floors its scores with a constant of torch's default type, which must be its own."""
     before = torch.get_default_dtype()
-    if type(model.original_model).__name__ == "XGLMForCausalLM":
+    if type(getattr(model, "original_model", model)).__name__ == "XGLMForCausalLM":
         torch.set_default_dtype(next(model.parameters()).dtype)
     try:
         yield
@@ -252,9 +267,117 @@ def plain_leaves(model: Any) -> tuple[list[Tensor], Tensor]:
     return leaves, kept[0] if kept else logits
 
 
+def apart(name: str) -> dict[str, float]:
+    """How far the bridge's outputs are from those of the model before it is wrapped.
+
+    Relative to the largest: for a few tokens (an image, a sound), and for a text with an image or a
+    sound in it where the family reads one.
+    """
+    model = plain(name)
+    given = {"": short_input(model)}
+    if name in zoo_media.MEDIA:
+        row, floats, others = zoo_media.example(name)
+        extra = (
+            {"decoder_input_ids": tokens(2, 4, seed=8)} if "decoder_input_ids" in given[""] else {}
+        )
+        given[media_kind(name)] = {"input_ids": row, **floats, **others, **extra}
+    with torch.no_grad(), default_type(model):
+        expected = {kind: output_of(model(**inputs)) for kind, inputs in given.items()}
+    bridge = wrap(name, model)
+    found = {}
+    for kind, inputs in given.items():
+        with torch.no_grad(), default_type(model):
+            output = bridge(inputs.pop("input_ids", None), return_type="logits", **inputs)
+        found[kind] = difference(output, expected[kind])
+    return found
+
+
+def media_kind(name: str) -> str:
+    return "a sound" if "input_features" in zoo_media.example(name)[1] else "an image"
+
+
+def tokenizers() -> list[hf.PreTrainedTokenizerFast]:
+    """Without tokens of its own, with BOS, with BERT's and GLM's templates, with EOS."""
+    words = ["<unk>", "<s>", "</s>", "[CLS]", "[SEP]", "[gMASK]", "<sop>", "the", "cat", "sat"]
+    made = []
+    for template in ("$A", "<s> $A", "[CLS] $A [SEP]", "[gMASK] <sop> $A", "$A </s>"):
+        core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        special = [(word, words.index(word)) for word in template.split() if word != "$A"]
+        core.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+        ends = {"bos_token": "<s>", "eos_token": "</s>"}
+        if "[CLS]" in template:
+            ends = {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+        made.append(hf.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", **ends))
+    return made
+
+
+def same_ids(model: Any) -> bool:
+    """Whether text becomes the ids that Hugging Face's tokenizer gives, with every kind of one."""
+    text = "the cat sat"
+    for tokenizer in tokenizers():
+        expected = [tokenizer(text)["input_ids"]]
+        give_tokenizer(model, tokenizer)
+        read = prepare(
+            model, text, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
+        )
+        if not read.tokens.tolist() == model.to_tokens(text).tolist() == expected:
+            return False
+    return True
+
+
+def against_hugging_face(name: str) -> str:
+    """What the table says of the bridge beside the model that it is around."""
+    found = apart(name)
+    said = f"{found.pop(''):.0e}"
+    said += ", float32 inside" if name in FORWARD_FLOAT32 else ""
+    said += "".join(f"; with {kind} {value:.0e}" for kind, value in found.items())
+    model = build(name)
+    if not media.reads_no_text(model):
+        said += "; same ids" if same_ids(model) else "; OTHER IDS"
+    return said + (f"; as {LOADED_AS[name]}" if name in LOADED_AS else "")
+
+
 def tolerance(name: str) -> float:
     return 1e-6 if name in FLOAT32 else 1e-9
 
+
+DIFFERING = {
+    "Falcon with grouped queries and `multi_query=False`": ("FalconForCausalLM", {
+        "new_decoder_architecture": True, "multi_query": False, "num_attention_heads": 4,
+        "num_kv_heads": 2}),
+    "Falcon with `alibi=True`": ("FalconForCausalLM", {"alibi": True, "multi_query": False}),
+    "GPT-2 with `scale_attn_weights=False`": ("GPT2LMHeadModel", {"scale_attn_weights": False}),
+    "GPTBigCode with `multi_query=False`": ("GPTBigCodeForCausalLM", {"multi_query": False}),
+    "GPT-NeoX with `attention_bias=False`": ("GPTNeoXForCausalLM", {"attention_bias": False}),
+    "Phi with `qk_layernorm=True`": ("PhiForCausalLM", {"qk_layernorm": True}),
+    "OPT with `do_layer_norm_before=False`": ("OPTForCausalLM", {"do_layer_norm_before": False}),
+}  # fmt: skip
+"""Settings that TransformerLens computes in another way than Hugging Face, or not at all."""
+
+NOT_IN_16_BITS = dict.fromkeys(
+    ("FlexOlmoForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoForCausalLM"),
+    "the bridge raises for what the model runs: RuntimeError: expected scalar type Float",
+)
+"""Families whose bridge multiplies tensors of two types in bfloat16 and float16."""
+
+IN_16_BITS = "OLMo, OLMo 2, OLMo 3 and FlexOLMo in bfloat16 and float16"
+
+FORWARD_FLOAT32 = frozenset(
+    {
+        "CodeGenForCausalLM",
+        "Cohere2ForCausalLM",
+        "CohereForCausalLM",
+        "GPTBigCodeForCausalLM",
+        "GPTNeoXForCausalLM",
+        "Glm4ForCausalLM",
+        "GlmForCausalLM",
+        "GptOssForCausalLM",
+        "Phi3ForCausalLM",
+    }
+)
+"""Rotary tables, norms or sinks that Hugging Face computes in float32 and the bridge in the model's
+type: outputs apart by 1e-6 at most, and by 1e-12 with float64 in the place of float32."""
 
 KINDS = (
     r"(?<!Self)Attention\d?$",
@@ -294,6 +417,7 @@ class Row:
     attention: str
     norm: str
     mlp: str
+    bridge: str  #: how far it is from Hugging Face's model, and whether it reads the same ids
     result: str  #: covered, refused, or untested
     detail: str  #: the ledger's worst relative error, or the reason
 
@@ -304,8 +428,8 @@ def measure(name: str) -> Row:
         model = build(name)
     # A measuring tool: whatever a constructor raises is the finding.
     except Exception as error:  # noqa: BLE001
-        return Row(name, "", "", "", "untested", f"not built: {_first_line(error)}")
-    kinds = parts(model)
+        return Row(name, "", "", "", "", "untested", f"not built: {_first_line(error)}")
+    kinds = (*parts(model), against_hugging_face(name))
     try:
         worst = 0.0
         for composite in (lenslrp.AttnLRP(), lenslrp.CPLRP()):
@@ -330,7 +454,7 @@ def _with_media(model: Any, name: str) -> str:
     """What is added to the detail of a family that reads pictures or sounds beside text."""
     if name not in zoo_media.MEDIA:
         return zoo_media.TEXT_ONLY.get(name, "")
-    kind = "a sound" if "input_features" in zoo_media.example(name)[1] else "an image"
+    kind = media_kind(name)
     composites = (lenslrp.AttnLRP(), lenslrp.CPLRP())
     ledgers = [explain_media(model, name, composite)[1].ledger() for composite in composites]
     return f"; with {kind} {max(miss(ledger) for ledger in ledgers):.0e}"
@@ -368,11 +492,20 @@ tested transformers has: a tiny random model of each, in float64. Written by
 - **untested** ({untested}): no model of it can be built here. Nothing is claimed; the same checks
   run when you load one, and `lenslrp doctor` shows them.
 
+"Apart from Hugging Face": how far the bridge's outputs are from those of the model before it is
+wrapped, relative to the largest, in float64 (at most 1e-9; "float32 inside": Hugging Face computes
+rotary tables, norms or sinks in float32, 1e-6), for a few tokens, an image or a sound; and whether
+a text becomes the ids that Hugging Face's tokenizer gives, for tokenizers with BOS, with EOS, with
+a template such as `[CLS] $A [SEP]` or `[gMASK]<sop> $A`, and without any. `lenslrp.load` makes the
+same comparison with every model that it loads ([loading](loading.md)), and refuses what
+TransformerLens computes in another way or not at all:
+{differing}.
+
 Not counted: the {remote} names whose code is not part of transformers but comes with a checkpoint:
 {names}.
 
-| architecture | attention | norm | MLP | result | error or reason |
-|---|---|---|---|---|---|
+| architecture | attention | norm | MLP | apart from Hugging Face | result | error or reason |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -384,10 +517,12 @@ def write(rows: list[Row]) -> str:
         refused=counts["refused"],
         untested=counts["untested"],
         remote=len(remote()),
+        differing="\n".join(textwrap.wrap("; ".join((*DIFFERING, IN_16_BITS)), 98)),
         names="\n".join(textwrap.wrap(", ".join(remote()), 98)),
     )
     lines = [
-        f"| {r.name} | {r.attention} | {r.norm} | {r.mlp} | {r.result} | {r.detail} |" for r in rows
+        f"| {r.name} | {r.attention} | {r.norm} | {r.mlp} | {r.bridge} | {r.result} | {r.detail} |"
+        for r in rows
     ]
     return head + "\n".join(lines) + "\n"
 

@@ -190,11 +190,12 @@ LOADED_AS = {"BloomModel": "BloomForCausalLM", "Wav2Vec2ForPreTraining": "Wav2Ve
 """Names that checkpoints carry and TransformerLens loads as another class."""
 
 
-def config(name: str) -> Any:
-    """The configuration of a tiny model."""
+def config(name: str, changes: dict[str, Any] | None = None) -> Any:
+    """The configuration of a tiny model, with changes of its own."""
     cls = getattr(hf, name).config_class
     towers = {"vision_config", "audio_config"} & set(getattr(cls, "sub_configs", ()))
-    made = tiny(cls(), cls, CHANGES.get(name, {}), VOCABULARY + 7 if towers else VOCABULARY)
+    changes = {**CHANGES.get(name, {}), **(changes or {})}
+    made = tiny(cls(), cls, changes, VOCABULARY + 7 if towers else VOCABULARY)
     if name in STAND_INS:  # past the configuration's own check of its type
         made.__dict__["vision_config"] = hf.SiglipVisionConfig(**STAND_INS[name])
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -138,6 +139,27 @@ def test_damaged_cache_is_found_and_repaired(index, damage, fault, caplog):
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert index.downloads == [True, True]
     assert fault in caplog.text
+
+
+class ReadOnly:
+    """A lock on a file system that cannot be written to."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def acquire(self, timeout=None):
+        raise OSError(errno.EROFS, "Read-only file system", str(self.path))
+
+
+def test_a_whole_cache_is_read_where_nothing_can_be_written(index, monkeypatch):
+    folder = ensure_cached("tiny")
+    (folder.parent / "tiny.lock").unlink()
+    monkeypatch.setattr(embedded, "FileLock", ReadOnly)
+    assert ensure_cached("tiny") == folder
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["tiny"]
+    truncate(folder)
+    with pytest.raises(LoadError, match="'tiny' cannot be prepared in .*Read-only.*LENSLRP_CACHE"):
+        ensure_cached("tiny")
 
 
 def test_leftovers_of_a_killed_process_are_removed(index, tmp_path):
