@@ -26,7 +26,7 @@ from lenslrp.errors import LoadError
 from lenslrp.verifying import FAILURES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from transformers import PreTrainedTokenizerBase
 
@@ -46,6 +46,9 @@ _LEFT_OVER = re.compile(
 )
 """Weights that checkpoints carry beside those of the class that they name: the heads of BERT's
 pretraining, and tables that older versions stored."""
+
+_FORMER = {"T5WithLMHeadModel": "T5ForConditionalGeneration"}
+"""Names that classes had when checkpoints were published."""
 
 _TRAINING_ONLY = re.compile(r"(^|\.)masked_spec_embed$")
 """A weight that only training reads."""
@@ -78,12 +81,20 @@ def require_architecture(cls: type) -> str:
     """
     supported = supported_architectures()
     for each in cls.__mro__:
-        if each.__name__ in supported:
-            return each.__name__
+        name = _spelt(each.__name__, supported)
+        if name is not None:
+            return name
     raise LoadError(
         f"TransformerLens has no adapter for {cls.__name__}; nearest: "
         f"{nearest_architectures(cls.__name__, supported)}"
     )
+
+
+def _spelt(name: str, known: Collection[str]) -> str | None:
+    """A class's name as it is spelt there: ``MPTForCausalLM`` became ``MptForCausalLM``."""
+    if name in known:
+        return name
+    return next((each for each in known if each.lower() == name.lower()), None)
 
 
 def require_device(device: str | torch.device) -> torch.device:
@@ -190,7 +201,8 @@ def _own_class(name: str, config: Any) -> type[PreTrainedModel]:
             f'the configuration of {name!r} names no class under "architectures": load it with '
             "its own class from transformers, and give lenslrp.load the model"
         )
-    cls = getattr(transformers, str(named[0]), None)
+    spelt = _spelt(_FORMER.get(str(named[0]), str(named[0])), dir(transformers))
+    cls = getattr(transformers, spelt or "", None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise LoadError(
             f"{name!r} is a {named[0]}, which transformers {transformers.__version__} does not "

@@ -262,7 +262,7 @@ def _tables(model: Any, decoder: bool) -> Iterator[int]:
         elif isinstance(table, Tensor):
             yield len(table)
     config = getattr(getattr(model, "original_model", None), "config", None)
-    if hasattr(config, "attn_config"):  # MPT makes its ALiBi for as many
+    if config is not None and hasattr(config, "attn_config"):  # MPT makes its ALiBi for as many
         yield int(config.max_seq_len)
 
 

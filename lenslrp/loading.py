@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ from lenslrp.wrapped import Wrapped, keep_names, recall, remember
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("lenslrp")
 
 _REMOVED_CLASSES = frozenset({"HookedTransformer", "HookedEncoder", "HookedEncoderDecoder"})
 
@@ -118,7 +121,7 @@ def _by_name(
     n_devices: int | None,
     verify: bool,
 ) -> TransformerBridge:
-    from transformer_lens.utilities import get_device
+    from transformer_lens.utilities.devices import get_device
 
     if n_devices is not None:
         _refuse("n_devices chooses the devices", device=device)
@@ -141,7 +144,7 @@ def _by_name(
                 raise LoadError(f"no model is called {name!r}; did you mean {near[0]!r}?")
         model, tokenizer = read_model(name, **options)
     bridge = _from_memory(model, tokenizer, dtype or torch.float32, None, verify, name=name)
-    _give_processor(bridge, name)
+    _give_processor(bridge, revision)
     return bridge
 
 
@@ -277,20 +280,24 @@ def _require_agreement(bridge: TransformerBridge, found: Agreement) -> None:
     )
 
 
-def _give_processor(bridge: TransformerBridge, name: str) -> None:
-    """What makes numbers of images and sounds, where the checkpoint has it."""
-    if bridge.tokenizer is not None and not getattr(bridge.cfg, "is_multimodal", False):
-        return
-    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
+_PROCESSORS = {
+    "is_multimodal": "AutoProcessor",
+    "is_audio_model": "AutoFeatureExtractor",
+    "is_visual_model": "AutoImageProcessor",
+}
 
-    kinds = {"is_multimodal": AutoProcessor, "is_audio_model": AutoFeatureExtractor,
-             "is_visual_model": AutoImageProcessor}  # fmt: skip
-    for flag, kind in kinds.items():
+
+def _give_processor(bridge: TransformerBridge, revision: str | None) -> None:
+    """What makes numbers of images and sounds, where the checkpoint has one and it can be read."""
+    place = str(bridge.original_model.config.name_or_path)
+    for flag, kind in _PROCESSORS.items():
         if getattr(bridge.cfg, flag, False):
             try:
-                bridge.processor = kind.from_pretrained(name)
-            except (OSError, ValueError, ImportError, KeyError):
-                continue
+                found = getattr(transformers, kind).from_pretrained(place, revision=revision)
+            except (OSError, ValueError, ImportError) as error:
+                logger.info("%s: no %s (%s)", place, kind, first_line(error))
+            else:
+                bridge.processor = found
 
 
 def _explain_type(model: object) -> str:

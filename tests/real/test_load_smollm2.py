@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import lenslrp
+from lenslrp.embedded import ensure_cached
+from lenslrp.tokenization import tokenize
+from lenslrp.wrapped import agreement
 
 pytestmark = pytest.mark.real
 
@@ -29,6 +33,17 @@ def test_state_after_loading(smollm2):
     assert smollm2.cfg.model_name == "smollm2-135m"
     assert smollm2.original_model.config._attn_implementation == "eager"
     assert {p.dtype for p in smollm2.original_model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "flan-t5-small-titles"])
+def test_ids_and_outputs_are_those_of_hugging_face(name):
+    folder = ensure_cached(name)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = lenslrp.load(name, device="cpu")
+    assert tokenize(model, PROMPT) == tokenizer(PROMPT)["input_ids"]
+    found = agreement(model)
+    assert found.difference is not None
+    assert found.difference <= 1e-6
 
 
 def test_loads_from_the_cache_without_network(smollm2, no_network):

@@ -16,7 +16,7 @@ from lenslrp.cli import main
 from lenslrp.errors import LoadError
 from lenslrp.loading import load
 from tests.conformance.families import randomise
-from tests.conformance.zoo import tokenizers
+from tests.conformance.zoo import plain, tokenizers
 from tests.unit.tiny import TOKENS
 
 SIZES: dict[str, Any] = {
@@ -68,6 +68,16 @@ def test_by_directory_and_from_memory_are_one(
     assert bridge.cfg.dtype == torch.float32
     assert torch.equal(bridge(TOKENS), expected)
     assert torch.equal(load(model)(TOKENS), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("MptForCausalLM", "MPTForCausalLM"), ("T5ForConditionalGeneration", "T5WithLMHeadModel")],
+)
+def test_a_class_may_have_had_another_name(family: str, name: str, tmp_path: Path) -> None:
+    plain(family, torch.float32).save_pretrained(tmp_path)
+    edit(tmp_path, architectures=[name])
+    assert type(load(str(tmp_path), device="cpu").original_model).__name__ == family
 
 
 # --- weights ----------------------------------------------------------------------------------

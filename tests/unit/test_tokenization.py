@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +63,59 @@ def test_prepend_bos_is_a_choice(kind: int, with_bos: list[int], without: list[i
     assert tokenize(bridge(kind, prepend_bos=False), TEXT) == without
     _, R = lenslrp.run_with_relevance(model, TEXT, target=5, prepend_bos=True)
     assert R.token_ids.tolist() == [with_bos]
+
+
+CHARACTERS = [*"abcdehtsn ", "\u2581", "\u0120", "##a", "##t"]
+
+
+def words(*special: str) -> dict[str, int]:
+    return {word: index for index, word in enumerate([*special, *CHARACTERS])}
+
+
+def pieces(*special: str) -> list[tuple[str, float]]:
+    return [(word, 0.0) for word in words(*special)]
+
+
+LLAMA = ("<unk>", "<s>", "</s>")
+FAIRSEQ = ("<s>", "<pad>", "</s>", "<unk>")
+CLASSES: dict[str, Any] = {
+    "Llama": lambda: hf.LlamaTokenizer(vocab=words(*LLAMA), merges=[]),
+    "Llama with BOS and EOS": lambda: hf.LlamaTokenizer(
+        vocab=words(*LLAMA), merges=[], add_bos_token=True, add_eos_token=True
+    ),
+    "Llama without": lambda: hf.LlamaTokenizer(vocab=words(*LLAMA), merges=[], add_bos_token=False),
+    "Gemma": lambda: hf.GemmaTokenizer(
+        vocab=words("<pad>", "<eos>", "<bos>", "<unk>", "<mask>"), merges=[]
+    ),
+    "GPT-2": lambda: hf.GPT2Tokenizer(vocab=words("<|endoftext|>"), merges=[]),
+    "GPT-2 with BOS": lambda: hf.GPT2Tokenizer(
+        vocab=words("<|endoftext|>"), merges=[], add_bos_token=True
+    ),
+    "Qwen 2": lambda: hf.Qwen2Tokenizer(vocab=words("<|endoftext|>"), merges=[]),
+    "NeoX": lambda: hf.GPTNeoXTokenizer(vocab=words("<|endoftext|>", "<|padding|>"), merges=[]),
+    "BERT": lambda: hf.BertTokenizer(vocab=words("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")),
+    "RoBERTa": lambda: hf.RobertaTokenizer(vocab=words(*FAIRSEQ, "<mask>"), merges=[]),
+    "T5": lambda: hf.T5Tokenizer(vocab=pieces("<pad>", "</s>", "<unk>")),
+    "MBart, with a language tag": lambda: hf.MBartTokenizer(vocab=pieces(*FAIRSEQ)),
+    "NLLB, with a language tag": lambda: hf.NllbTokenizer(vocab=words(*FAIRSEQ), merges=[]),
+}
+ADDED = {"Llama with BOS and EOS": 2, "GPT-2 with BOS": 1, "BERT": 2, "RoBERTa": 2, "T5": 1,
+         "MBart, with a language tag": 2, "NLLB, with a language tag": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(CLASSES))
+def test_every_class_of_tokenizers_keeps_its_ids(name: str, tmp_path: Path) -> None:
+    """From memory and by directory, in ``tokenize`` and in ``to_tokens``."""
+    tokenizer = CLASSES[name]()
+    expected = tokenizer("the cat")["input_ids"]
+    bare = tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    assert len(expected) - len(bare) == ADDED.get(name, 0)
+    plain = llama(vocab_size=len(tokenizer))
+    plain.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for model in (lenslrp.load(plain, tokenizer=tokenizer), lenslrp.load(tmp_path, device="cpu")):
+        assert tokenize(model, "the cat") == expected
+        assert model.to_tokens("the cat").tolist() == [expected]
 
 
 def without_bos() -> hf.PreTrainedTokenizerFast:
