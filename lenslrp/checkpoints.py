@@ -47,6 +47,11 @@ _LEFT_OVER = re.compile(
 """Weights that checkpoints carry beside those of the class that they name: the heads of BERT's
 pretraining, and tables that older versions stored."""
 
+_REMOTE = (
+    "Its code comes with the checkpoint and is not run here: load it with transformers and "
+    "trust_remote_code=True if you trust it, and give lenslrp.load the model"
+)
+
 _FORMER = {"T5WithLMHeadModel": "T5ForConditionalGeneration"}
 """Names that classes had when checkpoints were published."""
 
@@ -161,10 +166,10 @@ def to_device(model: Any, device: torch.device) -> Any:
         LoadError: it does not fit.
     """
     try:
-        return model.to(device)
-    except torch.OutOfMemoryError as error:
+        return model if model.device == device else model.to(device)
+    except (torch.OutOfMemoryError, ValueError) as error:
         raise LoadError(
-            f"{type(model).__name__} does not fit on {device}: give a smaller dtype, another "
+            f"this {type(model).__name__} cannot go to {device}: give a smaller dtype, another "
             f"device, or n_devices. {first_line(error)}"
         ) from error
 
@@ -175,11 +180,13 @@ def _configuration(name: str, revision: str | None) -> Any:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise LoadError(f"{name!r} has no config.json (it holds {there}): not a checkpoint")
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except UNREADABLE as error:
-        if folder.is_dir():
+        if "trust_remote_code" in str(error):
+            raise LoadError(f"{name!r} has a configuration of its own. {_REMOTE}") from error
+        if folder.is_dir() or not isinstance(error, OSError):
             raise LoadError(
-                f"{name}/config.json cannot be read as a configuration: {first_line(error)}"
+                f"config.json of {name!r} cannot be read as a configuration: {first_line(error)}"
             ) from error
         raise LoadError(
             f"{name!r} is not an embedded model ({', '.join(EMBEDDED)}), not a directory, and "
@@ -206,8 +213,7 @@ def _own_class(name: str, config: Any) -> type[PreTrainedModel]:
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise LoadError(
             f"{name!r} is a {named[0]}, which transformers {transformers.__version__} does not "
-            "have: its code comes with the checkpoint. Load it with trust_remote_code=True if you "
-            "trust it, and give lenslrp.load the model"
+            f"have. {_REMOTE}"
         )
     return cls
 
@@ -325,7 +331,9 @@ def read_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase |
         except (OSError, ValueError) as error:
             raise LoadError(f"{name}/{file} is not JSON: {first_line(error)}") from error
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision)
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False
+        )
     except UNREADABLE as error:
         if not folder.is_dir() and isinstance(error, OSError | ValueError):
             logger.warning("%s has no tokenizer (%s): give token tensors", name, first_line(error))

@@ -34,7 +34,7 @@ class Wrapped:
         bridge: the bridge.
         reference: what the model gave before; None if it was not asked.
         agreement: of the bridge with it, when it was loaded.
-        state: see :func:`_state`; empty without a reference.
+        state: see :func:`_state`; empty if they were not compared.
     """
 
     bridge: TransformerBridge
@@ -63,7 +63,7 @@ def recall(model: Any) -> Wrapped | None:
 def remember(model: Any, bridge: TransformerBridge, reference: Reference | None) -> Agreement:
     """Keep it on the model, past what ``nn.Module`` makes of attributes; compare the two."""
     found = UNASKED if reference is None else compare(bridge, reference)
-    state = () if reference is None else _state(model)
+    state = _state(model) if found.known else ()
     vars(model)[_KEY] = Wrapped(bridge, reference, found, state)
     return found
 
@@ -75,8 +75,8 @@ def agreement(bridge: Any) -> Agreement:
     if not isinstance(known, Wrapped):
         reason = "this bridge was made without lenslrp.load, so the model itself was never seen"
         return Agreement(None, reason=reason)
-    if known.reference is None:
-        return UNASKED
+    if known.reference is None or not known.agreement.known:
+        return known.agreement
     if known.state != _state(model):
         return Agreement(None, reason="its weights were changed after it was loaded")
     return compare(bridge, known.reference)
@@ -119,5 +119,9 @@ def original_weights(model: Any, names: frozenset[str]) -> dict[str, Tensor]:
 
 def _state(model: Any) -> tuple[float, ...]:
     """A few values of every weight: other ones after training, editing or casting."""
-    weights = [w.detach().flatten() for w in model.parameters() if w.is_floating_point()]
+    weights = [
+        w.detach().flatten()
+        for w in model.parameters()
+        if w.is_floating_point() and w.device.type != "meta"
+    ]
     return tuple(float(w[:: max(1, w.numel() // 16)].double().sum()) for w in weights)

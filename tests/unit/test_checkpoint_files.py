@@ -160,6 +160,17 @@ def code_of_its_own(folder: Path) -> None:
     edit(folder, architectures=["QWenLMHeadModel"])
 
 
+def configuration_of_its_own(folder: Path) -> None:
+    edit(folder, model_type="nosuch", auto_map={"AutoConfig": "code.Config"})
+    (folder / "code.py").write_text("raise SystemExit('this was run')")
+
+
+def tokenizer_of_its_own(folder: Path) -> None:
+    settings = {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}, "tokenizer_class": "No"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "code.py").write_text("raise SystemExit('this was run')")
+
+
 def pickle(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -189,12 +200,14 @@ def adapter_without_base(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (not_json, "config.json cannot be read as a configuration"),
+        (not_json, "config.json of .* cannot be read as a configuration: .*not a valid JSON"),
         (no_configuration, r"has no config.json \(it holds .*model.safetensors\)"),
         (unknown_type, "cannot be read as a configuration: .*nosuch"),
         (wrong_type, "cannot be read as a configuration: .*hidden_size"),
         (no_class, 'names no class under "architectures"'),
         (code_of_its_own, "is a QWenLMHeadModel, which transformers .* does not have"),
+        (configuration_of_its_own, "configuration of its own. Its code .* is not run here"),
+        (tokenizer_of_its_own, "the tokenizer of .* cannot be read: .*custom code"),
         (pickle, "pytorch_model.bin, a pickle.*convert it once.*LlamaForCausalLM"),
         (nothing, "cannot read its weights as a LlamaForCausalLM: .*model.safetensors"),
         (cut, "a safetensors file of it is damaged"),
