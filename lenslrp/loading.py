@@ -289,7 +289,8 @@ _PROCESSORS = {
 
 def _give_processor(bridge: TransformerBridge, revision: str | None) -> None:
     """What makes numbers of images and sounds, where the checkpoint has one and it can be read."""
-    place = str(bridge.original_model.config.name_or_path)
+    config: Any = bridge.original_model.config
+    place = str(config.name_or_path)
     for flag, kind in _PROCESSORS.items():
         if getattr(bridge.cfg, flag, False):
             try:
