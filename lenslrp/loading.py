@@ -135,6 +135,8 @@ def _by_name(
     if name in EMBEDDED:
         _refuse("an embedded model has one pinned version", revision=revision)
         folder = ensure_cached(name)
+        if not (folder / "tokenizer.json").is_file():
+            _refuse("a vision model is loaded onto one device", n_devices=n_devices)
         with quiet_transformers():  # a second's work, and it would end up in every notebook
             model, tokenizer = read_model(str(folder), **options)
     else:
