@@ -149,6 +149,7 @@ class Attached:
         self.wrapped: set[int] = set()  # modules that a norm's bridge wraps: their ids
         self.replaced: dict[int, Site] = {}  # wrapped norms that have their rule: id -> its site
         self.edits: list[Any] = []  # meters of the user's own hooks
+        self.changed: list[str] = []  # modules whose backward hooks have changed a gradient
         self.plain: dict[int, list[bool]] = {}  # wrapped norms left plain: id -> is it running?
 
     def hook(self, module: nn.Module, hook: Callable[..., Any], **options: bool) -> None:

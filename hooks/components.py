@@ -38,7 +38,7 @@ from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, components, layer_of, original
 from lenslrp.hooks.attention import attach_attention, gates_its_output, softcap_of
 from lenslrp.hooks.checks import elementwise, known_forward
-from lenslrp.hooks.constants import measure_bias, meter_edits
+from lenslrp.hooks.constants import measure_bias, meter_edits, watch_gradients
 from lenslrp.hooks.convolution import CONVOLUTIONS, attach_convolution
 from lenslrp.hooks.embeddings import attach_leaf, attach_patches, embeddings
 from lenslrp.hooks.experts import ExpertPoint, Mixture, attach_mixture, expert_points, mixtures
@@ -249,6 +249,7 @@ def attach_all(model: nn.Module, ctx: Context, at: Attached) -> None:
     found = list(components(model))
     require_modules_of_their_own(model)
     at.edits = meter_edits(at, ctx, found)
+    at.changed = watch_gradients(at, found)
     at.wrapped = {id(original(m)) for _, m in found if isinstance(m, NormalizationBridge)}
     gates: dict[int, float] = {}
     roles: dict[int, str] = {}
@@ -271,7 +272,7 @@ def attach_all(model: nn.Module, ctx: Context, at: Attached) -> None:
             roles[id(getattr(original(module), module.fused_attr, None))] = ""
         if id(module) in raw and raw[id(module)].gated:  # its activation feeds a gated product
             gates.update((id(inner), gate_share(ctx)) for inner in module.children())
-        if isinstance(module, GatedMLPBridge) and original(module) is not None:
+        if isinstance(module, GatedMLPBridge) and _computes_itself(ctx, module):
             share = gate_share(ctx)
             for inner in [*original(module).children(), *module.children(), original(module)]:
                 gates[id(inner)] = share
@@ -381,6 +382,12 @@ def _ruled_weights(
     return found
 
 
+def _computes_itself(ctx: Context, mlp: GatedMLPBridge) -> bool:
+    """Whether a gated MLP has its rules from its bridge: its class is not declared."""
+    inner = original(mlp)
+    return inner is not None and type(inner) not in ctx.composite.modules
+
+
 def _attended(parts: list[tuple[str, nn.Module]]) -> set[int]:
     """What lies inside attention that has a bridge."""
     inner = [original(m) for _, m in parts if isinstance(m, AttentionBridge)]
@@ -441,7 +448,7 @@ def _attach(
         if type(original(module)) not in ctx.composite.modules:  # taught: it has rules of its own
             attach_attention(at, ctx, path, module)
     elif isinstance(module, GatedMLPBridge) and original(module) is not None:
-        if not is_known(original(module)):
+        if _computes_itself(ctx, module) and not is_known(original(module)):
             attach_gated_mlp(at, ctx, path, module)
     elif id(module) not in at.wrapped and is_norm(module):
         attach_loose_norm(at, ctx, path, module)

@@ -6,6 +6,7 @@ A constant on the path is one more contribution and absorbs its share ([A] Eq. 8
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -158,6 +159,37 @@ def meter_edits(
             at.pre_hook(module, lambda _, args, meter=meter: meter.after(_first(args)))
             meters.append(meter)
     return meters
+
+
+def watch_gradients(at: Attached, parts: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """Fills with the names of modules whose backward hooks, the user's own, change a gradient."""
+    changed: list[str] = []
+    for path, module in parts:
+        for hooks in (module._backward_hooks, module._backward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                at.undo.append(partial(_put_back, hooks, key, hook))
+                hooks[key] = _watched(hook, path, changed)
+    return changed
+
+
+def _watched(hook: Callable[..., Any], path: str, changed: list[str]) -> Callable[..., Any]:
+    def watched(module: nn.Module, given: Any, *rest: Any) -> Any:
+        made = hook(module, given, *rest)
+        pairs = zip(_tuple(made), _tuple(given), strict=False)
+        if made is not None and not all(a is b or torch.equal(a, b) for a, b in pairs):
+            changed.append(path)
+        return made
+
+    return watched
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _put_back(hooks: dict[int, Any], key: int, hook: Any) -> None:
+    if key in hooks:  # else it has been removed meanwhile
+        hooks[key] = hook
 
 
 def _first(value: Any) -> Any:

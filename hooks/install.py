@@ -55,6 +55,7 @@ class Rules:
         self.books = books
         self.copies = copies
         self.edits: list[EditMeter] = []
+        self.changed: list[str] = []
         self.sites: list[Site] = []
         self.weights: dict[int, str] = {}
         self.routing: dict[str, Tensor] = {}
@@ -80,7 +81,7 @@ class Rules:
             for new, old in zip(attached.sites, self.sites, strict=True):
                 new.forward, new.backward = old.forward, old.backward
         self.sites = attached.sites
-        self.edits = attached.edits
+        self.edits, self.changed = attached.edits, attached.changed
         self.weights = attached.weights
         for weight in frozen:
             attached.freeze(weight)

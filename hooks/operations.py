@@ -133,6 +133,8 @@ class Met(Meeting):
             return self.leak(lambda x: func(x, *args[1:], **kwargs), args[0])
         if name in QUOTIENTS and "div" in self.spec.leaks and len(args) == 2 and _live(args[1]):
             return self.leak(torch.div, *args)
+        if name == "einsum" and _factors(args) == 2 and not _contracts(args[0]):
+            return self.product(args[1], args[2], lambda a, b: func(args[0], a, b))
         if name in MATRIX_PRODUCTS and self.spec.attention and _factors(args) == 2:
             return self.matrix_product(func, args, kwargs)
         out = func(*args, **kwargs)
@@ -161,7 +163,9 @@ class Met(Meeting):
         out = self.meet(on_copy, WRITES.get(name, name), (args[0].clone(), *args[1:]), apart)
         return args[0].copy_(out)
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
+    def product(
+        self, a: Tensor, b: Tensor, multiply: Callable[[Tensor, Tensor], Tensor] = torch.mul
+    ) -> Tensor:
         """Half to each; a router's weight is one number a position and is the first factor."""
         narrow = [x.shape[-1] == 1 for x in (a, b)] if a.ndim and b.ndim else [False, False]
         routes = narrow[0] != narrow[1] and self.spec.product != "attention_gate"
@@ -175,7 +179,7 @@ class Met(Meeting):
             at_first = next(iter(gates), 0)
         if not (role == "gate" and _activated(factors[at_first])):  # which has its share already
             factors[at_first] = F.shared(factors[at_first], first / second, site)
-        y = torch.mul(*factors)
+        y = multiply(*factors)
         if first == 0:
             return F.apply(F.Mark, y, site)
         return F.apply(F.ProductOutput, y, first, second, site)
@@ -272,6 +276,12 @@ def _live(x: Any) -> bool:
 
 def _factors(args: tuple[Any, ...]) -> int:
     return sum(_live(x) for x in args)
+
+
+def _contracts(equation: Any) -> bool:
+    """Whether an einsum sums over an index; one that does not is a product, number by number."""
+    inputs, arrow, output = str(equation).replace(" ", "").partition("->")
+    return not arrow or bool(set(inputs) - set(output) - set(",."))
 
 
 def _node(x: Tensor) -> Any:

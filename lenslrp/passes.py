@@ -258,15 +258,21 @@ class Pass:
         """
         if ledger is None or not math.isfinite(ledger.error):
             return ""
+        changed = dict.fromkeys(self.rules.changed)
         terms = (getattr(ledger, term) for term in ("leaves", *TERMS))
         scale = max(abs(ledger.target), *(abs(term) for term in terms))
-        if abs(ledger.target - ledger.accounted) <= BALANCED[dtype] * scale:
+        if abs(ledger.target - ledger.accounted) <= BALANCED[dtype] * scale and not changed:
             return ""
         note = (
             f"the books do not balance: {ledger.target - ledger.accounted:+.4g} of "
             f"{ledger.target:.4g} is not accounted for. Something adds a constant on the path, "
             "changes a gradient, or computes what LensLRP does not know; see R.ledger().table "
             "(with strict=False) for the layer"
+            + (
+                f". A backward hook at {', '.join(changed)} changes what passes it"
+                if changed
+                else ""
+            )
         )
         written = any(meter.missed for meter in self.rules.edits) or any(
             type(node).__name__ in WRITES for node in found.nodes.values()

@@ -7,7 +7,7 @@ known by the operations in it; what its code cuts off the graph, by the hooks th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,19 +36,11 @@ class Remembered:
 _models: WeakKeyDictionary[nn.Module, Remembered] = WeakKeyDictionary()
 
 
-def remembered(model: nn.Module, parts: Iterable[tuple[str, nn.Module]]) -> Remembered:
+def remembered(model: nn.Module, parts: Sequence[tuple[str, nn.Module]]) -> Remembered:
     """What is known of a model with the hooks that it has now; called before rules are attached."""
-    hooks = hash(
-        tuple(
-            (
-                id(part),
-                *part._forward_hooks,
-                *part._forward_pre_hooks,
-                id(part.__dict__.get("forward")),
-            )
-            for _, part in parts
-        )
-    )
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    own = ((id(part), *(key for kind in kinds for key in getattr(part, kind))) for _, part in parts)
+    hooks = hash((*own, *(id(part.__dict__.get("forward")) for _, part in parts)))
     known = _models.get(model)
     if known is None or known.hooks != hooks:
         known = _models[model] = Remembered(hooks)

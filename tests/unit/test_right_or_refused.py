@@ -397,6 +397,20 @@ def test_a_gradient_that_a_hook_changes_is_no_constant(changes: Callable[..., An
             assert torch.equal(explain(model).tokens, explain(tiny("llama")).tokens)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_backward_hook_that_changes_little_is_seen(dtype: torch.dtype) -> None:
+    model = tiny("gpt2").to(dtype)
+    plain = explain(model)
+    module = model.blocks[1].mlp.original_component
+    reading = module.register_full_backward_hook(lambda *_: None)
+    assert torch.equal(explain(model, ledger=False).tokens, plain.tokens)
+    reading.remove()
+    module.register_full_backward_hook(lambda _, gi, go: (1.02 * gi[0],))
+    for ledger in (True, False):
+        with pytest.raises(CoverageError, match=r"backward hook at blocks\.1\.mlp changes"):
+            explain(model, ledger=ledger)
+
+
 # ------------------------------------------------------------------- shares of products
 
 BESIDE: dict[str, Forward] = {
@@ -440,6 +454,56 @@ def test_a_sum_of_products_is_right() -> None:
 
     found, expected = explain(with_mlp(forward)), explain(tiny("llama"))
     torch.testing.assert_close(found.tokens, expected.tokens, rtol=1e-12, atol=1e-14)
+
+
+class GatedMLP(nn.Module):
+    """An MLP of the user's own, in the place of Llama's."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+def test_a_declared_mlp_has_its_rules_from_its_declaration() -> None:
+    torch.manual_seed(0)
+    inner: Any = FAMILIES["llama"]().double().eval()
+    plain = lenslrp.load(copy.deepcopy(inner))
+    for layer in inner.model.layers:
+        layer.mlp = GatedMLP(layer.mlp)
+    rules = lenslrp.AttnLRP().extended({GatedMLP: Operations(gated=True)})
+    found, expected = explain(lenslrp.load(inner), composite=rules), explain(plain)
+    torch.testing.assert_close(found.tokens, expected.tokens, rtol=1e-12, atol=1e-14)
+    assert abs(found.ledger().error) < 1e-12
+
+
+def test_an_einsum_that_contracts_nothing_is_a_product() -> None:
+    results = []
+    for multiply in (torch.mul, lambda a, b: torch.einsum("bti,bti->bti", a, b)):
+        act = module(lambda s, x, multiply=multiply: s.c(multiply(s.a(x), s.b(x))))
+        rules = lenslrp.RelP().extended({type(act): Operations()})
+        results.append(explain(with_activation(act), composite=rules).tokens)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+
+
+class OuterRMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.RMSNorm(16, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x) * 2
+        return out
+
+
+def test_a_plain_norm_answers_for_the_norm_inside_it() -> None:
+    model = tiny("llama")
+    model.ln_final.set_original_component(OuterRMSNorm())
+    ledger = explain(model, composite=lenslrp.GradientTimesInput()).ledger()
+    assert abs(ledger.error) < 1e-9
 
 
 # ------------------------------------------------------------------- one module in two places
