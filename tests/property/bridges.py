@@ -1,0 +1,271 @@
+"""Tiny bridges with a program's parts in them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
+
+import lenslrp
+from lenslrp.hooks import Identity, Normalisation, Operations, Plain
+from tests.oracles.explicit_hosts import Host
+from tests.property.interpreter import make_unit, run_code
+from tests.property.interpreter import modules as code_modules
+from tests.property.operations import Env
+from tests.property.program import SIZES, Part, Program
+
+VOCABULARY = 17
+
+PATHS = {
+    "llama": {
+        "act": "model.layers.{}.mlp.act_fn",
+        "ln1": "model.layers.{}.input_layernorm",
+        "ln2": "model.layers.{}.post_attention_layernorm",
+        "ln_final": "model.norm",
+        "mlp": "model.layers.{}.mlp",
+        "attn": "model.layers.{}.self_attn",
+        "q": "model.layers.{}.self_attn.q_proj",
+        "k": "model.layers.{}.self_attn.k_proj",
+        "v": "model.layers.{}.self_attn.v_proj",
+        "o": "model.layers.{}.self_attn.o_proj",
+        "gate": "model.layers.{}.mlp.gate_proj",
+        "up": "model.layers.{}.mlp.up_proj",
+        "down": "model.layers.{}.mlp.down_proj",
+    },
+    "gpt2": {
+        "act": "transformer.h.{}.mlp.act",
+        "mlp": "transformer.h.{}.mlp",
+        "o": "transformer.h.{}.attn.c_proj",
+        "up": "transformer.h.{}.mlp.c_fc",
+        "down": "transformer.h.{}.mlp.c_proj",
+    },
+    "vit": {
+        "act": "vit.layers.{}.mlp.activation_fn",
+        "ln1": "vit.layers.{}.layernorm_before",
+        "ln2": "vit.layers.{}.layernorm_after",
+        "ln_final": "vit.layernorm",
+        "mlp": "vit.layers.{}.mlp",
+        "attn": "vit.layers.{}.attention",
+        "q": "vit.layers.{}.attention.q_proj",
+        "k": "vit.layers.{}.attention.k_proj",
+        "v": "vit.layers.{}.attention.v_proj",
+        "o": "vit.layers.{}.attention.o_proj",
+        "up": "vit.layers.{}.mlp.fc1",
+        "down": "vit.layers.{}.mlp.fc2",
+    },
+}
+"""Where Hugging Face keeps the modules that a part may replace or hook."""
+
+BASES: dict[str, type] = {
+    "GELU": nn.GELU,
+    "SiLU": nn.SiLU,
+    "ReLU": nn.ReLU,
+    "LayerNorm": nn.LayerNorm,
+    "RMSNorm": nn.RMSNorm,
+    "LlamaRMSNorm": LlamaRMSNorm,
+    "LlamaMLP": LlamaMLP,
+    "ViTMLP": ViTMLP,
+    "LlamaAttention": LlamaAttention,
+    "ViTAttention": ViTAttention,
+}
+
+RULES: dict[str, Callable[[], Any]] = {
+    "identity": Identity,
+    "norm": Normalisation,
+    "norm centred": lambda: Normalisation(centred=True),
+    "operations": Operations,
+    "operations gated": lambda: Operations(gated=True),
+    "plain": Plain,
+}
+
+
+def _llama() -> Any:
+    width, inner, _ = SIZES["llama"]
+    return hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=16,
+        )
+    )
+
+
+def _gpt2() -> Any:
+    width, inner, _ = SIZES["gpt2"]
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=width, n_layer=2, n_head=2, n_positions=16, n_inner=inner
+        )
+    )
+
+
+def _vit() -> Any:
+    width, inner, _ = SIZES["vit"]
+    return hf.ViTForImageClassification(
+        hf.ViTConfig(
+            hidden_size=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=inner,
+            image_size=4,
+            patch_size=2,
+            num_channels=1,
+            num_labels=VOCABULARY,
+        )
+    )
+
+
+BUILD = {"llama": _llama, "gpt2": _gpt2, "vit": _vit}
+
+
+@cache
+def template(kind: str, seed: int, dtype: torch.dtype) -> tuple[Any, Host]:
+    """A Hugging Face model with weights of a unit's order, to be copied; and its weights."""
+    generator = torch.Generator().manual_seed(seed)
+    model = BUILD[kind]().eval()
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("bias"):
+            parameter.data = 0.3 * noise
+        elif parameter.ndim == 1:
+            parameter.data = 1 + 0.2 * noise
+        elif "embed" in name or "wte" in name or "wpe" in name:
+            parameter.data = 0.8 * noise
+        else:
+            parameter.data = 1.4 * noise / parameter.shape[-1] ** 0.5
+    model.to(dtype)
+    model.set_attn_implementation("eager")
+    return model, Host.copy_from(kind, model)
+
+
+@cache
+def given(kind: str, seed: int) -> Tensor:
+    """Token ids, or pixels in float64 for a ViT."""
+    generator = torch.Generator().manual_seed(seed + 100)
+    if kind == "vit":
+        return torch.randn(1, 1, 4, 4, generator=generator, dtype=torch.float64)
+    return torch.randint(0, VOCABULARY, (1, SIZES[kind][2]), generator=generator)
+
+
+@dataclass
+class Ready:
+    """A bridge to run, and the composite that the user gives."""
+
+    bridge: Any
+    composite: lenslrp.Composite
+    inputs: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+@cache
+def plain_bridge(kind: str, seed: int, dtype: torch.dtype) -> tuple[Any, dict[str, nn.Module]]:
+    """A bridge for programs that only hook it, and its modules as Hugging Face names them."""
+    model = copy.deepcopy(template(kind, seed, dtype)[0])
+    modules = dict(model.named_modules())
+    return lenslrp.load(model), modules
+
+
+@contextmanager
+def prepared(program: Program) -> Iterator[Ready]:
+    """The bridge with the program's parts, for the length of the block."""
+    dtype = getattr(torch, program.dtype)
+    composite = lenslrp.AttnLRP()
+    replaced = [part for part in program.parts if part.kind == "module"]
+    if replaced:
+        model = copy.deepcopy(template(program.host, program.weights, dtype)[0])
+        for part in replaced:
+            unit = _replace(model, program.host, part, dtype)
+            if part.declared:
+                composite = composite.extended({type(unit): RULES[part.declared]()})
+        modules = dict(model.named_modules())
+        bridge = lenslrp.load(model)
+    else:
+        bridge, modules = plain_bridge(program.host, program.weights, dtype)
+    handles: list[Any] = []
+    kept: dict[str, Tensor] = {}
+    for part in program.parts:
+        if part.kind != "module":
+            handles += _hook(program.host, part, bridge, modules, dtype, kept)
+    seen = given(program.host, program.weights)
+    try:
+        if program.host == "vit":
+            yield Ready(bridge, composite, (None,), {"pixel_values": seen.to(dtype)})
+        else:
+            yield Ready(bridge, composite, (seen,), {})
+    finally:
+        bridge.reset_hooks()
+        for handle in handles:
+            handle.remove()
+
+
+def plain_forward(ready: Ready) -> Tensor:
+    """Logits of the bridge without any rule."""
+    if ready.keywords:
+        out: Tensor = ready.bridge(None, return_type="logits", **ready.keywords)
+        return out
+    logits: Tensor = ready.bridge(*ready.inputs, return_type="logits", use_cache=False)
+    return logits
+
+
+def _replace(model: Any, host: str, part: Part, dtype: torch.dtype) -> nn.Module:
+    paths = [PATHS[host][part.place].format(layer) for layer in part.layers]
+    unit = make_unit(part, dtype, BASES, model.get_submodule(paths[0]))
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, unit)
+    return unit
+
+
+def _hook(
+    host: str,
+    part: Part,
+    bridge: Any,
+    modules: dict[str, nn.Module],
+    dtype: torch.dtype,
+    kept: dict[str, Tensor],
+) -> list[Any]:
+    handles: list[Any] = []
+    made: dict[str, nn.Module] = {}
+    env = Env(dtype, made)
+    made.update(code_modules(part.code, env, part.width))
+    for module in made.values():
+        module.requires_grad_(False).eval()
+    if part.other:
+        bridge.add_hook(part.other, lambda x, hook: kept.__setitem__(part.other, x))
+
+    def run(x: Tensor) -> Tensor:
+        inputs = [x, kept[part.other]] if part.other else [x]
+        return run_code(part.code, env, inputs, "run")
+
+    for layer in part.layers:
+        if part.kind == "edit":
+            final = part.place.startswith("ln_final")
+            name = part.place if final else f"blocks.{layer}.{part.place}"
+            bridge.add_hook(name, lambda x, hook: run(x))
+            continue
+        module = modules[PATHS[host][part.place].format(layer)]
+        if part.kind == "after":
+            handles.append(module.register_forward_hook(lambda _, args, y: _on_first(run, y)))
+        else:
+            handles.append(
+                module.register_forward_pre_hook(lambda _, args: (run(args[0]), *args[1:]))
+            )
+    return handles
+
+
+def _on_first(run: Callable[[Tensor], Tensor], y: Any) -> Any:
+    """An attention returns its pattern as well."""
+    return (run(y[0]), *y[1:]) if isinstance(y, tuple) else run(y)

@@ -1,0 +1,382 @@
+"""Random programs: a seed gives one, always the same."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from tests.property.interpreter import widths
+from tests.property.operations import (
+    ACTIVATIONS,
+    ATTENTIONS,
+    EFFECTS,
+    FUNCTIONS,
+    MOVES,
+    OPS,
+    RESHAPES,
+    UNKNOWN,
+    VIEWS,
+)
+from tests.property.program import SIZES, Node, Part, Program, without_dead
+
+LINEAR = ("linear", "raw_linear", "scale", "add", "reduce", "move", "slice", "cat", "tokens",
+          "reshape", "where", "convolution", "guard", "checkpoint")  # fmt: skip
+FLAVOURS: dict[str, dict[str, float]] = {
+    "linear": {**dict.fromkeys(LINEAR, 1.0), "linear": 3.0, "activation": 3.0, "norm": 0.3},
+    "product": {"linear": 3, "product": 3, "activation": 2, "scale": 1, "add": 1, "move": 1,
+                "reshape": 1, "cat": 0.7, "slice": 0.7, "function": 0.5},
+    "inplace": {"linear": 2, "write": 3, "assign": 2, "activation": 1, "add": 1, "move": 0.5,
+                "reshape": 1, "slice": 0.7, "scale": 0.5, "function": 0.5},
+    "function": {"linear": 2, "function": 3, "product": 1, "scale": 1, "add": 1, "move": 0.5},
+    "unknown": {**dict.fromkeys(LINEAR, 0.5), "linear": 2, "unknown": 2, "ratio": 0.5,
+                "product": 0.5, "raw_norm": 0.5},
+    "constant": {**dict.fromkeys(LINEAR, 0.5), "linear": 2, "shift": 2, "detach": 1, "add": 1.5,
+                 "activation": 1.5},
+}  # fmt: skip
+FLAVOURS["mixed"] = {op: 1.0 for op in OPS if op not in ("attend", "input")}
+ELEMENTWISE = {"function": 2.0, "scale": 1.0, "product": 1.0, "activation": 1.0, "unknown": 0.5,
+               "shift": 0.3, "add": 0.7, "write": 0.3, "move": 0.15, "linear": 0.1}  # fmt: skip
+WIDEST = 24
+
+
+class Writer:
+    """Adds random nodes to the code of one part."""
+
+    def __init__(self, rng: random.Random, width: int, inputs: int = 1) -> None:
+        self.rng, self.width = rng, width
+        self.code = [Node("input") for _ in range(inputs)]
+
+    def wide(self, i: int) -> int:
+        return widths(self.code, self.width)[i]
+
+    def add(self, op: str, inputs: tuple[int, ...], *args: Any, seed: int | None = None) -> int:
+        chosen = self.rng.randrange(1 << 20) if seed is None else seed
+        self.code.append(Node(op, inputs, args, chosen))
+        return len(self.code) - 1
+
+    def linear(self, i: int, out: int, name: str = "") -> int:
+        bias = int(self.rng.random() < 0.5)
+        return self.add("linear", (i,), out, bias, *([f"@{name}"] if name else []))
+
+    def fit(self, i: int, width: int) -> int:
+        """A node of the width that is wanted."""
+        return i if self.wide(i) == width else self.linear(i, width)
+
+    def other(self, i: int) -> int:
+        """A second value of the width of node ``i``."""
+        wide = widths(self.code, self.width)
+        alike = [j for j, w in enumerate(wide) if w == wide[i] and j != i]
+        if alike and self.rng.random() < 0.75:
+            return self.rng.choice(alike)
+        return self.linear(self.rng.randrange(len(self.code)), wide[i])
+
+    def step(self, i: int, weights: dict[str, float]) -> int:
+        """One random operation on node ``i``."""
+        rng, n = self.rng, self.wide(i)
+        op = rng.choices(list(weights), list(weights.values()))[0]
+        kind = rng.choice(["scalar", "feature", "full"])
+        dim = rng.choice([-1, -2])
+        if op == "linear":
+            again = [node for node in self.code if node.op == "linear" and node.args[0] == n]
+            again = [node for node in again if self.wide(node.inputs[0]) == n]
+            if again and rng.random() < 0.2:  # one module, used twice
+                node = rng.choice(again)
+                return self.add("linear", (i,), *node.args, seed=node.seed)
+            return self.linear(i, rng.choice([8, 12]))
+        if op == "raw_linear":
+            style = rng.choice(["linear", "matmul", "einsum", "rows", "biased"])
+            return self.add(op, (i,), rng.choice([8, 12]), style)
+        if op == "scale":
+            styles = ["*", "rmul", "div", "neg", "number", "mul_", "out"]
+            return self.add(op, (i,), kind, rng.choice(styles))
+        if op == "shift":
+            return self.add(op, (i,), kind, rng.choice(["+", "sub", "rsub", "add_", "number"]))
+        if op == "add":
+            styles = ["+", "sub", "add_", "alpha", "stack"]
+            return self.add(op, (i, self.other(i)), rng.choice(styles))
+        if op == "cat":
+            j = rng.randrange(len(self.code))
+            return self.add(op, (i, j)) if n + self.wide(j) <= WIDEST else i
+        if op == "reduce":
+            kinds = ["mean", "sum", "cumsum", "max", "centre", "amax"]
+            return self.add(op, (i,), rng.choice(kinds), dim)
+        if op == "move":
+            return self.add(op, (i,), rng.choice(MOVES), dim, rng.choice([1, 2, 3]))
+        if op == "slice":
+            spans = [(0, 4, 1), (4, 8, 1), (0, 8, 2), (0, 8, 1)]
+            spans += [(4, 12, 1), (0, 12, 1)] if n >= 12 else []
+            return self.add(op, (i,), *rng.choice([s for s in spans if s[1] <= n]))
+        if op == "tokens":
+            return self.add(op, (i,), rng.choice(["matmul", "tril", "rows"]))
+        if op == "reshape":
+            return self.add(op, (i,), rng.choice(RESHAPES))
+        if op == "where":
+            return self.add(op, (i, self.other(i)), rng.choice(["mask", "value"]))
+        if op == "convolution":
+            return self.add(op, (i,), rng.choice([0, 1]))
+        if op == "checkpoint":
+            return self.add(op, (i,), rng.choice(["plain", "plain", "reentrant"]))
+        if op == "activation":
+            forms = ["plain", "plain", "plain", "clone", "inplace"]
+            return self.add(op, (i,), rng.choice(list(ACTIVATIONS)), rng.choice(forms))
+        if op == "function":
+            name = rng.choice(list(FUNCTIONS))
+            styles = ["call", "call", "call", "written", "vmap", "checkpoint"]
+            style = rng.choice(styles)
+            return self.add(op, (i,), name, "call" if (name, style) == ("gelu", "written") else style)
+        if op == "unknown":
+            return self.add(op, (i,), rng.choice(list(UNKNOWN)))
+        if op == "product":
+            j = i if rng.random() < 0.1 else self.other(i)
+            style = rng.choice(["*", "*", "*", "mul_", "einsum", "addcmul", "column"])
+            return self.add(op, (i, j), style)
+        if op == "ratio":
+            return self.add(op, (i, self.other(i)), rng.choice(["square", "abs"]))
+        if op == "norm":
+            return self.add(op, (i,), rng.choice(["layer", "rms"]))
+        if op == "raw_norm":
+            over = rng.choice(["features", "features", "tokens", "all", "l1", "max"])
+            return self.add(op, (i,), rng.choice([0, 1]), over, rng.choice([0, 1]))
+        if op == "write":
+            return self.add(
+                op, (i,), rng.choice(list(VIEWS)), rng.choice(list(EFFECTS)), rng.choice([0, 1])
+            )
+        if op == "assign":
+            hows = ["copy_", "set", "add_", "sub_", "mul_"]
+            return self.add(op, (i, self.other(i)), rng.choice(list(VIEWS)), rng.choice(hows))
+        return self.add(op, (i,))  # detach, guard
+
+    def grow(self, i: int, steps: int, weights: dict[str, float]) -> int:
+        """Several operations after node ``i``, mostly one on the other."""
+        for _ in range(steps):
+            at = i if self.rng.random() < 0.8 else self.rng.randrange(len(self.code))
+            i = self.step(at, weights)
+        return i
+
+    def done(self, i: int) -> tuple[Node, ...]:
+        """The code that returns node ``i``."""
+        inputs = sum(node.op == "input" for node in self.code)
+        if i < inputs:
+            i = self.add("scale", (i,), "scalar", "number")
+        return without_dead(tuple(self.code[: i + 1]), inputs)
+
+
+def _chain(rng: random.Random, width: int, weights: dict[str, float], inputs: int = 1) -> Any:
+    writer = Writer(rng, width, inputs)
+    end = writer.grow(0, rng.randint(1, 5), weights)
+    if inputs == 2:
+        end = writer.fit(end, width)
+        op, style = rng.choice([("add", "+"), ("add", "sub"), ("product", "*"), ("where", "mask")])
+        end = writer.add(op, (end, 1), style)
+        end = writer.grow(end, rng.randint(0, 1), weights)
+    return writer.done(writer.fit(end, width))
+
+
+TREACHEROUS = (
+    "MyRMSNorm", "RMSNorm", "LlamaRMSNorm", "T5LayerNorm", "OlmoLayerNorm", "LayerNorm", "FancyNorm"
+)  # fmt: skip
+
+
+def _norm_code(rng: random.Random, width: int, weights: dict[str, float]) -> tuple[Node, ...]:
+    """A norm and what may be wrong with it: linear layers around it, a gain from the input."""
+    writer = Writer(rng, width)
+    at = writer.linear(0, width) if rng.random() < 0.1 else 0
+    if rng.random() < 0.2:
+        at = writer.grow(at, 1, weights)
+    at = writer.fit(at, width)
+    if rng.random() < 0.3:
+        at = writer.add("norm", (at,), rng.choice(["layer", "rms"]))
+    else:
+        over = rng.choice(["features"] * 6 + ["tokens", "all", "l1", "max"])
+        at = writer.add("raw_norm", (at,), int(rng.random() < 0.3), over, rng.choice([0, 1, 1]))
+    if rng.random() < 0.15:
+        gain = writer.linear(0, width)
+        at = writer.add("product", (at, gain), "*")
+    if rng.random() < 0.15:
+        at = writer.linear(at, width)
+    if rng.random() < 0.15:
+        at = writer.grow(at, 1, weights)
+    at = writer.fit(at, width)
+    if rng.random() < 0.35:
+        at = writer.add("shift", (at,), "feature", "+")
+    return writer.done(at)
+
+
+def _mlp_code(rng: random.Random, host: str, weights: dict[str, float]) -> tuple[Node, ...]:
+    """A gated or plain MLP from named layers, with random operations between."""
+    width, inner, _ = SIZES[host]
+    writer = Writer(rng, width)
+
+    def some(i: int, size: int, often: float = 0.3) -> int:
+        return writer.fit(writer.grow(i, 1, weights), size) if rng.random() < often else i
+
+    def activated(i: int) -> int:
+        name = rng.choice(list(ACTIVATIONS))
+        if rng.random() < 0.7:
+            return writer.add("activation", (i,), name, rng.choice(["plain", "plain", "inplace"]))
+        return writer.add("function", (i,), name, "call")
+
+    if host == "llama":
+        gate = activated(some(writer.linear(0, inner, "gate_proj"), inner))
+        up = some(writer.linear(0, inner, "up_proj"), inner)
+        at = writer.add("product", (gate, up), rng.choice(["*", "*", "mul_", "einsum"]))
+        if rng.random() < 0.25:  # a linear branch beside the product
+            at = writer.add("add", (at, rng.choice([gate, up])), rng.choice(["+", "sub", "add_"]))
+        if rng.random() < 0.1:
+            at = writer.add("product", (at, up), "*")
+    else:
+        at = activated(some(writer.linear(0, inner, "c_fc" if host == "gpt2" else "fc1"), inner))
+    at = some(at, inner)
+    down = {"llama": "down_proj", "gpt2": "c_proj", "vit": "fc2"}[host]
+    at = some(writer.linear(at, width, down), width)
+    return writer.done(writer.fit(at, width))
+
+
+def _attention_code(rng: random.Random, host: str, weights: dict[str, float]) -> tuple[Node, ...]:
+    width = SIZES[host][0]
+    writer = Writer(rng, width)
+
+    def some(i: int, often: float = 0.2) -> int:
+        return writer.fit(writer.grow(i, 1, weights), width) if rng.random() < often else i
+
+    parts = [some(writer.linear(0, width, f"{p}_proj")) for p in "qkv"]
+    variant = "standard" if rng.random() < 0.4 else rng.choice(ATTENTIONS)
+    at = some(writer.add("attend", tuple(parts), 2, variant, int(host == "llama")))
+    at = some(writer.linear(at, width, "o_proj"))
+    return writer.done(writer.fit(at, width))
+
+
+def _module(rng: random.Random, host: str, flavour: str) -> Part:
+    width, inner, _ = SIZES[host]
+    weights = FLAVOURS[flavour]
+    places = {"llama": ["act"] * 4 + ["norm", "mlp", "mlp", "attn"], "gpt2": ["act"] * 4 + ["mlp"],
+              "vit": ["act"] * 4 + ["norm", "mlp", "attn"]}[host]  # fmt: skip
+    place = rng.choice(places)
+    declared, base, form, cls = "", "", "class", rng.choice(["Unit", "Block", "Mixer"])
+    layers = (0, 1) if rng.random() < 0.12 else (rng.choice([0, 1]),)
+    if place == "norm":
+        place = rng.choice(["ln1", "ln2", "ln_final"])
+        layers = (0,) if place == "ln_final" else layers
+        code = _norm_code(rng, width, weights)
+        cls, draw = rng.choice(TREACHEROUS), rng.random()
+        if draw < 0.2:
+            base = rng.choice(["LayerNorm", "RMSNorm", "LlamaRMSNorm"])
+            form = rng.choice(["class", "instance"])
+        if draw > 0.5:
+            declared = rng.choice(["norm", "norm centred", "norm centred", "identity", "plain"])
+        return Part("module", place, layers, width, code, cls, base, form, declared)
+    if place == "mlp":
+        code = _mlp_code(rng, host, weights)
+        if rng.random() < 0.4:
+            declared = rng.choice(["operations", "operations gated", "operations gated", "plain"])
+        base = {"llama": "LlamaMLP", "vit": "ViTMLP", "gpt2": ""}[host] if rng.random() < 0.3 else ""
+        return Part("module", place, layers, width, code, cls, base, form, declared)
+    if place == "attn":
+        code = _attention_code(rng, host, weights)
+        declared = "operations" if rng.random() < 0.35 else ""
+        base = {"llama": "LlamaAttention", "vit": "ViTAttention"}[host]
+        base = base if rng.random() < 0.3 else ""
+        return Part("module", place, layers, width, code, cls, base, form, declared)
+    draw = rng.random()
+    if draw < 0.5:
+        code = _chain(rng, inner, weights)
+        if rng.random() < 0.25:
+            base = rng.choice(["GELU", "SiLU", "ReLU"])
+            form, cls = rng.choice(["class", "instance"]), rng.choice(["MyGELU", "SiLUActivation"])
+    elif draw < 0.65:
+        declared = "identity"
+        code = _chain(rng, inner, ELEMENTWISE if rng.random() < 0.7 else weights)
+    elif draw < 0.9:
+        declared = rng.choice(["operations", "operations", "operations gated"])
+        code = _chain(rng, inner, weights)
+    else:
+        declared = rng.choice(["plain", "plain", "norm"])
+        code = _chain(rng, inner, weights)
+    return Part("module", place, layers, inner, code, cls, base, form, declared)
+
+
+EDITS = {
+    8: ["hook_in", "ln1.hook_in", "ln1.hook_out", "attn.hook_in", "attn.hook_out", "ln2.hook_in",
+        "ln2.hook_out", "mlp.hook_in", "mlp.hook_out", "hook_out", "ln_final.hook_out",
+        "ln_final.hook_in"],
+    12: ["mlp.in.hook_out", "mlp.out.hook_in", "mlp.gate.hook_out"],
+}  # fmt: skip
+NATIVE = {
+    "llama": {"act": (12, 12), "ln1": (8, 8), "ln2": (8, 8), "ln_final": (8, 8), "mlp": (8, 8),
+              "q": (8, 8), "o": (8, 8), "gate": (8, 12), "up": (8, 12), "down": (12, 8)},
+    "gpt2": {"act": (12, 12), "mlp": (8, 8), "o": (8, 8), "up": (8, 12), "down": (12, 8)},
+    "vit": {"act": (12, 12), "ln1": (8, 8), "ln2": (8, 8), "ln_final": (8, 8), "mlp": (8, 8),
+            "attn": (8, 8), "q": (8, 8), "k": (8, 8), "v": (8, 8), "o": (8, 8), "up": (8, 12),
+            "down": (12, 8)},
+}  # fmt: skip
+
+
+def _hook(rng: random.Random, host: str, flavour: str) -> Part:
+    layer = rng.choice([0, 1])
+    weights = FLAVOURS[flavour]
+    if rng.random() < 0.45:
+        width = rng.choice([8, 8, 12])
+        names = [n for n in EDITS[width] if host == "llama" or n != "mlp.gate.hook_out"]
+        kind, place = "edit", rng.choice(names)
+    else:
+        kind, place = rng.choice(["after", "after", "before"]), rng.choice(list(NATIVE[host]))
+        place = "act" if rng.random() < 0.3 else place
+        width = NATIVE[host][place][kind == "after"]
+    layer = 0 if place.startswith("ln_final") else layer
+    other = ""
+    if rng.random() < 0.2:
+        options = ["blocks.0.hook_in", "blocks.0.ln1.hook_out"] if width == 8 else []
+        options += ["blocks.0.mlp.in.hook_out"] if width == 12 and layer else []
+        earlier = layer or place.startswith(("ln2", "mlp", "ln_final", "attn", "o"))
+        other = rng.choice(options) if options and earlier else ""
+    simple = flavour in ("linear", "constant") and not other and rng.random() < 0.5
+    if simple:  # what users write: a scale, a constant
+        writer = Writer(rng, width)
+        at = writer.step(0, {"scale": 1, "shift": 2, "move": 0.5})
+        code = writer.done(at)
+    else:
+        code = _chain(rng, width, weights, 2 if other else 1)
+    if kind == "edit":
+        return Part(kind, place, (layer,), width, code, other=other)
+    return Part(kind, place, (layer,), width, code, other=other)
+
+
+READABLE = (
+    "blocks.{}.hook_resid_pre", "blocks.{}.hook_resid_mid", "blocks.{}.ln1.hook_in",
+    "blocks.{}.ln1.hook_out", "blocks.{}.ln2.hook_in", "blocks.{}.attn.hook_in",
+    "blocks.{}.attn.hook_out", "blocks.{}.mlp.hook_in", "blocks.{}.mlp.hook_out",
+    "blocks.{}.hook_out", "blocks.{}.attn.hook_pattern", "blocks.{}.mlp.out.hook_in",
+    "blocks.{}.attn.v.hook_out", "blocks.{}.attn.q.hook_out", "blocks.{}.mlp.in.hook_out",
+)  # fmt: skip
+
+
+def generate(seed: int, dtype: str = "float64") -> Program:
+    """The program of a seed."""
+    rng = random.Random(seed)
+    host = rng.choice(["llama", "gpt2", "vit"])
+    flavour = rng.choice(list(FLAVOURS))
+    parts: list[Part] = []
+    draw = rng.random()
+    if draw < 0.7:
+        parts.append(_module(rng, host, flavour))
+    if draw > 0.6:
+        parts.append(_hook(rng, host, flavour))
+    if draw > 0.93:
+        parts.append(_hook(rng, host, rng.choice(["linear", "constant"])))
+    read: tuple[str, ...] = ("all",)
+    if rng.random() < 0.7:
+        read = tuple(sorted({rng.choice(READABLE).format(rng.choice([0, 1])) for _ in range(2)}))
+    return Program(
+        host,
+        tuple(sorted(parts, key=_order)),
+        rng.randrange(4),
+        rng.randrange(17),
+        dtype,
+        read,
+        flavour,
+    )
+
+
+def _order(part: Part) -> tuple[bool, str]:
+    """Captures come first, as they are added first."""
+    return (part.kind == "module", part.place)

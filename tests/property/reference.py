@@ -1,0 +1,151 @@
+"""What is right for a program: its host written out, every rule a surrogate, none of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tests.oracles import explicit_hosts as rules
+from tests.oracles.explicit_hosts import Host, World, run_host
+from tests.property.interpreter import bias_of, run_code, status
+from tests.property.operations import Env, rank
+from tests.property.program import Part, Program
+
+MODES = {"": "bare", "operations": "taught", "operations gated": "taught"}
+EXACT, NEAR = 1e-12, 1e-5
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Right relevance, by the rules alone.
+
+    Attributes:
+        logits: [batch, pos or 1, vocabulary].
+        tokens: relevance of each token, [batch, pos].
+        at: relevance at hook points, by name.
+        status: ``sure``, ``may`` or ``none``: see :mod:`tests.property.operations`.
+        size: the largest relevance at any hook point.
+    """
+
+    logits: Tensor
+    tokens: Tensor
+    at: dict[str, Tensor]
+    status: str
+    size: float
+
+
+def refer(
+    program: Program, host: Host, given: Tensor, dtype: torch.dtype, *, narrow: bool
+) -> Reference:
+    """Run the reference in ``dtype``; the program's constants are rounded to its own type."""
+    rounded = getattr(torch, program.dtype)
+    world = World(narrow=narrow)
+    statuses: list[str] = []
+    kept: dict[str, Tensor] = {}
+    for part in program.parts:
+        _put(world, part, Env(dtype, rounded=rounded), statuses, kept)
+    logits, leaves = run_host(host, given, world)
+    target = logits[0, -1, program.target]
+    seen = {name: x for name, x in world.seen.items() if x.requires_grad}
+    gradients = torch.autograd.grad(
+        target, [*leaves, *seen.values()], allow_unused=True, retain_graph=False
+    )
+    at = {
+        name: x.detach() * (torch.zeros_like(x) if g is None else g)
+        for (name, x), g in zip(seen.items(), gradients[len(leaves) :], strict=True)
+    }
+    first = torch.zeros_like(leaves[0]) if gradients[0] is None else gradients[0]
+    tokens = (leaves[0] * first).detach().sum(-1)
+    size = max((float(r.abs().max()) for r in at.values()), default=0.0)
+    return Reference(logits.detach(), tokens, at, rank(statuses), size)
+
+
+def _put(
+    world: World, part: Part, env: Env, statuses: list[str], kept: dict[str, Tensor]
+) -> None:
+    for layer in part.layers:
+        if part.kind == "module":
+            world.modules[part.place, layer] = partial(_module, part, env, statuses)
+            continue
+        if part.other:
+            _keep(world, part.other, kept)
+        run = partial(_hook, part, env, kept)
+        statuses.append(status(part.code, "hook"))
+        if part.kind == "edit":
+            name = part.place if part.place.startswith("ln_final") else ""
+            world.edits[name or f"blocks.{layer}.{part.place}"] = run
+        elif part.kind == "after":
+            world.after[part.place, layer] = run
+        else:
+            world.before[part.place, layer] = run
+
+
+def _keep(world: World, name: str, kept: dict[str, Tensor]) -> None:
+    edit = world.edits.get(name)
+
+    def keep(x: Tensor) -> Tensor:
+        kept[name] = x if edit is None else edit(x)
+        return kept[name]
+
+    world.edits[name] = keep
+
+
+def _hook(part: Part, env: Env, kept: dict[str, Tensor], x: Tensor) -> Tensor:
+    inputs = [x, kept[part.other]] if part.other else [x]
+    return run_code(part.code, env, inputs, "rule")
+
+
+def _module(part: Part, env: Env, statuses: list[str], x: Tensor) -> Tensor:
+    """A replaced module under the rule that its declaration gives it."""
+
+    def real(x: Tensor) -> Tensor:
+        return run_code(part.code, env, [x], "real")
+
+    if part.declared in MODES:
+        statuses.append(status(part.code, MODES[part.declared]))
+        return run_code(part.code, env, [x], "rule")
+    if part.declared == "plain":
+        statuses.append("sure")
+        return real(x)
+    if part.declared == "identity":
+        statuses.append(is_elementwise(real, x))
+        return rules.passing(real(x.detach()), x)
+    centred = part.declared == "norm centred"
+    bias = bias_of(part, env)
+    y = real(x.detach()) - (0.0 if bias is None else bias)
+    inner = x - x.mean(-1, keepdim=True) if centred else x
+    statuses.append(is_norm(y, inner))
+    out = rules.passing(y, inner)
+    return out if bias is None else out + bias
+
+
+def is_elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> str:
+    """Whether each output depends on its own input alone, and 0 gives 0."""
+    x = x.detach()
+    n = x[0].numel()
+    base, step = function(x), 1e-3
+    if base.shape != x.shape:
+        return "none"
+    moved = function(x + step * torch.eye(n, dtype=x.dtype).view(n, *x.shape[1:]))
+    change = (moved - base).reshape(n, n).abs()
+    own = change.diagonal().max()
+    others = (change - torch.diag(change.diagonal())).max()
+    at_zero = function(torch.zeros_like(x)).abs().max()
+    worst = max(float(others / (own + 1e-30)), float(at_zero))
+    return "sure" if worst < EXACT else "none" if worst > NEAR else "may"
+
+
+def is_norm(y: Tensor, x: Tensor) -> str:
+    """Whether y is x times a gain for each feature and a scale for each position."""
+    y, x = (t.detach().reshape(-1, t.shape[-1]) for t in (y, x))
+    worst = 0.0
+    for i in range(len(x)):
+        for j in range(i):
+            u, v = y[i] * x[j], y[j] * x[i]
+            sine = (u * v.norm() ** 2 - v * (u @ v)).norm() / (u.norm() * v.norm() ** 2 + 1e-30)
+            worst = max(worst, float(sine) ** 2)
+    return "sure" if worst < EXACT else "none" if worst > NEAR else "may"
