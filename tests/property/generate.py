@@ -123,7 +123,9 @@ class Writer:
             name = rng.choice(list(FUNCTIONS))
             styles = ["call", "call", "call", "written", "vmap", "checkpoint"]
             style = rng.choice(styles)
-            return self.add(op, (i,), name, "call" if (name, style) == ("gelu", "written") else style)
+            return self.add(
+                op, (i,), name, "call" if (name, style) == ("gelu", "written") else style
+            )
         if op == "unknown":
             return self.add(op, (i,), rng.choice(list(UNKNOWN)))
         if op == "product":
@@ -269,7 +271,9 @@ def _module(rng: random.Random, host: str, flavour: str) -> Part:
         code = _mlp_code(rng, host, weights)
         if rng.random() < 0.4:
             declared = rng.choice(["operations", "operations gated", "operations gated", "plain"])
-        base = {"llama": "LlamaMLP", "vit": "ViTMLP", "gpt2": ""}[host] if rng.random() < 0.3 else ""
+        base = (
+            {"llama": "LlamaMLP", "vit": "ViTMLP", "gpt2": ""}[host] if rng.random() < 0.3 else ""
+        )
         return Part("module", place, layers, width, code, cls, base, form, declared)
     if place == "attn":
         code = _attention_code(rng, host, weights)

@@ -134,6 +134,4 @@ def without_dead(code: tuple[Node, ...], inputs: int) -> tuple[Node, ...]:
             needed.update(code[i].inputs)
     order = sorted(needed)
     number = {old: new for new, old in enumerate(order)}
-    return tuple(
-        replace(code[i], inputs=tuple(number[j] for j in code[i].inputs)) for i in order
-    )
+    return tuple(replace(code[i], inputs=tuple(number[j] for j in code[i].inputs)) for i in order)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from tests.property.generate import generate
-from tests.property.judge import Verdict, judge
+from tests.property.judge import judge
 from tests.property.operations import OPS
 from tests.property.program import Program
 from tests.property.shrink import shrink

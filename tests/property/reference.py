@@ -64,9 +64,7 @@ def refer(
     return Reference(logits.detach(), tokens, at, rank(statuses), size)
 
 
-def _put(
-    world: World, part: Part, env: Env, statuses: list[str], kept: dict[str, Tensor]
-) -> None:
+def _put(world: World, part: Part, env: Env, statuses: list[str], kept: dict[str, Tensor]) -> None:
     for layer in part.layers:
         if part.kind == "module":
             world.modules[part.place, layer] = partial(_module, part, env, statuses)
