@@ -88,6 +88,14 @@ RULES: dict[str, Callable[[], Any]] = {
 }
 
 
+BACKWARD: dict[str, Any] = {
+    "looks": lambda module, inputs, outputs: None,
+    "doubles": lambda module, inputs, outputs: tuple(2 * g for g in inputs),
+    "flips": lambda module, inputs, outputs: tuple(g.flip(-1) for g in inputs),
+}
+"""What a backward hook does to the gradient at a module's inputs."""
+
+
 def _llama() -> Any:
     width, inner, _ = SIZES["llama"]
     return hf.LlamaForCausalLM(
@@ -174,7 +182,7 @@ class Ready:
 def plain_bridge(kind: str, seed: int, dtype: torch.dtype) -> tuple[Any, dict[str, nn.Module]]:
     """A bridge for programs that only hook it, and its modules as Hugging Face names them."""
     model = copy.deepcopy(template(kind, seed, dtype)[0])
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     return lenslrp.load(model), modules
 
 
@@ -190,7 +198,7 @@ def prepared(program: Program) -> Iterator[Ready]:
             unit = _replace(model, program.host, part, dtype)
             if part.declared:
                 composite = composite.extended({type(unit): RULES[part.declared]()})
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         bridge = lenslrp.load(model)
     else:
         bridge, modules = plain_bridge(program.host, program.weights, dtype)
@@ -240,7 +248,8 @@ def _hook(
     handles: list[Any] = []
     made: dict[str, nn.Module] = {}
     env = Env(dtype, made)
-    made.update(code_modules(part.code, env, part.width))
+    if part.kind != "backward":
+        made.update(code_modules(part.code, env, part.width))
     for module in made.values():
         module.requires_grad_(False).eval()
     if part.other:
@@ -257,7 +266,9 @@ def _hook(
             bridge.add_hook(name, lambda x, hook: run(x))
             continue
         module = modules[PATHS[host][part.place].format(layer)]
-        if part.kind == "after":
+        if part.kind == "backward":
+            handles.append(module.register_full_backward_hook(BACKWARD[part.code[-1].args[0]]))
+        elif part.kind == "after":
             handles.append(module.register_forward_hook(lambda _, args, y: _on_first(run, y)))
         else:
             handles.append(

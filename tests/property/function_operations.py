@@ -92,6 +92,14 @@ class Clone(Tripled):
     """Another one."""
 
 
+def _tampered(x: Tensor) -> Tensor:
+    """The same values, whose gradient somebody changes."""
+    y = x * 1
+    if y.requires_grad:
+        y.register_hook(lambda g: 2 * g)
+    return y
+
+
 UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": lambda x: torch.exp(0.3 * x),
     "sigmoid": torch.sigmoid,
@@ -116,6 +124,7 @@ UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "glu": lambda x: F.glu(x, -1).repeat(1, 1, 2),
     "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
     "reciprocal": lambda x: 1 / (x.pow(2) + 1),
+    "gradient": _tampered,
     "function": Tripled.apply,
     "function named Add": Add.apply,
     "function named Clone": Clone.apply,

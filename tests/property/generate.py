@@ -282,12 +282,12 @@ def _module(rng: random.Random, host: str, flavour: str) -> Part:
         base = base if rng.random() < 0.3 else ""
         return Part("module", place, layers, width, code, cls, base, form, declared)
     draw = rng.random()
-    if draw < 0.5:
+    if draw < (0.25 if flavour in ("product", "function") else 0.5):
         code = _chain(rng, inner, weights)
         if rng.random() < 0.25:
             base = rng.choice(["GELU", "SiLU", "ReLU"])
             form, cls = rng.choice(["class", "instance"]), rng.choice(["MyGELU", "SiLUActivation"])
-    elif draw < 0.65:
+    elif draw < (0.4 if flavour in ("product", "function") else 0.65):
         declared = "identity"
         code = _chain(rng, inner, ELEMENTWISE if rng.random() < 0.7 else weights)
     elif draw < 0.9:
@@ -327,6 +327,10 @@ def _hook(rng: random.Random, host: str, flavour: str) -> Part:
         place = "act" if rng.random() < 0.3 else place
         width = NATIVE[host][place][kind == "after"]
     layer = 0 if place.startswith("ln_final") else layer
+    if kind == "before" and rng.random() < 0.3:
+        effect = rng.choice(["looks", "looks", "doubles", "flips"])
+        code = (Node("input"), Node("gradient", (0,), (effect,)))
+        return Part("backward", place, (layer,), width, code)
     other = ""
     if rng.random() < 0.2:
         options = ["blocks.0.hook_in", "blocks.0.ln1.hook_out"] if width == 8 else []
@@ -372,13 +376,30 @@ def generate(seed: int, dtype: str = "float64") -> Program:
         read = tuple(sorted({rng.choice(READABLE).format(rng.choice([0, 1])) for _ in range(2)}))
     return Program(
         host,
-        tuple(sorted(parts, key=_order)),
+        tuple(sorted((part for part in parts if _there(part, parts)), key=_order)),
         rng.randrange(4),
         rng.randrange(17),
         dtype,
         read,
         flavour,
     )
+
+
+INSIDE = {
+    "mlp": ("act", "gate", "up", "down", "mlp.in.hook_out", "mlp.out.hook_in", "mlp.gate.hook_out"),
+    "attn": ("q", "k", "v", "o"),
+}
+"""Places that are gone where a module is replaced as a whole."""
+
+
+def _there(part: Part, parts: list[Part]) -> bool:
+    """Whether the place that a hook is for is still in the model."""
+    for other in parts:
+        if other.kind == "module" and other is not part and set(part.layers) & set(other.layers):
+            inside = INSIDE.get(other.place, ())
+            if part.place in inside or part.other.partition(".")[2].partition(".")[2] in inside:
+                return False
+    return True
 
 
 def _order(part: Part) -> tuple[bool, str]:

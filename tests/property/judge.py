@@ -84,6 +84,8 @@ def judge(program: Program) -> Verdict:
     trial = ""
     with caught, warnings.catch_warnings():
         warnings.simplefilter("error")
+        # torch's own word on a program that checkpoints where no gradient is wanted.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
         with prepared(program) as ready:
             names = set(program.read)
             inner = Caught()
@@ -103,7 +105,7 @@ def judge(program: Program) -> Verdict:
     reference = Caught()
     right: Reference | None = None
     with reference:
-        right = _right(program, torch.float64)
+        right = right_for(program, torch.float64)
     if right is None or not bool(right.tokens.isfinite().all()):
         return Verdict("invalid", f"reference: {reference.error!r}"[:160])
     if caught.error is not None:
@@ -121,7 +123,8 @@ def _refusal(error: Exception) -> bool:
     return isinstance(error, CoverageError | InputError | LoadError)
 
 
-def _right(program: Program, dtype: torch.dtype, *, narrow: bool = True) -> Reference:
+def right_for(program: Program, dtype: torch.dtype, *, narrow: bool = True) -> Reference:
+    """The reference of a program in ``dtype``; ``narrow``: with Hugging Face's float32 parts."""
     own = getattr(torch, program.dtype)
     host = template(program.host, program.weights, own)[1].to(dtype)
     seen = given(program.host, program.weights)
@@ -168,7 +171,7 @@ def _compare(program: Program, right: Reference, logits: Tensor, kept: Any) -> V
         if not error <= close * max(scale, float(b.abs().max()) if name != "tokens" else 0.0):
             far[name] = error / (scale + 1e-30)
     if far and close > 1e-8:  # is it the model's own float32 that moves the answer?
-        wide = _right(program, torch.float64, narrow=False)
+        wide = right_for(program, torch.float64, narrow=False)
         for name in list(far):
             a, b = pairs[name]
             other = wide.tokens if name == "tokens" else wide.at[name]
@@ -191,7 +194,7 @@ def _compare_coarse(program: Program, right: Reference, kept: Any) -> Verdict:
     """bfloat16: balanced, and near float64 in direction."""
     if right.status == "none":
         return Verdict("wrong", "nothing says what is right", "none", "relevance was given")
-    coarse = _right(program, torch.bfloat16)
+    coarse = right_for(program, torch.bfloat16)
     itself = _cosine(coarse.tokens, right.tokens)
     if not itself > 0.997:
         return Verdict("rough", "", right.status, f"bfloat16 alone: cosine {itself:.4f}")

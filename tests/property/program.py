@@ -34,8 +34,9 @@ class Part:
     """What is put in one place.
 
     Attributes:
-        kind: ``module`` (in the place of one), ``edit`` (a hook at a hook point), ``after`` and
-            ``before`` (a native hook on a module of the model).
+        kind: ``module`` (in the place of one), ``edit`` (a hook at a hook point), ``after``,
+            ``before`` and ``backward`` (a native hook on a module of the model; the last node of a
+            backward hook's code says what it does to the gradient).
         place: a module of a block (``act``, ``ln1``, ``mlp``, ...), or a hook point's name in it.
         layers: the blocks; several share one module.
         width: of the input, and of what is returned.
@@ -109,6 +110,7 @@ def _text(part: Part) -> str:
         "edit": f"hook at {part.place}:",
         "after": f"native hook after {part.place}:",
         "before": f"native hook before {part.place}:",
+        "backward": f"native backward hook on {part.place}:",
     }[part.kind]
     kind = ""
     if part.kind == "module":

@@ -51,9 +51,10 @@ def refer(
     logits, leaves = run_host(host, given, world)
     target = logits[0, -1, program.target]
     seen = {name: x for name, x in world.seen.items() if x.requires_grad}
-    gradients = torch.autograd.grad(
-        target, [*leaves, *seen.values()], allow_unused=True, retain_graph=False
-    )
+    asked = [*leaves, *seen.values()]
+    gradients: tuple[Tensor | None, ...] = (None,) * len(asked)
+    if target.requires_grad:  # a program may cut everything off
+        gradients = torch.autograd.grad(target, asked, allow_unused=True)
     at = {
         name: x.detach() * (torch.zeros_like(x) if g is None else g)
         for (name, x), g in zip(seen.items(), gradients[len(leaves) :], strict=True)
@@ -68,6 +69,9 @@ def _put(world: World, part: Part, env: Env, statuses: list[str], kept: dict[str
     for layer in part.layers:
         if part.kind == "module":
             world.modules[part.place, layer] = partial(_module, part, env, statuses)
+            continue
+        if part.kind == "backward":
+            statuses.append("sure" if part.code[-1].args[0] == "looks" else "none")
             continue
         if part.other:
             _keep(world, part.other, kept)

@@ -59,7 +59,7 @@ def _smaller_parts(part: Part) -> Iterator[Part]:
             if j != 1
         )
         yield replace(part, other="", code=without_dead(code, 1))
-    for code in _smaller_codes(part):
+    for code in () if part.kind == "backward" else _smaller_codes(part):
         yield replace(part, code=code)
 
 

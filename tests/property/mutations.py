@@ -1,0 +1,196 @@
+"""Does the generator find an engine that is broken? Coverage and balance, broken in many ways.
+
+Each mutation takes one guard of the engine away. ``python -m tests.property.mutations`` judges the
+programs of one seed after another until one is wrong that is right or refused without the mutation,
+and prints the table: what was broken, and the seed at which it was found. Much of what coverage
+lets through is still refused by the balance check, so each is tried without that one as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lenslrp import passes
+from lenslrp.hooks import checks, components, coverage, norms, observing
+from lenslrp.hooks.attach import Attached
+from tests.property.generate import generate
+from tests.property.judge import Verdict, judge
+
+Patch = pytest.MonkeyPatch
+
+
+def copy_slices_are_linear(patch: Patch) -> None:
+    patch.setattr(coverage, "LINEAR", coverage.LINEAR | {"CopySlices"})
+
+
+def written_products_are_linear(patch: Patch) -> None:
+    patch.setattr(observing, "LINEAR_WRITES", observing.LINEAR_WRITES | {"mul_", "__imul__"})
+    patch.setattr(observing, "SCALINGS", frozenset())
+
+
+def python_functions_are_accepted(patch: Patch) -> None:
+    wants = coverage._wants
+
+    def accepting(node: Any, *rest: Any) -> str:
+        python = isinstance(node, torch.autograd.function.BackwardCFunction)
+        return "" if python else wants(node, *rest)
+
+    patch.setattr(coverage, "_wants", accepting)
+
+
+def products_have_one_factor(patch: Patch) -> None:
+    patch.setattr(coverage, "_factors", lambda node, name: 1)
+
+
+def quotients_are_linear(patch: Patch) -> None:
+    patch.setattr(coverage, "QUOTIENT", frozenset())
+    patch.setattr(coverage, "LINEAR", coverage.LINEAR | {"Div"})
+
+
+def functions_are_linear(patch: Patch) -> None:
+    patch.setattr(coverage, "LINEAR", coverage.LINEAR | {"Sigmoid", "Exp", "Erf", "Cos", "Sin"})
+
+
+def _walk(patch: Patch, change: Callable[[Any], None]) -> None:
+    walk = coverage.walk
+
+    def walking(*args: Any, **kwargs: Any) -> Any:
+        found = walk(*args, **kwargs)
+        change(found)
+        return found
+
+    patch.setattr(coverage, "walk", walking)
+
+
+def misplaced_rules_are_ignored(patch: Patch) -> None:
+    _walk(patch, lambda found: found.misplaced.clear())
+
+
+def shares_may_leak(patch: Patch) -> None:
+    _walk(patch, lambda found: found.leaks.clear())
+
+
+def gaps_are_ignored(patch: Patch) -> None:
+    _walk(patch, lambda found: found.gaps.clear())
+
+
+def nothing_need_balance(patch: Patch) -> None:
+    patch.setattr(passes.Pass, "_unbalanced", lambda self, ledger, dtype: "")
+
+
+def norms_are_believed(patch: Patch) -> None:
+    patch.setattr(checks, "is_norm", lambda *_: True)
+
+
+def activations_are_believed(patch: Patch) -> None:
+    patch.setattr(checks, "is_elementwise", lambda *_: True)
+
+
+def classes_are_matched_by_inheritance(patch: Patch) -> None:
+    """A sub-class counts as its base, and its values are not looked at."""
+
+    def inherited(module: nn.Module) -> Any:
+        known = {*components.KNOWN_ACTIVATIONS, *norms.LAYER_NORMS}
+        forwards = [getattr(base, "forward", None) for base in type(module).__mro__]
+        return next((forward for forward in forwards if forward in known), forwards[0])
+
+    patch.setattr(components, "known_forward", inherited)
+    patch.setattr(norms, "known_forward", inherited)
+    activations_are_believed(patch)
+
+
+def hooks_vanish_into_rules(patch: Patch) -> None:
+    """A rule cuts the graph around a module's hooks, and not around its forward."""
+
+    def wrap(self: Attached, module: nn.Module, apply: Any) -> None:
+        inputs: list[Any] = []
+
+        def before(_: nn.Module, args: Any) -> Any:
+            inputs.append(args[0])
+            return (args[0].detach(), *args[1:])
+
+        self.undo.append(module.register_forward_pre_hook(before, prepend=True).remove)
+        self.undo.append(
+            module.register_forward_hook(lambda _, args, y: apply(inputs.pop(), y)).remove
+        )
+
+    patch.setattr(Attached, "wrap", wrap)
+
+
+MUTATIONS: dict[str, Callable[[Patch], None]] = {
+    "CopySlices counts as linear": copy_slices_are_linear,
+    "a product written in place counts as linear": written_products_are_linear,
+    "any function written in Python is accepted": python_functions_are_accepted,
+    "a product of two live factors is accepted": products_have_one_factor,
+    "a live denominator is accepted": quotients_are_linear,
+    "sigmoid, exp, erf, cos and sin count as linear": functions_are_linear,
+    "operations without a rule are ignored": gaps_are_ignored,
+    "rules above no operation of theirs are ignored": misplaced_rules_are_ignored,
+    "a product's share may reach what is beside it": shares_may_leak,
+    "the books need not balance": nothing_need_balance,
+    "norms are believed to be what their class says": norms_are_believed,
+    "declared functions are believed to be element-wise": activations_are_believed,
+    "activations are matched by inheritance": classes_are_matched_by_inheritance,
+    "native hooks vanish into the rule": hooks_vanish_into_rules,
+}
+
+
+BALANCE = "the books need not balance"
+"""The second guard behind every other: what coverage lets through seldom balances."""
+
+
+@contextmanager
+def mutated(name: str) -> Iterator[None]:
+    """The engine with one guard taken away, for the length of the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        MUTATIONS[name](patch)
+        yield
+
+
+def search(
+    names: tuple[str, ...], seeds: range, dtype: str = "float64"
+) -> tuple[int, Verdict] | None:
+    """The first seed whose program is wrong with the mutations and not without."""
+    for seed in seeds:
+        program = generate(seed, dtype)
+        with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(mutated(name))
+            verdict = judge(program)
+        if verdict.kind == "wrong" and judge(program).kind != "wrong":
+            return seed, verdict
+    return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--count", type=int, default=1000, help="how many seeds at most")
+    parser.add_argument("--only", default="", help="mutations with this in their name")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    print("| broken | found at seed | without the balance check as well |\n|---|---|---|")
+    missed = 0
+    for name in MUTATIONS:
+        if given.only not in name:
+            continue
+        alone = search((name,), range(given.count))
+        both = None if name == BALANCE else search((name, BALANCE), range(given.count))
+        missed += alone is None and both is None
+        print(f"| {name} | {_said(alone, given.count)} | {_said(both, given.count)} |", flush=True)
+    return missed
+
+
+def _said(found: Found, count: int) -> str:
+    return f"not in {count}" if found is None else f"{found[0]}: {found[1].reason}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

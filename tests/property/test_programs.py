@@ -1,0 +1,114 @@
+"""Random programs in tiny models are right or refused: a short run, and what once went wrong.
+
+The long run is ``python -m tests.property.programs --count 20000``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.property.bridges import given, template
+from tests.property.generate import generate
+from tests.property.interpreter import status
+from tests.property.judge import judge, right_for
+from tests.property.program import SIZES, Program
+from tests.property.programs import features
+from tests.property.shrink import shrink
+
+COUNT = 140
+REGRESSIONS = [
+    Program.from_json(line)
+    for line in Path(__file__).with_name("regressions.jsonl").read_text().splitlines()
+]
+
+
+def test_a_short_run_is_right_or_refused() -> None:
+    kinds: Counter[str] = Counter()
+    over = 0
+    for seed in range(COUNT):
+        program = generate(seed, "bfloat16" if seed % 10 == 9 else "float64")
+        verdict = judge(program)
+        assert verdict.kind in ("right", "refused", "rough"), (
+            f"seed {seed}: {verdict.kind}: {verdict.reason}; {verdict.detail}\n{program}\n"
+            f"python -m tests.property.programs --shrink {seed} --dtype {program.dtype}"
+        )
+        kinds[verdict.kind] += 1
+        over += verdict.over
+    assert kinds["right"] >= COUNT // 4, kinds
+    assert over <= COUNT // 10, "much is refused although every rule is known"
+
+
+@pytest.mark.parametrize("program", REGRESSIONS, ids=lambda program: program.parts[0].place)
+def test_what_once_went_wrong(program: Program) -> None:
+    verdict = judge(program)
+    assert verdict.kind in ("right", "refused"), f"{verdict}\n{program}"
+
+
+@pytest.mark.parametrize("host", SIZES)
+def test_hosts_by_hand_are_hugging_faces_and_the_engines(host: str) -> None:
+    """Without any part: logits, tokens and every hook point that both have."""
+    program = Program(host, (), read=("all",))
+    right = right_for(program, torch.float64)
+    model, seen = template(host, 0, torch.float64)[0], given(host, 0)
+    with torch.no_grad():
+        logits = model(pixel_values=seen).logits if host == "vit" else model(seen).logits
+    torch.testing.assert_close(logits.reshape(right.logits.shape), right.logits, rtol=0, atol=1e-12)
+    assert len(right.at) > 25
+    for weights in range(3):
+        verdict = judge(Program(host, (), weights=weights, target=weights, read=("all",)))
+        assert verdict.kind == "right", verdict
+
+
+def test_programs_are_what_their_seeds_say() -> None:
+    """The same at every call, whole through JSON, and of every kind."""
+    found: Counter[str] = Counter()
+    for seed in range(400):
+        program = generate(seed)
+        assert generate(seed) == program
+        assert Program.from_json(program.to_json()) == program
+        found.update(features(program))
+    for name in ("inplace or view", "product", "hook", "unknown", "shared module", "reduction"):
+        assert found[name] >= 20, name
+    assert {f"declared {rule}" for rule in ("identity", "norm", "operations", "plain")} < set(found)
+
+
+def test_a_failing_program_becomes_small() -> None:
+    """Shrinking keeps the verdict: here a refusal for one operation among several."""
+    program = next(
+        program
+        for program in map(generate, range(1000))
+        if len(program.parts) == 1
+        and len(program.parts[0].code) > 5
+        and judge(program).reason == "CoverageError: no rule: Sigmoid"
+    )
+    small, verdict = shrink(program, judge(program))
+    assert verdict.reason == "CoverageError: no rule: Sigmoid"
+    assert len(small.parts[0].code) <= 4 < len(program.parts[0].code)
+    assert "unknown(v" in str(small) and "sigmoid" in str(small)
+
+
+def test_what_is_cut_off_decides_nothing() -> None:
+    """Unknown operations below a detach are no part of what is explained."""
+    seen = set()
+    for seed in range(600):
+        for part in generate(seed).parts:
+            if part.kind == "module" and part.declared == "":
+                seen.add(status(part.code, "bare"))
+    assert seen == {"sure", "may", "none"}
+
+
+def test_the_journal_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.property import programs
+
+    journal = tmp_path / "journal.jsonl"
+    options = ["--seed", "3", "--resume", str(journal)]
+    programs.main(["--count", "2", *options])
+    programs.main(["--count", "4", *options])
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [3, 4, 5, 6]
+    assert "4 programs: " in capsys.readouterr().out
