@@ -155,9 +155,10 @@ def mutated(name: str) -> Iterator[None]:
         yield
 
 
-def search(
-    names: tuple[str, ...], seeds: range, dtype: str = "float64"
-) -> tuple[int, Verdict] | None:
+Found = tuple[int, Verdict] | None
+
+
+def search(names: tuple[str, ...], seeds: range, dtype: str = "float64") -> Found:
     """The first seed whose program is wrong with the mutations and not without."""
     for seed in seeds:
         program = generate(seed, dtype)
