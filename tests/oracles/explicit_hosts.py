@@ -46,7 +46,9 @@ def elementwise(function: Function, x: Tensor) -> Tensor:
 
 
 def product(function: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
-    """The uniform rule on a bilinear function: half to each factor."""
+    """The uniform rule on a bilinear function: half to each factor, where both carry relevance."""
+    if not (a.requires_grad and b.requires_grad):
+        return function(a, b)
     return 0.5 * (function(a, b.detach()) + function(a.detach(), b))
 
 

@@ -132,12 +132,12 @@ def main(arguments: list[str] | None = None) -> int:
     done = {(line["seed"], line["dtype"]) for line in lines}
     seeds = range(given.seed, given.seed + given.count)
     tasks = [(seed, given.dtype) for seed in seeds if (seed, given.dtype) not in done]
-    journal = given.resume.open("a") if given.resume is not None else None
     start = time.monotonic()
     for number, line in enumerate(run(tasks, given.jobs), 1):
         lines.append(line)
-        if journal is not None:
-            print(json.dumps(line), file=journal, flush=True)
+        if given.resume is not None:
+            with given.resume.open("a") as journal:
+                print(json.dumps(line), file=journal)
         if line["kind"] == "wrong":
             print(f"seed {line['seed']} {line['dtype']}: {line['reason']}; {line['detail']}")
         if number % 500 == 0:

@@ -25,7 +25,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "turned": lambda y: y.transpose(-1, -2)[..., :-1],
     "thin": lambda y: y.unsqueeze(-1)[..., 4:, 0],
     "narrow": lambda y: y.narrow(-2, 0, 2),
-    "flat": lambda y: y.view(-1)[: y.numel() // 2],
+    "flat": lambda y: y.view(len(y), -1)[:, : y[0].numel() // 2],
     "all": lambda y: y.view(y.shape),
 }
 EFFECTS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Tensor], str]] = {
