@@ -57,6 +57,13 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     return product(torch.mul, a, b)
 
 
+def attention_product(composite: str, a: Tensor, b: Tensor) -> Tensor:
+    """A matrix product of attention: its plain gradient under RelP and Gradient x Input."""
+    if composite in ("RelP", "GradientTimesInput"):
+        return a @ b
+    return product(torch.matmul, a, b)
+
+
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Denominator constant, centring linear, the bias absorbs its share."""
     centred = x - x.mean(dim=-1, keepdim=True)
@@ -90,6 +97,8 @@ class World:
         before, after: what native hooks on a module do to its input and output.
         edits: what hooks at hook points do, by the hook point's name.
         narrow: whether norms and softmax are computed in float32.
+        composite: ``AttnLRP``; ``CPLRP`` (the pattern is constant), ``RelP`` (attention has the
+            gradient of calculus) or ``GradientTimesInput`` (so has everything).
         seen: the tensors read, by hook name; their gradients are kept.
     """
 
@@ -98,6 +107,7 @@ class World:
     after: dict[tuple[str, int], Function] = field(default_factory=dict)
     edits: dict[str, Function] = field(default_factory=dict)
     narrow: bool = True
+    composite: str = "AttnLRP"
     seen: dict[str, Tensor] = field(default_factory=dict)
 
     def at(self, name: str, x: Tensor) -> Tensor:
@@ -112,6 +122,39 @@ class World:
         if x.requires_grad:
             x.retain_grad()
         return x
+
+    @property
+    def plain(self) -> bool:
+        return self.composite == "GradientTimesInput"
+
+    def act(self, function: Function) -> Function:
+        """An activation, under its rule."""
+        return function if self.plain else lambda x: elementwise(function, x)
+
+    def gate(self, a: Tensor, b: Tensor) -> Tensor:
+        """The product of a gate and what it gates."""
+        return a * b if self.plain else times(a, b)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        if self.plain:
+            return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return layer_norm(x, weight, bias, eps)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if self.plain:
+            kept = x.float() if self.narrow else x
+            y = kept * torch.rsqrt(kept.pow(2).mean(-1, keepdim=True) + eps)
+            return weight * y.to(x.dtype)
+        return rms_norm(x, weight, eps, self.narrow)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Queries times keys; both are [batch, head, pos, d]."""
+        return attention_product(self.composite, q, k.transpose(-2, -1))
+
+    def mixed(self, pattern: Tensor, v: Tensor) -> Tensor:
+        """Pattern times values."""
+        pattern = pattern.detach() if self.composite == "CPLRP" else pattern
+        return attention_product(self.composite, pattern, v)
 
     def run(self, place: str, layer: int, own: Function, x: Tensor) -> Tensor:
         """A module of the model, or what stands in its place, between its native hooks."""
@@ -173,13 +216,13 @@ def attend(
         q, k = rotated(q), rotated(k)
     repeat = host.heads // host.kv_heads
     k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
-    scores = product(torch.matmul, q, k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    scores = world.scores(q, k) * q.shape[-1] ** -0.5
     if causal:
         hidden = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu(1)
         scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     narrow = world.narrow and host.kind != "gpt2"
     pattern = world.at(f"{root}.hook_pattern", softmax(scores, narrow))
-    return product(torch.matmul, pattern, v).transpose(1, 2).flatten(2)
+    return world.mixed(pattern, v).transpose(1, 2).flatten(2)
 
 
 def _heads(host: Host, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, int]]:
@@ -195,7 +238,7 @@ def _llama_block(host: Host, world: World, i: int, x: Tensor) -> Tensor:
     def norm(name: str) -> Function:
         weight = host.tensors.get(f"{root}.{name}.weight")
         assert weight is not None
-        return lambda x: rms_norm(x, weight, host.eps, world.narrow)
+        return lambda x: world.rms_norm(x, weight, host.eps)
 
     def project(place: str, name: str) -> Function:
         return lambda x: world.run(place, i, lambda x: host.linear(f"{root}.{name}", x), x)
@@ -211,7 +254,7 @@ def _llama_block(host: Host, world: World, i: int, x: Tensor) -> Tensor:
     def mlp(x: Tensor) -> Tensor:
         gate = world.at(f"{block}.mlp.gate.hook_out", project("gate", "mlp.gate_proj")(x))
         up = world.at(f"{block}.mlp.in.hook_out", project("up", "mlp.up_proj")(x))
-        post = times(world.run("act", i, lambda x: elementwise(F.silu, x), gate), up)
+        post = world.gate(world.run("act", i, world.act(F.silu), gate), up)
         return project("down", "mlp.down_proj")(world.at(f"{block}.mlp.out.hook_in", post))
 
     def attn_norm(x: Tensor) -> Tensor:
@@ -228,7 +271,7 @@ def _gpt2_block(host: Host, world: World, i: int, x: Tensor) -> Tensor:
 
     def norm(name: str) -> Function:
         weight, bias = (host.tensors[f"{root}.{name}.{part}"] for part in ("weight", "bias"))
-        return lambda x: layer_norm(x, weight, bias, host.eps)
+        return lambda x: world.layer_norm(x, weight, bias, host.eps)
 
     def attention(x: Tensor) -> Tensor:
         joint = host.linear(f"{root}.attn.c_attn", x).chunk(3, dim=-1)
@@ -242,7 +285,7 @@ def _gpt2_block(host: Host, world: World, i: int, x: Tensor) -> Tensor:
     def mlp(x: Tensor) -> Tensor:
         pre = world.run("up", i, lambda x: host.linear(f"{root}.mlp.c_fc", x), x)
         pre = world.at(f"{block}.mlp.in.hook_out", pre)
-        act = lambda x: elementwise(lambda x: F.gelu(x, approximate="tanh"), x)  # noqa: E731
+        act = world.act(lambda x: F.gelu(x, approximate="tanh"))
         post = world.at(f"{block}.mlp.out.hook_in", world.run("act", i, act, pre))
         return world.run("down", i, lambda x: host.linear(f"{root}.mlp.c_proj", x), post)
 
@@ -255,7 +298,7 @@ def _vit_block(host: Host, world: World, i: int, x: Tensor) -> Tensor:
     def norm(place: str, name: str) -> Function:
         def own(x: Tensor) -> Tensor:
             weight, bias = (host.tensors[f"{root}.{name}.{part}"] for part in ("weight", "bias"))
-            return layer_norm(x, weight, bias, host.eps)
+            return world.layer_norm(x, weight, bias, host.eps)
 
         return lambda x: world.run(place, i, own, x)
 
@@ -272,7 +315,7 @@ def _vit_block(host: Host, world: World, i: int, x: Tensor) -> Tensor:
 
     def mlp(x: Tensor) -> Tensor:
         pre = world.at(f"{block}.mlp.in.hook_out", project("up", "mlp.fc1")(x))
-        post = world.run("act", i, lambda x: elementwise(F.gelu, x), pre)
+        post = world.run("act", i, world.act(F.gelu), pre)
         return project("down", "mlp.fc2")(world.at(f"{block}.mlp.out.hook_in", post))
 
     before, after = norm("ln1", "layernorm_before"), norm("ln2", "layernorm_after")
@@ -302,7 +345,7 @@ def _sequential(
     x = x + branch("attn", "attn", attention, normed("ln1", attn_norm, x))
     x = world.read(f"{block}.hook_resid_mid", x)
     x = x + branch("mlp", "mlp", mlp, normed("ln2", mlp_norm, x))
-    return world.at(f"{block}.hook_out", x)
+    return world.at(f"{block}.hook_out", world.run("block", i, lambda x: x, x))
 
 
 BLOCKS = {"llama": _llama_block, "gpt2": _gpt2_block, "vit": _vit_block}
@@ -330,23 +373,24 @@ def run_host(host: Host, given: Tensor, world: World) -> tuple[Tensor, list[Tens
         )
         patches = F.conv2d(given, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
         leaves = [
-            torch.cat([tensors[f"{root}.cls_token"], patches], dim=1),
+            torch.cat([tensors[f"{root}.cls_token"].expand(len(given), -1, -1), patches], dim=1),
             tensors[f"{root}.position_embeddings"],
         ]
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    x = sum(leaves[1:], leaves[0])
+    first = leaves[0] if host.kind == "vit" else world.at("embed.hook_out", leaves[0] * 1)
+    x = sum(leaves[1:], first)
     for i in range(LAYERS):
         x = BLOCKS[host.kind](host, world, i, x)
     x = world.at("ln_final.hook_in", x)
     if host.kind == "llama":
 
         def final(x: Tensor) -> Tensor:
-            return rms_norm(x, tensors["model.norm.weight"], host.eps, world.narrow)
+            return world.rms_norm(x, tensors["model.norm.weight"], host.eps)
     else:
         name = "transformer.ln_f" if host.kind == "gpt2" else "vit.layernorm"
 
         def final(x: Tensor) -> Tensor:
-            return layer_norm(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"], host.eps)
+            return world.layer_norm(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"], host.eps)
 
     x = world.at("ln_final.hook_out", world.run("ln_final", 0, final, x))
     if host.kind == "vit":

@@ -113,9 +113,12 @@ def _attend(env: Env, node: Node, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _attend_rule(env: Env, node: Node, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     def matmul(a: Tensor, b: Tensor) -> Tensor:
-        return rules.product(torch.matmul, a, b)
+        return rules.attention_product(env.composite, a, b)
 
-    return _attended(env, node, q, k, v, matmul, lambda p, v: rules.product(_mixed, p, v))
+    def mixed(p: Tensor, v: Tensor) -> Tensor:
+        return rules.product(_mixed, p, v)
+
+    return _attended(env, node, q, k, v, matmul, mixed)
 
 
 def _mixed(p: Tensor, v: Tensor) -> Tensor:
@@ -140,7 +143,7 @@ def _attended(
         pattern = scores.masked_fill(hidden, 0.0)
     else:
         pattern = scores.masked_fill(hidden, torch.finfo(q.dtype).min).softmax(-1)
-    if variant == "constant":
+    if variant == "constant" or env.composite == "CPLRP":
         pattern = pattern.detach()
     if variant == "halved":
         pattern = pattern * 0.5

@@ -27,6 +27,7 @@ VOCABULARY = 17
 
 PATHS = {
     "llama": {
+        "block": "model.layers.{}",
         "act": "model.layers.{}.mlp.act_fn",
         "ln1": "model.layers.{}.input_layernorm",
         "ln2": "model.layers.{}.post_attention_layernorm",
@@ -42,6 +43,7 @@ PATHS = {
         "down": "model.layers.{}.mlp.down_proj",
     },
     "gpt2": {
+        "block": "transformer.h.{}",
         "act": "transformer.h.{}.mlp.act",
         "mlp": "transformer.h.{}.mlp",
         "o": "transformer.h.{}.attn.c_proj",
@@ -49,6 +51,7 @@ PATHS = {
         "down": "transformer.h.{}.mlp.c_proj",
     },
     "vit": {
+        "block": "vit.layers.{}",
         "act": "vit.layers.{}.mlp.activation_fn",
         "ln1": "vit.layers.{}.layernorm_before",
         "ln2": "vit.layers.{}.layernorm_after",
@@ -87,6 +90,12 @@ RULES: dict[str, Callable[[], Any]] = {
     "plain": Plain,
 }
 
+
+OWNED = frozenset(
+    {"act", "q", "k", "v", "o", "gate", "up", "down", "mlp.hook_out", "attn.hook_out",
+     "mlp.out.hook_in", "mlp.in.hook_out", "mlp.gate.hook_out", "ln1.hook_out", "ln2.hook_out"}
+)  # fmt: skip
+"""Places where the value that passes is nobody else's: a hook may write into it."""
 
 BACKWARD: dict[str, Any] = {
     "looks": lambda module, inputs, outputs: None,
@@ -160,12 +169,12 @@ def template(kind: str, seed: int, dtype: torch.dtype) -> tuple[Any, Host]:
 
 
 @cache
-def given(kind: str, seed: int) -> Tensor:
+def given(kind: str, seed: int, batch: int = 1) -> Tensor:
     """Token ids, or pixels in float64 for a ViT."""
     generator = torch.Generator().manual_seed(seed + 100)
     if kind == "vit":
-        return torch.randn(1, 1, 4, 4, generator=generator, dtype=torch.float64)
-    return torch.randint(0, VOCABULARY, (1, SIZES[kind][2]), generator=generator)
+        return torch.randn(batch, 1, 4, 4, generator=generator, dtype=torch.float64)
+    return torch.randint(0, VOCABULARY, (batch, SIZES[kind][2]), generator=generator)
 
 
 @dataclass
@@ -190,7 +199,7 @@ def plain_bridge(kind: str, seed: int, dtype: torch.dtype) -> tuple[Any, dict[st
 def prepared(program: Program) -> Iterator[Ready]:
     """The bridge with the program's parts, for the length of the block."""
     dtype = getattr(torch, program.dtype)
-    composite = lenslrp.AttnLRP()
+    composite = getattr(lenslrp, program.composite)()
     replaced = [part for part in program.parts if part.kind == "module"]
     if replaced:
         model = copy.deepcopy(template(program.host, program.weights, dtype)[0])
@@ -207,7 +216,7 @@ def prepared(program: Program) -> Iterator[Ready]:
     for part in program.parts:
         if part.kind != "module":
             handles += _hook(program.host, part, bridge, modules, dtype, kept)
-    seen = given(program.host, program.weights)
+    seen = given(program.host, program.weights, program.batch)
     try:
         if program.host == "vit":
             yield Ready(bridge, composite, (None,), {"pixel_values": seen.to(dtype)})
@@ -257,12 +266,12 @@ def _hook(
 
     def run(x: Tensor) -> Tensor:
         inputs = [x, kept[part.other]] if part.other else [x]
-        return run_code(part.code, env, inputs, "run")
+        return run_code(part.code, env, inputs, "run", owns=part.place in OWNED)
 
     for layer in part.layers:
         if part.kind == "edit":
-            final = part.place.startswith("ln_final")
-            name = part.place if final else f"blocks.{layer}.{part.place}"
+            whole = part.place.startswith(("ln_final", "embed"))
+            name = part.place if whole else f"blocks.{layer}.{part.place}"
             bridge.add_hook(name, lambda x, hook: run(x))
             continue
         module = modules[PATHS[host][part.place].format(layer)]

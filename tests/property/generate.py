@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from tests.property.interpreter import widths
@@ -302,17 +303,30 @@ def _module(rng: random.Random, host: str, flavour: str) -> Part:
 EDITS = {
     8: ["hook_in", "ln1.hook_in", "ln1.hook_out", "attn.hook_in", "attn.hook_out", "ln2.hook_in",
         "ln2.hook_out", "mlp.hook_in", "mlp.hook_out", "hook_out", "ln_final.hook_out",
-        "ln_final.hook_in"],
+        "ln_final.hook_in", "embed.hook_out"],
     12: ["mlp.in.hook_out", "mlp.out.hook_in", "mlp.gate.hook_out"],
 }  # fmt: skip
-NATIVE = {
-    "llama": {"act": (12, 12), "ln1": (8, 8), "ln2": (8, 8), "ln_final": (8, 8), "mlp": (8, 8),
-              "q": (8, 8), "o": (8, 8), "gate": (8, 12), "up": (8, 12), "down": (12, 8)},
-    "gpt2": {"act": (12, 12), "mlp": (8, 8), "o": (8, 8), "up": (8, 12), "down": (12, 8)},
-    "vit": {"act": (12, 12), "ln1": (8, 8), "ln2": (8, 8), "ln_final": (8, 8), "mlp": (8, 8),
-            "attn": (8, 8), "q": (8, 8), "k": (8, 8), "v": (8, 8), "o": (8, 8), "up": (8, 12),
-            "down": (12, 8)},
-}  # fmt: skip
+WIDTHS = {"act": (12, 12), "gate": (8, 12), "up": (8, 12), "down": (12, 8)}
+"""Of a module's input and output, where they are not the model's own."""
+HOOKED = {
+    "llama": ["block", "act", "ln1", "ln2", "ln_final", "mlp", "q", "o", "gate", "up", "down"],
+    "gpt2": ["block", "act", "mlp", "o", "up", "down"],
+    "vit": [
+        "block",
+        "act",
+        "ln1",
+        "ln2",
+        "ln_final",
+        "mlp",
+        "attn",
+        "q",
+        "k",
+        "v",
+        "o",
+        "up",
+        "down",
+    ],
+}
 
 
 def _hook(rng: random.Random, host: str, flavour: str) -> Part:
@@ -320,13 +334,14 @@ def _hook(rng: random.Random, host: str, flavour: str) -> Part:
     weights = FLAVOURS[flavour]
     if rng.random() < 0.45:
         width = rng.choice([8, 8, 12])
-        names = [n for n in EDITS[width] if host == "llama" or n != "mlp.gate.hook_out"]
+        gone = {"llama": "", "gpt2": "mlp.gate.hook_out", "vit": "mlp.gate.hook_out embed.hook_out"}
+        names = [name for name in EDITS[width] if name not in gone[host].split()]
         kind, place = "edit", rng.choice(names)
     else:
-        kind, place = rng.choice(["after", "after", "before"]), rng.choice(list(NATIVE[host]))
+        kind, place = rng.choice(["after", "after", "before"]), rng.choice(HOOKED[host])
         place = "act" if rng.random() < 0.3 else place
-        width = NATIVE[host][place][kind == "after"]
-    layer = 0 if place.startswith("ln_final") else layer
+        width = WIDTHS.get(place, (8, 8))[kind == "after"]
+    layer = 0 if place.startswith(("ln_final", "embed")) else layer
     if kind == "before" and rng.random() < 0.3:
         effect = rng.choice(["looks", "looks", "doubles", "flips"])
         code = (Node("input"), Node("gradient", (0,), (effect,)))
@@ -371,18 +386,47 @@ def generate(seed: int, dtype: str = "float64") -> Program:
         parts.append(_hook(rng, host, flavour))
     if draw > 0.93:
         parts.append(_hook(rng, host, rng.choice(["linear", "constant"])))
-    read: tuple[str, ...] = ("all",)
-    if rng.random() < 0.7:
-        read = tuple(sorted({rng.choice(READABLE).format(rng.choice([0, 1])) for _ in range(2)}))
-    return Program(
+    there = [part for part in parts if _there(part, parts)]
+    program = Program(
         host,
-        tuple(sorted((part for part in parts if _there(part, parts)), key=_order)),
+        tuple(sorted(there, key=_order)),
         rng.randrange(4),
         rng.randrange(17),
         dtype,
-        read,
+        ("all",),
         flavour,
+        batch=2 if rng.random() < 0.1 else 1,
     )
+    if rng.random() < 0.7:
+        names = {rng.choice(READABLE).format(rng.choice([0, 1])) for _ in range(2)}
+        program = replace(program, read=tuple(sorted(names)))
+    return _run_otherwise(rng, program)
+
+
+def _run_otherwise(rng: random.Random, program: Program) -> Program:
+    """Other composites, options and targets, where the reference knows what is right."""
+    nodes = [node for part in program.parts for node in part.code]
+    attends = any(node.op == "attend" for node in nodes)
+    draw = rng.random()
+    if draw < 0.08:
+        program = replace(program, composite="GradientTimesInput")
+    elif draw < 0.16 and not attends:
+        program = replace(program, composite="RelP")
+    elif draw < 0.26 and not attends and not any("column" in node.args for node in nodes):
+        program = replace(program, composite="CPLRP")
+    draw = rng.random()
+    if draw < 0.1:
+        program = replace(program, options=("no ledger",))
+    elif draw < 0.15:
+        program = replace(program, options=("checkpoint",))
+    elif draw < 0.2 and program.host != "vit" and not attends and program.composite == "AttnLRP":
+        program = replace(program, options=("fused",))
+    whole = {part.place for part in program.parts if part.kind == "module"} & {"mlp", "attn"}
+    if rng.random() < 0.1 and not whole and program.dtype == "float64":
+        names = ["hook_out", "mlp.hook_out", "mlp.out.hook_in", "attn.hook_out", "mlp.in.hook_out"]
+        latent = f"blocks.{rng.choice([0, 1, 1])}.{rng.choice(names)}"
+        program = replace(program, latent=latent)
+    return program
 
 
 INSIDE = {

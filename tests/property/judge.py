@@ -93,9 +93,12 @@ def judge(program: Program) -> Verdict:
                 result = lenslrp.run_with_relevance(
                     ready.bridge,
                     *ready.inputs,
-                    target=program.target,
+                    target=_target(program),
                     composite=ready.composite,
                     names_filter=None if "all" in names else lambda name: name in names,
+                    attention="fused" if "fused" in program.options else "bridge",
+                    checkpoint="checkpoint" in program.options,
+                    ledger="no ledger" not in program.options,
                     **ready.keywords,
                 )
             if inner.error is not None and not _refusal(inner.error):
@@ -119,6 +122,13 @@ def judge(program: Program) -> Verdict:
     return _compare(program, right, *result)
 
 
+def _target(program: Program) -> Any:
+    if not program.latent:
+        return program.target
+    inner = ".mlp.in." in program.latent or ".mlp.out.hook_in" in program.latent
+    return lenslrp.targets.Activation(program.latent, program.target % (12 if inner else 8))
+
+
 def _refusal(error: Exception) -> bool:
     return isinstance(error, CoverageError | InputError | LoadError)
 
@@ -127,7 +137,7 @@ def right_for(program: Program, dtype: torch.dtype, *, narrow: bool = True) -> R
     """The reference of a program in ``dtype``; ``narrow``: with Hugging Face's float32 parts."""
     own = getattr(torch, program.dtype)
     host = template(program.host, program.weights, own)[1].to(dtype)
-    seen = given(program.host, program.weights)
+    seen = given(program.host, program.weights, program.batch)
     seen = seen.to(own).to(dtype) if seen.is_floating_point() else seen
     narrow = narrow and own != torch.bfloat16
     return refer(program, host, seen, dtype, narrow=narrow or dtype == torch.bfloat16)
@@ -151,7 +161,7 @@ def _compare(program: Program, right: Reference, logits: Tensor, kept: Any) -> V
         return _compare_coarse(program, right, kept)
     logits = logits.reshape(right.logits.shape) if logits.ndim == 2 else logits
     apart = float((logits - right.logits).abs().max() / right.logits.abs().max())
-    close = CLOSE[program.host]
+    close = max(CLOSE[program.host], 1e-6 if "fused" in program.options else 0.0)
     if apart > close:
         with prepared(program) as ready:
             plain = plain_forward(ready).reshape(logits.shape)
@@ -198,6 +208,8 @@ def _compare_coarse(program: Program, right: Reference, kept: Any) -> Verdict:
     itself = _cosine(coarse.tokens, right.tokens)
     if not itself > 0.997:
         return Verdict("rough", "", right.status, f"bfloat16 alone: cosine {itself:.4f}")
+    if "no ledger" in program.options:
+        return _direction(kept.tokens, right)
     book = kept.ledger()
     terms = ("leaves", "biases", "softmax", "positional", "stabiliser", "plain")
     scale = max(abs(book.target), *(abs(getattr(book, term)) for term in terms))
@@ -205,7 +217,11 @@ def _compare_coarse(program: Program, right: Reference, kept: Any) -> Verdict:
     missed = abs(book.target - book.accounted) / scale
     if not missed <= allowed:
         return Verdict("wrong", "bfloat16 out of balance", right.status, f"misses {missed:.3f}")
-    cosine = _cosine(kept.tokens, right.tokens)
+    return _direction(kept.tokens, right)
+
+
+def _direction(tokens: Tensor, right: Reference) -> Verdict:
+    cosine = _cosine(tokens, right.tokens)
     if not cosine > 0.99:
         return Verdict("wrong", "bfloat16 direction", right.status, f"cosine {cosine:.4f}")
     return Verdict("right", "", right.status)

@@ -135,9 +135,12 @@ def _reduce(env: Env, node: Node, x: Tensor) -> Tensor:
 def _reduce_real(env: Env, node: Node, x: Tensor) -> Tensor:
     kind, dim = node.args
     n = x.shape[dim]
-    if kind in ("max", "amax"):
-        best = x.detach().argmax(dim, keepdim=True)
-        return x.gather(dim, best.expand_as(x.narrow(dim, 0, 1))).expand_as(x)
+    if kind == "max":
+        best = x.detach().max(dim, keepdim=True).indices
+        return x.gather(dim, best).expand_as(x)
+    if kind == "amax":  # shared where several are the largest
+        largest = (x == x.amax(dim, keepdim=True)).to(x.dtype)
+        return (x * (largest / largest.sum(dim, keepdim=True))).sum(dim, keepdim=True).expand_as(x)
     mixing = torch.ones(n, n, dtype=x.dtype)
     if kind == "cumsum":
         mixing = mixing.tril()
@@ -198,8 +201,10 @@ def _move_real(env: Env, node: Node, x: Tensor) -> Tensor:
     kind, dim, k = node.args
     n = x.shape[dim]
     order = torch.randperm(n, generator=torch.Generator().manual_seed(node.seed))
-    if kind in ("sort", "topk"):
-        return x.gather(dim, x.detach().argsort(dim=dim, descending=kind == "topk", stable=True))
+    if kind in ("sort", "topk"):  # ties fall as they fall in the operation itself
+        kept = x.detach()
+        found = kept.sort(dim) if kind == "sort" else kept.topk(n, dim)
+        return x.gather(dim, found.indices)
     places = torch.arange(n)
     if kind in ("flip", "unbind"):
         order = places.flip(0)

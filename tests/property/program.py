@@ -66,7 +66,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Program:
-    """A host, what it reads, and the parts that are put into it."""
+    """A host, what it reads, and the parts that are put into it.
+
+    Attributes:
+        weights: seed of the host's weights and of what it reads.
+        target: the token (class) that is explained, or the unit of ``latent``.
+        read: hook points whose relevance is compared; ``all`` for every one.
+        flavour: which operations the generator preferred.
+        composite: the rules, by name.
+        options: how it is run: ``no ledger``, ``checkpoint``, ``fused``.
+        latent: a hook point whose unit is explained instead of a logit.
+        batch: how many rows.
+    """
 
     host: str
     parts: tuple[Part, ...]
@@ -75,6 +86,10 @@ class Program:
     dtype: str = "float64"
     read: tuple[str, ...] = ()
     flavour: str = ""
+    composite: str = "AttnLRP"
+    options: tuple[str, ...] = ()
+    latent: str = ""
+    batch: int = 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -83,13 +98,16 @@ class Program:
     def from_json(cls, text: str) -> Program:
         raw = json.loads(text)
         raw["parts"] = tuple(_part(part) for part in raw["parts"])
-        raw["read"] = tuple(raw["read"])
+        raw.update({name: tuple(raw.get(name, ())) for name in ("read", "options")})
         return cls(**raw)
 
     def __str__(self) -> str:
         head = (
             f"{self.host}, {self.dtype}, weights {self.weights}, target {self.target}, reads "
-            f"{', '.join(self.read) or 'tokens only'}"
+            f"{', '.join(self.read) or 'tokens only'}; {self.composite}"
+            f"{''.join(f', {option}' for option in self.options)}"
+            f"{f', explains {self.latent}' if self.latent else ''}"
+            f"{f', {self.batch} rows' if self.batch > 1 else ''}"
         )
         return "\n".join([head, *(_text(part) for part in self.parts)])
 

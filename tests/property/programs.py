@@ -31,6 +31,12 @@ from tests.property.shrink import shrink
 def features(program: Program) -> list[str]:
     """What a program has in it, for the counts."""
     found = {f"host {program.host}", f"flavour {program.flavour}", program.dtype}
+    found.update(program.options)
+    found.add(program.composite)
+    if program.latent:
+        found.add("latent target")
+    if program.batch > 1:
+        found.add("batch")
     for part in program.parts:
         found.add(f"{part.kind} {part.place}" if part.kind == "module" else f"hook: {part.kind}")
         found.add("declared " + (part.declared or "nothing") if part.kind == "module" else "hook")

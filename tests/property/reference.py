@@ -15,6 +15,9 @@ from tests.property.interpreter import bias_of, run_code, status
 from tests.property.operations import Env, rank
 from tests.property.program import Part, Program
 
+Status = tuple[str, Tensor]
+"""What may be expected of a part, and a number whose gradient says that it is on the path."""
+
 MODES = {"": "bare", "operations": "taught", "operations gated": "taught"}
 EXACT, NEAR = 1e-12, 1e-5
 
@@ -43,47 +46,60 @@ def refer(
 ) -> Reference:
     """Run the reference in ``dtype``; the program's constants are rounded to its own type."""
     rounded = getattr(torch, program.dtype)
-    world = World(narrow=narrow)
-    statuses: list[str] = []
+    world = World(narrow=narrow, composite=program.composite)
+    statuses: list[Status] = []
     kept: dict[str, Tensor] = {}
     for part in program.parts:
-        _put(world, part, Env(dtype, rounded=rounded), statuses, kept)
+        env = Env(dtype, rounded=rounded)
+        env.composite = program.composite
+        _put(world, part, env, statuses, kept)
     logits, leaves = run_host(host, given, world)
-    target = logits[0, -1, program.target]
+    if program.latent:
+        values = world.seen[program.latent].flatten(2)
+        target = values[:, -1, program.target % values.shape[-1]].sum()
+    else:
+        target = logits[:, -1, program.target].sum()
     seen = {name: x for name, x in world.seen.items() if x.requires_grad}
-    asked = [*leaves, *seen.values()]
+    asked = [*leaves, *seen.values(), *(mark for _, mark in statuses)]
     gradients: tuple[Tensor | None, ...] = (None,) * len(asked)
     if target.requires_grad:  # a program may cut everything off
         gradients = torch.autograd.grad(target, asked, allow_unused=True)
     at = {
         name: x.detach() * (torch.zeros_like(x) if g is None else g)
-        for (name, x), g in zip(seen.items(), gradients[len(leaves) :], strict=True)
+        for (name, x), g in zip(seen.items(), gradients[len(leaves) :], strict=False)
     }
+    marks = gradients[len(leaves) + len(seen) :]
+    met = [said for (said, _), g in zip(statuses, marks, strict=True) if g is not None]
     first = torch.zeros_like(leaves[0]) if gradients[0] is None else gradients[0]
     tokens = (leaves[0] * first).detach().sum(-1)
     size = max((float(r.abs().max()) for r in at.values()), default=0.0)
-    return Reference(logits.detach(), tokens, at, rank(statuses), size)
+    return Reference(logits.detach(), tokens, at, rank(met), size)
 
 
-def _put(world: World, part: Part, env: Env, statuses: list[str], kept: dict[str, Tensor]) -> None:
+def _put(
+    world: World, part: Part, env: Env, statuses: list[Status], kept: dict[str, Tensor]
+) -> None:
     for layer in part.layers:
         if part.kind == "module":
             world.modules[part.place, layer] = partial(_module, part, env, statuses)
             continue
-        if part.kind == "backward":
-            statuses.append("sure" if part.code[-1].args[0] == "looks" else "none")
-            continue
         if part.other:
             _keep(world, part.other, kept)
-        run = partial(_hook, part, env, kept)
-        statuses.append(status(part.code, "hook"))
+        run = partial(_hook, part, env, kept, statuses)
         if part.kind == "edit":
-            name = part.place if part.place.startswith("ln_final") else ""
-            world.edits[name or f"blocks.{layer}.{part.place}"] = run
-        elif part.kind == "after":
+            whole = part.place.startswith(("ln_final", "embed"))
+            world.edits[part.place if whole else f"blocks.{layer}.{part.place}"] = run
+        elif part.kind in ("after", "backward"):
             world.after[part.place, layer] = run
         else:
             world.before[part.place, layer] = run
+
+
+def _marked(y: Tensor, said: str, statuses: list[Status]) -> Tensor:
+    """``y``, with a note of what may be expected where it is on the path."""
+    mark = torch.zeros((), dtype=y.dtype, requires_grad=True)
+    statuses.append((said, mark))
+    return y + mark
 
 
 def _keep(world: World, name: str, kept: dict[str, Tensor]) -> None:
@@ -96,39 +112,44 @@ def _keep(world: World, name: str, kept: dict[str, Tensor]) -> None:
     world.edits[name] = keep
 
 
-def _hook(part: Part, env: Env, kept: dict[str, Tensor], x: Tensor) -> Tensor:
+def _hook(
+    part: Part, env: Env, kept: dict[str, Tensor], statuses: list[Status], x: Tensor
+) -> Tensor:
+    if part.kind == "backward":
+        looks = part.code[-1].args[0] == "looks"
+        return _marked(x, "sure" if looks else "none", statuses)
     inputs = [x, kept[part.other]] if part.other else [x]
-    return run_code(part.code, env, inputs, "rule")
+    form = "real" if env.composite == "GradientTimesInput" else "rule"
+    return _marked(run_code(part.code, env, inputs, form), status(part.code, "hook"), statuses)
 
 
-def _module(part: Part, env: Env, statuses: list[str], x: Tensor) -> Tensor:
+def _module(part: Part, env: Env, statuses: list[Status], x: Tensor) -> Tensor:
     """A replaced module under the rule that its declaration gives it."""
 
     def real(x: Tensor) -> Tensor:
         return run_code(part.code, env, [x], "real")
 
     if part.declared in MODES:
-        statuses.append(status(part.code, MODES[part.declared]))
-        return run_code(part.code, env, [x], "rule")
-    if part.declared == "plain":
-        statuses.append("sure")
-        return real(x)
-    if part.declared == "identity":
-        statuses.append(is_elementwise(real, x))
-        return rules.passing(real(x.detach()), x)
-    centred = part.declared == "norm centred"
-    bias = bias_of(part, env)
-    y = real(x.detach()) - (0.0 if bias is None else bias)
-    inner = x - x.mean(-1, keepdim=True) if centred else x
-    statuses.append(is_norm(y, inner))
-    out = rules.passing(y, inner)
-    return out if bias is None else out + bias
+        form = "real" if env.composite == "GradientTimesInput" else "rule"
+        y, said = run_code(part.code, env, [x], form), status(part.code, MODES[part.declared])
+    elif part.declared == "plain":
+        y, said = real(x), "sure"
+    elif part.declared == "identity":
+        y, said = rules.passing(real(x.detach()), x), is_elementwise(real, x)
+    else:
+        centred = part.declared == "norm centred"
+        bias = bias_of(part, env)
+        y = real(x.detach()) - (0.0 if bias is None else bias)
+        inner = x - x.mean(-1, keepdim=True) if centred else x
+        said = is_norm(y, inner)
+        y = rules.passing(y, inner) + (0.0 if bias is None else bias)
+    return _marked(y, said, statuses)
 
 
 def is_elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> str:
     """Whether each output depends on its own input alone, and 0 gives 0."""
-    x = x.detach()
-    n = x[0].numel()
+    x = x.detach()[:1]
+    n = x.numel()
     base, step = function(x), 1e-3
     if base.shape != x.shape:
         return "none"

@@ -38,6 +38,14 @@ def _smaller(program: Program) -> Iterator[Program]:
         for name in program.read:
             if len(program.read) > 1:
                 yield replace(program, read=(name,))
+    if program.latent:
+        yield replace(program, latent="")
+    if program.options:
+        yield replace(program, options=())
+    if program.composite != "AttnLRP":
+        yield replace(program, composite="AttnLRP")
+    if program.batch > 1:
+        yield replace(program, batch=1)
     if program.weights:
         yield replace(program, weights=0)
     if program.target != 3:
