@@ -67,6 +67,7 @@ def refer(
     at = {
         name: x.detach() * (torch.zeros_like(x) if g is None else g)
         for (name, x), g in zip(seen.items(), gradients[len(leaves) :], strict=False)
+        if g is not None or not program.latent  # what is above a latent unit has no relevance
     }
     marks = gradients[len(leaves) + len(seen) :]
     met = [said for (said, _), g in zip(statuses, marks, strict=True) if g is not None]
