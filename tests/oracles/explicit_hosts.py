@@ -342,10 +342,14 @@ def _sequential(
         return world.at(f"{block}.{name}.hook_out", y)
 
     x = world.at(f"{block}.hook_in", world.read(f"{block}.hook_resid_pre", x * 1))
+    if ("block", i) in world.before:
+        x = world.before["block", i](x)
     x = x + branch("attn", "attn", attention, normed("ln1", attn_norm, x))
     x = world.read(f"{block}.hook_resid_mid", x)
     x = x + branch("mlp", "mlp", mlp, normed("ln2", mlp_norm, x))
-    return world.at(f"{block}.hook_out", world.run("block", i, lambda x: x, x))
+    if ("block", i) in world.after:
+        x = world.after["block", i](x)
+    return world.at(f"{block}.hook_out", x)
 
 
 BLOCKS = {"llama": _llama_block, "gpt2": _gpt2_block, "vit": _vit_block}

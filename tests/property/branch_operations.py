@@ -46,6 +46,11 @@ def _ratio(env: Env, node: Node, a: Tensor, b: Tensor) -> Tensor:
     return a / (1.5 + b * b if node.args[0] == "square" else b.abs() + 1.5)
 
 
+def _ratio_rule(env: Env, node: Node, a: Tensor, b: Tensor) -> Tensor:
+    """The denominator is a product as well; the division has its plain gradient."""
+    return a / (1.5 + rules.times(b, b) if node.args[0] == "square" else b.abs() + 1.5)
+
+
 def _ratio_status(node: Node, live: list[bool], mode: str) -> str:
     if not live[1]:
         return "sure"
@@ -184,7 +189,7 @@ BRANCHES: dict[str, Op] = {
         status=_product_status,
         tags=tagged("product"),
     ),
-    "ratio": Op(_ratio, arity=2, status=_ratio_status, tags=tagged("unknown")),
+    "ratio": Op(_ratio, None, _ratio_rule, arity=2, status=_ratio_status, tags=tagged("unknown")),
     "norm": Op(
         lambda env, node, x: env.module(node)(x),
         _norm_real,

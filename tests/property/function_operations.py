@@ -139,11 +139,15 @@ def _unknown(env: Env, node: Node, x: Tensor) -> Tensor:
     return UNKNOWN[node.args[0]](x)
 
 
+def _unknown_real(env: Env, node: Node, x: Tensor) -> Tensor:
+    return x if node.args[0] == "gradient" else UNKNOWN[node.args[0]](x)
+
+
 def _unknown_status(node: Node, live: list[bool], mode: str) -> str:
     name = node.args[0]
     if not live[0]:
         return "sure"
-    if name in HOMOGENEOUS:
+    if name in HOMOGENEOUS or name == "gradient":
         return "may"
     return "sure" if mode == "taught" and name in LEAKS else "none"
 
@@ -166,5 +170,5 @@ FUNCTIONAL: dict[str, Op] = {
         ),
         tags=tagged("function"),
     ),
-    "unknown": Op(_unknown, status=_unknown_status, tags=tagged("unknown")),
+    "unknown": Op(_unknown, _unknown_real, status=_unknown_status, tags=tagged("unknown")),
 }

@@ -157,9 +157,9 @@ def _compare(program: Program, right: Reference, logits: Tensor, kept: Any) -> V
     expected = right.status
     if not kept.coverage.ok:
         return Verdict("wrong", "coverage is not ok", expected, str(kept.coverage.uncovered)[:200])
-    if program.dtype == "bfloat16":
-        return _compare_coarse(program, right, kept)
     logits = logits.reshape(right.logits.shape) if logits.ndim == 2 else logits
+    if program.dtype == "bfloat16":
+        return _compare_coarse(program, right, logits, kept)
     apart = float((logits - right.logits).abs().max() / right.logits.abs().max())
     close = max(CLOSE[program.host], 1e-6 if "fused" in program.options else 0.0)
     if apart > close:
@@ -200,7 +200,7 @@ def _kind(name: str) -> str:
     return re.sub(r"\d+", "N", name)
 
 
-def _compare_coarse(program: Program, right: Reference, kept: Any) -> Verdict:
+def _compare_coarse(program: Program, right: Reference, logits: Tensor, kept: Any) -> Verdict:
     """bfloat16: balanced, and near float64 in direction."""
     if right.status == "none":
         return Verdict("wrong", "nothing says what is right", "none", "relevance was given")
@@ -208,6 +208,8 @@ def _compare_coarse(program: Program, right: Reference, kept: Any) -> Verdict:
     itself = _cosine(coarse.tokens, right.tokens)
     if not itself > 0.997:
         return Verdict("rough", "", right.status, f"bfloat16 alone: cosine {itself:.4f}")
+    if not _cosine(logits, right.logits) > 0.99:
+        return Verdict("invalid", "another forward pass", right.status)
     if "no ledger" in program.options:
         return _direction(kept.tokens, right)
     book = kept.ledger()

@@ -116,9 +116,8 @@ def _keep(world: World, name: str, kept: dict[str, Tensor]) -> None:
 def _hook(
     part: Part, env: Env, kept: dict[str, Tensor], statuses: list[Status], x: Tensor
 ) -> Tensor:
-    if part.kind == "backward":
-        looks = part.code[-1].args[0] == "looks"
-        return _marked(x, "sure" if looks else "none", statuses)
+    if part.kind == "backward":  # one that changes the gradient is refused, or changed nothing
+        return _marked(x, "sure" if part.code[-1].args[0] == "looks" else "may", statuses)
     inputs = [x, kept[part.other]] if part.other else [x]
     form = "real" if env.composite == "GradientTimesInput" else "rule"
     return _marked(run_code(part.code, env, inputs, form), status(part.code, "hook"), statuses)
