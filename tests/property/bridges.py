@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -196,21 +196,28 @@ def plain_bridge(kind: str, seed: int, dtype: torch.dtype) -> tuple[Any, dict[st
 
 
 @contextmanager
-def prepared(program: Program) -> Iterator[Ready]:
-    """The bridge with the program's parts, for the length of the block."""
+def prepared(program: Program, *, fresh: bool = False) -> Iterator[Ready]:
+    """The bridge with the program's parts, for the length of the block.
+
+    A bridge takes long to build. Unless a ``fresh`` one is asked for, or a module is replaced that
+    the bridge has a component for, one that was used before is used again.
+    """
     dtype = getattr(torch, program.dtype)
     composite = getattr(lenslrp, program.composite)()
     replaced = [part for part in program.parts if part.kind == "module"]
-    if replaced:
+    undo: list[Callable[[], None]] = []
+    if fresh or any(part.place != "act" for part in replaced):
         model = copy.deepcopy(template(program.host, program.weights, dtype)[0])
-        for part in replaced:
-            unit = _replace(model, program.host, part, dtype)
-            if part.declared:
-                composite = composite.extended({type(unit): RULES[part.declared]()})
         modules = dict(model.named_modules(remove_duplicate=False))
+        units = [_replace(modules, program.host, part, dtype, undo) for part in replaced]
         bridge = lenslrp.load(model)
     else:
-        bridge, modules = plain_bridge(program.host, program.weights, dtype)
+        bridge, named = plain_bridge(program.host, program.weights, dtype)
+        modules = dict(named)
+        units = [_replace(modules, program.host, part, dtype, undo) for part in replaced]
+    for part, unit in zip(replaced, units, strict=True):
+        if part.declared:
+            composite = composite.extended({type(unit): RULES[part.declared]()})
     handles: list[Any] = []
     kept: dict[str, Tensor] = {}
     for part in program.parts:
@@ -226,6 +233,8 @@ def prepared(program: Program) -> Iterator[Ready]:
         bridge.reset_hooks()
         for handle in handles:
             handle.remove()
+        for restore in undo:
+            restore()
 
 
 def plain_forward(ready: Ready) -> Tensor:
@@ -237,12 +246,22 @@ def plain_forward(ready: Ready) -> Tensor:
     return logits
 
 
-def _replace(model: Any, host: str, part: Part, dtype: torch.dtype) -> nn.Module:
+def _replace(
+    modules: dict[str, nn.Module],
+    host: str,
+    part: Part,
+    dtype: torch.dtype,
+    undo: list[Callable[[], None]],
+) -> nn.Module:
+    """Put a part's module into a model, whose modules by name are brought up to date."""
     paths = [PATHS[host][part.place].format(layer) for layer in part.layers]
-    unit = make_unit(part, dtype, BASES, model.get_submodule(paths[0]))
+    unit = make_unit(part, dtype, BASES, modules[paths[0]])
     for path in paths:
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, unit)
+        undo.append(partial(setattr, modules[parent], name, modules[path]))
+        setattr(modules[parent], name, unit)
+        modules[path] = unit
+        modules.update({f"{path}.{inner}": m for inner, m in unit.named_modules() if inner})
     return unit
 
 

@@ -78,7 +78,17 @@ def reason_of(error: Exception) -> str:
 
 
 def judge(program: Program) -> Verdict:
-    """Run a program both ways."""
+    """Run a program both ways; what is wrong is tried once more, on a bridge of its own."""
+    verdict = _judge(program, fresh=False)
+    if verdict.kind not in ("wrong", "invalid"):
+        return verdict
+    again = _judge(program, fresh=True)
+    if again.kind == verdict.kind:
+        return again
+    return Verdict("wrong", f"only on a bridge used before: {verdict.reason}", verdict.expected)
+
+
+def _judge(program: Program, *, fresh: bool) -> Verdict:
     caught = Caught()
     result: Any = None
     trial = ""
@@ -86,7 +96,7 @@ def judge(program: Program) -> Verdict:
         warnings.simplefilter("error")
         # torch's own word on a program that checkpoints where no gradient is wanted.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
-        with prepared(program) as ready:
+        with prepared(program, fresh=fresh) as ready:
             names = set(program.read)
             inner = Caught()
             with inner:
@@ -163,7 +173,7 @@ def _compare(program: Program, right: Reference, logits: Tensor, kept: Any) -> V
     apart = float((logits - right.logits).abs().max() / right.logits.abs().max())
     close = max(CLOSE[program.host], 1e-6 if "fused" in program.options else 0.0)
     if apart > close:
-        with prepared(program) as ready:
+        with prepared(program, fresh=True) as ready:
             plain = plain_forward(ready).reshape(logits.shape)
         kind = "invalid" if torch.equal(plain, logits) else "wrong"
         return Verdict(kind, "another forward pass", expected, f"logits {apart:.1e} apart")
