@@ -99,8 +99,8 @@ OWNED = frozenset(
 
 BACKWARD: dict[str, Any] = {
     "looks": lambda module, inputs, outputs: None,
-    "doubles": lambda module, inputs, outputs: tuple(2 * g for g in inputs),
-    "flips": lambda module, inputs, outputs: tuple(g.flip(-1) for g in inputs),
+    "doubles": lambda module, inputs, outputs: tuple(g if g is None else 2 * g for g in inputs),
+    "flips": lambda module, inputs, outputs: tuple(g if g is None else g.flip(-1) for g in inputs),
 }
 """What a backward hook does to the gradient at a module's inputs."""
 

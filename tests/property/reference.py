@@ -52,7 +52,7 @@ def refer(
     for part in program.parts:
         env = Env(dtype, rounded=rounded)
         env.composite = program.composite
-        _put(world, part, env, statuses, kept)
+        _put(world, part, env, statuses, kept, _layers(part, program))
     logits, leaves = run_host(host, given, world)
     if program.latent:
         values = world.seen[program.latent].flatten(2)
@@ -77,10 +77,24 @@ def refer(
     return Reference(logits.detach(), tokens, at, rank(met), size)
 
 
+def _layers(part: Part, program: Program) -> tuple[int, ...]:
+    """The blocks where a part acts: a native hook is on the module, wherever it stands."""
+    native = part.kind in ("after", "before", "backward")
+    for other in program.parts if native else ():
+        if other.kind == "module" and other.place == part.place and part.layers[0] in other.layers:
+            return other.layers
+    return part.layers
+
+
 def _put(
-    world: World, part: Part, env: Env, statuses: list[Status], kept: dict[str, Tensor]
+    world: World,
+    part: Part,
+    env: Env,
+    statuses: list[Status],
+    kept: dict[str, Tensor],
+    layers: tuple[int, ...],
 ) -> None:
-    for layer in part.layers:
+    for layer in layers:
         if part.kind == "module":
             world.modules[part.place, layer] = partial(_module, part, env, statuses)
             continue
