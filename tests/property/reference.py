@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.oracles import explicit_hosts as rules
-from tests.oracles.explicit_hosts import Host, World, run_host
+from tests.oracles.explicit_hosts import Function, Host, World, run_host
 from tests.property.interpreter import bias_of, run_code, status
 from tests.property.operations import Env, rank
 from tests.property.program import Part, Program
@@ -103,11 +104,16 @@ def _put(
         run = partial(_hook, part, env, kept, statuses)
         if part.kind == "edit":
             whole = part.place.startswith(("ln_final", "embed"))
-            world.edits[part.place if whole else f"blocks.{layer}.{part.place}"] = run
-        elif part.kind in ("after", "backward"):
-            world.after[part.place, layer] = run
+            _then(world.edits, part.place if whole else f"blocks.{layer}.{part.place}", run)
         else:
-            world.before[part.place, layer] = run
+            table = world.before if part.kind == "before" else world.after
+            _then(table, (part.place, layer), run)
+
+
+def _then(table: dict[Any, Function], key: Any, run: Function) -> None:
+    """One hook after the other."""
+    first = table.get(key)
+    table[key] = run if first is None else lambda x: run(first(x))
 
 
 def _marked(y: Tensor, said: str, statuses: list[Status]) -> Tensor:
@@ -118,13 +124,11 @@ def _marked(y: Tensor, said: str, statuses: list[Status]) -> Tensor:
 
 
 def _keep(world: World, name: str, kept: dict[str, Tensor]) -> None:
-    edit = world.edits.get(name)
-
     def keep(x: Tensor) -> Tensor:
-        kept[name] = x if edit is None else edit(x)
-        return kept[name]
+        kept[name] = x
+        return x
 
-    world.edits[name] = keep
+    _then(world.edits, name, keep)
 
 
 def _hook(
