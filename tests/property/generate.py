@@ -437,12 +437,14 @@ INSIDE = {
 
 
 def _there(part: Part, parts: list[Part]) -> bool:
-    """Whether the place that a hook is for is still in the model."""
+    """Whether the place that a hook is for, and the one it reads, are still in the model."""
+    _, block, read = part.other.split(".", 2) if part.other else ("", "", "")
     for other in parts:
-        if other.kind == "module" and other is not part and set(part.layers) & set(other.layers):
-            inside = INSIDE.get(other.place, ())
-            if part.place in inside or part.other.partition(".")[2].partition(".")[2] in inside:
-                return False
+        inside = INSIDE.get(other.place, ()) if other.kind == "module" and other is not part else ()
+        if part.place in inside and set(part.layers) & set(other.layers):
+            return False
+        if read in inside and int(block) in other.layers:
+            return False
     return True
 
 
