@@ -3,13 +3,15 @@
 Each mutation takes one guard of the engine away. ``python -m tests.property.mutations`` judges the
 programs of one seed after another until one is wrong that is right or refused without the mutation,
 and prints the table: what was broken, and the seed at which it was found. Much of what coverage
-lets through is still refused by the balance check, so each is tried without that one as well.
+lets through is still refused by the balance check, so each is tried without that one as well. With
+the journals of long runs, only programs are tried whose verdict depends on the guard.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -135,25 +137,34 @@ def hooks_vanish_into_rules(patch: Patch) -> None:
     patch.setattr(Attached, "wrap", wrap)
 
 
-MUTATIONS: dict[str, Callable[[Patch], None]] = {
-    "CopySlices counts as linear": copy_slices_are_linear,
-    "a product written in place counts as linear": written_products_are_linear,
-    "any function written in Python is accepted": python_functions_are_accepted,
-    "a product of two live factors is accepted": products_have_one_factor,
-    "a live denominator is accepted": quotients_are_linear,
-    "sigmoid, exp, erf, cos and sin count as linear": functions_are_linear,
-    "a clamp counts as linear whatever it clips": clips_are_linear,
-    "rules that are off the path are ignored": rules_off_the_path_are_ignored,
-    "operations without a rule are ignored": gaps_are_ignored,
-    "rules above no operation of theirs are ignored": misplaced_rules_are_ignored,
-    "a product's share may reach what is beside it": shares_may_leak,
-    "the books need not balance": nothing_need_balance,
-    "norms are believed to be what their class says": norms_are_believed,
-    "declared functions are believed to be element-wise": activations_are_believed,
-    "activations are matched by inheritance": classes_are_matched_by_inheritance,
-    "native hooks vanish into the rule": hooks_vanish_into_rules,
+MUTATIONS: dict[str, tuple[Callable[[Patch], None], str]] = {
+    "CopySlices counts as linear": (copy_slices_are_linear, r"rule: \w+_$|write"),
+    "a product written in place counts as linear": (written_products_are_linear, "rule: mul_"),
+    "any function written in Python is accepted": (
+        python_functions_are_accepted,
+        "rule: (Tripled|Add|Clone)$",
+    ),
+    "a product of two live factors is accepted": (products_have_one_factor, "rule: (Mul|Bmm|Addc)"),
+    "a live denominator is accepted": (quotients_are_linear, "rule: Div"),
+    "sigmoid, exp, erf, cos and sin count as linear": (
+        functions_are_linear,
+        "rule: (Sigmoid|Exp|Erf|Cos|Sin)",
+    ),
+    "a clamp counts as linear whatever it clips": (clips_are_linear, "rule: Clamp"),
+    "operations without a rule are ignored": (gaps_are_ignored, "no rule"),
+    "rules that are off the path are ignored": (rules_off_the_path_are_ignored, "graph is cut"),
+    "rules above no operation of theirs are ignored": (
+        misplaced_rules_are_ignored,
+        "without its operation",
+    ),
+    "a product's share may reach what is beside it": (shares_may_leak, "beside"),
+    "the books need not balance": (nothing_need_balance, "balance"),
+    "norms are believed to be what their class says": (norms_are_believed, "norm|Sqrt|Pow"),
+    "declared functions are believed to be element-wise": (activations_are_believed, "map each"),
+    "activations are matched by inheritance": (classes_are_matched_by_inheritance, "^$|no rule"),
+    "native hooks vanish into the rule": (hooks_vanish_into_rules, "^$"),
 }
-
+"""What is broken: how, and for what reason its programs are refused (or "", right) otherwise."""
 
 BALANCE = "the books need not balance"
 """The second guard behind every other: what coverage lets through seldom balances."""
@@ -163,52 +174,58 @@ BALANCE = "the books need not balance"
 def mutated(name: str) -> Iterator[None]:
     """The engine with one guard taken away, for the length of the block."""
     with pytest.MonkeyPatch.context() as patch:
-        MUTATIONS[name](patch)
+        MUTATIONS[name][0](patch)
         yield
 
 
-Found = tuple[int, Verdict] | None
+Found = tuple[int, str, Verdict] | None
+Task = tuple[int, str]
 
 
-def search(names: tuple[str, ...], seeds: Iterable[int], dtype: str = "float64") -> Found:
-    """The first seed whose program is wrong with the mutations and not without."""
-    for seed in seeds:
+def search(names: tuple[str, ...], tasks: Iterable[Task]) -> Found:
+    """The first seed whose program is given wrong relevance with the mutations and not without."""
+    for seed, dtype in tasks:
         program = generate(seed, dtype)
         with ExitStack() as stack:
             for name in names:
                 stack.enter_context(mutated(name))
             verdict = judge(program)
-        if verdict.kind == "wrong" and judge(program).kind != "wrong":
-            return seed, verdict
+        wrong = verdict.kind == "wrong" and verdict.reason != "a raw error"
+        if wrong and judge(program).kind != "wrong":
+            return seed, dtype, verdict
     return None
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--count", type=int, default=1000, help="how many seeds at most")
-    parser.add_argument("--journal", type=Path, help="of a long run: try what it refused, first")
+    parser.add_argument("--count", type=int, default=1000, help="how many programs at most")
+    parser.add_argument("--journal", type=Path, nargs="*", default=[], help="of long runs")
     parser.add_argument("--only", default="", help="mutations with this in their name")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    seeds = list(range(given.count))
-    if given.journal is not None:
-        lines = [json.loads(text) for text in given.journal.read_text().splitlines()]
-        refused = [line["seed"] for line in lines if line["kind"] == "refused"]
-        seeds = sorted(refused)[: given.count]
+    lines = [json.loads(text) for path in given.journal for text in path.read_text().splitlines()]
     print("| broken | found at seed | without the balance check as well |\n|---|---|---|")
     missed = 0
-    for name in MUTATIONS:
+    for name, (_, reason) in MUTATIONS.items():
         if given.only not in name:
             continue
-        alone = search((name,), seeds)
-        both = None if name == BALANCE else search((name, BALANCE), seeds)
+        tasks = [(seed, "float64") for seed in range(given.count)]
+        if lines:  # only what the guard that is taken away has refused, or let through
+            met = [line for line in lines if re.search(reason, line["reason"])]
+            met = [line for line in met if reason != "^$" or "hook" in line["features"]]
+            tasks = [(line["seed"], line["dtype"]) for line in met][: given.count]
+        alone = search((name,), tasks)
+        both = None if name == BALANCE else search((name, BALANCE), tasks)
         missed += alone is None and both is None
-        print(f"| {name} | {_said(alone, given.count)} | {_said(both, given.count)} |", flush=True)
+        print(f"| {name} | {_said(alone, len(tasks))} | {_said(both, len(tasks))} |", flush=True)
     return missed
 
 
 def _said(found: Found, count: int) -> str:
-    return f"not in {count}" if found is None else f"{found[0]}: {found[1].reason}"
+    if found is None:
+        return f"not in {count}"
+    seed, dtype, verdict = found
+    return f"{seed}{'' if dtype == 'float64' else f' ({dtype})'}: {verdict.reason}"
 
 
 if __name__ == "__main__":
