@@ -26,6 +26,10 @@ BALANCE = 0.05
 REASONS = (
     (r"no rule for (?:the )?([\w ]+?)(?:\d*) (?:in|below)", r"no rule: \1"),
     (r"found no operation of its kind", "a rule without its operation"),
+    (r"beside its operation", "a share that reaches what is beside its operation"),
+    (r"is the same module as", "one module in two places"),
+    (r"does not map each number", "not the element-wise function that was declared"),
+    (r"cannot bridge", "TransformerLens cannot bridge it"),
     (r"never ran", "a rule whose operation never ran"),
     (r"is not on the path to the target", "the graph is cut"),
     (r"never fired", "a rule that never fired"),

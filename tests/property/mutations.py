@@ -83,7 +83,11 @@ def _walk(patch: Patch, change: Callable[[Any], None]) -> None:
 
 
 def misplaced_rules_are_ignored(patch: Patch) -> None:
-    _walk(patch, lambda found: found.misplaced.clear())
+    def forget(found: Any) -> None:
+        found.misplaced.clear()
+        found.leaks.clear()  # a share that never meets its operation leaks as well
+
+    _walk(patch, forget)
 
 
 def shares_may_leak(patch: Patch) -> None:
@@ -155,9 +159,9 @@ MUTATIONS: dict[str, tuple[Callable[[Patch], None], str]] = {
     "rules that are off the path are ignored": (rules_off_the_path_are_ignored, "graph is cut"),
     "rules above no operation of theirs are ignored": (
         misplaced_rules_are_ignored,
-        "without its operation",
+        "without its operation|beside|uniform at",
     ),
-    "a product's share may reach what is beside it": (shares_may_leak, "beside"),
+    "a product's share may reach what is beside it": (shares_may_leak, "beside|uniform at"),
     "the books need not balance": (nothing_need_balance, "balance"),
     "norms are believed to be what their class says": (norms_are_believed, "norm|Sqrt|Pow"),
     "declared functions are believed to be element-wise": (activations_are_believed, "map each"),
