@@ -132,10 +132,11 @@ def main(arguments: list[str] | None = None) -> int:
         seed = given.shrink if given.show is None else given.show
         show(seed, given.dtype, given.shrink is not None)
         return 0
-    lines: list[dict[str, Any]] = []
+    done: dict[tuple[int, str], dict[str, Any]] = {}
     if given.resume is not None and given.resume.exists():
-        lines = [json.loads(text) for text in given.resume.read_text().splitlines() if text]
-    done = {(line["seed"], line["dtype"]) for line in lines}
+        for line in map(json.loads, given.resume.read_text().splitlines()):
+            done[line["seed"], line["dtype"]] = line
+    lines = list(done.values())
     seeds = range(given.seed, given.seed + given.count)
     tasks = [(seed, given.dtype) for seed in seeds if (seed, given.dtype) not in done]
     start = time.monotonic()
