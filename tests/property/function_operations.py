@@ -139,7 +139,7 @@ def _unknown(env: Env, node: Node, x: Tensor) -> Tensor:
     return UNKNOWN[node.args[0]](x)
 
 
-def _unknown_real(env: Env, node: Node, x: Tensor) -> Tensor:
+def _unknown_rule(env: Env, node: Node, x: Tensor) -> Tensor:
     return x if node.args[0] == "gradient" else UNKNOWN[node.args[0]](x)
 
 
@@ -170,5 +170,5 @@ FUNCTIONAL: dict[str, Op] = {
         ),
         tags=tagged("function"),
     ),
-    "unknown": Op(_unknown, _unknown_real, status=_unknown_status, tags=tagged("unknown")),
+    "unknown": Op(_unknown, None, _unknown_rule, status=_unknown_status, tags=tagged("unknown")),
 }
