@@ -25,6 +25,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components
 from lenslrp.passes import architecture, undone
+from lenslrp.remembered import conditional
 
 ADJACENT = ("rotary_adjacent_pairs", "rotary_interleaved_cos_sin")
 """Settings of the bridge under which neighbouring features are rotated, not halves."""
@@ -42,7 +43,7 @@ def pa_lrp(question: Question, *, seed: int, absolute: bool = True) -> Tensor:
     """
     model = question.model
     sinks: dict[str, Tensor] = {}
-    with undone(Attached()) as at:
+    with undone(Attached()) as at, conditional(model):  # sinks are outside the books
         for path, module in components(model):
             if hasattr(module, "hook_rot_q") and hasattr(module, "hook_rot_k"):
                 _attach(at, path, module, sinks)

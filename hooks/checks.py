@@ -46,10 +46,15 @@ _proven: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
 
 def known_forward(module: nn.Module) -> Any:
-    """The forward of a module's class, ``None`` where the instance has been given another."""
-    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):  # accelerate moves inputs
-        return None
-    return type(module).forward
+    """The forward of a module's class, ``None`` where the instance has been given another.
+
+    accelerate's, which moves inputs, and TransformerLens' own (Falcon) do not count.
+    """
+    own = module.__dict__.get("forward")
+    if own is None or hasattr(module, "_hf_hook"):
+        return type(module).forward
+    theirs = str(getattr(own, "__module__", "")).startswith("transformer_lens.")
+    return type(module).forward if theirs else None
 
 
 def _tried(module: nn.Module, run: Run, check: Callable[[], str]) -> str:

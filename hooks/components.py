@@ -164,7 +164,7 @@ def attach_activation(
         declared: the composite has a rule for the module's class.
     """
     site = ctx.site(path, module, "activation", rule)
-    site.cut = share == 0
+    site.cut, site.passed_over = share == 0, bool(module._forward_hooks)
     if isinstance(rule, Plain):
         at.region(module, site, lambda _: None)
     else:
@@ -284,6 +284,9 @@ def attach_all(model: nn.Module, ctx: Context, at: Attached) -> None:
     for _, module in found:  # what has a rule as a whole
         if isinstance(ctx.composite.modules.get(type(module)), Identity | Normalisation | Plain):
             inside.update(id(part) for part in module.modules() if part is not module)
+        if isinstance(module, NormalizationBridge) and isinstance(ctx.composite["norm"], Plain):
+            component: Any = original(module)
+            inside.update(id(part) for part in component.modules() if part is not component)
     for path, module in found:
         if id(module) in inside:
             continue

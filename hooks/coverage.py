@@ -233,7 +233,7 @@ def walk(
                     pending = pending - {opens[wants]}
                 else:
                     gap(node, name, above)
-        elif _is_foreign(node):
+        elif _is_foreign(node) and not node._forward_cls.__module__.startswith("transformers."):
             gap(node, operation(node), above)
         if region and not below:
             gap(node, "a path that leaves a region past its inputs", above)

@@ -57,7 +57,7 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
 
     first = id(component) not in at.replaced
     site = ctx.site(path, norm, "norm", rule) if first else at.replaced[id(component)]
-    site.cut = ctx.cuts(path)
+    site.cut, site.passed_over = ctx.cuts(path), bool(component._forward_hooks)
     if isinstance(rule, Plain):
         _plain_norm(at, norm, site, bias)
     else:

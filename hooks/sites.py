@@ -92,6 +92,7 @@ class Site:
         cut: the composite leaves it off the path (CP's gate and query norms): it never fires.
         order: when it last ran: autograd's number for its node.
         optional: it stands for operations that a module may or may not have.
+        passed_over: hooks of the user's on its module may put something else in its place.
         copies: what its operation returns is a copy of what is kept for the backward pass, because
             something writes to it in place.
         books: where to report, or ``None`` when nobody keeps a ledger.
@@ -106,6 +107,7 @@ class Site:
     backward: int = 0
     cut: bool = False
     optional: bool = False
+    passed_over: bool = False
     copies: bool = False
     order: int = -1
     books: Books | None = field(default=None, repr=False)

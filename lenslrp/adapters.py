@@ -22,7 +22,8 @@ from lenslrp.checkpoints import (
     read_tokenizer,
     require_same,
 )
-from lenslrp.errors import LoadError
+from lenslrp.errors import LoadError, MissingExtraError
+from lenslrp.extras import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,12 +73,11 @@ def _with_adapter(
     """The base model with the adapter merged into its weights."""
     base_name = str(settings["base_model_name_or_path"])
     try:
-        import peft
-    except ImportError as error:
-        raise LoadError(
-            f"{name!r} is an adapter of {base_name!r}, which PEFT reads: "
-            'pip install "lenslrp[peft]"'
-        ) from error
+        require("peft", f"{name!r}, an adapter of {base_name!r},")
+    except MissingExtraError as error:
+        raise LoadError(str(error)) from error
+    import peft
+
     folder = Path(name)
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
         raise LoadError(

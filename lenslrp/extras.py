@@ -12,6 +12,7 @@ EXTRAS = {
     "gguf": "demo",
     "matplotlib": "plot",
     "onnx": "demo",
+    "peft": "peft",
     "ray": "ray",
 }
 """Package, as it is imported, to the extra that brings it."""

@@ -382,7 +382,7 @@ class Pass:
             s
             for s in sites
             if s.forward
-            and not s.cut
+            and not (s.cut or s.passed_over)
             and id(s) not in found.sites
             and not _pools(s)
             and not self._above_features(s, found.sites)

