@@ -13,12 +13,14 @@ found out.
 from __future__ import annotations
 
 import difflib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from lenslrp.errors import InputError
@@ -85,18 +87,12 @@ def forget(point: Any) -> None:
         notes.clear()
 
 
-class _Stays:
-    """What ``model.reset_hooks()`` is given to remove: a reader goes when its pass ends."""
-
-    def remove(self) -> None: ...
-
-
 def listen(at: Attached, point: Any, names: Iterable[str], hook: Callable[..., Any]) -> None:
     """A forward hook that also makes TransformerLens call a point of :data:`WHEN_HOOKED`."""
     at.hook(point, hook)
     if not isinstance(point, HookPoint) or not any(name.endswith(WHEN_HOOKED) for name in names):
         return
-    note = LensHandle(_Stays())
+    note = LensHandle(RemovableHandle(OrderedDict()))  # a reader goes when its pass ends
 
     def forget() -> None:
         if note in point.fwd_hooks:  # model.reset_hooks() may have been first
