@@ -24,20 +24,12 @@ from lenslrp.hooks.composites import AttnLRP, Composite
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.turns import turn
-from lenslrp.ledger import Ledger
+from lenslrp.ledger import BALANCED, Ledger
 from lenslrp.passes import architecture
 from lenslrp.run import run_with_relevance
 from lenslrp.targets import Activation
 from lenslrp.verifying import Agreement
 from lenslrp.wrapped import agreement
-
-TOLERANCE: Mapping[str, float] = {
-    "float64": 1e-6,  # 1e-9 where norms and softmax keep the type; many families use float32 there
-    "float32": 1e-3,
-    "bfloat16": 0.2,
-    "float16": 0.2,
-}
-"""How far the ledger may be off, relative to the target, before doctor calls it wrong."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,7 +43,7 @@ class Diagnosis:
         gap: the :class:`CoverageError`'s text, ``None`` when everything is covered.
         agreement: of the bridge with the Hugging Face model before it was wrapped.
         coverage, ledger: of the run (with gaps: of a run that takes the plain gradient there).
-        tolerance: what the ledger's error is held against.
+        tolerance: what the ledger's imbalance is held against.
     """
 
     architecture: str
@@ -66,7 +58,7 @@ class Diagnosis:
 
     @property
     def balanced(self) -> bool:
-        return abs(self.ledger.error) <= self.tolerance
+        return self.ledger.imbalance <= self.tolerance
 
     @property
     def ok(self) -> bool:
@@ -83,7 +75,7 @@ class Diagnosis:
         if self.gap is not None:
             parts.append(Text(f"  {self.gap}", style="red"))
         parts.append(_verdict("the forward pass is untouched", self.forward_equal))
-        said = f"the books balance: error {self.ledger.error:+.1e} of the target"
+        said = f"the books balance: they miss {self.ledger.imbalance:.1e} of their largest entry"
         parts.append(_verdict(said + f" (tolerance {self.tolerance:g})", self.balanced))
         parts.extend(Text(f"  {line}") for line in str(self.ledger).splitlines())
         parts.append(_verdict("this model can be explained", self.ok))
@@ -167,6 +159,6 @@ def examine(
         relevance.coverage,
         relevance.ledger(),
         relevance.dtype,
-        TOLERANCE[relevance.dtype],
+        BALANCED[getattr(torch, relevance.dtype)],
         agreement(model),
     )

@@ -43,10 +43,10 @@ from lenslrp.hooks.readers import (
     owners,
     select_names,
 )
-from lenslrp.hooks.sites import TERMS, Books, Site, row_sums
+from lenslrp.hooks.sites import Books, Site, row_sums
 from lenslrp.inputs import Prepared
 from lenslrp.leaves import Leaves, Parts
-from lenslrp.ledger import Ledger, make_ledger
+from lenslrp.ledger import BALANCED, Ledger, make_ledger
 from lenslrp.remembered import Remembered, is_conditional, kind_of
 from lenslrp.targets import (
     PAIRED,
@@ -57,14 +57,6 @@ from lenslrp.targets import (
     Target,
     reads_the_encoder,
 )
-
-BALANCED = {
-    torch.float64: 1e-5,
-    torch.float32: 1e-3,
-    torch.bfloat16: 1e-1,
-    torch.float16: 2e-2,
-}
-"""What the books may miss, relative to their largest entry."""
 
 
 class _CapSkip(torch.autograd.Function):
@@ -259,9 +251,7 @@ class Pass:
         if ledger is None or not math.isfinite(ledger.error):
             return ""
         changed = dict.fromkeys(self.rules.changed)
-        terms = (getattr(ledger, term) for term in ("leaves", *TERMS))
-        scale = max(abs(ledger.target), *(abs(term) for term in terms))
-        if abs(ledger.target - ledger.accounted) <= BALANCED[dtype] * scale and not changed:
+        if ledger.imbalance <= BALANCED[dtype] and not changed:
             return ""
         note = (
             f"the books do not balance: {ledger.target - ledger.accounted:+.4g} of "

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 import lenslrp
-from lenslrp import passes
 from lenslrp.errors import CoverageError, InputError, LoadError
+from lenslrp.ledger import BALANCED
 from tests.property.bridges import given, plain_forward, prepared, template
 from tests.property.program import Program
 from tests.property.reference import Reference, refer
 
 CLOSE = {"gpt2": 1e-8, "llama": 1e-6, "vit": 1e-6}
 """How near relevance must be, relative to the largest token's: Llama and ViT have float32 parts."""
-BALANCE = 0.05
-"""What the books may miss where the library has no tolerance of its own for a type."""
 
 REASONS = (
     (r"no rule for (?:the )?([\w ]+?)(?:\d*) (?:in|below)", r"no rule: \1"),
@@ -227,12 +225,8 @@ def _compare_coarse(program: Program, right: Reference, logits: Tensor, kept: An
         return Verdict("invalid", "another forward pass", right.status)
     if "no ledger" in program.options:
         return _direction(kept.tokens, right)
-    book = kept.ledger()
-    terms = ("leaves", "biases", "softmax", "positional", "stabiliser", "plain")
-    scale = max(abs(book.target), *(abs(getattr(book, term)) for term in terms))
-    allowed = passes.BALANCED.get(torch.bfloat16, BALANCE)
-    missed = abs(book.target - book.accounted) / scale
-    if not missed <= allowed:
+    missed = kept.ledger().imbalance
+    if not missed <= BALANCED[torch.bfloat16]:
         return Verdict("wrong", "bfloat16 out of balance", right.status, f"misses {missed:.3f}")
     return _direction(kept.tokens, right)
 
