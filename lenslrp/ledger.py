@@ -59,7 +59,7 @@ class Ledger:
     @property
     def largest(self) -> float:
         """The largest entry: rounding goes by it, not by the target."""
-        return max(abs(getattr(self, term)) for term in ("target", "leaves", *TERMS))
+        return max(abs(float(getattr(self, term))) for term in ("target", "leaves", *TERMS))
 
     @property
     def imbalance(self) -> float:

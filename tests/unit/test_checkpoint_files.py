@@ -279,7 +279,7 @@ def test_an_adapters_directory_needs_peft(folder: Path, monkeypatch: pytest.Monk
     lora = folder.parent / "lora"
     lora.mkdir()
     (lora / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
-    with pytest.raises(LoadError, match=r'needs peft.*lenslrp\[peft\]'):
+    with pytest.raises(LoadError, match=r"needs peft.*lenslrp\[peft\]"):
         load(str(lora))
 
 
