@@ -6,6 +6,7 @@ A constant on the path is one more contribution and absorbs its share ([A] Eq. 8
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lenslrp.hooks.attach import Attached, Context
+from lenslrp.hooks.functions import same
 from lenslrp.hooks.rules import Epsilon
 from lenslrp.hooks.sites import Site, has_values, row_sums, widest
 
@@ -42,6 +44,18 @@ def measure_bias(y: Tensor, bias: Tensor | None, site: Site, dim: int = -1) -> N
     y.register_hook(measure)
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """A value ahead of hooks: the tensor, its numbers, and where autograd stood."""
+
+    given: Tensor
+    kept: Tensor
+    version: int
+    edge: GradientEdge | None
+    begun: int
+    touched: int
+
+
 class EditMeter:
     """Books what one module's hooks, the user's own, add to the value that passes them.
 
@@ -59,34 +73,32 @@ class EditMeter:
         self.site, self.copies = site, copies
         self.missed = False
         self.touched: Callable[[], int] = int
-        self._before: list[tuple[Tensor, int, GradientEdge | None, int]] = []
+        self._ahead: _Ahead | None = None
 
     def before(self, x: Any) -> None:
         """Called with the value ahead of the hooks."""
-        self._before.clear()
+        self._ahead = None
         if isinstance(x, Tensor) and torch.is_grad_enabled():
-            edge = get_gradient_edge(x) if x.requires_grad else None
             kept = x.detach().clone() if self.copies else x
-            self._before.append((kept, x._version, edge, _now()))
-            self._object, self._touched = x, self.touched()
+            edge = get_gradient_edge(x) if x.requires_grad else None
+            self._ahead = _Ahead(x, kept, x._version, edge, _now(), self.touched())
 
     def after(self, y: Any) -> None:
         """Called with the value behind the hooks."""
-        if not self._before or not isinstance(y, Tensor):
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or not isinstance(y, Tensor) or not y.requires_grad:
             return
-        x, version, edge, begun = self._before.pop()
-        given, self._object = self._object, None
-        written = given is not None and given._version != version
-        unchanged = y is given and not written
-        if unchanged or not y.requires_grad or self.touched() > self._touched:
+        written = ahead.given._version != ahead.version
+        if (y is ahead.given and not written) or self.touched() > ahead.touched:
             return
         if written and not self.copies:
             self.missed = True
             return
-        consumers = _consumers(y, edge, begun)
+        consumers = _consumers(y, ahead.edge, ahead.begun)
         if consumers is None:
             return  # values from elsewhere were mixed in: what they take is no constant's
-        site, kept = self.site, y.detach().clone() if self.copies else y.detach()
+        site, x = self.site, ahead.kept.detach()
+        kept = same(y, self.copies)
         y.register_hook(lambda g: site.report("biases", row_sums(kept, g)))
 
         def leaving(slots: list[int]) -> Callable[..., None]:
@@ -94,15 +106,12 @@ class EditMeter:
                 for slot in slots:
                     g = grad_inputs[slot]
                     if g is not None:
-                        site.report("biases", -row_sums(x.detach(), g))
+                        site.report("biases", -row_sums(x, g))
 
             return measure
 
         for node, slots in consumers:
             node.register_hook(leaving(slots))
-
-    _object: Tensor | None = None
-    _touched: int = 0
 
 
 def _now() -> int:
@@ -144,20 +153,20 @@ def meter_edits(
 ) -> list[EditMeter]:
     """Meter every module that has hooks of the user's; called before any rule is attached."""
     meters: list[EditMeter] = []
-    for path, module in parts:
-        if ctx.books is None:
-            break
-        site = ctx.site(path, module, "linear", Epsilon())
+
+    def meter(path: str, module: nn.Module) -> EditMeter:
+        meters.append(EditMeter(ctx.site(path, module, "linear", Epsilon()), ctx.copies))
+        return meters[-1]
+
+    for path, module in parts if ctx.books is not None else ():
         if module._forward_hooks:
-            meter = EditMeter(site, ctx.copies)
-            at.first_hook(module, lambda _, args, y, meter=meter: meter.before(_first(y)))
-            at.hook(module, lambda _, args, y, meter=meter: meter.after(_first(y)))
-            meters.append(meter)
+            out = meter(path, module)
+            at.first_hook(module, lambda _, args, y, out=out: out.before(_first(y)))
+            at.hook(module, lambda _, args, y, out=out: out.after(_first(y)))
         if module._forward_pre_hooks:
-            meter = EditMeter(site, ctx.copies)
-            at.first_pre_hook(module, lambda _, args, meter=meter: meter.before(_first(args)))
-            at.pre_hook(module, lambda _, args, meter=meter: meter.after(_first(args)))
-            meters.append(meter)
+            into = meter(path, module)
+            at.first_pre_hook(module, lambda _, args, into=into: into.before(_first(args)))
+            at.pre_hook(module, lambda _, args, into=into: into.after(_first(args)))
     return meters
 
 
