@@ -29,6 +29,9 @@ from lenslrp.files import whole
 from lenslrp.spelling import Spelling
 from lenslrp.words import pieces
 
+DAMAGED = (sqlite3.DatabaseError, UnicodeDecodeError)
+"""What reading a damaged database raises: SQLite's messages hold its bytes as they are."""
+
 SCHEMA = (
     "CREATE TABLE documents (id INTEGER PRIMARY KEY, source INTEGER, start INTEGER, tokens BLOB, "
     "aim_position INTEGER, aim_token INTEGER, aim_value REAL, text TEXT, spans BLOB)",
@@ -115,7 +118,7 @@ class Texts:
             for pragma in ("trusted_schema = OFF", "query_only = ON", "cell_size_check = ON"):
                 self._database.execute(f"PRAGMA {pragma}")
             self._require_schema()
-        except sqlite3.DatabaseError as error:
+        except DAMAGED as error:
             self._database.close()
             raise StorageError(f"{path} is damaged: {error}") from error
 
@@ -203,7 +206,7 @@ class Texts:
         """The tokens whose text is ``text``, white space aside."""
         try:
             rows = self._database.execute("SELECT id, text FROM tokens").fetchall()
-        except sqlite3.DatabaseError as error:
+        except DAMAGED as error:
             raise StorageError(f"{self.path} is damaged: {error}") from error
         return [int(token) for token, name in rows if str(name).strip() == text.strip()]
 
@@ -221,7 +224,7 @@ class Texts:
             rows = self._database.execute(
                 "SELECT rowid FROM search WHERE search MATCH ? ORDER BY rank, rowid", (wanted,)
             ).fetchall()
-        except sqlite3.DatabaseError as error:
+        except DAMAGED as error:
             raise StorageError(f"{self.path} is damaged: {error}") from error
         return [int(doc) for (doc,) in rows]
 
@@ -234,7 +237,7 @@ class Texts:
     def _one(self, sql: str, key: int) -> tuple[Any, ...] | None:
         try:
             row: tuple[Any, ...] | None = self._database.execute(sql, (key,)).fetchone()
-        except sqlite3.DatabaseError as error:
+        except DAMAGED as error:
             raise StorageError(f"{self.path} is damaged: {error}") from error
         return row
 

@@ -565,6 +565,14 @@ def _of_texts() -> Iterator[tuple[str, Damage]]:
             "fts5(text, content=''sqlite_schema'')' WHERE name = 'search'",
         ),
     )
+    yield (
+        "texts: a schema that is not UTF-8",
+        sql(
+            "PRAGMA writable_schema = ON",
+            "UPDATE sqlite_schema SET sql = CAST(x'c195fffe' AS TEXT), name = CAST(x'c195' AS TEXT)"
+            " WHERE name = 'documents'",
+        ),
+    )
     for at, byte in ((16, 0), (18, 9), (19, 9), (20, 255), (21, 1), (44, 99), (56, 2), (56, 9)):
         yield (
             f"texts: header byte {at} {byte}",
