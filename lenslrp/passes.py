@@ -104,7 +104,8 @@ class Pass:
         if self.observer is not None and self.memory.cuts is None:
             self.memory.cuts = self.observer.cuts(found.nodes)
         free = self.ledger or bool(faults) or is_conditional(self.model)
-        unknown = not free and self._kind(found) not in self.memory.balanced
+        kind = None if free else self._kind(found)
+        unknown = kind is not None and kind not in self.memory.balanced
         if unknown and self.books is None:
             raise Again("books", "a graph that has not been seen to balance")
         for site in self.rules.sites:
@@ -144,7 +145,7 @@ class Pass:
         ledger = self._close_books(target, values, roots, grads, started)
         note = "" if faults else self._unbalanced(ledger, values.dtype, found)
         if unknown and not note:
-            self.memory.balanced.add(self._kind(found))
+            self.memory.balanced.add(kind)
         at = self._split(relevances)
         patches = self._patches(at["patches"])
         tokens, positions = _total(at["tokens"]), _total(at["positions"])
