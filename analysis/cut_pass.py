@@ -31,7 +31,7 @@ from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.install import relevance_rules
 from lenslrp.hooks.readers import Readers, converted
 from lenslrp.hooks.sites import Books
-from lenslrp.inputs import Prepared
+from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, cut_leaves
 from lenslrp.passes import Pass, capture, parts_of, starting, undone
 from lenslrp.run import run_with_relevance
@@ -195,7 +195,7 @@ def _beside(made: Tensor, x: Tensor) -> Tensor:
 @contextmanager
 def cut(
     model: Any,
-    prepared: Prepared,
+    prepared: Batch,
     target: Target,
     hooks: Mapping[str, str],
     composite: Composite,

@@ -24,7 +24,7 @@ from lenslrp.cache import RelevanceCache
 from lenslrp.hooks import Composite
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.sites import TERMS
-from lenslrp.inputs import Prepared
+from lenslrp.inputs import Batch
 from lenslrp.spelling import str_token
 from lenslrp.targets import Outputs, Target, Top
 
@@ -71,7 +71,7 @@ class Made:
 
 def build_graph(
     model: Any,
-    prepared: Prepared,
+    prepared: Batch,
     target: Target,
     hooks: Mapping[str, str],
     rules: Composite,

@@ -22,7 +22,7 @@ from lenslrp import media
 from lenslrp.analysis.replaced import outputs_of, repeated, run
 from lenslrp.errors import InputError
 from lenslrp.hooks.install import require_bridge
-from lenslrp.inputs import Prepared
+from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves
 from lenslrp.passes import architecture
 from lenslrp.run import batch_size
@@ -69,7 +69,7 @@ class Question:
     """
 
     model: Any
-    prepared: Prepared
+    prepared: Batch
     inputs: Tensor
     vectors: Float[Tensor, "batch units d_model"]
     mask: Bool[Tensor, "batch units"]

@@ -15,7 +15,7 @@ from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components, hook_points
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.turns import turn
-from lenslrp.inputs import Prepared
+from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
 from lenslrp.passes import architecture, capture, parts_of, undone
 from lenslrp.targets import Activation, Outputs, Target
@@ -37,7 +37,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def run(
     model: Any,
-    prepared: Prepared,
+    prepared: Batch,
     target: Target,
     inputs: Tensor | None,
     leaves: Leaves | None = None,
@@ -88,7 +88,7 @@ def _embed(at: Attached, parts: Parts, inputs: Tensor, met: list[nn.Module]) -> 
 
 
 def outputs_of(
-    model: Any, prepared: Prepared, logits: Tensor, captured: Mapping[str, Tensor]
+    model: Any, prepared: Batch, logits: Tensor, captured: Mapping[str, Tensor]
 ) -> Outputs:
     written = prepared.decoder or prepared
     return Outputs(
@@ -102,7 +102,7 @@ def outputs_of(
     )
 
 
-def repeated(prepared: Prepared, copies: int) -> Prepared:
+def repeated(prepared: Batch, copies: int) -> Batch:
     """The batch ``copies`` times, one after the other."""
 
     def repeat(value: Any) -> Any:

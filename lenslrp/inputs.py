@@ -19,7 +19,7 @@ from lenslrp.words import Row, read_row, row_of_names
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Batch:
     """One batch, ready for the forward pass.
 
     Attributes:
@@ -34,7 +34,7 @@ class Prepared:
     mask: Tensor
     prompt_lengths: list[int]
     kwargs: dict[str, Any] = field(default_factory=dict)
-    decoder: Prepared | None = None  #: what the decoder of an encoder-decoder is given
+    decoder: Batch | None = None  #: what the decoder of an encoder-decoder is given
     media: dict[str, Tensor] = field(default_factory=dict)  #: pixels, samples: floats, checked
     names: list[str] | None = None  #: what the tokens of an image or a sound are called
     texts: list[str] | None = None
@@ -63,7 +63,7 @@ def prepare(
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
     decoder_input: Any = None,
-) -> Prepared:
+) -> Batch:
     """Rows of tokens from a string, strings or a tensor; ``append`` is a teacher-forced span.
 
     Raises:
@@ -96,7 +96,7 @@ def is_encoder_decoder(model: Any) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
-def _with_decoder(model: Any, given: Prepared, decoder_input: Any, append: list[int]) -> Prepared:
+def _with_decoder(model: Any, given: Batch, decoder_input: Any, append: list[int]) -> Batch:
     """The decoder's rows: its start token and the words given, or a token tensor as it is."""
     batch = len(given.tokens)
     config = model.original_model.config
@@ -121,7 +121,7 @@ def _with_decoder(model: Any, given: Prepared, decoder_input: Any, append: list[
     if not bool(mask.all()):
         kwargs["decoder_attention_mask"] = mask.long().to(device)
     written = [decoder_input] * batch if isinstance(decoder_input, str) else decoder_input
-    decoder = Prepared(
+    decoder = Batch(
         tokens.to(device), mask.to(device), lengths, texts=written if _is_text(written) else None
     )
     return replace(given, kwargs=kwargs, decoder=decoder)
@@ -141,7 +141,7 @@ def prepare_side(
     prepend_bos: bool | None,
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
-) -> Prepared:
+) -> Batch:
     """What :func:`prepare` does for one stack."""
     if inputs_embeds is not None:
         return _from_embeddings(model, text, inputs_embeds, attention_mask, append)
@@ -178,7 +178,7 @@ def prepare_side(
     kwargs: dict[str, Any] = {}
     if not bool(mask.all()):
         kwargs["attention_mask"] = mask.long().to(device)
-    return Prepared(tokens.to(device), mask.to(device), lengths, kwargs, texts=texts)
+    return Batch(tokens.to(device), mask.to(device), lengths, kwargs, texts=texts)
 
 
 def _require_ids(model: Any, rows: list[list[int]]) -> None:
@@ -268,7 +268,7 @@ def _tables(model: Any, decoder: bool) -> Iterator[int]:
 
 def _from_embeddings(
     model: Any, text: Any, embeds: Tensor, attention_mask: Tensor | None, append: list[int]
-) -> Prepared:
+) -> Batch:
     if text is not None:
         raise InputError("give either an input or inputs_embeds, not both")
     width, dtype = model.cfg.d_model, next(model.parameters()).dtype
@@ -295,7 +295,7 @@ def _from_embeddings(
         places = position_ids(model, mask)
         if places is not None:
             kwargs["position_ids"] = places
-    return Prepared(tokens, mask, mask.sum(dim=1).tolist(), kwargs)
+    return Batch(tokens, mask, mask.sum(dim=1).tolist(), kwargs)
 
 
 def _pad(rows: list[list[int]], side: str, pad: int) -> tuple[Tensor, Tensor]:

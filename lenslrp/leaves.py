@@ -21,7 +21,7 @@ from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.patches import Embedder, below, embedders
 from lenslrp.hooks.sites import Site, has_values
-from lenslrp.inputs import Prepared
+from lenslrp.inputs import Batch
 
 Parts = list[tuple[str, nn.Module]]
 
@@ -51,7 +51,7 @@ class Leaves:
         return [leaf for group in self.groups().values() for leaf in group]
 
 
-def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, prepared: Prepared) -> None:
+def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, prepared: Batch) -> None:
     """Make the outputs of the embeddings leaves of the graph.
 
     An encoder embeds its tokens, then its positions, before the decoder does. Tokens that a model
@@ -83,7 +83,7 @@ def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, prepared: Prepared) -
         at.hook(inner, cut)
 
 
-def _reads(args: tuple[Any, ...], decoder: Prepared | None) -> bool:
+def _reads(args: tuple[Any, ...], decoder: Batch | None) -> bool:
     """Whether a decoder's tokens are what is embedded: LED's padding may be as long as they are."""
     ids = args[0] if args else None
     if decoder is None or not isinstance(ids, Tensor) or ids.shape != decoder.tokens.shape:

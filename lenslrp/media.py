@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lenslrp.errors import InputError
-from lenslrp.inputs import Prepared
+from lenslrp.inputs import Batch
 from lenslrp.inputs import prepare as prepare_text
 from lenslrp.leaves import Leaves
 
@@ -35,7 +35,7 @@ def reads_no_text(model: Any) -> bool:
     return main_input(model) in LAYOUTS
 
 
-def prepare(model: Any, text: Any, media: Mapping[str, Tensor], **tokens: Any) -> Prepared:
+def prepare(model: Any, text: Any, media: Mapping[str, Tensor], **tokens: Any) -> Batch:
     """Everything that was given, ready for the forward pass.
 
     ``tokens`` are the keywords of :func:`lenslrp.inputs.prepare`.
@@ -54,7 +54,7 @@ def prepare(model: Any, text: Any, media: Mapping[str, Tensor], **tokens: Any) -
     return replace(prepared, media=check_media(model, media)) if media else prepared
 
 
-def prepare_media(model: Any, given: Any, media: Mapping[str, Tensor]) -> Prepared:
+def prepare_media(model: Any, given: Any, media: Mapping[str, Tensor]) -> Batch:
     """The batch of a model that reads an image or a sound and no text.
 
     Raises:
@@ -74,7 +74,7 @@ def prepare_media(model: Any, given: Any, media: Mapping[str, Tensor]) -> Prepar
     checked = check_media(model, media)
     batch = len(checked[name])
     empty = torch.zeros(batch, 0, dtype=torch.long, device=checked[name].device)
-    return Prepared(empty, empty.bool(), [0] * batch, media=checked)
+    return Batch(empty, empty.bool(), [0] * batch, media=checked)
 
 
 def check_media(model: Any, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ def check_media(model: Any, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return checked
 
 
-def check_kwargs(model: Any, given: Mapping[str, Any], prepared: Prepared) -> None:
+def check_kwargs(model: Any, given: Mapping[str, Any], prepared: Batch) -> None:
     """What else a forward pass is given must be what it takes, and no leaf.
 
     Raises:
@@ -161,7 +161,7 @@ def _require_shape(model: Any, name: str, value: Tensor) -> None:
     )
 
 
-def with_sequence(prepared: Prepared, leaves: Leaves) -> Prepared:
+def with_sequence(prepared: Batch, leaves: Leaves) -> Batch:
     """After the forward pass: how many tokens an image or a sound became, and their names."""
     seen = (leaves.patches or leaves.seen)[0]
     batch = len(seen)

@@ -44,7 +44,7 @@ from lenslrp.hooks.readers import (
     select_names,
 )
 from lenslrp.hooks.sites import Books, Site, row_sums
-from lenslrp.inputs import Prepared
+from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts
 from lenslrp.ledger import BALANCED, Ledger, make_ledger
 from lenslrp.remembered import Remembered, is_conditional, kind_of
@@ -80,7 +80,7 @@ class Pass:
     rules: Rules
     readers: Readers
     leaves: Leaves
-    prepared: Prepared
+    prepared: Batch
     books: Books | None
     strict: bool
     ledger: bool = True  #: hand the books out; they may be kept for their balance alone
@@ -578,7 +578,7 @@ def undone(at: Attached) -> Iterator[Attached]:
         undo_all(at.undo)
 
 
-def run_model(model: Any, prepared: Prepared, leaves: Leaves, given: dict[str, Tensor]) -> Tensor:
+def run_model(model: Any, prepared: Batch, leaves: Leaves, given: dict[str, Tensor]) -> Tensor:
     """The logits of a prepared input; given embeddings become leaves.
 
     Raises:

@@ -35,7 +35,7 @@ from lenslrp.hooks.install import FLOATING, relevance_rules
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books
-from lenslrp.inputs import Prepared
+from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, cut_leaves, cut_media
 from lenslrp.loading import load
 from lenslrp.passes import checkpoint_blocks, starting, undone, watch_blocks
@@ -251,9 +251,9 @@ def _logits(model: Any, given: Mapping[str, Tensor]) -> Tensor:
     return logits
 
 
-def _as_prepared(given: Mapping[str, Tensor]) -> Prepared:
+def _as_prepared(given: Mapping[str, Tensor]) -> Batch:
     sides = [given[name] for name in ("input", "decoder_input_ids") if name in given]
-    made = [Prepared(t, torch.ones_like(t, dtype=torch.bool), [t.shape[1]] * len(t)) for t in sides]
+    made = [Batch(t, torch.ones_like(t, dtype=torch.bool), [t.shape[1]] * len(t)) for t in sides]
     return replace(made[0], decoder=made[1] if len(made) > 1 else None)
 
 

@@ -32,7 +32,7 @@ from lenslrp.hooks.composites import Composite, GradientTimesInput
 from lenslrp.hooks.install import relevance_rules
 from lenslrp.hooks.sites import has_values
 from lenslrp.hooks.turns import in_force
-from lenslrp.inputs import Prepared, is_encoder_decoder
+from lenslrp.inputs import Batch, is_encoder_decoder
 from lenslrp.leaves import Leaves, cut_leaves, cut_media
 from lenslrp.passes import run_model, undone
 from lenslrp.targets import PAIRED
@@ -68,7 +68,7 @@ _known: WeakKeyDictionary[nn.Module, dict[Any, frozenset[str]]] = WeakKeyDiction
 
 def unused(
     model: Any,
-    prepared: Prepared | None = None,
+    prepared: Batch | None = None,
     *,
     live: bool,
     modules: Mapping[type, Any] | None = None,
@@ -132,7 +132,7 @@ def require_used(model: Any, names: Iterable[str]) -> set[str]:
     return set(lost)
 
 
-def _any_input(model: Any) -> Prepared:
+def _any_input(model: Any) -> Batch:
     if media.reads_no_text(model):
         return media.prepare_media(model, None, media.example(model))
     config = getattr(model.original_model, "config", None)
@@ -151,7 +151,7 @@ def _any_input(model: Any) -> Prepared:
     )
 
 
-def _short(prepared: Prepared) -> Prepared:
+def _short(prepared: Batch) -> Batch:
     """The first tokens of the first row, where an input is nothing but tokens."""
     if prepared.media or not set(prepared.kwargs) <= PLAIN:
         return prepared
@@ -160,9 +160,9 @@ def _short(prepared: Prepared) -> Prepared:
     return replace(_first(prepared), kwargs=kwargs, decoder=decoder)
 
 
-def _first(prepared: Prepared) -> Prepared:
+def _first(prepared: Batch) -> Batch:
     tokens = prepared.tokens[0][prepared.mask[0]][None, :SHORT]
-    return Prepared(tokens, torch.ones_like(tokens, dtype=torch.bool), [tokens.shape[1]])
+    return Batch(tokens, torch.ones_like(tokens, dtype=torch.bool), [tokens.shape[1]])
 
 
 def _foreign(model: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
@@ -176,9 +176,7 @@ def _foreign(model: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
                     yield hooks, key
 
 
-def _look(
-    model: Any, prepared: Prepared, rules: Composite | None, *, quiet: bool
-) -> frozenset[str]:
+def _look(model: Any, prepared: Batch, rules: Composite | None, *, quiet: bool) -> frozenset[str]:
     if not has_values(prepared.tokens):
         return frozenset()
     parts = list(components(model))
