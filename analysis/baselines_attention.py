@@ -25,9 +25,9 @@ import lenslrp
 from lenslrp import media
 from lenslrp.analysis.question import Question
 from lenslrp.errors import InputError
+from lenslrp.forward import architecture
 from lenslrp.hooks.components import components, hook_points
 from lenslrp.hooks.install import relevance_rules
-from lenslrp.passes import architecture
 from lenslrp.targets import Activation, Logit, LogProb, Outputs, PerRow, Sequence, Target
 
 BLOCK = re.compile(r"^\w*blocks\.\d+", re.MULTILINE)

@@ -22,9 +22,9 @@ from transformer_lens.utilities.hf_utils import get_rotary_pct_from_config
 import lenslrp
 from lenslrp.analysis.question import Question
 from lenslrp.errors import InputError
+from lenslrp.forward import architecture, undone
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components
-from lenslrp.passes import architecture, undone
 from lenslrp.remembered import conditional
 
 ADJACENT = ("rotary_adjacent_pairs", "rotary_interleaved_cos_sin")

@@ -25,12 +25,12 @@ from lenslrp.analysis.readouts import Readout, Site
 from lenslrp.analysis.topk import priorities
 from lenslrp.analysis.units import Unit
 from lenslrp.errors import InputError
+from lenslrp.forward import undone
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import UnembeddingBridge, components, hook_points, layer_of
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.readers import converted, select_names
 from lenslrp.hooks.turns import turn
-from lenslrp.passes import undone
 from lenslrp.run import run_with_relevance
 from lenslrp.targets import Outputs, Target
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from lenslrp.analysis.units import Head, Neuron, Unit
 from lenslrp.errors import InputError
+from lenslrp.forward import undone
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components, hook_points, layer_of
 from lenslrp.hooks.readers import converted
 from lenslrp.hooks.turns import turn
-from lenslrp.passes import undone
 from lenslrp.remembered import conditional
 
 

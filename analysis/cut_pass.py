@@ -25,6 +25,7 @@ from torch import Tensor
 from lenslrp.analysis.nodes import COMPONENTS, TARGET, Node, Units, as_units, delivering
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
+from lenslrp.forward import parts_of
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components, hook_points
 from lenslrp.hooks.composites import Composite
@@ -32,8 +33,7 @@ from lenslrp.hooks.install import relevance_rules
 from lenslrp.hooks.readers import Readers, converted
 from lenslrp.hooks.sites import Books
 from lenslrp.inputs import Batch
-from lenslrp.leaves import Leaves, cut_leaves
-from lenslrp.passes import Pass, capture, parts_of, starting, undone
+from lenslrp.passes import Pass, starting, under_rules
 from lenslrp.run import run_with_relevance
 from lenslrp.targets import Activation, Target
 
@@ -219,27 +219,27 @@ def cut(
     Raises:
         InputError: a hook point that does not fire, or fires twice.
     """
-    parts = list(components(model))
-    points = hook_points(model, parts)
+    points = hook_points(model, components(model))
     ledger = Books(rows=len(prepared.tokens))
     latent = [part.hook for part in parts_of(target) if isinstance(part, Activation)]
+    readers = Readers.plan(points, [], lambda _: None)
+    nodes: dict[str, Any] = {hook: points[hook] for hook in hooks}
+    found: list[CutPass] = []
+
+    def at_nodes(at: Attached, run: Pass) -> None:
+        found.append(CutPass(hooks, run, target, ledger, points=nodes))
+        for hook in hooks:
+            kept = None if keep is None else keep[hook]
+            at.hook(points[hook], partial(_cut, made=found[0], hook=hook, kept=kept))
+
     with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
         rules = stack.enter_context(
             relevance_rules(model, composite, strict=False, books=ledger if books else None)
         )
-        at = stack.enter_context(undone(Attached()))
-        readers = Readers.plan(points, [], lambda _: None)
-        run = Pass(model, rules, readers, Leaves(), prepared, None, False)
-        made = CutPass(hooks, run, target, ledger, points={hook: points[hook] for hook in hooks})
-        cut_leaves(at, parts, run.leaves, prepared)
-        capture(at, points, parts, latent, run.captured)
-        for hook in hooks:
-            kept = None if keep is None else keep[hook]
-            at.hook(points[hook], partial(_cut, made=made, hook=hook, kept=kept))
-        run.logits = model(
-            prepared.tokens, return_type="logits", use_cache=False, **prepared.kwargs
+        run = stack.enter_context(
+            under_rules(model, rules, prepared, readers, latent=latent, at_nodes=at_nodes)
         )
+        (made,) = found
         missing = [hook for hook in hooks if hook not in made.tops]
         if missing:
             raise InputError(f"{missing[0]} does not fire in this model's forward pass")

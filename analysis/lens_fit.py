@@ -26,11 +26,11 @@ from lenslrp.analysis.lens import Lens, blocks_of
 from lenslrp.analysis.places import stack_name
 from lenslrp.analysis.readout import embedding, readout
 from lenslrp.errors import InputError
+from lenslrp.forward import undone
 from lenslrp.hooks import AttnLRP, Composite, relevance_rules
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import prepare
-from lenslrp.passes import undone
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -21,11 +21,11 @@ from torch import Tensor
 from lenslrp.analysis.block_pass import Deliver, unembedding_at
 from lenslrp.analysis.pairs import Pairs
 from lenslrp.errors import InputError
+from lenslrp.forward import undone
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import BlockBridge, components, hook_points, layer_of
 from lenslrp.hooks.readers import select_names
 from lenslrp.hooks.turns import turn
-from lenslrp.passes import undone
 from lenslrp.unused import require_used
 
 Kind = Literal["whole", "head", "entry"]

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from lenslrp.analysis.prompts import Numbers, Prompt, Values, batch_logits, read
 from lenslrp.errors import InputError
+from lenslrp.forward import undone
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.turns import turn
 from lenslrp.names import token_id
-from lenslrp.passes import undone
 
 Masks = NDArray[np.bool_]
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lenslrp.analysis.storage import canonical
 from lenslrp.errors import InputError, StorageError
+from lenslrp.forward import architecture
 from lenslrp.hooks.composites import Composite
-from lenslrp.passes import architecture
 
 SCHEMA = 2
 

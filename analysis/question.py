@@ -19,13 +19,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lenslrp import media
-from lenslrp.analysis.replaced import outputs_of, repeated, run
+from lenslrp.analysis.replaced import repeated, run
 from lenslrp.errors import InputError
+from lenslrp.forward import architecture, outputs_of
 from lenslrp.hooks.install import require_bridge
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves
-from lenslrp.passes import architecture
-from lenslrp.run import batch_size
+from lenslrp.media import batch_size
 from lenslrp.targets import (
     Explained,
     Logit,
@@ -179,7 +179,7 @@ class Question:
         for copy in range(copies):
             rows = slice(copy * batch, (copy + 1) * batch)
             hooked = {name: x[rows] for name, x in captured.items()}
-            outputs = outputs_of(self.model, self.prepared, logits[rows], hooked)
+            outputs = outputs_of(self.model, self.prepared, logits[rows], hooked.__getitem__)
             values.append(self.target.values(outputs))
         return torch.stack(values)
 
@@ -259,7 +259,7 @@ def ask(
             )
         inputs = (leaves.tokens[0] if inputs_embeds is None else inputs_embeds).detach()
         vectors, mask, units = inputs, prepared.mask, prepared.str_tokens(model.tokenizer)
-    outputs = outputs_of(model, prepared, logits, captured)
+    outputs = outputs_of(model, prepared, logits, captured.__getitem__)
     value = wanted.values(outputs).detach()
     if not bool(value.isfinite().all()):
         raise InputError(f"the target is NaN or infinite: {value.tolist()}")

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from lenslrp import media
 from lenslrp.errors import InputError
+from lenslrp.forward import architecture, capture, parts_of, undone
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components, hook_points
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
-from lenslrp.passes import architecture, capture, parts_of, undone
-from lenslrp.targets import Activation, Outputs, Target
+from lenslrp.targets import Activation, Target
 
 
 @contextmanager
@@ -85,21 +84,6 @@ def _embed(at: Attached, parts: Parts, inputs: Tensor, met: list[nn.Module]) -> 
     for module, position in embeddings(parts):
         if not position:
             at.hook(module, replace_it)
-
-
-def outputs_of(
-    model: Any, prepared: Batch, logits: Tensor, captured: Mapping[str, Tensor]
-) -> Outputs:
-    written = prepared.decoder or prepared
-    return Outputs(
-        logits,
-        written.mask.to(logits.device),
-        model.tokenizer,
-        captured.__getitem__,
-        written.prompt_lengths,
-        media.labels_of(model),
-        prepared.mask if prepared.decoder else None,
-    )
 
 
 def repeated(prepared: Batch, copies: int) -> Batch:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -103,14 +104,21 @@ def raise_failed(failed: list[BaseException]) -> None:
         raise BaseExceptionGroup("several steps of undoing failed", failed)
 
 
-class Own:
-    """A hook or method of ours on a module: for the thread that attached it, and never copied."""
+@dataclass
+class Holder:
+    """The thread whose passes may meet what is attached; a session's calls come from any."""
 
-    def __init__(self, function: Callable[..., Any], thread: int) -> None:
-        self.function, self.thread = function, thread
+    thread: int = field(default_factory=get_ident)
+
+
+class Own:
+    """A hook or method of ours on a module: for the thread that holds the model, never copied."""
+
+    def __init__(self, function: Callable[..., Any], holder: Holder) -> None:
+        self.function, self.holder = function, holder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if get_ident() != self.thread and not _autograds_own():
+        if get_ident() != self.holder.thread and not _autograds_own():
             raise RuntimeError(
                 "this model has relevance rules attached by another thread; wait until its "
                 "relevance_rules block ends, or use a model of your own"
@@ -137,12 +145,11 @@ class Attached:
     """Sites created so far and how to undo them, in order.
 
     How a step is undone is noted before it is taken, so that an interrupt loses nothing.
-    ``thread`` is whose passes may meet what is attached.
     """
 
-    def __init__(self, copies: bool = False, thread: int | None = None) -> None:
+    def __init__(self, copies: bool = False, holder: Holder | None = None) -> None:
         self.copies = copies  # of what something may write to in place
-        self.thread = get_ident() if thread is None else thread
+        self.holder = Holder() if holder is None else holder
         self.sites: list[Site] = []
         self.undo: list[Undo] = []
         self.weights: dict[int, str] = {}  # of layers with a linear rule: address -> path
@@ -178,7 +185,7 @@ class Attached:
         first: bool = False,
     ) -> None:
         """Past torch's own functions, whose handle an interrupt could lose (and twice as fast)."""
-        own = Own(hook, self.thread)
+        own = Own(hook, self.holder)
         key = id(own)  # torch's keys are counted from 0
         marks = {"with_kwargs": f"{kind}_with_kwargs", "always_call": f"{kind}_always_called"}
         for option in options:
@@ -211,7 +218,7 @@ class Attached:
                 module.__dict__.pop(name, None)
 
         self.undo.append(restore)
-        module.__dict__[name] = Own(value, self.thread) if callable(value) else value
+        module.__dict__[name] = Own(value, self.holder) if callable(value) else value
 
     def setting(self, config: Any, name: str, value: Any) -> None:
         """Change a setting of a configuration."""
@@ -297,8 +304,36 @@ def _lost(_: Tensor) -> None:
     )
 
 
-def components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, under the first of its names that is not a wrapped module's own."""
+_components: WeakKeyDictionary[nn.Module, list[tuple[str, ref[nn.Module], tuple[int, ...]]]] = (
+    WeakKeyDictionary()
+)
+
+
+def components(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module once, under the first of its names that is not a wrapped module's own.
+
+    Remembered, keeping none of them alive, for as long as every module has the same children.
+    """
+    parts: list[tuple[str, nn.Module]] = []
+    for name, alive, children in _components.get(model, ()):
+        module = alive()
+        if module is None or tuple(map(id, _children(module))) != children:
+            break
+        parts.append((name, module))
+    else:
+        if parts:
+            return parts
+    parts = list(_named(model))
+    _components[model] = [(n, ref(m), tuple(map(id, _children(m)))) for n, m in parts]
+    return parts
+
+
+def _children(module: nn.Module) -> list[Any]:
+    inner = module.__dict__.get("original_model")  # a bridge's, past its own modules
+    return [*module._modules.values(), *([] if inner is None else [inner, *inner.children()])]
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
     named = list(model.named_modules(remove_duplicate=False))
     # What the bridge has no component for (a head's activation, a stack's embedding) runs as well.

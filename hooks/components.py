@@ -246,7 +246,7 @@ def attach_all(model: nn.Module, ctx: Context, at: Attached) -> None:
     ``at`` learns the sites and how to undo them, as far as it went. What has no rule is left on the
     autograd graph, where :mod:`lenslrp.hooks.coverage` finds it.
     """
-    found = list(components(model))
+    found = components(model)
     require_modules_of_their_own(model)
     at.edits = meter_edits(at, ctx, found)
     at.changed = watch_gradients(at, found)

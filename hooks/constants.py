@@ -81,7 +81,7 @@ class EditMeter:
         if isinstance(x, Tensor) and torch.is_grad_enabled():
             kept = x.detach().clone() if self.copies else x
             edge = get_gradient_edge(x) if x.requires_grad else None
-            self._ahead = _Ahead(x, kept, x._version, edge, _now(), self.touched())
+            self._ahead = _Ahead(x, kept, x._version, edge, now(), self.touched())
 
     def after(self, y: Any) -> None:
         """Called with the value behind the hooks."""
@@ -114,7 +114,7 @@ class EditMeter:
             node.register_hook(leaving(slots))
 
 
-def _now() -> int:
+def now() -> int:
     """The number that autograd gives to a node made now; later ones have larger numbers."""
     node: Any = torch.zeros(1, requires_grad=True).clone().grad_fn
     return int(node._sequence_nr())

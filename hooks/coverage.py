@@ -73,6 +73,12 @@ RECURRENT = re.compile(
 """Classes of transformers that carry a state from token to token; none of them has a rule."""
 
 
+def depends_on_values(names: Iterable[str]) -> bool:
+    """Whether some of the nodes, by their type's name, are linear for some values only."""
+    kinds = {re.sub(r"Backwards?\d*$", "", name) for name in names}
+    return not kinds.isdisjoint({*CLIPS, "Maximum"})
+
+
 @dataclass(frozen=True)
 class Gap:
     """An operation on the path that no rule answers for."""

@@ -8,7 +8,6 @@ it had before.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lenslrp.errors import CoverageError, InputError
-from lenslrp.hooks.attach import Attached, Context, Undo, undo_all
+from lenslrp.hooks.attach import Attached, Context, Holder, Undo, undo_all
 from lenslrp.hooks.components import attach_all
 from lenslrp.hooks.composites import Composite, as_composite
 from lenslrp.hooks.constants import EditMeter
 from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place, walk
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books, Site
+from lenslrp.hooks.state import State
 from lenslrp.hooks.turns import turn
 
 ATTENTION = ("bridge", "fused")
@@ -60,11 +60,14 @@ class Rules:
         self.weights: dict[int, str] = {}
         self.routing: dict[str, Tensor] = {}
         self.experts: dict[str, int] = {}
+        self.holder = Holder()
+        self.before = State()
+        self.after = State()
         self._undo: list[Undo] = []
-        self._thread = threading.get_ident()
 
     def attach(self) -> None:
         """Register every hook; freezes the weights."""
+        self.before = State.of(self.model)
         context = Context(
             self.composite,
             self.books,
@@ -73,7 +76,7 @@ class Rules:
             routing=self.routing,
             experts=self.experts,
         )
-        attached = Attached(self.copies, self._thread)
+        attached = Attached(self.copies, self.holder)
         self._undo = attached.undo
         attach_all(self.model, context, attached)
         frozen = self._guard(attached)
@@ -85,6 +88,21 @@ class Rules:
         self.weights = attached.weights
         for weight in frozen:
             attached.freeze(weight)
+        self.after = State.of(self.model)
+
+    def begin(self) -> None:
+        """Nothing has fired yet: a new pass begins under rules that were attached before."""
+        for site in self.sites:
+            site.forward, site.backward, site.order = 0, 0, -1
+        for meter in self.edits:
+            meter.missed = False
+        self.changed.clear()
+        self.routing.clear()
+
+    @property
+    def current(self) -> bool:
+        """Whether the model is as it was when the rules were attached."""
+        return State.of(self.model) == self.after
 
     def detach(self) -> list[BaseException]:
         """Undo :meth:`attach`, last thing first, however far it went; returns what failed."""
@@ -123,6 +141,12 @@ class Rules:
         if found.gaps:
             raise CoverageError(gap_message(found.gaps, architecture))
         require_in_place(found, architecture)
+
+
+def require_attention(attention: str) -> None:
+    """Refuse another choice than those of :data:`ATTENTION`."""
+    if attention not in ATTENTION:
+        raise InputError(f"attention must be one of {ATTENTION}, not {attention!r}")
 
 
 def require_bridge(model: Any) -> None:
@@ -224,8 +248,7 @@ def relevance_rules(
         InputError: the model is in train mode, or the rules cannot be had with this attention.
         CoverageError: at the end of the block, see ``strict``.
     """
-    if attention not in ATTENTION:
-        raise InputError(f"attention must be one of {ATTENTION}, not {attention!r}")
+    require_attention(attention)
     require_bridge(model)
     rules = Rules(model, as_composite(composite), attention, books, copies)
     with turn(model, rules):

@@ -197,6 +197,8 @@ class Readers:
     copies: bool = False  #: keep copies of what is written to in place
     ran: set[str] = field(default_factory=set)  #: blocks whose MLP has run since they began
     silent: set[str] = field(default_factory=set)  #: fired, and no gradient came, for some target
+    #: gives a hook point's tensor for all positions, where only some are computed
+    restore: Callable[[nn.Module, Tensor], Tensor] | None = None
 
     @classmethod
     def plan(
@@ -273,6 +275,8 @@ class Readers:
         if x.dtype in (torch.float16, torch.bfloat16):
             x, g = x.float(), g.float()
         x, g = converted(reading.point, x), converted(reading.point, g)
+        if self.restore is not None:
+            x, g = self.restore(reading.point, x), self.restore(reading.point, g)
         made: dict[int, Tensor] = {}  # names of one hook point share one tensor
         for name in reading.names:
             reduce = self.reduce(name)

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from lenslrp.errors import InputError
 from lenslrp.hooks.attach import raise_failed
 
 PATIENCE = 1.0
@@ -37,10 +38,19 @@ class Attachable(Protocol):
 
 @dataclass(eq=False)
 class Block:
-    """A block of code that has a model to itself, apart from blocks inside it."""
+    """A block of code that has a model to itself, apart from blocks inside it.
+
+    Attributes:
+        rules: what is attached inside it.
+        thread: whose passes may meet that.
+        stays: a session's: it is there between the calls, and keeps only others from the model.
+        within: the session's block that this one is a call of, from any thread.
+    """
 
     rules: Attachable | None = None
     thread: threading.Thread = field(default_factory=threading.current_thread)
+    stays: bool = False
+    within: Block | None = None
 
 
 class Turns:
@@ -57,7 +67,7 @@ class Turns:
         """Wait until no other thread holds the model, then hold it."""
         with self._changed:
             waited = False
-            while self._taken_from(block.thread):
+            while self._taken_from(block):
                 if not self._changed.wait(PATIENCE) and not waited:
                     waited = True
                     logger.warning(
@@ -78,10 +88,29 @@ class Turns:
             self._changed.notify_all()
             self._settle()
 
-    def _taken_from(self, thread: threading.Thread) -> bool:
-        """Whether another thread holds the model; one that has ended gives no block back."""
-        holder = self.blocks[-1].thread if self.blocks else thread
-        return holder is not thread and holder.is_alive()
+    def renew(self, rules: Attachable) -> None:
+        """Attach anew what is attached, after what it goes by has changed."""
+        with self._changed:
+            self._settled = self._settled and self._attached is not rules
+            self._settle()
+
+    def _taken_from(self, block: Block) -> bool:
+        """Whether another thread holds the model; one that has ended gives no block back.
+
+        Raises:
+            InputError: by a session that is not the block's own.
+        """
+        holder = self.blocks[-1] if self.blocks else block
+        if holder.thread is block.thread or not holder.thread.is_alive():
+            return False
+        for other in self.blocks:
+            if other.stays and other is not block.within and other.thread is not block.thread:
+                raise InputError(
+                    f"{other.thread.name} has a session open on this model, which keeps its rules "
+                    "attached: call that session (any thread may), or close it first "
+                    "(session.close())"
+                )
+        return holder is not block.within
 
     def _settle(self) -> None:
         if self._settling:  # in the middle of it, a block was collected: the loop below sees to it
@@ -113,7 +142,8 @@ _turns: WeakKeyDictionary[nn.Module, Turns] = WeakKeyDictionary()
 _registry = threading.RLock()
 
 
-def _turns_of(model: nn.Module) -> Turns:
+def turns_of(model: nn.Module) -> Turns:
+    """The blocks that hold ``model``."""
     with _registry:
         if model not in _turns:
             _turns[model] = Turns()
@@ -122,17 +152,19 @@ def _turns_of(model: nn.Module) -> Turns:
 
 def in_force(model: nn.Module) -> bool:
     """Whether relevance rules are attached to a model."""
-    return any(block.rules is not None for block in _turns_of(model).blocks)
+    return any(block.rules is not None for block in turns_of(model).blocks)
 
 
 @contextmanager
-def turn(model: nn.Module, rules: Attachable | None = None) -> Iterator[None]:
+def turn(
+    model: nn.Module, rules: Attachable | None = None, within: Block | None = None
+) -> Iterator[None]:
     """Hold ``model`` for the length of the block: other threads wait to attach rules, or to run it.
 
     Blocks of one thread may be nested, and left in any order; the innermost ``rules`` are attached.
     A pass that does not ask for its turn is not kept from running, unless rules are attached.
     """
-    turns, block = _turns_of(model), Block(rules)
+    turns, block = turns_of(model), Block(rules, within=within)
     try:
         try:
             turns.begin(block)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lenslrp.loading import load
     from lenslrp.reductions import TopK
     from lenslrp.run import relevance_for_targets, run_with_relevance
+    from lenslrp.sessions import Session, session
     from lenslrp.surveying import survey
 
 _HOMES = {
@@ -60,6 +61,7 @@ _HOMES = {
     "loading": ("load",),
     "reductions": ("TopK",),
     "run": ("relevance_for_targets", "run_with_relevance"),
+    "sessions": ("Session", "session"),
     "surveying": ("survey",),
 }
 
@@ -78,6 +80,7 @@ __all__ = [
     "MissingExtraError",
     "RelP",
     "RelevanceCache",
+    "Session",
     "StorageError",
     "TopK",
     "chat",
@@ -87,6 +90,7 @@ __all__ = [
     "relevance_for_targets",
     "relevance_rules",
     "run_with_relevance",
+    "session",
     "survey",
     "targets",
 ]

@@ -20,12 +20,12 @@ from rich.text import Text
 
 from lenslrp import media
 from lenslrp.errors import CoverageError, InputError
+from lenslrp.forward import architecture
 from lenslrp.hooks.composites import AttnLRP, Composite
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.turns import turn
 from lenslrp.ledger import BALANCED, Ledger
-from lenslrp.passes import architecture
 from lenslrp.run import run_with_relevance
 from lenslrp.targets import Activation
 from lenslrp.verifying import Agreement

@@ -161,6 +161,23 @@ def _require_shape(model: Any, name: str, value: Tensor) -> None:
     )
 
 
+def batch_size(text: Any, inputs_embeds: Tensor | None, floats: dict[str, Tensor]) -> int:
+    """How many rows were given."""
+    if inputs_embeds is not None:
+        return len(inputs_embeds)
+    if text is None and floats:
+        return len(next(iter(floats.values())))
+    if isinstance(text, Tensor) and text.is_floating_point():
+        return len(text)
+    if isinstance(text, str):
+        return 1
+    if isinstance(text, Tensor):
+        return 1 if text.ndim < 2 else len(text)
+    if isinstance(text, list) and text and isinstance(text[0], int):
+        return 1
+    return len(text) if isinstance(text, list) else 1
+
+
 def with_sequence(prepared: Batch, leaves: Leaves) -> Batch:
     """After the forward pass: how many tokens an image or a sound became, and their names."""
     seen = (leaves.patches or leaves.seen)[0]

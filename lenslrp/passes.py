@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,75 +22,47 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
+from lenslrp.forward import Forward, architecture, capture, parts_of, run_model, undone, written
 from lenslrp.hooks import coverage as cover
-from lenslrp.hooks.attach import Attached, raise_failed, undo_all
-from lenslrp.hooks.components import (
-    BlockBridge,
-    ExpertPoint,
-    UnembeddingBridge,
-    layer_of,
-)
+from lenslrp.hooks.attach import Attached, components
+from lenslrp.hooks.components import BlockBridge, hook_points, layer_of
+from lenslrp.hooks.constants import now
 from lenslrp.hooks.embeddings import PER_LAYER
-from lenslrp.hooks.functions import apply, product_shares
+from lenslrp.hooks.functions import product_shares
 from lenslrp.hooks.install import Rules
 from lenslrp.hooks.observing import WRITES, Observer
-from lenslrp.hooks.readers import (
-    Readers,
-    converted,
-    given,
-    is_total,
-    listen,
-    owners,
-    select_names,
-)
+from lenslrp.hooks.readers import Readers
 from lenslrp.hooks.sites import Books, Site, row_sums
 from lenslrp.inputs import Batch
-from lenslrp.leaves import Leaves, Parts
+from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
 from lenslrp.ledger import BALANCED, Ledger, make_ledger
-from lenslrp.remembered import Remembered, is_conditional, kind_of
-from lenslrp.targets import (
-    PAIRED,
-    Activation,
-    Explained,
-    Outputs,
-    PerRow,
-    Target,
-    reads_the_encoder,
-)
+from lenslrp.logits import Columns, head_component, spread, unembed_at
+from lenslrp.remembered import Remembered, Seen, is_conditional, kind_of
+from lenslrp.targets import PAIRED, Activation, Explained, Target, reads_the_encoder
 
-
-class _CapSkip(torch.autograd.Function):
-    """The final soft-cap's values with the gradient started before it (RULES section 2)."""
-
-    @staticmethod
-    def forward(ctx: Any, before: Tensor, after: Tensor) -> Tensor:
-        ctx.device = before.device  # of a model that is spread over several, not that of its output
-        return after.detach()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g.to(ctx.device), None
+AGAIN = 50
+"""How often what was found in a graph is taken for granted before it is walked again."""
 
 
 @dataclass
-class Pass:
+class Pass(Forward):
     """One forward pass under rules, from which any number of targets can be explained."""
 
-    model: Any
-    rules: Rules
-    readers: Readers
-    leaves: Leaves
-    prepared: Batch
-    books: Books | None
-    strict: bool
+    rules: Rules = field(kw_only=True)
+    readers: Readers = field(kw_only=True)
+    leaves: Leaves = field(default_factory=Leaves)
+    strict: bool = True
     ledger: bool = True  #: hand the books out; they may be kept for their balance alone
     observer: Observer | None = None
     memory: Remembered = field(default_factory=Remembered)
-    captured: dict[str, Tensor] = field(default_factory=dict)
-    logits: Tensor | None = None
     layers: int = 0
+    begun: int = 0  #: autograd's number of a node before the pass
 
-    def explain(self, target: Target, *, last: bool) -> RelevanceCache:
+    @property
+    def books(self) -> Books | None:
+        return self.rules.books
+
+    def relevance(self, target: Target, *, last: bool) -> RelevanceCache:
         """One backward pass for one target; ``last`` releases the graph."""
         outputs = self.outputs()
         values = target.values(outputs)
@@ -99,13 +71,10 @@ class Pass:
             raise InputError("the target does not depend on the logits in a differentiable way")
         roots = self.roots(target)
         latent = [part.hook for part in parts_of(target) if isinstance(part, Activation)]
-        found, faults = self._check(roots, latent)
-        on_path = found.sites
-        if self.observer is not None and self.memory.cuts is None:
-            self.memory.cuts = self.observer.cuts(found.nodes)
+        seen, faults = self._check(roots, latent)
+        on_path = {id(self.rules.sites[index]) for index in seen.sites}
         free = self.ledger or bool(faults) or is_conditional(self.model)
-        kind = None if free else self._kind(found)
-        unknown = kind is not None and kind not in self.memory.balanced
+        unknown = not free and seen.kind not in self.memory.balanced
         if unknown and self.books is None:
             raise Again("books", "a graph that has not been seen to balance")
         for site in self.rules.sites:
@@ -143,9 +112,9 @@ class Pass:
                 "model in float32 or bfloat16"
             )
         ledger = self._close_books(target, values, roots, grads, started)
-        note = "" if faults else self._unbalanced(ledger, values.dtype, found)
+        note = "" if faults else self._unbalanced(ledger, values.dtype, seen)
         if unknown and not note:
-            self.memory.balanced.add(kind)
+            self.memory.balanced.add(seen.kind)
         at = self._split(relevances)
         patches = self._patches(at["patches"])
         tokens, positions = _total(at["tokens"]), _total(at["positions"])
@@ -157,8 +126,8 @@ class Pass:
         special = torch.cat(at["special"], dim=1) if at["special"] else None
         decoder_tokens = _total(at["decoder_tokens"])
         decoder_positions = _total(at["decoder_positions"])
-        decoder = self.prepared.decoder
-        rows = self.prepared.rows(self.model.tokenizer)
+        decoder = self.batch.decoder
+        rows = self.batch.rows(self.model.tokenizer)
         written = decoder.rows(self.model.tokenizer) if decoder else []
         return RelevanceCache(
             values=self.readers.finish(),
@@ -176,8 +145,8 @@ class Pass:
             inputs=dict(zip(self.leaves.inputs, at["inputs"], strict=True)),
             decoder_str_tokens=[row.pieces for row in written] if decoder else None,
             decoder_words_=[row.words for row in written],
-            token_ids=self.prepared.tokens,
-            attention_mask=self.prepared.mask,
+            token_ids=self.batch.tokens,
+            attention_mask=self.batch.mask,
             str_tokens=[row.pieces for row in rows],
             words_=[row.words for row in rows],
             prompts=[row.prompt for row in rows],
@@ -196,31 +165,6 @@ class Pass:
             n_experts=max(self.rules.experts.values(), default=0),
             model_name=str(getattr(self.model.cfg, "model_name", "")),
             dtype=str(values.dtype).removeprefix("torch."),
-        )
-
-    def _kind(self, found: cover.Walk) -> Any:
-        return kind_of(found, repr(self.rules.composite), self.rules.attention)
-
-    def roots(self, target: Target) -> list[Tensor]:
-        """Where relevance starts: the latent units of the target, or the unembedding."""
-        latent = [part.hook for part in parts_of(target) if isinstance(part, Activation)]
-        if latent and len(latent) < len(parts_of(target)):
-            raise InputError("a batch cannot mix Activation targets with targets on the logits")
-        return [self.captured[hook] for hook in dict.fromkeys(latent)] or [self._before_softcap()]
-
-    def outputs(self) -> Outputs:
-        """What targets are computed from, on the graph."""
-        assert self.logits is not None
-        before = self._before_softcap()
-        written = self.prepared.decoder or self.prepared  # the side that the logits belong to
-        return Outputs(
-            self.logits if before is self.logits else apply(_CapSkip, before, self.logits),
-            written.mask.to(self.logits.device),
-            self.model.tokenizer,
-            self._activation,
-            written.prompt_lengths,
-            media.labels_of(self.model),
-            self.prepared.mask if self.prepared.decoder else None,
         )
 
     def _activation(self, hook: str) -> Tensor:
@@ -243,7 +187,7 @@ class Pass:
             )
         return x
 
-    def _unbalanced(self, ledger: Ledger | None, dtype: torch.dtype, found: cover.Walk) -> str:
+    def _unbalanced(self, ledger: Ledger | None, dtype: torch.dtype, seen: Seen) -> str:
         """What to say where the account does not add up; raised if strict.
 
         The graph shows neither a constant that is added on the path nor a gradient that a hook
@@ -265,10 +209,8 @@ class Pass:
                 else ""
             )
         )
-        written = any(meter.missed for meter in self.rules.edits) or any(
-            type(node).__name__ in WRITES for node in found.nodes.values()
-        )
-        if written and not self.rules.copies:  # what was measured is not there any more
+        overwritten = seen.writes or any(meter.missed for meter in self.rules.edits)
+        if overwritten and not self.rules.copies:  # what was measured is not there any more
             raise Again("copies", note)
         if self.strict:
             raise CoverageError(f"{architecture(self.model)}: {note}")
@@ -314,19 +256,10 @@ class Pass:
         explained = float(values.detach().cpu().double().sum())
         return make_ledger(self.books, explained, arrived, start, self.layers)
 
-    def _before_softcap(self) -> Tensor:
-        """The tensor at which a backward pass from the logits starts."""
-        assert self.logits is not None
-        before = self.captured.get("unembed")
-        cap = getattr(self.model.cfg, "output_logits_soft_cap", None)
-        if before is None or not cap or float(cap) <= 0:
-            return self.logits
-        return before
-
     def _require_finite(self, values: Tensor) -> None:
         if not cover.is_finite(values):
             reason = "activations overflowed or the weights are broken"
-            if values.dtype == torch.float64 and not bool(self.prepared.mask[:, :1].all()):
+            if values.dtype == torch.float64 and not bool(self.batch.mask[:, :1].all()):
                 reason = (
                     "in float64 Hugging Face's softmax is NaN where a position sees nothing but "
                     "padding, so pad on the right, give rows of one length, or use float32"
@@ -342,7 +275,7 @@ class Pass:
         LLaVA takes its features below the top of its vision tower. What a cut leaves off the path
         ran before something that is on it.
         """
-        if not self.prepared.media or not self.leaves.tokens or "blocks" in _stack(site):
+        if not self.batch.media or not self.leaves.tokens or "blocks" in _stack(site):
             return False
         used = [s.order for s in self.rules.sites if id(s) in on_path and _stack(s) == _stack(site)]
         return bool(used) and site.order > max(used)
@@ -354,8 +287,41 @@ class Pass:
         latent = any(root is x for root in roots for x in units)
         return cover.walk(roots, place, self.rules.weights, writes, latent)
 
-    def _check(self, roots: list[Tensor], latent: list[str]) -> tuple[cover.Walk, list[str]]:
-        """The graph, and what of it is not covered (raised if strict)."""
+    def _check(self, roots: list[Tensor], latent: list[str]) -> tuple[Seen, list[str]]:
+        """What the graph shows, and what of it is not covered (raised if strict)."""
+        key = self._shape_of_graph(roots, latent)
+        known = self.memory.walked.get(key)
+        if known is not None and known.uses < AGAIN:
+            known.uses += 1
+            return known, []
+        found, faults = self._walked(roots, latent)
+        if self.observer is not None and self.memory.cuts is None:
+            self.memory.cuts = self.observer.cuts(found.nodes)
+        names = {type(node).__name__ for node in found.nodes.values()}
+        seen = Seen(
+            frozenset(i for i, site in enumerate(self.rules.sites) if id(site) in found.sites),
+            kind_of(found, repr(self.rules.composite), self.rules.attention),
+            writes=not WRITES.isdisjoint(names),
+        )
+        if not (faults or seen.writes or cover.depends_on_values(names)):
+            self.memory.keep(key, seen)
+        return seen, faults
+
+    def _shape_of_graph(self, roots: list[Tensor], latent: list[str]) -> Any:
+        """By what a graph is known again without a walk: ``None`` where nothing else is certain.
+
+        Code that does the same at every call makes as many nodes whatever the length of the input,
+        and at the same places. With a hook, or code of anybody's, the same number proves nothing.
+        """
+        rules = self.rules
+        if not rules.before.known or rules.before.hooked or torch._C._len_torch_function_stack():
+            return None
+        places = (now() - self.begun, *(_order(root) - self.begun for root in roots))
+        fired = tuple(site.forward for site in rules.sites)
+        kept = (self.strict, self.books is None, rules.copies, bool(self.batch.media))
+        return (rules.before, repr(rules.composite), rules.attention, kept, places, fired, *latent)
+
+    def _walked(self, roots: list[Tensor], latent: list[str]) -> tuple[cover.Walk, list[str]]:
         found = self.walk(roots)
         if found.gaps and self.strict:
             raise Again("trace", "uncovered operations")
@@ -448,13 +414,84 @@ def _wide(x: Tensor) -> Tensor:
     return x.detach().float() if x.dtype in (torch.float16, torch.bfloat16) else x.detach()
 
 
-def parts_of(target: Target) -> tuple[Target, ...]:
-    return target.targets if isinstance(target, PerRow) else (target,)
+@contextmanager
+def under_rules(
+    model: Any,
+    rules: Rules,
+    batch: Batch,
+    readers: Readers,
+    *,
+    latent: Iterable[str] = (),
+    columns: Columns | None = None,
+    leaf: str = "pixels",
+    checkpoint: bool = False,
+    strict: bool = True,
+    ledger: bool = True,
+    memory: Remembered | None = None,
+    observer: Observer | None = None,
+    at_nodes: Callable[[Attached, Pass], None] | None = None,
+) -> Iterator[Pass]:
+    """A forward pass under rules that are attached; its backward passes belong inside the block.
 
+    Args:
+        model: a ``TransformerBridge``.
+        rules: those in force on it.
+        batch: what it reads.
+        readers: what is read of relevance in the backward pass.
+        latent: hook points whose units are targets.
+        columns: where logits are computed; at every position if not given.
+        leaf, checkpoint, strict, ledger: as for :func:`lenslrp.run_with_relevance` (``leaves``).
+        memory: what is known of the model's graphs.
+        observer: watches the pass for what the graph does not show.
+        at_nodes: attaches what else belongs to the pass.
 
-def architecture(model: Any) -> str:
-    """The Hugging Face class name of what a bridge wraps."""
-    return type(getattr(model, "original_model", model)).__name__
+    Raises:
+        InputError: leaves that the model does not have.
+        CoverageError: no token embedding that is known has run.
+    """
+    parts = components(model)
+    points = hook_points(model, parts)
+    rules.begin()
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        at = stack.enter_context(undone(Attached()))
+        readers.copies = rules.copies
+        for meter in rules.edits:
+            meter.touched = lambda: 0 if observer is None else observer.touched
+        memory = Remembered() if memory is None else memory
+        made = Pass(
+            model, batch, rules=rules, readers=readers, strict=strict, ledger=ledger,
+            observer=observer, memory=memory,
+        )  # fmt: skip
+        given = dict(batch.media)
+        if given:
+            given = cut_media(at, parts, made.leaves, rules.sites, given, leaf)
+        cut_leaves(at, parts, made.leaves, batch)  # positions, too, of given embeddings
+        if rules.books is not None:
+            rules.books.clear()
+            made.layers = watch_blocks(at, parts, rules.books)
+        readers.attach(model, at)
+        capture(at, points, parts, list(latent), made.captured)
+        picked: list[bool] = []
+        unembed, length = head_component(model), written(batch).tokens.shape[1]
+        if columns is not None and unembed is not None:
+            picked = unembed_at(at, unembed, columns, length)
+            inside = {id(module) for module in unembed.modules()}
+            readers.restore = lambda point, x: (
+                spread(x, columns, length) if picked and id(point) in inside else x
+            )
+        if at_nodes is not None:
+            at_nodes(at, made)
+        if checkpoint:
+            checkpoint_blocks(at, parts)
+        made.begun = now()
+        with observer or nullcontext():
+            made.logits = run_model(model, batch, made.leaves, given)
+        if picked:
+            made.columns = columns
+        if media.reads_no_text(model):
+            made.batch = media.with_sequence(batch, made.leaves)
+        yield made
 
 
 def watch_blocks(at: Attached, parts: Parts, books: Books) -> int:
@@ -485,58 +522,6 @@ def watch_blocks(at: Attached, parts: Parts, books: Books) -> int:
     return layers
 
 
-def capture(
-    at: Attached,
-    points: Mapping[str, nn.Module],
-    parts: Parts,
-    hooks: list[str],
-    captured: dict[str, Tensor],
-) -> None:
-    """Keep the tensors, on the graph, at the unembedding and at the targets' own hook points."""
-    owned = owners(module for _, module in parts)
-    for name in hooks:
-        if name not in points:
-            found, _ = select_names(points, name)  # raises with the nearest names
-            raise InputError(f"{name} is in every block; name one: {', '.join(found[:3])}")
-        point = points[name]
-
-        def keep(point: Any, x: Any, name: str = name) -> None:
-            if not isinstance(x, Tensor):
-                raise InputError(f"{name} holds a {type(x).__name__} and no activations")
-            x = converted(point, x)
-            before = captured.get(name)
-            if before is None:
-                captured[name] = x
-            elif before.shape != x.shape:
-                raise InputError(
-                    f"{name} fires for two sequences, of {before.shape[1]} and {x.shape[1]} "
-                    "positions, in one pass; explain a hook point that fires for one"
-                )
-            else:
-                captured[name] = before + x if isinstance(point, ExpertPoint) else x
-
-        def before_it(
-            _: nn.Module, args: Any, kwargs: Any, keep: Any = keep, point: Any = point
-        ) -> None:
-            keep(point, given(args, kwargs))
-
-        def at_it(point: nn.Module, args: Any, x: Any, keep: Any = keep) -> None:
-            keep(point, x)
-
-        owner = owned.get(id(point)) if is_total(name) else None
-        if owner is not None:  # the residual stream itself, as the readers see it
-            at.first_pre_hook(owner, before_it, with_kwargs=True)
-        else:
-            listen(at, point, [name], at_it)
-    for _, module in parts:
-        if isinstance(module, UnembeddingBridge):
-
-            def unembedded(_: nn.Module, args: tuple[Any, ...], x: Tensor) -> None:
-                captured["unembed"] = x
-
-            at.hook(module, unembedded)
-
-
 def checkpoint_blocks(at: Attached, parts: Parts) -> None:
     """Recompute each block in the backward pass (non-reentrant; identical relevance)."""
     for _, module in parts:
@@ -564,40 +549,3 @@ def starting(roots: list[Tensor]) -> Iterator[dict[int, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def undone(at: Attached) -> Iterator[Attached]:
-    """What ``at`` has attached is undone at the end, also after an interrupt."""
-    try:
-        try:
-            yield at
-        finally:
-            raise_failed(undo_all(at.undo))
-    finally:
-        undo_all(at.undo)
-
-
-def run_model(model: Any, prepared: Batch, leaves: Leaves, given: dict[str, Tensor]) -> Tensor:
-    """The logits of a prepared input; given embeddings become leaves.
-
-    Raises:
-        CoverageError: no token embedding that is known has run.
-    """
-    if media.reads_no_text(model):
-        only: Tensor = model(None, return_type="logits", **given)
-        return only
-    # A key-value cache is of no use here, and a checkpointed block would fill it twice.
-    kwargs = {"use_cache": False, **prepared.kwargs, **given}
-    if "inputs_embeds" in kwargs:
-        leaf = kwargs.pop("inputs_embeds").detach().clone().requires_grad_()
-        leaves.tokens.append(leaf)
-        logits: Tensor = model(leaf, return_type="logits", **kwargs)
-        return logits
-    logits = model(prepared.tokens, return_type="logits", **kwargs)
-    if not leaves.tokens:
-        raise CoverageError(
-            f"{architecture(model)}: no known token embedding ran in the forward pass, so there "
-            "are no leaves to give relevance to"
-        )
-    return logits

@@ -7,7 +7,7 @@ known by the operations in it; what its code cuts off the graph, by the hooks th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,26 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from lenslrp.hooks.coverage import Walk
+
+GRAPHS = 64
+"""How many graphs of a model are remembered."""
+
+
+@dataclass
+class Seen:
+    """What a walk over a graph has shown.
+
+    Attributes:
+        sites: which rules are on the path, by their place among all.
+        kind: what the graph is made of.
+        writes: something is written into a view.
+        uses: how often that was taken for granted since.
+    """
+
+    sites: frozenset[int]
+    kind: Any
+    writes: bool
+    uses: int = 0
 
 
 @dataclass
@@ -26,21 +46,27 @@ class Remembered:
         hooks: the hooks, and forward passes of single modules, that it had.
         cuts: where values were cut off the graph; ``None`` before anybody has looked.
         balanced: the graphs whose books have been found to balance.
+        walked: what was found in graphs of code that does the same at every call.
     """
 
     hooks: int = 0
     cuts: list[str] | None = None
     balanced: set[Any] = field(default_factory=set)
+    walked: dict[Any, Seen] = field(default_factory=dict)
+
+    def keep(self, key: Any, seen: Seen) -> None:
+        """Remember what a walk has shown, unless nothing tells such a graph from another."""
+        if key is not None:
+            if len(self.walked) >= GRAPHS:
+                self.walked.clear()
+            self.walked[key] = seen
 
 
 _models: WeakKeyDictionary[nn.Module, Remembered] = WeakKeyDictionary()
 
 
-def remembered(model: nn.Module, parts: Sequence[tuple[str, nn.Module]]) -> Remembered:
-    """What is known of a model with the hooks that it has now; called before rules are attached."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    own = ((id(part), *(key for kind in kinds for key in getattr(part, kind))) for _, part in parts)
-    hooks = hash((*own, *(id(part.__dict__.get("forward")) for _, part in parts)))
+def remembered(model: nn.Module, hooks: int) -> Remembered:
+    """What is known of a model with the hooks that it had before rules were attached."""
     known = _models.get(model)
     if known is None or known.hooks != hooks:
         known = _models[model] = Remembered(hooks)

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers.initialization import no_init_weights
 
 from lenslrp.errors import InputError
+from lenslrp.forward import undone
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.components import Attached, components, hook_points
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
@@ -38,7 +39,7 @@ from lenslrp.hooks.sites import Books
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, cut_leaves, cut_media
 from lenslrp.loading import load
-from lenslrp.passes import checkpoint_blocks, starting, undone, watch_blocks
+from lenslrp.passes import checkpoint_blocks, starting, watch_blocks
 from lenslrp.reductions import Reduce, reduction_for
 
 if TYPE_CHECKING:

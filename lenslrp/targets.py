@@ -52,6 +52,7 @@ class Outputs:
             [batch, class] and have no positions.
         read_mask: of an encoder-decoder, the mask of what the encoder read; ``mask`` is then that
             of what the decoder has written.
+        columns: where the logits are, if they are not at every position.
     """
 
     logits: Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch class"]
@@ -61,6 +62,7 @@ class Outputs:
     prompt_lengths: list[int]
     labels: dict[int, str] | None = None
     read_mask: Bool[Tensor, "batch read"] | None = None
+    columns: Int[Tensor, "batch n"] | None = None
 
     def token(self, token: Token) -> int:
         if self.labels is not None:
@@ -112,6 +114,7 @@ class Outputs:
             logits=self.logits[one],
             mask=self.mask[one],
             read_mask=None if self.read_mask is None else self.read_mask[one],
+            columns=None if self.columns is None else self.columns[one],
             activation=lambda hook: self.activation(hook)[one],
             prompt_lengths=self.prompt_lengths[one],
         )
@@ -125,8 +128,21 @@ class Outputs:
             if position != -1:
                 raise InputError(f"a classifier's logits have no positions; {position} was given")
             return self.logits
-        rows = torch.arange(len(self.mask), device=self.logits.device)
-        return self.logits[rows, self.at(position)]
+        return self.logits_at(self.at(position)[:, None])[:, 0]
+
+    def logits_at(self, columns: Int[Tensor, "batch n"]) -> Float[Tensor, "batch n vocab"]:
+        """The logits at columns of each row."""
+        if self.columns is not None:  # the logits are of these columns
+            same = self.columns[:, None, :] == columns[:, :, None].to(self.columns.device)
+            columns = same.int().argmax(dim=2)
+        rows = torch.arange(len(self.mask), device=self.logits.device)[:, None]
+        return self.logits[rows, columns.to(self.logits.device)]
+
+    def span(self, length: int) -> Int[Tensor, "batch length"]:
+        """The columns that predict ``length`` tokens after each row's prompt."""
+        first = self.mask.int().argmax(dim=1)
+        last = first + torch.tensor(self.prompt_lengths, device=first.device) - 1
+        return last[:, None] + torch.arange(length, device=first.device)
 
 
 @runtime_checkable
@@ -146,8 +162,18 @@ def _shown(outputs: Outputs, token: Token) -> str:
     return repr(str_token(outputs.tokenizer, token))
 
 
+class _AtPosition:
+    """A target that reads the logits at one position."""
+
+    position: int
+
+    def columns(self, outputs: Outputs) -> Int[Tensor, "batch n"]:
+        """Where it reads the logits."""
+        return outputs.at(self.position)[:, None]
+
+
 @dataclass(frozen=True)
-class Top:
+class Top(_AtPosition):
     """The top logit at a position: the default target."""
 
     position: int = -1
@@ -163,7 +189,7 @@ class Top:
 
 
 @dataclass(frozen=True)
-class Logit:
+class Logit(_AtPosition):
     """The logit of one token, in logits."""
 
     token: Token
@@ -177,7 +203,7 @@ class Logit:
 
 
 @dataclass(frozen=True)
-class LogitDiff:
+class LogitDiff(_AtPosition):
     """The logit of ``a`` minus that of ``b``."""
 
     a: Token
@@ -194,7 +220,7 @@ class LogitDiff:
 
 
 @dataclass(frozen=True)
-class Contrastive:
+class Contrastive(_AtPosition):
     """The logit of a token minus the mean of all the others, or of the ``top_k`` best others."""
 
     token: Token
@@ -222,7 +248,7 @@ class Contrastive:
 
 
 @dataclass(frozen=True)
-class LogProb:
+class LogProb(_AtPosition):
     """The log-probability of a token. Not linear in the logits: see the ledger."""
 
     token: Token
@@ -268,12 +294,13 @@ class Sequence:
             return token_ids(tokenizer, self.tokens)
         return list(self.tokens)
 
+    def columns(self, outputs: Outputs) -> Int[Tensor, "batch n"]:
+        """Where it reads the logits."""
+        return outputs.span(len(self.ids(outputs.tokenizer)))
+
     def values(self, outputs: Outputs) -> Tensor:
         ids = [outputs.token(i) for i in self.ids(outputs.tokenizer)]
-        first = outputs.mask.int().argmax(dim=1).tolist()
-        scores = outputs.logits
-        starts = [f + n - 1 for f, n in zip(first, outputs.prompt_lengths, strict=True)]
-        rows = torch.stack([scores[r, s : s + len(ids)] for r, s in enumerate(starts)])
+        rows = outputs.logits_at(outputs.span(len(ids)))
         if self.of == "log_prob":
             rows = torch.log_softmax(rows, dim=-1)
         index = torch.tensor(ids).to(rows.device).view(1, -1, 1).expand(len(rows), -1, 1)
@@ -308,6 +335,10 @@ class Activation:
     hook: str
     unit: int | tuple[int, ...]
     position: int = -1
+
+    def columns(self, outputs: Outputs) -> Int[Tensor, "batch n"]:
+        """It reads no logits; the last position's are as good as any."""
+        return outputs.at(-1)[:, None]
 
     def values(self, outputs: Outputs) -> Tensor:
         x = outputs.activation(self.hook)

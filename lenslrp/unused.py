@@ -26,6 +26,7 @@ from transformer_lens.hook_points import HookPoint
 
 from lenslrp import media
 from lenslrp.errors import InputError
+from lenslrp.forward import run_model, undone
 from lenslrp.hooks.attach import Attached, components
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import Composite, GradientTimesInput
@@ -34,7 +35,6 @@ from lenslrp.hooks.sites import has_values
 from lenslrp.hooks.turns import in_force
 from lenslrp.inputs import Batch, is_encoder_decoder
 from lenslrp.leaves import Leaves, cut_leaves, cut_media
-from lenslrp.passes import run_model, undone
 from lenslrp.targets import PAIRED
 
 SHORT = 2

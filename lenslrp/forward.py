@@ -1,0 +1,297 @@
+"""One forward pass of a model, whatever it is for.
+
+Everything that LensLRP runs a model for goes through :func:`forward`, or under relevance rules
+through :func:`lenslrp.passes.under_rules`: what is read on the way, what is changed, where logits
+are computed and where the pass ends is said there and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lenslrp import media
+from lenslrp.errors import CoverageError, InputError
+from lenslrp.hooks.attach import Attached, components, raise_failed, undo_all
+from lenslrp.hooks.components import ExpertPoint, UnembeddingBridge, hook_points
+from lenslrp.hooks.embeddings import embeddings
+from lenslrp.hooks.functions import apply
+from lenslrp.hooks.readers import converted, given, is_total, listen, owners, select_names
+from lenslrp.hooks.turns import turn
+from lenslrp.inputs import Batch
+from lenslrp.leaves import Leaves, Parts
+from lenslrp.logits import Columns, head_component, unembed_at
+from lenslrp.targets import Activation, Outputs, PerRow, Target
+
+
+class _CapSkip(torch.autograd.Function):
+    """The final soft-cap's values with the gradient started before it (RULES section 2)."""
+
+    @staticmethod
+    def forward(ctx: Any, before: Tensor, after: Tensor) -> Tensor:
+        ctx.device = before.device  # of a model that is spread over several, not that of its output
+        return after.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g.to(ctx.device), None
+
+
+@dataclass
+class Forward:
+    """What one forward pass gave.
+
+    Attributes:
+        batch: what was run.
+        logits: [batch, pos, vocab], or [batch, n, vocab] at ``columns``; a classifier's
+            [batch, class]. ``None`` before the pass, and where it stopped before them.
+        captured: hook point -> its tensor, on the autograd graph.
+        columns: where the logits are, if they are not at every position.
+    """
+
+    model: Any
+    batch: Batch
+    captured: dict[str, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+    columns: Columns | None = None
+
+    def roots(self, target: Target) -> list[Tensor]:
+        """Where relevance starts: the latent units of the target, or the unembedding."""
+        latent = [part.hook for part in parts_of(target) if isinstance(part, Activation)]
+        if latent and len(latent) < len(parts_of(target)):
+            raise InputError("a batch cannot mix Activation targets with targets on the logits")
+        return [self.captured[hook] for hook in dict.fromkeys(latent)] or [self._before_softcap()]
+
+    def outputs(self) -> Outputs:
+        """What targets are computed from, on the graph."""
+        assert self.logits is not None
+        before = self._before_softcap()
+        logits = self.logits if before is self.logits else apply(_CapSkip, before, self.logits)
+        return outputs_of(self.model, self.batch, logits, self._activation, self.columns)
+
+    def _activation(self, hook: str) -> Tensor:
+        return self.captured[hook]
+
+    def _before_softcap(self) -> Tensor:
+        """The tensor at which a backward pass from the logits starts."""
+        assert self.logits is not None
+        before = self.captured.get("unembed")
+        cap = getattr(self.model.cfg, "output_logits_soft_cap", None)
+        if before is None or not cap or float(cap) <= 0:
+            return self.logits
+        return before
+
+
+def written(batch: Batch) -> Batch:
+    """The side that the logits belong to: the decoder's, of an encoder-decoder."""
+    return batch.decoder or batch
+
+
+def outputs_of(
+    model: Any,
+    batch: Batch,
+    logits: Tensor,
+    activation: Callable[[str], Tensor],
+    columns: Columns | None = None,
+) -> Outputs:
+    """What targets are computed from."""
+    side = written(batch)
+    return Outputs(
+        logits,
+        side.mask.to(logits.device),
+        model.tokenizer,
+        activation,
+        side.prompt_lengths,
+        media.labels_of(model),
+        batch.mask if batch.decoder else None,
+        columns,
+    )
+
+
+class _Stop(BaseException):
+    """Leaves a forward pass: nothing behind this point is needed."""
+
+
+@contextmanager
+def forward(
+    model: Any,
+    batch: Batch,
+    *,
+    read: Mapping[str, Callable[[Tensor], None]] | None = None,
+    capture_at: Iterable[str] = (),
+    embed: Callable[[nn.Module, Tensor], Tensor | None] | None = None,
+    columns: Columns | None = None,
+    stop_after: str | None = None,
+    gradients: bool = False,
+) -> Iterator[Forward]:
+    """Run ``model`` once without relevance rules; what is attached for it goes with the block.
+
+    Args:
+        model: a ``TransformerBridge``.
+        batch: what it reads.
+        read: hook point -> what is called with its activations, in the form in which
+            TransformerLens shows them, as they pass.
+        capture_at: hook points whose tensors are kept on the autograd graph.
+        embed: called with each embedding of tokens and what it returned; what it gives instead is
+            used in its place.
+        columns: [batch, n], where logits are computed; at every position if not given.
+        stop_after: a hook point of ``read`` after which nothing is needed.
+        gradients: keep the autograd graph.
+
+    Raises:
+        InputError: a hook point that the model does not have.
+    """
+    parts = components(model)
+    points = hook_points(model, parts)
+    made = Forward(model, batch)
+    with ExitStack() as stack:
+        stack.enter_context(turn(model))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        at = stack.enter_context(undone(Attached()))
+        if embed is not None:
+            _replace_embedded(at, parts, embed)
+        for name, call in (read or {}).items():
+            _read(at, points, name, call, stop=name == stop_after)
+        capture(at, points, parts, list(capture_at), made.captured)
+        unembed = head_component(model)
+        picked = None
+        if columns is not None and unembed is not None:
+            picked = unembed_at(at, unembed, columns, written(batch).tokens.shape[1])
+        with suppress(_Stop):
+            made.logits = run_model(model, batch, None, dict(batch.media))
+        if picked:
+            made.columns = columns
+        yield made
+
+
+def _read(
+    at: Attached,
+    points: Mapping[str, nn.Module],
+    name: str,
+    call: Callable[[Tensor], None],
+    *,
+    stop: bool,
+) -> None:
+    select_names(points, [name])
+
+    def hook(point: nn.Module, _: Any, x: Tensor) -> None:
+        call(converted(point, x))
+        if stop:
+            raise _Stop
+
+    listen(at, points[name], [name], hook)
+
+
+def _replace_embedded(
+    at: Attached, parts: Parts, embed: Callable[[nn.Module, Tensor], Tensor | None]
+) -> None:
+    for module, position in embeddings(parts):
+        if not position:
+            at.hook(module, lambda module, _, out: embed(module, out))
+
+
+def run_model(
+    model: Any, batch: Batch, leaves: Leaves | None, given: Mapping[str, Tensor]
+) -> Tensor:
+    """The logits of a batch; where there are ``leaves``, given embeddings become some of them.
+
+    Raises:
+        CoverageError: no token embedding that is known has run.
+    """
+    if media.reads_no_text(model):
+        only: Tensor = model(None, return_type="logits", **given)
+        return only
+    # A key-value cache is of no use here, and a checkpointed block would fill it twice.
+    kwargs = {"use_cache": False, **batch.kwargs, **given}
+    if "inputs_embeds" in kwargs:
+        leaf = kwargs.pop("inputs_embeds")
+        if leaves is not None:
+            leaf = leaf.detach().clone().requires_grad_()
+            leaves.tokens.append(leaf)
+        logits: Tensor = model(leaf, return_type="logits", **kwargs)
+        return logits
+    logits = model(batch.tokens, return_type="logits", **kwargs)
+    if leaves is not None and not leaves.tokens:
+        raise CoverageError(
+            f"{architecture(model)}: no known token embedding ran in the forward pass, so there "
+            "are no leaves to give relevance to"
+        )
+    return logits
+
+
+def capture(
+    at: Attached,
+    points: Mapping[str, nn.Module],
+    parts: Parts,
+    hooks: list[str],
+    captured: dict[str, Tensor],
+) -> None:
+    """Keep the tensors, on the graph, at the unembedding and at the targets' own hook points."""
+    owned = owners(module for _, module in parts)
+    for name in hooks:
+        if name not in points:
+            found, _ = select_names(points, name)  # raises with the nearest names
+            raise InputError(f"{name} is in every block; name one: {', '.join(found[:3])}")
+        point = points[name]
+
+        def keep(point: Any, x: Any, name: str = name) -> None:
+            if not isinstance(x, Tensor):
+                raise InputError(f"{name} holds a {type(x).__name__} and no activations")
+            x = converted(point, x)
+            before = captured.get(name)
+            if before is None:
+                captured[name] = x
+            elif before.shape != x.shape:
+                raise InputError(
+                    f"{name} fires for two sequences, of {before.shape[1]} and {x.shape[1]} "
+                    "positions, in one pass; explain a hook point that fires for one"
+                )
+            else:
+                captured[name] = before + x if isinstance(point, ExpertPoint) else x
+
+        def before_it(
+            _: nn.Module, args: Any, kwargs: Any, keep: Any = keep, point: Any = point
+        ) -> None:
+            keep(point, given(args, kwargs))
+
+        def at_it(point: nn.Module, args: Any, x: Any, keep: Any = keep) -> None:
+            keep(point, x)
+
+        owner = owned.get(id(point)) if is_total(name) else None
+        if owner is not None:  # the residual stream itself, as the readers see it
+            at.first_pre_hook(owner, before_it, with_kwargs=True)
+        else:
+            listen(at, point, [name], at_it)
+    for _, module in parts:
+        if isinstance(module, UnembeddingBridge):
+
+            def unembedded(_: nn.Module, args: tuple[Any, ...], x: Tensor) -> None:
+                captured["unembed"] = x
+
+            at.hook(module, unembedded)
+
+
+@contextmanager
+def undone(at: Attached) -> Iterator[Attached]:
+    """What ``at`` has attached is undone at the end, also after an interrupt."""
+    try:
+        try:
+            yield at
+        finally:
+            raise_failed(undo_all(at.undo))
+    finally:
+        undo_all(at.undo)
+
+
+def parts_of(target: Target) -> tuple[Target, ...]:
+    return target.targets if isinstance(target, PerRow) else (target,)
+
+
+def architecture(model: Any) -> str:
+    """The Hugging Face class name of what a bridge wraps."""
+    return type(getattr(model, "original_model", model)).__name__
