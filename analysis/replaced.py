@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lenslrp.errors import InputError
-from lenslrp.forward import architecture, capture, parts_of, undone
+from lenslrp.forward import architecture, capture, keep_unembedded, parts_of, undone
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components, hook_points
 from lenslrp.hooks.embeddings import embeddings
+from lenslrp.hooks.readers import owners
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
@@ -64,8 +65,10 @@ def run(
         elif inputs is not None:
             _embed(at, parts, inputs, met)
         elif leaves is not None:
-            cut_leaves(at, parts, leaves, prepared)
-        capture(at, hook_points(model, parts), parts, hooks, captured)
+            cut_leaves(at, embeddings(parts), leaves, prepared)
+        owned = owners(module for _, module in parts)
+        capture(at, hook_points(model, parts), owned, hooks, captured)
+        keep_unembedded(at, parts, captured)
         logits: Tensor = model(text, return_type="logits", **kwargs)
     if inputs is not None and text is prepared.tokens and not met:
         raise InputError(f"{architecture(model)} embedded no tokens of shape {list(inputs.shape)}")

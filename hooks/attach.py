@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
 from typing import Any
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.sites import Books, Site
+from lenslrp.hooks.structure import components
 
 FEEDS_PATTERN = re.compile(r"[._](q|k|qk)(_(layer)?norm|_a_layernorm|_[ab]_proj)?$")
 """Names of components that feed queries and keys, and nothing else."""
@@ -304,52 +304,15 @@ def _lost(_: Tensor) -> None:
     )
 
 
-_components: WeakKeyDictionary[nn.Module, list[tuple[str, ref[nn.Module], tuple[int, ...]]]] = (
-    WeakKeyDictionary()
-)
-
-
-def components(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module once, under the first of its names that is not a wrapped module's own.
-
-    Remembered, keeping none of them alive, for as long as every module has the same children.
-    """
-    parts: list[tuple[str, nn.Module]] = []
-    for name, alive, children in _components.get(model, ()):
-        module = alive()
-        if module is None or tuple(map(id, _children(module))) != children:
-            break
-        parts.append((name, module))
-    else:
-        if parts:
-            return parts
-    parts = list(_named(model))
-    _components[model] = [(n, ref(m), tuple(map(id, _children(m)))) for n, m in parts]
-    return parts
-
-
-def _children(module: nn.Module) -> list[Any]:
-    inner = module.__dict__.get("original_model")  # a bridge's, past its own modules
-    return [*module._modules.values(), *([] if inner is None else [inner, *inner.children()])]
-
-
-def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    seen: set[int] = set()
-    named = list(model.named_modules(remove_duplicate=False))
-    # What the bridge has no component for (a head's activation, a stack's embedding) runs as well.
-    inner = getattr(model, "original_model", None)
-    if isinstance(inner, nn.Module):
-        named += [
-            (f"original_model.{name}", module) for name, module in inner.named_modules() if name
-        ]
-    named.sort(
-        key=lambda item: (
-            item[0].startswith("original_model."),
-            item[0].count("_original_component"),
-            "original_" in item[0],
-        )
-    )
-    for name, module in named:
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield name.replace("._original_component", ""), module
+__all__ = [
+    "Attached",
+    "Context",
+    "Holder",
+    "Own",
+    "Undo",
+    "components",
+    "layer_of",
+    "original",
+    "raise_failed",
+    "undo_all",
+]

@@ -240,13 +240,14 @@ def gate_share(ctx: Context) -> float:
     return first / second
 
 
-def attach_all(model: nn.Module, ctx: Context, at: Attached) -> None:
+def attach_all(
+    model: nn.Module, found: list[tuple[str, nn.Module]], ctx: Context, at: Attached
+) -> None:
     """Attach the composite's rules to every component of a bridge.
 
     ``at`` learns the sites and how to undo them, as far as it went. What has no rule is left on the
     autograd graph, where :mod:`lenslrp.hooks.coverage` finds it.
     """
-    found = components(model)
     require_modules_of_their_own(model)
     at.edits = meter_edits(at, ctx, found)
     at.changed = watch_gradients(at, found)

@@ -18,6 +18,7 @@ from lenslrp.hooks.attach import Attached, Context
 from lenslrp.hooks.functions import same
 from lenslrp.hooks.rules import Epsilon
 from lenslrp.hooks.sites import Site, has_values, row_sums, widest
+from lenslrp.hooks.state import users_hooks
 
 ROWS = 1 << 22
 """How many numbers of a gradient are widened at once."""
@@ -159,11 +160,11 @@ def meter_edits(
         return meters[-1]
 
     for path, module in parts if ctx.books is not None else ():
-        if module._forward_hooks:
+        if any(True for _ in users_hooks(module, ("_forward_hooks",))):
             out = meter(path, module)
             at.first_hook(module, lambda _, args, y, out=out: out.before(_first(y)))
             at.hook(module, lambda _, args, y, out=out: out.after(_first(y)))
-        if module._forward_pre_hooks:
+        if any(True for _ in users_hooks(module, ("_forward_pre_hooks",))):
             into = meter(path, module)
             at.first_pre_hook(module, lambda _, args, into=into: into.before(_first(args)))
             at.pre_hook(module, lambda _, args, into=into: into.after(_first(args)))

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks.attach import Attached, Context, Holder, Undo, undo_all
-from lenslrp.hooks.components import attach_all
+from lenslrp.hooks.components import attach_all, hook_points
 from lenslrp.hooks.composites import Composite, as_composite
 from lenslrp.hooks.constants import EditMeter
 from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place, walk
+from lenslrp.hooks.embeddings import embeddings
+from lenslrp.hooks.readers import owners
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books, Site
 from lenslrp.hooks.state import State
@@ -39,6 +41,10 @@ class Rules:
         routing: the experts that each position was sent to in the last forward pass, by the name
             of the mixture, [batch, pos, slot].
         experts: how many experts each mixture has.
+        state: the model as it was when they were attached; ``None`` while they are not.
+        points: its hook points by name.
+        owned: the component of every ``hook_in``, by the id of that hook point.
+        embedded: its embeddings, and whether each is one of positions.
     """
 
     def __init__(
@@ -61,13 +67,19 @@ class Rules:
         self.routing: dict[str, Tensor] = {}
         self.experts: dict[str, int] = {}
         self.holder = Holder()
-        self.before = State()
-        self.after = State()
+        self.state: State | None = None
+        self.points: dict[str, nn.Module] = {}
+        self.owned: dict[int, nn.Module] = {}
+        self.embedded: list[tuple[nn.Module, bool]] = []
         self._undo: list[Undo] = []
 
     def attach(self) -> None:
         """Register every hook; freezes the weights."""
-        self.before = State.of(self.model)
+        self.state = None
+        state = State(self.model)
+        self.points = hook_points(self.model, state.parts)
+        self.owned = owners(module for _, module in state.parts)
+        self.embedded = embeddings(state.parts)
         context = Context(
             self.composite,
             self.books,
@@ -78,7 +90,7 @@ class Rules:
         )
         attached = Attached(self.copies, self.holder)
         self._undo = attached.undo
-        attach_all(self.model, context, attached)
+        attach_all(self.model, state.parts, context, attached)
         frozen = self._guard(attached)
         if self.sites:  # re-attached after a nested context: the same rules, counting on
             for new, old in zip(attached.sites, self.sites, strict=True):
@@ -88,7 +100,8 @@ class Rules:
         self.weights = attached.weights
         for weight in frozen:
             attached.freeze(weight)
-        self.after = State.of(self.model)
+        state.settle()
+        self.state = state
 
     def begin(self) -> None:
         """Nothing has fired yet: a new pass begins under rules that were attached before."""
@@ -102,7 +115,7 @@ class Rules:
     @property
     def current(self) -> bool:
         """Whether the model is as it was when the rules were attached."""
-        return State.of(self.model) == self.after
+        return self.state is not None and self.state.current
 
     def detach(self) -> list[BaseException]:
         """Undo :meth:`attach`, last thing first, however far it went; returns what failed."""

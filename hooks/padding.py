@@ -69,7 +69,7 @@ def counting(inner: nn.Module) -> int | None:
 
 def masked_ids(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
     """``tokens`` with the padding token where padding is, for a model that counts by it."""
-    padding = counting(model.original_model)
+    padding = None if bool(mask.all()) else counting(model.original_model)
     return tokens if padding is None else tokens.masked_fill(~mask.to(tokens.device), padding)
 
 

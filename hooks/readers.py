@@ -41,6 +41,9 @@ to the residual stream is multiplied by a constant after the module that made it
 TOTALS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
 
+_NONE = RemovableHandle(OrderedDict())
+
+
 def is_total(name: str) -> bool:
     """Whether a hook name reads the whole residual stream rather than a branch."""
     return name.rsplit(".", 1)[-1] in TOTALS
@@ -92,7 +95,7 @@ def listen(at: Attached, point: Any, names: Iterable[str], hook: Callable[..., A
     at.hook(point, hook)
     if not isinstance(point, HookPoint) or not any(name.endswith(WHEN_HOOKED) for name in names):
         return
-    note = LensHandle(RemovableHandle(OrderedDict()))  # a reader goes when its pass ends
+    note = LensHandle(_NONE)  # a reader goes when its pass ends
 
     def forget() -> None:
         if note in point.fwd_hooks:  # model.reset_hooks() may have been first
@@ -163,12 +166,12 @@ def _inside(
 ) -> list[tuple[str, nn.Module, bool]]:
     """Of blocks whose middle is read: where the block begins, and every hook point of its MLP."""
     found = []
-    for block, middle in middles.items():
-        for name, point in points.items():
-            if name == f"{block}.hook_in":
-                found.append((block, point, True))
-            elif name.startswith(f"{block}.mlp.") and point is not middle:
-                found.append((block, point, False))
+    for name, point in points.items() if middles else ():
+        block, _, rest = name.partition(".mlp.")
+        if rest and block in middles and point is not middles[block]:
+            found.append((block, point, False))
+        elif name.endswith(".hook_in") and name[: -len(".hook_in")] in middles:
+            found.append((name[: -len(".hook_in")], point, True))
     return found
 
 
@@ -219,9 +222,11 @@ class Readers:
         blocks = {n.rpartition(".")[0]: points[n] for n in names if is_middle(n)}
         return cls(list(groups.values()), reduce, _inside(points, blocks))
 
-    def attach(self, model: nn.Module, at: Attached) -> None:
-        """Register after the rules, so that a reader sees the gradient the rule will receive."""
-        owned = owners(model.modules())
+    def attach(self, owned: Mapping[int, nn.Module], at: Attached) -> None:
+        """Register after the rules, so that a reader sees the gradient the rule will receive.
+
+        ``owned`` is what :func:`owners` gives for the model.
+        """
         for block, point, begins in self.inside:
             change = self.ran.discard if begins else self.ran.add
             at.hook(point, lambda *_, b=block, c=change: c(b))

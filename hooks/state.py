@@ -6,58 +6,109 @@ addresses alone, without a look at any value: writes to a weight through ``.data
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from lenslrp.hooks.attach import components
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformer_lens.hook_points import HookPoint
+
+from lenslrp.hooks.attach import Own, components
 
 KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+FORWARD = KINDS[:2]
+
 KNOWN = ("torch.", "transformers.", "transformer_lens.")
 """Packages whose modules do the same at every call."""
 
+MAKERS = (*KNOWN, "accelerate.", "lenslrp.hooks.")
+"""Whose hooks on modules belong to how a model runs."""
 
-@dataclass(frozen=True)
+
+def users_hooks(module: nn.Module, kinds: tuple[str, ...] = FORWARD) -> Iterator[tuple[Any, int]]:
+    """A module's hooks that are a user's own: where each is kept, and its key.
+
+    TransformerLens puts hooks on modules to see what passes; those on a hook point call a user's.
+    """
+    for kind in kinds:
+        for key, hook in getattr(module, kind).items():
+            inner = hook.func if isinstance(hook, partial) else hook
+            made = f"{getattr(inner, '__module__', '')}."
+            ours = isinstance(hook, Own)
+            if not ours and (isinstance(module, HookPoint) or not made.startswith(MAKERS)):
+                yield getattr(module, kind), key
+
+
 class State:
-    """One model at one moment; two are equal where rules that fit the one fit the other.
+    """A model at the moment when rules were attached to it, and whether it is still as it was.
 
     Attributes:
-        hooks: which hooks, and forward passes of single modules, it has.
-        rest: its modules, weights, mode and settings.
-        hooked: whether anything is to happen before or after any module's forward pass.
+        parts: its modules by name.
+        hooks: stands for the hooks, and forward passes of single modules, that it had.
+        rest: stands for its modules, weights, mode and settings.
+        hooked: whether hooks of the user's are to see or change what passes.
         known: whether all its code is torch's, transformers' and TransformerLens'.
     """
 
-    hooks: int = 0
-    rest: int = 0
-    hooked: bool = False
-    known: bool = False
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.parts = components(model)
+        self._own = [module.__dict__ for _, module in self.parts]
+        self.hooked, self.known = False, True
+        for _, module in self.parts:
+            forward = module.__dict__.get("forward")
+            code = type(module).__module__ if forward is None else forward.__module__
+            self.known = self.known and str(code).startswith(KNOWN)
+            self.hooked = self.hooked or any(True for _ in users_hooks(module))
+        self.hooks = hash(self._hooks())
+        self.rest = hash(self._rest())
+        self._kept = list(model.parameters())  # so that no other can have the place of one
+        self._last = 0
+        self._ruled: tuple[Any, Any] | None = None
 
-    @classmethod
-    def of(cls, model: Any) -> State:
-        """The state of a model."""
-        hooks: list[Any] = []
-        modes: list[Any] = []
-        hooked, known = False, True
-        for _, module in components(model):
-            own = module.__dict__
-            forward = own.get("forward")
-            modes.append((id(module), own["training"]))
-            for kind in KINDS:
-                if own[kind]:
-                    hooks.append((id(module), kind, *own[kind]))
-                    hooked = hooked or kind.startswith("_forward")
-            if forward is not None:
-                hooks.append((id(module), id(forward)))
-                known = known and str(getattr(forward, "__module__", "")).startswith(KNOWN)
-            known = known and type(module).__module__.startswith(KNOWN)
+    def settle(self) -> None:
+        """What the rules have put on the model belongs to it from now on."""
+        self._ruled = self._hooks(), self._rest()
+        self._last = RemovableHandle.next_id
+
+    @property
+    def current(self) -> bool:
+        """Whether the model is as it was when :meth:`settle` was called."""
+        if self._ruled is None or self._rest() != self._ruled[1]:
+            return False
+        # torch counts the hooks that it has ever registered; some may have been removed.
+        if RemovableHandle.next_id == self._last and not self.hooked:
+            return self._shadowed() == self._ruled[0][0]
+        same: bool = self._hooks() == self._ruled[0]
+        if same:
+            self._last = RemovableHandle.next_id
+        return same
+
+    def _shadowed(self) -> tuple[int, ...]:
+        return tuple(id(own["forward"]) for own in self._own if "forward" in own)
+
+    def _hooks(self) -> tuple[Any, ...]:
+        keys = (
+            (index, kind, *own[kind])
+            for index, own in enumerate(self._own)
+            for kind in KINDS
+            if own[kind]
+        )
+        return (self._shadowed(), *keys)
+
+    def _rest(self) -> tuple[Any, ...]:
+        modules = [id(child) for own in self._own for child in own["_modules"].values()]
         weights = [
             (id(w), w.untyped_storage()._cdata, w.storage_offset(), w._version, w.requires_grad)
-            for w in model.parameters()
+            for own in self._own
+            for w in own["_parameters"].values()
+            if w is not None
         ]
-        configs = (getattr(model, "cfg", None), getattr(model, "original_model", None))
-        settings = [_settings(getattr(of, "config", of)) for of in configs]
-        rest = hash((tuple(modes), tuple(weights), tuple(settings)))
-        return cls(hash(tuple(hooks)), rest, hooked, known)
+        inner = getattr(self.model, "original_model", None)
+        settings = [_settings(getattr(of, "config", of)) for of in (self.model.cfg, inner)]
+        modes = [own["training"] for own in self._own]
+        return (id(inner), tuple(modules), tuple(weights), tuple(settings), tuple(modes))
 
 
 def _settings(config: Any) -> tuple[Any, ...]:

@@ -157,7 +157,10 @@ def forward(
             _replace_embedded(at, parts, embed)
         for name, call in (read or {}).items():
             _read(at, points, name, call, stop=name == stop_after)
-        capture(at, points, parts, list(capture_at), made.captured)
+        if capture_at:
+            owned = owners(module for _, module in parts)
+            capture(at, points, owned, list(capture_at), made.captured)
+        keep_unembedded(at, parts, made.captured)
         unembed = head_component(model)
         picked = None
         if columns is not None and unembed is not None:
@@ -227,12 +230,11 @@ def run_model(
 def capture(
     at: Attached,
     points: Mapping[str, nn.Module],
-    parts: Parts,
+    owned: Mapping[int, nn.Module],
     hooks: list[str],
     captured: dict[str, Tensor],
 ) -> None:
-    """Keep the tensors, on the graph, at the unembedding and at the targets' own hook points."""
-    owned = owners(module for _, module in parts)
+    """Keep the tensors, on the graph, at hook points; ``owned`` as from :func:`owners`."""
     for name in hooks:
         if name not in points:
             found, _ = select_names(points, name)  # raises with the nearest names
@@ -267,6 +269,10 @@ def capture(
             at.first_pre_hook(owner, before_it, with_kwargs=True)
         else:
             listen(at, point, [name], at_it)
+
+
+def keep_unembedded(at: Attached, parts: Parts, captured: dict[str, Tensor]) -> None:
+    """Keep what the unembedding returns, under its own name."""
     for _, module in parts:
         if isinstance(module, UnembeddingBridge):
 

@@ -12,6 +12,7 @@ from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.padding import masked_ids, position_ids, require_padding, takes_left
+from lenslrp.hooks.structure import components_where
 from lenslrp.names import token_ids
 from lenslrp.spelling import Speller
 from lenslrp.tokenization import tokenize
@@ -252,7 +253,7 @@ def _require_room(model: Any, length: int, *, decoder: bool = False) -> None:
 
 def _tables(model: Any, decoder: bool) -> Iterator[int]:
     """How long each table of positions is that one stack reads; rotary ones are made as needed."""
-    for path, module in model.named_modules():
+    for path, module in components_where(model, "position tables", _has_positions):
         table = getattr(module, "embed_positions", None)  # of sines (GPT-J, CodeGen)
         if isinstance(module, PosEmbedBridge) and "relative" not in str(module.name):
             if path.startswith("decoder") == decoder:
@@ -264,6 +265,11 @@ def _tables(model: Any, decoder: bool) -> Iterator[int]:
     config = getattr(getattr(model, "original_model", None), "config", None)
     if config is not None and hasattr(config, "attn_config"):  # MPT makes its ALiBi for as many
         yield int(config.max_seq_len)
+
+
+def _has_positions(module: Any) -> bool:
+    table = getattr(module, "embed_positions", None)
+    return isinstance(module, PosEmbedBridge) or isinstance(table, Tensor)
 
 
 def _from_embeddings(

@@ -9,7 +9,7 @@ leaves too, so that no relevance is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.patches import Embedder, below, embedders
 from lenslrp.hooks.sites import Site, has_values
 from lenslrp.inputs import Batch
@@ -51,15 +50,17 @@ class Leaves:
         return [leaf for group in self.groups().values() for leaf in group]
 
 
-def cut_leaves(at: Attached, parts: Parts, leaves: Leaves, prepared: Batch) -> None:
-    """Make the outputs of the embeddings leaves of the graph.
+def cut_leaves(
+    at: Attached, embedded: Iterable[tuple[nn.Module, bool]], leaves: Leaves, prepared: Batch
+) -> None:
+    """Make the outputs of the embeddings (see :func:`embeddings`) leaves of the graph.
 
     An encoder embeds its tokens, then its positions, before the decoder does. Tokens that a model
     adds by itself (LED fills up its last window with padding) are no input, and no leaves.
     """
     batch, two_stacks = len(prepared.tokens), prepared.decoder is not None
     sides = [prepared.tokens.shape, *([prepared.decoder.tokens.shape] if prepared.decoder else ())]
-    for inner, position in embeddings(parts):
+    for inner, position in embedded:
 
         def cut(
             _: nn.Module, args: tuple[Any, ...], out: Tensor, position: bool = position

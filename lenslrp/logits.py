@@ -14,8 +14,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import Attached, Own
+from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import UnembeddingBridge
+from lenslrp.hooks.state import users_hooks
 from lenslrp.targets import Outputs, PerRow, Target
 
 LOGITS = ("all", "target")
@@ -68,10 +69,8 @@ def head_component(model: Any) -> nn.Module | None:
 def is_hooked(model: Any, unembed: nn.Module) -> bool:
     """Whether somebody else's hooks see the logits, or what they are made of."""
     inner = getattr(model, "original_model", model)
-    hooks = [h for m in (model, inner) for h in m._forward_hooks.values()]
-    for module in unembed.modules():
-        hooks += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return not all(isinstance(hook, Own) for hook in hooks)
+    after = [hook for of in (model, inner) for hook in users_hooks(of, ("_forward_hooks",))]
+    return bool(after) or any(True for of in unembed.modules() for _ in users_hooks(of))
 
 
 def unembed_at(at: Attached, unembed: nn.Module, columns: Columns, length: int) -> list[bool]:

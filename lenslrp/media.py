@@ -114,6 +114,8 @@ def check_kwargs(model: Any, given: Mapping[str, Any], prepared: Batch) -> None:
     Raises:
         InputError: naming what it does not take, or what has a keyword of its own here.
     """
+    if not given:
+        return
     takes = inspect.signature(model.original_model.forward).parameters
     kind = type(model.original_model).__name__
     for name, value in given.items():

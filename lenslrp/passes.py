@@ -22,10 +22,19 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
-from lenslrp.forward import Forward, architecture, capture, parts_of, run_model, undone, written
+from lenslrp.forward import (
+    Forward,
+    architecture,
+    capture,
+    keep_unembedded,
+    parts_of,
+    run_model,
+    undone,
+    written,
+)
 from lenslrp.hooks import coverage as cover
-from lenslrp.hooks.attach import Attached, components
-from lenslrp.hooks.components import BlockBridge, hook_points, layer_of
+from lenslrp.hooks.attach import Attached
+from lenslrp.hooks.components import BlockBridge, layer_of
 from lenslrp.hooks.constants import now
 from lenslrp.hooks.embeddings import PER_LAYER
 from lenslrp.hooks.functions import product_shares
@@ -314,12 +323,24 @@ class Pass(Forward):
         and at the same places. With a hook, or code of anybody's, the same number proves nothing.
         """
         rules = self.rules
-        if not rules.before.known or rules.before.hooked or torch._C._len_torch_function_stack():
+        state = rules.state
+        if state is None or not state.known or state.hooked:
+            return None
+        if torch._C._len_torch_function_stack():  # somebody changes what operations do
             return None
         places = (now() - self.begun, *(_order(root) - self.begun for root in roots))
         fired = tuple(site.forward for site in rules.sites)
         kept = (self.strict, self.books is None, rules.copies, bool(self.batch.media))
-        return (rules.before, repr(rules.composite), rules.attention, kept, places, fired, *latent)
+        return (
+            state.hooks,
+            state.rest,
+            repr(rules.composite),
+            rules.attention,
+            kept,
+            places,
+            fired,
+            *latent,
+        )
 
     def _walked(self, roots: list[Tensor], latent: list[str]) -> tuple[cover.Walk, list[str]]:
         found = self.walk(roots)
@@ -449,8 +470,8 @@ def under_rules(
         InputError: leaves that the model does not have.
         CoverageError: no token embedding that is known has run.
     """
-    parts = components(model)
-    points = hook_points(model, parts)
+    assert rules.state is not None
+    parts, points = rules.state.parts, rules.points
     rules.begin()
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
@@ -466,12 +487,13 @@ def under_rules(
         given = dict(batch.media)
         if given:
             given = cut_media(at, parts, made.leaves, rules.sites, given, leaf)
-        cut_leaves(at, parts, made.leaves, batch)  # positions, too, of given embeddings
+        cut_leaves(at, rules.embedded, made.leaves, batch)  # positions, too, of given embeddings
         if rules.books is not None:
             rules.books.clear()
             made.layers = watch_blocks(at, parts, rules.books)
-        readers.attach(model, at)
-        capture(at, points, parts, list(latent), made.captured)
+        readers.attach(rules.owned, at)
+        capture(at, points, rules.owned, list(latent), made.captured)
+        keep_unembedded(at, parts, made.captured)
         picked: list[bool] = []
         unembed, length = head_component(model), written(batch).tokens.shape[1]
         if columns is not None and unembed is not None:

@@ -24,15 +24,13 @@ from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.forward import architecture, outputs_of, parts_of
 from lenslrp.hooks import coverage as cover
-from lenslrp.hooks.attach import components
-from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.install import Rules, require_attention, require_bridge
 from lenslrp.hooks.observing import Observer
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books
-from lenslrp.hooks.state import State
+from lenslrp.hooks.structure import unchanged
 from lenslrp.hooks.turns import Block, turn, turns_of
 from lenslrp.inputs import Batch
 from lenslrp.logits import (
@@ -168,14 +166,15 @@ class Session:
                 if not self._fresh and not rules.current:
                     require_bridge(self.model)
                     self._renew(rules)
-                yield
+                with unchanged(self.model):
+                    yield
                 self._fresh = False
             except KeyboardInterrupt:
                 assert self._release is not None
                 self._release()
                 raise
             except BaseException:
-                rules.after = State()  # what was left in the middle holds what it was given
+                rules.state = None  # what was left in the middle holds what it was given
                 self._fresh = False
                 raise
             finally:
@@ -249,25 +248,26 @@ class Session:
         leaves: str,
     ) -> tuple[Tensor, list[RelevanceCache]]:
         model, rules = self.model, self._rules
-        points = hook_points(model, components(model))
+        state, points = rules.state, rules.points
+        assert state is not None
         names, named = select_names(points, names_filter)
         check_reduce(reduce, points)
         columns = None
         if logits == "target":
             columns = self._columns(prepared, wanted, names if named else [])
         hooks = [t.hook for w in wanted for t in parts_of(w) if isinstance(t, Activation)]
-        memory = remembered(model, rules.before.hooks)
-        observes = rules.before.hooked or memory.cuts is None
+        memory = remembered(model, state.hooks)
+        observes = state.hooked or memory.cuts is None
 
         def attempt(ways: set[str]) -> tuple[Tensor, list[RelevanceCache], set[str]]:
             checked = "books" in ways or not (memory.balanced or is_conditional(model))
             self._fit(rules, books=self.ledger or checked, copies="copies" in ways)
             readers = Readers.plan(points, names, partial(reduction_for, reduce))
-            observer = Observer(components(model)) if observes or ways else None
+            observer = Observer(state.parts) if observes or ways else None
             with ExitStack() as stack:
                 tracer = None
                 if "trace" in ways:
-                    tracer = cover.Tracer(components(model))
+                    tracer = cover.Tracer(state.parts)
                     stack.callback(tracer.close)
                 run = stack.enter_context(
                     under_rules(

@@ -32,8 +32,9 @@ from lenslrp.forward import undone
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.components import Attached, components, hook_points
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
+from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.install import FLOATING, relevance_rules
-from lenslrp.hooks.readers import NamesFilter, Readers, select_names
+from lenslrp.hooks.readers import NamesFilter, Readers, owners, select_names
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books
 from lenslrp.inputs import Batch
@@ -133,7 +134,7 @@ def survey(
             )
             at = stack.enter_context(undone(Attached()))
             if "input" in given:
-                cut_leaves(at, parts, leaves, _as_prepared(given))
+                cut_leaves(at, embeddings(parts), leaves, _as_prepared(given))
             else:
                 given = cut_media(at, parts, leaves, rules.sites, given, "pixels")
             if books is not None:
@@ -141,7 +142,7 @@ def survey(
             points = hook_points(model, parts)
             names, _ = select_names(points, names_filter)
             readers = Readers.plan(points, names, partial(reduction_for, reduce))
-            readers.attach(model, at)
+            readers.attach(owners(m for _, m in parts), at)
             if checkpoint:
                 checkpoint_blocks(at, parts)
             stack.enter_context(held)

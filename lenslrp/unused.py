@@ -16,7 +16,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,8 +29,10 @@ from lenslrp.forward import run_model, undone
 from lenslrp.hooks.attach import Attached, components
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import Composite, GradientTimesInput
+from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.install import relevance_rules
 from lenslrp.hooks.sites import has_values
+from lenslrp.hooks.state import users_hooks
 from lenslrp.hooks.turns import in_force
 from lenslrp.inputs import Batch, is_encoder_decoder
 from lenslrp.leaves import Leaves, cut_leaves, cut_media
@@ -56,9 +57,6 @@ PLAIN = frozenset(
     }
 )
 """What a forward pass is given for text."""
-
-MAKERS = ("transformer_lens", "transformers", "accelerate", "torch", "lenslrp.hooks")
-"""Whose hooks on modules belong to how a model runs."""
 
 OWN = ("use_hook_mlp_in", "use_attn_result")
 BEFORE_ATTENTION = re.compile(r"(\w*blocks\.\d+)\.(ln1|attn|self_attn)\.")
@@ -168,12 +166,8 @@ def _first(prepared: Batch) -> Batch:
 def _foreign(model: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
     """Hooks that a user has put on modules themselves: where each is kept, and its key."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in hooks.items():
-                inner = hook.func if isinstance(hook, partial) else hook
-                made = str(getattr(inner, "__module__", ""))
-                if not made.startswith(MAKERS) and not isinstance(module, HookPoint):
-                    yield hooks, key
+        if not isinstance(module, HookPoint):
+            yield from users_hooks(module)
 
 
 def _look(model: Any, prepared: Batch, rules: Composite | None, *, quiet: bool) -> frozenset[str]:
@@ -206,7 +200,7 @@ def _look(model: Any, prepared: Batch, rules: Composite | None, *, quiet: bool) 
         given = dict(prepared.media)
         if given:
             given = cut_media(at, parts, leaves, [], given, "pixels")
-        cut_leaves(at, parts, leaves, prepared)
+        cut_leaves(at, embeddings(parts), leaves, prepared)
         for point in {id(point): point for point in points.values()}.values():
             at.hook(point, mark)
         used = _above(run_model(model, prepared, leaves, given).grad_fn)

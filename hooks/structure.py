@@ -1,0 +1,96 @@
+"""The modules of a model by name, looked up once for as long as they stay the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+from torch import nn
+
+Parts = list[tuple[str, nn.Module]]
+
+
+class _Structure:
+    """What is known of one model; none of its modules is kept alive for it."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.names = [name for name, _ in parts]
+        self.modules = [ref(module) for _, module in parts]
+        self.children = [_children(module) for _, module in parts]
+        self.places: dict[str, list[int]] = {}
+        self.trusted = 0
+
+    def parts(self) -> Parts | None:
+        """The modules, ``None`` where one has gone or has other children."""
+        parts: Parts = []
+        for name, alive in zip(self.names, self.modules, strict=True):
+            module = alive()
+            if module is None:
+                return None
+            parts.append((name, module))
+        same = (_children(m) == own for (_, m), own in zip(parts, self.children, strict=True))
+        return parts if self.trusted or all(same) else None
+
+
+_known: WeakKeyDictionary[nn.Module, _Structure] = WeakKeyDictionary()
+
+
+def components(model: nn.Module) -> Parts:
+    """Every module once, under the first of its names that is not a wrapped module's own."""
+    known = _known.get(model)
+    parts = None if known is None else known.parts()
+    if parts is None:
+        parts = list(_named(model))
+        _known[model] = _Structure(parts)
+    return parts
+
+
+def components_where(model: nn.Module, name: str, holds: Callable[[nn.Module], bool]) -> Parts:
+    """Those of which something holds that is a matter of what they are; ``name`` is its name."""
+    parts = components(model)
+    places = _known[model].places
+    if name not in places:
+        places[name] = [index for index, (_, module) in enumerate(parts) if holds(module)]
+    return [parts[index] for index in places[name]]
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Inside the block the modules are known to be the same ones, and are not looked at again."""
+    components(model)
+    known = _known[model]
+    known.trusted += 1
+    try:
+        yield
+    finally:
+        known.trusted -= 1
+
+
+def _children(module: nn.Module) -> list[int]:
+    inner: Any = module.__dict__.get("original_model")  # a bridge's, past its own modules
+    own = [id(child) for child in module._modules.values()]
+    return own if inner is None else [*own, id(inner), *map(id, inner.children())]
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    seen: set[int] = set()
+    named = list(model.named_modules(remove_duplicate=False))
+    # What the bridge has no component for (a head's activation, a stack's embedding) runs as well.
+    inner = getattr(model, "original_model", None)
+    if isinstance(inner, nn.Module):
+        named += [
+            (f"original_model.{name}", module) for name, module in inner.named_modules() if name
+        ]
+    named.sort(
+        key=lambda item: (
+            item[0].startswith("original_model."),
+            item[0].count("_original_component"),
+            "original_" in item[0],
+        )
+    )
+    for name, module in named:
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield name.replace("._original_component", ""), module
