@@ -2,57 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
+from lenslrp.batch import Batch as Batch
 from lenslrp.errors import InputError
 from lenslrp.hooks.padding import masked_ids, position_ids, require_padding, takes_left
 from lenslrp.hooks.structure import components_where
 from lenslrp.names import token_ids
-from lenslrp.spelling import Speller
 from lenslrp.tokenization import tokenize
-from lenslrp.words import Row, read_row, row_of_names
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch, ready for the forward pass.
-
-    Attributes:
-        tokens: [batch, pos] token ids (zeros where only embeddings were given).
-        mask: [batch, pos], True where a token is real.
-        prompt_lengths: real tokens of the prompt in each row.
-        kwargs: what the forward pass takes besides.
-        texts: what the rows were made from, where that was text.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    prompt_lengths: list[int]
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    decoder: Batch | None = None  #: what the decoder of an encoder-decoder is given
-    media: dict[str, Tensor] = field(default_factory=dict)  #: pixels, samples: floats, checked
-    names: list[str] | None = None  #: what the tokens of an image or a sound are called
-    texts: list[str] | None = None
-
-    def rows(self, tokenizer: Any) -> list[Row]:
-        """Every row as text."""
-        if self.names is not None:
-            return [row_of_names(self.names) for _ in self.tokens]
-        if "inputs_embeds" in self.kwargs or tokenizer is None:
-            return [row_of_names([str(i) for i in row]) for row in self.tokens.tolist()]
-        speller = Speller(tokenizer)
-        texts: Sequence[str | None] = self.texts or [None] * len(self.tokens)
-        columns = (self.tokens.tolist(), self.mask.tolist(), self.prompt_lengths, texts)
-        return [read_row(speller, *row) for row in zip(*columns, strict=True)]
-
-    def str_tokens(self, tokenizer: Any) -> list[list[str]]:
-        return [row.pieces for row in self.rows(tokenizer)]
 
 
 def prepare(
