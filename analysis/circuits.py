@@ -148,8 +148,7 @@ def _backward(
     Returns the gap, [pair].
     """
     device = next(runs.model.parameters()).device
-    last = runs.pairs.mask.sum(dim=1) - 1
-    with unembedding_at(runs.model, last):
+    with unembedding_at(runs.model, runs.pairs.last):
         _, cache = run_with_relevance(
             runs.model,
             target=runs.pairs,
@@ -198,8 +197,7 @@ def _integrated(runs: _Runs) -> _Found:
 def _embedded(runs: _Runs, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """One forward pass: the gap, what flows at the hook points, the tokens' embeddings."""
     mask = masking(runs.pairs, tokens.device).get("attention_mask")
-    last = runs.pairs.mask.sum(dim=1) - 1
-    with reading(runs.model, runs.hooks) as found, unembedding_at(runs.model, last):
+    with reading(runs.model, runs.hooks) as found, unembedding_at(runs.model, runs.pairs.last):
         asked = ask(runs.model, tokens, runs.pairs, attention_mask=mask)
     runs.passes.forward += len(runs.pairs)
     return asked.explained.value, found, asked.inputs

@@ -282,9 +282,8 @@ def _estimated(runs: _Runs, into: Iterable[Node] | None) -> _Found:
     )
     copies = max(1, min(len(downs), runs.rows // len(pairs)))
     copied = pairs.repeated(copies)
-    last = copied.mask.sum(dim=1) - 1
     with (
-        unembedding_at(runs.model, last),
+        unembedding_at(runs.model, copied.last),
         cut(runs.model, repeated(prepared, copies), copied, runs.hooks, runs.composite) as passed,
     ):
         runs.passes.forward += copies * len(pairs)

@@ -57,7 +57,11 @@ COMPONENTS: Mapping[str, Component] = {
 
 @dataclass(frozen=True, order=True)
 class Node:
-    """One node: a unit at a hook point, at one position or (``None``) at all of them."""
+    """One node: a unit at a hook point, at one position or (``None``) at all of them.
+
+    A position counts the tokens of each row's own prompt, -1 being its last; a row that is shorter
+    has no such node.
+    """
 
     hook: str
     unit: int
@@ -128,8 +132,7 @@ def largest(frame: pd.DataFrame, column: str, k: int) -> pd.DataFrame:
 def forward(model: Any, tokens: Tensor, pairs: Pairs) -> Float[Tensor, " pair"]:
     """One forward pass without gradients, unembedded at the last token only: the gap."""
     device = next(model.parameters()).device
-    last = pairs.mask.sum(dim=1) - 1
-    with torch.no_grad(), unembedding_at(model, last):
+    with torch.no_grad(), unembedding_at(model, pairs.last):
         logits = model(
             tokens.to(device), return_type="logits", use_cache=False, **masking(pairs, device)
         )

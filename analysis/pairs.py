@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from lenslrp.analysis.records import Record
 from lenslrp.analysis.templates import NOUNS, agreement, indirect_objects
+from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.names import Token, token_id
@@ -46,13 +48,23 @@ class Pairs:
     answers: Int[Tensor, " pair"]
     rivals: Int[Tensor, " pair"]
 
+    @cached_property
+    def batch(self) -> Batch:
+        """What says where in a row a position is."""
+        return Batch.of_mask(self.mask)
+
+    @property
+    def last(self) -> Int[Tensor, " pair"]:
+        """The column of each row's last token, where the logits are read."""
+        return self.batch.columns(-1)
+
     def __len__(self) -> int:
         return len(self.answers)
 
     def __getitem__(self, rows: slice | Tensor) -> Pairs:
         """Some of the pairs, without the padding that they do not need."""
         mask = self.mask[rows]
-        length = int(mask.sum(dim=1).max()) if len(mask) else 0
+        length = max(Batch.of_mask(mask).lengths, default=0)
         return Pairs(
             self.clean[rows, :length],
             self.corrupt[rows, :length],
@@ -81,8 +93,7 @@ class Pairs:
         ``logits`` may hold that position only.
         """
         rows = torch.arange(len(self), device=logits.device)
-        last = self.mask.sum(dim=1).to(logits.device) - 1
-        at = logits[:, 0] if logits.shape[1] == 1 else logits[rows, last]
+        at = logits[:, 0] if logits.shape[1] == 1 else self.batch.picked(logits, -1)
         answers, rivals = self.answers.to(at.device), self.rivals.to(at.device)
         return at[rows, answers] - at[rows, rivals]
 

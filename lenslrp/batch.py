@@ -118,23 +118,22 @@ class Batch:
                 f"positions go from {-shortest} to {shortest - 1}"
             )
 
-    def columns(self, position: int, what: str = "position") -> Int[Tensor, " batch"]:
+    def columns(self, position: int) -> Int[Tensor, " batch"]:
         """The column of a position in each row.
 
         Raises:
             InputError: a position that a row lacks, or no integer.
         """
-        self.require(position, what)
-        return self.where([position]).int().argmax(dim=1)
+        self.require(position)
+        rows = torch.arange(len(self.mask), device=self.mask.device)
+        return self.columns_at(rows, rows.new_full(rows.shape, position))
 
-    def column(self, position: int, row: int = 0, what: str = "position") -> int:
-        """The column of a position in one row.
-
-        Raises:
-            InputError: a position that the row lacks, or no integer.
-        """
-        self.require(position, what, [row])
-        return int(self.where([position])[row].int().argmax())
+    def columns_at(self, rows: Int[Tensor, " n"], positions: Int[Tensor, " n"]) -> Tensor:
+        """[n], the column of each of some positions, which the rows must have."""
+        order = self.mask.int().argsort(dim=1, descending=True, stable=True)  # real tokens first
+        rows, positions = rows.to(order.device), positions.to(order.device)
+        length = self.mask.sum(dim=1)[rows]
+        return order[rows, torch.where(positions < 0, positions + length, positions)]
 
     def where(self, positions: Sequence[int]) -> Bool[Tensor, "batch pos"]:
         """True at some positions, in the rows that have them."""
