@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +75,11 @@ def edit_units(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
     for edit in edits:
         by_hook.setdefault(edit.hook, []).append(edit)
     anywhere = all(edit.positions is None for own in by_hook.values() for edit in own)
-    with nullcontext(Passes()) if anywhere else follow(model) as passes:
-        with change_hooks(model, {n: _apply(n, own, passes) for n, own in by_hook.items()}):
-            yield
+    with ExitStack() as stack:
+        passes = Passes() if anywhere else stack.enter_context(follow(model))
+        changes = {name: _apply(name, own, passes) for name, own in by_hook.items()}
+        stack.enter_context(change_hooks(model, changes))
+        yield
 
 
 @contextmanager

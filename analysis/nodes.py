@@ -7,7 +7,7 @@ head, or a single entry. Everything about nodes is computed on one view of a hoo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -59,8 +59,8 @@ COMPONENTS: Mapping[str, Component] = {
 class Node:
     """One node: a unit at a hook point, at one position or (``None``) at all of them.
 
-    A position counts the tokens of each row's own prompt, -1 being its last; a row that is shorter
-    has no such node.
+    A position counts the tokens of each row's own prompt, -1 being its last. Shorter rows may lack
+    one that counts from the beginning; all must have one that counts from the end.
     """
 
     hook: str
@@ -104,6 +104,21 @@ def place_components(model: Any, names: Sequence[str]) -> dict[str, str]:
             placed[hook] = name
     require_used(model, placed)
     return placed
+
+
+def require_positions(nodes: Iterable[Node], pairs: Pairs) -> None:
+    """Refuse a position that no pair has, or from an end that one pair does not reach to.
+
+    Raises:
+        InputError: naming the node.
+    """
+    longest = max(pairs.batch.lengths)
+    for node in nodes:
+        position = node.position
+        if position is not None and position < 0:
+            pairs.batch.require(position, f"{node}: position")
+        elif position is not None and position >= longest:
+            raise InputError(f"{node}: the longest prompt has {longest} tokens")
 
 
 def delivering(

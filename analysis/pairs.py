@@ -78,9 +78,21 @@ class Pairs:
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
-    def padded(self, scores: Float[Tensor, "... pos unit"]) -> Float[Tensor, "... longest unit"]:
-        """Scores of some of the pairs, by position, with the padding of all of them."""
-        return torch.nn.functional.pad(scores, (0, 0, 0, self.mask.shape[1] - scores.shape[-2]))
+    def padded(
+        self, scores: Float[Tensor, "... pos unit"], only: Iterable[Any] = ()
+    ) -> Float[Tensor, "... longest unit"]:
+        """Scores of some of the pairs, by position, with the padding of all of them: 0, or NaN
+        where some of the nodes that were asked for (``only``) count from the end."""
+        missing = any((node.position or 0) < 0 for node in only)
+        beyond = (0, 0, 0, self.mask.shape[1] - scores.shape[-2])
+        return torch.nn.functional.pad(scores, beyond, value=torch.nan if missing else 0.0)
+
+    def put(self, scores: Float[Tensor, "pair pos"], position: int, values: Tensor) -> None:
+        """Write a value a pair at a position; what counts from the end goes to where that is."""
+        if position < 0:
+            scores[self.batch.place(position)] = values
+        elif position < scores.shape[1]:
+            scores[:, position] = values
 
     def repeated(self, copies: int) -> Pairs:
         """The batch ``copies`` times, one after the other."""
@@ -150,13 +162,11 @@ class Pairs:
                     f"pair {index}: the answer is the rival, {answers[index]!r}: their logits "
                     "differ by nothing"
                 )
-        width = max(map(len, rows[0]))
-        padded = [[row + [0] * (width - len(row)) for row in side] for side in rows]
-        lengths = torch.tensor([len(row) for row in rows[0]])
+        one, other = (Batch.of_rows(side) for side in rows)
         return cls(
-            torch.tensor(padded[0]),
-            torch.tensor(padded[1]),
-            torch.arange(width)[None] < lengths[:, None],
+            one.tokens,
+            other.tokens,
+            one.mask,
             torch.tensor(ids[0]),
             torch.tensor(ids[1]),
         )

@@ -70,6 +70,18 @@ class Batch:
         lengths = mask.sum(dim=1).tolist() if prompt_lengths is None else prompt_lengths
         return cls(torch.zeros_like(mask, dtype=torch.long), mask, lengths, decoder=decoder)
 
+    @classmethod
+    def of_rows(cls, rows: Sequence[Any], side: str = "right", pad: int = 0) -> Batch:
+        """Rows of token ids (lists, tensors) in one tensor, padded with ``pad`` on one side."""
+        width = max(len(row) for row in rows)
+        tokens = torch.full((len(rows), width), pad, dtype=torch.long)
+        mask = torch.zeros((len(rows), width), dtype=torch.bool)
+        for index, row in enumerate(rows):
+            span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            tokens[index, span] = torch.as_tensor(row)
+            mask[index, span] = True
+        return cls(tokens, mask, [len(row) for row in rows])
+
     def rows(self, tokenizer: Any) -> list[Row]:
         """Every row as text."""
         if self.names is not None:
@@ -140,6 +152,13 @@ class Batch:
         asked = self.positions.new_tensor(list(positions))
         counted = asked + torch.where(asked < 0, self.mask.sum(dim=1, keepdim=True), 0)
         return (self.positions[:, :, None] == counted[:, None]).any(dim=-1) & self.mask
+
+    def place(self, position: int | None) -> tuple[Any, Any]:
+        """Rows and columns, to index a tensor with, of a position in the rows that have it."""
+        if position is None:
+            return slice(None), slice(None)
+        rows, columns = self.where([position]).nonzero(as_tuple=True)
+        return rows, columns
 
     def picked(self, x: Tensor, position: int) -> Tensor:
         """``x`` [batch, pos, ...] at a position: [batch, ...].

@@ -77,16 +77,17 @@ def _with_decoder(model: Any, given: Batch, decoder_input: Any, append: list[int
     if len(rows) != batch:
         raise InputError(f"{len(rows)} rows for the decoder, {batch} for the encoder")
     lengths = [len(row) for row in rows]
-    tokens, mask = _pad([row + append[:-1] for row in rows], "right", _pad_id(model))
+    written = Batch.of_rows([row + append[:-1] for row in rows], "right", _pad_id(model))
+    tokens, mask = written.tokens, written.mask
     _require_ids(model, [*rows, append] if append else rows)
     _require_room(model, tokens.shape[1], decoder=True)
     device = _device(model)
     kwargs = {**given.kwargs, "decoder_input_ids": tokens.to(device)}
     if not bool(mask.all()):
         kwargs["decoder_attention_mask"] = mask.long().to(device)
-    written = [decoder_input] * batch if isinstance(decoder_input, str) else decoder_input
+    words = [decoder_input] * batch if isinstance(decoder_input, str) else decoder_input
     decoder = Batch(
-        tokens.to(device), mask.to(device), lengths, texts=written if _is_text(written) else None
+        tokens.to(device), mask.to(device), lengths, texts=words if _is_text(words) else None
     )
     return replace(given, kwargs=kwargs, decoder=decoder)
 
@@ -133,8 +134,8 @@ def prepare_side(
     _require_ids(model, [*rows, append] if append else rows)
     lengths = [len(row) for row in rows]
     if mask is None or append:
-        rows = [row + append[:-1] for row in rows]
-        tokens, mask = _pad(rows, padding_side, _pad_id(model))
+        padded = Batch.of_rows([row + append[:-1] for row in rows], padding_side, _pad_id(model))
+        tokens, mask = padded.tokens, padded.mask
     _require_room(model, tokens.shape[1])
     require_padding(model, mask)
     tokens = masked_ids(model, tokens, mask)
@@ -265,17 +266,6 @@ def _from_embeddings(
         if places is not None:
             kwargs["position_ids"] = places
     return Batch(tokens, mask, mask.sum(dim=1).tolist(), kwargs)
-
-
-def _pad(rows: list[list[int]], side: str, pad: int) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        tokens[index, span] = torch.tensor(row)
-        mask[index, span] = True
-    return tokens, mask
 
 
 def _pad_id(model: Any) -> int:

@@ -105,9 +105,7 @@ class Outputs:
 
     def span(self, length: int) -> Int[Tensor, "batch length"]:
         """The columns that predict ``length`` tokens after each row's prompt."""
-        first = self.mask.int().argmax(dim=1)
-        last = first + torch.tensor(self.prompt_lengths, device=first.device) - 1
-        return last[:, None] + torch.arange(length, device=first.device)
+        return self.batch.written.span(length)
 
 
 @runtime_checkable
