@@ -140,6 +140,15 @@ class Batch:
         rows = torch.arange(len(self.mask), device=self.mask.device)
         return self.columns_at(rows, rows.new_full(rows.shape, position))
 
+    def column(self, position: int, row: int = 0, what: str = "position") -> int:
+        """The column of a position in one row.
+
+        Raises:
+            InputError: a position that the row lacks, or no integer.
+        """
+        self.require(position, what, [row])
+        return int(self.columns_at(torch.tensor(row), torch.tensor(position)))
+
     def columns_at(self, rows: Int[Tensor, " n"], positions: Int[Tensor, " n"]) -> Tensor:
         """[n], the column of each of some positions, which the rows must have."""
         order = self.mask.int().argsort(dim=1, descending=True, stable=True)  # real tokens first

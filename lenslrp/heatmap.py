@@ -327,7 +327,7 @@ def token_heatmap(
     colours = colour_scale(values, mask, scale=scale, without_first=without_first)
 
     tiles = []
-    places = [0, *accumulate(mask)]  # the position of each column that is no padding
+    places = [0, *accumulate(map(int, mask))]  # the position of each column that is no padding
     words = len(tokens) - (0 if grid is None else grid[0] * grid[1])
     for kept, run in groupby(range(words), key=lambda position: mask[position]):
         positions = list(run)
