@@ -280,7 +280,7 @@ def _rows(
         InputError: a target that does not say its position, without ``position``.
     """
     weights = torch.zeros(last.shape[:2]).to(last)
-    written = question.prepared.decoder or question.prepared
+    written = question.prepared.written
     mask = written.mask.to(last.device)
     outputs = Outputs(last, mask, None, dict[str, Tensor]().__getitem__, written.prompt_lengths)
     classifies = media.labels_of(question.model) is not None
@@ -293,8 +293,7 @@ def _rows(
             where = 0 if before else None
         elif position is None and isinstance(target, Sequence):
             ids = target.ids(question.model.tokenizer)
-            start = int(mask[row].int().argmax()) + one.prompt_lengths[0] - 1
-            weights[row, start : start + len(ids)] = 1 / len(ids)
+            weights[row, written.span(len(ids))[row]] = 1 / len(ids)
         elif where is None:
             raise InputError(
                 f"{type(target).__name__} targets do not say which position they read: give "

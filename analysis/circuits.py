@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,6 +40,7 @@ from lenslrp.analysis.nodes import (
     place_components,
     read,
     reading,
+    require_positions,
 )
 from lenslrp.analysis.pairs import Pairs, ordered
 from lenslrp.analysis.patching import exact_effects
@@ -94,7 +96,8 @@ class NodeScores:
         frames = []
         for hook, name in self.components.items():
             value = self.values[hook].double().cpu().numpy()
-            mean, std = value.mean(axis=0), value.std(axis=0)
+            scored = np.ma.masked_invalid(value)
+            mean, std = (np.ma.filled(x, np.nan) for x in (scored.mean(axis=0), scored.std(axis=0)))
             grid = np.indices(mean.shape).reshape(mean.ndim, -1)
             frame = pd.DataFrame({"component": name, "layer": layer_of(hook), "hook": hook,
                                   "unit": grid[-1]})  # fmt: skip
@@ -148,8 +151,7 @@ def _backward(
     Returns the gap, [pair].
     """
     device = next(runs.model.parameters()).device
-    last = runs.pairs.mask.sum(dim=1) - 1
-    with unembedding_at(runs.model, last):
+    with unembedding_at(runs.model, runs.pairs.last):
         _, cache = run_with_relevance(
             runs.model,
             target=runs.pairs,
@@ -198,8 +200,7 @@ def _integrated(runs: _Runs) -> _Found:
 def _embedded(runs: _Runs, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """One forward pass: the gap, what flows at the hook points, the tokens' embeddings."""
     mask = masking(runs.pairs, tokens.device).get("attention_mask")
-    last = runs.pairs.mask.sum(dim=1) - 1
-    with reading(runs.model, runs.hooks) as found, unembedding_at(runs.model, last):
+    with reading(runs.model, runs.hooks) as found, unembedding_at(runs.model, runs.pairs.last):
         asked = ask(runs.model, tokens, runs.pairs, attention_mask=mask)
     runs.passes.forward += len(runs.pairs)
     return asked.explained.value, found, asked.inputs
@@ -283,6 +284,7 @@ def score_nodes(
     hooks = place_components(model, components)
     passes = Passes()
     nodes = None if only is None else list(only)
+    require_positions(nodes or (), pairs)
     found = []
     for part in pairs.chunks(chunk):
         base, other = ordered(direction, part.corrupt.to(device), part.clean.to(device))
@@ -291,7 +293,7 @@ def score_nodes(
         found.append(score(runs))
     bases, others, scores = zip(*found, strict=True)
     corrupt, clean = ordered(direction, torch.cat(bases).detach(), torch.cat(others))
-    wide = pairs.padded if by_position else torch.as_tensor
+    wide = partial(pairs.padded, only=nodes or ()) if by_position else torch.as_tensor
     values = {hook: torch.cat([wide(part[hook]) for part in scores]) for hook in hooks}
     return NodeScores(
         method, direction, hooks, values, clean, corrupt, pairs.mask, passes

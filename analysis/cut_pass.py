@@ -23,6 +23,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from lenslrp.analysis.nodes import COMPONENTS, TARGET, Node, Units, as_units, delivering
+from lenslrp.batch import Batch
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
 from lenslrp.forward import parts_of
@@ -32,7 +33,6 @@ from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.install import relevance_rules
 from lenslrp.hooks.readers import Readers, converted
 from lenslrp.hooks.sites import Books
-from lenslrp.inputs import Batch
 from lenslrp.passes import Pass, starting, under_rules
 from lenslrp.run import run_with_relevance
 from lenslrp.targets import Activation, Target
@@ -148,6 +148,7 @@ class CutPass:
         seeds: dict[str, Tensor] = {}
         starts = torch.zeros(len(self.values))
         batch = len(next(iter(here.values()))[1])
+        text = Batch.of_mask(self.run.batch.mask[:batch])
         for k, down in enumerate(downs):
             rows = slice(k * batch, (k + 1) * batch)
             if down == TARGET:
@@ -156,8 +157,8 @@ class CutPass:
             g = here[down.hook][1]
             if down.hook not in seeds:
                 seeds[down.hook] = g.new_zeros(len(starts), *g.shape[1:])
-            at = slice(None) if down.position is None else down.position
-            seeds[down.hook][rows, at, down.unit] = g[:, at, down.unit]
+            at = (*text.place(down.position), down.unit)
+            seeds[down.hook][rows][at] = g[at]
         return self.flows(seeds, starts if bool(starts.any()) else None)
 
     def embedded(self) -> Units:

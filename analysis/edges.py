@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -38,11 +39,13 @@ from lenslrp.analysis.nodes import (
     masking,
     place_components,
     read,
+    require_positions,
 )
 from lenslrp.analysis.pairs import Pairs, ordered
 from lenslrp.analysis.path_patching import exact_edges
 from lenslrp.analysis.question import Passes
 from lenslrp.analysis.replaced import repeated
+from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
 from lenslrp.hooks.components import layer_of
@@ -98,7 +101,9 @@ class EdgeScores:
         if down not in self.into or up.hook not in self.values:
             raise InputError(f"the edge {up} -> {down} was not scored")
         found = self.values[up.hook][:, self.into.index(down)]
-        return found[:, up.position, up.unit] if self.by_position else found[:, up.unit]
+        if up.position is None or up.position >= 0:
+            return found[:, up.position, up.unit] if self.by_position else found[:, up.unit]
+        return Batch.of_mask(self.mask).picked(found, up.position)[:, up.unit]
 
     def outgoing(self) -> dict[str, Tensor]:
         """Upstream hook point -> [pair, unit] or [pair, pos, unit]: the sum over all downstream
@@ -114,7 +119,8 @@ class EdgeScores:
             value = self.values[hook].double()
             there = (value != 0).any(dim=0) & ~value.isnan().all(dim=0)
             index = there.nonzero().tolist()
-            mean, std = value.mean(dim=0)[there], value.std(dim=0, correction=0)[there]
+            mean = value.nanmean(dim=0)
+            std = (value - mean).square().nanmean(dim=0).sqrt()[there]
             ups = [Node(hook, i[-1], i[1] if self.by_position else None) for i in index]
             frames.append(
                 pd.DataFrame(
@@ -126,7 +132,7 @@ class EdgeScores:
                         "hook": hook,
                         "unit": [up.unit for up in ups],
                         "position": [up.position for up in ups],
-                        "score": mean.tolist(),
+                        "score": mean[there].tolist(),
                         "std": std.tolist(),
                     }
                 )
@@ -193,14 +199,17 @@ def score_edges(
     device = next(model.parameters()).device
     passes = Passes()
     edges = None if only is None else list(only)
+    downs = None if into is None else list(into)
+    ends = [node for edge in edges or () for node in edge] + (downs or [])
+    require_positions(ends, pairs)
     rules = composite or (METHODS[method] or GradientTimesInput)()
     found = []
     for part in pairs.chunks(rows):
         base, other = ordered(direction, part.corrupt.to(device), part.clean.to(device))
         runs = _Runs(model, part, base, other, hooks, by_position, rules, rows, passes)
-        found.append(_exact(runs, edges) if edges is not None else _estimated(runs, into))
+        found.append(_exact(runs, edges) if edges is not None else _estimated(runs, downs))
     bases, others, intos, scores = zip(*found, strict=True)
-    wide = pairs.padded if by_position else torch.as_tensor
+    wide = partial(pairs.padded, only=ends) if by_position else torch.as_tensor
     values = {
         hook: torch.cat([wide(part[hook]) for part in scores])
         for hook in hooks
@@ -282,9 +291,8 @@ def _estimated(runs: _Runs, into: Iterable[Node] | None) -> _Found:
     )
     copies = max(1, min(len(downs), runs.rows // len(pairs)))
     copied = pairs.repeated(copies)
-    last = copied.mask.sum(dim=1) - 1
     with (
-        unembedding_at(runs.model, last),
+        unembedding_at(runs.model, copied.last),
         cut(runs.model, repeated(prepared, copies), copied, runs.hooks, runs.composite) as passed,
     ):
         runs.passes.forward += copies * len(pairs)
@@ -332,8 +340,7 @@ def _require(downs: Sequence[Node], deltas: Mapping[str, Units]) -> None:
         if node.hook not in deltas:
             raise InputError(f"{node} is no node of these components")
         length, units = deltas[node.hook].shape[1:3]
-        at = node.position
-        if not 0 <= node.unit < units or not (at is None or 0 <= at < length):
+        if not 0 <= node.unit < units or (node.position or 0) >= length:
             raise InputError(f"{node}: {node.hook} has {units} units and {length} positions")
 
 
@@ -358,8 +365,11 @@ def _exact(runs: _Runs, edges: list[Edge]) -> _Found:
         for hook, size in sizes.items()
     }
     for (up, down), effect in effects.items():
-        at = (up.position, up.unit) if runs.by_position else (up.unit,)
-        scores[up.hook][(slice(None), downs.index(down), *at)] = effect
+        into = scores[up.hook][:, downs.index(down), ..., up.unit]
+        if up.position is None:
+            into[:] = effect
+        else:
+            runs.pairs.put(into, up.position, effect)
     return base, other, downs, scores
 
 

@@ -97,7 +97,7 @@ def build_graph(
         token, probability = _token(target, passed.run.outputs())
     leaves = cache.tokens if cache.positions is None else cache.tokens + cache.positions
     value = float(cache.target.value[0])
-    position = getattr(target, "position", -1) % len(tokens)
+    position = prepared.column(getattr(target, "position", -1))
     label = "target"
     if token is not None:
         label = str(token) if model.tokenizer is None else str_token(model.tokenizer, token)

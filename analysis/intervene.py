@@ -12,22 +12,24 @@ interventions on copies of one prompt::
     with edit_units(model, edits):
         logits = model(prompt)
 
-Edits work inside :func:`lenslrp.run_with_relevance` and beside the user's own hooks. For edits that
-follow a text while it is generated, and for directions, see :mod:`lenslrp.analysis.steering`.
+Edits work inside :func:`lenslrp.run_with_relevance` and beside the user's own hooks. For edits of
+what is generated, and for directions, see :mod:`lenslrp.analysis.steering`.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lenslrp.batch import PAIRED
 from lenslrp.errors import InputError
+from lenslrp.followed import Pass, Passes, follow
 from lenslrp.hooks.readers import forget, is_total, owners
 from lenslrp.hooks.turns import in_force
 from lenslrp.unused import require_used, why_unused
@@ -44,7 +46,9 @@ class Edit:
         scale: 0 switches off, 1 changes nothing (equal to the last bit), more amplifies.
         shift: what is added, in units of the activation; ``scale=0`` with a shift sets a value.
         rows: batch rows in which to do it; ``None`` for all.
-        positions: where in the row, padding counted; negative from the end; ``None`` for all.
+        positions: of the row's own prompt, padding left out; negative from its end. In an
+            encoder-decoder, of the text of the hook point's own stack. ``None`` for everything,
+            generated tokens among it.
     """
 
     hook: str
@@ -70,7 +74,11 @@ def edit_units(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
     by_hook: dict[str, list[Edit]] = {}
     for edit in edits:
         by_hook.setdefault(edit.hook, []).append(edit)
-    with change_hooks(model, {name: _apply(name, own) for name, own in by_hook.items()}):
+    anywhere = all(edit.positions is None for own in by_hook.values() for edit in own)
+    with ExitStack() as stack:
+        passes = Passes() if anywhere else stack.enter_context(follow(model))
+        changes = {name: _apply(name, own, passes) for name, own in by_hook.items()}
+        stack.enter_context(change_hooks(model, changes))
         yield
 
 
@@ -146,57 +154,67 @@ def require_on_stream(model: Any, hook: str) -> None:
         )
 
 
-def _apply(name: str, edits: list[Edit]) -> Callable[[Tensor], Tensor]:
-    made: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by batch size and length
+def _apply(name: str, edits: list[Edit], passes: Passes) -> Callable[[Tensor], Tensor]:
+    made: dict[Any, tuple[Tensor, ...]] = {}  # by batch size and length, or of the last pass
+    anywhere = all(edit.positions is None for edit in edits)
 
     def change(x: Tensor) -> Tensor:
-        if x.ndim not in (3, 4):
+        if x.ndim not in (3, 4) or name.endswith(PAIRED):
             raise InputError(
                 f"{name} has shape {list(x.shape)}; edits need [batch, pos, unit] or "
                 "[batch, pos, head, d_head]"
             )
-        key = (x.shape[0], x.shape[1])
+        key = x.shape[:2] if anywhere else (passes.now, x.shape[:2])
         if key not in made:
-            made[key] = _table(name, edits, x)
-        rows, positions, units, scale, shift = made[key]
-        place = (rows, positions, units)
+            made.clear()
+            made[key] = _table(name, edits, x, passes)
+        rows, columns, units, scale, shift = made[key]
+        place = (rows, columns, units)
         return x.index_put(place, x[place] * scale + shift)
 
     return change
 
 
-def _table(name: str, edits: list[Edit], x: Tensor) -> tuple[Tensor, ...]:
-    """Row, position and unit of every change at one hook point, its scale and its shift: [n]."""
+def _table(name: str, edits: list[Edit], x: Tensor, passes: Passes) -> tuple[Tensor, ...]:
+    """Row, column and unit of every change at one hook point, its scale and its shift: [n]."""
     batch, length, width = x.shape[:3]
     tables = []
     for edit in edits:
-        rows = range(batch) if edit.rows is None else edit.rows
-        positions = range(length) if edit.positions is None else edit.positions
-        _require_inside(f"row of the edit at {name}", rows, 0, batch)
-        _require_inside(f"position of the edit at {name}", positions, -length, length)
-        _require_inside(f"unit of {name}", edit.units, 0, width)
-        grid = torch.meshgrid(
-            torch.tensor(list(rows), dtype=torch.long),
-            torch.tensor(list(positions), dtype=torch.long) % length,
-            torch.tensor(edit.units, dtype=torch.long),
-            indexing="ij",
-        )
-        places = torch.stack([axis.flatten() for axis in grid])
+        rows = tuple(range(batch)) if edit.rows is None else edit.rows
+        _require_inside(f"row of the edit at {name}", rows, batch)
+        _require_inside(f"unit of {name}", edit.units, width)
+        columns = torch.arange(length).expand(len(rows), -1)
+        if edit.positions is not None:
+            columns = _columns(name, x, rows, edit.positions, passes.now)
+        shape = (*columns.shape, len(edit.units))
+        grid = (torch.tensor(rows)[:, None, None], columns[..., None], torch.tensor(edit.units))
+        places = torch.stack([axis.long().expand(shape).flatten() for axis in grid])
         tables.append((places, edit.scale, edit.shift))
     places = torch.cat([own for own, _, _ in tables], dim=1)
     unique, counts = places.unique(dim=1, return_counts=True)
     if unique.shape[1] < places.shape[1]:
-        row, position, unit = unique[:, counts > 1][:, 0].tolist()
-        raise InputError(
-            f"unit {unit} of {name} is edited twice in row {row} at position {position}"
-        )
+        row, column, unit = unique[:, counts > 1][:, 0].tolist()
+        raise InputError(f"unit {unit} of {name} is edited twice in row {row} at column {column}")
     shape = (-1, *(1 for _ in x.shape[3:]))  # the same for every entry of a head
     scale = torch.cat([x.new_full((own.shape[1],), scale) for own, scale, _ in tables]).view(shape)
     shift = torch.cat([x.new_full((own.shape[1],), shift) for own, _, shift in tables]).view(shape)
     return (*places.to(x.device), scale, shift)
 
 
-def _require_inside(what: str, indices: Iterable[int], low: int, stop: int) -> None:
+def _columns(
+    name: str, x: Tensor, rows: tuple[int, ...], positions: tuple[int, ...], now: Pass
+) -> Tensor:
+    """[row, position], where in ``x`` the rows' positions are; none, where a cache holds them."""
+    asked = torch.tensor(positions, dtype=torch.long)
+    text = now.at(name, x)
+    if text is None:
+        return asked.new_empty(len(rows), 0)
+    for position in positions:
+        text.require(position, f"position of the edit at {name}:", rows)
+    return text.columns_at(torch.tensor(rows, dtype=torch.long)[:, None], asked).cpu()
+
+
+def _require_inside(what: str, indices: Iterable[int], stop: int) -> None:
     for index in indices:
-        if not low <= index < stop:
-            raise InputError(f"{what} is {index}, expected {low} to {stop - 1}")
+        if not 0 <= index < stop:
+            raise InputError(f"{what} is {index}, expected 0 to {stop - 1}")

@@ -75,8 +75,7 @@ def _batches(
             part if isinstance(part, Tensor) else list(part),
             append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None,
         )  # fmt: skip
-        counts = given.mask & (given.mask.cumsum(dim=1) > skip)
-        yield given.tokens, counts, given.kwargs
+        yield given.tokens, given.positions >= skip, given.kwargs
 
 
 class _Sums:

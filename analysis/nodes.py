@@ -7,7 +7,7 @@ head, or a single entry. Everything about nodes is computed on one view of a hoo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +57,11 @@ COMPONENTS: Mapping[str, Component] = {
 
 @dataclass(frozen=True, order=True)
 class Node:
-    """One node: a unit at a hook point, at one position or (``None``) at all of them."""
+    """One node: a unit at a hook point, at one position or (``None``) at all of them.
+
+    A position counts the tokens of each row's own prompt, -1 being its last. Shorter rows may lack
+    one that counts from the beginning; all must have one that counts from the end.
+    """
 
     hook: str
     unit: int
@@ -102,6 +106,21 @@ def place_components(model: Any, names: Sequence[str]) -> dict[str, str]:
     return placed
 
 
+def require_positions(nodes: Iterable[Node], pairs: Pairs) -> None:
+    """Refuse a position that no pair has, or from an end that one pair does not reach to.
+
+    Raises:
+        InputError: naming the node.
+    """
+    longest = max(pairs.batch.lengths)
+    for node in nodes:
+        position = node.position
+        if position is not None and position < 0:
+            pairs.batch.require(position, f"{node}: position")
+        elif position is not None and position >= longest:
+            raise InputError(f"{node}: the longest prompt has {longest} tokens")
+
+
 def delivering(
     hooks: Mapping[str, str], on: Callable[[str, Units, Units], None]
 ) -> dict[str, Deliver]:
@@ -128,8 +147,7 @@ def largest(frame: pd.DataFrame, column: str, k: int) -> pd.DataFrame:
 def forward(model: Any, tokens: Tensor, pairs: Pairs) -> Float[Tensor, " pair"]:
     """One forward pass without gradients, unembedded at the last token only: the gap."""
     device = next(model.parameters()).device
-    last = pairs.mask.sum(dim=1) - 1
-    with torch.no_grad(), unembedding_at(model, last):
+    with torch.no_grad(), unembedding_at(model, pairs.last):
         logits = model(
             tokens.to(device), return_type="logits", use_cache=False, **masking(pairs, device)
         )

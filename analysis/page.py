@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 import lenslrp
 from lenslrp.analysis.plan import Place
 from lenslrp.analysis.units import Unit, parse_unit
+from lenslrp.batch import Batch
 from lenslrp.errors import InputError, StorageError
 from lenslrp.hooks.turns import turn
 from lenslrp.targets import Activation, PerRow
@@ -209,19 +211,25 @@ class Rows:
     Attributes:
         mask: 1 where a token is real; None where all are.
         hits: the positions of the hits.
+        batch: what says where in a row a position is.
     """
 
     tokens: Int64[Tensor, "row pos"]
     mask: Int64[Tensor, "row pos"] | None
     hits: list[int]
+    batch: Batch
 
     @classmethod
     def of(cls, page: Page, frame: pd.DataFrame) -> Rows:
         documents = page.dictionary.texts.cited(frame["doc"])
         rows = [documents[doc].tokens for doc in frame["doc"]]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = torch.tensor([[i < len(row) for i in range(tokens.shape[1])] for row in rows])
-        return cls(tokens, None if bool(mask.all()) else mask.long(), frame["position"].tolist())
+        made = Batch.of_rows(rows)
+        mask = None if bool(made.mask.all()) else made.mask.long()
+        return cls(made.tokens, mask, frame["position"].tolist(), made)
+
+    def columns(self, positions: Sequence[int]) -> Int64[Tensor, " row"]:
+        """The column of a position in each row."""
+        return self.batch.columns_at(torch.arange(len(positions)), torch.tensor(positions))
 
     def activations(self, page: Page) -> PerRow:
         """The unit's activation at each hit, as a target."""

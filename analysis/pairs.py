@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from lenslrp.analysis.records import Record
 from lenslrp.analysis.templates import NOUNS, agreement, indirect_objects
+from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.names import Token, token_id
@@ -46,13 +48,23 @@ class Pairs:
     answers: Int[Tensor, " pair"]
     rivals: Int[Tensor, " pair"]
 
+    @cached_property
+    def batch(self) -> Batch:
+        """What says where in a row a position is."""
+        return Batch.of_mask(self.mask)
+
+    @property
+    def last(self) -> Int[Tensor, " pair"]:
+        """The column of each row's last token, where the logits are read."""
+        return self.batch.columns(-1)
+
     def __len__(self) -> int:
         return len(self.answers)
 
     def __getitem__(self, rows: slice | Tensor) -> Pairs:
         """Some of the pairs, without the padding that they do not need."""
         mask = self.mask[rows]
-        length = int(mask.sum(dim=1).max()) if len(mask) else 0
+        length = max(Batch.of_mask(mask).lengths, default=0)
         return Pairs(
             self.clean[rows, :length],
             self.corrupt[rows, :length],
@@ -66,9 +78,21 @@ class Pairs:
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
-    def padded(self, scores: Float[Tensor, "... pos unit"]) -> Float[Tensor, "... longest unit"]:
-        """Scores of some of the pairs, by position, with the padding of all of them."""
-        return torch.nn.functional.pad(scores, (0, 0, 0, self.mask.shape[1] - scores.shape[-2]))
+    def padded(
+        self, scores: Float[Tensor, "... pos unit"], only: Iterable[Any] = ()
+    ) -> Float[Tensor, "... longest unit"]:
+        """Scores of some of the pairs, by position, with the padding of all of them: 0, or NaN
+        where some of the nodes that were asked for (``only``) count from the end."""
+        missing = any((node.position or 0) < 0 for node in only)
+        beyond = (0, 0, 0, self.mask.shape[1] - scores.shape[-2])
+        return torch.nn.functional.pad(scores, beyond, value=torch.nan if missing else 0.0)
+
+    def put(self, scores: Float[Tensor, "pair pos"], position: int, values: Tensor) -> None:
+        """Write a value a pair at a position; what counts from the end goes to where that is."""
+        if position < 0:
+            scores[self.batch.place(position)] = values
+        elif position < scores.shape[1]:
+            scores[:, position] = values
 
     def repeated(self, copies: int) -> Pairs:
         """The batch ``copies`` times, one after the other."""
@@ -81,8 +105,7 @@ class Pairs:
         ``logits`` may hold that position only.
         """
         rows = torch.arange(len(self), device=logits.device)
-        last = self.mask.sum(dim=1).to(logits.device) - 1
-        at = logits[:, 0] if logits.shape[1] == 1 else logits[rows, last]
+        at = logits[:, 0] if logits.shape[1] == 1 else self.batch.picked(logits, -1)
         answers, rivals = self.answers.to(at.device), self.rivals.to(at.device)
         return at[rows, answers] - at[rows, rivals]
 
@@ -139,13 +162,11 @@ class Pairs:
                     f"pair {index}: the answer is the rival, {answers[index]!r}: their logits "
                     "differ by nothing"
                 )
-        width = max(map(len, rows[0]))
-        padded = [[row + [0] * (width - len(row)) for row in side] for side in rows]
-        lengths = torch.tensor([len(row) for row in rows[0]])
+        one, other = (Batch.of_rows(side) for side in rows)
         return cls(
-            torch.tensor(padded[0]),
-            torch.tensor(padded[1]),
-            torch.arange(width)[None] < lengths[:, None],
+            one.tokens,
+            other.tokens,
+            one.mask,
             torch.tensor(ids[0]),
             torch.tensor(ids[1]),
         )

@@ -53,40 +53,37 @@ def exact_effects(
         base_value, there = read(model, base, pairs, hooks)
     other_value, given = read(model, other, pairs, hooks)
     passes.forward += 2 * len(pairs)
-    wanted = None if only is None else set(only)
     effects = {}
     for hook, component in hooks.items():
         delta = given[hook] - there[hook]
         differs = (delta.abs().amax(dim=3) > 0) & pairs.mask[..., None].to(delta.device)
-        moved = differs.any(dim=0)  # [pos, unit]
-        length, units = moved.shape
+        length, units = delta.shape[1:3]
         shape = (len(pairs), length, units) if by_position else (len(pairs), units)
         found = base_value.new_full(shape, float("nan"))
-        layer = layer_of(hook) or 0
-        with replayed(model, outputs, layer):
-            for unit in range(units):
-                for position in range(length) if by_position else (None,):
-                    if wanted is not None and Node(hook, unit, position) not in wanted:
-                        continue
-                    at = (slice(None), unit) if position is None else (slice(None), position, unit)
-                    if not moved[position if position is not None else slice(None), unit].any():
-                        found[at] = 0.0
-                        continue
+        positions = range(length) if by_position else (None,)
+        nodes = [Node(hook, unit, position) for unit in range(units) for position in positions]
+        if only is not None:
+            nodes = [n for n in only if n.hook == hook and (n.position is not None) == by_position]
+        with replayed(model, outputs, layer_of(hook) or 0):
+            for node in nodes:
+                effect = torch.zeros_like(base_value)
+                if differs[(*pairs.batch.place(node.position), node.unit)].any():
                     kind = COMPONENTS[component].kind
-                    set_it = partial(
-                        put, units=given[hook], kind=kind, unit=unit, position=position
-                    )
+                    set_it = partial(put, units=given[hook], kind=kind, node=node, pairs=pairs)
                     with model.hooks(fwd_hooks=[(hook, set_it)]):
-                        patched = forward(model, base, pairs)
+                        effect = forward(model, base, pairs) - base_value
                     passes.forward += len(pairs)
-                    found[at] = patched - base_value
+                if node.position is None:
+                    found[:, node.unit] = effect
+                else:
+                    pairs.put(found[..., node.unit], node.position, effect)
         effects[hook] = found
     return base_value, other_value, effects
 
 
-def put(x: Tensor, hook: Any, units: Units, kind: Any, unit: int, position: int | None) -> Tensor:
+def put(x: Tensor, hook: Any, *, units: Units, kind: Any, node: Node, pairs: Pairs) -> Tensor:
     """``x`` with one node as it is in the other run."""
     patched = x.clone()
-    where = slice(None) if position is None else position
-    as_units(kind, patched, str(hook.name))[:, where, unit] = units[:, where, unit]
+    at = (*pairs.batch.place(node.position), node.unit)
+    as_units(kind, patched, str(hook.name))[at] = units[at]
     return torch.as_tensor(patched)

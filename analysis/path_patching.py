@@ -54,14 +54,19 @@ def exact_edges(
     passes.forward += 2 * len(pairs)
     effects = {}
     for up, downs in edges.items():
-        at = _place(up)
+        at = (*pairs.batch.place(up.position), up.unit)
         delta = (there[up.hook] - here[up.hook])[at]
         if not bool(delta.any()):
             effects.update({(up, down): torch.zeros_like(base_value) for down in downs})
             continue
         found: dict[str, Tensor] = {}
         holds = [
-            (name, partial(_hold, name=name, hooks=hooks, here=here, up=up, there=there, to=found))
+            (
+                name,
+                partial(
+                    _hold, name=name, hooks=hooks, here=here, up=up, at=at, there=there, to=found
+                ),
+            )
             for name in hooks
         ]
         with replayed(model, outputs, layer_of(up.hook) or 0), model.hooks(fwd_hooks=holds):
@@ -73,22 +78,17 @@ def exact_edges(
                 continue
             # Hook points of blocks that were replayed lie before the upstream node.
             became = found.get(down.hook, here[down.hook])
-            if torch.equal(became[_place(down)], here[down.hook][_place(down)]):
+            place = (*pairs.batch.place(down.position), down.unit)
+            if torch.equal(became[place], here[down.hook][place]):
                 effects[up, down] = torch.zeros_like(base_value)
                 continue
             kind = COMPONENTS[hooks[down.hook]].kind
-            set_it = partial(
-                put, units=became, kind=kind, unit=down.unit, position=down.position
-            )  # fmt: skip
+            set_it = partial(put, units=became, kind=kind, node=down, pairs=pairs)
             layer = layer_of(down.hook) or 0
             with replayed(model, outputs, layer), model.hooks(fwd_hooks=[(down.hook, set_it)]):
                 effects[up, down] = forward(model, base, pairs) - base_value
             passes.forward += len(pairs)
     return base_value, other_value, effects
-
-
-def _place(node: Node) -> tuple[Any, ...]:
-    return (slice(None), slice(None) if node.position is None else node.position, node.unit)
 
 
 def _hold(
@@ -99,6 +99,7 @@ def _hold(
     hooks: Mapping[str, str],
     here: Mapping[str, Tensor],
     up: Node,
+    at: tuple[Any, ...],
     there: Mapping[str, Tensor],
     to: dict[str, Tensor],
 ) -> Tensor:
@@ -109,5 +110,5 @@ def _hold(
     units = as_units(kind, held, name)
     units.copy_(here[name])
     if name == up.hook:
-        units[_place(up)] = there[name][_place(up)]
+        units[at] = there[name][at]
     return held

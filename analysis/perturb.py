@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lenslrp.analysis.prompts import Numbers, Prompt, Values, batch_logits, read
+from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.forward import undone
 from lenslrp.hooks.attach import Attached
@@ -76,12 +77,8 @@ def tokens_of(
     Raises:
         InputError: an unknown baseline, or a position outside the prompt.
     """
-    for position in keep:
-        if not -prompt.length <= position < prompt.length:
-            raise InputError(
-                f"keep has position {position}, outside the prompt's {prompt.length} tokens"
-            )
-    kept = {position % prompt.length for position in keep}
+    text = Batch.of_rows([prompt.given[0].tolist()])
+    kept = {text.column(position, what="keep: position") for position in keep}
     index = np.array([i for i in range(prompt.length) if i not in kept], dtype=np.int64)
     _fill(model, baseline)  # an unknown one is refused here, not later
 

@@ -135,12 +135,12 @@ def _short(token: str) -> str:
     return text if len(text) <= _LONGEST_LABEL else text[: _LONGEST_LABEL - 1] + "…"
 
 
-def _label_tokens(axes: Axes, tokens: Sequence[str], positions: Sequence[int]) -> None:
+def _label_tokens(axes: Axes, tokens: Sequence[str]) -> None:
     """Name the columns by position and token, every n-th one where there are many."""
     step = -(-len(tokens) // _MOST_LABELS) if tokens else 1
     places = list(range(0, len(tokens), step))
     # The mark keeps the number behind a right-to-left token.
-    labels = [f"{_short(tokens[place])}\u200e  {positions[place]}" for place in places]
+    labels = [f"{_short(tokens[place])}\u200e  {place}" for place in places]
     axes.set_xticks(places, labels, rotation=90, parse_math=False, **_font())
 
 
@@ -203,12 +203,12 @@ def residual_map(
     """
     kept = _kept(R, row)
     table = R.residual(row)
-    values = np.asarray(table, dtype=float)[:, kept]
+    values = np.asarray(table, dtype=float)
     limit = _limit(values[:, 1:]) if without_first and len(kept) > 1 else _limit(values)
     rows, columns = values.shape
     figure, axes = _figure(min(4 + 0.3 * columns, 15.0), min(2.2 + 0.2 * rows, 11.0), theme)
     _map(figure, axes, values, limit, theme, "relevance")
-    _label_tokens(axes, [R.str_tokens[row][index] for index in kept], kept)
+    _label_tokens(axes, [R.str_tokens[row][index] for index in kept])
     _label_layers(axes, [str(name) for name in table.index])
     scaled = " (scaled without the first token)" if without_first else ""
     _names(axes, theme, title=f"Residual stream{scaled}", x="token and position", y="layer")
@@ -321,7 +321,7 @@ def token_bars(
     colours = [theme.positive if value >= 0 else theme.negative for value in known]
     axes.bar(np.arange(len(kept)), known, color=colours, width=0.8)
     axes.axhline(0, color=theme.muted, linewidth=0.8)
-    _label_tokens(axes, [R.str_tokens[row][index] for index in kept], kept)
+    _label_tokens(axes, [R.str_tokens[row][index] for index in kept])
     scale = colour_scale(values.tolist(), [True] * len(kept), without_first=without_first)
     if scale.without_first:
         axes.set_ylim(-1.15 * scale.limit, 1.15 * scale.limit)

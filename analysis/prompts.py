@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from lenslrp import media, targets
 from lenslrp.analysis.block_pass import unembedding_at
+from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.hooks.turns import turn
 from lenslrp.targets import Outputs, Target, as_target
@@ -103,12 +104,11 @@ def as_prompt(
     else:
         if len(prepared.tokens) != 1:
             raise InputError(f"give one input at a time, not {len(prepared.tokens)}")
-        writer = prepared.decoder or prepared
-        start = writer.prompt_lengths[0]
-        positions = tuple(range(start - 1, start - 1 + max(len(span), 1)))
+        writer = prepared.written
+        positions = tuple(writer.span(max(len(span), 1))[0].tolist())
         place = getattr(wanted, "position", -1)
         if place != -1:
-            positions = (range(start)[place],)
+            positions = (writer.column(place),)
             wanted = replace(wanted, position=-1)  # type: ignore[type-var]
         decoder = prepared.decoder.tokens[0] if prepared.decoder else None
         length = prepared.prompt_lengths[0]
@@ -175,27 +175,20 @@ def batch_logits(model: Any, prompts: Sequence[Prompt]) -> Tensor:
     """Logits [row, n, vocab] of a prompt a row, at its positions, repeating the last where others
     have more; a classifier's [row, class]."""
     device = next(model.parameters()).device
-    tokens = padded([prompt.tokens for prompt in prompts]).to(device)
+    rows = Batch.of_rows([prompt.tokens.tolist() for prompt in prompts])
+    tokens = rows.tokens.to(device)
     most = max(len(prompt.positions) for prompt in prompts)
     positions = torch.tensor(
         [[*p.positions, *[p.positions[-1]] * (most - len(p.positions))] for p in prompts]
     ).to(device)
     kwargs: dict[str, Any] = {}
-    lengths = torch.tensor([len(prompt.tokens) for prompt in prompts])
-    if bool((lengths < tokens.shape[1]).any()):
-        mask = torch.arange(tokens.shape[1])[None] < lengths[:, None]
-        kwargs["attention_mask"] = mask.long().to(device)
-    decoders = [prompt.decoder for prompt in prompts if prompt.decoder is not None]
-    if decoders:
-        kwargs["decoder_input_ids"] = padded(decoders).to(device)  # causal: needs no mask
+    if not bool(rows.mask.all()):
+        kwargs["attention_mask"] = rows.mask.long().to(device)
+    decoders = [prompt.decoder.tolist() for prompt in prompts if prompt.decoder is not None]
+    if decoders:  # causal: needs no mask
+        kwargs["decoder_input_ids"] = Batch.of_rows(decoders).tokens.to(device)
     with unembedding_at(model, positions):
         logits: Tensor = model(tokens, return_type="logits", use_cache=False, **kwargs)
     if logits.ndim == 3 and logits.shape[1] != most:  # a head of another kind: all positions
         logits = logits[torch.arange(len(logits), device=device)[:, None], positions]
     return logits
-
-
-def padded(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of different lengths on the left of one tensor, zeros (False) after them."""
-    width = max(len(row) for row in rows)
-    return torch.stack([nn.functional.pad(row, (0, width - len(row))) for row in rows])

@@ -14,7 +14,7 @@ An operation moves the activation ``a`` of one unit (:mod:`lenslrp.analysis.unit
 so that the unit's activation (of a feature: what the decoder writes for it) is what the operation
 says. Operations act in the order in which they are given, each on what the one before left.
 
-Positions are those of the text (:mod:`lenslrp.analysis.passes`), never of the pass: the same tokens
+Positions are those of the text (:mod:`lenslrp.followed`), never of the pass: the same tokens
 are steered with a KV cache and without, in a padded batch and alone, in every generation and every
 plain forward pass anew. Padding is never touched.
 """
@@ -32,9 +32,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.intervene import change_hooks
-from lenslrp.analysis.passes import Passes, Positions, follow, positions
 from lenslrp.analysis.units import Direction, Feature, Head, Neuron, Unit
 from lenslrp.errors import InputError
+from lenslrp.followed import Passes, Positions, follow, positions
+from lenslrp.inputs import is_encoder_decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +252,8 @@ def steer(
         operations = Steering(tuple(operations), prompt, generation)
     elif (prompt, generation) != ("all", "all"):
         raise InputError("a Steering says where it acts: give prompt and generation there")
+    if is_encoder_decoder(model):
+        raise InputError("steering is of decoders' texts; this model is an encoder-decoder")
     by_hook: dict[str, list[Operation]] = {}
     for operation in operations.operations:
         hook = operation.hook(model)

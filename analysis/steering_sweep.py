@@ -55,6 +55,7 @@ from lenslrp.analysis.steering import (
 )
 from lenslrp.analysis.sweep_result import SweepResult
 from lenslrp.analysis.units import Direction, Neuron, Unit
+from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.turns import turn
@@ -121,7 +122,7 @@ def sweep(
         raise InputError("a sweep needs coefficients, new_tokens >= 1 and draws >= 0")
     if callable(operation) == (layers is None):
         raise InputError("give layers with a function from layer to operation, and only then")
-    batch = _Batch.of(model, prompts, target, new_tokens, prepend_bos)
+    batch = _Prompts.of(model, prompts, target, new_tokens, prepend_bos)
     made = [operation(layer) for layer in layers or ()] if callable(operation) else [operation]
     frames: list[pd.DataFrame] = []
     for each in made:
@@ -185,7 +186,7 @@ class _Read:
 
 
 @dataclass(frozen=True, eq=False)
-class _Batch:
+class _Prompts:
     """All prompts, padded on the left."""
 
     tokens: Int[Tensor, "prompt pos"]
@@ -196,7 +197,7 @@ class _Batch:
     @classmethod
     def of(
         cls, model: Any, prompts: Sequence[str], target: Any, new: int, bos: bool | None
-    ) -> _Batch:
+    ) -> _Prompts:
         given = prepare(
             model,
             list(prompts),
@@ -205,15 +206,13 @@ class _Batch:
             attention_mask=None,
             inputs_embeds=None,
         )
-        width = given.tokens.shape[1]
-        tokens, mask = torch.zeros_like(given.tokens), torch.zeros_like(given.mask)
-        for row, (ids, real) in enumerate(zip(given.tokens, given.mask, strict=True)):
-            tokens[row, width - int(real.sum()) :] = ids[real]
-            mask[row, width - int(real.sum()) :] = True
+        ids = zip(given.tokens, given.mask, strict=True)
+        left = Batch.of_rows([row[real].tolist() for row, real in ids], "left")
         sides = [[side] if isinstance(side, str | int) else list(side) for side in target]
         vocabulary = int(model.cfg.d_vocab)
         first, second = ([token_id(model.tokenizer, t, vocabulary) for t in own] for own in sides)
-        return cls(tokens, mask, (first, second), new)
+        device = given.tokens.device
+        return cls(left.tokens.to(device), left.mask.to(device), (first, second), new)
 
     @torch.no_grad()
     def read(self, model: Any, stream: str) -> _Read:

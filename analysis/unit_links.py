@@ -156,7 +156,7 @@ def _read(
             return  # flattened over batch and position
         units = (x.norm(dim=-1) if x.ndim == 4 else x).float()
         real = units.flatten(0, 1) if rows.mask is None else units[rows.mask.bool()]
-        at = units[torch.arange(len(units)), torch.tensor(rows.hits)]
+        at = units[torch.arange(len(units)), rows.columns(rows.hits)]
         found[name] = at.cpu(), real.std(dim=0).cpu()
 
     hooks = [(name, lambda x, hook, name=name: keep(x, name)) for name in names]
@@ -188,13 +188,12 @@ def clamped(model: Any, page: Page, *, k: int = 8) -> pd.DataFrame:
         raise InputError("relevance explained something else than the logit of one token")
     documents = page.dictionary.texts.documents(frame["doc"])
     tokens = torch.tensor([documents[doc].aim_token for doc in frame["doc"]])
-    aims = torch.tensor(frame["target_position"].tolist())
-    each = torch.arange(len(aims))
-    rows = Rows.of(page, frame)
+    rows, aims = Rows.of(page, frame), frame["target_position"].tolist()
+    each, columns = torch.arange(len(aims)), rows.columns(aims)
 
     def logits(*edits: Edit) -> Tensor:
         with turn(model), edit_units(model, edits), torch.no_grad():
-            at = rows.forward(model)[each, aims].float().cpu()
+            at = rows.forward(model)[each, columns].float().cpu()
         if (tokens < 0).any():  # the top logit was explained
             tokens.copy_(at.argmax(dim=1))
         return at[each, tokens]
@@ -211,7 +210,7 @@ def clamped(model: Any, page: Page, *, k: int = 8) -> pd.DataFrame:
         {
             "rank": frame["rank"],
             "token": tokens.tolist(),
-            "position": aims.tolist(),
+            "position": aims,
             "logit": plain.tolist(),
             "off": (logits(Edit(hook, unit, scale=0.0)) - plain).tolist(),
             "doubled": (logits(Edit(hook, unit, scale=2.0)) - plain).tolist(),

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lenslrp.batch import Batch, reads_the_encoder
 from lenslrp.errors import InputError
 from lenslrp.files import whole
 from lenslrp.hooks.components import layer_of
@@ -118,13 +119,27 @@ class RelevanceCache:
         """The hook names that were read."""
         return list(self.values)
 
+    def _text_at(self, name: str, x: Tensor) -> tuple[Batch, list[list[str]]]:
+        """The text whose tokens a hook point's ``x`` holds: where they are, and what they are."""
+        text, tokens = Batch.of_mask(self.attention_mask.to(x.device)), self.str_tokens
+        if self.decoder_str_tokens is not None and not reads_the_encoder(name):
+            tokens = self.decoder_str_tokens  # padded on the right
+            text = Batch.of_mask(torch.ones(len(tokens), len(tokens[0]), device=x.device).bool())
+        if text.mask.shape != x.shape[:2]:  # a sequence of its own, of patches say
+            text = Batch.of_mask(torch.ones(x.shape[:2], device=x.device).bool())
+            tokens = [[str(place) for place in range(x.shape[1])]] * len(x)
+        return text, tokens
+
     def _by_layer(self, hook: str) -> list[tuple[int, Tensor]]:
         """(layer, tensor) for one hook of every block, in order."""
+        return [(layer, value) for layer, _, value in self._blocks(hook)]
+
+    def _blocks(self, hook: str) -> list[tuple[int, str, Tensor]]:
         found = []
         for name, value in self.values.items():
             layer = layer_of(name)
             if layer is not None and name.split(f".{layer}.", 1)[-1] == hook:
-                found.append((layer, value.to_dense() if value.is_sparse else value))
+                found.append((layer, name, value.to_dense() if value.is_sparse else value))
         if not found:
             raise InputError(f"{hook!r} was not read in any block; ask for it in names_filter")
         return sorted(found, key=lambda item: item[0])
@@ -159,11 +174,14 @@ class RelevanceCache:
         return next(v for name, v in self.routing.items() if layer_of(name) == layer)
 
     def residual(self, row: int = 0) -> pd.DataFrame:
-        """Total relevance of the residual stream, [layer, position]; the last row is "final"."""
-        pre = self._by_layer("hook_resid_pre")
-        last = self._by_layer("hook_resid_post")[-1][1]
-        flat: list[tuple[int | str, Tensor]] = [*pre, ("final", last)]
-        rows = {name: (x.sum(dim=-1) if x.ndim == 3 else x)[row].tolist() for name, x in flat}
+        """Total relevance of the residual stream, [layer, position], padding left out; the last row
+        is "final"."""
+        pre = self._blocks("hook_resid_pre")
+        _, *last = self._blocks("hook_resid_post")[-1]
+        rows: dict[int | str, list[float]] = {}
+        for layer, name, x in [*pre, ("final", *last)]:
+            sums = x.sum(dim=-1) if x.ndim == 3 else x
+            rows[layer] = sums[row, self._text_at(name, sums)[0].mask[row]].tolist()
         frame = pd.DataFrame.from_dict(rows, orient="index")
         return frame.rename_axis(index="layer", columns="position")
 
@@ -171,8 +189,10 @@ class RelevanceCache:
         """The k most relevant units (by absolute value) at one hook of every block.
 
         Returns:
-            Columns layer, position, token, neuron, relevance, and activation where it was kept;
-            at ``mlp.hook_expert_post`` also the expert.
+            Columns layer, position (of the row's own text, as targets and edits count it), token,
+            neuron, relevance, and activation where it was kept; at ``mlp.hook_expert_post`` also
+            the expert. In tensors, the position's column is another one where padding is on the
+            left.
         """
         if k < 1:
             raise InputError(f"k must be at least 1, not {k}")
@@ -180,7 +200,9 @@ class RelevanceCache:
             layer_of(name): x for name, x in self.activations.items() if name.endswith(hook)
         }
         records: list[dict[str, Any]] = []
-        for layer, value in self._by_layer(hook):
+        for layer, name, value in self._blocks(hook):
+            text, tokens = self._text_at(name, value)
+            positions = text.positions[row].tolist()
             experts = value.ndim == 4 and hook.endswith("hook_expert_post")
             if value.ndim != 3 and not experts:
                 raise InputError(
@@ -189,10 +211,12 @@ class RelevanceCache:
             flat, shape = value[row].flatten(), value.shape[1:]
             best = flat.abs().topk(min(k, flat.numel())).indices
             for index in torch.stack(torch.unravel_index(best.cpu(), shape), dim=1).tolist():
+                if positions[index[0]] < 0:
+                    continue
                 record = {
                     "layer": layer,
-                    "position": index[0],
-                    "token": self.str_tokens[row][index[0]],
+                    "position": positions[index[0]],
+                    "token": tokens[row][index[0]],
                     "neuron": index[-1],
                     "relevance": float(value[(row, *index)]),
                     "activation": float(activations[layer][(row, *index)])
@@ -206,7 +230,7 @@ class RelevanceCache:
         return pd.DataFrame(records[:k])
 
     def words(self, row: int = 0, *, decoder: bool = False) -> pd.DataFrame:
-        """The words of the text: one row a word with its relevance and token positions.
+        """The words of the text: one row a word with its relevance and its tokens' positions.
 
         A word has the white space before it, so that words join to the text. Its relevance is the
         sum over its tokens: the total is kept. Special tokens are words of their own, and padding
@@ -228,9 +252,16 @@ class RelevanceCache:
         if not found:
             raise InputError("this relevance was saved without its words; explain the text again")
         values = relevance[row].tolist()
+        places = Batch.of_mask(self.attention_mask).positions[row].tolist()
+        if decoder:  # padded on the right
+            places = list(range(len(values)))
         return pd.DataFrame(
             [
-                (word.text, math.fsum(values[i] for i in word.positions), word.positions)
+                (
+                    word.text,
+                    math.fsum(values[i] for i in word.positions),
+                    [places[i] for i in word.positions],
+                )
                 for word in found[row]
             ],
             columns=["word", "relevance", "positions"],

@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
 from lenslrp.errors import InputError
@@ -175,7 +175,7 @@ _TILE = (
 _HATCH = "repeating-linear-gradient(45deg,rgba(128,128,128,.55) 0 2px,transparent 2px 6px)"
 
 
-def _tile(position: int, token: str, value: float, scale: Scale) -> str:
+def _tile(column: int, position: int, token: str, value: float, scale: Scale) -> str:
     if not math.isfinite(value):
         look = f"background-image:{_HATCH};outline:1px dashed rgba(128,128,128,.8)"
     else:
@@ -183,7 +183,7 @@ def _tile(position: int, token: str, value: float, scale: Scale) -> str:
         # Colour is not the only sign: the line below a token is solid for +, dotted for -.
         line = "solid" if fraction >= 0 else "dotted"
         look = f"background-color:{rgba(fraction)};border-bottom:2px {line} {rgba(fraction)}"
-        if position in scale.clipped:
+        if column in scale.clipped:
             look += ";outline:1px dashed currentColor;outline-offset:-1px"
     exact = f"{value:+.6g}" if math.isfinite(value) else signed(value, scale.limit)
     title = escape(f"\u2068{visible(token)}\u2069 · position {position} · relevance {exact}")
@@ -225,7 +225,7 @@ def _padding(positions: Sequence[int], values: Sequence[float]) -> str:
     where = f"{positions[0]}" if len(positions) == 1 else f"{positions[0]}-{positions[-1]}"
     total = sum(values[position] for position in positions)
     extra = "" if total == 0 else f", relevance {total:+.3g}"
-    title = escape(f"padding at position {where}: not part of the input{extra}")
+    title = escape(f"padding at column {where}: not part of the input{extra}")
     return (
         f'<span class="lenslrp-padding" title="{title}" style="{_TILE};opacity:.6;'
         f'border:1px dashed currentColor;font-size:.8em">padding ×{len(positions)}{extra}</span> '
@@ -248,7 +248,7 @@ def _legend(tokens: Sequence[str], values: Sequence[float], mask: Sequence[bool]
     if s.largest is not None and s.limit > 0:
         parts.append(
             f"largest {signed(values[s.largest], s.limit)} at {token_html(tokens[s.largest])} "
-            f"(position {s.largest})"
+            f"(position {sum(mask[: s.largest])})"
         )
     if any(kept and not math.isfinite(v) for v, kept in zip(values, mask, strict=True)):
         parts.append("hatched: not a finite number")
@@ -277,7 +277,7 @@ def _table(tokens: Sequence[str], values: Sequence[float], mask: Sequence[bool])
     some = ranked[:_TABLE_ROWS]
     summary = "Values" if len(some) == len(shown) else f"The {len(some)} largest values"
     rows = "".join(
-        f"<tr><td>{position}</td><td>{token_html(tokens[position])}</td>"
+        f"<tr><td>{sum(mask[:position])}</td><td>{token_html(tokens[position])}</td>"
         f"<td>{values[position]:+.6g}</td></tr>"
         for position in some
     )
@@ -327,11 +327,12 @@ def token_heatmap(
     colours = colour_scale(values, mask, scale=scale, without_first=without_first)
 
     tiles = []
+    places = [0, *accumulate(map(int, mask))]  # the position of each column that is no padding
     words = len(tokens) - (0 if grid is None else grid[0] * grid[1])
     for kept, run in groupby(range(words), key=lambda position: mask[position]):
         positions = list(run)
         if kept:
-            tiles += [_tile(p, tokens[p], values[p], colours) for p in positions]
+            tiles += [_tile(p, places[p], tokens[p], values[p], colours) for p in positions]
         else:
             tiles.append(_padding(positions, values))
     if grid is not None:

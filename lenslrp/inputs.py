@@ -2,57 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
+from lenslrp.batch import Batch as Batch
 from lenslrp.errors import InputError
 from lenslrp.hooks.padding import masked_ids, position_ids, require_padding, takes_left
 from lenslrp.hooks.structure import components_where
 from lenslrp.names import token_ids
-from lenslrp.spelling import Speller
 from lenslrp.tokenization import tokenize
-from lenslrp.words import Row, read_row, row_of_names
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch, ready for the forward pass.
-
-    Attributes:
-        tokens: [batch, pos] token ids (zeros where only embeddings were given).
-        mask: [batch, pos], True where a token is real.
-        prompt_lengths: real tokens of the prompt in each row.
-        kwargs: what the forward pass takes besides.
-        texts: what the rows were made from, where that was text.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    prompt_lengths: list[int]
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    decoder: Batch | None = None  #: what the decoder of an encoder-decoder is given
-    media: dict[str, Tensor] = field(default_factory=dict)  #: pixels, samples: floats, checked
-    names: list[str] | None = None  #: what the tokens of an image or a sound are called
-    texts: list[str] | None = None
-
-    def rows(self, tokenizer: Any) -> list[Row]:
-        """Every row as text."""
-        if self.names is not None:
-            return [row_of_names(self.names) for _ in self.tokens]
-        if "inputs_embeds" in self.kwargs or tokenizer is None:
-            return [row_of_names([str(i) for i in row]) for row in self.tokens.tolist()]
-        speller = Speller(tokenizer)
-        texts: Sequence[str | None] = self.texts or [None] * len(self.tokens)
-        columns = (self.tokens.tolist(), self.mask.tolist(), self.prompt_lengths, texts)
-        return [read_row(speller, *row) for row in zip(*columns, strict=True)]
-
-    def str_tokens(self, tokenizer: Any) -> list[list[str]]:
-        return [row.pieces for row in self.rows(tokenizer)]
 
 
 def prepare(
@@ -114,16 +77,17 @@ def _with_decoder(model: Any, given: Batch, decoder_input: Any, append: list[int
     if len(rows) != batch:
         raise InputError(f"{len(rows)} rows for the decoder, {batch} for the encoder")
     lengths = [len(row) for row in rows]
-    tokens, mask = _pad([row + append[:-1] for row in rows], "right", _pad_id(model))
+    written = Batch.of_rows([row + append[:-1] for row in rows], "right", _pad_id(model))
+    tokens, mask = written.tokens, written.mask
     _require_ids(model, [*rows, append] if append else rows)
     _require_room(model, tokens.shape[1], decoder=True)
     device = _device(model)
     kwargs = {**given.kwargs, "decoder_input_ids": tokens.to(device)}
     if not bool(mask.all()):
         kwargs["decoder_attention_mask"] = mask.long().to(device)
-    written = [decoder_input] * batch if isinstance(decoder_input, str) else decoder_input
+    words = [decoder_input] * batch if isinstance(decoder_input, str) else decoder_input
     decoder = Batch(
-        tokens.to(device), mask.to(device), lengths, texts=written if _is_text(written) else None
+        tokens.to(device), mask.to(device), lengths, texts=words if _is_text(words) else None
     )
     return replace(given, kwargs=kwargs, decoder=decoder)
 
@@ -170,8 +134,8 @@ def prepare_side(
     _require_ids(model, [*rows, append] if append else rows)
     lengths = [len(row) for row in rows]
     if mask is None or append:
-        rows = [row + append[:-1] for row in rows]
-        tokens, mask = _pad(rows, padding_side, _pad_id(model))
+        padded = Batch.of_rows([row + append[:-1] for row in rows], padding_side, _pad_id(model))
+        tokens, mask = padded.tokens, padded.mask
     _require_room(model, tokens.shape[1])
     require_padding(model, mask)
     tokens = masked_ids(model, tokens, mask)
@@ -302,17 +266,6 @@ def _from_embeddings(
         if places is not None:
             kwargs["position_ids"] = places
     return Batch(tokens, mask, mask.sum(dim=1).tolist(), kwargs)
-
-
-def _pad(rows: list[list[int]], side: str, pad: int) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        tokens[index, span] = torch.tensor(row)
-        mask[index, span] = True
-    return tokens, mask
 
 
 def _pad_id(model: Any) -> int:

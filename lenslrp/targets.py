@@ -7,34 +7,22 @@ Every target is a small frozen dataclass whose ``values(outputs)`` gives [batch]
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lenslrp.batch import PAIRED as PAIRED
+from lenslrp.batch import Batch
+from lenslrp.batch import reads_the_encoder as reads_the_encoder
 from lenslrp.errors import InputError
 from lenslrp.names import Token, class_id, token_id, token_ids
 from lenslrp.spelling import Speller, str_token
-
-PAIRED = ("hook_pattern", "hook_attn_scores", "hook_cross_pattern")
-"""Hook points of [batch, head, query, key]."""
-
-_OF_THE_ENCODER = re.compile(r"^(encoder_|embed\.|pos_embed\.|token_type_embed\.|rotary_emb\.)")
-_READ_FROM_IT = re.compile(r"\.cross_attn\.(k|v|hook_k|hook_v|hook_rot_k)(\.|$)")
-
-
-def reads_the_encoder(hook: str, *, keys: bool = False) -> bool:
-    """Whether a hook point of an encoder-decoder holds a row for each token that was read.
-
-    ``keys``: by the last axis of a pattern, which in cross-attention are the encoder's.
-    """
-    crosses = ".cross_attn." in hook or hook.endswith("hook_cross_pattern")
-    return bool(_OF_THE_ENCODER.match(hook) or _READ_FROM_IT.search(hook) or (keys and crosses))
 
 
 @dataclass(frozen=True)
@@ -69,42 +57,19 @@ class Outputs:
             return class_id(self.labels, token, self.logits.shape[-1])
         return token_id(self.tokenizer, token, self.logits.shape[-1])
 
-    def at(self, position: int, mask: Tensor | None = None) -> Int[Tensor, " batch"]:
-        """The column of ``position`` in each row; ``mask`` is that of the logits if not given.
+    @cached_property
+    def batch(self) -> Batch:
+        """The batch's texts, which say where a position is."""
+        text = Batch.of_mask(self.mask, self.prompt_lengths)
+        return text if self.read_mask is None else Batch.of_mask(self.read_mask, decoder=text)
+
+    def at(self, position: int) -> Int[Tensor, " batch"]:
+        """The column of the logits at ``position`` in each row.
 
         Raises:
             InputError: a position outside a row.
         """
-        if isinstance(position, bool) or not isinstance(position, int):
-            raise InputError(f"position must be an integer, not {position!r}")
-        mask = self.mask if mask is None else mask
-        lengths = mask.sum(dim=1)
-        shortest = int(lengths.min())
-        if not -shortest <= position < shortest:
-            raise InputError(
-                f"position {position} is out of range: the shortest row has {shortest} tokens, so "
-                f"positions go from {-shortest} to {shortest - 1}"
-            )
-        first = mask.int().argmax(dim=1)
-        return first + (position if position >= 0 else lengths + position)
-
-    def mask_at(self, hook: str, x: Tensor, axis: int = 1) -> Bool[Tensor, "batch places"]:
-        """Which places along ``axis`` of the tensor at a hook point are real tokens of its stack.
-
-        Raises:
-            InputError: a tensor with rows of its own (the pictures of a vision tower, say).
-        """
-        if len(x) != len(self.mask):
-            raise InputError(
-                f"{hook} is {list(x.shape)}: its {len(x)} rows are not those of the batch, of "
-                f"{len(self.mask)}, so no position of it can be explained"
-            )
-        masks = [self.mask] if self.read_mask is None else [self.read_mask, self.mask]
-        if self.read_mask is not None and not reads_the_encoder(hook, keys=axis == 3):
-            masks.reverse()
-        fits = [mask for mask in masks if mask.shape[1] == x.shape[axis]]
-        every = torch.ones(len(x), x.shape[axis], dtype=torch.bool)  # a tower's patches
-        return (fits[0] if fits else every).to(x.device)
+        return self.batch.written.columns(position)
 
     def row(self, row: int) -> Outputs:
         """The outputs of one row, as a batch of one: other rows may be shorter."""
@@ -140,9 +105,7 @@ class Outputs:
 
     def span(self, length: int) -> Int[Tensor, "batch length"]:
         """The columns that predict ``length`` tokens after each row's prompt."""
-        first = self.mask.int().argmax(dim=1)
-        last = first + torch.tensor(self.prompt_lengths, device=first.device) - 1
-        return last[:, None] + torch.arange(length, device=first.device)
+        return self.batch.written.span(length)
 
 
 @runtime_checkable
@@ -315,11 +278,6 @@ class Sequence:
         return f"sum of {unit} of the span {shown}"
 
 
-def _picked(x: Tensor, columns: Int[Tensor, " batch"]) -> Tensor:
-    """``x`` [batch, pos, ...] at one column a row."""
-    return x[torch.arange(len(x), device=x.device), columns.to(x.device)]
-
-
 @dataclass(frozen=True)
 class Activation:
     """A latent unit: the activation at a hook point, instead of an output.
@@ -348,7 +306,7 @@ class Activation:
         if x.ndim == 4 and self.hook.endswith(PAIRED):
             return self._entry(outputs, x, unit)
         if x.ndim > 2 or len(unit) != x.ndim - 1:  # what is pooled has no positions
-            x = _picked(x, outputs.at(self.position, outputs.mask_at(self.hook, x)))
+            x = outputs.batch.of(self.hook, x).picked(x, self.position)
         elif self.position != -1:
             raise InputError(f"{self.hook} is pooled and has no position {self.position}")
         if len(unit) != x.ndim - 1:
@@ -372,9 +330,8 @@ class Activation:
         head, key = unit
         if not -x.shape[1] <= head < x.shape[1]:
             raise InputError(f"unit {self.unit!r}: {self.hook} has {x.shape[1]} heads")
-        queries = outputs.at(self.position, outputs.mask_at(self.hook, x, 2))
-        keys = outputs.at(key, outputs.mask_at(self.hook, x, 3))
-        return _picked(_picked(x[:, head], queries), keys)
+        queries = outputs.batch.of(self.hook, x, axis=2).picked(x[:, head], self.position)
+        return outputs.batch.of(self.hook, x, axis=3).picked(queries, key)
 
     def text(self, outputs: Outputs) -> str:
         return f"activation of {self.hook}[{self.unit}] at position {self.position}"

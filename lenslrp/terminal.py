@@ -72,9 +72,7 @@ class Heat:
         yield text
 
 
-def _largest(
-    shown: Sequence[int], tokens: Sequence[str], values: Sequence[float], scale: Scale, k: int
-) -> Table:
+def _largest(tokens: Sequence[str], values: Sequence[float], scale: Scale, k: int) -> Table:
     table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
     table.add_column("position", justify="right")
     table.add_column("token", overflow="fold")
@@ -86,7 +84,7 @@ def _largest(
         width = max(1, round(abs(scale.fraction(value)) * _BAR)) if value else 0
         end = POSITIVE if value > 0 else NEGATIVE
         table.add_row(
-            str(shown[index]),
+            str(index),
             Text(visible(tokens[index])),
             signed(value, scale.limit),
             Text("#" * width if value > 0 else "-" * width, f"rgb({end[0]},{end[1]},{end[2]})"),
@@ -113,9 +111,8 @@ def render(
         raise InputError(f"row is {row}, but R holds {batch} rows (0 to {batch - 1})")
     mask = [bool(kept) for kept in R.attention_mask[row]]
     everything = as_row("R.tokens", R.tokens[row], len(mask))
-    shown = [position for position, kept in enumerate(mask) if kept]
-    tokens = [R.str_tokens[row][position] for position in shown]
-    values = [everything[position] for position in shown]
+    tokens = [token for token, kept in zip(R.str_tokens[row], mask, strict=True) if kept]
+    values = [value for value, kept in zip(everything, mask, strict=True) if kept]
     scale = colour_scale(values, [True] * len(values), without_first=without_first)
 
     total = math.fsum(value for value in values if math.isfinite(value))
@@ -125,7 +122,7 @@ def render(
         (f"token relevance sums to {signed(total, scale.limit)}", "dim"),
     )
     lines: list[RenderableType] = [heading, "", Heat(tokens, values, scale), ""]
-    lines.append(_largest(shown, tokens, values, scale, k))
+    lines.append(_largest(tokens, values, scale, k))
     padding = len(mask) - len(values)
     if padding:
         lines.append(Text(f"{padding} padding tokens are not shown", "dim"))

@@ -26,7 +26,7 @@ _BOUNDARY = regex.compile(r"(?w)\b")
 
 
 class Word(NamedTuple):
-    """A word with the space before it, and the tokens that it is made of."""
+    """A word with the space before it, and the columns of the tokens that it is made of."""
 
     text: str
     positions: list[int]

@@ -192,10 +192,13 @@ def test_relevance_of_a_neuron_that_is_off_is_zero() -> None:
         ([Edit(HOOK, (3,), rows=(2,))], "row of the edit at .* is 2, expected 0 to 1"),
         (
             [Edit(HOOK, (3,)), Edit(HOOK, (3,), rows=(1,))],
-            "unit 3 of .* is edited twice in row 1 at position 0",
+            "unit 3 of .* is edited twice in row 1 at column 0",
         ),
         ([Edit(HOOK, (3, 3))], "unit 3 of .* is edited twice in row 0"),
-        ([Edit(HOOK, (3,), positions=(6,))], "position of the edit .* is 6, expected -6 to 5"),
+        (
+            [Edit(HOOK, (3,), positions=(6,))],
+            "position of the edit .* 6 is out of range: .* positions go from -6 to 5",
+        ),
         ([Edit(HOOK, (3,)), Edit("blocks.1.mlp.out.hook_in", (4,))], "are one hook point"),
         ([Edit("blocks.0.hook_resid_mid", (3,))], "does not stay in the residual stream"),
         (

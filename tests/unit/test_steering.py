@@ -373,7 +373,7 @@ def test_relevance_is_of_the_steered_model() -> None:
         (lambda: [Add(Neuron(1, 3), 1.0, units="resid_rms")], "is for directions and features"),
         (lambda: [Add(direction(), 1.0, units="norm")], "units is 'raw' or 'resid_rms'"),
         (lambda: [Scale(Neuron(1, 3), 0.0, rows=(2,))], "row is 2, expected 0 to 1"),
-        (lambda: [Scale(Neuron(1, 3), 0.0, prompt=(6,))], "is 6, expected -6 to 5"),
+        (lambda: [Scale(Neuron(1, 3), 0.0, prompt=(6,))], "6 is out of range.* from -6 to 5"),
         (lambda: [Scale(Neuron(1, 3), 0.0, prompt="last")], "prompt is 'all', 'none' or"),
         (lambda: [Scale(Neuron(1, 3), 0.0, generation=(-1,))], "count from 0"),
         (

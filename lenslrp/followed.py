@@ -24,8 +24,10 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformer_lens.utilities.tokenize_utils import get_attention_mask
 
+from lenslrp.batch import Batch, reads_the_encoder
 from lenslrp.errors import InputError
-from lenslrp.inputs import is_encoder_decoder
+
+NOWHERE = "a hook point fired outside a forward pass of the whole model"
 
 Positions = Literal["all", "none"] | tuple[int, ...]
 """``"all"``, ``"none"``, or places: in a prompt, negative ones count from its end."""
@@ -53,36 +55,49 @@ def positions(given: str | Sequence[int], what: str) -> Positions:
     return places
 
 
-@dataclass
+@dataclass(eq=False)
 class Pass:
     """One forward pass.
 
     Attributes:
-        start: positions that the cache held, padding counted.
-        prompt: positions of the prompt, padding counted.
-        real: [batch, start + length], True where a token is no padding.
+        start: columns that the cache held.
+        real: [batch, start + pos], True where a token (the decoder's, of an encoder-decoder) is
+            real, or generated.
+        prompts: the rows' prompts, as wide as ``real``; what is generated stands after them.
         chosen: what :func:`Passes.chosen` answered in this pass.
     """
 
     start: int
-    prompt: int
     real: Bool[Tensor, "batch total"]
+    prompts: Batch
     chosen: dict[Any, Tensor] = field(default_factory=dict)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows, and positions of this pass."""
-        return self.real.shape[0], self.real.shape[1] - self.start
+    def at(self, hook: str, x: Tensor) -> Batch | None:
+        """The text whose prompts lie along ``x`` at a hook point; ``None``: a cache holds them."""
+        if self.start and (self.prompts.decoder is None or not reads_the_encoder(hook)):
+            return None
+        return self.prompts.of(hook, x)
 
 
 class Passes:
     """The passes of one model inside a context, see :func:`follow`."""
 
     def __init__(self) -> None:
-        self.now: Pass | None = None
+        self._now: Pass | str = NOWHERE  # or why it is not known
         self._prompts: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # by cache
         self._generations: list[dict[str, int]] = []  # those that are going on; innermost last
         self._text: dict[str, Any] | None = None  # of the forward pass, where it was given strings
+
+    @property
+    def now(self) -> Pass:
+        """The pass that is going on.
+
+        Raises:
+            InputError: there is none, or where its padding is cannot be told.
+        """
+        if isinstance(self._now, str):
+            raise InputError(self._now)
+        return self._now
 
     def chosen(
         self, prompt: Positions, generation: Positions, rows: tuple[int, ...] | None
@@ -92,8 +107,6 @@ class Passes:
         Raises:
             InputError: a row that the batch lacks, or a position that a row's prompt lacks.
         """
-        if self.now is None:
-            raise InputError("a hook point fired outside a forward pass of the whole model")
         key = (prompt, generation, rows)
         if key not in self.now.chosen:
             self.now.chosen[key] = _chosen(self.now, prompt, generation, rows)
@@ -103,33 +116,34 @@ class Passes:
         """What the call of the Hugging Face model tells."""
         ids = args[0] if args else kwargs.get("input_ids")
         ids = kwargs.get("inputs_embeds") if ids is None else ids
-        if not isinstance(ids, Tensor):
-            raise InputError("positions are of tokens; this model was given none")
-        cache = kwargs.get("past_key_values")
-        start = int(cache.get_seq_length()) if cache is not None else 0
-        total = start + ids.shape[1]
-        prompt = total
-        if start:
-            prompt = self._prompts.get(cache, start)
-        elif self._generations:
-            prompt = self._generations[-1].setdefault("prompt", total)
         mask = kwargs.get("attention_mask")
         if mask is None and self._text is not None:
             mask = get_attention_mask(tokens=ids, **self._text)
-        if mask is None:
-            mask = torch.ones(ids.shape[0], total, device=ids.device)
-        if tuple(mask.shape) != (ids.shape[0], total):
-            raise InputError(
-                f"the attention mask is {list(mask.shape)}, expected [batch, pos] = "
-                f"{[ids.shape[0], total]}: where padding is cannot be told"
-            )
-        self.now = Pass(start, prompt, mask.to(ids.device).bool())
-
-    def after(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Whose prompt a cache holds is remembered for as long as the cache lives."""
-        cache = getattr(out, "past_key_values", None)
-        if cache is not None and self.now is not None:
-            self._prompts[cache] = self.now.prompt
+        encoder = None
+        if getattr(model.config, "is_encoder_decoder", False):
+            encoder, mask = (ids, mask), kwargs.get("decoder_attention_mask")
+            ids = kwargs.get("decoder_input_ids", kwargs.get("decoder_inputs_embeds"))
+        if not isinstance(ids, Tensor):
+            pixels = next((x for x in kwargs.values() if isinstance(x, Tensor)), torch.empty(0))
+            ids = pixels.new_empty(len(pixels), 0)  # no text: every place at a hook point is real
+        cache = kwargs.get("past_key_values")
+        start = int(cache.get_seq_length()) if cache is not None else 0
+        total = prompt = start + ids.shape[1]
+        if start:  # whose prompt a cache holds is remembered for as long as it lives
+            prompt = self._prompts.setdefault(cache, start)
+        elif self._generations:
+            prompt = self._generations[-1].setdefault("prompt", total)
+        if cache is not None and not start:
+            self._prompts[cache] = prompt
+        try:
+            real = _real(ids, mask, total)
+            text = Batch.of_mask(real & (torch.arange(total, device=real.device) < prompt))
+            if encoder is not None:
+                read = next((x for x in encoder if isinstance(x, Tensor)), real[:, :0])
+                text = Batch.of_mask(_real(read, encoder[1], read.shape[1]), decoder=text)
+            self._now = Pass(start, real, text)
+        except InputError as error:
+            self._now = str(error)
 
     def given(self, bridge: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A batch of strings, padded on the right, reaches the Hugging Face model with no mask."""
@@ -149,6 +163,7 @@ class Passes:
     def generating(self, generation: dict[str, int]) -> Iterator[None]:
         """While passes belong to ``generation``, whose prompt is that of its first pass."""
         self._text = None  # of a forward pass before it
+        self._now = NOWHERE
         self._generations.append(generation)
         try:
             yield
@@ -183,22 +198,11 @@ class Passes:
 
 @contextmanager
 def follow(model: Any) -> Iterator[Passes]:
-    """Follow the passes of ``model`` for as long as the context lasts.
-
-    Args:
-        model: a ``TransformerBridge`` of a decoder.
-
-    Raises:
-        InputError: an encoder-decoder, whose two stacks are at two texts.
-    """
-    if is_encoder_decoder(model):
-        raise InputError("positions are followed in decoders; this model is an encoder-decoder")
+    """Follow the passes of ``model``, a ``TransformerBridge``, for as long as the context lasts."""
     passes = Passes()
-    inner = model.original_model
     handles = [
         model.register_forward_pre_hook(passes.given, with_kwargs=True),
-        inner.register_forward_pre_hook(passes.before, with_kwargs=True),
-        inner.register_forward_hook(passes.after, with_kwargs=True),
+        model.original_model.register_forward_pre_hook(passes.before, with_kwargs=True),
     ]
     wraps = {"generate": passes.call, "hf_generate": passes.call, "generate_stream": passes.stream}
     own = vars(model)
@@ -216,43 +220,37 @@ def follow(model: Any) -> Iterator[Passes]:
                 own[name] = value
 
 
+def _real(ids: Tensor, mask: Tensor | None, total: int) -> Tensor:
+    if mask is None:
+        return torch.ones(ids.shape[0], total, device=ids.device, dtype=torch.bool)
+    if tuple(mask.shape) != (ids.shape[0], total):
+        raise InputError(
+            f"the attention mask is {list(mask.shape)}, expected [batch, pos] = "
+            f"{[ids.shape[0], total]}: where padding is cannot be told"
+        )
+    return mask.to(ids.device).bool()
+
+
 def _chosen(
     at: Pass, prompt: Positions, generation: Positions, rows: tuple[int, ...] | None
 ) -> Tensor:
     batch, total = at.real.shape
-    column = torch.arange(total, device=at.real.device)
-    in_prompt = (column < at.prompt) & at.real
-    place = at.real[:, : at.prompt].cumsum(dim=1) - 1  # in the prompt, padding left out
-    lengths = at.real[:, : at.prompt].sum(dim=1, keepdim=True)
-    wanted = torch.ones(batch, dtype=torch.bool, device=column.device)
-    if rows is not None:
-        outside = [row for row in rows if not 0 <= row < batch]
-        if outside:
-            raise InputError(f"row is {outside[0]}, expected 0 to {batch - 1}")
-        wanted = torch.isin(torch.arange(batch, device=column.device), column.new_tensor(rows))
+    if not total:
+        raise InputError("positions are of tokens; this model was given none")
+    outside = [row for row in rows or () if not 0 <= row < batch]
+    if outside:
+        raise InputError(f"row is {outside[0]}, expected 0 to {batch - 1}")
+    if not isinstance(prompt, str) and not at.start:  # else checked when the prompt was read
+        for position in prompt:
+            at.prompts.require(position, "prompt position", rows)
+    written = Batch.of_mask(at.real & ~at.prompts.mask)
     found = torch.zeros_like(at.real)
-    if prompt == "all":
-        found |= in_prompt
-    elif prompt != "none" and prompt:
-        _require_inside(prompt, lengths[wanted], at.start)
-        asked = column.new_tensor(prompt)
-        counted = torch.where(asked < 0, asked + lengths, asked)  # [batch, places]
-        here = (place[:, :, None] == counted[:, None]).any(dim=-1)
-        found[:, : at.prompt] |= here & in_prompt[:, : at.prompt]
-    if generation == "all":
-        found |= column >= at.prompt
-    elif generation != "none" and generation:
-        found |= torch.isin(column - at.prompt, column.new_tensor(generation))
-    return (found & wanted[:, None])[:, at.start :]
-
-
-def _require_inside(places: tuple[int, ...], lengths: Tensor, start: int) -> None:
-    if start or not len(lengths):
-        return  # the prompt was checked when it was read
-    shortest = int(lengths.min())
-    for place in places:
-        if not -shortest <= place < shortest:
-            raise InputError(
-                f"prompt position is {place}, expected {-shortest} to {shortest - 1}: the shortest "
-                f"prompt has {shortest} tokens"
-            )
+    for text, where in ((at.prompts, prompt), (written, generation)):
+        if not isinstance(where, str):
+            found |= text.where(where)
+        elif where == "all":
+            found |= text.mask
+    if rows is not None:
+        wanted = torch.isin(torch.arange(batch), torch.tensor(rows, dtype=torch.long))
+        found &= wanted[:, None].to(found.device)
+    return found[:, at.start :]
