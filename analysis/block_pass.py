@@ -9,8 +9,8 @@ read, and the unembedding never runs; with it, the unembedding runs at the targe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,19 +22,21 @@ from lenslrp.analysis.conditions import through as only_through
 from lenslrp.analysis.corpus import Block
 from lenslrp.analysis.plan import Place, Plan
 from lenslrp.analysis.readouts import Readout, Site
-from lenslrp.analysis.topk import priorities
+from lenslrp.analysis.topk import Spans, priorities
 from lenslrp.analysis.units import Unit
 from lenslrp.errors import InputError
-from lenslrp.forward import undone
+from lenslrp.forward import forward
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import UnembeddingBridge, components, hook_points, layer_of
 from lenslrp.hooks.composites import Composite
-from lenslrp.hooks.readers import converted, select_names
+from lenslrp.hooks.readers import select_names
 from lenslrp.hooks.turns import turn
-from lenslrp.run import run_with_relevance
+from lenslrp.inputs import Batch
+from lenslrp.passes import undone
+from lenslrp.remembered import conditional
+from lenslrp.sessions import Session
 from lenslrp.targets import Outputs, Target
 
-Spans = list[tuple[int, int]]
 Visit = Callable[[Place, Float[Tensor, "row pos unit"], Spans], None]
 
 TARGETS: Mapping[str, str] = {
@@ -47,18 +49,18 @@ TARGETS: Mapping[str, str] = {
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """One target a row, at a position of its own. ``logits`` may hold those positions only."""
+    """One target a row, at a position of its own."""
 
     kind: str
     positions: Int64[Tensor, " row"]
     tokens: Int64[Tensor, " row"]
 
+    def columns(self, outputs: Outputs) -> Int64[Tensor, "row 1"]:
+        """Where it reads the logits."""
+        return self.positions[:, None]
+
     def values(self, outputs: Outputs) -> Tensor:
-        logits, rows = outputs.logits, torch.arange(len(self.tokens))
-        if logits.shape[1] > 1:
-            logits = logits[rows, self.positions.to(logits.device)]
-        else:
-            logits = logits[:, 0]
+        logits = outputs.logits_at(self.positions[:, None])[:, 0]
         index = self.tokens.to(logits.device)[:, None]
         if self.kind == "argmax":
             index = logits.argmax(dim=1, keepdim=True)
@@ -81,10 +83,6 @@ class Aims:
     values: Float[Tensor, " row"]
 
 
-class _Stop(Exception):
-    """Raised at the last hook point that is read, to leave the forward pass."""
-
-
 @dataclass(frozen=True, eq=False)
 class BlockPass:
     """How blocks are run: the model and all that decides what it is read for."""
@@ -96,109 +94,112 @@ class BlockPass:
     target: Target | None = None
     through: tuple[Unit, ...] = ()
 
-    def run(
-        self, block: Block, on_activation: Visit, on_relevance: Visit | None = None
-    ) -> Aims | None:
+    @contextmanager
+    def open(self) -> Iterator[Runner]:
+        """What runs one block after the other; what is the same for all is attached once."""
+        readouts = {site.name: site.readout for site in self.sites}
+        runner = Runner(self)
+        for place in self.plan.places:
+            here = [u.index for u in self.through if u.hook(self.model) == place.hook]  # type: ignore[attr-defined]
+            keep = torch.zeros(place.size).index_fill_(0, torch.tensor(here), 1) if here else None
+            runner.by_hook.setdefault(place.hook, []).append((place, readouts[place.site], keep))
+        with ExitStack() as stack:
+            if self.plan.relevance:
+                if self.through:
+                    stack.enter_context(only_through(self.model, self.through))
+                runner.rules = stack.enter_context(
+                    Session(
+                        self.model, self.composite, attention=self.plan.attention, ledger=False,
+                        logits="target",
+                    )
+                )  # fmt: skip
+            yield runner
+
+
+@dataclass(eq=False)
+class Runner:
+    """Runs blocks through a model.
+
+    Attributes:
+        by_hook: what is read where. At a hook with a condition, the units that do not pass have no
+            relevance: the last is 1 for those that do.
+        rules: where relevance is wanted.
+    """
+
+    of: BlockPass
+    by_hook: dict[str, list[tuple[Place, Readout, Tensor | None]]] = field(default_factory=dict)
+    rules: Session | None = None
+
+    def run(self, block: Block, on_activation: Visit, on_relevance: Visit) -> Aims | None:
         """One block; each place is handed to the callbacks once, with the positions that count.
 
         Raises:
             InputError: a hook point that did not fire, or fired twice.
         """
-        points = hook_points(self.model, components(self.model))
-        spans = [(int(self.plan.skip_first), length) for length in block.lengths]
-        seen: list[str] = []
-        by_hook: dict[str, list[tuple[Place, Readout]]] = {}
-        for place, readout in self._placed():
-            by_hook.setdefault(place.hook, []).append((place, readout))
-        last = None if on_relevance is not None else self.plan.places[-1].hook
-        tokens = block.tokens.to(next(self.model.parameters()).device)
+        plan, lengths = self.of.plan, block.lengths
+        spans = Spans(int(plan.skip_first), lengths)
+        seen: set[str] = set()
 
         def read(hook: str, x: Tensor) -> None:
             if hook in seen:
                 raise InputError(f"{hook} fires more than once in a pass; it cannot be searched")
-            seen.append(hook)
-            x = unflattened(x, block)
-            for place, readout in by_hook[hook]:
-                on_activation(place, readout.activation(x).float(), spans)
-            if hook == last:
-                raise _Stop
+            seen.add(hook)
+            with torch.no_grad():
+                x = unflattened(x.detach(), block)
+                for place, readout, _ in self.by_hook[hook]:
+                    on_activation(place, readout.activation(x).float(), spans)
 
-        with ExitStack() as stack:
-            stack.enter_context(turn(self.model))
-            for hook in by_hook:
-                stack.enter_context(_reading(points[hook], partial(read, hook)))
-            if on_relevance is None:
-                with torch.no_grad(), suppress(_Stop):
-                    _forward(self.model, tokens, block)
-                aims = None
-            else:
-                aims = self._explain(stack, tokens, block, by_hook, on_relevance)
-        missing = [hook for hook in by_hook if hook not in seen]
+        reads = {hook: partial(read, hook) for hook in self.by_hook}
+        aims = None
+        if self.rules is not None:
+            aims = self._explain(self.rules, block, lengths, reads, on_relevance)
+        else:
+            last = plan.places[-1].hook
+            with forward(self.of.model, _batch(self.of.model, block), read=reads, stop_after=last):
+                pass
+        missing = [hook for hook in self.by_hook if hook not in seen]
         if missing:
             raise InputError(f"{missing[0]} does not fire in this model's forward pass")
         return aims
 
-    def _placed(self) -> Iterator[tuple[Place, Readout]]:
-        readouts = {site.name: site.readout for site in self.sites}
-        for place in self.plan.places:
-            yield place, readouts[place.site]
-
     def _explain(
         self,
-        stack: ExitStack,
-        tokens: Tensor,
+        rules: Session,
         block: Block,
-        by_hook: Mapping[str, Sequence[tuple[Place, Readout]]],
+        lengths: list[int],
+        reads: Mapping[str, Callable[[Tensor], None]],
         on_relevance: Visit,
     ) -> Aims:
-        target, aims, spans = self._aim(block)
-        stack.enter_context(only_through(self.model, self.through))
-        if isinstance(target, Recorded):
-            stack.enter_context(unembedding_at(self.model, target.positions))
+        target, aims, spans = self._aim(block, lengths)
 
         def deliver(hook: str, x: Tensor, g: Tensor) -> None:
             x, g = unflattened(x, block), unflattened(g, block)
-            for place, readout in by_hook[hook]:
+            for place, readout, keep in self.by_hook[hook]:
                 relevance = readout.relevance(x, g).float()
-                on_relevance(place, self._conditioned(place, relevance), spans)
+                kept = relevance if keep is None else relevance * keep.to(x.device)
+                on_relevance(place, kept, spans)
 
-        reduce = {hook: Deliver(partial(deliver, hook)) for hook in by_hook}
-        mask = None if bool(block.mask.all()) else block.mask.long()
-        _, cache = run_with_relevance(
-            self.model,
-            tokens,
-            target,
-            self.composite,
-            names_filter=list(by_hook),
-            reduce=reduce,
-            attention=self.plan.attention,
-            ledger=False,
-            attention_mask=mask,
-        )
+        with turn(self.of.model), conditional(self.of.model):
+            _, cache = rules.run_with_relevance(
+                block.tokens,
+                target,
+                list(self.by_hook),
+                reduce={hook: Deliver(partial(deliver, hook)) for hook in self.by_hook},
+                attention_mask=None if bool(block.mask.all()) else block.mask.long(),
+                read=reads,
+            )
         return Aims(aims.positions, aims.tokens, cache.target.value.float().cpu())
 
-    def _conditioned(self, place: Place, relevance: Tensor) -> Tensor:
-        """At a hook with a condition, the units that do not pass have no relevance."""
-        units = [u.index for u in self.through if u.hook(self.model) == place.hook]  # type: ignore[attr-defined]
-        if not units:
-            return relevance
-        keep = torch.zeros(relevance.shape[-1], device=relevance.device)
-        keep[units] = 1
-        return relevance * keep
-
-    def _aim(self, block: Block) -> tuple[Target, Aims, Spans]:
-        lengths = torch.tensor(block.lengths)
-        first = int(self.plan.skip_first)
-        nothing = torch.full_like(lengths, -1)
-        if self.target is not None:
-            spans = [(first, length) for length in block.lengths]
-            return self.target, Aims(nothing, nothing, nothing.float()), spans
-        positions = target_positions(block.docs, lengths, self.plan.seed)
+    def _aim(self, block: Block, lengths: list[int]) -> tuple[Target, Aims, Spans]:
+        first, given = int(self.of.plan.skip_first), self.of.target
+        nothing = torch.full((len(lengths),), -1)
+        if given is not None:
+            return given, Aims(nothing, nothing, nothing.float()), Spans(first, lengths)
+        positions = target_positions(block.docs, torch.tensor(lengths), self.of.plan.seed)
         tokens = block.tokens.gather(1, positions[:, None] + 1)[:, 0]
-        kind = str(self.plan.target)
-        spans = [(first, int(position) + 1) for position in positions]
+        kind = str(self.of.plan.target)
         aims = Aims(positions, nothing if kind == "argmax" else tokens, nothing.float())
-        return Recorded(kind, positions, tokens), aims, spans
+        return Recorded(kind, positions, tokens), aims, Spans(first, (positions + 1).tolist())
 
 
 class Deliver:
@@ -235,24 +236,12 @@ def unflattened(x: Tensor, block: Block) -> Tensor:
     return x
 
 
-def _forward(model: Any, tokens: Tensor, block: Block) -> None:
-    kwargs: dict[str, Any] = {}
-    if not bool(block.mask.all()):
-        kwargs["attention_mask"] = block.mask.long().to(tokens.device)
-    model(tokens, return_type="logits", use_cache=False, **kwargs)
-
-
-@contextmanager
-def _reading(point: nn.Module, read: Callable[[Tensor], None]) -> Iterator[None]:
-    def hook(module: Any, args: tuple[Any, ...], out: Tensor) -> None:
-        with torch.no_grad():
-            read(converted(module, out.detach()))
-
-    handle = point.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _batch(model: Any, block: Block) -> Batch:
+    """A block on the model's device; its padding is on the right."""
+    device = next(model.parameters()).device
+    padded = not bool(block.mask.all())
+    kwargs = {"attention_mask": block.mask.long().to(device)} if padded else {}
+    return Batch(block.tokens.to(device), block.mask.to(device), block.lengths, kwargs)
 
 
 @contextmanager
@@ -300,19 +289,21 @@ def find_places(model: Any, sites: Sequence[Site], tokens: Tensor) -> tuple[Plac
     sizes: dict[tuple[str, str], int] = {}
     block = Block(0, torch.zeros(1, dtype=torch.int64), tokens, torch.ones_like(tokens).bool())
 
-    def read(site: Site, name: str, x: Tensor) -> None:
+    def read(name: str, x: Tensor) -> None:
         x = unflattened(x, block)
-        if x.shape[:2] != tokens.shape or x.ndim != (4 if site.readout.kind == "head" else 3):
-            raise InputError(
-                f"{name} is {list(x.shape)}; units are searched at hook points of shape "
-                "[batch, pos, unit], and heads at [batch, pos, head, d_head]"
-            )
-        sizes.setdefault((site.name, name), site.readout.activation(x).shape[-1])
+        for site in reads[name]:
+            if x.shape[:2] != tokens.shape or x.ndim != (4 if site.readout.kind == "head" else 3):
+                raise InputError(
+                    f"{name} is {list(x.shape)}; units are searched at hook points of shape "
+                    "[batch, pos, unit], and heads at [batch, pos, head, d_head]"
+                )
+            sizes.setdefault((site.name, name), site.readout.activation(x).shape[-1])
 
-    with turn(model), ExitStack() as stack, torch.no_grad():
-        for site, name in wanted:
-            stack.enter_context(_reading(points[name], partial(read, site, name)))
-        _forward(model, tokens.to(next(model.parameters()).device), block)
+    reads: dict[str, list[Site]] = {}
+    for site, name in wanted:
+        reads.setdefault(name, []).append(site)
+    with forward(model, _batch(model, block), read={n: partial(read, n) for n in reads}):
+        pass
     for site, name in wanted:
         if (site.name, name) not in sizes:
             raise InputError(f"{name} does not fire in this model's forward pass")

@@ -17,7 +17,7 @@ from jaxtyping import Float32, Int16, Int64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lenslrp.analysis.block_pass import Aims, Spans
+from lenslrp.analysis.block_pass import Aims
 from lenslrp.analysis.corpus import Block
 from lenslrp.analysis.forms import STATISTICS, kinds, sampled_tokens
 from lenslrp.analysis.plan import CRITERIA, Place, Plan, sampled_documents
@@ -30,7 +30,7 @@ from lenslrp.analysis.storage import (
     require_range,
     save_tensors,
 )
-from lenslrp.analysis.topk import priorities, unpack
+from lenslrp.analysis.topk import Spans, priorities, unpack
 from lenslrp.errors import StorageError
 
 DECILES = 10
@@ -111,8 +111,8 @@ class Statistics:
         at = {int(d): c for c, d in enumerate(self.docs)}
         return [(at[d], row) for row, d in enumerate(block.docs.tolist()) if d in at]
 
-    def position(self, doc: int, span: tuple[int, int]) -> int:
-        a, b = span
+    def position(self, doc: int, spans: Spans, row: int) -> int:
+        a, b = spans.first, spans.ends[row]
         return a + int(priorities(torch.tensor([doc]), self.seed + 2)[0]) % (b - a)
 
 
@@ -163,7 +163,7 @@ class _Cutter:
         self.cut[what][a:b] = found.masked_fill(~inside, float("nan"))
         for n, (column, r) in enumerate(self.columns):
             doc = int(self.statistics.docs[column])
-            p = self.statistics.position(doc, spans[r])
+            p = self.statistics.position(doc, spans, r)
             self.sampled[what][place.first : place.end, n] = x[r, p].cpu()
 
     def _require_equal(self, what: str, place: Place, ids: Tensor, found: Tensor) -> None:
@@ -241,13 +241,12 @@ def replay(
     bar = tqdm(
         total=len(mine), desc=f"replay {rank + 1}/{world}", unit="block", disable=not progress
     )
-    with bar:
+    with bar, job.run.open() as runner:
         bar.update(len(range(rank, start, world)))
         for n in range(start, len(blocks), world):
             block = job.corpus.block(int(blocks[n]))
             cutter.begin(block, ids[bounds[n] : bounds[n + 1]].sort().values)
-            relevance = cutter.on_relevance if plan.relevance else None
-            cutter.end(job.run.run(block, cutter.on_activation, relevance))
+            cutter.end(runner.run(block, cutter.on_activation, cutter.on_relevance))
             bar.update(1)
             last = n + world >= len(blocks)
             if last or cutter.windows >= FLUSH or time.monotonic() - saved >= checkpoint_every:

@@ -7,8 +7,9 @@ documents in which a unit mattered, not merely fired. Deciles and random example
 of documents that a hash decides, so that shards agree on it without talking.
 
 The pass keeps no text: per block the extreme over a document's positions, merged into a running
-top-k. Memory does not grow with the corpus. A shard is the blocks ``rank, rank + world, ...``; its
-state is one file, written every minute, from which a killed scan goes on.
+top-k where the activations are; the host waits for a device once a block, to hear whether all of it
+was finite. Memory does not grow with the corpus. A shard is the blocks ``rank, rank + world, ...``;
+its state is one file, written every minute, from which a killed scan goes on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -24,8 +26,8 @@ from jaxtyping import Float32, Int16
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lenslrp.analysis.block_pass import BlockPass, Spans
-from lenslrp.analysis.corpus import Corpus
+from lenslrp.analysis.block_pass import BlockPass
+from lenslrp.analysis.corpus import Block, Corpus
 from lenslrp.analysis.plan import CRITERIA, SAMPLES, Place, Plan, sampled_documents
 from lenslrp.analysis.storage import (
     Form,
@@ -36,8 +38,8 @@ from lenslrp.analysis.storage import (
     require_range,
     save_tensors,
 )
-from lenslrp.analysis.topk import TopK, extremes, locator, pack, require_finite, unpack
-from lenslrp.errors import StorageError
+from lenslrp.analysis.topk import EMPTY, Found, Spans, TopK, extremes, pack, require_finite, unpack
+from lenslrp.errors import InputError, StorageError
 
 
 @dataclass
@@ -95,12 +97,18 @@ class State:
         for name in plan.criteria:
             if name in CRITERIA:
                 docs = tensors[f"{name}/document"]
-                keys = pack(tensors[f"{name}/value"].nan_to_num(), docs[0] * 0)
-                keys = (keys & ~0xFFFFFFFF) | (0xFFFFFFFF - docs)
-                keys = keys.masked_fill(docs < 0, torch.iinfo(torch.int64).min)
-                tops[name] = TopK(keys, tensors[f"{name}/position"])
+                keys = pack(tensors[f"{name}/value"].nan_to_num(), docs.clamp_min(0))
+                tops[name] = TopK(keys.masked_fill(docs < 0, EMPTY), tensors[f"{name}/position"])
         numbers = int(metadata["next"]), int(metadata["tokens"])
         return cls(tops, tensors["sample/value"], tensors["sample/position"], *numbers), metadata
+
+    def units(self, units: slice, device: torch.device) -> State:
+        """What is known of some units, on a device."""
+        tops = {
+            name: TopK(top.keys[units].to(device), top.positions[units].to(device))
+            for name, top in self.tops.items()
+        }
+        return State(tops, self.values[units].to(device), self.positions[units].to(device))
 
     def merge(self, others: Sequence[State]) -> State:
         """The state of one scan over all the blocks of several."""
@@ -166,37 +174,95 @@ class Job:
 
 
 @dataclass
-class _Scanner:
-    """Takes in what a block pass hands on."""
+class Scanner:
+    """Takes in what a block pass hands on, on the devices of the model.
+
+    Attributes:
+        state: what is known so far; of the blocks taken in since then, after :meth:`collect`.
+        columns: sampled document -> column.
+        found: (activation or relevance, sign) and place -> what one block has there.
+        parts: the units on each device, the places where they are, and what is known of them.
+    """
 
     state: State
     plan: Plan
-    columns: dict[int, int]  #: sampled document -> column
-    docs: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    columns: dict[int, int]
+    found: dict[tuple[tuple[str, int], Place], Found] = field(default_factory=dict)
+    parts: list[tuple[slice, list[Place], State]] = field(default_factory=list)
 
     def on_activation(self, place: Place, x: Tensor, spans: Spans) -> None:
-        self._compare("activation", place, x, spans)
-        rows = [r for r, d in enumerate(self.docs.tolist()) if d in self.columns]
-        if rows and self.state.values.shape[1]:
-            some, where = x[rows], [spans[r] for r in rows]
-            best = extremes(some, where, 1)
-            unit = torch.arange(place.size, device=x.device).repeat_interleave(len(rows))
-            row = torch.arange(len(rows), device=x.device).repeat(place.size)
-            at = locator(some, where, 1)(unit, row, best.reshape(-1)).reshape(best.shape)
-            column = [self.columns[int(self.docs[r])] for r in rows]
-            self.state.values[place.first : place.end, column] = best.to(self.state.values)
-            self.state.positions[place.first : place.end, column] = at.to(self.state.positions)
+        self._find("activation", place, x, spans)
 
     def on_relevance(self, place: Place, x: Tensor, spans: Spans) -> None:
-        self._compare("relevance", place, x, spans)
+        self._find("relevance", place, x, spans)
 
-    def _compare(self, what: str, place: Place, x: Tensor, spans: Spans) -> None:
-        for name, top in self.state.tops.items():
-            kind, sign = CRITERIA[name]
-            if kind == what:
-                values = sign * extremes(x, spans, sign)
-                require_finite(values, place.hook, self.docs)
-                top.update(place.first, values, self.docs, locator(x, spans, sign))
+    def _find(self, what: str, place: Place, x: Tensor, spans: Spans) -> None:
+        criteria = [CRITERIA[name] for name in self.state.tops if CRITERIA[name][0] == what]
+        if what == "activation" and self.columns and ("activation", 1) not in criteria:
+            criteria.append(("activation", 1))
+        found = extremes(x, spans, [sign for _, sign in criteria]) if criteria else []
+        self.found.update({(c, place): f for c, f in zip(criteria, found, strict=True)})
+
+    def take(self, block: Block) -> None:
+        """Merge what was found in a block.
+
+        Raises:
+            InputError: a value that is not finite; the message says where.
+        """
+        if not self.parts:
+            self._divide()
+        rows = [row for row, doc in enumerate(block.docs.tolist()) if doc in self.columns]
+        sampled = torch.tensor([self.columns[int(block.docs[row])] for row in rows])
+        finite = []
+        for _, places, state in self.parts:
+            device = state.positions.device
+            docs = block.docs.to(device)
+            for name, top in state.tops.items():
+                values, positions = self._joined(CRITERIA[name], places)
+                finite.append(values.isfinite().all())
+                fresh = TopK.of(CRITERIA[name][1] * values, positions, docs)
+                state.tops[name] = top.merge([fresh], ordered=False)
+            if rows:
+                values, positions = self._joined(("activation", 1), places)
+                index, at = torch.tensor(rows).to(device), sampled.to(device)
+                state.values.index_copy_(1, at, values[index].T)
+                state.positions.index_copy_(1, at, positions[index].T)
+        if finite and not bool(torch.stack([f.to(finite[0].device) for f in finite]).all()):
+            self.require_finite(block)
+        self.found.clear()
+
+    def _divide(self) -> None:
+        """The state, in parts that lie where the model's own parts do."""
+        device = {place: values.device for (_, place), (values, _) in self.found.items()}
+        for where, some in groupby(self.plan.places, device.__getitem__):
+            places = list(some)
+            units = slice(places[0].first, places[-1].end)
+            self.parts.append((units, places, self.state.units(units, where)))
+
+    def _joined(self, criterion: tuple[str, int], places: list[Place]) -> Found:
+        found = [self.found[criterion, place] for place in places]
+        values, positions = (torch.cat([f[i] for f in found], dim=1) for i in range(2))
+        return values, positions
+
+    def require_finite(self, block: Block) -> None:
+        """Refuse NaN and infinities in what was found in a block, in the order of its passes.
+
+        Raises:
+            InputError: naming the hook and a document.
+        """
+        for (_, place), (values, _) in self.found.items():
+            require_finite(values, place.hook, block.docs)
+
+    def collect(self) -> State:
+        """The state of everything that was taken in, on the host."""
+        for units, _, part in self.parts:
+            for name, top in part.tops.items():
+                best = top.merge([])
+                self.state.tops[name].keys[units] = best.keys.cpu()
+                self.state.tops[name].positions[units] = best.positions.cpu()
+            self.state.values[units] = part.values.cpu()
+            self.state.positions[units] = part.positions.cpu()
+        return self.state
 
 
 def scan_shard(
@@ -234,8 +300,7 @@ def scan_shard(
         if metadata["done"] == "True":
             return path
     blocks = range(rank, job.corpus.blocks, world)
-    sampled = sampled_documents(plan.corpus["documents"], plan.sample, plan.seed).tolist()
-    scanner = _Scanner(state, plan, {doc: column for column, doc in enumerate(sampled)})
+    scanner = Scanner(state, plan, sampled_columns(plan))
     bar = tqdm(
         total=plan.corpus["tokens"] // world,
         initial=state.tokens,
@@ -245,20 +310,32 @@ def scan_shard(
         disable=not progress,
     )
     saved = time.monotonic()
-    with bar:
+    with bar, job.run.open() as runner:
         for index in blocks[state.next :]:
             block = job.corpus.block(index)
-            scanner.docs = block.docs
-            relevance = scanner.on_relevance if plan.relevance else None
-            job.run.run(block, scanner.on_activation, relevance)
+            tokens = sum(block.lengths)
+            try:
+                runner.run(block, scanner.on_activation, scanner.on_relevance)
+            except InputError:
+                scanner.require_finite(block)  # where it began tells more than where it ended
+                raise
+            scanner.take(block)
             state.next += 1
-            state.tokens += sum(block.lengths)
-            bar.update(sum(block.lengths))
+            state.tokens += tokens
+            bar.update(tokens)
             if time.monotonic() - saved >= checkpoint_every:
-                state.save(path, plan, rank, world, done=False)
+                scanner.collect().save(path, plan, rank, world, done=False)
                 saved = time.monotonic()
-    state.save(path, plan, rank, world, done=True)
+    scanner.collect().save(path, plan, rank, world, done=True)
     return path
+
+
+def sampled_columns(plan: Plan) -> dict[int, int]:
+    """Which column of a state each sampled document has; none where no criterion samples."""
+    if not set(plan.criteria) & set(SAMPLES):
+        return {}
+    docs = sampled_documents(plan.corpus["documents"], plan.sample, plan.seed)
+    return {doc: column for column, doc in enumerate(docs.tolist())}
 
 
 def merge_shards(job: Job, files: Iterable[str | Path]) -> State:

@@ -4,13 +4,15 @@ An entry is (value float32, document int64, position int16). Entries are ordered
 (-value, document); a document has one entry a unit, at the first position of its largest value, so
 this order is total and equals (-value, document, position). Value and document are packed into one
 int64 key with that order: selecting the k largest keys is then deterministic however a corpus is
-cut into batches and shards, and merging is selecting again.
+cut into batches and shards, and taking in a batch is merging, which is selecting again.
+
+Everything stays where the activations are: nothing here waits for a device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Float32, Int16, Int64
@@ -24,13 +26,11 @@ DOCUMENTS = 2**32
 EMPTY = torch.iinfo(torch.int64).min
 """The key of an entry that nothing has filled yet: below that of every number."""
 
-Locate = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(unit, row, value), each [entry] -> the first position [entry] at which a row has that value."""
+Found = tuple[Float[Tensor, "row unit"], Int16[Tensor, "row unit"]]
+"""The extreme of each row and unit, and the first position that has it."""
 
 
-def pack(
-    values: Float32[Tensor, "unit row"], docs: Int64[Tensor, " row"]
-) -> Int64[Tensor, "unit row"]:
+def pack(values: Float32[Tensor, "*s"], docs: Int64[Tensor, "*#s"]) -> Int64[Tensor, "*s"]:
     """Keys whose descending order is (-value, document). -0.0 counts as 0.0."""
     bits = (values + 0.0).contiguous().view(torch.int32)
     ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
@@ -65,76 +65,80 @@ class TopK:
             torch.zeros((units, k), dtype=torch.int16),
         )
 
-    def update(
-        self,
-        first: int,
-        values: Float[Tensor, "unit row"],
+    @classmethod
+    def of(
+        cls,
+        values: Float[Tensor, "row unit"],
+        positions: Int16[Tensor, "row unit"],
         docs: Int64[Tensor, " row"],
-        locate: Locate,
-    ) -> None:
-        """Take in one batch for the units ``first`` onward.
+    ) -> TopK:
+        """The entries of one batch, in the order of its rows."""
+        return cls(pack(values.float(), docs[:, None]).T, positions.T)
+
+    def merge(self, others: Sequence[TopK], *, ordered: bool = True) -> TopK:
+        """The best k of several tallies over disjoint documents.
 
         Args:
-            first: index of the first unit.
-            values: the score of each document for each unit.
-            docs: the documents.
-            locate: asked for the positions of the entries that are new, and of no others.
+            ordered: sort them; until the next merge there is no need to.
         """
-        units, k = len(values), self.keys.shape[1]
-        keys = self.keys[first : first + units]
-        positions = self.positions[first : first + units]
-        fresh = pack(values.float(), docs.to(values.device)).to(keys.device)
-        best, index = torch.cat([keys, fresh], dim=1).topk(k, dim=1)
-        old = positions.gather(1, index.clamp(max=k - 1))
-        unit, column = (index >= k).nonzero(as_tuple=True)
-        if len(unit):
-            row = index[unit, column] - k
-            there = unit.to(values.device), row.to(values.device)
-            old[unit, column] = locate(*there, values[there]).to(old)
-        keys.copy_(best)
-        positions.copy_(old)
-
-    def merge(self, others: Sequence[TopK]) -> TopK:
-        """The best k of several tallies over disjoint documents."""
         keys = torch.cat([self.keys, *(other.keys for other in others)], dim=1)
         positions = torch.cat([self.positions, *(other.positions for other in others)], dim=1)
-        best, index = keys.topk(self.keys.shape[1], dim=1)
+        best, index = keys.topk(self.keys.shape[1], dim=1, sorted=ordered)
         return TopK(best, positions.gather(1, index))
 
 
-def extremes(
-    x: Float[Tensor, "row pos unit"], spans: list[tuple[int, int]], sign: int
-) -> Float[Tensor, "unit row"]:
-    """The largest (``sign=1``) or smallest value of each row over its span of positions."""
-    rows = [
-        x[row, a:b].amax(dim=0) if sign > 0 else x[row, a:b].amin(dim=0)
-        for row, (a, b) in enumerate(spans)
-    ]
-    return torch.stack(rows, dim=1)
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Which positions of a batch's rows are searched: from ``first`` to before ``ends[row]``."""
+
+    first: int
+    ends: list[int]
+    _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """On a device, made once: what is inside, of the positions that not all rows have, and how
+        many positions are left at each, 0 outside: [row, pos, 1], from ``min(ends)`` and ``first``.
+        """
+        if device not in self._on:
+            place = torch.arange(self.first, max(self.ends))
+            inside = place < torch.tensor(self.ends)[:, None]
+            left = (max(self.ends) - place).float() * inside
+            tail = inside[:, min(self.ends) - self.first :, None]
+            self._on[device] = tail.to(device), left[:, :, None].to(device)
+        return self._on[device]
 
 
-def locator(x: Float[Tensor, "row pos unit"], spans: list[tuple[int, int]], sign: int) -> Locate:
-    """Finds first positions in one batch; ``sign`` is that of the scores against ``x``."""
-    start = torch.tensor([a for a, _ in spans], device=x.device)
-    stop = torch.tensor([b for _, b in spans], device=x.device)
-    place = torch.arange(x.shape[1], device=x.device)
+def extremes(x: Float[Tensor, "row pos unit"], spans: Spans, signs: Sequence[int]) -> list[Found]:
+    """The largest (1) or smallest (-1) value of each row over its span, for each of ``signs``.
 
-    def locate(unit: Tensor, row: Tensor, value: Tensor) -> Tensor:
-        found = x[row, :, unit] == sign * value[:, None]
-        found &= (place >= start[row, None]) & (place < stop[row, None])
-        return found.byte().argmax(dim=1)
+    Reductions with indices take several times as long as those without, and comparisons into
+    booleans as those into numbers; so the first position is found as the largest of what is left.
+    """
+    shortest, longest = min(spans.ends), max(spans.ends)
+    inside, left = spans.on(x.device)
+    whole = x[:, spans.first : longest]
+    parts = [x[:, spans.first : shortest]]
+    if shortest < longest:  # outside its span a row is what it is at its first position
+        parts.append(torch.where(inside, x[:, shortest:longest], whole[:, :1]))
+    found, same = [], torch.empty_like(whole)
+    for sign in signs:
+        best = parts[0].amax(dim=1) if sign > 0 else parts[0].amin(dim=1)
+        for part in parts[1:]:
+            other = part.amax(dim=1) if sign > 0 else part.amin(dim=1)
+            best = torch.maximum(best, other) if sign > 0 else torch.minimum(best, other)
+        torch.eq(whole, best[:, None], out=same)
+        found.append((best, (longest - same.mul_(left).amax(dim=1)).to(torch.int16)))
+    return found
 
-    return locate
 
-
-def require_finite(values: Tensor, hook: str, docs: Tensor) -> None:
+def require_finite(values: Float[Tensor, "row unit"], hook: str, docs: Tensor) -> None:
     """Refuse NaN and infinities, which have no place in an order.
 
     Raises:
         InputError: naming the hook and a document.
     """
     if not bool(values.isfinite().all()):
-        row = int((~values.isfinite()).any(dim=0).nonzero()[0])
+        row = int((~values.isfinite()).any(dim=1).nonzero()[0])
         raise InputError(
             f"{hook} is NaN or infinite in document {int(docs[row])}: activations overflowed "
             f"({values.dtype}); run the model in float32 or bfloat16"

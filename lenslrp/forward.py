@@ -156,7 +156,7 @@ def forward(
         if embed is not None:
             _replace_embedded(at, parts, embed)
         for name, call in (read or {}).items():
-            _read(at, points, name, call, stop=name == stop_after)
+            read_at(at, points, name, call, stop=name == stop_after)
         if capture_at:
             owned = owners(module for _, module in parts)
             capture(at, points, owned, list(capture_at), made.captured)
@@ -172,14 +172,15 @@ def forward(
         yield made
 
 
-def _read(
+def read_at(
     at: Attached,
     points: Mapping[str, nn.Module],
     name: str,
     call: Callable[[Tensor], None],
     *,
-    stop: bool,
+    stop: bool = False,
 ) -> None:
+    """Call ``call`` with the activations at a hook point as they pass, and ``stop`` there."""
     select_names(points, [name])
 
     def hook(point: nn.Module, _: Any, x: Tensor) -> None:

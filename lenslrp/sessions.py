@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import get_ident
@@ -22,8 +22,9 @@ from torch import Tensor
 from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
-from lenslrp.forward import architecture, outputs_of, parts_of
+from lenslrp.forward import architecture, outputs_of, parts_of, read_at
 from lenslrp.hooks import coverage as cover
+from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.install import Rules, require_attention, require_bridge
 from lenslrp.hooks.observing import Observer
@@ -118,7 +119,8 @@ class Session:
             input, target, names_filter: as there.
             given: ``prepend_bos``, ``reduce``, ``logits``, ``attention_mask``, ``inputs_embeds``,
                 ``decoder_input``, ``pixel_values``, ``input_values``, ``input_features``,
-                ``leaves`` and ``model_kwargs``, as there.
+                ``leaves`` and ``model_kwargs``, as there; ``read``: hook point -> what is called
+                with its activations as they pass in the forward pass.
         """
         logits, caches = self._explain(input, [target], names_filter, **given)
         return logits, caches[0]
@@ -201,6 +203,7 @@ class Session:
         input_features: Tensor | None = None,
         leaves: str = "pixels",
         model_kwargs: Mapping[str, Any] | None = None,
+        read: Mapping[str, Callable[[Tensor], None]] | None = None,
     ) -> tuple[Tensor, list[RelevanceCache]]:
         model = self.model
         logits = self.logits if logits is None else logits
@@ -236,7 +239,7 @@ class Session:
             if not media.head_of(model):
                 for item in wanted:
                     require_latent(item, architecture(model))
-            return self._run(prepared, wanted, names_filter, reduce, logits, leaves)
+            return self._run(prepared, wanted, names_filter, reduce, logits, leaves, read or {})
 
     def _run(
         self,
@@ -246,6 +249,7 @@ class Session:
         reduce: Reduce,
         logits: str,
         leaves: str,
+        read: Mapping[str, Callable[[Tensor], None]],
     ) -> tuple[Tensor, list[RelevanceCache]]:
         model, rules = self.model, self._rules
         state, points = rules.state, rules.points
@@ -258,6 +262,10 @@ class Session:
         hooks = [t.hook for w in wanted for t in parts_of(w) if isinstance(t, Activation)]
         memory = remembered(model, state.hooks)
         observes = state.hooked or memory.cuts is None
+
+        def reading(at: Attached, _: Pass) -> None:
+            for name, call in read.items():
+                read_at(at, points, name, call)
 
         def attempt(ways: set[str]) -> tuple[Tensor, list[RelevanceCache], set[str]]:
             checked = "books" in ways or not (memory.balanced or is_conditional(model))
@@ -273,7 +281,7 @@ class Session:
                     under_rules(
                         model, rules, prepared, readers, latent=hooks, columns=columns, leaf=leaves,
                         checkpoint=self.checkpoint, strict=self.strict, ledger=self.ledger,
-                        memory=memory, observer=observer,
+                        memory=memory, observer=observer, at_nodes=reading,
                     )
                 )  # fmt: skip
                 if tracer is not None:

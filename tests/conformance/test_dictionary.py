@@ -318,7 +318,7 @@ def test_activations_alone_need_no_backward_pass(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a backward pass was run")
 
-    monkeypatch.setattr("lenslrp.analysis.block_pass.run_with_relevance", refuse)
+    monkeypatch.setattr("lenslrp.analysis.block_pass.Session", refuse)
     d = build(tmp_path / "d", criteria=("actmax", "deciles"))
     for criterion in ("actmax", "deciles"):
         mine, theirs = d[1, 3].examples(criterion), built[1, 3].examples(criterion)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lenslrp.analysis.block_pass import Runner
 from lenslrp.analysis.dictionary import NeuronDictionary
 from lenslrp.analysis.job import prepare
 from lenslrp.analysis.search import scan_shard
@@ -106,7 +107,7 @@ def test_a_scan_goes_on_from_its_checkpoint(
     bridge = model()
     job = prepare(bridge, texts(), tmp_path / "d", **OPTIONS)
     ran: list[int] = []
-    real = type(job.run).run
+    real = Runner.run
 
     def count(self: Any, block: Any, *visits: Any) -> Any:
         if len(ran) == 5:
@@ -114,12 +115,10 @@ def test_a_scan_goes_on_from_its_checkpoint(
         ran.append(block.index)
         return real(self, block, *visits)
 
-    monkeypatch.setattr(type(job.run), "run", count)
+    monkeypatch.setattr(Runner, "run", count)
     with pytest.raises(Died):
         scan_shard(job, checkpoint_every=0.0, progress=False)
-    monkeypatch.setattr(
-        type(job.run), "run", lambda s, b, *v: (ran.append(b.index), real(s, b, *v))[1]
-    )
+    monkeypatch.setattr(Runner, "run", lambda s, b, *v: (ran.append(b.index), real(s, b, *v))[1])
     scan_shard(job, checkpoint_every=0.0, progress=False)
     assert ran == list(range(job.corpus.blocks))
 

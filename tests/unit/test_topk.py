@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from lenslrp.analysis.topk import (
     EMPTY,
+    Spans,
     TopK,
     extremes,
-    locator,
     pack,
     priorities,
     require_finite,
@@ -54,9 +54,10 @@ def test_equals_a_full_sort_in_any_order_with_ties(sign: int, levels: int, order
     for shard in shards:
         top = TopK.empty(4, 7)
         for rows in shard:
-            some, where = x[rows], [spans[r] for r in rows.tolist()]
-            locate = locator(some, where, sign)
-            top.update(0, sign * extremes(some, where, sign), docs[rows], locate)
+            where = Spans(1, [spans[r][1] for r in rows.tolist()])
+            both = extremes(x[rows], where, [-1, 1])
+            best, positions = both[sign > 0]
+            top = top.merge([TopK.of(sign * best, positions, docs[rows])], ordered=False)
         tallies.append(top)
     merged = tallies[0].merge(tallies[1:])
     values, found = unpack(merged.keys)
@@ -66,21 +67,26 @@ def test_equals_a_full_sort_in_any_order_with_ties(sign: int, levels: int, order
     ] == brute_force(x, docs.tolist(), spans, 7, sign)
 
 
-def test_units_beyond_the_first_go_to_their_own_rows() -> None:
-    x = torch.randn(3, 4, 2)
-    top, spans = TopK.empty(5, 2), [(0, 4)] * 3
-    top.update(3, extremes(x, spans, 1), torch.arange(3), locator(x, spans, 1))
-    assert bool((top.keys[:3] == EMPTY).all())
-    assert bool((top.keys[3:] != EMPTY).all())
+def test_what_is_outside_its_span_is_never_found() -> None:
+    """Neither what comes before, nor what comes after, however large or not a number it is."""
+    x = torch.randn(3, 9, 4)
+    spans = Spans(2, [4, 9, 6])
+    expected = [x[row, 2:end].aminmax(dim=0) for row, end in enumerate(spans.ends)]
+    for row, end in enumerate(spans.ends):
+        x[row, :2] = torch.tensor([torch.inf, torch.nan])[:, None]
+        x[row, end:] = torch.nan if row else -torch.inf
+    (lowest, first), (highest, _) = extremes(x, spans, [-1, 1])
+    assert torch.equal(lowest, torch.stack([e.min for e in expected]))
+    assert torch.equal(highest, torch.stack([e.max for e in expected]))
+    assert torch.equal(x.gather(1, first[:, None].long())[:, 0], lowest)
 
 
 def test_fewer_documents_than_k_leave_empty_entries() -> None:
-    x = torch.randn(2, 3, 1)
-    top, spans = TopK.empty(1, 4), [(0, 3)] * 2
-    top.update(0, extremes(x, spans, 1), torch.arange(2), locator(x, spans, 1))
+    ((best, positions),) = extremes(torch.randn(2, 3, 1), Spans(0, [3, 3]), [1])
+    top = TopK.empty(1, 4).merge([TopK.of(best, positions, torch.arange(2))])
     values, docs = unpack(top.keys)
-    assert sorted(docs[0].tolist()) == [-1, -1, 0, 1]
-    assert int(values.isnan().sum()) == 2
+    assert docs[0].sort().values.tolist() == [-1, -1, 0, 1]
+    assert int(values.isnan().sum()) == int((top.keys == EMPTY).sum()) == 2
 
 
 @settings(max_examples=200, deadline=None)
@@ -98,7 +104,7 @@ def test_keys_hold_values_and_documents_and_their_order(pairs: list[tuple[float,
 
 
 def test_nan_has_no_place_in_an_order() -> None:
-    values = torch.tensor([[0.0, float("nan")]])
+    values = torch.tensor([[0.0, 1.0], [0.0, float("nan")]])
     with pytest.raises(InputError, match=r"mlp.hook_post is NaN or infinite in document 9"):
         require_finite(values, "mlp.hook_post", torch.tensor([4, 9]))
 
