@@ -176,7 +176,7 @@ GATES: dict[type[nn.Module], Any] = {GptOssExperts: gpt_oss_gate}
 """Experts whose gating is more than an activation times a projection."""
 
 
-def attach_mixture(at: Attached, ctx: Context, mixture: Mixture) -> None:
+def attach_mixture(at: Attached, ctx: Context, _: str, __: nn.Module, mixture: Mixture) -> None:
     """Meet the operations of one mixture: its own code, its routers, its experts."""
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lenslrp.errors import CoverageError, InputError
+from lenslrp.hooks.assignment import attach_all
 from lenslrp.hooks.attach import Attached, Context, Holder, Undo, undo_all
-from lenslrp.hooks.components import attach_all, hook_points
+from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import Composite, as_composite
 from lenslrp.hooks.constants import EditMeter
 from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place, walk

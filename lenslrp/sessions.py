@@ -85,6 +85,7 @@ class Session:
         self._stays = _stays  # for one call alone, other threads wait as for any block
         self._rules = Rules(model, self.composite, attention, Books() if ledger else None)
         self._fresh = False  # nothing can have changed since the rules were attached
+        self._ways: set[str] = set()
         self._block: Block | None = None
         self._release: weakref.finalize[..., Any] | None = None
         self._hold()
@@ -295,7 +296,7 @@ class Session:
                     found = at_columns(found, columns)
             return found, caches, readers.silent
 
-        ways: set[str] = set()
+        ways = set(self._ways)
         while True:
             try:
                 found, caches, silent = attempt(ways)
@@ -304,6 +305,7 @@ class Session:
                 if again.way in ways:
                     raise
                 ways.add(again.way)
+        self._ways = ways & {"copies"}  # a model that writes in place will do so again
         self._warn(caches)
         if silent:
             lost = silent & unused(model, prepared, live=True, modules=self.composite.modules)

@@ -1,0 +1,395 @@
+"""Which rule each component of a bridge gets: decided first, then attached.
+
+:func:`assign` looks at a model and changes nothing; its table has a row for everything that is
+attached. A new architecture is rows in that table: a class in one of the lists that it goes by
+(:data:`~lenslrp.hooks.components.ACTIVATIONS`, :data:`~lenslrp.hooks.norms.NAMED_NORMS`,
+:data:`~lenslrp.hooks.operations.KNOWN`), or a branch of :class:`_Decision`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+from torch import nn
+from torch.nn.utils import parametrize
+from transformer_lens.model_bridge.generalized_components import (
+    AttentionBridge,
+    EmbeddingBridge,
+    GatedMLPBridge,
+    JointGateUpMLPBridge,
+    LinearBridge,
+    NormalizationBridge,
+    PosEmbedBridge,
+    UnembeddingBridge,
+)
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.sources.native import model as native
+
+from lenslrp.errors import CoverageError, InputError
+from lenslrp.hooks import functions as F
+from lenslrp.hooks.attach import Attached, Context, components, original
+from lenslrp.hooks.attention import attach_attention, gates_its_output
+from lenslrp.hooks.checks import known_forward
+from lenslrp.hooks.components import (
+    KNOWN_ACTIVATIONS,
+    LAYERS,
+    attach_activation,
+    attach_all_cycles,
+    attach_gated_mlp,
+    attach_linear,
+    attach_native_activation,
+)
+from lenslrp.hooks.composites import Composite
+from lenslrp.hooks.constants import meter_edits, watch_gradients
+from lenslrp.hooks.convolution import CONVOLUTIONS
+from lenslrp.hooks.embeddings import attach_leaf, attach_patches, embeddings
+from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures
+from lenslrp.hooks.norms import attach_loose_norm, attach_norm, attach_own_norm, is_norm
+from lenslrp.hooks.operations import (
+    ATTENTION,
+    ATTENTION_GATE,
+    ROUTER,
+    attach_operations,
+    declared,
+    is_known,
+)
+from lenslrp.hooks.patches import below, embedders
+from lenslrp.hooks.rules import Identity, LinearRule, Normalisation, Operations, Plain
+from lenslrp.hooks.structure import Parts
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One component and the rule that it gets.
+
+    Attributes:
+        path: its name in the bridge.
+        module: the component.
+        role: a key of :data:`~lenslrp.hooks.composites.ROLES`; of attention, of a mixture and of a
+            module's own operations, which have several, the first.
+        rule: the rule, as the composite has it.
+        share: of an activation that feeds a gated product, what it gets relative to the other
+            factor.
+        attach: called with ``Attached``, ``Context``, path, module and ``options``.
+    """
+
+    path: str
+    module: nn.Module = field(repr=False)
+    role: str
+    rule: Any
+    share: float = 1.0
+    attach: Callable[..., None] = field(default=attach_linear, repr=False)
+    options: tuple[Any, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """What :func:`assign` gives.
+
+    Attributes:
+        rows: one for each component that gets a rule, in the order in which they are attached.
+        queries: names of norms that feed nothing but queries.
+        weights: addresses of weights whose products have a rule other than epsilon, by layer.
+        wrapped: ids of the modules that norms of the bridge wrap.
+    """
+
+    rows: list[Assignment]
+    queries: set[str]
+    weights: dict[int, str]
+    wrapped: set[int]
+
+    def table(self) -> pd.DataFrame:
+        """Columns path, component, role, rule and share."""
+        rows = [
+            (row.path, type(row.module).__name__, row.role, row.rule.name, row.share)
+            for row in self.rows
+        ]
+        return pd.DataFrame(rows, columns=["path", "component", "role", "rule", "share"])
+
+
+def assign(model: nn.Module, composite: Composite, attention: str = "bridge") -> Assignments:
+    """Decide which component of a bridge gets which rule of a composite; nothing is changed.
+
+    What has no rule gets no row: it stays on the autograd graph, where
+    :mod:`lenslrp.hooks.coverage` finds it.
+
+    Raises:
+        CoverageError: one module stands in two places.
+        InputError: a rule that gives ``up`` no share.
+    """
+    require_modules_of_their_own(model)
+    found = components(model)
+    gates: dict[int, float] = {}
+    roles: dict[int, str] = {}
+    mixed = mixtures(found)
+    mixing = {id(part) for mixture in mixed for part, _ in mixture.specs()}
+    raw = _raw_modules(found, mixed, composite)
+    wrapped = {id(original(m)) for _, m in found if isinstance(m, NormalizationBridge)}
+    roles.update(dict.fromkeys(mixing, ""))  # met where they run
+    roles.update(_router_roles(found, mixed, raw))
+    queries: set[str] = set()
+    for path, module in found:
+        if "cross_attn" in module._modules and "ln2" in module._modules:
+            queries.add(f"{path}.ln2")  # before cross-attention, whose keys are the encoder's
+        if isinstance(module, AttentionBridge):
+            for key in ("q", "k", "v", "o"):
+                roles[id(_wrapped(module, key))] = "projection"
+            # The bridge splits a joint projection and calls its parts, unless it delegates.
+            roles[id(_wrapped(module, "qkv"))] = "projection" if attention == "fused" else ""
+        if isinstance(module, JointGateUpMLPBridge):
+            roles[id(_wrapped(module, "gate_up"))] = ""
+            roles[id(getattr(original(module), module.fused_attr, None))] = ""
+        if id(module) in raw and raw[id(module)].gated:  # its activation feeds a gated product
+            gates.update((id(inner), gate_share(composite)) for inner in module.children())
+        if isinstance(module, GatedMLPBridge) and _computes_itself(composite, module):
+            share = gate_share(composite)
+            for inner in [*original(module).children(), *module.children(), original(module)]:
+                gates[id(inner)] = share
+    decide = _Decision(composite, gates, roles, wrapped)
+    inside = _answered_for(found, composite)
+    linear = {id(original(m)) for _, m in found if isinstance(m, LinearBridge)}
+    rows: list[Assignment] = []
+    for path, module in found:
+        if id(module) in inside:
+            continue
+        rows.extend(decide.row(path, module))
+        if id(module) in linear and not isinstance(module, LAYERS):
+            rows.extend(decide.linear(path, module))
+        if id(module) in raw and id(module) not in mixing:
+            rows.append(decide.operations(path, module, raw[id(module)]))
+    rows.extend(
+        Assignment(
+            mixture.path, mixture.block, "router", composite["router"],
+            attach=attach_mixture, options=(mixture,),
+        )
+        for mixture in mixed
+    )  # fmt: skip
+    return Assignments(rows, queries, _ruled_weights(found, composite, roles, raw), wrapped)
+
+
+def attach_all(model: nn.Module, found: Parts, ctx: Context, at: Attached) -> None:
+    """Attach the composite's rules to every component of a bridge.
+
+    ``at`` learns the sites and how to undo them, as far as it went.
+    """
+    assigned = assign(model, ctx.composite, ctx.attention)
+    at.edits = meter_edits(at, ctx, found)
+    at.changed = watch_gradients(at, found)
+    at.wrapped, at.weights = assigned.wrapped, assigned.weights
+    ctx.queries.update(assigned.queries)
+    for inner, _ in embeddings(found):
+        attach_leaf(at, inner)
+    for _, module in found:
+        if hasattr(module, "L_bp_cycles_padded"):
+            attach_all_cycles(at, module)
+    for row in assigned.rows:
+        row.attach(at, ctx, row.path, row.module, *row.options)
+    for place in embedders(found):
+        attach_patches(at, place.projection, below(found, at.sites))
+
+
+def _answered_for(found: Parts, composite: Composite) -> set[int]:
+    """Modules inside one that has a rule as a whole; and what an embedding does before its leaf."""
+    inside: set[int] = set()
+    for inner, _ in embeddings(found):
+        inside.update(id(part) for part in inner.modules() if part is not inner)
+    for _, module in found:
+        if isinstance(composite.modules.get(type(module)), Identity | Normalisation | Plain):
+            inside.update(id(part) for part in module.modules() if part is not module)
+        if isinstance(module, NormalizationBridge) and isinstance(composite["norm"], Plain):
+            component: Any = original(module)
+            inside.update(id(part) for part in component.modules() if part is not component)
+    return inside
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What :func:`assign` goes by: shares of gates, roles of layers, modules that norms wrap."""
+
+    composite: Composite
+    gates: dict[int, float]
+    roles: dict[int, str]
+    wrapped: set[int]
+
+    def row(self, path: str, module: nn.Module) -> Iterator[Assignment]:
+        """The row of a component by its class, if it gets one."""
+        rules = self.composite
+        own = rules.modules.get(type(module))
+        share = self.gates.get(id(module), 1.0)
+        if own is not None and id(module) in self.wrapped:
+            return  # its NormalizationBridge has seen to it
+        if isinstance(own, Operations):
+            yield self.operations(path, module, own)
+        elif isinstance(own, Normalisation):
+            yield Assignment(path, module, "norm", own, attach=attach_own_norm, options=(own,))
+        elif own is not None:
+            yield self.activation(path, module, own, share, True)
+        elif isinstance(module, NormalizationBridge):
+            yield Assignment(path, module, "norm", rules["norm"], attach=attach_norm)
+        elif isinstance(module, AttentionBridge):
+            if type(original(module)) not in rules.modules:  # taught: it has rules of its own
+                rule = rules["attention_av"]
+                yield Assignment(path, module, "attention_av", rule, attach=attach_attention)
+        elif isinstance(module, GatedMLPBridge) and original(module) is not None:
+            if _computes_itself(rules, module) and not is_known(original(module)):
+                yield Assignment(path, module, "gate", rules["gate"], attach=attach_gated_mlp)
+        elif id(module) not in self.wrapped and is_norm(module):
+            yield Assignment(path, module, "norm", rules["norm"], attach=attach_loose_norm)
+        elif known_forward(module) in KNOWN_ACTIVATIONS:
+            yield self.activation(path, module, rules["activation"], share, False)
+        elif isinstance(module, native.NativeMLP | native.NativeGatedMLP):
+            yield Assignment(
+                path, module, "activation", rules["activation"], share,
+                attach_native_activation, (share,),
+            )  # fmt: skip
+        elif isinstance(module, LAYERS):
+            yield from self.linear(path, module)
+
+    def linear(self, path: str, module: nn.Module) -> Iterator[Assignment]:
+        """A linear layer or a convolution, unless its parts are called instead."""
+        role = self.roles.get(id(module), _linear_role(module))
+        if role:
+            rule = self.composite[role]
+            yield Assignment(path, module, role, rule, attach=attach_linear, options=(role,))
+
+    def activation(
+        self, path: str, module: nn.Module, rule: Any, share: float, declared: bool
+    ) -> Assignment:
+        """An activation module; ``declared`` by the composite for its class."""
+        given = (rule, share, declared)
+        return Assignment(path, module, "activation", rule, share, attach_activation, given)
+
+    def operations(self, path: str, module: nn.Module, spec: Operations) -> Assignment:
+        """A module whose own code multiplies or activates."""
+        rule = self.composite[spec.product]
+        return Assignment(path, module, spec.product, rule, 1.0, attach_operations, (spec,))
+
+
+def gate_share(composite: Composite) -> float:
+    """What the gate gets relative to the product's common share (``up``'s)."""
+    first, second = F.product_shares(composite["gate"])
+    if second == 0:
+        raise InputError("a gate rule must give `up` a share; Product(first, second) has second=0")
+    return first / second
+
+
+def require_modules_of_their_own(model: nn.Module) -> None:
+    """Refuse a model in which one module stands in two places.
+
+    Norms, activations and embeddings may. Elsewhere the bridge replaces the module's parts once for
+    each place, and its hook points would mean both.
+
+    Raises:
+        CoverageError: naming the places.
+    """
+    shared = (NormalizationBridge, EmbeddingBridge, PosEmbedBridge, UnembeddingBridge)
+    places: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        inner = original(module) if isinstance(module, GeneralizedComponent) else None
+        if inner is None or isinstance(module, shared) or "_original_component" in path:
+            continue
+        wrapped_twice = isinstance(inner, GeneralizedComponent) and type(inner) is type(module)
+        first = places.setdefault(id(inner), path)
+        # Inside one block several components may stand for parts of one module.
+        if path.split(".")[:2] != first.split(".")[:2] or wrapped_twice:
+            other = "one of another place" if first == path else first
+            raise CoverageError(
+                f"{path} ({type(inner).__name__}) is the same module as {other}: relevance there "
+                "would be that of both; give each place a module of its own (copy.deepcopy)"
+            )
+
+
+def _raw_modules(
+    parts: list[tuple[str, nn.Module]], mixed: list[Mixture], composite: Composite
+) -> dict[int, Operations]:
+    """Modules whose own code multiplies or activates, by id: where no component has a rule."""
+    gated = (GatedMLPBridge, JointGateUpMLPBridge)
+    bridged = {id(original(module)) for _, module in parts if isinstance(module, gated)}
+    raw = {id(part): spec for mixture in mixed for part, spec in mixture.specs()}
+    met = _attended(parts)
+    for _, module in parts:
+        if gates_its_output(module):
+            raw[id(module)] = ATTENTION_GATE
+        spec = declared(module)
+        taught = type(module) in composite.modules
+        if spec is None or taught or isinstance(module, GeneralizedComponent):
+            continue
+        if spec is ATTENTION and id(module) in met:
+            continue  # its bridge has hook points for it
+        if id(module) not in bridged or is_known(module):
+            raw.setdefault(id(module), spec)
+    return raw
+
+
+def _ruled_weights(
+    parts: list[tuple[str, nn.Module]],
+    composite: Composite,
+    roles: dict[int, str],
+    raw: dict[int, Operations],
+) -> dict[int, str]:
+    """Addresses of weights whose products have a rule other than epsilon, and where they are.
+
+    Batched experts, say, keep theirs as parameters of their own, one matrix after another.
+    """
+    found: dict[int, str] = {}
+    ruled: dict[str, bool] = {}
+    attended = _attended(parts)
+    for path, module in parts:
+        layer: Any = module
+        # A parametrised weight is a new tensor at every call.
+        if isinstance(module, nn.Embedding) or parametrize.is_parametrized(module):
+            continue
+        if isinstance(module, LAYERS):
+            role, matrices = roles.get(id(module), _linear_role(module)), [layer.weight]
+        elif raw.get(id(module)) == ROUTER:
+            continue
+        else:
+            role = "projection" if id(module) in attended else "linear"
+            own = [w for w in module._parameters.values() if w is not None]
+            matrices = [m for w in own if w.ndim in (2, 3) for m in (w if w.ndim == 3 else [w])]
+        if role not in ruled:  # a check of a protocol is slow, and roles are few
+            ruled[role] = bool(role) and isinstance(composite[role], LinearRule)
+        if ruled[role]:
+            # On the meta device no tensor has an address.
+            found.update((m.data_ptr(), path) for m in matrices if not m.is_meta)
+    return found
+
+
+def _computes_itself(composite: Composite, mlp: GatedMLPBridge) -> bool:
+    """Whether a gated MLP has its rules from its bridge: its class is not declared."""
+    inner = original(mlp)
+    return inner is not None and type(inner) not in composite.modules
+
+
+def _attended(parts: list[tuple[str, nn.Module]]) -> set[int]:
+    """What lies inside attention that has a bridge."""
+    inner = [original(m) for _, m in parts if isinstance(m, AttentionBridge)]
+    return {id(part) for module in inner if module is not None for part in module.modules()}
+
+
+def _router_roles(
+    parts: list[tuple[str, nn.Module]], mixed: list[Mixture], raw: dict[int, Operations]
+) -> dict[int, str]:
+    """Linear layers that weigh experts: they keep the epsilon rule, whatever that of the others."""
+    found: dict[int, str] = {}
+    for _, module in parts:
+        if raw.get(id(module)) == ROUTER:
+            found.update((id(inner), "router") for inner in module.modules())
+            found[id(module)] = ""
+    for mixture in mixed:  # the weight of a shared expert: one number a position
+        for inner in mixture.block.modules():
+            if isinstance(inner, nn.Linear) and inner.out_features == 1:
+                found[id(inner)] = "router"
+    return found
+
+
+def _linear_role(module: nn.Module) -> str:
+    return "convolution" if isinstance(module, CONVOLUTIONS) else "linear"
+
+
+def _wrapped(module: nn.Module, key: str) -> Any:
+    child = module._modules.get(key)
+    return None if child is None else original(child)
