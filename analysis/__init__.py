@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lenslrp.analysis.evaluation import Perturbation, evaluate
     from lenslrp.analysis.exports import export_html, export_neuronpedia
     from lenslrp.analysis.graph import AttributionGraph, attribution_graph
-    from lenslrp.analysis.launch import build_distributed, build_with_ray
+    from lenslrp.analysis.launch import build_distributed, build_with_ray, explain_with_ray
     from lenslrp.analysis.lens import Lens
     from lenslrp.analysis.lens_fit import compare_lenses, fit_relevance_lens, fit_ridge_lens
     from lenslrp.analysis.page import Page
@@ -78,7 +78,7 @@ _HOMES = {
     "evaluation": ("Perturbation", "evaluate"),
     "exports": ("export_html", "export_neuronpedia"),
     "graph": ("AttributionGraph", "attribution_graph"),
-    "launch": ("build_distributed", "build_with_ray"),
+    "launch": ("build_distributed", "build_with_ray", "explain_with_ray"),
     "lens": ("Lens",),
     "lens_fit": ("compare_lenses", "fit_relevance_lens", "fit_ridge_lens"),
     "page": ("Page",),
@@ -148,6 +148,7 @@ __all__ = [
     "completeness",
     "cosines",
     "evaluate",
+    "explain_with_ray",
     "export_html",
     "export_neuronpedia",
     "faithfulness_curve",

@@ -26,7 +26,6 @@ from lenslrp.analysis.image_files import read_images
 from lenslrp.analysis.journal import Row, resumed
 from lenslrp.analysis.perturb import Features, tokens_of
 from lenslrp.analysis.perturb_parts import patches_of
-from lenslrp.analysis.plan import describe_model
 from lenslrp.analysis.prompts import Numbers
 from lenslrp.analysis.question import Passes, Question, ask
 from lenslrp.analysis.records import HALVES, half_of, identity, in_order, read_records
@@ -35,6 +34,7 @@ from lenslrp.analysis.results import JOURNAL, PARQUET, Results
 from lenslrp.analysis.spans import hit, ious
 from lenslrp.analysis.tasks import IMAGES, TASKS, Example, Task, Unfit, image_task
 from lenslrp.errors import InputError, StorageError
+from lenslrp.fingerprints import describe_model
 
 KEEP_FIRST = "+first"
 

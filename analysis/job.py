@@ -13,16 +13,15 @@ from lenslrp.analysis.plan import (
     CRITERIA,
     SCHEMA,
     Plan,
-    describe_model,
-    describe_rules,
-    describe_tokenizer,
 )
 from lenslrp.analysis.readouts import Sites, sites_of
 from lenslrp.analysis.search import Job
 from lenslrp.analysis.storage import load_json, save_json
 from lenslrp.analysis.units import Unit
-from lenslrp.analysis.work import PLAN, begin_work, clear_corpus, found_work, taking_turns
+from lenslrp.analysis.work import PLAN, TURNS, begin_work, clear_corpus, found_work
 from lenslrp.errors import InputError, StorageError
+from lenslrp.files import taking_turns
+from lenslrp.fingerprints import describe_model, describe_rules, describe_tokenizer
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.install import require_bridge
 from lenslrp.hooks.rules import Rule
@@ -76,7 +75,7 @@ def prepare(
     folder = Path(path)
     work = found_work(folder) if corpus is None else begin_work(folder)
     bos = _bos(model, prepend_bos)
-    with taking_turns(work):
+    with taking_turns(work / TURNS):
         tokenised = _tokenised(corpus, model, work, Cut(context, batch_size, bos, field))
     found = tuple(sites_of(sites))
     places = find_places(model, found, tokenised.block(0).tokens[:1])
@@ -102,7 +101,7 @@ def prepare(
         through=tuple(map(str, units)),
         seed=seed,
     )
-    with taking_turns(work):
+    with taking_turns(work / TURNS):
         if (work / PLAN).exists():
             plan.require_same(Plan.from_json(load_json(work / PLAN), work / PLAN), str(work))
         else:

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lenslrp.errors import InputError, StorageError
+from lenslrp.errors import StorageError
 from lenslrp.files import cannot_write, make_folder, whole
+from lenslrp.fingerprints import require_same_settings
 
 Row = dict[str, Any]
 
@@ -38,7 +39,7 @@ def resumed(path: Path, settings: Row) -> Iterator[tuple[list[Row], Callable[[Ro
                 "place for the results"
             )
     head, *rows = [_parsed(path, n, line) for n, line in enumerate(complete.splitlines(), 1)]
-    _require_same(path, head, json.loads(json.dumps(settings)))
+    require_same_settings(path, head, json.loads(json.dumps(settings)))
     if complete != kept:
         with whole(path) as temporary:
             temporary.write_bytes(complete)
@@ -63,29 +64,3 @@ def _parsed(path: Path, number: int, line: bytes) -> Row:
     if not isinstance(value, dict):
         raise StorageError(f"{path} line {number} is damaged: no JSON object")
     return value
-
-
-def _require_same(path: Path, found: Row, wanted: Row) -> None:
-    found, wanted = _flat(found), _flat(wanted)
-    names = dict.fromkeys([*found, *wanted])
-    other = [
-        f"{name} {json.dumps(found.get(name))}, now {json.dumps(wanted.get(name))}"
-        for name in names
-        if found.get(name) != wanted.get(name)
-    ]
-    if other:
-        raise InputError(
-            f"{path} was made with other settings ({'; '.join(other)}): "
-            "move it, or give another place for the results"
-        )
-
-
-def _flat(settings: Row, prefix: str = "") -> Row:
-    """Settings of settings by a dotted name."""
-    flat: Row = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

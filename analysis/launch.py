@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from lenslrp.analysis.replay import Entries, replay, replayed
 from lenslrp.analysis.search import Job, merge_shards, scan_shard
 from lenslrp.analysis.work import BUILD, PLAN, begin_work, shard_name, using
 from lenslrp.errors import InputError, StorageError
+from lenslrp.explaining_file import Explanations, explain_to
 from lenslrp.extras import require
+from lenslrp.targets import Target
 
 RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 """Where launchers say which process this is, and of how many."""
@@ -166,9 +169,6 @@ def build_with_ray(
         MissingExtraError: Ray is not installed.
     """
     require("ray", "build_with_ray")
-    import ray
-    from ray.util import ActorPool
-
     local = {name: options.pop(name) for name in LOCAL if name in options}
     keep_work, tokens = local.pop("keep_work", False), local.pop("vocabulary", TOKENS)
     local["progress"] = False
@@ -176,15 +176,80 @@ def build_with_ray(
     # The calling process holds the folder for all actors, which may come and go on any host.
     with using(begin_work(Path(path)), BUILD):
         job = prepare(make_model(), corpus, path, **options)
-        remote = ray.remote(max_restarts=-1, max_task_retries=-1, **(resources or {}))(Worker)
         folder = str(Path(path).resolve())
-        actors = [remote.remote(make_model, folder, options) for _ in range(workers)]
-        pool = ActorPool(actors)
         ranks = list(range(world))
-        files = list(pool.map(lambda a, r: a.scan.remote(r, world, local), ranks))
-        parts = list(pool.map(lambda a, r: a.replay.remote(files, r, world, tokens, local), ranks))
-        for actor in actors:
-            ray.kill(actor)
+        with _actors(Worker, workers, resources, make_model, folder, options) as pool:
+            files = list(pool.map(lambda a, r: a.scan.remote(r, world, local), ranks))
+            parts = list(
+                pool.map(lambda a, r: a.replay.remote(files, r, world, tokens, local), ranks)
+            )
         paths = [Path(path) for some in parts for path in some]
         finish(job, files, parts=paths, keep_work=keep_work, vocabulary=tokens, **local)
     return NeuronDictionary.open(path)
+
+
+@contextmanager
+def _actors(
+    kind: type, workers: int, resources: dict[str, Any] | None, *given: Any
+) -> Iterator[Any]:
+    """A pool of Ray actors that are started again when they die, and end with the block."""
+    import ray
+    from ray.util import ActorPool
+
+    remote = ray.remote(max_restarts=-1, max_task_retries=-1, **(resources or {}))(kind)
+    actors = [remote.remote(*given) for _ in range(workers)]
+    yield ActorPool(actors)
+    for actor in actors:
+        ray.kill(actor)
+
+
+class Explainer:
+    """What a Ray actor holds that explains many prompts: a model, and what is asked of it."""
+
+    def __init__(self, make_model: Callable[[], Any], path: str, options: dict[str, Any]) -> None:
+        self.model, self.path, self.options = make_model(), path, options
+
+    def explain(self, share: int, shares: int) -> Explanations:
+        given = {name: _made(self.options[name]) for name in ("inputs", "targets")}
+        options = {**self.options, **given}
+        return explain_to(self.path, self.model, shard=(share, shares), **options)
+
+
+def _made(given: Any) -> Any:
+    """Inputs or targets, where a function makes them."""
+    return given() if callable(given) and not isinstance(given, Target) else given
+
+
+def explain_with_ray(
+    make_model: Callable[[], Any],
+    path: str | Path,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    workers: int,
+    shards: int | None = None,
+    resources: dict[str, Any] | None = None,
+    **options: Any,
+) -> Explanations:
+    """:func:`lenslrp.explain_to` with a pool of Ray actors (extra ``ray``).
+
+    An actor that dies is started again and makes the parts of its share that are missing.
+
+    Args:
+        make_model: makes the bridge, in each actor.
+        path: the table, on a disk that all of them see.
+        inputs, targets: as for ``explain_to``, or a function that returns them, called in each
+            actor.
+        workers, shards, resources: as for :func:`build_with_ray`.
+        options: of ``explain_to``.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+    """
+    require("ray", "explain_with_ray")
+    shares = shards or 4 * workers
+    given = {"inputs": inputs, "targets": targets, **options}
+    place = str(Path(path).resolve())
+    with _actors(Explainer, workers, resources, make_model, place, given) as pool:
+        made = list(pool.map(lambda a, share: a.explain.remote(share, shares), range(shares)))
+    return max((part for part in made if part.complete), key=lambda part: part.prompts)

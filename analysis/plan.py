@@ -18,10 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lenslrp.analysis.storage import canonical
 from lenslrp.errors import InputError, StorageError
-from lenslrp.forward import architecture
-from lenslrp.hooks.composites import Composite
+from lenslrp.fingerprints import canonical
 
 SCHEMA = 2
 
@@ -248,43 +246,6 @@ def require_criteria(criteria: tuple[str, ...]) -> None:
     known = (*CRITERIA, *SAMPLES)
     if not criteria or not set(criteria) <= set(known) or len(set(criteria)) < len(criteria):
         raise InputError(f"criteria are one or more of {', '.join(known)}, not {criteria!r}")
-
-
-def describe_model(model: Any) -> dict[str, Any]:
-    """What identifies a bridge: its name, its type, and a fingerprint of its weights."""
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        step = max(1, len(flat) // 1024)
-        some = flat[::step].float().cpu().contiguous().numpy()
-        digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}".encode())
-        digest.update(some.tobytes())
-    return {
-        "name": str(getattr(model.cfg, "model_name", "")),
-        "revision": getattr(config, "_commit_hash", None),
-        "architecture": architecture(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "weights": digest.hexdigest(),
-        "compatibility": bool(getattr(model, "compatibility_mode", False)),
-    }
-
-
-def describe_tokenizer(tokenizer: Any) -> str:
-    """A fingerprint of a tokenizer: its rules where it can state them, else its vocabulary."""
-    if tokenizer is None:
-        return "none"
-    core = getattr(tokenizer, "backend_tokenizer", None)
-    text = core.to_str() if core is not None else canonical(tokenizer.get_vocab())
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def describe_rules(composite: Composite) -> dict[str, str]:
-    """Name and fingerprint of a rule set."""
-    table = {role: repr(rule) for role, rule in composite.rules.items()}
-    modules = {f"{c.__module__}.{c.__qualname__}": repr(r) for c, r in composite.modules.items()}
-    text = canonical([table, modules])
-    return {"name": composite.name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def describe_libraries() -> dict[str, str]:

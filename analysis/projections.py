@@ -32,7 +32,6 @@ from lenslrp.analysis.readouts import Directions, Features, Site
 from lenslrp.analysis.storage import (
     load_tensors,
     open_parquet,
-    parquet_writer,
     read_groups,
     require_forms,
     require_numbers,
@@ -49,7 +48,7 @@ from lenslrp.analysis.vocabulary import (
     require_decoder,
 )
 from lenslrp.errors import InputError, StorageError
-from lenslrp.files import whole
+from lenslrp.files import parquet_writer, whole
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

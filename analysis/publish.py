@@ -24,10 +24,10 @@ from lenslrp.analysis.plan import SCHEMA, Place, Plan, describe_libraries
 from lenslrp.analysis.projections import TOKENS, project_places, write_vocabulary
 from lenslrp.analysis.replay import Entries, replay, require_part
 from lenslrp.analysis.search import Job, State, merge_shards
-from lenslrp.analysis.storage import file_record, parquet_writer, save_json, save_tensors
+from lenslrp.analysis.storage import file_record, save_json, save_tensors
 from lenslrp.analysis.texts import Document, write_texts
 from lenslrp.analysis.work import FILES, MANIFEST, clear_work
-from lenslrp.files import whole
+from lenslrp.files import parquet_writer, whole
 from lenslrp.spelling import Speller
 
 MANTISSA = 13

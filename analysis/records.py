@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lenslrp.analysis.corpus_files import HALF, is_text
-from lenslrp.analysis.storage import canonical
 from lenslrp.errors import InputError
+from lenslrp.fingerprints import canonical
 
 Record = dict[str, Any]
 

@@ -31,7 +31,6 @@ from lenslrp.analysis.corpus import Block, Corpus
 from lenslrp.analysis.plan import CRITERIA, SAMPLES, Place, Plan, sampled_documents
 from lenslrp.analysis.storage import (
     Form,
-    canonical,
     load_tensors,
     require_forms,
     require_numbers,
@@ -40,6 +39,7 @@ from lenslrp.analysis.storage import (
 )
 from lenslrp.analysis.topk import EMPTY, Found, Spans, TopK, extremes, pack, require_finite, unpack
 from lenslrp.errors import InputError, StorageError
+from lenslrp.fingerprints import canonical
 
 
 @dataclass

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lenslrp.errors import StorageError
 from lenslrp.files import whole
+from lenslrp.fingerprints import canonical
 
 HEADER_LIMIT = 1 << 22
 """Bytes of a safetensors header; ours are a few kilobytes."""
@@ -169,11 +170,6 @@ def require_header(path: Path) -> None:
         raise StorageError(f"{path} is truncated: a header of {length} bytes in a file of {size}")
 
 
-def parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """A writer of zstd pages that carry checksums."""
-    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
-
-
 def open_parquet(
     path: Path, schema: pa.Schema, row: int, groups: Sequence[int] | None = None
 ) -> pq.ParquetFile:
@@ -271,11 +267,6 @@ def require_plain(path: Path) -> None:
         raise StorageError(f"{path} is a symbolic link; a dictionary's files must be files")
     if not path.is_file():
         raise StorageError(f"{path} does not exist or is not a file")
-
-
-def canonical(value: Any) -> str:
-    """JSON of one spelling: sorted keys, no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def save_json(path: Path, value: Any, *, ours: bytes | None = None, fresh: bool = False) -> None:

@@ -128,7 +128,7 @@ def require_same_model(page: Page, model: Any) -> None:
     Raises:
         InputError: naming both.
     """
-    from lenslrp.analysis.plan import describe_model
+    from lenslrp.fingerprints import describe_model
 
     mine, other = page.dictionary.plan.model, describe_model(model)
     if mine["weights"] != other["weights"]:

@@ -12,7 +12,6 @@ The first is taken over; of the second nobody here can know, so the user is aske
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import time
@@ -26,6 +25,7 @@ from filelock import FileLock, Timeout
 from lenslrp.analysis.storage import load_json, save_json
 from lenslrp.errors import StorageError
 from lenslrp.files import (
+    PATIENCE,
     cannot_write,
     host,
     make_folder,
@@ -33,8 +33,6 @@ from lenslrp.files import (
     runs,
     temporary_folder,
 )
-
-logger = logging.getLogger("lenslrp")
 
 FILES = frozenset(
     {
@@ -50,6 +48,8 @@ FILES = frozenset(
 
 MANIFEST, PLAN, MARK = "manifest.json", "plan.json", "lenslrp.json"
 BUILD = "build"
+TURNS = "prepare.lock"
+"""Held while what all shards start from is prepared."""
 
 _MADE = re.compile(
     r"(shard-\d{5,}-of-\d{5,}|replay-\d{5,}-of-\d{5,}-\d{6,}|vocabulary-\d{5,})\.safetensors"
@@ -57,9 +57,6 @@ _MADE = re.compile(
 _IN_CORPUS = re.compile(r"corpus\.json|part-\d{6,}\.safetensors")
 NOTE = ".holder.json"
 _OF_LOCKS = re.compile(r"(build|prepare|shard-\d{5,}-of-\d{5,})(\.lock|\.holder\.json)")
-
-PATIENCE = 2.0
-"""Seconds to wait for a lock that another process may hold only to see whether it is free."""
 
 
 def begin_work(folder: Path) -> Path:
@@ -183,25 +180,6 @@ def using(work: Path, what: str) -> Iterator[None]:
             yield
         finally:
             note.unlink(missing_ok=True)
-
-
-@contextmanager
-def taking_turns(work: Path) -> Iterator[None]:
-    """Wait until no other process prepares what all shards start from."""
-    lock = FileLock(work / "prepare.lock")
-    try:
-        try:
-            lock.acquire(timeout=PATIENCE)
-        except Timeout:
-            logger.warning("waiting for another process that is preparing %s", work)
-            lock.acquire()
-    except OSError:  # no locks on this disk; what is prepared at the same time is the same
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

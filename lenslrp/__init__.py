@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lenslrp.defaults import recommended
     from lenslrp.doctor import examine
     from lenslrp.errors import CoverageError, InputError, LensLRPError, LoadError, StorageError
+    from lenslrp.explaining_file import explain_to
     from lenslrp.hooks import (
         CPLRP,
         GIM,
@@ -47,6 +48,7 @@ _HOMES = {
         "MissingExtraError",
         "StorageError",
     ),
+    "explaining_file": ("explain_to",),
     "hooks": (
         "CPLRP",
         "GIM",
@@ -85,6 +87,7 @@ __all__ = [
     "TopK",
     "chat",
     "examine",
+    "explain_to",
     "load",
     "recommended",
     "relevance_for_targets",

@@ -87,7 +87,8 @@ class Batch:
         if self.names is not None:
             return [row_of_names(self.names) for _ in self.tokens]
         if "inputs_embeds" in self.kwargs or tokenizer is None:
-            return [row_of_names([str(i) for i in row]) for row in self.tokens.tolist()]
+            pairs = zip(self.tokens.tolist(), self.mask.tolist(), strict=True)
+            return [row_of_names([str(i) for i in row], mask) for row, mask in pairs]
         speller = Speller(tokenizer)
         texts: Sequence[str | None] = self.texts or [None] * len(self.tokens)
         columns = (self.tokens.tolist(), self.mask.tolist(), self.prompt_lengths, texts)

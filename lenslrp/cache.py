@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import difflib
 import html
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lenslrp.batch import Batch, reads_the_encoder
+from lenslrp.cache_file import load_parts, save_cache
+from lenslrp.difference import subtracted
 from lenslrp.errors import InputError
-from lenslrp.files import whole
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.ledger import Ledger
+from lenslrp.rows import Rows
 from lenslrp.targets import Explained
+from lenslrp.token_table import token_table
 from lenslrp.words import Word
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-OWN_TENSORS = (
-    "embeddings", "positions", "decoder_tokens", "decoder_positions", "patches", "patch_positions",
-    "special",
-)  # fmt: skip
-"""Those that not every model has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +37,14 @@ class RelevanceCache:
     """Relevance of one target at the leaves and at every hook point that was read.
 
     All relevance is in units of the target (logits for a logit). Index with a hook name for its
-    tensor, whose first axis is the batch.
+    tensor, whose first axis is the batch; with a number for one row as a cache of its own.
 
     Attributes:
         tokens: per token at the leaves; positional embeddings are in ``positions``.
         embeddings: per token and feature, at the token embeddings.
         positions: per token at learned positional (and token-type) embeddings, ``None`` without.
         decoder_tokens: for an encoder-decoder, the decoder's side; ``tokens`` is the encoder's.
-        decoder_positions, decoder_str_tokens: likewise.
+        decoder_positions, decoder_str_tokens, decoder_token_ids, decoder_attention_mask: likewise.
         patches: of an image (or spectrogram): per patch embedding. Without text they are, after
             the learned tokens before them (CLS), the ``tokens`` too.
         special: per learned token (CLS, distillation) of an image.
@@ -65,6 +58,8 @@ class RelevanceCache:
         n_experts: how many experts the mixtures have (0 without).
         target: what exactly was explained, and its value.
         coverage: which rule sat where (DESIGN promise 1).
+        reduced: how the value at a hook point was reduced, where it was: ``"sum"``,
+            ``"sum_positions"`` or ``"custom"``.
     """
 
     values: dict[str, Tensor] = field(repr=False)
@@ -93,13 +88,24 @@ class RelevanceCache:
     patch_positions: Float[Tensor, "images places"] | None = None
     special: Float[Tensor, "images learned"] | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    decoder_token_ids: Int[Tensor, "batch written"] | None = None
+    decoder_attention_mask: Bool[Tensor, "batch written"] | None = None
+    reduced: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def pixels(self) -> Tensor | None:
         """Relevance of an image's values, [batch, channel, height, width]; ``None`` without."""
         return self.inputs.get("pixel_values")
 
-    def __getitem__(self, name: str) -> Tensor:
+    @overload
+    def __getitem__(self, name: str) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, name: int) -> RelevanceCache: ...
+
+    def __getitem__(self, name: str | int) -> Tensor | RelevanceCache:
+        if isinstance(name, int):
+            return self.rows[name]
         if name in self.values:
             return self.values[name]
         if name in self.coverage.off_path:
@@ -270,7 +276,10 @@ class RelevanceCache:
     def ledger(self) -> Ledger:
         """The account of the whole target (DESIGN promise 4)."""
         if self.ledger_ is None:
-            raise InputError("no ledger: this is a difference, or the run had ledger=False")
+            raise InputError(
+                "no ledger: this is a difference, one row of a larger batch (whose account is of "
+                "all its rows), or the run had ledger=False"
+            )
         return self.ledger_
 
     def plot(self, kind: str = "residual", **options: Any) -> Figure | Any:
@@ -281,94 +290,25 @@ class RelevanceCache:
         return plots.plot(self, kind, **options)
 
     def __sub__(self, other: RelevanceCache) -> RelevanceCache:
-        """Relevance here minus there, hook by hook, for two runs of the same shape."""
-        if self.tokens.shape != other.tokens.shape:
-            raise InputError(
-                f"cannot subtract: {list(self.tokens.shape)} tokens here, "
-                f"{list(other.tokens.shape)} there"
-            )
-        shared = [name for name in self.values if name in other.values]
-        own = {name: (getattr(self, name), getattr(other, name)) for name in OWN_TENSORS}
-        differences: dict[str, Any] = {
-            name: a - b if a is not None and b is not None and a.shape == b.shape else None
-            for name, (a, b) in own.items()
-        }
-        name = self.composite.name
-        if other.composite.name != name:
-            name = f"{name} - {other.composite.name}"
-        return RelevanceCache(
-            values={name: self.values[name] - other.values[name] for name in shared},
-            activations={},
-            tokens=self.tokens - other.tokens,
-            **differences,
-            token_ids=self.token_ids,
-            attention_mask=self.attention_mask & other.attention_mask,
-            str_tokens=self.str_tokens,
-            target=Explained(
-                f"({self.target.text}) - ({other.target.text})",
-                self.target.value - other.target.value,
-            ),
-            composite=Composite(name, self.composite.rules, self.composite.modules),
-            coverage=self.coverage,
-            ledger_=None,
-            model_name=self.model_name,
-            dtype=self.dtype,
-            decoder_str_tokens=self.decoder_str_tokens,
-            prompts=self.prompts,
-            words_=self.words_,
-            decoder_words_=self.decoder_words_,
-            inputs={
-                name: value - other.inputs[name]
-                for name, value in self.inputs.items()
-                if name in other.inputs and other.inputs[name].shape == value.shape
-            },
-        )
+        """Relevance here minus there, hook by hook: of another target, composite or checkpoint.
+
+        Raises:
+            InputError: the two read other tokens, at other positions or other hook points.
+        """
+        return subtracted(self, other)
+
+    @property
+    def rows(self) -> Rows:
+        """Every prompt of the batch as a cache of its own; ``R[i]`` is short for ``R.rows[i]``."""
+        return Rows(self)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a token: see :func:`lenslrp.token_table.token_table`."""
+        return token_table(self)
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file (no pickle); :meth:`load` reads it back."""
-        tensors = {
-            f"relevance/{name}": v.to_dense() if v.is_sparse else v
-            for name, v in self.values.items()
-        }
-        tensors |= {f"activation/{name}": v for name, v in self.activations.items()}
-        tensors |= {f"routing/{name}": v for name, v in self.routing.items()}
-        tensors |= {f"input/{name}": v for name, v in self.inputs.items()}
-        for name in (*OWN_TENSORS, "tokens", "token_ids", "attention_mask"):
-            value = getattr(self, name)
-            if value is not None:
-                tensors[name] = value
-        tensors["target"] = self.target.value
-        coverage = self.coverage
-        meta = {
-            "format": "lenslrp.relevance/1",
-            "str_tokens": self.str_tokens,
-            "decoder_str_tokens": self.decoder_str_tokens,
-            "prompts": self.prompts,
-            "words": self.words_,
-            "decoder_words": self.decoder_words_,
-            "target": self.target.text,
-            "composite": self.composite.name,
-            "rules": {role: rule.name for role, rule in self.composite.rules.items()},
-            "n_experts": self.n_experts,
-            "model_name": self.model_name,
-            "dtype": self.dtype,
-            "sites": json.loads(coverage.sites.to_json(orient="split")),
-            "uncovered": coverage.uncovered,
-            "off_path": coverage.off_path,
-            "notes": coverage.notes,
-            "ledger": self.ledger_.to_dict() if self.ledger_ else None,
-            "ledger_table": json.loads(
-                self.ledger_.table.to_json(orient="split", double_precision=15)
-            )
-            if self.ledger_
-            else None,
-        }
-        path = Path(path)
-        # Names that share one hook point share one tensor, which safetensors asks to be separate.
-        cpu = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        with whole(path, ours=b'"lenslrp"') as part:
-            save_file(cpu, part, metadata={"lenslrp": json.dumps(meta)})
-        return path
+        return save_cache(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> RelevanceCache:
@@ -377,48 +317,7 @@ class RelevanceCache:
         Raises:
             InputError: a file that is something else.
         """
-        with safe_open(str(path), framework="pt") as file:
-            meta = (file.metadata() or {}).get("lenslrp")
-            if meta is None:
-                raise InputError(f"{path} holds no saved relevance")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        told = json.loads(meta)
-        ledger = None
-        if told["ledger"] is not None:
-            numbers = {k: v for k, v in told["ledger"].items() if k != "error"}
-            ledger = Ledger(**numbers, table=_frame(told["ledger_table"], index="layer"))
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            names = [name for name in tensors if name.startswith(prefix)]
-            return {name.removeprefix(prefix): tensors[name] for name in names}
-
-        return cls(
-            values=part("relevance/"),
-            activations=part("activation/"),
-            tokens=tensors["tokens"],
-            inputs=part("input/"),
-            **{name: tensors.get(name) for name in OWN_TENSORS},
-            token_ids=tensors["token_ids"],
-            attention_mask=tensors["attention_mask"],
-            str_tokens=told["str_tokens"],
-            target=Explained(told["target"], tensors["target"]),
-            composite=Composite(told["composite"], {}),
-            coverage=Coverage(
-                _frame(told["sites"]).astype({"layer": "Int64"}),
-                told["uncovered"],
-                told["off_path"],
-                told["notes"],
-            ),
-            ledger_=ledger,
-            model_name=told["model_name"],
-            dtype=told["dtype"],
-            decoder_str_tokens=told.get("decoder_str_tokens"),
-            prompts=told.get("prompts") or ["".join(row) for row in told["str_tokens"]],
-            words_=[[Word(*word) for word in row] for row in told.get("words", [])],
-            decoder_words_=[[Word(*word) for word in row] for row in told.get("decoder_words", [])],
-            routing=part("routing/"),
-            n_experts=told.get("n_experts", 0),
-        )
+        return cls(**load_parts(Path(path)))
 
     def __repr__(self) -> str:
         batch, length = self.tokens.shape
@@ -453,8 +352,3 @@ class RelevanceCache:
         if self.coverage.uncovered:
             rows.append(f"<p>No rule for: {html.escape('; '.join(self.coverage.uncovered))}</p>")
         return "".join(rows)
-
-
-def _frame(split: dict[str, Any], index: str | None = None) -> pd.DataFrame:
-    frame = pd.DataFrame(split["data"], columns=split["columns"], index=split["index"])
-    return frame if index is None else frame.rename_axis(index=index)

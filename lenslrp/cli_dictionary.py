@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from lenslrp.cli_options import (
     composite,
     console,
     load_model,
+    own_device,
     write_keeping,
 )
 
@@ -190,7 +190,7 @@ def _build(options: argparse.Namespace) -> int:
             "--shard is for processes started by hand; a launcher shares out by itself"
         )
     if spread and options.device is None:
-        options.device = _own_device()
+        options.device = own_device()
     model = load_model(options)
     if options.shard:
         job = prepare(model, options.corpus, options.path, **given)
@@ -199,16 +199,6 @@ def _build(options: argparse.Namespace) -> int:
         return OK
     build = build_distributed if spread else NeuronDictionary.build
     return _say(build(model, options.corpus, options.path, vocabulary=options.vocabulary, **given))
-
-
-def _own_device() -> str | None:
-    """Each process of a launcher has a GPU of its own, where there are any."""
-    import torch
-
-    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    if not torch.cuda.is_available():
-        return None
-    return f"cuda:{int(local) % torch.cuda.device_count()}"
 
 
 def _say(dictionary: NeuronDictionary | None) -> int:

@@ -69,6 +69,16 @@ def load_model(options: argparse.Namespace) -> TransformerBridge:
     return load(options.model, dtype=dtype, device=device, revision=options.revision)
 
 
+def own_device() -> str | None:
+    """Each process of a launcher has a GPU of its own, where there are any."""
+    import torch
+
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    if not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(local) % torch.cuda.device_count()}"
+
+
 def composite(name: str) -> Any:
     """Rules by the name that the command line gives them."""
     import lenslrp

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import filecmp
+import logging
 import os
 import re
 import shutil
@@ -26,12 +27,20 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from lenslrp.errors import InputError, StorageError
 
+logger = logging.getLogger("lenslrp")
+
 LINKS = 40
 """Symbolic links that are followed, as in Linux."""
+
+PATIENCE = 2.0
+"""Seconds to wait for a lock that another process may hold only to see whether it is free."""
 
 HTML = b'<meta name="generator" content="LensLRP">'
 """What every page of ours holds near its beginning."""
@@ -173,6 +182,30 @@ def remove_leftovers(folder: Path) -> None:
         name = _TEMPORARY.fullmatch(left.name)
         if name and name["host"] == host() and not runs(int(name["process"])):
             shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def taking_turns(path: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock at ``path``, and hold it for the block."""
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            logger.warning("waiting for another process that is preparing %s", path.parent)
+            lock.acquire()
+    except OSError:  # no locks on this disk; what is made at the same time is the same
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """A writer of zstd pages that carry checksums."""
+    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
 
 
 @cache

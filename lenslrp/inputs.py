@@ -79,7 +79,7 @@ def _with_decoder(model: Any, given: Batch, decoder_input: Any, append: list[int
     lengths = [len(row) for row in rows]
     written = Batch.of_rows([row + append[:-1] for row in rows], "right", _pad_id(model))
     tokens, mask = written.tokens, written.mask
-    _require_ids(model, [*rows, append] if append else rows)
+    require_ids(model, [*rows, append] if append else rows)
     _require_room(model, tokens.shape[1], decoder=True)
     device = _device(model)
     kwargs = {**given.kwargs, "decoder_input_ids": tokens.to(device)}
@@ -112,15 +112,14 @@ def prepare_side(
         return _from_embeddings(model, text, inputs_embeds, attention_mask, append)
     if isinstance(text, Tensor | list) and _is_empty(text):
         raise InputError("an empty prompt; give at least one token")
-    padding_side = getattr(model.tokenizer, "padding_side", None) or "right"
+    padding_side = "right"
     texts: list[str] | None = None
     if isinstance(text, str) or (isinstance(text, list) and text and isinstance(text[0], str)):
         if attention_mask is not None:
             raise InputError("attention_mask goes with token tensors; text brings its own")
         texts = [text] if isinstance(text, str) else text
         rows = _tokenize(model, texts, prepend_bos)
-        mask = None
-        padding_side = padding_side if takes_left(model) else "right"
+        mask, padding_side = None, _padding_side(model)
     elif isinstance(text, Tensor | list):
         tokens, mask = _as_tensor(text, attention_mask)
         rows = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
@@ -131,7 +130,7 @@ def prepare_side(
             "input must be a string, a list of strings or a token tensor [batch, pos], not "
             f"{type(text).__name__}"
         )
-    _require_ids(model, [*rows, append] if append else rows)
+    require_ids(model, [*rows, append] if append else rows)
     lengths = [len(row) for row in rows]
     if mask is None or append:
         padded = Batch.of_rows([row + append[:-1] for row in rows], padding_side, _pad_id(model))
@@ -146,28 +145,65 @@ def prepare_side(
     return Batch(tokens.to(device), mask.to(device), lengths, kwargs, texts=texts)
 
 
-def _require_ids(model: Any, rows: list[list[int]]) -> None:
+def require_ids(model: Any, rows: list[list[int]], name: str = "row {}") -> None:
+    """Refuse rows of token ids that are empty, or not all in the vocabulary.
+
+    Args:
+        name: what the message calls a row, by its number.
+
+    Raises:
+        InputError: naming the first such row.
+    """
     vocabulary = int(model.cfg.d_vocab)
     for index, row in enumerate(rows):
         if not row:
-            raise InputError(f"row {index} is an empty prompt; give at least one token")
+            raise InputError(f"{name.format(index)} is an empty prompt; give at least one token")
         if min(row) < 0 or max(row) >= vocabulary:
             worst = max(row) if max(row) >= vocabulary else min(row)
             raise InputError(
-                f"row {index} has token {worst}, outside the vocabulary: ids go from 0 to "
+                f"{name.format(index)} has token {worst}, outside the vocabulary: ids go from 0 to "
                 f"{vocabulary - 1}"
             )
 
 
 def _tokenize(model: Any, texts: list[str], prepend_bos: bool | None) -> list[list[int]]:
-    if model.tokenizer is None:
-        raise InputError("this model has no tokenizer: give a token tensor [batch, pos]")
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"row {index} is not a string but {type(text).__name__}")
         if not text:
             raise InputError(f"row {index} is an empty prompt; give at least one token")
-    return [tokenize(model, text, prepend_bos) for text in texts]
+    return [token_row(model, text, prepend_bos) for text in texts]
+
+
+def token_row(model: Any, given: Any, prepend_bos: bool | None) -> list[int]:
+    """The token ids of one prompt: a string, or ids as they are.
+
+    Raises:
+        InputError: nothing in it, no tokenizer for a string, or it is neither.
+    """
+    if isinstance(given, str):
+        if model.tokenizer is None:
+            raise InputError("this model has no tokenizer: give a token tensor [batch, pos]")
+        return tokenize(model, given, prepend_bos) if given else []
+    if not isinstance(given, list | tuple | Tensor):
+        raise InputError(f"a prompt is a string or token ids, not {type(given).__name__}")
+    tokens, _ = _as_tensor(given, None) if len(given) else (torch.zeros(1, 0).long(), None)
+    if len(tokens) != 1:
+        raise InputError(f"one prompt is one row of token ids, not {list(tokens.shape)}")
+    row: list[int] = tokens[0].tolist()
+    return row
+
+
+def pad_rows(model: Any, rows: list[list[int]]) -> tuple[Tensor, Tensor | None]:
+    """Rows of ids as one token tensor, padded on the model's side, and its mask where it is."""
+    batch = Batch.of_rows(rows, _padding_side(model), _pad_id(model))
+    return batch.tokens, None if bool(batch.mask.all()) else batch.mask
+
+
+def _padding_side(model: Any) -> str:
+    """Where texts are padded: on the tokenizer's side, if the model takes it."""
+    side = getattr(model.tokenizer, "padding_side", None) or "right"
+    return side if takes_left(model) else "right"
 
 
 def _as_tensor(text: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,7 @@ from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
 from lenslrp.ledger import BALANCED, Ledger, make_ledger
 from lenslrp.logits import Columns, head_component, spread, unembed_at
+from lenslrp.reductions import reduction_name
 from lenslrp.remembered import Remembered, Seen, is_conditional, kind_of
 from lenslrp.targets import PAIRED, Activation, Explained, Target, reads_the_encoder
 
@@ -138,8 +139,11 @@ class Pass(Forward):
         decoder = self.batch.decoder
         rows = self.batch.rows(self.model.tokenizer)
         written = decoder.rows(self.model.tokenizer) if decoder else []
+        values_read = self.readers.finish()
+        reduced = {name: reduction_name(self.readers.reduce(name)) for name in values_read}
         return RelevanceCache(
-            values=self.readers.finish(),
+            values=values_read,
+            reduced={name: kind for name, kind in reduced.items() if kind},
             activations=dict(self.readers.activations),
             # Gemma 4 has embeddings of another width besides; LED has positions for its padding.
             tokens=tokens.sum(dim=-1)
@@ -156,10 +160,12 @@ class Pass(Forward):
             decoder_words_=[row.words for row in written],
             token_ids=self.batch.tokens,
             attention_mask=self.batch.mask,
+            decoder_token_ids=None if decoder is None else decoder.tokens,
+            decoder_attention_mask=None if decoder is None else decoder.mask,
             str_tokens=[row.pieces for row in rows],
             words_=[row.words for row in rows],
             prompts=[row.prompt for row in rows],
-            target=Explained(target.text(outputs), values.detach()),
+            target=Explained.by(target, outputs, values),
             composite=self.rules.composite,
             coverage=cover.Coverage(
                 cover.site_table(self.rules.sites, on_path),

@@ -95,3 +95,13 @@ def reduction_for(reduce: Reduce, name: str) -> Reducer | None:
         keys = [key for key in reduce if name == key or name.endswith("." + key)]
         return reduction_for(reduce[max(keys, key=len)] if keys else reduce.get("*"), name)
     return _one(reduce)
+
+
+def reduction_name(reducer: Reducer | None) -> str:
+    """What to call a reduction: ``"sum"``, ``"sum_positions"`` or ``"custom"``.
+
+    ``""`` where the value keeps all of its axes.
+    """
+    if reducer is None or isinstance(reducer, TopK):
+        return ""
+    return next((name for name, known in NAMED.items() if known == reducer), "custom")

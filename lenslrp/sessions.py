@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import get_ident
@@ -22,6 +22,7 @@ from torch import Tensor
 from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
+from lenslrp.explaining import WINDOW, explain
 from lenslrp.forward import architecture, outputs_of, parts_of, read_at
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.attach import Attached
@@ -137,6 +138,40 @@ class Session:
         if not isinstance(targets, list | tuple):
             raise InputError(f"targets must be a list of them, not {targets!r}")
         return self._explain(input, list(targets), names_filter, **given)[1]
+
+    def explain(
+        self,
+        inputs: Iterable[Any],
+        targets: Any = None,
+        *,
+        batch_size: int | None = None,
+        names_filter: NamesFilter = (),
+        prepend_bos: bool | None = None,
+        window: int = WINDOW,
+        **given: Any,
+    ) -> Iterator[RelevanceCache]:
+        """One single-row cache for each input, in the order given; see
+        :func:`lenslrp.explaining.explain` for inputs, targets and batches.
+
+        Args:
+            names_filter: as for :func:`lenslrp.run_with_relevance`; no hook points by default.
+            given: ``reduce`` and ``logits`` (here ``"target"`` by default), as there.
+
+        Raises:
+            InputError: an input or a target that cannot be explained; the message names its number.
+        """
+        given = {"logits": "target", "prepend_bos": prepend_bos, **given}
+
+        def run(some: Any, target: Any, mask: Tensor | None) -> RelevanceCache:
+            _, found = self.run_with_relevance(
+                some, target, names_filter, attention_mask=mask, **given
+            )
+            return found
+
+        return explain(
+            run, self.model, inputs, targets, batch_size=batch_size, prepend_bos=prepend_bos,
+            window=window,
+        )  # fmt: skip
 
     def _hold(self) -> None:
         """Attach the rules, and see to it that they are detached whatever becomes of this."""

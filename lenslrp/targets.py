@@ -378,10 +378,27 @@ class PerRow:
 
 @dataclass(frozen=True)
 class Explained:
-    """What exactly was explained: its text, and its value in each batch row."""
+    """What exactly was explained: its text, and its value in each batch row.
+
+    Attributes:
+        texts: of each row, where there are several.
+    """
 
     text: str
     value: Float[Tensor, " batch"] = field(repr=False)
+    texts: tuple[str, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def by(cls, target: Target, outputs: Outputs, values: Tensor) -> Explained:
+        """What a target explained in these outputs, where its values are ``values``."""
+        rows = len(values) if len(values) > 1 else 0
+        each = target.targets if isinstance(target, PerRow) else (target,) * rows
+        texts = tuple(each[row].text(outputs.row(row)) for row in range(rows))
+        return cls(target.text(outputs), values.detach(), texts)
+
+    def of(self, row: int) -> str:
+        """What was explained in one row."""
+        return self.texts[row] if self.texts else self.text
 
     def __str__(self) -> str:
         shown = ", ".join(f"{v:.4g}" for v in self.value.tolist())

@@ -64,9 +64,10 @@ def read_row(
     return Row(shown, own, prompt)
 
 
-def row_of_names(names: Sequence[str]) -> Row:
+def row_of_names(names: Sequence[str], mask: Sequence[bool] | None = None) -> Row:
     """A row whose positions only have names: patches, embeddings, ids without a tokenizer."""
-    return Row(list(names), [Word(name, [i]) for i, name in enumerate(names)], " ".join(names))
+    words = [Word(name, [i]) for i, name in enumerate(names) if mask is None or mask[i]]
+    return Row(list(names), words, " ".join(word.text for word in words))
 
 
 def pieces(row: Spelling) -> list[str]:

@@ -33,10 +33,11 @@ from safetensors.numpy import load_file, save_file
 from lenslrp.analysis import export_html, export_neuronpedia, page_html
 from lenslrp.analysis.dictionary import NeuronDictionary
 from lenslrp.analysis.jsonl import export_jsonl
-from lenslrp.analysis.storage import canonical, contents_sha256, file_record
+from lenslrp.analysis.storage import contents_sha256, file_record
 from lenslrp.analysis.unit_terminal import render_unit
 from lenslrp.analysis.work import FILES
 from lenslrp.errors import InputError, LensLRPError
+from lenslrp.fingerprints import canonical
 from tests.conformance.dictionaries import OPTIONS, texts
 from tests.unit.tiny import tiny, word_tokenizer
 

@@ -27,9 +27,10 @@ from lenslrp.analysis.plan import Plan
 from lenslrp.analysis.projections import project_places
 from lenslrp.analysis.replay import Entries, replay
 from lenslrp.analysis.search import merge_shards, scan_shard
-from lenslrp.analysis.storage import canonical, file_record, load_tensors, save_tensors
+from lenslrp.analysis.storage import file_record, load_tensors, save_tensors
 from lenslrp.analysis.work import FILES
 from lenslrp.errors import StorageError
+from lenslrp.fingerprints import canonical
 from tests.conformance.dictionaries import OPTIONS, build, model, texts
 from tests.conformance.dictionary_damage import Damage, Payload, damages, make, resign_all, use
 from tests.unit.tiny import WORDS, tiny

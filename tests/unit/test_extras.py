@@ -128,6 +128,9 @@ CALLS: dict[tuple[str, str], Callable[[Path], Any]] = {
     ("ray", "build_with_ray"): lambda folder: launch.build_with_ray(
         lambda: None, [], folder, workers=1
     ),
+    ("ray", "explain_with_ray"): lambda folder: launch.explain_with_ray(
+        lambda: None, folder / "r.parquet", [], workers=1
+    ),
     ("PIL", "read_images"): lambda folder: image_files.read_images(None, folder, []),
 }
 

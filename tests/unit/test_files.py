@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 
 from lenslrp import files
 from lenslrp.analysis.journal import resumed
-from lenslrp.analysis.storage import parquet_writer, save_json, save_tensors
+from lenslrp.analysis.storage import save_json, save_tensors
 from lenslrp.analysis.texts import write_texts
 from lenslrp.errors import InputError, StorageError
-from lenslrp.files import HTML, make_folder, replaced, require_ours, whole
+from lenslrp.files import HTML, make_folder, parquet_writer, replaced, require_ours, whole
 from tests.conftest import ROOT
 
 

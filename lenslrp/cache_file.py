@@ -1,0 +1,131 @@
+"""A ``RelevanceCache`` as one safetensors file: tensors, and what is said about them as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lenslrp.difference import AT_LEAVES
+from lenslrp.errors import InputError
+from lenslrp.files import whole
+from lenslrp.hooks.composites import Composite
+from lenslrp.hooks.coverage import Coverage
+from lenslrp.ledger import Ledger
+from lenslrp.targets import Explained
+from lenslrp.words import Word
+
+if TYPE_CHECKING:
+    from lenslrp.cache import RelevanceCache
+
+TENSORS = (
+    *AT_LEAVES, "tokens", "token_ids", "attention_mask", "decoder_token_ids",
+    "decoder_attention_mask",
+)  # fmt: skip
+GROUPS = {
+    "values": "relevance/", "activations": "activation/", "routing": "routing/", "inputs": "input/"
+}  # fmt: skip
+"""Where the tensors of each dict of the cache are in the file."""
+
+
+def save_cache(cache: RelevanceCache, path: Path) -> Path:
+    """Write everything to one file; see :meth:`RelevanceCache.save`."""
+    tensors = {
+        prefix + name: value.to_dense() if value.is_sparse else value
+        for group, prefix in GROUPS.items()
+        for name, value in getattr(cache, group).items()
+    }
+    tensors |= {n: getattr(cache, n) for n in TENSORS if getattr(cache, n) is not None}
+    tensors["target"] = cache.target.value
+    coverage, ledger = cache.coverage, cache.ledger_
+    meta = {
+        "format": "lenslrp.relevance/1",
+        "str_tokens": cache.str_tokens,
+        "decoder_str_tokens": cache.decoder_str_tokens,
+        "prompts": cache.prompts,
+        "words": cache.words_,
+        "decoder_words": cache.decoder_words_,
+        "target": cache.target.text,
+        "targets": cache.target.texts,
+        "composite": cache.composite.name,
+        "rules": {role: rule.name for role, rule in cache.composite.rules.items()},
+        "n_experts": cache.n_experts,
+        "model_name": cache.model_name,
+        "dtype": cache.dtype,
+        "reduced": cache.reduced,
+        "sites": _told(coverage.sites),
+        "uncovered": coverage.uncovered,
+        "off_path": coverage.off_path,
+        "notes": coverage.notes,
+        "cuts": coverage.cuts,
+        "balanced": coverage.balanced,
+        "ledger": ledger.to_dict() if ledger else None,
+        "ledger_table": _told(ledger.table) if ledger else None,
+    }
+    # Names that share one hook point share one tensor, which safetensors asks to be separate.
+    cpu = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    with whole(path, ours=b'"lenslrp"') as part:
+        save_file(cpu, part, metadata={"lenslrp": json.dumps(meta)})
+    return path
+
+
+def load_parts(path: Path) -> dict[str, Any]:
+    """The arguments of the ``RelevanceCache`` that :func:`save_cache` wrote.
+
+    Raises:
+        InputError: a file that is something else.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        meta = (file.metadata() or {}).get("lenslrp")
+        if meta is None:
+            raise InputError(f"{path} holds no saved relevance")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    told = json.loads(meta)
+    ledger = None
+    if told["ledger"] is not None:
+        numbers = {k: v for k, v in told["ledger"].items() if k != "error"}
+        ledger = Ledger(**numbers, table=_frame(told["ledger_table"]).rename_axis(index="layer"))
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+
+    def words(rows: list[Any]) -> list[list[Word]]:
+        return [[Word(*word) for word in row] for row in rows]
+
+    return {
+        **{group: part(prefix) for group, prefix in GROUPS.items()},
+        **{name: tensors.get(name) for name in TENSORS},
+        "str_tokens": told["str_tokens"],
+        "decoder_str_tokens": told.get("decoder_str_tokens"),
+        "prompts": told.get("prompts") or ["".join(row) for row in told["str_tokens"]],
+        "words_": words(told.get("words", [])),
+        "decoder_words_": words(told.get("decoder_words", [])),
+        "target": Explained(told["target"], tensors["target"], tuple(told.get("targets", ()))),
+        "composite": Composite(told["composite"], {}),
+        "coverage": Coverage(
+            _frame(told["sites"]).astype({"layer": "Int64"}),
+            told["uncovered"],
+            told["off_path"],
+            told["notes"],
+            told.get("cuts", []),
+            told.get("balanced", True),
+        ),
+        "ledger_": ledger,
+        "model_name": told["model_name"],
+        "dtype": told["dtype"],
+        "n_experts": told.get("n_experts", 0),
+        "reduced": told.get("reduced", {}),
+    }
+
+
+def _told(frame: pd.DataFrame) -> Any:
+    return json.loads(frame.to_json(orient="split", double_precision=15))
+
+
+def _frame(split: dict[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame(split["data"], columns=split["columns"], index=split["index"])

@@ -1,0 +1,163 @@
+"""The prompts of a batch, each as a cache of its own without the padding of its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+
+from lenslrp.batch import PAIRED, reads_the_encoder
+from lenslrp.errors import InputError
+from lenslrp.targets import Explained
+from lenslrp.words import Word
+
+if TYPE_CHECKING:
+    from lenslrp.cache import RelevanceCache
+
+OWN = ("tokens", "embeddings", "positions", "token_ids", "attention_mask")
+DECODER = ("decoder_tokens", "decoder_positions", "decoder_token_ids", "decoder_attention_mask")
+IMAGE = ("patches", "patch_positions", "special")
+
+
+class Rows(Sequence["RelevanceCache"]):
+    """A batch as single-row caches, made when they are asked for.
+
+    A row has copies of what belongs to its own tokens. Its ledger is that of the batch where the
+    batch is this row alone; the account of a larger batch is of all of its rows together.
+    """
+
+    def __init__(self, batch: RelevanceCache) -> None:
+        self._batch = batch
+
+    def __len__(self) -> int:
+        return len(self._batch.tokens)
+
+    @overload
+    def __getitem__(self, index: int) -> RelevanceCache: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[RelevanceCache]: ...
+
+    def __getitem__(self, index: int | slice) -> RelevanceCache | list[RelevanceCache]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise NoSuchRow(
+                f"row {index} is out of range: the batch has {len(self)}, so rows go from "
+                f"{-len(self)} to {len(self) - 1}"
+            )
+        return _row(self._batch, index % len(self))
+
+
+class NoSuchRow(InputError, IndexError):
+    """A row that the batch does not have; an ``IndexError`` too, at which iteration ends."""
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The columns of one row's real tokens, in a stack padded to ``width``."""
+
+    first: int
+    length: int
+    width: int
+
+    @classmethod
+    def of(cls, mask: Tensor) -> _Span:
+        real = mask.nonzero()[:, 0]
+        first = int(real[0]) if len(real) else 0
+        return cls(first, len(real), len(mask))
+
+    def cut(self, x: Tensor, axis: int) -> Tensor:
+        """``x`` at these columns; as it is where ``axis`` is not that of the stack's columns."""
+        if axis >= x.ndim or x.shape[axis] != self.width:
+            return x
+        return _narrow(x, axis, self.first, self.length)
+
+    def of_list(self, items: list[str]) -> list[str]:
+        return items[self.first : self.first + self.length]
+
+    def words(self, words: list[Word]) -> list[Word]:
+        return [Word(word.text, [p - self.first for p in word.positions]) for word in words]
+
+
+def _narrow(x: Tensor, axis: int, start: int, length: int) -> Tensor:
+    """A copy, so that a row that is kept does not keep its batch; sparse tensors stay sparse."""
+    if x.is_sparse:
+        columns = torch.arange(start, start + length, device=x.device)
+        return x.index_select(axis, columns)
+    return x.narrow(axis, start, length).clone()
+
+
+def _row(batch: RelevanceCache, row: int) -> RelevanceCache:
+    alone = len(batch.tokens) == 1
+    own = _Span.of(batch.attention_mask[row])
+    mask, two_stacks = batch.decoder_attention_mask, batch.decoder_tokens is not None
+    width = batch.decoder_tokens.shape[1] if batch.decoder_tokens is not None else 0
+    written = _Span(0, width, width) if mask is None else _Span.of(mask[row])
+    if alone and own.length == own.width and written.length == written.width:
+        return batch
+    changes: dict[str, Any] = {}
+    for names, span in ((OWN, own), (DECODER, written)):
+        for name in names:
+            value = getattr(batch, name)
+            changes[name] = None if value is None else span.cut(_narrow(value, 0, row, 1), 1)
+    images = {name: getattr(batch, name) for name in IMAGE} | batch.inputs
+    shared = {k for k, v in batch.values.items() if len(v) != len(batch.tokens)}
+    lost = sorted({k for k, v in images.items() if v is not None and len(v) != len(batch.tokens)})
+    kept: dict[str, Any] = {
+        k: None if v is None or k in lost else _narrow(v, 0, row, 1) for k, v in images.items()
+    }
+    notes = [*batch.coverage.notes]
+    if shared or lost:
+        notes.append(f"of the whole batch and not of a row: {', '.join([*sorted(shared), *lost])}")
+
+    def cut(name: str, value: Tensor) -> Tensor:
+        value = _narrow(value, 0, row, 1)
+        for axis in position_axes(name, value.ndim, batch.reduced.get(name, "")):
+            of_encoder = not two_stacks or reads_the_encoder(name, keys=axis == 3)
+            value = (own if of_encoder else written).cut(value, axis)
+        return value
+
+    return replace(
+        batch,
+        **changes,
+        **{name: kept[name] for name in IMAGE},
+        inputs={name: kept[name] for name in batch.inputs if name not in lost},
+        values={name: cut(name, v) for name, v in batch.values.items() if name not in shared},
+        activations={k: cut(k, v) for k, v in batch.activations.items() if k not in shared},
+        routing={
+            name: (written if name.startswith("decoder") else own).cut(_narrow(v, 0, row, 1), 1)
+            for name, v in batch.routing.items()
+        },
+        str_tokens=[own.of_list(batch.str_tokens[row])],
+        decoder_str_tokens=batch.decoder_str_tokens
+        and [written.of_list(batch.decoder_str_tokens[row])],
+        prompts=batch.prompts[row : row + 1],
+        words_=[own.words(words) for words in batch.words_[row : row + 1]],
+        decoder_words_=[written.words(words) for words in batch.decoder_words_[row : row + 1]],
+        target=Explained(batch.target.of(row), batch.target.value[row : row + 1].clone()),
+        coverage=replace(batch.coverage, notes=notes),
+        ledger_=batch.ledger_ if alone else None,
+    )
+
+
+def position_axes(name: str, ndim: int, reduced: str) -> tuple[int, ...]:
+    """Which axes of the value at a hook point are positions.
+
+    Args:
+        name: of the hook point; patterns and scores are [batch, head, query, key], what is pooled
+            is [batch, feature], everything else [batch, pos, ...].
+        ndim: how many axes the value has.
+        reduced: how it was reduced, by :func:`lenslrp.reductions.reduction_name`.
+    """
+    if reduced == "sum_positions":  # the sum over axis 1: of a pattern, over its heads
+        return (1, 2) if name.endswith(PAIRED) and ndim == 3 else ()
+    if reduced == "custom":
+        return ()
+    full = ndim + (reduced == "sum")
+    if name.endswith(PAIRED) and full == 4:
+        return (2, 3)[: ndim - 2]
+    return (1,) if full > 2 else ()

@@ -1,0 +1,73 @@
+"""Many prompts under real launchers: the table of one process, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lenslrp
+from tests.conftest import ROOT
+from tests.unit.test_explaining import texts
+from tests.unit.tiny import tiny, word_tokenizer
+
+PROMPTS = texts(1030)  # two windows
+
+
+def model() -> Any:
+    return tiny("llama", tokenizer=word_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("one") / "r.parquet"
+    lenslrp.explain_to(path, model(), PROMPTS, 5)
+    return path.read_bytes()
+
+
+SCRIPT = """
+import sys
+import lenslrp
+from lenslrp.analysis.launch import rank_and_world
+from tests.conformance.test_explain_launchers import PROMPTS, model
+lenslrp.explain_to(sys.argv[1], model(), PROMPTS, 5, shard=rank_and_world())
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_shares_the_prompts(tmp_path: Path, expected: bytes) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py"), str(tmp_path / "r.parquet")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r.parquet").read_bytes() == expected
+    assert not (tmp_path / "r.parquet.parts").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_ray_shares_the_prompts(tmp_path: Path, expected: bytes) -> None:
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'lenslrp[ray]'")
+    from lenslrp.analysis import explain_with_ray
+
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False,
+        runtime_env={"env_vars": environment},
+    )  # fmt: skip
+    try:
+        made = explain_with_ray(
+            model, tmp_path / "r.parquet", lambda: iter(PROMPTS), 5, workers=2, shards=3
+        )
+    finally:
+        ray.shutdown()
+    assert made.prompts == len(PROMPTS)
+    assert made.path.read_bytes() == expected
