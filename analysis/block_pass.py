@@ -25,14 +25,13 @@ from lenslrp.analysis.readouts import Readout, Site
 from lenslrp.analysis.topk import Spans, priorities
 from lenslrp.analysis.units import Unit
 from lenslrp.errors import InputError
-from lenslrp.forward import forward
+from lenslrp.forward import forward, undone
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import UnembeddingBridge, components, hook_points, layer_of
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.readers import select_names
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
-from lenslrp.passes import undone
 from lenslrp.remembered import conditional
 from lenslrp.sessions import Session
 from lenslrp.targets import Outputs, Target

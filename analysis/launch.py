@@ -252,4 +252,5 @@ def explain_with_ray(
     place = str(Path(path).resolve())
     with _actors(Explainer, workers, resources, make_model, place, given) as pool:
         made = list(pool.map(lambda a, share: a.explain.remote(share, shares), range(shares)))
-    return max((part for part in made if part.complete), key=lambda part: part.prompts)
+    whole: Explanations = max((p for p in made if p.complete), key=lambda part: part.prompts)
+    return whole

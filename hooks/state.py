@@ -79,7 +79,7 @@ class State:
             return False
         # torch counts the hooks that it has ever registered; some may have been removed.
         if RemovableHandle.next_id == self._last and not self.hooked:
-            return self._shadowed() == self._ruled[0][0]
+            return bool(self._shadowed() == self._ruled[0][0])
         same: bool = self._hooks() == self._ruled[0]
         if same:
             self._last = RemovableHandle.next_id

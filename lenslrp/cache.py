@@ -183,9 +183,10 @@ class RelevanceCache:
         """Total relevance of the residual stream, [layer, position], padding left out; the last row
         is "final"."""
         pre = self._blocks("hook_resid_pre")
-        _, *last = self._blocks("hook_resid_post")[-1]
+        _, last, final = self._blocks("hook_resid_post")[-1]
         rows: dict[int | str, list[float]] = {}
-        for layer, name, x in [*pre, ("final", *last)]:
+        flat: list[tuple[int | str, str, Tensor]] = [*pre, ("final", last, final)]
+        for layer, name, x in flat:
             sums = x.sum(dim=-1) if x.ndim == 3 else x
             rows[layer] = sums[row, self._text_at(name, sums)[0].mask[row]].tolist()
         frame = pd.DataFrame.from_dict(rows, orient="index")

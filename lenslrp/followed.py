@@ -114,7 +114,7 @@ class Passes:
 
     def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What the call of the Hugging Face model tells."""
-        ids = args[0] if args else kwargs.get("input_ids")
+        ids: Any = args[0] if args else kwargs.get("input_ids")
         ids = kwargs.get("inputs_embeds") if ids is None else ids
         mask = kwargs.get("attention_mask")
         if mask is None and self._text is not None:

@@ -85,10 +85,9 @@ def _with_decoder(model: Any, given: Batch, decoder_input: Any, append: list[int
     kwargs = {**given.kwargs, "decoder_input_ids": tokens.to(device)}
     if not bool(mask.all()):
         kwargs["decoder_attention_mask"] = mask.long().to(device)
-    words = [decoder_input] * batch if isinstance(decoder_input, str) else decoder_input
-    decoder = Batch(
-        tokens.to(device), mask.to(device), lengths, texts=words if _is_text(words) else None
-    )
+    given_texts = [decoder_input] * batch if isinstance(decoder_input, str) else decoder_input
+    texts = given_texts if _is_text(given_texts) else None
+    decoder = Batch(tokens.to(device), mask.to(device), lengths, texts=texts)
     return replace(given, kwargs=kwargs, decoder=decoder)
 
 
