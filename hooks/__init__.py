@@ -1,5 +1,6 @@
 """The rules, as pure functions and tables, and the machinery that attaches them to a bridge."""
 
+from lenslrp.hooks.assignment import Assignment, assign
 from lenslrp.hooks.composites import (
     CPLRP,
     GIM,
@@ -37,6 +38,7 @@ __all__ = [
     "UNIFORM",
     "ZPLUS",
     "AlphaBeta",
+    "Assignment",
     "AttnLRP",
     "AttnLRPViT",
     "Composite",
@@ -54,5 +56,6 @@ __all__ = [
     "SoftCap",
     "Softmax",
     "SoftmaxTemperature",
+    "assign",
     "relevance_rules",
 ]

@@ -57,7 +57,7 @@ from lenslrp.hooks.operations import (
     is_known,
 )
 from lenslrp.hooks.patches import below, embedders
-from lenslrp.hooks.rules import Identity, LinearRule, Normalisation, Operations, Plain
+from lenslrp.hooks.rules import Epsilon, Identity, LinearRule, Normalisation, Operations, Plain
 from lenslrp.hooks.structure import Parts
 
 
@@ -253,6 +253,8 @@ class _Decision:
         role = self.roles.get(id(module), _linear_role(module))
         if role:
             rule = self.composite[role]
+            if not isinstance(rule, LinearRule):  # the weight of an expert, too
+                rule = Epsilon()
             yield Assignment(path, module, role, rule, attach=attach_linear, options=(role,))
 
     def activation(
