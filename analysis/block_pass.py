@@ -30,6 +30,7 @@ from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import UnembeddingBridge, components, hook_points, layer_of
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.readers import select_names
+from lenslrp.hooks.sites import widened
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
 from lenslrp.remembered import conditional
@@ -207,8 +208,8 @@ class Deliver:
     def __init__(self, deliver: Callable[[Tensor, Tensor], None]) -> None:
         self.deliver = deliver
 
-    def of_product(self, x: Tensor, g: Tensor) -> Tensor:
-        self.deliver(x, g)
+    def of_product(self, x: Tensor, g: Tensor, masked: bool) -> Tensor:
+        self.deliver(widened(x), widened(g))
         return x.new_zeros(())
 
     def __call__(self, relevance: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ from lenslrp.hooks.rules import (
     SoftmaxRule,
     SoftmaxTemperature,
 )
-from lenslrp.hooks.sites import has_values, row_sums
+from lenslrp.hooks.sites import has_values, row_sums, state_of
 
 FUSED = "lenslrp_fused"
 """The name under which the fused attention is registered with transformers."""
@@ -318,15 +319,24 @@ AttentionMaskInterface.register(FUSED, sdpa_mask)
 def _joint_is_current(attn: JointQKVAttentionBridge) -> bool:
     """Whether a joint projection holds the weights of the parts that the bridge has split it into.
 
-    Processed weights go to the parts only.
+    Processed weights go to the parts only. Compared once, and again when one has been written to.
     """
     parts = [original(attn.get_submodule(key)) for key in ("q", "k", "v")]
-    for mine, theirs in zip(parts, attn.split_qkv_matrix(original(attn)), strict=True):
-        for name in ("weight", "bias"):
-            a, b = getattr(mine, name), getattr(theirs, name)
-            if a is not None and has_values(a) and not torch.equal(a, b):
-                return False
-    return True
+    joint = original(attn)
+    weights = [p for module in (joint, *parts) for p in module.parameters()]
+    states = [state_of(weight) for weight in weights if has_values(weight)]
+    if _current.get(attn, (None,))[0] != states:
+        pairs = [
+            (getattr(mine, name), getattr(theirs, name))
+            for mine, theirs in zip(parts, attn.split_qkv_matrix(joint), strict=True)
+            for name in ("weight", "bias")
+        ]
+        alike = all(torch.equal(a, b) for a, b in pairs if a is not None and has_values(a))
+        _current[attn] = (states, alike)
+    return _current[attn][1]
+
+
+_current: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], bool]] = WeakKeyDictionary()
 
 
 def attach_fused(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.rules import Identity, Limited, Normalisation
-from lenslrp.hooks.sites import Site, has_values
+from lenslrp.hooks.rules import Identity, Limited, Normalisation, inverse_rms
+from lenslrp.hooks.sites import Site, has_values, widened
 
 Run = Callable[[Tensor], Tensor]
 
@@ -39,8 +39,12 @@ SAME: dict[torch.dtype, float] = {
 """How far apart, relatively, what a module returns twice for one number may be: two units of the
 last place in the half types. Of numbers below a hundredth of the largest, a hundredth of that."""
 
-FORMS = ("exact", "nearly")
-"""How a module can fit its rule: ``"nearly"`` where it is not quite 0 at 0."""
+FORMS = ("exact", "nearly", "weight", "1 + weight")
+"""How a module can fit its rule: ``"nearly"`` where it is not quite 0 at 0. The last two are the
+gain of a norm that divides by the root mean square, all of whose form is known."""
+
+EPSILONS = ("variance_epsilon", "eps")
+"""What such norms call the number that is added to the mean square."""
 
 _proven: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
@@ -59,8 +63,7 @@ def known_forward(module: nn.Module) -> Any:
 
 def _tried(module: nn.Module, run: Run, check: Callable[[], str]) -> str:
     """The outcome of a check, one of :data:`FORMS` or "", remembered where the code is known."""
-    code = getattr(run, "__func__", None)  # of a method; a function on the instance is anyone's
-    known = code is type(module).forward and code.__module__.startswith(KNOWN)
+    code, known = getattr(run, "__func__", None), _is_known(module, run)
     if known and module in _proven and _proven[module][0] is code:
         return _proven[module][1]
     try:
@@ -73,9 +76,14 @@ def _tried(module: nn.Module, run: Run, check: Callable[[], str]) -> str:
     return form
 
 
-def is_norm(
+def _is_known(module: nn.Module, run: Run) -> bool:
+    code = getattr(run, "__func__", None)  # of a method; a function on the instance is anyone's
+    return code is type(module).forward and code.__module__.startswith(KNOWN)
+
+
+def norm_form(
     module: nn.Module, run: Run, x: Tensor, y: Tensor, rule: Normalisation, bias: Tensor | None
-) -> bool:
+) -> str:
     """Whether ``run`` is a norm of the form that ``rule`` describes, position by position.
 
     Args:
@@ -83,20 +91,48 @@ def is_norm(
         run: that forward, past any rule.
         x, y: an input and what the module returned for it, [..., pos, features].
         bias: [features], of the module.
+
+    Returns:
+        One of :data:`FORMS`, or "".
     """
+    gains = [] if rule.centred or not _is_known(module, run) else [*FORMS[2:]]
+    gains = gains if epsilon(module) and hasattr(module, "weight") else []
     if not has_values(x):
-        return True
+        return next(iter(gains), "exact")
     if y.shape != x.shape or x.ndim < 2:
-        return False
+        return ""
 
     def check() -> str:
         fits = rule.fits(x, y, bias) and all(
             _close(out[own], y) and rule.fits(both, out, bias)
             for both, own, out in _among_others(run, x)
         )
-        return "exact" if fits else ""
+        if not (gains and fits):
+            return "exact" if fits else ""
+        # Also where the mean square is as small as what is added to it.
+        low = x * inverse_rms(widened(x), 0.0).to(x.dtype) * epsilon(module) ** 0.5
+        pairs = [(x, y), (low, run(low.clone()))]
+        alike = (f for f in gains if all(_close(_scaled(module, f, a), b) for a, b in pairs))
+        return next(alike, "exact")
 
-    return bool(_tried(module, run, check))
+    return _tried(module, run, check)
+
+
+def epsilon(module: nn.Module) -> float:
+    """What a norm adds to the mean square, 0 where that is not known."""
+    return float(next((getattr(module, n) for n in EPSILONS if hasattr(module, n)), None) or 0.0)
+
+
+def gain_of(module: Any, form: str) -> Tensor | None:
+    """The gain of a norm of one of the last two :data:`FORMS`, [features]."""
+    weight: Tensor | None = module.weight
+    return weight if weight is None or form == "weight" else 1.0 + widened(weight)
+
+
+def _scaled(module: nn.Module, form: str, x: Tensor) -> Tensor:
+    gain, wide = gain_of(module, form), widened(x)
+    y = wide * inverse_rms(wide, epsilon(module))
+    return (y if gain is None else y * gain).to(x.dtype)
 
 
 def _among_others(run: Run, x: Tensor) -> Iterator[tuple[Tensor, tuple[slice, ...], Tensor]]:
@@ -148,12 +184,12 @@ def elementwise(
     Raises (when it is called):
         InputError: the composite has declared the module's class, and it is no such function.
     """
-    run = module.forward
+    run, slimmest = module.forward, F.slimmest(rule, known_forward(module))
 
     def apply(x: Tensor, y: Tensor) -> Tensor | None:
         form = form_of(module, run, x.detach(), y)
         if form:
-            fitting = limited(run, rule, x.detach()) if form == "nearly" else rule
+            fitting = limited(run, rule, x.detach()) if form == "nearly" else slimmest
             return F.apply(F.Elementwise, x, y, fitting, site)
         if not declared:
             return None

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lenslrp.hooks.attach import Attached, Context
 from lenslrp.hooks.functions import same
 from lenslrp.hooks.rules import Epsilon
-from lenslrp.hooks.sites import Site, has_values, row_sums, widest
+from lenslrp.hooks.sites import Site, has_values, row_sums, state_of, widest
 from lenslrp.hooks.state import users_hooks
 
 ROWS = 1 << 22
@@ -30,7 +31,7 @@ def measure_bias(y: Tensor, bias: Tensor | None, site: Site, dim: int = -1) -> N
     In chunks: a float64 copy of the gradient of all logits would be the largest tensor of the pass.
     Books that keep rows get one amount for each.
     """
-    if bias is None or not y.requires_grad or (has_values(bias) and not bool(bias.any())):
+    if bias is None or not y.requires_grad or _is_zero(bias):
         return  # TransformerLens gives every unembedding a bias of zeros
 
     def measure(g: Tensor) -> None:
@@ -43,6 +44,17 @@ def measure_bias(y: Tensor, bias: Tensor | None, site: Site, dim: int = -1) -> N
         site.report("biases", summed @ bias.detach().to(g.device, wide))
 
     y.register_hook(measure)
+
+
+def _is_zero(bias: Tensor) -> bool:
+    """Looked at once, and again when it has been written to: the host has to wait for it."""
+    state = state_of(bias) if has_values(bias) else None
+    if state is not None and _zeros.get(bias, (None,))[0] != state:
+        _zeros[bias] = (state, not bool(bias.any()))
+    return state is not None and _zeros[bias][1]
+
+
+_zeros: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)

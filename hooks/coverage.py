@@ -469,7 +469,3 @@ def require_fired(sites: list[Site]) -> None:
             f"rules were attached and never fired: {names}{more}. The forward pass took another "
             "way round them, so the relevance would be wrong."
         )
-
-
-def is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.activations import SiLUActivation
 
 from lenslrp.hooks.rules import (
     Identity,
@@ -20,13 +22,19 @@ from lenslrp.hooks.rules import (
     Normalisation,
     Plain,
     Product,
+    SiLU,
     SoftmaxTemperature,
+    inverse_rms,
     layer_norm_identity,
     softcap_compensation,
     softmax_gim_compensation,
     uncapped,
 )
-from lenslrp.hooks.sites import Site, row_sums
+from lenslrp.hooks.sites import Site, row_sums, widened
+
+NOTHING = torch.empty(0)
+
+SILU = (nn.SiLU.forward, SiLUActivation.forward, functional.silu)
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
@@ -55,50 +63,69 @@ def _mark(ctx: Any, site: Site, opens: tuple[str, ...] = (), region: int = 0) ->
 
 
 class Elementwise(torch.autograd.Function):
-    """``y = f(x)`` element by element (an activation, or a bias-free RMS norm): g * factor(x, y).
+    """``y = f(x)`` element by element (an activation, or a bias-free norm): g * factor(x, y).
 
     ``y`` comes from the wrapped module, which was given a detached x, so that its inside is not on
-    the graph.
+    the graph. Where the rule has a stabiliser, what it takes is saved as well; SiLU's factor is
+    computed from x, which others may have saved too.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, rule: Identity, site: Site) -> Tensor:
         _mark(ctx, site)
-        ctx.rule = rule
-        ctx.keeps = site.books is not None
-        ctx.save_for_backward(*((_kept(x, site), y) if ctx.keeps else (rule.factor(x, y),)))
+        ctx.rule, ctx.booked = rule, site.books is not None and not rule.exact
+        saved = _kept(x, site) if isinstance(rule, SiLU) else rule.factor(x, y)
+        # Two tensors in any case: torch's checkpoint tells by their number that it has recomputed
+        # the function without its rule.
+        ctx.save_for_backward(saved, y - x * saved if ctx.booked else NOTHING)
         return same(y, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.site.backward += 1
-        if not ctx.keeps:
-            (factor,) = ctx.saved_tensors
-            return g * factor, None, None, None
-        x, y = ctx.saved_tensors
-        factor = ctx.rule.factor(x, y)
-        ctx.site.report("stabiliser", row_sums(y - x * factor, g))
+        factor, lost = ctx.saved_tensors
+        if isinstance(ctx.rule, SiLU):
+            factor = ctx.rule.factor(factor, factor)
+        if ctx.booked:
+            ctx.site.report("stabiliser", row_sums(lost, g))
         return g * factor, None, None, None
 
 
-class LayerNorm(torch.autograd.Function):
-    """LayerNorm with its denominator constant; saves only the inverse scale, [..., 1]."""
+class Norm(torch.autograd.Function):
+    """A norm with its denominator constant; saves only the inverse of that, [..., 1].
+
+    ``x`` less its mean if ``centred``, else as it is, over its root mean square.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, weight: Tensor | None, eps: float, site: Site
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        gain: Tensor | None,
+        eps: float,
+        centred: bool,
+        site: Site,
     ) -> Tensor:
         _mark(ctx, site)
-        wide = x if x.dtype == torch.float64 else x.float()
-        inverse = torch.rsqrt(wide.var(dim=-1, keepdim=True, unbiased=False) + eps)
-        ctx.save_for_backward(inverse.to(x.dtype), weight)
+        ctx.centred = centred
+        wide = widened(x.detach())
+        if centred:
+            inverse = torch.rsqrt(wide.var(dim=-1, keepdim=True, unbiased=False) + eps).to(x.dtype)
+        else:
+            inverse = inverse_rms(wide, eps)
+        ctx.save_for_backward(inverse, gain)
         return same(y, site.copies)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         ctx.site.backward += 1
-        inverse, weight = ctx.saved_tensors
-        return layer_norm_identity(g, weight, inverse), None, None, None, None
+        inverse, gain = ctx.saved_tensors
+        if ctx.centred:
+            down = layer_norm_identity(g, gain, inverse)
+        else:
+            down = ((g if gain is None else g * gain) * inverse).to(g.dtype)
+        return down, None, None, None, None, None
 
 
 class GroupNorm(torch.autograd.Function):
@@ -204,7 +231,7 @@ class ProductOutput(torch.autograd.Function):
         site = ctx.site
         site.backward += 1
         if site.books is not None and ctx.absorbs:
-            site.report("plain", ctx.absorbs * row_sums(ctx.saved_tensors[0], g))
+            site.report("plain", ctx.absorbs * row_sums(ctx.saved_tensors[0], g, masked=False))
         return (g if ctx.share == 1 else g * ctx.share), None, None, None
 
 
@@ -447,4 +474,9 @@ def activated(act: Callable[[Tensor], Tensor], x: Tensor, site: Site) -> Tensor:
     if isinstance(site.rule, Plain):
         inside = act(apply(RegionInput, x, "plain", site))
         return apply(RegionOutput, inside, None, "plain", site)
-    return apply(Elementwise, x, act(x.detach()), site.rule, site)
+    return apply(Elementwise, x, act(x.detach()), slimmest(site.rule, act), site)
+
+
+def slimmest(rule: Any, code: Any) -> Any:
+    """The form of the identity rule that needs least for a function, or a module's forward."""
+    return SiLU() if rule == Identity() and code in SILU else rule

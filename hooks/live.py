@@ -19,7 +19,7 @@ from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
 from lenslrp.hooks.attach import Attached, original
 from lenslrp.hooks.meeting import MATRIX_PRODUCTS, SUMS, Meeting
-from lenslrp.hooks.sites import Site, has_values, row_sums
+from lenslrp.hooks.sites import Site, row_sums
 
 
 class ScoreMeter(Meeting):
@@ -120,8 +120,8 @@ def _close_blind_rows(scores: Tensor, pattern: Tensor) -> None:
 
     Softmax's own backward would turn the gradient of 0 into NaN there; it stays 0.
     """
-    blind = pattern.detach().isnan()
-    if scores.requires_grad and has_values(scores) and bool(blind.any()):
+    if scores.requires_grad:
+        blind = pattern.detach()[..., :1].isnan()  # all of a row, if any
         scores.register_hook(lambda g: g.masked_fill(blind, 0.0))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 from transformer_lens.model_bridge.sources.native import model as native
@@ -133,7 +134,7 @@ def _attach_wrapped_norm(at: Attached, component: nn.Module, site: Site) -> None
         at.wrap(norm, lambda x, y: F.apply(F.GroupNorm, x, y, gain, groups, norm.eps, site))
     elif forward in LAYER_NORMS:  # not a subclass with a forward of its own
         weight, eps = getattr(norm, "weight", None), norm.eps
-        at.wrap(norm, lambda x, y: F.apply(F.LayerNorm, x, y, weight, eps, site))
+        at.wrap(norm, lambda x, y: F.apply(F.Norm, x, y, weight, eps, True, site))
     elif type(norm).__name__ in NAMED_NORMS:
         _wrap_own_norm(at, norm, NAMED_NORMS[type(norm).__name__], site)
     elif _is_rms_norm(norm):
@@ -141,11 +142,25 @@ def _attach_wrapped_norm(at: Attached, component: nn.Module, site: Site) -> None
         run, form = norm.forward, Normalisation()
 
         def apply(x: Tensor, y: Tensor) -> Tensor | None:
-            fits = checks.is_norm(norm, run, x, y, form, None)
-            return F.apply(F.Elementwise, x, y, Identity(), site) if fits else None
+            fits = checks.norm_form(norm, run, x, y, form, None)
+            slim = _slim(norm, fits, x, y, site)
+            if slim is None and fits:
+                return F.apply(F.Elementwise, x, y, Identity(), site)
+            return slim
 
         at.wrap(norm, apply)
     # Any other class stays on the graph, where the coverage check meets it and names it.
+
+
+def _slim(norm: nn.Module, form: str, x: Tensor, y: Tensor, site: Site) -> Tensor | None:
+    """A norm that divides by the root mean square, which alone it saves; ``None`` for others.
+
+    In float64 the values it returned have the say: transformers' norms compute in float32.
+    """
+    if form not in checks.FORMS[2:] or x.dtype == torch.float64:
+        return None
+    gain = checks.gain_of(norm, form)
+    return F.apply(F.Norm, x, y, gain, checks.epsilon(norm), False, site)
 
 
 def _bias_of(module: Any, rule: Normalisation) -> Tensor | None:
@@ -158,11 +173,12 @@ def _wrap_own_norm(at: Attached, module: nn.Module, rule: Normalisation, site: S
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
         bias = _bias_of(module, rule)
-        if not checks.is_norm(module, run, x, y, rule, bias):
+        form = checks.norm_form(module, run, x, y, rule, bias)
+        if not form:
             other = replace(rule, centred=not rule.centred)
             hint = (
                 f"; it fits Normalisation(centred={other.centred})"
-                if checks.is_norm(module, run, x, y, other, bias)
+                if checks.norm_form(module, run, x, y, other, bias)
                 else "; is its bias an attribute named otherwise (bias=...), or is it no norm?"
             )
             raise InputError(
@@ -171,7 +187,8 @@ def _wrap_own_norm(at: Attached, module: nn.Module, rule: Normalisation, site: S
                 f"scale for each position, plus its {rule.bias!r}, as "
                 f"Normalisation(centred={rule.centred}) says{hint}"
             )
-        return F.apply(F.Normalised, x, y, bias, rule, site)
+        slim = _slim(module, form, x, y, site) if bias is None else None
+        return F.apply(F.Normalised, x, y, bias, rule, site) if slim is None else slim
 
     at.wrap(module, apply)
 

@@ -26,7 +26,7 @@ from transformer_lens.hook_points import HookPoint, LensHandle
 from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached, layer_of
 from lenslrp.hooks.functions import Read, apply, same
-from lenslrp.hooks.sites import has_values, masked_to_zero
+from lenslrp.hooks.sites import forget_products, widened
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Reduce = Callable[[Tensor], Tensor]
@@ -276,9 +276,7 @@ class Readers:
         return reading.seen
 
     def _deliver(self, reading: Reading, x: Tensor, g: Tensor, index: int) -> None:
-        x, g = x.detach(), g.detach()
-        if x.dtype in (torch.float16, torch.bfloat16):
-            x, g = x.float(), g.float()
+        x, g = x.detach(), g.detach() if g.requires_grad else g
         x, g = converted(reading.point, x), converted(reading.point, g)
         if self.restore is not None:
             x, g = self.restore(reading.point, x), self.restore(reading.point, g)
@@ -286,14 +284,12 @@ class Readers:
         for name in reading.names:
             reduce = self.reduce(name)
             if id(reduce) not in made:
-                made[id(reduce)] = self._relevance(reduce, x, g)
+                made[id(reduce)] = self._relevance(reduce, x, g, name.endswith(MASKED))
             value = made[id(reduce)]
-            masked = name.endswith(MASKED) and has_values(value)
-            if masked and bool(value.isnan().any()):
-                value = self._relevance(reduce, masked_to_zero(x, g), g)
             pieces = self.pieces.setdefault(name, {})
             if name.endswith(("hook_post", "hook_expert_post")) and reduce is None:
-                self.activations[name] = self.activations[name] + x if pieces else x
+                wide = widened(x)
+                self.activations[name] = self.activations[name] + wide if pieces else wide
             # A point that fires twice in one pass carries the sum of both uses; of two lengths
             # (T5Gemma 2 projects keys of decoder and encoder with one matrix), both.
             alike = (i for i, old in pieces.items() if _shape(old) == _shape(value))
@@ -301,12 +297,13 @@ class Readers:
             pieces[at] = pieces[at] + value if at in pieces else value
 
     @staticmethod
-    def _relevance(reduce: Reduce | None, x: Tensor, g: Tensor) -> Tensor:
+    def _relevance(reduce: Reduce | None, x: Tensor, g: Tensor, masked: bool) -> Tensor:
         of_product = getattr(reduce, "of_product", None)
         if of_product is not None:  # a reduction that needs no tensor for x * g
-            reduced: Tensor = of_product(x, g)
+            reduced: Tensor = of_product(x, g, masked)
             return reduced
-        return x * g if reduce is None else reduce(x * g)
+        product = widened(x.nan_to_num(0.0, 0.0, 0.0) if masked else x) * widened(g)
+        return product if reduce is None else reduce(product)
 
     def finish(self) -> dict[str, Any]:
         """The values of the backward pass that has just ended; zero where no gradient came."""
@@ -319,6 +316,7 @@ class Readers:
                 self._deliver(reading, zeros, zeros, 0)
         values = {name: _joined(pieces) for name, pieces in self.pieces.items()}
         self.pieces = {}
+        forget_products()
         return values
 
     def late(self) -> list[str]:

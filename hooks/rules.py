@@ -84,6 +84,12 @@ def layer_norm_identity(
     return h - h.mean(dim=-1, keepdim=True)
 
 
+def inverse_rms(x: Float[Tensor, "... features"], eps: float) -> Float[Tensor, "... 1"]:
+    """One over the root mean square of the last axis."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))
+
+
 def softmax_taylor(
     g: Float[Tensor, "... keys"], s: Float[Tensor, "... keys"]
 ) -> Float[Tensor, "... keys"]:
@@ -244,9 +250,25 @@ class Identity:
     eps: float | None = None
     name: str = "identity"
 
+    @property
+    def exact(self) -> bool:
+        """Whether all relevance passes, with none left to a stabiliser."""
+        return self.eps is None
+
     def factor(self, x: Tensor, y: Tensor) -> Tensor:
-        """What the gradient is multiplied by; x, y and the result have one shape."""
-        return identity_factor(x, y, self.eps)
+        """What the gradient is multiplied by; x, y and the result have one shape.
+
+        Without ``eps`` it is y / x, and 0 where x is: its relevance is 0 whatever the factor.
+        """
+        return (y / x).nan_to_num_(0.0) if self.exact else identity_factor(x, y, self.eps)
+
+
+@dataclass(frozen=True)
+class SiLU(Identity):
+    """The identity rule for SiLU, whose y / x is sigmoid(x), at 0 as well."""
+
+    def factor(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.sigmoid()
 
 
 @dataclass(frozen=True)
@@ -260,10 +282,11 @@ class Limited(Identity):
     below: Tensor | float = 0.0
     above: Tensor | float = 0.0
     near: ClassVar[float] = 2e-6
+    exact: ClassVar[bool] = False
 
     def factor(self, x: Tensor, y: Tensor) -> Tensor:
         inside = torch.where(x < 0, self.below, self.above).to(x.dtype)
-        return torch.where(x.abs() < self.near, inside, super().factor(x, y))
+        return torch.where(x.abs() < self.near, inside, identity_factor(x, y, self.eps))
 
 
 @dataclass(frozen=True)

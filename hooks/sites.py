@@ -2,47 +2,98 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lenslrp.hooks.rules import Rule
+
+PIECE = 1 << 18
+"""How many products are formed at once; with float32, 1 MiB: they stay in the processor's cache."""
 
 TERMS = ("biases", "softmax", "positional", "stabiliser", "plain")
 """What an operation can take out of the relevance that passes through it."""
 
 
-def row_sums(x: Tensor, g: Tensor) -> Tensor:
+def row_sums(x: Tensor, g: Tensor, *, masked: bool = True) -> Tensor:
     """Sum of ``x * g`` over everything but the batch: [batch], float64 (float32 on MPS).
 
-    Dot products, without a tensor for ``x * g``. They are taken over the last axis and added up in
-    float64: over a pattern of 4,096 tokens, float32 alone would be off in the fourth digit. A
-    masked score is -inf (or the type's minimum), the pattern of a query that sees no key is NaN,
-    and their gradient is exactly 0: so is their relevance (:func:`masked_to_zero`).
+    Sums over the last axis are added up in float64: over a pattern of 4,096 tokens, float32 alone
+    would be off in the fourth digit.
+
+    Args:
+        masked: ``x`` may be not finite where nothing reads it; see :func:`dots`.
     """
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x, g = x.float(), g.float()
-    sums = _dots(x, g)
-    if has_values(sums) and bool(sums.isnan().any()):
-        sums = _dots(masked_to_zero(x, g), g)
-    return sums
+    return dots(x, g, masked=masked).reshape(len(x), -1).sum(dim=1, dtype=widest(x))
 
 
-def masked_to_zero(x: Tensor, g: Tensor) -> Tensor:
-    """``x`` with 0 for what is not finite and has a gradient of exactly 0: nothing reads it."""
-    return x.masked_fill(~x.isfinite() & (g == 0), 0.0)
+def dots(x: Tensor, g: Tensor, *, masked: bool = False) -> Tensor:
+    """Sum of ``x * g`` over the last axis: [...], float32 for the half types.
+
+    In pieces, so that neither the product nor what is widened is ever as large as ``x``. Asked for
+    twice in a row (a site and a reader at one place), it is computed once.
+
+    Args:
+        masked: count what is not finite in ``x`` as 0. A masked score is -inf, the pattern of a
+            query that sees no key is NaN; their gradient is exactly 0, and so is their relevance.
+    """
+    if type(x) is not Tensor or type(g) is not Tensor or x.is_meta:
+        return _dots(x, g, masked)
+    key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, g._version, masked)
+    for product in tuple(_recent):
+        if product.gradient() is g and product.key == key and not product.activation.expired():
+            return product.dots
+    made = _dots(x, g, masked)
+    _recent.append(_Product(key, StorageWeakRef(x.untyped_storage()), ref(g), made))
+    return made
 
 
-def _dots(x: Tensor, g: Tensor) -> Tensor:
-    dots: Tensor = torch.einsum("...d,...d->...", x, g)
-    return dots.reshape(len(x), -1).sum(dim=1, dtype=widest(x))
+def _dots(x: Tensor, g: Tensor, masked: bool) -> Tensor:
+    if x.numel() > PIECE and x.shape[:-1].numel() > 1:
+        dim = max(range(x.ndim - 1), key=lambda axis: x.shape[axis])
+        size = max(1, x.shape[dim] * PIECE // x.numel())
+        pairs = zip(x.split(size, dim), g.split(size, dim), strict=True)
+        return torch.cat([_dots(a, b, masked) for a, b in pairs], dim)
+    return (widened(x.nan_to_num(0.0, 0.0, 0.0) if masked else x) * widened(g)).sum(dim=-1)
+
+
+def widened(x: Tensor) -> Tensor:
+    """The half types as float32, others as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def forget_products() -> None:
+    """Drop what :func:`dots` remembers, at the end of a backward pass."""
+    _recent.clear()
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A sum of products, and whose: valid while both tensors live and nobody writes to them."""
+
+    key: tuple[Any, ...]
+    activation: StorageWeakRef
+    gradient: ref[Tensor]
+    dots: Tensor
+
+
+_recent: deque[_Product] = deque(maxlen=8)
 
 
 def has_values(x: Tensor) -> bool:
     """Whether a tensor holds numbers, and not only a shape (meta and fake tensors)."""
     return not (x.is_meta or isinstance(x, FakeTensor))
+
+
+def state_of(x: Tensor) -> tuple[int, int]:
+    """Where a tensor's numbers are, and how often they have been written to."""
+    return x.data_ptr(), 0 if x.is_inference() else x._version
 
 
 def widest(x: Tensor) -> torch.dtype:
@@ -60,21 +111,28 @@ class Books:
 
     def __init__(self, rows: int | None = None) -> None:
         self.rows = rows
-        self.terms: dict[tuple[str, int | None, str], Tensor] = {}
+        self.reported: dict[tuple[str, int | None, str], list[Tensor]] = {}
         self.flows: dict[tuple[int, str], Tensor] = {}
+
+    @property
+    def terms(self) -> dict[tuple[str, int | None, str], Tensor]:
+        """(term, layer, role) -> the sum of what was reported, on the first one's device."""
+        return {key: self._total(amounts) for key, amounts in self.reported.items()}
+
+    def _total(self, amounts: list[Tensor]) -> Tensor:
+        # Some modules see batch and positions, or samples of a row, as one axis: rows come first.
+        rows = self.rows
+        sums = [a.sum() if rows is None else a.reshape(rows, -1).sum(dim=1) for a in amounts]
+        # Parts of one layer may be on different devices.
+        return torch.stack([part.to(sums[0].device) for part in sums]).sum(dim=0)
 
     def add(self, term: str, site: Site, amount: Tensor) -> None:
         if term not in TERMS:
             raise KeyError(term)
-        key = (term, site.layer, site.role)
-        # Some modules see batch and positions, or samples of a row, as one axis: rows come first.
-        amount = amount.sum() if self.rows is None else amount.reshape(self.rows, -1).sum(dim=1)
-        if key in self.terms:  # parts of one layer may be on different devices
-            amount = self.terms[key] + amount.to(self.terms[key].device)
-        self.terms[key] = amount
+        self.reported.setdefault((term, site.layer, site.role), []).append(amount)
 
     def clear(self) -> None:
-        self.terms.clear()
+        self.reported.clear()
         self.flows.clear()
 
 

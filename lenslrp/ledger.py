@@ -6,13 +6,17 @@ is a remainder; ``error`` is what the account misses (DESIGN promise 4, RULES se
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
-from lenslrp.hooks.sites import TERMS, Books
+from lenslrp.hooks.sites import TERMS, Books, widest
 
 BALANCED = {
     torch.float64: 1e-5,  # where a model computes in float32: 1e-6; elsewhere 1e-14
@@ -88,32 +92,55 @@ class Ledger:
         return html
 
 
-def make_ledger(books: Books, target: float, leaves: float, start: float, layers: int) -> Ledger:
+def read(tensors: Iterable[Tensor]) -> list[float]:
+    """The sum of each tensor, with one transfer a device: the host waits for a GPU only here."""
+    flat = [x.detach().reshape(-1).to(widest(x)) for x in tensors]
+    numbers: dict[int, float] = {}
+    for device in dict.fromkeys(x.device for x in flat):
+        own = [i for i, x in enumerate(flat) if x.device == device]
+        values = iter(torch.cat([flat[i] for i in own]).tolist())
+        numbers.update((i, math.fsum(islice(values, len(flat[i])))) for i in own)
+    return [numbers[i] for i in range(len(flat))]
+
+
+def make_ledger(
+    books: Books, values: Tensor, arrived: Sequence[Tensor], begun: Sequence[Tensor], layers: int
+) -> Ledger:
     """Close the books of one backward pass.
 
     Args:
-        target: the explained value, summed over the batch.
-        leaves: relevance at the leaves.
-        start: relevance with which the backward pass started (the sum of logit times gradient).
+        values: the explained values, [batch].
+        arrived: relevance at the leaves.
+        begun: relevance with which the backward pass started (the sum of logit times gradient).
         layers: how many blocks the model has.
     """
+    named: list[tuple[Any, Tensor]] = [
+        ("target", values),
+        *(("leaves", amount) for amount in arrived),
+        *(("start", amount) for amount in begun),
+        *((key, amount) for key, amounts in books.reported.items() for amount in amounts),
+        *books.flows.items(),
+    ]
+    found: dict[Any, float] = {"leaves": 0.0, "start": 0.0}
+    for (key, _), value in zip(named, read(tensor for _, tensor in named), strict=True):
+        found[key] = found.get(key, 0.0) + value
+    target, leaves, start = found["target"], found["leaves"], found["start"]
     totals = dict.fromkeys(TERMS, 0.0)
     per_layer: dict[tuple[int | None, str], float] = {}
-    for (term, layer, _), amount in books.terms.items():
-        value = float(amount.sum())
-        totals[term] += value
-        per_layer[layer, term] = per_layer.get((layer, term), 0.0) + value
+    for key in books.reported:
+        term, layer, _ = key
+        totals[term] += found[key]
+        per_layer[layer, term] = per_layer.get((layer, term), 0.0) + found[key]
     rows: list[dict[str, Any]] = []
     for layer in range(layers):
-        entering, leaving = (books.flows.get((layer, side)) for side in ("in", "out"))
-        if entering is None:
+        into, out = (found.get((layer, side)) for side in ("in", "out"))
+        if into is None:
             continue
         terms = {term: per_layer.get((layer, term), 0.0) for term in TERMS}
-        into = float(entering.sum())
-        if leaving is None:  # a block that hands out a list fires no hook_out
-            leaving = books.flows.get((layer + 1, "in"))
-        # A latent target inside a block: relevance starts there and never left it.
-        out = start if leaving is None else float(leaving.sum())
+        if out is None:  # a block that hands out a list fires no hook_out
+            out = found.get((layer + 1, "in"))
+        if out is None:  # a latent target inside a block: relevance starts there, never left it
+            out = start
         missed = out - into - sum(terms.values())
         rows.append(
             {"layer": str(layer), "resid_in": into, **terms, "resid_out": out, "error": missed}

@@ -44,7 +44,7 @@ from lenslrp.hooks.readers import Readers
 from lenslrp.hooks.sites import Books, Site, row_sums
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
-from lenslrp.ledger import BALANCED, Ledger, make_ledger
+from lenslrp.ledger import BALANCED, Ledger, make_ledger, read
 from lenslrp.logits import Columns, head_component, spread, unembed_at
 from lenslrp.reductions import reduction_name
 from lenslrp.remembered import Remembered, Seen, is_conditional, kind_of
@@ -76,12 +76,15 @@ class Pass(Forward):
         """One backward pass for one target; ``last`` releases the graph."""
         outputs = self.outputs()
         values = target.values(outputs)
-        self._require_finite(values)
         if not values.requires_grad:
             raise InputError("the target does not depend on the logits in a differentiable way")
         roots = self.roots(target)
         latent = [part.hook for part in parts_of(target) if isinstance(part, Activation)]
-        seen, faults = self._check(roots, latent)
+        try:
+            seen, faults = self._check(roots, latent)
+        except CoverageError:  # broken weights break the form of norms and activations too
+            self._require_finite(values, [])
+            raise
         on_path = {id(self.rules.sites[index]) for index in seen.sites}
         free = self.ledger or bool(faults) or is_conditional(self.model)
         unknown = not free and seen.kind not in self.memory.balanced
@@ -116,11 +119,7 @@ class Pass(Forward):
         if self.strict:
             cover.require_fired([s for s in self.rules.sites if id(s) in on_path])
         relevances = [_wide(x) * _wide(g) for x, g in zip(leaves, at_leaves, strict=True)]
-        if not all(cover.is_finite(r) for r in relevances):
-            raise InputError(
-                f"relevance is not finite ({values.dtype}): the backward pass overflowed; run the "
-                "model in float32 or bfloat16"
-            )
+        self._require_finite(values, relevances)
         ledger = self._close_books(target, values, roots, grads, started)
         note = "" if faults else self._unbalanced(ledger, values.dtype, seen)
         if unknown and not note:
@@ -253,26 +252,23 @@ class Pass(Forward):
     ) -> Ledger | None:
         if self.books is None:
             return None
-        leaves = self.leaves.all()
-        arrived = sum(
-            float(row_sums(x.detach(), g).sum())
-            for x, g in zip(leaves, grads, strict=True)
-            if g is not None
-        )
+        leaves = zip(self.leaves.all(), grads, strict=True)
+        arrived = [row_sums(x.detach(), g) for x, g in leaves if g is not None]
         parts = parts_of(target)
-        start = 0.0
+        begun = []
         for root in roots:
             if id(root) not in started:
                 continue
             rows = started[id(root)]
             if len(roots) > 1:  # rows that start elsewhere only pass through here
                 rows = rows[[r for r, t in enumerate(parts) if self.roots(t)[0] is root]]
-            start += float(rows.sum())
-        explained = float(values.detach().cpu().double().sum())
-        return make_ledger(self.books, explained, arrived, start, self.layers)
+            begun.append(rows)
+        return make_ledger(self.books, values, arrived, begun, self.layers)
 
-    def _require_finite(self, values: Tensor) -> None:
-        if not cover.is_finite(values):
+    def _require_finite(self, values: Tensor, relevances: list[Tensor]) -> None:
+        """Both are looked at when the backward pass has ended: the host waits for neither."""
+        of_target, *of_leaves = read(x.isfinite().all() for x in (values, *relevances))
+        if not of_target:
             reason = "activations overflowed or the weights are broken"
             if values.dtype == torch.float64 and not bool(self.batch.mask[:, :1].all()):
                 reason = (
@@ -282,6 +278,11 @@ class Pass(Forward):
             raise InputError(
                 f"the target is NaN or infinite ({values.tolist()}): {reason} "
                 f"(dtype {values.dtype}); check the model's own logits"
+            )
+        if not all(of_leaves):
+            raise InputError(
+                f"relevance is not finite ({values.dtype}): the backward pass overflowed; run the "
+                "model in float32 or bfloat16"
             )
 
     def _above_features(self, site: Site, on_path: set[int]) -> bool:
@@ -532,6 +533,7 @@ def watch_blocks(at: Attached, parts: Parts, books: Books) -> int:
     stacks = {path.split(".")[0] for path, _ in parts if re.fullmatch(r"\w*blocks\.\d+", path)}
     if len(stacks) > 1 or any(path.endswith(PER_LAYER) for path, _ in parts):
         return 0
+    passing = books.flows.__setitem__
     for path, module in parts:
         layer = layer_of(path + ".")
         if not isinstance(module, BlockBridge) or layer is None:
@@ -544,7 +546,7 @@ def watch_blocks(at: Attached, parts: Parts, books: Books) -> int:
             ) -> None:
                 if x.requires_grad:
                     kept = x.detach()
-                    x.register_hook(lambda g: books.flows.__setitem__(key, row_sums(kept, g)))
+                    x.register_hook(lambda g: passing(key, row_sums(kept, g, masked=False)))
 
             at.hook(point, watch)
     return layers

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.attach import layer_of
+from lenslrp.hooks.sites import dots
 
 Reducer = Callable[[Tensor], Tensor]
 Reduce = str | Reducer | Mapping[str, str | Reducer | None] | None
@@ -23,10 +24,9 @@ class OverFeatures:
     def __call__(self, relevance: Tensor) -> Tensor:
         return relevance.sum(dim=-1)
 
-    def of_product(self, x: Tensor, g: Tensor) -> Tensor:
+    def of_product(self, x: Tensor, g: Tensor, masked: bool) -> Tensor:
         """The same from activation and gradient, without a tensor for their product."""
-        sums: Tensor = torch.einsum("...d,...d->...", x, g)
-        return sums
+        return dots(x, g, masked=masked)
 
 
 def over_positions(relevance: Tensor) -> Tensor:
