@@ -22,8 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 import lenslrp
-from lenslrp.analysis.intervene import Edit, edit_units
 from lenslrp.analysis.page import Page, Rows
+from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.turns import turn

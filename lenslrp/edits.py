@@ -1,8 +1,9 @@
-"""Units switched off, scaled or set, in chosen rows of a batch, for as long as a context lasts.
+"""Changes to activations: every edit of this library goes through here, with one set of checks.
 
-An intervention is what a relevance score must predict: a neuron that mattered for an answer is one
-whose removal takes the answer away. Because every edit names its rows, one forward pass tries many
-interventions on copies of one prompt::
+A hook point's activations are put through a function, or some of its units are switched off, scaled
+or set in chosen rows of a batch. An intervention is what a relevance score must predict: a neuron
+that mattered for an answer is one whose removal takes the answer away. Because an edit of units
+names its rows, one forward pass tries many interventions on copies of one prompt::
 
     prompt = tokens.expand(3, -1)
     edits = [
@@ -19,7 +20,7 @@ what is generated, and for directions, see :mod:`lenslrp.analysis.steering`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,28 +36,42 @@ from lenslrp.hooks.turns import in_force
 from lenslrp.unused import require_used, why_unused
 
 
+Change = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Edit:
-    """``x -> scale * x + shift`` for units of one hook point.
+    """What is done at one hook point: ``x -> scale * x + shift`` for some units, or any function.
 
     Attributes:
         hook: a hook point whose activations are [batch, pos, unit], such as
             ``"blocks.5.mlp.hook_post"``, or [batch, pos, head, d_head]: there a unit is a head.
-        units: indices into the third axis.
+        units: indices into the third axis; ``None`` where there is a ``function``.
         scale: 0 switches off, 1 changes nothing (equal to the last bit), more amplifies.
         shift: what is added, in units of the activation; ``scale=0`` with a shift sets a value.
         rows: batch rows in which to do it; ``None`` for all.
         positions: of the row's own prompt, padding left out; negative from its end. In an
             encoder-decoder, of the text of the hook point's own stack. ``None`` for everything,
             generated tokens among it.
+        function: makes the new activations of the old, in the form in which TransformerLens shows
+            them.
     """
 
     hook: str
-    units: tuple[int, ...]
+    units: tuple[int, ...] | None = None
     scale: float = 0.0
     shift: float = 0.0
     rows: tuple[int, ...] | None = None
     positions: tuple[int, ...] | None = None
+    function: Change | None = None
+
+    def __post_init__(self) -> None:
+        chosen = (self.scale, self.shift, self.rows, self.positions) != (0.0, 0.0, None, None)
+        if (self.units is None) == (self.function is None) or (self.function and chosen):
+            raise InputError(
+                f"an edit at {self.hook} is of units, or by a function, which sees all of the "
+                "hook point's activations and is given alone"
+            )
 
 
 @contextmanager
@@ -65,11 +80,14 @@ def edit_units(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
 
     Args:
         model: a ``TransformerBridge``.
-        edits: any number of them; one unit must not be edited twice in one place.
+        edits: any number of them; one unit must not be edited twice in one place. Functions act
+            after what is done to units of their hook point, in the order given.
 
     Raises:
-        InputError: as :func:`change_hooks`; in the forward pass, a unit, row or position out of
-            range, a unit edited twice, or activations of another shape.
+        InputError: a hook point that the model does not have, one given by two names, one that is
+            not where its name says, or one whose tensor nothing uses; in the forward pass, a unit,
+            row or position out of range, a unit edited twice, or activations of another shape; at
+            the end of the context, a hook point that never fired, so that nothing was done there.
     """
     by_hook: dict[str, list[Edit]] = {}
     for edit in edits:
@@ -77,26 +95,17 @@ def edit_units(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
     anywhere = all(edit.positions is None for own in by_hook.values() for edit in own)
     with ExitStack() as stack:
         passes = Passes() if anywhere else stack.enter_context(follow(model))
-        changes = {name: _apply(name, own, passes) for name, own in by_hook.items()}
-        stack.enter_context(change_hooks(model, changes))
+        changes: dict[str, list[Change]] = {}
+        for name, own in by_hook.items():
+            of_units = [edit for edit in own if edit.function is None]
+            changes[name] = [_apply(name, of_units, passes)] if of_units else []
+            changes[name] += [edit.function for edit in own if edit.function is not None]
+        stack.enter_context(_put_through(model, changes))
         yield
 
 
 @contextmanager
-def change_hooks(model: Any, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Put each hook point's activations through a function, and undo it however the context ends.
-
-    Every edit of this library goes through here.
-
-    Args:
-        model: a ``TransformerBridge``.
-        changes: by hook point, what makes the new activations of the old.
-
-    Raises:
-        InputError: a hook point that the model does not have, one given by two names, one that is
-            not where its name says, or one whose tensor nothing uses; at the end of the context, a
-            hook point that never fired, so that nothing was done there.
-    """
+def _put_through(model: Any, changes: Mapping[str, Sequence[Change]]) -> Iterator[None]:
     for name in changes:
         if name not in model.hook_dict:
             near = difflib.get_close_matches(name, model.hook_dict, n=3)
@@ -115,7 +124,9 @@ def change_hooks(model: Any, changes: Mapping[str, Callable[[Tensor], Tensor]]) 
             if name in only_ruled and not in_force(model):
                 raise InputError(why_unused(model, name))
             fired.add(name)
-            return changes[name](x)
+            for change in changes[name]:
+                x = change(x)
+            return x
 
         return hook
 
@@ -154,7 +165,7 @@ def require_on_stream(model: Any, hook: str) -> None:
         )
 
 
-def _apply(name: str, edits: list[Edit], passes: Passes) -> Callable[[Tensor], Tensor]:
+def _apply(name: str, edits: list[Edit], passes: Passes) -> Change:
     made: dict[Any, tuple[Tensor, ...]] = {}  # by batch size and length, or of the last pass
     anywhere = all(edit.positions is None for edit in edits)
 
@@ -182,12 +193,13 @@ def _table(name: str, edits: list[Edit], x: Tensor, passes: Passes) -> tuple[Ten
     for edit in edits:
         rows = tuple(range(batch)) if edit.rows is None else edit.rows
         _require_inside(f"row of the edit at {name}", rows, batch)
-        _require_inside(f"unit of {name}", edit.units, width)
+        units = edit.units or ()
+        _require_inside(f"unit of {name}", units, width)
         columns = torch.arange(length).expand(len(rows), -1)
         if edit.positions is not None:
             columns = _columns(name, x, rows, edit.positions, passes.now)
-        shape = (*columns.shape, len(edit.units))
-        grid = (torch.tensor(rows)[:, None, None], columns[..., None], torch.tensor(edit.units))
+        shape = (*columns.shape, len(units))
+        grid = (torch.tensor(rows)[:, None, None], columns[..., None], torch.tensor(units))
         places = torch.stack([axis.long().expand(shape).flatten() for axis in grid])
         tables.append((places, edit.scale, edit.shift))
     places = torch.cat([own for own, _, _ in tables], dim=1)
