@@ -35,7 +35,6 @@ from lenslrp.hooks.readers import forget, is_total, owners
 from lenslrp.hooks.turns import in_force
 from lenslrp.unused import require_used, why_unused
 
-
 Change = Callable[[Tensor], Tensor]
 
 
@@ -142,6 +141,14 @@ def _put_through(model: Any, changes: Mapping[str, Sequence[Change]]) -> Iterato
             f"nothing was edited at {', '.join(idle[:4])}: no forward pass inside the context "
             "reached it"
         )
+
+
+def edit_gradient(x: Tensor, change: Callable[[Tensor], Tensor | None]) -> None:
+    """Call ``change`` with the gradient that arrives at ``x``, a tensor of the pass that is made.
+
+    What it returns, if anything, goes on in the gradient's place.
+    """
+    x.register_hook(change)
 
 
 def require_on_stream(model: Any, hook: str) -> None:
