@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -236,7 +236,7 @@ def read_at(
 ) -> None:
     """Call ``call`` with the activations at a hook point as they pass, and ``stop`` there."""
     if name not in points:
-        select_names(points, [name])
+        refuse(points, name)
 
     def hook(point: nn.Module, _: Any, x: Tensor) -> None:
         call(converted(point, x))
@@ -300,6 +300,16 @@ def run_model(
     return logits
 
 
+def refuse(points: Mapping[str, nn.Module], name: str) -> NoReturn:
+    """Say of a name that is no hook point what would be one.
+
+    Raises:
+        InputError: with the nearest names.
+    """
+    found, _ = select_names(points, name)
+    raise InputError(f"{name} is in every block; name one: {', '.join(found[:3])}")
+
+
 def capture(
     at: Attached,
     points: Mapping[str, nn.Module],
@@ -310,8 +320,7 @@ def capture(
     """Keep the tensors, on the graph, at hook points; ``owned`` as from :func:`owners`."""
     for name in hooks:
         if name not in points:
-            found, _ = select_names(points, name)  # raises with the nearest names
-            raise InputError(f"{name} is in every block; name one: {', '.join(found[:3])}")
+            refuse(points, name)
         point = points[name]
 
         def keep(point: Any, x: Any, name: str = name) -> None:

@@ -172,6 +172,7 @@ class Session:
             run, self.model, inputs, targets, batch_size=batch_size, prepend_bos=prepend_bos,
             window=window,
         )  # fmt: skip
+
     @contextmanager
     def forward(
         self,
