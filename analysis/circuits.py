@@ -49,6 +49,7 @@ from lenslrp.errors import InputError
 from lenslrp.forward import architecture
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
 from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.structure import unchanged
 from lenslrp.sessions import Session
 
 CHUNK = 32
@@ -292,6 +293,7 @@ def score_nodes(
     require_positions(nodes or (), pairs)
     found = []
     with ExitStack() as stack:
+        stack.enter_context(unchanged(model))
         session = None
         if rules is not None:
             session = Session(model, composite or rules(), ledger=False, logits="target",

@@ -50,6 +50,7 @@ from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
 from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.structure import unchanged
 from lenslrp.sessions import Session
 
 Edge = tuple[Node, Node]
@@ -206,6 +207,7 @@ def score_edges(
     rules = composite or (METHODS[method] or GradientTimesInput)()
     found = []
     with ExitStack() as stack:
+        stack.enter_context(unchanged(model))
         if edges is None:
             session = Session(model, rules, ledger=False, logits="target", stays=False)
             score = partial(_estimated, session=stack.enter_context(session), into=downs)

@@ -28,6 +28,7 @@ from lenslrp.analysis.pairs import Pairs
 from lenslrp.analysis.statistics import RESAMPLES, area
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
+from lenslrp.hooks.structure import unchanged
 
 SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -214,17 +215,18 @@ def verify(
         raise InputError("reference is what means are taken over: it goes with ablation='mean'")
     nothing = Circuit(places, {hook: torch.zeros_like(k) for hook, k in circuits[0].keep.items()})
     clean, floor, kept = [], [], []
-    for part in pairs.chunks(chunk):
-        batch, instead = batch_of(model, part.clean, part), means
-        clean.append(gaps(model, batch, part))
-        if ablation == "corrupt":
-            value, instead = read(model, batch_of(model, part.corrupt, part), part, places)
-            floor.append(value)
-        else:
-            floor.append(gaps(model, batch, part, edits=ablated(nothing, instead)))
-        kept.append(
-            torch.stack([gaps(model, batch, part, edits=ablated(c, instead)) for c in circuits])
-        )
+    with unchanged(model):
+        for part in pairs.chunks(chunk):
+            batch, instead = batch_of(model, part.clean, part), means
+            clean.append(gaps(model, batch, part))
+            if ablation == "corrupt":
+                value, instead = read(model, batch_of(model, part.corrupt, part), part, places)
+                floor.append(value)
+            else:
+                floor.append(gaps(model, batch, part, edits=ablated(nothing, instead)))
+            kept.append(
+                torch.stack([gaps(model, batch, part, edits=ablated(c, instead)) for c in circuits])
+            )
     verdict = Verdict(torch.cat(clean), torch.cat(floor), torch.cat(kept, dim=1))
     _require_task(verdict)
     return verdict

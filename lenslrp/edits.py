@@ -105,16 +105,17 @@ def edit_units(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
 
 @contextmanager
 def _put_through(model: Any, changes: Mapping[str, Sequence[Change]]) -> Iterator[None]:
+    points = model.hook_dict
     for name in changes:
-        if name not in model.hook_dict:
-            near = difflib.get_close_matches(name, model.hook_dict, n=3)
+        if name not in points:
+            near = difflib.get_close_matches(name, points, n=3)
             raise InputError(f"no hook point is called {name!r}; nearest: {', '.join(near)}")
-        require_on_stream(model, name)
+        require_on_stream(model, name, points)
     only_ruled = require_used(model, changes)
-    objects = {id(model.hook_dict[name]): name for name in changes}
+    objects = {id(points[name]): name for name in changes}
     if len(objects) < len(changes):
         alias = next(n for n in changes if n not in objects.values())
-        other = objects[id(model.hook_dict[alias])]
+        other = objects[id(points[alias])]
         raise InputError(f"{alias!r} and {other!r} are one hook point: use one name")
     fired: set[str] = set()
 
@@ -134,7 +135,7 @@ def _put_through(model: Any, changes: Mapping[str, Sequence[Change]]) -> Iterato
             yield
     finally:
         for name in changes:
-            forget(model.hook_dict[name])
+            forget(points[name])
     idle = [name for name in changes if name not in fired]
     if idle:
         raise InputError(
@@ -151,19 +152,19 @@ def edit_gradient(x: Tensor, change: Callable[[Tensor], Tensor | None]) -> None:
     x.register_hook(change)
 
 
-def require_on_stream(model: Any, hook: str) -> None:
+def require_on_stream(model: Any, hook: str, points: Mapping[str, Any]) -> None:
     """Refuse a name of the residual stream that is the input of a component inside the block.
 
     On most architectures ``hook_resid_mid`` is what the MLP or its norm is given: the stream itself
     passes by.
     """
-    point = model.hook_dict[hook]
+    point = points[hook]
     block = hook.rpartition(".")[0]
-    if not is_total(hook) or point is model.hook_dict.get(f"{block}.hook_in"):
+    if not is_total(hook) or point is points.get(f"{block}.hook_in"):
         return
     owned = owners(model.modules())
     if id(point) in owned:
-        inner = next(n for n, p in model.hook_dict.items() if p is point and n.endswith("hook_in"))
+        inner = next(n for n, p in points.items() if p is point and n.endswith("hook_in"))
         where = inner.removeprefix(f"{block}.").removesuffix(".hook_in")
         raise InputError(
             f"in this model {hook} is the input of {where}: a change there does not stay in the "

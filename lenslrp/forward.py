@@ -29,6 +29,7 @@ from lenslrp.hooks.components import (
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.functions import apply
 from lenslrp.hooks.readers import converted, given, is_total, listen, owners, select_names
+from lenslrp.hooks.structure import unchanged
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts
@@ -163,11 +164,11 @@ def forward(
         InputError: a hook point that the model does not have, one to be read that does not fire,
             or an edit that :func:`lenslrp.edits.edit_units` refuses.
     """
-    parts = components(model)
-    points = hook_points(model, parts)
     made = Forward(model, batch)
     with ExitStack() as stack:
         stack.enter_context(turn(model))
+        stack.enter_context(unchanged(model))
+        parts = components(model)
         stack.enter_context(torch.set_grad_enabled(gradients))
         if edits:
             from lenslrp.edits import edit_units  # which looks at what is used by a pass of its own
@@ -181,7 +182,7 @@ def forward(
             _keep_blocks(at, parts, record, replay or {})
         if capture_at:
             owned = owners(module for _, module in parts)
-            capture(at, points, owned, list(capture_at), made.captured)
+            capture(at, hook_points(model, parts), owned, list(capture_at), made.captured)
         keep_unembedded(at, parts, made.captured)
         unembed = head_component(model)
         picked = None
@@ -214,7 +215,8 @@ def reading(
     Raises:
         InputError: a hook point that the model does not have.
     """
-    points, seen = hook_points(model, components(model)), set[str]()
+    points = hook_points(model, components(model)) if read else {}
+    seen = set[str]()
     with turn(model), undone(Attached()) as at:
         for name, call in read.items():
 
