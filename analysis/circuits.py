@@ -20,6 +20,7 @@ clean run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -28,27 +29,28 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from lenslrp.analysis.block_pass import unembedding_at
 from lenslrp.analysis.nodes import (
     Node,
     Units,
+    batch_of,
     delivering,
     largest,
     masking,
     place_components,
     read,
-    reading,
     require_positions,
 )
 from lenslrp.analysis.pairs import Pairs, ordered
 from lenslrp.analysis.patching import exact_effects
-from lenslrp.analysis.question import Passes, ask
+from lenslrp.analysis.question import Passes
 from lenslrp.errors import InputError
+from lenslrp.forward import architecture
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
 from lenslrp.hooks.components import layer_of
-from lenslrp.run import run_with_relevance
+from lenslrp.hooks.structure import unchanged
+from lenslrp.sessions import Session
 
 CHUNK = 32
 """How many pairs run at once."""
@@ -119,13 +121,13 @@ class _Runs:
     """What a method is asked: the base run, the other run, and the hook points to score."""
 
     model: Any
+    session: Session | None
     pairs: Pairs
     base: Tensor
     other: Tensor
     hooks: Mapping[str, str]
     by_position: bool
     only: Sequence[Node] | None
-    composite: Composite
     steps: int
     passes: Passes
 
@@ -143,25 +145,19 @@ def _product(runs: _Runs, hook: str, delta: Tensor, g: Tensor) -> Tensor:
     return sums if runs.by_position else sums.sum(dim=1)
 
 
-def _backward(
-    runs: _Runs, composite: Composite, on: Callable[[str, Units, Units], None], **given: Any
-) -> Tensor:
+def _backward(runs: _Runs, on: Callable[[str, Units, Units], None], **given: Any) -> Tensor:
     """One forward and backward pass; every hook point's activation and coefficient are handed on.
 
     Returns the gap, [pair].
     """
-    device = next(runs.model.parameters()).device
-    with unembedding_at(runs.model, runs.pairs.last):
-        _, cache = run_with_relevance(
-            runs.model,
-            target=runs.pairs,
-            composite=composite,
-            names_filter=list(runs.hooks),
-            reduce=delivering(runs.hooks, on),
-            ledger=False,
-            attention_mask=masking(runs.pairs, device).get("attention_mask"),
-            **given,
-        )
+    assert runs.session is not None
+    _, cache = runs.session.run_with_relevance(
+        target=runs.pairs,
+        names_filter=list(runs.hooks),
+        reduce=delivering(runs.hooks, on),
+        **masking(runs.pairs, runs.base.device),
+        **given,
+    )
     runs.passes.forward += len(runs.pairs)
     runs.passes.backward += len(runs.pairs)
     return cache.target.value
@@ -169,14 +165,15 @@ def _backward(
 
 def _relevance(runs: _Runs) -> _Found:
     """Two forward passes and one backward pass for all nodes."""
-    value, there = read(runs.model, runs.other, runs.pairs, runs.hooks)
+    other = batch_of(runs.model, runs.other, runs.pairs)
+    value, there = read(runs.model, other, runs.pairs, runs.hooks)
     runs.passes.forward += len(runs.pairs)
     scores: dict[str, Tensor] = {}
 
     def score(hook: str, x: Tensor, g: Tensor) -> None:
         scores[hook] = _product(runs, hook, there.pop(hook) - x, g)
 
-    base = _backward(runs, runs.composite, score, input=runs.base)
+    base = _backward(runs, score, input=runs.base)
     return base, value, scores
 
 
@@ -193,24 +190,33 @@ def _integrated(runs: _Runs) -> _Found:
 
     for step in range(runs.steps):
         embeds = torch.lerp(start, end, (step + 0.5) / runs.steps)
-        _backward(runs, runs.composite, score, inputs_embeds=embeds)
+        _backward(runs, score, inputs_embeds=embeds)
     return base, other, scores
 
 
 def _embedded(runs: _Runs, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """One forward pass: the gap, what flows at the hook points, the tokens' embeddings."""
-    mask = masking(runs.pairs, tokens.device).get("attention_mask")
-    with reading(runs.model, runs.hooks) as found, unembedding_at(runs.model, runs.pairs.last):
-        asked = ask(runs.model, tokens, runs.pairs, attention_mask=mask)
+    batch, embedded = batch_of(runs.model, tokens, runs.pairs), list[Tensor]()
+
+    def keep(_: nn.Module, out: Tensor) -> None:
+        if out.ndim == 3 and out.shape[:2] == tokens.shape:
+            embedded.append(out)
+
+    value, found = read(runs.model, batch, runs.pairs, runs.hooks, embed=keep)
+    if len(embedded) != 1:
+        raise InputError(
+            f"{architecture(runs.model)} embeds its tokens in {len(embedded)} places: integrated "
+            "scores are of models that do it in one"
+        )
     runs.passes.forward += len(runs.pairs)
-    return asked.explained.value, found, asked.inputs
+    return value, found, embedded[0]
 
 
 def _exact(runs: _Runs) -> _Found:
     return exact_effects(
         runs.model,
-        runs.base,
-        runs.other,
+        batch_of(runs.model, runs.base, runs.pairs),
+        batch_of(runs.model, runs.other, runs.pairs),
         runs.pairs,
         runs.hooks,
         by_position=runs.by_position,
@@ -219,13 +225,13 @@ def _exact(runs: _Runs) -> _Found:
     )
 
 
-METHODS: Mapping[str, tuple[_Method, Callable[[], Composite]]] = {
+METHODS: Mapping[str, tuple[_Method, Callable[[], Composite] | None]] = {
     "relevance": (_relevance, RelP),
     "attribution": (_relevance, GradientTimesInput),
     "integrated": (_integrated, GradientTimesInput),
-    "exact": (_exact, GradientTimesInput),
+    "exact": (_exact, None),
 }
-"""Method -> how its scores are made, and under which rules."""
+"""Method -> how its scores are made, and under which rules, if any."""
 
 
 def score_nodes(
@@ -286,11 +292,19 @@ def score_nodes(
     nodes = None if only is None else list(only)
     require_positions(nodes or (), pairs)
     found = []
-    for part in pairs.chunks(chunk):
-        base, other = ordered(direction, part.corrupt.to(device), part.clean.to(device))
-        made = composite or rules()
-        runs = _Runs(model, part, base, other, hooks, by_position, nodes, made, steps, passes)
-        found.append(score(runs))
+    with ExitStack() as stack:
+        stack.enter_context(unchanged(model))
+        session = None
+        if rules is not None:
+            session = Session(model, composite or rules(), ledger=False, logits="target",
+                              stays=False)  # fmt: skip
+            stack.enter_context(session)
+        for part in pairs.chunks(chunk):
+            base, other = ordered(direction, part.corrupt.to(device), part.clean.to(device))
+            runs = _Runs(
+                model, session, part, base, other, hooks, by_position, nodes, steps, passes
+            )
+            found.append(score(runs))
     bases, others, scores = zip(*found, strict=True)
     corrupt, clean = ordered(direction, torch.cat(bases).detach(), torch.cat(others))
     wide = partial(pairs.padded, only=nodes or ()) if by_position else torch.as_tensor

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lenslrp.analysis.units import Head, Neuron, Unit
+from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
 from lenslrp.forward import undone
 from lenslrp.hooks.attach import Attached
@@ -86,8 +87,8 @@ class _StreamCut:
             return None
         came: list[Tensor] = []
         view = x.view_as(x)
-        view.register_hook(lambda g: came.append(g))
-        x.register_hook(lambda g: came.pop() if came else torch.zeros_like(g))
+        edit_gradient(view, came.append)
+        edit_gradient(x, lambda g: came.pop() if came else torch.zeros_like(g))
         if place is None:
             return args, {**kwargs, "hidden_states": view}
         return (*args[:place], view, *args[place + 1 :]), kwargs
@@ -95,7 +96,7 @@ class _StreamCut:
 
 def _nothing(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
     if out.requires_grad:
-        out.register_hook(torch.zeros_like)
+        edit_gradient(out, torch.zeros_like)
 
 
 def _only(indices: list[int], cut: _StreamCut) -> Any:
@@ -120,6 +121,6 @@ def _only(indices: list[int], cut: _StreamCut) -> Any:
             back: Tensor = kept if conversion is None else conversion.revert(kept)
             return back.reshape(g.shape)
 
-        out.register_hook(mask)
+        edit_gradient(out, mask)
 
     return hook

@@ -13,7 +13,7 @@ with rows tell for each what was absorbed on the way.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,29 +26,25 @@ from lenslrp.analysis.nodes import COMPONENTS, TARGET, Node, Units, as_units, de
 from lenslrp.batch import Batch
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
-from lenslrp.forward import parts_of
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components, hook_points
-from lenslrp.hooks.composites import Composite
-from lenslrp.hooks.install import relevance_rules
-from lenslrp.hooks.readers import Readers, converted
-from lenslrp.hooks.sites import Books
-from lenslrp.passes import Pass, starting, under_rules
-from lenslrp.run import run_with_relevance
-from lenslrp.targets import Activation, Target
+from lenslrp.hooks.readers import converted
+from lenslrp.passes import Pass, starting
+from lenslrp.sessions import Session
+from lenslrp.targets import Target
 
 EMBEDDINGS = "embeddings"
 """Where flows that arrive at the embeddings are filed: tokens' and positions', [row, pos, 1, f]."""
 
 
 def coefficients(
-    model: Any, hooks: Mapping[str, str], **given: Any
+    session: Session, hooks: Mapping[str, str], **given: Any
 ) -> tuple[RelevanceCache, dict[str, tuple[Units, Units]]]:
     """Activation and coefficient of every node in one forward and backward pass.
 
     Args:
         hooks: hook point -> component.
-        given: of :func:`lenslrp.run_with_relevance`.
+        given: of :meth:`lenslrp.sessions.Session.run_with_relevance`.
     """
     found: dict[str, tuple[Units, Units]] = {}
 
@@ -56,7 +52,7 @@ def coefficients(
         found[hook] = x, g
 
     reduce = delivering(hooks, keep)
-    _, cache = run_with_relevance(model, names_filter=list(hooks), reduce=reduce, **given)
+    _, cache = session.run_with_relevance(names_filter=list(hooks), reduce=reduce, **given)
     return cache, found
 
 
@@ -73,7 +69,6 @@ class CutPass:
     hooks: Mapping[str, str]
     run: Pass
     target: Target
-    books: Books
     tops: dict[str, Tensor] = field(default_factory=dict)
     leaves: dict[str, Tensor] = field(default_factory=dict)
     points: dict[str, Any] = field(default_factory=dict)
@@ -113,7 +108,8 @@ class CutPass:
         begun = self.values.new_zeros(len(self.values), dtype=torch.float64)
         if not outputs:
             return {}, begun
-        self.books.clear()
+        if self.run.books is not None:
+            self.run.books.clear()
         ends = [*self.leaves.values(), *self.embeddings]
         roots = self.run.roots(self.target) if target is not None else []
         with starting(roots) as started:
@@ -171,7 +167,8 @@ class CutPass:
     def absorbed(self) -> dict[str, Tensor]:
         """Term of the ledger -> [row], what the last backward pass lost to it."""
         found: dict[str, Tensor] = {}
-        for (term, _, _), amount in self.books.terms.items():
+        terms = {} if self.run.books is None else self.run.books.terms
+        for (term, _, _), amount in terms.items():
             amount = amount.cpu().double()
             found[term] = found[term] + amount if term in found else amount
         return found
@@ -195,11 +192,10 @@ def _beside(made: Tensor, x: Tensor) -> Tensor:
 
 @contextmanager
 def cut(
-    model: Any,
+    session: Session,
     prepared: Batch,
     target: Target,
     hooks: Mapping[str, str],
-    composite: Composite,
     *,
     keep: Mapping[str, Bool[Tensor, "pos unit"]] | None = None,
     books: bool = False,
@@ -207,39 +203,30 @@ def cut(
     """A forward pass that is cut at nodes, ready for any number of backward passes.
 
     Coverage is not checked here: the graph is cut on purpose. Run
-    :func:`lenslrp.run_with_relevance` on the same input first; :func:`coefficients` does.
+    :func:`coefficients` on the same input first.
 
     Args:
+        session: of the model and its rules.
         prepared: the rows.
         target: what is explained, a value a row.
         hooks: hook point -> component: where nodes are.
-        composite: the rules.
         keep: which units are nodes; all if not given. The others conduct.
         books: keep books, with rows.
 
     Raises:
         InputError: a hook point that does not fire, or fires twice.
     """
-    points = hook_points(model, components(model))
-    ledger = Books(rows=len(prepared.tokens))
-    latent = [part.hook for part in parts_of(target) if isinstance(part, Activation)]
-    readers = Readers.plan(points, [], lambda _: None)
+    points = hook_points(session.model, components(session.model))
     nodes: dict[str, Any] = {hook: points[hook] for hook in hooks}
     found: list[CutPass] = []
 
     def at_nodes(at: Attached, run: Pass) -> None:
-        found.append(CutPass(hooks, run, target, ledger, points=nodes))
+        found.append(CutPass(hooks, run, target, points=nodes))
         for hook in hooks:
             kept = None if keep is None else keep[hook]
             at.hook(points[hook], partial(_cut, made=found[0], hook=hook, kept=kept))
 
-    with ExitStack() as stack:
-        rules = stack.enter_context(
-            relevance_rules(model, composite, strict=False, books=ledger if books else None)
-        )
-        run = stack.enter_context(
-            under_rules(model, rules, prepared, readers, latent=latent, at_nodes=at_nodes)
-        )
+    with session.forward(prepared, target, at_nodes=at_nodes, rows=books) as run:
         (made,) = found
         missing = [hook for hook in hooks if hook not in made.tops]
         if missing:

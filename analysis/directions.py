@@ -13,15 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import lenslrp
+from lenslrp.analysis.block_pass import Deliver
 from lenslrp.analysis.places import known_hook, stack_name
 from lenslrp.analysis.readout import measure_gain, output_norm, unembedding
 from lenslrp.analysis.units import Direction, Head, Neuron, Unit
 from lenslrp.errors import InputError
+from lenslrp.forward import forward
 from lenslrp.hooks.sites import widest
-from lenslrp.hooks.turns import turn
 from lenslrp.inputs import prepare
 from lenslrp.names import token_id
+from lenslrp.sessions import Session
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -110,18 +111,19 @@ def relevance_direction(
         raise InputError(f"{len(texts)} texts and {len(targets)} targets: one target a text")
     at = known_hook(model, at)
     total, weight = torch.zeros(()), torch.zeros(())
-    for text, target in zip(texts, targets, strict=True):
-        seen: list[Tensor] = []
-        reads = (at, lambda x, hook, seen=seen: seen.append(x.detach()))
-        with turn(model), model.hooks(fwd_hooks=[reads]):
-            _, found = lenslrp.run_with_relevance(
-                model, text, target, names_filter=at, ledger=False, prepend_bos=prepend_bos
-            )
-        wide = widest(seen[-1])
-        relevance, x = found[at][0].to(wide).sum(dim=-1), seen[-1][0].to(wide)
+
+    def add(x: Tensor, g: Tensor) -> None:
+        nonlocal total, weight
+        relevance, x = (x * g)[0].to(widest(x)).sum(dim=-1), x[0].to(widest(x))
         normed = x / x.square().mean(dim=-1, keepdim=True).sqrt()
         total = total.to(x) + (relevance[:, None] * normed).sum(dim=0)
         weight = weight.to(x) + relevance.abs().sum()
+
+    with Session(model, ledger=False, logits="target", stays=False) as session:
+        for text, target in zip(texts, targets, strict=True):
+            session.run_with_relevance(
+                text, target, at, reduce={at: Deliver(add)}, prepend_bos=prepend_bos
+            )
     return Direction(at, (total / weight).to(_kept(model)))
 
 
@@ -172,9 +174,8 @@ def states(
             model, some, append=[], prepend_bos=prepend_bos, attention_mask=None, inputs_embeds=None
         )
         seen: list[Tensor] = []
-        reads = (at, lambda x, hook, seen=seen: seen.append(x.detach()))
-        with turn(model), model.hooks(fwd_hooks=[reads]):
-            model(given.tokens, **given.kwargs)
+        with forward(model, given, read={at: seen.append}, stop_after=at):
+            pass
         if seen[0].shape[:2] != given.tokens.shape:
             raise InputError(f"{at} is {list(seen[0].shape)}, expected [batch, pos, ...]")
         for row, mask in zip(seen[0], given.mask, strict=True):

@@ -20,6 +20,7 @@ same function gives edges between heads and MLPs, or between heads alone, throug
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,12 +30,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.block_pass import unembedding_at
 from lenslrp.analysis.cut_pass import EMBEDDINGS, coefficients, cut
 from lenslrp.analysis.nodes import (
     TARGET,
     Node,
     Units,
+    batch_of,
     largest,
     masking,
     place_components,
@@ -49,7 +50,8 @@ from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
 from lenslrp.hooks.components import layer_of
-from lenslrp.inputs import prepare
+from lenslrp.hooks.structure import unchanged
+from lenslrp.sessions import Session
 
 Edge = tuple[Node, Node]
 
@@ -204,10 +206,16 @@ def score_edges(
     require_positions(ends, pairs)
     rules = composite or (METHODS[method] or GradientTimesInput)()
     found = []
-    for part in pairs.chunks(rows):
-        base, other = ordered(direction, part.corrupt.to(device), part.clean.to(device))
-        runs = _Runs(model, part, base, other, hooks, by_position, rules, rows, passes)
-        found.append(_exact(runs, edges) if edges is not None else _estimated(runs, downs))
+    with ExitStack() as stack:
+        stack.enter_context(unchanged(model))
+        if edges is None:
+            session = Session(model, rules, ledger=False, logits="target", stays=False)
+            score = partial(_estimated, session=stack.enter_context(session), into=downs)
+        else:
+            score = partial(_exact, edges=edges)
+        for part in pairs.chunks(rows):
+            base, other = ordered(direction, part.corrupt.to(device), part.clean.to(device))
+            found.append(score(_Runs(model, part, base, other, hooks, by_position, rows, passes)))
     bases, others, intos, scores = zip(*found, strict=True)
     wide = partial(pairs.padded, only=ends) if by_position else torch.as_tensor
     values = {
@@ -254,7 +262,6 @@ class _Runs:
     other: Tensor
     hooks: Mapping[str, str]
     by_position: bool
-    composite: Composite
     rows: int
     passes: Passes
 
@@ -262,19 +269,12 @@ class _Runs:
 _Found = tuple[Tensor, Tensor, tuple[Node, ...], dict[str, Tensor]]
 
 
-def _estimated(runs: _Runs, into: Iterable[Node] | None) -> _Found:
-    pairs, device = runs.pairs, runs.base.device
-    mask = masking(pairs, device).get("attention_mask")
+def _estimated(runs: _Runs, session: Session, into: Iterable[Node] | None) -> _Found:
+    pairs, model = runs.pairs, runs.model
     cache, here = coefficients(
-        runs.model,
-        runs.hooks,
-        input=runs.base,
-        target=pairs,
-        composite=runs.composite,
-        ledger=False,
-        attention_mask=mask,
+        session, runs.hooks, input=runs.base, target=pairs, **masking(pairs, runs.base.device)
     )
-    value, there = read(runs.model, runs.other, pairs, runs.hooks)
+    value, there = read(model, batch_of(model, runs.other, pairs), pairs, runs.hooks)
     runs.passes.forward += 2 * len(pairs)
     runs.passes.backward += len(pairs)
     deltas = {hook: there.pop(hook) - here[hook][0] for hook in runs.hooks}
@@ -286,15 +286,9 @@ def _estimated(runs: _Runs, into: Iterable[Node] | None) -> _Found:
         )
         for hook, delta in deltas.items()
     }
-    prepared = prepare(
-        runs.model, runs.base, append=[], prepend_bos=None, attention_mask=mask, inputs_embeds=None
-    )
     copies = max(1, min(len(downs), runs.rows // len(pairs)))
-    copied = pairs.repeated(copies)
-    with (
-        unembedding_at(runs.model, copied.last),
-        cut(runs.model, repeated(prepared, copies), copied, runs.hooks, runs.composite) as passed,
-    ):
+    prepared = repeated(batch_of(model, runs.base, pairs), copies)
+    with cut(session, prepared, pairs.repeated(copies), runs.hooks) as passed:
         runs.passes.forward += copies * len(pairs)
         for batch in _batches(downs, list(runs.hooks), copies):
             flows, _ = passed.into([downs[i] for i in batch], here)
@@ -344,7 +338,7 @@ def _require(downs: Sequence[Node], deltas: Mapping[str, Units]) -> None:
             raise InputError(f"{node}: {node.hook} has {units} units and {length} positions")
 
 
-def _exact(runs: _Runs, edges: list[Edge]) -> _Found:
+def _exact(runs: _Runs, edges: Sequence[Edge]) -> _Found:
     wanted: dict[Node, list[Node]] = {}
     for up, down in edges:
         if (up.position is not None) != runs.by_position:
@@ -352,8 +346,9 @@ def _exact(runs: _Runs, edges: list[Edge]) -> _Found:
                 f"{up}: an edge starts at one position with by_position=True, and only then"
             )
         wanted.setdefault(up, []).append(down)
+    here, there = (batch_of(runs.model, side, runs.pairs) for side in (runs.base, runs.other))
     base, other, effects = exact_edges(
-        runs.model, runs.base, runs.other, runs.pairs, runs.hooks, wanted, runs.passes
+        runs.model, here, there, runs.pairs, runs.hooks, wanted, runs.passes
     )
     downs = tuple(dict.fromkeys(down for _, down in edges))
     sizes: dict[str, int] = {}

@@ -33,6 +33,7 @@ from lenslrp.analysis.question import Passes
 from lenslrp.errors import InputError
 from lenslrp.hooks import AttnLRP, Composite
 from lenslrp.inputs import is_encoder_decoder
+from lenslrp.sessions import Session
 from lenslrp.targets import Explained, PerRow, as_target
 from lenslrp.targets import Sequence as Span
 
@@ -194,21 +195,21 @@ def attribution_graph(
     if len(prepared.tokens) != 1:
         raise InputError(f"a graph is of one prompt; {len(prepared.tokens)} were given")
     hooks = place_components(model, components)
-    cache, here = coefficients(
-        model, hooks, input=input, target=wanted, composite=rules, prepend_bos=prepend_bos,
-        ledger=False,
-    )  # fmt: skip
-    chosen = choose_nodes(here, k, share)
-    build = partial(build_graph, model, prepared, wanted, hooks, rules, here, cache, rows, direct)
-    made = build(chosen)
-    stays = influential(made.amounts, made.sinks, made.fixed, node_share)
-    passes = [made.passes]
-    if direct:
-        made = made.without(stays)
-    elif not stays.all():  # those that go conduct again
-        ids = set(made.frame.loc[stays, "id"])
-        made = build([node for node in chosen if str(node) in ids])
-        passes.append(made.passes)
+    with Session(model, rules, ledger=False, logits="target", stays=False) as session:
+        cache, here = coefficients(
+            session, hooks, input=input, target=wanted, prepend_bos=prepend_bos
+        )
+        chosen = choose_nodes(here, k, share)
+        build = partial(build_graph, session, prepared, wanted, hooks, here, cache, rows, direct)
+        made = build(chosen)
+        stays = influential(made.amounts, made.sinks, made.fixed, node_share)
+        passes = [made.passes]
+        if direct:
+            made = made.without(stays)
+        elif not stays.all():  # those that go conduct again
+            ids = set(made.frame.loc[stays, "id"])
+            made = build([node for node in chosen if str(node) in ids])
+            passes.append(made.passes)
     edges, stays, influence = strongest(made.amounts, made.sinks, made.fixed, edge_share)
     frame = made.frame.assign(influence=influence)
     frame["rest"] += np.where(edges, 0.0, made.amounts).sum(axis=1)

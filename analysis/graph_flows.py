@@ -21,10 +21,10 @@ from lenslrp.analysis.nodes import COMPONENTS, TARGET, Node
 from lenslrp.analysis.question import Passes
 from lenslrp.analysis.replaced import repeated
 from lenslrp.cache import RelevanceCache
-from lenslrp.hooks import Composite
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.sites import TERMS
 from lenslrp.inputs import Batch
+from lenslrp.sessions import Session
 from lenslrp.spelling import str_token
 from lenslrp.targets import Outputs, Target, Top
 
@@ -70,11 +70,10 @@ class Made:
 
 
 def build_graph(
-    model: Any,
+    session: Session,
     prepared: Batch,
     target: Target,
     hooks: Mapping[str, str],
-    rules: Composite,
     here: _Here,
     cache: RelevanceCache,
     rows: int,
@@ -89,10 +88,9 @@ def build_graph(
     """
     copies = min(rows, len(chosen) + 1)
     keep = None if direct else node_masks(chosen, here)
-    tokens, layers = cache.str_tokens[0], int(model.cfg.n_layers)
-    with cut(
-        model, repeated(prepared, copies), target, hooks, rules, keep=keep, books=True
-    ) as passed:
+    model, tokens = session.model, cache.str_tokens[0]
+    layers = int(model.cfg.n_layers)
+    with cut(session, repeated(prepared, copies), target, hooks, keep=keep, books=True) as passed:
         amounts, columns, begun = _amounts(passed, chosen, here, copies, len(tokens))
         token, probability = _token(target, passed.run.outputs())
     leaves = cache.tokens if cache.positions is None else cache.tokens + cache.positions

@@ -7,25 +7,23 @@ head, or a single entry. Everything about nodes is computed on one view of a hoo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.block_pass import Deliver, unembedding_at
+from lenslrp.analysis.block_pass import Deliver
 from lenslrp.analysis.pairs import Pairs
+from lenslrp.edits import Edit
 from lenslrp.errors import InputError
-from lenslrp.forward import undone
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.components import BlockBridge, components, hook_points, layer_of
+from lenslrp.forward import forward
+from lenslrp.hooks.components import components, hook_points, layer_of
 from lenslrp.hooks.readers import select_names
-from lenslrp.hooks.turns import turn
+from lenslrp.inputs import Batch, prepare
 from lenslrp.unused import require_used
 
 Kind = Literal["whole", "head", "entry"]
@@ -66,6 +64,10 @@ class Node:
     hook: str
     unit: int
     position: int | None = None
+
+    def place(self, pairs: Pairs) -> tuple[Any, Any, int]:
+        """Where it is in the units of its hook point, in the rows that have it."""
+        return (*pairs.batch.place(self.position), self.unit)
 
     def __str__(self) -> str:
         place = "" if self.position is None else f"@{self.position}"
@@ -144,14 +146,11 @@ def largest(frame: pd.DataFrame, column: str, k: int) -> pd.DataFrame:
     return frame.loc[order[:k]].reset_index(drop=True)
 
 
-def forward(model: Any, tokens: Tensor, pairs: Pairs) -> Float[Tensor, " pair"]:
-    """One forward pass without gradients, unembedded at the last token only: the gap."""
-    device = next(model.parameters()).device
-    with torch.no_grad(), unembedding_at(model, pairs.last):
-        logits = model(
-            tokens.to(device), return_type="logits", use_cache=False, **masking(pairs, device)
-        )
-    return pairs.gap(logits)
+def batch_of(model: Any, tokens: Tensor, pairs: Pairs) -> Batch:
+    """One side of the pairs, or what stands for it, as what the model reads."""
+    return prepare(
+        model, tokens, append=[], prepend_bos=None, attention_mask=pairs.mask, inputs_embeds=None
+    )
 
 
 def masking(pairs: Pairs, device: Any) -> dict[str, Tensor]:
@@ -159,58 +158,38 @@ def masking(pairs: Pairs, device: Any) -> dict[str, Tensor]:
     return {} if bool(pairs.mask.all()) else {"attention_mask": pairs.mask.long().to(device)}
 
 
-@contextmanager
-def reading(model: Any, hooks: Mapping[str, str]) -> Iterator[dict[str, Units]]:
-    """Keep what flows at the hook points (hook -> component) in the forward pass made inside."""
-    found: dict[str, Tensor] = {}
-
-    def keep(x: Tensor, hook: Any, name: str) -> None:
-        found[name] = as_units(COMPONENTS[hooks[name]].kind, x.detach(), name)
-
-    with turn(model), model.hooks(fwd_hooks=[(name, partial(keep, name=name)) for name in hooks]):
-        yield found
-    missing = [name for name in hooks if name not in found]
-    if missing:
-        raise InputError(f"{missing[0]} does not fire in this model's forward pass")
+def gaps(model: Any, batch: Batch, pairs: Pairs, **given: Any) -> Float[Tensor, " pair"]:
+    """The gap, by one forward pass; ``given``: of :func:`lenslrp.forward.forward`."""
+    with forward(model, batch, columns=pairs.columns(), **given) as made:
+        assert made.logits is not None
+        return pairs.gap(made.logits)
 
 
 def read(
-    model: Any, tokens: Tensor, pairs: Pairs, hooks: Mapping[str, str]
+    model: Any, batch: Batch, pairs: Pairs, hooks: Mapping[str, str], **given: Any
 ) -> tuple[Float[Tensor, " pair"], dict[str, Units]]:
     """The gap, and what flows at the hook points (hook -> component), in one forward pass."""
-    with reading(model, hooks) as found:
-        value = forward(model, tokens, pairs)
-    return value, found
+    found: dict[str, Units] = {}
+
+    def keep(x: Tensor, *, hook: str) -> None:
+        found[hook] = as_units(COMPONENTS[hooks[hook]].kind, x, hook)
+
+    readers = {hook: partial(keep, hook=hook) for hook in hooks}
+    return gaps(model, batch, pairs, read=readers, **given), found
 
 
-@contextmanager
-def replayed(model: Any, outputs: Mapping[int, Any], layer: int) -> Iterator[None]:
-    """The blocks below ``layer`` return what they returned before instead of running."""
-    with turn(model), undone(Attached()) as at:
-        for index, block in blocks(model).items():
-            if index < layer:
-                at.attribute(block, "forward", partial(_give, outputs[index]))
-        yield
+def patched(node: Node, component: str, units: Units, pairs: Pairs) -> Edit:
+    """One node as it is in ``units``, the activations of its hook point in another run."""
+    at = node.place(pairs)
+
+    def put(x: Tensor) -> Tensor:
+        y = x.clone()
+        as_units(COMPONENTS[component].kind, y, node.hook)[at] = units[at]
+        return y
+
+    return Edit(node.hook, function=put)
 
 
-def _give(value: Any, *args: Any, **kwargs: Any) -> Any:
-    return value
-
-
-@contextmanager
-def recorded(model: Any, outputs: dict[int, Any]) -> Iterator[None]:
-    """Keep what every block returns, by layer."""
-    with turn(model), undone(Attached()) as at:
-        for index, block in blocks(model).items():
-            at.hook(block, lambda _, a, out, i=index: outputs.__setitem__(i, out))
-        yield
-
-
-def blocks(model: Any) -> dict[int, Any]:
-    """The blocks by layer."""
-    found = {}
-    for path, module in components(model):
-        layer = layer_of(path + ".")
-        if isinstance(module, BlockBridge) and layer is not None:
-            found[layer] = module
-    return found
+def below(outputs: Mapping[int, Any], hook: str) -> dict[int, Any]:
+    """Of what blocks returned, that of the blocks before a hook point's own."""
+    return {layer: out for layer, out in outputs.items() if layer < (layer_of(hook) or 0)}

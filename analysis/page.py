@@ -13,18 +13,21 @@ from jaxtyping import Float, Int, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-import lenslrp
 from lenslrp.analysis.plan import Place
 from lenslrp.analysis.units import Unit, parse_unit
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError, StorageError
-from lenslrp.hooks.turns import turn
+from lenslrp.inputs import prepare
+from lenslrp.sessions import Session
 from lenslrp.targets import Activation, PerRow
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from lenslrp.analysis.dictionary import NeuronDictionary
+
+SETTINGS = {"composite", "attention", "checkpoint", "ledger", "strict"}
+"""Options of :func:`lenslrp.run_with_relevance` that go by the rules and not by the input."""
 
 
 @dataclass(frozen=True)
@@ -235,30 +238,25 @@ class Rows:
         """The unit's activation at each hit, as a target."""
         return PerRow(tuple(Activation(page.place.hook, page.index, hit) for hit in self.hits))
 
-    def forward(self, model: Any) -> Tensor:
-        """The model's logits, [row, pos, vocab]."""
-        kwargs = {} if self.mask is None else {"attention_mask": self.mask}
-        device = next(model.parameters()).device
-        with turn(model):
-            logits: Tensor = model(
-                self.tokens.to(device), return_type="logits", use_cache=False, **kwargs
-            )
-        return logits
+    def prepared(self, model: Any) -> Batch:
+        """What the model reads."""
+        return prepare(
+            model, self.tokens, append=[], prepend_bos=None, attention_mask=self.mask,
+            inputs_embeds=None,
+        )  # fmt: skip
 
 
 def _attributions(
     model: Any, page: Page, frame: pd.DataFrame, options: dict[str, Any]
 ) -> list[NDArray[np.float32]]:
     rows = Rows.of(page, frame)
-    _, found = lenslrp.run_with_relevance(
-        model,
-        rows.tokens,
-        rows.activations(page),
-        names_filter=[],
-        ledger=False,
-        attention_mask=rows.mask,
-        **options,
-    )
+    rules = {name: options[name] for name in options.keys() & SETTINGS}
+    given = {name: options[name] for name in options.keys() - SETTINGS}
+    rules = {"ledger": False, "logits": "target", "stays": False, **rules}
+    with Session(model, **rules) as session:
+        _, found = session.run_with_relevance(
+            rows.tokens, rows.activations(page), [], attention_mask=rows.mask, **given
+        )
     relevance = found.tokens.float().cpu().numpy()
     return [
         relevance[i, start : start + len(shown)]

@@ -53,11 +53,6 @@ class Pairs:
         """What says where in a row a position is."""
         return Batch.of_mask(self.mask)
 
-    @property
-    def last(self) -> Int[Tensor, " pair"]:
-        """The column of each row's last token, where the logits are read."""
-        return self.batch.columns(-1)
-
     def __len__(self) -> int:
         return len(self.answers)
 
@@ -109,9 +104,13 @@ class Pairs:
         answers, rivals = self.answers.to(at.device), self.rivals.to(at.device)
         return at[rows, answers] - at[rows, rivals]
 
+    def columns(self, outputs: Outputs | None = None) -> Int[Tensor, "pair one"]:
+        """Where it reads the logits: at each row's last token."""
+        return self.batch.columns(-1)[:, None]
+
     def values(self, outputs: Outputs) -> Tensor:
         """The gap as a target of :func:`lenslrp.run_with_relevance`."""
-        return self.gap(outputs.logits)
+        return self.gap(outputs.logits_at(self.columns()))
 
     def text(self, outputs: Outputs) -> str:
         return "logit of the answer minus logit of the rival at the last token"

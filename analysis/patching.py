@@ -8,31 +8,21 @@ same in both runs is not run at all: its effect is 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lenslrp.analysis.nodes import (
-    COMPONENTS,
-    Node,
-    Units,
-    as_units,
-    forward,
-    read,
-    recorded,
-    replayed,
-)
+from lenslrp.analysis.nodes import Node, below, gaps, patched, read
 from lenslrp.analysis.pairs import Pairs
 from lenslrp.analysis.question import Passes
-from lenslrp.hooks.components import layer_of
+from lenslrp.batch import Batch
 
 
 def exact_effects(
     model: Any,
-    base: Tensor,
-    other: Tensor,
+    base: Batch,
+    other: Batch,
     pairs: Pairs,
     hooks: Mapping[str, str],
     *,
@@ -43,14 +33,13 @@ def exact_effects(
     """Values of the base and the other run, and the effect of every node, NaN where not asked for.
 
     Args:
-        base, other: [pair, pos] tokens of the two runs.
+        base, other: what the two runs read.
         hooks: hook point -> component.
         only: the nodes to patch; all if not given.
         passes: counts forward passes of one pair.
     """
     outputs: dict[int, Any] = {}
-    with recorded(model, outputs):
-        base_value, there = read(model, base, pairs, hooks)
+    base_value, there = read(model, base, pairs, hooks, record=outputs)
     other_value, given = read(model, other, pairs, hooks)
     passes.forward += 2 * len(pairs)
     effects = {}
@@ -64,26 +53,16 @@ def exact_effects(
         nodes = [Node(hook, unit, position) for unit in range(units) for position in positions]
         if only is not None:
             nodes = [n for n in only if n.hook == hook and (n.position is not None) == by_position]
-        with replayed(model, outputs, layer_of(hook) or 0):
-            for node in nodes:
-                effect = torch.zeros_like(base_value)
-                if differs[(*pairs.batch.place(node.position), node.unit)].any():
-                    kind = COMPONENTS[component].kind
-                    set_it = partial(put, units=given[hook], kind=kind, node=node, pairs=pairs)
-                    with model.hooks(fwd_hooks=[(hook, set_it)]):
-                        effect = forward(model, base, pairs) - base_value
-                    passes.forward += len(pairs)
-                if node.position is None:
-                    found[:, node.unit] = effect
-                else:
-                    pairs.put(found[..., node.unit], node.position, effect)
+        replay = below(outputs, hook)
+        for node in nodes:
+            effect = torch.zeros_like(base_value)
+            if differs[node.place(pairs)].any():
+                edit = patched(node, component, given[hook], pairs)
+                effect = gaps(model, base, pairs, edits=[edit], replay=replay) - base_value
+                passes.forward += len(pairs)
+            if node.position is None:
+                found[:, node.unit] = effect
+            else:
+                pairs.put(found[..., node.unit], node.position, effect)
         effects[hook] = found
     return base_value, other_value, effects
-
-
-def put(x: Tensor, hook: Any, *, units: Units, kind: Any, node: Node, pairs: Pairs) -> Tensor:
-    """``x`` with one node as it is in the other run."""
-    patched = x.clone()
-    at = (*pairs.batch.place(node.position), node.unit)
-    as_units(kind, patched, str(hook.name))[at] = units[at]
-    return torch.as_tensor(patched)

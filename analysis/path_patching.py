@@ -17,23 +17,25 @@ from torch import Tensor
 from lenslrp.analysis.nodes import (
     COMPONENTS,
     TARGET,
+    Kind,
     Node,
     as_units,
-    forward,
+    below,
+    gaps,
+    patched,
     read,
-    recorded,
-    replayed,
 )
 from lenslrp.analysis.pairs import Pairs
-from lenslrp.analysis.patching import put
 from lenslrp.analysis.question import Passes
+from lenslrp.edits import Edit
 from lenslrp.hooks.components import layer_of
+from lenslrp.inputs import Batch
 
 
 def exact_edges(
     model: Any,
-    base: Tensor,
-    other: Tensor,
+    base: Batch,
+    other: Batch,
     pairs: Pairs,
     hooks: Mapping[str, str],
     edges: Mapping[Node, Sequence[Node]],
@@ -42,35 +44,30 @@ def exact_edges(
     """Values of the base and the other run, and the effect of every edge, [pair].
 
     Args:
-        base, other: [pair, pos] tokens of the two runs.
+        base, other: what the two runs read.
         hooks: hook point -> component: the nodes that are held.
         edges: upstream node -> downstream nodes.
         passes: counts forward passes of one pair.
     """
     outputs: dict[int, Any] = {}
-    with recorded(model, outputs):
-        base_value, here = read(model, base, pairs, hooks)
+    base_value, here = read(model, base, pairs, hooks, record=outputs)
     other_value, there = read(model, other, pairs, hooks)
     passes.forward += 2 * len(pairs)
     effects = {}
     for up, downs in edges.items():
-        at = (*pairs.batch.place(up.position), up.unit)
-        delta = (there[up.hook] - here[up.hook])[at]
-        if not bool(delta.any()):
+        at = up.place(pairs)
+        if torch.equal(there[up.hook][at], here[up.hook][at]):
             effects.update({(up, down): torch.zeros_like(base_value) for down in downs})
             continue
         found: dict[str, Tensor] = {}
+        replay = below(outputs, up.hook)
         holds = [
-            (
-                name,
-                partial(
-                    _hold, name=name, hooks=hooks, here=here, up=up, at=at, there=there, to=found
-                ),
-            )
-            for name in hooks
-        ]
-        with replayed(model, outputs, layer_of(up.hook) or 0), model.hooks(fwd_hooks=holds):
-            direct = forward(model, base, pairs)
+            Edit(name, function=partial(_hold, name=name, kind=COMPONENTS[component].kind,
+                                        here=here, up=up, at=at, there=there, to=found))
+            for name, component in hooks.items()
+            if layer_of(name) not in replay
+        ]  # fmt: skip
+        direct = gaps(model, base, pairs, edits=holds, replay=replay)
         passes.forward += len(pairs)
         for down in downs:
             if down == TARGET:
@@ -78,25 +75,22 @@ def exact_edges(
                 continue
             # Hook points of blocks that were replayed lie before the upstream node.
             became = found.get(down.hook, here[down.hook])
-            place = (*pairs.batch.place(down.position), down.unit)
+            place = down.place(pairs)
             if torch.equal(became[place], here[down.hook][place]):
                 effects[up, down] = torch.zeros_like(base_value)
                 continue
-            kind = COMPONENTS[hooks[down.hook]].kind
-            set_it = partial(put, units=became, kind=kind, node=down, pairs=pairs)
-            layer = layer_of(down.hook) or 0
-            with replayed(model, outputs, layer), model.hooks(fwd_hooks=[(down.hook, set_it)]):
-                effects[up, down] = forward(model, base, pairs) - base_value
+            edit = patched(down, hooks[down.hook], became, pairs)
+            value = gaps(model, base, pairs, edits=[edit], replay=below(outputs, down.hook))
+            effects[up, down] = value - base_value
             passes.forward += len(pairs)
     return base_value, other_value, effects
 
 
 def _hold(
     x: Tensor,
-    hook: Any,
     *,
     name: str,
-    hooks: Mapping[str, str],
+    kind: Kind,
     here: Mapping[str, Tensor],
     up: Node,
     at: tuple[Any, ...],
@@ -104,7 +98,6 @@ def _hold(
     to: dict[str, Tensor],
 ) -> Tensor:
     """Take down what a hook point would become, and go on with its base values."""
-    kind = COMPONENTS[hooks[name]].kind
     to[name] = as_units(kind, x, name).clone()
     held = x.clone()
     units = as_units(kind, held, name)

@@ -11,8 +11,7 @@ node of it add?
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,11 +23,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lenslrp.analysis.circuits import CHUNK, NodeScores
-from lenslrp.analysis.nodes import COMPONENTS, Node, Units, as_units, forward, read
+from lenslrp.analysis.nodes import COMPONENTS, Node, Units, as_units, batch_of, gaps, read
 from lenslrp.analysis.pairs import Pairs
 from lenslrp.analysis.statistics import RESAMPLES, area
+from lenslrp.edits import Edit
 from lenslrp.errors import InputError
-from lenslrp.hooks.turns import turn
+from lenslrp.hooks.structure import unchanged
 
 SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -121,29 +121,27 @@ def mean_activations(
     sums: dict[str, Tensor] = {}
     for part in pairs.chunks(chunk):
         for tokens in (part.clean, part.corrupt):
-            for hook, x in read(model, tokens, part, components)[1].items():
+            batch = batch_of(model, tokens, part)
+            for hook, x in read(model, batch, part, components)[1].items():
                 total = x[part.mask.to(x.device)].sum(dim=0)
                 sums[hook] = sums[hook] + total if hook in sums else total
     return {hook: total / (2 * int(pairs.mask.sum())) for hook, total in sums.items()}
 
 
-@contextmanager
-def ablated(model: Any, circuit: Circuit, instead: Mapping[str, Units]) -> Iterator[None]:
-    """Inside, every node outside ``circuit`` is what ``instead`` says.
+def ablated(circuit: Circuit, instead: Mapping[str, Units]) -> list[Edit]:
+    """Every node outside ``circuit`` as ``instead`` says.
 
     Args:
         instead: hook point -> [pair, pos, unit, feature]; pair and pos may be 1.
     """
 
-    def put(x: Tensor, hook: Any, name: str) -> Tensor:
+    def put(x: Tensor, *, name: str) -> Tensor:
         units = as_units(COMPONENTS[circuit.components[name]].kind, x, name)
         keep = circuit.keep[name].to(x.device)[:, None]
         return torch.where(keep, units, instead[name]).reshape(x.shape)
 
     places = [name for name, keep in circuit.keep.items() if not keep.all()]
-    hooks = [(name, partial(put, name=name)) for name in places]
-    with turn(model), model.hooks(fwd_hooks=hooks):
-        yield
+    return [Edit(name, function=partial(put, name=name)) for name in places]
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,15 +214,20 @@ def verify(
     elif reference is not None:
         raise InputError("reference is what means are taken over: it goes with ablation='mean'")
     nothing = Circuit(places, {hook: torch.zeros_like(k) for hook, k in circuits[0].keep.items()})
-    clean, floor, gaps = [], [], []
-    for part in pairs.chunks(chunk):
-        clean.append(forward(model, part.clean, part))
-        corrupt, instead = (
-            read(model, part.corrupt, part, places) if ablation == "corrupt" else (None, means)
-        )
-        floor.append(_gap(model, part, nothing, instead) if corrupt is None else corrupt)
-        gaps.append(torch.stack([_gap(model, part, circuit, instead) for circuit in circuits]))
-    verdict = Verdict(torch.cat(clean), torch.cat(floor), torch.cat(gaps, dim=1))
+    clean, floor, kept = [], [], []
+    with unchanged(model):
+        for part in pairs.chunks(chunk):
+            batch, instead = batch_of(model, part.clean, part), means
+            clean.append(gaps(model, batch, part))
+            if ablation == "corrupt":
+                value, instead = read(model, batch_of(model, part.corrupt, part), part, places)
+                floor.append(value)
+            else:
+                floor.append(gaps(model, batch, part, edits=ablated(nothing, instead)))
+            kept.append(
+                torch.stack([gaps(model, batch, part, edits=ablated(c, instead)) for c in circuits])
+            )
+    verdict = Verdict(torch.cat(clean), torch.cat(floor), torch.cat(kept, dim=1))
     _require_task(verdict)
     return verdict
 
@@ -241,11 +244,6 @@ def _require_task(verdict: Verdict) -> None:
             "and says nothing here",
             stacklevel=3,
         )
-
-
-def _gap(model: Any, pairs: Pairs, circuit: Circuit, instead: Mapping[str, Units]) -> Tensor:
-    with ablated(model, circuit, instead):
-        return forward(model, pairs.clean, pairs)
 
 
 def completeness(model: Any, pairs: Pairs, circuit: Circuit, **options: Any) -> float:

@@ -31,8 +31,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.intervene import change_hooks
 from lenslrp.analysis.units import Direction, Feature, Head, Neuron, Unit
+from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.followed import Passes, Positions, follow, positions
 from lenslrp.inputs import is_encoder_decoder
@@ -259,8 +259,11 @@ def steer(
         hook = operation.hook(model)
         by_hook.setdefault(hook, []).append(operation)
     with follow(model) as passes:
-        changes = {h: _changed(h, own, operations, passes) for h, own in by_hook.items()}
-        with change_hooks(model, changes):
+        edits = [
+            Edit(hook, function=_changed(hook, own, operations, passes))
+            for hook, own in by_hook.items()
+        ]
+        with edit_units(model, edits):
             yield
 
 

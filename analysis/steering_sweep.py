@@ -57,6 +57,7 @@ from lenslrp.analysis.sweep_result import SweepResult
 from lenslrp.analysis.units import Direction, Neuron, Unit
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
+from lenslrp.forward import forward, reading
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import prepare
@@ -217,8 +218,11 @@ class _Prompts:
     @torch.no_grad()
     def read(self, model: Any, stream: str) -> _Read:
         lengths: list[Tensor] = []
-        hook = (stream, lambda x, hook: lengths.append(x[:, -1].float().norm(dim=-1).cpu()))
-        with turn(model), model.hooks(fwd_hooks=[hook]):
+
+        def measure(x: Tensor) -> None:
+            lengths.append(x[:, -1].float().norm(dim=-1).cpu())
+
+        with reading(model, {stream: measure}):
             made = model.generate(
                 self.tokens,
                 attention_mask=self.mask.long(),
@@ -241,17 +245,20 @@ class _Prompts:
         count = len(self.tokens)
         rows = [(index % count, *row.tolist()) for index, row in enumerate(texts)]
         unique = list(dict.fromkeys(rows))
-        ends = ("unembed.hook_in", lambda x, hook: x[:, -self.new - 1 : -1])
         nats: list[float] = []
         for start in range(0, len(unique), count):
             some = torch.tensor(unique[start : start + count], device=self.tokens.device)
             which, new = some[:, 0], some[:, 1:]
             mask = torch.cat([self.mask[which], torch.ones_like(new).bool()], dim=1)
-            with turn(model), model.hooks(fwd_hooks=[ends]):
-                logits = model(
-                    torch.cat([self.tokens[which], new], dim=1), attention_mask=mask.long()
-                )
-            losses = torch.nn.functional.cross_entropy(logits.float().mT, new, reduction="none")
+            given = prepare(
+                model, torch.cat([self.tokens[which], new], dim=1), append=[], prepend_bos=None,
+                attention_mask=mask, inputs_embeds=None,
+            )  # fmt: skip
+            ends = torch.arange(mask.shape[1])[-self.new - 1 : -1].expand(len(some), -1)
+            with forward(model, given, columns=ends) as made:
+                assert made.logits is not None
+                logits = made.logits.float()
+            losses = torch.nn.functional.cross_entropy(logits.mT, new, reduction="none")
             nats += losses.mean(dim=1).tolist()
         found = dict(zip(unique, nats, strict=True))
         return [found[row] for row in rows]

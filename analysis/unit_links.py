@@ -14,6 +14,8 @@ Three questions that a dictionary alone cannot answer, put to the model over a u
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -21,13 +23,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import lenslrp
-from lenslrp.analysis.intervene import Edit, edit_units
 from lenslrp.analysis.page import Page, Rows
+from lenslrp.edits import Edit
 from lenslrp.errors import InputError
+from lenslrp.forward import forward, reading
 from lenslrp.hooks.components import layer_of
-from lenslrp.hooks.turns import turn
 from lenslrp.reductions import over_positions
+from lenslrp.sessions import Session
 
 LINKED = re.compile(r"\w*blocks\.\d+\.(mlp\.hook_post|attn\.hook_z)")
 """Where other units are looked for: MLP neurons and attention heads."""
@@ -84,15 +86,14 @@ def upstream(model: Any, page: Page, *, k: int = 8, limit: int = 12) -> pd.DataF
     """
     _require_component(page, "neuron")
     rows = Rows.of(page, page.examples("actmax").head(k))
-    _, found = lenslrp.run_with_relevance(
-        model,
-        rows.tokens,
-        rows.activations(page),
-        names_filter=lambda name: LINKED.fullmatch(name) is not None and _before(name, page),
-        reduce={"mlp.hook_post": over_positions, "attn.hook_z": _over_heads},
-        ledger=False,
-        attention_mask=rows.mask,
-    )
+    with Session(model, ledger=False, logits="target", stays=False) as session:
+        _, found = session.run_with_relevance(
+            rows.tokens,
+            rows.activations(page),
+            names_filter=lambda name: LINKED.fullmatch(name) is not None and _before(name, page),
+            reduce={"mlp.hook_post": over_positions, "attn.hook_z": _over_heads},
+            attention_mask=rows.mask,
+        )
     activation = float(found.target.value.float().quantile(0.5))
     values = {name: found[name].float().cpu() for name in found if found[name].ndim == 2}
     frame = _ranked(values, limit, "relevance")
@@ -121,9 +122,7 @@ def downstream(model: Any, page: Page, *, k: int = 8, limit: int = 12) -> pd.Dat
         Edit(page.place.hook, (page.index,), rows=(row,), positions=(hit,))
         for row, hit in enumerate(rows.hits)
     ]
-    with_it = _read(model, later, rows)
-    with turn(model), edit_units(model, edits):
-        without = _read(model, later, rows)
+    with_it, without = _read(model, later, rows), _read(model, later, rows, edits)
     change = {}
     for name, (values, std) in with_it.items():
         floor = (_QUIET * std.mean()).clamp_min(torch.finfo(std.dtype).tiny)
@@ -146,7 +145,7 @@ def _after(name: str, page: Page) -> bool:
 
 
 def _read(
-    model: Any, names: list[str], rows: Rows
+    model: Any, names: list[str], rows: Rows, edits: Sequence[Edit] = ()
 ) -> dict[str, tuple[Float[Tensor, "example unit"], Float[Tensor, " unit"]]]:
     """One forward pass: each hook point's units at the hits, and their spread over all tokens."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -159,10 +158,9 @@ def _read(
         at = units[torch.arange(len(units)), rows.columns(rows.hits)]
         found[name] = at.cpu(), real.std(dim=0).cpu()
 
-    hooks = [(name, lambda x, hook, name=name: keep(x, name)) for name in names]
-    with turn(model), model.hooks(fwd_hooks=hooks), torch.no_grad():
-        rows.forward(model)
-    return found
+    readers = {name: partial(keep, name=name) for name in names}
+    with reading(model, readers), forward(model, rows.prepared(model), edits=edits):
+        return found
 
 
 def clamped(model: Any, page: Page, *, k: int = 8) -> pd.DataFrame:
@@ -189,11 +187,13 @@ def clamped(model: Any, page: Page, *, k: int = 8) -> pd.DataFrame:
     documents = page.dictionary.texts.documents(frame["doc"])
     tokens = torch.tensor([documents[doc].aim_token for doc in frame["doc"]])
     rows, aims = Rows.of(page, frame), frame["target_position"].tolist()
-    each, columns = torch.arange(len(aims)), rows.columns(aims)
+    each, columns = torch.arange(len(aims)), rows.columns(aims)[:, None]
+    batch = rows.prepared(model)
 
     def logits(*edits: Edit) -> Tensor:
-        with turn(model), edit_units(model, edits), torch.no_grad():
-            at = rows.forward(model)[each, columns].float().cpu()
+        with forward(model, batch, edits=edits, columns=columns) as made:
+            assert made.logits is not None
+            at = made.logits[:, 0].float().cpu()
         if (tokens < 0).any():  # the top logit was explained
             tokens.copy_(at.argmax(dim=1))
         return at[each, tokens]

@@ -29,9 +29,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lenslrp
-from lenslrp.analysis.block_pass import unembedding_at
 from lenslrp.analysis.circuits import NodeScores, score_nodes
-from lenslrp.analysis.nodes import Node, forward, place_components
+from lenslrp.analysis.nodes import Node, batch_of, gaps, place_components
 from lenslrp.analysis.pairs import TEMPLATES, Pairs, template_pairs
 from lenslrp.analysis.pruning import (
     completeness,
@@ -71,7 +70,7 @@ PAPER = {"residual": (0.968, 0.753), "attention": (0.962, 0.979), "mlp": (0.992,
 def answered(model: Any, pairs: Pairs) -> Pairs:
     """The pairs whose two prompts are both answered as they should be."""
     clean, corrupt = (
-        torch.cat([forward(model, getattr(p, side), p) for p in _parts(pairs)])
+        torch.cat([gaps(model, batch_of(model, getattr(p, side), p), p) for p in _parts(pairs)])
         for side in ("clean", "corrupt")
     )
     return pairs[(clean > 0) & (corrupt < 0)]
@@ -302,21 +301,19 @@ def plain(model: Any, pairs: Pairs) -> torch.Tensor:
     rules, nothing read, unembedded at the last token only."""
     kept: list[torch.Tensor] = []
 
-    def leaf(_: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+    def leaf(_: Any, out: torch.Tensor) -> torch.Tensor:
         kept.append(out.detach().requires_grad_())
         return kept[-1]
 
-    forward(model, pairs.clean, pairs)
+    clean, corrupt = (batch_of(model, side, pairs) for side in (pairs.clean, pairs.corrupt))
+    gaps(model, clean, pairs)
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
-    handle = model.embed.register_forward_hook(leaf)
     try:
-        with unembedding_at(model, pairs.mask.sum(dim=1) - 1):
-            logits = model(pairs.corrupt, return_type="logits", use_cache=False)
-        (gradient,) = torch.autograd.grad(pairs.gap(logits).sum(), kept)
+        gap = gaps(model, corrupt, pairs, embed=leaf, gradients=True)
+        (gradient,) = torch.autograd.grad(gap.sum(), kept)
     finally:
-        handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
     return gradient

@@ -29,7 +29,6 @@ from lenslrp.analysis.graph_flows import choose_nodes, node_masks
 from lenslrp.analysis.nodes import TARGET, Node, place_components
 from lenslrp.analysis.pairs import template_pairs
 from lenslrp.analysis.replaced import repeated
-from lenslrp.hooks import AttnLRP
 from lenslrp.inputs import prepare
 
 DEPTHS = (5, 15, 29)
@@ -64,11 +63,11 @@ def main() -> None:
     copies = pair.repeated(rows)
     whole = place_components(model, ("tokens", "heads", "mlp"))
     some = place_components(model, ("heads", "neurons"))
-    nodes = {
-        name: coefficients(model, hooks, input=tokens, target=pair, composite=AttnLRP(),
-                           ledger=False)[1]
-        for name, hooks in (("whole", whole), ("some", some))
-    }  # fmt: skip
+    with lenslrp.session(model, ledger=False) as session:
+        nodes = {
+            name: coefficients(session, hooks, input=tokens, target=pair)[1]
+            for name, hooks in (("whole", whole), ("some", some))
+        }
     chosen = choose_nodes(nodes["some"], 48, 1.0)
     keep = node_masks(chosen, nodes["some"])
     length = tokens.shape[1]
@@ -82,7 +81,8 @@ def main() -> None:
         copies.gap(model(embeds, return_type="logits", use_cache=False)).sum().backward()
 
     def direct() -> None:
-        context = cut(model, prepared, copies, whole, AttnLRP())
+        session = lenslrp.session(model, logits="target")
+        context = cut(session, prepared, copies, whole)
         passed = []
         note("cut forward", lambda: passed.append(context.__enter__()))
         for depth in DEPTHS:
@@ -92,14 +92,17 @@ def main() -> None:
                 note(f"{rows} nodes of {hook}", lambda d=downs: passed[0].into(d, nodes["whole"]))
         note(f"{rows} x the target", lambda: passed[0].into([TARGET] * rows, nodes["whole"]))
         context.__exit__(None, None, None)
+        session.close()
 
     def folded() -> None:
-        context = cut(model, prepared, copies, some, AttnLRP(), keep=keep)
+        session = lenslrp.session(model, logits="target")
+        context = cut(session, prepared, copies, some, keep=keep)
         passed = []
         note("cut forward, 48 chosen", lambda: passed.append(context.__enter__()))
         last = chosen[-rows:]
         note("the last 16 of 48 chosen", lambda: passed[0].into(last, nodes["some"]))
         context.__exit__(None, None, None)
+        session.close()
 
     model.requires_grad_(False)
     draw = random.Random(SEED)

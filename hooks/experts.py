@@ -94,8 +94,10 @@ def mixtures(parts: Iterable[tuple[str, nn.Module]]) -> list[Mixture]:
     """The mixtures of a bridge."""
     found: list[Mixture] = []
     for path, module in parts:
+        if not isinstance(module, MoEBridge):
+            continue
         inner = original(module)
-        if not isinstance(module, MoEBridge) or inner is None or module.bound_dense:
+        if inner is None or module.bound_dense:
             continue
         mixture = Mixture(path, inner)
         if mixture.parts() and not EXPERTS.search(type(inner).__name__):

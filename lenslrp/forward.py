@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +19,25 @@ from torch import Tensor, nn
 from lenslrp import media
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks.attach import Attached, components, raise_failed, undo_all
-from lenslrp.hooks.components import ExpertPoint, UnembeddingBridge, hook_points
+from lenslrp.hooks.components import (
+    BlockBridge,
+    ExpertPoint,
+    UnembeddingBridge,
+    hook_points,
+    layer_of,
+)
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.functions import apply
 from lenslrp.hooks.readers import converted, given, is_total, listen, owners, select_names
+from lenslrp.hooks.structure import unchanged
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts
-from lenslrp.logits import Columns, head_component, unembed_at
+from lenslrp.logits import Columns, at_columns, head_component, unembed_at
 from lenslrp.targets import Activation, Outputs, PerRow, Target
+
+if TYPE_CHECKING:
+    from lenslrp.edits import Edit
 
 
 class _CapSkip(torch.autograd.Function):
@@ -123,10 +134,13 @@ def forward(
     batch: Batch,
     *,
     read: Mapping[str, Callable[[Tensor], None]] | None = None,
+    edits: Iterable[Edit] = (),
     capture_at: Iterable[str] = (),
     embed: Callable[[nn.Module, Tensor], Tensor | None] | None = None,
     columns: Columns | None = None,
     stop_after: str | None = None,
+    record: dict[int, Any] | None = None,
+    replay: Mapping[int, Any] | None = None,
     gradients: bool = False,
 ) -> Iterator[Forward]:
     """Run ``model`` once without relevance rules; what is attached for it goes with the block.
@@ -136,30 +150,39 @@ def forward(
         batch: what it reads.
         read: hook point -> what is called with its activations, in the form in which
             TransformerLens shows them, as they pass.
+        edits: what is changed on the way; readers see it changed.
         capture_at: hook points whose tensors are kept on the autograd graph.
         embed: called with each embedding of tokens and what it returned; what it gives instead is
             used in its place.
         columns: [batch, n], where logits are computed; at every position if not given.
         stop_after: a hook point of ``read`` after which nothing is needed.
+        record: is given what every block returns, by layer.
+        replay: what blocks return instead of running, by layer.
         gradients: keep the autograd graph.
 
     Raises:
-        InputError: a hook point that the model does not have.
+        InputError: a hook point that the model does not have, one to be read that does not fire,
+            or an edit that :func:`lenslrp.edits.edit_units` refuses.
     """
-    parts = components(model)
-    points = hook_points(model, parts)
     made = Forward(model, batch)
     with ExitStack() as stack:
         stack.enter_context(turn(model))
+        stack.enter_context(unchanged(model))
+        parts = components(model)
         stack.enter_context(torch.set_grad_enabled(gradients))
+        if edits:
+            from lenslrp.edits import edit_units  # which looks at what is used by a pass of its own
+
+            stack.enter_context(edit_units(model, edits))
+        seen = stack.enter_context(reading(model, read or {}, stop_after=stop_after))
         at = stack.enter_context(undone(Attached()))
         if embed is not None:
             _replace_embedded(at, parts, embed)
-        for name, call in (read or {}).items():
-            read_at(at, points, name, call, stop=name == stop_after)
+        if record is not None or replay:
+            _keep_blocks(at, parts, record, replay or {})
         if capture_at:
             owned = owners(module for _, module in parts)
-            capture(at, points, owned, list(capture_at), made.captured)
+            capture(at, hook_points(model, parts), owned, list(capture_at), made.captured)
         keep_unembedded(at, parts, made.captured)
         unembed = head_component(model)
         picked = None
@@ -167,9 +190,42 @@ def forward(
             picked = unembed_at(at, unembed, columns, written(batch).tokens.shape[1])
         with suppress(_Stop):
             made.logits = run_model(model, batch, None, dict(batch.media))
-        if picked:
+        missing = [name for name in read or () if name not in seen]
+        if missing:
+            raise InputError(f"{missing[0]} does not fire in this model's forward pass")
+        if columns is not None and made.logits is not None and made.logits.ndim == 3:
             made.columns = columns
+            if not picked:  # a head of another kind
+                made.logits = at_columns(made.logits, columns)
         yield made
+
+
+@contextmanager
+def reading(
+    model: Any, read: Mapping[str, Callable[[Tensor], None]], *, stop_after: str | None = None
+) -> Iterator[set[str]]:
+    """Call functions with the activations at hook points in every pass inside the block.
+
+    Args:
+        model, read, stop_after: as for :func:`forward`, which alone can be stopped.
+
+    Yields:
+        The hook points that have fired so far.
+
+    Raises:
+        InputError: a hook point that the model does not have.
+    """
+    points = hook_points(model, components(model)) if read else {}
+    seen = set[str]()
+    with turn(model), undone(Attached()) as at:
+        for name, call in read.items():
+
+            def note(x: Tensor, name: str = name, call: Callable[[Tensor], None] = call) -> None:
+                seen.add(name)
+                call(x)
+
+            read_at(at, points, name, note, stop=name == stop_after)
+        yield seen
 
 
 def read_at(
@@ -181,7 +237,8 @@ def read_at(
     stop: bool = False,
 ) -> None:
     """Call ``call`` with the activations at a hook point as they pass, and ``stop`` there."""
-    select_names(points, [name])
+    if name not in points:
+        refuse(points, name)
 
     def hook(point: nn.Module, _: Any, x: Tensor) -> None:
         call(converted(point, x))
@@ -189,6 +246,23 @@ def read_at(
             raise _Stop
 
     listen(at, points[name], [name], hook)
+
+
+def _keep_blocks(
+    at: Attached, parts: Parts, record: dict[int, Any] | None, replay: Mapping[int, Any]
+) -> None:
+    for path, block in parts:
+        layer = layer_of(path + ".")
+        if not isinstance(block, BlockBridge) or layer is None:
+            continue
+        if record is not None:
+            at.hook(block, lambda _, args, out, layer=layer: record.__setitem__(layer, out))
+        if layer in replay:
+            at.attribute(block, "forward", partial(_give, replay[layer]))
+
+
+def _give(value: Any, *args: Any, **kwargs: Any) -> Any:
+    return value
 
 
 def _replace_embedded(
@@ -228,6 +302,16 @@ def run_model(
     return logits
 
 
+def refuse(points: Mapping[str, nn.Module], name: str) -> NoReturn:
+    """Say of a name that is no hook point what would be one.
+
+    Raises:
+        InputError: with the nearest names.
+    """
+    found, _ = select_names(points, name)
+    raise InputError(f"{name} is in every block; name one: {', '.join(found[:3])}")
+
+
 def capture(
     at: Attached,
     points: Mapping[str, nn.Module],
@@ -238,8 +322,7 @@ def capture(
     """Keep the tensors, on the graph, at hook points; ``owned`` as from :func:`owners`."""
     for name in hooks:
         if name not in points:
-            found, _ = select_names(points, name)  # raises with the nearest names
-            raise InputError(f"{name} is in every block; name one: {', '.join(found[:3])}")
+            refuse(points, name)
         point = points[name]
 
         def keep(point: Any, x: Any, name: str = name) -> None:

@@ -48,7 +48,7 @@ def relevance_for_targets(
     """
     with Session(
         model, composite, attention=attention, checkpoint=checkpoint, ledger=ledger, strict=strict,
-        logits=logits, _stays=False,
+        logits=logits, stays=False,
     ) as session:  # fmt: skip
         return session.relevance_for_targets(
             input, targets, names_filter, prepend_bos=prepend_bos, reduce=reduce,
@@ -127,7 +127,7 @@ def run_with_relevance(
     """
     with Session(
         model, composite, attention=attention, checkpoint=checkpoint, ledger=ledger, strict=strict,
-        logits=logits, _stays=False,
+        logits=logits, stays=False,
     ) as session:  # fmt: skip
         return session.run_with_relevance(
             input, target, names_filter, prepend_bos=prepend_bos, reduce=reduce,

@@ -73,7 +73,7 @@ class Session:
         ledger: bool = True,
         strict: bool = True,
         logits: str = "all",
-        _stays: bool = True,
+        stays: bool = True,
     ) -> None:
         require_attention(attention)
         require_logits(logits)
@@ -83,7 +83,7 @@ class Session:
         self.attention, self.checkpoint = attention, checkpoint
         self.ledger, self.strict, self.logits = ledger, strict, logits
         self.closed = False
-        self._stays = _stays  # for one call alone, other threads wait as for any block
+        self._stays = stays  # the model is kept from other threads, which wait for others' blocks
         self._rules = Rules(model, self.composite, attention, Books() if ledger else None)
         self._fresh = False  # nothing can have changed since the rules were attached
         self._ways: set[str] = set()
@@ -172,6 +172,42 @@ class Session:
             run, self.model, inputs, targets, batch_size=batch_size, prepend_bos=prepend_bos,
             window=window,
         )  # fmt: skip
+
+    @contextmanager
+    def forward(
+        self,
+        batch: Batch,
+        target: Target,
+        *,
+        at_nodes: Callable[[Attached, Pass], None] | None = None,
+        rows: bool = False,
+    ) -> Iterator[Pass]:
+        """A forward pass under the session's rules, for backward passes of the caller's own.
+
+        They belong inside the block. The graph is not checked: explain the same batch first.
+
+        Args:
+            batch: what the model reads.
+            target: what logits and hook points are kept for.
+            at_nodes: attaches what else belongs to the pass.
+            rows: keep books, row by row.
+        """
+        with self._calling():
+            model, rules = self.model, self._rules
+            self._fit(rules, books=rows, copies=rules.copies)
+            if rules.books is not None:
+                rules.books.rows = len(batch.tokens)
+            columns = self._columns(batch, [target], []) if self.logits == "target" else None
+            latent = [t.hook for t in parts_of(target) if isinstance(t, Activation)]
+            readers = Readers.plan({}, [], lambda _: None)
+            try:
+                with under_rules(
+                    model, rules, batch, readers, latent=latent, columns=columns, at_nodes=at_nodes
+                ) as made:
+                    yield made
+            finally:
+                if rules.books is not None:
+                    rules.books.rows = None
 
     def _hold(self) -> None:
         """Attach the rules, and see to it that they are detached whatever becomes of this."""

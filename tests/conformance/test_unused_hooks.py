@@ -13,8 +13,8 @@ from torch import Tensor
 
 import lenslrp
 from lenslrp.analysis import Direction, steer
-from lenslrp.analysis.intervene import change_hooks
 from lenslrp.analysis.steering import Add
+from lenslrp.edits import Edit, edit_units
 from lenslrp.targets import Activation
 from lenslrp.unused import unused
 from tests.conformance import modes, zoo
@@ -150,11 +150,11 @@ def test_delegated_attention_is_edited_under_rules_only() -> None:
 
     with (
         pytest.raises(lenslrp.InputError, match=r"Hugging Face computes .*attn\.o\.hook_in"),
-        change_hooks(model, {hook: halved}),
+        edit_units(model, [Edit(hook, function=halved)]),
     ):
         model(tokens())
     plain, _ = lenslrp.run_with_relevance(model, tokens(), 5, names_filter=[])
-    with change_hooks(model, {hook: halved}):
+    with edit_units(model, [Edit(hook, function=halved)]):
         edited, _ = lenslrp.run_with_relevance(model, tokens(), 5, names_filter=[])
     assert (edited - plain).abs().max() > 1e-3
 
@@ -173,7 +173,8 @@ def test_nothing_is_left_in_conversions(name: str) -> None:
     for _ in range(3):
         lenslrp.run_with_relevance(model, tokens(), 5)
         lenslrp.run_with_relevance(model, tokens(), Activation("blocks.0.attn.hook_out", 3))
-        with change_hooks(model, {"blocks.0.attn.hook_out": lambda x: 2 * x}), torch.no_grad():
+        doubled = Edit("blocks.0.attn.hook_out", function=lambda x: 2 * x)
+        with edit_units(model, [doubled]), torch.no_grad():
             model(tokens())
         counts.append(_notes(model))
     assert counts == [0, 0, 0]

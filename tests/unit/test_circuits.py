@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslrp import AttnLRP, InputError
+from lenslrp import AttnLRP, InputError, session
 from lenslrp.analysis.circuits import METHODS, score_nodes
 from lenslrp.analysis.cut_pass import coefficients
 from lenslrp.analysis.nodes import COMPONENTS, Node, as_units, place_components
@@ -228,9 +228,9 @@ def test_one_step_takes_the_coefficient_halfway_between_the_embeddings() -> None
         *(model.run_with_cache(side) for side in (pairs.corrupt, pairs.clean)), strict=True
     )
     halfway = (caches[0]["hook_embed"] + caches[1]["hook_embed"]) / 2
-    rules = {"composite": AttnLRP(), "ledger": False}
-    _, there = coefficients(model, hooks, inputs_embeds=halfway, target=pairs, **rules)
-    _, here = coefficients(model, hooks, input=pairs.corrupt, target=pairs, **rules)
+    with session(model, ledger=False) as own:
+        _, there = coefficients(own, hooks, inputs_embeds=halfway, target=pairs)
+        _, here = coefficients(own, hooks, input=pairs.corrupt, target=pairs)
     found = score_nodes(model, pairs, method="integrated", steps=1, composite=AttnLRP())
     for hook, component in hooks.items():
         delta = as_units(COMPONENTS[component].kind, caches[1][hook] - caches[0][hook], hook)
@@ -249,10 +249,17 @@ def test_the_number_of_passes_does_not_depend_on_the_number_of_nodes(
     components: list[str], options: dict[str, Any], forward: int, backward: int
 ) -> None:
     model, pairs = tiny("llama"), some_pairs()
+    place_components(model, components)  # which looks once, by a pass of its own, what is used
     calls: list[int] = []  # positions that were unembedded
-    unembedded = model.unembed.register_forward_hook(lambda *a: calls.append(a[2].shape[1]))
+    head = model.unembed.original_component
+    unembed = head.forward
+
+    def counted(x: Tensor) -> Tensor:  # a hook there would have all positions unembedded
+        calls.append(x.shape[1])
+        return unembed(x)
+
+    head.forward = counted
     scores = score_nodes(model, pairs, components=components, **options)
-    unembedded.remove()
     assert (scores.passes.forward, scores.passes.backward) == (forward * 3, backward * 3)
     assert calls == [1] * forward
 

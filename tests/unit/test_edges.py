@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+import lenslrp
 from lenslrp.analysis.circuits import score_nodes
 from lenslrp.analysis.cut_pass import EMBEDDINGS, coefficients, cut
 from lenslrp.analysis.edges import Edge, score_edges
@@ -41,16 +42,15 @@ def test_what_enters_a_node_is_its_relevance_less_what_was_absorbed(
 ) -> None:
     model = tiny(family)
     hooks = place_components(model, components)
-    cache, found = coefficients(
-        model, hooks, input=TOKENS, target=Logit(5), composite=composite, strict=True
-    )
+    session = lenslrp.session(model, composite, ledger=True)
+    cache, found = coefficients(session, hooks, input=TOKENS, target=Logit(5))
     prepared = prepare(
         model, TOKENS, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
     )
     rows = 6
     left = {hook: torch.zeros_like(x[0].sum(-1)) for hook, (x, _) in found.items()}
     arrived = torch.zeros_like(cache.tokens[0])
-    with cut(model, repeated(prepared, rows), Logit(5), hooks, composite, books=True) as passed:
+    with session, cut(session, repeated(prepared, rows), Logit(5), hooks, books=True) as passed:
         starts: list[tuple[dict[str, Tensor], Tensor | None, Tensor]] = [
             ({}, torch.ones(rows), passed.values.detach())
         ]
@@ -257,11 +257,12 @@ def test_where_all_else_is_linear_prediction_and_patching_agree() -> None:
 def test_relevance_under_float32_closes_to_a_millionth() -> None:
     model = tiny("llama").to(torch.float32)
     hooks = place_components(model, ("heads", "neurons"))
-    _, found = coefficients(model, hooks, input=TOKENS, target=Logit(5), composite=AttnLRP())
+    session = lenslrp.session(model)
+    _, found = coefficients(session, hooks, input=TOKENS, target=Logit(5))
     prepared = prepare(
         model, TOKENS, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
     )
-    with cut(model, prepared, Logit(5), hooks, AttnLRP(), books=True) as passed:
+    with session, cut(session, prepared, Logit(5), hooks, books=True) as passed:
         for hook, (x, g) in found.items():
             for unit in range(x.shape[2]):
                 seed = torch.zeros_like(g)
@@ -381,18 +382,19 @@ def test_a_cut_pass_leaves_nothing_behind_even_after_an_exception() -> None:
     prepared = prepare(
         model, TOKENS, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
     )
-    _, found = coefficients(model, hooks, input=TOKENS, target=Logit(5), composite=AttnLRP())
     before = snapshot(model)
+    with lenslrp.session(model) as session:
+        _, found = coefficients(session, hooks, input=TOKENS, target=Logit(5))
 
     def fail() -> None:
-        with cut(model, prepared, Logit(5), hooks, AttnLRP()) as passed:
+        with lenslrp.session(model) as own, cut(own, prepared, Logit(5), hooks) as passed:
             passed.into([TARGET], found)
             raise RuntimeError("inside")
 
     with pytest.raises(RuntimeError, match="inside"):
         fail()
     assert changes(before, model) == []
-    with cut(model, prepared, Logit(5), hooks, AttnLRP()) as passed:
+    with lenslrp.session(model) as own, cut(own, prepared, Logit(5), hooks) as passed:
         first, _ = passed.into([TARGET], found)
         again, _ = passed.into([TARGET], found)
         assert all(torch.equal(first[hook], again[hook]) for hook in first)
