@@ -44,7 +44,6 @@ from lenslrp.analysis.nodes import (
 from lenslrp.analysis.pairs import Pairs, ordered
 from lenslrp.analysis.path_patching import exact_edges
 from lenslrp.analysis.question import Passes
-from lenslrp.analysis.replaced import repeated
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
@@ -293,7 +292,7 @@ def _estimated(runs: _Runs, into: Iterable[Node] | None) -> _Found:
     copied = pairs.repeated(copies)
     with (
         unembedding_at(runs.model, copied.last),
-        cut(runs.model, repeated(prepared, copies), copied, runs.hooks, runs.composite) as passed,
+        cut(runs.model, prepared.repeated(copies), copied, runs.hooks, runs.composite) as passed,
     ):
         runs.passes.forward += copies * len(pairs)
         for batch in _batches(downs, list(runs.hooks), copies):

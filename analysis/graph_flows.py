@@ -19,7 +19,6 @@ from lenslrp.analysis.cut_pass import EMBEDDINGS, CutPass, cut
 from lenslrp.analysis.graph_pruning import Mask, Matrix, Vector
 from lenslrp.analysis.nodes import COMPONENTS, TARGET, Node
 from lenslrp.analysis.question import Passes
-from lenslrp.analysis.replaced import repeated
 from lenslrp.cache import RelevanceCache
 from lenslrp.hooks import Composite
 from lenslrp.hooks.components import layer_of
@@ -91,7 +90,7 @@ def build_graph(
     keep = None if direct else node_masks(chosen, here)
     tokens, layers = cache.str_tokens[0], int(model.cfg.n_layers)
     with cut(
-        model, repeated(prepared, copies), target, hooks, rules, keep=keep, books=True
+        model, prepared.repeated(copies), target, hooks, rules, keep=keep, books=True
     ) as passed:
         amounts, columns, begun = _amounts(passed, chosen, here, copies, len(tokens))
         token, probability = _token(target, passed.run.outputs())

@@ -24,8 +24,8 @@ from lenslrp.hooks.functions import apply
 from lenslrp.hooks.readers import converted, given, is_total, listen, owners, select_names
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
-from lenslrp.leaves import Leaves, Parts
-from lenslrp.logits import Columns, head_component, unembed_at
+from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
+from lenslrp.logits import Columns, at_columns, columns_of, head_component, is_hooked, unembed_at
 from lenslrp.targets import Activation, Outputs, PerRow, Target
 
 
@@ -113,6 +113,22 @@ def outputs_of(
     )
 
 
+def columns_for(model: Any, batch: Batch, targets: Iterable[Target]) -> Columns | None:
+    """Where targets read the logits; ``None`` where one of them, or somebody's hook, sees them all.
+
+    Raises:
+        InputError: a position outside a row.
+    """
+    unembed = head_component(model)
+    if unembed is None or is_hooked(model, unembed) or media.labels_of(model) is not None:
+        return None
+    return columns_of(targets, outputs_of(model, batch, torch.empty(0, 0, 0), _none))
+
+
+def _none(hook: str) -> Tensor:
+    raise InputError(f"{hook} has not run yet")
+
+
 class _Stop(BaseException):
     """Leaves a forward pass: nothing behind this point is needed."""
 
@@ -123,80 +139,130 @@ def forward(
     batch: Batch,
     *,
     read: Mapping[str, Callable[[Tensor], None]] | None = None,
+    edit: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     capture_at: Iterable[str] = (),
     embed: Callable[[nn.Module, Tensor], Tensor | None] | None = None,
+    leaves: Leaves | None = None,
     columns: Columns | None = None,
     stop_after: str | None = None,
     gradients: bool = False,
+    at_nodes: Callable[[Attached, Forward], None] | None = None,
 ) -> Iterator[Forward]:
     """Run ``model`` once without relevance rules; what is attached for it goes with the block.
+
+    Inside a :func:`lenslrp.relevance_rules` block the rules in force take part.
 
     Args:
         model: a ``TransformerBridge``.
         batch: what it reads.
         read: hook point -> what is called with its activations, in the form in which
             TransformerLens shows them, as they pass.
+        edit: hook point -> what makes the new activations of the old, in the same form.
         capture_at: hook points whose tensors are kept on the autograd graph.
-        embed: called with each embedding of tokens and what it returned; what it gives instead is
-            used in its place.
-        columns: [batch, n], where logits are computed; at every position if not given.
-        stop_after: a hook point of ``read`` after which nothing is needed.
-        gradients: keep the autograd graph.
+        embed: makes, of a module that embeds tokens and what it returned, what is used in its
+            place, or ``None``; called until it has replaced the embeddings of ``batch.tokens``
+            once (an encoder embeds before a decoder).
+        leaves: filled with what is embedded, which is cut off from what it was made of.
+        columns: [batch, n], where logits are computed; at every position if not given, and chosen
+            from there where somebody's hooks see them all.
+        stop_after: a hook point after which nothing is needed.
+        gradients: keep the autograd graph of everything but the weights.
+        at_nodes: attaches what else belongs to the pass.
 
     Raises:
-        InputError: a hook point that the model does not have.
+        InputError: a hook point that the model does not have; no embedding was replaced.
     """
-    parts = components(model)
-    points = hook_points(model, parts)
-    made = Forward(model, batch)
+    parts, made = components(model), Forward(model, batch)
+    calls = [*(read or {}).items(), *(edit or {}).items()]
+    kept = list(capture_at)
     with ExitStack() as stack:
-        stack.enter_context(turn(model))
+        stack.enter_context(frozen(model) if gradients else turn(model))
         stack.enter_context(torch.set_grad_enabled(gradients))
         at = stack.enter_context(undone(Attached()))
+        given, embedded, picked = dict(batch.media), [], []
+        if leaves is not None:
+            if given:
+                given = cut_media(at, parts, leaves, [], given, "pixels")
+            cut_leaves(at, embeddings(parts), leaves, batch)
         if embed is not None:
-            _replace_embedded(at, parts, embed)
-        for name, call in (read or {}).items():
-            read_at(at, points, name, call, stop=name == stop_after)
-        if capture_at:
+            embedded = _replace_embedded(at, parts, batch.tokens, embed)
+        points = hook_points(model, parts) if calls or kept or stop_after else {}
+        for name, call in calls:
+            call_at(at, points, name, call)
+        if kept:
             owned = owners(module for _, module in parts)
-            capture(at, points, owned, list(capture_at), made.captured)
-        keep_unembedded(at, parts, made.captured)
+            capture(at, points, owned, kept, made.captured)
+        if stop_after is not None:
+            call_at(at, points, stop_after, _stop)
+        if at_nodes is not None:
+            at_nodes(at, made)
         unembed = head_component(model)
-        picked = None
-        if columns is not None and unembed is not None:
+        if columns is not None and unembed is not None and not is_hooked(model, unembed):
             picked = unembed_at(at, unembed, columns, written(batch).tokens.shape[1])
         with suppress(_Stop):
-            made.logits = run_model(model, batch, None, dict(batch.media))
-        if picked:
+            made.logits = run_model(model, batch, leaves, given)
+        if columns is not None and made.logits is not None and made.logits.ndim == 3:
+            made.logits = made.logits if picked else at_columns(made.logits, columns)
             made.columns = columns
+        if embed is not None and not embedded:
+            raise InputError(
+                f"{architecture(model)} embedded no tokens of shape {list(batch.tokens.shape)}: "
+                "nothing was replaced"
+            )
         yield made
 
 
-def read_at(
-    at: Attached,
-    points: Mapping[str, nn.Module],
-    name: str,
-    call: Callable[[Tensor], None],
-    *,
-    stop: bool = False,
+def call_at(
+    at: Attached, points: Mapping[str, nn.Module], name: str, call: Callable[[Tensor], Any]
 ) -> None:
-    """Call ``call`` with the activations at a hook point as they pass, and ``stop`` there."""
-    select_names(points, [name])
+    """Call with a hook point's activations as TransformerLens shows them; what it gives is used."""
 
-    def hook(point: nn.Module, _: Any, x: Tensor) -> None:
-        call(converted(point, x))
-        if stop:
-            raise _Stop
+    def hook(point: nn.Module, _: Any, x: Tensor) -> Any:
+        changed = call(converted(point, x))
+        conversion = getattr(point, "hook_conversion", None)
+        return changed if changed is None or conversion is None else conversion.revert(changed)
 
-    listen(at, points[name], [name], hook)
+    for found in select_names(points, [name])[0]:
+        listen(at, points[found], [found], hook)
+
+
+def _stop(_: Tensor) -> None:
+    raise _Stop
 
 
 def _replace_embedded(
-    at: Attached, parts: Parts, embed: Callable[[nn.Module, Tensor], Tensor | None]
-) -> None:
+    at: Attached,
+    parts: Parts,
+    tokens: Tensor,
+    embed: Callable[[nn.Module, Tensor], Tensor | None],
+) -> list[Tensor]:
+    """Returns a list that is not empty once embeddings were replaced."""
+    made: list[Tensor] = []
+
+    def replace(module: nn.Module, _: Any, out: Tensor) -> Tensor | None:
+        if made or out.ndim != 3 or out.shape[:2] != tokens.shape:
+            return None
+        made.extend(x for x in [embed(module, out)] if x is not None)
+        return made[0] if made else None
+
     for module, position in embeddings(parts):
         if not position:
-            at.hook(module, lambda module, _, out: embed(module, out))
+            at.hook(module, replace)
+    return made
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No weight asks for a gradient inside, so that none is kept for it."""
+    with turn(model):
+        thawed = [weight for weight in model.parameters() if weight.requires_grad]
+        try:
+            for weight in thawed:
+                weight.requires_grad_(False)
+            yield
+        finally:
+            for weight in thawed:
+                weight.requires_grad_(True)
 
 
 def run_model(
