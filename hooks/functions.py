@@ -37,7 +37,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
 
 def on_gradient(x: Tensor, call: Callable[[Tensor], Tensor | None]) -> None:
     """Have the gradient that comes to ``x`` go through ``call``, which may change it."""
-    x.register_hook(call)  # type: ignore[no-untyped-call]
+    x.register_hook(call)
 
 
 def same(x: Tensor, copies: bool) -> Tensor:
