@@ -195,16 +195,7 @@ def as_method(method: str | Method | Composite) -> Method:
 
 def rules(question: Question, *, seed: int, composite: Composite) -> Tensor:
     """Relevance under a composite's rules: one forward and one backward pass."""
-    _, cache = lenslrp.run_with_relevance(
-        question.model,
-        target=question.target,
-        composite=composite,
-        names_filter=[],
-        ledger=False,
-        **question.given,
-    )
-    question.passes.forward += 1
-    question.passes.backward += 1
+    cache = question.relevance(composite)
     return cache.tokens if cache.pixels is None else cache.pixels
 
 

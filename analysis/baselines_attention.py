@@ -24,6 +24,7 @@ from torch import Tensor
 import lenslrp
 from lenslrp import media
 from lenslrp.analysis.question import Question
+from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.forward import architecture
 from lenslrp.hooks.components import components, hook_points
@@ -49,13 +50,13 @@ def attention_rollout(
     """
     found: Patterns = []
 
-    def keep(name: str, pattern: Tensor, hook: Any) -> None:
+    def keep(name: str, pattern: Tensor) -> None:
         # A query that sees no key (padding) has NaN for a pattern.
         found.append((name, pattern.mean(dim=1).nan_to_num(0.0).to(question.inputs)))
 
-    hooks = [(name, partial(keep, name)) for name in _names(question.model, "hook_pattern")]
-    with _live(question), question.model.hooks(fwd_hooks=hooks):
-        question.values(question.inputs[None])
+    names = _names(question.model, "hook_pattern")
+    with _live(question):
+        question.values(question.inputs[None], read={name: partial(keep, name) for name in names})
 
     def layer(pattern: Tensor, carried: Tensor) -> Tensor:
         return (pattern @ carried + carried) / 2
@@ -76,16 +77,7 @@ def gradient_x_attention_rollout(
         position: as for :func:`attention_rollout`.
     """
     names = _names(question.model, "hook_pattern")
-    _, cache = lenslrp.run_with_relevance(
-        question.model,
-        target=question.target,
-        composite=lenslrp.GradientTimesInput(),
-        names_filter=lambda name: name in names,
-        ledger=False,
-        **question.given,
-    )
-    question.passes.forward += 1
-    question.passes.backward += 1
+    cache = question.relevance(lenslrp.GradientTimesInput(), lambda name: name in names)
     found = [
         (name, cache[name].clamp(min=0).mean(dim=1).to(question.inputs))
         for name in names
@@ -129,7 +121,7 @@ def atman(
     logs = replace(question, target=_log_probability(question.target))
     now: list[Tensor] = []
 
-    def turn_down(scores: Tensor, hook: Any) -> Tensor:
+    def turn_down(scores: Tensor) -> Tensor:
         before = _before(question, scores.shape[-1])
         share = torch.nn.functional.pad(now[0], (before, 0), value=1.0)
         share = share.view(len(scores), *[1] * (scores.ndim - 2), -1).to(scores)
@@ -138,11 +130,12 @@ def atman(
         return torch.where(seen, (scores - low) * share, scores)
 
     names = [n for n in _names(question.model, "hook_attn_scores") if not _of_decoder(n)]
-    values = []
-    with _live(question), question.model.hooks(fwd_hooks=[(name, turn_down) for name in names]):
+    edits, values = [Edit(name, function=turn_down) for name in names], []
+    with _live(question):
         for part in torch.cat([plain, factors]).split(question.step):
             now[:] = [part.flatten(0, 1)]
-            values.append(logs.values(question.inputs.expand(len(part), *question.inputs.shape)))
+            inputs = question.inputs.expand(len(part), *question.inputs.shape)
+            values.append(logs.values(inputs, edits=edits))
     found = torch.cat(values)
     return (found[:1] - found[1:]).T
 

@@ -25,6 +25,7 @@ from lenslrp.errors import InputError
 from lenslrp.forward import architecture, undone
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components
+from lenslrp.hooks.functions import on_gradient
 from lenslrp.remembered import conditional
 
 ADJACENT = ("rotary_adjacent_pairs", "rotary_interleaved_cos_sin")
@@ -47,16 +48,7 @@ def pa_lrp(question: Question, *, seed: int, absolute: bool = True) -> Tensor:
         for path, module in components(model):
             if hasattr(module, "hook_rot_q") and hasattr(module, "hook_rot_k"):
                 _attach(at, path, module, sinks)
-        _, cache = lenslrp.run_with_relevance(
-            model,
-            target=question.target,
-            composite=lenslrp.AttnLRP(),
-            names_filter=[],
-            ledger=False,
-            **question.given,
-        )
-    question.passes.forward += 1
-    question.passes.backward += 1
+        cache = question.relevance(lenslrp.AttnLRP())
     units = question.mask.shape[1]
     learned = [] if cache.positions is None else [cache.positions[:, -units:]]
     found = [*sinks.values(), *learned]
@@ -97,7 +89,7 @@ def _attach(at: Attached, path: str, attn: Any, sinks: dict[str, Tensor]) -> Non
                 sinks[f"{path}.{name}"] = sinks.get(f"{path}.{name}", 0.0) + took
             return torch.cat([half, g[..., width:]], dim=-1)
 
-        y.register_hook(halve)
+        on_gradient(y, halve)
 
     at.pre_hook(attn, before, with_kwargs=True)
     at.hook(attn.hook_rot_q, rotated)

@@ -45,7 +45,6 @@ from lenslrp.analysis.nodes import (
 from lenslrp.analysis.pairs import Pairs, ordered
 from lenslrp.analysis.path_patching import exact_edges
 from lenslrp.analysis.question import Passes
-from lenslrp.analysis.replaced import repeated
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
@@ -287,7 +286,7 @@ def _estimated(runs: _Runs, session: Session, into: Iterable[Node] | None) -> _F
         for hook, delta in deltas.items()
     }
     copies = max(1, min(len(downs), runs.rows // len(pairs)))
-    prepared = repeated(batch_of(model, runs.base, pairs), copies)
+    prepared = batch_of(model, runs.base, pairs).repeated(copies)
     with cut(session, prepared, pairs.repeated(copies), runs.hooks) as passed:
         runs.passes.forward += copies * len(pairs)
         for batch in _batches(downs, list(runs.hooks), copies):

@@ -29,7 +29,6 @@ from lenslrp.analysis.perturb_parts import patches_of
 from lenslrp.analysis.prompts import Numbers
 from lenslrp.analysis.question import Passes, Question, ask
 from lenslrp.analysis.records import HALVES, half_of, identity, in_order, read_records
-from lenslrp.analysis.replaced import frozen
 from lenslrp.analysis.results import JOURNAL, PARQUET, Results
 from lenslrp.analysis.spans import hit, ious
 from lenslrp.analysis.tasks import IMAGES, TASKS, Example, Task, Unfit, image_task
@@ -278,6 +277,5 @@ def _question(model: Any, example: Example) -> Question:
 def _plain(question: Question) -> float:
     """Seconds of one plain forward and backward pass: the unit in which methods' costs are told."""
     start = time.perf_counter()
-    with frozen(question.model):
-        question.gradients(question.inputs[None])
+    question.gradients(question.inputs[None])
     return time.perf_counter() - start

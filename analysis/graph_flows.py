@@ -19,7 +19,6 @@ from lenslrp.analysis.cut_pass import EMBEDDINGS, CutPass, cut
 from lenslrp.analysis.graph_pruning import Mask, Matrix, Vector
 from lenslrp.analysis.nodes import COMPONENTS, TARGET, Node
 from lenslrp.analysis.question import Passes
-from lenslrp.analysis.replaced import repeated
 from lenslrp.cache import RelevanceCache
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.sites import TERMS
@@ -90,7 +89,7 @@ def build_graph(
     keep = None if direct else node_masks(chosen, here)
     model, tokens = session.model, cache.str_tokens[0]
     layers = int(model.cfg.n_layers)
-    with cut(session, repeated(prepared, copies), target, hooks, keep=keep, books=True) as passed:
+    with cut(session, prepared.repeated(copies), target, hooks, keep=keep, books=True) as passed:
         amounts, columns, begun = _amounts(passed, chosen, here, copies, len(tokens))
         token, probability = _token(target, passed.run.outputs())
     leaves = cache.tokens if cache.positions is None else cache.tokens + cache.positions

@@ -14,7 +14,7 @@ has the same number of parameters and is what a linear map of states can reach.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -26,11 +26,9 @@ from lenslrp.analysis.lens import Lens, blocks_of
 from lenslrp.analysis.places import stack_name
 from lenslrp.analysis.readout import embedding, readout
 from lenslrp.errors import InputError
-from lenslrp.forward import undone
+from lenslrp.forward import forward
 from lenslrp.hooks import AttnLRP, Composite, relevance_rules
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.turns import turn
-from lenslrp.inputs import prepare
+from lenslrp.inputs import Batch, prepare
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -38,33 +36,22 @@ if TYPE_CHECKING:
 Prompts = Sequence[str] | Tensor
 
 
-class _Enough(BaseException):
-    """Ends a forward pass after the last block: nothing behind it is needed."""
-
-
-def _residuals(model: TransformerBridge, tokens: Tensor, **kwargs: Any) -> list[Tensor]:
+@contextmanager
+def _residuals(
+    model: TransformerBridge, batch: Batch, *, gradients: bool = False
+) -> Iterator[list[Tensor]]:
     """The residual stream before the first block and after every one, on the graph if any."""
-    blocks = blocks_of(model)
-    seen: dict[int, Tensor] = {}
-
-    def keep(layer: int, out: Any) -> None:
-        seen[layer] = out
-        if layer == len(blocks) - 1:
-            raise _Enough
-
-    places = {-1: "0.hook_resid_pre", **{k: f"{k}.hook_resid_post" for k in range(len(blocks))}}
-    with turn(model), undone(Attached()) as at, suppress(_Enough):
-        for layer, name in places.items():
-            point = model.hook_dict[f"{stack_name(model)}.{name}"]
-            at.hook(point, lambda _, args, out, layer=layer: keep(layer, out))
-        model(tokens, return_type="logits", use_cache=False, **kwargs)
-    return [seen[layer] for layer in places]
+    name = stack_name(model)
+    after = [f"{name}.{layer}.hook_resid_post" for layer in range(len(blocks_of(model)))]
+    places = [f"{name}.0.hook_resid_pre", *after]
+    with forward(model, batch, capture_at=places, stop_after=after[-1], gradients=gradients) as run:
+        yield [run.captured[place] for place in places]
 
 
 def _batches(
     model: TransformerBridge, prompts: Prompts, batch_size: int, skip: int, progress: str
-) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
-    """Tokens, which positions count, and what the forward pass takes besides."""
+) -> Iterator[tuple[Batch, Tensor]]:
+    """What the forward pass takes, and which positions count."""
     embedding(model)  # or say that it reads no tokens
     if isinstance(prompts, str) or batch_size < 1 or skip < 0:
         raise InputError("prompts are several strings or a tensor; batch_size >= 1 and skip >= 0")
@@ -75,7 +62,7 @@ def _batches(
             part if isinstance(part, Tensor) else list(part),
             append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None,
         )  # fmt: skip
-        yield given.tokens, given.positions >= skip, given.kwargs
+        yield given, given.positions >= skip
 
 
 class _Sums:
@@ -150,23 +137,23 @@ def fit_relevance_lens(
     generator = torch.Generator().manual_seed(seed)
     halves = (_Sums(), _Sums())
     batches = _batches(model, prompts, batch_size, skip, "relevance lens" if progress else "")
-    for index, (tokens, counted, kwargs) in enumerate(batches):
-        with relevance_rules(model, rules_of) as rules:
-            first, *states = _residuals(model, tokens, **kwargs)
-            if index == 0:
-                rules.verify(states[-1])
-            probes = torch.randn(states[-1].shape, generator=generator, dtype=torch.float64)
-            probes = probes.to(states[-1]) * counted[..., None].to(states[-1])
-            # Back to the beginning, so that the first block's rules are seen to fire as well
-            _, *pulled = torch.autograd.grad(states[-1], [first, *states[:-1]], probes)
-        half, v = halves[index % 2], probes[counted]
-        v = v.float() if v.dtype in (torch.float16, torch.bfloat16) else v
-        half.count += len(v)
-        half.add("vv", v.mT @ v)
-        for layer, gradient in enumerate(pulled):
-            half.add(f"vg{layer}", v.mT @ gradient[counted].to(v))
-        for layer, state in enumerate(states):
-            half.add(f"h{layer}", state.detach()[counted].double().sum(dim=0))
+    with relevance_rules(model, rules_of) as rules:
+        for index, (batch, counted) in enumerate(batches):
+            with _residuals(model, batch, gradients=True) as (first, *states):
+                if index == 0:
+                    rules.verify(states[-1])
+                probes = torch.randn(states[-1].shape, generator=generator, dtype=torch.float64)
+                probes = probes.to(states[-1]) * counted[..., None].to(states[-1])
+                # Back to the beginning, so that the first block's rules are seen to fire as well
+                _, *pulled = torch.autograd.grad(states[-1], [first, *states[:-1]], probes)
+            half, v = halves[index % 2], probes[counted]
+            v = v.float() if v.dtype in (torch.float16, torch.bfloat16) else v
+            half.count += len(v)
+            half.add("vv", v.mT @ v)
+            for layer, gradient in enumerate(pulled):
+                half.add(f"vg{layer}", v.mT @ gradient[counted].to(v))
+            for layer, state in enumerate(states):
+                half.add(f"h{layer}", state.detach()[counted].double().sum(dim=0))
 
     def solve(half: _Sums, layer: int) -> Tensor:
         found: Tensor = torch.linalg.solve(half.sums["vv"], half.sums[f"vg{layer}"])
@@ -193,9 +180,10 @@ def fit_ridge_lens(
     """
     halves = (_Sums(), _Sums())
     batches = _batches(model, prompts, batch_size, skip, "ridge lens" if progress else "")
-    for index, (tokens, counted, kwargs) in enumerate(batches):
+    for index, (batch, counted) in enumerate(batches):
         half = halves[index % 2]
-        states = [state[counted].double() for state in _residuals(model, tokens, **kwargs)[1:]]
+        with _residuals(model, batch) as (_, *found):
+            states = [state[counted].double() for state in found]
         half.count += len(states[0])
         for layer, state in enumerate(states):
             half.add(f"h{layer}", state.sum(dim=0))
@@ -239,8 +227,9 @@ def compare_lenses(
     chosen = list(range(len(blocks_of(model)) - 1)) if layers is None else list(layers)
     totals: dict[tuple[int, str], list[float]] = {}
     positions = 0
-    for tokens, counted, kwargs in _batches(model, prompts, batch_size, skip, ""):
-        states = [state[counted] for state in _residuals(model, tokens, **kwargs)[1:]]
+    for batch, counted in _batches(model, prompts, batch_size, skip, ""):
+        with _residuals(model, batch) as (_, *found):
+            states = [state[counted] for state in found]
         final = readout(model, states[-1]).log_softmax(dim=-1)
         positions += len(final)
         for layer in chosen:
@@ -250,9 +239,9 @@ def compare_lenses(
                 read = readout(model, x).log_softmax(dim=-1)
                 kl = float((final.exp() * (final - read)).sum())
                 same = float((final.argmax(-1) == read.argmax(-1)).sum())
-                found = totals.setdefault((layer, name), [0.0, 0.0])
-                found[0] += kl
-                found[1] += same
+                sums = totals.setdefault((layer, name), [0.0, 0.0])
+                sums[0] += kl
+                sums[1] += same
     if not positions:
         raise InputError(f"no prompt is longer than skip = {skip} tokens")
     return pd.DataFrame(

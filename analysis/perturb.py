@@ -12,7 +12,6 @@ embedding (learned positions stay).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,11 +24,6 @@ from torch import Tensor, nn
 from lenslrp.analysis.prompts import Numbers, Prompt, Values, batch_logits, read
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
-from lenslrp.forward import undone
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.components import components
-from lenslrp.hooks.embeddings import embeddings
-from lenslrp.hooks.turns import turn
 from lenslrp.names import token_id
 
 Masks = NDArray[np.bool_]
@@ -90,7 +84,6 @@ def tokens_of(
     return Features(index, without)
 
 
-@torch.no_grad()
 def token_values(
     model: Any,
     prompts: Sequence[Prompt],
@@ -117,8 +110,7 @@ def token_values(
     for chunk in _chunks(rows, [len(prompts[p].tokens) for p, _ in rows], tokens_per_pass):
         own = [prompts[p] for p, _ in chunk]
         gone = [torch.from_numpy(removed[p][row]) for p, row in chunk]
-        with _replacing(model, gone, len(own[-1].tokens), fill):
-            logits = batch_logits(model, own)
+        logits = batch_logits(model, own, embed=_replacing(gone, len(own[-1].tokens), fill))
         for p in dict.fromkeys(p for p, _ in chunk):
             where = [i for i, (q, _) in enumerate(chunk) if q == p]
             found[p][:, [chunk[i][1] for i in where]] = read(model, prompts[p], logits[where])
@@ -136,28 +128,17 @@ def _chunks(
             start = stop
 
 
-@contextmanager
 def _replacing(
-    model: Any, gone: list[Tensor], width: int, fill: Callable[..., Any]
-) -> Iterator[None]:
-    """Replace the embeddings of removed tokens in one forward pass: the first stack's."""
+    gone: list[Tensor], width: int, fill: Callable[..., Any]
+) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Replace the embeddings of removed tokens: the first stack's."""
     longer = [nn.functional.pad(row, (0, width - len(row))) for row in gone]
-    removed = torch.stack(longer).to(next(model.parameters()).device)
-    done: list[bool] = []
+    removed = torch.stack(longer)
 
-    def replaced(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        if done or out.shape[:2] != removed.shape:
-            return out
-        done.append(True)
-        return torch.where(removed[..., None], fill(module), out)
+    def replaced(module: nn.Module, out: Tensor) -> Tensor:
+        return torch.where(removed.to(out.device)[..., None], fill(module), out)
 
-    with turn(model), undone(Attached()) as at:
-        for module, position in embeddings(components(model)):
-            if not position:
-                at.hook(module, replaced)
-        yield
-    if not done:
-        raise InputError("no known token embedding ran in the forward pass: nothing was replaced")
+    return replaced
 
 
 def _fill(model: Any, baseline: str) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ laid out as ``R.heads()`` is, layer by layer, so ``R.heads().to_numpy()`` is the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,10 @@ from lenslrp.analysis.prompts import (
     read,
 )
 from lenslrp.analysis.question import ask
+from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import components, hook_points, layer_of
 from lenslrp.hooks.readers import select_names
-from lenslrp.hooks.turns import turn
 from lenslrp.inputs import is_encoder_decoder
 
 IMAGES_PER_PASS = 16
@@ -74,7 +75,6 @@ def patches_of(model: Any, prompt: Prompt, *, baseline: str = "zero") -> Feature
     assert question.grid is not None
     instead = question.baseline(baseline)
 
-    @torch.no_grad()
     def without(removed: Masks) -> Values:
         found = []
         for part in torch.from_numpy(removed).to(instead.device).split(IMAGES_PER_PASS):
@@ -92,46 +92,35 @@ def _units(model: Any, prompt: Prompt, suffix: str, dims: int) -> Features:
     names, _ = select_names(points, suffix)
     sizes: dict[str, int] = {}
 
-    def measure(x: Tensor, hook: Any, name: str) -> None:
+    def measure(name: str, x: Tensor) -> None:
         if x.ndim != dims:
             raise InputError(f"{name} has shape {list(x.shape)}; units need {dims} axes")
         sizes[name] = x.shape[2]
 
-    measured = [(name, _named(measure, name)) for name in names]
-    with turn(model), torch.no_grad(), model.hooks(fwd_hooks=measured):
-        prompt_logits(model, prompt)
+    prompt_logits(model, prompt, read={name: partial(measure, name) for name in names})
     idle = [name for name in names if name not in sizes]
     if idle:
         raise InputError(f"{idle[0]} does not fire in this model's forward pass")
     starts = dict(zip(names, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
     rows_at_once = max(1, TOKENS_PER_PASS // len(prompt.tokens))
 
-    @torch.no_grad()
     def without(removed: Masks) -> Values:
         found = []
         for part in torch.from_numpy(removed).split(rows_at_once):
-            hooks = [
-                (name, _switched_off(part[:, starts[name] : starts[name] + sizes[name]]))
-                for name in names
+            edits = [
+                Edit(name, function=_switched_off(part[:, start : start + sizes[name]]))
+                for name, start in starts.items()
             ]
-            with turn(model), model.hooks(fwd_hooks=hooks):
-                logits = prompt_logits(model, prompt, len(part))
+            logits = prompt_logits(model, prompt, len(part), edits=edits)
             found.append(read(model, prompt, logits))
         return Values(*np.concatenate(found, axis=1))
 
     return Features(np.arange(sum(sizes.values())), without)
 
 
-def _named(function: Callable[..., None], name: str) -> Callable[..., None]:
-    def hook(x: Tensor, hook: Any) -> None:
-        function(x, hook, name)
-
-    return hook
-
-
-def _switched_off(gone: Tensor) -> Callable[..., Tensor]:
-    def hook(x: Tensor, hook: Any) -> Tensor:
+def _switched_off(gone: Tensor) -> Callable[[Tensor], Tensor]:
+    def switch(x: Tensor) -> Tensor:
         shape: Sequence[int] = (len(gone), 1, gone.shape[1], *[1] * (x.ndim - 3))
         return x.masked_fill(gone.to(x.device).view(*shape), 0)
 
-    return hook
+    return switch

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lenslrp import media, targets
-from lenslrp.analysis.block_pass import unembedding_at
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
-from lenslrp.hooks.turns import turn
+from lenslrp.forward import forward
+from lenslrp.hooks.padding import require_padding
 from lenslrp.targets import Outputs, Target, as_target
 
 Numbers = NDArray[np.float64]
@@ -152,43 +152,46 @@ def _probability(target: Target, outputs: Outputs, values: Tensor) -> Tensor:
 
 
 def _top(model: Any, prompt: Prompt) -> int:
-    with torch.no_grad():
-        if prompt.pixels is not None:
-            return int(image_logits(model, prompt.pixels[None])[0].argmax())
-        return int(prompt_logits(model, prompt)[0].ravel().argmax())
+    return int(prompt_logits(model, prompt)[0].ravel().argmax())
 
 
-def prompt_logits(model: Any, prompt: Prompt, rows: int = 1) -> Tensor:
+def prompt_logits(model: Any, prompt: Prompt, rows: int = 1, **how: Any) -> Tensor:
     """Logits [row, n, vocab] of copies of a prompt, at its positions; a classifier's
     [row, class]."""
-    return batch_logits(model, [prompt] * rows)
+    return batch_logits(model, [prompt] * rows, **how)
 
 
 def image_logits(model: Any, pixels: Tensor) -> Tensor:
     """[row, class] of images [row, channel, height, width]."""
-    with turn(model):
-        logits: Tensor = model(None, return_type="logits", pixel_values=pixels)
-    return logits
+    empty = torch.empty(len(pixels), 0, dtype=torch.long, device=pixels.device)
+    batch = Batch(empty, empty.bool(), [0] * len(pixels), media={"pixel_values": pixels})
+    with forward(model, batch) as run:
+        assert run.logits is not None
+        return run.logits
 
 
-def batch_logits(model: Any, prompts: Sequence[Prompt]) -> Tensor:
+def batch_logits(model: Any, prompts: Sequence[Prompt], **how: Any) -> Tensor:
     """Logits [row, n, vocab] of a prompt a row, at its positions, repeating the last where others
-    have more; a classifier's [row, class]."""
+    have more; a classifier's [row, class].
+
+    Args:
+        how: what else is done in the pass, as for :func:`lenslrp.forward.forward`.
+    """
+    if prompts[0].pixels is not None:
+        return image_logits(model, torch.stack([p.pixels for p in prompts if p.pixels is not None]))
     device = next(model.parameters()).device
-    rows = Batch.of_rows([prompt.tokens.tolist() for prompt in prompts])
-    tokens = rows.tokens.to(device)
+    batch = Batch.of_rows([prompt.tokens for prompt in prompts])
+    require_padding(model, batch.mask)
+    tokens, mask = batch.tokens.to(device), batch.mask.to(device)
+    kwargs = {} if bool(mask.all()) else {"attention_mask": mask.long()}
+    batch = replace(batch, tokens=tokens, mask=mask, kwargs=kwargs)
+    written = [prompt.decoder for prompt in prompts if prompt.decoder is not None]
+    if written:  # causal: needs no mask
+        decoder = Batch.of_rows(written)
+        kwargs["decoder_input_ids"] = decoder.tokens.to(device)
+        batch = replace(batch, decoder=decoder)
     most = max(len(prompt.positions) for prompt in prompts)
-    positions = torch.tensor(
-        [[*p.positions, *[p.positions[-1]] * (most - len(p.positions))] for p in prompts]
-    ).to(device)
-    kwargs: dict[str, Any] = {}
-    if not bool(rows.mask.all()):
-        kwargs["attention_mask"] = rows.mask.long().to(device)
-    decoders = [prompt.decoder.tolist() for prompt in prompts if prompt.decoder is not None]
-    if decoders:  # causal: needs no mask
-        kwargs["decoder_input_ids"] = Batch.of_rows(decoders).tokens.to(device)
-    with unembedding_at(model, positions):
-        logits: Tensor = model(tokens, return_type="logits", use_cache=False, **kwargs)
-    if logits.ndim == 3 and logits.shape[1] != most:  # a head of another kind: all positions
-        logits = logits[torch.arange(len(logits), device=device)[:, None], positions]
-    return logits
+    positions = [[*p.positions, *[p.positions[-1]] * (most - len(p.positions))] for p in prompts]
+    with forward(model, batch, columns=torch.tensor(positions, device=device), **how) as run:
+        assert run.logits is not None
+        return run.logits

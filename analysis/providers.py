@@ -12,9 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lenslrp.analysis.naming import MARK, Example
-from lenslrp.hooks.turns import turn
+from lenslrp.forward import forward
+from lenslrp.inputs import Batch
 from lenslrp.tokenization import tokenize
 
 
@@ -106,15 +108,22 @@ class LanguageModel:
         )
         tokens = torch.tensor([tokenize(self.model, prompt)], device=self.model.cfg.device)
         written: list[int] = []
-        with torch.no_grad():
-            for _ in range(self.answer):
-                with turn(self.model):
-                    best = self.model(tokens, use_cache=False)[0, -1].argmax().view(1, 1)
-                if "\n" in self.model.tokenizer.decode([int(best)]):
-                    break
-                written.append(int(best))
-                tokens = torch.cat([tokens, best], dim=1)
+        for _ in range(self.answer):
+            last = torch.tensor([[tokens.shape[1] - 1]])
+            best = self._logits(tokens, last).argmax().view(1, 1)
+            if "\n" in self.model.tokenizer.decode([int(best)]):
+                break
+            written.append(int(best))
+            tokens = torch.cat([tokens, best], dim=1)
         return str(self.model.tokenizer.decode(written)).strip()
+
+    def _logits(self, tokens: Tensor, columns: Tensor | None = None) -> Tensor:
+        tokens = tokens.to(self.model.cfg.device)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        batch = Batch(tokens, mask, [tokens.shape[1]] * len(tokens))
+        with forward(self.model, batch, columns=columns) as run:
+            assert run.logits is not None
+            return run.logits
 
     def _gains(self, explanation: str, texts: Sequence[Sequence[tuple[str, bool]]]) -> list[float]:
         """Nats that the counted pieces of each text gain by the explanation as their topic."""
@@ -138,8 +147,7 @@ class LanguageModel:
             # padding stands behind, where no earlier token of a causal model sees it
             tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
             weight = torch.nn.utils.rnn.pad_sequence(counted, batch_first=True)
-            with turn(self.model), torch.no_grad():
-                logits = self.model(tokens, use_cache=False)[:, :-1].float().cpu()
+            logits = self._logits(tokens)[:, :-1].float().cpu()
             chosen = logits.gather(2, tokens[:, 1:, None])[..., 0] - logits.logsumexp(dim=2)
             found += (chosen * weight[:, 1:]).sum(dim=1).tolist()
         return found

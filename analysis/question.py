@@ -19,14 +19,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lenslrp import media
-from lenslrp.analysis.replaced import repeated, run
+from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
-from lenslrp.forward import architecture, outputs_of
+from lenslrp.forward import architecture, columns_for, forward, outputs_of, parts_of
+from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.install import require_bridge
+from lenslrp.hooks.readers import NamesFilter
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves
+from lenslrp.logits import Columns
 from lenslrp.media import batch_size
+from lenslrp.sessions import Session
 from lenslrp.targets import (
+    Activation,
     Explained,
     Logit,
     Outputs,
@@ -64,6 +69,7 @@ class Question:
         units: what the units are called.
         grid: rows and columns of an image's patches, ``None`` for text.
         given: the input as :func:`lenslrp.run_with_relevance` takes it.
+        columns: where the logits are that the target reads, if not everywhere.
         chunk: how many sequences run at once.
         passes: counted so far, for each row.
     """
@@ -78,6 +84,7 @@ class Question:
     units: list[list[str]]
     grid: tuple[int, int] | None
     given: Mapping[str, Any]
+    columns: Columns | None = None
     chunk: int = CHUNK
     passes: Passes = field(default_factory=Passes)
 
@@ -86,9 +93,25 @@ class Question:
         """How many copies of the batch run at once."""
         return max(1, self.chunk // len(self.inputs))
 
-    def values(self, inputs: Float[Tensor, "copies batch ..."]) -> Float[Tensor, "copies batch"]:
-        """The target's value for changed inputs, on the autograd graph where they are on it."""
-        return torch.cat([self._values(part) for part in inputs.split(self.step)])
+    def values(
+        self, inputs: Float[Tensor, "copies batch ..."], **how: Any
+    ) -> Float[Tensor, "copies batch"]:
+        """The target's value for changed inputs, on the autograd graph where they are on it.
+
+        Args:
+            how: what else is done in each pass, as for :func:`lenslrp.forward.forward`.
+        """
+        return torch.cat([self._values(part, **how) for part in inputs.split(self.step)])
+
+    def relevance(self, composite: Composite, names_filter: NamesFilter = ()) -> RelevanceCache:
+        """Relevance of the unchanged input under rules: one forward and one backward pass."""
+        with Session(self.model, composite, ledger=False, logits="target", stays=False) as session:
+            _, cache = session.run_with_relevance(
+                target=self.target, names_filter=names_filter, **self.given
+            )
+        self.passes.forward += 1
+        self.passes.backward += 1
+        return cache
 
     def gradients(self, inputs: Float[Tensor, "copies batch ..."]) -> Tensor:
         """The gradient of the value at changed inputs, of their shape."""
@@ -169,18 +192,33 @@ class Question:
         digest = hashlib.sha256(f"{seed} ".encode() + data).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
-    def _values(self, inputs: Tensor) -> Tensor:
+    def _values(self, inputs: Tensor, **how: Any) -> Tensor:
         copies, batch = inputs.shape[:2]
-        prepared = repeated(self.prepared, copies)
-        logits, captured = run(self.model, prepared, self.target, inputs.flatten(0, 1))
+        given = inputs.flatten(0, 1)
+        changed, columns = self.prepared.repeated(copies), self.columns
+        if changed.media:
+            changed = replace(changed, media={"pixel_values": given})
+        elif "inputs_embeds" in changed.kwargs:
+            changed.kwargs["inputs_embeds"] = given
+        else:
+            how["embed"] = lambda _, out: given if out.shape == given.shape else None
         self.passes.forward += copies
-        self.passes.backward += copies if logits.requires_grad else 0
-        values = []
-        for copy in range(copies):
-            rows = slice(copy * batch, (copy + 1) * batch)
-            hooked = {name: x[rows] for name, x in captured.items()}
-            outputs = outputs_of(self.model, self.prepared, logits[rows], hooked.__getitem__)
-            values.append(self.target.values(outputs))
+        with forward(
+            self.model, changed, capture_at=latent(self.target),
+            columns=None if columns is None else columns.repeat(copies, 1),
+            gradients=inputs.requires_grad and torch.is_grad_enabled(), **how,
+        ) as run:  # fmt: skip
+            assert run.logits is not None
+            self.passes.backward += copies if run.logits.requires_grad else 0
+            values = []
+            for copy in range(copies):
+                rows = slice(copy * batch, (copy + 1) * batch)
+                hooked = {name: x[rows] for name, x in run.captured.items()}
+                outputs = outputs_of(
+                    self.model, self.prepared, run.logits[rows], hooked.__getitem__,
+                    None if run.columns is None else columns,
+                )  # fmt: skip
+                values.append(self.target.values(outputs))
         return torch.stack(values)
 
 
@@ -240,8 +278,9 @@ def ask(
     if not media.head_of(model):
         require_latent(wanted, kind)
     leaves = Leaves()
-    with torch.no_grad():
-        logits, captured = run(model, prepared, wanted, None, leaves)
+    columns = columns_for(model, prepared, [wanted])
+    with forward(model, prepared, leaves=leaves, capture_at=latent(wanted), columns=columns) as run:
+        outputs = run.outputs()
     grid = None
     if image:
         inputs = prepared.media["pixel_values"]
@@ -259,15 +298,21 @@ def ask(
             )
         inputs = (leaves.tokens[0] if inputs_embeds is None else inputs_embeds).detach()
         vectors, mask, units = inputs, prepared.mask, prepared.str_tokens(model.tokenizer)
-    outputs = outputs_of(model, prepared, logits, captured.__getitem__)
     value = wanted.values(outputs).detach()
     if not bool(value.isfinite().all()):
         raise InputError(f"the target is NaN or infinite: {value.tolist()}")
     explained = Explained(wanted.text(outputs), value)
     fixed = _fixed(wanted, outputs)
     return Question(
-        model, prepared, inputs, vectors, mask, fixed, explained, units, grid, given, chunk,
+        model, prepared, inputs, vectors, mask, fixed, explained, units, grid, given, columns,
+        chunk,
     )  # fmt: skip
+
+
+def latent(target: Target) -> list[str]:
+    """The hook points whose units a target reads."""
+    hooks = [part.hook for part in parts_of(target) if isinstance(part, Activation)]
+    return list(dict.fromkeys(hooks))
 
 
 def _grid(leaves: Leaves, pixels: Tensor, kind: str) -> tuple[int, int]:

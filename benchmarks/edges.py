@@ -28,7 +28,6 @@ from lenslrp.analysis.edges import score_edges
 from lenslrp.analysis.graph_flows import choose_nodes, node_masks
 from lenslrp.analysis.nodes import TARGET, Node, place_components
 from lenslrp.analysis.pairs import template_pairs
-from lenslrp.analysis.replaced import repeated
 from lenslrp.inputs import prepare
 
 DEPTHS = (5, 15, 29)
@@ -56,10 +55,9 @@ def main() -> None:
     model = lenslrp.load("smollm2-135m")
     pair = template_pairs(model, "indirect_object", 1, seed=SEED)
     rows, tokens = options.rows, pair.clean
-    prepared = repeated(
-        prepare(model, tokens, append=[], prepend_bos=None, attention_mask=None,
-                inputs_embeds=None), rows
-    )  # fmt: skip
+    prepared = prepare(
+        model, tokens, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
+    ).repeated(rows)
     copies = pair.repeated(rows)
     whole = place_components(model, ("tokens", "heads", "mlp"))
     some = place_components(model, ("heads", "neurons"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -96,6 +96,21 @@ class Batch:
 
     def str_tokens(self, tokenizer: Any) -> list[list[str]]:
         return [row.pieces for row in self.rows(tokenizer)]
+
+    def repeated(self, copies: int) -> Batch:
+        """The batch ``copies`` times, one after the other, without an image or a sound."""
+
+        def repeat(value: Any) -> Any:
+            alike = isinstance(value, Tensor) and len(value) == len(self.tokens)
+            return value.repeat(copies, *[1] * (value.ndim - 1)) if alike else value
+
+        return replace(
+            self,
+            tokens=repeat(self.tokens),
+            mask=repeat(self.mask),
+            prompt_lengths=self.prompt_lengths * copies,
+            kwargs={name: repeat(value) for name, value in self.kwargs.items()},
+        )
 
     @property
     def written(self) -> Batch:

@@ -17,16 +17,17 @@ import torch
 from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
+from torch import Tensor
 
 from lenslrp import media
+from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
-from lenslrp.forward import architecture
+from lenslrp.forward import architecture, forward
 from lenslrp.hooks.composites import AttnLRP, Composite
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.hooks.rules import Rule
-from lenslrp.hooks.turns import turn
 from lenslrp.ledger import BALANCED, Ledger
-from lenslrp.run import run_with_relevance
+from lenslrp.sessions import Session
 from lenslrp.targets import Activation
 from lenslrp.verifying import Agreement
 from lenslrp.wrapped import agreement
@@ -127,7 +128,7 @@ def examine(
     generator = torch.Generator().manual_seed(seed)
     if not hasattr(model, "hook_dict"):
         raise InputError(f"model must be a TransformerBridge, not {type(model).__name__}")
-    target, given = None, {}
+    target, given = None, dict[str, Tensor]()
     if media.reads_no_text(model):
         given = media.example(model, seed)
         if not media.head_of(model):
@@ -138,18 +139,25 @@ def examine(
         }
     table = AttnLRP() if composite is None else composite
     gap = None
-    options: dict[str, Any] = {"composite": table, "names_filter": [], "target": target, **given}
+
+    def explained(*, strict: bool) -> tuple[Tensor, RelevanceCache]:
+        with Session(model, table, strict=strict, stays=False) as session:
+            return session.run_with_relevance(target=target, names_filter=[], **given)
+
     try:
-        logits, relevance = run_with_relevance(model, **options)
+        logits, relevance = explained(strict=True)
     except CoverageError as error:
         gap = str(error)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the gap is reported below
-            logits, relevance = run_with_relevance(model, strict=False, **options)
-    with turn(model), torch.no_grad():
-        seen = {name: value.to(logits.device) for name, value in given.items()}
-        plain = model(seen.pop("input", None), return_type="logits", **seen)
-    equal = bool(torch.equal(plain, logits))
+            logits, relevance = explained(strict=False)
+    floats = dict(given)
+    batch = media.prepare(
+        model, floats.pop("input", None), floats, append=[], prepend_bos=None, attention_mask=None,
+        inputs_embeds=None, decoder_input=None,
+    )  # fmt: skip
+    with forward(model, batch) as plain:
+        equal = plain.logits is not None and bool(torch.equal(plain.logits, logits))
     name = table.name if isinstance(table, Composite) else "custom"
     return Diagnosis(
         architecture(model),

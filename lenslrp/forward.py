@@ -32,8 +32,8 @@ from lenslrp.hooks.readers import converted, given, is_total, listen, owners, se
 from lenslrp.hooks.structure import unchanged
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
-from lenslrp.leaves import Leaves, Parts
-from lenslrp.logits import Columns, at_columns, head_component, unembed_at
+from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
+from lenslrp.logits import Columns, at_columns, columns_of, head_component, is_hooked, unembed_at
 from lenslrp.targets import Activation, Outputs, PerRow, Target
 
 if TYPE_CHECKING:
@@ -124,6 +124,22 @@ def outputs_of(
     )
 
 
+def columns_for(model: Any, batch: Batch, targets: Iterable[Target]) -> Columns | None:
+    """Where targets read the logits; ``None`` where one of them, or somebody's hook, sees them all.
+
+    Raises:
+        InputError: a position outside a row.
+    """
+    unembed = head_component(model)
+    if unembed is None or is_hooked(model, unembed) or media.labels_of(model) is not None:
+        return None
+    return columns_of(targets, outputs_of(model, batch, torch.empty(0, 0, 0), _none))
+
+
+def _none(hook: str) -> Tensor:
+    raise InputError(f"{hook} has not run yet")
+
+
 class _Stop(BaseException):
     """Leaves a forward pass: nothing behind this point is needed."""
 
@@ -137,13 +153,17 @@ def forward(
     edits: Iterable[Edit] = (),
     capture_at: Iterable[str] = (),
     embed: Callable[[nn.Module, Tensor], Tensor | None] | None = None,
+    leaves: Leaves | None = None,
     columns: Columns | None = None,
     stop_after: str | None = None,
     record: dict[int, Any] | None = None,
     replay: Mapping[int, Any] | None = None,
     gradients: bool = False,
+    at_nodes: Callable[[Attached, Forward], None] | None = None,
 ) -> Iterator[Forward]:
     """Run ``model`` once without relevance rules; what is attached for it goes with the block.
+
+    Inside a :func:`lenslrp.relevance_rules` block the rules in force take part.
 
     Args:
         model: a ``TransformerBridge``.
@@ -152,21 +172,28 @@ def forward(
             TransformerLens shows them, as they pass.
         edits: what is changed on the way; readers see it changed.
         capture_at: hook points whose tensors are kept on the autograd graph.
-        embed: called with each embedding of tokens and what it returned; what it gives instead is
-            used in its place.
-        columns: [batch, n], where logits are computed; at every position if not given.
-        stop_after: a hook point of ``read`` after which nothing is needed.
+        embed: makes, of a module that embeds tokens and what it returned, what is used in its
+            place, or ``None``; called until it has replaced the embeddings of ``batch.tokens``
+            once (an encoder embeds before a decoder).
+        leaves: filled with what is embedded, which is cut off from what it was made of.
+        columns: [batch, n], where logits are computed; at every position if not given, and chosen
+            from there where somebody's hooks see them all.
+        stop_after: a hook point after which nothing is needed.
         record: is given what every block returns, by layer.
         replay: what blocks return instead of running, by layer.
-        gradients: keep the autograd graph.
+        gradients: keep the autograd graph of everything but the weights.
+        at_nodes: attaches what else belongs to the pass.
 
     Raises:
-        InputError: a hook point that the model does not have, one to be read that does not fire,
-            or an edit that :func:`lenslrp.edits.edit_units` refuses.
+        InputError: a hook point that the model does not have, one to be read that does not fire, an
+            edit that :func:`lenslrp.edits.edit_units` refuses, or no embedding was replaced.
     """
     made = Forward(model, batch)
+    calls, kept = dict(read or {}), list(capture_at)
+    if stop_after is not None:
+        calls.setdefault(stop_after, _nothing)
     with ExitStack() as stack:
-        stack.enter_context(turn(model))
+        stack.enter_context(frozen(model) if gradients else turn(model))
         stack.enter_context(unchanged(model))
         parts = components(model)
         stack.enter_context(torch.set_grad_enabled(gradients))
@@ -174,30 +201,44 @@ def forward(
             from lenslrp.edits import edit_units  # which looks at what is used by a pass of its own
 
             stack.enter_context(edit_units(model, edits))
-        seen = stack.enter_context(reading(model, read or {}, stop_after=stop_after))
+        seen = stack.enter_context(reading(model, calls, stop_after=stop_after))
         at = stack.enter_context(undone(Attached()))
+        given, embedded, picked = dict(batch.media), [], []
+        if leaves is not None:
+            if given:
+                given = cut_media(at, parts, leaves, [], given, "pixels")
+            cut_leaves(at, embeddings(parts), leaves, batch)
         if embed is not None:
-            _replace_embedded(at, parts, embed)
+            embedded = _replace_embedded(at, parts, batch.tokens, embed)
         if record is not None or replay:
             _keep_blocks(at, parts, record, replay or {})
-        if capture_at:
+        if kept:
             owned = owners(module for _, module in parts)
-            capture(at, hook_points(model, parts), owned, list(capture_at), made.captured)
+            capture(at, hook_points(model, parts), owned, kept, made.captured)
         keep_unembedded(at, parts, made.captured)
+        if at_nodes is not None:
+            at_nodes(at, made)
         unembed = head_component(model)
-        picked = None
-        if columns is not None and unembed is not None:
+        if columns is not None and unembed is not None and not is_hooked(model, unembed):
             picked = unembed_at(at, unembed, columns, written(batch).tokens.shape[1])
         with suppress(_Stop):
-            made.logits = run_model(model, batch, None, dict(batch.media))
-        missing = [name for name in read or () if name not in seen]
+            made.logits = run_model(model, batch, leaves, given)
+        missing = [name for name in calls if name not in seen]
         if missing:
             raise InputError(f"{missing[0]} does not fire in this model's forward pass")
         if columns is not None and made.logits is not None and made.logits.ndim == 3:
+            made.logits = made.logits if picked else at_columns(made.logits, columns)
             made.columns = columns
-            if not picked:  # a head of another kind
-                made.logits = at_columns(made.logits, columns)
+        if embed is not None and not embedded:
+            raise InputError(
+                f"{architecture(model)} embedded no tokens of shape {list(batch.tokens.shape)}: "
+                "nothing was replaced"
+            )
         yield made
+
+
+def _nothing(_: Tensor) -> None:
+    """Where a pass stops, nothing need be read."""
 
 
 @contextmanager
@@ -266,11 +307,38 @@ def _give(value: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _replace_embedded(
-    at: Attached, parts: Parts, embed: Callable[[nn.Module, Tensor], Tensor | None]
-) -> None:
+    at: Attached,
+    parts: Parts,
+    tokens: Tensor,
+    embed: Callable[[nn.Module, Tensor], Tensor | None],
+) -> list[Tensor]:
+    """Returns a list that is not empty once embeddings were replaced."""
+    made: list[Tensor] = []
+
+    def replace(module: nn.Module, _: Any, out: Tensor) -> Tensor | None:
+        if made or out.ndim != 3 or out.shape[:2] != tokens.shape:
+            return None
+        made.extend(x for x in [embed(module, out)] if x is not None)
+        return made[0] if made else None
+
     for module, position in embeddings(parts):
         if not position:
-            at.hook(module, lambda module, _, out: embed(module, out))
+            at.hook(module, replace)
+    return made
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No weight asks for a gradient inside, so that none is kept for it."""
+    with turn(model):
+        thawed = [weight for weight in model.parameters() if weight.requires_grad]
+        try:
+            for weight in thawed:
+                weight.requires_grad_(False)
+            yield
+        finally:
+            for weight in thawed:
+                weight.requires_grad_(True)
 
 
 def run_model(

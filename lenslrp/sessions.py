@@ -23,7 +23,7 @@ from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.explaining import WINDOW, explain
-from lenslrp.forward import architecture, outputs_of, parts_of, read_at
+from lenslrp.forward import architecture, columns_for, parts_of, read_at
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
@@ -35,14 +35,7 @@ from lenslrp.hooks.sites import Books
 from lenslrp.hooks.structure import unchanged
 from lenslrp.hooks.turns import Block, turn, turns_of
 from lenslrp.inputs import Batch
-from lenslrp.logits import (
-    Columns,
-    at_columns,
-    columns_of,
-    head_component,
-    is_hooked,
-    require_logits,
-)
+from lenslrp.logits import Columns, at_columns, require_logits
 from lenslrp.passes import Again, Pass, under_rules
 from lenslrp.reductions import Reduce, check_reduce, reduction_for
 from lenslrp.remembered import is_conditional, remembered
@@ -392,13 +385,8 @@ class Session:
 
     def _columns(self, prepared: Batch, wanted: list[Target], names: list[str]) -> Columns | None:
         """Where logits are computed; ``None`` where somebody sees more of them than the target."""
-        unembed = head_component(self.model)
         inside = any(name.split(".")[0] == "unembed" for name in names)
-        if unembed is None or inside or is_hooked(self.model, unembed):
-            return None
-        empty = torch.empty(0, 0, 0)
-        outputs = outputs_of(self.model, prepared, empty, _none)
-        return columns_of(wanted, outputs)
+        return None if inside else columns_for(self.model, prepared, wanted)
 
     def _name_gaps(self, run: Pass, wanted: list[Target], tracer: cover.Tracer) -> None:
         """Raise what has no rule, with the component that it belongs to."""
@@ -458,10 +446,6 @@ def _caller() -> int:
     while frame.f_back is not None and str(frame.f_globals["__name__"]).startswith("lenslrp."):
         level, frame = level + 1, frame.f_back
     return level
-
-
-def _none(hook: str) -> Tensor:
-    raise InputError(f"{hook} has not run yet")
 
 
 def _given(*floats: Tensor | None) -> dict[str, Tensor]:

@@ -28,20 +28,18 @@ from torch.utils.flop_counter import flop_registry
 from transformers.initialization import no_init_weights
 
 from lenslrp.errors import InputError
-from lenslrp.forward import undone
 from lenslrp.hooks import coverage as cover
-from lenslrp.hooks.components import Attached, components, hook_points
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
-from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.install import FLOATING, relevance_rules
-from lenslrp.hooks.readers import NamesFilter, Readers, owners, select_names
+from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books
-from lenslrp.inputs import Batch
-from lenslrp.leaves import Leaves, cut_leaves, cut_media
+from lenslrp.inputs import Batch, is_encoder_decoder
 from lenslrp.loading import load
-from lenslrp.passes import checkpoint_blocks, starting, watch_blocks
+from lenslrp.logits import head_component, require_logits
+from lenslrp.passes import Pass, starting, under_rules
 from lenslrp.reductions import Reduce, reduction_for
+from lenslrp.targets import Top
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,6 +94,7 @@ def survey(
     attention: str = "bridge",
     checkpoint: bool = False,
     ledger: bool = True,
+    logits: str = "all",
     inputs: Mapping[str, Any] | None = None,
 ) -> Survey:
     """Coverage, memory and arithmetic of explaining one logit, from a configuration alone.
@@ -107,7 +106,7 @@ def survey(
             model, if not given.
         length, batch: of the input.
         dtype: of the weights.
-        names_filter, reduce, attention, checkpoint, ledger: as for
+        names_filter, reduce, attention, checkpoint, ledger, logits: as for
             :func:`lenslrp.run_with_relevance`, but no hook is read by default.
         inputs: what the model takes instead of tokens: name -> shape of floats.
 
@@ -118,40 +117,38 @@ def survey(
     """
     if dtype not in FLOATING:
         raise InputError(f"dtype must be one of {', '.join(map(str, FLOATING))}, not {dtype}")
+    require_logits(logits)
     table = as_composite(AttnLRP() if composite is None else composite)
     cls = _class_of(config, architecture)
     with FakeTensorMode():
         built = _built(cls, config, dtype)
         weights = list(built.parameters())  # before a bridge splits some of them
         model = load(built, verify=False)
-        given = _inputs(model, batch, length, inputs or {}, dtype)
-        books = Books() if ledger else None
-        leaves, held = Leaves(), Held(model)
-        parts = list(components(model))
+        given = _batch(model, batch, length, inputs or {}, dtype)
+        columns = None
+        if logits == "target" and head_component(model) is not None:
+            columns = torch.full((batch, 1), length - 1)
+        held = Held(model)
         with ExitStack() as stack:
+            books = Books() if ledger else None
             rules = stack.enter_context(
                 relevance_rules(model, table, attention=attention, strict=False, books=books)
             )
-            at = stack.enter_context(undone(Attached()))
-            if "input" in given:
-                cut_leaves(at, embeddings(parts), leaves, _as_prepared(given))
-            else:
-                given = cut_media(at, parts, leaves, rules.sites, given, "pixels")
-            if books is not None:
-                watch_blocks(at, parts, books)
-            points = hook_points(model, parts)
-            names, _ = select_names(points, names_filter)
-            readers = Readers.plan(points, names, partial(reduction_for, reduce))
-            readers.attach(owners(m for _, m in parts), at)
-            if checkpoint:
-                checkpoint_blocks(at, parts)
+            names, _ = select_names(rules.points, names_filter)
+            readers = Readers.plan(rules.points, names, partial(reduction_for, reduce))
             stack.enter_context(held)
-            logits = _logits(model, given)
-            between = held.now
-            rules.verify(logits)
-            found = cover.walk([logits], weights=rules.weights)
-            with starting([logits] if ledger else []):
-                torch.autograd.grad(logits.flatten(1)[:, -1].sum(), leaves.all(), allow_unused=True)
+            run = stack.enter_context(
+                _by_shape(
+                    model, rules, given, readers,
+                    columns=columns, checkpoint=checkpoint, strict=False, ledger=ledger,
+                )
+            )  # fmt: skip
+            between, outputs, roots = held.now, run.outputs(), run.roots(Top())
+            rules.verify(*roots)
+            found = run.walk(roots)
+            with starting(roots if ledger else []):
+                value = outputs.logits.flatten(1)[:, -1].sum()
+                torch.autograd.grad(value, run.leaves.all(), allow_unused=True)
             readers.finish()
         sites = [site for site in rules.sites if id(site) in found.sites]
         cover.require_fired(sites)
@@ -238,34 +235,30 @@ def _built(cls: Any, config: Any, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _logits(model: Any, given: Mapping[str, Tensor]) -> Tensor:
-    others: dict[str, Any] = {name: value for name, value in given.items() if name != "input"}
-    if "input" in given:
-        others["use_cache"] = False
-    try:
-        logits: Tensor = model(given.get("input"), return_type="logits", **others)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise InputError(
-            f"{type(model.original_model).__name__} decides by values ({error.func}), which fake "
-            "tensors have not; a mixture of experts does not with config._experts_implementation = "
-            '"batched_mm" (or "grouped_mm", in bfloat16)'
-        ) from error
-    return logits
+@contextmanager
+def _by_shape(model: Any, *given: Any, **options: Any) -> Iterator[Pass]:
+    """The forward pass under rules, where it needs no values."""
+    with ExitStack() as stack:
+        try:
+            run = stack.enter_context(under_rules(model, *given, **options))
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise InputError(
+                f"{type(model.original_model).__name__} decides by values ({error.func}), which "
+                "fake tensors have not; a mixture of experts does not with "
+                'config._experts_implementation = "batched_mm" (or "grouped_mm", in bfloat16)'
+            ) from error
+        yield run
 
 
-def _as_prepared(given: Mapping[str, Tensor]) -> Batch:
-    sides = [given[name] for name in ("input", "decoder_input_ids") if name in given]
-    made = [Batch(t, torch.ones_like(t, dtype=torch.bool), [t.shape[1]] * len(t)) for t in sides]
-    return replace(made[0], decoder=made[1] if len(made) > 1 else None)
-
-
-def _inputs(
+def _batch(
     model: Any, batch: int, length: int, shapes: Mapping[str, Any], dtype: torch.dtype
-) -> dict[str, Tensor]:
+) -> Batch:
+    size = 0 if shapes else length
+    tokens = torch.zeros(batch, size, dtype=torch.long)
+    text = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool), [size] * batch)
     if shapes:
-        return {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
-    tokens = torch.zeros(batch, length, dtype=torch.long)
-    given = {"input": tokens}
-    if getattr(model.original_model.config, "is_encoder_decoder", False):
-        given["decoder_input_ids"] = tokens
-    return given
+        floats = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+        return replace(text, media=floats)
+    if is_encoder_decoder(model):
+        return replace(text, decoder=text, kwargs={"decoder_input_ids": tokens})
+    return text

@@ -25,17 +25,16 @@ from transformer_lens.hook_points import HookPoint
 
 from lenslrp import media
 from lenslrp.errors import InputError
-from lenslrp.forward import run_model, undone
+from lenslrp.forward import Forward, forward
 from lenslrp.hooks.attach import Attached, components
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import Composite, GradientTimesInput
-from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.install import relevance_rules
 from lenslrp.hooks.sites import has_values
 from lenslrp.hooks.state import users_hooks
 from lenslrp.hooks.turns import in_force
 from lenslrp.inputs import Batch, is_encoder_decoder
-from lenslrp.leaves import Leaves, cut_leaves, cut_media
+from lenslrp.leaves import Leaves
 from lenslrp.targets import PAIRED
 
 SHORT = 2
@@ -173,8 +172,7 @@ def _foreign(model: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
 def _look(model: Any, prepared: Batch, rules: Composite | None, *, quiet: bool) -> frozenset[str]:
     if not has_values(prepared.tokens):
         return frozenset()
-    parts = list(components(model))
-    points = hook_points(model, parts)
+    points = hook_points(model, components(model))
     names: dict[int, list[str]] = {}
     for name, point in points.items():
         names.setdefault(id(point), []).append(name)
@@ -187,23 +185,21 @@ def _look(model: Any, prepared: Batch, rules: Composite | None, *, quiet: bool) 
         seen.setdefault(id(point), []).append(own.grad_fn)
         return own
 
+    def mark_all(at: Attached, _: Forward) -> None:
+        for point in {id(point): point for point in points.values()}.values():
+            at.hook(point, mark)
+
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
         if rules is not None:
             stack.enter_context(relevance_rules(model, rules, strict=False))
         stack.enter_context(_silenced(points.values()))
         if quiet:
             stack.enter_context(_without(list(_foreign(model))))
-        at = stack.enter_context(undone(Attached()))
-        leaves = Leaves()
-        given = dict(prepared.media)
-        if given:
-            given = cut_media(at, parts, leaves, [], given, "pixels")
-        cut_leaves(at, embeddings(parts), leaves, prepared)
-        for point in {id(point): point for point in points.values()}.values():
-            at.hook(point, mark)
-        used = _above(run_model(model, prepared, leaves, given).grad_fn)
+        run = stack.enter_context(
+            forward(model, prepared, leaves=Leaves(), gradients=True, at_nodes=mark_all)
+        )
+        used = _above(None if run.logits is None else run.logits.grad_fn)
     lost = {key for key, nodes in seen.items() if not any(id(node) in used for node in nodes)}
     if len(lost) == len(seen):  # the pass left no graph: nothing can be told
         return frozenset()

@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from lenslrp import media
+from lenslrp.forward import forward
+from lenslrp.inputs import Batch
 
 LENGTH = 6  #: tokens of the short pass
 LARGEST = 40_000_000_000  #: weights; above, a pass costs too much to be made unasked
@@ -141,8 +143,8 @@ def compare(bridge: Any, expected: Reference) -> Agreement:
         for name, value in expected.given.items()
     }
     try:
-        with torch.no_grad():
-            output = bridge(given.pop("input_ids", None), return_type="logits", **given)
+        with forward(bridge, _batch(given)) as run:
+            output = output_of((run.logits,))
     except FAILURES as error:
         reason = f"the bridge raises for what the model runs: {_said(error)}"
         return Agreement(None, reason=reason, failed=True)
@@ -153,6 +155,15 @@ def compare(bridge: Any, expected: Reference) -> Agreement:
         return Agreement(None, reason=reason, failed=True)
     wide = tolerance > TOLERANCE["float32"]
     return Agreement(difference(output, expected.output, by_position=wide), tolerance)
+
+
+def _batch(given: dict[str, Any]) -> Batch:
+    ids = given.pop("input_ids", None)
+    if ids is not None:
+        return Batch(ids, torch.ones_like(ids, dtype=torch.bool), [ids.shape[1]], given)
+    rows = len(next(iter(given.values())))
+    empty = torch.empty(rows, 0, dtype=torch.long)
+    return Batch(empty, empty.bool(), [0] * rows, media=given)
 
 
 def difference(output: Tensor, expected: Tensor, *, by_position: bool = False) -> float:

@@ -17,7 +17,6 @@ from lenslrp.analysis.cut_pass import EMBEDDINGS, coefficients, cut
 from lenslrp.analysis.edges import Edge, score_edges
 from lenslrp.analysis.nodes import TARGET, Node, place_components
 from lenslrp.analysis.pairs import Pairs
-from lenslrp.analysis.replaced import repeated
 from lenslrp.analysis.transformer_lens_results import to_transformer_lens
 from lenslrp.errors import InputError
 from lenslrp.hooks import CPLRP, AttnLRP, Composite, GradientTimesInput, RelP
@@ -50,7 +49,7 @@ def test_what_enters_a_node_is_its_relevance_less_what_was_absorbed(
     rows = 6
     left = {hook: torch.zeros_like(x[0].sum(-1)) for hook, (x, _) in found.items()}
     arrived = torch.zeros_like(cache.tokens[0])
-    with session, cut(session, repeated(prepared, rows), Logit(5), hooks, books=True) as passed:
+    with session, cut(session, prepared.repeated(rows), Logit(5), hooks, books=True) as passed:
         starts: list[tuple[dict[str, Tensor], Tensor | None, Tensor]] = [
             ({}, torch.ones(rows), passed.values.detach())
         ]

@@ -160,7 +160,7 @@ def test_a_direction_before_a_block_is_carried_from_the_block_before() -> None:
 def test_the_first_tokens_do_not_count() -> None:
     model = zoo.build("LlamaForCausalLM")
     rows = torch.randint(3, 53, (40, 4))
-    counted = [c for _, c, _ in _batches(model, rows, 8, 1, "")]
+    counted = [c for _, c in _batches(model, rows, 8, 1, "")]
     assert all(c.tolist() == [[False, True, True, True]] * 8 for c in counted)
 
 
@@ -179,7 +179,7 @@ def test_everything_is_undone_and_the_same_seed_gives_the_same_lens() -> None:
 def test_padding_does_not_count() -> None:
     model = tiny("llama", tokenizer=word_tokenizer())
     text = ["a b c d e f g", "g h i", "c a"]
-    _, counted, _ = next(_batches(model, text, 3, 1, ""))
+    _, counted = next(_batches(model, text, 3, 1, ""))
     assert counted.sum(dim=1).tolist() == [7, 3, 2]  # of 8, 4 and 3 with the first token
     together, apart = (
         compare_lenses(model, text, {"logit": None}, batch_size=size) for size in (3, 1)

@@ -189,13 +189,29 @@ def test_curves_of_several_prompts_equal_those_of_each() -> None:
             )
 
 
-def test_only_the_targets_position_is_unembedded() -> None:
+@pytest.mark.parametrize("hooked", [False, True])
+def test_only_the_targets_position_is_unembedded(
+    hooked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless somebody's hook sees the logits, which then are all there."""
     model = tiny()
     seen: list[tuple[int, ...]] = []
-    handle = model.unembed.register_forward_hook(lambda m, a, out: seen.append(tuple(out.shape)))
-    tokens_of(model, as_prompt(model, IDS, 5)).without(masks(6))
-    handle.remove()
-    assert seen == [(6, 1, 23)]
+    inner = model.unembed.original_component
+    run = inner.forward
+
+    def unembed(x: Tensor) -> Tensor:
+        seen.append(tuple(x.shape))
+        made: Tensor = run(x)
+        return made
+
+    features = tokens_of(model, as_prompt(model, IDS, 5))
+    plain = features.without(masks(6)).value
+    monkeypatch.setattr(inner, "forward", unembed)
+    if hooked:
+        model.unembed.register_forward_hook(lambda m, a, out: out * 2)
+    found = features.without(masks(6)).value
+    assert seen == [(6, 6 if hooked else 1, 16)]
+    np.testing.assert_allclose(found, plain * (2 if hooked else 1), rtol=1e-10)
 
 
 def test_hooks_are_gone_after_an_exception() -> None:
