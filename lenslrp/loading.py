@@ -29,8 +29,9 @@ from lenslrp.checkpoints import (
     to_device,
 )
 from lenslrp.embedded import EMBEDDED, ensure_cached
-from lenslrp.errors import LoadError
+from lenslrp.errors import InputError, LoadError
 from lenslrp.hooks.attention import call_the_module, own_attention
+from lenslrp.hooks.sharding import require_whole
 from lenslrp.quiet import quiet_transformers
 from lenslrp.tokenization import beginning, give_tokenizer
 from lenslrp.verifying import FAILURES, Agreement, reference
@@ -160,6 +161,10 @@ def _require_model(model: Any) -> PreTrainedModel:
     inner = inside_adapter(model)
     if not isinstance(inner, PreTrainedModel):
         raise LoadError(_explain_type(inner))
+    try:
+        require_whole(inner, dict(inner.named_parameters()))
+    except InputError as error:
+        raise LoadError(str(error)) from error
     if any(part._compiled_call_impl is not None for part in inner.modules()):
         raise LoadError(
             "this model was compiled in place (model.compile()), and a bridge replaces its "
