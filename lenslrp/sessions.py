@@ -43,6 +43,7 @@ from lenslrp.logits import (
     is_hooked,
     require_logits,
 )
+from lenslrp.out_of_memory import explained_oom
 from lenslrp.passes import Again, Pass, under_rules
 from lenslrp.reductions import Reduce, check_reduce, reduction_for
 from lenslrp.remembered import is_conditional, remembered
@@ -339,6 +340,12 @@ class Session:
             for name, call in read.items():
                 read_at(at, points, name, call)
 
+        choices = {
+            "composite": self.composite, "names_filter": names_filter, "reduce": reduce,
+            "attention": self.attention, "checkpoint": self.checkpoint, "ledger": self.ledger,
+            "logits": logits,
+        }  # fmt: skip
+
         def attempt(ways: set[str]) -> tuple[Tensor, list[RelevanceCache], set[str]]:
             checked = "books" in ways or not (memory.balanced or is_conditional(model))
             self._fit(rules, books=self.ledger or checked, copies="copies" in ways)
@@ -370,7 +377,8 @@ class Session:
         ways = set(self._ways)
         while True:
             try:
-                found, caches, silent = attempt(ways)
+                with explained_oom(model, prepared, **choices):
+                    found, caches, silent = attempt(ways)
                 break
             except Again as again:
                 if again.way in ways:

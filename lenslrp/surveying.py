@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers.initialization import no_init_weights
 
 from lenslrp.errors import InputError
-from lenslrp.forward import undone
+from lenslrp.forward import keep_unembedded, undone
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.components import Attached, components, hook_points
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
@@ -40,6 +40,7 @@ from lenslrp.hooks.sites import Books
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, cut_leaves, cut_media
 from lenslrp.loading import load
+from lenslrp.logits import head_component, require_logits, unembed_at
 from lenslrp.passes import checkpoint_blocks, starting, watch_blocks
 from lenslrp.reductions import Reduce, reduction_for
 
@@ -96,6 +97,7 @@ def survey(
     attention: str = "bridge",
     checkpoint: bool = False,
     ledger: bool = True,
+    logits: str = "all",
     inputs: Mapping[str, Any] | None = None,
 ) -> Survey:
     """Coverage, memory and arithmetic of explaining one logit, from a configuration alone.
@@ -107,7 +109,7 @@ def survey(
             model, if not given.
         length, batch: of the input.
         dtype: of the weights.
-        names_filter, reduce, attention, checkpoint, ledger: as for
+        names_filter, reduce, attention, checkpoint, ledger, logits: as for
             :func:`lenslrp.run_with_relevance`, but no hook is read by default.
         inputs: what the model takes instead of tokens: name -> shape of floats.
 
@@ -118,6 +120,7 @@ def survey(
     """
     if dtype not in FLOATING:
         raise InputError(f"dtype must be one of {', '.join(map(str, FLOATING))}, not {dtype}")
+    require_logits(logits)
     table = as_composite(AttnLRP() if composite is None else composite)
     cls = _class_of(config, architecture)
     with FakeTensorMode():
@@ -139,19 +142,25 @@ def survey(
                 given = cut_media(at, parts, leaves, rules.sites, given, "pixels")
             if books is not None:
                 watch_blocks(at, parts, books)
-            points = hook_points(model, parts)
+            points, captured = hook_points(model, parts), dict[str, Tensor]()
+            keep_unembedded(at, parts, captured)
+            unembed = head_component(model)
+            if logits == "target" and unembed is not None and "input" in given:
+                unembed_at(at, unembed, torch.full((batch, 1), length - 1), length)
             names, _ = select_names(points, names_filter)
             readers = Readers.plan(points, names, partial(reduction_for, reduce))
             readers.attach(owners(m for _, m in parts), at)
             if checkpoint:
                 checkpoint_blocks(at, parts)
             stack.enter_context(held)
-            logits = _logits(model, given)
+            made = _logits(model, given)
             between = held.now
-            rules.verify(logits)
-            found = cover.walk([logits], weights=rules.weights)
-            with starting([logits] if ledger else []):
-                torch.autograd.grad(logits.flatten(1)[:, -1].sum(), leaves.all(), allow_unused=True)
+            capped = getattr(model.cfg, "output_logits_soft_cap", None)
+            root = captured["unembed"] if capped else made  # where relevance starts
+            rules.verify(root)
+            found = cover.walk([root], weights=rules.weights)
+            with starting([root] if ledger else []):
+                torch.autograd.grad(root.flatten(1)[:, -1].sum(), leaves.all(), allow_unused=True)
             readers.finish()
         sites = [site for site in rules.sites if id(site) in found.sites]
         cover.require_fired(sites)
