@@ -58,6 +58,7 @@ from lenslrp.hooks.operations import (
 )
 from lenslrp.hooks.patches import below, embedders
 from lenslrp.hooks.rules import Epsilon, Identity, LinearRule, Normalisation, Operations, Plain
+from lenslrp.hooks.sharding import is_sharded
 from lenslrp.hooks.structure import Parts
 
 
@@ -355,6 +356,11 @@ def _ruled_weights(
         if role not in ruled:  # a check of a protocol is slow, and roles are few
             ruled[role] = bool(role) and isinstance(composite[role], LinearRule)
         if ruled[role]:
+            if any(is_sharded(m) for m in matrices):
+                raise InputError(
+                    f"{path}: {composite[role].name} reads its weight, which FSDP gathers for the "
+                    f"pass only: use epsilon for its role ({role!r}), or load the model whole"
+                )
             # On the meta device no tensor has an address.
             found.update((m.data_ptr(), path) for m in matrices if not m.is_meta)
     return found

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lenslrp.errors import InputError
+from lenslrp.errors import InputError, is_out_of_memory
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.rules import Identity, Limited, Normalisation, inverse_rms
 from lenslrp.hooks.sites import Site, has_values, widened
@@ -69,8 +69,10 @@ def _tried(module: nn.Module, run: Run, check: Callable[[], str]) -> str:
     try:
         with torch.no_grad():
             form = check()
-    except (IndexError, RuntimeError, TypeError, ValueError):  # it takes inputs of one kind only
-        return ""
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        return ""  # it takes inputs of one kind only
     if form and known:
         _proven[module] = (code, form)
     return form

@@ -84,15 +84,14 @@ NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
 
 def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
     """A linear layer's bias under the epsilon rule: it absorbs its share."""
-    bias: Tensor | None = getattr(module, "bias", None)
-    if ctx.books is None or bias is None:
+    layer: Any = module
+    if ctx.books is None or getattr(layer, "bias", None) is None:
         return
     role, dim = "linear", -1
     if isinstance(module, CONVOLUTIONS):
-        layer: Any = module
         role, dim = "convolution", 1 - layer.weight.ndim  # the channels, before the places
     site = ctx.site(path, module, role, Epsilon())
-    at.meter(module, lambda y: measure_bias(y, bias, site, dim))
+    at.meter(module, lambda y: measure_bias(y, layer.bias, site, dim))  # FSDP gathers it
 
 
 def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role: str) -> None:

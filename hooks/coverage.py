@@ -26,6 +26,7 @@ from transformer_lens.model_bridge.generalized_components.base import _ScaledHoo
 from lenslrp.errors import CoverageError
 from lenslrp.hooks.functions import OURS
 from lenslrp.hooks.observing import WRITES
+from lenslrp.hooks.sharding import is_gathering
 from lenslrp.hooks.sites import Site, has_values
 
 LINEAR = frozenset(
@@ -296,7 +297,7 @@ def _is_foreign(node: Any) -> bool:
     """Whether a node was written in Python by somebody else: nothing is known of its gradient."""
     kind = getattr(node, "_forward_cls", None)
     known = (BackwardHookFunction, _ScaledHookGradient)  # the other divides by a constant
-    return kind is not None and kind not in OURS and kind not in known
+    return kind is not None and kind not in OURS and kind not in known and not is_gathering(kind)
 
 
 def _clips(node: Any) -> bool:

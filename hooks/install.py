@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place,
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.readers import owners
 from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.sharding import require_whole, reshard
 from lenslrp.hooks.sites import Books, Site
 from lenslrp.hooks.state import State
 from lenslrp.hooks.turns import turn
@@ -76,6 +78,7 @@ class Rules:
 
     def attach(self) -> None:
         """Register every hook; freezes the weights."""
+        reshard(self.model)
         self.state = None
         state = State(self.model)
         self.points = hook_points(self.model, state.parts)
@@ -101,6 +104,7 @@ class Rules:
         self.weights = attached.weights
         for weight in frozen:
             attached.freeze(weight)
+        attached.undo.append(partial(reshard, self.model))
         state.settle()
         self.state = state
 
@@ -167,29 +171,31 @@ def require_bridge(model: Any) -> None:
     """Refuse what rules cannot be attached to.
 
     Raises:
-        InputError: no bridge, a quantised or an offloaded weight or one that autograd cannot use,
-            or train mode, of the whole or of a part.
+        InputError: no bridge, a quantised, an offloaded or a split weight or one that autograd
+            cannot use, or train mode, of the whole or of a part.
     """
     if not hasattr(model, "hook_dict") or not isinstance(model, nn.Module):
         raise InputError(
             "model must be a TransformerBridge (lenslrp.load gives one), not "
             f"{type(model).__name__}"
         )
-    for name, parameter in model.named_parameters():
+    weights = {n.replace("_original_component.", ""): p for n, p in model.named_parameters()}
+    require_whole(model, weights)
+    for name, parameter in weights.items():
         if parameter.is_inference():
             raise InputError(
-                f"{name.replace('_original_component.', '')} was made under "
+                f"{name} was made under "
                 "torch.inference_mode(), and autograd can use no such weight: load (or move, or "
                 "convert) the model outside it; torch.no_grad() is fine"
             )
         if parameter.dtype not in FLOATING:
             raise InputError(
-                f"{name.replace('_original_component.', '')} is quantised ({parameter.dtype}); the "
+                f"{name} is quantised ({parameter.dtype}); the "
                 "rules cannot read it: load the model in float32, bfloat16 or float16"
             )
         if type(parameter).dequantize is not torch.Tensor.dequantize:  # a subclass that unpacks
             raise InputError(
-                f"{name.replace('_original_component.', '')} is quantised "
+                f"{name} is quantised "
                 f"({type(parameter).__name__}); the rules cannot read it: load the model in "
                 "float32, bfloat16 or float16"
             )

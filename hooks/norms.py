@@ -130,11 +130,11 @@ def _attach_wrapped_norm(at: Attached, component: nn.Module, site: Site) -> None
     norm: Any = component
     forward = known_forward(norm)
     if forward in GROUP_NORMS:
-        gain, groups = norm.weight, norm.num_groups
-        at.wrap(norm, lambda x, y: F.apply(F.GroupNorm, x, y, gain, groups, norm.eps, site))
+        groups, eps = norm.num_groups, norm.eps
+        at.wrap(norm, lambda x, y: F.apply(F.GroupNorm, x, y, norm.weight, groups, eps, site))
     elif forward in LAYER_NORMS:  # not a subclass with a forward of its own
-        weight, eps = getattr(norm, "weight", None), norm.eps
-        at.wrap(norm, lambda x, y: F.apply(F.Norm, x, y, weight, eps, True, site))
+        eps = norm.eps
+        at.wrap(norm, lambda x, y: F.apply(F.Norm, x, y, _gain_of(norm), eps, True, site))
     elif type(norm).__name__ in NAMED_NORMS:
         _wrap_own_norm(at, norm, NAMED_NORMS[type(norm).__name__], site)
     elif _is_rms_norm(norm):
@@ -161,6 +161,12 @@ def _slim(norm: nn.Module, form: str, x: Tensor, y: Tensor, site: Site) -> Tenso
         return None
     gain = checks.gain_of(norm, form)
     return F.apply(F.Norm, x, y, gain, checks.epsilon(norm), False, site)
+
+
+def _gain_of(norm: Any) -> Tensor | None:
+    """Asked for at each pass: FSDP gathers it."""
+    weight: Tensor | None = getattr(norm, "weight", None)
+    return weight
 
 
 def _bias_of(module: Any, rule: Normalisation) -> Tensor | None:

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from lenslrp.conversation import chat
     from lenslrp.defaults import recommended
     from lenslrp.doctor import examine
-    from lenslrp.errors import CoverageError, InputError, LensLRPError, LoadError, StorageError
+    from lenslrp.errors import (
+        CoverageError,
+        InputError,
+        LensLRPError,
+        LoadError,
+        OutOfMemoryError,
+        StorageError,
+    )
     from lenslrp.explaining_file import explain_to
     from lenslrp.hooks import (
         CPLRP,
@@ -46,6 +53,7 @@ _HOMES = {
         "LensLRPError",
         "LoadError",
         "MissingExtraError",
+        "OutOfMemoryError",
         "StorageError",
     ),
     "explaining_file": ("explain_to",),
@@ -80,6 +88,7 @@ __all__ = [
     "LensLRPError",
     "LoadError",
     "MissingExtraError",
+    "OutOfMemoryError",
     "RelP",
     "RelevanceCache",
     "Session",

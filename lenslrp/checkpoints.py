@@ -246,6 +246,23 @@ def _placement(n_devices: int | None) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def over_devices(model: PreTrainedModel, n_devices: int) -> None:
+    """Spread a model in memory, as transformers spreads one that it reads.
+
+    Raises:
+        LoadError: there are fewer devices.
+    """
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    placement = _placement(n_devices)
+    if not placement:
+        return
+    whole = list(model._no_split_modules or ())
+    room = get_balanced_memory(model, placement["max_memory"], whole)
+    dispatch_model(model, infer_auto_device_map(model, room, whole))
+
+
 def _with_all_weights(name: str, cls: type[Any], options: dict[str, Any]) -> PreTrainedModel:
     model, missing, unexpected = _read(name, cls, options)
     takes = inspect.signature(cls.__init__).parameters

@@ -8,6 +8,8 @@ forward pass was touched and whether the books balance.
 from __future__ import annotations
 
 import io
+import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,6 +47,7 @@ class Diagnosis:
         agreement: of the bridge with the Hugging Face model before it was wrapped.
         coverage, ledger: of the run (with gaps: of a run that takes the plain gradient there).
         tolerance: what the ledger's imbalance is held against.
+        advice: what would make passes on this machine faster.
     """
 
     architecture: str
@@ -56,6 +59,7 @@ class Diagnosis:
     dtype: str
     tolerance: float
     agreement: Agreement
+    advice: str = ""
 
     @property
     def balanced(self) -> bool:
@@ -80,6 +84,8 @@ class Diagnosis:
         parts.append(_verdict(said + f" (tolerance {self.tolerance:g})", self.balanced))
         parts.extend(Text(f"  {line}") for line in str(self.ledger).splitlines())
         parts.append(_verdict("this model can be explained", self.ok))
+        if self.advice:
+            parts.append(Text(self.advice))
         return Group(*parts)
 
     def __str__(self) -> str:
@@ -169,4 +175,12 @@ def examine(
         relevance.dtype,
         BALANCED[getattr(torch, relevance.dtype)],
         agreement(model),
+        _advice(logits.device),
     )
+
+
+def _advice(device: torch.device) -> str:
+    """A setting of torch's that spares the kernel a page fault for every 4 KiB of a long input."""
+    if device.type != "cpu" or sys.platform != "linux" or os.environ.get("THP_MEM_ALLOC_ENABLE"):
+        return ""
+    return "With long inputs on a CPU, THP_MEM_ALLOC_ENABLE=1 in the environment saves page faults"

@@ -28,3 +28,16 @@ class MissingExtraError(LensLRPError, ImportError):
 
 class StorageError(LensLRPError):
     """A file is damaged, does not belong here, or could not be written; the message names it."""
+
+
+class OutOfMemoryError(LensLRPError, RuntimeError, MemoryError):
+    """A pass did not fit: the message says what it needs and which options would lower that."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, or Python, could not allocate: each backend says so in words of its own."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error).lower()
+    words = ("out of memory", "defaultcpuallocator", "cublas_status_alloc_failed")
+    return isinstance(error, RuntimeError) and any(word in said for word in words)

@@ -24,13 +24,15 @@ from transformers import PreTrainedModel
 from lenslrp.adapters import inside_adapter, read_model
 from lenslrp.checkpoints import (
     first_line,
+    over_devices,
     require_architecture,
     require_device,
     to_device,
 )
 from lenslrp.embedded import EMBEDDED, ensure_cached
-from lenslrp.errors import LoadError
+from lenslrp.errors import InputError, LoadError
 from lenslrp.hooks.attention import call_the_module, own_attention
+from lenslrp.hooks.sharding import require_whole
 from lenslrp.quiet import quiet_transformers
 from lenslrp.tokenization import beginning, give_tokenizer
 from lenslrp.verifying import FAILURES, Agreement, reference
@@ -70,7 +72,7 @@ def load(
         device: where the weights go. None: TransformerLens' choice for a name (an accelerator if
             there is one), unchanged for a model in memory.
         revision: branch, tag or commit of a Hugging Face id.
-        n_devices: split a named model over this many CUDA devices.
+        n_devices: spread the layers over this many CUDA devices.
         prepend_bos: whether text gets a beginning-of-sequence token. None: the ids are those that
             the tokenizer itself gives.
         verify: compare one short pass of the bridge with the model as it was before
@@ -97,8 +99,10 @@ def load(
         bridge = _by_name(str(model), dtype, place, revision, n_devices, verify)
     else:
         inner = _require_model(model)
-        _refuse("the model is in memory already", revision=revision, n_devices=n_devices)
-        bridge = _from_memory(inner, tokenizer, dtype, place, verify, outer=model)
+        _refuse("the model is in memory already", revision=revision)
+        if n_devices is not None:
+            _refuse("n_devices chooses the devices", device=device)
+        bridge = _from_memory(inner, tokenizer, dtype, place, verify, n_devices, outer=model)
     if prepend_bos is not None:
         if prepend_bos and bridge.tokenizer is not None and beginning(bridge.tokenizer) is None:
             raise LoadError("prepend_bos: the tokenizer has no beginning-of-sequence token")
@@ -135,8 +139,6 @@ def _by_name(
     if name in EMBEDDED:
         _refuse("an embedded model has one pinned version", revision=revision)
         folder = ensure_cached(name)
-        if not (folder / "tokenizer.json").is_file():
-            _refuse("a vision model is loaded onto one device", n_devices=n_devices)
         with quiet_transformers():  # a second's work, and it would end up in every notebook
             model, tokenizer = read_model(str(folder), **options)
     else:
@@ -160,6 +162,10 @@ def _require_model(model: Any) -> PreTrainedModel:
     inner = inside_adapter(model)
     if not isinstance(inner, PreTrainedModel):
         raise LoadError(_explain_type(inner))
+    try:
+        require_whole(inner, dict(inner.named_parameters()))
+    except InputError as error:
+        raise LoadError(str(error)) from error
     if any(part._compiled_call_impl is not None for part in inner.modules()):
         raise LoadError(
             "this model was compiled in place (model.compile()), and a bridge replaces its "
@@ -174,6 +180,7 @@ def _from_memory(
     dtype: torch.dtype | None,
     device: torch.device | None,
     verify: bool,
+    n_devices: int | None = None,
     *,
     name: str | None = None,
     outer: Any = None,
@@ -183,12 +190,15 @@ def _from_memory(
 
     known = recall(model)
     if known is not None:
+        _refuse("the model is inside a bridge already", n_devices=n_devices)
         return _again(known, tokenizer, dtype, device, verify)
     architecture = require_architecture(type(model))
     if device is not None:
         to_device(model, device)
     if dtype is not None:
         maybe_cast_floating_params(model, dtype)
+    if n_devices is not None:
+        over_devices(model, n_devices)
     force_eager_attention(model)
     if model.dtype == torch.float64:
         _run_experts_in_loops(model)

@@ -41,6 +41,7 @@ from lenslrp.hooks.functions import product_shares
 from lenslrp.hooks.install import Rules
 from lenslrp.hooks.observing import WRITES, Observer
 from lenslrp.hooks.readers import Readers
+from lenslrp.hooks.sharding import gather
 from lenslrp.hooks.sites import Books, Site, row_sums
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
@@ -96,6 +97,7 @@ class Pass(Forward):
             self.books.clear()
         self.leaves.passing.clear()
         leaves = self.leaves.all()
+        gather(self.model, latent)
         with starting(roots if self.books is not None else []) as started:
             try:
                 grads = torch.autograd.grad(

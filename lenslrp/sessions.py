@@ -36,6 +36,7 @@ from lenslrp.hooks.structure import unchanged
 from lenslrp.hooks.turns import Block, turn, turns_of
 from lenslrp.inputs import Batch
 from lenslrp.logits import Columns, at_columns, require_logits
+from lenslrp.out_of_memory import explained_oom
 from lenslrp.passes import Again, Pass, under_rules
 from lenslrp.reductions import Reduce, check_reduce, reduction_for
 from lenslrp.remembered import is_conditional, remembered
@@ -332,6 +333,12 @@ class Session:
             for name, call in read.items():
                 read_at(at, points, name, call)
 
+        choices = {
+            "composite": self.composite, "names_filter": names_filter, "reduce": reduce,
+            "attention": self.attention, "checkpoint": self.checkpoint, "ledger": self.ledger,
+            "logits": logits,
+        }  # fmt: skip
+
         def attempt(ways: set[str]) -> tuple[Tensor, list[RelevanceCache], set[str]]:
             checked = "books" in ways or not (memory.balanced or is_conditional(model))
             self._fit(rules, books=self.ledger or checked, copies="copies" in ways)
@@ -363,7 +370,8 @@ class Session:
         ways = set(self._ways)
         while True:
             try:
-                found, caches, silent = attempt(ways)
+                with explained_oom(model, prepared, **choices):
+                    found, caches, silent = attempt(ways)
                 break
             except Again as again:
                 if again.way in ways:

@@ -8,6 +8,7 @@ there. The tests on CUDA run the same through ``n_devices=2`` where there are tw
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from lenslrp.hooks.sites import Books, Site
 from lenslrp.passes import _total
 from tests.conformance.elsewhere import Elsewhere, devices, place
 from tests.conformance.families import make, tokens
-from tests.unit.tiny import changes, snapshot
+from tests.unit.tiny import FAMILIES, changes, snapshot
 
 FIRST, SECOND = torch.device("cpu:0"), torch.device("cpu:1")
 MIDDLE, LAST = "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post"
@@ -182,3 +183,15 @@ def test_two_cuda_devices(options: dict[str, Any]) -> None:
     assert abs(found.ledger().error) < 1e-3
     hook = "blocks.29.hook_resid_post"
     torch.testing.assert_close(found[hook].cpu(), expected[hook].cpu(), rtol=1e-3, atol=1e-4)
+
+
+@needs_two
+def test_a_model_in_memory_over_two_cuda_devices() -> None:
+    plain = FAMILIES["llama"]().double().eval()
+    single = lenslrp.load(copy.deepcopy(plain))
+    expected = lenslrp.run_with_relevance(single, tokens(), 5)[1]
+    model = lenslrp.load(plain, n_devices=2)
+    placed = {str(p.device) for p in model.original_model.parameters()}
+    assert placed == {"cuda:0", "cuda:1"}
+    found = lenslrp.run_with_relevance(model, tokens(), 5)[1]
+    torch.testing.assert_close(found.tokens.cpu(), expected.tokens, rtol=1e-5, atol=1e-6)

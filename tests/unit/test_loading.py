@@ -131,13 +131,36 @@ def test_bridge_takes_no_further_arguments():
     [
         ("gpt2", {"tokenizer": word_tokenizer()}, "a named model brings its own tokenizer"),
         ("smollm2-135m", {"revision": "main"}, "one pinned version"),
-        (tiny_llama(), {"n_devices": 2}, "n_devices cannot be given here: the model is in memory"),
+        (tiny_llama(), {"revision": "main"}, "revision cannot be given here: the model is in mem"),
+        (tiny_llama(), {"n_devices": 2, "device": "cpu"}, "n_devices chooses the devices"),
     ],
-    ids=["tokenizer", "revision", "n_devices"],
+    ids=["tokenizer", "revision", "revision in memory", "device"],
 )
 def test_arguments_that_would_be_ignored_are_refused(model, arguments, message):
     with pytest.raises(LoadError, match=message):
         load(model, **arguments)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are two devices")
+def test_more_devices_than_there_are():
+    with pytest.raises(LoadError, match="n_devices=2.*CUDA"):
+        load(tiny_llama(), n_devices=2)
+
+
+def test_a_model_in_memory_is_spread(monkeypatch):
+    """As far as that goes with one device: its layers are placed, and it computes what it did."""
+    from transformer_lens.utilities import multi_gpu
+
+    room = {"cpu": 10**12}
+    monkeypatch.setattr(multi_gpu, "resolve_device_map", lambda *_: ("balanced", room))
+    model = tiny_llama()
+    tokens = torch.tensor([[2, 3, 4]])
+    expected = model(tokens).logits
+    bridge = load(model, n_devices=2)
+    assert bridge.original_model.hf_device_map == {"": "cpu"}
+    assert torch.equal(bridge(tokens, return_type="logits"), expected)
+    with pytest.raises(LoadError, match="n_devices cannot be given here: the model is inside"):
+        load(model, n_devices=2)
 
 
 # --- names and wrong types --------------------------------------------------------------------

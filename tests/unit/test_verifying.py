@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ def said(bridge: Any) -> str:
     buffer = io.StringIO()
     Console(file=buffer, width=200).print(examine(bridge).render())
     return buffer.getvalue()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for on Linux")
+def test_doctor_advises_large_pages_where_they_are_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bridge, line = load(gpt2()), "THP_MEM_ALLOC_ENABLE=1 in the environment saves page faults"
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    assert line in said(bridge)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    assert "THP_MEM" not in said(bridge)
 
 
 def test_doctor_says_what_it_could_not_compare() -> None:
