@@ -7,6 +7,7 @@ import html
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lenslrp.batch import Batch, reads_the_encoder
+from lenslrp.batch import Batch
 from lenslrp.cache_file import load_parts, save_cache
 from lenslrp.difference import subtracted
 from lenslrp.errors import InputError
@@ -125,16 +126,24 @@ class RelevanceCache:
         """The hook names that were read."""
         return list(self.values)
 
+    @cached_property
+    def batch(self) -> Batch:
+        """Says which column of a row a position is: ``R.batch.column(position, row)``."""
+        decoder = self.decoder_attention_mask
+        if decoder is None and self.decoder_tokens is not None:
+            decoder = torch.ones_like(self.decoder_tokens, dtype=torch.bool)
+        return Batch.of_mask(
+            self.attention_mask, decoder=None if decoder is None else Batch.of_mask(decoder)
+        )
+
     def _text_at(self, name: str, x: Tensor) -> tuple[Batch, list[list[str]]]:
         """The text whose tokens a hook point's ``x`` holds: where they are, and what they are."""
-        text, tokens = Batch.of_mask(self.attention_mask.to(x.device)), self.str_tokens
-        if self.decoder_str_tokens is not None and not reads_the_encoder(name):
-            tokens = self.decoder_str_tokens  # padded on the right
-            text = Batch.of_mask(torch.ones(len(tokens), len(tokens[0]), device=x.device).bool())
-        if text.mask.shape != x.shape[:2]:  # a sequence of its own, of patches say
-            text = Batch.of_mask(torch.ones(x.shape[:2], device=x.device).bool())
-            tokens = [[str(place) for place in range(x.shape[1])]] * len(x)
-        return text, tokens
+        text = self.batch.of(name, x)
+        if text is self.batch:
+            return text, self.str_tokens
+        if text is self.batch.decoder and self.decoder_str_tokens is not None:
+            return text, self.decoder_str_tokens
+        return text, [[str(place) for place in range(x.shape[1])]] * len(x)
 
     def _by_layer(self, hook: str) -> list[tuple[int, Tensor]]:
         """(layer, tensor) for one hook of every block, in order."""
@@ -188,7 +197,7 @@ class RelevanceCache:
         flat: list[tuple[int | str, str, Tensor]] = [*pre, ("final", last, final)]
         for layer, name, x in flat:
             sums = x.sum(dim=-1) if x.ndim == 3 else x
-            rows[layer] = sums[row, self._text_at(name, sums)[0].mask[row]].tolist()
+            rows[layer] = sums[row, self.batch.of(name, sums).mask[row].to(x.device)].tolist()
         frame = pd.DataFrame.from_dict(rows, orient="index")
         return frame.rename_axis(index="layer", columns="position")
 
@@ -259,9 +268,7 @@ class RelevanceCache:
         if not found:
             raise InputError("this relevance was saved without its words; explain the text again")
         values = relevance[row].tolist()
-        places = Batch.of_mask(self.attention_mask).positions[row].tolist()
-        if decoder:  # padded on the right
-            places = list(range(len(values)))
+        places = (self.batch.written if decoder else self.batch).positions[row].tolist()
         return pd.DataFrame(
             [
                 (

@@ -98,11 +98,6 @@ class Forward:
         return before
 
 
-def written(batch: Batch) -> Batch:
-    """The side that the logits belong to: the decoder's, of an encoder-decoder."""
-    return batch.decoder or batch
-
-
 def outputs_of(
     model: Any,
     batch: Batch,
@@ -111,7 +106,7 @@ def outputs_of(
     columns: Columns | None = None,
 ) -> Outputs:
     """What targets are computed from."""
-    side = written(batch)
+    side = batch.written
     return Outputs(
         logits,
         side.mask.to(logits.device),
@@ -220,7 +215,7 @@ def forward(
             at_nodes(at, made)
         unembed = head_component(model)
         if columns is not None and unembed is not None and not is_hooked(model, unembed):
-            picked = unembed_at(at, unembed, columns, written(batch).tokens.shape[1])
+            picked = unembed_at(at, unembed, columns, batch.written.tokens.shape[1])
         with suppress(_Stop):
             made.logits = run_model(model, batch, leaves, given)
         missing = [name for name in calls if name not in seen]

@@ -30,7 +30,6 @@ from lenslrp.forward import (
     parts_of,
     run_model,
     undone,
-    written,
 )
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.attach import Attached
@@ -504,7 +503,7 @@ def under_rules(
         capture(at, points, rules.owned, list(latent), made.captured)
         keep_unembedded(at, parts, made.captured)
         picked: list[bool] = []
-        unembed, length = head_component(model), written(batch).tokens.shape[1]
+        unembed, length = head_component(model), batch.written.tokens.shape[1]
         if columns is not None and unembed is not None:
             picked = unembed_at(at, unembed, columns, length)
             inside = {id(module) for module in unembed.modules()}

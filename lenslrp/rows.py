@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
-from lenslrp.batch import PAIRED, reads_the_encoder
+from lenslrp.batch import PAIRED, Batch, reads_the_encoder
 from lenslrp.errors import InputError
 from lenslrp.targets import Explained
 from lenslrp.words import Word
@@ -56,68 +56,56 @@ class NoSuchRow(InputError, IndexError):
     """A row that the batch does not have; an ``IndexError`` too, at which iteration ends."""
 
 
-@dataclass(frozen=True)
-class _Span:
-    """The columns of one row's real tokens, in a stack padded to ``width``."""
+class _Columns:
+    """The columns of one row's real tokens."""
 
-    first: int
-    length: int
-    width: int
-
-    @classmethod
-    def of(cls, mask: Tensor) -> _Span:
-        real = mask.nonzero()[:, 0]
-        first = int(real[0]) if len(real) else 0
-        return cls(first, len(real), len(mask))
+    def __init__(self, text: Batch, row: int) -> None:
+        self.real = text.mask[row].nonzero()[:, 0]
+        self.width = text.mask.shape[1]
+        self.positions = text.positions[row].tolist()
 
     def cut(self, x: Tensor, axis: int) -> Tensor:
         """``x`` at these columns; as it is where ``axis`` is not that of the stack's columns."""
         if axis >= x.ndim or x.shape[axis] != self.width:
             return x
-        return _narrow(x, axis, self.first, self.length)
+        return x.index_select(axis, self.real.to(x.device))
 
     def of_list(self, items: list[str]) -> list[str]:
-        return items[self.first : self.first + self.length]
+        return [items[column] for column in self.real.tolist()]
 
     def words(self, words: list[Word]) -> list[Word]:
-        return [Word(word.text, [p - self.first for p in word.positions]) for word in words]
+        return [Word(word.text, [self.positions[p] for p in word.positions]) for word in words]
 
 
-def _narrow(x: Tensor, axis: int, start: int, length: int) -> Tensor:
-    """A copy, so that a row that is kept does not keep its batch; sparse tensors stay sparse."""
-    if x.is_sparse:
-        columns = torch.arange(start, start + length, device=x.device)
-        return x.index_select(axis, columns)
-    return x.narrow(axis, start, length).clone()
+def _one(x: Tensor, row: int) -> Tensor:
+    """A copy of a row, so that one that is kept does not keep its batch; sparse stays sparse."""
+    return x.index_select(0, torch.tensor([row], device=x.device))
 
 
 def _row(batch: RelevanceCache, row: int) -> RelevanceCache:
     alone = len(batch.tokens) == 1
-    own = _Span.of(batch.attention_mask[row])
-    mask, two_stacks = batch.decoder_attention_mask, batch.decoder_tokens is not None
-    width = batch.decoder_tokens.shape[1] if batch.decoder_tokens is not None else 0
-    written = _Span(0, width, width) if mask is None else _Span.of(mask[row])
-    if alone and own.length == own.width and written.length == written.width:
+    own, written = _Columns(batch.batch, row), _Columns(batch.batch.written, row)
+    if alone and all(len(side.real) == side.width for side in (own, written)):
         return batch
     changes: dict[str, Any] = {}
     for names, span in ((OWN, own), (DECODER, written)):
         for name in names:
             value = getattr(batch, name)
-            changes[name] = None if value is None else span.cut(_narrow(value, 0, row, 1), 1)
+            changes[name] = None if value is None else span.cut(_one(value, row), 1)
     images = {name: getattr(batch, name) for name in IMAGE} | batch.inputs
     shared = {k for k, v in batch.values.items() if len(v) != len(batch.tokens)}
     lost = sorted({k for k, v in images.items() if v is not None and len(v) != len(batch.tokens)})
     kept: dict[str, Any] = {
-        k: None if v is None or k in lost else _narrow(v, 0, row, 1) for k, v in images.items()
+        k: None if v is None or k in lost else _one(v, row) for k, v in images.items()
     }
     notes = [*batch.coverage.notes]
     if shared or lost:
         notes.append(f"of the whole batch and not of a row: {', '.join([*sorted(shared), *lost])}")
 
     def cut(name: str, value: Tensor) -> Tensor:
-        value = _narrow(value, 0, row, 1)
+        value = _one(value, row)
         for axis in position_axes(name, value.ndim, batch.reduced.get(name, "")):
-            of_encoder = not two_stacks or reads_the_encoder(name, keys=axis == 3)
+            of_encoder = reads_the_encoder(name, keys=axis == 3)
             value = (own if of_encoder else written).cut(value, axis)
         return value
 
@@ -129,7 +117,7 @@ def _row(batch: RelevanceCache, row: int) -> RelevanceCache:
         values={name: cut(name, v) for name, v in batch.values.items() if name not in shared},
         activations={k: cut(k, v) for k, v in batch.activations.items() if k not in shared},
         routing={
-            name: (written if name.startswith("decoder") else own).cut(_narrow(v, 0, row, 1), 1)
+            name: (written if name.startswith("decoder") else own).cut(_one(v, row), 1)
             for name, v in batch.routing.items()
         },
         str_tokens=[own.of_list(batch.str_tokens[row])],

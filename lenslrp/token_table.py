@@ -9,6 +9,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lenslrp.batch import Batch
+
 if TYPE_CHECKING:
     from lenslrp.cache import RelevanceCache
 
@@ -24,9 +26,7 @@ def token_table(cache: RelevanceCache) -> pd.DataFrame:
         ``positional`` (relevance of the learned position) and ``patch_row``, ``patch_column``.
     """
     grid, written = cache.grid, cache.decoder_tokens
-    own = _tokens(
-        cache.attention_mask, cache.str_tokens, cache.token_ids, cache.tokens, cache.positions
-    )
+    own = _tokens(cache.batch, cache.str_tokens, cache.token_ids, cache.tokens, cache.positions)
     sides = {"encoder" if written is not None else "text": own}
     if grid is not None:
         rows, columns = grid
@@ -34,9 +34,9 @@ def token_table(cache: RelevanceCache) -> pd.DataFrame:
     elif cache.patches is not None and len(cache.patches) == len(cache.tokens):
         sides["image"] = _image(cache.patches)
     if written is not None and cache.decoder_str_tokens is not None:
-        mask, ids = cache.decoder_attention_mask, cache.decoder_token_ids
+        ids = cache.decoder_token_ids
         sides["decoder"] = _tokens(
-            torch.ones_like(written, dtype=torch.bool) if mask is None else mask,
+            cache.batch.written,
             cache.decoder_str_tokens,
             torch.full_like(written, -1).long() if ids is None else ids,
             written,
@@ -55,19 +55,18 @@ def token_table(cache: RelevanceCache) -> pd.DataFrame:
 
 
 def _tokens(
-    mask: Tensor,
+    text: Batch,
     pieces: list[list[str]],
     ids: Tensor,
     relevance: Tensor,
     positions: Tensor | None,
 ) -> pd.DataFrame:
     """The real tokens of one sequence in every row."""
-    real = _numpy(mask)
-    at = row, column = real.nonzero()
+    at = row, column = _numpy(text.mask).nonzero()
     frame = pd.DataFrame(
         {
             "row": row,
-            "position": column - real.argmax(axis=1)[row],
+            "position": _numpy(text.positions)[at],
             "token": [pieces[i][j] for i, j in zip(row, column, strict=True)],
             "token_id": _numpy(ids)[at],
             "relevance": _numpy(relevance)[at],

@@ -145,8 +145,9 @@ def test_padding_is_one_chip_and_does_not_set_the_scale():
     html = token_heatmap(["p", "p", "a"], [9.0, 0.5, 1.0], attention_mask=[False, False, True])
     page = Page(html)
     assert "padding ×2, relevance +9.5" in page.text
-    assert "largest +1.00 at a (position 2)" in page.text
-    assert "position 0 · " not in html
+    assert "padding at column 0-1" in html
+    assert "largest +1.00 at a (position 0)" in page.text  # of the text's own tokens
+    assert html.count("position 0 · ") == 1 and "position 1 · " not in html
 
 
 def test_first_token_dominance_is_said_and_the_scale_can_leave_it_out():

@@ -308,7 +308,7 @@ def test_patches_are_painted_over() -> None:
     [
         ({"baseline": "blank"}, "'zero', 'mean', 'eos', 'pad' or 'token:TOKEN', not 'blank'"),
         ({"baseline": "token:a b"}, "is 2 tokens"),
-        ({"keep": [6]}, "keep has position 6, outside the prompt's 6 tokens"),
+        ({"keep": [6]}, "keep: position 6 is out of range: .* has 6 tokens, .* from -6 to 5"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:

@@ -243,6 +243,14 @@ def top(case: Case, position: int) -> int:
     return nearest(own[EARLY][0, case.real, 3], entry["relevance"])
 
 
+def frame(case: Case, position: int) -> int:
+    own = case.relevance(5)
+    rows = own.to_dataframe()
+    entry = rows[(rows["row"] == 0) & (rows["position"] == position % N)].iloc[0]
+    assert own.batch.column(position) == int(case.real.nonzero()[position])
+    return nearest(own.tokens[0, case.real], entry["relevance"])
+
+
 def words(case: Case, position: int) -> int:
     frame = case.relevance(5).words(0)
     return frame["positions"].tolist().index([position % N])
@@ -313,6 +321,7 @@ WAYS: dict[str, tuple[Way, tuple[str, ...]]] = {
     "score_edges(only=)": (upstream, ("right", "none")),
     "score_edges(into=)": (downstream, ("right", "none")),
     "R.top(), column position": (top, BATCHES),
+    "R.to_dataframe(), column position": (frame, BATCHES),
     "R.words(), column positions": (words, BATCHES),
     "R.residual(), columns": (residual, BATCHES),
     "the heatmap's positions": (heatmap, BATCHES),

@@ -60,7 +60,7 @@ def test_the_largest_tokens_are_listed_with_their_positions():
     R = fake_relevance(tokens, [0.0, 1.0, -3.0, 2.0], mask=[False, True, True, True])
     out = printed(R, colour=False, k=2)
     rows = re.findall(r"^ +(\d) +(\S+) +(\S+) +([#-]+)", out, re.MULTILINE)
-    assert rows == [("2", "b", "-3.00", "-" * 12), ("3", "c", "+2.00", "#" * 8)]
+    assert rows == [("1", "b", "-3.00", "-" * 12), ("2", "c", "+2.00", "#" * 8)]
     assert "1 padding tokens are not shown" in out
 
 
