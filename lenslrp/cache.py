@@ -129,8 +129,10 @@ class RelevanceCache:
         """The text whose tokens a hook point's ``x`` holds: where they are, and what they are."""
         text, tokens = Batch.of_mask(self.attention_mask.to(x.device)), self.str_tokens
         if self.decoder_str_tokens is not None and not reads_the_encoder(name):
-            tokens = self.decoder_str_tokens  # padded on the right
-            text = Batch.of_mask(torch.ones(len(tokens), len(tokens[0]), device=x.device).bool())
+            tokens, mask = self.decoder_str_tokens, self.decoder_attention_mask
+            if mask is None:  # from a file that has none
+                mask = torch.ones(len(tokens), len(tokens[0]), dtype=torch.bool)
+            text = Batch.of_mask(mask.to(x.device))
         if text.mask.shape != x.shape[:2]:  # a sequence of its own, of patches say
             text = Batch.of_mask(torch.ones(x.shape[:2], device=x.device).bool())
             tokens = [[str(place) for place in range(x.shape[1])]] * len(x)
