@@ -35,7 +35,7 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "transformer_lens": "transformer-lens",
 }
-CALLED_LATER = {"_figure_class", "_font", "colour_map", "_image", "_folder"}
+CALLED_LATER = {"_actors", "_figure_class", "_font", "colour_map", "_image", "_folder"}
 """Functions that are called only when their callers have asked."""
 
 
