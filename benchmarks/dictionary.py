@@ -1,6 +1,7 @@
 """What a dictionary costs: throughput, memory, size, look-ups, and what kills cost it.
 
-    python benchmarks/dictionary.py throughput [--layers 30] [--rounds 7]
+    python benchmarks/dictionary.py throughput [--layers 30] [--rounds 9]
+    python benchmarks/dictionary.py operations [--layers 30]
     python benchmarks/dictionary.py memory
     python benchmarks/dictionary.py kills [--moments 20]
     python benchmarks/dictionary.py vocabulary
@@ -12,8 +13,10 @@ blocks, in turn, in an order drawn anew in each round; ratios are formed within 
 forward pass is the bridge's, stopped before the unembedding; the plain forward and backward pass is
 the bridge's too, with weights frozen, a leaf at the embeddings and the same target, and is given
 twice: with all positions unembedded, as anyone would write it, and the targets' positions only, as
-the scan does. Time is the process's own (CPU) time of one thread, beside the clock's: on a
-machine that others use, only the former tells.
+the scan does. Time is the process's own (CPU) time of one thread, that of its own code apart from
+that of the kernel, which is spent on pages of memory; on a machine that others use, the clock tells
+nothing. ``operations`` puts the model on a simulated device and counts, for one block, how often
+the host waits for it and how many kernels it is asked for.
 """
 
 from __future__ import annotations
@@ -52,25 +55,32 @@ def smollm2(layers: int) -> Any:
     return lenslrp.load(type(inner)(inner.config).eval(), tokenizer=tokenizer)
 
 
-def throughput(arguments: argparse.Namespace) -> None:
-    from lenslrp.analysis.block_pass import target_positions, unembedding_at
-    from lenslrp.analysis.job import prepare
-    from lenslrp.analysis.search import State, _Scanner
+ACTS, ALL = ("actmax", "actmin"), ("actmax", "actmin", "relmax", "relmin")
 
-    torch.set_num_threads(1)
-    model = smollm2(arguments.layers)
+
+def prepared(model: Any, criteria: tuple[str, ...]) -> Any:
+    from lenslrp.analysis.job import prepare
+
     corpus = CORPUS if CORPUS.exists() else [[i % 1000 + 5] * 128 for i in range(640)]
-    folder = Path(tempfile.mkdtemp())
-    acts = ("actmax", "actmin")
-    jobs = {
-        "ActMax, ActMin": prepare(model, corpus, folder / "a", sites=BOTH, criteria=acts),
-        "and RelMax, RelMin": prepare(
-            model, corpus, folder / "r", sites=BOTH, criteria=(*acts, "relmax", "relmin")
-        ),
-    }
-    scanners = {}
-    for name, job in jobs.items():
-        scanners[name] = _Scanner(State.empty(job.plan), job.plan, {})
+    return prepare(model, corpus, Path(tempfile.mkdtemp()) / "d", sites=BOTH, criteria=criteria)
+
+
+def scanning(job: Any, runner: Any) -> Callable[[Any], None]:
+    """One block of a scan."""
+    from lenslrp.analysis.search import Scanner, State
+
+    scanner = Scanner(State.empty(job.plan), job.plan, {})
+
+    def scan(block: Any) -> None:
+        runner.run(block, scanner.on_activation, scanner.on_relevance)
+        scanner.take(block)
+
+    return scan
+
+
+def plainly(model: Any) -> dict[str, Callable[[Any], None]]:
+    """The plain model over a block, without and with a backward pass."""
+    from lenslrp.analysis.block_pass import target_positions, unembedding_at
 
     class Stop(Exception):
         pass
@@ -78,12 +88,17 @@ def throughput(arguments: argparse.Namespace) -> None:
     def stop(*_: Any) -> None:
         raise Stop
 
+    device = next(model.parameters()).device
+
+    def padding(block: Any) -> dict[str, torch.Tensor]:
+        return {} if block.mask.all() else {"attention_mask": block.mask.long().to(device)}
+
     def plain(block: Any) -> None:
         handle = model.unembed.register_forward_pre_hook(stop)
-        mask = {} if block.mask.all() else {"attention_mask": block.mask.long()}
+        tokens, mask = block.tokens.to(device), padding(block)
         try:
             with torch.no_grad():
-                model(block.tokens, return_type="logits", use_cache=False, **mask)
+                model(tokens, return_type="logits", use_cache=False, **mask)
         except Stop:
             pass
         finally:
@@ -92,8 +107,8 @@ def throughput(arguments: argparse.Namespace) -> None:
     def backward(block: Any, sliced: bool) -> None:
         lengths = torch.tensor(block.lengths)
         positions = target_positions(block.docs, lengths, 0)
-        tokens = block.tokens.gather(1, positions[:, None] + 1)[:, 0]
-        mask = {} if block.mask.all() else {"attention_mask": block.mask.long()}
+        tokens = block.tokens.gather(1, positions[:, None] + 1)[:, 0].to(device)
+        given, mask = block.tokens.to(device), padding(block)
         kept: list[torch.Tensor] = []
 
         def leaf(_: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
@@ -107,10 +122,10 @@ def throughput(arguments: argparse.Namespace) -> None:
         try:
             if sliced:
                 with unembedding_at(model, positions):
-                    logits = model(block.tokens, return_type="logits", use_cache=False, **mask)
+                    logits = model(given, return_type="logits", use_cache=False, **mask)
                 picked = logits[:, 0].gather(1, tokens[:, None])
             else:
-                logits = model(block.tokens, return_type="logits", use_cache=False, **mask)
+                logits = model(given, return_type="logits", use_cache=False, **mask)
                 picked = logits[torch.arange(len(tokens)), positions, tokens]
             torch.autograd.grad(picked.sum(), kept)
         finally:
@@ -118,46 +133,80 @@ def throughput(arguments: argparse.Namespace) -> None:
             for parameter in frozen:
                 parameter.requires_grad_(True)
 
-    def scan(name: str, block: Any) -> None:
-        scanner, job = scanners[name], jobs[name]
-        scanner.docs = block.docs
-        job.run.run(
-            block, scanner.on_activation, scanner.on_relevance if job.plan.relevance else None
-        )
-
-    first, second = jobs
-    ways: dict[str, Callable[[Any], None]] = {
+    return {
         "plain forward": plain,
-        first: lambda b: scan(first, b),
-        "forward and backward": lambda b: backward(b, False),
-        "the same, sliced": lambda b: backward(b, True),
-        second: lambda b: scan(second, b),
+        "forward and backward": lambda block: backward(block, False),
+        "the same, sliced": lambda block: backward(block, True),
     }
-    blocks = jobs[first].corpus.blocks
+
+
+def throughput(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    model = smollm2(arguments.layers)
+    jobs = {"ActMax, ActMin": prepared(model, ACTS), "and RelMax, RelMin": prepared(model, ALL)}
+    first, second = jobs
+    ways = plainly(model)
     draw = random.Random(0)
-    times: dict[str, list[tuple[float, float, int]]] = {name: [] for name in ways}
-    for round_number in range(arguments.rounds + 1):
-        block = jobs[first].corpus.block(draw.randrange(blocks))
-        for name in draw.sample(list(ways), len(ways)):
-            cpu, wall = time.process_time(), time.perf_counter()
-            ways[name](block)
-            spent = time.process_time() - cpu, time.perf_counter() - wall, sum(block.lengths)
-            if round_number:
-                times[name].append(spent)
+    times: dict[str, list[tuple[float, float, int]]] = {name: [] for name in (*ways, *jobs)}
+
+    def timed(name: str, act: Callable[[Any], None], block: Any) -> None:
+        before = os.times()
+        act(block)
+        after = os.times()
+        spent = after.user - before.user, after.system - before.system, sum(block.lengths)
+        times[name].append(spent)
+
+    for _ in range(arguments.rounds + 1):
+        block = jobs[first].corpus.block(draw.randrange(jobs[first].corpus.blocks))
+        for name in draw.sample(list(times), len(times)):
+            if name in ways:
+                timed(name, ways[name], block)
+                continue
+            with jobs[name].run.open() as runner:  # so that the plain model is plain in between
+                timed(name, scanning(jobs[name], runner), block)
     print(f"SmolLM2, {arguments.layers} layers, {arguments.rounds} rounds of a block, one thread")
     for name, spent in times.items():
-        speed = statistics.median(n / cpu for cpu, _, n in spent)
-        print(f"  {name:22} {speed:8.0f} tokens/s of CPU time (median)")
+        user, system, speed = (
+            statistics.median(column)
+            for column in zip(*((u, s, n / (u + s)) for u, s, n in spent[1:]), strict=True)
+        )
+        print(
+            f"  {name:22} {speed:6.0f} tokens/s of CPU time; user {user:.2f} s, system {system:.2f}"
+        )
     for mine, base in (
         (first, "plain forward"), (second, "forward and backward"), (second, "the same, sliced")
     ):  # fmt: skip
-        for clock, at in (("CPU", 0), ("clock", 1)):
-            ratios = sorted(b[at] / m[at] for m, b in zip(times[mine], times[base], strict=True))
+        for kind, total in (("user", lambda t: t[0]), ("user and system", lambda t: t[0] + t[1])):
+            pairs = list(zip(times[mine], times[base], strict=True))[1:]
+            ratios = sorted(total(b) / total(m) for m, b in pairs)
             low, middle, high = statistics.quantiles(ratios, n=4)
             print(
                 f"  {mine} / {base}: throughput {middle:.3f} ({low:.3f} to {high:.3f} quartiles, "
-                f"{ratios[0]:.3f} to {ratios[-1]:.3f}) by {clock}"
+                f"{ratios[0]:.3f} to {ratios[-1]:.3f}) by {kind} time"
             )
+
+
+def operations(arguments: argparse.Namespace) -> None:
+    from tests.conformance.elsewhere import Waits, place
+
+    device = torch.device("cpu:0")
+    model = smollm2(arguments.layers)
+    jobs = {"ActMax, ActMin": prepared(model, ACTS), "and RelMax, RelMin": prepared(model, ALL)}
+    block = next(iter(jobs.values())).corpus.block(0)
+    with Waits() as waits:
+        place(model, device)
+        model.cfg.device = device
+        for name, act in plainly(model).items():
+            _print_counts(name, *waits.during(lambda act=act: act(block)))
+        for name, job in jobs.items():
+            with job.run.open() as runner:
+                scan = scanning(job, runner)
+                scan(block)
+                _print_counts(name, *waits.during(lambda scan=scan: scan(block)))
+
+
+def _print_counts(name: str, waits: int, kernels: int) -> None:
+    print(f"  {name:22} the host waits {waits:4} times; {kernels:6} kernels")
 
 
 def memory(arguments: argparse.Namespace) -> None:
@@ -341,14 +390,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     commands = parser.add_subparsers(required=True)
     for name, act in (
-        ("throughput", throughput), ("memory", memory), ("kills", kills),
-        ("vocabulary", vocabulary), ("build", build), ("open", opened),
+        ("throughput", throughput), ("operations", operations), ("memory", memory),
+        ("kills", kills), ("vocabulary", vocabulary), ("build", build), ("open", opened),
     ):  # fmt: skip
         command = commands.add_parser(name)
         command.set_defaults(act=act)
-        if name == "throughput":
+        if name in ("throughput", "operations"):
             command.add_argument("--layers", type=int, default=30)
-            command.add_argument("--rounds", type=int, default=7)
+        if name == "throughput":
+            command.add_argument("--rounds", type=int, default=9)
         if name == "memory":
             command.add_argument("--documents", type=int, default=0)
         if name == "kills":

@@ -7,7 +7,7 @@ is the ``RuntimeError`` that two accelerators would give. Moving is ``.to(device
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,17 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 CPU = torch.device("cpu")
 MOVES = ("aten._to_copy", "aten.copy_")
+ASKS = tuple(
+    f"aten.{name}"
+    for name in (
+        "_local_scalar_dense",
+        "nonzero",
+        "equal",
+        "is_nonzero",
+        "masked_select",
+        "_unique2",
+    )
+)
 INDEXED = ("aten.index", "aten.index_put", "aten._index_put_impl", "aten._unsafe_index")
 
 
@@ -42,6 +53,8 @@ class Elsewhere(Tensor):
         return f"{self.inner!r} at {self.where}"
 
     def tolist(self) -> Any:
+        if self.where != CPU and Waits.counting is not None:
+            Waits.counting.waits += 1
         return self.inner.tolist()
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -92,6 +105,55 @@ class Labels(TorchDispatchMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         return run(func, args, kwargs)
+
+
+class Waits(Labels):
+    """Simulates devices, and counts what is asked of them.
+
+    Attributes:
+        waits: how often the host waited for what a device had computed.
+        kernels: operations that compute something on a device, views and empty tensors apart.
+    """
+
+    counting: Waits | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = self.kernels = 0
+
+    def __enter__(self) -> Any:
+        Waits.counting = self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        Waits.counting = None
+        super().__exit__(*error)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, options = str(func).rsplit(".", 1)[0], kwargs or {}
+        flat = [t for t in tree_flatten((args, options))[0] if isinstance(t, Tensor)]
+        if any(where(t) != CPU for t in flat) and func is not torch.ops.prim.device.default:
+            returned = [r.alias_info for r in func._schema.returns]
+            views = bool(returned) and all(a is not None and not a.is_write for a in returned)
+            self.kernels += not (views or "empty" in name or name == "aten.detach")
+            given, to = args[0], options.get("device")
+            if name == "aten.copy_":
+                given, to = args[1], where(args[0])
+            leaves = name in MOVES and to is not None and torch.device(to) == CPU
+            masks = name in INDEXED and any(
+                m is not None and m.dtype == torch.bool for m in args[1]
+            )
+            asked = name in ASKS or leaves or masks
+            self.waits += asked and isinstance(given, Tensor) and where(given) != CPU
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def during(self, act: Callable[[], Any]) -> tuple[int, int]:
+        """How often the host waited meanwhile, and how many kernels there were."""
+        before = self.waits, self.kernels
+        act()
+        return self.waits - before[0], self.kernels - before[1]
 
 
 @contextmanager
