@@ -102,14 +102,6 @@ class State:
         numbers = int(metadata["next"]), int(metadata["tokens"])
         return cls(tops, tensors["sample/value"], tensors["sample/position"], *numbers), metadata
 
-    def units(self, units: slice, device: torch.device) -> State:
-        """What is known of some units, on a device."""
-        tops = {
-            name: TopK(top.keys[units].to(device), top.positions[units].to(device))
-            for name, top in self.tops.items()
-        }
-        return State(tops, self.values[units].to(device), self.positions[units].to(device))
-
     def merge(self, others: Sequence[State]) -> State:
         """The state of one scan over all the blocks of several."""
         tops = {n: top.merge([o.tops[n] for o in others]) for n, top in self.tops.items()}
@@ -211,22 +203,21 @@ class Scanner:
         """
         if not self.parts:
             self._divide()
-        rows = [row for row, doc in enumerate(block.docs.tolist()) if doc in self.columns]
-        sampled = torch.tensor([self.columns[int(block.docs[row])] for row in rows])
+        columns = enumerate(map(self.columns.get, block.docs.tolist()))
+        sampled = torch.tensor([(row, column) for row, column in columns if column is not None])
         finite = []
         for _, places, state in self.parts:
             device = state.positions.device
-            docs = block.docs.to(device)
+            docs, rows = block.docs.to(device), sampled.to(device)
             for name, top in state.tops.items():
                 values, positions = self._joined(CRITERIA[name], places)
                 finite.append(values.isfinite().all())
                 fresh = TopK.of(CRITERIA[name][1] * values, positions, docs)
                 state.tops[name] = top.merge([fresh], ordered=False)
-            if rows:
+            if len(rows):
                 values, positions = self._joined(("activation", 1), places)
-                index, at = torch.tensor(rows).to(device), sampled.to(device)
-                state.values.index_copy_(1, at, values[index].T)
-                state.positions.index_copy_(1, at, positions[index].T)
+                state.values.index_copy_(1, rows[:, 1], values[rows[:, 0]].T)
+                state.positions.index_copy_(1, rows[:, 1], positions[rows[:, 0]].T)
         if finite and not bool(torch.stack([f.to(finite[0].device) for f in finite]).all()):
             self.require_finite(block)
         self.found.clear()
@@ -237,7 +228,12 @@ class Scanner:
         for where, some in groupby(self.plan.places, device.__getitem__):
             places = list(some)
             units = slice(places[0].first, places[-1].end)
-            self.parts.append((units, places, self.state.units(units, where)))
+            tops = {
+                name: TopK(top.keys[units].to(where), top.positions[units].to(where))
+                for name, top in self.state.tops.items()
+            }
+            sample = self.state.values[units].to(where), self.state.positions[units].to(where)
+            self.parts.append((units, places, State(tops, *sample)))
 
     def _joined(self, criterion: tuple[str, int], places: list[Place]) -> Found:
         found = [self.found[criterion, place] for place in places]
