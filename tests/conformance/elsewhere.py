@@ -88,7 +88,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if asked is not None:
         kwargs["device"] = CPU
     out = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
-    if name.endswith("_") and isinstance(args[0], Tensor):  # in place: the tensor itself
+    written = name.endswith("_") and not name.endswith("__")  # as relu_, not as __lshift__
+    if written and isinstance(args[0], Tensor):  # in place: the tensor itself
         return args[0]
     return tree_map(lambda t: Elsewhere(t, target) if isinstance(t, Tensor) else t, out)
 
