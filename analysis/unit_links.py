@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.page import Page, Rows
-from lenslrp.edits import Edit
+from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.forward import forward, reading
 from lenslrp.hooks.components import layer_of
@@ -158,7 +158,7 @@ def _read(
         found[name] = at.cpu(), units[rows.batch.mask].std(dim=0).cpu()
 
     readers = {name: partial(keep, name=name) for name in names}
-    with reading(model, readers), forward(model, rows.prepared(model), edits=edits):
+    with edit_units(model, edits), reading(model, readers), forward(model, rows.prepared(model)):
         return found
 
 
