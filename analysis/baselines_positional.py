@@ -21,11 +21,11 @@ from transformer_lens.utilities.hf_utils import get_rotary_pct_from_config
 
 import lenslrp
 from lenslrp.analysis.question import Question
+from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
 from lenslrp.forward import architecture, undone
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components
-from lenslrp.hooks.functions import on_gradient
 from lenslrp.remembered import conditional
 
 ADJACENT = ("rotary_adjacent_pairs", "rotary_interleaved_cos_sin")
@@ -89,7 +89,7 @@ def _attach(at: Attached, path: str, attn: Any, sinks: dict[str, Tensor]) -> Non
                 sinks[f"{path}.{name}"] = sinks.get(f"{path}.{name}", 0.0) + took
             return torch.cat([half, g[..., width:]], dim=-1)
 
-        on_gradient(y, halve)
+        edit_gradient(y, halve)
 
     at.pre_hook(attn, before, with_kwargs=True)
     at.hook(attn.hook_rot_q, rotated)

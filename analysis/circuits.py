@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from lenslrp.analysis.nodes import (
     Node,
@@ -50,6 +50,7 @@ from lenslrp.forward import architecture
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.structure import unchanged
+from lenslrp.leaves import Leaves
 from lenslrp.sessions import Session
 
 CHUNK = 32
@@ -196,20 +197,15 @@ def _integrated(runs: _Runs) -> _Found:
 
 def _embedded(runs: _Runs, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """One forward pass: the gap, what flows at the hook points, the tokens' embeddings."""
-    batch, embedded = batch_of(runs.model, tokens, runs.pairs), list[Tensor]()
-
-    def keep(_: nn.Module, out: Tensor) -> None:
-        if out.ndim == 3 and out.shape[:2] == tokens.shape:
-            embedded.append(out)
-
-    value, found = read(runs.model, batch, runs.pairs, runs.hooks, embed=keep)
-    if len(embedded) != 1:
+    batch, leaves = batch_of(runs.model, tokens, runs.pairs), Leaves()
+    value, found = read(runs.model, batch, runs.pairs, runs.hooks, leaves=leaves)
+    if len(leaves.tokens) != 1:
         raise InputError(
-            f"{architecture(runs.model)} embeds its tokens in {len(embedded)} places: integrated "
-            "scores are of models that do it in one"
+            f"{architecture(runs.model)} embeds its tokens in {len(leaves.tokens)} places: "
+            "integrated scores are of models that do it in one"
         )
     runs.passes.forward += len(runs.pairs)
-    return value, found, embedded[0]
+    return value, found, leaves.tokens[0].detach()
 
 
 def _exact(runs: _Runs) -> _Found:

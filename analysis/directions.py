@@ -170,9 +170,7 @@ def states(
     at = known_hook(model, at)
     for start in range(0, len(texts), BATCH):
         some = list(texts[start : start + BATCH])
-        given = prepare(
-            model, some, append=[], prepend_bos=prepend_bos, attention_mask=None, inputs_embeds=None
-        )
+        given = prepare(model, some, prepend_bos=prepend_bos)
         seen: list[Tensor] = []
         with forward(model, given, read={at: seen.append}, stop_after=at):
             pass

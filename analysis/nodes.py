@@ -148,9 +148,7 @@ def largest(frame: pd.DataFrame, column: str, k: int) -> pd.DataFrame:
 
 def batch_of(model: Any, tokens: Tensor, pairs: Pairs) -> Batch:
     """One side of the pairs, or what stands for it, as what the model reads."""
-    return prepare(
-        model, tokens, append=[], prepend_bos=None, attention_mask=pairs.mask, inputs_embeds=None
-    )
+    return prepare(model, tokens, attention_mask=pairs.mask)
 
 
 def masking(pairs: Pairs, device: Any) -> dict[str, Tensor]:

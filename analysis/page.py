@@ -212,23 +212,18 @@ class Rows:
     """The documents of some examples as one batch, padded on the right.
 
     Attributes:
-        mask: 1 where a token is real; None where all are.
+        batch: the tokens, and where in a row a position is.
         hits: the positions of the hits.
-        batch: what says where in a row a position is.
     """
 
-    tokens: Int64[Tensor, "row pos"]
-    mask: Int64[Tensor, "row pos"] | None
-    hits: list[int]
     batch: Batch
+    hits: list[int]
 
     @classmethod
     def of(cls, page: Page, frame: pd.DataFrame) -> Rows:
         documents = page.dictionary.texts.cited(frame["doc"])
         rows = [documents[doc].tokens for doc in frame["doc"]]
-        made = Batch.of_rows(rows)
-        mask = None if bool(made.mask.all()) else made.mask.long()
-        return cls(made.tokens, mask, frame["position"].tolist(), made)
+        return cls(Batch.of_rows(rows), frame["position"].tolist())
 
     def columns(self, positions: Sequence[int]) -> Int64[Tensor, " row"]:
         """The column of a position in each row."""
@@ -240,10 +235,7 @@ class Rows:
 
     def prepared(self, model: Any) -> Batch:
         """What the model reads."""
-        return prepare(
-            model, self.tokens, append=[], prepend_bos=None, attention_mask=self.mask,
-            inputs_embeds=None,
-        )  # fmt: skip
+        return prepare(model, self.batch.tokens, attention_mask=self.batch.mask)
 
 
 def _attributions(
@@ -254,8 +246,9 @@ def _attributions(
     given = {name: options[name] for name in options.keys() - SETTINGS}
     rules = {"ledger": False, "logits": "target", "stays": False, **rules}
     with Session(model, **rules) as session:
+        target, mask = rows.activations(page), rows.batch.mask
         _, found = session.run_with_relevance(
-            rows.tokens, rows.activations(page), [], attention_mask=rows.mask, **given
+            rows.batch.tokens, target, [], attention_mask=mask, **given
         )
     relevance = found.tokens.float().cpu().numpy()
     return [

@@ -98,9 +98,6 @@ def _units(model: Any, prompt: Prompt, suffix: str, dims: int) -> Features:
         sizes[name] = x.shape[2]
 
     prompt_logits(model, prompt, read={name: partial(measure, name) for name in names})
-    idle = [name for name in names if name not in sizes]
-    if idle:
-        raise InputError(f"{idle[0]} does not fire in this model's forward pass")
     starts = dict(zip(names, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
     rows_at_once = max(1, TOKENS_PER_PASS // len(prompt.tokens))
 

@@ -93,9 +93,6 @@ def as_prompt(
         {} if pixel_values is None else {"pixel_values": pixel_values},
         append=span,
         prepend_bos=prepend_bos,
-        attention_mask=None,
-        inputs_embeds=None,
-        decoder_input=None,
     )
     if pixel_values is not None:
         (pixels,) = prepared.media["pixel_values"]

@@ -199,14 +199,7 @@ class _Prompts:
     def of(
         cls, model: Any, prompts: Sequence[str], target: Any, new: int, bos: bool | None
     ) -> _Prompts:
-        given = prepare(
-            model,
-            list(prompts),
-            append=[],
-            prepend_bos=bos,
-            attention_mask=None,
-            inputs_embeds=None,
-        )
+        given = prepare(model, list(prompts), prepend_bos=bos)
         ids = zip(given.tokens, given.mask, strict=True)
         left = Batch.of_rows([row[real].tolist() for row, real in ids], "left")
         sides = [[side] if isinstance(side, str | int) else list(side) for side in target]
@@ -250,10 +243,8 @@ class _Prompts:
             some = torch.tensor(unique[start : start + count], device=self.tokens.device)
             which, new = some[:, 0], some[:, 1:]
             mask = torch.cat([self.mask[which], torch.ones_like(new).bool()], dim=1)
-            given = prepare(
-                model, torch.cat([self.tokens[which], new], dim=1), append=[], prepend_bos=None,
-                attention_mask=mask, inputs_embeds=None,
-            )  # fmt: skip
+            tokens = torch.cat([self.tokens[which], new], dim=1)
+            given = prepare(model, tokens, attention_mask=mask)
             ends = torch.arange(mask.shape[1])[-self.new - 1 : -1].expand(len(some), -1)
             with forward(model, given, columns=ends) as made:
                 assert made.logits is not None

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.page import Page, Rows
-from lenslrp.edits import Edit
+from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.forward import forward, reading
 from lenslrp.hooks.components import layer_of
@@ -88,11 +88,11 @@ def upstream(model: Any, page: Page, *, k: int = 8, limit: int = 12) -> pd.DataF
     rows = Rows.of(page, page.examples("actmax").head(k))
     with Session(model, ledger=False, logits="target", stays=False) as session:
         _, found = session.run_with_relevance(
-            rows.tokens,
+            rows.batch.tokens,
             rows.activations(page),
             names_filter=lambda name: LINKED.fullmatch(name) is not None and _before(name, page),
             reduce={"mlp.hook_post": over_positions, "attn.hook_z": _over_heads},
-            attention_mask=rows.mask,
+            attention_mask=rows.batch.mask,
         )
     activation = float(found.target.value.float().quantile(0.5))
     values = {name: found[name].float().cpu() for name in found if found[name].ndim == 2}
@@ -154,12 +154,11 @@ def _read(
         if x.ndim < 3:
             return  # flattened over batch and position
         units = (x.norm(dim=-1) if x.ndim == 4 else x).float()
-        real = units.flatten(0, 1) if rows.mask is None else units[rows.mask.bool()]
         at = units[torch.arange(len(units)), rows.columns(rows.hits)]
-        found[name] = at.cpu(), real.std(dim=0).cpu()
+        found[name] = at.cpu(), units[rows.batch.mask].std(dim=0).cpu()
 
     readers = {name: partial(keep, name=name) for name in names}
-    with reading(model, readers), forward(model, rows.prepared(model), edits=edits):
+    with edit_units(model, edits), reading(model, readers), forward(model, rows.prepared(model)):
         return found
 
 

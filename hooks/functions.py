@@ -43,11 +43,6 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     return result
 
 
-def on_gradient(x: Tensor, call: Callable[[Tensor], Tensor | None]) -> None:
-    """Have the gradient that comes to ``x`` go through ``call``, which may change it."""
-    x.register_hook(call)
-
-
 def same(x: Tensor, copies: bool) -> Tensor:
     """The values of ``x``, apart from the graph; in memory of their own where something writes to
     it in place."""

@@ -132,16 +132,12 @@ def _explain_file(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     from lenslrp.analysis.report import write_report
-    from lenslrp.run import run_with_relevance
+    from lenslrp.sessions import Session
 
     report, why_not = _report_path(options.report)
     model = load_model(options)
-    _, relevance = run_with_relevance(
-        model,
-        options.prompt,
-        target=_target(options.target),
-        composite=composite(options.composite),
-    )
+    with Session(model, composite(options.composite)) as session:
+        _, relevance = session.run_with_relevance(options.prompt, _target(options.target))
     if report is not None:
         write_keeping(report, lambda: write_report(relevance, report, model=model))
     if options.json:

@@ -159,8 +159,7 @@ def examine(
             logits, relevance = explained(strict=False)
     floats = dict(given)
     batch = media.prepare(
-        model, floats.pop("input", None), floats, append=[], prepend_bos=None, attention_mask=None,
-        inputs_embeds=None, decoder_input=None,
+        model, floats.pop("input", None), floats
     )  # fmt: skip
     with forward(model, batch) as plain:
         equal = plain.logits is not None and bool(torch.equal(plain.logits, logits))

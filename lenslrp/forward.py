@@ -184,9 +184,6 @@ def forward(
             edit that :func:`lenslrp.edits.edit_units` refuses, or no embedding was replaced.
     """
     made = Forward(model, batch)
-    calls, kept = dict(read or {}), list(capture_at)
-    if stop_after is not None:
-        calls.setdefault(stop_after, _nothing)
     with ExitStack() as stack:
         stack.enter_context(frozen(model) if gradients else turn(model))
         stack.enter_context(unchanged(model))
@@ -196,7 +193,7 @@ def forward(
             from lenslrp.edits import edit_units  # which looks at what is used by a pass of its own
 
             stack.enter_context(edit_units(model, edits))
-        seen = stack.enter_context(reading(model, calls, stop_after=stop_after))
+        seen = stack.enter_context(reading(model, read or {}))
         at = stack.enter_context(undone(Attached()))
         given, embedded, picked = dict(batch.media), [], []
         if leaves is not None:
@@ -207,10 +204,12 @@ def forward(
             embedded = _replace_embedded(at, parts, batch.tokens, embed)
         if record is not None or replay:
             _keep_blocks(at, parts, record, replay or {})
-        if kept:
+        points = hook_points(model, parts) if capture_at or stop_after else {}
+        if capture_at:
             owned = owners(module for _, module in parts)
-            capture(at, hook_points(model, parts), owned, kept, made.captured)
-        keep_unembedded(at, parts, made.captured)
+            capture(at, points, owned, list(capture_at), made.captured)
+        if stop_after is not None:
+            read_at(at, points, stop_after, _stop)
         if at_nodes is not None:
             at_nodes(at, made)
         unembed = head_component(model)
@@ -218,7 +217,7 @@ def forward(
             picked = unembed_at(at, unembed, columns, batch.written.tokens.shape[1])
         with suppress(_Stop):
             made.logits = run_model(model, batch, leaves, given)
-        missing = [name for name in calls if name not in seen]
+        missing = [name for name in read or () if name not in seen]
         if missing:
             raise InputError(f"{missing[0]} does not fire in this model's forward pass")
         if columns is not None and made.logits is not None and made.logits.ndim == 3:
@@ -232,18 +231,12 @@ def forward(
         yield made
 
 
-def _nothing(_: Tensor) -> None:
-    """Where a pass stops, nothing need be read."""
-
-
 @contextmanager
-def reading(
-    model: Any, read: Mapping[str, Callable[[Tensor], None]], *, stop_after: str | None = None
-) -> Iterator[set[str]]:
+def reading(model: Any, read: Mapping[str, Callable[[Tensor], None]]) -> Iterator[set[str]]:
     """Call functions with the activations at hook points in every pass inside the block.
 
     Args:
-        model, read, stop_after: as for :func:`forward`, which alone can be stopped.
+        model, read: as for :func:`forward`.
 
     Yields:
         The hook points that have fired so far.
@@ -260,28 +253,25 @@ def reading(
                 seen.add(name)
                 call(x)
 
-            read_at(at, points, name, note, stop=name == stop_after)
+            read_at(at, points, name, note)
         yield seen
 
 
 def read_at(
-    at: Attached,
-    points: Mapping[str, nn.Module],
-    name: str,
-    call: Callable[[Tensor], None],
-    *,
-    stop: bool = False,
+    at: Attached, points: Mapping[str, nn.Module], name: str, call: Callable[[Tensor], None]
 ) -> None:
-    """Call ``call`` with the activations at a hook point as they pass, and ``stop`` there."""
+    """Call ``call`` with the activations at a hook point as they pass."""
     if name not in points:
         refuse(points, name)
 
     def hook(point: nn.Module, _: Any, x: Tensor) -> None:
         call(converted(point, x))
-        if stop:
-            raise _Stop
 
     listen(at, points[name], [name], hook)
+
+
+def _stop(_: Tensor) -> None:
+    raise _Stop
 
 
 def _keep_blocks(

@@ -22,10 +22,10 @@ def prepare(
     model: Any,
     text: Any,
     *,
-    append: list[int],
-    prepend_bos: bool | None,
-    attention_mask: Tensor | None,
-    inputs_embeds: Tensor | None,
+    append: list[int] | None = None,
+    prepend_bos: bool | None = None,
+    attention_mask: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
     decoder_input: Any = None,
 ) -> Batch:
     """Rows of tokens from a string, strings or a tensor; ``append`` is a teacher-forced span.
@@ -33,6 +33,7 @@ def prepare(
     Raises:
         InputError: an empty prompt, ids outside the vocabulary, shapes that do not fit.
     """
+    append = append or []
     if is_encoder_decoder(model):
         given = prepare_side(
             model,

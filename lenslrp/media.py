@@ -45,7 +45,7 @@ def prepare(model: Any, text: Any, media: Mapping[str, Tensor], **tokens: Any) -
     """
     if reads_no_text(model):
         for name in ("append", "attention_mask", "inputs_embeds", "decoder_input"):
-            if tokens[name] is not None and len(tokens[name]):
+            if tokens.get(name) is not None and len(tokens[name]):
                 what = "a Sequence target" if name == "append" else name
                 kind = type(model.original_model).__name__
                 raise InputError(f"{what} goes with tokens, and {kind} reads {main_input(model)}")

@@ -140,10 +140,6 @@ def _any_input(model: Any) -> Batch:
         model,
         tokens,
         {},
-        append=[],
-        prepend_bos=None,
-        attention_mask=None,
-        inputs_embeds=None,
         decoder_input=tokens if is_encoder_decoder(model) else None,
     )
 

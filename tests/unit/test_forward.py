@@ -1,0 +1,162 @@
+"""One forward pass: what is read, edited, kept and replayed on the way, and what is left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lenslrp
+from lenslrp.edits import Edit, edit_units
+from lenslrp.errors import InputError
+from lenslrp.forward import forward, reading
+from lenslrp.inputs import prepare
+from tests.unit.tiny import FAMILIES, TOKENS, changes, snapshot, tiny
+
+FIRST, SECOND = "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post"
+
+
+def doubled(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def by_hand(model: Any, hook: str) -> Tensor:
+    with torch.no_grad(), model.hooks(fwd_hooks=[(hook, lambda x, hook: 2 * x)]):
+        logits: Tensor = model(TOKENS)
+    return logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_edit_by_a_function_is_that_of_a_hook_and_readers_see_it(family: str) -> None:
+    model = tiny(family)
+    plain, edited = list[Tensor](), list[Tensor]()
+    batch = prepare(model, TOKENS)
+    with forward(model, batch, read={SECOND: plain.append}):
+        pass
+    edits = [Edit(SECOND, function=doubled)]
+    with forward(model, batch, edits=edits, read={SECOND: edited.append}) as made:
+        pass
+    assert made.logits is not None
+    assert torch.equal(made.logits, by_hand(model, SECOND))
+    assert torch.equal(edited[0], 2 * plain[0])
+
+
+def test_functions_act_on_what_is_done_to_units_in_the_order_given() -> None:
+    model, seen = tiny(), list[Tensor]()
+    edits = [
+        Edit(SECOND, function=lambda x: x + 1),
+        Edit(SECOND, (3,), shift=5.0),
+        Edit(SECOND, function=doubled),
+    ]
+    with forward(model, prepare(model, TOKENS), edits=edits, read={SECOND: seen.append}):
+        pass
+    assert (seen[0][..., 3] == 12).all()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"units": (3,), "function": doubled},
+        {"function": doubled, "rows": (0,)},
+        {"function": doubled, "scale": 2.0},
+    ],
+)
+def test_an_edit_is_of_units_or_by_a_function(given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="of units, or by a function"):
+        Edit(SECOND, **given)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_blocks_return_what_they_returned_and_do_not_run(family: str) -> None:
+    model = tiny(family)
+    batch, outputs = prepare(model, TOKENS), dict[int, Any]()
+    with forward(model, batch, record=outputs) as made:
+        whole = made.logits
+    assert sorted(outputs) == [0, 1]
+    ran: list[str] = []
+    hooks = [(h, lambda x, hook, name=h: ran.append(name)) for h in (FIRST, SECOND)]
+    with model.hooks(fwd_hooks=hooks):
+        with forward(model, batch, replay={0: outputs[0]}) as made:
+            assert torch.equal(made.logits, whole)
+        assert ran == [SECOND]
+        with forward(model, batch, replay=outputs) as made:
+            assert torch.equal(made.logits, whole)
+        assert ran == [SECOND]
+
+
+def test_an_edit_before_which_all_is_replayed_is_that_of_a_whole_pass() -> None:
+    model, outputs = tiny(), dict[int, Any]()
+    batch = prepare(model, TOKENS)
+    with forward(model, batch, record=outputs):
+        pass
+    edit = Edit(SECOND, function=doubled)
+    with forward(model, batch, edits=[edit], replay={0: outputs[0]}) as made:
+        pass
+    assert torch.equal(made.logits, by_hand(model, SECOND))
+
+
+def test_what_is_asked_for_and_does_not_happen_is_an_error() -> None:
+    model, outputs = tiny(), dict[int, Any]()
+    batch = prepare(model, TOKENS)
+    with forward(model, batch, record=outputs):
+        pass
+    before = snapshot(model)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"read": {FIRST: doubled}}, f"{FIRST} does not fire"),
+        ({"edits": [Edit(FIRST, function=doubled)]}, f"nothing was edited at {FIRST}"),
+        ({"read": {"mlp.hook_post": doubled}}, "in every block; name one: blocks.0.mlp.hook_post"),
+        ({"read": {"blocks.1.mlp.hook_pots": doubled}}, "nearest: blocks.1.mlp.hook_post"),
+        ({"edits": [Edit("blocks.0.hook_resid_mid", function=doubled)]}, "does not stay in the"),
+    ]
+    for given, message in wrong:
+        with (
+            pytest.raises(InputError, match=message),
+            forward(model, batch, replay={0: outputs[0]}, **given),
+        ):
+            pass
+        assert changes(before, model) == []
+
+
+def test_nothing_is_left_after_an_interrupt() -> None:
+    model = tiny()
+    before = snapshot(model)
+
+    def interrupt(x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), forward(
+        model, prepare(model, TOKENS), edits=[Edit(SECOND, function=interrupt)], record={},
+        read={FIRST: doubled},
+    ):  # fmt: skip
+        pass
+    assert changes(before, model) == []
+
+
+def test_reading_sees_every_pass_inside_and_none_after() -> None:
+    model, seen = tiny(), list[Tensor]()
+    with torch.no_grad(), reading(model, {FIRST: seen.append, "unembed.hook_in": doubled}) as fired:
+        assert fired == set()
+        model(TOKENS)
+        model(TOKENS[:, :3])
+    model(TOKENS)
+    assert [x.shape[1] for x in seen] == [6, 3]
+    assert fired == {FIRST, "unembed.hook_in"}
+
+
+def test_an_edit_entered_inside_a_session_is_part_of_what_is_explained() -> None:
+    model = tiny()
+    edit = Edit(SECOND, function=doubled)
+    with lenslrp.session(model) as session:
+        plain, _ = session.run_with_relevance(TOKENS, 5, names_filter=SECOND)
+        with edit_units(model, [edit]):
+            edited, found = session.run_with_relevance(TOKENS, 5, names_filter=SECOND)
+            with edit_units(model, [Edit(FIRST, (3,))]):
+                both, _ = session.run_with_relevance(TOKENS, 5, names_filter=SECOND)
+        after, _ = session.run_with_relevance(TOKENS, 5, names_filter=SECOND)
+    assert torch.equal(edited, by_hand(model, SECOND))
+    assert abs(found.ledger().error) < 1e-9
+    assert torch.equal(plain, after)
+    assert not torch.equal(both, edited)
