@@ -160,3 +160,8 @@ def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
     """First quartile, median and third quartile of `values`, two of them at least."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, median, high
+
+
+def verdict(measured: float, bar: float | None) -> str:
+    """Two cells: the bar, and whether it is met."""
+    return " | " if bar is None else f"<= {bar:.2f} | {'yes' if measured <= bar else '**no**'}"

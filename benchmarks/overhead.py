@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 
 import torch
 from cost_bridge import CASES, PLAIN, Case, build_bridge, plain_pass, relevance_pass
-from cost_measure import SMOLLM2, Times, cpu_seconds, make_tokens, peak_mib, quartiles
+from cost_measure import SMOLLM2, Times, cpu_seconds, make_tokens, peak_mib, quartiles, verdict
 from torch import Tensor
 
 from lenslrp.analysis.journal import Row, resumed
@@ -133,11 +133,6 @@ def interleaved(
         append({"length": length, "seconds": done[-1]})
         print(f"{length} tokens: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     return done
-
-
-def verdict(measured: float, bar: float | None) -> str:
-    """Two cells: the bar, and whether it is met."""
-    return " | " if bar is None else f"<= {bar:.2f} | {'yes' if measured <= bar else '**no**'}"
 
 
 def print_times(done: list[dict[str, Times]], lines: list[Line]) -> None:
