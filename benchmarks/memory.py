@@ -63,7 +63,7 @@ def print_peaks(options: argparse.Namespace) -> None:
     found: dict[tuple[str, str, int], float] = {}
     for dtype, length in itertools.product(options.dtypes, options.lengths):
         bridge, tokens = build_bridge(DTYPES[dtype]), make_tokens(SMOLLM2, length)
-        for case in (PLAIN, *CASES):
+        for case in (PLAIN, *options.cases):
             with ExitStack() as stack:
                 plain = case == PLAIN
                 run = plain_pass(bridge) if plain else relevance_pass(bridge, CASES[case], stack)
@@ -151,7 +151,8 @@ def print_growth(
         residual = length * shape.d_model * DTYPES[dtype].itemsize
         print(
             f"| {dtype}, {attention}, checkpoint {checkpoint}, {logits} logits, read {read} "
-            f"| {length} | {float(slope) / MIB:.2f} MiB | {float(slope) / residual:.2f} | {exponent:.3f} |"
+            f"| {length} | {float(slope) / MIB:.2f} MiB | {float(slope) / residual:.2f} "
+            f"| {exponent:.3f} |"
         )
 
 
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("--logits", nargs="+", choices=("all", "target"), default=["all"])
     parser.add_argument("--read", nargs="+", choices=READ, default=["none"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: float32; peaks: both")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="of peaks")
     parser.add_argument("--malloc", nargs="+", choices=("default", "mmap"), default=["mmap"])
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
