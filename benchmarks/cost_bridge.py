@@ -1,47 +1,73 @@
-"""The passes of the cost benchmark that run on a TransformerBridge, without and with LensLRP."""
+"""The passes of the cost benchmark that run on SmolLM2's TransformerBridge, and their bars."""
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from cost_measure import Pass
-from tokenizers import Tokenizer, models
+from cost_measure import TARGET, Pass
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lenslrp
 
-REDUCE = {"mlp.hook_post": "sum_positions", "*": "sum"}
-"""What the all-hooks case keeps: of neurons one number each, of other hook points one a token."""
+PLAIN = "plain"
 
 
-def build_bridge(model: LlamaForCausalLM) -> TransformerBridge:
-    """The bridge around `model` (modified in place), with a tokenizer that needs no download."""
-    vocabulary = {f"w{index}": index for index in range(model.config.vocab_size)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="w0")),
-        unk_token="w0",
-        bos_token="w1",
-        eos_token="w2",
-        pad_token="w2",
-    )
-    with tempfile.TemporaryDirectory() as folder:  # the bridge reads its tokenizer again, by path
-        tokenizer.save_pretrained(folder)
-        stored = PreTrainedTokenizerFast.from_pretrained(folder)
-        bridge = TransformerBridge.boot_transformers(
-            "random-llama", hf_model=model, tokenizer=stored
-        )
-    bridge.eval()
-    bridge.requires_grad_(False)
-    return bridge
+class Case(NamedTuple):
+    """One way to ask for relevance.
+
+    Attributes:
+        title: what the tables call it.
+        session: in a session that is open already, or a call of its own.
+        logits: ``"target"`` or ``"all"``.
+        every: every hook point on the path, summed over features, with the ledger; or token
+            relevance and no ledger.
+        bars: length -> the CPU time that is allowed, as a multiple of the plain pass's.
+    """
+
+    title: str
+    session: bool
+    logits: str
+    every: bool
+    bars: Mapping[int, float]
+
+
+CASES = {
+    "target-tokens": Case(
+        "session, target's logits: tokens",
+        True, "target", False, {12: 1.00, 64: 0.95, 256: 0.90, 1024: 0.90},
+    ),
+    "target-hooks": Case(
+        "session, target's logits: every hook, ledger",
+        True, "target", True, {12: 1.20, 64: 1.10, 256: 1.00, 1024: 1.05},
+    ),
+    "all-tokens": Case("session, all logits: tokens", True, "all", False, {12: 1.05}),
+    "all-hooks": Case("session, all logits: every hook, ledger", True, "all", True, {12: 1.35}),
+    "single-tokens": Case("single call, all logits: tokens", False, "all", False, {12: 1.30}),
+    "single-hooks": Case("single call, all logits: every hook", False, "all", True, {12: 1.60}),
+}  # fmt: skip
+
+
+def build_bridge(
+    dtype: torch.dtype = torch.float32, weights: TransformerBridge | None = None
+) -> TransformerBridge:
+    """The embedded SmolLM2-135M, frozen; a copy with ``weights``' memory, if given."""
+    model = lenslrp.load("smollm2-135m", dtype=dtype, device="cpu", verify=False)
+    model.requires_grad_(False)
+    if weights is not None:
+        for own, shared in zip(model.parameters(), weights.parameters(), strict=True):
+            own.data = shared.data
+    return model
 
 
 def plain_pass(bridge: TransformerBridge) -> Pass:
-    """Forward and backward without rules: Gradient x Input at the embeddings."""
+    """Forward and backward without rules, all logits: Gradient x Input at the embeddings."""
 
-    def run(tokens: Tensor, target: int) -> Tensor:
+    def run(tokens: Tensor) -> Tensor:
         leaves: list[Tensor] = []
 
         def cut(value: Tensor, hook: object) -> Tensor:
@@ -49,7 +75,7 @@ def plain_pass(bridge: TransformerBridge) -> Pass:
             return leaves[-1]
 
         with bridge.hooks(fwd_hooks=[("embed.hook_out", cut)]):
-            bridge(tokens)[:, -1, target].sum().backward()
+            bridge(tokens, use_cache=False)[:, -1, TARGET].sum().backward()
         (leaf,) = leaves
         assert leaf.grad is not None
         return (leaf.detach() * leaf.grad).sum(-1)
@@ -57,29 +83,22 @@ def plain_pass(bridge: TransformerBridge) -> Pass:
     return run
 
 
-def rules_pass(bridge: TransformerBridge, attention: str = "bridge") -> Pass:
-    """The same pass inside `relevance_rules`: AttnLRP, and nothing read but the embeddings."""
-    plain = plain_pass(bridge)
+def relevance_pass(
+    bridge: TransformerBridge, case: Case, stack: ExitStack, attention: str = "bridge"
+) -> Pass:
+    """The pass of one case; a session stays open until ``stack`` is closed."""
+    of_model: dict[str, Any] = {"attention": attention, "ledger": case.every}
+    asked: dict[str, Any] = {"names_filter": [], "logits": case.logits}
+    if case.every:
+        asked |= {"names_filter": None, "reduce": "sum"}
+    if case.session:
+        session = stack.enter_context(lenslrp.session(bridge, **of_model))
+        call = partial(session.run_with_relevance, **asked)
+    else:
+        call = partial(lenslrp.run_with_relevance, bridge, **of_model, **asked)
 
-    def run(tokens: Tensor, target: int) -> Tensor:
-        with lenslrp.relevance_rules(bridge, lenslrp.AttnLRP(), attention=attention):
-            return plain(tokens, target)
-
-    return run
-
-
-def all_hooks_pass(bridge: TransformerBridge) -> Pass:
-    """`run_with_relevance` with every hook point on the path read, streamed and reduced."""
-
-    def run(tokens: Tensor, target: int) -> Tensor:
-        _, relevance = lenslrp.run_with_relevance(
-            bridge,
-            tokens,
-            target=target,
-            composite=lenslrp.AttnLRP(),
-            names_filter=None,
-            reduce=REDUCE,
-        )
+    def run(tokens: Tensor) -> Tensor:
+        _, relevance = call(tokens, target=TARGET)
         return torch.as_tensor(relevance.tokens)
 
     return run

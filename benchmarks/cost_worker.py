@@ -1,15 +1,15 @@
-"""One process of the cost benchmark: a Hugging Face Llama, with or without LXT's AttnLRP rules.
+"""The process of the cost benchmark in which SmolLM2 runs on Hugging Face sdpa under LXT's AttnLRP.
 
 LXT 2.1 (Achtibat et al., AttnLRP, ICML 2024) patches transformers' classes for the whole process
 and needs an older transformers than LensLRP, so it runs in a process, and an environment, of its
 own. Requests and answers are JSON, one object a line, on standard input and output; the process
 sleeps between requests, so that at any time one process works.
 
-    {"op": "load", "shape": {...}, "weights": PATH, "attention": "sdpa", "rules": "lxt" | "none",
-     "threads": N}
-    {"op": "input", "tokens": [[...]], "target": ID}
-    {"op": "time"} -> {"ms": ...}    {"op": "peak"} -> {"mib": ...}
-    {"op": "relevance"} -> {"relevance": [[...]]}
+    {"op": "load", "weights": PATH} -> {"versions": {...}}
+    {"op": "input", "tokens": [[...]]} -> {}
+    {"op": "time", "logits": "target" | "all"} -> {"seconds": [user, system]}
+    {"op": "peak", "logits": ...} -> {"mib": ...}
+    {"op": "relevance", "logits": ...} -> {"relevance": [[...]]}
 """
 
 from __future__ import annotations
@@ -44,55 +44,51 @@ def name_missing_operators() -> None:
 name_missing_operators()
 
 from cost_measure import (  # noqa: E402  (imports torchvision by way of transformers)
+    SMOLLM2,
     Pass,
-    Shape,
     build_llama,
+    cpu_seconds,
     hugging_face_pass,
     peak_mib,
-    wall_ms,
 )
 
 
 class Worker:
-    """State between two requests: the model's pass and the input."""
+    """State between two requests: the model's passes and the input."""
 
     def __init__(self) -> None:
         """Nothing is loaded yet."""
-        self.run: Pass | None = None
+        self.passes: dict[str, Pass] = {}
         self.tokens: Tensor | None = None
-        self.target = 0
 
-    def load(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Build the model on the given weights; with rules "lxt", patch transformers first."""
-        torch.set_num_threads(request["threads"])
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-        if request["rules"] == "lxt":
-            from lxt.efficient import monkey_patch
-            from transformers.models.llama import modeling_llama
+    def load(self, weights: str) -> dict[str, Any]:
+        """Patch transformers' classes, and build the model on the given weights."""
+        from lxt.efficient import monkey_patch
+        from transformers.models.llama import modeling_llama
 
-            monkey_patch(modeling_llama)
-            versions["lxt"] = importlib.metadata.version("lxt")
-        model = build_llama(
-            Shape(**request["shape"]), request["attention"], Path(request["weights"])
-        )
-        self.run = hugging_face_pass(model)
-        return {"versions": versions, "threads": torch.get_num_threads()}
+        torch.set_num_threads(1)
+        monkey_patch(modeling_llama)
+        model = build_llama(SMOLLM2, "sdpa", Path(weights))
+        self.passes = {logits: hugging_face_pass(model, logits) for logits in ("target", "all")}
+        names = ("torch", "transformers", "lxt")
+        return {"versions": {name: importlib.metadata.version(name) for name in names}}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """The answer to one request."""
         if request["op"] == "load":
-            return self.load(request)
+            return self.load(request["weights"])
         if request["op"] == "input":
-            self.tokens, self.target = torch.tensor(request["tokens"]), request["target"]
+            self.tokens = torch.tensor(request["tokens"])
             return {}
-        if self.run is None or self.tokens is None:
+        if self.tokens is None:
             raise ValueError("'load' and 'input' come before any measurement")
+        run = self.passes[request["logits"]]
         if request["op"] == "time":
-            return {"ms": wall_ms(self.run, self.tokens, self.target)}
+            return {"seconds": cpu_seconds(run, self.tokens)}
         if request["op"] == "peak":
-            return {"mib": peak_mib(self.run, self.tokens, self.target)}
+            return {"mib": peak_mib(run, self.tokens)}
         if request["op"] == "relevance":
-            return {"relevance": self.run(self.tokens, self.target).tolist()}
+            return {"relevance": run(self.tokens).tolist()}
         raise ValueError(f"unknown op {request['op']!r}")
 
 

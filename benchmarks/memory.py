@@ -1,14 +1,18 @@
-"""Memory of one explanation against layers and length, with and without checkpointing.
+"""Memory of one explanation: beside the plain bridge's, and against layers and length.
 
+    python benchmarks/memory.py peaks                 # SmolLM2, float32 and bfloat16, its bars
     python benchmarks/memory.py count                 # exact, from shapes: minutes, no memory
-    python benchmarks/memory.py count --model llama-2-7b --lengths 512 2048 --layers 32
+    python benchmarks/memory.py count --model llama-3-8b --lengths 32768 --dtypes bfloat16 \
+        --attention fused --checkpoint yes --logits target
     python benchmarks/memory.py measure --lengths 4096 --attention bridge --read all
 
-``count`` is ``lenslrp.survey``: the whole pass on tensors without storage, every allocation
-counted. ``measure`` runs the pass in a process of its own and asks the system for its high-water
-mark, so it contains Python, torch and the weights. The models are Llamas of SmolLM2-135M's sizes,
-or LLaMA 2 7B's, with random weights; truncated where fewer layers are asked for. One logit at the
-last position is explained, AttnLRP, ledger on. Tables are markdown on standard output.
+``peaks`` is what torch allocates in one pass of each case of ``cost_bridge.py``, above what was
+held before it (``cost_measure.py``). ``count`` is ``lenslrp.survey``: the whole pass on tensors
+without storage, every allocation counted. ``measure`` runs the pass in a process of its own and
+asks the system for its high-water mark, so it contains Python, torch and the weights. The models of
+the last two are Llamas of the sizes of SmolLM2-135M, LLaMA 2 7B or Llama 3 8B, with random weights;
+truncated where fewer layers are asked for. One logit at the last position is explained, AttnLRP,
+ledger on. Tables are markdown on standard output.
 """
 
 from __future__ import annotations
@@ -21,11 +25,13 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
-from cost_measure import SMOLLM2, Shape, make_tokens
+from cost_bridge import CASES, PLAIN, build_bridge, plain_pass, relevance_pass
+from cost_measure import SMOLLM2, TARGET, Shape, make_tokens, peak_mib, verdict
 
 import lenslrp
 from lenslrp.surveying import Survey
@@ -36,20 +42,50 @@ SHAPES = {
     "llama-2-7b": Shape(
         layers=32, d_model=4096, d_mlp=11008, heads=32, kv_heads=32, vocabulary=32000
     ),
+    "llama-3-8b": Shape(
+        layers=32, d_model=4096, d_mlp=14336, heads=32, kv_heads=8, vocabulary=128256
+    ),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 READ: dict[str, Any] = {"none": [], "resid": "hook_resid_post", "all": None}
 MMAP = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
 """glibc gives blocks above this size back to the system at once; see the README."""
+OF_PLAIN = {("target-tokens", 256): 0.90, ("target-tokens", 1024): 0.90}
+"""What a case at a length may hold, as a multiple of the plain pass's peak."""
+
+
+def print_peaks(options: argparse.Namespace) -> None:
+    """Peaks of SmolLM2's passes, beside the plain pass's and the first type's."""
+    print(
+        "| type | tokens | case | peak MiB | to plain | bar | met "
+        f"| to {options.dtypes[0]} | bar | met |\n" + "|---" * 10 + "|"
+    )
+    found: dict[tuple[str, str, int], float] = {}
+    for dtype, length in itertools.product(options.dtypes, options.lengths):
+        bridge, tokens = build_bridge(DTYPES[dtype]), make_tokens(SMOLLM2, length)
+        for case in (PLAIN, *options.cases):
+            with ExitStack() as stack:
+                plain = case == PLAIN
+                run = plain_pass(bridge) if plain else relevance_pass(bridge, CASES[case], stack)
+                run(tokens)  # what is looked at once, in the first call, is no pass's memory
+                peak = found[dtype, case, length] = peak_mib(run, tokens)
+            ratios = (
+                (peak / found[dtype, PLAIN, length], OF_PLAIN.get((case, length))),
+                (peak / found[options.dtypes[0], case, length], 1.00),
+            )
+            cells = [f"{r:.3f} | {verdict(r, bar)}" for r, bar in ratios]
+            name = PLAIN if plain else CASES[case].title
+            print(f"| {dtype} | {length} | {name} | {peak:.1f} | {' | '.join(cells)} |", flush=True)
 
 
 def cases(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One dictionary a configuration, in the order of the tables."""
-    keys = ("dtype", "attention", "checkpoint", "read", "layers", "length")
+    keys = ("dtype", "attention", "checkpoint", "logits", "read", "layers", "length")
     values = itertools.product(
         options.dtypes,
         options.attention,
         options.checkpoint,
+        options.logits,
         options.read,
         options.layers,
         options.lengths,
@@ -62,6 +98,7 @@ def keywords(case: dict[str, Any]) -> dict[str, Any]:
     return {
         "attention": case["attention"],
         "checkpoint": case["checkpoint"] == "yes",
+        "logits": case["logits"],
         "names_filter": READ[case["read"]],
         "reduce": "sum",
     }
@@ -77,8 +114,8 @@ def counted(shape: Shape, case: dict[str, Any]) -> Survey:
 
 def print_counts(shape: Shape, options: argparse.Namespace) -> None:
     print(
-        "| type | attention | checkpoint | read | layers | tokens | weights GiB | peak besides GiB "
-        "| held between passes GiB | 1e12 operations |\n" + "|---" * 10 + "|"
+        "| type | attention | checkpoint | logits | read | layers | tokens | weights GiB "
+        "| peak besides GiB | held between passes GiB | 1e12 operations |\n" + "|---" * 11 + "|"
     )
     found: list[tuple[dict[str, Any], Survey]] = []
     for case in cases(options):
@@ -103,7 +140,7 @@ def print_growth(
     for case, result in found:
         key = tuple(v for k, v in case.items() if k != "layers")
         groups.setdefault(key, []).append((case["layers"], result))
-    for (dtype, attention, checkpoint, read, length), rows in groups.items():
+    for (dtype, attention, checkpoint, logits, read, length), rows in groups.items():
         layers = torch.tensor([float(n) for n, _ in rows], dtype=torch.float64)
         held = torch.tensor([float(r.held) for _, r in rows], dtype=torch.float64)
         slope, constant = torch.linalg.lstsq(
@@ -113,8 +150,9 @@ def print_growth(
         exponent = float((grown[-1] - grown[0]) / (layers[-1] / layers[0]).log())
         residual = length * shape.d_model * DTYPES[dtype].itemsize
         print(
-            f"| {dtype}, {attention}, checkpoint {checkpoint}, read {read} | {length} "
-            f"| {float(slope) / MIB:.2f} MiB | {float(slope) / residual:.2f} | {exponent:.3f} |"
+            f"| {dtype}, {attention}, checkpoint {checkpoint}, {logits} logits, read {read} "
+            f"| {length} | {float(slope) / MIB:.2f} MiB | {float(slope) / residual:.2f} "
+            f"| {exponent:.3f} |"
         )
 
 
@@ -128,10 +166,10 @@ def measure_here(shape: Shape, case: dict[str, Any]) -> dict[str, float]:
     torch.set_default_dtype(DTYPES[case["dtype"]])
     model = lenslrp.load(LlamaForCausalLM(small.config()).eval())
     torch.set_default_dtype(before)
-    tokens = make_tokens(small, 1, case["length"])
+    tokens = make_tokens(small, case["length"])
     base = high_water()
     start = time.perf_counter()
-    _, relevance = lenslrp.run_with_relevance(model, tokens, 7, **keywords(case))
+    _, relevance = lenslrp.run_with_relevance(model, tokens, TARGET, **keywords(case))
     seconds = time.perf_counter() - start
     return {
         "base": base,
@@ -148,8 +186,8 @@ def high_water() -> float:
 
 def print_measured(options: argparse.Namespace) -> None:
     print(
-        "| type | attention | checkpoint | read | layers | tokens | malloc | before the pass GiB "
-        "| high water GiB | seconds | ledger's error |\n" + "|---" * 11 + "|"
+        "| type | attention | checkpoint | logits | read | layers | tokens | malloc "
+        "| before the pass GiB | high water GiB | seconds | ledger's error |\n" + "|---" * 12 + "|"
     )
     for case, malloc in itertools.product(cases(options), options.malloc):
         command = [sys.executable, "-W", "ignore", __file__, "one", "--model", options.model]
@@ -173,22 +211,32 @@ def print_measured(options: argparse.Namespace) -> None:
 def main() -> None:
     """Parse the options and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("count", "measure", "one"))
+    parser.add_argument("what", choices=("peaks", "count", "measure", "one"))
     parser.add_argument("--model", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--layers", type=int, nargs="+", help="default: the model's")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", help="default: 512 to 4096; peaks: 256 1024"
+    )
     parser.add_argument(
         "--attention", nargs="+", choices=("bridge", "fused"), default=["bridge", "fused"]
     )
     parser.add_argument("--checkpoint", nargs="+", choices=("no", "yes"), default=["no", "yes"])
+    parser.add_argument("--logits", nargs="+", choices=("all", "target"), default=["all"])
     parser.add_argument("--read", nargs="+", choices=READ, default=["none"])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: float32; peaks: both")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="of peaks")
     parser.add_argument("--malloc", nargs="+", choices=("default", "mmap"), default=["mmap"])
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = SHAPES[options.model]
     options.layers = options.layers or [shape.layers]
-    if options.what == "one":
+    peaks = options.what == "peaks"
+    options.lengths = options.lengths or ([256, 1024] if peaks else [512, 1024, 2048, 4096])
+    options.dtypes = options.dtypes or (list(DTYPES) if peaks else ["float32"])
+    if peaks:
+        torch.set_num_threads(1)
+        print_peaks(options)
+    elif options.what == "one":
         print(json.dumps(measure_here(shape, json.loads(options.case))))
     elif options.what == "count":
         print_counts(shape, options)

@@ -1,14 +1,22 @@
-"""What relevance costs: LensLRP against the plain bridge, Hugging Face, and LXT.
+"""What relevance costs in CPU time: SmolLM2 in LensLRP, the plain bridge, and LXT.
 
-    python benchmarks/overhead.py [--lxt-python PATH] [--sizes t256 t1024] [--repeats 15]
+    python benchmarks/overhead.py time [--lengths 12 64 256 1024] [--resume results/time.jsonl]
+    python benchmarks/overhead.py lxt --lxt-python PATH [--resume results/lxt.jsonl]
 
-Every configuration runs the same pass on the same weights and tokens (`cost_measure.py`). Rounds
-are interleaved: in each round every configuration runs once, in an order drawn anew, one at a time,
-across processes too. Ratios are formed within a round and then summarised. LXT needs an older
-transformers, so with `--lxt-python` (the interpreter of an environment with `lxt` and the same
-torch) it runs in worker processes; Hugging Face runs in that environment as well, which shows how
-much of a difference is the environment's. Tables are markdown on standard output; nothing here
-fails because of a timing.
+`time` sets the cases of `cost_bridge.py` beside the plain bridge's forward and backward pass (all
+logits, frozen weights, its hook entered at each call), `lxt` a session with `attention="fused"`
+beside LXT on Hugging Face sdpa, which runs in a process and an environment of its own, with the
+same torch; `memory.py peaks` is about memory. Float32, one thread, random tokens, one logit at the
+last position.
+
+Rounds are interleaved: in each round every case runs once, in an order drawn anew, one at a time,
+across processes too. Each case has a model of its own, so that its session is opened once, before
+the first round, and no case changes another's hooks; the models share the memory of their weights.
+Two untimed rounds come before. CPU time is `getrusage`'s of the process that works, user and system
+apart; ratios, of their sum and of user time alone, are formed within a round and then summarised.
+With `--resume` the rounds are kept in a file as they are made, and another run goes on after them.
+Tables are markdown on standard output. Nothing here fails because of a timing; where cases that
+should agree about relevance do not, it ends with an error.
 """
 
 from __future__ import annotations
@@ -17,99 +25,40 @@ import argparse
 import json
 import os
 import platform
+import random
+import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from cost_bridge import all_hooks_pass, build_bridge, plain_pass, rules_pass
-from cost_measure import (
-    SMOLLM2,
-    Pass,
-    Shape,
-    Summary,
-    build_llama,
-    hugging_face_pass,
-    interleave,
-    make_tokens,
-    paired_ratio,
-    peak_mib,
-    save_weights,
-    shape_to_json,
-    wall_ms,
-)
+from cost_bridge import CASES, PLAIN, Case, build_bridge, plain_pass, relevance_pass
+from cost_measure import SMOLLM2, Times, cpu_seconds, make_tokens, peak_mib, quartiles, verdict
 from torch import Tensor
 
+from lenslrp.analysis.journal import Row, resumed
 from lenslrp.embedded import ensure_cached
 
-TARGET = 7
-SMALL = Shape(layers=4, d_model=512, d_mlp=1376, heads=8, kv_heads=8, vocabulary=1024)
-SIZES: dict[str, tuple[Shape, int, int]] = {  # name -> shape, batch, length
-    "t256": (SMALL, 2, 256),
-    "t1024": (SMALL, 1, 1024),
-    "smollm2-t256": (SMOLLM2, 1, 256),
-    "smollm2-t1024": (SMOLLM2, 1, 1024),
-}
-
-HF_EAGER, HF_SDPA = "Hugging Face, eager", "Hugging Face, sdpa"
-PLAIN, RULES, ALL = "bridge, plain", "bridge + rules", "bridge + rules + all hooks read"
-FUSED = 'bridge + rules, attention="fused"'
-LXT_HF, LXT = "Hugging Face, sdpa (LXT's environment)", "LXT, sdpa"
-CASES = {
-    "hf-eager": HF_EAGER,
-    "hf-sdpa": HF_SDPA,
-    "bridge": PLAIN,
-    "rules": RULES,
-    "all-hooks": ALL,
-    "fused": FUSED,
-    "lxt-hf": LXT_HF,
-    "lxt": LXT,
-}
-ATTNLRP = (RULES, ALL, FUSED, LXT)
-"""Configurations that must agree about token relevance."""
+WARM = 2
+THP = "THP_MEM_ALLOC_ENABLE"
+"""torch's own switch for large pages; it changes system time."""
+AGREE = 1e-4
+"""The largest difference between two cases' relevance, as a share of the largest value."""
 
 
-@dataclass(frozen=True)
-class Limit:
-    """One promised bound: `case` costs at most `bound` times `reference`."""
+class Line(NamedTuple):
+    """One row of a table: a case, what it is compared with, and the ratio that is allowed."""
 
     case: str
+    title: str
     reference: str
-    quantity: str
-    bound: float
-
-
-LIMITS = (
-    Limit(RULES, PLAIN, "time", 1.10),
-    Limit(RULES, PLAIN, "memory", 1.00),
-    Limit(ALL, PLAIN, "time", 1.25),
-    Limit(FUSED, LXT, "time", 1.05),
-)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One configuration with its input bound: how to time it, and what it needs and returns."""
-
-    time: Callable[[], float]
-    peak: Callable[[], float]
-    relevance: Callable[[], Tensor]
-
-
-def local_probe(run: Pass, tokens: Tensor) -> Probe:
-    """A configuration of this process."""
-    return Probe(
-        lambda: wall_ms(run, tokens, TARGET),
-        lambda: peak_mib(run, tokens, TARGET),
-        lambda: run(tokens, TARGET),
-    )
+    bar: float | None
 
 
 class Worker:
@@ -152,175 +101,180 @@ class Worker:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def probe(self) -> Probe:
-        """A configuration of that process, once it has a model and an input."""
-        return Probe(
-            lambda: float(self.ask("time")["ms"]),
-            lambda: float(self.ask("peak")["mib"]),
-            lambda: torch.tensor(self.ask("relevance")["relevance"]),
-        )
+
+@contextmanager
+def kept(path: Path | None, settings: Row) -> Iterator[tuple[list[Row], Callable[[Row], None]]]:
+    """What an earlier run has left in the file, and what adds to it; without a file, nothing."""
+    if path is None:
+        yield [], lambda row: None
+    else:
+        with resumed(path, settings) as found:
+            yield found
 
 
-def start_worker(
-    python: str, rules: str, shape: Shape, weights: Path, tokens: Tensor
-) -> tuple[Worker, dict[str, str]]:
-    """A worker with model and input, and the versions of its environment.
-
-    SystemExit if its torch differs: then a ratio would compare two torches.
-    """
-    worker = Worker(python)
-    answer = worker.ask(
-        "load",
-        shape=shape_to_json(shape),
-        weights=str(weights),
-        attention="sdpa",
-        rules=rules,
-        threads=torch.get_num_threads(),
-    )
-    if answer["versions"]["torch"] != version("torch"):
-        raise SystemExit(
-            f"torch {answer['versions']['torch']} in LXT's environment, {version('torch')} here; "
-            "install the same one in both"
-        )
-    worker.ask("input", tokens=tokens.tolist(), target=TARGET)
-    return worker, answer["versions"]
+def interleaved(
+    timers: Mapping[str, Callable[[], Times]],
+    length: int,
+    rounds: int,
+    rows: list[Row],
+    append: Callable[[Row], None],
+) -> list[dict[str, Times]]:
+    """CPU seconds of each case in each round: those of ``rows``, and then new ones."""
+    done: list[dict[str, Times]] = [
+        row["seconds"] for row in rows if row["length"] == length and "seconds" in row
+    ]
+    if len(done) < rounds:
+        for timer in [*timers.values()] * WARM:
+            timer()
+    for number in range(len(done), rounds):
+        names = list(timers)
+        random.Random(f"{length} tokens, round {number}").shuffle(names)
+        done.append({name: timers[name]() for name in names})
+        append({"length": length, "seconds": done[-1]})
+        print(f"{length} tokens: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+    return done
 
 
-def weights_of(shape: Shape, folder: Path) -> Path:
-    """The file of weights that every side loads: SmolLM2's own, or random ones in `folder`."""
-    if shape == SMOLLM2:
-        return ensure_cached("smollm2-135m") / "model.safetensors"
-    path = folder / "model.safetensors"
-    save_weights(build_llama(shape, "eager"), path)
-    return path
-
-
-def probes_of(
-    names: list[str], shape: Shape, tokens: Tensor, lxt_python: str | None, stack: ExitStack
-) -> dict[str, Probe]:
-    """The configurations asked for, by their title, on the same weights and tokens."""
-    weights = weights_of(shape, Path(stack.enter_context(tempfile.TemporaryDirectory())))
-    probes: dict[str, Probe] = {}
-    for name, attention in (("hf-eager", "eager"), ("hf-sdpa", "sdpa")):
-        if name in names:
-            model = build_llama(shape, attention, weights)
-            probes[CASES[name]] = local_probe(hugging_face_pass(model), tokens)
-    if lxt_python is not None:
-        for name, rules in (("lxt-hf", "none"), ("lxt", "lxt")):
-            if name in names:
-                worker, versions = start_worker(lxt_python, rules, shape, weights, tokens)
-                stack.enter_context(worker)
-                probes[CASES[name]] = worker.probe()
-                print(f"{CASES[name]}: {versions}", file=sys.stderr)
-    bridge = build_bridge(build_llama(shape, "eager", weights))
-    passes = {
-        "bridge": lambda: plain_pass(bridge),
-        "rules": lambda: rules_pass(bridge),
-        "all-hooks": lambda: all_hooks_pass(bridge),
-        "fused": lambda: rules_pass(bridge, attention="fused"),
-    }
-    for name, make in passes.items():
-        if name in names:
-            probes[CASES[name]] = local_probe(make(), tokens)
-    return {title: probes[title] for title in CASES.values() if title in probes}
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine of two relevance tensors, in float64."""
-    return torch.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
-
-
-def print_agreement(relevance: dict[str, Tensor]) -> None:
-    """Whether the configurations compared compute the same thing."""
-    titles = [title for title in ATTNLRP if title in relevance]
-    for title in titles[:-1]:
-        print(
-            f"- token relevance, {title} against {titles[-1]}: "
-            f"cosine {cosine(relevance[title], relevance[titles[-1]]):.9f}"
-        )
-    if PLAIN in relevance and HF_EAGER in relevance:
-        print(
-            f"- Gradient x Input, {PLAIN} against {HF_EAGER}: "
-            f"cosine {cosine(relevance[PLAIN], relevance[HF_EAGER]):.9f}"
-        )
-
-
-def print_costs(times: dict[str, list[float]], peaks: dict[str, float]) -> None:
-    """The table of one size. Ratios are to the plain bridge, or else to the first row."""
-    reference = PLAIN if PLAIN in times else next(iter(times))
+def print_times(done: list[dict[str, Times]], lines: list[Line]) -> None:
+    """Milliseconds of each case, and its ratio to its reference within a round."""
     print(
-        "| configuration | median ms | min ms | quartiles ms | time ratio (quartiles) "
-        "| peak MiB | memory ratio |\n|---|---|---|---|---|---|---|"
+        "| case | user ms | system ms | CPU time to | ratio (quartiles) | user time alone | bar "
+        "| met |\n" + "|---" * 8 + "|"
     )
-    for title, values in times.items():
-        summary, ratio = Summary.of(values), paired_ratio(values, times[reference])
+    for line in lines:
+        own, others = ([row[name] for row in done] for name in (line.case, line.reference))
+        user, system = (1e3 * statistics.median(times) for times in zip(*own, strict=True))
+        pairs = list(zip(own, others, strict=True))
+        low, ratio, high = quartiles(sum(a) / sum(b) for a, b in pairs)
+        alone = statistics.median(a[0] / b[0] for a, b in pairs)
         print(
-            f"| {title} | {summary.median:.0f} | {summary.minimum:.0f} "
-            f"| {summary.low:.0f} to {summary.high:.0f} "
-            f"| {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}) "
-            f"| {peaks[title]:.1f} | {peaks[title] / peaks[reference]:.3f} |"
+            f"| {line.title} | {user:.0f} | {system:.0f} | {line.reference} "
+            f"| {ratio:.3f} ({low:.3f} to {high:.3f}) | {alone:.3f} | {verdict(ratio, line.bar)} |"
         )
-    print(f"\nRatios are to: {reference}.\n")
+    print(f"\n{len(done)} rounds.", flush=True)
 
 
-def print_limits(times: dict[str, list[float]], peaks: dict[str, float], length: int) -> None:
-    """The promised bounds that this run can judge (LXT's holds for long sequences only)."""
-    rows = []
-    for limit in LIMITS:
-        known = limit.case in times and limit.reference in times
-        if not known or (limit.reference == LXT and length < 1024):
-            continue
-        if limit.quantity == "time":
-            measured = paired_ratio(times[limit.case], times[limit.reference]).median
-        else:
-            measured = peaks[limit.case] / peaks[limit.reference]
-        rows.append(
-            f"| {limit.quantity}: {limit.case} / {limit.reference} | <= {limit.bound:.2f} "
-            f"| {measured:.3f} | {'yes' if measured <= limit.bound else 'no'} |"
-        )
-    if rows:
-        print("| bound | promised | measured | met |\n|---|---|---|---|")
-        print("\n".join(rows) + "\n")
+def difference(first: Tensor, second: Tensor) -> float:
+    """The largest difference, as a share of the largest value of the second."""
+    return ((first - second).abs().max() / second.abs().max()).item()
 
 
-def measure(size: str, names: list[str], lxt_python: str | None, repeats: int, warm: int) -> None:
-    """Measure one size and print its tables."""
-    shape, batch, length = SIZES[size]
-    tokens = make_tokens(shape, batch, length)
-    print(f"### {size}: {shape.layers} layers, d_model {shape.d_model}, T={length}, B={batch}\n")
+def require_agreement(length: int, relevance: Mapping[str, Tensor]) -> None:
+    """Print how far the cases' relevance is from the last one's.
+
+    SystemExit if two of them explain something else.
+    """
+    *names, last = relevance
+    differences = {name: difference(relevance[name], relevance[last]) for name in names}
+    if differences:
+        said = ", ".join(f"{name} {value:.0e}" for name, value in differences.items())
+        print(f"Relevance differs from {last}'s by (of its largest): {said}.")
+    if any(not value <= AGREE for value in differences.values()):
+        raise SystemExit(f"{length} tokens: the cases do not explain the same thing")
+
+
+def time(options: argparse.Namespace) -> None:
+    """The cases of ``cost_bridge.py`` against the plain bridge."""
+    cases = {name: CASES[name] for name in options.cases}
     with ExitStack() as stack:
-        probes = probes_of(names, shape, tokens, lxt_python, stack)
-        relevance = {title: probe.relevance() for title, probe in probes.items()}
-        interleave({title: probe.time for title, probe in probes.items()}, warm)
-        times = interleave({title: probe.time for title, probe in probes.items()}, repeats)
-        peaks = {title: probe.peak() for title, probe in probes.items()}
-    print_costs(times, peaks)
-    print_limits(times, peaks, length)
-    print_agreement(relevance)
-    print(flush=True)
+        settings = {**conditions(), "cases": list(cases)}
+        rows, append = stack.enter_context(kept(options.resume, settings))
+        bridge = build_bridge()
+        runs = {
+            name: relevance_pass(build_bridge(weights=bridge), case, stack)
+            for name, case in cases.items()
+        }
+        for length in options.lengths:
+            print(f"\n### {length} tokens\n", flush=True)
+            tokens = make_tokens(SMOLLM2, length)
+            require_agreement(length, {name: run(tokens) for name, run in runs.items()})
+            timers = {
+                name: partial(cpu_seconds, run, tokens)
+                for name, run in {PLAIN: plain_pass(bridge), **runs}.items()
+            }
+            done = interleaved(timers, length, options.rounds, rows, append)
+            lines = [Line(PLAIN, "plain bridge, all logits", PLAIN, None)]
+            lines += [Line(n, c.title, PLAIN, c.bars.get(length)) for n, c in cases.items()]
+            print_times(done, lines)
+
+
+def lxt(options: argparse.Namespace) -> None:
+    """A session with fused attention against LXT, time and memory."""
+    lines = [
+        Line("target", "LensLRP, target's logits", "LXT target", 1.0),
+        Line("all", "LensLRP, all logits", "LXT all", None),
+        Line("LXT target", "LXT, target's logits", "LXT target", None),
+        Line("LXT all", "LXT, all logits", "LXT all", None),
+    ]
+    with ExitStack() as stack:
+        worker = stack.enter_context(Worker(options.lxt_python))
+        weights = ensure_cached("smollm2-135m") / "model.safetensors"
+        theirs = worker.ask("load", weights=str(weights))["versions"]
+        if theirs["torch"] != version("torch"):  # a ratio would compare two torches
+            raise SystemExit(
+                f"torch {theirs['torch']} in LXT's environment, {version('torch')} here; "
+                "install the same one in both"
+            )
+        print(f"LXT's environment: {theirs}\n")
+        settings = {**conditions(), "lxt": theirs}
+        rows, append = stack.enter_context(kept(options.resume, settings))
+        bridge = build_bridge()
+        own = {
+            logits: relevance_pass(
+                build_bridge(weights=bridge), Case("", True, logits, False, {}), stack, "fused"
+            )
+            for logits in ("target", "all")
+        }
+        for length in options.lengths:
+            print(f"\n### {length} tokens\n", flush=True)
+            tokens = make_tokens(SMOLLM2, length)
+            worker.ask("input", tokens=tokens.tolist())
+
+            def asked(op: str, logits: str, key: str) -> Any:
+                return worker.ask(op, logits=logits)[key]
+
+            relevance = {name: run(tokens) for name, run in own.items()}
+            timers = {name: partial(cpu_seconds, run, tokens) for name, run in own.items()}
+            for logits in own:
+                relevance[f"LXT {logits}"] = torch.tensor(asked("relevance", logits, "relevance"))
+                timers[f"LXT {logits}"] = partial(asked, "time", logits, "seconds")
+            require_agreement(length, relevance)
+            print_times(interleaved(timers, length, options.rounds, rows, append), lines)
+            print("\n| case | peak MiB | to LXT's | bar | met |\n" + "|---" * 5 + "|")
+            for line in lines[:2]:
+                mine, other = peak_mib(own[line.case], tokens), asked("peak", line.case, "mib")
+                said = f"{mine:.1f}; LXT {other:.1f} | {mine / other:.3f}"
+                print(f"| {line.title} | {said} | {verdict(mine / other, line.bar)} |", flush=True)
+
+
+def conditions() -> Row:
+    """What decides about the figures and is no option."""
+    packages = ("torch", "transformers", "transformer-lens")
+    found: Row = {name: version(name) for name in packages}
+    return {**found, THP: os.environ.get(THP)}
 
 
 def main() -> None:
-    """Parse the options, state the conditions, and measure the sizes asked for."""
+    """Parse the options, state the conditions, and measure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["t256", "t1024"])
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
-    parser.add_argument("--repeats", type=int, default=15, help="timed rounds (default 15)")
-    parser.add_argument("--warm", type=int, default=2, help="untimed rounds (default 2)")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
-    parser.add_argument("--lxt-python", help="python of an environment with lxt and this torch")
+    actions = parser.add_subparsers(required=True)
+    timing, comparing = actions.add_parser("time"), actions.add_parser("lxt")
+    timing.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    comparing.add_argument("--lxt-python", required=True, help="of an environment with lxt")
+    for action, run, lengths in (
+        (timing, time, [12, 64, 256, 1024]),
+        (comparing, lxt, [64, 256, 1024]),
+    ):
+        action.add_argument("--lengths", type=int, nargs="+", default=lengths)
+        action.add_argument("--rounds", type=int, default=9, help="timed rounds (default 9)")
+        action.add_argument("--resume", type=Path, help="where rounds are kept")
+        action.set_defaults(run=run)
     options = parser.parse_args()
-    if options.repeats < 2:
-        parser.error(f"--repeats must be at least 2, not {options.repeats}")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "transformer-lens"))
-    print(
-        f"{packages}; Python {platform.python_version()}; {torch.get_num_threads()} threads on "
-        f"{os.cpu_count()} processors; {options.repeats} interleaved rounds after {options.warm}\n"
-    )
-    for size in options.sizes:
-        measure(size, options.only, options.lxt_python, options.repeats, options.warm)
+    if options.rounds < 2:
+        parser.error(f"--rounds must be at least 2, not {options.rounds}")
+    torch.set_num_threads(1)
+    print(f"{conditions()}, Python {platform.python_version()}, {os.cpu_count()} processors")
+    options.run(options)
 
 
 if __name__ == "__main__":

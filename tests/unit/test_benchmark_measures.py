@@ -163,3 +163,53 @@ def test_every_set_of_a_short_prompt_has_its_own_value(benchmark: Any) -> None:
         found, expected = features.without(asked), tokens_of(model, prompt).without(asked)
         np.testing.assert_allclose(found.value, expected.value, rtol=1e-9)
         np.testing.assert_allclose(found.probability, expected.probability, rtol=1e-9)
+
+
+def test_an_interrupted_run_measures_the_rounds_that_are_left(benchmark: Any) -> None:
+    overhead = benchmark("overhead")
+    calls: list[str] = []
+    kept: list[dict[str, Any]] = [
+        {"length": 12, "seconds": {"a": [1.0, 0.0], "b": [2.0, 0.0]}},
+        {"length": 64, "seconds": {"a": [9.0, 0.0], "b": [9.0, 0.0]}},
+    ]
+
+    def timer(name: str) -> Any:
+        return lambda: calls.append(name) or (len(calls), 0.5)
+
+    timers = {name: timer(name) for name in "ab"}
+    added: list[dict[str, Any]] = []
+    done = overhead.interleaved(timers, 12, 3, kept, added.append)
+    assert sorted(calls[:4]) == ["a", "a", "b", "b"]  # not timed
+    assert [set(calls[i : i + 2]) for i in (4, 6)] == [{"a", "b"}] * 2
+    assert done[0] == kept[0]["seconds"]
+    assert added == [{"length": 12, "seconds": row} for row in done[1:]]
+    assert {value for row in done[1:] for value, _ in row.values()} == {5, 6, 7, 8}
+    calls.clear()
+    assert overhead.interleaved(timers, 12, 3, [kept[0], *added], added.append) == done
+    assert calls == []
+
+
+def test_costs_of_passes_that_explain_something_else_are_refused(
+    benchmark: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overhead = benchmark("overhead")
+    ours, same = torch.tensor([[1.0, -4.0]]), torch.tensor([[1.0002, -4.0]])
+    overhead.require_agreement(12, {"ours": ours, "theirs": same})
+    assert "differs from theirs's by (of its largest): ours 5e-05" in capsys.readouterr().out
+    for other in (ours + 0.01, ours * torch.nan):
+        with pytest.raises(SystemExit, match="12 tokens: the cases do not explain the same"):
+            overhead.require_agreement(12, {"ours": ours, "theirs": other})
+
+
+def test_peak_memory_is_that_of_one_pass(benchmark: Any) -> None:
+    measure = benchmark("cost_measure")
+
+    def run(tokens: torch.Tensor) -> torch.Tensor:
+        torch.ones(4 * 2**18)  # 4 MiB, freed before the next ones are taken
+        first, second = torch.ones(2 * 2**18), torch.ones(2**18)
+        return first[:1] + second[:1]
+
+    found = measure.peak_mib(run, torch.zeros(1, 1))
+    assert found == pytest.approx(4, abs=0.01)
+    assert measure.verdict(0.9, 0.9) == "<= 0.90 | yes"
+    assert measure.verdict(0.91, 0.9) == "<= 0.90 | **no**"
