@@ -59,7 +59,7 @@ from lenslrp.hooks.operations import (
 from lenslrp.hooks.patches import below, embedders
 from lenslrp.hooks.rules import Epsilon, Identity, LinearRule, Normalisation, Operations, Plain
 from lenslrp.hooks.sharding import is_sharded
-from lenslrp.hooks.structure import Parts
+from lenslrp.hooks.structure import Parts, once
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,14 @@ class Assignments:
         queries: names of norms that feed nothing but queries.
         weights: addresses of weights whose products have a rule other than epsilon, by layer.
         wrapped: ids of the modules that norms of the bridge wrap.
+        embedded: the embeddings, and whether each is one of positions.
     """
 
     rows: list[Assignment]
     queries: set[str]
     weights: dict[int, str]
     wrapped: set[int]
+    embedded: list[tuple[nn.Module, bool]]
 
     def table(self) -> pd.DataFrame:
         """Columns path, component, role, rule and share."""
@@ -121,7 +123,7 @@ def assign(model: nn.Module, composite: Composite, attention: str = "bridge") ->
         CoverageError: one module stands in two places.
         InputError: a rule that gives ``up`` no share.
     """
-    require_modules_of_their_own(model)
+    once(model, require_modules_of_their_own)
     found = components(model)
     gates: dict[int, float] = {}
     roles: dict[int, str] = {}
@@ -150,7 +152,8 @@ def assign(model: nn.Module, composite: Composite, attention: str = "bridge") ->
             for inner in [*original(module).children(), *module.children(), original(module)]:
                 gates[id(inner)] = share
     decide = _Decision(composite, gates, roles, wrapped)
-    inside = _answered_for(found, composite)
+    embedded = embeddings(found)
+    inside = _answered_for(found, composite, embedded)
     linear = {id(original(m)) for _, m in found if isinstance(m, LinearBridge)}
     rows: list[Assignment] = []
     for path, module in found:
@@ -168,11 +171,14 @@ def assign(model: nn.Module, composite: Composite, attention: str = "bridge") ->
         )
         for mixture in mixed
     )  # fmt: skip
-    return Assignments(rows, queries, _ruled_weights(found, composite, roles, raw), wrapped)
+    weights = _ruled_weights(found, composite, roles, raw)
+    return Assignments(rows, queries, weights, wrapped, embedded)
 
 
-def attach_all(model: nn.Module, found: Parts, ctx: Context, at: Attached) -> None:
-    """Attach the composite's rules to every component of a bridge.
+def attach_all(
+    model: nn.Module, found: Parts, ctx: Context, at: Attached
+) -> list[tuple[nn.Module, bool]]:
+    """Attach the composite's rules to every component of a bridge; returns its embeddings.
 
     ``at`` learns the sites and how to undo them, as far as it went.
     """
@@ -181,7 +187,7 @@ def attach_all(model: nn.Module, found: Parts, ctx: Context, at: Attached) -> No
     at.changed = watch_gradients(at, found)
     at.wrapped, at.weights = assigned.wrapped, assigned.weights
     ctx.queries.update(assigned.queries)
-    for inner, _ in embeddings(found):
+    for inner, _ in assigned.embedded:
         attach_leaf(at, inner)
     for _, module in found:
         if hasattr(module, "L_bp_cycles_padded"):
@@ -190,12 +196,15 @@ def attach_all(model: nn.Module, found: Parts, ctx: Context, at: Attached) -> No
         row.attach(at, ctx, row.path, row.module, *row.options)
     for place in embedders(found):
         attach_patches(at, place.projection, below(found, at.sites))
+    return assigned.embedded
 
 
-def _answered_for(found: Parts, composite: Composite) -> set[int]:
+def _answered_for(
+    found: Parts, composite: Composite, embedded: list[tuple[nn.Module, bool]]
+) -> set[int]:
     """Modules inside one that has a rule as a whole; and what an embedding does before its leaf."""
     inside: set[int] = set()
-    for inner, _ in embeddings(found):
+    for inner, _ in embedded:
         inside.update(id(part) for part in inner.modules() if part is not inner)
     for _, module in found:
         if isinstance(composite.modules.get(type(module)), Identity | Normalisation | Plain):
@@ -338,6 +347,8 @@ def _ruled_weights(
     Batched experts, say, keep theirs as parameters of their own, one matrix after another.
     """
     found: dict[int, str] = {}
+    if not any(isinstance(rule, LinearRule) for rule in composite.rules.values()):
+        return found
     ruled: dict[str, bool] = {}
     attended = _attended(parts)
     for path, module in parts:

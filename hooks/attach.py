@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, cached_property, partial
 from threading import get_ident
 from typing import Any
 
@@ -47,10 +47,15 @@ class Context:
         site.optional = ".experts." in hook or hook.endswith("_global")
         return site
 
+    @cached_property
+    def _constant(self) -> dict[str, bool]:
+        """By role, whether the first factor of a product is taken for a constant."""
+        roles = ("attention_av", "attention_gate", "gate")
+        return {role: F.product_shares(self.composite[role])[0] == 0 for role in roles}
+
     def cuts(self, path: str) -> bool:
         """Whether the composite leaves a component off the path: what feeds a constant factor."""
-        roles = ("attention_av", "attention_gate", "gate")
-        constant = {role: F.product_shares(self.composite[role])[0] == 0 for role in roles}
+        constant = self._constant
         if ".indexer." in path:  # which keys are seen: a choice, no relevance
             return True
         if path in self.queries or FEEDS_PATTERN.search(path):
@@ -60,6 +65,7 @@ class Context:
         return False
 
 
+@cache
 def layer_of(name: str) -> int | None:
     """The block index in a hook or component name, ``None`` outside the blocks."""
     found = re.search(r"(?:^|\.)\w*blocks\.(\d+)(?:\.|$)", name)

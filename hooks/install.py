@@ -23,12 +23,12 @@ from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import Composite, as_composite
 from lenslrp.hooks.constants import EditMeter
 from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place, walk
-from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.readers import owners
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sharding import require_whole, reshard
 from lenslrp.hooks.sites import Books, Site
 from lenslrp.hooks.state import State
+from lenslrp.hooks.structure import Parts, components
 from lenslrp.hooks.turns import turn
 
 ATTENTION = ("bridge", "fused")
@@ -83,7 +83,6 @@ class Rules:
         state = State(self.model)
         self.points = hook_points(self.model, state.parts)
         self.owned = owners(module for _, module in state.parts)
-        self.embedded = embeddings(state.parts)
         context = Context(
             self.composite,
             self.books,
@@ -94,8 +93,8 @@ class Rules:
         )
         attached = Attached(self.copies, self.holder)
         self._undo = attached.undo
-        attach_all(self.model, state.parts, context, attached)
-        frozen = self._guard(attached)
+        self.embedded = attach_all(self.model, state.parts, context, attached)
+        frozen = self._guard(attached, state.parts)
         if self.sites:  # re-attached after a nested context: the same rules, counting on
             for new, old in zip(attached.sites, self.sites, strict=True):
                 new.forward, new.backward = old.forward, old.backward
@@ -126,7 +125,7 @@ class Rules:
         """Undo :meth:`attach`, last thing first, however far it went; returns what failed."""
         return undo_all(self._undo)
 
-    def _guard(self, attached: Attached) -> list[nn.Parameter]:
+    def _guard(self, attached: Attached, parts: Parts) -> list[nn.Parameter]:
         """Refuse other threads' passes, begun before or now; returns the weights to be frozen.
 
         Rules refuse by themselves. A pass may also meet none and only weights that are frozen, or
@@ -136,7 +135,7 @@ class Rules:
         guarded = {self.model, getattr(self.model, "original_model", self.model)}
         guarded |= {c.hook_out for c in self.model.children() if hasattr(c, "hook_out")}
         weights: dict[nn.Parameter, None] = {}
-        for module in self.model.modules():
+        for _, module in parts:
             own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
             if own:
                 guarded.add(module)
@@ -179,7 +178,13 @@ def require_bridge(model: Any) -> None:
             "model must be a TransformerBridge (lenslrp.load gives one), not "
             f"{type(model).__name__}"
         )
-    weights = {n.replace("_original_component.", ""): p for n, p in model.named_parameters()}
+    parts = components(model)
+    weights = {
+        f"{path}.{name}": weight
+        for path, module in parts
+        for name, weight in module._parameters.items()
+        if weight is not None
+    }
     require_whole(model, weights)
     for name, parameter in weights.items():
         if parameter.is_inference():
@@ -199,16 +204,15 @@ def require_bridge(model: Any) -> None:
                 f"({type(parameter).__name__}); the rules cannot read it: load the model in "
                 "float32, bfloat16 or float16"
             )
-    offloaded = [name for name, module in model.named_modules() if _is_offloaded(module)]
+    offloaded = [name for name, module in parts if _is_offloaded(module)]
     if offloaded:
         raise InputError(
             f"the weights of {offloaded[0]} (and {len(offloaded) - 1} more modules) are offloaded, "
             "and the rules need them during the backward pass too; give a device_map that keeps "
             "them all on devices"
         )
-    wrapped = getattr(model, "original_model", model)
     # Dropout goes by the mode of its own module, not by the bridge's.
-    if model.training or any(_drops_out(m) for m in wrapped.modules()):
+    if model.training or any(_drops_out(module) for _, module in parts):
         raise InputError(
             "the model, or a part of it, is in train mode, where dropout would change what is "
             "explained; call model.eval() first (and model.original_model.eval())"
@@ -217,8 +221,7 @@ def require_bridge(model: Any) -> None:
 
 def _is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate brings this module's weights in for each call and takes them out again."""
-    hook = getattr(module, "_hf_hook", None)
-    return bool(getattr(hook, "offload", False))
+    return bool(getattr(module.__dict__.get("_hf_hook"), "offload", False))
 
 
 def _drops_out(module: nn.Module) -> bool:

@@ -35,6 +35,9 @@ WAVES = "audio_feature_extractor"
 """The bridge's component with the convolutions before it."""
 
 
+NAMED = frozenset({*SPECIAL, *POSITIONS})
+
+
 @dataclass(frozen=True, eq=False)
 class Embedder:
     """One place where an image or a sound becomes a sequence.
@@ -58,6 +61,8 @@ def embedders(parts: Iterable[tuple[str, nn.Module]]) -> list[Embedder]:
     parts = list(parts)
     found: dict[int, Embedder] = {}
     for _, module in parts:
+        if NAMED.isdisjoint(module._parameters) and NAMED.isdisjoint(module._modules):
+            continue
         special = {name: text for name, text in SPECIAL.items() if _has(module, name)}
         positions = tuple(name for name in POSITIONS if _has(module, name))
         if special or positions:

@@ -11,14 +11,15 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from lenslrp.errors import InputError
 
 
 def _loaded(module: str, name: str) -> Any:
-    """A class of torch's, an empty tuple where nothing has loaded its module: nothing is one."""
-    return getattr(sys.modules.get(module), name, ())
+    """A class of torch's, an empty tuple where nothing is one: no other process, or not loaded."""
+    spread = distributed.is_available() and distributed.is_initialized()
+    return getattr(sys.modules.get(module), name, ()) if spread else ()
 
 
 def is_sharded(tensor: Any) -> bool:

@@ -60,7 +60,8 @@ class State:
             forward = module.__dict__.get("forward")
             code = type(module).__module__ if forward is None else forward.__module__
             self.known = self.known and str(code).startswith(KNOWN)
-            self.hooked = self.hooked or any(True for _ in users_hooks(module))
+            if not self.hooked and (module._forward_hooks or module._forward_pre_hooks):
+                self.hooked = any(True for _ in users_hooks(module))
         self.hooks = hash(self._hooks())
         self.rest = hash(self._rest())
         self._kept = list(model.parameters())  # so that no other can have the place of one

@@ -20,6 +20,7 @@ class _Structure:
         self.modules = [ref(module) for _, module in parts]
         self.children = [_children(module) for _, module in parts]
         self.places: dict[str, list[int]] = {}
+        self.passed: set[Callable[[nn.Module], None]] = set()
         self.trusted = 0
 
     def parts(self) -> Parts | None:
@@ -54,6 +55,15 @@ def components_where(model: nn.Module, name: str, holds: Callable[[nn.Module], b
     if name not in places:
         places[name] = [index for index, (_, module) in enumerate(parts) if holds(module)]
     return [parts[index] for index in places[name]]
+
+
+def once(model: nn.Module, check: Callable[[nn.Module], None]) -> None:
+    """Check a model, unless it has passed with the modules that it has now."""
+    components(model)
+    passed = _known[model].passed
+    if check not in passed:
+        check(model)
+        passed.add(check)
 
 
 @contextmanager

@@ -71,7 +71,6 @@ class Session:
     ) -> None:
         require_attention(attention)
         require_logits(logits)
-        require_bridge(model)
         self.model = model
         self.composite = as_composite(AttnLRP() if composite is None else composite)
         self.attention, self.checkpoint = attention, checkpoint
@@ -83,7 +82,9 @@ class Session:
         self._ways: set[str] = set()
         self._block: Block | None = None
         self._release: weakref.finalize[..., Any] | None = None
-        self._hold()
+        require_bridge(model)
+        with unchanged(model):
+            self._hold()
 
     def __enter__(self) -> Session:
         return self
