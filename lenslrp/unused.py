@@ -13,7 +13,7 @@ the autograd graph, and those that the output does not lead to are unused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -111,7 +111,7 @@ def why_unused(model: Any, name: str) -> str:
     return f"{name} fires in this model, and nothing uses its tensor"
 
 
-def require_used(model: Any, names: Iterable[str]) -> set[str]:
+def require_used(model: Any, names: Collection[str]) -> set[str]:
     """Refuse edits that would be lost.
 
     Returns those at attention that is live under relevance rules only: fit there and nowhere else.
@@ -122,7 +122,8 @@ def require_used(model: Any, names: Iterable[str]) -> set[str]:
     if any(weight.is_inference() for weight in model.parameters()):
         return set()  # no graph can be had of them
     ruled = in_force(model)
-    lost = [name for name in names if name in unused(model, live=ruled)]
+    vain = unused(model, live=ruled) if names else ()
+    lost = [name for name in names if name in vain]
     for name in lost:
         if ruled or not name.endswith(PAIRED):
             raise InputError(why_unused(model, name))
