@@ -133,6 +133,7 @@ def test_options_need_less(shape: Any) -> None:
     assert frugal.flops > 1.2 * plain.flops
 
 
+@pytest.mark.slow
 def test_logits_at_the_target_fit_a_long_context() -> None:
     """Llama 3 8B, 32,768 tokens, every sum of relevance accounted for: on one device of 40 GiB."""
     config = hf.LlamaConfig(
