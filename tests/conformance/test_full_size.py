@@ -133,6 +133,25 @@ def test_options_need_less(shape: Any) -> None:
     assert frugal.flops > 1.2 * plain.flops
 
 
+@pytest.mark.slow
+def test_logits_at_the_target_fit_a_long_context() -> None:
+    """Llama 3 8B, 32,768 tokens, every sum of relevance accounted for: on one device of 40 GiB."""
+    config = hf.LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072,
+    )  # fmt: skip
+    options: dict[str, Any] = {"attention": "fused", "checkpoint": True, "dtype": torch.bfloat16}
+    found = lenslrp.survey(config, **options, length=32768, logits="target")
+    assert found.coverage.ok
+    assert found.peak <= 24 * 2**30
+    every = lenslrp.survey(config, **options, length=2048)
+    short = lenslrp.survey(config, **options, length=2048, logits="target")
+    logits = 2047 * 128256 * 2  # of the other positions, in bfloat16
+    assert every.held - short.held == pytest.approx(logits, rel=0.05)
+    with pytest.raises(lenslrp.InputError, match="logits must be one of"):
+        lenslrp.survey(config, logits="some")
+
+
 def test_reading_streams() -> None:
     """Every hook point of LLaMA 2 7B read and summed: what is held does not grow with their number.
 

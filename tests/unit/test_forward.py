@@ -13,6 +13,7 @@ from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.forward import forward, reading
 from lenslrp.inputs import prepare
+from lenslrp.leaves import Leaves
 from tests.unit.tiny import FAMILIES, TOKENS, changes, snapshot, tiny
 
 FIRST, SECOND = "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post"
@@ -160,3 +161,59 @@ def test_an_edit_entered_inside_a_session_is_part_of_what_is_explained() -> None
     assert abs(found.ledger().error) < 1e-9
     assert torch.equal(plain, after)
     assert not torch.equal(both, edited)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_stops_after_what_it_captures_there_and_keeps_weights_off_its_graph(
+    family: str,
+) -> None:
+    model, after = tiny(family), list[Tensor]()
+    batch, before = prepare(model, TOKENS), snapshot(model)
+    with forward(model, batch, capture_at=[SECOND]) as whole:
+        pass
+    point = model.hook_dict["unembed.hook_out"]
+    point.add_hook(lambda x, hook: after.append(x))
+    places = [FIRST, SECOND]
+    with forward(
+        model, batch, capture_at=places, stop_after=SECOND, leaves=Leaves(), gradients=True
+    ) as made:
+        first, second = (made.captured[place] for place in places)
+        (gradient,) = torch.autograd.grad(second.sum(), first)
+        assert not any(weight.requires_grad for weight in model.parameters())
+    assert made.logits is None and not after
+    assert torch.equal(second, whole.captured[SECOND])
+    assert bool(gradient.abs().sum() > 0)
+    point.remove_hooks()
+    assert not changes(before, model)
+
+
+def test_embeddings_are_replaced_once_or_that_is_an_error() -> None:
+    model = tiny()
+    batch, leaves = prepare(model, TOKENS), Leaves()
+    with forward(model, batch, leaves=leaves) as plain:
+        pass
+    (embedded,) = leaves.tokens
+    others = TOKENS.flip(1)
+    with forward(model, prepare(model, others), embed=lambda _, out: embedded) as made:
+        pass
+    assert plain.logits is not None and made.logits is not None
+    assert torch.equal(made.logits, plain.logits)
+    with (
+        pytest.raises(InputError, match=r"embedded no tokens of shape \[2, 6\]: nothing was repl"),
+        forward(model, batch, embed=lambda _, out: None),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_logits_at_columns_are_those_of_all_positions(hooked: bool) -> None:
+    model = tiny("gemma2")
+    batch = prepare(model, TOKENS)
+    if hooked:  # sees them all
+        model.unembed.hook_out.add_hook(lambda x, hook: x - x.mean(dim=1, keepdim=True))
+    columns = torch.tensor([[5, 0], [2, 3]])
+    with forward(model, batch) as whole, forward(model, batch, columns=columns) as some:
+        pass
+    assert whole.logits is not None and some.logits is not None
+    expected = torch.stack([row[own] for row, own in zip(whole.logits, columns, strict=True)])
+    torch.testing.assert_close(some.logits, expected, rtol=1e-12, atol=1e-12)
