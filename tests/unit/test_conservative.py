@@ -54,8 +54,7 @@ def above(*, media: bool = True, text: bool = True, tower: str = TOWER, order: i
         rules=SimpleNamespace(sites=sites),  # type: ignore[arg-type]
         readers=None,  # type: ignore[arg-type]
         leaves=Leaves(tokens=[torch.ones(1)] if text else []),
-        prepared=SimpleNamespace(media={"pixel_values": 1} if media else {}),  # type: ignore[arg-type]
-        books=None,
+        batch=SimpleNamespace(media={"pixel_values": 1} if media else {}),  # type: ignore[arg-type]
         strict=True,
     )
     return bool(run._above_features(sites[1], {id(sites[0])}))
