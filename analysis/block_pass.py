@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from lenslrp.analysis.conditions import through as only_through
 from lenslrp.analysis.corpus import Block
@@ -25,9 +25,8 @@ from lenslrp.analysis.readouts import Readout, Site
 from lenslrp.analysis.topk import Spans, priorities
 from lenslrp.analysis.units import Unit
 from lenslrp.errors import InputError
-from lenslrp.forward import forward, undone
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.components import UnembeddingBridge, components, hook_points, layer_of
+from lenslrp.forward import forward
+from lenslrp.hooks.components import components, hook_points, layer_of
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.readers import select_names
 from lenslrp.hooks.sites import widened
@@ -242,32 +241,6 @@ def _batch(model: Any, block: Block) -> Batch:
     padded = not bool(block.mask.all())
     kwargs = {"attention_mask": block.mask.long().to(device)} if padded else {}
     return Batch(block.tokens.to(device), block.mask.to(device), block.lengths, kwargs)
-
-
-@contextmanager
-def unembedding_at(model: Any, positions: Tensor) -> Iterator[None]:
-    """Unembed one position a row (``positions`` [row]), or k (``positions`` [row, k]).
-
-    Models whose head is another component keep all positions.
-    """
-    unembed = getattr(model, "_modules", {}).get("unembed")
-    if not isinstance(unembed, UnembeddingBridge):
-        with turn(model):
-            yield
-        return
-
-    def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
-            return None
-        x = args[0]
-        if x.shape[1] <= int(positions.max()):  # a pass of another text
-            return None
-        rows = torch.arange(len(x), device=x.device)[:, None]
-        return (x[rows, positions.to(x.device).reshape(len(x), -1)], *args[1:])
-
-    with turn(model), undone(Attached()) as at:
-        at.pre_hook(unembed, pick)
-        yield
 
 
 def find_places(model: Any, sites: Sequence[Site], tokens: Tensor) -> tuple[Place, ...]:

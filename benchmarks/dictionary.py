@@ -80,7 +80,10 @@ def scanning(job: Any, runner: Any) -> Callable[[Any], None]:
 
 def plainly(model: Any) -> dict[str, Callable[[Any], None]]:
     """The plain model over a block, without and with a backward pass."""
-    from lenslrp.analysis.block_pass import target_positions, unembedding_at
+    from lenslrp.analysis.block_pass import target_positions
+    from lenslrp.forward import undone
+    from lenslrp.hooks.attach import Attached
+    from lenslrp.logits import unembed_at
 
     class Stop(Exception):
         pass
@@ -121,7 +124,8 @@ def plainly(model: Any) -> dict[str, Callable[[Any], None]]:
         handle = model.embed.register_forward_hook(leaf)
         try:
             if sliced:
-                with unembedding_at(model, positions):
+                with undone(Attached()) as at:
+                    unembed_at(at, model.unembed, positions[:, None], given.shape[1])
                     logits = model(given, return_type="logits", use_cache=False, **mask)
                 picked = logits[:, 0].gather(1, tokens[:, None])
             else:
