@@ -219,8 +219,8 @@ def own_relevance(model: TransformerBridge, token: int = 5, tokens: Tensor = TOK
 
 def plain_gradients(model: nn.Module, tokens: Tensor = TOKENS) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits and every weight's gradient of a plain pass, without leaving a ``.grad`` behind."""
-    logits = model(tokens)
     weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    logits = model(tokens)
     loss = logits.square().sum()
     grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     kept = {n: g for n, g in zip(weights, grads, strict=True) if g is not None}
