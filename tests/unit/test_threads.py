@@ -27,7 +27,6 @@ from lenslrp.hooks import turns
 from tests.unit.another_thread import PATIENCE, another_thread
 from tests.unit.tiny import TOKENS, changes, own_relevance, plain_gradients, snapshot, tiny
 
-
 FROZEN = ("does not require grad", "cannot be empty")
 
 
