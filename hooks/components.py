@@ -7,6 +7,7 @@ which. Attention has a file of its own, :mod:`lenslrp.hooks.attention`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -34,6 +35,7 @@ from lenslrp.hooks.attention import softcap_of
 from lenslrp.hooks.checks import elementwise, known_forward
 from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.convolution import CONVOLUTIONS, attach_convolution
+from lenslrp.hooks.embeddings import PER_LAYER
 from lenslrp.hooks.experts import ExpertPoint, expert_points
 from lenslrp.hooks.rules import Epsilon, LinearRule, Plain
 
@@ -204,6 +206,20 @@ def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
                 f"the model's {type(module).__name__}, so this is not the model any more; load it "
                 "without enable_compatibility_mode(), or with no_processing=True"
             )
+
+
+def watched_blocks(parts: Iterable[tuple[str, nn.Module]]) -> dict[int, nn.Module]:
+    """The blocks by layer, where a block's number says what flows through it.
+
+    None in two stacks (an encoder and a decoder, HRM's cycles), or where blocks have a second
+    entrance (Gemma 4's embedding per layer).
+    """
+    parts = list(parts)
+    stacks = {path.split(".")[0] for path, _ in parts if re.fullmatch(r"\w*blocks\.\d+", path)}
+    if len(stacks) > 1 or any(path.endswith(PER_LAYER) for path, _ in parts):
+        return {}
+    blocks = {layer_of(path + "."): m for path, m in parts if isinstance(m, BlockBridge)}
+    return {layer: block for layer, block in blocks.items() if layer is not None}
 
 
 def hook_points(model: Any, parts: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -63,6 +64,8 @@ CLIPS = frozenset({"Clamp", "ClampMin", "ClampMax"})
 """Linear where nothing is out of bounds (T5's guard against overflow in float16)."""
 
 
+SITES = ["hook", "component", "role", "rule", "layer", "forward", "fired"]
+
 TARGET = "the target"
 PLACED = 12
 """How many gaps are traced to their component; a recurrent mixer has several for each token."""
@@ -98,7 +101,7 @@ class Coverage:
     """Which rule sat where, whether it fired, and what had none.
 
     Attributes:
-        sites: one row a rule: hook, component, role, rule, layer, fired.
+        table: one row a rule, see :attr:`sites`.
         uncovered: operations on the path without a rule (empty unless ``strict=False``).
         off_path: hook points that were asked for implicitly and are not on the path.
         notes: what a reader of these results should know.
@@ -107,12 +110,19 @@ class Coverage:
         balanced: whether the account of the target adds up, within what the type allows.
     """
 
-    sites: pd.DataFrame
+    table: pd.DataFrame | list[tuple[Any, ...]] = field(repr=False)
     uncovered: list[str] = field(default_factory=list)
     off_path: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     cuts: list[str] = field(default_factory=list)
     balanced: bool = True
+
+    @cached_property
+    def sites(self) -> pd.DataFrame:
+        """One row a rule: hook, component, role, rule, layer, forward, fired."""
+        if isinstance(self.table, pd.DataFrame):
+            return self.table
+        return pd.DataFrame(self.table, columns=SITES).astype({"layer": "Int64"})
 
     @property
     def ok(self) -> bool:
@@ -331,15 +341,13 @@ def _factors(node: Any, name: str) -> int:
     return sum(edge is not None for edge in edges)
 
 
-def site_table(sites: list[Site], on_path: set[int] | None = None) -> pd.DataFrame:
+def site_rows(sites: list[Site], on_path: set[int] | None = None) -> list[tuple[Any, ...]]:
     """One row a site; ``fired`` is whether its backward ran."""
-    rows = [
+    return [
         (s.hook, s.component, s.role, s.rule.name, s.layer, s.forward, s.backward > 0)
         for s in sites
         if (on_path is None or id(s) in on_path) and not (s.optional and s.forward == 0)
     ]
-    columns = ["hook", "component", "role", "rule", "layer", "forward", "fired"]
-    return pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
 
 
 class Tracer:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks.assignment import attach_all
-from lenslrp.hooks.attach import Attached, Context, Holder, Undo, undo_all
-from lenslrp.hooks.components import hook_points
+from lenslrp.hooks.attach import Attached, Context, Holder, Undo, raise_failed, undo_all
+from lenslrp.hooks.components import hook_points, watched_blocks
 from lenslrp.hooks.composites import Composite, as_composite
 from lenslrp.hooks.constants import EditMeter
 from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place, walk
-from lenslrp.hooks.readers import owners
+from lenslrp.hooks.readers import Readers, owners
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sharding import require_whole, reshard
 from lenslrp.hooks.sites import Books, Site
@@ -47,6 +47,7 @@ class Rules:
         state: the model as it was when they were attached; ``None`` while they are not.
         points: its hook points by name.
         owned: the component of every ``hook_in``, by the id of that hook point.
+        blocks: its blocks by layer, see :func:`~lenslrp.hooks.components.watched_blocks`.
         embedded: its embeddings, and whether each is one of positions.
     """
 
@@ -73,7 +74,9 @@ class Rules:
         self.state: State | None = None
         self.points: dict[str, nn.Module] = {}
         self.owned: dict[int, nn.Module] = {}
+        self.blocks: dict[int, nn.Module] = {}
         self.embedded: list[tuple[nn.Module, bool]] = []
+        self._readers: Attached | None = None
         self._undo: list[Undo] = []
 
     def attach(self) -> None:
@@ -83,6 +86,7 @@ class Rules:
         state = State(self.model)
         self.points = hook_points(self.model, state.parts)
         self.owned = owners(module for _, module in state.parts)
+        self.blocks = watched_blocks(state.parts)
         context = Context(
             self.composite,
             self.books,
@@ -106,6 +110,24 @@ class Rules:
         attached.undo.append(partial(reshard, self.model))
         state.settle()
         self.state = state
+
+    def keep(self, readers: Readers) -> None:
+        """Attach readers for as long as the rules are attached, in the place of earlier ones."""
+        assert self.state is not None
+        self.forget_readers()
+        self._readers = Attached(self.copies, self.holder)
+        self._undo.append(self.forget_readers)
+        readers.attach(self.owned, self._readers)
+        self.state.settle()
+        readers.state = self.state
+
+    def forget_readers(self) -> None:
+        """Detach the readers that were kept, if any."""
+        if self._readers is not None:
+            raise_failed(undo_all(self._readers.undo))
+            self._readers = None
+            if self.state is not None:
+                self.state.settle()
 
     def begin(self) -> None:
         """Nothing has fired yet: a new pass begins under rules that were attached before."""

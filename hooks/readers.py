@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import difflib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,9 +189,12 @@ def _joined(pieces: dict[int, Any]) -> Any:
     return torch.cat(parts, dim=next(i for i, sizes in enumerate(lengths) if len(sizes) > 1))
 
 
-@dataclass
+@dataclass(eq=False)
 class Readers:
-    """All readings of one forward pass; ``pieces`` fills anew at each backward pass."""
+    """All readings of a forward pass; ``pieces`` fills anew at each backward pass.
+
+    They may stay attached from pass to pass: outside of one they do nothing.
+    """
 
     readings: list[Reading]
     reduce: Callable[[str], Reduce | None]
@@ -202,6 +206,25 @@ class Readers:
     silent: set[str] = field(default_factory=set)  #: fired, and no gradient came, for some target
     #: gives a hook point's tensor for all positions, where only some are computed
     restore: Callable[[nn.Module, Tensor], Tensor] | None = None
+    reducers: dict[str, Reduce | None] = field(default_factory=dict)  #: by name
+    on: bool = False  #: a pass is being read
+    state: Any = None  #: of the model that they stay attached to
+
+    @contextmanager
+    def reading(self, *, copies: bool) -> Iterator[None]:
+        """One pass is read inside the block; nothing has been seen of it before."""
+        self.copies, self.restore = copies, None
+        self.pieces, self.activations = {}, {}
+        self.ran.clear()
+        self.silent = set()
+        for reading in self.readings:
+            reading.seen, reading.waits, reading.late = 0, False, False
+            reading.shape = reading.zero_like = None
+        self.on = True
+        try:
+            yield
+        finally:
+            self.on, self.restore = False, None
 
     @classmethod
     def plan(
@@ -241,6 +264,8 @@ class Readers:
         """Total readings: on the residual itself, before any hook point touches the branch."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self.on:
+                return
             x = given(args, kwargs)
             block = reading.names[0].rpartition(".")[0]
             if is_middle(reading.names[0]) and block in self.ran:
@@ -256,7 +281,7 @@ class Readers:
 
     def _after(self, reading: Reading) -> Callable[..., Tensor | None]:
         def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
-            if not isinstance(out, Tensor):
+            if not self.on or not isinstance(out, Tensor):
                 return None
             if not out.requires_grad:
                 if args and isinstance(args[0], Tensor) and args[0].requires_grad:
@@ -282,7 +307,9 @@ class Readers:
             x, g = self.restore(reading.point, x), self.restore(reading.point, g)
         made: dict[int, Tensor] = {}  # names of one hook point share one tensor
         for name in reading.names:
-            reduce = self.reduce(name)
+            if name not in self.reducers:
+                self.reducers[name] = self.reduce(name)
+            reduce = self.reducers[name]
             if id(reduce) not in made:
                 made[id(reduce)] = self._relevance(reduce, x, g, name.endswith(MASKED))
             value = made[id(reduce)]

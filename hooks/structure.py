@@ -21,10 +21,12 @@ class _Structure:
         self.children = [_children(module) for _, module in parts]
         self.places: dict[str, list[int]] = {}
         self.passed: set[Callable[[nn.Module], None]] = set()
-        self.trusted = 0
+        self.held: Parts | None = None  # while nobody changes them
 
     def parts(self) -> Parts | None:
         """The modules, ``None`` where one has gone or has other children."""
+        if self.held is not None:
+            return self.held
         parts: Parts = []
         for name, alive in zip(self.names, self.modules, strict=True):
             module = alive()
@@ -32,7 +34,7 @@ class _Structure:
                 return None
             parts.append((name, module))
         same = (_children(m) == own for (_, m), own in zip(parts, self.children, strict=True))
-        return parts if self.trusted or all(same) else None
+        return parts if all(same) else None
 
 
 _known: WeakKeyDictionary[nn.Module, _Structure] = WeakKeyDictionary()
@@ -67,15 +69,18 @@ def once(model: nn.Module, check: Callable[[nn.Module], None]) -> None:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Inside the block the modules are known to be the same ones, and are not looked at again."""
-    components(model)
+def unchanged(model: nn.Module, parts: Parts | None = None) -> Iterator[None]:
+    """Inside the block the modules are known to be the same ones, and are not looked at again.
+
+    ``parts`` are those, where somebody has just looked.
+    """
+    parts = components(model) if parts is None or model not in _known else parts
     known = _known[model]
-    known.trusted += 1
+    before, known.held = known.held, parts
     try:
         yield
     finally:
-        known.trusted -= 1
+        known.held = before
 
 
 def _children(module: nn.Module) -> list[int]:

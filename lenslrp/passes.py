@@ -7,8 +7,7 @@ and the books are closed.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,7 +34,6 @@ from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import BlockBridge, layer_of
 from lenslrp.hooks.constants import now
-from lenslrp.hooks.embeddings import PER_LAYER
 from lenslrp.hooks.functions import product_shares
 from lenslrp.hooks.install import Rules
 from lenslrp.hooks.observing import WRITES, Observer
@@ -46,7 +44,7 @@ from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
 from lenslrp.ledger import BALANCED, Ledger, make_ledger, read
 from lenslrp.logits import Columns, head_component, spread, unembed_at
-from lenslrp.reductions import reduction_name
+from lenslrp.reductions import reduction_names
 from lenslrp.remembered import Remembered, Seen, is_conditional, kind_of
 from lenslrp.targets import PAIRED, Activation, Explained, Target, reads_the_encoder
 
@@ -140,10 +138,9 @@ class Pass(Forward):
         rows = self.batch.rows(self.model.tokenizer)
         written = decoder.rows(self.model.tokenizer) if decoder else []
         values_read = self.readers.finish()
-        reduced = {name: reduction_name(self.readers.reduce(name)) for name in values_read}
         return RelevanceCache(
             values=values_read,
-            reduced={name: kind for name, kind in reduced.items() if kind},
+            reduced=reduction_names(self.readers.reducers, values_read),
             activations=dict(self.readers.activations),
             # Gemma 4 has embeddings of another width besides; LED has positions for its padding.
             tokens=tokens.sum(dim=-1)
@@ -168,7 +165,7 @@ class Pass(Forward):
             target=Explained.by(target, outputs, values),
             composite=self.rules.composite,
             coverage=cover.Coverage(
-                cover.site_table(self.rules.sites, on_path),
+                cover.site_rows(self.rules.sites, on_path),
                 faults,
                 self.readers.off_path(),
                 [note] if note else [],
@@ -484,7 +481,7 @@ def under_rules(
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         at = stack.enter_context(undone(Attached()))
-        readers.copies = rules.copies
+        stack.enter_context(readers.reading(copies=rules.copies))
         for meter in rules.edits:
             meter.touched = lambda: 0 if observer is None else observer.touched
         memory = Remembered() if memory is None else memory
@@ -498,8 +495,9 @@ def under_rules(
         cut_leaves(at, rules.embedded, made.leaves, batch)  # positions, too, of given embeddings
         if rules.books is not None:
             rules.books.clear()
-            made.layers = watch_blocks(at, parts, rules.books)
-        readers.attach(rules.owned, at)
+            made.layers = watch_blocks(at, rules.blocks, rules.books)
+        if readers.state is not rules.state:
+            readers.attach(rules.owned, at)
         capture(at, points, rules.owned, list(latent), made.captured)
         keep_unembedded(at, parts, made.captured)
         picked: list[bool] = []
@@ -524,22 +522,10 @@ def under_rules(
         yield made
 
 
-def watch_blocks(at: Attached, parts: Parts, books: Books) -> int:
-    """Book the total relevance that enters and leaves every block; returns how many there are.
-
-    None where a block's number does not say what flows through it: in two stacks (an encoder and a
-    decoder, HRM's cycles), or where blocks have a second entrance (Gemma 4's embedding per layer).
-    """
-    layers = 0
-    stacks = {path.split(".")[0] for path, _ in parts if re.fullmatch(r"\w*blocks\.\d+", path)}
-    if len(stacks) > 1 or any(path.endswith(PER_LAYER) for path, _ in parts):
-        return 0
+def watch_blocks(at: Attached, blocks: Mapping[int, Any], books: Books) -> int:
+    """Book the total relevance that enters and leaves every block; returns how many there are."""
     passing = books.flows.__setitem__
-    for path, module in parts:
-        layer = layer_of(path + ".")
-        if not isinstance(module, BlockBridge) or layer is None:
-            continue
-        layers = max(layers, layer + 1)
+    for layer, module in blocks.items():
         for side, point in (("in", module.hook_in), ("out", module.hook_out)):
 
             def watch(
@@ -550,7 +536,7 @@ def watch_blocks(at: Attached, parts: Parts, books: Books) -> int:
                     x.register_hook(lambda g: passing(key, row_sums(kept, g, masked=False)))
 
             at.hook(point, watch)
-    return layers
+    return max(blocks, default=-1) + 1
 
 
 def checkpoint_blocks(at: Attached, parts: Parts) -> None:

@@ -97,11 +97,15 @@ def reduction_for(reduce: Reduce, name: str) -> Reducer | None:
     return _one(reduce)
 
 
-def reduction_name(reducer: Reducer | None) -> str:
-    """What to call a reduction: ``"sum"``, ``"sum_positions"`` or ``"custom"``.
+def reduction_names(reducers: Mapping[str, Reducer | None], names: Iterable[str]) -> dict[str, str]:
+    """By hook name, what to call a reduction: ``"sum"``, ``"sum_positions"`` or ``"custom"``.
 
-    ``""`` where the value keeps all of its axes.
+    Hooks whose values keep all of their axes are left out.
     """
-    if reducer is None or isinstance(reducer, TopK):
-        return ""
-    return next((name for name, known in NAMED.items() if known == reducer), "custom")
+    kept = {name: reducers.get(name) for name in names}
+    called: dict[int, str] = {}
+    for reducer in {id(reducer): reducer for reducer in kept.values()}.values():
+        if reducer is not None and not isinstance(reducer, TopK):
+            known = (name for name, one in NAMED.items() if one == reducer)
+            called[id(reducer)] = next(known, "custom")
+    return {name: called[id(r)] for name, r in kept.items() if id(r) in called}

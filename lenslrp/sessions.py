@@ -80,6 +80,8 @@ class Session:
         self._rules = Rules(model, self.composite, attention, Books() if ledger else None)
         self._fresh = False  # nothing can have changed since the rules were attached
         self._ways: set[str] = set()
+        self._readers: Readers | None = None
+        self._asked: Any = None
         self._block: Block | None = None
         self._release: weakref.finalize[..., Any] | None = None
         require_bridge(model)
@@ -235,7 +237,7 @@ class Session:
                 if not self._fresh and not rules.current:
                     require_bridge(self.model)
                     self._renew(rules)
-                with unchanged(self.model):
+                with unchanged(self.model, rules.state.parts if rules.state else None):
                     yield
                 self._fresh = False
             except KeyboardInterrupt:
@@ -343,7 +345,7 @@ class Session:
         def attempt(ways: set[str]) -> tuple[Tensor, list[RelevanceCache], set[str]]:
             checked = "books" in ways or not (memory.balanced or is_conditional(model))
             self._fit(rules, books=self.ledger or checked, copies="copies" in ways)
-            readers = Readers.plan(points, names, partial(reduction_for, reduce))
+            readers = self._reading(rules, names, reduce)
             observer = Observer(state.parts) if observes or ways else None
             with ExitStack() as stack:
                 tracer = None
@@ -384,6 +386,21 @@ class Session:
             lost = silent & unused(model, prepared, live=True, modules=self.composite.modules)
             _withdraw(model, caches, lost, named)
         return found, caches
+
+    def _reading(self, rules: Rules, names: list[str], reduce: Reduce) -> Readers:
+        """Readers of hook points; the same ones stay attached for calls that ask for the same."""
+        asked = (names, reduce)
+        if self._readers is not None and self._asked == asked:
+            if self._readers.state is not rules.state:
+                rules.keep(self._readers)
+            return self._readers
+        rules.forget_readers()
+        readers = Readers.plan(rules.points, names, partial(reduction_for, reduce))
+        self._asked, self._readers = asked, None
+        if self._stays and (reduce is None or isinstance(reduce, str)):  # others hold what they do
+            rules.keep(readers)
+            self._readers = readers
+        return readers
 
     def _fit(self, rules: Rules, *, books: bool, copies: bool) -> None:
         """Attach the rules anew where they keep other things than this pass needs."""

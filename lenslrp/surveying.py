@@ -157,7 +157,7 @@ def survey(
             cls.__name__,
             table.name,
             sum(p.numel() for p in weights),
-            cover.Coverage(cover.site_table(sites), off_path=off_path),
+            cover.Coverage(cover.site_rows(sites), off_path=off_path),
             sum(p.numel() * p.element_size() for p in weights),
             between,
             held.peak,
