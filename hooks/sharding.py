@@ -38,10 +38,10 @@ def gather(model: nn.Module, names: Iterable[str]) -> None:
 
     It does so by itself where gradients come to what a module returns.
     """
-    points: dict[str, Any] = model.hook_dict  # type: ignore[assignment]
-    starts = {points[name] for name in names}
     kind = _loaded("torch.distributed.fsdp", "FSDPModule")
-    for module in _modules(model) if kind and starts else ():
+    points: dict[str, Any] = model.hook_dict if kind else {}  # type: ignore[assignment]
+    starts = {points[name] for name in names if name in points}
+    for module in _modules(model) if starts else ():
         if isinstance(module, kind) and not starts.isdisjoint(module.modules()):
             module.unshard()
 

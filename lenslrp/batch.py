@@ -174,7 +174,7 @@ class Batch:
 
     def where(self, positions: Sequence[int]) -> Bool[Tensor, "batch pos"]:
         """True at some positions, in the rows that have them."""
-        asked = self.positions.new_tensor(list(positions))
+        asked = torch.tensor(list(positions), dtype=torch.long).to(self.mask.device)
         counted = asked + torch.where(asked < 0, self.mask.sum(dim=1, keepdim=True), 0)
         return (self.positions[:, :, None] == counted[:, None]).any(dim=-1) & self.mask
 
@@ -196,9 +196,9 @@ class Batch:
 
     def span(self, length: int) -> Int[Tensor, "batch length"]:
         """The columns whose logits predict ``length`` tokens after each row's prompt."""
-        last = self.positions.new_tensor(self.prompt_lengths) - 1
-        first = self.mask.int().argmax(dim=1) + last
-        return first[:, None] + torch.arange(length, device=first.device)
+        first = self.mask.int().argmax(dim=1)
+        last = first + (torch.tensor(self.prompt_lengths) - 1).to(first.device)
+        return last[:, None] + torch.arange(length).to(first.device)
 
     def of(self, hook: str, x: Tensor, axis: int = 1) -> Batch:
         """The text whose tokens lie along ``axis`` of the tensor at a hook point.

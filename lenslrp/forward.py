@@ -107,7 +107,7 @@ def outputs_of(
 ) -> Outputs:
     """What targets are computed from."""
     side = batch.written
-    return Outputs(
+    made = Outputs(
         logits,
         side.mask.to(logits.device),
         model.tokenizer,
@@ -117,6 +117,8 @@ def outputs_of(
         batch.mask if batch.decoder else None,
         columns,
     )
+    made.__dict__["batch"] = batch  # which knows its lengths: nobody waits for a device
+    return made
 
 
 def columns_for(model: Any, batch: Batch, targets: Iterable[Target]) -> Columns | None:

@@ -39,7 +39,7 @@ from lenslrp.hooks.install import Rules
 from lenslrp.hooks.observing import WRITES, Observer
 from lenslrp.hooks.readers import Readers
 from lenslrp.hooks.sharding import gather
-from lenslrp.hooks.sites import Books, Site, row_sums
+from lenslrp.hooks.sites import Books, Site, has_values, row_sums
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
 from lenslrp.ledger import BALANCED, Ledger, make_ledger, read
@@ -512,6 +512,8 @@ def under_rules(
             at_nodes(at, made)
         if checkpoint:
             checkpoint_blocks(at, parts)
+        if has_values(batch.written.mask):
+            assert batch.written.lengths is not None  # read before anything runs on a device
         made.begun = now()
         with observer or nullcontext():
             made.logits = run_model(model, batch, made.leaves, given)

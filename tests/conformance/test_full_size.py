@@ -164,8 +164,9 @@ def test_reading_streams() -> None:
         config = hf.LlamaConfig(num_hidden_layers=layers)
         none = lenslrp.survey(config, **options)
         every = lenslrp.survey(config, **options, names_filter=None)
-        # hook_resid_mid is inside a block: its reading holds that residual, and no more, a layer.
-        assert every.held - none.held <= layers * residual * 1.1
+        # hook_resid_mid is inside a block: its reading holds that residual, and no more, a layer;
+        # and what the final norm is given, of which its rule keeps the scale alone.
+        assert every.held - none.held <= (layers + 1) * residual * 1.05
         extra[layers] = every.peak - none.peak
     assert extra[6] - extra[3] <= 3 * residual * 1.1
 

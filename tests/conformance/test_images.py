@@ -18,7 +18,7 @@ from rich.console import Console
 
 import lenslrp
 from lenslrp import media
-from lenslrp.hooks import AlphaBeta, Gamma
+from lenslrp.hooks import AlphaBeta, Gamma, assignment
 from lenslrp.hooks import components as hook_components
 from lenslrp.hooks import patches as hook_patches
 from lenslrp.hooks.components import components
@@ -305,7 +305,8 @@ def test_a_linear_rule_of_ones_own_works_for_the_convolution() -> None:
 
 def forget(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Make the engine forget to attach a rule at one kind of place."""
-    monkeypatch.setattr(hook_components, name, lambda *_: None)
+    module = assignment if hasattr(assignment, name) else hook_components
+    monkeypatch.setattr(module, name, lambda *_: None)
 
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "HubertForCTC"])

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lenslrp
-from lenslrp.targets import Custom
 from tests.unit import tiny
 
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
@@ -81,6 +80,7 @@ def bridge_alone(model: Any, tokens: Tensor, mask: Tensor) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize(("dtype", "ledger"), [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("logits", ["all", "target"])
 @pytest.mark.parametrize("attention", ["bridge", "fused"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "neox"])
 def test_a_pass_waits_no_more_than_the_bridge(
@@ -88,6 +88,7 @@ def test_a_pass_waits_no_more_than_the_bridge(
     attention: str,
     dtype: torch.dtype,
     ledger: bool,
+    logits: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny.tiny(family).to(dtype)
@@ -99,20 +100,15 @@ def test_a_pass_waits_no_more_than_the_bridge(
         patch.setattr(inner, "_attn_implementation", "sdpa" if attention == "fused" else "eager")
         plain = waits(bridge_alone(model, tiny.TOKENS, mask), monkeypatch)
 
-    def run() -> None:
-        lenslrp.run_with_relevance(
-            model,
-            tiny.TOKENS,
-            Custom(lambda logits: logits[:, -1, 5], "logit of 5"),
-            attention_mask=mask,
-            attention=attention,
-            ledger=ledger,
-            reduce="sum",
-        )
+    options: dict[str, Any] = {"attention": attention, "ledger": ledger, "logits": logits}
+    with lenslrp.session(model, **options) as session:
 
-    with Waits():  # what is looked at once has been; under a mode some operations are others
-        run()
-    assert sorted(waits(run, monkeypatch)) == sorted(plain)
+        def run() -> None:
+            session.run_with_relevance(tiny.TOKENS, 5, reduce="sum", attention_mask=mask)
+
+        with Waits():  # what is looked at once has been; under a mode some operations are others
+            run()
+        assert sorted(waits(run, monkeypatch)) == sorted(plain)
 
 
 def test_a_question_to_the_host_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
