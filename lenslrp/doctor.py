@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
@@ -25,7 +26,8 @@ from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.forward import architecture, forward
-from lenslrp.hooks.composites import AttnLRP, Composite
+from lenslrp.hooks.assignment import assign
+from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.hooks.rules import Rule
 from lenslrp.ledger import BALANCED, Ledger
@@ -45,6 +47,7 @@ class Diagnosis:
         forward_equal: whether logits with rules are ``torch.equal`` to those without.
         gap: the :class:`CoverageError`'s text, ``None`` when everything is covered.
         agreement: of the bridge with the Hugging Face model before it was wrapped.
+        assigned: which component was given which rule, see :func:`lenslrp.hooks.assign`.
         coverage, ledger: of the run (with gaps: of a run that takes the plain gradient there).
         tolerance: what the ledger's imbalance is held against.
         advice: what would make passes on this machine faster.
@@ -54,6 +57,7 @@ class Diagnosis:
     composite: str
     forward_equal: bool
     gap: str | None
+    assigned: pd.DataFrame
     coverage: Coverage
     ledger: Ledger
     dtype: str
@@ -74,7 +78,7 @@ class Diagnosis:
         parts: list[RenderableType] = [
             Text(f"{self.architecture} under {self.composite} ({self.dtype})", style="bold")
         ]
-        parts.append(_rules_table(self.coverage))
+        parts.append(_rules_table(self.assigned, self.coverage))
         parts.append(_verdict(str(self.agreement), self.agreement.ok, self.agreement.known))
         parts.append(_verdict("every operation on the path has its rule", self.gap is None))
         if self.gap is not None:
@@ -103,13 +107,17 @@ def _verdict(claim: str, holds: bool, known: bool = True) -> Text:
     return Text.assemble((f"{mark:>4}  ", style), claim)
 
 
-def _rules_table(coverage: Coverage) -> Table:
+def _rules_table(assigned: pd.DataFrame, coverage: Coverage) -> Table:
+    """What has fired; and layers under epsilon, whose rule is their own gradient."""
     names = [Column(name, overflow="fold") for name in ("role", "rule", "component")]
     table = Table(*names, "places", "fired")
     groups = coverage.sites.groupby(["role", "rule", "component"], sort=True)
     for (role, rule, component), sites in groups:
         fired = int(sites["fired"].sum())
         table.add_row(role, rule, component, str(len(sites)), str(fired))
+    layers = assigned[assigned["rule"] == "epsilon"]
+    for (role, component), places in layers.groupby(["role", "component"], sort=True):
+        table.add_row(role, "epsilon", component, str(len(places)), "own gradient")
     return table
 
 
@@ -158,9 +166,7 @@ def examine(
             warnings.simplefilter("ignore")  # the gap is reported below
             logits, relevance = explained(strict=False)
     floats = dict(given)
-    batch = media.prepare(
-        model, floats.pop("input", None), floats
-    )  # fmt: skip
+    batch = media.prepare(model, floats.pop("input", None), floats)
     with forward(model, batch) as plain:
         equal = plain.logits is not None and bool(torch.equal(plain.logits, logits))
     name = table.name if isinstance(table, Composite) else "custom"
@@ -169,6 +175,7 @@ def examine(
         name,
         equal,
         gap,
+        assign(model, as_composite(table)).table(),
         relevance.coverage,
         relevance.ledger(),
         relevance.dtype,
