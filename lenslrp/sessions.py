@@ -216,7 +216,7 @@ class Session:
         except BaseException:
             self._release()
             raise
-        self._fresh = True
+        self._fresh = not self._stays  # then the call follows at once
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
@@ -390,10 +390,9 @@ class Session:
     def _reading(self, rules: Rules, names: list[str], reduce: Reduce) -> Readers:
         """Readers of hook points; the same ones stay attached for calls that ask for the same."""
         asked = (names, reduce)
-        if self._readers is not None and self._asked == asked:
-            if self._readers.state is not rules.state:
-                rules.keep(self._readers)
-            return self._readers
+        kept = self._readers
+        if kept is not None and kept.state is rules.state and self._asked == asked:
+            return kept
         rules.forget_readers()
         readers = Readers.plan(rules.points, names, partial(reduction_for, reduce))
         self._asked, self._readers = asked, None

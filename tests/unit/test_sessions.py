@@ -137,6 +137,13 @@ def test_hooks_and_steering_compose(kind: Callable[[], Any], when: str) -> None:
     assert changes(before, model) == []
 
 
+def test_a_hook_before_the_first_call_is_seen(attached: list[int]) -> None:
+    model = tiny("llama")
+    with lenslrp.session(model) as session, model.hooks(fwd_hooks=[(POINT, lambda x, hook: -x)]):
+        again(session, names_filter=[])
+    assert len(attached) == 2
+
+
 def test_sessions_and_rules_nest() -> None:
     model = tiny("llama")
     before = snapshot(model)
