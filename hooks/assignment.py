@@ -193,10 +193,15 @@ def attach_all(
         if hasattr(module, "L_bp_cycles_padded"):
             attach_all_cycles(at, module)
     for row in assigned.rows:
-        row.attach(at, ctx, row.path, row.module, *row.options)
+        attach_row(at, ctx, row)
     for place in embedders(found):
         attach_patches(at, place.projection, below(found, at.sites))
     return assigned.embedded
+
+
+def attach_row(at: Attached, ctx: Context, row: Assignment) -> None:
+    """Attach what one row of the table says."""
+    row.attach(at, ctx, row.path, row.module, *row.options)
 
 
 def _answered_for(

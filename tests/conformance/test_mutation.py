@@ -1,7 +1,7 @@
 """Mutation check: no rule can go missing unnoticed.
 
 For every site of a model, the engine is made to forget exactly the one rule that belongs there, as
-a bug in ``components.py`` or a new version of TransformerLens would. The run must raise
+a bug in ``assignment.py`` or a new version of TransformerLens would. The run must raise
 ``CoverageError``: what is found is the bare operation in the autograd graph, not the missing entry
 in a list. ``python -m tests.conformance.test_mutation`` prints the table.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lenslrp
-from lenslrp.hooks import CONSTANT, Gamma, attention, components
+from lenslrp.hooks import CONSTANT, Gamma, assignment, attention, components
 from tests.conformance.families import COMPOSITES, make, tokens
 
 ATTENTION = ("attention_av", "softmax", "attention_qk")
@@ -46,13 +46,13 @@ class Forgetful(components.Attached):
 def forgotten(model: Any, key: Key) -> Iterator[None]:
     """The engine forgets the rule at ``key``, a (hook, role) pair, and nothing else."""
     hook, role = key
-    attach, softcap_of = components._attach, attention.softcap_of
+    attach, softcap_of = assignment.attach_row, attention.softcap_of
     point = model.hook_dict[hook] if role in ATTENTION else None
 
-    def patched(at: Any, ctx: Any, path: str, *rest: Any) -> None:
+    def patched(at: Any, ctx: Any, row: Any) -> None:
         own = Forgetful(point)
         own.wrapped, own.weights, own.plain = at.wrapped, at.weights, at.plain
-        attach(own, ctx, path, *rest)
+        attach(own, ctx, row)
         kept = [site for site in own.sites if (site.hook, site.role) != key]
         if len(kept) < len(own.sites) and role not in ATTENTION:
             for undo in reversed(own.undo):
@@ -71,7 +71,7 @@ def forgotten(model: Any, key: Key) -> Iterator[None]:
         if role == "softcap":
             patch.setattr(attention, "softcap_of", no_cap)
         else:
-            patch.setattr(components, "_attach", patched)
+            patch.setattr(assignment, "attach_row", patched)
         yield
 
 
@@ -194,21 +194,21 @@ def test_a_rule_that_is_listed_and_never_ran_is_noticed(role: str) -> None:
         def around(self, module: nn.Module, call: Any, name: str = "forward") -> None:
             super().around(elsewhere, call)
 
-    attach = components._attach
+    attach = assignment.attach_row
 
-    def patched(at: Any, ctx: Any, path: str, *rest: Any) -> None:
+    def patched(at: Any, ctx: Any, row: Any) -> None:
         own = Misplaced()
-        attach(own, ctx, path, *rest)
+        attach(own, ctx, row)
         if (target, role) not in [(site.hook, site.role) for site in own.sites]:
             for undo in reversed(own.undo):
                 undo()
-            attach(at, ctx, path, *rest)
+            attach(at, ctx, row)
             return
         at.sites.extend(own.sites)
         at.undo.extend(own.undo)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(components, "_attach", patched)
+        patch.setattr(assignment, "attach_row", patched)
         with pytest.raises(lenslrp.CoverageError):
             relevance(model, lenslrp.AttnLRP())
 
