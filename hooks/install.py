@@ -201,28 +201,24 @@ def require_bridge(model: Any) -> None:
             f"{type(model).__name__}"
         )
     parts = components(model)
-    weights = {
-        f"{path}.{name}": weight
-        for path, module in parts
-        for name, weight in module._parameters.items()
-        if weight is not None
-    }
-    require_whole(model, weights)
-    for name, parameter in weights.items():
+    require_whole(model)
+    for parameter in (
+        w for _, module in parts for w in module._parameters.values() if w is not None
+    ):
         if parameter.is_inference():
             raise InputError(
-                f"{name} was made under "
+                f"{_name_of(model, parameter)} was made under "
                 "torch.inference_mode(), and autograd can use no such weight: load (or move, or "
                 "convert) the model outside it; torch.no_grad() is fine"
             )
         if parameter.dtype not in FLOATING:
             raise InputError(
-                f"{name} is quantised ({parameter.dtype}); the "
+                f"{_name_of(model, parameter)} is quantised ({parameter.dtype}); the "
                 "rules cannot read it: load the model in float32, bfloat16 or float16"
             )
         if type(parameter).dequantize is not torch.Tensor.dequantize:  # a subclass that unpacks
             raise InputError(
-                f"{name} is quantised "
+                f"{_name_of(model, parameter)} is quantised "
                 f"({type(parameter).__name__}); the rules cannot read it: load the model in "
                 "float32, bfloat16 or float16"
             )
@@ -239,6 +235,12 @@ def require_bridge(model: Any) -> None:
             "the model, or a part of it, is in train mode, where dropout would change what is "
             "explained; call model.eval() first (and model.original_model.eval())"
         )
+
+
+def _name_of(model: nn.Module, weight: Tensor) -> str:
+    """What a weight is called in the model that the bridge wraps, where it is one of its own."""
+    names = (name for name, known in model.named_parameters() if known is weight)
+    return next(names, "a weight").replace("_original_component.", "")
 
 
 def _is_offloaded(module: nn.Module) -> bool:

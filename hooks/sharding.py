@@ -8,18 +8,22 @@ tensor parallelism a process holds, and a hook shows, a part of each activation.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 from lenslrp.errors import InputError
 
 
 def _loaded(module: str, name: str) -> Any:
-    """A class of torch's, an empty tuple where nothing is one: no other process, or not loaded."""
-    spread = distributed.is_available() and distributed.is_initialized()
-    return getattr(sys.modules.get(module), name, ()) if spread else ()
+    """A class of torch's, an empty tuple where nothing has loaded its module: nothing is one."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def _alone() -> bool:
+    """Whether there is no other process that could hold a part of a model."""
+    return not (distributed.is_available() and distributed.is_initialized())
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -53,7 +57,7 @@ def reshard(model: nn.Module) -> None:
     when it gathers them, not while it keeps them.
     """
     kind = _loaded("torch.distributed.fsdp", "FSDPModule")
-    for module in _modules(model) if kind else ():
+    for module in _modules(model) if kind and not _alone() else ():
         if isinstance(module, kind):
             module.reshard()
 
@@ -66,12 +70,15 @@ def _modules(model: nn.Module) -> Iterator[Any]:
         yield from inner.modules()
 
 
-def require_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def require_whole(model: nn.Module) -> None:
     """Refuse weights that are split over processes and not gathered where they are used.
 
     Raises:
         InputError: naming the weight.
     """
+    if _alone():
+        return
+    weights = {n.replace("_original_component.", ""): p for n, p in model.named_parameters()}
     fsdp = "torch.distributed.fsdp"
     old, new = _loaded(fsdp, "FullyShardedDataParallel"), _loaded(fsdp, "FSDPModule")
     if old and any(isinstance(module, old) for module in _modules(model)):

@@ -163,7 +163,7 @@ def _require_model(model: Any) -> PreTrainedModel:
     if not isinstance(inner, PreTrainedModel):
         raise LoadError(_explain_type(inner))
     try:
-        require_whole(inner, dict(inner.named_parameters()))
+        require_whole(inner)
     except InputError as error:
         raise LoadError(str(error)) from error
     if any(part._compiled_call_impl is not None for part in inner.modules()):

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lenslrp import passes
-from lenslrp.hooks import checks, components, coverage, norms, observing
+from lenslrp.hooks import assignment, checks, components, coverage, norms, observing
 from lenslrp.hooks.attach import Attached
 from tests.property.generate import generate
 from tests.property.judge import Verdict, judge
@@ -118,6 +118,7 @@ def classes_are_matched_by_inheritance(patch: Patch) -> None:
         forwards = [getattr(base, "forward", None) for base in type(module).__mro__]
         return next((forward for forward in forwards if forward in known), forwards[0])
 
+    patch.setattr(assignment, "known_forward", inherited)
     patch.setattr(components, "known_forward", inherited)
     patch.setattr(norms, "known_forward", inherited)
     activations_are_believed(patch)

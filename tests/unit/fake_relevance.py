@@ -85,7 +85,8 @@ class FakeRelevance:
         mix = torch.linspace(0, 1, self.layers + 1)[:, None] ** 2
         noise = 0.25 * self._random(self.layers + 1, len(tokens), salt=2) * (1 - mix)
         index = [*map(str, range(self.layers)), "final"]
-        return pd.DataFrame((tokens * (1 - mix) + last * mix + noise).double().numpy(), index=index)
+        values = (tokens * (1 - mix) + last * mix + noise)[:, self.attention_mask[row].bool()]
+        return pd.DataFrame(values.double().numpy(), index=index)
 
     def top(self, name, k=10, row=0):
         self._need(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -217,10 +217,17 @@ def own_relevance(model: TransformerBridge, token: int = 5, tokens: Tensor = TOK
     return (leaf * leaf.grad).sum(dim=-1).detach()
 
 
-def plain_gradients(model: nn.Module, tokens: Tensor = TOKENS) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and every weight's gradient of a plain pass, without leaving a ``.grad`` behind."""
-    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+def plain_gradients(
+    model: nn.Module, tokens: Tensor = TOKENS, names: Iterable[str] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and every weight's gradient of a plain pass, without leaving a ``.grad`` behind.
+
+    Weights by ``names`` are asked for although they may be frozen meanwhile.
+    """
     logits = model(tokens)
+    named = dict(model.named_parameters())
+    asked = [n for n, p in named.items() if p.requires_grad] if names is None else names
+    weights = {name: named[name] for name in asked}
     loss = logits.square().sum()
     grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     kept = {n: g for n, g in zip(weights, grads, strict=True) if g is not None}
