@@ -252,15 +252,17 @@ class Identity:
 
     @property
     def exact(self) -> bool:
-        """Whether all relevance passes, with none left to a stabiliser."""
-        return self.eps is None
+        """Whether all relevance passes, with none left to a stabiliser; not by a user's factor."""
+        return self.eps is None and type(self) in (Identity, SiLU)
 
     def factor(self, x: Tensor, y: Tensor) -> Tensor:
         """What the gradient is multiplied by; x, y and the result have one shape.
 
         Without ``eps`` it is y / x, and 0 where x is: its relevance is 0 whatever the factor.
         """
-        return (y / x).nan_to_num_(0.0) if self.exact else identity_factor(x, y, self.eps)
+        if self.eps is None:
+            return (y / x).nan_to_num_(0.0)
+        return identity_factor(x, y, self.eps)
 
 
 @dataclass(frozen=True)
