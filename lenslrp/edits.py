@@ -130,18 +130,35 @@ def _put_through(model: Any, changes: Mapping[str, Sequence[Change]]) -> Iterato
 
         return hook
 
+    hooks = {name: hook_of(name) for name in changes}
     try:
-        with model.hooks(fwd_hooks=[(name, hook_of(name)) for name in changes]):
-            yield
-    finally:
-        for name in changes:
-            forget(points[name])
+        try:
+            with model.hooks(fwd_hooks=list(hooks.items())):
+                yield
+        finally:
+            _remove(points, hooks)
+    finally:  # an interrupt may have cut the first short
+        _remove(points, hooks)
     idle = [name for name in changes if name not in fired]
     if idle:
         raise InputError(
             f"nothing was edited at {', '.join(idle[:4])}: no forward pass inside the context "
             "reached it"
         )
+
+
+def _remove(points: Mapping[str, Any], hooks: Mapping[str, Callable[..., Tensor]]) -> None:
+    """Take functions off hook points, however far TransformerLens has come with them."""
+    own = {id(hook) for hook in hooks.values()}
+    for name in hooks:
+        point = points[name]
+        for handle in [h for h in point.fwd_hooks if id(h.user_hook) in own]:
+            point.fwd_hooks.remove(handle)
+        for key, hook in list(point._forward_hooks.items()):
+            theirs = getattr(hook, "__qualname__", "").endswith("add_hook.<locals>.full_hook")
+            if theirs and any(id(cell.cell_contents) in own for cell in hook.__closure__):
+                point._forward_hooks.pop(key, None)
+        forget(point)
 
 
 def edit_gradient(x: Tensor, change: Callable[[Tensor], Tensor | None]) -> None:

@@ -16,10 +16,11 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
+from lenslrp.edits import Edit, edit_units
 from lenslrp.hooks.attach import raise_failed, undo_all
 from tests.unit.another_thread import another_thread
 from tests.unit.test_undo import Boom, explain, nothing_changes
-from tests.unit.tiny import changes, hook_order, own_relevance, snapshot, tiny
+from tests.unit.tiny import TOKENS, changes, hook_order, own_relevance, snapshot, tiny
 
 # --- undoing that fails or is interrupted --------------------------------------------------------
 
@@ -69,8 +70,10 @@ def test_a_rule_whose_undoing_fails_leaves_nothing_else() -> None:
 
 
 @contextmanager
-def interrupt(after: int) -> Iterator[list[int]]:
+def interrupt(after: int, also: tuple[str, ...] = ()) -> Iterator[list[int]]:
     """Raise KeyboardInterrupt at one line of LensLRP's own, counted from 0; yields the count.
+
+    ``also`` are names of files of others that count.
 
     Not at ``with``: tracing stops there a second time before the block is left, where Python
     itself is never interrupted.
@@ -86,7 +89,8 @@ def interrupt(after: int) -> Iterator[list[int]]:
         return lines
 
     def calls(frame: Any, event: str, arg: Any) -> Any:
-        own = Path(frame.f_code.co_filename).parent.name in ("hooks", "lenslrp")
+        path = Path(frame.f_code.co_filename)
+        own = path.parent.name in ("hooks", "lenslrp") or path.name in also
         return lines if own and "tests" not in frame.f_code.co_filename else None
 
     traced = sys.gettrace()
@@ -126,6 +130,24 @@ def test_an_interrupt_anywhere_leaves_no_trace(
                 run(model)
             assert changes(before, model) == [], f"interrupted at line {place} of {total}"
             thread.do(attach_and_detach, model)  # it is free for others
+
+
+def edited(model: TransformerBridge) -> None:
+    with edit_units(model, [Edit("blocks.0.hook_resid_post", function=lambda x: -x)]):
+        model(TOKENS)
+
+
+def test_an_interrupt_of_an_edit_leaves_no_trace() -> None:
+    """Also in TransformerLens' own code that adds and removes a hook."""
+    model, theirs = tiny("llama"), ("hook_points.py",)
+    edited(model)
+    before = snapshot(model)
+    with interrupt(10**9, theirs) as count:
+        edited(model)
+    for place in sorted(random.sample(range(count[0]), 60)):
+        with suppress(KeyboardInterrupt), interrupt(place, theirs):
+            edited(model)
+        assert changes(before, model) == [], f"interrupted at line {place} of {count[0]}"
 
 
 # --- copies and files made inside a block --------------------------------------------------------
