@@ -131,14 +131,17 @@ def _put_through(model: Any, changes: Mapping[str, Sequence[Change]]) -> Iterato
         return hook
 
     hooks = {name: hook_of(name) for name in changes}
+    level = model.context_level
     try:
         try:
             with model.hooks(fwd_hooks=list(hooks.items())):
                 yield
         finally:
             _remove(points, hooks)
+            model.context_level = level
     finally:  # an interrupt may have cut the first short
         _remove(points, hooks)
+        model.context_level = level
     idle = [name for name in changes if name not in fired]
     if idle:
         raise InputError(
