@@ -273,9 +273,8 @@ def _rows(
         InputError: a target that does not say its position, without ``position``.
     """
     weights = torch.zeros(last.shape[:2]).to(last)
-    written = question.prepared.written
-    mask = written.mask.to(last.device)
-    outputs = Outputs(last, mask, None, dict[str, Tensor]().__getitem__, written.prompt_lengths)
+    nothing = dict[str, Tensor]().__getitem__
+    outputs = Outputs(last, question.prepared.written, None, nothing)
     classifies = media.labels_of(question.model) is not None
     for row, target in enumerate(_each(question.target, len(weights))):
         one = outputs.row(row)
@@ -286,7 +285,7 @@ def _rows(
             where = 0 if before else None
         elif position is None and isinstance(target, Sequence):
             ids = target.ids(question.model.tokenizer)
-            weights[row, written.span(len(ids))[row]] = 1 / len(ids)
+            weights[row, outputs.span(len(ids))[row]] = 1 / len(ids)
         elif where is None:
             raise InputError(
                 f"{type(target).__name__} targets do not say which position they read: give "

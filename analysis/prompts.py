@@ -127,8 +127,9 @@ def read(model: Any, prompt: Prompt, logits: Tensor) -> Numbers:
     if logits.dtype != torch.float64:
         logits = logits.float()
     mask = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    rows = Batch.of_mask(mask, [1] * len(logits))
     labels = media.labels_of(model)
-    outputs = Outputs(logits, mask, model.tokenizer, _no_activation, [1] * len(logits), labels)
+    outputs = Outputs(logits, rows, model.tokenizer, _no_activation, labels)
     values = prompt.target.values(outputs)
     probability = _probability(prompt.target, outputs, values)
     return torch.stack([values, probability]).double().cpu().numpy()

@@ -17,18 +17,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformer_lens.model_bridge.generalized_components import (
     AttentionBridge,
-    EmbeddingBridge,
     GatedMLPBridge,
     JointGateUpMLPBridge,
     LinearBridge,
     NormalizationBridge,
-    PosEmbedBridge,
-    UnembeddingBridge,
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources.native import model as native
 
-from lenslrp.errors import CoverageError, InputError
+from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, components, original
 from lenslrp.hooks.attention import attach_attention, gates_its_output
@@ -59,7 +56,7 @@ from lenslrp.hooks.operations import (
 from lenslrp.hooks.patches import below, embedders
 from lenslrp.hooks.rules import Epsilon, Identity, LinearRule, Normalisation, Operations, Plain
 from lenslrp.hooks.sharding import is_sharded
-from lenslrp.hooks.structure import Parts, once
+from lenslrp.hooks.structure import Parts, once, require_modules_of_their_own
 
 
 @dataclass(frozen=True)
@@ -291,32 +288,6 @@ def gate_share(composite: Composite) -> float:
     if second == 0:
         raise InputError("a gate rule must give `up` a share; Product(first, second) has second=0")
     return first / second
-
-
-def require_modules_of_their_own(model: nn.Module) -> None:
-    """Refuse a model in which one module stands in two places.
-
-    Norms, activations and embeddings may. Elsewhere the bridge replaces the module's parts once for
-    each place, and its hook points would mean both.
-
-    Raises:
-        CoverageError: naming the places.
-    """
-    shared = (NormalizationBridge, EmbeddingBridge, PosEmbedBridge, UnembeddingBridge)
-    places: dict[int, str] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        inner = original(module) if isinstance(module, GeneralizedComponent) else None
-        if inner is None or isinstance(module, shared) or "_original_component" in path:
-            continue
-        wrapped_twice = isinstance(inner, GeneralizedComponent) and type(inner) is type(module)
-        first = places.setdefault(id(inner), path)
-        # Inside one block several components may stand for parts of one module.
-        if path.split(".")[:2] != first.split(".")[:2] or wrapped_twice:
-            other = "one of another place" if first == path else first
-            raise CoverageError(
-                f"{path} ({type(inner).__name__}) is the same module as {other}: relevance there "
-                "would be that of both; give each place a module of its own (copy.deepcopy)"
-            )
 
 
 def _raw_modules(

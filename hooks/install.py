@@ -76,7 +76,7 @@ class Rules:
         self.owned: dict[int, nn.Module] = {}
         self.blocks: dict[int, nn.Module] = {}
         self.embedded: list[tuple[nn.Module, bool]] = []
-        self._readers: Attached | None = None
+        self._readers = Attached()
         self._undo: list[Undo] = []
 
     def attach(self) -> None:
@@ -96,6 +96,7 @@ class Rules:
             experts=self.experts,
         )
         attached = Attached(self.copies, self.holder)
+        self._readers = Attached(self.copies, self.holder)
         self._undo = attached.undo
         self.embedded = attach_all(self.model, state.parts, context, attached)
         frozen = self._guard(attached, state.parts)
@@ -107,27 +108,21 @@ class Rules:
         self.weights = attached.weights
         for weight in frozen:
             attached.freeze(weight)
-        attached.undo.append(partial(reshard, self.model))
+        attached.undo += [partial(reshard, self.model), self._drop_readers]
         state.settle()
         self.state = state
 
-    def keep(self, readers: Readers) -> None:
+    def keep(self, readers: Readers | None) -> None:
         """Attach readers for as long as the rules are attached, in the place of earlier ones."""
         assert self.state is not None
-        self.forget_readers()
-        self._readers = Attached(self.copies, self.holder)
-        self._undo.append(self.forget_readers)
-        readers.attach(self.owned, self._readers)
+        self._drop_readers()
+        if readers is not None:
+            readers.attach(self.owned, self._readers)
+            readers.state = self.state
         self.state.settle()
-        readers.state = self.state
 
-    def forget_readers(self) -> None:
-        """Detach the readers that were kept, if any."""
-        if self._readers is not None:
-            raise_failed(undo_all(self._readers.undo))
-            self._readers = None
-            if self.state is not None:
-                self.state.settle()
+    def _drop_readers(self) -> None:
+        raise_failed(undo_all(self._readers.undo))
 
     def begin(self) -> None:
         """Nothing has fired yet: a new pass begins under rules that were attached before."""

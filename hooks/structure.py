@@ -8,6 +8,15 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from torch import nn
+from transformer_lens.model_bridge.generalized_components import (
+    EmbeddingBridge,
+    NormalizationBridge,
+    PosEmbedBridge,
+    UnembeddingBridge,
+)
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from lenslrp.errors import CoverageError
 
 Parts = list[tuple[str, nn.Module]]
 
@@ -81,6 +90,33 @@ def unchanged(model: nn.Module, parts: Parts | None = None) -> Iterator[None]:
         yield
     finally:
         known.held = before
+
+
+def require_modules_of_their_own(model: nn.Module) -> None:
+    """Refuse a model in which one module stands in two places.
+
+    Norms, activations and embeddings may. Elsewhere the bridge replaces the module's parts once for
+    each place, and its hook points would mean both.
+
+    Raises:
+        CoverageError: naming the places.
+    """
+    shared = (NormalizationBridge, EmbeddingBridge, PosEmbedBridge, UnembeddingBridge)
+    places: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        inner = getattr(module, "original_component", None)
+        inner = inner if isinstance(module, GeneralizedComponent) else None
+        if inner is None or isinstance(module, shared) or "_original_component" in path:
+            continue
+        wrapped_twice = isinstance(inner, GeneralizedComponent) and type(inner) is type(module)
+        first = places.setdefault(id(inner), path)
+        # Inside one block several components may stand for parts of one module.
+        if path.split(".")[:2] != first.split(".")[:2] or wrapped_twice:
+            other = "one of another place" if first == path else first
+            raise CoverageError(
+                f"{path} ({type(inner).__name__}) is the same module as {other}: relevance there "
+                "would be that of both; give each place a module of its own (copy.deepcopy)"
+            )
 
 
 def _children(module: nn.Module) -> list[int]:

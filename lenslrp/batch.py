@@ -70,6 +70,12 @@ class Batch:
         lengths = mask.sum(dim=1).tolist() if prompt_lengths is None else prompt_lengths
         return cls(torch.zeros_like(mask, dtype=torch.long), mask, lengths, decoder=decoder)
 
+    def texts_of(self, row: int) -> Batch:
+        """One row, as far as its texts go: their masks, and how long the prompt is."""
+        decoder = None if self.decoder is None else self.decoder.texts_of(row)
+        one = slice(row, row + 1)
+        return Batch.of_mask(self.mask[one], self.prompt_lengths[one], decoder)
+
     @classmethod
     def of_rows(cls, rows: Sequence[Any], side: str = "right", pad: int = 0) -> Batch:
         """Rows of token ids (lists, tensors) in one tensor, padded with ``pad`` on one side."""

@@ -200,22 +200,23 @@ class Passes:
 def follow(model: Any) -> Iterator[Passes]:
     """Follow the passes of ``model``, a ``TransformerBridge``, for as long as the context lasts."""
     passes = Passes()
-    handles = [
-        model.register_forward_pre_hook(passes.given, with_kwargs=True),
-        model.original_model.register_forward_pre_hook(passes.before, with_kwargs=True),
-    ]
+    hooks = ((model, passes.given), (model.original_model, passes.before))
     wraps = {"generate": passes.call, "hf_generate": passes.call, "generate_stream": passes.stream}
     own = vars(model)
     before = {name: own.get(name) for name in wraps}
-    own.update({name: wrap(getattr(model, name)) for name, wrap in wraps.items()})
     try:
+        for module, hook in hooks:
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+        own.update({name: wrap(getattr(model, name)) for name, wrap in wraps.items()})
         yield passes
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, hook in hooks:  # by what they are: an interrupt could lose a handle
+            for key in [k for k, known in module._forward_pre_hooks.items() if known == hook]:
+                module._forward_pre_hooks.pop(key)
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
         for name, value in before.items():
             if value is None:
-                del own[name]
+                own.pop(name, None)
             else:  # another context's, around this one
                 own[name] = value
 

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from lenslrp.edits import Edit
 
 
+UNCAPPED = "unembed"
+"""Where logits are kept before a final soft-cap, beside the hook points that are captured."""
+
+
 class _CapSkip(torch.autograd.Function):
     """The final soft-cap's values with the gradient started before it (RULES section 2)."""
 
@@ -91,11 +95,7 @@ class Forward:
     def _before_softcap(self) -> Tensor:
         """The tensor at which a backward pass from the logits starts."""
         assert self.logits is not None
-        before = self.captured.get("unembed")
-        cap = getattr(self.model.cfg, "output_logits_soft_cap", None)
-        if before is None or not cap or float(cap) <= 0:
-            return self.logits
-        return before
+        return self.captured.get(UNCAPPED, self.logits)
 
 
 def outputs_of(
@@ -106,19 +106,8 @@ def outputs_of(
     columns: Columns | None = None,
 ) -> Outputs:
     """What targets are computed from."""
-    side = batch.written
-    made = Outputs(
-        logits,
-        side.mask.to(logits.device),
-        model.tokenizer,
-        activation,
-        side.prompt_lengths,
-        media.labels_of(model),
-        batch.mask if batch.decoder else None,
-        columns,
-    )
-    made.__dict__["batch"] = batch  # which knows its lengths: nobody waits for a device
-    return made
+    labels = media.labels_of(model)
+    return Outputs(logits, batch, model.tokenizer, activation, labels, columns)
 
 
 def columns_for(model: Any, batch: Batch, targets: Iterable[Target]) -> Columns | None:
@@ -410,13 +399,14 @@ def capture(
             listen(at, point, [name], at_it)
 
 
-def keep_unembedded(at: Attached, parts: Parts, captured: dict[str, Tensor]) -> None:
-    """Keep what the unembedding returns, under its own name."""
-    for _, module in parts:
+def keep_uncapped(at: Attached, model: Any, parts: Parts, captured: dict[str, Tensor]) -> None:
+    """Keep what the unembedding returns, where a soft-cap makes the logits of it."""
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    for _, module in parts if cap and float(cap) > 0 else ():
         if isinstance(module, UnembeddingBridge):
 
             def unembedded(_: nn.Module, args: tuple[Any, ...], x: Tensor) -> None:
-                captured["unembed"] = x
+                captured[UNCAPPED] = x
 
             at.hook(module, unembedded)
 

@@ -22,10 +22,11 @@ from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.forward import (
+    UNCAPPED,
     Forward,
     architecture,
     capture,
-    keep_unembedded,
+    keep_uncapped,
     parts_of,
     run_model,
     undone,
@@ -39,7 +40,7 @@ from lenslrp.hooks.install import Rules
 from lenslrp.hooks.observing import WRITES, Observer
 from lenslrp.hooks.readers import Readers
 from lenslrp.hooks.sharding import gather
-from lenslrp.hooks.sites import Books, Site, has_values, row_sums
+from lenslrp.hooks.sites import Books, Site, has_values, row_sums, widened
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
 from lenslrp.ledger import BALANCED, Ledger, make_ledger, read
@@ -117,7 +118,9 @@ class Pass(Forward):
         ]
         if self.strict:
             cover.require_fired([s for s in self.rules.sites if id(s) in on_path])
-        relevances = [_wide(x) * _wide(g) for x, g in zip(leaves, at_leaves, strict=True)]
+        relevances = [
+            widened(x.detach()) * widened(g) for x, g in zip(leaves, at_leaves, strict=True)
+        ]
         self._require_finite(values, relevances)
         ledger = self._close_books(target, values, roots, grads, started)
         note = "" if faults else self._unbalanced(ledger, values.dtype, seen)
@@ -238,7 +241,7 @@ class Pass(Forward):
         if at_leaves or not self.leaves.seen:
             return at_leaves[0] if at_leaves else None
         x, g = self.leaves.seen[0], self.leaves.passing.get(0)
-        return _wide(x) * _wide(torch.zeros_like(x) if g is None else g)
+        return widened(x) * widened(torch.zeros_like(x) if g is None else g)
 
     def _close_books(
         self,
@@ -297,7 +300,7 @@ class Pass(Forward):
     def walk(self, roots: list[Tensor], place: Callable[[Any], str] = lambda _: "") -> cover.Walk:
         """The graph from ``roots`` down, with what was seen of writes into views."""
         writes = {} if self.observer is None else self.observer.writes
-        units = [x for name, x in self.captured.items() if name != "unembed"]
+        units = [x for name, x in self.captured.items() if name != UNCAPPED]
         latent = any(root is x for root in roots for x in units)
         return cover.walk(roots, place, self.rules.weights, writes, latent)
 
@@ -436,10 +439,6 @@ def _total(relevances: list[Tensor]) -> Tensor | None:
     return torch.stack([r.to(alike[0].device) for r in alike]).sum(dim=0) if alike else None
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.detach().float() if x.dtype in (torch.float16, torch.bfloat16) else x.detach()
-
-
 @contextmanager
 def under_rules(
     model: Any,
@@ -499,7 +498,7 @@ def under_rules(
         if readers.state is not rules.state:
             readers.attach(rules.owned, at)
         capture(at, points, rules.owned, list(latent), made.captured)
-        keep_unembedded(at, parts, made.captured)
+        keep_uncapped(at, model, parts, made.captured)
         picked: list[bool] = []
         unembed, length = head_component(model), batch.written.tokens.shape[1]
         if columns is not None and unembed is not None:

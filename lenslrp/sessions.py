@@ -393,12 +393,13 @@ class Session:
         kept = self._readers
         if kept is not None and kept.state is rules.state and self._asked == asked:
             return kept
-        rules.forget_readers()
         readers = Readers.plan(rules.points, names, partial(reduction_for, reduce))
-        self._asked, self._readers = asked, None
-        if self._stays and (reduce is None or isinstance(reduce, str)):  # others hold what they do
-            rules.keep(readers)
-            self._readers = readers
+        stay = self._stays and (
+            reduce is None or isinstance(reduce, str)
+        )  # others hold what they do
+        if stay or kept is not None:
+            rules.keep(readers if stay else None)
+        self._asked, self._readers = asked, readers if stay else None
         return readers
 
     def _fit(self, rules: Rules, *, books: bool, copies: bool) -> None:

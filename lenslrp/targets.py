@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -31,25 +30,20 @@ class Outputs:
 
     Attributes:
         logits: the model's logits, through which gradients flow.
-        mask: True where a token is real.
+        batch: what was run, which says where a position is; the logits are of what it has
+            ``written``.
         tokenizer: the model's tokenizer, or ``None``.
         activation: gives the tensor at a hook point that was asked for, on the graph.
-        prompt_lengths: how many real tokens of each row are the prompt (the rest is a
-            teacher-forced target).
         labels: names of a classifier's classes, ``None`` for other models. Its logits are
             [batch, class] and have no positions.
-        read_mask: of an encoder-decoder, the mask of what the encoder read; ``mask`` is then that
-            of what the decoder has written.
         columns: where the logits are, if they are not at every position.
     """
 
     logits: Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch class"]
-    mask: Bool[Tensor, "batch pos"]
+    batch: Batch
     tokenizer: Any
     activation: Callable[[str], Tensor]
-    prompt_lengths: list[int]
     labels: dict[int, str] | None = None
-    read_mask: Bool[Tensor, "batch read"] | None = None
     columns: Int[Tensor, "batch n"] | None = None
 
     def token(self, token: Token) -> int:
@@ -57,11 +51,15 @@ class Outputs:
             return class_id(self.labels, token, self.logits.shape[-1])
         return token_id(self.tokenizer, token, self.logits.shape[-1])
 
-    @cached_property
-    def batch(self) -> Batch:
-        """The batch's texts, which say where a position is."""
-        text = Batch.of_mask(self.mask, self.prompt_lengths)
-        return text if self.read_mask is None else Batch.of_mask(self.read_mask, decoder=text)
+    @property
+    def mask(self) -> Bool[Tensor, "batch pos"]:
+        """True where a token of the text that the logits belong to is real."""
+        return self.batch.written.mask.to(self.logits.device)
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """How many real tokens of each row are the prompt; the rest is a teacher-forced target."""
+        return self.batch.written.prompt_lengths
 
     def at(self, position: int) -> Int[Tensor, " batch"]:
         """The column of the logits at ``position`` in each row.
@@ -77,11 +75,9 @@ class Outputs:
         return replace(
             self,
             logits=self.logits[one],
-            mask=self.mask[one],
-            read_mask=None if self.read_mask is None else self.read_mask[one],
+            batch=self.batch.texts_of(row),
             columns=None if self.columns is None else self.columns[one],
             activation=lambda hook: self.activation(hook)[one],
-            prompt_lengths=self.prompt_lengths[one],
         )
 
     def place(self, position: int) -> str:
@@ -100,7 +96,7 @@ class Outputs:
         if self.columns is not None:  # the logits are of these columns
             same = self.columns[:, None, :] == columns[:, :, None].to(self.columns.device)
             columns = same.int().argmax(dim=2)
-        rows = torch.arange(len(self.mask), device=self.logits.device)[:, None]
+        rows = torch.arange(len(self.logits), device=self.logits.device)[:, None]
         return self.logits[rows, columns.to(self.logits.device)]
 
     def span(self, length: int) -> Int[Tensor, "batch length"]:

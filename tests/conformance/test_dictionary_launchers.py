@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conformance.dictionaries import OPTIONS, build, contents, model, texts
+from tests.conformance.torchrun import run_twice
 from tests.conftest import ROOT
 
 SCRIPT = """
@@ -23,14 +21,7 @@ build_distributed(model(), texts(), sys.argv[1], progress=False, timeout=300.0, 
 @pytest.mark.slow
 def test_torchrun_makes_the_same_bytes(tmp_path: Path) -> None:
     build(tmp_path / "one").close()
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(tmp_path / "two")],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_twice(tmp_path, SCRIPT, tmp_path / "two")
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lenslrp
+from tests.conformance.torchrun import run_twice
 from tests.conftest import ROOT
 from tests.unit.test_explaining import texts
 from tests.unit.tiny import tiny, word_tokenizer
@@ -40,14 +38,7 @@ lenslrp.explain_to(sys.argv[1], model(), PROMPTS, 5, shard=rank_and_world())
 
 @pytest.mark.slow
 def test_torchrun_shares_the_prompts(tmp_path: Path, expected: bytes) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(tmp_path / "r.parquet")],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_twice(tmp_path, SCRIPT, tmp_path / "r.parquet")
     assert (tmp_path / "r.parquet").read_bytes() == expected
     assert not (tmp_path / "r.parquet.parts").exists()
 

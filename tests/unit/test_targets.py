@@ -10,6 +10,7 @@ from torch import Tensor
 
 import lenslrp
 from lenslrp import targets
+from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.targets import (
     Activation,
@@ -32,17 +33,16 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()
 FIRST, LAST = [0, 2, 0], [4, 4, 3]
 
 
-def outputs(**changes: Any) -> Outputs:
+def outputs(prompt_lengths: list[int] | None = None, **changes: Any) -> Outputs:
     generator = torch.Generator().manual_seed(7)
     size = (BATCH, LENGTH, VOCABULARY)
     logits = torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
     z = torch.randn(BATCH, LENGTH, 2, 4, generator=generator, dtype=torch.float64)
     given: dict[str, Any] = {
         "logits": logits,
-        "mask": MASK,
+        "batch": Batch.of_mask(MASK, prompt_lengths),
         "tokenizer": word_tokenizer(),
         "activation": {"z": z, "post": z.flatten(2)}.__getitem__,
-        "prompt_lengths": MASK.sum(dim=1).tolist(),
     }
     return Outputs(**{**given, **changes})
 
