@@ -1,43 +1,77 @@
-"""What relevance means: units and their vocabulary, lenses, evaluation, plots and reports.
+"""What relevance means: units and their vocabulary, lenses, evaluation, circuits, steering, views.
 
 Imported as ``lenslrp.analysis``; the folder is named ``analysis`` at the top of the repository.
-Public names are imported when first used, as in :mod:`lenslrp`.
+Every public name of a room is one of this package too, imported when first used, as in
+:mod:`lenslrp`.
 """
 
+import sys
+import warnings
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lenslrp.analysis.baselines import METHODS, Attribution, Method, attribute
-    from lenslrp.analysis.circuits import NodeScores, score_nodes
-    from lenslrp.analysis.coders import SparseCoder
-    from lenslrp.analysis.conditions import through
-    from lenslrp.analysis.dictionary import NeuronDictionary
-    from lenslrp.analysis.directions import (
-        mean_activation,
-        mean_difference,
-        relevance_direction,
-        unembedding_direction,
-        written_by,
-    )
-    from lenslrp.analysis.edges import EdgeScores, score_edges
-    from lenslrp.analysis.evaluation import Perturbation, evaluate
-    from lenslrp.analysis.exports import export_html, export_neuronpedia
-    from lenslrp.analysis.graph import AttributionGraph, attribution_graph
-    from lenslrp.analysis.launch import build_distributed, build_with_ray, explain_with_ray
-    from lenslrp.analysis.lens import Lens
-    from lenslrp.analysis.lens_fit import compare_lenses, fit_relevance_lens, fit_ridge_lens
-    from lenslrp.analysis.page import Page
-    from lenslrp.analysis.pairs import Pairs, template_pairs
-    from lenslrp.analysis.pruning import (
+    from lenslrp.analysis.attribution import METHODS, Attribution, Method, attribute
+    from lenslrp.analysis.circuits import (
+        TARGET,
+        AttributionGraph,
         Circuit,
+        EdgeScores,
+        Node,
+        NodeScores,
+        Pairs,
+        attribution_graph,
         completeness,
         faithfulness_curve,
+        faithfulness_curves,
+        head_scores,
         minimality,
         prune,
+        score_edges,
+        score_nodes,
+        template_pairs,
+        to_transformer_lens,
         verify,
     )
-    from lenslrp.analysis.results import Results
+    from lenslrp.analysis.common import agreement, indirect_objects
+    from lenslrp.analysis.dictionary import (
+        LanguageModel,
+        NeuronDictionary,
+        Page,
+        TokenRule,
+        build_distributed,
+        build_with_ray,
+        explain_with_ray,
+        export_html,
+        export_neuronpedia,
+        name_unit,
+        page_html,
+        prepare,
+        scan_shard,
+        write_page,
+    )
+    from lenslrp.analysis.evaluation import (
+        TASKS,
+        Example,
+        Perturbation,
+        Results,
+        Task,
+        Unfit,
+        aopc,
+        aopc_bounds,
+        curves,
+        evaluate,
+        heads_of,
+        image_task,
+        normalised_aopc,
+        perturbation_curves,
+        randomisation,
+        sensitivity,
+        tokens_of,
+        unit_relevance,
+    )
+    from lenslrp.analysis.passes import Edit, as_prompt, edit_units, through
     from lenslrp.analysis.steering import (
         Ablate,
         Add,
@@ -45,71 +79,162 @@ if TYPE_CHECKING:
         ProjectOut,
         Scale,
         Steering,
-        steer,
-    )
-    from lenslrp.analysis.steering_files import (
+        SweepResult,
         load_control_vector,
         load_steering,
+        mean_activation,
+        mean_difference,
+        relevance_direction,
         save_control_vector,
         save_steering,
+        steer,
+        sweep,
+        unembedding_direction,
+        written_by,
     )
-    from lenslrp.analysis.steering_sweep import sweep
-    from lenslrp.analysis.sweep_result import SweepResult
-    from lenslrp.analysis.tasks import TASKS, Example, Task, Unfit, image_task
-    from lenslrp.analysis.transformer_lens_results import to_transformer_lens
-    from lenslrp.analysis.unit_page import page_html, write_page
-    from lenslrp.analysis.units import Direction, Feature, Head, Neuron, Unit, parse_unit
-    from lenslrp.analysis.vocabulary import VocabularyScores, cosines, reads, sign_cases, writes
+    from lenslrp.analysis.units import (
+        Direction,
+        Feature,
+        Head,
+        Lens,
+        Neuron,
+        SparseCoder,
+        Unit,
+        VocabularyScores,
+        compare_lenses,
+        cosines,
+        fit_relevance_lens,
+        fit_ridge_lens,
+        neuron_writes,
+        parse_unit,
+        reads,
+        sign_cases,
+        writes,
+    )
+    from lenslrp.analysis.views import attention_relevance, write_report
 
-_HOMES = {
-    "baselines": ("METHODS", "Attribution", "Method", "attribute"),
-    "circuits": ("NodeScores", "score_nodes"),
-    "coders": ("SparseCoder",),
-    "conditions": ("through",),
-    "dictionary": ("NeuronDictionary",),
-    "directions": (
+_ROOMS = {
+    "common": (
+        "agreement",
+        "indirect_objects",
+    ),
+    "units": (
+        "Direction",
+        "Feature",
+        "Head",
+        "Lens",
+        "Neuron",
+        "SparseCoder",
+        "Unit",
+        "VocabularyScores",
+        "compare_lenses",
+        "cosines",
+        "fit_relevance_lens",
+        "fit_ridge_lens",
+        "neuron_writes",
+        "parse_unit",
+        "reads",
+        "sign_cases",
+        "writes",
+    ),
+    "passes": (
+        "Edit",
+        "as_prompt",
+        "edit_units",
+        "through",
+    ),
+    "attribution": (
+        "METHODS",
+        "Attribution",
+        "Method",
+        "attribute",
+    ),
+    "evaluation": (
+        "TASKS",
+        "Example",
+        "Perturbation",
+        "Results",
+        "Task",
+        "Unfit",
+        "aopc",
+        "aopc_bounds",
+        "curves",
+        "evaluate",
+        "heads_of",
+        "image_task",
+        "normalised_aopc",
+        "perturbation_curves",
+        "randomisation",
+        "sensitivity",
+        "tokens_of",
+        "unit_relevance",
+    ),
+    "circuits": (
+        "TARGET",
+        "AttributionGraph",
+        "Circuit",
+        "EdgeScores",
+        "Node",
+        "NodeScores",
+        "Pairs",
+        "attribution_graph",
+        "completeness",
+        "faithfulness_curve",
+        "faithfulness_curves",
+        "head_scores",
+        "minimality",
+        "prune",
+        "score_edges",
+        "score_nodes",
+        "template_pairs",
+        "to_transformer_lens",
+        "verify",
+    ),
+    "steering": (
+        "Ablate",
+        "Add",
+        "Clamp",
+        "ProjectOut",
+        "Scale",
+        "Steering",
+        "SweepResult",
+        "load_control_vector",
+        "load_steering",
         "mean_activation",
         "mean_difference",
         "relevance_direction",
+        "save_control_vector",
+        "save_steering",
+        "steer",
+        "sweep",
         "unembedding_direction",
         "written_by",
     ),
-    "edges": ("EdgeScores", "score_edges"),
-    "evaluation": ("Perturbation", "evaluate"),
-    "exports": ("export_html", "export_neuronpedia"),
-    "graph": ("AttributionGraph", "attribution_graph"),
-    "launch": ("build_distributed", "build_with_ray", "explain_with_ray"),
-    "lens": ("Lens",),
-    "lens_fit": ("compare_lenses", "fit_relevance_lens", "fit_ridge_lens"),
-    "page": ("Page",),
-    "pairs": ("Pairs", "template_pairs"),
-    "pruning": (
-        "Circuit",
-        "completeness",
-        "faithfulness_curve",
-        "minimality",
-        "prune",
-        "verify",
+    "dictionary": (
+        "LanguageModel",
+        "NeuronDictionary",
+        "Page",
+        "TokenRule",
+        "build_distributed",
+        "build_with_ray",
+        "explain_with_ray",
+        "export_html",
+        "export_neuronpedia",
+        "name_unit",
+        "page_html",
+        "prepare",
+        "scan_shard",
+        "write_page",
     ),
-    "results": ("Results",),
-    "tasks": ("TASKS", "Example", "Task", "Unfit", "image_task"),
-    "steering": ("Ablate", "Add", "Clamp", "ProjectOut", "Scale", "Steering", "steer"),
-    "steering_files": (
-        "load_control_vector",
-        "load_steering",
-        "save_control_vector",
-        "save_steering",
+    "views": (
+        "attention_relevance",
+        "write_report",
     ),
-    "steering_sweep": ("sweep",),
-    "sweep_result": ("SweepResult",),
-    "transformer_lens_results": ("to_transformer_lens",),
-    "unit_page": ("page_html", "write_page"),
-    "units": ("Direction", "Feature", "Head", "Neuron", "Unit", "parse_unit"),
-    "vocabulary": ("VocabularyScores", "cosines", "reads", "sign_cases", "writes"),
 }
 
 __all__ = [
     "METHODS",
+    "TARGET",
     "TASKS",
     "Ablate",
     "Add",
@@ -119,13 +244,16 @@ __all__ = [
     "Clamp",
     "Direction",
     "EdgeScores",
+    "Edit",
     "Example",
     "Feature",
     "Head",
+    "LanguageModel",
     "Lens",
     "Method",
     "Neuron",
     "NeuronDictionary",
+    "Node",
     "NodeScores",
     "Page",
     "Pairs",
@@ -137,9 +265,15 @@ __all__ = [
     "Steering",
     "SweepResult",
     "Task",
+    "TokenRule",
     "Unfit",
     "Unit",
     "VocabularyScores",
+    "agreement",
+    "aopc",
+    "aopc_bounds",
+    "as_prompt",
+    "attention_relevance",
     "attribute",
     "attribution_graph",
     "build_distributed",
@@ -147,49 +281,115 @@ __all__ = [
     "compare_lenses",
     "completeness",
     "cosines",
+    "curves",
+    "edit_units",
     "evaluate",
     "explain_with_ray",
     "export_html",
     "export_neuronpedia",
     "faithfulness_curve",
+    "faithfulness_curves",
     "fit_relevance_lens",
     "fit_ridge_lens",
+    "head_scores",
+    "heads_of",
     "image_task",
+    "indirect_objects",
     "load_control_vector",
     "load_steering",
     "mean_activation",
     "mean_difference",
     "minimality",
+    "name_unit",
+    "neuron_writes",
+    "normalised_aopc",
     "page_html",
     "parse_unit",
+    "perturbation_curves",
+    "prepare",
     "prune",
+    "randomisation",
     "reads",
     "relevance_direction",
     "save_control_vector",
     "save_steering",
+    "scan_shard",
     "score_edges",
     "score_nodes",
+    "sensitivity",
     "sign_cases",
     "steer",
     "sweep",
     "template_pairs",
     "through",
     "to_transformer_lens",
+    "tokens_of",
     "unembedding_direction",
+    "unit_relevance",
     "verify",
     "write_page",
+    "write_report",
     "writes",
     "written_by",
 ]
 
+# Modules that documentation of 0.1 imported from, and where they are now.
+_FORMER = {
+    "baselines": "attribution.methods",
+    "circuit_plot": "circuits.figures",
+    "circuitsvis_safe": "views.circuitsvis",
+    "curve_plot": "evaluation.figures",
+    "exports": "dictionary.export.folders",
+    "faithfulness": "evaluation.faithfulness",
+    "intervene": "passes.intervene",
+    "job": "dictionary.job",
+    "naming": "dictionary.naming.names",
+    "nodes": "circuits.nodes",
+    "pairs": "circuits.pairs",
+    "perturb": "evaluation.features",
+    "perturb_parts": "evaluation.model_features",
+    "prompts": "passes.prompts",
+    "providers": "dictionary.naming.providers",
+    "report": "views.report",
+    "sanity": "evaluation.sanity",
+    "search": "dictionary.scan",
+    "templates": "common.templates",
+    "vocabulary": "units.projection",
+}
+
+
+class _Former(ModuleType):
+    """A module under its name in 0.1; what is taken from it comes from where it is now."""
+
+    def __init__(self, name: str, home: str) -> None:
+        super().__init__(name)
+        self.__dict__["_home"] = home
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = getattr(import_module(self._home), name)
+        warnings.warn(
+            f"{self.__name__}.{name} is {self._home}.{name} since 0.2",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return value
+
+
+for _name, _home in _FORMER.items():
+    sys.modules[f"{__name__}.{_name}"] = _Former(f"{__name__}.{_name}", f"{__name__}.{_home}")
+
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
+    for room, names in _ROOMS.items():
         if name in names:
-            value = getattr(import_module(f"lenslrp.analysis.{home}"), name)
+            value = getattr(import_module(f"{__name__}.{room}"), name)
             globals()[name] = value
             return value
-    raise AttributeError(f"module 'lenslrp.analysis' has no attribute {name!r}")
+    if name in _FORMER:
+        return sys.modules[f"{__name__}.{name}"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

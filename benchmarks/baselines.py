@@ -25,9 +25,9 @@ import torch
 from tqdm import tqdm
 
 import lenslrp
-from lenslrp.analysis.baselines import METHODS, attribute
-from lenslrp.analysis.question import Passes, ask
-from lenslrp.analysis.statistics import interval
+from lenslrp.analysis.attribution.methods import METHODS, attribute
+from lenslrp.analysis.common.statistics import interval
+from lenslrp.analysis.passes.problems import Passes, ask
 
 LENGTH = 64
 STABLE = (

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lenslrp.onnx_weights import IMAGENET_MEAN, IMAGENET_STD
+from lenslrp.models.onnx_weights import IMAGENET_MEAN, IMAGENET_STD
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10_subset.npz"

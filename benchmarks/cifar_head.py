@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import ViTForImageClassification
 
 import lenslrp
-from lenslrp.embedded import ensure_cached
+from lenslrp.models.embedded import ensure_cached
 from lenslrp.quiet import quiet_transformers
 
 BACKBONE = "vit-s14-saliency"

@@ -29,17 +29,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lenslrp
-from lenslrp.analysis.circuits import NodeScores, score_nodes
-from lenslrp.analysis.nodes import Node, batch_of, gaps, place_components
-from lenslrp.analysis.pairs import TEMPLATES, Pairs, template_pairs
-from lenslrp.analysis.pruning import (
+from lenslrp.analysis.circuits.nodes import Node, batch_of, gaps, place_components
+from lenslrp.analysis.circuits.pairs import TEMPLATES, Pairs, template_pairs
+from lenslrp.analysis.circuits.pruning import (
     completeness,
     faithfulness_curve,
     minimality,
     prune,
     verify,
 )
-from lenslrp.analysis.statistics import RESAMPLES, bootstrap, spearman
+from lenslrp.analysis.circuits.scores import NodeScores, score_nodes
+from lenslrp.analysis.common.statistics import RESAMPLES, bootstrap, spearman
 from lenslrp.files import whole
 from lenslrp.hooks.components import layer_of
 

@@ -59,7 +59,7 @@ ACTS, ALL = ("actmax", "actmin"), ("actmax", "actmin", "relmax", "relmin")
 
 
 def prepared(model: Any, criteria: tuple[str, ...]) -> Any:
-    from lenslrp.analysis.job import prepare
+    from lenslrp.analysis.dictionary.job import prepare
 
     corpus = CORPUS if CORPUS.exists() else [[i % 1000 + 5] * 128 for i in range(640)]
     return prepare(model, corpus, Path(tempfile.mkdtemp()) / "d", sites=BOTH, criteria=criteria)
@@ -67,7 +67,7 @@ def prepared(model: Any, criteria: tuple[str, ...]) -> Any:
 
 def scanning(job: Any, runner: Any) -> Callable[[Any], None]:
     """One block of a scan."""
-    from lenslrp.analysis.search import Scanner, State
+    from lenslrp.analysis.dictionary.scan import Scanner, State
 
     scanner = Scanner(State.empty(job.plan), job.plan, {})
 
@@ -80,7 +80,7 @@ def scanning(job: Any, runner: Any) -> Callable[[Any], None]:
 
 def plainly(model: Any) -> dict[str, Callable[[Any], None]]:
     """The plain model over a block, without and with a backward pass."""
-    from lenslrp.analysis.block_pass import target_positions
+    from lenslrp.analysis.dictionary.block_pass import target_positions
     from lenslrp.forward import undone
     from lenslrp.hooks.attach import Attached
     from lenslrp.logits import unembed_at
@@ -230,8 +230,8 @@ def _scan_random(documents: int) -> None:
     import transformers as hf
 
     import lenslrp
-    from lenslrp.analysis.job import prepare
-    from lenslrp.analysis.search import scan_shard
+    from lenslrp.analysis.dictionary.job import prepare
+    from lenslrp.analysis.dictionary.scan import scan_shard
 
     torch.set_num_threads(1)
     config = hf.LlamaConfig(
@@ -314,8 +314,8 @@ def _stage(path: Path) -> str:
 
 def vocabulary(arguments: argparse.Namespace) -> None:
     """What all neurons and heads write and read, and the file of it."""
-    from lenslrp.analysis.job import prepare
-    from lenslrp.analysis.projections import project_places, write_vocabulary
+    from lenslrp.analysis.dictionary.job import prepare
+    from lenslrp.analysis.dictionary.vocabulary_lists import project_places, write_vocabulary
 
     torch.set_num_threads(1)
     rows = [[i % 1000 + 5] * 16 for i in range(8)]

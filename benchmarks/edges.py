@@ -22,12 +22,12 @@ from collections.abc import Callable
 import torch
 
 import lenslrp
-from lenslrp.analysis.circuits import score_nodes
-from lenslrp.analysis.cut_pass import coefficients, cut
-from lenslrp.analysis.edges import score_edges
-from lenslrp.analysis.graph_flows import choose_nodes, node_masks
-from lenslrp.analysis.nodes import TARGET, Node, place_components
-from lenslrp.analysis.pairs import template_pairs
+from lenslrp.analysis.circuits.edges import score_edges
+from lenslrp.analysis.circuits.graph.gradients import choose_nodes, node_masks
+from lenslrp.analysis.circuits.nodes import TARGET, Node, place_components
+from lenslrp.analysis.circuits.pairs import template_pairs
+from lenslrp.analysis.circuits.scores import score_nodes
+from lenslrp.analysis.circuits.segments import coefficients, cut
 from lenslrp.inputs import prepare
 
 DEPTHS = (5, 15, 29)

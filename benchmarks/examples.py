@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lenslrp.analysis.baselines import attribute
-from lenslrp.analysis.prompts import Prompt
-from lenslrp.analysis.records import in_order, read_records
-from lenslrp.analysis.statistics import bootstrap
-from lenslrp.analysis.tasks import TASKS, Example, Unfit
+from lenslrp.analysis.attribution.methods import attribute
+from lenslrp.analysis.common.records import in_order, read_records
+from lenslrp.analysis.common.statistics import bootstrap
+from lenslrp.analysis.evaluation.tasks import TASKS, Example, Unfit
+from lenslrp.analysis.passes.prompts import Prompt
 from lenslrp.targets import PerRow
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -29,12 +29,12 @@ from lenslrp.analysis import (
     score_nodes,
     template_pairs,
 )
-from lenslrp.analysis.circuit_plot import head_scores
-from lenslrp.analysis.plots import DARK, LIGHT, Theme
-from lenslrp.analysis.report import report_html
-from lenslrp.analysis.unit_page import fragment
-from lenslrp.heatmap import token_heatmap
+from lenslrp.analysis.circuits.figures import head_scores
+from lenslrp.analysis.dictionary.pages.page import fragment
+from lenslrp.analysis.views.figures import DARK, LIGHT, Theme
+from lenslrp.analysis.views.report import report_html
 from lenslrp.targets import LogitDiff
+from lenslrp.views.heatmap import token_heatmap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
-from lenslrp.analysis.spans import overlap, token_spans
-from lenslrp.analysis.statistics import RESAMPLES, interval
-from lenslrp.spelling import Spans
+from lenslrp.analysis.common.statistics import RESAMPLES, interval
+from lenslrp.analysis.evaluation.spans import overlap, token_spans
+from lenslrp.text.spelling import Spans
 
 PROMPTS = Path(__file__).with_name("keyword_prompts.json")
 METHODS: dict[str, Callable[[], object]] = {

@@ -60,7 +60,7 @@ from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
-from lenslrp.analysis.journal import resumed
+from lenslrp.analysis.common.journal import resumed
 
 RESULTS = Path(__file__).with_name("results")  # ignored by git
 ROOT = Path(__file__).resolve().parents[1]

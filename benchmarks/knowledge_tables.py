@@ -17,7 +17,7 @@ import numpy as np
 from knowledge_scores import METHODS, RANDOM, Fact
 from numpy.typing import NDArray
 
-from lenslrp.analysis.statistics import RESAMPLES, bootstrap, interval
+from lenslrp.analysis.common.statistics import RESAMPLES, bootstrap, interval
 
 Values = NDArray[np.float64]
 LOGIT, LOG_PROB, RANK = 0, 1, 2

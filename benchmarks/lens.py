@@ -31,7 +31,7 @@ from lenslrp.analysis import (
     fit_ridge_lens,
     writes,
 )
-from lenslrp.analysis.statistics import bootstrap
+from lenslrp.analysis.common.statistics import bootstrap
 
 HELD_OUT = 0.2  # the last share of the file: other articles, as neighbours share theirs
 

@@ -72,7 +72,7 @@ def explain(options: argparse.Namespace) -> None:
 
 def lxt_relevance(python: Path, prompts: list[Any]) -> tuple[Any, Any]:
     """LXT's token relevance [example, pos] and target values [example], from its own process."""
-    from lenslrp.embedded import ensure_cached
+    from lenslrp.models.embedded import ensure_cached
 
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder) / "asked.json", Path(folder) / "answer.safetensors"
@@ -94,9 +94,9 @@ def compare(options: argparse.Namespace) -> None:
     from examples import examples, keep, relevance, spread
 
     import lenslrp
-    from lenslrp.analysis.faithfulness import curves
-    from lenslrp.analysis.perturb import token_values, tokens_of
-    from lenslrp.analysis.statistics import spearman
+    from lenslrp.analysis.common.statistics import spearman
+    from lenslrp.analysis.evaluation.faithfulness import curves
+    from lenslrp.analysis.evaluation.features import token_values, tokens_of
 
     torch.set_num_threads(1)
     model = lenslrp.load(MODEL, dtype=torch.float32, device="cpu")

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 import lenslrp
-from lenslrp.analysis.journal import resumed
+from lenslrp.analysis.common.journal import resumed
 from lenslrp.explaining import TOKENS, Batches, Prompt
 from lenslrp.inputs import pad_rows
-from lenslrp.tokenization import tokenize
+from lenslrp.text.tokenization import tokenize
 
 ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 64

@@ -34,7 +34,7 @@ from cost_bridge import CASES, PLAIN, build_bridge, plain_pass, relevance_pass
 from cost_measure import SMOLLM2, TARGET, Shape, make_tokens, peak_mib, verdict
 
 import lenslrp
-from lenslrp.surveying import Survey
+from lenslrp.models.surveying import Survey
 
 GIB, MIB = 2**30, 2**20
 SHAPES = {

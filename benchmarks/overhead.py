@@ -42,8 +42,8 @@ from cost_bridge import CASES, PLAIN, Case, build_bridge, plain_pass, relevance_
 from cost_measure import SMOLLM2, Times, cpu_seconds, make_tokens, peak_mib, quartiles, verdict
 from torch import Tensor
 
-from lenslrp.analysis.journal import Row, resumed
-from lenslrp.embedded import ensure_cached
+from lenslrp.analysis.common.journal import Row, resumed
+from lenslrp.models.embedded import ensure_cached
 
 WARM = 2
 THP = "THP_MEM_ALLOC_ENABLE"

@@ -32,9 +32,9 @@ from tqdm import tqdm
 from transformers import ViTForImageClassification
 
 import lenslrp
-from lenslrp.analysis import statistics
-from lenslrp.analysis.journal import resumed
-from lenslrp.analysis.statistics import RESAMPLES, interval
+from lenslrp.analysis.common import statistics
+from lenslrp.analysis.common.journal import resumed
+from lenslrp.analysis.common.statistics import RESAMPLES, interval
 from lenslrp.hooks import Composite, Gamma
 
 RESULTS = Path(__file__).with_name("results")  # ignored by git

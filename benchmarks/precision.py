@@ -18,10 +18,10 @@ from cifar_head import classifier
 from examples import ROOT, keep, spread
 from tqdm import tqdm
 
-from lenslrp.analysis.baselines import attribute
-from lenslrp.analysis.faithfulness import curves
-from lenslrp.analysis.perturb_parts import patches_of
-from lenslrp.analysis.prompts import as_prompt
+from lenslrp.analysis.attribution.methods import attribute
+from lenslrp.analysis.evaluation.faithfulness import curves
+from lenslrp.analysis.evaluation.model_features import patches_of
+from lenslrp.analysis.passes.prompts import as_prompt
 
 METHODS = ("attnlrp", "attnlrp_gamma", "cp_lrp", "gim", "gradient_x_input")
 STEPS, SEED = 6, 0

@@ -23,12 +23,12 @@ import torch
 from examples import DATA, PARAGRAPHS
 
 import lenslrp
-from lenslrp.analysis.baselines import METHODS, Method, as_method
-from lenslrp.analysis.baselines_perturbation import kernel_shap
-from lenslrp.analysis.evaluation import evaluate
-from lenslrp.analysis.question import Question
-from lenslrp.analysis.results import Results
-from lenslrp.analysis.tasks import Task, image_task
+from lenslrp.analysis.attribution.methods import METHODS, Method, as_method
+from lenslrp.analysis.attribution.perturbation import kernel_shap
+from lenslrp.analysis.evaluation.harness import evaluate
+from lenslrp.analysis.evaluation.results import Results
+from lenslrp.analysis.evaluation.tasks import Task, image_task
+from lenslrp.analysis.passes.problems import Question
 
 RUNS = Path(__file__).with_name("results") / "evaluation"
 SEED = 0

@@ -18,9 +18,9 @@ import pandas as pd
 from examples import ROOT
 from results import RUNS, RUNS_OF, SEED
 
-from lenslrp.analysis.baselines import METHODS
-from lenslrp.analysis.plots import LIGHT, new_figure
-from lenslrp.analysis.results import PARQUET, Results
+from lenslrp.analysis.attribution.methods import METHODS
+from lenslrp.analysis.evaluation.results import PARQUET, Results
+from lenslrp.analysis.views.figures import LIGHT, new_figure
 
 PAGE = ROOT / "docs" / "results.md"
 IMAGES = ROOT / "docs" / "images"

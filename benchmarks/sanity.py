@@ -4,8 +4,9 @@
 
 `next_word` (the examples of `lenslrp evaluate next_word --seed 0`, 64 tokens, top logit):
 the first token's share of all absolute relevance, for CP-LRP and AttnLRP (100 prompts); and the two
-rules for the softmax that AttnLRP's paper rejects (`hooks/ablations.py`): the sum of absolute
-relevance over the target's absolute value, and the area between the perturbation curves (40).
+rules for the softmax that AttnLRP's paper rejects (`analysis/attribution/softmax_ablations.py`):
+the sum of absolute relevance over the target's absolute value, and the area between the
+perturbation curves (40).
 `naopc`: agreement sentences of at most 8 tokens, where the bounds over all orders are exact.
 `lowest`: indirect objects, which token has the lowest relevance (the first token left out).
 `sensitivity`: the facts of `facts.json` after one irrelevant sentence and after another; counted
@@ -32,10 +33,10 @@ import torch
 from examples import DATA, PARAGRAPHS, ROOT, Numbers, examples, keep, relevance, spread
 
 import lenslrp
-from lenslrp.analysis.faithfulness import aopc, aopc_bounds, curves, normalised_aopc
-from lenslrp.analysis.perturb import Features, Masks, token_values, tokens_of
-from lenslrp.analysis.prompts import Prompt, Values, as_prompt
-from lenslrp.analysis.sanity import MODES, randomisation, sensitivity
+from lenslrp.analysis.evaluation.faithfulness import aopc, aopc_bounds, curves, normalised_aopc
+from lenslrp.analysis.evaluation.features import Features, Masks, token_values, tokens_of
+from lenslrp.analysis.evaluation.sanity import MODES, randomisation, sensitivity
+from lenslrp.analysis.passes.prompts import Prompt, Values, as_prompt
 
 MODEL = "smollm2-135m"
 FACTS = Path(__file__).with_name("facts.json")

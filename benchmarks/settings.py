@@ -24,8 +24,8 @@ import torch
 from results import BOTH, RUNS, TASKS, Run, measure
 
 import lenslrp
-from lenslrp.analysis.baselines import METHODS, Method, answer, as_method
-from lenslrp.analysis.question import Question
+from lenslrp.analysis.attribution.methods import METHODS, Method, answer, as_method
+from lenslrp.analysis.passes.problems import Question
 from lenslrp.hooks import CONSTANT, Composite, Gamma, Identity, Plain, Product, SoftmaxTemperature
 
 

@@ -36,11 +36,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
 from lenslrp import targets
-from lenslrp.analysis.journal import resumed
-from lenslrp.analysis.spans import ious, normalise, occurrences, overlap, words_of
-from lenslrp.analysis.statistics import RESAMPLES, interval
-from lenslrp.analysis.tasks import QUESTION, generate
-from lenslrp.spelling import Spans
+from lenslrp.analysis.common.journal import resumed
+from lenslrp.analysis.common.statistics import RESAMPLES, interval
+from lenslrp.analysis.evaluation.spans import ious, normalise, occurrences, overlap, words_of
+from lenslrp.analysis.evaluation.tasks import QUESTION, generate
+from lenslrp.text.spelling import Spans
 
 RESULTS = Path(__file__).with_name("results")  # ignored by git
 MODEL = "flan-t5-small-titles"

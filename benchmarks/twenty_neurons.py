@@ -22,8 +22,8 @@ from knowledge_scores import FACTS, RIVALS, read_prompts
 import lenslrp
 from lenslrp import targets
 from lenslrp.analysis import NeuronDictionary, Page
-from lenslrp.analysis.naming import Example, name_unit
-from lenslrp.analysis.providers import LanguageModel, TokenRule
+from lenslrp.analysis.dictionary.naming.names import Example, name_unit
+from lenslrp.analysis.dictionary.naming.providers import LanguageModel, TokenRule
 
 COUNT = 20
 SHOWN = 6

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lenslrp import targets
     from lenslrp.cache import RelevanceCache
-    from lenslrp.conversation import chat
     from lenslrp.defaults import recommended
-    from lenslrp.doctor import examine
     from lenslrp.errors import (
         CoverageError,
         InputError,
@@ -36,17 +34,19 @@ if TYPE_CHECKING:
         relevance_rules,
     )
     from lenslrp.ledger import Ledger
-    from lenslrp.loading import load
+    from lenslrp.models.doctor import examine
+    from lenslrp.models.loading import load
+    from lenslrp.models.surveying import survey
     from lenslrp.reductions import TopK
     from lenslrp.run import relevance_for_targets, run_with_relevance
     from lenslrp.sessions import Session, session
-    from lenslrp.surveying import survey
+    from lenslrp.text.conversation import chat
 
 _HOMES = {
     "cache": ("RelevanceCache",),
-    "conversation": ("chat",),
+    "text.conversation": ("chat",),
     "defaults": ("recommended",),
-    "doctor": ("examine",),
+    "models.doctor": ("examine",),
     "errors": (
         "CoverageError",
         "InputError",
@@ -68,11 +68,11 @@ _HOMES = {
         "relevance_rules",
     ),
     "ledger": ("Ledger",),
-    "loading": ("load",),
+    "models.loading": ("load",),
     "reductions": ("TopK",),
     "run": ("relevance_for_targets", "run_with_relevance"),
     "sessions": ("Session", "session"),
-    "surveying": ("survey",),
+    "models.surveying": ("survey",),
 }
 
 __all__ = [

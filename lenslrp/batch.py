@@ -19,8 +19,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lenslrp.errors import InputError
-from lenslrp.spelling import Speller
-from lenslrp.words import Row, read_row, row_of_names
+from lenslrp.text.spelling import Speller
+from lenslrp.text.words import Row, read_row, row_of_names
 
 PAIRED = ("hook_pattern", "hook_attn_scores", "hook_cross_pattern")
 """Hook points of [batch, head, query, key]."""

@@ -26,8 +26,8 @@ from lenslrp.hooks.coverage import Coverage
 from lenslrp.ledger import Ledger
 from lenslrp.rows import Rows
 from lenslrp.targets import Explained
+from lenslrp.text.words import Word
 from lenslrp.token_table import token_table
-from lenslrp.words import Word
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -293,7 +293,9 @@ class RelevanceCache:
     def plot(self, kind: str = "residual", **options: Any) -> Figure | Any:
         """A figure: ``"residual"`` (layer x position), ``"heads"``, ``"neurons"``, ``"ledger"``,
         ``"tokens"``, ``"image"`` (with ``image=``: over it)."""
-        from lenslrp.analysis import plots  # drawing is optional and imported when asked for
+        from lenslrp.analysis.views import (
+            figures as plots,  # drawing is optional and imported when asked for
+        )
 
         return plots.plot(self, kind, **options)
 
@@ -344,7 +346,7 @@ class RelevanceCache:
         return (rows, columns) if named and self.tokens.shape[1] >= rows * columns else None
 
     def _repr_html_(self) -> str:
-        from lenslrp.heatmap import token_heatmap
+        from lenslrp.views.heatmap import token_heatmap
 
         rows = []
         grid = self.grid

@@ -18,7 +18,7 @@ from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.ledger import Ledger
 from lenslrp.targets import Explained
-from lenslrp.words import Word
+from lenslrp.text.words import Word
 
 if TYPE_CHECKING:
     from lenslrp.cache import RelevanceCache

@@ -14,7 +14,7 @@ names its rows, one forward pass tries many interventions on copies of one promp
         logits = model(prompt)
 
 Edits work inside :func:`lenslrp.run_with_relevance` and beside the user's own hooks. For edits of
-what is generated, and for directions, see :mod:`lenslrp.analysis.steering`.
+what is generated, and for directions, see :mod:`lenslrp.analysis.steering.operations`.
 """
 
 from __future__ import annotations

@@ -19,11 +19,11 @@ from torch import Tensor
 from lenslrp import media
 from lenslrp import targets as kinds
 from lenslrp.cache import RelevanceCache
-from lenslrp.conversation import chat
 from lenslrp.errors import InputError
 from lenslrp.hooks.padding import require_padding
 from lenslrp.inputs import pad_rows, require_ids, token_row
 from lenslrp.targets import Target, as_target
+from lenslrp.text.conversation import chat
 
 WINDOW = 1024
 """Inputs that are taken at a time."""

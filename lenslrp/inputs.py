@@ -14,8 +14,8 @@ from lenslrp.batch import Batch as Batch
 from lenslrp.errors import InputError
 from lenslrp.hooks.padding import masked_ids, position_ids, require_padding, takes_left
 from lenslrp.hooks.structure import components_where
-from lenslrp.names import token_ids
-from lenslrp.tokenization import tokenize
+from lenslrp.text.names import token_ids
+from lenslrp.text.tokenization import tokenize
 
 
 def prepare(

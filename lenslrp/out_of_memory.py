@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
-from lenslrp.checkpoints import first_line
 from lenslrp.errors import LensLRPError, OutOfMemoryError, is_out_of_memory
 from lenslrp.inputs import Batch
-from lenslrp.verifying import FAILURES
+from lenslrp.models.checkpoints import first_line
+from lenslrp.models.verifying import FAILURES
 
 GIB = 2**30
 
@@ -96,7 +96,7 @@ def _estimate(
     model: Any, batch: Batch, rows: int, options: Mapping[str, Any]
 ) -> tuple[int, int] | None:
     """Bytes at the peak besides the weights, and of the weights; ``None`` where nobody can tell."""
-    from lenslrp.surveying import survey
+    from lenslrp.models.surveying import survey
 
     if batch.media and batch.tokens.numel():
         return None  # a survey reads tokens or an image, not both

@@ -12,7 +12,7 @@ from torch import Tensor
 from lenslrp.batch import PAIRED, Batch, reads_the_encoder
 from lenslrp.errors import InputError
 from lenslrp.targets import Explained
-from lenslrp.words import Word
+from lenslrp.text.words import Word
 
 if TYPE_CHECKING:
     from lenslrp.cache import RelevanceCache

@@ -20,8 +20,8 @@ from lenslrp.batch import PAIRED as PAIRED
 from lenslrp.batch import Batch
 from lenslrp.batch import reads_the_encoder as reads_the_encoder
 from lenslrp.errors import InputError
-from lenslrp.names import Token, class_id, token_id, token_ids
-from lenslrp.spelling import Speller, str_token
+from lenslrp.text.names import Token, class_id, token_id, token_ids
+from lenslrp.text.spelling import Speller, str_token
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ install_import_hook(
         "lenslrp.hooks.sites",
         "lenslrp.analysis",
         "lenslrp.cache",
-        "lenslrp.conversation",
+        "lenslrp.text.conversation",
         "lenslrp.ledger",
     ],
     "beartype.beartype",

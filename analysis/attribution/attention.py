@@ -23,7 +23,7 @@ from torch import Tensor
 
 import lenslrp
 from lenslrp import media
-from lenslrp.analysis.question import Question
+from lenslrp.analysis.passes.problems import Question
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.forward import architecture

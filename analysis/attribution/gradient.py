@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lenslrp.analysis.question import Question
+from lenslrp.analysis.passes.problems import Question
 from lenslrp.extras import require
 
 

@@ -20,18 +20,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 import lenslrp
-from lenslrp.analysis.baselines_attention import (
+from lenslrp.analysis.attribution.attention import (
     atman,
     attention_rollout,
     gradient_x_attention_rollout,
 )
-from lenslrp.analysis.baselines_gradient import integrated_gradients, smoothgrad
-from lenslrp.analysis.baselines_perturbation import kernel_shap, occlusion
-from lenslrp.analysis.baselines_positional import pa_lrp
-from lenslrp.analysis.question import CHUNK, Passes, Question, ask
+from lenslrp.analysis.attribution.gradient import integrated_gradients, smoothgrad
+from lenslrp.analysis.attribution.perturbation import kernel_shap, occlusion
+from lenslrp.analysis.attribution.positional import pa_lrp
+from lenslrp.analysis.attribution.softmax_ablations import (
+    DistributedBiasAtSoftmax,
+    IdentityAtSoftmax,
+)
+from lenslrp.analysis.passes.problems import CHUNK, Passes, Question, ask
 from lenslrp.errors import InputError
 from lenslrp.extras import EXTRAS, require
-from lenslrp.hooks.ablations import DistributedBiasAtSoftmax, IdentityAtSoftmax
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.rules import Plain
 from lenslrp.targets import Explained

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lenslrp.analysis.question import Question
+from lenslrp.analysis.passes.problems import Question
 from lenslrp.errors import InputError
 
 

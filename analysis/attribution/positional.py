@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformer_lens.utilities.hf_utils import get_rotary_pct_from_config
 
 import lenslrp
-from lenslrp.analysis.question import Question
+from lenslrp.analysis.passes.problems import Question
 from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
 from lenslrp.forward import architecture, undone

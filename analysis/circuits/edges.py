@@ -2,16 +2,16 @@
 
 The effect of an edge ``u -> d`` is what the gap between answer and rival gains when ``d``, and it
 alone, is computed from ``u`` as ``u`` is in the other run: along the residual stream and through
-norms, past every other node. As for nodes (:mod:`lenslrp.analysis.circuits`) it is estimated by
-activation difference times coefficient, or measured:
+norms, past every other node. As for nodes (:mod:`lenslrp.analysis.circuits.scores`) it is estimated
+by activation difference times coefficient, or measured:
 
 * **relevance patching** and **attribution patching** (Syed et al. 2023): the coefficient is that of
   relevance, or of the gradient, conditional on ``d``: a backward pass that starts at ``d`` with
   ``d``'s own coefficient and ends at the first nodes that it meets
-  (:mod:`lenslrp.analysis.cut_pass`). One such pass a downstream node, on a batch row of its own,
-  gives the edges from all upstream nodes; what leaves a node along all its edges sums to its node
-  score;
-* **exact**: path patching (:mod:`lenslrp.analysis.path_patching`).
+  (:mod:`lenslrp.analysis.circuits.segments`). One such pass a downstream node, on a batch row of
+  its own, gives the edges from all upstream nodes; what leaves a node along all its edges sums to
+  its node score;
+* **exact**: path patching (:mod:`lenslrp.analysis.circuits.path_patching`).
 
 Nodes are those of the component classes that are given; whatever is not a node conducts. So the
 same function gives edges between heads and MLPs, or between heads alone, through MLPs.
@@ -30,8 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.cut_pass import EMBEDDINGS, coefficients, cut
-from lenslrp.analysis.nodes import (
+from lenslrp.analysis.circuits.nodes import (
     TARGET,
     Node,
     Units,
@@ -42,9 +41,10 @@ from lenslrp.analysis.nodes import (
     read,
     require_positions,
 )
-from lenslrp.analysis.pairs import Pairs, ordered
-from lenslrp.analysis.path_patching import exact_edges
-from lenslrp.analysis.question import Passes
+from lenslrp.analysis.circuits.pairs import Pairs, ordered
+from lenslrp.analysis.circuits.path_patching import exact_edges
+from lenslrp.analysis.circuits.segments import EMBEDDINGS, coefficients, cut
+from lenslrp.analysis.passes.problems import Passes
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
@@ -176,9 +176,9 @@ def score_edges(
         model: a ``TransformerBridge`` of a decoder, in eval mode.
         pairs: clean and corrupt prompts.
         method: ``"relevance"``, ``"attribution"`` or ``"exact"``.
-        components: names from :data:`lenslrp.analysis.nodes.COMPONENTS`: the nodes, which all
-            edges end at. With ``q``, ``k``, ``v`` beside ``heads``, a head's edges come from those
-            three, and theirs from the stream. Not ``"residual"``, which nothing gets past.
+        components: names from :data:`lenslrp.analysis.circuits.nodes.COMPONENTS`: the nodes, which
+            all edges end at. With ``q``, ``k``, ``v`` beside ``heads``, a head's edges come from
+            those three, and theirs from the stream. Not ``"residual"``, which nothing gets past.
         into: the downstream nodes; all nodes and the gap if not given.
         direction: ``"denoising"`` or ``"noising"``, as for nodes.
         by_position: one node a position, or all positions together. Downstream nodes have a

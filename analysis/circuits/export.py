@@ -18,9 +18,9 @@ from torch import Tensor
 from transformer_lens.tools.analysis.attribution_patching import AttributionResult, NodeKind
 from transformer_lens.tools.analysis.attribution_patching import Node as LensNode
 
-from lenslrp.analysis.circuits import NodeScores
-from lenslrp.analysis.edges import EdgeScores
-from lenslrp.analysis.nodes import TARGET, Node
+from lenslrp.analysis.circuits.edges import EdgeScores
+from lenslrp.analysis.circuits.nodes import TARGET, Node
+from lenslrp.analysis.circuits.scores import NodeScores
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import layer_of
 

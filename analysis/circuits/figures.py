@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lenslrp.analysis.circuits import NodeScores
-from lenslrp.analysis.plots import (
+from lenslrp.analysis.circuits.pruning import Curve
+from lenslrp.analysis.circuits.scores import NodeScores
+from lenslrp.analysis.views.figures import (
     LIGHT,
     Theme,
     _figure,
@@ -18,7 +19,6 @@ from lenslrp.analysis.plots import (
     _names,
     new_figure,
 )
-from lenslrp.analysis.pruning import Curve
 from lenslrp.hooks.components import layer_of
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.block_pass import Deliver
-from lenslrp.analysis.pairs import Pairs
+from lenslrp.analysis.circuits.pairs import Pairs
+from lenslrp.analysis.dictionary.block_pass import Deliver
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.forward import forward

@@ -2,9 +2,9 @@
 
 A circuit is found by what differs between two runs: the clean prompt calls for ``answer``, the
 corrupt one, changed in one word, for ``rival``. The value followed is the difference of the two
-logits at the last token. Templates as in :mod:`lenslrp.analysis.templates`: indirect objects, where
-the repeated name is exchanged (Wang et al. 2022), and subject-verb agreement, where the subject
-changes its number.
+logits at the last token. Templates as in :mod:`lenslrp.analysis.common.templates`: indirect
+objects, where the repeated name is exchanged (Wang et al. 2022), and subject-verb agreement, where
+the subject changes its number.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lenslrp.analysis.records import Record
-from lenslrp.analysis.templates import NOUNS, agreement, indirect_objects
+from lenslrp.analysis.common.records import Record
+from lenslrp.analysis.common.templates import NOUNS, agreement, indirect_objects
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.inputs import is_encoder_decoder
-from lenslrp.names import Token, token_id
 from lenslrp.targets import Outputs
-from lenslrp.tokenization import tokenize
+from lenslrp.text.names import Token, token_id
+from lenslrp.text.tokenization import tokenize
 
 DIRECTIONS = ("denoising", "noising")
 """Clean activations patched into the corrupt run, or corrupt ones into the clean run."""

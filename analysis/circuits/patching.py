@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lenslrp.analysis.nodes import Node, below, gaps, patched, read
-from lenslrp.analysis.pairs import Pairs
-from lenslrp.analysis.question import Passes
+from lenslrp.analysis.circuits.nodes import Node, below, gaps, patched, read
+from lenslrp.analysis.circuits.pairs import Pairs
+from lenslrp.analysis.passes.problems import Passes
 from lenslrp.batch import Batch
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lenslrp.analysis.nodes import (
+from lenslrp.analysis.circuits.nodes import (
     COMPONENTS,
     TARGET,
     Kind,
@@ -25,8 +25,8 @@ from lenslrp.analysis.nodes import (
     patched,
     read,
 )
-from lenslrp.analysis.pairs import Pairs
-from lenslrp.analysis.question import Passes
+from lenslrp.analysis.circuits.pairs import Pairs
+from lenslrp.analysis.passes.problems import Passes
 from lenslrp.edits import Edit
 from lenslrp.hooks.components import layer_of
 from lenslrp.inputs import Batch

@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lenslrp.analysis.circuits import CHUNK, NodeScores
-from lenslrp.analysis.nodes import COMPONENTS, Node, Units, as_units, batch_of, gaps, read
-from lenslrp.analysis.pairs import Pairs
-from lenslrp.analysis.statistics import RESAMPLES, area
+from lenslrp.analysis.circuits.nodes import COMPONENTS, Node, Units, as_units, batch_of, gaps, read
+from lenslrp.analysis.circuits.pairs import Pairs
+from lenslrp.analysis.circuits.scores import CHUNK, NodeScores
+from lenslrp.analysis.common.statistics import RESAMPLES, area
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import unchanged

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.nodes import (
+from lenslrp.analysis.circuits.nodes import (
     Node,
     Units,
     batch_of,
@@ -42,9 +42,9 @@ from lenslrp.analysis.nodes import (
     read,
     require_positions,
 )
-from lenslrp.analysis.pairs import Pairs, ordered
-from lenslrp.analysis.patching import exact_effects
-from lenslrp.analysis.question import Passes
+from lenslrp.analysis.circuits.pairs import Pairs, ordered
+from lenslrp.analysis.circuits.patching import exact_effects
+from lenslrp.analysis.passes.problems import Passes
 from lenslrp.errors import InputError
 from lenslrp.forward import architecture
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
@@ -249,8 +249,9 @@ def score_nodes(
         model: a ``TransformerBridge`` of a decoder, in eval mode.
         pairs: clean and corrupt prompts.
         method: ``"relevance"``, ``"attribution"``, ``"integrated"`` or ``"exact"``.
-        components: names from :data:`lenslrp.analysis.nodes.COMPONENTS`. ``"residual"`` needs
-            ``by_position``: the whole stream of one layer, patched at all positions, is the run.
+        components: names from :data:`lenslrp.analysis.circuits.nodes.COMPONENTS`. ``"residual"``
+            needs ``by_position``: the whole stream of one layer, patched at all positions, is the
+            run.
         direction: ``"denoising"``: clean activations in the corrupt run; ``"noising"``: the other
             way round.
         by_position: one node a position, or all positions together.

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from lenslrp.analysis.nodes import COMPONENTS, TARGET, Node, Units, as_units, delivering
+from lenslrp.analysis.circuits.nodes import COMPONENTS, TARGET, Node, Units, as_units, delivering
 from lenslrp.batch import Batch
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
@@ -133,8 +133,8 @@ class CutPass:
         """A backward pass in which the k-th copy of the batch starts at the k-th node.
 
         Args:
-            downs: nodes, :data:`~lenslrp.analysis.nodes.TARGET` among them; without a position, at
-                all positions.
+            downs: nodes, :data:`~lenslrp.analysis.circuits.nodes.TARGET` among them; without a
+                position, at all positions.
             here: hook point -> activation and coefficient, as :func:`coefficients` finds them for
                 the batch.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lenslrp.analysis.corpus_files import HALF, is_text
+from lenslrp.analysis.dictionary.sources import HALF, is_text
 from lenslrp.errors import InputError
 from lenslrp.fingerprints import canonical
 

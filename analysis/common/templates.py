@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import permutations, product
 
-from lenslrp.analysis.records import Record
+from lenslrp.analysis.common.records import Record
 
 NAMES = ("Mary", "John", "Anna", "James", "Sarah", "David", "Laura", "Peter", "Alice", "Robert")
 

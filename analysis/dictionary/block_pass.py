@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lenslrp.analysis.conditions import through as only_through
-from lenslrp.analysis.corpus import Block
-from lenslrp.analysis.plan import Place, Plan
-from lenslrp.analysis.readouts import Readout, Site
-from lenslrp.analysis.topk import Spans, priorities
-from lenslrp.analysis.units import Unit
+from lenslrp.analysis.dictionary.corpus import Block
+from lenslrp.analysis.dictionary.plan import Place, Plan
+from lenslrp.analysis.dictionary.topk import Spans, priorities
+from lenslrp.analysis.passes.conditions import through as only_through
+from lenslrp.analysis.units.kinds import Unit
+from lenslrp.analysis.units.readers import Readout, Site
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.components import components, hook_points, layer_of

@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from lenslrp.analysis.corpus_files import texts_of
-from lenslrp.analysis.storage import load_json, load_tensors, save_json, save_tensors
+from lenslrp.analysis.common.storage import load_json, load_tensors, save_json, save_tensors
+from lenslrp.analysis.dictionary.sources import texts_of
 from lenslrp.errors import InputError, StorageError
 from lenslrp.quiet import quiet_transformers
 
@@ -221,7 +221,7 @@ def tokenise(
     """Cut a corpus into blocks on disk.
 
     Args:
-        corpus: see :func:`lenslrp.analysis.corpus_files.texts_of`.
+        corpus: see :func:`lenslrp.analysis.dictionary.sources.texts_of`.
         tokenizer: the model's.
         folder: for the files.
         cut: how.

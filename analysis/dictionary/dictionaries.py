@@ -27,8 +27,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lenslrp.analysis import lookup
-from lenslrp.analysis.forms import (
+from lenslrp.analysis.common.storage import (
+    check_files,
+    load_json,
+    load_tensors,
+    open_parquet,
+    read_groups,
+    require_forms,
+)
+from lenslrp.analysis.dictionary import lookup
+from lenslrp.analysis.dictionary.job import prepare
+from lenslrp.analysis.dictionary.plan import SCHEMA, Place, Plan
+from lenslrp.analysis.dictionary.publish import finish
+from lenslrp.analysis.dictionary.scan import Job, scan_shard
+from lenslrp.analysis.dictionary.schemas import (
     GROUP,
     UNIT_BYTES,
     UNIT_GROUP,
@@ -43,23 +55,11 @@ from lenslrp.analysis.forms import (
     sampled_tokens,
     unit_schema,
 )
-from lenslrp.analysis.job import prepare
-from lenslrp.analysis.page import Page
-from lenslrp.analysis.plan import SCHEMA, Place, Plan
-from lenslrp.analysis.projections import TOKENS, Projections
-from lenslrp.analysis.publish import finish
-from lenslrp.analysis.search import Job, scan_shard
-from lenslrp.analysis.storage import (
-    check_files,
-    load_json,
-    load_tensors,
-    open_parquet,
-    read_groups,
-    require_forms,
-)
-from lenslrp.analysis.texts import Document, Texts
-from lenslrp.analysis.units import Unit
-from lenslrp.analysis.work import BUILD, FILES, MANIFEST, begin_work, using
+from lenslrp.analysis.dictionary.texts import Document, Texts
+from lenslrp.analysis.dictionary.unit import Page
+from lenslrp.analysis.dictionary.vocabulary_lists import TOKENS, Projections
+from lenslrp.analysis.dictionary.work_folder import BUILD, FILES, MANIFEST, begin_work, using
+from lenslrp.analysis.units.kinds import Unit
 from lenslrp.errors import InputError, StorageError
 
 
@@ -108,7 +108,7 @@ class NeuronDictionary:
 
         Args:
             model: a ``TransformerBridge``.
-            corpus: see :func:`lenslrp.analysis.corpus.texts_of`.
+            corpus: see :func:`lenslrp.analysis.dictionary.corpus.texts_of`.
             path: the folder to make. Work in progress lies in ``work`` inside it.
             checkpoint_every: seconds of work that a kill can cost.
             progress: show bars with tokens a second and the time left.

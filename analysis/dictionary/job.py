@@ -6,19 +6,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lenslrp.analysis.block_pass import TARGETS, BlockPass, find_places
-from lenslrp.analysis.corpus import Corpus, Cut, tokenise
-from lenslrp.analysis.corpus_files import describe_corpus
-from lenslrp.analysis.plan import (
-    CRITERIA,
-    SCHEMA,
-    Plan,
+from lenslrp.analysis.common.storage import load_json, save_json
+from lenslrp.analysis.dictionary.block_pass import TARGETS, BlockPass, find_places
+from lenslrp.analysis.dictionary.corpus import Corpus, Cut, tokenise
+from lenslrp.analysis.dictionary.plan import CRITERIA, SCHEMA, Plan
+from lenslrp.analysis.dictionary.scan import Job
+from lenslrp.analysis.dictionary.sources import describe_corpus
+from lenslrp.analysis.dictionary.work_folder import (
+    PLAN,
+    TURNS,
+    begin_work,
+    clear_corpus,
+    found_work,
 )
-from lenslrp.analysis.readouts import Sites, sites_of
-from lenslrp.analysis.search import Job
-from lenslrp.analysis.storage import load_json, save_json
-from lenslrp.analysis.units import Unit
-from lenslrp.analysis.work import PLAN, TURNS, begin_work, clear_corpus, found_work
+from lenslrp.analysis.units.kinds import Unit
+from lenslrp.analysis.units.readers import Sites, sites_of
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import taking_turns
 from lenslrp.fingerprints import describe_model, describe_rules, describe_tokenizer
@@ -28,7 +30,7 @@ from lenslrp.hooks.rules import Rule
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.media import reads_no_text
 from lenslrp.targets import Target
-from lenslrp.tokenization import beginning
+from lenslrp.text.tokenization import beginning
 
 DEFAULT_CRITERIA = ("actmax", "actmin", "relmax", "relmin", "deciles", "random")
 

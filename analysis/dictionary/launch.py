@@ -18,13 +18,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lenslrp.analysis.dictionary import NeuronDictionary
-from lenslrp.analysis.job import prepare
-from lenslrp.analysis.projections import TOKENS, project_places
-from lenslrp.analysis.publish import finish
-from lenslrp.analysis.replay import Entries, replay, replayed
-from lenslrp.analysis.search import Job, merge_shards, scan_shard
-from lenslrp.analysis.work import BUILD, PLAN, begin_work, shard_name, using
+from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+from lenslrp.analysis.dictionary.job import prepare
+from lenslrp.analysis.dictionary.publish import finish
+from lenslrp.analysis.dictionary.replay import Entries, replay, replayed
+from lenslrp.analysis.dictionary.scan import Job, merge_shards, scan_shard
+from lenslrp.analysis.dictionary.vocabulary_lists import TOKENS, project_places
+from lenslrp.analysis.dictionary.work_folder import BUILD, PLAN, begin_work, shard_name, using
 from lenslrp.errors import InputError, StorageError
 from lenslrp.explaining_file import Explanations, explain_to
 from lenslrp.extras import require

@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from lenslrp.analysis.finding import folded, terms
-from lenslrp.analysis.projections import ROLES
-from lenslrp.analysis.storage import require_header, require_range
+from lenslrp.analysis.common.storage import require_header, require_range
+from lenslrp.analysis.dictionary.text_search import folded, terms
+from lenslrp.analysis.dictionary.vocabulary_lists import ROLES
 from lenslrp.errors import InputError, StorageError
 
 if TYPE_CHECKING:
-    from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 
 
 def search_text(

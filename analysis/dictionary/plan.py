@@ -265,7 +265,7 @@ def sampled_documents(documents: int, sample: int, seed: int) -> Tensor:
     Computed in pieces, so that memory does not grow with the corpus. The order is that of the
     priorities: a prefix of a larger sample is a smaller one.
     """
-    from lenslrp.analysis.topk import priorities
+    from lenslrp.analysis.dictionary.topk import priorities
 
     best = torch.empty(0, dtype=torch.int64)
     docs = torch.empty(0, dtype=torch.int64)

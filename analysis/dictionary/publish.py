@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from lenslrp.analysis.forms import BINS, GROUP, UNIT_GROUP, kinds, sampled_tokens
-from lenslrp.analysis.plan import SCHEMA, Place, Plan, describe_libraries
-from lenslrp.analysis.projections import TOKENS, project_places, write_vocabulary
-from lenslrp.analysis.replay import Entries, replay, require_part
-from lenslrp.analysis.search import Job, State, merge_shards
-from lenslrp.analysis.storage import file_record, save_json, save_tensors
-from lenslrp.analysis.texts import Document, write_texts
-from lenslrp.analysis.work import FILES, MANIFEST, clear_work
+from lenslrp.analysis.common.storage import file_record, save_json, save_tensors
+from lenslrp.analysis.dictionary.plan import SCHEMA, Place, Plan, describe_libraries
+from lenslrp.analysis.dictionary.replay import Entries, replay, require_part
+from lenslrp.analysis.dictionary.scan import Job, State, merge_shards
+from lenslrp.analysis.dictionary.schemas import BINS, GROUP, UNIT_GROUP, kinds, sampled_tokens
+from lenslrp.analysis.dictionary.texts import Document, write_texts
+from lenslrp.analysis.dictionary.vocabulary_lists import TOKENS, project_places, write_vocabulary
+from lenslrp.analysis.dictionary.work_folder import FILES, MANIFEST, clear_work
 from lenslrp.files import parquet_writer, whole
-from lenslrp.spelling import Speller
+from lenslrp.text.spelling import Speller
 
 MANTISSA = 13
 """Bits of a float32 that windows do without: 10 remain, as in float16, and the rest compresses."""
@@ -66,7 +66,7 @@ def publish(
     Args:
         job, state, entries: what was searched and found.
         parts: the files of the replay.
-        projected: those of :func:`lenslrp.analysis.projections.project_places`.
+        projected: those of :func:`lenslrp.analysis.dictionary.vocabulary_lists.project_places`.
 
     Raises:
         StorageError: the disk is full; nothing that was there before is lost.

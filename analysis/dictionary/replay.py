@@ -17,12 +17,7 @@ from jaxtyping import Float32, Int16, Int64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lenslrp.analysis.block_pass import Aims
-from lenslrp.analysis.corpus import Block
-from lenslrp.analysis.forms import STATISTICS, kinds, sampled_tokens
-from lenslrp.analysis.plan import CRITERIA, Place, Plan, sampled_documents
-from lenslrp.analysis.search import Job, State
-from lenslrp.analysis.storage import (
+from lenslrp.analysis.common.storage import (
     Form,
     load_tensors,
     require_forms,
@@ -30,7 +25,12 @@ from lenslrp.analysis.storage import (
     require_range,
     save_tensors,
 )
-from lenslrp.analysis.topk import Spans, priorities, unpack
+from lenslrp.analysis.dictionary.block_pass import Aims
+from lenslrp.analysis.dictionary.corpus import Block
+from lenslrp.analysis.dictionary.plan import CRITERIA, Place, Plan, sampled_documents
+from lenslrp.analysis.dictionary.scan import Job, State
+from lenslrp.analysis.dictionary.schemas import STATISTICS, kinds, sampled_tokens
+from lenslrp.analysis.dictionary.topk import Spans, priorities, unpack
 from lenslrp.errors import StorageError
 
 DECILES = 10

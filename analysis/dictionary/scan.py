@@ -26,10 +26,7 @@ from jaxtyping import Float32, Int16
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lenslrp.analysis.block_pass import BlockPass
-from lenslrp.analysis.corpus import Block, Corpus
-from lenslrp.analysis.plan import CRITERIA, SAMPLES, Place, Plan, sampled_documents
-from lenslrp.analysis.storage import (
+from lenslrp.analysis.common.storage import (
     Form,
     load_tensors,
     require_forms,
@@ -37,7 +34,19 @@ from lenslrp.analysis.storage import (
     require_range,
     save_tensors,
 )
-from lenslrp.analysis.topk import EMPTY, Found, Spans, TopK, extremes, pack, require_finite, unpack
+from lenslrp.analysis.dictionary.block_pass import BlockPass
+from lenslrp.analysis.dictionary.corpus import Block, Corpus
+from lenslrp.analysis.dictionary.plan import CRITERIA, SAMPLES, Place, Plan, sampled_documents
+from lenslrp.analysis.dictionary.topk import (
+    EMPTY,
+    Found,
+    Spans,
+    TopK,
+    extremes,
+    pack,
+    require_finite,
+    unpack,
+)
 from lenslrp.errors import InputError, StorageError
 from lenslrp.fingerprints import canonical
 
@@ -275,7 +284,7 @@ def scan_shard(
     was not.
 
     Args:
-        job: see :func:`lenslrp.analysis.job.prepare`.
+        job: see :func:`lenslrp.analysis.dictionary.job.prepare`.
         rank: which shard, from 0.
         world: how many there are.
         checkpoint_every: seconds between checkpoints: what a kill can cost.

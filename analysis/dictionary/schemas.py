@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lenslrp.analysis.plan import Place, Plan
-from lenslrp.analysis.storage import require_range
+from lenslrp.analysis.common.storage import require_range
+from lenslrp.analysis.dictionary.plan import Place, Plan
 from lenslrp.errors import StorageError
 
 GROUP = 64

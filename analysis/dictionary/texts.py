@@ -2,9 +2,9 @@
 
 Each document is kept once, whatever the number of units that cite it, as its tokens, as its text,
 and with the characters of the text that each token holds. The full-text index is SQLite's own FTS5
-over the words of the text as :mod:`lenslrp.analysis.finding` takes them apart. A file from a
-stranger is opened read-only, with a schema that is compared to ours word for word, so that it
-brings no view, trigger or virtual table of its own.
+over the words of the text as :mod:`lenslrp.analysis.dictionary.text_search` takes them apart. A
+file from a stranger is opened read-only, with a schema that is compared to ours word for word, so
+that it brings no view, trigger or virtual table of its own.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from lenslrp.analysis.finding import indexed, terms
-from lenslrp.analysis.storage import require_plain
+from lenslrp.analysis.common.storage import require_plain
+from lenslrp.analysis.dictionary.text_search import indexed, terms
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import whole
-from lenslrp.spelling import Spelling
-from lenslrp.words import pieces
+from lenslrp.text.spelling import Spelling
+from lenslrp.text.words import pieces
 
 DAMAGED = (sqlite3.DatabaseError, UnicodeDecodeError)
 """What reading a damaged database raises: SQLite's messages hold its bytes as they are."""

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lenslrp.analysis.plan import Place
-from lenslrp.analysis.units import Unit, parse_unit
+from lenslrp.analysis.dictionary.plan import Place
+from lenslrp.analysis.units.kinds import Unit, parse_unit
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError, StorageError
 from lenslrp.inputs import prepare
@@ -24,7 +24,7 @@ from lenslrp.targets import Activation, PerRow
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 
 SETTINGS = {"composite", "attention", "checkpoint", "ledger", "strict"}
 """Options of :func:`lenslrp.run_with_relevance` that go by the rules and not by the input."""
@@ -80,7 +80,7 @@ class Page:
         return self.dictionary.plan.criteria
 
     def _repr_html_(self) -> str:
-        from lenslrp.analysis.unit_page import fragment
+        from lenslrp.analysis.dictionary.pages.page import fragment
 
         return fragment(self)
 
@@ -148,7 +148,7 @@ class Page:
         Columns: ``role`` (``"writes"`` or ``"reads"``); ``name`` (``"out"``; ``"in"``, ``"gate"``;
         of a head ``"q"``, ``"k"``, ``"v"``: the largest components of QK and OV); ``side``
         (``"top"`` or ``"bottom"``); ``rank``; ``id``, ``token``; ``score``, in logits up to one
-        positive factor a list (see :mod:`lenslrp.analysis.vocabulary`).
+        positive factor a list (see :mod:`lenslrp.analysis.units.projection`).
 
         Raises:
             InputError: no such lists; says why not.

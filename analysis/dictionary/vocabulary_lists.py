@@ -1,6 +1,7 @@
 """What all units of a dictionary write to the vocabulary and read from it: from weights alone.
 
-The highest and lowest tokens of :func:`lenslrp.analysis.vocabulary.writes` and ``reads`` (of a
+The highest and lowest tokens of :func:`lenslrp.analysis.units.projection.writes` and ``reads`` (of
+a
 head: the largest component of OV and of QK), for the units of a place together: their vectors are
 stacked and multiplied with the vocabulary in pieces of bounded size. Each place leaves a file of
 its own in the work folder, so that a kill costs one place, and processes can share them out.
@@ -26,10 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lenslrp.analysis.plan import Place, Plan
-from lenslrp.analysis.readout import embedding, scores
-from lenslrp.analysis.readouts import Directions, Features, Site
-from lenslrp.analysis.storage import (
+from lenslrp.analysis.common.storage import (
     load_tensors,
     open_parquet,
     read_groups,
@@ -38,8 +36,9 @@ from lenslrp.analysis.storage import (
     require_range,
     save_tensors,
 )
-from lenslrp.analysis.units import Direction, Feature, Head, Unit, parse_unit
-from lenslrp.analysis.vocabulary import (
+from lenslrp.analysis.dictionary.plan import Place, Plan
+from lenslrp.analysis.units.kinds import Direction, Feature, Head, Unit, parse_unit
+from lenslrp.analysis.units.projection import (
     as_read,
     as_written,
     head_reads,
@@ -47,13 +46,15 @@ from lenslrp.analysis.vocabulary import (
     project,
     require_decoder,
 )
+from lenslrp.analysis.units.readers import Directions, Features, Site
+from lenslrp.analysis.units.unembedding import embedding, scores
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import parquet_writer, whole
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from lenslrp.analysis.search import Job
+    from lenslrp.analysis.dictionary.scan import Job
 
 TOKENS = 10
 """Tokens kept at either end of a list."""
@@ -194,7 +195,7 @@ def project_places(
     What lies there already is not done again.
 
     Args:
-        job: see :func:`lenslrp.analysis.job.prepare`.
+        job: see :func:`lenslrp.analysis.dictionary.job.prepare`.
         rank: which share, from 0.
         world: how many there are.
         tokens: how many at either end of a list; 0 for none.

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lenslrp.analysis.storage import load_json, save_json
+from lenslrp.analysis.common.storage import load_json, save_json
 from lenslrp.errors import StorageError
 from lenslrp.files import (
     PATIENCE,

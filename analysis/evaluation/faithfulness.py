@@ -11,7 +11,8 @@
   feature a step, between the lowest and the highest that any order has on this input. Raw areas
   say as much about a model as about a method; this one can be compared across models.
 
-All of them ask :class:`~lenslrp.analysis.perturb.Features` for values, and ask for every set once.
+All of them ask :class:`~lenslrp.analysis.evaluation.features.Features` for values, and ask for
+every set once.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lenslrp.analysis.perturb import Features, Masks, token_values, tokens_of
-from lenslrp.analysis.prompts import Numbers, Prompt, Values
-from lenslrp.analysis.statistics import area
+from lenslrp.analysis.common.statistics import area
+from lenslrp.analysis.evaluation.features import Features, Masks, token_values, tokens_of
+from lenslrp.analysis.passes.prompts import Numbers, Prompt, Values
 from lenslrp.errors import InputError
 
 BINS = (0.01, 0.05, 0.1, 0.2, 0.5)
@@ -127,7 +128,7 @@ def token_curves(
 
     Args:
         relevance: for each prompt, name -> [pos] over all its tokens.
-        baseline, keep: as in :func:`~lenslrp.analysis.perturb.tokens_of`.
+        baseline, keep: as in :func:`~lenslrp.analysis.evaluation.features.tokens_of`.
     """
     sizes, asked = [], []
     for prompt, own in zip(prompts, relevance, strict=True):

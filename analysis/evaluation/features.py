@@ -3,7 +3,7 @@
 A perturbation test asks one question many times: the target's value when *these* features are gone.
 So all that can be perturbed is one kind of thing here, :class:`Features`: tokens whose embeddings
 are replaced, heads and neurons that are switched off, patches of an image that are painted over.
-The metrics of :mod:`lenslrp.analysis.faithfulness` know nothing else.
+The metrics of :mod:`lenslrp.analysis.evaluation.faithfulness` know nothing else.
 
 Tokens go as in Achtibat et al. 2024: their whole embedding is set to zero, through a hook at the
 embedding (learned positions stay).
@@ -21,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lenslrp.analysis.prompts import Numbers, Prompt, Values, batch_logits, read
+from lenslrp.analysis.passes.prompts import Numbers, Prompt, Values, batch_logits, read
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
-from lenslrp.names import token_id
+from lenslrp.text.names import token_id
 
 Masks = NDArray[np.bool_]
 

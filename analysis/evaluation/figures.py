@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lenslrp.analysis.plots import LIGHT, Theme, _names, new_figure
-from lenslrp.analysis.statistics import Numbers
+from lenslrp.analysis.common.statistics import Numbers
+from lenslrp.analysis.views.figures import LIGHT, Theme, _names, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

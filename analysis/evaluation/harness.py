@@ -4,8 +4,8 @@
                        data="paragraphs.jsonl", n=100, folder="results/next_word")
 
 For each example every method gives its relevance; then all of them are perturbed together
-(:mod:`lenslrp.analysis.faithfulness`). What was measured is appended to a file when an example is
-done, so a run that was killed goes on where it was, and ends with the same numbers.
+(:mod:`lenslrp.analysis.evaluation.faithfulness`). What was measured is appended to a file when an
+example is done, so a run that was killed goes on where it was, and ends with the same numbers.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lenslrp.analysis.baselines import Method, answer, as_method
-from lenslrp.analysis.faithfulness import aopc, aopc_bounds, curves, normalised_aopc
-from lenslrp.analysis.image_files import read_images
-from lenslrp.analysis.journal import Row, resumed
-from lenslrp.analysis.perturb import Features, tokens_of
-from lenslrp.analysis.perturb_parts import patches_of
-from lenslrp.analysis.prompts import Numbers
-from lenslrp.analysis.question import Passes, Question, ask
-from lenslrp.analysis.records import HALVES, half_of, identity, in_order, read_records
-from lenslrp.analysis.results import JOURNAL, PARQUET, Results
-from lenslrp.analysis.spans import hit, ious
-from lenslrp.analysis.tasks import IMAGES, TASKS, Example, Task, Unfit, image_task
+from lenslrp.analysis.attribution.methods import Method, answer, as_method
+from lenslrp.analysis.common.journal import Row, resumed
+from lenslrp.analysis.common.records import HALVES, half_of, identity, in_order, read_records
+from lenslrp.analysis.evaluation.faithfulness import aopc, aopc_bounds, curves, normalised_aopc
+from lenslrp.analysis.evaluation.features import Features, tokens_of
+from lenslrp.analysis.evaluation.image_files import read_images
+from lenslrp.analysis.evaluation.model_features import patches_of
+from lenslrp.analysis.evaluation.results import JOURNAL, PARQUET, Results
+from lenslrp.analysis.evaluation.spans import hit, ious
+from lenslrp.analysis.evaluation.tasks import IMAGES, TASKS, Example, Task, Unfit, image_task
+from lenslrp.analysis.passes.problems import Passes, Question, ask
+from lenslrp.analysis.passes.prompts import Numbers
 from lenslrp.errors import InputError, StorageError
 from lenslrp.fingerprints import describe_model
 
@@ -86,16 +86,18 @@ def evaluate(
     """Measure how faithful methods are on ``n`` examples of a task.
 
     Args:
-        task: a name in :data:`~lenslrp.analysis.tasks.TASKS`, ``"images"``, or a task of your own.
+        task: a name in :data:`~lenslrp.analysis.evaluation.tasks.TASKS`, ``"images"``, or a task of
+        your own.
         model: a ``TransformerBridge``.
-        methods: names in :data:`~lenslrp.analysis.baselines.METHODS`, composites of rules, or
-            methods of your own.
+        methods: names in :data:`~lenslrp.analysis.attribution.methods.METHODS`, composites of
+            rules, or methods of your own.
         n: how many examples; a later run with more goes on from there.
         folder: where results are kept. A run with other options needs a folder of its own.
         data: a ``.jsonl`` file, a ``datasets`` object or a list of dicts; which fields a record
             needs is ``TASKS[task].fields``. Read whole, and taken in an order drawn by ``seed``.
             ``None`` for tasks that make their own. For ``"images"`` what
-            :func:`~lenslrp.analysis.image_files.read_images` reads, a folder of files, say.
+            :func:`~lenslrp.analysis.evaluation.image_files.read_images` reads, a folder of files,
+        say.
         seed: of the order of examples, of methods that draw random numbers, and of the bootstrap.
         perturbations: see :class:`Perturbation`.
         steps: of a curve.

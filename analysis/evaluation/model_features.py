@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lenslrp.analysis.perturb import TOKENS_PER_PASS, Features, Masks
-from lenslrp.analysis.prompts import (
+from lenslrp.analysis.evaluation.features import TOKENS_PER_PASS, Features, Masks
+from lenslrp.analysis.passes.problems import ask
+from lenslrp.analysis.passes.prompts import (
     Numbers,
     Prompt,
     Values,
@@ -24,7 +25,6 @@ from lenslrp.analysis.prompts import (
     prompt_logits,
     read,
 )
-from lenslrp.analysis.question import ask
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import components, hook_points, layer_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lenslrp.analysis.statistics import bootstrap
+from lenslrp.analysis.common.statistics import bootstrap
 from lenslrp.errors import InputError
 from lenslrp.files import whole
 
@@ -79,7 +79,7 @@ class Results:
 
     @classmethod
     def read(cls, folder: str | Path) -> Results:
-        """What :func:`~lenslrp.analysis.evaluation.evaluate` left in its folder.
+        """What :func:`~lenslrp.analysis.evaluation.harness.evaluate` left in its folder.
 
         Raises:
             InputError: no finished run there.
@@ -102,10 +102,10 @@ class Results:
         """One row an example, method and perturbation.
 
         Columns: ``example, target, value, features, perturbation, method``; the scores of
-        :class:`~lenslrp.analysis.faithfulness.Curve` (areas in units of the target); ``hit``,
-        ``hit_at_3``, ``iou``, ``above_distractor`` where the answer is known; ``naopc`` where asked
-        for; ``seconds``, ``cost`` (relative to a plain forward and backward pass of this example),
-        ``forward``, ``backward`` (passes of one sequence); and the curves as lists.
+        :class:`~lenslrp.analysis.evaluation.faithfulness.Curve` (areas in units of the target);
+        ``hit``, ``hit_at_3``, ``iou``, ``above_distractor`` where the answer is known; ``naopc``
+        where asked for; ``seconds``, ``cost`` (relative to a plain forward and backward pass of
+        this example), ``forward``, ``backward`` (passes of one sequence); and the curves as lists.
         """
         return self.frame.copy()
 
@@ -162,7 +162,7 @@ class Results:
             perturbation: which; the first if not given.
             probability: the target's probability instead of its value.
         """
-        from lenslrp.analysis.curve_plot import perturbation_curves
+        from lenslrp.analysis.evaluation.figures import perturbation_curves
 
         way = perturbation or self.settings["perturbations"][0]
         if way not in self.settings["perturbations"]:

@@ -20,9 +20,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lenslrp.analysis.places import stack_name
-from lenslrp.analysis.prompts import Numbers
-from lenslrp.analysis.statistics import spearman
+from lenslrp.analysis.common.statistics import spearman
+from lenslrp.analysis.passes.prompts import Numbers
+from lenslrp.analysis.units.locations import stack_name
 from lenslrp.errors import InputError
 from lenslrp.hooks.turns import turn
 

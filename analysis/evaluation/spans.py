@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lenslrp.errors import InputError
-from lenslrp.spelling import Spans, standing
+from lenslrp.text.spelling import Spans, standing
 
 Values = NDArray[np.float64]
 Chosen = NDArray[np.bool_]

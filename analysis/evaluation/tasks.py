@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lenslrp import targets
-from lenslrp.analysis.perturb import token_values
-from lenslrp.analysis.prompts import Prompt, as_prompt
-from lenslrp.analysis.question import ask
-from lenslrp.analysis.records import Record
-from lenslrp.analysis.spans import normalise, occurrences, overlap, token_spans
-from lenslrp.analysis.templates import agreement, indirect_objects
+from lenslrp.analysis.common.records import Record
+from lenslrp.analysis.common.templates import agreement, indirect_objects
+from lenslrp.analysis.evaluation.features import token_values
+from lenslrp.analysis.evaluation.spans import normalise, occurrences, overlap, token_spans
+from lenslrp.analysis.passes.problems import ask
+from lenslrp.analysis.passes.prompts import Prompt, as_prompt
 from lenslrp.errors import InputError
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import is_encoder_decoder
-from lenslrp.spelling import Spans
-from lenslrp.tokenization import tokenize
+from lenslrp.text.spelling import Spans
+from lenslrp.text.tokenization import tokenize
 
 Chosen = NDArray[np.bool_]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lenslrp.analysis.units import Head, Neuron, Unit
+from lenslrp.analysis.units.kinds import Head, Neuron, Unit
 from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
 from lenslrp.forward import undone

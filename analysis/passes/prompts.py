@@ -1,7 +1,8 @@
 """One input and one target, asked again and again: prompts as rows of batches.
 
 Rows of several prompts share a forward pass, and only the targets' positions are unembedded. What
-is done to the rows meanwhile is the business of whoever asks (:mod:`lenslrp.analysis.perturb`).
+is done to the rows meanwhile is the business of whoever asks
+(:mod:`lenslrp.analysis.evaluation.features`).
 """
 
 from __future__ import annotations

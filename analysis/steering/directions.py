@@ -1,7 +1,8 @@
 """Directions of the residual stream: from a neuron, two sets of texts, relevance, or a token.
 
-Each is a :class:`~lenslrp.analysis.units.Direction`, to be read as a unit, steered along
-(:mod:`lenslrp.analysis.steering`) or kept in a file (:mod:`lenslrp.analysis.steering_files`).
+Each is a :class:`~lenslrp.analysis.units.kinds.Direction`, to be read as a unit, steered along
+(:mod:`lenslrp.analysis.steering.operations`) or kept in a file
+(:mod:`lenslrp.analysis.steering.files`).
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.block_pass import Deliver
-from lenslrp.analysis.places import known_hook, stack_name
-from lenslrp.analysis.readout import measure_gain, output_norm, unembedding
-from lenslrp.analysis.units import Direction, Head, Neuron, Unit
+from lenslrp.analysis.dictionary.block_pass import Deliver
+from lenslrp.analysis.units.kinds import Direction, Head, Neuron, Unit
+from lenslrp.analysis.units.locations import known_hook, stack_name
+from lenslrp.analysis.units.unembedding import measure_gain, output_norm, unembedding
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.sites import widest
 from lenslrp.inputs import prepare
-from lenslrp.names import token_id
 from lenslrp.sessions import Session
+from lenslrp.text.names import token_id
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -23,9 +23,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lenslrp.analysis.steering import Ablate, Add, Clamp, Operation, ProjectOut, Scale, Steering
-from lenslrp.analysis.storage import load_json, load_tensors, require_plain, save_json, save_tensors
-from lenslrp.analysis.units import Direction, Feature, Unit, parse_unit
+from lenslrp.analysis.common.storage import (
+    load_json,
+    load_tensors,
+    require_plain,
+    save_json,
+    save_tensors,
+)
+from lenslrp.analysis.steering.operations import (
+    Ablate,
+    Add,
+    Clamp,
+    Operation,
+    ProjectOut,
+    Scale,
+    Steering,
+)
+from lenslrp.analysis.units.kinds import Direction, Feature, Unit, parse_unit
 from lenslrp.errors import InputError, StorageError
 from lenslrp.extras import require
 from lenslrp.files import whole

@@ -5,7 +5,8 @@
     with steer(model, operations, prompt=[-1], generation="all"):
         text = model.generate("I think that", max_new_tokens=20)
 
-An operation moves the activation ``a`` of one unit (:mod:`lenslrp.analysis.units`), nothing else::
+An operation moves the activation ``a`` of one unit (:mod:`lenslrp.analysis.units.kinds`), nothing
+else::
 
     x -> x + change(a) * step        step: the unit's own entry of a neuron's hook point,
                                      v / |v|^2 of a direction v, the decoder's row of a feature,
@@ -31,7 +32,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.units import Direction, Feature, Head, Neuron, Unit
+from lenslrp.analysis.units.kinds import Direction, Feature, Head, Neuron, Unit
 from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.followed import Passes, Positions, follow, positions

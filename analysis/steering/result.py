@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lenslrp.analysis.plots import LIGHT, Theme, new_figure
-from lenslrp.analysis.statistics import bootstrap
+from lenslrp.analysis.common.statistics import bootstrap
+from lenslrp.analysis.views.figures import LIGHT, Theme, new_figure
 from lenslrp.errors import InputError
 
 if TYPE_CHECKING:

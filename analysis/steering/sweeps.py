@@ -41,9 +41,8 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lenslrp.analysis.directions import states
-from lenslrp.analysis.places import stack_name
-from lenslrp.analysis.steering import (
+from lenslrp.analysis.steering.directions import states
+from lenslrp.analysis.steering.operations import (
     Ablate,
     Add,
     Moving,
@@ -53,15 +52,16 @@ from lenslrp.analysis.steering import (
     steer,
     step_length,
 )
-from lenslrp.analysis.sweep_result import SweepResult
-from lenslrp.analysis.units import Direction, Neuron, Unit
+from lenslrp.analysis.steering.result import SweepResult
+from lenslrp.analysis.units.kinds import Direction, Neuron, Unit
+from lenslrp.analysis.units.locations import stack_name
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.forward import forward, reading
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import prepare
-from lenslrp.names import token_id
+from lenslrp.text.names import token_id
 
 STRENGTHS: dict[type[Moving], str] = {Scale: "factor", Add: "amount", Ablate: "value"}
 """What a coefficient is of each operation."""
@@ -110,7 +110,7 @@ def sweep(
         target: tokens that are steered for, tokens that are steered against: the target is the mean
             logit of the first less that of the second.
         layers: where to try ``operation``.
-        prompt, generation: as in :func:`~lenslrp.analysis.steering.steer`.
+        prompt, generation: as in :func:`~lenslrp.analysis.steering.operations.steer`.
         new_tokens: how long a text is generated.
         draws: how many random units and placebos for each coefficient; 0 for none.
         seed: of the draws.

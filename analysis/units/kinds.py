@@ -11,7 +11,7 @@ and its text, which can be copied and turned back into the unit with :func:`pars
     Feature(coder, 40)          blocks.5.hook_resid_post[sae 40]
 
 Reads and writes are the rows and columns of the weights as they stand, without norms; what they
-mean in the vocabulary is for :mod:`lenslrp.analysis.vocabulary`.
+mean in the vocabulary is for :mod:`lenslrp.analysis.units.projection`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import MoEBridge
 
-from lenslrp.analysis.coders import SparseCoder
-from lenslrp.analysis.places import (
+from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.analysis.units.locations import (
     Side,
     Vectors,
     batched_experts,

@@ -11,7 +11,7 @@ is the relevance lens. (A Jacobian lens, Gurnee et al. 2026, averages the plain 
 over later positions.) ``b_l`` is what the mean residual lacks, ``E[resid_final] - J_l E[resid_l]``;
 it counts for states, not for a unit's vector.
 
-How it is fitted is in :mod:`lenslrp.analysis.lens_fit`.
+How it is fitted is in :mod:`lenslrp.analysis.units.lens_fit`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lenslrp.analysis.places import stack_name
+from lenslrp.analysis.units.locations import stack_name
 from lenslrp.errors import InputError
 from lenslrp.files import whole
 from lenslrp.inputs import is_encoder_decoder

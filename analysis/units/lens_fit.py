@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lenslrp.analysis.lens import Lens, blocks_of
-from lenslrp.analysis.places import stack_name
-from lenslrp.analysis.readout import embedding, readout
+from lenslrp.analysis.units.lens import Lens, blocks_of
+from lenslrp.analysis.units.locations import stack_name
+from lenslrp.analysis.units.unembedding import embedding, readout
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks import AttnLRP, Composite, relevance_rules

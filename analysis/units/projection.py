@@ -10,8 +10,8 @@ Norms stand in between. Their gain scales the components and their centring remo
 both belong to the reading; their denominators are positive numbers for the whole vocabulary and
 cannot change the order; biases are not part of what a unit writes. So scores are in logits up to
 one positive factor, unless a residual is given (``at=``): then they are differences of real
-logits, through the real norm and soft-cap. A relevance lens (:mod:`lenslrp.analysis.lens`) carries
-what is written over the layers in between.
+logits, through the real norm and soft-cap. A relevance lens (:mod:`lenslrp.analysis.units.lens`)
+carries what is written over the layers in between.
 
 A head reads and writes whole subspaces. Given what it attends to (``source=``), it writes one
 vector; without, the components of its OV and QK circuits are read one by one, largest singular
@@ -29,8 +29,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.places import Side, block_of, stack_name
-from lenslrp.analysis.readout import (
+from lenslrp.analysis.units.kinds import Head, Neuron, Unit
+from lenslrp.analysis.units.locations import Side, block_of, stack_name
+from lenslrp.analysis.units.unembedding import (
     branch_norm,
     embedding,
     final_norm,
@@ -43,15 +44,14 @@ from lenslrp.analysis.readout import (
     token_labels,
     unembedding,
 )
-from lenslrp.analysis.units import Head, Neuron, Unit
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import layer_of
-from lenslrp.names import token_ids
+from lenslrp.text.names import token_ids
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from lenslrp.analysis.lens import Lens
+    from lenslrp.analysis.units.lens import Lens
 
 
 @dataclass(frozen=True, eq=False)

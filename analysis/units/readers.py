@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.coders import SparseCoder
-from lenslrp.analysis.units import Direction
+from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.analysis.units.kinds import Direction
 from lenslrp.errors import InputError
 
 Sites = str | SparseCoder | Direction | Sequence["str | SparseCoder | Direction"]

@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lenslrp.analysis.places import Side, stack_name
+from lenslrp.analysis.units.locations import Side, stack_name
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import original
 from lenslrp.hooks.turns import turn
-from lenslrp.spelling import Speller
+from lenslrp.text.spelling import Speller
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -9,7 +9,7 @@ package and inlined, once a :class:`Page`; tokens are made inert and visible fir
 are not finite are left blank and counted; bounds are symmetric; positive is red.
 
 Views need JavaScript. Where it does not run (a sanitising viewer), the place of a view holds a
-text or, for tokens, the script-free heatmap of :mod:`lenslrp.heatmap`.
+text or, for tokens, the script-free heatmap of :mod:`lenslrp.views.heatmap`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from uuid import uuid4
 import torch
 
 from lenslrp.errors import InputError
-from lenslrp.heatmap import token_heatmap
-from lenslrp.visible_text import visible
+from lenslrp.text.visible_text import visible
+from lenslrp.views.heatmap import token_heatmap
 
 if TYPE_CHECKING:
     from torch import Tensor

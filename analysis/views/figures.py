@@ -19,8 +19,8 @@ import numpy as np
 
 from lenslrp.errors import InputError
 from lenslrp.extras import require
-from lenslrp.heatmap import colour_scale
-from lenslrp.visible_text import visible
+from lenslrp.text.visible_text import visible
+from lenslrp.views.heatmap import colour_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -331,8 +331,8 @@ def token_bars(
 
 
 def image_map(R: RelevanceCache, row: int = 0, **options: Any) -> Figure:
-    """Relevance over an image, see :func:`lenslrp.analysis.images.image_map`."""
-    from lenslrp.analysis import images  # which draws with what is in this file
+    """Relevance over an image, see :func:`lenslrp.analysis.views.images.image_map`."""
+    from lenslrp.analysis.views import images  # which draws with what is in this file
 
     return images.image_map(R, row, **options)
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lenslrp.analysis.plots import LIGHT, Theme, colour_bar, colour_map, new_figure
+from lenslrp.analysis.views.figures import LIGHT, Theme, colour_bar, colour_map, new_figure
 from lenslrp.errors import InputError
-from lenslrp.heatmap import signed
+from lenslrp.views.heatmap import signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,15 +19,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lenslrp.analysis import plots
-from lenslrp.analysis.readout import unembedding
-from lenslrp.analysis.report_template import TEMPLATE
-from lenslrp.analysis.vocabulary import neuron_writes
+from lenslrp.analysis.units.projection import neuron_writes
+from lenslrp.analysis.units.unembedding import unembedding
+from lenslrp.analysis.views import figures as plots
+from lenslrp.analysis.views.report_template import TEMPLATE
 from lenslrp.errors import InputError
 from lenslrp.extras import require
 from lenslrp.files import HTML, whole
-from lenslrp.heatmap import colour_scale, signed, token_heatmap
-from lenslrp.visible_text import visible
+from lenslrp.text.visible_text import visible
+from lenslrp.views.heatmap import colour_scale, signed, token_heatmap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

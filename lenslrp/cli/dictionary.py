@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lenslrp.cli_options import (
+from lenslrp.cli.options import (
     COMPOSITES,
     OK,
     add_model_options,
@@ -23,8 +23,8 @@ from lenslrp.cli_options import (
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lenslrp.analysis.dictionary import NeuronDictionary
-    from lenslrp.analysis.plan import Plan
+    from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+    from lenslrp.analysis.dictionary.plan import Plan
 
 CRITERIA = ("actmax", "actmin", "relmax", "relmin", "deciles", "random")
 TARGETS = ("next", "argmax", "logit_diff")
@@ -174,11 +174,11 @@ def _add_path(command: argparse.ArgumentParser, text: str = "folder of the dicti
 
 
 def _build(options: argparse.Namespace) -> int:
-    from lenslrp.analysis.dictionary import NeuronDictionary
-    from lenslrp.analysis.job import prepare
-    from lenslrp.analysis.launch import build_distributed, rank_and_world
-    from lenslrp.analysis.search import scan_shard
-    from lenslrp.analysis.work import shard_name, using
+    from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+    from lenslrp.analysis.dictionary.job import prepare
+    from lenslrp.analysis.dictionary.launch import build_distributed, rank_and_world
+    from lenslrp.analysis.dictionary.scan import scan_shard
+    from lenslrp.analysis.dictionary.work_folder import shard_name, using
     from lenslrp.errors import InputError
 
     names = ("sites", "criteria", "k", "context", "batch_size", "field", "target")
@@ -210,10 +210,10 @@ def _say(dictionary: NeuronDictionary | None) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from lenslrp.analysis.dictionary import NeuronDictionary
-    from lenslrp.analysis.job import prepare
-    from lenslrp.analysis.plan import Plan
-    from lenslrp.analysis.storage import load_json
+    from lenslrp.analysis.common.storage import load_json
+    from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+    from lenslrp.analysis.dictionary.job import prepare
+    from lenslrp.analysis.dictionary.plan import Plan
     from lenslrp.errors import StorageError
 
     work = options.path / "work"
@@ -232,7 +232,7 @@ def _options_of(plan: Plan) -> dict[str, Any]:
     Raises:
         InputError: it was made with objects that a plan does not hold, from Python.
     """
-    from lenslrp.analysis.units import parse_unit
+    from lenslrp.analysis.units.kinds import parse_unit
     from lenslrp.errors import InputError
 
     rules = {composite(name).name: composite(name) for name in COMPOSITES}
@@ -260,7 +260,7 @@ def _unit(text: str) -> Any:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
     from lenslrp.errors import InputError
     from lenslrp.files import HTML
 
@@ -271,13 +271,13 @@ def _show(options: argparse.Namespace) -> int:
     dictionary = NeuronDictionary.open(options.path)
     page = dictionary[_unit(options.unit)]
     if options.html is not None:
-        from lenslrp.analysis.unit_page import write_page
+        from lenslrp.analysis.dictionary.pages.page import write_page
 
         model = None if options.model is None else load_model(options)
         write_keeping(options.html, lambda: write_page(page, options.html, model=model))
         print(options.html.absolute())
     else:
-        from lenslrp.analysis.unit_terminal import render_unit
+        from lenslrp.analysis.dictionary.pages.terminal import render_unit
 
         criteria = options.criterion or [c for c in ("actmax", "relmax") if c in page.criteria]
         console().print(render_unit(page, criteria, options.k))
@@ -286,8 +286,8 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _search(options: argparse.Namespace) -> int:
-    from lenslrp.analysis.dictionary import NeuronDictionary
-    from lenslrp.analysis.jsonl import records
+    from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+    from lenslrp.analysis.dictionary.export.jsonl import records
 
     dictionary = NeuronDictionary.open(options.path)
     if options.by == "text":
@@ -315,7 +315,7 @@ def _cited(frame: pd.DataFrame) -> Any:
     from rich.padding import Padding
     from rich.text import Text
 
-    from lenslrp.visible_text import visible
+    from lenslrp.text.visible_text import visible
 
     parts: list[Any] = []
     for row in frame.to_dict("records"):
@@ -330,7 +330,7 @@ def _table(frame: pd.DataFrame) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from lenslrp.visible_text import visible
+    from lenslrp.text.visible_text import visible
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     names = [name for name in frame if name not in ("unit", "hook", "index")]
@@ -344,9 +344,9 @@ def _table(frame: pd.DataFrame) -> Any:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from lenslrp.analysis.dictionary import NeuronDictionary
-    from lenslrp.analysis.exports import export_html, export_neuronpedia
-    from lenslrp.analysis.jsonl import JSONL, export_jsonl
+    from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+    from lenslrp.analysis.dictionary.export.folders import export_html, export_neuronpedia
+    from lenslrp.analysis.dictionary.export.jsonl import JSONL, export_jsonl
     from lenslrp.errors import InputError
 
     units = None if options.units is None else [_unit(unit) for unit in options.units]

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lenslrp.cli_options import DEFAULT_MODEL, OK, add_model_options, load_model
+from lenslrp.cli.options import DEFAULT_MODEL, OK, add_model_options, load_model
 
 TASKS = ("next_word", "sentiment", "squad", "indirect_object", "agreement", "images")
 DEFAULT_METHODS = "random,gradient_x_input,cp_lrp,attnlrp"
@@ -63,8 +63,8 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from lenslrp.analysis.baselines import as_method
-    from lenslrp.analysis.evaluation import Perturbation, evaluate
+    from lenslrp.analysis.attribution.methods import as_method
+    from lenslrp.analysis.evaluation.harness import Perturbation, evaluate
 
     methods = [as_method(name) for name in _parted(options.methods)]
     perturbations = [Perturbation.parse(text) for text in _parted(options.perturb)]

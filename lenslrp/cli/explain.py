@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lenslrp.cli_options import (
+from lenslrp.cli.options import (
     BAD_INPUT,
     DEFAULT_MODEL,
     OK,
@@ -96,7 +96,7 @@ def _target(text: str | None) -> str | int | None:
 
 
 def _explain_file(options: argparse.Namespace) -> int:
-    from lenslrp.analysis.launch import rank_and_world
+    from lenslrp.analysis.dictionary.launch import rank_and_world
     from lenslrp.errors import InputError
     from lenslrp.explaining_file import explain_to, require_place
     from lenslrp.prompt_file import STDIN, lines_of, prompts_of
@@ -131,7 +131,7 @@ def _explain_file(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from lenslrp.analysis.report import write_report
+    from lenslrp.analysis.views.report import write_report
     from lenslrp.sessions import Session
 
     report, why_not = _report_path(options.report)
@@ -156,7 +156,7 @@ def _report_path(given: Path | None) -> tuple[Path | None, Exception | None]:
         InputError: no file can be written there.
         MissingExtraError: it was asked for.
     """
-    from lenslrp.analysis.report import require_report
+    from lenslrp.analysis.views.report import require_report
     from lenslrp.errors import MissingExtraError
     from lenslrp.files import HTML
 
@@ -174,7 +174,7 @@ def _report_path(given: Path | None) -> tuple[Path | None, Exception | None]:
 def _show(relevance: RelevanceCache, report: Path | None) -> None:
     from rich.text import Text
 
-    from lenslrp.terminal import render
+    from lenslrp.views.terminal import render
 
     screen = console()
     screen.print(render(relevance))

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from lenslrp.cli_dictionary import add_dictionary
-from lenslrp.cli_evaluate import add_evaluate
-from lenslrp.cli_explain import add_explain
-from lenslrp.cli_options import (
+from lenslrp.cli.dictionary import add_dictionary
+from lenslrp.cli.evaluate import add_evaluate
+from lenslrp.cli.explain import add_explain
+from lenslrp.cli.options import (
     BAD_INPUT,
     NOT_COVERED,
     OK,
@@ -89,7 +89,7 @@ def _version() -> str:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from lenslrp.doctor import examine
+    from lenslrp.models.doctor import examine
 
     diagnosis = examine(load_model(options), composite(options.composite))
     console().print(diagnosis.render())

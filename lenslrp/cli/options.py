@@ -57,7 +57,7 @@ def load_model(options: argparse.Namespace) -> TransformerBridge:
     import torch
 
     from lenslrp.errors import InputError
-    from lenslrp.loading import load
+    from lenslrp.models.loading import load
 
     device = options.device
     if device is not None:

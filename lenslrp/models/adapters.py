@@ -15,15 +15,15 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from lenslrp.checkpoints import (
+from lenslrp.errors import LoadError, MissingExtraError
+from lenslrp.extras import require
+from lenslrp.models.checkpoints import (
     UNREADABLE,
     first_line,
     read_checkpoint,
     read_tokenizer,
     require_same,
 )
-from lenslrp.errors import LoadError, MissingExtraError
-from lenslrp.extras import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def read_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """What a directory or hub id holds, a model or an adapter of one.
 
-    ``options`` are those of :func:`lenslrp.checkpoints.read_checkpoint`.
+    ``options`` are those of :func:`lenslrp.models.checkpoints.read_checkpoint`.
 
     Raises:
         LoadError: see there; or an adapter that cannot be put on its model.

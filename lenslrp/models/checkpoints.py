@@ -21,9 +21,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from lenslrp.embedded import EMBEDDED
 from lenslrp.errors import LoadError
-from lenslrp.verifying import FAILURES
+from lenslrp.models.embedded import EMBEDDED
+from lenslrp.models.verifying import FAILURES
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable

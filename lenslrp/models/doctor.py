@@ -31,10 +31,10 @@ from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.hooks.rules import Rule
 from lenslrp.ledger import BALANCED, Ledger
+from lenslrp.models.verifying import Agreement
+from lenslrp.models.wrapped import agreement
 from lenslrp.sessions import Session
 from lenslrp.targets import Activation
-from lenslrp.verifying import Agreement
-from lenslrp.wrapped import agreement
 
 
 @dataclass(frozen=True, repr=False)

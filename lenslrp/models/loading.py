@@ -1,11 +1,11 @@
 """Getting a :class:`TransformerBridge`: by name, from memory, or as it is.
 
 Loading is a gate. What goes through it is the Hugging Face model itself: the checkpoint's own
-class with all of its weights (:mod:`lenslrp.checkpoints`), its tokenizer's own ids
-(:mod:`lenslrp.tokenization`), and a bridge whose outputs are the model's
-(:mod:`lenslrp.verifying`). By name and from memory are one way: what a name stands for is read, and
-then wrapped as a model in memory is. It ends with eager attention (so that patterns and scores have
-hook points that fire) and in evaluation mode.
+class with all of its weights (:mod:`lenslrp.models.checkpoints`), its tokenizer's own ids
+(:mod:`lenslrp.text.tokenization`), and a bridge whose outputs are the model's
+(:mod:`lenslrp.models.verifying`). By name and from memory are one way: what a name stands for is
+read, and then wrapped as a model in memory is. It ends with eager attention (so that patterns and
+scores have hook points that fire) and in evaluation mode.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ import transformers
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
-from lenslrp.adapters import inside_adapter, read_model
-from lenslrp.checkpoints import (
+from lenslrp.errors import InputError, LoadError
+from lenslrp.hooks.attention import call_the_module, own_attention
+from lenslrp.hooks.sharding import require_whole
+from lenslrp.models.adapters import inside_adapter, read_model
+from lenslrp.models.checkpoints import (
     first_line,
     over_devices,
     require_architecture,
     require_device,
     to_device,
 )
-from lenslrp.embedded import EMBEDDED, ensure_cached
-from lenslrp.errors import InputError, LoadError
-from lenslrp.hooks.attention import call_the_module, own_attention
-from lenslrp.hooks.sharding import require_whole
+from lenslrp.models.embedded import EMBEDDED, ensure_cached
+from lenslrp.models.verifying import FAILURES, Agreement, reference
+from lenslrp.models.wrapped import Wrapped, keep_names, recall, remember
 from lenslrp.quiet import quiet_transformers
-from lenslrp.tokenization import beginning, give_tokenizer
-from lenslrp.verifying import FAILURES, Agreement, reference
-from lenslrp.wrapped import Wrapped, keep_names, recall, remember
+from lenslrp.text.tokenization import beginning, give_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,8 +76,8 @@ def load(
         prepend_bos: whether text gets a beginning-of-sequence token. None: the ids are those that
             the tokenizer itself gives.
         verify: compare one short pass of the bridge with the model as it was before
-            (:mod:`lenslrp.verifying`), and refuse a bridge that computes something else. False
-            leaves out the two passes; models of more than 4e10 weights are not compared.
+            (:mod:`lenslrp.models.verifying`), and refuse a bridge that computes something else.
+            False leaves out the two passes; models of more than 4e10 weights are not compared.
 
     Raises:
         LoadError: what was given cannot be loaded; the message says why and what to do.

@@ -35,8 +35,8 @@ from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sites import Books
 from lenslrp.inputs import Batch, is_encoder_decoder
-from lenslrp.loading import load
 from lenslrp.logits import head_component, require_logits
+from lenslrp.models.loading import load
 from lenslrp.passes import Pass, starting, under_rules
 from lenslrp.reductions import Reduce, reduction_for
 from lenslrp.targets import Top

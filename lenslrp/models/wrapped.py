@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from lenslrp.errors import LoadError
-from lenslrp.verifying import Agreement, Reference, compare
+from lenslrp.models.verifying import Agreement, Reference, compare
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -6,8 +6,8 @@ import difflib
 from typing import Any
 
 from lenslrp.errors import InputError
-from lenslrp.spelling import Speller
-from lenslrp.words import pieces
+from lenslrp.text.spelling import Speller
+from lenslrp.text.words import pieces
 
 Token = str | int
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import regex
 
-from lenslrp.spelling import Speller, Spelling
+from lenslrp.text.spelling import Speller, Spelling
 
 CONTINUED = "⟨…⟩"
 """What a token shows in place of a character that began in a token before it."""

@@ -1,10 +1,10 @@
 """Token relevance in a terminal: coloured tokens where there is colour, signed numbers where not.
 
-The same scale and signs as the HTML heatmap (:mod:`lenslrp.heatmap`): red speaks for the target,
-blue against it. Below the text, the tokens with the largest relevance as a table with bars, so
-that a log file or a terminal without colour tells as much. Token text reaches the terminal only
+The same scale and signs as the HTML heatmap (:mod:`lenslrp.views.heatmap`): red speaks for the
+target, blue against it. Below the text, the tokens with the largest relevance as a table with bars,
+so that a log file or a terminal without colour tells as much. Token text reaches the terminal only
 as :class:`rich.text.Text` (no console markup) with control characters replaced
-(:mod:`lenslrp.visible_text`), so a prompt can neither colour, clear nor drive the screen.
+(:mod:`lenslrp.text.visible_text`), so a prompt can neither colour, clear nor drive the screen.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lenslrp.errors import InputError
-from lenslrp.heatmap import NEGATIVE, POSITIVE, Scale, as_row, colour_scale, signed
-from lenslrp.visible_text import visible
+from lenslrp.text.visible_text import visible
+from lenslrp.views.heatmap import NEGATIVE, POSITIVE, Scale, as_row, colour_scale, signed
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

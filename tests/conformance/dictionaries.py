@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from lenslrp.analysis.dictionary import NeuronDictionary
+from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 from tests.unit.tiny import WORDS, tiny, word_tokenizer
 
 OPTIONS: dict[str, Any] = {

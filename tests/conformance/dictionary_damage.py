@@ -31,11 +31,11 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
 from lenslrp.analysis import export_html, export_neuronpedia, page_html
-from lenslrp.analysis.dictionary import NeuronDictionary
-from lenslrp.analysis.jsonl import export_jsonl
-from lenslrp.analysis.storage import contents_sha256, file_record
-from lenslrp.analysis.unit_terminal import render_unit
-from lenslrp.analysis.work import FILES
+from lenslrp.analysis.common.storage import contents_sha256, file_record
+from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+from lenslrp.analysis.dictionary.export.jsonl import export_jsonl
+from lenslrp.analysis.dictionary.pages.terminal import render_unit
+from lenslrp.analysis.dictionary.work_folder import FILES
 from lenslrp.errors import InputError, LensLRPError
 from lenslrp.fingerprints import canonical
 from tests.conformance.dictionaries import OPTIONS, texts

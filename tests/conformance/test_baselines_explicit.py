@@ -15,7 +15,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-from lenslrp.analysis.baselines import attribute
+from lenslrp.analysis.attribution.methods import attribute
 from tests.conformance.test_explicit_llama import (
     TARGETS,
     TOKENS,

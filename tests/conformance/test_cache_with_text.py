@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import lenslrp
-from lenslrp.spelling import Spelling, str_token
 from lenslrp.targets import LogProb
-from lenslrp.words import words as words_of
+from lenslrp.text.spelling import Spelling, str_token
+from lenslrp.text.words import words as words_of
 from tests.conformance.families import FAMILIES, randomise
 
 PIECES = ["<pad>", "<s>", "?", " the", " cat", " sat", " on", " mat", "s", " un", "believ", "able"]

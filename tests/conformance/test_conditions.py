@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import lenslrp
-from lenslrp.analysis.coders import SparseCoder
-from lenslrp.analysis.conditions import through
-from lenslrp.analysis.dictionary import NeuronDictionary
-from lenslrp.analysis.readouts import sites_of
-from lenslrp.analysis.units import Direction, Head, Neuron, Unit
+from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+from lenslrp.analysis.passes.conditions import through
+from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.analysis.units.kinds import Direction, Head, Neuron, Unit
+from lenslrp.analysis.units.readers import sites_of
 from lenslrp.errors import InputError
 from tests.conformance.dictionaries import OPTIONS, build, model, texts
 from tests.unit.tiny import TOKENS, changes, snapshot, tiny

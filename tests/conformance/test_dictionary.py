@@ -12,14 +12,14 @@ import torch
 
 import lenslrp
 from lenslrp import targets
-from lenslrp.analysis.block_pass import target_positions
-from lenslrp.analysis.corpus import Corpus
-from lenslrp.analysis.dictionary import NeuronDictionary
-from lenslrp.analysis.job import prepare
-from lenslrp.analysis.launch import build_distributed, rank_and_world
-from lenslrp.analysis.replay import ReplayError
-from lenslrp.analysis.search import merge_shards, scan_shard
-from lenslrp.analysis.units import Head, Neuron
+from lenslrp.analysis.dictionary.block_pass import target_positions
+from lenslrp.analysis.dictionary.corpus import Corpus
+from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+from lenslrp.analysis.dictionary.job import prepare
+from lenslrp.analysis.dictionary.launch import build_distributed, rank_and_world
+from lenslrp.analysis.dictionary.replay import ReplayError
+from lenslrp.analysis.dictionary.scan import merge_shards, scan_shard
+from lenslrp.analysis.units.kinds import Head, Neuron
 from lenslrp.errors import InputError, StorageError
 from tests.conformance import zoo
 from tests.conformance.dictionaries import OPTIONS, build, contents, model, texts
@@ -318,7 +318,7 @@ def test_activations_alone_need_no_backward_pass(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a backward pass was run")
 
-    monkeypatch.setattr("lenslrp.analysis.block_pass.Session", refuse)
+    monkeypatch.setattr("lenslrp.analysis.dictionary.block_pass.Session", refuse)
     d = build(tmp_path / "d", criteria=("actmax", "deciles"))
     for criterion in ("actmax", "deciles"):
         mine, theirs = d[1, 3].examples(criterion), built[1, 3].examples(criterion)

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lenslrp.analysis.block_pass import Runner
-from lenslrp.analysis.corpus import Block
-from lenslrp.analysis.job import prepare
-from lenslrp.analysis.search import Job, Scanner, State, sampled_columns, scan_shard
-from lenslrp.analysis.storage import load_tensors
+from lenslrp.analysis.common.storage import load_tensors
+from lenslrp.analysis.dictionary.block_pass import Runner
+from lenslrp.analysis.dictionary.corpus import Block
+from lenslrp.analysis.dictionary.job import prepare
+from lenslrp.analysis.dictionary.scan import Job, Scanner, State, sampled_columns, scan_shard
 from lenslrp.errors import InputError
 from tests.conformance.dictionaries import OPTIONS, model, texts
 from tests.conformance.elsewhere import Waits, devices

@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 
-from lenslrp import cli, files
-from lenslrp.analysis import export_html, export_neuronpedia, work, write_page
-from lenslrp.analysis.dictionary import NeuronDictionary
-from lenslrp.analysis.job import prepare
-from lenslrp.analysis.jsonl import export_jsonl
-from lenslrp.analysis.launch import build_distributed
-from lenslrp.analysis.search import scan_shard
-from lenslrp.analysis.work import FILES, begin_work, shard_name, using
+from lenslrp import files
+from lenslrp.analysis import export_html, export_neuronpedia, write_page
+from lenslrp.analysis.dictionary import work_folder as work
+from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+from lenslrp.analysis.dictionary.export.jsonl import export_jsonl
+from lenslrp.analysis.dictionary.job import prepare
+from lenslrp.analysis.dictionary.launch import build_distributed
+from lenslrp.analysis.dictionary.scan import scan_shard
+from lenslrp.analysis.dictionary.work_folder import FILES, begin_work, shard_name, using
+from lenslrp.cli import main as cli
 from lenslrp.errors import StorageError
 from tests.conformance.dictionaries import OPTIONS, model, texts
 from tests.conformance.dictionary_damage import make
@@ -158,7 +160,7 @@ def test_what_comes_in_place_of_a_result_stays(tmp_path: Path) -> None:
 BEGIN = """
 import sys
 from pathlib import Path
-from lenslrp.analysis.work import begin_work, using
+from lenslrp.analysis.dictionary.work_folder import begin_work, using
 with using(begin_work(Path(sys.argv[1])), sys.argv[2]):
     print("ready", flush=True)
     sys.stdin.read()
@@ -324,7 +326,7 @@ def test_shards_from_the_command_line_are_held(
     tmp_path: Path, other: Callable[[str], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from lenslrp import loading
+    from lenslrp.models import loading
 
     monkeypatch.setattr(loading, "load", lambda *_, **__: model())
     (tmp_path / "c.txt").write_text("\n\n".join(texts(20)))

@@ -20,15 +20,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lenslrp.analysis.corpus import _part
-from lenslrp.analysis.dictionary import NeuronDictionary
-from lenslrp.analysis.job import prepare
-from lenslrp.analysis.plan import Plan
-from lenslrp.analysis.projections import project_places
-from lenslrp.analysis.replay import Entries, replay
-from lenslrp.analysis.search import merge_shards, scan_shard
-from lenslrp.analysis.storage import file_record, load_tensors, save_tensors
-from lenslrp.analysis.work import FILES
+from lenslrp.analysis.common.storage import file_record, load_tensors, save_tensors
+from lenslrp.analysis.dictionary.corpus import _part
+from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+from lenslrp.analysis.dictionary.job import prepare
+from lenslrp.analysis.dictionary.plan import Plan
+from lenslrp.analysis.dictionary.replay import Entries, replay
+from lenslrp.analysis.dictionary.scan import merge_shards, scan_shard
+from lenslrp.analysis.dictionary.vocabulary_lists import project_places
+from lenslrp.analysis.dictionary.work_folder import FILES
 from lenslrp.errors import StorageError
 from lenslrp.fingerprints import canonical
 from tests.conformance.dictionaries import OPTIONS, build, model, texts

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from lenslrp.analysis.block_pass import Runner
-from lenslrp.analysis.dictionary import NeuronDictionary
-from lenslrp.analysis.job import prepare
-from lenslrp.analysis.search import scan_shard
+from lenslrp.analysis.dictionary.block_pass import Runner
+from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+from lenslrp.analysis.dictionary.job import prepare
+from lenslrp.analysis.dictionary.scan import scan_shard
 from lenslrp.errors import StorageError
 from tests.conformance.dictionaries import OPTIONS, build, contents, model, texts
 from tests.conftest import ROOT

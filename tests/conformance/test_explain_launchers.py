@@ -30,7 +30,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 SCRIPT = """
 import sys
 import lenslrp
-from lenslrp.analysis.launch import rank_and_world
+from lenslrp.analysis.dictionary.launch import rank_and_world
 from tests.conformance.test_explain_launchers import PROMPTS, model
 lenslrp.explain_to(sys.argv[1], model(), PROMPTS, 5, shard=rank_and_world())
 """

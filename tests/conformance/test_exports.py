@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from lenslrp.analysis import exports
-from lenslrp.analysis.dictionary import NeuronDictionary
-from lenslrp.analysis.exports import export_html, export_neuronpedia, slug
-from lenslrp.analysis.units import Head
+from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+from lenslrp.analysis.dictionary.export import folders as exports
+from lenslrp.analysis.dictionary.export.folders import export_html, export_neuronpedia, slug
+from lenslrp.analysis.units.kinds import Head
 from lenslrp.errors import InputError, StorageError
 from tests.conformance.dictionaries import build, contents, model
 from tests.conformance.test_dictionary_hostile import forged, manifest

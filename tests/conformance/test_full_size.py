@@ -16,7 +16,7 @@ import transformers as hf
 from torch.profiler import ProfilerActivity, profile
 
 import lenslrp
-from lenslrp.surveying import Held
+from lenslrp.models.surveying import Held
 from tests.conformance.families import tokens
 
 

@@ -12,9 +12,9 @@ from matplotlib.text import Text
 
 import lenslrp
 from lenslrp import media
-from lenslrp.analysis.images import as_picture, elsewhere
-from lenslrp.analysis.plots import DARK
-from lenslrp.analysis.report import write_report
+from lenslrp.analysis.views.figures import DARK
+from lenslrp.analysis.views.images import as_picture, elsewhere
+from lenslrp.analysis.views.report import write_report
 from tests.conformance import zoo
 
 PHOTO = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)

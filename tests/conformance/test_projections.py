@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from lenslrp.analysis import Direction, Feature, Head, Neuron, SparseCoder, Unit, reads, writes
-from lenslrp.analysis import projections as module
-from lenslrp.analysis.dictionary import NeuronDictionary
-from lenslrp.analysis.job import prepare
-from lenslrp.analysis.launch import build_distributed
-from lenslrp.analysis.projections import ends_of_lists, project_places
+from lenslrp.analysis.dictionary import vocabulary_lists as module
+from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+from lenslrp.analysis.dictionary.job import prepare
+from lenslrp.analysis.dictionary.launch import build_distributed
+from lenslrp.analysis.dictionary.vocabulary_lists import ends_of_lists, project_places
 from lenslrp.errors import InputError, StorageError
 from tests.conformance import zoo
 from tests.conformance.dictionaries import OPTIONS, build, contents, model, texts

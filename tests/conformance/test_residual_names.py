@@ -16,8 +16,8 @@ from torch import Tensor
 
 import lenslrp
 from lenslrp.analysis import Direction, steer
-from lenslrp.analysis.intervene import Edit, edit_units
-from lenslrp.analysis.steering import Add
+from lenslrp.analysis.passes.intervene import Edit, edit_units
+from lenslrp.analysis.steering.operations import Add
 from lenslrp.hooks import Plain
 from lenslrp.targets import Activation
 from tests.conformance import zoo

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from lenslrp.analysis import page_html
-from lenslrp.analysis.dictionary import NeuronDictionary
-from lenslrp.analysis.finding import folded
-from lenslrp.analysis.unit_terminal import render_unit
-from lenslrp.words import joined
+from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+from lenslrp.analysis.dictionary.pages.terminal import render_unit
+from lenslrp.analysis.dictionary.text_search import folded
+from lenslrp.text.words import joined
 from tests.unit.tiny import tiny
 from tests.unit.tiny_tokenizers import LINES, SCRIPTS, tokenizer
 

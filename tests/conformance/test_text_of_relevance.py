@@ -14,10 +14,10 @@ import transformers as hf
 from rich.console import Console
 
 import lenslrp
-from lenslrp.analysis import plots
-from lenslrp.analysis.graph import attribution_graph
-from lenslrp.analysis.report import report_html
-from lenslrp.terminal import render
+from lenslrp.analysis.circuits.graph.graphs import attribution_graph
+from lenslrp.analysis.views import figures as plots
+from lenslrp.analysis.views.report import report_html
+from lenslrp.views.terminal import render
 from tests.unit.tiny import tiny
 from tests.unit.tiny_tokenizers import SCRIPTS, tokenizer
 

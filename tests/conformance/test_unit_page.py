@@ -16,14 +16,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import lenslrp
-from lenslrp.analysis.dictionary import NeuronDictionary
-from lenslrp.analysis.lens import Lens
-from lenslrp.analysis.unit_links import clamped, downstream, upstream
-from lenslrp.analysis.unit_page import fragment, page_html, write_page
-from lenslrp.analysis.unit_sentences import Scales, running
-from lenslrp.analysis.units import Direction, Head
+from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+from lenslrp.analysis.dictionary.pages.links import clamped, downstream, upstream
+from lenslrp.analysis.dictionary.pages.page import fragment, page_html, write_page
+from lenslrp.analysis.dictionary.pages.sentences import Scales, running
+from lenslrp.analysis.units.kinds import Direction, Head
+from lenslrp.analysis.units.lens import Lens
 from lenslrp.errors import InputError
-from lenslrp.visible_text import visible
+from lenslrp.text.visible_text import visible
 from tests.conformance.dictionaries import OPTIONS, build, model, texts
 from tests.unit.tiny import WORDS, tiny
 

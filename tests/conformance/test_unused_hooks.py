@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lenslrp
 from lenslrp.analysis import Direction, steer
-from lenslrp.analysis.steering import Add
+from lenslrp.analysis.steering.operations import Add
 from lenslrp.edits import Edit, edit_units
 from lenslrp.targets import Activation
 from lenslrp.unused import unused

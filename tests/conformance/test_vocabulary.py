@@ -21,9 +21,9 @@ from transformer_lens.tools.analysis import logit_readout
 
 import lenslrp
 from lenslrp.analysis import Direction, Head, Neuron, cosines, reads, writes
-from lenslrp.analysis.places import stack_name
-from lenslrp.analysis.readout import embedding, measure_gain, readout
-from lenslrp.analysis.vocabulary import project
+from lenslrp.analysis.units.locations import stack_name
+from lenslrp.analysis.units.projection import project
+from lenslrp.analysis.units.unembedding import embedding, measure_gain, readout
 from lenslrp.hooks.components import components, hook_points
 from tests.conformance import zoo
 from tests.conformance.families import tokens

@@ -36,9 +36,9 @@ from lenslrp.hooks.components import components
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.sites import TERMS
 from lenslrp.inputs import prepare
+from lenslrp.models.verifying import difference, output_of, short_input
 from lenslrp.targets import Activation
-from lenslrp.tokenization import give_tokenizer
-from lenslrp.verifying import difference, output_of, short_input
+from lenslrp.text.tokenization import give_tokenizer
 from tests.conformance import zoo_media
 from tests.conformance.families import randomise, tokens
 from tests.conformance.zoo_configs import (

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lenslrp.analysis.finding import folded, indexed, terms
-from lenslrp.heatmap import token_heatmap
-from lenslrp.spelling import Speller
-from lenslrp.words import CONTINUED, joined, pieces, read_row, words
+from lenslrp.analysis.dictionary.text_search import folded, indexed, terms
+from lenslrp.text.spelling import Speller
+from lenslrp.text.words import CONTINUED, joined, pieces, read_row, words
+from lenslrp.views.heatmap import token_heatmap
 from tests.unit.tiny_tokenizers import KINDS, LINES, tokenizer
 
 WORDS = sorted({word for line in LINES for word in line.split()})

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoTokenizer
 
 import lenslrp
-from lenslrp.embedded import ensure_cached
-from lenslrp.tokenization import tokenize
-from lenslrp.wrapped import agreement
+from lenslrp.models.embedded import ensure_cached
+from lenslrp.models.wrapped import agreement
+from lenslrp.text.tokenization import tokenize
 
 pytestmark = pytest.mark.real
 

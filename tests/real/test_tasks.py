@@ -11,9 +11,9 @@ import torch
 
 import lenslrp
 from lenslrp import targets
-from lenslrp.analysis.evaluation import evaluate
-from lenslrp.analysis.records import in_order, read_records
-from lenslrp.analysis.tasks import TASKS, Unfit
+from lenslrp.analysis.common.records import in_order, read_records
+from lenslrp.analysis.evaluation.harness import evaluate
+from lenslrp.analysis.evaluation.tasks import TASKS, Unfit
 
 pytestmark = pytest.mark.real
 

@@ -23,8 +23,8 @@ import torch
 from onnx import helper, numpy_helper
 from transformers import AutoTokenizer, T5ForConditionalGeneration, ViTModel
 
-from lenslrp.embedded import EMBEDDED, ensure_cached
-from lenslrp.fetching import fetch
+from lenslrp.models.embedded import EMBEDDED, ensure_cached
+from lenslrp.models.fetching import fetch
 from lenslrp.quiet import quiet_transformers
 
 QUESTIONS = (

@@ -42,7 +42,7 @@ class Pair:
         return self.reads(self.run(inputs).logits)[torch.arange(2), TARGETS]
 
     def explain(self, method: str, **options: Any) -> Any:
-        from lenslrp.analysis.baselines import attribute
+        from lenslrp.analysis.attribution.methods import attribute
 
         return attribute(method, self.bridge, target=TARGETS, **self.given, **options)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import lenslrp
-from lenslrp.analysis.baselines import METHODS, Attribution, Method, attribute
-from lenslrp.analysis.question import ask
+from lenslrp.analysis.attribution.methods import METHODS, Attribution, Method, attribute
+from lenslrp.analysis.passes.problems import ask
 from lenslrp.errors import InputError, MissingExtraError
 from lenslrp.targets import Activation, Custom, LogitDiff, Sequence
 from tests.conformance import zoo
@@ -202,7 +202,7 @@ def test_learned_positions_are_added_to_their_tokens() -> None:
 
 def test_an_image_without_a_cls_token_is_read_at_the_mean_of_its_patches() -> None:
     """Made so by taking CLS's row and column out of what is carried."""
-    from lenslrp.analysis.baselines_attention import _rows
+    from lenslrp.analysis.attribution.attention import _rows
 
     question = ask(vit().bridge, target=[5, 7], **vit().given)
     rows = _rows(question, torch.zeros(2, 6, 6), None)

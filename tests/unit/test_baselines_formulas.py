@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lenslrp.analysis.baselines import attribute
-from lenslrp.analysis.baselines_perturbation import coalitions, solved
+from lenslrp.analysis.attribution.methods import attribute
+from lenslrp.analysis.attribution.perturbation import coalitions, solved
 from tests.unit.baseline_models import PAIRS, TARGETS, WRITTEN, Pair, language, t5
 from tests.unit.tiny import TOKENS
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from lenslrp.analysis.baselines import attribute
-from lenslrp.analysis.perturb import tokens_of
-from lenslrp.analysis.prompts import as_prompt
+from lenslrp.analysis.attribution.methods import attribute
+from lenslrp.analysis.evaluation.features import tokens_of
+from lenslrp.analysis.passes.prompts import as_prompt
 from tests.conftest import ROOT
 from tests.unit.tiny import TOKENS, tiny
 

@@ -11,10 +11,10 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from lenslrp.checkpoints import require_device
-from lenslrp.cli import main
+from lenslrp.cli.main import main
 from lenslrp.errors import LoadError
-from lenslrp.loading import load
+from lenslrp.models.checkpoints import require_device
+from lenslrp.models.loading import load
 from tests.conformance.families import randomise
 from tests.conformance.zoo import plain, tokenizers
 from tests.unit.tiny import TOKENS

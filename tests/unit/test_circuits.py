@@ -13,10 +13,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslrp import AttnLRP, InputError, session
-from lenslrp.analysis.circuits import METHODS, score_nodes
-from lenslrp.analysis.cut_pass import coefficients
-from lenslrp.analysis.nodes import COMPONENTS, Node, as_units, place_components
-from lenslrp.analysis.pairs import Pairs
+from lenslrp.analysis.circuits.nodes import COMPONENTS, Node, as_units, place_components
+from lenslrp.analysis.circuits.pairs import Pairs
+from lenslrp.analysis.circuits.scores import METHODS, score_nodes
+from lenslrp.analysis.circuits.segments import coefficients
 from lenslrp.hooks import CPLRP, GradientTimesInput
 from tests.unit.tiny import HEADS, changes, snapshot, tiny
 

@@ -7,12 +7,15 @@ import shutil
 
 import pytest
 
-from lenslrp import cli, cli_dictionary, loading
-from lenslrp.analysis import exports, job, plan
-from lenslrp.analysis.block_pass import TARGETS
-from lenslrp.analysis.dictionary import NeuronDictionary
-from lenslrp.analysis.unit_page import page_html
-from lenslrp.visible_text import visible
+from lenslrp.analysis.dictionary import job, plan
+from lenslrp.analysis.dictionary.block_pass import TARGETS
+from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+from lenslrp.analysis.dictionary.export import folders as exports
+from lenslrp.analysis.dictionary.pages.page import page_html
+from lenslrp.cli import dictionary as cli_dictionary
+from lenslrp.cli import main as cli
+from lenslrp.models import loading
+from lenslrp.text.visible_text import visible
 from tests.conformance.dictionaries import contents, model, texts
 
 OPTIONS = ["--sites", "mlp.hook_post", "attn.hook_z", "--k", "3", "--context", "12"]
@@ -111,7 +114,7 @@ def test_a_launcher_shares_out_by_itself(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     asked = []
     monkeypatch.setattr(
-        "lenslrp.analysis.launch.build_distributed",
+        "lenslrp.analysis.dictionary.launch.build_distributed",
         lambda model, corpus, path, **options: asked.append(options),
     )
     assert cli.main(build(folder, tmp_path / "d")) == 0
@@ -134,7 +137,9 @@ def test_each_process_of_a_launcher_has_its_own_gpu(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     asked = []
     monkeypatch.setattr(loading, "load", lambda name, **options: asked.append(options["device"]))
-    monkeypatch.setattr("lenslrp.analysis.launch.build_distributed", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "lenslrp.analysis.dictionary.launch.build_distributed", lambda *_, **__: None
+    )
     assert cli.main(build(folder, tmp_path / "d", *given)) == 0
     assert asked == [device]
 
@@ -224,7 +229,7 @@ def test_nothing_found_is_said_beside_the_results(folder, capsys):
 def test_tokens_reach_the_terminal_as_text(folder, tmp_path, capsys, monkeypatch):
     """Neither rich's markup nor control characters act, whatever a stranger's token is."""
     evil = "[red]\x1b[2Jx[/red]"
-    monkeypatch.setattr("lenslrp.analysis.texts.Texts.token", lambda self, token: evil)
+    monkeypatch.setattr("lenslrp.analysis.dictionary.texts.Texts.token", lambda self, token: evil)
     for command in (["show", "d", "1,3"], ["search", "d", "c", "--by", "writes"]):
         assert cli.main(["dictionary", *command]) == 0
         printed = capsys.readouterr().out

@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 
 import lenslrp
-from lenslrp import cli, explaining_file, loading
+from lenslrp import explaining_file
+from lenslrp.cli import main as cli
 from lenslrp.errors import InputError
 from lenslrp.explaining import NOTHING, windows
+from lenslrp.models import loading
 from lenslrp.prompt_file import prompts_of
 from tests.unit.tiny import tiny, word_tokenizer
 

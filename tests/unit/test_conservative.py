@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import lenslrp
-from lenslrp.heatmap import token_heatmap
 from lenslrp.hooks.components import components
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.rules import Identity
@@ -18,6 +17,7 @@ from lenslrp.hooks.sites import Site
 from lenslrp.leaves import Leaves
 from lenslrp.passes import Pass
 from lenslrp.reductions import OverFeatures
+from lenslrp.views.heatmap import token_heatmap
 from tests.conformance import zoo
 from tests.unit.tiny import TOKENS, tiny, word_tokenizer
 

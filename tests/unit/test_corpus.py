@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lenslrp.analysis import corpus as module
-from lenslrp.analysis.corpus import Corpus, Cut, tokenise
-from lenslrp.analysis.corpus_files import describe_corpus, texts_of
+from lenslrp.analysis.dictionary import corpus as module
+from lenslrp.analysis.dictionary.corpus import Corpus, Cut, tokenise
+from lenslrp.analysis.dictionary.sources import describe_corpus, texts_of
 from lenslrp.errors import InputError, StorageError
 from tests.unit.tiny import word_tokenizer
 

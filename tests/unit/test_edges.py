@@ -12,12 +12,12 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
-from lenslrp.analysis.circuits import score_nodes
-from lenslrp.analysis.cut_pass import EMBEDDINGS, coefficients, cut
-from lenslrp.analysis.edges import Edge, score_edges
-from lenslrp.analysis.nodes import TARGET, Node, place_components
-from lenslrp.analysis.pairs import Pairs
-from lenslrp.analysis.transformer_lens_results import to_transformer_lens
+from lenslrp.analysis.circuits.edges import Edge, score_edges
+from lenslrp.analysis.circuits.export import to_transformer_lens
+from lenslrp.analysis.circuits.nodes import TARGET, Node, place_components
+from lenslrp.analysis.circuits.pairs import Pairs
+from lenslrp.analysis.circuits.scores import score_nodes
+from lenslrp.analysis.circuits.segments import EMBEDDINGS, coefficients, cut
 from lenslrp.errors import InputError
 from lenslrp.hooks import CPLRP, AttnLRP, Composite, GradientTimesInput, RelP
 from lenslrp.inputs import prepare

@@ -16,11 +16,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from lenslrp import embedded, fetching
-from lenslrp.embedded import ensure_cached, find_fault
 from lenslrp.errors import LoadError
-from lenslrp.fetching import EmbeddedModel, PackagedFile
 from lenslrp.files import host
+from lenslrp.models import embedded, fetching
+from lenslrp.models.embedded import ensure_cached, find_fault
+from lenslrp.models.fetching import EmbeddedModel, PackagedFile
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = b"weights of a tiny model" * 100

@@ -12,19 +12,23 @@ import pytest
 import torch
 
 import lenslrp
-from lenslrp import cli, cli_evaluate, loading, targets
-from lenslrp.analysis import baselines, records
-from lenslrp.analysis.baselines import Method
-from lenslrp.analysis.evaluation import Perturbation, evaluate
-from lenslrp.analysis.faithfulness import aopc, aopc_bounds, curves, normalised_aopc
-from lenslrp.analysis.perturb import tokens_of
-from lenslrp.analysis.perturb_parts import patches_of
-from lenslrp.analysis.prompts import as_prompt
-from lenslrp.analysis.results import JOURNAL, PARQUET, Results
-from lenslrp.analysis.statistics import bootstrap
-from lenslrp.analysis.tasks import IMAGES, LABELS, REVIEW, TASKS, Task, Unfit, image_task
-from lenslrp.analysis.templates import agreement, indirect_objects
+from lenslrp import targets
+from lenslrp.analysis.attribution import methods as baselines
+from lenslrp.analysis.attribution.methods import Method
+from lenslrp.analysis.common import records
+from lenslrp.analysis.common.statistics import bootstrap
+from lenslrp.analysis.common.templates import agreement, indirect_objects
+from lenslrp.analysis.evaluation.faithfulness import aopc, aopc_bounds, curves, normalised_aopc
+from lenslrp.analysis.evaluation.features import tokens_of
+from lenslrp.analysis.evaluation.harness import Perturbation, evaluate
+from lenslrp.analysis.evaluation.model_features import patches_of
+from lenslrp.analysis.evaluation.results import JOURNAL, PARQUET, Results
+from lenslrp.analysis.evaluation.tasks import IMAGES, LABELS, REVIEW, TASKS, Task, Unfit, image_task
+from lenslrp.analysis.passes.prompts import as_prompt
+from lenslrp.cli import evaluate as cli_evaluate
+from lenslrp.cli import main as cli
 from lenslrp.errors import InputError, StorageError
+from lenslrp.models import loading
 from tests.conformance import zoo
 from tests.unit.tiny import WORDS, tiny, word_tokenizer
 

@@ -19,12 +19,15 @@ import pytest
 import torch
 
 import lenslrp
-from lenslrp import analysis, cli, embedded, loading
-from lenslrp.analysis import image_files, launch
-from lenslrp.analysis.curve_plot import perturbation_curves
-from lenslrp.analysis.plots import LIGHT, new_figure, plot
-from lenslrp.analysis.report import report_html, write_report
+from lenslrp import analysis
+from lenslrp.analysis.dictionary import launch
+from lenslrp.analysis.evaluation import image_files
+from lenslrp.analysis.evaluation.figures import perturbation_curves
+from lenslrp.analysis.views.figures import LIGHT, new_figure, plot
+from lenslrp.analysis.views.report import report_html, write_report
+from lenslrp.cli import main as cli
 from lenslrp.extras import EXTRAS, require
+from lenslrp.models import embedded, loading
 from tests.conftest import ROOT
 from tests.unit.fake_relevance import fake_relevance
 from tests.unit.tiny import TOKENS, tiny, word_tokenizer
@@ -99,7 +102,7 @@ def test_an_extras_package_is_asked_for_before_it_is_imported() -> None:
             and getattr(call.func, "id", "") in ("require", "new_figure", "_gguf")
         ]
         before = any(line < node.lineno for line in asked)
-        converter = file == "lenslrp/onnx_weights.py"  # ensure_cached has asked
+        converter = file == "lenslrp/models/onnx_weights.py"  # ensure_cached has asked
         assert before or function.name in CALLED_LATER or converter, f"{file}: {function.name}"
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lenslrp.analysis import faithfulness as faith
-from lenslrp.analysis.perturb import Features, Masks
-from lenslrp.analysis.prompts import Values
+from lenslrp.analysis.evaluation import faithfulness as faith
+from lenslrp.analysis.evaluation.features import Features, Masks
+from lenslrp.analysis.passes.prompts import Values
 from lenslrp.errors import InputError
 
 WEIGHTS = np.array([1.0, 4.0, -2.0, 3.0])

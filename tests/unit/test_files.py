@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 
 from lenslrp import files
-from lenslrp.analysis.journal import resumed
-from lenslrp.analysis.storage import save_json, save_tensors
-from lenslrp.analysis.texts import write_texts
+from lenslrp.analysis.common.journal import resumed
+from lenslrp.analysis.common.storage import save_json, save_tensors
+from lenslrp.analysis.dictionary.texts import write_texts
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import HTML, make_folder, parquet_writer, replaced, require_ours, whole
 from tests.conftest import ROOT

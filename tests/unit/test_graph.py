@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import lenslrp
-from lenslrp.analysis.graph import AttributionGraph, attribution_graph
-from lenslrp.analysis.graph_flows import ABSORBED
-from lenslrp.analysis.graph_pruning import influences, influential, strongest
+from lenslrp.analysis.circuits.graph.gradients import ABSORBED
+from lenslrp.analysis.circuits.graph.graphs import AttributionGraph, attribution_graph
+from lenslrp.analysis.circuits.graph.pruning import influences, influential, strongest
 from lenslrp.errors import InputError
 from lenslrp.hooks import CPLRP, AttnLRP, Composite, RelP
 from lenslrp.targets import Activation, Logit, LogitDiff, LogProb, Sequence

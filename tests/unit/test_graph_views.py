@@ -15,16 +15,16 @@ import pytest
 import torch
 
 import lenslrp
-from lenslrp.analysis.circuitsvis_safe import attention_relevance
-from lenslrp.analysis.graph import AttributionGraph, attribution_graph
-from lenslrp.analysis.graph_export import pairing
-from lenslrp.analysis.graph_layout import ABREAST, HEIGHT, WIDTH, lay_out
-from lenslrp.analysis.graph_picture import graph_svg
-from lenslrp.analysis.plots import DARK
-from lenslrp.analysis.question import Passes
+from lenslrp.analysis.circuits.graph.export import pairing
+from lenslrp.analysis.circuits.graph.graphs import AttributionGraph, attribution_graph
+from lenslrp.analysis.circuits.graph.layout import ABREAST, HEIGHT, WIDTH, lay_out
+from lenslrp.analysis.circuits.graph.picture import graph_svg
+from lenslrp.analysis.passes.problems import Passes
+from lenslrp.analysis.views.circuitsvis import attention_relevance
+from lenslrp.analysis.views.figures import DARK
 from lenslrp.errors import InputError
 from lenslrp.targets import Explained, Logit, LogitDiff
-from lenslrp.visible_text import visible
+from lenslrp.text.visible_text import visible
 from tests.unit.fake_relevance import NASTY
 from tests.unit.tiny import tiny, word_tokenizer
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lenslrp.errors import InputError
-from lenslrp.heatmap import colour_scale, signed, token_heatmap
-from lenslrp.visible_text import visible
+from lenslrp.text.visible_text import visible
+from lenslrp.views.heatmap import colour_scale, signed, token_heatmap
 from tests.unit.fake_relevance import EIFFEL, EIFFEL_RELEVANCE, NASTY
 
 OURS = {

@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import lenslrp
-from lenslrp import cli
-from lenslrp.analysis.image_files import read_images
+from lenslrp.analysis.evaluation.image_files import read_images
+from lenslrp.cli import main as cli
 from lenslrp.errors import InputError
 from tests.conformance import zoo
 

@@ -23,12 +23,12 @@ SETUP = f"""
 import sys, tempfile
 sys.path.insert(0, {str(ROOT)!r})
 import torch, lenslrp
-from lenslrp.analysis.circuits import score_nodes
-from lenslrp.analysis.dictionary import NeuronDictionary
-from lenslrp.analysis.pairs import Pairs
-from lenslrp.analysis.steering import Scale
-from lenslrp.analysis.steering_sweep import sweep
-from lenslrp.analysis.units import Neuron
+from lenslrp.analysis.circuits.scores import score_nodes
+from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+from lenslrp.analysis.circuits.pairs import Pairs
+from lenslrp.analysis.steering.operations import Scale
+from lenslrp.analysis.steering.sweeps import sweep
+from lenslrp.analysis.units.kinds import Neuron
 from tests.unit.tiny import TOKENS, changes, snapshot, tiny, word_tokenizer
 model = tiny("llama", tokenizer=word_tokenizer())
 pairs = Pairs(TOKENS[:1], TOKENS[1:], torch.ones(1, 6, dtype=torch.bool),

@@ -22,7 +22,7 @@ from lenslrp.analysis import (
     fit_ridge_lens,
     writes,
 )
-from lenslrp.analysis.lens_fit import _batches
+from lenslrp.analysis.units.lens_fit import _batches
 from lenslrp.errors import InputError
 from tests.conformance import zoo
 from tests.unit.tiny import tiny, word_tokenizer

@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lenslrp.conversation import chat
 from lenslrp.errors import InputError, LoadError
-from lenslrp.loading import load
+from lenslrp.models.loading import load
+from lenslrp.text.conversation import chat
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["<s>", "</s>", "the", "cat", "sat", "user", "assistant", ":"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import lenslrp
-from lenslrp.analysis.naming import Example, Provider, area_under_roc, name_unit
-from lenslrp.analysis.providers import LanguageModel, TokenRule
+from lenslrp.analysis.dictionary.naming.names import Example, Provider, area_under_roc, name_unit
+from lenslrp.analysis.dictionary.naming.providers import LanguageModel, TokenRule
 from tests.unit.tiny import tiny, word_tokenizer
 
 

@@ -18,13 +18,13 @@ ENGINE = {
 """The files that run the model, beside those of ``hooks/``."""
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("lenslrp/verifying.py", "reference"): (
+    ("lenslrp/models/verifying.py", "reference"): (
         "the comparison before wrapping: what Hugging Face's model gives, which is no bridge yet"
     ),
-    ("analysis/tasks.py", "generate"): (
+    ("analysis/evaluation/tasks.py", "generate"): (
         "generation: Hugging Face's loop, with its own key-value cache, writes the model's answer"
     ),
-    ("analysis/steering_sweep.py", "_Prompts.read"): (
+    ("analysis/steering/sweeps.py", "_Prompts.read"): (
         "generation: TransformerLens' loop writes the continuations that are read"
     ),
     ("lenslrp/followed.py", "follow"): (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lenslrp.errors import LoadError
-from lenslrp.onnx_weights import _positions, convert_vit, read_onnx
+from lenslrp.models.onnx_weights import _positions, convert_vit, read_onnx
 
 onnx = pytest.importorskip("onnx", reason='needs the onnx package: pip install "lenslrp[demo]"')
 

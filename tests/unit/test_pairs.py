@@ -11,7 +11,7 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lenslrp import InputError
-from lenslrp.analysis.pairs import TEMPLATES, Pairs, template_pairs
+from lenslrp.analysis.circuits.pairs import TEMPLATES, Pairs, template_pairs
 from tests.unit.tiny import tiny, word_tokenizer
 
 

@@ -11,10 +11,15 @@ from torch import Tensor
 
 import lenslrp
 from lenslrp import targets
-from lenslrp.analysis.faithfulness import curves, token_curves
-from lenslrp.analysis.perturb import token_values, tokens_of
-from lenslrp.analysis.perturb_parts import heads_of, neurons_of, patches_of, unit_relevance
-from lenslrp.analysis.prompts import as_prompt
+from lenslrp.analysis.evaluation.faithfulness import curves, token_curves
+from lenslrp.analysis.evaluation.features import token_values, tokens_of
+from lenslrp.analysis.evaluation.model_features import (
+    heads_of,
+    neurons_of,
+    patches_of,
+    unit_relevance,
+)
+from lenslrp.analysis.passes.prompts import as_prompt
 from lenslrp.errors import InputError
 from tests.conformance import zoo
 from tests.unit.tiny import changes, snapshot, tiny, word_tokenizer

@@ -18,23 +18,23 @@ import transformers as hf
 from torch import Tensor
 
 import lenslrp
-from lenslrp.analysis import plots
-from lenslrp.analysis.baselines_attention import attention_rollout
-from lenslrp.analysis.circuits import score_nodes
-from lenslrp.analysis.edges import score_edges
-from lenslrp.analysis.graph import attribution_graph
-from lenslrp.analysis.intervene import Edit, edit_units
-from lenslrp.analysis.nodes import Node
-from lenslrp.analysis.pairs import Pairs
-from lenslrp.analysis.perturb import tokens_of
-from lenslrp.analysis.prompts import as_prompt
-from lenslrp.analysis.question import ask
-from lenslrp.analysis.steering import Ablate, steer
-from lenslrp.analysis.units import Neuron
+from lenslrp.analysis.attribution.attention import attention_rollout
+from lenslrp.analysis.circuits.edges import score_edges
+from lenslrp.analysis.circuits.graph.graphs import attribution_graph
+from lenslrp.analysis.circuits.nodes import Node
+from lenslrp.analysis.circuits.pairs import Pairs
+from lenslrp.analysis.circuits.scores import score_nodes
+from lenslrp.analysis.evaluation.features import tokens_of
+from lenslrp.analysis.passes.intervene import Edit, edit_units
+from lenslrp.analysis.passes.problems import ask
+from lenslrp.analysis.passes.prompts import as_prompt
+from lenslrp.analysis.steering.operations import Ablate, steer
+from lenslrp.analysis.units.kinds import Neuron
+from lenslrp.analysis.views import figures as plots
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
-from lenslrp.heatmap import token_heatmap
 from lenslrp.targets import Activation, Contrastive, Logit, LogitDiff, LogProb, Top
+from lenslrp.views.heatmap import token_heatmap
 from tests.conformance import zoo, zoo_media
 from tests.unit.tiny import tiny, word_tokenizer
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslrp import InputError
-from lenslrp.analysis.circuit_plot import faithfulness_curves, head_scores
-from lenslrp.analysis.circuits import NodeScores, score_nodes
-from lenslrp.analysis.nodes import Node
-from lenslrp.analysis.pairs import Pairs
-from lenslrp.analysis.pruning import (
+from lenslrp.analysis.circuits.figures import faithfulness_curves, head_scores
+from lenslrp.analysis.circuits.nodes import Node
+from lenslrp.analysis.circuits.pairs import Pairs
+from lenslrp.analysis.circuits.pruning import (
     Circuit,
     completeness,
     faithfulness_curve,
@@ -27,6 +26,7 @@ from lenslrp.analysis.pruning import (
     prune,
     verify,
 )
+from lenslrp.analysis.circuits.scores import NodeScores, score_nodes
 from tests.unit.test_circuits import LENGTHS, gap, some_pairs
 from tests.unit.tiny import changes, snapshot, tiny
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from lenslrp.analysis import circuitsvis_safe, plots, report
+from lenslrp.analysis.views import circuitsvis as circuitsvis_safe
+from lenslrp.analysis.views import figures as plots
+from lenslrp.analysis.views import report
 from lenslrp.errors import InputError
-from lenslrp.visible_text import visible
+from lenslrp.text.visible_text import visible
 from tests.unit.fake_relevance import EIFFEL, NASTY, fake_relevance
 from tests.unit.test_heatmap import Page
 

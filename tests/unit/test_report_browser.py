@@ -10,13 +10,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lenslrp.analysis.circuitsvis_safe import Page as VisPage
-from lenslrp.analysis.circuitsvis_safe import attention_heads, colored_tokens
-from lenslrp.analysis.dictionary import NeuronDictionary
-from lenslrp.analysis.report import report_html
-from lenslrp.analysis.unit_page import page_html
-from lenslrp.heatmap import token_heatmap
-from lenslrp.visible_text import visible
+from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+from lenslrp.analysis.dictionary.pages.page import page_html
+from lenslrp.analysis.views.circuitsvis import Page as VisPage
+from lenslrp.analysis.views.circuitsvis import attention_heads, colored_tokens
+from lenslrp.analysis.views.report import report_html
+from lenslrp.text.visible_text import visible
+from lenslrp.views.heatmap import token_heatmap
 from tests.conformance.dictionaries import OPTIONS
 from tests.unit.fake_relevance import NASTY, fake_relevance
 from tests.unit.test_graph_views import wide

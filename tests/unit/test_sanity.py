@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lenslrp.analysis.sanity import randomisation, sensitivity, shuffled
-from lenslrp.analysis.statistics import spearman
+from lenslrp.analysis.common.statistics import spearman
+from lenslrp.analysis.evaluation.sanity import randomisation, sensitivity, shuffled
 from lenslrp.errors import InputError
 from tests.unit.tiny import TOKENS, changes, own_relevance, snapshot, tiny
 

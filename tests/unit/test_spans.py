@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lenslrp.analysis import spans
+from lenslrp.analysis.evaluation import spans
 from lenslrp.errors import InputError
 from tests.unit.tiny import tiny, word_tokenizer
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import transformers as hf
 
-from lenslrp.spelling import Speller, Spelling, standing, str_token
-from lenslrp.words import CONTINUED, joined, piece_at, pieces, words
+from lenslrp.text.spelling import Speller, Spelling, standing, str_token
+from lenslrp.text.words import CONTINUED, joined, piece_at, pieces, words
 from tests.unit.tiny_tokenizers import KINDS, LINES, slow_wordpiece, tokenizer
 
 TEXTS = [*LINES, "The Eiffels isn't  in Łódź", "cafe\u0301 e\u0301", "a\nb\t\tc  d", " two "]

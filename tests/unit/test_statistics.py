@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lenslrp.analysis import statistics
-from lenslrp.analysis.journal import resumed
+from lenslrp.analysis.common import statistics
+from lenslrp.analysis.common.journal import resumed
 from lenslrp.errors import InputError, StorageError
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
-from lenslrp.analysis.coders import SparseCoder
-from lenslrp.analysis.steering import (
+from lenslrp.analysis.steering.operations import (
     Ablate,
     Add,
     Clamp,
@@ -23,7 +22,8 @@ from lenslrp.analysis.steering import (
     Steering,
     steer,
 )
-from lenslrp.analysis.units import Direction, Feature, Head, Neuron
+from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.analysis.units.kinds import Direction, Feature, Head, Neuron
 from lenslrp.errors import InputError
 from tests.unit.tiny import TOKENS, changes, snapshot, tiny, word_tokenizer
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import lenslrp
-from lenslrp.analysis.coders import SparseCoder
-from lenslrp.analysis.directions import (
+from lenslrp.analysis.steering.directions import (
     mean_activation,
     mean_difference,
     relevance_direction,
@@ -20,8 +19,7 @@ from lenslrp.analysis.directions import (
     unembedding_direction,
     written_by,
 )
-from lenslrp.analysis.steering import Ablate, Add, Clamp, ProjectOut, Scale, Steering, steer
-from lenslrp.analysis.steering_files import (
+from lenslrp.analysis.steering.files import (
     load_control_vector,
     load_steering,
     save_control_vector,
@@ -29,7 +27,17 @@ from lenslrp.analysis.steering_files import (
     steering_from_json,
     steering_to_json,
 )
-from lenslrp.analysis.units import Direction, Feature, Head, Neuron
+from lenslrp.analysis.steering.operations import (
+    Ablate,
+    Add,
+    Clamp,
+    ProjectOut,
+    Scale,
+    Steering,
+    steer,
+)
+from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.analysis.units.kinds import Direction, Feature, Head, Neuron
 from lenslrp.errors import InputError, StorageError
 from tests.unit.tiny import TOKENS, tiny, word_tokenizer
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslrp.analysis.steering import Ablate, Add, Clamp, Moving, Scale, steer
-from lenslrp.analysis.steering_sweep import sweep
-from lenslrp.analysis.sweep_result import LABELS, SweepResult
-from lenslrp.analysis.units import Direction, Head, Neuron
+from lenslrp.analysis.steering.operations import Ablate, Add, Clamp, Moving, Scale, steer
+from lenslrp.analysis.steering.result import LABELS, SweepResult
+from lenslrp.analysis.steering.sweeps import sweep
+from lenslrp.analysis.units.kinds import Direction, Head, Neuron
 from lenslrp.errors import InputError
 from tests.unit.tiny import tiny, word_tokenizer
 
@@ -97,7 +97,7 @@ def test_a_neutral_strength_is_the_base_model_for_every_kind(operation: Moving) 
 def test_placebos_step_exactly_as_far_and_elsewhere(
     operation: Moving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lenslrp.analysis.steering_sweep as module
+    import lenslrp.analysis.steering.sweeps as module
 
     model, tried = model_(), []
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lenslrp.analysis import storage
-from lenslrp.analysis.storage import (
+from lenslrp.analysis.common import storage
+from lenslrp.analysis.common.storage import (
     check_files,
     file_record,
     load_json,

@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 from lenslrp.errors import InputError
-from lenslrp.terminal import render
-from lenslrp.visible_text import visible
+from lenslrp.text.visible_text import visible
+from lenslrp.views.terminal import render
 from tests.unit.fake_relevance import NASTY, fake_relevance
 from tests.unit.test_heatmap import UNSEEN
 

@@ -17,13 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 import lenslrp
 from lenslrp import analysis
-from lenslrp.analysis.pairs import Pairs
-from lenslrp.analysis.perturb import tokens_of
-from lenslrp.analysis.perturb_parts import heads_of
-from lenslrp.analysis.prompts import Prompt, as_prompt, prompt_logits
-from lenslrp.analysis.vocabulary import project
-from lenslrp.doctor import examine
+from lenslrp.analysis.circuits.pairs import Pairs
+from lenslrp.analysis.evaluation.features import tokens_of
+from lenslrp.analysis.evaluation.model_features import heads_of
+from lenslrp.analysis.passes.prompts import Prompt, as_prompt, prompt_logits
+from lenslrp.analysis.units.projection import project
 from lenslrp.hooks import turns
+from lenslrp.models.doctor import examine
 from tests.unit.another_thread import PATIENCE, another_thread
 from tests.unit.tiny import TOKENS, changes, own_relevance, plain_gradients, snapshot, tiny
 

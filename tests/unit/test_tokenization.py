@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import lenslrp
 from lenslrp.errors import InputError, LoadError
-from lenslrp.tokenization import beginning, give_tokenizer, prepends, tokenize
+from lenslrp.text.tokenization import beginning, give_tokenizer, prepends, tokenize
 from tests.conformance.zoo import tokenizers
 from tests.unit.test_checkpoint_files import llama
 

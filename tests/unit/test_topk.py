@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lenslrp.analysis.topk import (
+from lenslrp.analysis.dictionary.topk import (
     EMPTY,
     Spans,
     TopK,

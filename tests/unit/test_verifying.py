@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-from lenslrp import verifying
-from lenslrp.doctor import examine
 from lenslrp.errors import LoadError
-from lenslrp.loading import load
-from lenslrp.verifying import Agreement, difference, reference, short_input
-from lenslrp.wrapped import agreement
+from lenslrp.models import verifying
+from lenslrp.models.doctor import examine
+from lenslrp.models.loading import load
+from lenslrp.models.verifying import Agreement, difference, reference, short_input
+from lenslrp.models.wrapped import agreement
 from tests.conformance import zoo
 from tests.unit.test_checkpoint_files import SIZES, llama
 from tests.unit.tiny import TOKENS, word_tokenizer

@@ -8,8 +8,9 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from lenslrp.analysis import Head, Neuron, readout, reads, sign_cases, writes
-from lenslrp.analysis.vocabulary import neuron_writes
+from lenslrp.analysis import Head, Neuron, reads, sign_cases, writes
+from lenslrp.analysis.units import unembedding as readout
+from lenslrp.analysis.units.projection import neuron_writes
 from lenslrp.errors import InputError
 from tests.conformance import zoo
 

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import lenslrp
-from lenslrp.analysis.exports import slug as safe_name
+from lenslrp.analysis.dictionary.export.folders import slug as safe_name
 from lenslrp.files import whole
 
 if TYPE_CHECKING:
-    from lenslrp.analysis.graph import AttributionGraph
+    from lenslrp.analysis.circuits.graph.graphs import AttributionGraph
 
 TYPES = {
     "token": "embedding",

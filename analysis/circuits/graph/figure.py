@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lenslrp.analysis.graph_layout import HEIGHT, WIDTH, lay_out
-from lenslrp.analysis.plots import LIGHT, Theme, _font, _short, colour_map, new_figure
+from lenslrp.analysis.circuits.graph.layout import HEIGHT, WIDTH, lay_out
+from lenslrp.analysis.views.figures import LIGHT, Theme, _font, _short, colour_map, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lenslrp.analysis.graph import AttributionGraph
+    from lenslrp.analysis.circuits.graph.graphs import AttributionGraph
 
 INCH = 78.0
 """Units of the layout in an inch."""

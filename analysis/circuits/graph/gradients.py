@@ -15,17 +15,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lenslrp.analysis.cut_pass import EMBEDDINGS, CutPass, cut
-from lenslrp.analysis.graph_pruning import Mask, Matrix, Vector
-from lenslrp.analysis.nodes import COMPONENTS, TARGET, Node
-from lenslrp.analysis.question import Passes
+from lenslrp.analysis.circuits.graph.pruning import Mask, Matrix, Vector
+from lenslrp.analysis.circuits.nodes import COMPONENTS, TARGET, Node
+from lenslrp.analysis.circuits.segments import EMBEDDINGS, CutPass, cut
+from lenslrp.analysis.passes.problems import Passes
 from lenslrp.cache import RelevanceCache
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.sites import TERMS
 from lenslrp.inputs import Batch
 from lenslrp.sessions import Session
-from lenslrp.spelling import str_token
 from lenslrp.targets import Outputs, Target, Top
+from lenslrp.text.spelling import str_token
 
 KINDS: Mapping[str, str] = {
     "heads": "head", "neurons": "neuron", "attention": "attention", "mlp": "mlp"

@@ -2,13 +2,14 @@
 
 Nodes are chosen by relevance, one for each position. The edge from ``u`` to ``d`` is what of
 ``d``'s relevance came from ``u`` without passing through any other chosen node
-(:mod:`lenslrp.analysis.cut_pass`): what is not chosen conducts, so that nothing is lost on the way.
-Then what leaves a node along its edges is its relevance, and what enters it is its relevance less
-what the ledger says was absorbed there. With ``direct=True`` every head and neuron ends an edge,
-chosen or not, and an edge is what the residual stream alone carries; what came from nodes that are
-not chosen is each node's ``rest``.
+(:mod:`lenslrp.analysis.circuits.segments`): what is not chosen conducts, so that nothing is lost on
+the way. Then what leaves a node along its edges is its relevance, and what enters it is its
+relevance less what the ledger says was absorbed there. With ``direct=True`` every head and neuron
+ends an edge, chosen or not, and an edge is what the residual stream alone carries; what came from
+nodes that are not chosen is each node's ``rest``.
 
-The graph is pruned by influence (:mod:`lenslrp.analysis.graph_pruning`). Nodes that go conduct
+The graph is pruned by influence (:mod:`lenslrp.analysis.circuits.graph.pruning`). Nodes that go
+conduct
 again: the graph is made anew of those that stay. What edges that go carried is added to ``rest``,
 so that sums still close.
 """
@@ -25,11 +26,11 @@ import numpy as np
 import pandas as pd
 
 from lenslrp import media
-from lenslrp.analysis.cut_pass import coefficients
-from lenslrp.analysis.graph_flows import ABSORBED, KINDS, build_graph, choose_nodes
-from lenslrp.analysis.graph_pruning import influential, strongest
-from lenslrp.analysis.nodes import largest, place_components
-from lenslrp.analysis.question import Passes
+from lenslrp.analysis.circuits.graph.gradients import ABSORBED, KINDS, build_graph, choose_nodes
+from lenslrp.analysis.circuits.graph.pruning import influential, strongest
+from lenslrp.analysis.circuits.nodes import largest, place_components
+from lenslrp.analysis.circuits.segments import coefficients
+from lenslrp.analysis.passes.problems import Passes
 from lenslrp.errors import InputError
 from lenslrp.hooks import AttnLRP, Composite
 from lenslrp.inputs import is_encoder_decoder
@@ -40,7 +41,7 @@ from lenslrp.targets import Sequence as Span
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lenslrp.analysis.plots import Theme
+    from lenslrp.analysis.views.figures import Theme
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,25 +118,25 @@ class AttributionGraph:
     def to_neuronpedia(
         self, path: str | Path, *, slug: str = "lenslrp", model_id: str | None = None
     ) -> Path:
-        """Write Neuronpedia's attribution-graph JSON; see :mod:`lenslrp.analysis.graph_export`.
+        """Write Neuronpedia's attribution-graph JSON (`circuits.graph.export`).
 
         Args:
             slug: the graph's name there.
             model_id: Neuronpedia's name of the model; by default the model's own, in lower case.
         """
-        from lenslrp.analysis.graph_export import write_neuronpedia
+        from lenslrp.analysis.circuits.graph.export import write_neuronpedia
 
         return write_neuronpedia(self, Path(path), slug=slug, model_id=model_id)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """The zoomable picture as HTML without remote assets; a whole page, with ``path``."""
-        from lenslrp.analysis.graph_picture import graph_html, write_page
+        from lenslrp.analysis.circuits.graph.picture import graph_html, write_page
 
         return graph_html(self) if path is None else write_page(self, Path(path))
 
     def draw(self, *, theme: Theme | None = None) -> Figure:
         """The static picture, with matplotlib."""
-        from lenslrp.analysis.graph_plot import graph_figure
+        from lenslrp.analysis.circuits.graph.figure import graph_figure
 
         return graph_figure(self, theme)
 

@@ -13,13 +13,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lenslrp.analysis.graph_layout import HEIGHT, WIDTH, lay_out
+from lenslrp.analysis.circuits.graph.layout import HEIGHT, WIDTH, lay_out
 from lenslrp.files import HTML, whole
-from lenslrp.heatmap import card, rgba, signed, token_html
-from lenslrp.visible_text import visible
+from lenslrp.text.visible_text import visible
+from lenslrp.views.heatmap import card, rgba, signed, token_html
 
 if TYPE_CHECKING:
-    from lenslrp.analysis.graph import AttributionGraph
+    from lenslrp.analysis.circuits.graph.graphs import AttributionGraph
 
 WIDEST = 9.0
 """Width of the edge with the most relevance, in units of the drawing."""

@@ -32,18 +32,18 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lenslrp.analysis.page import Page
-from lenslrp.analysis.plan import Place
-from lenslrp.analysis.report import environment
-from lenslrp.analysis.unit_page import page_html
-from lenslrp.analysis.unit_template import DOCUMENT, INDEX, STYLE
+from lenslrp.analysis.dictionary.pages.page import page_html
+from lenslrp.analysis.dictionary.pages.template import DOCUMENT, INDEX, STYLE
+from lenslrp.analysis.dictionary.plan import Place
+from lenslrp.analysis.dictionary.unit import Page
+from lenslrp.analysis.views.report import environment
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import HTML, make_folder, remove_leftovers, require_ours, whole
-from lenslrp.visible_text import visible
-from lenslrp.words import piece_at
+from lenslrp.text.visible_text import visible
+from lenslrp.text.words import piece_at
 
 if TYPE_CHECKING:
-    from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 
 BATCH = 1024
 """Units in a file."""
@@ -298,7 +298,7 @@ def export_html(
         dictionary: an open one.
         folder: is made where it does not exist. Pages of an earlier export are replaced.
         units: keys, as for ``dictionary[key]``.
-        model, options: of :func:`lenslrp.analysis.unit_page.page_html`.
+        model, options: of :func:`lenslrp.analysis.dictionary.pages.page.page_html`.
 
     Returns:
         ``folder/index.html``.

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lenslrp.analysis.page import Page
+from lenslrp.analysis.dictionary.unit import Page
 from lenslrp.errors import InputError
 from lenslrp.files import whole
 
 if TYPE_CHECKING:
-    from lenslrp.analysis.dictionary import NeuronDictionary
+    from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 
 
 JSONL = b'{"unit": '

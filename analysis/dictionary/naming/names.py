@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from lenslrp.errors import InputError
-from lenslrp.words import joined
+from lenslrp.text.words import joined
 
 MARK = ("<<", ">>")
 

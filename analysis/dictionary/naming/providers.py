@@ -1,6 +1,7 @@
 """Providers of names for units that run anywhere: a list of tokens, and a language model of yours.
 
-What a provider is, and how its names are scored, is in :mod:`lenslrp.analysis.naming`.
+What a provider is, and how its names are scored, is in
+:mod:`lenslrp.analysis.dictionary.naming.names`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lenslrp.analysis.naming import MARK, Example
+from lenslrp.analysis.dictionary.naming.names import MARK, Example
 from lenslrp.forward import forward
 from lenslrp.inputs import Batch
-from lenslrp.tokenization import tokenize
+from lenslrp.text.tokenization import tokenize
 
 
 @dataclass(frozen=True)

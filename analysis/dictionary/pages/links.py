@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.page import Page, Rows
+from lenslrp.analysis.dictionary.unit import Page, Rows
 from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.forward import forward, reading

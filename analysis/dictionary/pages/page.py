@@ -1,10 +1,10 @@
 """One unit's page: identity, vocabulary, behaviour, sentences, relations, clamping, provenance.
 
 The page is HTML without a script, in which nothing is loaded: a fragment for a notebook
-(:func:`fragment`, which a :class:`~lenslrp.analysis.page.Page` shows there by itself) or a file of
-its own (:func:`write_page`). Everything from texts, tokens and manifests is escaped by Jinja2.
-Parts that only the model can tell (attribution, upstream and downstream units, clamping) are there
-when it is given, and say so in one line when it is not.
+(:func:`fragment`, which a :class:`~lenslrp.analysis.dictionary.unit.Page` shows there by itself) or
+a file of its own (:func:`write_page`). Everything from texts, tokens and manifests is escaped by
+Jinja2. Parts that only the model can tell (attribution, upstream and downstream units, clamping)
+are there when it is given, and say so in one line when it is not.
 """
 
 from __future__ import annotations
@@ -17,20 +17,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lenslrp.analysis.page import Page
-from lenslrp.analysis.report import environment, section
-from lenslrp.analysis.unit_links import clamped, downstream, upstream
-from lenslrp.analysis.unit_sentences import sentences
-from lenslrp.analysis.unit_tables import bars, column, numbers, text, tokens_table, unit_table
-from lenslrp.analysis.unit_template import DOCUMENT, PAGE, STYLE
-from lenslrp.analysis.units import Neuron
-from lenslrp.analysis.vocabulary import cosines, sign_cases, writes
+from lenslrp.analysis.dictionary.pages.links import clamped, downstream, upstream
+from lenslrp.analysis.dictionary.pages.sentences import sentences
+from lenslrp.analysis.dictionary.pages.tables import (
+    bars,
+    column,
+    numbers,
+    text,
+    tokens_table,
+    unit_table,
+)
+from lenslrp.analysis.dictionary.pages.template import DOCUMENT, PAGE, STYLE
+from lenslrp.analysis.dictionary.unit import Page
+from lenslrp.analysis.units.kinds import Neuron
+from lenslrp.analysis.units.projection import cosines, sign_cases, writes
+from lenslrp.analysis.views.report import environment, section
 from lenslrp.errors import InputError
 from lenslrp.files import HTML, whole
-from lenslrp.visible_text import visible
+from lenslrp.text.visible_text import visible
 
 if TYPE_CHECKING:
-    from lenslrp.analysis.lens import Lens
+    from lenslrp.analysis.units.lens import Lens
 
 NEEDS_MODEL = "it takes the model; give model= to page_html or write_page."
 SEARCHED = ("actmax", "actmin", "relmax", "relmin")

@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lenslrp.analysis.plan import CRITERIA
-from lenslrp.heatmap import rgba, signed
-from lenslrp.visible_text import visible
+from lenslrp.analysis.dictionary.plan import CRITERIA
+from lenslrp.text.visible_text import visible
+from lenslrp.views.heatmap import rgba, signed
 
 if TYPE_CHECKING:
-    from lenslrp.analysis.page import Page
+    from lenslrp.analysis.dictionary.unit import Page
 
 COLUMNS = {"activation": "activations", "relevance": "relevances", "attribution": "attributions"}
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from lenslrp.analysis.page import Histogram
-from lenslrp.heatmap import signed
-from lenslrp.visible_text import visible
+from lenslrp.analysis.dictionary.unit import Histogram
+from lenslrp.text.visible_text import visible
+from lenslrp.views.heatmap import signed
 
 
 def column(title: str, **kinds: bool) -> dict[str, Any]:

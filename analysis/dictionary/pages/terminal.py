@@ -1,7 +1,8 @@
 """One unit's page in a terminal: identity, vocabulary, statistics, sentences.
 
-The short form of :mod:`lenslrp.analysis.unit_page`. Text from the dictionary reaches the terminal
-only as :class:`rich.text.Text` with control characters replaced (see :mod:`lenslrp.terminal`).
+The short form of :mod:`lenslrp.analysis.dictionary.pages.page`. Text from the dictionary reaches
+the terminal only as :class:`rich.text.Text` with control characters replaced (see
+:mod:`lenslrp.views.terminal`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lenslrp.analysis.page import Page
+from lenslrp.analysis.dictionary.unit import Page
 from lenslrp.errors import InputError
-from lenslrp.heatmap import Scale, colour_scale, signed
-from lenslrp.terminal import Heat
-from lenslrp.visible_text import visible
+from lenslrp.text.visible_text import visible
+from lenslrp.views.heatmap import Scale, colour_scale, signed
+from lenslrp.views.terminal import Heat
 
 MOMENTS = ("mean", "std", "skew", "kurtosis", "min", "max", "density")
 

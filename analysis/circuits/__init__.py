@@ -1,0 +1,39 @@
+"""Which components carry a behaviour: node and edge scores, pruning, path patching."""
+
+from lenslrp.analysis.circuits.edges import EdgeScores, score_edges
+from lenslrp.analysis.circuits.export import to_transformer_lens
+from lenslrp.analysis.circuits.figures import faithfulness_curves, head_scores
+from lenslrp.analysis.circuits.graph.graphs import AttributionGraph, attribution_graph
+from lenslrp.analysis.circuits.nodes import TARGET, Node
+from lenslrp.analysis.circuits.pairs import Pairs, template_pairs
+from lenslrp.analysis.circuits.pruning import (
+    Circuit,
+    completeness,
+    faithfulness_curve,
+    minimality,
+    prune,
+    verify,
+)
+from lenslrp.analysis.circuits.scores import NodeScores, score_nodes
+
+__all__ = [
+    "TARGET",
+    "AttributionGraph",
+    "Circuit",
+    "EdgeScores",
+    "Node",
+    "NodeScores",
+    "Pairs",
+    "attribution_graph",
+    "completeness",
+    "faithfulness_curve",
+    "faithfulness_curves",
+    "head_scores",
+    "minimality",
+    "prune",
+    "score_edges",
+    "score_nodes",
+    "template_pairs",
+    "to_transformer_lens",
+    "verify",
+]

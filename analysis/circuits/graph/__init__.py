@@ -1,0 +1,1 @@
+"""The attribution graph of one prompt."""

@@ -1,0 +1,1 @@
+"""Names for units by a provider, scored on examples it has not seen."""

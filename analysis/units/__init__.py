@@ -1,0 +1,34 @@
+"""Units (neurons, heads, directions, features), where they are, and what they mean in words."""
+
+from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.analysis.units.kinds import Direction, Feature, Head, Neuron, Unit, parse_unit
+from lenslrp.analysis.units.lens import Lens
+from lenslrp.analysis.units.lens_fit import compare_lenses, fit_relevance_lens, fit_ridge_lens
+from lenslrp.analysis.units.projection import (
+    VocabularyScores,
+    cosines,
+    neuron_writes,
+    reads,
+    sign_cases,
+    writes,
+)
+
+__all__ = [
+    "Direction",
+    "Feature",
+    "Head",
+    "Lens",
+    "Neuron",
+    "SparseCoder",
+    "Unit",
+    "VocabularyScores",
+    "compare_lenses",
+    "cosines",
+    "fit_relevance_lens",
+    "fit_ridge_lens",
+    "neuron_writes",
+    "parse_unit",
+    "reads",
+    "sign_cases",
+    "writes",
+]

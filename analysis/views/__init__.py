@@ -1,0 +1,6 @@
+"""Figures, images and the report."""
+
+from lenslrp.analysis.views.circuitsvis import attention_relevance
+from lenslrp.analysis.views.report import write_report
+
+__all__ = ["attention_relevance", "write_report"]

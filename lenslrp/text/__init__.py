@@ -1,0 +1,1 @@
+"""Text and tokens: what a row of tokens spells, its words, names, chat prompts."""

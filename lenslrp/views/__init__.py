@@ -1,0 +1,1 @@
+"""Tokens as HTML and in the terminal."""
