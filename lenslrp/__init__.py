@@ -7,8 +7,9 @@ of it.
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from lenslrp.version import VERSION
 
 if TYPE_CHECKING:
     from lenslrp import targets
@@ -107,10 +108,7 @@ __all__ = [
     "targets",
 ]
 
-try:
-    __version__ = version("lenslrp")
-except PackageNotFoundError:  # running from a checkout that is not installed
-    __version__ = "0+checkout"
+__version__ = VERSION
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What models raise for inputs and settings that they cannot take."""
+
 
 class LensLRPError(Exception):
     """Base class of every error raised by LensLRP."""
@@ -41,3 +54,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     said = str(error).lower()
     words = ("out of memory", "defaultcpuallocator", "cublas_status_alloc_failed")
     return isinstance(error, RuntimeError) and any(word in said for word in words)
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """What an error says, shortened."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = f"{type(error).__name__}: {lines[0]}" if isinstance(error, LookupError) else lines[0]
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -314,3 +314,8 @@ def _second_name(path: Path) -> Path:
                 continue
         return kept
     raise AssertionError("numbers do not end")
+
+
+def slug(text: str, *, limit: int = 100) -> str:
+    """``text`` with nothing but letters, digits, dots, dashes, underscores: a name, not a path."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-")[:limit] or "unnamed"

@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
-from lenslrp.errors import LensLRPError, OutOfMemoryError, is_out_of_memory
+from lenslrp.errors import FAILURES, LensLRPError, OutOfMemoryError, first_line, is_out_of_memory
 from lenslrp.inputs import Batch
-from lenslrp.models.checkpoints import first_line
-from lenslrp.models.verifying import FAILURES
 
 GIB = 2**30
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.attach import layer_of
-from lenslrp.hooks.sites import dots
+from lenslrp.hooks.sites import dots, widened
 
 Reducer = Callable[[Tensor], Tensor]
 Reduce = str | Reducer | Mapping[str, str | Reducer | None] | None
@@ -109,3 +109,17 @@ def reduction_names(reducers: Mapping[str, Reducer | None], names: Iterable[str]
             known = (name for name, one in NAMED.items() if one == reducer)
             called[id(reducer)] = next(known, "custom")
     return {name: called[id(r)] for name, r in kept.items() if id(r) in called}
+
+
+class Deliver:
+    """A reduction that hands relevance on and keeps nothing of it."""
+
+    def __init__(self, deliver: Callable[[Tensor, Tensor], None]) -> None:
+        self.deliver = deliver
+
+    def of_product(self, x: Tensor, g: Tensor, masked: bool) -> Tensor:
+        self.deliver(widened(x), widened(g))
+        return x.new_zeros(())
+
+    def __call__(self, relevance: Tensor) -> Tensor:
+        raise AssertionError("readers prefer of_product")

@@ -21,13 +21,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-import lenslrp
 from lenslrp import media
 from lenslrp.analysis.passes.problems import Question
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.forward import architecture
 from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.composites import GradientTimesInput
 from lenslrp.hooks.install import relevance_rules
 from lenslrp.targets import Activation, Logit, LogProb, Outputs, PerRow, Sequence, Target
 
@@ -77,7 +77,7 @@ def gradient_x_attention_rollout(
         position: as for :func:`attention_rollout`.
     """
     names = _names(question.model, "hook_pattern")
-    cache = question.relevance(lenslrp.GradientTimesInput(), lambda name: name in names)
+    cache = question.relevance(GradientTimesInput(), lambda name: name in names)
     found = [
         (name, cache[name].clamp(min=0).mean(dim=1).to(question.inputs))
         for name in names
@@ -172,7 +172,7 @@ def _log_probability(target: Target) -> Target:
 
 def _live(question: Question) -> Any:
     """Scores and patterns that are formed where their hooks are, whoever computes them."""
-    return relevance_rules(question.model, lenslrp.GradientTimesInput(), strict=False)
+    return relevance_rules(question.model, GradientTimesInput(), strict=False)
 
 
 def _names(model: Any, hook: str) -> list[str]:

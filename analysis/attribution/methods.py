@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-import lenslrp
 from lenslrp.analysis.attribution.attention import (
     atman,
     attention_rollout,
@@ -35,7 +34,15 @@ from lenslrp.analysis.attribution.softmax_ablations import (
 from lenslrp.analysis.passes.problems import CHUNK, Passes, Question, ask
 from lenslrp.errors import InputError
 from lenslrp.extras import EXTRAS, require
-from lenslrp.hooks.composites import Composite
+from lenslrp.hooks.composites import (
+    CPLRP,
+    GIM,
+    AttnLRP,
+    AttnLRPViT,
+    Composite,
+    GradientTimesInput,
+    RelP,
+)
 from lenslrp.hooks.rules import Plain
 from lenslrp.targets import Explained
 
@@ -222,7 +229,7 @@ def epsilon_lrp() -> Composite:
     What it had no rule for (softmax, products, norms) has the plain gradient, as in the LRP that
     Ali et al. 2022 compare theirs with.
     """
-    table = {**lenslrp.GradientTimesInput().rules, "activation": lenslrp.AttnLRP()["activation"]}
+    table = {**GradientTimesInput().rules, "activation": AttnLRP()["activation"]}
     return Composite("epsilon-LRP", table)
 
 
@@ -234,7 +241,7 @@ METHODS: dict[str, Method] = {
         Method("random", random, "chance", deterministic=False),
         _rules(
             "gradient_x_input",
-            lenslrp.GradientTimesInput(),
+            GradientTimesInput(),
             "Shrikumar et al. 2016, arXiv:1605.01713",
         ),
         Method(
@@ -270,12 +277,12 @@ METHODS: dict[str, Method] = {
             deterministic=False,
         ),
         _rules("epsilon_lrp", epsilon_lrp(), "Bach et al. 2015, PLoS ONE 10(7)"),
-        _rules("cp_lrp", lenslrp.CPLRP(), "Ali et al. 2022, arXiv:2202.07304"),
-        _rules("relp", lenslrp.RelP(), "Rezaei Jafari et al. 2025, arXiv:2508.21258"),
-        _rules("gim", lenslrp.GIM(), "Edin et al. 2025, arXiv:2505.17630"),
-        _rules("attnlrp", lenslrp.AttnLRP(), _ATTNLRP),
+        _rules("cp_lrp", CPLRP(), "Ali et al. 2022, arXiv:2202.07304"),
+        _rules("relp", RelP(), "Rezaei Jafari et al. 2025, arXiv:2508.21258"),
+        _rules("gim", GIM(), "Edin et al. 2025, arXiv:2505.17630"),
+        _rules("attnlrp", AttnLRP(), _ATTNLRP),
         Method("attnlrp_positional", pa_lrp, "Bakish et al. 2025, arXiv:2506.02138"),
-        _rules("attnlrp_gamma", lenslrp.AttnLRPViT(), f"{_ATTNLRP}, App. B.4"),
+        _rules("attnlrp_gamma", AttnLRPViT(), f"{_ATTNLRP}, App. B.4"),
         _rules(
             "attnlrp_plain_activation",
             Composite("AttnLRP, plain activation", {"activation": Plain()}),

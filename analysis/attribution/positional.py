@@ -19,13 +19,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.utilities.hf_utils import get_rotary_pct_from_config
 
-import lenslrp
 from lenslrp.analysis.passes.problems import Question
 from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
 from lenslrp.forward import architecture, undone
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components
+from lenslrp.hooks.composites import AttnLRP
 from lenslrp.remembered import conditional
 
 ADJACENT = ("rotary_adjacent_pairs", "rotary_interleaved_cos_sin")
@@ -48,7 +48,7 @@ def pa_lrp(question: Question, *, seed: int, absolute: bool = True) -> Tensor:
         for path, module in components(model):
             if hasattr(module, "hook_rot_q") and hasattr(module, "hook_rot_k"):
                 _attach(at, path, module, sinks)
-        cache = question.relevance(lenslrp.AttnLRP())
+        cache = question.relevance(AttnLRP())
     units = question.mask.shape[1]
     learned = [] if cache.positions is None else [cache.positions[:, -units:]]
     found = [*sinks.values(), *learned]

@@ -17,13 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.circuits.pairs import Pairs
-from lenslrp.analysis.dictionary.block_pass import Deliver
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.components import components, hook_points, layer_of
 from lenslrp.hooks.readers import select_names
 from lenslrp.inputs import Batch, prepare
+from lenslrp.reductions import Deliver
 from lenslrp.unused import require_used
 
 Kind = Literal["whole", "head", "entry"]

@@ -11,13 +11,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lenslrp.analysis.dictionary.sources import HALF, is_text
 from lenslrp.errors import InputError
 from lenslrp.fingerprints import canonical
 
 Record = dict[str, Any]
 
+SURROGATE = "half of a surrogate pair in its text, which is no character"
+
 HALVES = ("development", "held-out")
+
+
+def is_text(value: str) -> bool:
+    """Whether all of a string are characters: JSON can spell halves of them, ``"\\ud83d"``."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_records(source: Any, fields: Mapping[str, type], skipped: list[str]) -> Iterator[Record]:
@@ -58,7 +68,7 @@ def read_records(source: Any, fields: Mapping[str, type], skipped: list[str]) ->
             continue
         texts = (entry[field] for field, kind in fields.items() if kind is str)
         if not all(map(is_text, texts)):
-            skipped.append(f"{name}: {HALF}")
+            skipped.append(f"{name}: {SURROGATE}")
             continue
         yield {field: entry[field] for field in fields}
 

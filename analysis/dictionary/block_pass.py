@@ -29,9 +29,9 @@ from lenslrp.forward import forward
 from lenslrp.hooks.components import components, hook_points, layer_of
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.readers import select_names
-from lenslrp.hooks.sites import widened
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
+from lenslrp.reductions import Deliver
 from lenslrp.remembered import conditional
 from lenslrp.sessions import Session
 from lenslrp.targets import Outputs, Target
@@ -199,20 +199,6 @@ class Runner:
         kind = str(self.of.plan.target)
         aims = Aims(positions, nothing if kind == "argmax" else tokens, nothing.float())
         return Recorded(kind, positions, tokens), aims, Spans(first, (positions + 1).tolist())
-
-
-class Deliver:
-    """A reduction that hands relevance on and keeps nothing of it."""
-
-    def __init__(self, deliver: Callable[[Tensor, Tensor], None]) -> None:
-        self.deliver = deliver
-
-    def of_product(self, x: Tensor, g: Tensor, masked: bool) -> Tensor:
-        self.deliver(widened(x), widened(g))
-        return x.new_zeros(())
-
-    def __call__(self, relevance: Tensor) -> Tensor:
-        raise AssertionError("readers prefer of_product")
 
 
 def target_positions(

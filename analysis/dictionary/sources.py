@@ -13,23 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from lenslrp.analysis.common.records import SURROGATE, is_text
 from lenslrp.errors import InputError, StorageError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 ROWS = 256
 """Rows of a parquet file read at a time."""
-
-
-HALF = "half of a surrogate pair in its text, which is no character"
-
-
-def is_text(value: str) -> bool:
-    """Whether all of a string are characters: JSON can spell halves of them, ``"\\ud83d"``."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def describe_corpus(corpus: Any, *rest: Any) -> str | None:
@@ -91,7 +80,7 @@ def texts_of(corpus: Any, field: str = "text", skipped: list[str] | None = None)
         elif not isinstance(item, str | list | tuple | Tensor):
             raise InputError(f"item {number} of the corpus is a {type(item).__name__}, not a text")
         if isinstance(text, str) and not is_text(text):
-            skipped.append(f"record {number}: {HALF}")
+            skipped.append(f"record {number}: {SURROGATE}")
         else:
             yield text.tolist() if isinstance(text, Tensor) else text
 
@@ -137,7 +126,7 @@ def _from_jsonl(path: Path, field: str, skipped: list[str]) -> Iterator[str]:
             if not isinstance(text, str):
                 skipped.append(f"{path.name} line {number}: no JSON object with a text {field!r}")
             elif not is_text(text):
-                skipped.append(f"{path.name} line {number}: {HALF}")
+                skipped.append(f"{path.name} line {number}: {SURROGATE}")
             else:
                 yield text
 

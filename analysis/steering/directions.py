@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.dictionary.block_pass import Deliver
 from lenslrp.analysis.units.kinds import Direction, Head, Neuron, Unit
 from lenslrp.analysis.units.locations import known_hook, stack_name
 from lenslrp.analysis.units.unembedding import measure_gain, output_norm, unembedding
@@ -22,6 +21,7 @@ from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.sites import widest
 from lenslrp.inputs import prepare
+from lenslrp.reductions import Deliver
 from lenslrp.sessions import Session
 from lenslrp.text.names import token_id
 

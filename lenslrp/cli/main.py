@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 from lenslrp.cli.dictionary import add_dictionary
 from lenslrp.cli.evaluate import add_evaluate
@@ -25,6 +24,7 @@ from lenslrp.cli.options import (
     load_model,
     require_utf8,
 )
+from lenslrp.version import VERSION
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="exit codes: 0 answered, 1 model not covered or not loadable or an extra missing, 2 "
         "bad usage or input",
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"lenslrp {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     add_explain(commands)
@@ -81,20 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _version() -> str:
-    try:
-        return f"lenslrp {version('lenslrp')}"
-    except PackageNotFoundError:
-        return "lenslrp (not installed)"
-
-
 def _doctor(options: argparse.Namespace) -> int:
     from lenslrp.models.doctor import examine
 
     diagnosis = examine(load_model(options), composite(options.composite))
     console().print(diagnosis.render())
     return OK if diagnosis.ok else NOT_COVERED
-
-
-if __name__ == "__main__":
-    sys.exit(main())

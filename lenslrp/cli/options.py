@@ -81,9 +81,9 @@ def own_device() -> str | None:
 
 def composite(name: str) -> Any:
     """Rules by the name that the command line gives them."""
-    import lenslrp
+    from lenslrp.hooks import composites
 
-    return getattr(lenslrp, name)()
+    return getattr(composites, name)()
 
 
 def console() -> Console:

@@ -15,11 +15,10 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from lenslrp.errors import LoadError, MissingExtraError
+from lenslrp.errors import LoadError, MissingExtraError, first_line
 from lenslrp.extras import require
 from lenslrp.models.checkpoints import (
     UNREADABLE,
-    first_line,
     read_checkpoint,
     read_tokenizer,
     require_same,

@@ -21,9 +21,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from lenslrp.errors import LoadError
+from lenslrp.errors import FAILURES, LoadError, first_line
 from lenslrp.models.embedded import EMBEDDED
-from lenslrp.models.verifying import FAILURES
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -117,13 +116,6 @@ def require_device(device: str | torch.device) -> torch.device:
             f"no device {str(device)!r} here; torch sees {', '.join(there)}. {first_line(error)}"
         ) from error
     return found
-
-
-def first_line(error: BaseException, limit: int = 300) -> str:
-    """What an error says, shortened."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = f"{type(error).__name__}: {lines[0]}" if isinstance(error, LookupError) else lines[0]
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def read_checkpoint(

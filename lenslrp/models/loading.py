@@ -21,19 +21,18 @@ import transformers
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
-from lenslrp.errors import InputError, LoadError
+from lenslrp.errors import FAILURES, InputError, LoadError, first_line
 from lenslrp.hooks.attention import call_the_module, own_attention
 from lenslrp.hooks.sharding import require_whole
 from lenslrp.models.adapters import inside_adapter, read_model
 from lenslrp.models.checkpoints import (
-    first_line,
     over_devices,
     require_architecture,
     require_device,
     to_device,
 )
 from lenslrp.models.embedded import EMBEDDED, ensure_cached
-from lenslrp.models.verifying import FAILURES, Agreement, reference
+from lenslrp.models.verifying import Agreement, reference
 from lenslrp.models.wrapped import Wrapped, keep_names, recall, remember
 from lenslrp.quiet import quiet_transformers
 from lenslrp.text.tokenization import beginning, give_tokenizer

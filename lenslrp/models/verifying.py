@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from lenslrp import media
+from lenslrp.errors import FAILURES
 from lenslrp.forward import forward
 from lenslrp.inputs import Batch
 
@@ -35,19 +36,6 @@ TOLERANCE: Mapping[str, float] = {
 }
 """How far the outputs may be apart, relative to the largest. In 16 bits the median over positions
 is held to it, because rounding can send a token to another expert."""
-
-FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""What models raise for inputs and settings that they cannot take."""
 
 
 @dataclass(frozen=True)

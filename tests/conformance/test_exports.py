@@ -15,9 +15,10 @@ import pytest
 
 from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 from lenslrp.analysis.dictionary.export import folders as exports
-from lenslrp.analysis.dictionary.export.folders import export_html, export_neuronpedia, slug
+from lenslrp.analysis.dictionary.export.folders import export_html, export_neuronpedia
 from lenslrp.analysis.units.kinds import Head
 from lenslrp.errors import InputError, StorageError
+from lenslrp.files import slug
 from tests.conformance.dictionaries import build, contents, model
 from tests.conformance.test_dictionary_hostile import forged, manifest
 from tests.conformance.test_unit_page import Parsed

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import lenslrp
-from lenslrp.analysis.dictionary.export.folders import slug as safe_name
+from lenslrp.files import slug as safe_name
 from lenslrp.files import whole
+from lenslrp.version import VERSION
 
 if TYPE_CHECKING:
     from lenslrp.analysis.circuits.graph.graphs import AttributionGraph
@@ -66,7 +66,7 @@ def to_neuronpedia(graph: AttributionGraph, *, slug: str, model_id: str | None) 
             "scan": model_id or safe_name(graph.model_name).lower(),
             "info": {
                 "description": about,
-                "generator": {"name": "LensLRP", "version": lenslrp.__version__},
+                "generator": {"name": "LensLRP", "version": VERSION},
             },
             "transcoder_list": [],
             "prompt_tokens": list(graph.str_tokens),

@@ -38,7 +38,7 @@ from lenslrp.analysis.dictionary.plan import Place
 from lenslrp.analysis.dictionary.unit import Page
 from lenslrp.analysis.views.report import environment
 from lenslrp.errors import InputError, StorageError
-from lenslrp.files import HTML, make_folder, remove_leftovers, require_ours, whole
+from lenslrp.files import HTML, make_folder, remove_leftovers, require_ours, slug, whole
 from lenslrp.text.visible_text import visible
 from lenslrp.text.words import piece_at
 
@@ -53,11 +53,6 @@ CREATOR = "clkht01d40000jv08hvalcvly"
 
 KINDS = {"activation": "actmax", "relevance": "relmax"}
 """What a source shows, and by which criterion its best examples are chosen."""
-
-
-def slug(text: str, *, limit: int = 100) -> str:
-    """``text`` with nothing but letters, digits, dots, dashes, underscores: a name, not a path."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-")[:limit] or "unnamed"
 
 
 def export_neuronpedia(
