@@ -27,7 +27,7 @@ from tqdm import tqdm
 import lenslrp
 from lenslrp.analysis.attribution.methods import METHODS, attribute
 from lenslrp.analysis.common.statistics import interval
-from lenslrp.analysis.passes.problems import Passes, ask
+from lenslrp.analysis.passes.problems import PassCount, resolve
 
 LENGTH = 64
 STABLE = (
@@ -54,15 +54,15 @@ def prompts(model: Any, data: Path, count: int) -> list[torch.Tensor]:
 def cost(model: Any, rows: list[torch.Tensor], seed: int) -> None:
     """One table: method, passes, seconds relative to a plain forward and backward pass."""
 
-    def plain() -> Passes:
-        question = ask(model, rows[0])
+    def plain() -> PassCount:
+        question = resolve(model, rows[0])
         start = time.perf_counter()
         question.gradients(question.inputs[None])
         times["plain"].append(time.perf_counter() - start)
-        return Passes()
+        return PassCount()
 
-    def one(name: str) -> Callable[[], Passes]:
-        def run() -> Passes:
+    def one(name: str) -> Callable[[], PassCount]:
+        def run() -> PassCount:
             start = time.perf_counter()
             found = attribute(name, model, rows[0])
             times[name].append(time.perf_counter() - start)
@@ -71,7 +71,7 @@ def cost(model: Any, rows: list[torch.Tensor], seed: int) -> None:
         return run
 
     times: dict[str, list[float]] = {"plain": [], **{name: [] for name in METHODS}}
-    passes: dict[str, Passes] = {}
+    passes: dict[str, PassCount] = {}
     runs = {"plain": plain, **{name: one(name) for name in METHODS}}
     for round_ in range(4):
         for name, run in runs.items():
@@ -95,7 +95,7 @@ def complete(model: Any, rows: list[torch.Tensor], seed: int) -> None:
                 found = attribute(
                     "integrated_gradients", model, row, steps=steps, baseline=baseline
                 )
-                question = ask(model, row)
+                question = resolve(model, row)
                 nothing = torch.zeros(1, 1, LENGTH, dtype=torch.bool)
                 low = question.ablated(nothing, question.baseline(baseline))
                 gap = float(found.target.value - low)

@@ -67,9 +67,9 @@ def prepared(model: Any, criteria: tuple[str, ...]) -> Any:
 
 def scanning(job: Any, runner: Any) -> Callable[[Any], None]:
     """One block of a scan."""
-    from lenslrp.analysis.dictionary.scan import Scanner, State
+    from lenslrp.analysis.dictionary.scan import Scanner, ScanState
 
-    scanner = Scanner(State.empty(job.plan), job.plan, {})
+    scanner = Scanner(ScanState.empty(job.plan), job.plan, {})
 
     def scan(block: Any) -> None:
         runner.run(block, scanner.on_activation, scanner.on_relevance)

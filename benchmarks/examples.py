@@ -15,7 +15,7 @@ from lenslrp.analysis.attribution.methods import attribute
 from lenslrp.analysis.common.records import in_order, read_records
 from lenslrp.analysis.common.statistics import bootstrap
 from lenslrp.analysis.evaluation.tasks import TASKS, Example, Unfit
-from lenslrp.analysis.passes.prompts import Prompt
+from lenslrp.analysis.passes.prompts import ExplainedPrompt
 from lenslrp.targets import PerRow
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +56,9 @@ def examples(
     return list(islice(made(), n))
 
 
-def relevance(method: str, model: Any, prompts: Sequence[Prompt], seed: int = 0) -> list[Numbers]:
+def relevance(
+    method: str, model: Any, prompts: Sequence[ExplainedPrompt], seed: int = 0
+) -> list[Numbers]:
     """Token relevance [pos] of each prompt; those of one length run together."""
     found: dict[int, Numbers] = {}
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].length)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 import lenslrp
 from lenslrp.analysis.common.journal import resumed
-from lenslrp.explaining import TOKENS, Batches, Prompt
+from lenslrp.explaining import TOKENS, Batches, QueuedPrompt
 from lenslrp.inputs import pad_rows
 from lenslrp.text.tokenization import tokenize
 
@@ -54,13 +54,13 @@ def texts() -> Iterator[str]:
         yield " ".join(words[start : start + size])
 
 
-def batches_of(model: Any, prompts: list[str], batches: Batches) -> list[list[Prompt]]:
+def batches_of(model: Any, prompts: list[str], batches: Batches) -> list[list[QueuedPrompt]]:
     """The batches that ``explain_to`` makes."""
     rows = [tokenize(model, text) for text in prompts]
-    return batches.cut(Prompt(i, row, None, len(row), None) for i, row in enumerate(rows))
+    return batches.cut(QueuedPrompt(i, row, None, len(row), None) for i, row in enumerate(rows))
 
 
-def plain_loop(model: Any, cut: list[list[Prompt]]) -> None:
+def plain_loop(model: Any, cut: list[list[QueuedPrompt]]) -> None:
     """Forward and backward passes from the top logits to the embeddings, and nothing else."""
     for batch in cut:
         tokens, mask = pad_rows(model, [list(prompt.given) for prompt in batch])

@@ -28,7 +28,7 @@ from lenslrp.analysis.attribution.perturbation import kernel_shap
 from lenslrp.analysis.evaluation.harness import evaluate
 from lenslrp.analysis.evaluation.results import Results
 from lenslrp.analysis.evaluation.tasks import Task, image_task
-from lenslrp.analysis.passes.problems import Question
+from lenslrp.analysis.passes.problems import AttributionProblem
 
 RUNS = Path(__file__).with_name("results") / "evaluation"
 SEED = 0
@@ -170,7 +170,7 @@ def _method(name: str) -> Method:
     if name != "kernel_shap":
         return as_method(name)
 
-    def function(question: Question, *, seed: int) -> torch.Tensor:
+    def function(question: AttributionProblem, *, seed: int) -> torch.Tensor:
         return kernel_shap(question, seed=seed, samples=4 * question.mask.shape[1])
 
     return replace(METHODS[name], function=function)

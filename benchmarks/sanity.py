@@ -36,7 +36,7 @@ import lenslrp
 from lenslrp.analysis.evaluation.faithfulness import aopc, aopc_bounds, curves, normalised_aopc
 from lenslrp.analysis.evaluation.features import Features, Masks, token_values, tokens_of
 from lenslrp.analysis.evaluation.sanity import MODES, randomisation, sensitivity
-from lenslrp.analysis.passes.prompts import Prompt, Values, as_prompt
+from lenslrp.analysis.passes.prompts import ExplainedPrompt, Values, as_prompt
 
 MODEL = "smollm2-135m"
 FACTS = Path(__file__).with_name("facts.json")
@@ -56,7 +56,7 @@ SENTENCES = (
 )
 
 
-def values_of(model: Any, prompts: list[Prompt]) -> Numbers:
+def values_of(model: Any, prompts: list[ExplainedPrompt]) -> Numbers:
     """The target of each prompt, with nothing taken away."""
     nothing = [np.zeros((1, prompt.length), dtype=bool) for prompt in prompts]
     return np.concatenate([found.value for found in token_values(model, prompts, nothing)])
@@ -109,7 +109,7 @@ def next_word(model: Any, options: argparse.Namespace) -> None:
     keep(options.results, "softmax_area", table, command, **about, baseline="zero", steps=STEPS)
 
 
-def every_set(model: Any, prompts: list[Prompt]) -> list[Features]:
+def every_set(model: Any, prompts: list[ExplainedPrompt]) -> list[Features]:
     """The tokens of short prompts as features; all sets of all prompts are asked for at once."""
     sets = [np.array([*product((False, True), repeat=prompt.length)]) for prompt in prompts]
     return [
@@ -161,13 +161,13 @@ def lowest(model: Any, options: argparse.Namespace) -> None:
          method="attnlrp", n=count, seed=options.seed, dtype=options.dtype)  # fmt: skip
 
 
-def known_facts(model: Any, count: int, seed: int) -> list[dict[str, Prompt]]:
+def known_facts(model: Any, count: int, seed: int) -> list[dict[str, ExplainedPrompt]]:
     """Pairs of texts that differ in an irrelevant sentence, with the answer on top after both."""
     told = json.loads(FACTS.read_text(encoding="utf-8"))["relations"].values()
     facts = [
         (one["template"].format(subject), end) for one in told for subject, end in one["facts"]
     ]
-    pairs: list[dict[str, Prompt]] = []
+    pairs: list[dict[str, ExplainedPrompt]] = []
     for i in np.random.default_rng(seed).permutation(len(facts)).tolist():
         asked, end = facts[i]
         both = [f"{SENTENCES[(i + k) % len(SENTENCES)]} {asked}" for k in (0, 1)]

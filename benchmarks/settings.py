@@ -25,14 +25,14 @@ from results import BOTH, RUNS, TASKS, Run, measure
 
 import lenslrp
 from lenslrp.analysis.attribution.methods import METHODS, Method, answer, as_method
-from lenslrp.analysis.passes.problems import Question
+from lenslrp.analysis.passes.problems import AttributionProblem
 from lenslrp.hooks import CONSTANT, Composite, Gamma, Identity, Plain, Product, SoftmaxTemperature
 
 
 def _afterwards(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Method:
     """AttnLRP's relevance of the tokens, changed."""
 
-    def function(question: Question, *, seed: int) -> torch.Tensor:
+    def function(question: AttributionProblem, *, seed: int) -> torch.Tensor:
         return change(answer("attnlrp", question, seed=seed).tokens)
 
     return Method(name, function, "AttnLRP, changed afterwards")
@@ -49,7 +49,7 @@ def _branches(factor: float) -> Method:
         if x.requires_grad:
             x.register_hook(lambda g: factor * g)
 
-    def function(question: Question, *, seed: int) -> torch.Tensor:
+    def function(question: AttributionProblem, *, seed: int) -> torch.Tensor:
         outputs = [
             (f"blocks.{layer}.hook_{part}_out", weigh)
             for layer in range(question.model.cfg.n_layers)

@@ -22,7 +22,7 @@ from knowledge_scores import FACTS, RIVALS, read_prompts
 import lenslrp
 from lenslrp import targets
 from lenslrp.analysis import NeuronDictionary, Page
-from lenslrp.analysis.dictionary.naming.names import Example, name_unit
+from lenslrp.analysis.dictionary.naming.names import NamingExample, name_unit
 from lenslrp.analysis.dictionary.naming.providers import LanguageModel, TokenRule
 
 COUNT = 20
@@ -75,9 +75,9 @@ def _show(page: Page) -> None:
 
 
 def _name(page: Page, model: object, sign: int) -> None:
-    def examples(criterion: str) -> list[Example]:
+    def examples(criterion: str) -> list[NamingExample]:
         return [
-            Example(tuple(e.tokens), tuple(sign * e.activations))
+            NamingExample(tuple(e.tokens), tuple(sign * e.activations))
             for e in page.examples(criterion).itertuples()
         ]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.composites import Composite
-from lenslrp.hooks.sites import Books, Site
+from lenslrp.hooks.sites import Accounts, Site
 from lenslrp.hooks.structure import components
 
 FEEDS_PATTERN = re.compile(r"[._](q|k|qk)(_(layer)?norm|_a_layernorm|_[ab]_proj)?$")
@@ -30,7 +30,7 @@ class Context:
     """What an ``attach_*`` function needs besides its component."""
 
     composite: Composite
-    books: Books | None
+    books: Accounts | None
     attention: str
     copies: bool = False  #: keep values that something may write to in place
     queries: set[str] = field(default_factory=set)  #: norms that feed nothing but queries: paths

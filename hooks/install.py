@@ -26,8 +26,8 @@ from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place,
 from lenslrp.hooks.readers import Readers, owners
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sharding import require_whole, reshard
-from lenslrp.hooks.sites import Books, Site
-from lenslrp.hooks.state import State
+from lenslrp.hooks.sites import Accounts, Site
+from lenslrp.hooks.state import ModelState
 from lenslrp.hooks.structure import Parts, components
 from lenslrp.hooks.turns import turn
 
@@ -56,7 +56,7 @@ class Rules:
         model: nn.Module,
         composite: Composite,
         attention: str,
-        books: Books | None,
+        books: Accounts | None,
         copies: bool = False,
     ) -> None:
         self.model = model
@@ -71,7 +71,7 @@ class Rules:
         self.routing: dict[str, Tensor] = {}
         self.experts: dict[str, int] = {}
         self.holder = Holder()
-        self.state: State | None = None
+        self.state: ModelState | None = None
         self.points: dict[str, nn.Module] = {}
         self.owned: dict[int, nn.Module] = {}
         self.blocks: dict[int, nn.Module] = {}
@@ -83,7 +83,7 @@ class Rules:
         """Register every hook; freezes the weights."""
         reshard(self.model)
         self.state = None
-        state = State(self.model)
+        state = ModelState(self.model)
         self.points = hook_points(self.model, state.parts)
         self.owned = owners(module for _, module in state.parts)
         self.blocks = watched_blocks(state.parts)
@@ -267,7 +267,7 @@ def relevance_rules(
     *,
     attention: str = "bridge",
     strict: bool = True,
-    books: Books | None = None,
+    books: Accounts | None = None,
     copies: bool = False,
 ) -> Iterator[Rules]:
     """Attach LRP rules to ``model`` for the length of the block.

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
 from lenslrp.hooks.attach import Attached, original
-from lenslrp.hooks.meeting import MATRIX_PRODUCTS, SUMS, Meeting
+from lenslrp.hooks.meeting import MATRIX_PRODUCTS, SUMS, Intercept
 from lenslrp.hooks.sites import Site, row_sums
 
 
-class ScoreMeter(Meeting):
+class ScoreMeter(Intercept):
     """Books what constants added to the scores of one attention module take.
 
     Args:
@@ -151,7 +151,7 @@ def attach_live(
         at.setting(config, "_attn_implementation", "eager")
 
 
-class AtProduct(Meeting):
+class AtProduct(Intercept):
     """Gives the product of pattern and values, where the bridge computes it, its rule."""
 
     def __init__(self, at_product: Callable[[Tensor], Tensor]) -> None:

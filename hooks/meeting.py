@@ -1,4 +1,4 @@
-"""Meeting torch functions while a module runs, and the names under which they are met."""
+"""Intercept torch functions while a module runs, and the names under which they are met."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SUMS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
 MATRIX_PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "einsum"})
 
 
-class Meeting(TorchFunctionMode):
+class Intercept(TorchFunctionMode):
     """Hands every call of a torch function to :meth:`meet`, by the function's name."""
 
     def __torch_function__(

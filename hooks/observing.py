@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lenslrp.hooks.meeting import Meeting
+from lenslrp.hooks.meeting import Intercept
 
 WRITES = frozenset({"CopySlices"})
 """Graph nodes of writes into views."""
@@ -38,7 +38,7 @@ PASSING = frozenset({"meet", "__torch_function__"})
 """Functions that hand a call on that they have met."""
 
 
-class Observer(Meeting):
+class Observer(Intercept):
     """Notes writes into views and values that are cut off, while a model runs.
 
     Args:

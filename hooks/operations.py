@@ -32,7 +32,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context
 from lenslrp.hooks.constants import measure_bias
-from lenslrp.hooks.meeting import MATRIX_PRODUCTS, SUMS, Meeting
+from lenslrp.hooks.meeting import MATRIX_PRODUCTS, SUMS, Intercept
 from lenslrp.hooks.rules import (
     Epsilon,
     LinearRule,
@@ -104,7 +104,7 @@ JOINS = frozenset({"cat", "concat", "concatenate"})
 LEAKS = frozenset({"softmax", "sigmoid", "softplus"})
 
 
-class Met(Meeting):
+class Met(Intercept):
     """Meets the raw operations of one module while it runs.
 
     Args:

@@ -101,7 +101,7 @@ def widest(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-class Books:
+class Accounts:
     """Where sites report what they absorbed, summed over the batch: (term, layer, role) -> units
     of the target.
 
@@ -168,7 +168,7 @@ class Site:
     passed_over: bool = False
     copies: bool = False
     order: int = -1
-    books: Books | None = field(default=None, repr=False)
+    books: Accounts | None = field(default=None, repr=False)
 
     def report(self, term: str, amount: Tensor) -> None:
         if self.books is not None:

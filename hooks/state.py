@@ -40,7 +40,7 @@ def users_hooks(module: nn.Module, kinds: tuple[str, ...] = FORWARD) -> Iterator
                 yield getattr(module, kind), key
 
 
-class State:
+class ModelState:
     """A model at the moment when rules were attached to it, and whether it is still as it was.
 
     Attributes:

@@ -37,7 +37,7 @@ class Attachable(Protocol):
 
 
 @dataclass(eq=False)
-class Block:
+class Turn:
     """A block of code that has a model to itself, apart from blocks inside it.
 
     Attributes:
@@ -50,20 +50,20 @@ class Block:
     rules: Attachable | None = None
     thread: threading.Thread = field(default_factory=threading.current_thread)
     stays: bool = False
-    within: Block | None = None
+    within: Turn | None = None
 
 
 class Turns:
     """The blocks that hold one model, innermost last, and what is attached to it."""
 
     def __init__(self) -> None:
-        self.blocks: list[Block] = []
+        self.blocks: list[Turn] = []
         self._attached: Attachable | None = None
         self._settled = True
         self._settling = False
         self._changed = threading.Condition()  # around an RLock: a collected block may come back
 
-    def begin(self, block: Block) -> None:
+    def begin(self, block: Turn) -> None:
         """Wait until no other thread holds the model, then hold it."""
         with self._changed:
             waited = False
@@ -80,7 +80,7 @@ class Turns:
             self.blocks.append(block)
             self._settle()
 
-    def end(self, block: Block) -> None:
+    def end(self, block: Turn) -> None:
         """Hold the model no longer, from any thread; a second call does what the first left."""
         with self._changed:
             if block in self.blocks:
@@ -94,7 +94,7 @@ class Turns:
             self._settled = self._settled and self._attached is not rules
             self._settle()
 
-    def _taken_from(self, block: Block) -> bool:
+    def _taken_from(self, block: Turn) -> bool:
         """Whether another thread holds the model; one that has ended gives no block back.
 
         Raises:
@@ -157,14 +157,14 @@ def in_force(model: nn.Module) -> bool:
 
 @contextmanager
 def turn(
-    model: nn.Module, rules: Attachable | None = None, within: Block | None = None
+    model: nn.Module, rules: Attachable | None = None, within: Turn | None = None
 ) -> Iterator[None]:
     """Hold ``model`` for the length of the block: other threads wait to attach rules, or to run it.
 
     Blocks of one thread may be nested, and left in any order; the innermost ``rules`` are attached.
     A pass that does not ask for its turn is not kept from running, unless rules are attached.
     """
-    turns, block = turns_of(model), Block(rules, within=within)
+    turns, block = turns_of(model), Turn(rules, within=within)
     try:
         try:
             turns.begin(block)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lenslrp.batch import PAIRED
 from lenslrp.errors import InputError
-from lenslrp.followed import Pass, Passes, follow
+from lenslrp.followed import TrackedPass, TrackedPasses, follow
 from lenslrp.hooks.readers import forget, is_total, owners
 from lenslrp.hooks.turns import in_force
 from lenslrp.unused import require_used, why_unused
@@ -93,7 +93,7 @@ def edit_units(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
         by_hook.setdefault(edit.hook, []).append(edit)
     anywhere = all(edit.positions is None for own in by_hook.values() for edit in own)
     with ExitStack() as stack:
-        passes = Passes() if anywhere else stack.enter_context(follow(model))
+        passes = TrackedPasses() if anywhere else stack.enter_context(follow(model))
         changes: dict[str, list[Change]] = {}
         for name, own in by_hook.items():
             of_units = [edit for edit in own if edit.function is None]
@@ -193,7 +193,7 @@ def require_on_stream(model: Any, hook: str, points: Mapping[str, Any]) -> None:
         )
 
 
-def _apply(name: str, edits: list[Edit], passes: Passes) -> Change:
+def _apply(name: str, edits: list[Edit], passes: TrackedPasses) -> Change:
     made: dict[Any, tuple[Tensor, ...]] = {}  # by batch size and length, or of the last pass
     anywhere = all(edit.positions is None for edit in edits)
 
@@ -214,7 +214,7 @@ def _apply(name: str, edits: list[Edit], passes: Passes) -> Change:
     return change
 
 
-def _table(name: str, edits: list[Edit], x: Tensor, passes: Passes) -> tuple[Tensor, ...]:
+def _table(name: str, edits: list[Edit], x: Tensor, passes: TrackedPasses) -> tuple[Tensor, ...]:
     """Row, column and unit of every change at one hook point, its scale and its shift: [n]."""
     batch, length, width = x.shape[:3]
     tables = []
@@ -242,7 +242,7 @@ def _table(name: str, edits: list[Edit], x: Tensor, passes: Passes) -> tuple[Ten
 
 
 def _columns(
-    name: str, x: Tensor, rows: tuple[int, ...], positions: tuple[int, ...], now: Pass
+    name: str, x: Tensor, rows: tuple[int, ...], positions: tuple[int, ...], now: TrackedPass
 ) -> Tensor:
     """[row, position], where in ``x`` the rows' positions are; none, where a cache holds them."""
     asked = torch.tensor(positions, dtype=torch.long)

@@ -42,7 +42,7 @@ NOTHING = object()
 
 
 @dataclass(frozen=True)
-class Prompt:
+class QueuedPrompt:
     """One input: its number, what the model is given, and its length in tokens."""
 
     index: int
@@ -82,15 +82,15 @@ class Batches:
     def __str__(self) -> str:
         return f"{self.tokens} tokens" if self.size is None else f"{self.size} prompts"
 
-    def cut(self, prompts: Iterable[Prompt]) -> list[list[Prompt]]:
+    def cut(self, prompts: Iterable[QueuedPrompt]) -> list[list[QueuedPrompt]]:
         """Batches of prompts of like length, the one with the first prompt first."""
-        groups: dict[Any, list[Prompt]] = {}
+        groups: dict[Any, list[QueuedPrompt]] = {}
         for prompt in prompts:
             alike = None if self.padded else prompt.length
             groups.setdefault((prompt.together, alike), []).append(prompt)
-        cut: list[list[Prompt]] = []
+        cut: list[list[QueuedPrompt]] = []
         for group in groups.values():
-            batch: list[Prompt] = []
+            batch: list[QueuedPrompt] = []
             for prompt in sorted(group, key=lambda prompt: prompt.length):
                 if batch and self._is_full(len(batch), prompt.length):
                     cut.append(batch)
@@ -205,7 +205,7 @@ def explained(
 
 
 def _run(
-    run: Run, model: Any, batch: list[Prompt]
+    run: Run, model: Any, batch: list[QueuedPrompt]
 ) -> Iterator[tuple[list[int], RelevanceCache | InputError]]:
     """One batch; where the model refuses it, each prompt by itself."""
     target = batch[0].target
@@ -240,7 +240,7 @@ def _prompt(
     target: Any,
     prepend_bos: bool | None,
     labels: dict[int, str] | None,
-) -> Prompt:
+) -> QueuedPrompt:
     """An input in the form in which it is run.
 
     Raises:
@@ -264,4 +264,6 @@ def _prompt(
     elif isinstance(wanted, kinds.Custom):  # a function of logits that may count from their end
         together = length
     text = given if isinstance(given, str) else None
-    return Prompt(index, ids if text is None else text, wanted, length, (text is None, together))
+    return QueuedPrompt(
+        index, ids if text is None else text, wanted, length, (text is None, together)
+    )

@@ -56,7 +56,7 @@ def positions(given: str | Sequence[int], what: str) -> Positions:
 
 
 @dataclass(eq=False)
-class Pass:
+class TrackedPass:
     """One forward pass.
 
     Attributes:
@@ -64,7 +64,7 @@ class Pass:
         real: [batch, start + pos], True where a token (the decoder's, of an encoder-decoder) is
             real, or generated.
         prompts: the rows' prompts, as wide as ``real``; what is generated stands after them.
-        chosen: what :func:`Passes.chosen` answered in this pass.
+        chosen: what :func:`TrackedPasses.chosen` answered in this pass.
     """
 
     start: int
@@ -79,17 +79,17 @@ class Pass:
         return self.prompts.of(hook, x)
 
 
-class Passes:
+class TrackedPasses:
     """The passes of one model inside a context, see :func:`follow`."""
 
     def __init__(self) -> None:
-        self._now: Pass | str = NOWHERE  # or why it is not known
+        self._now: TrackedPass | str = NOWHERE  # or why it is not known
         self._prompts: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # by cache
         self._generations: list[dict[str, int]] = []  # those that are going on; innermost last
         self._text: dict[str, Any] | None = None  # of the forward pass, where it was given strings
 
     @property
-    def now(self) -> Pass:
+    def now(self) -> TrackedPass:
         """The pass that is going on.
 
         Raises:
@@ -141,7 +141,7 @@ class Passes:
             if encoder is not None:
                 read = next((x for x in encoder if isinstance(x, Tensor)), real[:, :0])
                 text = Batch.of_mask(_real(read, encoder[1], read.shape[1]), decoder=text)
-            self._now = Pass(start, real, text)
+            self._now = TrackedPass(start, real, text)
         except InputError as error:
             self._now = str(error)
 
@@ -197,9 +197,9 @@ class Passes:
 
 
 @contextmanager
-def follow(model: Any) -> Iterator[Passes]:
+def follow(model: Any) -> Iterator[TrackedPasses]:
     """Follow the passes of ``model``, a ``TransformerBridge``, for as long as the context lasts."""
-    passes = Passes()
+    passes = TrackedPasses()
     hooks = ((model, passes.given), (model.original_model, passes.before))
     wraps = {"generate": passes.call, "hf_generate": passes.call, "generate_stream": passes.stream}
     own = vars(model)
@@ -233,7 +233,7 @@ def _real(ids: Tensor, mask: Tensor | None, total: int) -> Tensor:
 
 
 def _chosen(
-    at: Pass, prompt: Positions, generation: Positions, rows: tuple[int, ...] | None
+    at: TrackedPass, prompt: Positions, generation: Positions, rows: tuple[int, ...] | None
 ) -> Tensor:
     batch, total = at.real.shape
     if not total:

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lenslrp.hooks.sites import TERMS, Books, widest
+from lenslrp.hooks.sites import TERMS, Accounts, widest
 
 BALANCED = {
     torch.float64: 1e-5,  # where a model computes in float32: 1e-6; elsewhere 1e-14
@@ -104,7 +104,7 @@ def read(tensors: Iterable[Tensor]) -> list[float]:
 
 
 def make_ledger(
-    books: Books, values: Tensor, arrived: Sequence[Tensor], begun: Sequence[Tensor], layers: int
+    books: Accounts, values: Tensor, arrived: Sequence[Tensor], begun: Sequence[Tensor], layers: int
 ) -> Ledger:
     """Close the books of one backward pass.
 

@@ -40,7 +40,7 @@ from lenslrp.hooks.install import Rules
 from lenslrp.hooks.observing import WRITES, Observer
 from lenslrp.hooks.readers import Readers
 from lenslrp.hooks.sharding import gather
-from lenslrp.hooks.sites import Books, Site, has_values, row_sums, widened
+from lenslrp.hooks.sites import Accounts, Site, has_values, row_sums, widened
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
 from lenslrp.ledger import BALANCED, Ledger, make_ledger, read
@@ -68,7 +68,7 @@ class Pass(Forward):
     begun: int = 0  #: autograd's number of a node before the pass
 
     @property
-    def books(self) -> Books | None:
+    def books(self) -> Accounts | None:
         return self.rules.books
 
     def relevance(self, target: Target, *, last: bool) -> RelevanceCache:
@@ -523,7 +523,7 @@ def under_rules(
         yield made
 
 
-def watch_blocks(at: Attached, blocks: Mapping[int, Any], books: Books) -> int:
+def watch_blocks(at: Attached, blocks: Mapping[int, Any], books: Accounts) -> int:
     """Book the total relevance that enters and leaves every block; returns how many there are."""
     passing = books.flows.__setitem__
     for layer, module in blocks.items():

@@ -31,9 +31,9 @@ from lenslrp.hooks.install import Rules, require_attention, require_bridge
 from lenslrp.hooks.observing import Observer
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rules import Rule
-from lenslrp.hooks.sites import Books
+from lenslrp.hooks.sites import Accounts
 from lenslrp.hooks.structure import unchanged
-from lenslrp.hooks.turns import Block, turn, turns_of
+from lenslrp.hooks.turns import Turn, turn, turns_of
 from lenslrp.inputs import Batch
 from lenslrp.logits import Columns, at_columns, require_logits
 from lenslrp.out_of_memory import explained_oom
@@ -77,12 +77,12 @@ class Session:
         self.ledger, self.strict, self.logits = ledger, strict, logits
         self.closed = False
         self._stays = stays  # the model is kept from other threads, which wait for others' blocks
-        self._rules = Rules(model, self.composite, attention, Books() if ledger else None)
+        self._rules = Rules(model, self.composite, attention, Accounts() if ledger else None)
         self._fresh = False  # nothing can have changed since the rules were attached
         self._ways: set[str] = set()
         self._readers: Readers | None = None
         self._asked: Any = None
-        self._block: Block | None = None
+        self._block: Turn | None = None
         self._release: weakref.finalize[..., Any] | None = None
         require_bridge(model)
         with unchanged(model):
@@ -208,7 +208,7 @@ class Session:
 
     def _hold(self) -> None:
         """Attach the rules, and see to it that they are detached whatever becomes of this."""
-        turns, block = turns_of(self.model), Block(self._rules, stays=self._stays)
+        turns, block = turns_of(self.model), Turn(self._rules, stays=self._stays)
         self._block = block
         self._release = weakref.finalize(self, turns.end, block)
         try:
@@ -405,7 +405,7 @@ class Session:
     def _fit(self, rules: Rules, *, books: bool, copies: bool) -> None:
         """Attach the rules anew where they keep other things than this pass needs."""
         if (rules.books is not None) != books or rules.copies != copies:
-            rules.books = Books() if books else None
+            rules.books = Accounts() if books else None
             rules.copies = copies
             self._renew(rules)
 

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lenslrp import media
-from lenslrp.analysis.passes.problems import Question
+from lenslrp.analysis.passes.problems import AttributionProblem
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.forward import architecture
@@ -39,7 +39,7 @@ Patterns = list[tuple[str, Tensor]]
 
 @torch.no_grad()
 def attention_rollout(
-    question: Question, *, seed: int, position: int | None = None
+    question: AttributionProblem, *, seed: int, position: int | None = None
 ) -> Float[Tensor, "batch units"]:
     """The product of ``A / 2 + I / 2`` over all layers, A the mean pattern of a layer's heads.
 
@@ -68,7 +68,7 @@ def attention_rollout(
 
 
 def gradient_x_attention_rollout(
-    question: Question, *, seed: int, position: int | None = None
+    question: AttributionProblem, *, seed: int, position: int | None = None
 ) -> Float[Tensor, "batch units"]:
     """``R += A R`` over all layers, from ``R = I``, with A the mean over heads of what is positive
     in pattern times gradient (Chefer et al. 2021, Eqs. 5 to 10).
@@ -95,7 +95,7 @@ def gradient_x_attention_rollout(
 
 @torch.no_grad()
 def atman(
-    question: Question,
+    question: AttributionProblem,
     *,
     seed: int,
     factor: float = 0.1,
@@ -141,7 +141,7 @@ def atman(
 
 
 def _factors(
-    question: Question, factor: float, threshold: float | None
+    question: AttributionProblem, factor: float, threshold: float | None
 ) -> Float[Tensor, "tokens batch units"]:
     """What each key's scores are multiplied by when each token in turn is turned down."""
     batch, units = question.mask.shape
@@ -170,7 +170,7 @@ def _log_probability(target: Target) -> Target:
     return replace(target, of="log_prob") if isinstance(target, Sequence) else target
 
 
-def _live(question: Question) -> Any:
+def _live(question: AttributionProblem) -> Any:
     """Scores and patterns that are formed where their hooks are, whoever computes them."""
     return relevance_rules(question.model, GradientTimesInput(), strict=False)
 
@@ -209,7 +209,7 @@ def _normalised(relevance: Float[Tensor, "batch row unit"]) -> Tensor:
 
 
 def _carried(
-    question: Question,
+    question: AttributionProblem,
     patterns: Patterns,
     layer: Callable[[Tensor, Tensor], Tensor],
     cross: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
@@ -244,7 +244,7 @@ def _carried(
     return torch.einsum("bq,bqk->bk", weights, last)[:, _before(question, last.shape[-1]) :]
 
 
-def _before(question: Question, keys: int) -> int:
+def _before(question: AttributionProblem, keys: int) -> int:
     """How many tokens (CLS and its like) stand before an image's patches.
 
     Raises:
@@ -262,7 +262,7 @@ def _identity(pattern: Float[Tensor, "batch query key"]) -> Float[Tensor, "batch
 
 
 def _rows(
-    question: Question, last: Float[Tensor, "batch row unit"], position: int | None
+    question: AttributionProblem, last: Float[Tensor, "batch row unit"], position: int | None
 ) -> Float[Tensor, "batch row"]:
     """Which row of the carried matrix is read, as weights that sum to 1.
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lenslrp.analysis.passes.problems import Question
+from lenslrp.analysis.passes.problems import AttributionProblem
 from lenslrp.extras import require
 
 
 def integrated_gradients(
-    question: Question, *, seed: int, steps: int = 32, baseline: str | Tensor = "zero"
+    question: AttributionProblem, *, seed: int, steps: int = 32, baseline: str | Tensor = "zero"
 ) -> Tensor:
     """``(x - x') * integral of df/dx along the line from x' to x`` (Sundararajan et al. 2017).
 
@@ -24,7 +24,7 @@ def integrated_gradients(
 
     Args:
         steps: of Gauss-Legendre's rule.
-        baseline: x', see :meth:`Question.baseline`.
+        baseline: x', see :meth:`AttributionProblem.baseline`.
 
     Raises:
         MissingExtraError: captum is not installed.
@@ -46,7 +46,7 @@ def integrated_gradients(
 
 @torch.no_grad()
 def smoothgrad(
-    question: Question,
+    question: AttributionProblem,
     *,
     seed: int,
     samples: int = 20,

@@ -31,7 +31,7 @@ from lenslrp.analysis.attribution.softmax_ablations import (
     DistributedBiasAtSoftmax,
     IdentityAtSoftmax,
 )
-from lenslrp.analysis.passes.problems import CHUNK, Passes, Question, ask
+from lenslrp.analysis.passes.problems import CHUNK, AttributionProblem, PassCount, resolve
 from lenslrp.errors import InputError
 from lenslrp.extras import EXTRAS, require
 from lenslrp.hooks.composites import (
@@ -103,7 +103,7 @@ class Attribution:
     str_tokens: list[list[str]]
     method: str
     target: Explained
-    passes: Passes
+    passes: PassCount
     pixels: Float[Tensor, "batch channel height width"] | None = None
     grid: tuple[int, int] | None = None
 
@@ -145,7 +145,7 @@ def attribute(
         CoverageError: an operation on the path has no rule, for methods that attach rules.
     """
     chosen = as_method(method)
-    question = ask(
+    question = resolve(
         model,
         input,
         target,
@@ -160,7 +160,7 @@ def attribute(
 
 
 def answer(
-    method: str | Method | Composite, question: Question, *, seed: int = 0, **options: Any
+    method: str | Method | Composite, question: AttributionProblem, *, seed: int = 0, **options: Any
 ) -> Attribution:
     """What a method says of an input and a target that are resolved already; see
     :func:`attribute`."""
@@ -203,13 +203,13 @@ def as_method(method: str | Method | Composite) -> Method:
     return method
 
 
-def rules(question: Question, *, seed: int, composite: Composite) -> Tensor:
+def rules(question: AttributionProblem, *, seed: int, composite: Composite) -> Tensor:
     """Relevance under a composite's rules: one forward and one backward pass."""
     cache = question.relevance(composite)
     return cache.tokens if cache.pixels is None else cache.pixels
 
 
-def random(question: Question, *, seed: int) -> Float[Tensor, "batch units"]:
+def random(question: AttributionProblem, *, seed: int) -> Float[Tensor, "batch units"]:
     """Standard normal numbers: what a method that knows nothing says."""
     batch, units = question.mask.shape
     found = torch.zeros(batch, units)

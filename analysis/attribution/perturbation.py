@@ -14,17 +14,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lenslrp.analysis.passes.problems import Question
+from lenslrp.analysis.passes.problems import AttributionProblem
 from lenslrp.errors import InputError
 
 
 def occlusion(
-    question: Question, *, seed: int, baseline: str | Tensor = "zero"
+    question: AttributionProblem, *, seed: int, baseline: str | Tensor = "zero"
 ) -> Float[Tensor, "batch units"]:
     """What the value loses when one unit is set to the baseline, in units of the target.
 
     Args:
-        baseline: see :meth:`Question.baseline`.
+        baseline: see :meth:`AttributionProblem.baseline`.
     """
     batch, units = question.mask.shape
     alone = torch.eye(units, dtype=torch.bool)[:, None].expand(-1, batch, -1)
@@ -34,7 +34,7 @@ def occlusion(
 
 
 def kernel_shap(
-    question: Question,
+    question: AttributionProblem,
     *,
     seed: int,
     samples: int | None = None,
@@ -45,7 +45,7 @@ def kernel_shap(
     Args:
         samples: coalitions asked, beside none and all: eight for every unit by default. Where all
             2^n - 2 are no more than that they are all asked, and the values are exact.
-        baseline: see :meth:`Question.baseline`.
+        baseline: see :meth:`AttributionProblem.baseline`.
 
     Raises:
         InputError: too few samples.

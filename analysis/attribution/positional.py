@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.utilities.hf_utils import get_rotary_pct_from_config
 
-from lenslrp.analysis.passes.problems import Question
+from lenslrp.analysis.passes.problems import AttributionProblem
 from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
 from lenslrp.forward import architecture, undone
@@ -32,7 +32,7 @@ ADJACENT = ("rotary_adjacent_pairs", "rotary_interleaved_cos_sin")
 """Settings of the bridge under which neighbouring features are rotated, not halves."""
 
 
-def pa_lrp(question: Question, *, seed: int, absolute: bool = True) -> Tensor:
+def pa_lrp(question: AttributionProblem, *, seed: int, absolute: bool = True) -> Tensor:
     """AttnLRP relevance of the tokens plus that of their positions, in units of the target.
 
     Args:

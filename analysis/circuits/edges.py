@@ -44,7 +44,7 @@ from lenslrp.analysis.circuits.nodes import (
 from lenslrp.analysis.circuits.pairs import Pairs, ordered
 from lenslrp.analysis.circuits.path_patching import exact_edges
 from lenslrp.analysis.circuits.segments import EMBEDDINGS, coefficients, cut
-from lenslrp.analysis.passes.problems import Passes
+from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
@@ -87,7 +87,7 @@ class EdgeScores:
     clean: Float[Tensor, " pair"]
     corrupt: Float[Tensor, " pair"]
     mask: Tensor
-    passes: Passes
+    passes: PassCount
 
     @property
     def by_position(self) -> bool:
@@ -198,7 +198,7 @@ def score_edges(
     placed = place_components(model, components)
     hooks = {hook: placed[hook] for hook in sorted(placed, key=_depth)}
     device = next(model.parameters()).device
-    passes = Passes()
+    passes = PassCount()
     edges = None if only is None else list(only)
     downs = None if into is None else list(into)
     ends = [node for edge in edges or () for node in edge] + (downs or [])
@@ -262,7 +262,7 @@ class _Runs:
     hooks: Mapping[str, str]
     by_position: bool
     rows: int
-    passes: Passes
+    passes: PassCount
 
 
 _Found = tuple[Tensor, Tensor, tuple[Node, ...], dict[str, Tensor]]

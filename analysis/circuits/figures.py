@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lenslrp.analysis.circuits.pruning import Curve
+from lenslrp.analysis.circuits.pruning import FaithfulnessCurve
 from lenslrp.analysis.circuits.scores import NodeScores
 from lenslrp.analysis.views.figures import (
     LIGHT,
@@ -48,7 +48,10 @@ def head_scores(scores: NodeScores, *, component: str = "heads", theme: Theme = 
 
 
 def faithfulness_curves(
-    curves: Mapping[str, Curve], *, title: str = "Faithfulness over size", theme: Theme = LIGHT
+    curves: Mapping[str, FaithfulnessCurve],
+    *,
+    title: str = "Faithfulness over size",
+    theme: Theme = LIGHT,
 ) -> Figure:
     """Share of the gap kept over the share of nodes kept, on a logarithmic axis, with intervals."""
     figure, (axes,) = new_figure(7.0, 4.0, theme, 1)

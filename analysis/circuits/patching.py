@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lenslrp.analysis.circuits.nodes import Node, below, gaps, patched, read
 from lenslrp.analysis.circuits.pairs import Pairs
-from lenslrp.analysis.passes.problems import Passes
+from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.batch import Batch
 
 
@@ -28,7 +28,7 @@ def exact_effects(
     *,
     by_position: bool,
     only: Sequence[Node] | None,
-    passes: Passes,
+    passes: PassCount,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Values of the base and the other run, and the effect of every node, NaN where not asked for.
 

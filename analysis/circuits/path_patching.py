@@ -26,7 +26,7 @@ from lenslrp.analysis.circuits.nodes import (
     read,
 )
 from lenslrp.analysis.circuits.pairs import Pairs
-from lenslrp.analysis.passes.problems import Passes
+from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.edits import Edit
 from lenslrp.hooks.components import layer_of
 from lenslrp.inputs import Batch
@@ -39,7 +39,7 @@ def exact_edges(
     pairs: Pairs,
     hooks: Mapping[str, str],
     edges: Mapping[Node, Sequence[Node]],
-    passes: Passes,
+    passes: PassCount,
 ) -> tuple[Tensor, Tensor, dict[tuple[Node, Node], Tensor]]:
     """Values of the base and the other run, and the effect of every edge, [pair].
 

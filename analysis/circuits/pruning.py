@@ -270,7 +270,7 @@ def minimality(
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class FaithfulnessCurve:
     """Faithfulness of circuits of growing size.
 
     Attributes:
@@ -292,7 +292,7 @@ def faithfulness_curve(
     shares: Sequence[float] = SHARES,
     by: str = "score",
     **options: Any,
-) -> Curve:
+) -> FaithfulnessCurve:
     """Keep more and more of the best nodes of every class; other options as for :func:`verify`."""
     circuits = [prune(scores, share, by=by) for share in shares]
     verdict = verify(model, pairs, circuits, **options)
@@ -302,4 +302,4 @@ def faithfulness_curve(
     table.insert(0, "share", list(shares))
     table.insert(1, "nodes", kept)
     values, at = table["faithfulness"].to_numpy(), np.array(shares)
-    return Curve(table, area(values, at), area(np.abs(1 - values), at))
+    return FaithfulnessCurve(table, area(values, at), area(np.abs(1 - values), at))

@@ -44,7 +44,7 @@ from lenslrp.analysis.circuits.nodes import (
 )
 from lenslrp.analysis.circuits.pairs import Pairs, ordered
 from lenslrp.analysis.circuits.patching import exact_effects
-from lenslrp.analysis.passes.problems import Passes
+from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.forward import architecture
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
@@ -77,7 +77,7 @@ class NodeScores:
     clean: Float[Tensor, " pair"]
     corrupt: Float[Tensor, " pair"]
     mask: Tensor
-    passes: Passes
+    passes: PassCount
 
     @property
     def by_position(self) -> bool:
@@ -130,7 +130,7 @@ class _Runs:
     by_position: bool
     only: Sequence[Node] | None
     steps: int
-    passes: Passes
+    passes: PassCount
 
 
 _Found = tuple[Tensor, Tensor, dict[str, Tensor]]  # values of both runs, scores
@@ -285,7 +285,7 @@ def score_nodes(
     score, rules = METHODS[method]
     device = next(model.parameters()).device
     hooks = place_components(model, components)
-    passes = Passes()
+    passes = PassCount()
     nodes = None if only is None else list(only)
     require_positions(nodes or (), pairs)
     found = []

@@ -23,7 +23,7 @@ from lenslrp.analysis.dictionary.plan import Place, Plan
 from lenslrp.analysis.dictionary.topk import Spans, priorities
 from lenslrp.analysis.passes.conditions import through as only_through
 from lenslrp.analysis.units.kinds import Unit
-from lenslrp.analysis.units.readers import Readout, Site
+from lenslrp.analysis.units.readers import SearchedHook, UnitReader
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.components import components, hook_points, layer_of
@@ -88,7 +88,7 @@ class BlockPass:
 
     model: Any
     plan: Plan
-    sites: tuple[Site, ...]
+    sites: tuple[SearchedHook, ...]
     composite: Composite | None = None
     target: Target | None = None
     through: tuple[Unit, ...] = ()
@@ -126,7 +126,7 @@ class Runner:
     """
 
     of: BlockPass
-    by_hook: dict[str, list[tuple[Place, Readout, Tensor | None]]] = field(default_factory=dict)
+    by_hook: dict[str, list[tuple[Place, UnitReader, Tensor | None]]] = field(default_factory=dict)
     rules: Session | None = None
 
     def run(self, block: Block, on_activation: Visit, on_relevance: Visit) -> Aims | None:
@@ -229,7 +229,7 @@ def _batch(model: Any, block: Block) -> Batch:
     return Batch(block.tokens.to(device), block.mask.to(device), block.lengths, kwargs)
 
 
-def find_places(model: Any, sites: Sequence[Site], tokens: Tensor) -> tuple[Place, ...]:
+def find_places(model: Any, sites: Sequence[SearchedHook], tokens: Tensor) -> tuple[Place, ...]:
     """The places of all sites, in the order in which the forward pass meets them.
 
     Learned from a short forward pass: [1, pos] tokens.
@@ -258,7 +258,7 @@ def find_places(model: Any, sites: Sequence[Site], tokens: Tensor) -> tuple[Plac
                 )
             sizes.setdefault((site.name, name), site.readout.activation(x).shape[-1])
 
-    reads: dict[str, list[Site]] = {}
+    reads: dict[str, list[SearchedHook]] = {}
     for site, name in wanted:
         reads.setdefault(name, []).append(site)
     with forward(model, _batch(model, block), read={n: partial(read, n) for n in reads}):

@@ -22,7 +22,7 @@ from torch import Tensor
 from lenslrp.analysis.common.storage import file_record, save_json, save_tensors
 from lenslrp.analysis.dictionary.plan import SCHEMA, Place, Plan, describe_libraries
 from lenslrp.analysis.dictionary.replay import Entries, replay, require_part
-from lenslrp.analysis.dictionary.scan import Job, State, merge_shards
+from lenslrp.analysis.dictionary.scan import Job, ScanState, merge_shards
 from lenslrp.analysis.dictionary.schemas import BINS, GROUP, UNIT_GROUP, kinds, sampled_tokens
 from lenslrp.analysis.dictionary.texts import Document, write_texts
 from lenslrp.analysis.dictionary.vocabulary_lists import TOKENS, project_places, write_vocabulary
@@ -59,7 +59,7 @@ def finish(
 
 
 def publish(
-    job: Job, state: State, entries: Entries, parts: list[Path], projected: list[Path]
+    job: Job, state: ScanState, entries: Entries, parts: list[Path], projected: list[Path]
 ) -> None:
     """Write all files, the manifest last.
 

@@ -28,7 +28,7 @@ from lenslrp.analysis.common.storage import (
 from lenslrp.analysis.dictionary.block_pass import Aims
 from lenslrp.analysis.dictionary.corpus import Block
 from lenslrp.analysis.dictionary.plan import CRITERIA, Place, Plan, sampled_documents
-from lenslrp.analysis.dictionary.scan import Job, State
+from lenslrp.analysis.dictionary.scan import Job, ScanState
 from lenslrp.analysis.dictionary.schemas import STATISTICS, kinds, sampled_tokens
 from lenslrp.analysis.dictionary.topk import Spans, priorities, unpack
 from lenslrp.errors import StorageError
@@ -58,7 +58,7 @@ class Entries:
     scores: Float32[Tensor, "unit slot"]
 
     @classmethod
-    def of(cls, state: State, plan: Plan) -> Entries:
+    def of(cls, state: ScanState, plan: Plan) -> Entries:
         """What to show of a finished scan."""
         slots: list[tuple[str, int]] = []
         columns: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -79,7 +79,7 @@ class Entries:
         return cls(tuple(slots), docs, positions, scores)
 
 
-def _sampled(state: State, plan: Plan, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def _sampled(state: ScanState, plan: Plan, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Deciles or random examples: (documents, positions, scores), each [unit, slot]."""
     docs = sampled_documents(plan.corpus["documents"], plan.sample, plan.seed)
     if name == "random":

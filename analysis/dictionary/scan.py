@@ -40,8 +40,8 @@ from lenslrp.analysis.dictionary.plan import CRITERIA, SAMPLES, Place, Plan, sam
 from lenslrp.analysis.dictionary.topk import (
     EMPTY,
     Found,
+    RunningTopK,
     Spans,
-    TopK,
     extremes,
     pack,
     require_finite,
@@ -52,7 +52,7 @@ from lenslrp.fingerprints import canonical
 
 
 @dataclass
-class State:
+class ScanState:
     """What a scan knows so far.
 
     Attributes:
@@ -63,18 +63,18 @@ class State:
         tokens: how many tokens were in them.
     """
 
-    tops: dict[str, TopK]
+    tops: dict[str, RunningTopK]
     values: Float32[Tensor, "unit sample"]
     positions: Int16[Tensor, "unit sample"]
     next: int = 0
     tokens: int = 0
 
     @classmethod
-    def empty(cls, plan: Plan) -> State:
+    def empty(cls, plan: Plan) -> ScanState:
         documents = min(plan.sample, plan.corpus["documents"])
         columns = documents if set(plan.criteria) & set(SAMPLES) else 0
         return cls(
-            {c: TopK.empty(plan.units, plan.k) for c in plan.criteria if c in CRITERIA},
+            {c: RunningTopK.empty(plan.units, plan.k) for c in plan.criteria if c in CRITERIA},
             torch.full((plan.units, columns), float("nan")),
             torch.zeros((plan.units, columns), dtype=torch.int16),
         )
@@ -94,7 +94,7 @@ class State:
         save_tensors(path, tensors, {**metadata, **{k: str(v) for k, v in numbers.items()}})
 
     @classmethod
-    def load(cls, path: Path, plan: Plan) -> tuple[State, dict[str, str]]:
+    def load(cls, path: Path, plan: Plan) -> tuple[ScanState, dict[str, str]]:
         """A state that :meth:`save` wrote, and its metadata.
 
         Raises:
@@ -107,11 +107,13 @@ class State:
             if name in CRITERIA:
                 docs = tensors[f"{name}/document"]
                 keys = pack(tensors[f"{name}/value"].nan_to_num(), docs.clamp_min(0))
-                tops[name] = TopK(keys.masked_fill(docs < 0, EMPTY), tensors[f"{name}/position"])
+                tops[name] = RunningTopK(
+                    keys.masked_fill(docs < 0, EMPTY), tensors[f"{name}/position"]
+                )
         numbers = int(metadata["next"]), int(metadata["tokens"])
         return cls(tops, tensors["sample/value"], tensors["sample/position"], *numbers), metadata
 
-    def merge(self, others: Sequence[State]) -> State:
+    def merge(self, others: Sequence[ScanState]) -> ScanState:
         """The state of one scan over all the blocks of several."""
         tops = {n: top.merge([o.tops[n] for o in others]) for n, top in self.tops.items()}
         values, positions = self.values.clone(), self.positions.clone()
@@ -119,7 +121,7 @@ class State:
             theirs = ~other.values.isnan()
             values[theirs], positions[theirs] = other.values[theirs], other.positions[theirs]
         parts = (self, *others)
-        return State(
+        return ScanState(
             tops, values, positions, sum(s.next for s in parts), sum(s.tokens for s in parts)
         )
 
@@ -127,7 +129,7 @@ class State:
 def _require_shard(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], plan: Plan
 ) -> None:
-    """Refuse what :meth:`State.save` would not have written under this plan."""
+    """Refuse what :meth:`ScanState.save` would not have written under this plan."""
     try:
         said = Plan.from_json(json.loads(metadata["plan"]), path)
     except (KeyError, ValueError, RecursionError) as error:
@@ -135,7 +137,7 @@ def _require_shard(
     plan.require_same(said, str(path))
     require_numbers(path, metadata, ("rank", "world", "next", "tokens"))
     shape = plan.units, plan.k
-    sampled = tuple(State.empty(plan).values.shape)
+    sampled = tuple(ScanState.empty(plan).values.shape)
     forms: dict[str, Form] = {
         "sample/value": (torch.float32, sampled),
         "sample/position": (torch.int16, sampled),
@@ -185,11 +187,11 @@ class Scanner:
         parts: the units on each device, the places where they are, and what is known of them.
     """
 
-    state: State
+    state: ScanState
     plan: Plan
     columns: dict[int, int]
     found: dict[tuple[tuple[str, int], Place], Found] = field(default_factory=dict)
-    parts: list[tuple[slice, list[Place], State]] = field(default_factory=list)
+    parts: list[tuple[slice, list[Place], ScanState]] = field(default_factory=list)
 
     def on_activation(self, place: Place, x: Tensor, spans: Spans) -> None:
         self._find("activation", place, x, spans)
@@ -221,7 +223,7 @@ class Scanner:
             for name, top in state.tops.items():
                 values, positions = self._joined(CRITERIA[name], places)
                 finite.append(values.isfinite().all())
-                fresh = TopK.of(CRITERIA[name][1] * values, positions, docs)
+                fresh = RunningTopK.of(CRITERIA[name][1] * values, positions, docs)
                 state.tops[name] = top.merge([fresh], ordered=False)
             if len(rows):
                 values, positions = self._joined(("activation", 1), places)
@@ -238,11 +240,11 @@ class Scanner:
             places = list(some)
             units = slice(places[0].first, places[-1].end)
             tops = {
-                name: TopK(top.keys[units].to(where), top.positions[units].to(where))
+                name: RunningTopK(top.keys[units].to(where), top.positions[units].to(where))
                 for name, top in self.state.tops.items()
             }
             sample = self.state.values[units].to(where), self.state.positions[units].to(where)
-            self.parts.append((units, places, State(tops, *sample)))
+            self.parts.append((units, places, ScanState(tops, *sample)))
 
     def _joined(self, criterion: tuple[str, int], places: list[Place]) -> Found:
         found = [self.found[criterion, place] for place in places]
@@ -258,7 +260,7 @@ class Scanner:
         for (_, place), (values, _) in self.found.items():
             require_finite(values, place.hook, block.docs)
 
-    def collect(self) -> State:
+    def collect(self) -> ScanState:
         """The state of everything that was taken in, on the host."""
         for units, _, part in self.parts:
             for name, top in part.tops.items():
@@ -299,9 +301,9 @@ def scan_shard(
     if not 0 <= rank < world:
         raise StorageError(f"rank must be from 0 to {world - 1}, not {rank}")
     plan, path = job.plan, job.shard(rank, world)
-    state = State.empty(plan)
+    state = ScanState.empty(plan)
     if path.exists():
-        state, metadata = State.load(path, plan)
+        state, metadata = ScanState.load(path, plan)
         if metadata["done"] == "True":
             return path
     blocks = range(rank, job.corpus.blocks, world)
@@ -343,17 +345,17 @@ def sampled_columns(plan: Plan) -> dict[int, int]:
     return {doc: column for column, doc in enumerate(docs.tolist())}
 
 
-def merge_shards(job: Job, files: Iterable[str | Path]) -> State:
+def merge_shards(job: Job, files: Iterable[str | Path]) -> ScanState:
     """The state of one scan over the whole corpus, from the files of all its shards.
 
     Raises:
         StorageError: a shard is missing, unfinished, there twice, damaged or of another dictionary.
     """
-    merged: State | None = None
+    merged: ScanState | None = None
     seen: dict[int, Path] = {}
     worlds: set[int] = set()
     for path in sorted(map(Path, files)):
-        state, metadata = State.load(path, job.plan)
+        state, metadata = ScanState.load(path, job.plan)
         rank, world = int(metadata["rank"]), int(metadata["world"])
         if metadata["done"] != "True":
             raise StorageError(

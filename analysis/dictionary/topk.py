@@ -47,7 +47,7 @@ def unpack(keys: Int64[Tensor, "*s"]) -> tuple[Float32[Tensor, "*s"], Int64[Tens
 
 
 @dataclass
-class TopK:
+class RunningTopK:
     """The best k entries of each unit so far.
 
     Attributes:
@@ -59,7 +59,7 @@ class TopK:
     positions: Int16[Tensor, "unit k"]
 
     @classmethod
-    def empty(cls, units: int, k: int) -> TopK:
+    def empty(cls, units: int, k: int) -> RunningTopK:
         return cls(
             torch.full((units, k), EMPTY, dtype=torch.int64),
             torch.zeros((units, k), dtype=torch.int16),
@@ -71,11 +71,11 @@ class TopK:
         values: Float[Tensor, "row unit"],
         positions: Int16[Tensor, "row unit"],
         docs: Int64[Tensor, " row"],
-    ) -> TopK:
+    ) -> RunningTopK:
         """The entries of one batch, in the order of its rows."""
         return cls(pack(values.float(), docs[:, None]).T, positions.T)
 
-    def merge(self, others: Sequence[TopK], *, ordered: bool = True) -> TopK:
+    def merge(self, others: Sequence[RunningTopK], *, ordered: bool = True) -> RunningTopK:
         """The best k of several tallies over disjoint documents.
 
         Args:
@@ -84,7 +84,7 @@ class TopK:
         keys = torch.cat([self.keys, *(other.keys for other in others)], dim=1)
         positions = torch.cat([self.positions, *(other.positions for other in others)], dim=1)
         best, index = keys.topk(self.keys.shape[1], dim=1, sorted=ordered)
-        return TopK(best, positions.gather(1, index))
+        return RunningTopK(best, positions.gather(1, index))
 
 
 @dataclass(frozen=True, eq=False)

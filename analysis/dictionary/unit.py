@@ -208,7 +208,7 @@ class Page:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class ExampleRows:
     """The documents of some examples as one batch, padded on the right.
 
     Attributes:
@@ -220,7 +220,7 @@ class Rows:
     hits: list[int]
 
     @classmethod
-    def of(cls, page: Page, frame: pd.DataFrame) -> Rows:
+    def of(cls, page: Page, frame: pd.DataFrame) -> ExampleRows:
         documents = page.dictionary.texts.cited(frame["doc"])
         rows = [documents[doc].tokens for doc in frame["doc"]]
         return cls(Batch.of_rows(rows), frame["position"].tolist())
@@ -241,7 +241,7 @@ class Rows:
 def _attributions(
     model: Any, page: Page, frame: pd.DataFrame, options: dict[str, Any]
 ) -> list[NDArray[np.float32]]:
-    rows = Rows.of(page, frame)
+    rows = ExampleRows.of(page, frame)
     rules = {name: options[name] for name in options.keys() & SETTINGS}
     given = {name: options[name] for name in options.keys() - SETTINGS}
     rules = {"ledger": False, "logits": "target", "stays": False, **rules}

@@ -46,7 +46,7 @@ from lenslrp.analysis.units.projection import (
     project,
     require_decoder,
 )
-from lenslrp.analysis.units.readers import Directions, Features, Site
+from lenslrp.analysis.units.readers import DirectionReader, FeatureReader, SearchedHook
 from lenslrp.analysis.units.unembedding import embedding, scores
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import parquet_writer, whole
@@ -224,7 +224,7 @@ def project_places(
     return paths
 
 
-def _project(model: TransformerBridge, place: Place, site: Site, tokens: int) -> Ends:
+def _project(model: TransformerBridge, place: Place, site: SearchedHook, tokens: int) -> Ends:
     try:
         if not tokens:
             raise InputError("not asked for: the dictionary was built with vocabulary=0")
@@ -235,10 +235,10 @@ def _project(model: TransformerBridge, place: Place, site: Site, tokens: int) ->
     return ends_of_lists(model, units, tokens)
 
 
-def _unit(place: Place, index: int, site: Site) -> Unit:
-    if isinstance(site.readout, Directions):
+def _unit(place: Place, index: int, site: SearchedHook) -> Unit:
+    if isinstance(site.readout, DirectionReader):
         return Direction(place.hook, site.readout.vectors[index])
-    if isinstance(site.readout, Features):
+    if isinstance(site.readout, FeatureReader):
         return Feature(site.readout.coder, index)
     return parse_unit(f"{place.hook}[{index}]")
 

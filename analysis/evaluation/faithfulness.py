@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from lenslrp.analysis.common.statistics import area
 from lenslrp.analysis.evaluation.features import Features, Masks, token_values, tokens_of
-from lenslrp.analysis.passes.prompts import Numbers, Prompt, Values
+from lenslrp.analysis.passes.prompts import ExplainedPrompt, Numbers, Values
 from lenslrp.errors import InputError
 
 BINS = (0.01, 0.05, 0.1, 0.2, 0.5)
@@ -41,7 +41,7 @@ Of = Literal["value", "probability"]
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class PerturbationCurve:
     """The target while features go. All arrays are [step + 1], from none gone to all gone.
 
     Attributes:
@@ -95,7 +95,7 @@ class Curve:
 
 def curves(
     features: Features, relevance: Mapping[str, Numbers], *, steps: int = 8
-) -> dict[str, Curve]:
+) -> dict[str, PerturbationCurve]:
     """Perturbation curves of several relevance vectors of one input, from one set of passes.
 
     Args:
@@ -117,13 +117,13 @@ def curves(
 
 def token_curves(
     model: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[ExplainedPrompt],
     relevance: Sequence[Mapping[str, Numbers]],
     *,
     steps: int = 8,
     baseline: str = "zero",
     keep: Sequence[int] = (),
-) -> list[dict[str, Curve]]:
+) -> list[dict[str, PerturbationCurve]]:
     """:func:`curves` of several prompts' tokens at once: their rows share forward passes.
 
     Args:
@@ -178,10 +178,10 @@ def _both_ways(size: int, relevance: Numbers, steps: int) -> Masks:
     return np.concatenate([_first(order, counts), _first(order[::-1].copy(), counts)])
 
 
-def _curve(size: int, steps: int, values: Values) -> Curve:
+def _curve(size: int, steps: int, values: Values) -> PerturbationCurve:
     counts = _counts(size, steps)
     n = len(counts)
-    return Curve(
+    return PerturbationCurve(
         np.array(counts) / size,
         values.value[:n],
         values.value[n:],

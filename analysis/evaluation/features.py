@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lenslrp.analysis.passes.prompts import Numbers, Prompt, Values, batch_logits, read
+from lenslrp.analysis.passes.prompts import ExplainedPrompt, Numbers, Values, batch_logits, read
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.text.names import token_id
@@ -57,7 +57,7 @@ class Features:
 
 
 def tokens_of(
-    model: Any, prompt: Prompt, *, baseline: str = "zero", keep: Sequence[int] = ()
+    model: Any, prompt: ExplainedPrompt, *, baseline: str = "zero", keep: Sequence[int] = ()
 ) -> Features:
     """The tokens of a prompt as features.
 
@@ -86,7 +86,7 @@ def tokens_of(
 
 def token_values(
     model: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[ExplainedPrompt],
     removed: Sequence[Masks],
     *,
     baseline: str = "zero",

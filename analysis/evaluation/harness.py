@@ -30,7 +30,7 @@ from lenslrp.analysis.evaluation.model_features import patches_of
 from lenslrp.analysis.evaluation.results import JOURNAL, PARQUET, Results
 from lenslrp.analysis.evaluation.spans import hit, ious
 from lenslrp.analysis.evaluation.tasks import IMAGES, TASKS, Example, Task, Unfit, image_task
-from lenslrp.analysis.passes.problems import Passes, Question, ask
+from lenslrp.analysis.passes.problems import AttributionProblem, PassCount, resolve
 from lenslrp.analysis.passes.prompts import Numbers
 from lenslrp.errors import InputError, StorageError
 from lenslrp.fingerprints import describe_model
@@ -216,7 +216,7 @@ def _measured(
     plain = _plain(question)
     relevance, told = {}, {}
     for method in methods:
-        own = replace(question, passes=Passes())
+        own = replace(question, passes=PassCount())
         start = time.perf_counter()
         found = answer(method, own, seed=settings["seed"])
         seconds = time.perf_counter() - start
@@ -269,14 +269,14 @@ def _pointing(values: Numbers, example: Example) -> dict[str, float]:
     return told
 
 
-def _question(model: Any, example: Example) -> Question:
+def _question(model: Any, example: Example) -> AttributionProblem:
     prompt = example.prompt
     if prompt.pixels is not None:
-        return ask(model, target=prompt.target, pixel_values=prompt.pixels[None])
-    return ask(model, prompt.given, prompt.target)
+        return resolve(model, target=prompt.target, pixel_values=prompt.pixels[None])
+    return resolve(model, prompt.given, prompt.target)
 
 
-def _plain(question: Question) -> float:
+def _plain(question: AttributionProblem) -> float:
     """Seconds of one plain forward and backward pass: the unit in which methods' costs are told."""
     start = time.perf_counter()
     question.gradients(question.inputs[None])

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lenslrp.analysis.evaluation.features import TOKENS_PER_PASS, Features, Masks
-from lenslrp.analysis.passes.problems import ask
+from lenslrp.analysis.passes.problems import resolve
 from lenslrp.analysis.passes.prompts import (
+    ExplainedPrompt,
     Numbers,
-    Prompt,
     Values,
     image_logits,
     prompt_logits,
@@ -34,12 +34,12 @@ from lenslrp.inputs import is_encoder_decoder
 IMAGES_PER_PASS = 16
 
 
-def heads_of(model: Any, prompt: Prompt) -> Features:
+def heads_of(model: Any, prompt: ExplainedPrompt) -> Features:
     """Attention heads, [layer x head]: a head that is gone writes nothing at any position."""
     return _units(model, prompt, "attn.hook_z", 4)
 
 
-def neurons_of(model: Any, prompt: Prompt) -> Features:
+def neurons_of(model: Any, prompt: ExplainedPrompt) -> Features:
     """MLP neurons, [layer x neuron]: one that is gone is 0 at every position."""
     return _units(model, prompt, "mlp.hook_post", 3)
 
@@ -59,7 +59,7 @@ def unit_relevance(cache: Any, name: str) -> Numbers:
     return torch.cat(rows).cpu().numpy()
 
 
-def patches_of(model: Any, prompt: Prompt, *, baseline: str = "zero") -> Features:
+def patches_of(model: Any, prompt: ExplainedPrompt, *, baseline: str = "zero") -> Features:
     """Patches of an image, row by row: one that is gone has the baseline's pixels.
 
     Args:
@@ -71,7 +71,7 @@ def patches_of(model: Any, prompt: Prompt, *, baseline: str = "zero") -> Feature
     """
     if prompt.pixels is None:
         raise InputError("this prompt has no image")
-    question = ask(model, pixel_values=prompt.pixels[None], target=prompt.target)
+    question = resolve(model, pixel_values=prompt.pixels[None], target=prompt.target)
     assert question.grid is not None
     instead = question.baseline(baseline)
 
@@ -85,7 +85,7 @@ def patches_of(model: Any, prompt: Prompt, *, baseline: str = "zero") -> Feature
     return Features(np.arange(question.grid[0] * question.grid[1]), without)
 
 
-def _units(model: Any, prompt: Prompt, suffix: str, dims: int) -> Features:
+def _units(model: Any, prompt: ExplainedPrompt, suffix: str, dims: int) -> Features:
     if is_encoder_decoder(model):
         raise InputError("heads and neurons are switched off in models of one stack only")
     points = hook_points(model, components(model))

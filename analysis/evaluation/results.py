@@ -102,10 +102,11 @@ class Results:
         """One row an example, method and perturbation.
 
         Columns: ``example, target, value, features, perturbation, method``; the scores of
-        :class:`~lenslrp.analysis.evaluation.faithfulness.Curve` (areas in units of the target);
-        ``hit``, ``hit_at_3``, ``iou``, ``above_distractor`` where the answer is known; ``naopc``
-        where asked for; ``seconds``, ``cost`` (relative to a plain forward and backward pass of
-        this example), ``forward``, ``backward`` (passes of one sequence); and the curves as lists.
+        `PerturbationCurve` (areas in units of the
+        target); ``hit``, ``hit_at_3``, ``iou``, ``above_distractor`` where the answer is known;
+        ``naopc`` where asked for; ``seconds``, ``cost`` (relative to a plain forward and backward
+        pass of this example), ``forward``, ``backward`` (passes of one sequence); and the curves as
+        lists.
         """
         return self.frame.copy()
 

@@ -22,8 +22,8 @@ from lenslrp.analysis.common.records import Record
 from lenslrp.analysis.common.templates import agreement, indirect_objects
 from lenslrp.analysis.evaluation.features import token_values
 from lenslrp.analysis.evaluation.spans import normalise, occurrences, overlap, token_spans
-from lenslrp.analysis.passes.problems import ask
-from lenslrp.analysis.passes.prompts import Prompt, as_prompt
+from lenslrp.analysis.passes.problems import resolve
+from lenslrp.analysis.passes.prompts import ExplainedPrompt, as_prompt
 from lenslrp.errors import InputError
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import is_encoder_decoder
@@ -56,7 +56,7 @@ class Example:
         distractor: [pos], the places that speak for the wrong answer, likewise.
     """
 
-    prompt: Prompt
+    prompt: ExplainedPrompt
     removable: Chosen
     key: Chosen | None = None
     distractor: Chosen | None = None
@@ -186,7 +186,7 @@ def image_task(images: Mapping[str, Tensor]) -> Task:
     def make(model: Any, record: Record, length: int) -> Example:
         pixels = images[record["image"]][None]
         prompt = as_prompt(model, pixel_values=pixels)
-        patches = ask(model, target=prompt.target, pixel_values=pixels).mask.shape[1]
+        patches = resolve(model, target=prompt.target, pixel_values=pixels).mask.shape[1]
         return Example(prompt, np.ones(patches, dtype=bool))
 
     return Task(IMAGES, {"image": str, "pixels": str}, make, records, split_by="pixels")

@@ -48,7 +48,7 @@ CHUNK = 16
 
 
 @dataclass
-class Passes:
+class PassCount:
     """Forward and backward passes of one sequence that an explanation took."""
 
     forward: int = 0
@@ -56,8 +56,8 @@ class Passes:
 
 
 @dataclass(eq=False)
-class Question:
-    """What a method is asked; see :func:`ask`.
+class AttributionProblem:
+    """What a method is asked; see :func:`resolve`.
 
     Attributes:
         inputs: the embeddings of the tokens, [batch, pos, d_model], or an image's pixels,
@@ -86,7 +86,7 @@ class Question:
     given: Mapping[str, Any]
     columns: Columns | None = None
     chunk: int = CHUNK
-    passes: Passes = field(default_factory=Passes)
+    passes: PassCount = field(default_factory=PassCount)
 
     @property
     def step(self) -> int:
@@ -222,7 +222,7 @@ class Question:
         return torch.stack(values)
 
 
-def ask(
+def resolve(
     model: Any,
     input: Any = None,
     target: Any = None,
@@ -233,7 +233,7 @@ def ask(
     decoder_input: Any = None,
     pixel_values: Tensor | None = None,
     chunk: int = CHUNK,
-) -> Question:
+) -> AttributionProblem:
     """Resolve an input and a target, with one forward pass that is not counted.
 
     Args:
@@ -303,7 +303,7 @@ def ask(
         raise InputError(f"the target is NaN or infinite: {value.tolist()}")
     explained = Explained(wanted.text(outputs), value)
     fixed = _fixed(wanted, outputs)
-    return Question(
+    return AttributionProblem(
         model, prepared, inputs, vectors, mask, fixed, explained, units, grid, given, columns,
         chunk,
     )  # fmt: skip

@@ -39,7 +39,7 @@ class Values:
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class ExplainedPrompt:
     """One input and what is explained of it; see :func:`as_prompt`.
 
     Attributes:
@@ -72,7 +72,7 @@ def as_prompt(
     *,
     prepend_bos: bool | None = None,
     pixel_values: Tensor | None = None,
-) -> Prompt:
+) -> ExplainedPrompt:
     """One input of ``model``, and a target that stays the same whatever is taken away.
 
     Args:
@@ -98,7 +98,7 @@ def as_prompt(
     if pixel_values is not None:
         (pixels,) = prepared.media["pixel_values"]
         empty = torch.empty(0, dtype=torch.long)
-        prompt = Prompt(empty, 0, wanted, (), pixels=pixels)
+        prompt = ExplainedPrompt(empty, 0, wanted, (), pixels=pixels)
     else:
         if len(prepared.tokens) != 1:
             raise InputError(f"give one input at a time, not {len(prepared.tokens)}")
@@ -110,13 +110,13 @@ def as_prompt(
             wanted = replace(wanted, position=-1)  # type: ignore[type-var]
         decoder = prepared.decoder.tokens[0] if prepared.decoder else None
         length = prepared.prompt_lengths[0]
-        prompt = Prompt(prepared.tokens[0], length, wanted, positions, decoder)
+        prompt = ExplainedPrompt(prepared.tokens[0], length, wanted, positions, decoder)
     if isinstance(wanted, targets.Top):
         return replace(prompt, target=targets.Logit(_top(model, prompt)))
     return prompt
 
 
-def read(model: Any, prompt: Prompt, logits: Tensor) -> Numbers:
+def read(model: Any, prompt: ExplainedPrompt, logits: Tensor) -> Numbers:
     """Value and probability [2, row] of the prompt's target.
 
     Args:
@@ -150,11 +150,11 @@ def _probability(target: Target, outputs: Outputs, values: Tensor) -> Tensor:
     return torch.full_like(values, torch.nan)
 
 
-def _top(model: Any, prompt: Prompt) -> int:
+def _top(model: Any, prompt: ExplainedPrompt) -> int:
     return int(prompt_logits(model, prompt)[0].ravel().argmax())
 
 
-def prompt_logits(model: Any, prompt: Prompt, rows: int = 1, **how: Any) -> Tensor:
+def prompt_logits(model: Any, prompt: ExplainedPrompt, rows: int = 1, **how: Any) -> Tensor:
     """Logits [row, n, vocab] of copies of a prompt, at its positions; a classifier's
     [row, class]."""
     return batch_logits(model, [prompt] * rows, **how)
@@ -169,7 +169,7 @@ def image_logits(model: Any, pixels: Tensor) -> Tensor:
         return run.logits
 
 
-def batch_logits(model: Any, prompts: Sequence[Prompt], **how: Any) -> Tensor:
+def batch_logits(model: Any, prompts: Sequence[ExplainedPrompt], **how: Any) -> Tensor:
     """Logits [row, n, vocab] of a prompt a row, at its positions, repeating the last where others
     have more; a classifier's [row, class].
 

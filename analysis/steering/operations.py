@@ -35,12 +35,12 @@ from torch import Tensor
 from lenslrp.analysis.units.kinds import Direction, Feature, Head, Neuron, Unit
 from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
-from lenslrp.followed import Passes, Positions, follow, positions
+from lenslrp.followed import Positions, TrackedPasses, follow, positions
 from lenslrp.inputs import is_encoder_decoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Scope:
     """Where an operation acts, if elsewhere than :func:`steer` says.
 
     Attributes:
@@ -61,7 +61,7 @@ class Place:
             object.__setattr__(self, "rows", tuple(self.rows))
 
 
-class Operation(Place):
+class Operation(Scope):
     """What all operations can do."""
 
     def hook(self, model: Any) -> str:
@@ -269,7 +269,7 @@ def steer(
 
 
 def _changed(
-    hook: str, operations: list[Operation], steering: Steering, passes: Passes
+    hook: str, operations: list[Operation], steering: Steering, passes: TrackedPasses
 ) -> Callable[[Tensor], Tensor]:
     def chosen_by(what: str, operation: Operation) -> Positions:
         own = getattr(operation, what)

@@ -25,7 +25,7 @@ Sites = str | SparseCoder | Direction | Sequence["str | SparseCoder | Direction"
 
 
 @runtime_checkable
-class Readout(Protocol):
+class UnitReader(Protocol):
     """Units of one kind at one hook point: [row, pos, ...] -> [row, pos, unit]."""
 
     @property
@@ -37,7 +37,7 @@ class Readout(Protocol):
 
 
 @dataclass(frozen=True)
-class Components:
+class ComponentReader:
     """Each component of the last axis is a unit: neurons, or the basis of any hook point."""
 
     kind: str = "neuron"
@@ -50,7 +50,7 @@ class Components:
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadReader:
     """[row, pos, head, d_head]: each head is a unit."""
 
     kind: str = "head"
@@ -65,7 +65,7 @@ class Heads:
 
 
 @dataclass(frozen=True, eq=False)
-class Directions:
+class DirectionReader:
     """Rows of ``vectors`` are units."""
 
     vectors: Float[Tensor, "unit features"]
@@ -79,8 +79,8 @@ class Directions:
 
 
 @dataclass(frozen=True, eq=False)
-class Features:
-    """Features of a sparse autoencoder."""
+class FeatureReader:
+    """FeatureReader of a sparse autoencoder."""
 
     coder: SparseCoder
     kind: str = "feature"
@@ -93,7 +93,7 @@ class Features:
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class SearchedHook:
     """Units that are searched: a readout at a hook point, or at that hook point of every block.
 
     Attributes:
@@ -104,26 +104,30 @@ class Site:
 
     name: str
     hook: str
-    readout: Readout
+    readout: UnitReader
     fingerprint: str = ""
 
 
-def sites_of(given: Sites) -> list[Site]:
+def sites_of(given: Sites) -> list[SearchedHook]:
     """Sites from what a caller may give.
 
     Args:
-        given: hook names, :class:`SparseCoder`, :class:`Direction`, or a list of these. Directions
-            at one hook point make one site.
+        given: hook names, :class:`SparseCoder`, :class:`Direction`, or a list of these.
+            DirectionReader at one hook point make one site.
 
     Raises:
         InputError: nothing, something else, or one site twice.
     """
     items: list[Any] = [given] if isinstance(given, str | SparseCoder | Direction) else list(given)
-    found: list[Site] = []
+    found: list[SearchedHook] = []
     directions: dict[str, list[Direction]] = {}
     for item in items:
         if isinstance(item, str):
-            found.append(Site(item, item, Heads() if item.endswith("hook_z") else Components()))
+            found.append(
+                SearchedHook(
+                    item, item, HeadReader() if item.endswith("hook_z") else ComponentReader()
+                )
+            )
         elif isinstance(item, SparseCoder):
             if item.W_dec.shape[1] != item.W_enc.shape[0]:
                 raise InputError(
@@ -132,7 +136,9 @@ def sites_of(given: Sites) -> list[Site]:
                 )
             weights = (item.W_enc, item.b_enc, item.W_dec, item.b_dec, item.threshold)
             mark = _fingerprint([w for w in weights if w is not None], f"{item.k}")
-            found.append(Site(f"{item.hook}[{item.name}]", item.hook, Features(item), mark))
+            found.append(
+                SearchedHook(f"{item.hook}[{item.name}]", item.hook, FeatureReader(item), mark)
+            )
         elif isinstance(item, Direction):
             directions.setdefault(item.at, []).append(item)
         else:
@@ -143,7 +149,7 @@ def sites_of(given: Sites) -> list[Site]:
     for hook, some in directions.items():
         vectors = torch.stack([d.vector.detach() for d in some])
         mark = _fingerprint([vectors])
-        found.append(Site(f"{hook}[directions]", hook, Directions(vectors), mark))
+        found.append(SearchedHook(f"{hook}[directions]", hook, DirectionReader(vectors), mark))
     names = [site.name for site in found]
     if not names or len(set(names)) < len(names):
         raise InputError(f"sites must be one or more different ones, not {names}")

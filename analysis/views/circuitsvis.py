@@ -5,8 +5,8 @@ token colours. Used directly, it pings a web host at every display, shows nothin
 pages without a network, puts 1.3 MB of script into every cell, sets tokens as HTML (``<bos>``
 vanishes, ``</script>`` destroys the cell), goes blank at a NaN, scales each sign by itself and
 paints negative red. Here none of its Python runs. Its JavaScript bundle is read from the installed
-package and inlined, once a :class:`Page`; tokens are made inert and visible first; values that
-are not finite are left blank and counted; bounds are symmetric; positive is red.
+package and inlined, once a :class:`NotebookPage`; tokens are made inert and visible first; values
+that are not finite are left blank and counted; bounds are symmetric; positive is red.
 
 Views need JavaScript. Where it does not run (a sanitising viewer), the place of a view holds a
 text or, for tokens, the script-free heatmap of :mod:`lenslrp.views.heatmap`.
@@ -93,7 +93,7 @@ def _isolated(token: str) -> str:
 
 
 @dataclass
-class Page:
+class NotebookPage:
     """The views of one notebook or HTML file, among which the first displayed holds the bundle.
 
     A view made without a page holds its own copy (1.3 MB) and so stands alone.
@@ -115,7 +115,7 @@ class View:
     props: dict[str, Any] = field(repr=False)
     fallback: str = field(repr=False)
     note: str = ""
-    page: Page = field(default_factory=Page, repr=False)
+    page: NotebookPage = field(default_factory=NotebookPage, repr=False)
 
     def _repr_html_(self) -> str:
         place = f"lenslrp-cv-{uuid4().hex}"
@@ -188,7 +188,7 @@ def attention_heads(
     head_names: Sequence[str] | None = None,
     causal: bool = True,
     scale: float | None = None,
-    page: Page | None = None,
+    page: NotebookPage | None = None,
 ) -> View:
     """Attention patterns, or relevance at them, head by head.
 
@@ -224,7 +224,7 @@ def attention_heads(
     props = {name: value for name, value in props.items() if value is not None}
     fallback = f"Attention of {len(patterns)} heads over {len(tokens)} tokens; needs JavaScript."
     note += f"Red positive, blue negative, full colour at {bound:.4g}."
-    return View("AttentionHeads", props, escape(fallback), note, page or Page())
+    return View("AttentionHeads", props, escape(fallback), note, page or NotebookPage())
 
 
 def attention_relevance(
@@ -233,7 +233,7 @@ def attention_relevance(
     *,
     row: int = 0,
     scale: float | None = None,
-    page: Page | None = None,
+    page: NotebookPage | None = None,
 ) -> View:
     """A layer's attention patterns, each entry weighted by its relevance, head by head.
 
@@ -263,7 +263,7 @@ def colored_tokens(
     values: Sequence[float] | Tensor,
     *,
     scale: float | None = None,
-    page: Page | None = None,
+    page: NotebookPage | None = None,
 ) -> View:
     """Tokens on a background of ``values`` [pos], with tooltips; see :func:`attention_heads`."""
     row = _as_tensor("values", values, (1,), len(tokens))
@@ -279,4 +279,4 @@ def colored_tokens(
     }
     fallback = token_heatmap(tokens, row.tolist(), scale=scale)
     note += f"Red positive, blue negative, full colour at {bound:.4g}."
-    return View("ColoredTokens", props, fallback, note, page or Page())
+    return View("ColoredTokens", props, fallback, note, page or NotebookPage())

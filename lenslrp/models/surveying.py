@@ -33,7 +33,7 @@ from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.install import FLOATING, relevance_rules
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rules import Rule
-from lenslrp.hooks.sites import Books
+from lenslrp.hooks.sites import Accounts
 from lenslrp.inputs import Batch, is_encoder_decoder
 from lenslrp.logits import head_component, require_logits
 from lenslrp.models.loading import load
@@ -130,7 +130,7 @@ def survey(
             columns = torch.full((batch, 1), length - 1)
         held = Held(model)
         with ExitStack() as stack:
-            books = Books() if ledger else None
+            books = Accounts() if ledger else None
             rules = stack.enter_context(
                 relevance_rules(model, table, attention=attention, strict=False, books=books)
             )

@@ -64,7 +64,7 @@ color:inherit}}
 
 
 @dataclass(frozen=True)
-class Scale:
+class ColourScale:
     """How relevance becomes colour.
 
     Attributes:
@@ -116,7 +116,7 @@ def colour_scale(
     *,
     scale: float | None = None,
     without_first: bool = False,
-) -> Scale:
+) -> ColourScale:
     """The symmetric scale of a row of relevances, taken from its finite, unmasked values.
 
     Raises:
@@ -131,7 +131,7 @@ def colour_scale(
     head = size.get(first, 0.0) if first is not None else 0.0
     skip = without_first and rest > 0
     limit = scale if scale is not None else (rest if skip else max(rest, head))
-    return Scale(
+    return ColourScale(
         limit=limit,
         largest=max(size, key=size.__getitem__, default=None),
         first=first,
@@ -175,7 +175,7 @@ _TILE = (
 _HATCH = "repeating-linear-gradient(45deg,rgba(128,128,128,.55) 0 2px,transparent 2px 6px)"
 
 
-def _tile(column: int, position: int, token: str, value: float, scale: Scale) -> str:
+def _tile(column: int, position: int, token: str, value: float, scale: ColourScale) -> str:
     if not math.isfinite(value):
         look = f"background-image:{_HATCH};outline:1px dashed rgba(128,128,128,.8)"
     else:
@@ -200,7 +200,11 @@ _SQUARE = "width:1.5em;height:1.5em;border-radius:2px;print-color-adjust:exact;o
 
 
 def _grid(
-    positions: range, tokens: Sequence[str], values: Sequence[float], scale: Scale, columns: int
+    positions: range,
+    tokens: Sequence[str],
+    values: Sequence[float],
+    scale: ColourScale,
+    columns: int,
 ) -> str:
     """Patches as squares in their rows; their numbers are in the titles and in the table."""
     squares = []
@@ -232,7 +236,9 @@ def _padding(positions: Sequence[int], values: Sequence[float]) -> str:
     )
 
 
-def _legend(tokens: Sequence[str], values: Sequence[float], mask: Sequence[bool], s: Scale) -> str:
+def _legend(
+    tokens: Sequence[str], values: Sequence[float], mask: Sequence[bool], s: ColourScale
+) -> str:
     if s.limit == 0:
         bar = "all relevance is 0"
     else:
@@ -255,7 +261,7 @@ def _legend(tokens: Sequence[str], values: Sequence[float], mask: Sequence[bool]
     return " · ".join(parts)
 
 
-def _notes(values: Sequence[float], s: Scale) -> list[str]:
+def _notes(values: Sequence[float], s: ColourScale) -> list[str]:
     notes = []
     if s.without_first and s.first is not None:
         size = signed(values[s.first], s.limit)

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from lenslrp.errors import InputError
 from lenslrp.text.visible_text import visible
-from lenslrp.views.heatmap import NEGATIVE, POSITIVE, Scale, as_row, colour_scale, signed
+from lenslrp.views.heatmap import NEGATIVE, POSITIVE, ColourScale, as_row, colour_scale, signed
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -47,7 +47,7 @@ class Heat:
         self,
         tokens: Sequence[str],
         values: Sequence[float],
-        scale: Scale,
+        scale: ColourScale,
         mark: int | None = None,
     ) -> None:
         self.tokens = tokens
@@ -72,7 +72,7 @@ class Heat:
         yield text
 
 
-def _largest(tokens: Sequence[str], values: Sequence[float], scale: Scale, k: int) -> Table:
+def _largest(tokens: Sequence[str], values: Sequence[float], scale: ColourScale, k: int) -> Table:
     table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
     table.add_column("position", justify="right")
     table.add_column("token", overflow="fold")

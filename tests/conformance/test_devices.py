@@ -22,7 +22,7 @@ import lenslrp
 from lenslrp import targets
 from lenslrp.hooks import Gamma
 from lenslrp.hooks.rules import Epsilon
-from lenslrp.hooks.sites import Books, Site
+from lenslrp.hooks.sites import Accounts, Site
 from lenslrp.passes import _total
 from tests.conformance.elsewhere import Elsewhere, devices, place
 from tests.conformance.families import make, tokens
@@ -118,7 +118,7 @@ def test_the_simulated_device_is_a_device() -> None:
 
 
 def test_books_of_a_layer_on_two_devices() -> None:
-    books = Books()
+    books = Accounts()
     site = Site("blocks.0.mlp", "Linear", "linear", Epsilon(), 0)
     with devices():
         for device in (FIRST, SECOND):

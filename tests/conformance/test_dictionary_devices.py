@@ -19,7 +19,7 @@ from lenslrp.analysis.common.storage import load_tensors
 from lenslrp.analysis.dictionary.block_pass import Runner
 from lenslrp.analysis.dictionary.corpus import Block
 from lenslrp.analysis.dictionary.job import prepare
-from lenslrp.analysis.dictionary.scan import Job, Scanner, State, sampled_columns, scan_shard
+from lenslrp.analysis.dictionary.scan import Job, Scanner, ScanState, sampled_columns, scan_shard
 from lenslrp.errors import InputError
 from tests.conformance.dictionaries import OPTIONS, model, texts
 from tests.conformance.elsewhere import Waits, devices
@@ -38,7 +38,7 @@ def nothing(*_: Any) -> None:
 
 
 def scanner_of(job: Job) -> Scanner:
-    return Scanner(State.empty(job.plan), job.plan, sampled_columns(job.plan))
+    return Scanner(ScanState.empty(job.plan), job.plan, sampled_columns(job.plan))
 
 
 def scan(runner: Runner, scanner: Scanner, block: Block) -> None:

@@ -23,7 +23,7 @@ from lenslrp.hooks import components as hook_components
 from lenslrp.hooks import patches as hook_patches
 from lenslrp.hooks.components import components
 from lenslrp.hooks.patches import embedders
-from lenslrp.hooks.sites import Books, Site
+from lenslrp.hooks.sites import Accounts, Site
 from lenslrp.targets import Activation, Contrastive, Custom, Logit, LogitDiff, LogProb
 from tests.conformance import zoo
 from tests.conformance.families import COMPOSITES
@@ -342,16 +342,16 @@ def test_a_bias_that_is_not_booked_unbalances_the_books(
     name: str, role: str, composite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, told = zoo.build(name), 0.0
-    add = Books.add
+    add = Accounts.add
 
-    def deaf(self: Books, term: str, site: Site, amount: torch.Tensor) -> None:
+    def deaf(self: Accounts, term: str, site: Site, amount: torch.Tensor) -> None:
         nonlocal told
         if (term, site.role) == ("biases", role):
             told += float(amount.sum())
         else:
             add(self, term, site, amount)
 
-    monkeypatch.setattr(Books, "add", deaf)
+    monkeypatch.setattr(Accounts, "add", deaf)
     ledger = explain(model, TABLES[composite](), strict=False)[1].ledger()
     assert abs(told) > 1e-4
     assert ledger.target - ledger.accounted == pytest.approx(told, rel=1e-3)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lenslrp
 from lenslrp.hooks import AlphaBeta, Gamma
-from lenslrp.hooks.sites import TERMS, Books, Site
+from lenslrp.hooks.sites import TERMS, Accounts, Site
 from lenslrp.targets import Contrastive, Logit, LogProb
 from tests.conformance.families import COMPOSITES, FAMILIES, LAYERS, make, tokens
 
@@ -136,16 +136,16 @@ def test_breaking_one_site_breaks_the_balance(
     """Site by site: what one of them fails to report is missing, and nothing makes up for it."""
     model, table = build(family, composite), composite_for(composite)
     told: dict[tuple[str, str], float] = {}
-    add = Books.add
+    add = Accounts.add
 
-    def listen(self: Books, term_: str, site: Site, amount: Tensor) -> None:
+    def listen(self: Accounts, term_: str, site: Site, amount: Tensor) -> None:
         key = (site.hook, site.role)
         if term_ == term:
             told[key] = told.get(key, 0.0) + float(amount.sum())
         add(self, term_, site, amount)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Books, "add", listen)
+        patch.setattr(Accounts, "add", listen)
         ledger = lenslrp.run_with_relevance(model, tokens(), 5, table, names_filter=[])[1].ledger()
     assert abs(ledger.error) < 1e-8
     assert sum(told.values()) == pytest.approx(getattr(ledger, term), rel=1e-9, abs=1e-12)
@@ -153,12 +153,14 @@ def test_breaking_one_site_breaks_the_balance(
     assert large, f"no site reports {term} here: {told}"
     for broken in large[:: max(1, len(large) // 4)]:
 
-        def deaf(self: Books, term_: str, site: Site, amount: Tensor, broken: Any = broken) -> None:
+        def deaf(
+            self: Accounts, term_: str, site: Site, amount: Tensor, broken: Any = broken
+        ) -> None:
             if term_ != term or (site.hook, site.role) != broken:
                 add(self, term_, site, amount)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Books, "add", deaf)
+            patch.setattr(Accounts, "add", deaf)
             _, cache = lenslrp.run_with_relevance(
                 model, tokens(), 5, table, names_filter=[], strict=False
             )

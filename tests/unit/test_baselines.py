@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lenslrp
 from lenslrp.analysis.attribution.methods import METHODS, Attribution, Method, attribute
-from lenslrp.analysis.passes.problems import ask
+from lenslrp.analysis.passes.problems import resolve
 from lenslrp.errors import InputError, MissingExtraError
 from lenslrp.targets import Activation, Custom, LogitDiff, Sequence
 from tests.conformance import zoo
@@ -204,11 +204,11 @@ def test_an_image_without_a_cls_token_is_read_at_the_mean_of_its_patches() -> No
     """Made so by taking CLS's row and column out of what is carried."""
     from lenslrp.analysis.attribution.attention import _rows
 
-    question = ask(vit().bridge, target=[5, 7], **vit().given)
+    question = resolve(vit().bridge, target=[5, 7], **vit().given)
     rows = _rows(question, torch.zeros(2, 6, 6), None)
     torch.testing.assert_close(rows, torch.full((2, 6), 1 / 6))
     assert torch.equal(_rows(question, torch.zeros(2, 7, 7), None), torch.eye(7)[[0, 0]])
-    neuron = ask(vit().bridge, target=Activation("blocks.1.mlp.hook_post", 3, 4), **vit().given)
+    neuron = resolve(vit().bridge, target=Activation("blocks.1.mlp.hook_post", 3, 4), **vit().given)
     assert torch.equal(_rows(neuron, torch.zeros(2, 7, 7), None), torch.eye(7)[[4, 4]])
 
 

@@ -22,7 +22,7 @@ from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.convolution import attach_convolution, windows
 from lenslrp.hooks.norms import is_norm
 from lenslrp.hooks.rules import ZPLUS, LinearRule, Normalisation
-from lenslrp.hooks.sites import Books, Site
+from lenslrp.hooks.sites import Accounts, Site
 from tests.oracles import slow_rules as slow
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
@@ -47,9 +47,9 @@ CONVOLUTIONS: dict[str, tuple[Any, tuple[int, ...]]] = {
 }
 
 
-def ruled(module: Any, rule: LinearRule, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Books]:
+def ruled(module: Any, rule: LinearRule, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Accounts]:
     """(output, gradient at x, books) of a module with ``rule`` in its place."""
-    at, books = Attached(), Books()
+    at, books = Attached(), Accounts()
     site = Site("layer", "Conv", "convolution", rule, None, books=books)
     attach_convolution(at, module, rule, site)
     leaf = x.clone().requires_grad_()
@@ -98,7 +98,7 @@ def test_a_convolution_under_a_rule_equals_the_slow_rule(name: str, rule: str) -
     assert float((x * gradient).sum()) == pytest.approx(_received(books, g * y))
 
 
-def _received(books: Books, relevance: Tensor) -> float:
+def _received(books: Accounts, relevance: Tensor) -> float:
     """What is left for the input when bias and stabiliser have had theirs."""
     return float(relevance.sum()) - sum(float(amount) for amount in books.terms.values())
 

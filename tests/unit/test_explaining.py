@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 import lenslrp
-from lenslrp.explaining import Batches, Prompt, explain, windows
+from lenslrp.explaining import Batches, QueuedPrompt, explain, windows
 from lenslrp.targets import Activation, Custom, LogitDiff, LogProb, Sequence
 from tests.conformance import zoo
 from tests.unit.tiny import tiny, word_tokenizer
@@ -159,8 +159,8 @@ def test_batches_are_of_like_length_and_the_first_prompt_is_in_the_first(
     assert first[0] == 0 and first == sorted(first)
 
 
-def prompt(index: int, length: int, together: Any = None) -> Prompt:
-    return Prompt(index, [2] * length, None, length, together)
+def prompt(index: int, length: int, together: Any = None) -> QueuedPrompt:
+    return QueuedPrompt(index, [2] * length, None, length, together)
 
 
 def cut(batches: Batches, *lengths: int) -> list[list[int]]:

@@ -19,7 +19,7 @@ from lenslrp.analysis.circuits.graph.export import pairing
 from lenslrp.analysis.circuits.graph.graphs import AttributionGraph, attribution_graph
 from lenslrp.analysis.circuits.graph.layout import ABREAST, HEIGHT, WIDTH, lay_out
 from lenslrp.analysis.circuits.graph.picture import graph_svg
-from lenslrp.analysis.passes.problems import Passes
+from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.analysis.views.circuitsvis import attention_relevance
 from lenslrp.analysis.views.figures import DARK
 from lenslrp.errors import InputError
@@ -108,7 +108,7 @@ def wide(tokens: list[str]) -> AttributionGraph:
     explained = Explained(tokens[0], torch.tensor([1.0]))
     settings = {"composite": "AttnLRP", "node_share": 1.0, "edge_share": 1.0}
     return AttributionGraph(nodes, edges, tokens, list(range(len(tokens))), explained, None, 0.0,
-                            2, (0, 0), "<b>model</b>", settings, Passes())  # fmt: skip
+                            2, (0, 0), "<b>model</b>", settings, PassCount())  # fmt: skip
 
 
 def test_the_file_is_what_neuronpedias_schema_asks_for(

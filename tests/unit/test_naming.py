@@ -9,18 +9,23 @@ import pytest
 import torch
 
 import lenslrp
-from lenslrp.analysis.dictionary.naming.names import Example, Provider, area_under_roc, name_unit
+from lenslrp.analysis.dictionary.naming.names import (
+    NamingExample,
+    Provider,
+    area_under_roc,
+    name_unit,
+)
 from lenslrp.analysis.dictionary.naming.providers import LanguageModel, TokenRule
 from tests.unit.tiny import tiny, word_tokenizer
 
 
-def fruit(i: int) -> Example:
+def fruit(i: int) -> NamingExample:
     word = [" apple", " pear", " plum"][i % 3]
-    return Example(("I", " ate", f" {i}", word, "s"), (0.0, 0.1, 0.0, 2.0 + i, 0.2))
+    return NamingExample(("I", " ate", f" {i}", word, "s"), (0.0, 0.1, 0.0, 2.0 + i, 0.2))
 
 
-def plain(i: int) -> Example:
-    return Example(("The", " train", f" {i}", " is", " late"), (0.0,) * 5)
+def plain(i: int) -> NamingExample:
+    return NamingExample(("The", " train", f" {i}", " is", " late"), (0.0,) * 5)
 
 
 FRUITS, OTHERS = [fruit(i) for i in range(12)], [plain(i) for i in range(9)]
@@ -34,7 +39,7 @@ class Oracle:
     seen: list[str] = field(default_factory=list)
     judged: list[str] = field(default_factory=list)
 
-    def explain(self, examples: Sequence[Example], writes: Sequence[str]) -> str:
+    def explain(self, examples: Sequence[NamingExample], writes: Sequence[str]) -> str:
         self.seen = [e.text for e in examples]
         return "fruit"
 
@@ -90,13 +95,13 @@ def test_marks_and_peaks() -> None:
     example = fruit(0)
     assert example.peaks() == [3]
     assert example.marked([3]) == "I ate 0<< apple>>s"
-    assert Example(("a", "b"), (-3.0, 1.0)).peaks() == [0]  # a unit that fires negatively
-    assert Example(("a",), (0.0,)).peaks() == []
+    assert NamingExample(("a", "b"), (-3.0, 1.0)).peaks() == [0]  # a unit that fires negatively
+    assert NamingExample(("a",), (0.0,)).peaks() == []
 
 
 def test_bad_input_is_named() -> None:
     with pytest.raises(lenslrp.InputError, match="one activation a token: 2 tokens, 1"):
-        Example(("a", "b"), (1.0,))
+        NamingExample(("a", "b"), (1.0,))
     with pytest.raises(lenslrp.InputError, match="at least 2 examples and 2 others, got 1 and 9"):
         name_unit(TokenRule(), FRUITS[:1], OTHERS)
     with pytest.raises(lenslrp.InputError, match="share between 0 and 1, not 1.0"):

@@ -26,7 +26,7 @@ from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.circuits.scores import score_nodes
 from lenslrp.analysis.evaluation.features import tokens_of
 from lenslrp.analysis.passes.intervene import Edit, edit_units
-from lenslrp.analysis.passes.problems import ask
+from lenslrp.analysis.passes.problems import resolve
 from lenslrp.analysis.passes.prompts import as_prompt
 from lenslrp.analysis.steering.operations import Ablate, steer
 from lenslrp.analysis.units.kinds import Neuron
@@ -282,7 +282,7 @@ def picture(case: Case, position: int) -> int:
 
 
 def rollout(case: Case, position: int) -> int:
-    question = ask(case.model, case.tokens, Logit(5), **case.given)
+    question = resolve(case.model, case.tokens, Logit(5), **case.given)
     found = attention_rollout(question, seed=0, position=position)
     return int((found[0, case.real] > 0).sum()) - 1  # causal: it reads what is not after it
 

@@ -154,7 +154,7 @@ def test_report_errors(tmp_path):
 
 def test_circuitsvis_bundle_is_inlined_once_a_page(monkeypatch):
     monkeypatch.setattr(circuitsvis_safe, "_bundle", lambda: "<script>BUNDLE</script>")
-    page = circuitsvis_safe.Page()
+    page = circuitsvis_safe.NotebookPage()
     views = [circuitsvis_safe.colored_tokens(["a"], [1.0], page=page) for _ in range(2)]
     html = "".join(view._repr_html_() for view in [*views, views[0]])
     assert [view._repr_html_().count("BUNDLE") for view in views] == [1, 0]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 from lenslrp.analysis.dictionary.pages.page import page_html
-from lenslrp.analysis.views.circuitsvis import Page as VisPage
+from lenslrp.analysis.views.circuitsvis import NotebookPage as VisPage
 from lenslrp.analysis.views.circuitsvis import attention_heads, colored_tokens
 from lenslrp.analysis.views.report import report_html
 from lenslrp.text.visible_text import visible

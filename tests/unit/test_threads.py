@@ -20,7 +20,7 @@ from lenslrp import analysis
 from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.evaluation.features import tokens_of
 from lenslrp.analysis.evaluation.model_features import heads_of
-from lenslrp.analysis.passes.prompts import Prompt, as_prompt, prompt_logits
+from lenslrp.analysis.passes.prompts import ExplainedPrompt, as_prompt, prompt_logits
 from lenslrp.analysis.units.projection import project
 from lenslrp.hooks import turns
 from lenslrp.models.doctor import examine
@@ -326,7 +326,7 @@ def test_a_thread_that_waits_says_so_once(waiting: Callable[[], list[str]]) -> N
     assert len(waiting()) == 1
 
 
-def prompt_of(model: Any) -> Prompt:
+def prompt_of(model: Any) -> ExplainedPrompt:
     return as_prompt(model, TOKENS[0], lenslrp.targets.Logit(5))
 
 

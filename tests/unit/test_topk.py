@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lenslrp.analysis.dictionary.topk import (
     EMPTY,
+    RunningTopK,
     Spans,
-    TopK,
     extremes,
     pack,
     priorities,
@@ -52,12 +52,12 @@ def test_equals_a_full_sort_in_any_order_with_ties(sign: int, levels: int, order
     shards = [batches[i::3] for i in range(3)] if order == "in three shards" else [batches]
     tallies = []
     for shard in shards:
-        top = TopK.empty(4, 7)
+        top = RunningTopK.empty(4, 7)
         for rows in shard:
             where = Spans(1, [spans[r][1] for r in rows.tolist()])
             both = extremes(x[rows], where, [-1, 1])
             best, positions = both[sign > 0]
-            top = top.merge([TopK.of(sign * best, positions, docs[rows])], ordered=False)
+            top = top.merge([RunningTopK.of(sign * best, positions, docs[rows])], ordered=False)
         tallies.append(top)
     merged = tallies[0].merge(tallies[1:])
     values, found = unpack(merged.keys)
@@ -83,7 +83,7 @@ def test_what_is_outside_its_span_is_never_found() -> None:
 
 def test_fewer_documents_than_k_leave_empty_entries() -> None:
     ((best, positions),) = extremes(torch.randn(2, 3, 1), Spans(0, [3, 3]), [1])
-    top = TopK.empty(1, 4).merge([TopK.of(best, positions, torch.arange(2))])
+    top = RunningTopK.empty(1, 4).merge([RunningTopK.of(best, positions, torch.arange(2))])
     values, docs = unpack(top.keys)
     assert docs[0].sort().values.tolist() == [-1, -1, 0, 1]
     assert int(values.isnan().sum()) == int((top.keys == EMPTY).sum()) == 2

@@ -18,7 +18,7 @@ from torch import Tensor
 from lenslrp.analysis.circuits.graph.pruning import Mask, Matrix, Vector
 from lenslrp.analysis.circuits.nodes import COMPONENTS, TARGET, Node
 from lenslrp.analysis.circuits.segments import EMBEDDINGS, CutPass, cut
-from lenslrp.analysis.passes.problems import Passes
+from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.cache import RelevanceCache
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.sites import TERMS
@@ -47,7 +47,7 @@ class Made:
     amounts: Matrix
     token: int | None
     probability: float
-    passes: Passes
+    passes: PassCount
 
     @property
     def sinks(self) -> Vector:
@@ -105,7 +105,7 @@ def build_graph(
     for column in ("rest", *ABSORBED):
         frame[column] = columns.get(column, np.zeros(len(frame)))
     frame.loc[frame.index[-1], "nonlinear_target"] = value - begun
-    return Made(frame, amounts, token, probability, Passes(copies, 1 + len(chosen)))
+    return Made(frame, amounts, token, probability, PassCount(copies, 1 + len(chosen)))
 
 
 def choose_nodes(here: _Here, k: int, share: float) -> list[Node]:

@@ -30,7 +30,7 @@ from lenslrp.analysis.circuits.graph.gradients import ABSORBED, KINDS, build_gra
 from lenslrp.analysis.circuits.graph.pruning import influential, strongest
 from lenslrp.analysis.circuits.nodes import largest, place_components
 from lenslrp.analysis.circuits.segments import coefficients
-from lenslrp.analysis.passes.problems import Passes
+from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.hooks import AttnLRP, Composite
 from lenslrp.inputs import is_encoder_decoder
@@ -78,7 +78,7 @@ class AttributionGraph:
     chosen: tuple[int, int]
     model_name: str
     settings: Mapping[str, Any]
-    passes: Passes
+    passes: PassCount
     prompt: str = ""
 
     @property
@@ -232,7 +232,7 @@ def attribution_graph(
             "composite": rules.name, "components": list(components), "k": k, "share": share,
             "direct": direct, "node_share": node_share, "edge_share": edge_share,
         },
-        passes=Passes(1 + sum(p.forward for p in passes), 1 + sum(p.backward for p in passes)),
+        passes=PassCount(1 + sum(p.forward for p in passes), 1 + sum(p.backward for p in passes)),
         prompt=cache.prompts[0],
     )  # fmt: skip
 

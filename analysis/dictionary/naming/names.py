@@ -28,7 +28,7 @@ MARK = ("<<", ">>")
 
 
 @dataclass(frozen=True)
-class Example:
+class NamingExample:
     """A window of text with a unit's activation at each token."""
 
     tokens: tuple[str, ...]
@@ -66,7 +66,7 @@ class Provider(Protocol):
     @property
     def name(self) -> str: ...
 
-    def explain(self, examples: Sequence[Example], writes: Sequence[str]) -> str:
+    def explain(self, examples: Sequence[NamingExample], writes: Sequence[str]) -> str:
         """What the examples have in common; ``writes`` are the tokens that the unit promotes."""
         ...
 
@@ -104,8 +104,8 @@ class Name:
 
 def name_unit(
     provider: Provider,
-    examples: Sequence[Example],
-    others: Sequence[Example],
+    examples: Sequence[NamingExample],
+    others: Sequence[NamingExample],
     *,
     writes: Sequence[str] = (),
     held_out: float = 0.5,
@@ -149,7 +149,7 @@ def name_unit(
     )
 
 
-def _elsewhere(example: Example, generator: np.random.Generator) -> list[int]:
+def _elsewhere(example: NamingExample, generator: np.random.Generator) -> list[int]:
     """As many positions as there are peaks, at random among the others."""
     peaks = example.peaks()
     rest = [i for i in range(len(example.tokens)) if i not in peaks]
@@ -175,3 +175,6 @@ def area_under_roc(scores: Any, labels: Any) -> float:
     scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     above = scores[labels][:, None] - scores[~labels][None, :]
     return float((np.sign(above) + 1).mean() / 2)
+
+
+Example = NamingExample  # its name in 0.1

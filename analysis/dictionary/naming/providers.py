@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lenslrp.analysis.dictionary.naming.names import MARK, Example
+from lenslrp.analysis.dictionary.naming.names import MARK, NamingExample
 from lenslrp.forward import forward
 from lenslrp.inputs import Batch
 from lenslrp.text.tokenization import tokenize
@@ -35,7 +35,7 @@ class TokenRule:
     tokens: int = 10
     name: str = "token-rule"
 
-    def explain(self, examples: Sequence[Example], writes: Sequence[str]) -> str:
+    def explain(self, examples: Sequence[NamingExample], writes: Sequence[str]) -> str:
         at, elsewhere = Counter[str](), Counter[str]()
         for example in examples:
             peaks = set(example.peaks())
@@ -88,7 +88,7 @@ class LanguageModel:
     batch_size: int = 16
     name: str = "language-model"
 
-    def explain(self, examples: Sequence[Example], writes: Sequence[str]) -> str:
+    def explain(self, examples: Sequence[NamingExample], writes: Sequence[str]) -> str:
         texts = [example.text for example in examples[: self.shown]]
         candidates = [self._topic(texts), ", ".join(token.strip() for token in writes)]
         gains = {c: sum(self.detect(c, texts)) for c in candidates if c}

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.dictionary.unit import Page, Rows
+from lenslrp.analysis.dictionary.unit import ExampleRows, Page
 from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.forward import forward, reading
@@ -85,7 +85,7 @@ def upstream(model: Any, page: Page, *, k: int = 8, limit: int = 12) -> pd.DataF
         InputError: no neuron or other component of a hook point, or ActMax was not searched.
     """
     _require_component(page, "neuron")
-    rows = Rows.of(page, page.examples("actmax").head(k))
+    rows = ExampleRows.of(page, page.examples("actmax").head(k))
     with Session(model, ledger=False, logits="target", stays=False) as session:
         _, found = session.run_with_relevance(
             rows.batch.tokens,
@@ -114,7 +114,7 @@ def downstream(model: Any, page: Page, *, k: int = 8, limit: int = 12) -> pd.Dat
         InputError: neither neuron nor head, RelMax was not searched, or nothing comes later.
     """
     _require_component(page, "neuron", "head")
-    rows = Rows.of(page, page.examples("relmax").head(k))
+    rows = ExampleRows.of(page, page.examples("relmax").head(k))
     later = [name for name in model.hook_dict if LINKED.fullmatch(name) and _after(name, page)]
     if not later:
         raise InputError(f"no neurons or heads come after {page.place.hook}")
@@ -145,7 +145,7 @@ def _after(name: str, page: Page) -> bool:
 
 
 def _read(
-    model: Any, names: list[str], rows: Rows, edits: Sequence[Edit] = ()
+    model: Any, names: list[str], rows: ExampleRows, edits: Sequence[Edit] = ()
 ) -> dict[str, tuple[Float[Tensor, "example unit"], Float[Tensor, " unit"]]]:
     """One forward pass: each hook point's units at the hits, and their spread over all tokens."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -185,7 +185,7 @@ def clamped(model: Any, page: Page, *, k: int = 8) -> pd.DataFrame:
         raise InputError("relevance explained something else than the logit of one token")
     documents = page.dictionary.texts.documents(frame["doc"])
     tokens = torch.tensor([documents[doc].aim_token for doc in frame["doc"]])
-    rows, aims = Rows.of(page, frame), frame["target_position"].tolist()
+    rows, aims = ExampleRows.of(page, frame), frame["target_position"].tolist()
     each, columns = torch.arange(len(aims)), rows.columns(aims)[:, None]
     batch = rows.prepared(model)
 

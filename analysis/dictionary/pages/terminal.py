@@ -17,7 +17,7 @@ from rich.text import Text
 from lenslrp.analysis.dictionary.unit import Page
 from lenslrp.errors import InputError
 from lenslrp.text.visible_text import visible
-from lenslrp.views.heatmap import Scale, colour_scale, signed
+from lenslrp.views.heatmap import ColourScale, colour_scale, signed
 from lenslrp.views.terminal import Heat
 
 MOMENTS = ("mean", "std", "skew", "kurtosis", "min", "max", "density")
@@ -85,7 +85,7 @@ def _examples(page: Page, criterion: str, k: int) -> Iterator[RenderableType]:
         row.tolist() for row in frame["activations" if kind == "activation" else "relevances"]
     ]
     everything = [value for row in values for value in row]
-    scale: Scale = colour_scale(everything, [True] * len(everything))
+    scale: ColourScale = colour_scale(everything, [True] * len(everything))
     yield Text.assemble((criterion, "bold"), (f"  {kind} at each token", "dim"))
     for row, shown in zip(frame.itertuples(), values, strict=True):
         heading = f"{row.rank + 1}. {signed(row.score, scale.limit)}  document {row.doc}"
