@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import nn
@@ -57,6 +57,9 @@ from lenslrp.hooks.patches import below, embedders
 from lenslrp.hooks.rules import Epsilon, Identity, LinearRule, Normalisation, Operations, Plain
 from lenslrp.hooks.sharding import is_sharded
 from lenslrp.hooks.structure import Parts, once, require_modules_of_their_own
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,9 @@ class Assignments:
         return pd.DataFrame(rows, columns=["path", "component", "role", "rule", "share"])
 
 
-def assign(model: nn.Module, composite: Composite, attention: str = "bridge") -> Assignments:
+def assign(
+    model: TransformerBridge, composite: Composite, attention: str = "bridge"
+) -> Assignments:
     """Decide which component of a bridge gets which rule of a composite; nothing is changed.
 
     What has no rule gets no row: it stays on the autograd graph, where
@@ -173,7 +178,7 @@ def assign(model: nn.Module, composite: Composite, attention: str = "bridge") ->
 
 
 def attach_all(
-    model: nn.Module, found: Parts, ctx: Context, at: Attached
+    model: TransformerBridge, found: Parts, ctx: Context, at: Attached
 ) -> list[tuple[nn.Module, bool]]:
     """Attach the composite's rules to every component of a bridge; returns its embeddings.
 

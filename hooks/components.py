@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ from lenslrp.hooks.convolution import CONVOLUTIONS, attach_convolution
 from lenslrp.hooks.embeddings import PER_LAYER
 from lenslrp.hooks.experts import ExpertPoint, expert_points
 from lenslrp.hooks.rules import Epsilon, LinearRule, Plain
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 ACTIVATIONS: tuple[type, ...] = (
     nn.SiLU,
@@ -222,7 +225,9 @@ def watched_blocks(parts: Iterable[tuple[str, nn.Module]]) -> dict[int, nn.Modul
     return {layer: block for layer, block in blocks.items() if layer is not None}
 
 
-def hook_points(model: Any, parts: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+def hook_points(
+    model: TransformerBridge, parts: Iterable[tuple[str, nn.Module]]
+) -> dict[str, nn.Module]:
     """Every hook point by name: the bridge's own, and those at the neurons of experts."""
     return {**model.hook_dict, **expert_points(parts)}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from lenslrp.hooks.sites import Accounts, Site
 from lenslrp.hooks.state import ModelState
 from lenslrp.hooks.structure import Parts, components
 from lenslrp.hooks.turns import turn
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 ATTENTION = ("bridge", "fused")
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -53,7 +56,7 @@ class Rules:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: TransformerBridge,
         composite: Composite,
         attention: str,
         books: Accounts | None,
@@ -183,7 +186,7 @@ def require_attention(attention: str) -> None:
         raise InputError(f"attention must be one of {ATTENTION}, not {attention!r}")
 
 
-def require_bridge(model: Any) -> None:
+def require_bridge(model: TransformerBridge) -> None:
     """Refuse what rules cannot be attached to.
 
     Raises:
@@ -262,7 +265,7 @@ def _height(site: Site) -> float:
 
 @contextmanager
 def relevance_rules(
-    model: nn.Module,
+    model: TransformerBridge,
     composite: Composite | Mapping[str, Rule],
     *,
     attention: str = "bridge",

@@ -7,7 +7,7 @@ token; others (BART, Pegasus) count columns and cannot be told otherwise.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from transformer_lens.utilities.position_ids import accepts_mask_derived_positio
 from lenslrp.errors import InputError
 from lenslrp.hooks.attach import components
 from lenslrp.hooks.embeddings import embeddings
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 ACROSS = "ShortConv"
 """How classes end that mix neighbouring columns, padding or not (LFM2)."""
@@ -26,7 +29,7 @@ def is_left(mask: Tensor) -> bool:
     return bool((~mask[:, :1]).any())
 
 
-def require_padding(model: Any, mask: Tensor) -> None:
+def require_padding(model: TransformerBridge, mask: Tensor) -> None:
     """Refuse padding under which a row would not be what it is alone.
 
     Raises:
@@ -47,7 +50,7 @@ def require_padding(model: Any, mask: Tensor) -> None:
         )
 
 
-def takes_left(model: Any) -> bool:
+def takes_left(model: TransformerBridge) -> bool:
     """Whether rows padded on the left can have the positions that they have alone."""
     inner = model.original_model
     if any(type(module).__name__.endswith(ACROSS) for module in inner.modules()):
@@ -67,13 +70,13 @@ def counting(inner: nn.Module) -> int | None:
     return None
 
 
-def masked_ids(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
+def masked_ids(model: TransformerBridge, tokens: Tensor, mask: Tensor) -> Tensor:
     """``tokens`` with the padding token where padding is, for a model that counts by it."""
     padding = None if bool(mask.all()) else counting(model.original_model)
     return tokens if padding is None else tokens.masked_fill(~mask.to(tokens.device), padding)
 
 
-def position_ids(model: Any, mask: Tensor) -> Tensor | None:
+def position_ids(model: TransformerBridge, mask: Tensor) -> Tensor | None:
     """The positions of embeddings padded on the left; ``None`` where the model finds them itself.
 
     For tokens the bridge does the same.

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
 from lenslrp.hooks.attach import Own, components
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 FORWARD = KINDS[:2]
@@ -51,7 +54,7 @@ class ModelState:
         known: whether all its code is torch's, transformers' and TransformerLens'.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: TransformerBridge) -> None:
         self.model = model
         self.parts = components(model)
         self._own = [module.__dict__ for _, module in self.parts]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lenslrp import media
 from lenslrp.hooks import AttnLRP, AttnLRPViT, Composite
 from lenslrp.hooks.install import require_bridge
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
-def recommended(model: Any) -> Composite:
+
+def recommended(model: TransformerBridge) -> Composite:
     """The composite that measured best on models of this kind; ``docs/results.md`` is the evidence.
 
     For models that read images, ``AttnLRPViT()``: gamma 0.25 on the convolution and 0.05 on linear

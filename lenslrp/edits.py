@@ -23,7 +23,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from lenslrp.followed import TrackedPass, TrackedPasses, follow
 from lenslrp.hooks.readers import forget, is_total, owners
 from lenslrp.hooks.turns import in_force
 from lenslrp.unused import require_used, why_unused
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 Change = Callable[[Tensor], Tensor]
 
@@ -74,7 +77,7 @@ class Edit:
 
 
 @contextmanager
-def edit_units(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
+def edit_units(model: TransformerBridge, edits: Iterable[Edit]) -> Iterator[None]:
     """Apply ``edits`` in every forward pass inside the context, and undo them however it ends.
 
     Args:
@@ -104,7 +107,9 @@ def edit_units(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
 
 
 @contextmanager
-def _put_through(model: Any, changes: Mapping[str, Sequence[Change]]) -> Iterator[None]:
+def _put_through(
+    model: TransformerBridge, changes: Mapping[str, Sequence[Change]]
+) -> Iterator[None]:
     points = model.hook_dict
     for name in changes:
         if name not in points:
@@ -172,7 +177,7 @@ def edit_gradient(x: Tensor, change: Callable[[Tensor], Tensor | None]) -> None:
     x.register_hook(change)
 
 
-def require_on_stream(model: Any, hook: str, points: Mapping[str, Any]) -> None:
+def require_on_stream(model: TransformerBridge, hook: str, points: Mapping[str, Any]) -> None:
     """Refuse a name of the residual stream that is the input of a component inside the block.
 
     On most architectures ``hook_resid_mid`` is what the MLP or its norm is given: the stream itself

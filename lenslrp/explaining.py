@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from lenslrp.hooks.padding import require_padding
 from lenslrp.inputs import pad_rows, require_ids, token_row
 from lenslrp.targets import Target, as_target
 from lenslrp.text.conversation import chat
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 WINDOW = 1024
 """Inputs that are taken at a time."""
@@ -67,7 +70,7 @@ class Batches:
     padded: bool
 
     @classmethod
-    def of(cls, model: Any, size: int | None) -> Batches:
+    def of(cls, model: TransformerBridge, size: int | None) -> Batches:
         """Raises :class:`InputError` for a size that is none."""
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise InputError(f"batch_size is a number of prompts from 1 or None, not {size!r}")
@@ -107,7 +110,7 @@ class Batches:
 
 def explain(
     run: Run,
-    model: Any,
+    model: TransformerBridge,
     inputs: Iterable[Any],
     targets: Any = None,
     *,
@@ -186,7 +189,11 @@ def is_several(targets: Any) -> bool:
 
 
 def explained(
-    run: Run, model: Any, taken: Sequence[Taken], batches: Batches, prepend_bos: bool | None
+    run: Run,
+    model: TransformerBridge,
+    taken: Sequence[Taken],
+    batches: Batches,
+    prepend_bos: bool | None,
 ) -> Iterator[tuple[list[int], RelevanceCache | InputError]]:
     """The prompts of a window, batch by batch: their numbers, and their cache.
 
@@ -205,7 +212,7 @@ def explained(
 
 
 def _run(
-    run: Run, model: Any, batch: list[QueuedPrompt]
+    run: Run, model: TransformerBridge, batch: list[QueuedPrompt]
 ) -> Iterator[tuple[list[int], RelevanceCache | InputError]]:
     """One batch; where the model refuses it, each prompt by itself."""
     target = batch[0].target
@@ -234,7 +241,7 @@ def _named(index: int, error: InputError) -> InputError:
 
 
 def _prompt(
-    model: Any,
+    model: TransformerBridge,
     index: int,
     given: Any,
     target: Any,

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -38,6 +38,9 @@ from lenslrp.fingerprints import (
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.rules import Rule
 from lenslrp.sessions import Session
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 FORMAT = "lenslrp.tokens/1"
 SUFFIXES = (".parquet", ".jsonl")
@@ -82,7 +85,7 @@ class Explanations:
 
 def explain_to(
     path: str | Path,
-    model: Any,
+    model: TransformerBridge,
     inputs: Iterable[Any],
     targets: Any = None,
     *,

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lenslrp.errors import InputError
 from lenslrp.forward import architecture
 from lenslrp.hooks.composites import Composite
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 Settings = dict[str, Any]
 
 
-def describe_model(model: Any) -> dict[str, Any]:
+def describe_model(model: TransformerBridge) -> dict[str, Any]:
     """What identifies a bridge: its name, its type, and a fingerprint of its weights."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     digest = hashlib.sha256()

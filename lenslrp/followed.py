@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,6 +26,9 @@ from transformer_lens.utilities.tokenize_utils import get_attention_mask
 
 from lenslrp.batch import Batch, reads_the_encoder
 from lenslrp.errors import InputError
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 NOWHERE = "a hook point fired outside a forward pass of the whole model"
 
@@ -112,7 +115,9 @@ class TrackedPasses:
             self.now.chosen[key] = _chosen(self.now, prompt, generation, rows)
         return self.now.chosen[key]
 
-    def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(
+        self, model: TransformerBridge, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """What the call of the Hugging Face model tells."""
         ids: Any = args[0] if args else kwargs.get("input_ids")
         ids = kwargs.get("inputs_embeds") if ids is None else ids
@@ -197,7 +202,7 @@ class TrackedPasses:
 
 
 @contextmanager
-def follow(model: Any) -> Iterator[TrackedPasses]:
+def follow(model: TransformerBridge) -> Iterator[TrackedPasses]:
     """Follow the passes of ``model``, a ``TransformerBridge``, for as long as the context lasts."""
     passes = TrackedPasses()
     hooks = ((model, passes.given), (model.original_model, passes.before))

@@ -37,6 +37,8 @@ from lenslrp.logits import Columns, at_columns, columns_of, head_component, is_h
 from lenslrp.targets import Activation, Outputs, PerRow, Target
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
     from lenslrp.edits import Edit
 
 
@@ -69,7 +71,7 @@ class Forward:
         columns: where the logits are, if they are not at every position.
     """
 
-    model: Any
+    model: TransformerBridge
     batch: Batch
     captured: dict[str, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
@@ -99,7 +101,7 @@ class Forward:
 
 
 def outputs_of(
-    model: Any,
+    model: TransformerBridge,
     batch: Batch,
     logits: Tensor,
     activation: Callable[[str], Tensor],
@@ -110,7 +112,9 @@ def outputs_of(
     return Outputs(logits, batch, model.tokenizer, activation, labels, columns)
 
 
-def columns_for(model: Any, batch: Batch, targets: Iterable[Target]) -> Columns | None:
+def columns_for(
+    model: TransformerBridge, batch: Batch, targets: Iterable[Target]
+) -> Columns | None:
     """Where targets read the logits; ``None`` where one of them, or somebody's hook, sees them all.
 
     Raises:
@@ -132,7 +136,7 @@ class _Stop(BaseException):
 
 @contextmanager
 def forward(
-    model: Any,
+    model: TransformerBridge,
     batch: Batch,
     *,
     read: Mapping[str, Callable[[Tensor], None]] | None = None,
@@ -223,7 +227,9 @@ def forward(
 
 
 @contextmanager
-def reading(model: Any, read: Mapping[str, Callable[[Tensor], None]]) -> Iterator[set[str]]:
+def reading(
+    model: TransformerBridge, read: Mapping[str, Callable[[Tensor], None]]
+) -> Iterator[set[str]]:
     """Call functions with the activations at hook points in every pass inside the block.
 
     Args:
@@ -318,7 +324,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def run_model(
-    model: Any, batch: Batch, leaves: Leaves | None, given: Mapping[str, Tensor]
+    model: TransformerBridge, batch: Batch, leaves: Leaves | None, given: Mapping[str, Tensor]
 ) -> Tensor:
     """The logits of a batch; where there are ``leaves``, given embeddings become some of them.
 
@@ -399,7 +405,9 @@ def capture(
             listen(at, point, [name], at_it)
 
 
-def keep_uncapped(at: Attached, model: Any, parts: Parts, captured: dict[str, Tensor]) -> None:
+def keep_uncapped(
+    at: Attached, model: TransformerBridge, parts: Parts, captured: dict[str, Tensor]
+) -> None:
     """Keep what the unembedding returns, where a soft-cap makes the logits of it."""
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
     for _, module in parts if cap and float(cap) > 0 else ():
@@ -427,6 +435,6 @@ def parts_of(target: Target) -> tuple[Target, ...]:
     return target.targets if isinstance(target, PerRow) else (target,)
 
 
-def architecture(model: Any) -> str:
+def architecture(model: TransformerBridge) -> str:
     """The Hugging Face class name of what a bridge wraps."""
     return type(getattr(model, "original_model", model)).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,12 @@ from lenslrp.hooks.structure import components_where
 from lenslrp.text.names import token_ids
 from lenslrp.text.tokenization import tokenize
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 
 def prepare(
-    model: Any,
+    model: TransformerBridge,
     text: Any,
     *,
     append: list[int] | None = None,
@@ -56,12 +59,14 @@ def prepare(
     )
 
 
-def is_encoder_decoder(model: Any) -> bool:
+def is_encoder_decoder(model: TransformerBridge) -> bool:
     config = getattr(getattr(model, "original_model", None), "config", None)
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
-def _with_decoder(model: Any, given: Batch, decoder_input: Any, append: list[int]) -> Batch:
+def _with_decoder(
+    model: TransformerBridge, given: Batch, decoder_input: Any, append: list[int]
+) -> Batch:
     """The decoder's rows: its start token and the words given, or a token tensor as it is."""
     batch = len(given.tokens)
     config = model.original_model.config
@@ -99,7 +104,7 @@ def _is_text(value: Any) -> bool:
 
 
 def prepare_side(
-    model: Any,
+    model: TransformerBridge,
     text: Any,
     *,
     append: list[int],
@@ -145,7 +150,7 @@ def prepare_side(
     return Batch(tokens.to(device), mask.to(device), lengths, kwargs, texts=texts)
 
 
-def require_ids(model: Any, rows: list[list[int]], name: str = "row {}") -> None:
+def require_ids(model: TransformerBridge, rows: list[list[int]], name: str = "row {}") -> None:
     """Refuse rows of token ids that are empty, or not all in the vocabulary.
 
     Args:
@@ -166,7 +171,9 @@ def require_ids(model: Any, rows: list[list[int]], name: str = "row {}") -> None
             )
 
 
-def _tokenize(model: Any, texts: list[str], prepend_bos: bool | None) -> list[list[int]]:
+def _tokenize(
+    model: TransformerBridge, texts: list[str], prepend_bos: bool | None
+) -> list[list[int]]:
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"row {index} is not a string but {type(text).__name__}")
@@ -175,7 +182,7 @@ def _tokenize(model: Any, texts: list[str], prepend_bos: bool | None) -> list[li
     return [token_row(model, text, prepend_bos) for text in texts]
 
 
-def token_row(model: Any, given: Any, prepend_bos: bool | None) -> list[int]:
+def token_row(model: TransformerBridge, given: Any, prepend_bos: bool | None) -> list[int]:
     """The token ids of one prompt: a string, or ids as they are.
 
     Raises:
@@ -194,13 +201,13 @@ def token_row(model: Any, given: Any, prepend_bos: bool | None) -> list[int]:
     return row
 
 
-def pad_rows(model: Any, rows: list[list[int]]) -> tuple[Tensor, Tensor | None]:
+def pad_rows(model: TransformerBridge, rows: list[list[int]]) -> tuple[Tensor, Tensor | None]:
     """Rows of ids as one token tensor, padded on the model's side, and its mask where it is."""
     batch = Batch.of_rows(rows, _padding_side(model), _pad_id(model))
     return batch.tokens, None if bool(batch.mask.all()) else batch.mask
 
 
-def _padding_side(model: Any) -> str:
+def _padding_side(model: TransformerBridge) -> str:
     """Where texts are padded: on the tokenizer's side, if the model takes it."""
     side = getattr(model.tokenizer, "padding_side", None) or "right"
     return side if takes_left(model) else "right"
@@ -244,14 +251,14 @@ def _is_empty(text: Tensor | list[Any]) -> bool:
     return not text or all(isinstance(row, list) and not row for row in text)
 
 
-def _require_room(model: Any, length: int, *, decoder: bool = False) -> None:
+def _require_room(model: TransformerBridge, length: int, *, decoder: bool = False) -> None:
     limit = min(_tables(model, decoder), default=length)
     if length > limit:
         where = " of the decoder" if decoder else ""
         raise InputError(f"{length} tokens{where}, but the model has positions for {limit}")
 
 
-def _tables(model: Any, decoder: bool) -> Iterator[int]:
+def _tables(model: TransformerBridge, decoder: bool) -> Iterator[int]:
     """How long each table of positions is that one stack reads; rotary ones are made as needed."""
     for path, module in components_where(model, "position tables", _has_positions):
         table = getattr(module, "embed_positions", None)  # of sines (GPT-J, CodeGen)
@@ -273,7 +280,11 @@ def _has_positions(module: Any) -> bool:
 
 
 def _from_embeddings(
-    model: Any, text: Any, embeds: Tensor, attention_mask: Tensor | None, append: list[int]
+    model: TransformerBridge,
+    text: Any,
+    embeds: Tensor,
+    attention_mask: Tensor | None,
+    append: list[int],
 ) -> Batch:
     if text is not None:
         raise InputError("give either an input or inputs_embeds, not both")
@@ -304,7 +315,7 @@ def _from_embeddings(
     return Batch(tokens, mask, mask.sum(dim=1).tolist(), kwargs)
 
 
-def _pad_id(model: Any) -> int:
+def _pad_id(model: TransformerBridge) -> int:
     tokenizer = model.tokenizer
     for name in ("pad_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)
@@ -313,6 +324,6 @@ def _pad_id(model: Any) -> int:
     return 0  # any will do under the mask
 
 
-def _device(model: Any) -> torch.device:
+def _device(model: TransformerBridge) -> torch.device:
     device: torch.device = next(model.parameters()).device
     return device

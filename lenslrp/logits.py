@@ -7,7 +7,7 @@ largest tensor of a pass. What is read at the target alone is the same to roundi
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
@@ -18,6 +18,9 @@ from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import UnembeddingBridge
 from lenslrp.hooks.state import users_hooks
 from lenslrp.targets import Outputs, PerRow, Target
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 LOGITS = ("all", "target")
 
@@ -60,13 +63,13 @@ def _columns(target: Target, outputs: Outputs) -> Columns | None:
     return torch.cat([row for row in rows if row is not None])
 
 
-def head_component(model: Any) -> nn.Module | None:
+def head_component(model: TransformerBridge) -> nn.Module | None:
     """The component that makes logits of the residual stream, where the bridge has one."""
     unembed = getattr(model, "_modules", {}).get("unembed")
     return unembed if isinstance(unembed, UnembeddingBridge) else None
 
 
-def is_hooked(model: Any, unembed: nn.Module) -> bool:
+def is_hooked(model: TransformerBridge, unembed: nn.Module) -> bool:
     """Whether somebody else's hooks see the logits, or what they are made of."""
     inner = getattr(model, "original_model", model)
     after = [hook for of in (model, inner) for hook in users_hooks(of, ("_forward_hooks",))]

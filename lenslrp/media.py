@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from lenslrp.errors import InputError
 from lenslrp.inputs import Batch
 from lenslrp.inputs import prepare as prepare_text
 from lenslrp.leaves import Leaves
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 LAYOUTS: Mapping[str, str] = {
     "pixel_values": "batch, channel, height, width",
@@ -26,16 +29,18 @@ LAYOUTS: Mapping[str, str] = {
 LEAVES = ("pixels", "patches")
 
 
-def main_input(model: Any) -> str:
+def main_input(model: TransformerBridge) -> str:
     """The name of what a model reads first: ``input_ids``, ``pixel_values``, ``input_values``."""
     return str(getattr(model.original_model, "main_input_name", "input_ids"))
 
 
-def reads_no_text(model: Any) -> bool:
+def reads_no_text(model: TransformerBridge) -> bool:
     return main_input(model) in LAYOUTS
 
 
-def prepare(model: Any, text: Any, media: Mapping[str, Tensor], **tokens: Any) -> Batch:
+def prepare(
+    model: TransformerBridge, text: Any, media: Mapping[str, Tensor], **tokens: Any
+) -> Batch:
     """Everything that was given, ready for the forward pass.
 
     ``tokens`` are the keywords of :func:`lenslrp.inputs.prepare`.
@@ -54,7 +59,7 @@ def prepare(model: Any, text: Any, media: Mapping[str, Tensor], **tokens: Any) -
     return replace(prepared, media=check_media(model, media)) if media else prepared
 
 
-def prepare_media(model: Any, given: Any, media: Mapping[str, Tensor]) -> Batch:
+def prepare_media(model: TransformerBridge, given: Any, media: Mapping[str, Tensor]) -> Batch:
     """The batch of a model that reads an image or a sound and no text.
 
     Raises:
@@ -77,7 +82,7 @@ def prepare_media(model: Any, given: Any, media: Mapping[str, Tensor]) -> Batch:
     return Batch(empty, empty.bool(), [0] * batch, media=checked)
 
 
-def check_media(model: Any, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def check_media(model: TransformerBridge, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The float inputs on the model's device, each one that its forward takes, and finite.
 
     Raises:
@@ -108,7 +113,7 @@ def check_media(model: Any, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return checked
 
 
-def check_kwargs(model: Any, given: Mapping[str, Any], prepared: Batch) -> None:
+def check_kwargs(model: TransformerBridge, given: Mapping[str, Any], prepared: Batch) -> None:
     """What else a forward pass is given must be what it takes, and no leaf.
 
     Raises:
@@ -127,14 +132,14 @@ def check_kwargs(model: Any, given: Mapping[str, Any], prepared: Batch) -> None:
             raise InputError(f"{name} would be a leaf of its own: give it without a gradient")
 
 
-def _wanted(model: Any, name: str) -> str:
+def _wanted(model: TransformerBridge, name: str) -> str:
     sizes = _sizes(model, name)
     axes = LAYOUTS[name].split(", ") if len(sizes) != 2 else ["batch", "frame", "mel"]
     shown = [axes[0], *(f"{a}={s}" if s else a for a, s in zip(axes[1:], sizes, strict=True))]
     return f"{name} [{', '.join(shown)}]"
 
 
-def _sizes(model: Any, name: str) -> tuple[int, ...]:
+def _sizes(model: TransformerBridge, name: str) -> tuple[int, ...]:
     """The sizes after the batch that a configuration asks for; 0 for any."""
     config = model.original_model.config
     if name == "pixel_values":
@@ -149,7 +154,7 @@ def _sizes(model: Any, name: str) -> tuple[int, ...]:
     return (0, 0) if name == "input_features" else (0,)
 
 
-def _require_shape(model: Any, name: str, value: Tensor) -> None:
+def _require_shape(model: TransformerBridge, name: str, value: Tensor) -> None:
     if main_input(model) != name:
         if value.numel() == 0:
             raise InputError(f"{name} is empty: {list(value.shape)}")
@@ -206,13 +211,13 @@ def grid(patches: Tensor) -> Tensor | None:
     return patches.sum(dim=1) if patches.ndim == 4 else None
 
 
-def head_of(model: Any) -> bool:
+def head_of(model: TransformerBridge) -> bool:
     """Whether the model's output is logits, and not the hidden states of a bare encoder."""
     bare = type(model.original_model).__name__.endswith("Model")
     return not bare or "unembed.hook_out" in model.hook_dict
 
 
-def labels_of(model: Any) -> dict[int, str] | None:
+def labels_of(model: TransformerBridge) -> dict[int, str] | None:
     """Names of a classifier's classes, ``None`` for other models."""
     if "Classification" not in type(model.original_model).__name__:
         return None
@@ -220,7 +225,7 @@ def labels_of(model: Any) -> dict[int, str] | None:
     return {int(index): str(text) for index, text in names.items()}
 
 
-def example(model: Any, seed: int = 0, batch: int = 1) -> dict[str, Tensor]:
+def example(model: TransformerBridge, seed: int = 0, batch: int = 1) -> dict[str, Tensor]:
     """Random numbers of a shape that a model which reads no text accepts."""
     name = main_input(model)
     sizes = _sizes(model, name)

@@ -7,10 +7,13 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lenslrp.errors import FAILURES, LensLRPError, OutOfMemoryError, first_line, is_out_of_memory
 from lenslrp.inputs import Batch
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 GIB = 2**30
 
@@ -18,7 +21,7 @@ logger = logging.getLogger("lenslrp")
 
 
 @contextmanager
-def explained_oom(model: Any, batch: Batch, **options: Any) -> Iterator[None]:
+def explained_oom(model: TransformerBridge, batch: Batch, **options: Any) -> Iterator[None]:
     """Say of an allocation that fails in the block what the pass needs and what would lower it.
 
     Put it around what attaches to the model for one pass: the estimate comes after that is undone.
@@ -41,7 +44,9 @@ def explained_oom(model: Any, batch: Batch, **options: Any) -> Iterator[None]:
         raise OutOfMemoryError(_message(model, batch, options, error)) from error
 
 
-def _message(model: Any, batch: Batch, options: Mapping[str, Any], error: BaseException) -> str:
+def _message(
+    model: TransformerBridge, batch: Batch, options: Mapping[str, Any], error: BaseException
+) -> str:
     inner = getattr(model, "original_model", model)
     rows = len(batch.tokens) or len(next(iter(batch.media.values())))
     choices = _choices(options, rows)
@@ -91,7 +96,7 @@ def _choices(options: Mapping[str, Any], rows: int) -> list[tuple[str, dict[str,
 
 
 def _estimate(
-    model: Any, batch: Batch, rows: int, options: Mapping[str, Any]
+    model: TransformerBridge, batch: Batch, rows: int, options: Mapping[str, Any]
 ) -> tuple[int, int] | None:
     """Bytes at the peak besides the weights, and of the weights; ``None`` where nobody can tell."""
     from lenslrp.models.surveying import survey

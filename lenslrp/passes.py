@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,9 @@ from lenslrp.logits import Columns, head_component, spread, unembed_at
 from lenslrp.reductions import reduction_names
 from lenslrp.remembered import Remembered, Seen, is_conditional, kind_of
 from lenslrp.targets import PAIRED, Activation, Explained, Target, reads_the_encoder
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 AGAIN = 50
 """How often what was found in a graph is taken for granted before it is walked again."""
@@ -441,7 +444,7 @@ def _total(relevances: list[Tensor]) -> Tensor | None:
 
 @contextmanager
 def under_rules(
-    model: Any,
+    model: TransformerBridge,
     rules: Rules,
     batch: Batch,
     readers: Readers,

@@ -6,7 +6,7 @@ Sessions of one call; see :mod:`lenslrp.sessions`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,9 +17,12 @@ from lenslrp.hooks.rules import Rule
 from lenslrp.reductions import Reduce
 from lenslrp.sessions import Session
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 
 def relevance_for_targets(
-    model: Any,
+    model: TransformerBridge,
     input: Any = None,
     targets: list[Any] | tuple[Any, ...] = (None,),
     composite: Composite | Mapping[str, Rule] | None = None,
@@ -59,7 +62,7 @@ def relevance_for_targets(
 
 
 def run_with_relevance(
-    model: Any,
+    model: TransformerBridge,
     input: Any = None,
     target: Any = None,
     composite: Composite | Mapping[str, Rule] | None = None,

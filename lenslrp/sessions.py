@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import get_ident
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,6 +43,9 @@ from lenslrp.remembered import is_conditional, remembered
 from lenslrp.targets import Activation, Sequence, Target, as_target, require_latent
 from lenslrp.unused import unused, why_unused
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 
 class Session:
     """Rules attached to one model; what :func:`session` returns.
@@ -59,7 +62,7 @@ class Session:
 
     def __init__(
         self,
-        model: Any,
+        model: TransformerBridge,
         composite: Composite | Mapping[str, Rule] | None = None,
         *,
         attention: str = "bridge",
@@ -433,7 +436,7 @@ class Session:
 
 
 def session(
-    model: Any,
+    model: TransformerBridge,
     composite: Composite | Mapping[str, Rule] | None = None,
     *,
     attention: str = "bridge",
@@ -479,7 +482,9 @@ def _given(*floats: Tensor | None) -> dict[str, Tensor]:
     return {n: v for n, v in zip(media.LAYOUTS, floats, strict=True) if v is not None}
 
 
-def _withdraw(model: Any, caches: list[RelevanceCache], lost: set[str], named: bool) -> None:
+def _withdraw(
+    model: TransformerBridge, caches: list[RelevanceCache], lost: set[str], named: bool
+) -> None:
     """Take back zeros that are none: no gradient came, because nothing uses the tensor.
 
     Raises:

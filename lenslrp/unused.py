@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,6 +36,9 @@ from lenslrp.hooks.turns import in_force
 from lenslrp.inputs import Batch, is_encoder_decoder
 from lenslrp.leaves import Leaves
 from lenslrp.targets import PAIRED
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 SHORT = 2
 """How many tokens the pass has."""
@@ -64,7 +67,7 @@ _known: WeakKeyDictionary[nn.Module, dict[Any, frozenset[str]]] = WeakKeyDiction
 
 
 def unused(
-    model: Any,
+    model: TransformerBridge,
     prepared: Batch | None = None,
     *,
     live: bool,
@@ -92,7 +95,7 @@ def unused(
     return found[key]
 
 
-def why_unused(model: Any, name: str) -> str:
+def why_unused(model: TransformerBridge, name: str) -> str:
     """What to say of such a hook point, and where to go instead."""
     block = BEFORE_ATTENTION.match(name)
     setting = next((flag for flag in INPUTS if getattr(model.cfg, flag, False)), None)
@@ -111,7 +114,7 @@ def why_unused(model: Any, name: str) -> str:
     return f"{name} fires in this model, and nothing uses its tensor"
 
 
-def require_used(model: Any, names: Collection[str]) -> set[str]:
+def require_used(model: TransformerBridge, names: Collection[str]) -> set[str]:
     """Refuse edits that would be lost.
 
     Returns those at attention that is live under relevance rules only: fit there and nowhere else.
@@ -130,7 +133,7 @@ def require_used(model: Any, names: Collection[str]) -> set[str]:
     return set(lost)
 
 
-def _any_input(model: Any) -> Batch:
+def _any_input(model: TransformerBridge) -> Batch:
     if media.reads_no_text(model):
         return media.prepare_media(model, None, media.example(model))
     config = getattr(model.original_model, "config", None)
@@ -166,7 +169,9 @@ def _foreign(model: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
             yield from users_hooks(module)
 
 
-def _look(model: Any, prepared: Batch, rules: Composite | None, *, quiet: bool) -> frozenset[str]:
+def _look(
+    model: TransformerBridge, prepared: Batch, rules: Composite | None, *, quiet: bool
+) -> frozenset[str]:
     if not has_values(prepared.tokens):
         return frozenset()
     points = hook_points(model, components(model))

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,6 +30,9 @@ from lenslrp.hooks.components import components, hook_points
 from lenslrp.hooks.composites import GradientTimesInput
 from lenslrp.hooks.install import relevance_rules
 from lenslrp.targets import Activation, Logit, LogProb, Outputs, PerRow, Sequence, Target
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 BLOCK = re.compile(r"^\w*blocks\.\d+", re.MULTILINE)
 
@@ -175,7 +178,7 @@ def _live(question: AttributionProblem) -> Any:
     return relevance_rules(question.model, GradientTimesInput(), strict=False)
 
 
-def _names(model: Any, hook: str) -> list[str]:
+def _names(model: TransformerBridge, hook: str) -> list[str]:
     """One name of every hook point of a kind, in the model's order.
 
     Raises:

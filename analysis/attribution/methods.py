@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -46,6 +46,9 @@ from lenslrp.hooks.composites import (
 from lenslrp.hooks.rules import Plain
 from lenslrp.targets import Explained
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 Scores = Callable[..., Tensor]
 """``(question, *, seed, **options)`` to relevance of the units [batch, units], or of the pixels."""
 
@@ -69,7 +72,7 @@ class Method:
     deterministic: bool = True
 
     def __call__(
-        self, model: Any, tokens: Any, target: Any = None, **context: Any
+        self, model: TransformerBridge, tokens: Any, target: Any = None, **context: Any
     ) -> Float[Tensor, "batch units"]:
         """Relevance of the tokens; arguments as for :func:`attribute`."""
         return attribute(self, model, tokens, target, **context).tokens
@@ -115,7 +118,7 @@ class Attribution:
 
 def attribute(
     method: str | Method | Composite,
-    model: Any,
+    model: TransformerBridge,
     input: Any = None,
     target: Any = None,
     *,

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -51,6 +51,9 @@ from lenslrp.hooks import Composite, GradientTimesInput, RelP
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.structure import unchanged
 from lenslrp.sessions import Session
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 Edge = tuple[Node, Node]
 
@@ -158,7 +161,7 @@ class EdgeScores:
 
 
 def score_edges(
-    model: Any,
+    model: TransformerBridge,
     pairs: Pairs,
     *,
     method: str = "relevance",
@@ -255,7 +258,7 @@ def _check(
 class _Runs:
     """What a method is asked: the base run, the other run, and the nodes."""
 
-    model: Any
+    model: TransformerBridge
     pairs: Pairs
     base: Tensor
     other: Tensor

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 from jaxtyping import Float
@@ -25,6 +25,9 @@ from lenslrp.hooks.readers import select_names
 from lenslrp.inputs import Batch, prepare
 from lenslrp.reductions import Deliver
 from lenslrp.unused import require_used
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 Kind = Literal["whole", "head", "entry"]
 Units = Float[Tensor, "pair pos unit feature"]
@@ -90,7 +93,7 @@ def as_units(kind: Kind, x: Tensor, hook: str) -> Units:
     return x if kind == "head" else x.unsqueeze(-2 if kind == "whole" else -1)
 
 
-def place_components(model: Any, names: Sequence[str]) -> dict[str, str]:
+def place_components(model: TransformerBridge, names: Sequence[str]) -> dict[str, str]:
     """Hook point -> component name, for all blocks, in the model's order.
 
     Raises:
@@ -146,7 +149,7 @@ def largest(frame: pd.DataFrame, column: str, k: int) -> pd.DataFrame:
     return frame.loc[order[:k]].reset_index(drop=True)
 
 
-def batch_of(model: Any, tokens: Tensor, pairs: Pairs) -> Batch:
+def batch_of(model: TransformerBridge, tokens: Tensor, pairs: Pairs) -> Batch:
     """One side of the pairs, or what stands for it, as what the model reads."""
     return prepare(model, tokens, attention_mask=pairs.mask)
 
@@ -156,7 +159,9 @@ def masking(pairs: Pairs, device: Any) -> dict[str, Tensor]:
     return {} if bool(pairs.mask.all()) else {"attention_mask": pairs.mask.long().to(device)}
 
 
-def gaps(model: Any, batch: Batch, pairs: Pairs, **given: Any) -> Float[Tensor, " pair"]:
+def gaps(
+    model: TransformerBridge, batch: Batch, pairs: Pairs, **given: Any
+) -> Float[Tensor, " pair"]:
     """The gap, by one forward pass; ``given``: of :func:`lenslrp.forward.forward`."""
     with forward(model, batch, columns=pairs.columns(), **given) as made:
         assert made.logits is not None
@@ -164,7 +169,7 @@ def gaps(model: Any, batch: Batch, pairs: Pairs, **given: Any) -> Float[Tensor, 
 
 
 def read(
-    model: Any, batch: Batch, pairs: Pairs, hooks: Mapping[str, str], **given: Any
+    model: TransformerBridge, batch: Batch, pairs: Pairs, hooks: Mapping[str, str], **given: Any
 ) -> tuple[Float[Tensor, " pair"], dict[str, Units]]:
     """The gap, and what flows at the hook points (hook -> component), in one forward pass."""
     found: dict[str, Units] = {}

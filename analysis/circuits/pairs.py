@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +27,9 @@ from lenslrp.inputs import is_encoder_decoder
 from lenslrp.targets import Outputs
 from lenslrp.text.names import Token, token_id
 from lenslrp.text.tokenization import tokenize
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 DIRECTIONS = ("denoising", "noising")
 """Clean activations patched into the corrupt run, or corrupt ones into the clean run."""
@@ -118,7 +121,7 @@ class Pairs:
     @classmethod
     def from_texts(
         cls,
-        model: Any,
+        model: TransformerBridge,
         clean: Sequence[str],
         corrupt: Sequence[str],
         answers: Sequence[Token],
@@ -202,7 +205,7 @@ TEMPLATES: Mapping[str, tuple[Callable[[], Iterable[Record]], Callable[[Record],
 """Task -> the records of its sentences, and what makes the corrupt sentence of a record."""
 
 
-def template_pairs(model: Any, task: str, n: int, *, seed: int = 0) -> Pairs:
+def template_pairs(model: TransformerBridge, task: str, n: int, *, seed: int = 0) -> Pairs:
     """``n`` different pairs of a task, drawn from its templates.
 
     Every word that differs, and both answers, are checked to be single tokens of this model.

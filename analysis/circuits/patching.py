@@ -8,7 +8,7 @@ same in both runs is not run at all: its effect is 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,12 @@ from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.batch import Batch
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 
 def exact_effects(
-    model: Any,
+    model: TransformerBridge,
     base: Batch,
     other: Batch,
     pairs: Pairs,

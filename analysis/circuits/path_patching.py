@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,9 +31,12 @@ from lenslrp.edits import Edit
 from lenslrp.hooks.components import layer_of
 from lenslrp.inputs import Batch
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 
 def exact_edges(
-    model: Any,
+    model: TransformerBridge,
     base: Batch,
     other: Batch,
     pairs: Pairs,

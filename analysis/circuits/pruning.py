@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,9 @@ from lenslrp.analysis.common.statistics import RESAMPLES, area
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import unchanged
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -115,7 +118,7 @@ def prune(
 
 
 def mean_activations(
-    model: Any, pairs: Pairs, components: Mapping[str, str], *, chunk: int = CHUNK
+    model: TransformerBridge, pairs: Pairs, components: Mapping[str, str], *, chunk: int = CHUNK
 ) -> dict[str, Float[Tensor, "unit feature"]]:
     """Each node's mean over both prompts of all pairs and all their real tokens."""
     sums: dict[str, Tensor] = {}
@@ -179,7 +182,7 @@ class Verdict:
 
 
 def verify(
-    model: Any,
+    model: TransformerBridge,
     pairs: Pairs,
     circuits: Sequence[Circuit],
     *,
@@ -246,7 +249,7 @@ def _require_task(verdict: Verdict) -> None:
         )
 
 
-def completeness(model: Any, pairs: Pairs, circuit: Circuit, **options: Any) -> float:
+def completeness(model: TransformerBridge, pairs: Pairs, circuit: Circuit, **options: Any) -> float:
     """1 minus the faithfulness of everything but the circuit: 1 where nothing else does it.
 
     Options as for :func:`verify`.
@@ -255,7 +258,12 @@ def completeness(model: Any, pairs: Pairs, circuit: Circuit, **options: Any) -> 
 
 
 def minimality(
-    model: Any, pairs: Pairs, circuit: Circuit, *, component: str = "heads", **options: Any
+    model: TransformerBridge,
+    pairs: Pairs,
+    circuit: Circuit,
+    *,
+    component: str = "heads",
+    **options: Any,
 ) -> pd.DataFrame:
     """What faithfulness loses when one more node is ablated, for each node of a class.
 
@@ -285,7 +293,7 @@ class FaithfulnessCurve:
 
 
 def faithfulness_curve(
-    model: Any,
+    model: TransformerBridge,
     pairs: Pairs,
     scores: NodeScores,
     *,

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -52,6 +52,9 @@ from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.structure import unchanged
 from lenslrp.leaves import Leaves
 from lenslrp.sessions import Session
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 CHUNK = 32
 """How many pairs run at once."""
@@ -121,7 +124,7 @@ class NodeScores:
 class _Runs:
     """What a method is asked: the base run, the other run, and the hook points to score."""
 
-    model: Any
+    model: TransformerBridge
     session: Session | None
     pairs: Pairs
     base: Tensor
@@ -231,7 +234,7 @@ METHODS: Mapping[str, tuple[_Method, Callable[[], Composite] | None]] = {
 
 
 def score_nodes(
-    model: Any,
+    model: TransformerBridge,
     pairs: Pairs,
     *,
     method: str = "relevance",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int64
@@ -35,6 +35,9 @@ from lenslrp.reductions import Deliver
 from lenslrp.remembered import conditional
 from lenslrp.sessions import Session
 from lenslrp.targets import Outputs, Target
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 Visit = Callable[[Place, Float[Tensor, "row pos unit"], Spans], None]
 
@@ -86,7 +89,7 @@ class Aims:
 class BlockPass:
     """How blocks are run: the model and all that decides what it is read for."""
 
-    model: Any
+    model: TransformerBridge
     plan: Plan
     sites: tuple[SearchedHook, ...]
     composite: Composite | None = None
@@ -221,7 +224,7 @@ def unflattened(x: Tensor, block: Block) -> Tensor:
     return x
 
 
-def _batch(model: Any, block: Block) -> Batch:
+def _batch(model: TransformerBridge, block: Block) -> Batch:
     """A block on the model's device; its padding is on the right."""
     device = next(model.parameters()).device
     padded = not bool(block.mask.all())
@@ -229,7 +232,9 @@ def _batch(model: Any, block: Block) -> Batch:
     return Batch(block.tokens.to(device), block.mask.to(device), block.lengths, kwargs)
 
 
-def find_places(model: Any, sites: Sequence[SearchedHook], tokens: Tensor) -> tuple[Place, ...]:
+def find_places(
+    model: TransformerBridge, sites: Sequence[SearchedHook], tokens: Tensor
+) -> tuple[Place, ...]:
     """The places of all sites, in the order in which the forward pass meets them.
 
     Learned from a short forward pass: [1, pos] tokens.

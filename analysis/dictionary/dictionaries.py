@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -62,6 +62,9 @@ from lenslrp.analysis.dictionary.work_folder import BUILD, FILES, MANIFEST, begi
 from lenslrp.analysis.units.kinds import Unit
 from lenslrp.errors import InputError, StorageError
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 
 class NeuronDictionary:
     """A dictionary that lies in a folder. Nothing in it is ever executed or unpickled.
@@ -94,7 +97,7 @@ class NeuronDictionary:
     @classmethod
     def build(
         cls,
-        model: Any,
+        model: TransformerBridge,
         corpus: Any,
         path: str | Path,
         *,

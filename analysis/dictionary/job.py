@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lenslrp.analysis.common.storage import load_json, save_json
 from lenslrp.analysis.dictionary.block_pass import TARGETS, BlockPass, find_places
@@ -32,11 +32,14 @@ from lenslrp.media import reads_no_text
 from lenslrp.targets import Target
 from lenslrp.text.tokenization import beginning
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 DEFAULT_CRITERIA = ("actmax", "actmin", "relmax", "relmin", "deciles", "random")
 
 
 def prepare(
-    model: Any,
+    model: TransformerBridge,
     corpus: Any,
     path: str | Path,
     *,
@@ -112,7 +115,7 @@ def prepare(
     return Job(BlockPass(model, plan, found, table, own, units), tokenised, folder)
 
 
-def _bos(model: Any, prepend_bos: bool | None) -> int | None:
+def _bos(model: TransformerBridge, prepend_bos: bool | None) -> int | None:
     wanted = bool(model.cfg.default_prepend_bos) if prepend_bos is None else prepend_bos
     token = beginning(model.tokenizer)
     if prepend_bos and token is None:
@@ -120,7 +123,7 @@ def _bos(model: Any, prepend_bos: bool | None) -> int | None:
     return token if wanted else None
 
 
-def _target_text(model: Any, target: Any) -> str:
+def _target_text(model: TransformerBridge, target: Any) -> str:
     if isinstance(target, str):
         if target not in TARGETS:
             raise InputError(
@@ -146,7 +149,7 @@ def _corpus_name(corpus: Any, work: Path) -> str:
     return str(getattr(info, "dataset_name", None) or "from memory")
 
 
-def _tokenised(corpus: Any, model: Any, work: Path, cut: Cut) -> Corpus:
+def _tokenised(corpus: Any, model: TransformerBridge, work: Path, cut: Cut) -> Corpus:
     """The corpus on disk: as it lies there if it is the same one, or cut anew beside it."""
     folder = work / "corpus"
     if corpus is None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -29,6 +29,9 @@ from lenslrp.errors import InputError, StorageError
 from lenslrp.explaining_file import Explanations, explain_to
 from lenslrp.extras import require
 from lenslrp.targets import Target
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 """Where launchers say which process this is, and of how many."""
@@ -54,7 +57,12 @@ def rank_and_world(environment: Mapping[str, str] | None = None) -> tuple[int, i
 
 
 def build_distributed(
-    model: Any, corpus: Any, path: str | Path, *, timeout: float | None = None, **options: Any
+    model: TransformerBridge,
+    corpus: Any,
+    path: str | Path,
+    *,
+    timeout: float | None = None,
+    **options: Any,
 ) -> NeuronDictionary | None:
     """Build one dictionary from all processes of a ``torchrun`` (or Slurm) job.
 

@@ -23,6 +23,7 @@ from lenslrp.targets import Activation, PerRow
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from transformer_lens.model_bridge import TransformerBridge
 
     from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 
@@ -181,7 +182,7 @@ class Page:
         return {**about, "libraries": manifest["libraries"], "schema": manifest["schema"]}
 
     def attributed(
-        self, model: Any, criterion: str = "actmax", k: int = 8, **options: Any
+        self, model: TransformerBridge, criterion: str = "actmax", k: int = 8, **options: Any
     ) -> pd.DataFrame:
         """The first ``k`` examples with ``attributions``: which tokens made the unit fire there.
 
@@ -233,13 +234,13 @@ class ExampleRows:
         """The unit's activation at each hit, as a target."""
         return PerRow(tuple(Activation(page.place.hook, page.index, hit) for hit in self.hits))
 
-    def prepared(self, model: Any) -> Batch:
+    def prepared(self, model: TransformerBridge) -> Batch:
         """What the model reads."""
         return prepare(model, self.batch.tokens, attention_mask=self.batch.mask)
 
 
 def _attributions(
-    model: Any, page: Page, frame: pd.DataFrame, options: dict[str, Any]
+    model: TransformerBridge, page: Page, frame: pd.DataFrame, options: dict[str, Any]
 ) -> list[NDArray[np.float32]]:
     rows = ExampleRows.of(page, frame)
     rules = {name: options[name] for name in options.keys() & SETTINGS}

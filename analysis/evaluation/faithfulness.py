@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ from lenslrp.analysis.common.statistics import area
 from lenslrp.analysis.evaluation.features import Features, Masks, token_values, tokens_of
 from lenslrp.analysis.passes.prompts import ExplainedPrompt, Numbers, Values
 from lenslrp.errors import InputError
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 BINS = (0.01, 0.05, 0.1, 0.2, 0.5)
 """ERASER's shares of the features."""
@@ -116,7 +119,7 @@ def curves(
 
 
 def token_curves(
-    model: Any,
+    model: TransformerBridge,
     prompts: Sequence[ExplainedPrompt],
     relevance: Sequence[Mapping[str, Numbers]],
     *,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from lenslrp.analysis.passes.prompts import ExplainedPrompt, Numbers, Values, ba
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.text.names import token_id
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 Masks = NDArray[np.bool_]
 
@@ -57,7 +60,11 @@ class Features:
 
 
 def tokens_of(
-    model: Any, prompt: ExplainedPrompt, *, baseline: str = "zero", keep: Sequence[int] = ()
+    model: TransformerBridge,
+    prompt: ExplainedPrompt,
+    *,
+    baseline: str = "zero",
+    keep: Sequence[int] = (),
 ) -> Features:
     """The tokens of a prompt as features.
 
@@ -85,7 +92,7 @@ def tokens_of(
 
 
 def token_values(
-    model: Any,
+    model: TransformerBridge,
     prompts: Sequence[ExplainedPrompt],
     removed: Sequence[Masks],
     *,
@@ -141,7 +148,7 @@ def _replacing(
     return replaced
 
 
-def _fill(model: Any, baseline: str) -> Callable[..., Any]:
+def _fill(model: TransformerBridge, baseline: str) -> Callable[..., Any]:
     """A function from an embedding module to the vector that stands for a token that is gone."""
     if baseline == "zero":
         return _zero

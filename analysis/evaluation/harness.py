@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,9 @@ from lenslrp.analysis.passes.problems import AttributionProblem, PassCount, reso
 from lenslrp.analysis.passes.prompts import Numbers
 from lenslrp.errors import InputError, StorageError
 from lenslrp.fingerprints import describe_model
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 KEEP_FIRST = "+first"
 
@@ -55,7 +58,7 @@ class Perturbation:
     def __str__(self) -> str:
         return self.baseline + (KEEP_FIRST if self.keep_first else "")
 
-    def features(self, model: Any, example: Example) -> Features:
+    def features(self, model: TransformerBridge, example: Example) -> Features:
         """What of an example may be taken away in this way."""
         if example.prompt.pixels is not None:
             if self.keep_first:
@@ -69,7 +72,7 @@ class Perturbation:
 
 def evaluate(
     task: str | Task,
-    model: Any,
+    model: TransformerBridge,
     methods: Sequence[Any],
     *,
     n: int,
@@ -182,7 +185,7 @@ def _records(task: Task, data: Any, half: str | None, skipped: list[str]) -> Ite
 
 def _rows(
     task: Task,
-    model: Any,
+    model: TransformerBridge,
     records: list[Row],
     known: dict[str, Row],
     append: Any,
@@ -209,7 +212,11 @@ def _rows(
 
 
 def _measured(
-    model: Any, example: Example, methods: list[Method], ways: list[Perturbation], settings: Row
+    model: TransformerBridge,
+    example: Example,
+    methods: list[Method],
+    ways: list[Perturbation],
+    settings: Row,
 ) -> Row:
     """Everything about one example, as it is stored."""
     question = _question(model, example)
@@ -269,7 +276,7 @@ def _pointing(values: Numbers, example: Example) -> dict[str, float]:
     return told
 
 
-def _question(model: Any, example: Example) -> AttributionProblem:
+def _question(model: TransformerBridge, example: Example) -> AttributionProblem:
     prompt = example.prompt
     if prompt.pixels is not None:
         return resolve(model, target=prompt.target, pixel_values=prompt.pixels[None])

@@ -13,11 +13,12 @@ from lenslrp.extras import require
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformer_lens.model_bridge import TransformerBridge
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-def read_images(model: Any, source: Any, skipped: list[str]) -> dict[str, Tensor]:
+def read_images(model: TransformerBridge, source: Any, skipped: list[str]) -> dict[str, Tensor]:
     """Every image by its name: [channel, height, width], in the model's own type.
 
     All are kept, 0.6 MB each for a model that reads 224 pixels in float32.
@@ -45,7 +46,7 @@ def read_images(model: Any, source: Any, skipped: list[str]) -> dict[str, Tensor
     return found
 
 
-def _processor(model: Any) -> Any:
+def _processor(model: TransformerBridge) -> Any:
     from transformers import AutoImageProcessor
 
     if model.processor is not None:

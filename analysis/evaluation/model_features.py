@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,15 +31,18 @@ from lenslrp.hooks.components import components, hook_points, layer_of
 from lenslrp.hooks.readers import select_names
 from lenslrp.inputs import is_encoder_decoder
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 IMAGES_PER_PASS = 16
 
 
-def heads_of(model: Any, prompt: ExplainedPrompt) -> Features:
+def heads_of(model: TransformerBridge, prompt: ExplainedPrompt) -> Features:
     """Attention heads, [layer x head]: a head that is gone writes nothing at any position."""
     return _units(model, prompt, "attn.hook_z", 4)
 
 
-def neurons_of(model: Any, prompt: ExplainedPrompt) -> Features:
+def neurons_of(model: TransformerBridge, prompt: ExplainedPrompt) -> Features:
     """MLP neurons, [layer x neuron]: one that is gone is 0 at every position."""
     return _units(model, prompt, "mlp.hook_post", 3)
 
@@ -59,7 +62,9 @@ def unit_relevance(cache: Any, name: str) -> Numbers:
     return torch.cat(rows).cpu().numpy()
 
 
-def patches_of(model: Any, prompt: ExplainedPrompt, *, baseline: str = "zero") -> Features:
+def patches_of(
+    model: TransformerBridge, prompt: ExplainedPrompt, *, baseline: str = "zero"
+) -> Features:
     """Patches of an image, row by row: one that is gone has the baseline's pixels.
 
     Args:
@@ -85,7 +90,7 @@ def patches_of(model: Any, prompt: ExplainedPrompt, *, baseline: str = "zero") -
     return Features(np.arange(question.grid[0] * question.grid[1]), without)
 
 
-def _units(model: Any, prompt: ExplainedPrompt, suffix: str, dims: int) -> Features:
+def _units(model: TransformerBridge, prompt: ExplainedPrompt, suffix: str, dims: int) -> Features:
     if is_encoder_decoder(model):
         raise InputError("heads and neurons are switched off in models of one stack only")
     points = hook_points(model, components(model))

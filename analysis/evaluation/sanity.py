@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -26,11 +26,14 @@ from lenslrp.analysis.units.locations import stack_name
 from lenslrp.errors import InputError
 from lenslrp.hooks.turns import turn
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 MODES = ("cascading", "independent")
 
 
 def randomisation(
-    model: Any,
+    model: TransformerBridge,
     relevance: Callable[[], Any],
     *,
     mode: str = "cascading",

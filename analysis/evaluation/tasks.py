@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from lenslrp.hooks.turns import turn
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.text.spelling import Spans
 from lenslrp.text.tokenization import tokenize
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 Chosen = NDArray[np.bool_]
 
@@ -85,7 +88,7 @@ class Task:
     split_by: str = "text"
 
 
-def next_word(model: Any, record: Record, length: int) -> Example:
+def next_word(model: TransformerBridge, record: Record, length: int) -> Example:
     """The model's own next token after the first ``length`` tokens of a text."""
     ids = torch.tensor(tokenize(model, record["text"]))
     if len(ids) < length:
@@ -94,7 +97,7 @@ def next_word(model: Any, record: Record, length: int) -> Example:
     return Example(prompt, np.ones(length, dtype=bool))
 
 
-def sentiment(model: Any, record: Record, length: int) -> Example:
+def sentiment(model: TransformerBridge, record: Record, length: int) -> Example:
     """The label of a review, as the difference of the two labels' logits; the review's tokens."""
     label = record["label"]
     if label not in LABELS:
@@ -108,7 +111,7 @@ def sentiment(model: Any, record: Record, length: int) -> Example:
     return example
 
 
-def known_answer(model: Any, record: Record, length: int) -> Example:
+def known_answer(model: TransformerBridge, record: Record, length: int) -> Example:
     """A sentence with a right and a wrong next token, and the words that speak for each."""
     text = record["text"]
     example = _known(model, text, record["answer"], record["rival"], [(0, len(text))])
@@ -120,7 +123,7 @@ def known_answer(model: Any, record: Record, length: int) -> Example:
     return Example(example.prompt, np.ones(len(spans), dtype=bool), key, distractor)
 
 
-def squad(model: Any, record: Record, length: int) -> Example:
+def squad(model: TransformerBridge, record: Record, length: int) -> Example:
     """The answer that the model writes to a question about a paragraph, if it is right.
 
     The target is the sum of the answer's logits, the paragraph's tokens may be taken away, and
@@ -146,11 +149,12 @@ def squad(model: Any, record: Record, length: int) -> Example:
 
 
 @torch.no_grad()
-def generate(model: Any, ids: list[int]) -> list[int]:
+def generate(model: TransformerBridge, ids: list[int]) -> list[int]:
     """What the model writes greedily: up to its end, or to the end of its first line of text."""
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     with turn(model):
-        written = model.original_model.generate(
+        inner: Any = model.original_model
+        written = inner.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=LONGEST_ANSWER,
@@ -183,7 +187,7 @@ def image_task(images: Mapping[str, Tensor]) -> Task:
     def records() -> Iterator[Record]:
         return ({"image": name, "pixels": digest(x)} for name, x in images.items())
 
-    def make(model: Any, record: Record, length: int) -> Example:
+    def make(model: TransformerBridge, record: Record, length: int) -> Example:
         pixels = images[record["image"]][None]
         prompt = as_prompt(model, pixel_values=pixels)
         patches = resolve(model, target=prompt.target, pixel_values=pixels).mask.shape[1]
@@ -192,7 +196,9 @@ def image_task(images: Mapping[str, Tensor]) -> Task:
     return Task(IMAGES, {"image": str, "pixels": str}, make, records, split_by="pixels")
 
 
-def _known(model: Any, text: str, right: str, wrong: str, removable: Spans) -> Example:
+def _known(
+    model: TransformerBridge, text: str, right: str, wrong: str, removable: Spans
+) -> Example:
     for word in (right, wrong):
         if len(model.tokenizer.encode(word, add_special_tokens=False)) != 1:
             raise Unfit(f"{word!r} is more than one token")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,12 @@ from lenslrp.hooks.readers import converted
 from lenslrp.hooks.turns import turn
 from lenslrp.remembered import conditional
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 
 @contextmanager
-def through(model: Any, units: Sequence[Unit]) -> Iterator[None]:
+def through(model: TransformerBridge, units: Sequence[Unit]) -> Iterator[None]:
     """Inside the block, backward passes count relevance through ``units`` only.
 
     Use it around :func:`lenslrp.run_with_relevance` with ``ledger=False``: what was cut is on
@@ -64,11 +67,11 @@ class _StreamCut:
         self.hook = hook
         self.ran = False  # since the condition's own hook point last fired
 
-    def attach(self, model: Any, at: Attached) -> None:
+    def attach(self, model: TransformerBridge, at: Attached) -> None:
         prefix, branch, _ = self.hook.rsplit(".", 2)
         if layer_of(self.hook) is None:
             raise InputError(f"{self.hook} is in no block: no condition can be put there")
-        parts = model.get_submodule(prefix)._modules
+        parts: dict[str, Any] = model.get_submodule(prefix)._modules
         own = "ln2" if branch == "mlp" and "ln2" in parts else "ln1"
         if parts.get(own) is None:
             raise InputError(f"{self.hook}: no norm stands before this branch, so no condition")

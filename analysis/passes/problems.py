@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -42,6 +42,9 @@ from lenslrp.targets import (
     as_target,
     require_latent,
 )
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 CHUNK = 16
 """How many sequences run through the model at once."""
@@ -74,7 +77,7 @@ class AttributionProblem:
         passes: counted so far, for each row.
     """
 
-    model: Any
+    model: TransformerBridge
     prepared: Batch
     inputs: Tensor
     vectors: Float[Tensor, "batch units d_model"]
@@ -223,7 +226,7 @@ class AttributionProblem:
 
 
 def resolve(
-    model: Any,
+    model: TransformerBridge,
     input: Any = None,
     target: Any = None,
     *,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.padding import require_padding
 from lenslrp.targets import Outputs, Target, as_target
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 Numbers = NDArray[np.float64]
 
@@ -66,7 +69,7 @@ class ExplainedPrompt:
 
 
 def as_prompt(
-    model: Any,
+    model: TransformerBridge,
     input: Any = None,
     target: Any = None,
     *,
@@ -116,7 +119,7 @@ def as_prompt(
     return prompt
 
 
-def read(model: Any, prompt: ExplainedPrompt, logits: Tensor) -> Numbers:
+def read(model: TransformerBridge, prompt: ExplainedPrompt, logits: Tensor) -> Numbers:
     """Value and probability [2, row] of the prompt's target.
 
     Args:
@@ -150,17 +153,19 @@ def _probability(target: Target, outputs: Outputs, values: Tensor) -> Tensor:
     return torch.full_like(values, torch.nan)
 
 
-def _top(model: Any, prompt: ExplainedPrompt) -> int:
+def _top(model: TransformerBridge, prompt: ExplainedPrompt) -> int:
     return int(prompt_logits(model, prompt)[0].ravel().argmax())
 
 
-def prompt_logits(model: Any, prompt: ExplainedPrompt, rows: int = 1, **how: Any) -> Tensor:
+def prompt_logits(
+    model: TransformerBridge, prompt: ExplainedPrompt, rows: int = 1, **how: Any
+) -> Tensor:
     """Logits [row, n, vocab] of copies of a prompt, at its positions; a classifier's
     [row, class]."""
     return batch_logits(model, [prompt] * rows, **how)
 
 
-def image_logits(model: Any, pixels: Tensor) -> Tensor:
+def image_logits(model: TransformerBridge, pixels: Tensor) -> Tensor:
     """[row, class] of images [row, channel, height, width]."""
     empty = torch.empty(len(pixels), 0, dtype=torch.long, device=pixels.device)
     batch = Batch(empty, empty.bool(), [0] * len(pixels), media={"pixel_values": pixels})
@@ -169,7 +174,9 @@ def image_logits(model: Any, pixels: Tensor) -> Tensor:
         return run.logits
 
 
-def batch_logits(model: Any, prompts: Sequence[ExplainedPrompt], **how: Any) -> Tensor:
+def batch_logits(
+    model: TransformerBridge, prompts: Sequence[ExplainedPrompt], **how: Any
+) -> Tensor:
     """Logits [row, n, vocab] of a prompt a row, at its positions, repeating the last where others
     have more; a classifier's [row, class].
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -37,6 +37,9 @@ from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.followed import Positions, TrackedPasses, follow, positions
 from lenslrp.inputs import is_encoder_decoder
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ class Scope:
 class Operation(Scope):
     """What all operations can do."""
 
-    def hook(self, model: Any) -> str:
+    def hook(self, model: TransformerBridge) -> str:
         """The hook point where it acts."""
         raise NotImplementedError
 
@@ -79,7 +82,7 @@ class Moving(Operation):
 
     unit: Unit
 
-    def hook(self, model: Any) -> str:
+    def hook(self, model: TransformerBridge) -> str:
         _require_movable(self.unit)
         return self.unit.hook(model)
 
@@ -184,7 +187,7 @@ class ProjectOut(Operation):
             )
         object.__setattr__(self, "directions", directions)
 
-    def hook(self, model: Any) -> str:
+    def hook(self, model: TransformerBridge) -> str:
         for direction in self.directions:
             _require_movable(direction)
         return self.directions[0].hook(model)
@@ -226,7 +229,7 @@ class Steering:
 
 @contextmanager
 def steer(
-    model: Any,
+    model: TransformerBridge,
     operations: Steering | Iterable[Operation],
     *,
     prompt: str | Sequence[int] = "all",

@@ -32,7 +32,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -63,6 +63,9 @@ from lenslrp.hooks.turns import turn
 from lenslrp.inputs import prepare
 from lenslrp.text.names import token_id
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 STRENGTHS: dict[type[Moving], str] = {Scale: "factor", Add: "amount", Ablate: "value"}
 """What a coefficient is of each operation."""
 
@@ -77,7 +80,7 @@ class Matched(Operation):
     other: Unit
     factor: float
 
-    def hook(self, model: Any) -> str:
+    def hook(self, model: TransformerBridge) -> str:
         return self.operation.hook(model)
 
     def apply(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
@@ -86,7 +89,7 @@ class Matched(Operation):
 
 
 def sweep(
-    model: Any,
+    model: TransformerBridge,
     operation: Moving | Callable[[int], Moving],
     coefficients: Sequence[float],
     prompts: Sequence[str],
@@ -197,7 +200,12 @@ class _Prompts:
 
     @classmethod
     def of(
-        cls, model: Any, prompts: Sequence[str], target: Any, new: int, bos: bool | None
+        cls,
+        model: TransformerBridge,
+        prompts: Sequence[str],
+        target: Any,
+        new: int,
+        bos: bool | None,
     ) -> _Prompts:
         given = prepare(model, list(prompts), prepend_bos=bos)
         ids = zip(given.tokens, given.mask, strict=True)
@@ -209,14 +217,14 @@ class _Prompts:
         return cls(left.tokens.to(device), left.mask.to(device), (first, second), new)
 
     @torch.no_grad()
-    def read(self, model: Any, stream: str) -> _Read:
+    def read(self, model: TransformerBridge, stream: str) -> _Read:
         lengths: list[Tensor] = []
 
         def measure(x: Tensor) -> None:
             lengths.append(x[:, -1].float().norm(dim=-1).cpu())
 
         with reading(model, {stream: measure}):
-            made = model.generate(
+            made: Any = model.generate(
                 self.tokens,
                 attention_mask=self.mask.long(),
                 max_new_tokens=self.new,
@@ -233,7 +241,7 @@ class _Prompts:
         return _Read(logits, lengths[0], new, target, texts)
 
     @torch.no_grad()
-    def surprise(self, model: Any, texts: NDArray[np.int64]) -> list[float]:
+    def surprise(self, model: TransformerBridge, texts: NDArray[np.int64]) -> list[float]:
         """Nats a token of each row [row, new] under the base model; rows go round the prompts."""
         count = len(self.tokens)
         rows = [(index % count, *row.tolist()) for index, row in enumerate(texts)]
@@ -261,7 +269,12 @@ def _repetition(tokens: list[int]) -> float:
 
 
 def _controls(
-    model: Any, operation: Moving, prompts: Sequence[str], draws: int, seed: int, bos: bool | None
+    model: TransformerBridge,
+    operation: Moving,
+    prompts: Sequence[str],
+    draws: int,
+    seed: int,
+    bos: bool | None,
 ) -> Iterator[tuple[Unit, Unit, float]]:
     """A random unit, a placebo's, and how many times more its activation must change."""
     rng = np.random.default_rng(seed)

@@ -246,5 +246,5 @@ def _config(model: TransformerBridge) -> Any:
     return getattr(model.original_model, "config", None)
 
 
-def _name(model: Any) -> str:
+def _name(model: TransformerBridge) -> str:
     return type(getattr(model, "original_model", model)).__name__

@@ -25,6 +25,7 @@ from lenslrp.models.checkpoints import (
 )
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedTokenizerBase
 
 
@@ -101,7 +102,7 @@ def _with_adapter(
     return adapted.merge_and_unload(), own or tokenizer
 
 
-def inside_adapter(model: Any) -> Any:
+def inside_adapter(model: TransformerBridge) -> Any:
     """The model that a PeftModel adapts, its adapters in place; any other model as it is.
 
     Raises:

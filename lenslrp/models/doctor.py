@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -35,6 +35,9 @@ from lenslrp.models.verifying import Agreement
 from lenslrp.models.wrapped import agreement
 from lenslrp.sessions import Session
 from lenslrp.targets import Activation
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,7 +125,7 @@ def _rules_table(assigned: pd.DataFrame, coverage: Coverage) -> Table:
 
 
 def examine(
-    model: Any,
+    model: TransformerBridge,
     composite: Composite | Mapping[str, Rule] | None = None,
     *,
     length: int = 12,

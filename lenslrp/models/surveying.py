@@ -44,6 +44,8 @@ from lenslrp.targets import Top
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from transformer_lens.model_bridge import TransformerBridge
+
 GIB = 2**30
 
 
@@ -236,7 +238,7 @@ def _built(cls: Any, config: Any, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _by_shape(model: Any, *given: Any, **options: Any) -> Iterator[Pass]:
+def _by_shape(model: TransformerBridge, *given: Any, **options: Any) -> Iterator[Pass]:
     """The forward pass under rules, where it needs no values."""
     with ExitStack() as stack:
         try:
@@ -251,7 +253,7 @@ def _by_shape(model: Any, *given: Any, **options: Any) -> Iterator[Pass]:
 
 
 def _batch(
-    model: Any, batch: int, length: int, shapes: Mapping[str, Any], dtype: torch.dtype
+    model: TransformerBridge, batch: int, length: int, shapes: Mapping[str, Any], dtype: torch.dtype
 ) -> Batch:
     size = 0 if shapes else length
     tokens = torch.zeros(batch, size, dtype=torch.long)

@@ -183,7 +183,7 @@ def _said(error: BaseException) -> str:
 
 def short_input(model: Any, seed: int = 0) -> dict[str, Any]:
     """A few random tokens, or a random image or sound for a model that reads no text."""
-    seen = SimpleNamespace(original_model=model, parameters=model.parameters)
+    seen: Any = SimpleNamespace(original_model=model, parameters=model.parameters)
     if media.reads_no_text(seen):
         return dict(media.example(seen, seed))
     config = model.config

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lenslrp.errors import InputError
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedTokenizerBase
 
 
@@ -56,7 +57,7 @@ def prepends(tokenizer: Any) -> bool:
     return len(first) > len(bare) and first[0] == beginning(tokenizer)
 
 
-def tokenize(model: Any, text: str, prepend_bos: bool | None = None) -> list[int]:
+def tokenize(model: TransformerBridge, text: str, prepend_bos: bool | None = None) -> list[int]:
     """The ids of one text.
 
     Args:

@@ -40,6 +40,7 @@ from lenslrp.targets import Sequence as Span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from transformer_lens.model_bridge import TransformerBridge
 
     from lenslrp.analysis.views.figures import Theme
 
@@ -150,7 +151,7 @@ class AttributionGraph:
 
 
 def attribution_graph(
-    model: Any,
+    model: TransformerBridge,
     input: Any,
     target: Any = None,
     *,
@@ -238,7 +239,11 @@ def attribution_graph(
 
 
 def _check(
-    model: Any, components: Sequence[str], k: int, shares: Mapping[str, float], rows: int
+    model: TransformerBridge,
+    components: Sequence[str],
+    k: int,
+    shares: Mapping[str, float],
+    rows: int,
 ) -> None:
     if is_encoder_decoder(model):
         raise InputError("a graph is of one stack of layers; this model is an encoder-decoder")

@@ -43,6 +43,8 @@ from lenslrp.text.visible_text import visible
 from lenslrp.text.words import piece_at
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
     from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 
 BATCH = 1024
@@ -284,7 +286,7 @@ def export_html(
     folder: str | Path,
     units: Iterable[Any],
     *,
-    model: Any = None,
+    model: TransformerBridge | None = None,
     **options: Any,
 ) -> Path:
     """Write a page for each of many units, linked to one another, and an index.

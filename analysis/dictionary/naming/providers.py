@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from lenslrp.analysis.dictionary.naming.names import MARK, NamingExample
 from lenslrp.forward import forward
 from lenslrp.inputs import Batch
 from lenslrp.text.tokenization import tokenize
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class LanguageModel:
         batch_size: texts in one forward pass.
     """
 
-    model: Any
+    model: TransformerBridge
     shown: int = 8
     answer: int = 16
     batch_size: int = 16

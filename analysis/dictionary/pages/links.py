@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -30,6 +30,9 @@ from lenslrp.forward import forward, reading
 from lenslrp.hooks.components import layer_of
 from lenslrp.reductions import over_positions
 from lenslrp.sessions import Session
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 LINKED = re.compile(r"\w*blocks\.\d+\.(mlp\.hook_post|attn\.hook_z)")
 """Where other units are looked for: MLP neurons and attention heads."""
@@ -67,7 +70,7 @@ def _ranked(
     return pd.DataFrame(records[:limit], columns=["name", column, "same_sign", "examples"])
 
 
-def upstream(model: Any, page: Page, *, k: int = 8, limit: int = 12) -> pd.DataFrame:
+def upstream(model: TransformerBridge, page: Page, *, k: int = 8, limit: int = 12) -> pd.DataFrame:
     """Earlier units whose relevance for this unit's activation is largest.
 
     Args:
@@ -100,7 +103,9 @@ def upstream(model: Any, page: Page, *, k: int = 8, limit: int = 12) -> pd.DataF
     return frame.assign(share=frame["relevance"] / activation if activation else float("nan"))
 
 
-def downstream(model: Any, page: Page, *, k: int = 8, limit: int = 12) -> pd.DataFrame:
+def downstream(
+    model: TransformerBridge, page: Page, *, k: int = 8, limit: int = 12
+) -> pd.DataFrame:
     """Later units that change most when this one is switched off at its RelMax hits.
 
     Arguments as for :func:`upstream`.
@@ -145,7 +150,7 @@ def _after(name: str, page: Page) -> bool:
 
 
 def _read(
-    model: Any, names: list[str], rows: ExampleRows, edits: Sequence[Edit] = ()
+    model: TransformerBridge, names: list[str], rows: ExampleRows, edits: Sequence[Edit] = ()
 ) -> dict[str, tuple[Float[Tensor, "example unit"], Float[Tensor, " unit"]]]:
     """One forward pass: each hook point's units at the hits, and their spread over all tokens."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -162,7 +167,7 @@ def _read(
         return found
 
 
-def clamped(model: Any, page: Page, *, k: int = 8) -> pd.DataFrame:
+def clamped(model: TransformerBridge, page: Page, *, k: int = 8) -> pd.DataFrame:
     """The logit that RelMax explained, when this unit is scaled by 0 and by 2.
 
     Args:

@@ -37,6 +37,8 @@ from lenslrp.files import HTML, whole
 from lenslrp.text.visible_text import visible
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
     from lenslrp.analysis.units.lens import Lens
 
 NEEDS_MODEL = "it takes the model; give model= to page_html or write_page."
@@ -46,7 +48,7 @@ SEARCHED = ("actmax", "actmin", "relmax", "relmin")
 def page_html(
     page: Page,
     *,
-    model: Any = None,
+    model: TransformerBridge | None = None,
     attributed: int = 8,
     examples: int = 10,
     lens: Lens | None = None,
@@ -79,7 +81,9 @@ def page_html(
     return document
 
 
-def write_page(page: Page, path: str | Path, *, model: Any = None, **options: Any) -> Path:
+def write_page(
+    page: Page, path: str | Path, *, model: TransformerBridge | None = None, **options: Any
+) -> Path:
     """Write :func:`page_html` to ``path``, whole or not at all, and return where it is."""
     path = Path(path)
     html = page_html(page, model=model, **options)
@@ -91,7 +95,7 @@ def write_page(page: Page, path: str | Path, *, model: Any = None, **options: An
 def fragment(
     page: Page,
     *,
-    model: Any = None,
+    model: TransformerBridge | None = None,
     attributed: int = 8,
     examples: int = 10,
     lens: Lens | None = None,
@@ -129,7 +133,7 @@ def fragment(
     return html
 
 
-def require_same_model(page: Page, model: Any) -> None:
+def require_same_model(page: Page, model: TransformerBridge) -> None:
     """Refuse a model with other weights than the dictionary's.
 
     Raises:
@@ -172,7 +176,7 @@ def _facts(page: Page) -> list[tuple[str, str]]:
     return [*facts, ("tokens searched", f"{page.dictionary.manifest['tokens_seen']:,}")]
 
 
-def _vocabulary(page: Page, model: Any, lens: Lens | None) -> dict[str, Any]:
+def _vocabulary(page: Page, model: TransformerBridge | None, lens: Lens | None) -> dict[str, Any]:
     found: dict[str, list[pd.DataFrame]] = {}
     for (role, name, _), frame in page.vocabulary().groupby(
         ["role", "name", "side"], sort=False, observed=True
@@ -198,7 +202,7 @@ def _moments(page: Page) -> dict[str, Any]:
     return {"columns": columns, "rows": rows}
 
 
-def _angles(page: Page, model: Any) -> dict[str, Any]:
+def _angles(page: Page, model: TransformerBridge | None) -> dict[str, Any]:
     if model is None:
         raise InputError(f"cosines between what it reads and writes: {NEEDS_MODEL}")
     unit = page.unit
@@ -219,7 +223,9 @@ def _angles(page: Page, model: Any) -> dict[str, Any]:
     return {"cosines": found, "cases": {"columns": columns, "rows": rows}}
 
 
-def _sentences(page: Page, model: Any, attributed: int, examples: int) -> dict[str, Any]:
+def _sentences(
+    page: Page, model: TransformerBridge | None, attributed: int, examples: int
+) -> dict[str, Any]:
     frames = {name: page.examples(name) for name in page.criteria}
     totals = {name: len(frame) for name, frame in frames.items()}
     frames = {name: frame.head(examples) for name, frame in frames.items()}
@@ -258,7 +264,7 @@ def _similar(page: Page) -> list[dict[str, Any]]:
     return parts
 
 
-def _links(page: Page, model: Any, k: int) -> list[dict[str, Any]]:
+def _links(page: Page, model: TransformerBridge | None, k: int) -> list[dict[str, Any]]:
     kinds: list[tuple[str, str, Callable[..., pd.DataFrame], str, str]] = [
         (
             "Upstream: what made it fire",
@@ -294,7 +300,7 @@ def _links(page: Page, model: Any, k: int) -> list[dict[str, Any]]:
     return parts
 
 
-def _clamp(page: Page, model: Any, k: int) -> dict[str, Any]:
+def _clamp(page: Page, model: TransformerBridge | None, k: int) -> dict[str, Any]:
     if model is None:
         raise InputError(NEEDS_MODEL)
     frame = clamped(model, page, k=k)
