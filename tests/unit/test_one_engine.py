@@ -98,8 +98,10 @@ def runs(source: str) -> Iterator[tuple[str, int, str]]:
 
 def everywhere() -> Iterator[tuple[str, str, int, str]]:
     for folder in ("lenslrp", "analysis"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            name = f"{folder}/{path.name}"
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            if name.startswith(("lenslrp/hooks/", "lenslrp/analysis/")):
+                continue  # links, where Python follows them
             if name not in ENGINE:
                 yield from ((name, *found) for found in runs(path.read_text(encoding="utf-8")))
 
