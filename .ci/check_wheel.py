@@ -18,7 +18,7 @@ names = [m.name for m in pkgutil.walk_packages(lenslrp.__path__, "lenslrp.")]
 for name in names:
     importlib.import_module(name)
 
-missing = {"lenslrp.hooks", "lenslrp.analysis", "lenslrp.cli.main"} - set(names)
+missing = {"lenslrp.hooks", "lenslrp.analysis", "lenslrp.cli"} - set(names)
 if missing:
     sys.exit(f"not in the wheel: {sorted(missing)}")
 if not (installed / "py.typed").is_file():

@@ -153,8 +153,8 @@ def generate(model: TransformerBridge, ids: list[int]) -> list[int]:
     """What the model writes greedily: up to its end, or to the end of its first line of text."""
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     with turn(model):
-        inner: Any = model.original_model
-        written = inner.generate(
+        original_model: Any = model.original_model
+        written = original_model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=LONGEST_ANSWER,

@@ -1,5 +1,5 @@
 """The command line."""
 
-from lenslrp.cli.main import main
+from lenslrp.cli.commands import main
 
 __all__ = ["main"]

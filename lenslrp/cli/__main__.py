@@ -2,6 +2,6 @@
 
 import sys
 
-from lenslrp.cli.main import main
+from lenslrp.cli.commands import main
 
 sys.exit(main())

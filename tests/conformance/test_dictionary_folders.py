@@ -22,7 +22,7 @@ from lenslrp.analysis.dictionary.job import prepare
 from lenslrp.analysis.dictionary.launch import build_distributed
 from lenslrp.analysis.dictionary.scan import scan_shard
 from lenslrp.analysis.dictionary.work_folder import FILES, begin_work, shard_name, using
-from lenslrp.cli import main as cli
+from lenslrp.cli import commands as cli
 from lenslrp.errors import StorageError
 from tests.conformance.dictionaries import OPTIONS, model, texts
 from tests.conformance.dictionary_damage import make

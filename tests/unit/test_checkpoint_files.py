@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from lenslrp.cli.main import main
+from lenslrp.cli.commands import main
 from lenslrp.errors import LoadError
 from lenslrp.models.checkpoints import require_device
 from lenslrp.models.loading import load

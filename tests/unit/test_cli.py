@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lenslrp.cli import main as cli
+from lenslrp.cli import commands as cli
 from lenslrp.errors import CoverageError, InputError, LoadError
 from lenslrp.models import doctor, loading
 from lenslrp.models.loading import load
@@ -112,7 +112,7 @@ def test_doctor_exits_by_its_diagnosis(tiny, monkeypatch, capsys, ok, code):
 @pytest.mark.parametrize("argument", ["--help", "--version"])
 def test_help_does_not_import_torch(argument):
     code = (
-        "import sys; from lenslrp.cli.main import main\n"
+        "import sys; from lenslrp.cli.commands import main\n"
         f"try: main([{argument!r}])\n"
         "except SystemExit as stopped: assert stopped.code == 0\n"
         "assert 'torch' not in sys.modules"
@@ -170,7 +170,7 @@ def test_text_that_is_not_utf8_is_refused(tiny, capsys, arguments):
 
 
 def test_bytes_of_a_shell_that_are_not_utf8():
-    command = [sys.executable, "-m", "lenslrp.cli.main", "explain", b"caf\xe9"]
+    command = [sys.executable, "-m", "lenslrp.cli", "explain", b"caf\xe9"]
     done = subprocess.run(command, capture_output=True, cwd=ROOT, check=False)
     assert done.returncode == 2
     assert done.stderr == (

@@ -12,8 +12,8 @@ from lenslrp.analysis.dictionary.block_pass import TARGETS
 from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 from lenslrp.analysis.dictionary.export import folders as exports
 from lenslrp.analysis.dictionary.pages.page import page_html
+from lenslrp.cli import commands as cli
 from lenslrp.cli import dictionary as cli_dictionary
-from lenslrp.cli import main as cli
 from lenslrp.models import loading
 from lenslrp.text.visible_text import visible
 from tests.conformance.dictionaries import contents, model, texts

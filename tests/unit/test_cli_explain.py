@@ -13,7 +13,7 @@ import pytest
 
 import lenslrp
 from lenslrp import explaining_file
-from lenslrp.cli import main as cli
+from lenslrp.cli import commands as cli
 from lenslrp.errors import InputError
 from lenslrp.explaining import NOTHING, windows
 from lenslrp.models import loading

@@ -25,8 +25,8 @@ from lenslrp.analysis.evaluation.model_features import patches_of
 from lenslrp.analysis.evaluation.results import JOURNAL, PARQUET, Results
 from lenslrp.analysis.evaluation.tasks import IMAGES, LABELS, REVIEW, TASKS, Task, Unfit, image_task
 from lenslrp.analysis.passes.prompts import as_prompt
+from lenslrp.cli import commands as cli
 from lenslrp.cli import evaluate as cli_evaluate
-from lenslrp.cli import main as cli
 from lenslrp.errors import InputError, StorageError
 from lenslrp.models import loading
 from tests.conformance import zoo

@@ -19,20 +19,20 @@ import pytest
 import torch
 
 import lenslrp
+from docs.import_graph import modules
 from lenslrp import analysis
 from lenslrp.analysis.dictionary import launch
 from lenslrp.analysis.evaluation import image_files
 from lenslrp.analysis.evaluation.figures import perturbation_curves
 from lenslrp.analysis.views.figures import LIGHT, new_figure, plot
 from lenslrp.analysis.views.report import report_html, write_report
-from lenslrp.cli import main as cli
+from lenslrp.cli import commands as cli
 from lenslrp.extras import EXTRAS, require
 from lenslrp.models import embedded, loading
 from tests.conftest import ROOT
 from tests.unit.fake_relevance import fake_relevance
 from tests.unit.tiny import TOKENS, tiny, word_tokenizer
 
-PACKAGES = ("lenslrp", "hooks", "analysis")
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "huggingface_hub": "huggingface-hub",
@@ -60,7 +60,7 @@ def requirements(kind: str | None = None) -> set[str]:
 
 def imports() -> Iterator[tuple[str, str, ast.stmt, ast.FunctionDef | None]]:
     """Every import of a package that is not Python's own: file, package, statement, function."""
-    for path in (p for package in PACKAGES for p in sorted((ROOT / package).glob("*.py"))):
+    for path in modules().values():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         inside = {
             id(node): function
@@ -74,7 +74,7 @@ def imports() -> Iterator[tuple[str, str, ast.stmt, ast.FunctionDef | None]]:
                 names = [str(node.module)]
             for name in {name.split(".")[0] for name in names}:
                 if name not in sys.stdlib_module_names and name != "lenslrp":
-                    yield f"{path.parent.name}/{path.name}", name, node, inside.get(id(node))
+                    yield path.relative_to(ROOT).as_posix(), name, node, inside.get(id(node))
 
 
 def test_what_is_imported_is_declared() -> None:

@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import lenslrp
 from lenslrp.analysis.evaluation.image_files import read_images
-from lenslrp.cli import main as cli
+from lenslrp.cli import commands as cli
 from lenslrp.errors import InputError
 from tests.conformance import zoo
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from docs.import_graph import modules
+
 ROOT = Path(__file__).resolve().parents[2]
 
 ENGINE = {
@@ -97,13 +99,10 @@ def runs(source: str) -> Iterator[tuple[str, int, str]]:
 
 
 def everywhere() -> Iterator[tuple[str, str, int, str]]:
-    for folder in ("lenslrp", "analysis"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            name = path.relative_to(ROOT).as_posix()
-            if name.startswith(("lenslrp/hooks/", "lenslrp/analysis/")):
-                continue  # links, where Python follows them
-            if name not in ENGINE:
-                yield from ((name, *found) for found in runs(path.read_text(encoding="utf-8")))
+    for path in modules().values():
+        name = path.relative_to(ROOT).as_posix()
+        if name not in ENGINE and not name.startswith("hooks/"):
+            yield from ((name, *found) for found in runs(path.read_text(encoding="utf-8")))
 
 
 def test_the_engine_alone_runs_the_model() -> None:
