@@ -32,7 +32,7 @@ WINDOW = 1024
 """Inputs that are taken at a time."""
 
 TOKENS = {"cpu": 384}
-"""Tokens of a batch, padding included, by the kind of device (``benchmarks/many_prompts.py``)."""
+"""Tokens of a batch, padding included, by kind of device (``benchmarks/cost/many_prompts.py``)."""
 
 TOKENS_OF_OTHERS = 4096
 

@@ -25,7 +25,8 @@ BALANCED = {
     torch.float16: 3e-2,
 }
 """What the books may miss, relative to their largest entry: nearly twice and more of what right
-passes miss (``benchmarks/balance.py``: at most 2.5e-6, 1.1e-1 and 1.1e-2 in the last three)."""
+passes miss (``benchmarks/faithfulness/balance.py``: at most 2.5e-6, 1.1e-1 and 1.1e-2 in the last
+three)."""
 
 
 @dataclass(frozen=True)

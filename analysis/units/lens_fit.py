@@ -120,7 +120,7 @@ def fit_relevance_lens(
 
     One forward and one backward pass a batch serve all layers. Early layers need the most text:
     with 28 times d_model positions, ``Lens.noise`` of SmolLM2 is .04 after the last layer but one,
-    .23 after layer 12 and .52 after layer 0 (``benchmarks/lens.py``).
+    .23 after layer 12 and .52 after layer 0 (``benchmarks/knowledge/lens.py``).
 
     Args:
         prompts: strings, or token ids [batch, pos].

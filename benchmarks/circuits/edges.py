@@ -1,6 +1,6 @@
 """What edges cost: a chunk's backward pass against one forward and backward pass of as many rows.
 
-    python benchmarks/edges.py [--rows 16] [--rounds 9]
+    python -m benchmarks.circuits.edges [--rows 16] [--rounds 9]
 
 SmolLM2, one indirect-object prompt, copied `rows` times. A round takes, in an order drawn anew, a
 plain forward and backward pass of the bridge (gap to all embeddings) and a pass that is cut at

@@ -1,10 +1,10 @@
 """Do estimates of node effects agree with exact patching, and do they find circuits?
 
-    python benchmarks/circuits.py correlate            # exact patching: resumable, an hour
-    python benchmarks/circuits.py table                # what it found; --first 1: from layer 1
-    python benchmarks/circuits.py circuit              # circuits of 5%: ten minutes
-    python benchmarks/circuits.py found                # what they keep
-    python benchmarks/circuits.py cost                 # of scoring all heads and neurons
+    python -m benchmarks.circuits.nodes correlate  # exact patching: resumable, an hour
+    python -m benchmarks.circuits.nodes table      # what it found; --first 1: from layer 1
+    python -m benchmarks.circuits.nodes circuit    # circuits of 5%: ten minutes
+    python -m benchmarks.circuits.nodes found      # what they keep
+    python -m benchmarks.circuits.nodes cost       # of scoring all heads and neurons
 
 Pairs whose clean prompt is answered right and whose corrupt one is answered the other way, on
 SmolLM2: indirect object and subject-verb agreement, denoising. Residual stream, attention and MLP
@@ -20,7 +20,6 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lenslrp
+from benchmarks import RESULTS
 from lenslrp.analysis.circuits.nodes import Node, batch_of, gaps, place_components
 from lenslrp.analysis.circuits.pairs import TEMPLATES, Pairs, template_pairs
 from lenslrp.analysis.circuits.pruning import (
@@ -43,7 +43,7 @@ from lenslrp.analysis.common.statistics import RESAMPLES, bootstrap, spearman
 from lenslrp.files import whole
 from lenslrp.hooks.components import layer_of
 
-RESULTS = Path(__file__).with_name("results") / "circuits"  # ignored by git
+KEPT = RESULTS / "circuits"
 N, CHUNK, SEED = 60, 12, 0
 LAYERS = 30  # of SmolLM2-135M
 BY_POSITION = ("residual", "attention", "mlp")
@@ -106,7 +106,7 @@ def sampled(estimates: Mapping[str, NodeScores], seed: int) -> list[Node]:
 def correlate(model: Any, task: str, n: int, every: int) -> None:
     """Scores of every chunk of pairs in a file of its own; what a file lacks is added to it."""
     for index, part in enumerate(_parts(drawn(model, task)[:n])):
-        path = RESULTS / f"{task}-{index}.safetensors"
+        path = KEPT / f"{task}-{index}.safetensors"
         found = load_file(path) if path.exists() else {}
         before = len(found)
         for names, by_position in ((BY_POSITION, True), (WHOLE, False)):
@@ -160,7 +160,7 @@ def table(first: int) -> None:
         "Spearman": spearman,
     }
     for task in TEMPLATES:
-        files = [load_file(path) for path in sorted(RESULTS.glob(f"{task}-*.safetensors"))]
+        files = [load_file(path) for path in sorted(KEPT.glob(f"{task}-*.safetensors"))]
         if not files:
             continue
         rows = []
@@ -250,7 +250,7 @@ def _share(parts: list[list[float]], less: list[list[float]] | None = None) -> I
 def found() -> None:
     """The circuits of ``circuit``: what they keep, and by how much the first is ahead."""
     for task in TEMPLATES:
-        path = RESULTS / f"circuit-{task}.json"
+        path = KEPT / f"circuit-{task}.json"
         if not path.exists():
             continue
         result = json.loads(path.read_text())

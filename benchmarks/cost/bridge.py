@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from cost_measure import TARGET, Pass
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
+from benchmarks.cost.measure import TARGET, Pass
 
 PLAIN = "plain"
 

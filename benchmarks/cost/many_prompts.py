@@ -1,7 +1,7 @@
 """What many prompts cost: ``explain_to`` against plain passes over its batches and single calls.
 
-    python benchmarks/many_prompts.py sizes                # how many tokens should share a batch?
-    python benchmarks/many_prompts.py cost [--prompts 1000] [--singles 1]
+    python -m benchmarks.cost.many_prompts sizes  # how many tokens should share a batch?
+    python -m benchmarks.cost.many_prompts cost [--prompts 1000] [--singles 1]
 
 SmolLM2, prompts of 4 to 120 words cut from this repository's documentation, the model's own top
 token explained, token relevance without a ledger, one thread, CPU time (user and system apart). The
@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 import lenslrp
+from benchmarks import RESULTS, ROOT
 from lenslrp.analysis.common.journal import resumed
 from lenslrp.explaining import TOKENS, Batches, QueuedPrompt
 from lenslrp.inputs import pad_rows
 from lenslrp.text.tokenization import tokenize
 
-ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 64
 SIZES = (96, 192, 384, 768, 1536)
 
@@ -125,7 +125,7 @@ def sizes(options: argparse.Namespace) -> None:
 def cost(options: argparse.Namespace) -> None:
     model = build()
     batches, source = Batches.of(model, None), texts()
-    place = ROOT / "benchmarks" / "results" / f"many_prompts_{options.name}.jsonl"
+    place = RESULTS / f"many_prompts_{options.name}.jsonl"
     size = options.chunk
     settings = {"chunk": size, "batch": str(batches), "singles": options.singles}
     with resumed(place, settings) as (rows, append):

@@ -1,7 +1,7 @@
 """What one pass costs: CPU time, peak of allocated memory, and their summary over rounds.
 
 Nothing here knows LensLRP or TransformerLens, so that the same file also runs in an environment
-that holds only torch, transformers and LXT (`cost_worker.py`).
+that holds only torch, transformers and LXT (`worker.py`).
 
 A *pass* is one forward pass, one backward pass from one logit at the last position, and token
 relevance (input times gradient at the embeddings, summed over features). Weights are frozen on

@@ -1,13 +1,13 @@
 """Memory of one explanation: beside the plain bridge's, and against layers and length.
 
-    python benchmarks/memory.py peaks                 # SmolLM2, float32 and bfloat16, its bars
-    python benchmarks/memory.py count                 # exact, from shapes: minutes, no memory
-    python benchmarks/memory.py count --model llama-3-8b --lengths 32768 --dtypes bfloat16 \
+    python -m benchmarks.cost.memory peaks  # SmolLM2, float32 and bfloat16, its bars
+    python -m benchmarks.cost.memory count  # exact, from shapes: minutes, no memory
+    python -m benchmarks.cost.memory count --model llama-3-8b --lengths 32768 --dtypes bfloat16 \
         --attention fused --checkpoint yes --logits target
-    python benchmarks/memory.py measure --lengths 4096 --attention bridge --read all
+    python -m benchmarks.cost.memory measure --lengths 4096 --attention bridge --read all
 
-``peaks`` is what torch allocates in one pass of each case of ``cost_bridge.py``, above what was
-held before it (``cost_measure.py``). ``count`` is ``lenslrp.survey``: the whole pass on tensors
+``peaks`` is what torch allocates in one pass of each case of ``bridge.py``, above what was
+held before it (``measure.py``). ``count`` is ``lenslrp.survey``: the whole pass on tensors
 without storage, every allocation counted. ``measure`` runs the pass in a process of its own and
 asks the system for its high-water mark, so it contains Python, torch and the weights. The models of
 the last two are Llamas of the sizes of SmolLM2-135M, LLaMA 2 7B or Llama 3 8B, with random weights;
@@ -30,10 +30,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from cost_bridge import CASES, PLAIN, build_bridge, plain_pass, relevance_pass
-from cost_measure import SMOLLM2, TARGET, Shape, make_tokens, peak_mib, verdict
 
 import lenslrp
+from benchmarks import ROOT
+from benchmarks.cost.bridge import CASES, PLAIN, build_bridge, plain_pass, relevance_pass
+from benchmarks.cost.measure import SMOLLM2, TARGET, Shape, make_tokens, peak_mib, verdict
 from lenslrp.models.surveying import Survey
 
 GIB, MIB = 2**30, 2**20
@@ -184,16 +185,20 @@ def high_water() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+ONE = [sys.executable, "-W", "ignore", "-m", "benchmarks.cost.memory", "one"]
+
+
 def print_measured(options: argparse.Namespace) -> None:
     print(
         "| type | attention | checkpoint | logits | read | layers | tokens | malloc "
         "| before the pass GiB | high water GiB | seconds | ledger's error |\n" + "|---" * 12 + "|"
     )
     for case, malloc in itertools.product(cases(options), options.malloc):
-        command = [sys.executable, "-W", "ignore", __file__, "one", "--model", options.model]
+        command = [*ONE, "--model", options.model]
         environment = {**os.environ, **(MMAP if malloc == "mmap" else {})}
         done = subprocess.run(
             [*command, "--case", json.dumps(case)],
+            cwd=ROOT,
             env=environment,
             capture_output=True,
             text=True,

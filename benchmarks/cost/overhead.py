@@ -1,9 +1,9 @@
 """What relevance costs in CPU time: SmolLM2 in LensLRP, the plain bridge, and LXT.
 
-    python benchmarks/overhead.py time [--lengths 12 64 256 1024] [--resume results/time.jsonl]
-    python benchmarks/overhead.py lxt --lxt-python PATH [--resume results/lxt.jsonl]
+    python -m benchmarks.cost.overhead time [--lengths 12 64 256 1024] [--resume results/time.jsonl]
+    python -m benchmarks.cost.overhead lxt --lxt-python PATH [--resume results/lxt.jsonl]
 
-`time` sets the cases of `cost_bridge.py` beside the plain bridge's forward and backward pass (all
+`time` sets the cases of `bridge.py` beside the plain bridge's forward and backward pass (all
 logits, frozen weights, its hook entered at each call), `lxt` a session with `attention="fused"`
 beside LXT on Hugging Face sdpa, which runs in a process and an environment of its own, with the
 same torch; `memory.py peaks` is about memory. Float32, one thread, random tokens, one logit at the
@@ -38,10 +38,19 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from cost_bridge import CASES, PLAIN, Case, build_bridge, plain_pass, relevance_pass
-from cost_measure import SMOLLM2, Times, cpu_seconds, make_tokens, peak_mib, quartiles, verdict
 from torch import Tensor
 
+from benchmarks import ROOT
+from benchmarks.cost.bridge import CASES, PLAIN, Case, build_bridge, plain_pass, relevance_pass
+from benchmarks.cost.measure import (
+    SMOLLM2,
+    Times,
+    cpu_seconds,
+    make_tokens,
+    peak_mib,
+    quartiles,
+    verdict,
+)
 from lenslrp.analysis.common.journal import Row, resumed
 from lenslrp.models.embedded import ensure_cached
 
@@ -62,14 +71,14 @@ class Line(NamedTuple):
 
 
 class Worker:
-    """A `cost_worker.py` process in another environment; one request at a time."""
+    """A `benchmarks.cost.worker` process in another environment; one request at a time."""
 
     def __init__(self, python: str) -> None:
         """Start the process with the interpreter `python`."""
-        script = Path(__file__).with_name("cost_worker.py")
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         self.process = subprocess.Popen(
-            [python, "-W", "ignore", str(script)],
+            [python, "-W", "ignore", "-m", "benchmarks.cost.worker"],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -174,7 +183,7 @@ def require_agreement(length: int, relevance: Mapping[str, Tensor]) -> None:
 
 
 def time(options: argparse.Namespace) -> None:
-    """The cases of ``cost_bridge.py`` against the plain bridge."""
+    """The cases of ``bridge.py`` against the plain bridge."""
     cases = {name: CASES[name] for name in options.cases}
     with ExitStack() as stack:
         settings = {**conditions(), "cases": list(cases)}

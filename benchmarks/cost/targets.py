@@ -1,6 +1,6 @@
 """What k targets of one prompt cost: one forward pass and k backward passes, against k runs.
 
-    python benchmarks/targets.py [--k 8] [--repeats 5] [--tokens 128] [--threads N]
+    python -m benchmarks.cost.targets [--k 8] [--repeats 5] [--tokens 128] [--threads N]
 
 SmolLM2-135M on random tokens, interleaved in one process; the ratio is formed within a round.
 Bound: less than 0.75 for k = 8.

@@ -43,7 +43,7 @@ def name_missing_operators() -> None:
 
 name_missing_operators()
 
-from cost_measure import (  # noqa: E402  (imports torchvision by way of transformers)
+from benchmarks.cost.measure import (  # noqa: E402  (imports torchvision by way of transformers)
     SMOLLM2,
     Pass,
     build_llama,

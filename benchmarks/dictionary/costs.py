@@ -1,12 +1,12 @@
 """What a dictionary costs: throughput, memory, size, look-ups, and what kills cost it.
 
-    python benchmarks/dictionary.py throughput [--layers 30] [--rounds 9]
-    python benchmarks/dictionary.py operations [--layers 30]
-    python benchmarks/dictionary.py memory
-    python benchmarks/dictionary.py kills [--moments 20]
-    python benchmarks/dictionary.py vocabulary
-    python benchmarks/dictionary.py build CORPUS PATH
-    python benchmarks/dictionary.py open PATH
+    python -m benchmarks.dictionary.costs throughput [--layers 30] [--rounds 9]
+    python -m benchmarks.dictionary.costs operations [--layers 30]
+    python -m benchmarks.dictionary.costs memory
+    python -m benchmarks.dictionary.costs kills [--moments 20]
+    python -m benchmarks.dictionary.costs vocabulary
+    python -m benchmarks.dictionary.costs build CORPUS PATH
+    python -m benchmarks.dictionary.costs open PATH
 
 ``throughput`` compares tokens a second of a scan with those of the plain model over the same
 blocks, in turn, in an order drawn anew in each round; ratios are formed within a round. The plain
@@ -38,7 +38,9 @@ from typing import Any
 
 import torch
 
-CORPUS = Path(__file__).resolve().parent.parent.parent / "shared/data/wikipedia_paragraphs.jsonl"
+from benchmarks import DATA, ROOT
+
+CORPUS = DATA / "wikipedia_paragraphs.jsonl"
 BOTH = ["mlp.hook_post", "attn.hook_z"]
 
 
@@ -213,6 +215,9 @@ def _print_counts(name: str, waits: int, kernels: int) -> None:
     print(f"  {name:22} the host waits {waits:4} times; {kernels:6} kernels")
 
 
+MEMORY = [sys.executable, "-W", "ignore", "-m", "benchmarks.dictionary.costs", "memory"]
+
+
 def memory(arguments: argparse.Namespace) -> None:
     """Peak resident memory of a scan of a small random Llama, by the length of the corpus."""
     if arguments.documents:
@@ -220,7 +225,7 @@ def memory(arguments: argparse.Namespace) -> None:
         return
     for documents in (1_000, 4_000, 16_000, 64_000):
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", __file__, "memory", "--documents", str(documents)],
+            [*MEMORY, "--documents", str(documents)], cwd=ROOT,
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         print(done.stdout.strip())
@@ -258,13 +263,12 @@ build(sys.argv[1], checkpoint_every=0.0).close()
 
 def kills(arguments: argparse.Namespace) -> None:
     """SIGKILL a build of a tiny dictionary again and again; then compare it with one left alone."""
-    root = Path(__file__).resolve().parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", CHILD]
 
     def start(path: Path) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [*command, str(path)], cwd=root, env=environment, stdout=subprocess.PIPE, text=True
+            [*command, str(path)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
         process.stdout.readline()

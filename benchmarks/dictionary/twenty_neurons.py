@@ -1,6 +1,6 @@
 """Twenty neurons that mattered for twenty answers, with what a dictionary shows of each.
 
-    python benchmarks/twenty_neurons.py DICTIONARY
+    python -m benchmarks.dictionary.twenty_neurons DICTIONARY
 
 The choice is mechanical: in `facts.json`, in the order of the file, the first prompt of each of the
 first twenty relations whose answer the model gives first; of each the neuron with the largest
@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 
 import torch
-from knowledge_scores import FACTS, RIVALS, read_prompts
 
 import lenslrp
+from benchmarks.knowledge.scores import FACTS, RIVALS, read_prompts
 from lenslrp import targets
 from lenslrp.analysis import NeuronDictionary, Page
 from lenslrp.analysis.dictionary.naming.names import NamingExample, name_unit

@@ -1,6 +1,6 @@
 """Methods of attribution: cost, whether integrated gradients add up, which are stable.
 
-    python benchmarks/baselines.py cost|complete|stable [--data ../shared/data] [--count 40]
+    python -m benchmarks.faithfulness.baselines cost|complete|stable [--data DIR] [--count 40]
 
 SmolLM2-135M in float32; the first 64 tokens of encyclopaedic paragraphs (the first of each of the
 first documents), the top logit after them. `cost`: passes and seconds of one explanation, relative

@@ -18,8 +18,6 @@ from lenslrp.analysis.evaluation.tasks import TASKS, Example, Unfit
 from lenslrp.analysis.passes.prompts import ExplainedPrompt
 from lenslrp.targets import PerRow
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data"
 PARAGRAPHS = "wikipedia_paragraphs.jsonl"
 TOKENS_PER_PASS = 640
 
@@ -92,7 +90,11 @@ def keep(
     """
     tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     told = [{key: _short(value) for key, value in row.items()} for row in rows]
-    tables[name] = {"command": f"python benchmarks/{command}", **about, "rows": told}
+    tables[name] = {
+        "command": f"python -m benchmarks.faithfulness.{command}",
+        **about,
+        "rows": told,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
     print(f"{name}: {about}")

@@ -1,6 +1,6 @@
 """Is the key word among the most relevant tokens? 50 fixed prompts, four methods, intervals.
 
-    python benchmarks/keywords.py [--model smollm2-135m] [--seed 0] [--per-prompt]
+    python -m benchmarks.faithfulness.keywords [--model smollm2-135m] [--seed 0] [--per-prompt]
 
 `keyword_prompts.json` holds the prompts, their key words and the protocol; it was written before
 any relevance was looked at. For each prompt and method: relevance of every token for the logit of

@@ -1,6 +1,6 @@
 """LXT's AttnLRP and ours on SmolLM2: the same relevance, the same area between the curves?
 
-    python benchmarks/lxt_areas.py compare --lxt ../lxt-env/bin/python     # in our environment
+    python -m benchmarks.faithfulness.lxt_areas compare --lxt ../lxt-env/bin/python  # ours
 
 LXT (the reference implementation by AttnLRP's authors) runs in an environment of its own, made as
 CONTRIBUTING.md says. `compare` draws the examples that `lenslrp evaluate next_word --seed 0` draws,
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "lxt.json"
 MODEL = "smollm2-135m"
 STEPS = 8
@@ -91,9 +91,8 @@ def lxt_relevance(python: Path, prompts: list[Any]) -> tuple[Any, Any]:
 
 def compare(options: argparse.Namespace) -> None:
     """In our environment: everything else."""
-    from examples import examples, keep, relevance, spread
-
     import lenslrp
+    from benchmarks.faithfulness.examples import examples, keep, relevance, spread
     from lenslrp.analysis.common.statistics import spearman
     from lenslrp.analysis.evaluation.faithfulness import curves
     from lenslrp.analysis.evaluation.features import token_values, tokens_of
@@ -119,7 +118,7 @@ def compare(options: argparse.Namespace) -> None:
     lead = np.subtract(areas["LensLRP"], areas["LXT"])
     rows = [{"implementation": name, **spread(own, options.seed)} for name, own in areas.items()]
     rows.append({"implementation": "LensLRP less LXT", **spread(lead, options.seed)})
-    command = f"lxt_areas.py compare --lxt ../lxt-env/bin/python --n {options.n}"
+    command = f"lxt_areas compare --lxt ../lxt-env/bin/python --n {options.n}"
     keep(
         options.results,
         "areas",

@@ -1,6 +1,6 @@
 """Does it matter that relevance is computed in bfloat16? docs/results/precision.json.
 
-    python benchmarks/precision.py --images task.json [--count 24]
+    python -m benchmarks.faithfulness.precision --images task.json [--count 24]
 
 For held-out images (see `cifar.py`) and a few methods: the area between the curves of relevance in
 float32 and in bfloat16, over the same perturbed passes (bfloat16, 6 steps), and their correlation.
@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import cifar
 import numpy as np
 import torch
-from cifar_head import classifier
-from examples import ROOT, keep, spread
 from tqdm import tqdm
 
+from benchmarks import ROOT
+from benchmarks.faithfulness.examples import keep, spread
+from benchmarks.vision import cifar
+from benchmarks.vision.cifar_head import classifier
 from lenslrp.analysis.attribution.methods import attribute
 from lenslrp.analysis.evaluation.faithfulness import curves
 from lenslrp.analysis.evaluation.model_features import patches_of
@@ -61,7 +62,7 @@ def main() -> None:
             **spread(wide - narrow, SEED, "float32_less_this_"),
             "correlation_lowest": min(alike[name]),
         })  # fmt: skip
-    keep(ROOT / "docs" / "results" / "precision.json", "images", rows, "precision.py --images FILE",
+    keep(ROOT / "docs" / "results" / "precision.json", "images", rows, "precision --images FILE",
          steps=STEPS, baseline="zero", seed=SEED)  # fmt: skip
 
 

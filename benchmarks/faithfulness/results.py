@@ -1,7 +1,7 @@
 """The five tasks of the evaluation, every method; ``results_page.py`` writes ``docs/results.md``.
 
-    python benchmarks/results.py run next_word sentiment ...   # resumable; --n to stop earlier
-    python benchmarks/results.py cost next_word sentiment ...  # on a machine that rests
+    python -m benchmarks.faithfulness.results run next_word sentiment ...   # --n to stop earlier
+    python -m benchmarks.faithfulness.results cost next_word sentiment ...  # on an idle machine
 
 Runs are kept in ``benchmarks/results/evaluation`` (ignored by git), a folder each: a larger ``--n``
 goes on. Models run in bfloat16, which is what makes the tasks affordable on a CPU (what that does:
@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from examples import DATA, PARAGRAPHS
 
 import lenslrp
+from benchmarks import DATA, RESULTS
+from benchmarks.faithfulness.examples import PARAGRAPHS
 from lenslrp.analysis.attribution.methods import METHODS, Method, as_method
 from lenslrp.analysis.attribution.perturbation import kernel_shap
 from lenslrp.analysis.evaluation.harness import evaluate
@@ -30,7 +31,7 @@ from lenslrp.analysis.evaluation.results import Results
 from lenslrp.analysis.evaluation.tasks import Task, image_task
 from lenslrp.analysis.passes.problems import AttributionProblem
 
-RUNS = Path(__file__).with_name("results") / "evaluation"
+RUNS = RESULTS / "evaluation"
 SEED = 0
 
 SLOW = ("occlusion", "kernel_shap")
@@ -141,8 +142,8 @@ def measure(
     """One run, or what is still missing of it."""
     task: str | Task = run.task
     if run.model == "cifar":
-        import cifar
-        from cifar_head import classifier
+        from benchmarks.vision import cifar
+        from benchmarks.vision.cifar_head import classifier
 
         if images is None:
             raise SystemExit("give --images: CIFAR-10, see cifar.py")

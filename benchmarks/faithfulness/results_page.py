@@ -1,6 +1,6 @@
 """Tables and pictures of ``docs/results.md`` from the runs of ``results.py``.
 
-    python benchmarks/results_page.py
+    python -m benchmarks.faithfulness.results_page
 
 What stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in the page is written here;
 the rest is prose. A number in a table is a mean over examples and its 95% bootstrap interval.
@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from examples import ROOT
-from results import RUNS, RUNS_OF, SEED
 
+from benchmarks import ROOT
+from benchmarks.faithfulness.results import RUNS, RUNS_OF, SEED
 from lenslrp.analysis.attribution.methods import METHODS
 from lenslrp.analysis.evaluation.results import PARQUET, Results
 from lenslrp.analysis.views.figures import LIGHT, new_figure

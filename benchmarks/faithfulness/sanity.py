@@ -1,6 +1,6 @@
 """Six checks of AttnLRP beside its kin on SmolLM2: docs/results/sanity.json.
 
-    python benchmarks/sanity.py next_word naopc lowest sensitivity randomisation
+    python -m benchmarks.faithfulness.sanity next_word naopc lowest sensitivity randomisation
 
 `next_word` (the examples of `lenslrp evaluate next_word --seed 0`, 64 tokens, top logit):
 the first token's share of all absolute relevance, for CP-LRP and AttnLRP (100 prompts); and the two
@@ -30,16 +30,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from examples import DATA, PARAGRAPHS, ROOT, Numbers, examples, keep, relevance, spread
 
 import lenslrp
+from benchmarks import DATA, ROOT
+from benchmarks.faithfulness.examples import PARAGRAPHS, Numbers, examples, keep, relevance, spread
+from benchmarks.knowledge.scores import FACTS
 from lenslrp.analysis.evaluation.faithfulness import aopc, aopc_bounds, curves, normalised_aopc
 from lenslrp.analysis.evaluation.features import Features, Masks, token_values, tokens_of
 from lenslrp.analysis.evaluation.sanity import MODES, randomisation, sensitivity
 from lenslrp.analysis.passes.prompts import ExplainedPrompt, Values, as_prompt
 
 MODEL = "smollm2-135m"
-FACTS = Path(__file__).with_name("facts.json")
 METHODS = ("attnlrp", "cp_lrp", "gradient_x_input", "attention_rollout")
 REJECTED = ("attnlrp_softmax_identity", "attnlrp_softmax_distributed")
 ORDERED = ("attnlrp", "cp_lrp", "gradient_x_input", "random")
@@ -84,7 +85,7 @@ def next_word(model: Any, options: argparse.Namespace) -> None:
         name: np.array([abs(tokens[0]) / np.abs(tokens).sum() for tokens in rows])
         for name, rows in found.items()
     }
-    command = f"sanity.py next_word --n {options.n}"
+    command = f"sanity next_word --n {options.n}"
     about = {"model": MODEL, "tokens": prompts[0].length, "seed": seed, "dtype": options.dtype}
     keep(options.results, "first_token", leads(shares, seed), command, **about)
     found |= {name: relevance(name, model, few) for name in REJECTED}
@@ -138,7 +139,7 @@ def naopc(model: Any, options: argparse.Namespace) -> None:
         for name, rows in found.items():
             scores[name].append(normalised_aopc(aopc(features, rows[i]), bounds))
     table = leads({name: np.array(own) for name, own in scores.items()}, options.seed)
-    command = f"sanity.py naopc --n {options.n}"
+    command = f"sanity naopc --n {options.n}"
     keep(options.results, "naopc", table, command, model=MODEL, task="agreement",
          tokens=f"at most {SHORT}", bounds="exact", baseline="zero", seed=options.seed,
          dtype=options.dtype)  # fmt: skip
@@ -157,7 +158,7 @@ def lowest(model: Any, options: argparse.Namespace) -> None:
         kind = "first mention of the rival" if at == first else "second mention"
         places[kind if at in (first, *later) else "another token"] += 1
     rows = [{"lowest relevance": kind, "sentences": n} for kind, n in places.items()]
-    keep(options.results, "lowest", rows, f"sanity.py lowest --n {options.n}", model=MODEL,
+    keep(options.results, "lowest", rows, f"sanity lowest --n {options.n}", model=MODEL,
          method="attnlrp", n=count, seed=options.seed, dtype=options.dtype)  # fmt: skip
 
 
@@ -198,7 +199,7 @@ def irrelevant(model: Any, options: argparse.Namespace) -> None:
     moved = np.abs([one.target_change for one in judged])
     tables = [leads(columns[measure], options.seed, f"{measure}_") for measure in measures]
     table = [dict(a | b | c) for a, b, c in zip(*tables, strict=True)]
-    command = f"sanity.py sensitivity --n {options.n}"
+    command = f"sanity sensitivity --n {options.n}"
     keep(options.results, "sensitivity", table, command, model=MODEL,
          target_moved_by=round(float(moved.mean()), 3), seed=options.seed,
          dtype=options.dtype)  # fmt: skip
@@ -227,7 +228,7 @@ def randomised(model: Any, options: argparse.Namespace) -> None:
             for measure in ("spearman", "spearman_abs"):
                 row |= spread(part[measure].to_numpy(), seed, f"{measure}_")
             rows.append(row)
-    keep(options.results, "randomisation", rows, f"sanity.py randomisation --n {options.n}",
+    keep(options.results, "randomisation", rows, f"sanity randomisation --n {options.n}",
          model=MODEL, tokens=32, blocks=len(model.blocks), seed=seed,
          dtype=options.dtype)  # fmt: skip
 

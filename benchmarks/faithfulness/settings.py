@@ -1,7 +1,7 @@
 """Is there a better setting of AttnLRP? Searched on one half of the texts, reported on the other.
 
-    python benchmarks/settings.py development                          # every candidate
-    python benchmarks/settings.py held-out --only attnlrp relp --n 100   # the best ones
+    python -m benchmarks.faithfulness.settings development                           # all of them
+    python -m benchmarks.faithfulness.settings held-out --only attnlrp relp --n 100  # the best
 
 Candidates differ from AttnLRP in one thing each, or join two: how a product shares between its
 factors (value path against pattern, queries against keys, gate against up), the softmax's
@@ -21,9 +21,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from results import BOTH, RUNS, TASKS, Run, measure
 
 import lenslrp
+from benchmarks.faithfulness.results import BOTH, RUNS, TASKS, Run, measure
 from lenslrp.analysis.attribution.methods import METHODS, Method, answer, as_method
 from lenslrp.analysis.passes.problems import AttributionProblem
 from lenslrp.hooks import CONSTANT, Composite, Gamma, Identity, Plain, Product, SoftmaxTemperature

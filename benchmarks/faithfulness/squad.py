@@ -1,6 +1,6 @@
 """Does relevance point at the answer in the paragraph? Flan-T5-small on SQuAD 1.1.
 
-    python benchmarks/squad.py [--data squad_dev.jsonl] [--of log_prob] [--failures 10]
+    python -m benchmarks.faithfulness.squad [--data squad_dev.jsonl] [--of log_prob] [--failures 10]
 
 Flan-T5 (the embedded `flan-t5-small-titles`) answers each question from its paragraph, greedily.
 Where the answer equals one of the reference answers (after SQuAD's normalisation), the answer's
@@ -35,6 +35,7 @@ from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
+from benchmarks import DATA, RESULTS
 from lenslrp import targets
 from lenslrp.analysis.common.journal import resumed
 from lenslrp.analysis.common.statistics import RESAMPLES, interval
@@ -42,11 +43,9 @@ from lenslrp.analysis.evaluation.spans import ious, normalise, occurrences, over
 from lenslrp.analysis.evaluation.tasks import QUESTION, generate
 from lenslrp.text.spelling import Spans
 
-RESULTS = Path(__file__).with_name("results")  # ignored by git
 MODEL = "flan-t5-small-titles"
 TEMPLATE = QUESTION[True]
-ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data" / "squad_dev.jsonl"
+QUESTIONS = DATA / "squad_dev.jsonl"
 RANDOM_ORDERS = 200
 
 METHODS: dict[str, Callable[[], lenslrp.Composite]] = {
@@ -185,7 +184,9 @@ def print_failures(
 def main() -> None:
     """Answer, explain, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=DATA, help="SQuAD, one JSON object a line")
+    parser.add_argument(
+        "--data", type=Path, default=QUESTIONS, help="SQuAD, one JSON object a line"
+    )
     parser.add_argument("--model", default=MODEL, help="an encoder-decoder, as in lenslrp.load")
     parser.add_argument("--of", choices=["logit", "log_prob"], default="logit")
     parser.add_argument("--limit", type=int, help="only the first questions")

@@ -1,6 +1,6 @@
 """The pictures of README.md, from the embedded models: docs/images/NAME.png and NAME-dark.png.
 
-    python benchmarks/gallery.py [NAME ...]    # --help tells the names
+    python -m benchmarks.gallery.pictures [NAME ...]  # --help tells the names
 
 Each is what the library itself draws, in its light and its dark theme; pages of HTML are taken by a
 headless Chromium. `photograph` needs scikit-image, `steering` takes two minutes.
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from photographs import cifar, classifier, explain, photographs
 from PIL import Image
-from steering import OPENINGS, astronomy, speaks_of
 
 import lenslrp
+from benchmarks import ROOT
+from benchmarks.knowledge.steering import OPENINGS, astronomy, speaks_of
+from benchmarks.vision.photographs import cifar, classifier, explain, photographs
 from lenslrp.analysis import (
     NeuronDictionary,
     SweepResult,
@@ -39,7 +40,6 @@ from lenslrp.views.heatmap import token_heatmap
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "images"
 LIMIT = 100_000  # bytes
 TALLEST = 1200  # pixels of a figure

@@ -1,6 +1,6 @@
 """Interventions on copies of one prompt, a row each, and what they do to answers and to text.
 
-Used by `knowledge_neurons.py`. Equal edits are run once; an unedited row comes first.
+Used by `neurons.py`. Equal edits are run once; an unedited row comes first.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from knowledge_scores import HOOK, Neurons, last_only
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from benchmarks.knowledge.scores import HOOK, Neurons, last_only
 from lenslrp.analysis.passes.intervene import Edit, edit_units
 
 ROWS = 128  # of a batch

@@ -4,8 +4,8 @@ Lenses are fitted on paragraphs of some articles and measured on those of others
 of the lens' next-token distribution from the model's, and how often the most likely token agrees.
 The text is ``wikipedia_paragraphs.jsonl`` or any file of JSON lines with ``text``.
 
-    python benchmarks/lens.py ../shared/data/wikipedia_paragraphs.jsonl --save lenses
-    python benchmarks/lens.py ../shared/data/wikipedia_paragraphs.jsonl --load lenses --units 48
+    python -m benchmarks.knowledge.lens TEXTS --save lenses
+    python -m benchmarks.knowledge.lens TEXTS --load lenses --units 48
 
 prints the tables of ``benchmarks/README.md``. With ``--units``, lenses read neurons instead of
 states: a neuron that contributes much at some position is switched off there, and the change of all

@@ -1,10 +1,10 @@
 """Are the neurons that relevance finds for a fact the ones that hold it? Switched off and on.
 
-    python benchmarks/knowledge_neurons.py [--cache FOLDER] [--limit N]
+    python -m benchmarks.knowledge.neurons [--cache FOLDER] [--limit N]
 
 The AttnLRP paper shows three neurons and two prompts. Here: hand-written prompts with one-word
 answers (`facts.json`, written before any relevance was looked at), those that the model gets right;
-for each the neurons that twelve methods choose (`knowledge_scores.py`).
+for each the neurons that twelve methods choose (`scores.py`).
 
 * `own`: the chosen 1, 5, 20, 50 neurons switched off (scaled by 0) at all positions of the fact's
   prompt: change of the answer's logit and log-probability, its rank. `on`: scaled by 2 and 5, for
@@ -34,11 +34,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import knowledge_tables as tables
 import numpy as np
 import torch
-from knowledge_edits import Row, answers, scaled, set_to, surprise
-from knowledge_scores import (
+from torch import Tensor
+from tqdm import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+import lenslrp
+from benchmarks import DATA, RESULTS
+from benchmarks.knowledge import tables
+from benchmarks.knowledge.edits import Row, answers, scaled, set_to, surprise
+from benchmarks.knowledge.scores import (
     FACTS,
     METHODS,
     RANDOM,
@@ -55,16 +61,9 @@ from knowledge_scores import (
     top_neurons,
     write_norms,
 )
-from torch import Tensor
-from tqdm import tqdm
-from transformer_lens.model_bridge import TransformerBridge
-
-import lenslrp
 from lenslrp.analysis.common.journal import resumed
 
-RESULTS = Path(__file__).with_name("results")  # ignored by git
-ROOT = Path(__file__).resolve().parents[1]
-TEXTS = ROOT.parent / "shared" / "data" / "wikipedia_paragraphs.jsonl"
+TEXTS = DATA / "wikipedia_paragraphs.jsonl"
 CACHE = RESULTS / "knowledge_neurons"
 SIZES = (1, 5, 20, 50)
 AMPLIFIED_BY = (2.0, 5.0)

@@ -1,6 +1,6 @@
 """Facts that a model knows, and how every method scores every MLP neuron for one of them.
 
-Used by `knowledge_neurons.py`. Scores are [layer, neuron], the sum over the prompt's positions
+Used by `neurons.py`. Scores are [layer, neuron], the sum over the prompt's positions
 unless said otherwise; the neurons with the largest signed score are the method's choice.
 
 | method | score of a neuron at `mlp.hook_post` |

@@ -1,6 +1,6 @@
 """Two concepts steered in SmolLM2, each strength beside placebos: findings in docs/steering.md.
 
-    python benchmarks/steering.py [astronomy] [happiness]
+    python -m benchmarks.knowledge.steering [astronomy] [happiness]
 
 *astronomy*: neuron 23.1368, whose negative activation writes moon, Jupiter, Hubble (docs/
 knowledge_neurons.md), is added to. *happiness*: the mean difference of happy and sad sentences,
@@ -14,12 +14,12 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import lenslrp
+from benchmarks import RESULTS
 from lenslrp.analysis import Add, Neuron, SweepResult, mean_difference, sweep
 
 SEED = 0
@@ -138,13 +138,12 @@ def told(result: SweepResult) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     model = lenslrp.load("smollm2-135m", dtype=torch.float32, device="cpu")
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     for name in sys.argv[1:] or CONCEPTS:
         start = time.perf_counter()
         result = CONCEPTS[name](model).scored("said", speaks_of(name))
         print(f"## {name}: {time.perf_counter() - start:.0f} s")
-        result.to_dataframe().to_csv(folder / f"steering-{name}.csv", index=False)
+        result.to_dataframe().to_csv(RESULTS / f"steering-{name}.csv", index=False)
         told(result)
 
 

@@ -1,4 +1,4 @@
-"""The tables of `knowledge_neurons.py`: means, 95% bootstrap intervals, paired differences.
+"""The tables of `neurons.py`: means, 95% bootstrap intervals, paired differences.
 
 A *drop* is how far a log-probability (or logit) of the right answer falls, in nats (logits).
 Intervals resample facts (10,000 times, the same resamples for every method: differences are
@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from knowledge_scores import METHODS, RANDOM, Fact
 from numpy.typing import NDArray
 
+from benchmarks.knowledge.scores import METHODS, RANDOM, Fact
 from lenslrp.analysis.common.statistics import RESAMPLES, bootstrap, interval
 
 Values = NDArray[np.float64]

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks import DATA
 from lenslrp.models.onnx_weights import IMAGENET_MEAN, IMAGENET_STD
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10_subset.npz"
+SUBSET = DATA / "cifar10_subset.npz"
 SIZE = 224
 HELD_OUT = 0.35  # of all images
 

@@ -1,7 +1,7 @@
 """A head of ten classes for the embedded vision backbone, and how it was trained.
 
-    from cifar_head import classifier            # a bridge that names CIFAR-10's classes
-    python benchmarks/cifar_head.py --data task.json     # trains it anew
+    from benchmarks.vision.cifar_head import classifier  # a bridge that names CIFAR-10's classes
+    python -m benchmarks.vision.cifar_head --data task.json  # trains it anew
 
 The head is 10 x 384 numbers and 10 biases on the class token, multinomial logistic regression on
 features of images that ``cifar.py`` does not hold out. It lies beside this script (15 kB), because
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import cifar
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -21,6 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import ViTForImageClassification
 
 import lenslrp
+from benchmarks.vision import cifar
 from lenslrp.models.embedded import ensure_cached
 from lenslrp.quiet import quiet_transformers
 

@@ -1,6 +1,6 @@
 """Faithfulness of patch relevance: a ViT's patches flipped in the order of their relevance.
 
-    python benchmarks/patch_flipping.py --data task.json [--baseline zero] [--dtype bfloat16]
+    python -m benchmarks.vision.patch_flipping --data task.json [--baseline zero] [--dtype bfloat16]
 
 The embedded backbone with the CIFAR-10 head of `cifar_head.py`, on held-out CIFAR-10 images at 224
 pixels (16 x 16 patches of 14 pixels). For each image and method: the relevance of every patch for
@@ -23,21 +23,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cifar
 import numpy as np
 import torch
-from cifar_head import classifier, hugging_face_model, summed_pixels
 from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import ViTForImageClassification
 
 import lenslrp
+from benchmarks import RESULTS
+from benchmarks.vision import cifar
+from benchmarks.vision.cifar_head import classifier, hugging_face_model, summed_pixels
 from lenslrp.analysis.common import statistics
 from lenslrp.analysis.common.journal import resumed
 from lenslrp.analysis.common.statistics import RESAMPLES, interval
 from lenslrp.hooks import Composite, Gamma
 
-RESULTS = Path(__file__).with_name("results")  # ignored by git
 METHODS: dict[str, Callable[[], Composite]] = {
     "gamma": lenslrp.AttnLRPViT,
     "epsilon": lenslrp.AttnLRP,
@@ -225,7 +225,7 @@ def print_tables(rows: list[dict[str, Any]], seed: int) -> None:
 def main() -> None:
     """Explain, flip, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=cifar.DATA, help="see cifar.py")
+    parser.add_argument("--data", type=Path, default=cifar.SUBSET, help="see cifar.py")
     parser.add_argument("--count", type=int, default=300, help="images, the same of each class")
     parser.add_argument("--steps", type=int, default=6, help="equal steps from none to all patches")
     parser.add_argument("--baseline", choices=BASELINES, default="zero")

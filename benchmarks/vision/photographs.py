@@ -1,7 +1,7 @@
 """Six photographs explained: does relevance lie on what the head names?
 
     pip install scikit-image
-    python benchmarks/photographs.py --out photographs.png
+    python -m benchmarks.vision.photographs --out photographs.png
 
 The photographs are those that scikit-image's wheel holds, cropped to squares; nothing is
 downloaded. The head of `cifar_head.py` was trained on pictures of 32 pixels, and a sharp photograph
@@ -20,14 +20,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import cifar
 import numpy as np
 import torch
-from cifar_head import classifier, summed_pixels
 from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
+from benchmarks.vision import cifar
+from benchmarks.vision.cifar_head import classifier, summed_pixels
 from lenslrp.hooks import Composite
 
 SEEN = 48  # pixels

@@ -479,7 +479,7 @@ HEAD = """# Architectures
 
 What LensLRP does with each of the {total} architecture names that TransformerLens registers and the
 tested transformers has: a tiny random model of each, in float64. Written by
-`python -m tests.conformance.zoo`; `tests/conformance/test_zoo.py` holds every row to it.
+`python -m tests.conformance.zoo`; `tests/conformance/models/test_zoo.py` holds every row to it.
 
 - **covered** ({covered}): under AttnLRP and CP-LRP every operation on the path has its rule and the
   ledger closes; the number is its worst relative error (at most 1e-9; "float32 inside": softmax,

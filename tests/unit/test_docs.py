@@ -17,7 +17,8 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
+
 README = ROOT / "README.md"
 RUN = [path for path in (README, *sorted((ROOT / "docs").glob("*.md"))) if path.is_file()]
 WEIGHTS = {  # need a package file, fetched once

@@ -5,13 +5,11 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from docs.import_graph import modules
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
 
 ENGINE = {
     f"lenslrp/{name}.py"

@@ -16,7 +16,7 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 from lenslrp.analysis.attribution.methods import attribute
-from tests.conformance.test_explicit_llama import (
+from tests.conformance.hooks.test_explicit_llama import (
     TARGETS,
     TOKENS,
     explain_model,

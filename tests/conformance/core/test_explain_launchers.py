@@ -10,7 +10,7 @@ import pytest
 import lenslrp
 from tests.conformance.torchrun import run_twice
 from tests.conftest import ROOT
-from tests.unit.test_explaining import texts
+from tests.unit.core.test_explaining import texts
 from tests.unit.tiny import tiny, word_tokenizer
 
 PROMPTS = texts(1030)  # two windows
@@ -31,7 +31,7 @@ SCRIPT = """
 import sys
 import lenslrp
 from lenslrp.analysis.dictionary.launch import rank_and_world
-from tests.conformance.test_explain_launchers import PROMPTS, model
+from tests.conformance.core.test_explain_launchers import PROMPTS, model
 lenslrp.explain_to(sys.argv[1], model(), PROMPTS, 5, shard=rank_and_world())
 """
 

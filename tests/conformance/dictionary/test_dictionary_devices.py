@@ -21,9 +21,9 @@ from lenslrp.analysis.dictionary.corpus import Block
 from lenslrp.analysis.dictionary.job import prepare
 from lenslrp.analysis.dictionary.scan import Job, Scanner, ScanState, sampled_columns, scan_shard
 from lenslrp.errors import InputError
+from tests.conformance.core.test_devices import FIRST, spread
 from tests.conformance.dictionaries import OPTIONS, model, texts
 from tests.conformance.elsewhere import Waits, devices
-from tests.conformance.test_devices import FIRST, spread
 
 ACTIVATIONS = ("actmax", "actmin", "deciles")
 ALL = (*ACTIVATIONS, "relmax", "relmin")

@@ -53,7 +53,7 @@ def start(path: Path) -> subprocess.Popen[str]:
 def test_sigkill_at_random_moments_then_the_same_bytes(
     undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """A few moments; ``benchmarks/dictionary.py kills`` does twenty."""
+    """A few moments; ``benchmarks/dictionary/costs.py kills`` does twenty."""
     path, draw = tmp_path / "d", random.Random(0)
     for _ in range(2):
         with start(path) as process:

@@ -20,8 +20,8 @@ from lenslrp.analysis.units.kinds import Head
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import slug
 from tests.conformance.dictionaries import build, contents, model
-from tests.conformance.test_dictionary_hostile import forged, manifest
-from tests.conformance.test_unit_page import Parsed
+from tests.conformance.dictionary.test_dictionary_hostile import forged, manifest
+from tests.conformance.dictionary.test_unit_page import Parsed
 
 # Columns of apps/webapp/prisma/schema.prisma in github.com/hijohnnylin/neuronpedia: those that have
 # no default there and must be given, and all others that may be.

@@ -10,7 +10,7 @@ from lenslrp.hooks.assignment import Assignment, assign
 from lenslrp.hooks.attach import original
 from lenslrp.hooks.rules import Epsilon
 from lenslrp.hooks.sites import Site
-from tests.conformance.test_zoo import COVERED
+from tests.conformance.models.test_zoo import COVERED
 from tests.conformance.zoo import build
 from tests.unit.tiny import changes, snapshot
 

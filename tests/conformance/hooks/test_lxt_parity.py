@@ -7,7 +7,6 @@ here each model is rebuilt from the stored weights and explained through the bri
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lenslrp
+from tests.conftest import ROOT
 
-REFERENCE = Path(__file__).resolve().parents[1] / "reference"
+REFERENCE = ROOT / "tests" / "reference"
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
 TOLERANCE = 5e-6  # of the largest entry, in float32; two implementations, two orders of operations
 

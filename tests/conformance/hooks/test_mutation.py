@@ -3,7 +3,7 @@
 For every site of a model, the engine is made to forget exactly the one rule that belongs there, as
 a bug in ``assignment.py`` or a new version of TransformerLens would. The run must raise
 ``CoverageError``: what is found is the bare operation in the autograd graph, not the missing entry
-in a list. ``python -m tests.conformance.test_mutation`` prints the table.
+in a list. ``python -m tests.conformance.hooks.test_mutation`` prints the table.
 """
 
 from __future__ import annotations

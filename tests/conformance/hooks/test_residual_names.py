@@ -22,7 +22,7 @@ from lenslrp.hooks import Plain
 from lenslrp.targets import Activation
 from tests.conformance import zoo
 from tests.conformance.families import COMPOSITES, FAMILIES, make, randomise, tokens
-from tests.conformance.test_reading import WITH_MIDDLE
+from tests.conformance.hooks.test_reading import WITH_MIDDLE
 
 POST_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "Exaone4ForCausalLM")
 """Here ``hook_resid_mid`` is the input of the MLP itself."""

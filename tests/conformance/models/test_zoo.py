@@ -100,7 +100,7 @@ def test_plain_gradients_are_those_of_calculus(name: str) -> None:
     """Gradient x Input at the leaves against a pass without any rule: nothing is cut on the way."""
     model = zoo.build(name)
     if media.reads_no_text(model):
-        pytest.skip("tests/conformance/test_images.py has them")
+        pytest.skip("tests/conformance/core/test_images.py has them")
     _, cache = zoo.explain(model, lenslrp.GradientTimesInput(), [])
     if name == "HrmTextForCausalLM":  # which runs most of its cycles without gradients
         attach_all_cycles(Attached(), model.original_model.model)

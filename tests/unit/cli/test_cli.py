@@ -15,7 +15,8 @@ from lenslrp.cli import commands as cli
 from lenslrp.errors import CoverageError, InputError, LoadError
 from lenslrp.models import doctor, loading
 from lenslrp.models.loading import load
-from tests.unit.test_loading import ROOT, tiny_llama, word_tokenizer
+from tests.conftest import ROOT
+from tests.unit.models.test_loading import tiny_llama, word_tokenizer
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from lenslrp.errors import InputError, StorageError
 from lenslrp.explaining import windows
 from lenslrp.explaining_file import explain_to
 from lenslrp.targets import Custom
-from tests.unit.test_explaining import texts
+from tests.unit.core.test_explaining import texts
 from tests.unit.tiny import tiny, word_tokenizer
 
 PROMPTS = texts(17)

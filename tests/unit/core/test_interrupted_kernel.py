@@ -1,7 +1,7 @@
 """Ctrl-C in a notebook: a kernel is interrupted in the middle of work, and the model is clean.
 
-:mod:`tests.unit.test_undo_interrupted` raises at every line; here it is a signal to a kernel, which
-also comes while torch's own code runs.
+:mod:`tests.unit.hooks.test_undo_interrupted` raises at every line; here it is a signal to a kernel,
+which also comes while torch's own code runs.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
+
 manager = pytest.importorskip("jupyter_client.manager", reason="needs jupyter_client")
 pytest.importorskip("ipykernel", reason="needs ipykernel")
 
-ROOT = Path(__file__).parents[2]
 
 SETUP = f"""
 import sys, tempfile

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import lenslrp
 from lenslrp.errors import is_out_of_memory
 from lenslrp.hooks import checks
-from tests.unit.test_undo import explain
+from tests.unit.hooks.test_undo import explain
 from tests.unit.tiny import TOKENS, changes, snapshot, tiny
 
 AT = "blocks.1.mlp.hook_post"

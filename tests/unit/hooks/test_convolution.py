@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,9 +22,10 @@ from lenslrp.hooks.convolution import attach_convolution, windows
 from lenslrp.hooks.norms import is_norm
 from lenslrp.hooks.rules import ZPLUS, LinearRule, Normalisation
 from lenslrp.hooks.sites import Accounts, Site
+from tests.conftest import ROOT
 from tests.oracles import slow_rules as slow
 
-REFERENCE = Path(__file__).resolve().parents[1] / "reference"
+REFERENCE = ROOT / "tests" / "reference"
 TINY = 1e-20
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 RULES: dict[str, tuple[LinearRule, Callable[..., Tensor]]] = {

@@ -6,19 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from lenslrp.hooks.coverage import walk
+from tests.conftest import ROOT
 
 needs_gloo = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
     reason="this torch was built without gloo",
 )
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

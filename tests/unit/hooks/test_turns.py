@@ -20,7 +20,7 @@ import lenslrp
 from lenslrp.hooks import install
 from lenslrp.hooks.attach import Attached
 from tests.unit.another_thread import PATIENCE, Worker, another_thread
-from tests.unit.test_threads import explain, jobs, same
+from tests.unit.core.test_threads import explain, jobs, same
 from tests.unit.tiny import TOKENS, changes, snapshot, tiny
 
 

@@ -21,8 +21,8 @@ from lenslrp.files import host
 from lenslrp.models import embedded, fetching
 from lenslrp.models.embedded import ensure_cached, find_fault
 from lenslrp.models.fetching import EmbeddedModel, PackagedFile
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = b"weights of a tiny model" * 100
 SETTINGS = b'{"settings": 1}'
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,7 +20,6 @@ from lenslrp.errors import InputError, LoadError
 from lenslrp.models.loading import load
 from lenslrp.text.conversation import chat
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["<s>", "</s>", "the", "cat", "sat", "user", "assistant", ":"]
 
 

@@ -23,7 +23,7 @@ from lenslrp.models.loading import load
 from lenslrp.models.verifying import Agreement, difference, reference, short_input
 from lenslrp.models.wrapped import agreement
 from tests.conformance import zoo
-from tests.unit.test_checkpoint_files import SIZES, llama
+from tests.unit.models.test_checkpoint_files import SIZES, llama
 from tests.unit.tiny import TOKENS, word_tokenizer
 
 

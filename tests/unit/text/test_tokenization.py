@@ -14,7 +14,7 @@ import lenslrp
 from lenslrp.errors import InputError, LoadError
 from lenslrp.text.tokenization import beginning, give_tokenizer, prepends, tokenize
 from tests.conformance.zoo import tokenizers
-from tests.unit.test_checkpoint_files import llama
+from tests.unit.models.test_checkpoint_files import llama
 
 PLAIN, BOS, CLS, GMASK, EOS = range(5)
 TEXT = "the cat sat"

@@ -11,7 +11,7 @@ from lenslrp.errors import InputError
 from lenslrp.text.visible_text import visible
 from lenslrp.views.terminal import render
 from tests.unit.fake_relevance import NASTY, fake_relevance
-from tests.unit.test_heatmap import UNSEEN
+from tests.unit.views.test_heatmap import UNSEEN
 
 
 def printed(R, *, colour, **options):

@@ -22,7 +22,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import CPLRP, AttnLRP, Composite, GradientTimesInput, RelP
 from lenslrp.inputs import prepare
 from lenslrp.targets import Logit
-from tests.unit.test_circuits import gap, some_pairs
+from tests.unit.analysis.circuits.test_circuits import gap, some_pairs
 from tests.unit.tiny import changes, snapshot, tiny
 
 TOKENS = torch.tensor([[3, 17, 5, 17, 8, 11]])

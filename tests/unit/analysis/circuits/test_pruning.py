@@ -27,7 +27,7 @@ from lenslrp.analysis.circuits.pruning import (
     verify,
 )
 from lenslrp.analysis.circuits.scores import NodeScores, score_nodes
-from tests.unit.test_circuits import LENGTHS, gap, some_pairs
+from tests.unit.analysis.circuits.test_circuits import LENGTHS, gap, some_pairs
 from tests.unit.tiny import changes, snapshot, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:the model does not do the task:UserWarning")

@@ -1,6 +1,6 @@
 """What neurons write against an explicit product of Hugging Face's weights; bad input.
 
-tests/conformance/test_vocabulary.py compares all kinds of units with gradients, family by family.
+tests/conformance/analysis/test_vocabulary.py compares all kinds of units with gradients.
 """
 
 import pytest

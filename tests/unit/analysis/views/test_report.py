@@ -16,7 +16,7 @@ from lenslrp.analysis.views import report
 from lenslrp.errors import InputError
 from lenslrp.text.visible_text import visible
 from tests.unit.fake_relevance import EIFFEL, NASTY, fake_relevance
-from tests.unit.test_heatmap import Page
+from tests.unit.views.test_heatmap import Page
 
 
 @pytest.fixture(scope="module")

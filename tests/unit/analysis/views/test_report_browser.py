@@ -18,10 +18,10 @@ from lenslrp.analysis.views.report import report_html
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import token_heatmap
 from tests.conformance.dictionaries import OPTIONS
+from tests.unit.analysis.circuits.test_graph_views import wide
 from tests.unit.fake_relevance import NASTY, fake_relevance
-from tests.unit.test_graph_views import wide
-from tests.unit.test_heatmap import Page
 from tests.unit.tiny import tiny
+from tests.unit.views.test_heatmap import Page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
