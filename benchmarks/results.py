@@ -1,4 +1,4 @@
-"""The five tasks of the evaluation, every method; ``results_page.py`` writes ``docs/results.md``.
+"""The five tasks of the evaluation, every method; ``results_page.py`` writes the pages.
 
     python benchmarks/results.py run next_word sentiment ...   # resumable; --n to stop earlier
     python benchmarks/results.py cost next_word sentiment ...  # on a machine that rests
