@@ -1,7 +1,7 @@
 """What MkDocs does to the pages on their way to the site (``hooks`` in ``mkdocs.yml``).
 
-Pages are written to be read on GitHub too, so their links are relative to the repository. Those that
-leave ``docs`` become links to the repository here, and the notebooks become pages.
+Pages are written to be read on GitHub too, so their links are relative to the repository. Those
+that leave ``docs`` become links to the repository here, and the notebooks become pages.
 """
 
 from __future__ import annotations
