@@ -131,6 +131,7 @@ def test_an_open_fence_is_refused() -> None:
         blocks("text\n```python\na = 1\n")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")  # asked by peft
 @pytest.mark.parametrize(
     "page",
     [
