@@ -436,10 +436,9 @@ def gap_message(gaps: Sequence[Gap | str], architecture: str, recurrent: Sequenc
         )
     return (
         f"{architecture}: no rule for {_some([str(gap) for gap in gaps])}. Relevance past it would "
-        "be wrong. Give the "
-        "operation a rule (docs/method.md, 'Adding a rule'): an element-wise module through "
-        "composite.extended({ModuleClass: Identity()}), a norm with Normalisation(centred=...), "
-        "or Plain() for its plain gradient. If a "
+        "be wrong. Give the operation a rule (docs/how-to/extending.md, 'Adding a rule'): an "
+        "element-wise module through composite.extended({ModuleClass: Identity()}), a norm with "
+        "Normalisation(centred=...), or Plain() for its plain gradient. If a "
         "hook of your own does this, it is what has no rule. strict=False takes the plain gradient "
         "there and says so in R.coverage."
     )

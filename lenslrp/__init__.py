@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         InputError,
         LensLRPError,
         LoadError,
+        MissingExtraError,
         OutOfMemoryError,
         StorageError,
     )

@@ -4,7 +4,7 @@
 
 :data:`METHODS` is the table. Each method gives every unit of the input (a token, a patch) one
 number; the larger, the more the unit spoke for the target. Only those that say so
-(``docs/baselines.md``) are in units of the target.
+(``docs/reference/baselines.md``) are in units of the target.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Two other rules for the softmax, for experiments: AttnLRP's paper weighs and rejects both.
 
 They divide by a score, which is 0 for no reason of its own (only differences of scores count), so
-they are unstable. Nothing here is exported or recommended; ``docs/baselines.md`` has the figures.
+they are unstable. Nothing here is exported or recommended; the figures are in
+``docs/reference/baselines.md``.
 Composites are AttnLRP's but for the softmax. Masked keys get exactly 0.
 
 Source: [A] Achtibat et al., AttnLRP, ICML 2024 (2402.05602), section 3.3.1.

@@ -7,7 +7,7 @@
     d[5, 17].examples("actmax")
     d.search_text("Eiffel Tower")
 
-The layout of the files is in docs/dictionary.md.
+The layout of the files is in docs/how-to/dictionary.md.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def texts() -> Iterator[str]:
     """Prompts of many lengths, the same at every run."""
     words = [
         word
-        for path in sorted((ROOT / "docs").glob("*.md"))
+        for path in sorted((ROOT / "docs").rglob("*.md"))
         for word in re.findall(r"[A-Za-z][A-Za-z',.;:-]*", path.read_text(encoding="utf-8"))
     ]
     draw = random.Random(0)

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results" / "lxt.json"
+RESULTS = ROOT / "docs" / "reference" / "results" / "lxt.json"
 MODEL = "smollm2-135m"
 STEPS = 8
 BATCH = 10

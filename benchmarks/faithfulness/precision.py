@@ -1,4 +1,4 @@
-"""Does it matter that relevance is computed in bfloat16? docs/results/precision.json.
+"""Does it matter that relevance is computed in bfloat16? docs/reference/results/precision.json.
 
     python -m benchmarks.faithfulness.precision --images task.json [--count 24]
 
@@ -62,8 +62,8 @@ def main() -> None:
             **spread(wide - narrow, SEED, "float32_less_this_"),
             "correlation_lowest": min(alike[name]),
         })  # fmt: skip
-    keep(ROOT / "docs" / "results" / "precision.json", "images", rows, "precision --images FILE",
-         steps=STEPS, baseline="zero", seed=SEED)  # fmt: skip
+    keep(ROOT / "docs/reference/results/precision.json", "images", rows,
+         "precision --images FILE", steps=STEPS, baseline="zero", seed=SEED)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The five tasks of the evaluation, every method; ``results_page.py`` writes ``docs/results.md``.
+"""The five tasks of the evaluation, every method; ``results_page.py`` writes the pages.
 
     python -m benchmarks.faithfulness.results run next_word sentiment ...   # --n to stop earlier
     python -m benchmarks.faithfulness.results cost next_word sentiment ...  # on an idle machine

@@ -1,9 +1,9 @@
-"""Tables and pictures of ``docs/results.md`` from the runs of ``results.py``.
+"""Tables and pictures of ``docs/reference/results/`` from the runs of ``results.py``.
 
     python -m benchmarks.faithfulness.results_page
 
-What stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in the page is written here;
-the rest is prose. A number in a table is a mean over examples and its 95% bootstrap interval.
+What stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in a page there is written
+here; the rest is prose. A number in a table is a mean over examples and its 95% bootstrap interval.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from lenslrp.analysis.attribution.methods import METHODS
 from lenslrp.analysis.evaluation.results import PARQUET, Results
 from lenslrp.analysis.views.figures import LIGHT, new_figure
 
-PAGE = ROOT / "docs" / "results.md"
 IMAGES = ROOT / "docs" / "images"
-MEASURED = ROOT / "docs" / "results"
-"""What other scripts measured: a JSON file each, table -> ``{"rows": [...], ...}``."""
+PAGES = ROOT / "docs" / "reference" / "results"
+"""The pages, and what other scripts measured: a JSON file each, table -> ``{"rows": [...]}``."""
 
 TASKS: Mapping[str, tuple[str, str, str]] = {
     "next_word": ("next word", "area", "zero+first"),
@@ -191,7 +190,7 @@ def costs() -> str:
 def measured() -> dict[str, str]:
     """Every table of the other scripts' files, as ``file table``."""
     found = {}
-    for path in sorted(MEASURED.glob("*.json")):
+    for path in sorted(PAGES.glob("*.json")):
         for name, table in json.loads(path.read_text(encoding="utf-8")).items():
             rows = [_joined(row) for row in table["rows"]]
             columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -302,19 +301,21 @@ def main() -> None:
         "first steps sentiment": partial(first_steps, "sentiment", "zero"),
         **{task: partial(task_table, task) for task in every if task in TASKS},
     }
-    text = PAGE.read_text(encoding="utf-8")
+    pages = {path: path.read_text(encoding="utf-8") for path in sorted(PAGES.glob("*.md"))}
     written = {**{name: made() for name, made in blocks.items()}, **measured()}
     for name, table in written.items():
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-        if begin not in text or end not in text:
-            print(f"{PAGE.name} has no place for {name}")
+        page = next((path for path, text in pages.items() if begin in text and end in text), None)
+        if page is None:
+            print(f"no page has a place for {name}")
             continue
-        before, rest = text.split(begin, 1)
-        text = f"{before}{begin}\n{table}\n\n{end}{rest.split(end, 1)[1]}"
-    PAGE.write_text(text, encoding="utf-8")
+        before, rest = pages[page].split(begin, 1)
+        pages[page] = f"{before}{begin}\n{table}\n\n{end}{rest.split(end, 1)[1]}"
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
     draw_leads(every)
     draw_curves()
-    print(f"seed {SEED}; written: {PAGE.relative_to(ROOT)}")
+    print(f"seed {SEED}; written: {PAGES.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

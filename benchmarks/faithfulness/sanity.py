@@ -1,4 +1,4 @@
-"""Six checks of AttnLRP beside its kin on SmolLM2: docs/results/sanity.json.
+"""Six checks of AttnLRP beside its kin on SmolLM2: docs/reference/results/sanity.json.
 
     python -m benchmarks.faithfulness.sanity next_word naopc lowest sensitivity randomisation
 
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=100, help="prompts (fewer where told)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16", help="the model's")
-    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results" / "sanity.json")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs/reference/results/sanity.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = lenslrp.load(MODEL, dtype=getattr(torch, options.dtype), device="cpu")

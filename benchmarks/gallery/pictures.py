@@ -113,7 +113,7 @@ def circuit() -> Picture:
 
 
 def graph() -> Picture:
-    """The graph of docs/graph.md."""
+    """The graph of docs/how-to/graph.md."""
     found = attribution_graph(
         smollm2(), "The capital of France is", LogitDiff(" Paris", " Rome"), k=48, node_share=0.8,
         edge_share=0.8,

@@ -1,4 +1,4 @@
-"""Two concepts steered in SmolLM2, each strength beside placebos: findings in docs/steering.md.
+"""Two concepts steered in SmolLM2, each strength beside placebos (docs/how-to/steering.md).
 
     python -m benchmarks.knowledge.steering [astronomy] [happiness]
 

@@ -36,7 +36,8 @@ def add_evaluate(commands: Any) -> None:
         metavar="A,B,...",
         nargs="+",
         default=[DEFAULT_METHODS],
-        help=f"see docs/baselines.md; spaces part them as well (default: {DEFAULT_METHODS})",
+        help="see docs/reference/baselines.md; spaces part them as well "
+        f"(default: {DEFAULT_METHODS})",
     )
     command.add_argument("--n", type=int, default=20, help="examples (default: %(default)s)")
     command.add_argument(

@@ -1,7 +1,7 @@
 """The zoo: a tiny random model of every architecture that TransformerLens registers.
 
 What each does is measured by ``python -m tests.conformance.zoo``, which writes
-``docs/architectures.md``; the tests hold every row of that table to what it says.
+``docs/reference/architectures.md``; the tests hold every row of that table to what it says.
 """
 
 from __future__ import annotations
@@ -411,7 +411,7 @@ def parts(model: nn.Module) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class Row:
-    """One architecture in ``docs/architectures.md``."""
+    """One architecture in ``docs/reference/architectures.md``."""
 
     name: str
     attention: str
@@ -473,7 +473,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:120]}"
 
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reference" / "architectures.md"
 
 HEAD = """# Architectures
 
@@ -497,7 +497,7 @@ wrapped, relative to the largest, in float64 (at most 1e-9; "float32 inside": Hu
 rotary tables, norms or sinks in float32, 1e-6), for a few tokens, an image or a sound; and whether
 a text becomes the ids that Hugging Face's tokenizer gives, for tokenizers with BOS, with EOS, with
 a template such as `[CLS] $A [SEP]` or `[gMASK]<sop> $A`, and without any. `lenslrp.load` makes the
-same comparison with every model that it loads ([loading](loading.md)), and refuses what
+same comparison with every model that it loads ([loading](../how-to/loading.md)), and refuses what
 TransformerLens computes in another way or not at all:
 {differing}.
 

@@ -275,7 +275,7 @@ def test_gamma_on_patches_alone_changes_pixels_and_nothing_above() -> None:
 
 
 class Flat:
-    """A rule of a user's own, as docs/method.md shows: every input of an output gets as much."""
+    """A user's own rule (docs/how-to/extending.md): every input of an output gets as much."""
 
     name = "flat"
 

@@ -214,7 +214,7 @@ def test_a_rule_that_is_listed_and_never_ran_is_noticed(role: str) -> None:
 
 
 def main() -> None:
-    """The table for docs/method.md."""
+    """The table for docs/reference/mutation.md."""
     print("| model | rule forgotten at | role | noticed as |")
     print("|---|---|---|---|")
     for name in MODELS:

@@ -1,4 +1,4 @@
-"""Every architecture does what ``docs/architectures.md`` says of it."""
+"""Every architecture does what ``docs/reference/architectures.md`` says of it."""
 
 from __future__ import annotations
 

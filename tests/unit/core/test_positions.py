@@ -1,4 +1,4 @@
-"""One meaning for every way to name a token, wherever padding stands: docs/positions.md's table.
+"""One meaning for every way to name a token, wherever padding stands (docs/reference/positions.md).
 
 Each way is given a position and says which token of one row's own text it took it for, counted from
 that text's first token. Whatever the padding, it must be the same one.
