@@ -119,7 +119,7 @@ def assign(
     """Decide which component of a bridge gets which rule of a composite; nothing is changed.
 
     What has no rule gets no row: it stays on the autograd graph, where
-    :mod:`lenslrp.hooks.coverage` finds it.
+    :mod:`lenslrp.hooks.graph_walk` finds it.
 
     Raises:
         CoverageError: one module stands in two places.

@@ -1,7 +1,7 @@
 """The rules as autograd Functions: same values forward, the rule's own gradient backward.
 
 Each Function's node in the autograd graph carries its :class:`~lenslrp.hooks.sites.Site` and says
-what it covers, so that :mod:`lenslrp.hooks.coverage` can check the graph: ``opens`` names the
+what it covers, so that :mod:`lenslrp.hooks.graph_walk` can check the graph: ``opens`` names the
 operation that must follow below it, ``region`` is +1 where a region begins whose inside the rule
 answers for as a whole, and -1 where it ends.
 """

@@ -22,7 +22,8 @@ from lenslrp.hooks.attach import Attached, Context, Holder, Undo, raise_failed, 
 from lenslrp.hooks.components import hook_points, watched_blocks
 from lenslrp.hooks.composites import Composite, as_composite
 from lenslrp.hooks.constants import EditMeter
-from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place, walk
+from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place
+from lenslrp.hooks.graph_walk import walk
 from lenslrp.hooks.readers import Readers, owners
 from lenslrp.hooks.rules import Rule
 from lenslrp.hooks.sharding import require_whole, reshard

@@ -32,10 +32,12 @@ from lenslrp.forward import (
     undone,
 )
 from lenslrp.hooks import coverage as cover
+from lenslrp.hooks import graph_walk
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import BlockBridge, layer_of
 from lenslrp.hooks.constants import now
 from lenslrp.hooks.functions import product_shares
+from lenslrp.hooks.graph_walk import Walk
 from lenslrp.hooks.install import Rules
 from lenslrp.hooks.observing import WRITES, Observer
 from lenslrp.hooks.readers import Readers
@@ -300,12 +302,12 @@ class Pass(Forward):
         used = [s.order for s in self.rules.sites if id(s) in on_path and _stack(s) == _stack(site)]
         return bool(used) and site.order > max(used)
 
-    def walk(self, roots: list[Tensor], place: Callable[[Any], str] = lambda _: "") -> cover.Walk:
+    def walk(self, roots: list[Tensor], place: Callable[[Any], str] = lambda _: "") -> Walk:
         """The graph from ``roots`` down, with what was seen of writes into views."""
         writes = {} if self.observer is None else self.observer.writes
         units = [x for name, x in self.captured.items() if name != UNCAPPED]
         latent = any(root is x for root in roots for x in units)
-        return cover.walk(roots, place, self.rules.weights, writes, latent)
+        return graph_walk.walk(roots, place, self.rules.weights, writes, latent)
 
     def _check(self, roots: list[Tensor], latent: list[str]) -> tuple[Seen, list[str]]:
         """What the graph shows, and what of it is not covered (raised if strict)."""
@@ -323,7 +325,7 @@ class Pass(Forward):
             kind_of(found, repr(self.rules.composite), self.rules.attention),
             writes=not WRITES.isdisjoint(names),
         )
-        if not (faults or seen.writes or cover.depends_on_values(names)):
+        if not (faults or seen.writes or graph_walk.depends_on_values(names)):
             self.memory.keep(key, seen)
         return seen, faults
 
@@ -353,7 +355,7 @@ class Pass(Forward):
             *latent,
         )
 
-    def _walked(self, roots: list[Tensor], latent: list[str]) -> tuple[cover.Walk, list[str]]:
+    def _walked(self, roots: list[Tensor], latent: list[str]) -> tuple[Walk, list[str]]:
         found = self.walk(roots)
         if found.gaps and self.strict:
             raise Again("trace", "uncovered operations")

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lenslrp import passes
-from lenslrp.hooks import assignment, checks, components, coverage, norms, observing
+from lenslrp.hooks import assignment, checks, components, graph_walk, norms, observing
 from lenslrp.hooks.attach import Attached
 from tests.property.generate import generate
 from tests.property.judge import Verdict, judge
@@ -32,7 +32,7 @@ Patch = pytest.MonkeyPatch
 
 
 def copy_slices_are_linear(patch: Patch) -> None:
-    patch.setattr(coverage, "LINEAR", coverage.LINEAR | {"CopySlices"})
+    patch.setattr(graph_walk, "LINEAR", graph_walk.LINEAR | {"CopySlices"})
 
 
 def written_products_are_linear(patch: Patch) -> None:
@@ -41,30 +41,30 @@ def written_products_are_linear(patch: Patch) -> None:
 
 
 def python_functions_are_accepted(patch: Patch) -> None:
-    wants = coverage._wants
+    wants = graph_walk._wants
 
     def accepting(node: Any, *rest: Any) -> str:
         python = isinstance(node, torch.autograd.function.BackwardCFunction)
         return "" if python else wants(node, *rest)
 
-    patch.setattr(coverage, "_wants", accepting)
+    patch.setattr(graph_walk, "_wants", accepting)
 
 
 def products_have_one_factor(patch: Patch) -> None:
-    patch.setattr(coverage, "_factors", lambda node, name: 1)
+    patch.setattr(graph_walk, "_factors", lambda node, name: 1)
 
 
 def quotients_are_linear(patch: Patch) -> None:
-    patch.setattr(coverage, "QUOTIENT", frozenset())
-    patch.setattr(coverage, "LINEAR", coverage.LINEAR | {"Div"})
+    patch.setattr(graph_walk, "QUOTIENT", frozenset())
+    patch.setattr(graph_walk, "LINEAR", graph_walk.LINEAR | {"Div"})
 
 
 def functions_are_linear(patch: Patch) -> None:
-    patch.setattr(coverage, "LINEAR", coverage.LINEAR | {"Sigmoid", "Exp", "Erf", "Cos", "Sin"})
+    patch.setattr(graph_walk, "LINEAR", graph_walk.LINEAR | {"Sigmoid", "Exp", "Erf", "Cos", "Sin"})
 
 
 def clips_are_linear(patch: Patch) -> None:
-    patch.setattr(coverage, "_clips", lambda node: False)
+    patch.setattr(graph_walk, "_clips", lambda node: False)
 
 
 def rules_off_the_path_are_ignored(patch: Patch) -> None:
@@ -72,14 +72,14 @@ def rules_off_the_path_are_ignored(patch: Patch) -> None:
 
 
 def _walk(patch: Patch, change: Callable[[Any], None]) -> None:
-    walk = coverage.walk
+    walk = graph_walk.walk
 
     def walking(*args: Any, **kwargs: Any) -> Any:
         found = walk(*args, **kwargs)
         change(found)
         return found
 
-    patch.setattr(coverage, "walk", walking)
+    patch.setattr(graph_walk, "walk", walking)
 
 
 def misplaced_rules_are_ignored(patch: Patch) -> None:

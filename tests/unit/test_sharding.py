@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lenslrp.hooks.coverage import walk
+from lenslrp.hooks.graph_walk import walk
 
 needs_gloo = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
