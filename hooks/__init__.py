@@ -13,7 +13,7 @@ from lenslrp.hooks.composites import (
 )
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.hooks.install import Rules, relevance_rules
-from lenslrp.hooks.rules import (
+from lenslrp.hooks.rule_types import (
     CONSTANT,
     UNIFORM,
     ZPLUS,

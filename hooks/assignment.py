@@ -26,7 +26,6 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources.native import model as native
 
 from lenslrp.errors import InputError
-from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, components, original
 from lenslrp.hooks.attention import attach_attention, gates_its_output
 from lenslrp.hooks.checks import known_forward
@@ -54,7 +53,15 @@ from lenslrp.hooks.operations import (
     is_known,
 )
 from lenslrp.hooks.patches import below, embedders
-from lenslrp.hooks.rules import Epsilon, Identity, LinearRule, Normalisation, Operations, Plain
+from lenslrp.hooks.rule_types import (
+    Epsilon,
+    Identity,
+    LinearRule,
+    Normalisation,
+    Operations,
+    Plain,
+    product_shares,
+)
 from lenslrp.hooks.sharding import is_sharded
 from lenslrp.hooks.structure import Parts, once, require_modules_of_their_own
 
@@ -289,7 +296,7 @@ class _Decision:
 
 def gate_share(composite: Composite) -> float:
     """What the gate gets relative to the product's common share (``up``'s)."""
-    first, second = F.product_shares(composite["gate"])
+    first, second = product_shares(composite["gate"])
     if second == 0:
         raise InputError("a gate rule must give `up` a share; Product(first, second) has second=0")
     return first / second

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.composites import Composite
+from lenslrp.hooks.rule_types import product_shares
 from lenslrp.hooks.sites import Accounts, Site
 from lenslrp.hooks.structure import components
 
@@ -51,7 +52,7 @@ class Context:
     def _constant(self) -> dict[str, bool]:
         """By role, whether the first factor of a product is taken for a constant."""
         roles = ("attention_av", "attention_gate", "gate")
-        return {role: F.product_shares(self.composite[role])[0] == 0 for role in roles}
+        return {role: product_shares(self.composite[role])[0] == 0 for role in roles}
 
     def cuts(self, path: str) -> bool:
         """Whether the composite leaves a component off the path: what feeds a constant factor."""

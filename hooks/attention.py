@@ -40,15 +40,23 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, original
+from lenslrp.hooks.attention_functions import (
+    FusedInput,
+    FusedOutput,
+    Pattern,
+    Scores,
+    SoftmaxReplaced,
+)
 from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.live import attach_at_product, attach_live, attach_score_meter
-from lenslrp.hooks.rules import (
+from lenslrp.hooks.rule_types import (
     Epsilon,
     LinearRule,
     Product,
     Softmax,
     SoftmaxRule,
     SoftmaxTemperature,
+    product_shares,
 )
 from lenslrp.hooks.sites import has_values, row_sums, state_of
 
@@ -126,7 +134,7 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     if not hasattr(attn, "o") and isinstance(inner, native.NativeAttention):
         return  # its products stay on the graph, where the coverage check names them
     roles = {role: ctx.composite[role] for role in ("attention_qk", "softmax", "attention_av")}
-    first, second = F.product_shares(roles["attention_av"])
+    first, second = product_shares(roles["attention_av"])
     if second == 0:
         raise InputError("an attention_av rule must give the values a share")
     z = ctx.site(f"{path}.o.hook_in", attn, "attention_av")
@@ -160,7 +168,7 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     if cap is not None:
         sites["softcap"] = ctx.site(f"{path}.hook_attn_scores", attn, "softcap")
     at.sites.extend(sites.values())
-    q_share, k_share = F.product_shares(roles["attention_qk"])
+    q_share, k_share = product_shares(roles["attention_qk"])
     if q_share != k_share:
         raise InputError("an attention_qk rule must give queries and keys the same share")
     if isinstance(attn, ALiBiJointQKVAttentionBridge | BloomAttentionBridge) and ctx.books:
@@ -174,7 +182,7 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     ruled = {role: site for role, site in sites.items() if not (edited and role == "softmax")}
 
     def at_scores(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> Tensor:
-        return F.apply(F.Scores, scores, q_share, cap, ruled)
+        return F.apply(Scores, scores, q_share, cap, ruled)
 
     def leaves(x: Tensor, g: Tensor) -> None:
         if sites["softmax"].backward:  # not where relevance starts at a score
@@ -195,8 +203,8 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
         scores = stash.pop() if needs_scores else None
         if replaces:
             site = sites["softmax"]
-            return F.apply(F.SoftmaxReplaced, pattern.detach(), scores, first / second, site)
-        return F.apply(F.Pattern, pattern, scores, first / second, sites["softmax"])
+            return F.apply(SoftmaxReplaced, pattern.detach(), scores, first / second, site)
+        return F.apply(Pattern, pattern, scores, first / second, sites["softmax"])
 
     if edited:  # what the softmax is given, behind the edits
         at.hook(attn.hook_attn_scores, measure)
@@ -306,10 +314,13 @@ def _fused(
     if qk == 0:
         query, key = query.detach(), key.detach()
     else:
-        query, key = F.apply(F.FusedInput, query, qk, site), F.apply(F.FusedInput, key, qk, site)
-    value = F.apply(F.FusedInput, value, v, site)
+        query, key = (
+            F.apply(FusedInput, query, qk, site),
+            F.apply(FusedInput, key, qk, site),
+        )
+    value = F.apply(FusedInput, value, v, site)
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return F.apply(F.FusedOutput, out, site), None
+    return F.apply(FusedOutput, out, site), None
 
 
 AttentionInterface.register(FUSED, _fused)

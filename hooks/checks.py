@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lenslrp.errors import InputError, is_out_of_memory
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.rules import Identity, Limited, Normalisation, inverse_rms
+from lenslrp.hooks.rule_types import Identity, Limited, Normalisation
+from lenslrp.hooks.rules import inverse_rms
 from lenslrp.hooks.sites import Site, has_values, widened
 
 Run = Callable[[Tensor], Tensor]

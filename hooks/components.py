@@ -37,7 +37,7 @@ from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.convolution import CONVOLUTIONS, attach_convolution
 from lenslrp.hooks.embeddings import PER_LAYER
 from lenslrp.hooks.experts import ExpertPoint, expert_points
-from lenslrp.hooks.rules import Epsilon, LinearRule, Plain
+from lenslrp.hooks.rule_types import Epsilon, LinearRule, Plain, product_shares
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -183,7 +183,7 @@ def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge)
         _require_same_activation(path, mlp)
         at.attribute(mlp, "_use_processed_weights", False)
     rule = ctx.composite["gate"]
-    first, second = F.product_shares(rule)
+    first, second = product_shares(rule)
     site = ctx.site(f"{path}.out.hook_in", mlp, "gate")
     at.sites.append(site)
     at.first_hook(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.rules import (
+from lenslrp.hooks.rule_types import (
     CONSTANT,
     UNIFORM,
     Epsilon,

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lenslrp.hooks.attach import Attached, Context
 from lenslrp.hooks.functions import same
-from lenslrp.hooks.rules import Epsilon
+from lenslrp.hooks.rule_types import Epsilon
 from lenslrp.hooks.sites import Site, has_values, row_sums, state_of, widest
 from lenslrp.hooks.state import users_hooks
 

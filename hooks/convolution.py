@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.rules import LinearRule
+from lenslrp.hooks.rule_types import LinearRule
 from lenslrp.hooks.sites import Site
 
 CONVOLUTIONS: tuple[type, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -30,7 +30,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached, Context, original
 from lenslrp.hooks.operations import GATED_MLP, PRODUCTS, ROUTER, Met, attach_operations
-from lenslrp.hooks.rules import LinearRule, Operations
+from lenslrp.hooks.rule_types import LinearRule, Operations
 
 ROUTERS = re.compile("Router|Gating|Statics")
 EXPERTS = re.compile("Experts$")

@@ -16,19 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import SiLUActivation
 
-from lenslrp.hooks.rules import (
+from lenslrp.hooks.rule_types import (
     Identity,
     LinearRule,
     Normalisation,
     Plain,
-    Product,
     SiLU,
-    SoftmaxTemperature,
+)
+from lenslrp.hooks.rules import (
     inverse_rms,
     layer_norm_identity,
-    softcap_compensation,
-    softmax_gim_compensation,
-    uncapped,
 )
 from lenslrp.hooks.sites import Site, row_sums, widened
 
@@ -49,12 +46,13 @@ def same(x: Tensor, copies: bool) -> Tensor:
     return x.detach().clone() if copies else x.detach()
 
 
-def _kept(x: Tensor, site: Site) -> Tensor:
+def kept_input(x: Tensor, site: Site) -> Tensor:
     """An input as the backward pass needs it: as it is now."""
     return same(x, True) if site.copies else x
 
 
-def _mark(ctx: Any, site: Site, opens: tuple[str, ...] = (), region: int = 0) -> None:
+def set_site(ctx: Any, site: Site, opens: tuple[str, ...] = (), region: int = 0) -> None:
+    """Give a node its site and what it covers, and count that the rule has fired."""
     ctx.site = site
     ctx.opens = opens
     ctx.region = region
@@ -72,9 +70,9 @@ class Elementwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, rule: Identity, site: Site) -> Tensor:
-        _mark(ctx, site)
+        set_site(ctx, site)
         ctx.rule, ctx.booked = rule, site.books is not None and not rule.exact
-        saved = _kept(x, site) if isinstance(rule, SiLU) else rule.factor(x, y)
+        saved = kept_input(x, site) if isinstance(rule, SiLU) else rule.factor(x, y)
         # Two tensors in any case: torch's checkpoint tells by their number that it has recomputed
         # the function without its rule.
         ctx.save_for_backward(saved, y - x * saved if ctx.booked else NOTHING)
@@ -107,7 +105,7 @@ class Norm(torch.autograd.Function):
         centred: bool,
         site: Site,
     ) -> Tensor:
-        _mark(ctx, site)
+        set_site(ctx, site)
         ctx.centred = centred
         wide = widened(x.detach())
         if centred:
@@ -135,7 +133,7 @@ class GroupNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, weight: Tensor | None, groups: int, eps: float, site: Site
     ) -> Tensor:
-        _mark(ctx, site)
+        set_site(ctx, site)
         wide = (x if x.dtype == torch.float64 else x.float()).reshape(len(x), groups, -1)
         inverse = torch.rsqrt(wide.var(dim=-1, keepdim=True, unbiased=False) + eps)
         ctx.save_for_backward(inverse.to(x.dtype), weight)
@@ -161,7 +159,7 @@ class Normalised(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, bias: Tensor | None, rule: Normalisation, site: Site
     ) -> Tensor:
-        _mark(ctx, site)
+        set_site(ctx, site)
         ctx.centred = rule.centred
         factor, x = rule.factor(x, y, bias)
         lost = None
@@ -193,9 +191,9 @@ class Linear(torch.autograd.Function):
         rule: LinearRule,
         site: Site,
     ) -> Tensor:
-        _mark(ctx, site)
+        set_site(ctx, site)
         ctx.rule = rule
-        ctx.save_for_backward(_kept(x, site), y, weight, bias)
+        ctx.save_for_backward(kept_input(x, site), y, weight, bias)
         return same(y, site.copies)
 
     @staticmethod
@@ -219,7 +217,7 @@ class ProductOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, first: float, second: float, site: Site) -> Tensor:
-        _mark(ctx, site, opens=("product",) if first else ())
+        set_site(ctx, site, opens=("product",) if first else ())
         ctx.share = second
         ctx.absorbs = absorbs = 1 - first - second
         if site.books is not None and absorbs:
@@ -235,106 +233,12 @@ class ProductOutput(torch.autograd.Function):
         return (g if ctx.share == 1 else g * ctx.share), None, None, None
 
 
-class Scores(torch.autograd.Function):
-    """At the attention scores, after mask and soft-cap, before the softmax.
-
-    Reports the relevance of the scores (the softmax site's output side is :class:`Pattern`), undoes
-    the soft-cap's tanh' and gives queries and keys their share. Without a softmax site, what the
-    softmax is given is measured elsewhere, behind hooks of the user's.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, scores: Tensor, share: float, cap: float | None, sites: dict[str, Site]
-    ) -> Tensor:
-        opens = ("product", "tanh") if cap is not None and "softcap" in sites else ("product",)
-        _mark(ctx, sites["attention_qk"], opens=opens)
-        ctx.sites, ctx.share, ctx.cap = sites, share, cap
-        if "softcap" in sites:
-            sites["softcap"].forward += 1
-        capped = cap is not None and sites["softcap"].rule.name != "plain"
-        ctx.capped = capped
-        if capped or sites["attention_qk"].books is not None:
-            ctx.save_for_backward(scores)
-        return same(scores, sites["attention_qk"].copies)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        qk, softmax = ctx.sites["attention_qk"], ctx.sites.get("softmax")
-        softcap = ctx.sites.get("softcap")
-        qk.backward += 1
-        saved = ctx.saved_tensors
-        down = softcap_compensation(g, saved[0], ctx.cap) if ctx.capped else g
-        if softcap is not None:
-            softcap.backward += 1
-        if qk.books is not None:
-            s = saved[0]
-            relevance = row_sums(s, g)
-            if softmax is not None and softmax.backward:  # not where relevance starts at a score
-                softmax.report("softmax", -relevance)
-            passed = relevance
-            if softcap is not None:
-                x, slope, _ = uncapped(s, ctx.cap)
-                passed = row_sums(x, down.to(x.dtype) * slope)
-                name = "stabiliser" if ctx.capped else "plain"
-                softcap.report(name, relevance - passed)
-            qk.report("plain", (1 - 2 * ctx.share) * passed)
-        return (down if ctx.share == 1 else down * ctx.share), None, None, None
-
-
-class Pattern(torch.autograd.Function):
-    """At the attention pattern: marks the softmax, reports its relevance, applies GIM's rule."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, pattern: Tensor, scores: Tensor | None, share: float, site: Site
-    ) -> Tensor:
-        _mark(ctx, site, opens=("softmax",))
-        ctx.share = share
-        ctx.save_for_backward(pattern if site.books is not None else None, scores)
-        return same(pattern, site.copies)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        site = ctx.site
-        site.backward += 1
-        pattern, scores = ctx.saved_tensors
-        g = g if ctx.share == 1 else g * ctx.share
-        if site.books is not None:
-            site.report("softmax", row_sums(pattern, g))
-        rule = site.rule
-        if isinstance(rule, SoftmaxTemperature):
-            g = softmax_gim_compensation(g, scores, rule.temperature)
-        return g, None, None, None
-
-
-class SoftmaxReplaced(torch.autograd.Function):
-    """From the attention pattern straight to the scores, by a rule that is no Jacobian."""
-
-    @staticmethod
-    def forward(ctx: Any, pattern: Tensor, scores: Tensor, share: float, site: Site) -> Tensor:
-        _mark(ctx, site)
-        ctx.share = share
-        ctx.save_for_backward(pattern, scores)
-        return same(pattern, site.copies)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None, None]:
-        site = ctx.site
-        site.backward += 1
-        pattern, scores = ctx.saved_tensors
-        g = g if ctx.share == 1 else g * ctx.share
-        if site.books is not None:
-            site.report("softmax", row_sums(pattern, g))
-        return None, site.rule.at_scores(g, scores, pattern), None, None
-
-
 class Share(torch.autograd.Function):
     """Multiplies the gradient by a constant, the share of one factor of a product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, share: float, site: Site) -> Tensor:
-        _mark(ctx, site)
+        set_site(ctx, site)
         ctx.share = share
         return same(x, site.copies)
 
@@ -348,7 +252,7 @@ class Mark(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, site: Site) -> Tensor:
-        _mark(ctx, site)
+        set_site(ctx, site)
         return same(x, site.copies)
 
     @staticmethod
@@ -362,7 +266,7 @@ class RegionOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, bias: Tensor | None, term: str, site: Site) -> Tensor:
-        _mark(ctx, site, region=1)
+        set_site(ctx, site, region=1)
         ctx.term = term
         if site.books is not None:
             ctx.save_for_backward(y if bias is None else y - bias)
@@ -381,56 +285,16 @@ class RegionInput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, term: str, site: Site) -> Tensor:
-        _mark(ctx, site, region=-1)
+        set_site(ctx, site, region=-1)
         ctx.term = term
         if site.books is not None:
-            ctx.save_for_backward(_kept(x, site))
+            ctx.save_for_backward(kept_input(x, site))
         return same(x, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         if ctx.site.books is not None and ctx.site.backward:  # not where relevance starts inside
             ctx.site.report(ctx.term, -row_sums(ctx.saved_tensors[0], g))
-        return g, None, None
-
-
-class FusedOutput(torch.autograd.Function):
-    """At the output of the fused attention kernel: begins its region, reports what it leaked.
-
-    What leaves is the relevance of z; what enters is that of queries, keys and values.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, site: Site) -> Tensor:
-        _mark(ctx, site, region=1)
-        if site.books is not None:
-            ctx.save_for_backward(z)
-        return same(z, site.copies)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        ctx.site.backward += 1
-        if ctx.site.books is not None:
-            ctx.site.report("softmax", row_sums(ctx.saved_tensors[0], g))
-        return g, None
-
-
-class FusedInput(torch.autograd.Function):
-    """At the fused kernel's queries, keys and values: their share, and the end of its region."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, share: float, site: Site) -> Tensor:
-        _mark(ctx, site, region=-1)
-        ctx.share = share
-        if site.books is not None:
-            ctx.save_for_backward(_kept(x, site))
-        return same(x, site.copies)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        g = g * ctx.share
-        if ctx.site.books is not None:
-            ctx.site.report("softmax", -row_sums(ctx.saved_tensors[0], g))
         return g, None, None
 
 
@@ -447,19 +311,6 @@ class Read(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         ctx.deliver(ctx.saved_tensors[0], g)
         return g, None, None
-
-
-OURS = frozenset(
-    kind
-    for kind in list(globals().values())
-    if isinstance(kind, type) and issubclass(kind, torch.autograd.Function)
-)
-"""Every Function of this module: only their nodes are taken at their word."""
-
-
-def product_shares(rule: Any) -> tuple[float, float]:
-    """(first, second) of a product rule; a plain product passes all of the gradient to both."""
-    return (rule.first, rule.second) if isinstance(rule, Product) else (1.0, 1.0)
 
 
 def shared(x: Tensor, share: float, site: Site) -> Tensor:

@@ -22,10 +22,18 @@ from torch import Tensor
 from torch.nn.modules._functions import BackwardHookFunction
 from transformer_lens.model_bridge.generalized_components.base import _ScaledHookGradient
 
-from lenslrp.hooks.functions import OURS
+from lenslrp.hooks import attention_functions, functions
 from lenslrp.hooks.observing import WRITES
 from lenslrp.hooks.sharding import is_gathering
 from lenslrp.hooks.sites import Site, has_values
+
+RULE_FUNCTIONS = frozenset(
+    kind
+    for module in (functions, attention_functions)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, torch.autograd.Function)
+)
+"""The autograd Functions of rules: only their nodes are trusted to say what they cover."""
 
 LINEAR = frozenset(
     re.findall(
@@ -211,9 +219,9 @@ def walk(
 
 
 def _site(node: Any) -> Site | None:
-    """The site of a node of ours; what another's function calls so does not count."""
-    ours = getattr(node, "_forward_cls", None) in OURS
-    return getattr(node, "site", None) if ours else None
+    """The site of a rule's node; an attribute of that name on another node does not count."""
+    has_rule = getattr(node, "_forward_cls", None) in RULE_FUNCTIONS
+    return getattr(node, "site", None) if has_rule else None
 
 
 def _weight(node: Any) -> int:
@@ -256,8 +264,9 @@ def _wants(node: Any, name: str, writes: Mapping[int, str]) -> str:
 def _is_foreign(node: Any) -> bool:
     """Whether a node was written in Python by somebody else: nothing is known of its gradient."""
     kind = getattr(node, "_forward_cls", None)
-    known = (BackwardHookFunction, _ScaledHookGradient)  # the other divides by a constant
-    return kind is not None and kind not in OURS and kind not in known and not is_gathering(kind)
+    if kind is None or kind in RULE_FUNCTIONS or is_gathering(kind):
+        return False
+    return kind not in (BackwardHookFunction, _ScaledHookGradient)  # the latter scales
 
 
 def _clips(node: Any) -> bool:

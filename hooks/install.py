@@ -25,7 +25,7 @@ from lenslrp.hooks.constants import EditMeter
 from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place
 from lenslrp.hooks.graph_walk import walk
 from lenslrp.hooks.readers import Readers, owners
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
 from lenslrp.hooks.sharding import require_whole, reshard
 from lenslrp.hooks.sites import Accounts, Site
 from lenslrp.hooks.state import ModelState

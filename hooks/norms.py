@@ -21,7 +21,7 @@ from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context, original
 from lenslrp.hooks.checks import elementwise, known_forward
 from lenslrp.hooks.constants import measure_bias
-from lenslrp.hooks.rules import Identity, Normalisation, Plain
+from lenslrp.hooks.rule_types import Identity, Normalisation, Plain
 from lenslrp.hooks.sites import Site
 
 LAYER_NORMS = (nn.LayerNorm.forward, native.NativeLayerNormPre.forward)

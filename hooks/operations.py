@@ -31,15 +31,17 @@ from torch import Tensor, nn
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached, Context
+from lenslrp.hooks.attention_functions import Pattern
 from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.meeting import MATRIX_PRODUCTS, SUMS, Intercept
-from lenslrp.hooks.rules import (
+from lenslrp.hooks.rule_types import (
     Epsilon,
     LinearRule,
     Operations,
     Softmax,
     SoftmaxRule,
     SoftmaxTemperature,
+    product_shares,
 )
 from lenslrp.hooks.sites import Site, row_sums
 
@@ -171,7 +173,7 @@ class Met(Intercept):
         routes = narrow[0] != narrow[1] and self.spec.product != "attention_gate"
         role = "router" if routes else self.spec.product
         site = self.sites[role]
-        first, second = F.product_shares(site.rule)
+        first, second = product_shares(site.rule)
         at_first = 1 if narrow[1] and not narrow[0] else 0
         factors = [a, b]
         if role != "router":
@@ -192,7 +194,7 @@ class Met(Intercept):
         self.depth[0] += 1  # what it is made of is not met
         y = F.activated(act, x, site)
         self.depth[0] -= 1
-        first, second = F.product_shares(self.sites["gate"].rule)
+        first, second = product_shares(self.sites["gate"].rule)
         return F.shared(y, first / second, site) if gate and self.spec.gated else y
 
     def leak(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -204,7 +206,7 @@ class Met(Intercept):
         y = function(*inside)
         if isinstance(site.rule, SoftmaxTemperature) and len(inputs) == 1:
             scores = inputs[0].detach()
-            y = F.apply(F.Pattern, y, scores, 1.0, replace(site, books=None))
+            y = F.apply(Pattern, y, scores, 1.0, replace(site, books=None))
         return F.apply(F.RegionOutput, y, None, "softmax", site)
 
     def matrix_product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -212,7 +214,7 @@ class Met(Intercept):
         at = [i for i, x in enumerate(args) if _live(x)]
         pattern = [i for i in at if _from_leak(args[i])]
         site = self.sites["attention_av" if pattern else "attention_qk"]
-        first, second = F.product_shares(site.rule)
+        first, second = product_shares(site.rule)
         factors = list(args)
         first_at = (pattern or at)[0]
         factors[first_at] = F.shared(factors[first_at], first / second, site)
@@ -336,7 +338,7 @@ def sites_of(ctx: Context, path: str, module: nn.Module, spec: Operations) -> di
     # What a softmax or sigmoid feeds; under a constant factor nothing passes it.
     above = "router" if spec.product == "gate" else spec.product
     above = "attention_av" if spec.attention else above
-    sites["softmax"].cut = F.product_shares(ctx.composite[above])[0] == 0
+    sites["softmax"].cut = product_shares(ctx.composite[above])[0] == 0
     if spec.attention:  # queries and keys feed the pattern
         sites["attention_qk"].cut = sites["softmax"].cut
     for site in sites.values():

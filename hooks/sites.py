@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
 
 PIECE = 1 << 18
 """How many products are formed at once; with float32, 1 MiB: they stay in the processor's cache."""

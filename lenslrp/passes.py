@@ -36,11 +36,11 @@ from lenslrp.hooks import graph_walk
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import BlockBridge, layer_of
 from lenslrp.hooks.constants import now
-from lenslrp.hooks.functions import product_shares
 from lenslrp.hooks.graph_walk import Walk
 from lenslrp.hooks.install import Rules
 from lenslrp.hooks.observing import WRITES, Observer
 from lenslrp.hooks.readers import Readers
+from lenslrp.hooks.rule_types import product_shares
 from lenslrp.hooks.sharding import gather
 from lenslrp.hooks.sites import Accounts, Site, has_values, row_sums, widened
 from lenslrp.inputs import Batch

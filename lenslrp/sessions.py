@@ -30,7 +30,7 @@ from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.install import Rules, require_attention, require_bridge
 from lenslrp.hooks.observing import Observer
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
 from lenslrp.hooks.sites import Accounts
 from lenslrp.hooks.structure import unchanged
 from lenslrp.hooks.turns import Turn, turn, turns_of

@@ -8,7 +8,7 @@ from torch import nn
 import lenslrp
 from lenslrp.hooks.assignment import Assignment, assign
 from lenslrp.hooks.attach import original
-from lenslrp.hooks.rules import Epsilon
+from lenslrp.hooks.rule_types import Epsilon
 from lenslrp.hooks.sites import Site
 from tests.conformance.test_zoo import COVERED
 from tests.conformance.zoo import build

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lenslrp
 from lenslrp.hooks.components import components
 from lenslrp.hooks.embeddings import embeddings
-from lenslrp.hooks.rules import Identity
+from lenslrp.hooks.rule_types import Identity
 from lenslrp.hooks.sites import Site
 from lenslrp.leaves import Leaves
 from lenslrp.passes import Pass

@@ -21,7 +21,7 @@ from lenslrp.hooks import functions as F
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.convolution import attach_convolution, windows
 from lenslrp.hooks.norms import is_norm
-from lenslrp.hooks.rules import ZPLUS, LinearRule, Normalisation
+from lenslrp.hooks.rule_types import ZPLUS, LinearRule, Normalisation
 from lenslrp.hooks.sites import Accounts, Site
 from tests.oracles import slow_rules as slow
 

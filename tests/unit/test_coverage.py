@@ -20,7 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import lenslrp
 from lenslrp.errors import CoverageError
 from lenslrp.hooks import graph_walk
-from lenslrp.hooks.rules import Identity, Plain
+from lenslrp.hooks.rule_types import Identity, Plain
 from tests.unit.tiny import TOKENS, embedding_leaf, tiny
 
 Forward = Callable[[Any, Tensor], Tensor]

@@ -19,7 +19,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 import lenslrp
 from lenslrp.hooks import checks, norms, sites
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.rules import Identity, Normalisation
+from lenslrp.hooks.rule_types import Identity, Normalisation
 from lenslrp.hooks.sites import Site, dots, row_sums
 from tests.unit import tiny
 

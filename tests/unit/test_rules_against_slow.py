@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lenslrp.hooks import rules
+from lenslrp.hooks import rule_types, rules
 from tests.oracles import slow_rules as slow
 
 EPS = 1e-6  # large enough for a missing or misplaced stabiliser to show at 1e-10
@@ -152,15 +152,15 @@ LINEAR_RULES: dict[str, tuple[LinearRule, SlowLinearRule]] = {
         lambda r, x, w, b: slow.z_plus(r, x, w, b, EPS),
     ),
     "Gamma": (
-        lambda c: rules.Gamma(GAMMA).backward(c.g, c.x, c.weight, c.bias),
+        lambda c: rule_types.Gamma(GAMMA).backward(c.g, c.x, c.weight, c.bias),
         lambda r, x, w, b: slow.gamma(r, x, w, b, GAMMA, TINY),
     ),
     "AlphaBeta": (
-        lambda c: rules.AlphaBeta(ALPHA, BETA).backward(c.g, c.x, c.weight, c.bias),
+        lambda c: rule_types.AlphaBeta(ALPHA, BETA).backward(c.g, c.x, c.weight, c.bias),
         lambda r, x, w, b: slow.alpha_beta(r, x, w, b, ALPHA, BETA, TINY),
     ),
     "ZPLUS": (
-        lambda c: rules.ZPLUS.backward(c.g, c.x, c.weight, c.bias),
+        lambda c: rule_types.ZPLUS.backward(c.g, c.x, c.weight, c.bias),
         lambda r, x, w, b: slow.z_plus(r, x, w, b, TINY),
     ),
 }
@@ -174,7 +174,7 @@ OTHER_RULES: dict[str, tuple[dict[str, Case], Rule, Rule]] = {
     ),
     "Identity": (
         ELEMENTWISE,
-        lambda c: c.g * rules.Identity(EPS).factor(c.x, c.y),
+        lambda c: c.g * rule_types.Identity(EPS).factor(c.x, c.y),
         lambda c: by_row(lambda r, x: slow.identity(r, x, EPS), c),
     ),
     "RMS-norm": (
