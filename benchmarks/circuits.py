@@ -41,7 +41,7 @@ from lenslrp.analysis.circuits.pruning import (
 from lenslrp.analysis.circuits.scores import NodeScores, score_nodes
 from lenslrp.analysis.common.statistics import RESAMPLES, bootstrap, spearman
 from lenslrp.files import whole
-from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.structure import layer_of
 
 RESULTS = Path(__file__).with_name("results") / "circuits"  # ignored by git
 N, CHUNK, SEED = 60, 12, 0

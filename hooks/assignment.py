@@ -26,23 +26,20 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources.native import model as native
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import Attached, Context, components, original
 from lenslrp.hooks.attention import attach_attention, gates_its_output
 from lenslrp.hooks.checks import known_forward
 from lenslrp.hooks.components import (
     KNOWN_ACTIVATIONS,
     LAYERS,
     attach_activation,
-    attach_all_cycles,
     attach_gated_mlp,
     attach_linear,
     attach_native_activation,
 )
 from lenslrp.hooks.composites import Composite
-from lenslrp.hooks.constants import meter_edits, watch_gradients
 from lenslrp.hooks.convolution import CONVOLUTIONS
-from lenslrp.hooks.embeddings import attach_leaf, attach_patches, embeddings
 from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures
+from lenslrp.hooks.leaf_modules import embeddings
 from lenslrp.hooks.norms import attach_loose_norm, attach_norm, attach_own_norm, is_norm
 from lenslrp.hooks.operations import (
     ATTENTION,
@@ -52,7 +49,6 @@ from lenslrp.hooks.operations import (
     declared,
     is_known,
 )
-from lenslrp.hooks.patches import below, embedders
 from lenslrp.hooks.rule_types import (
     Epsilon,
     Identity,
@@ -63,7 +59,7 @@ from lenslrp.hooks.rule_types import (
     product_shares,
 )
 from lenslrp.hooks.sharding import is_sharded
-from lenslrp.hooks.structure import Parts, once, require_modules_of_their_own
+from lenslrp.hooks.structure import Parts, components, once, original, require_modules_of_their_own
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -182,35 +178,6 @@ def assign(
     )  # fmt: skip
     weights = _ruled_weights(found, composite, roles, raw)
     return Assignments(rows, queries, weights, wrapped, embedded)
-
-
-def attach_all(
-    model: TransformerBridge, found: Parts, ctx: Context, at: Attached
-) -> list[tuple[nn.Module, bool]]:
-    """Attach the composite's rules to every component of a bridge; returns its embeddings.
-
-    ``at`` learns the sites and how to undo them, as far as it went.
-    """
-    assigned = assign(model, ctx.composite, ctx.attention)
-    at.edits = meter_edits(at, ctx, found)
-    at.changed = watch_gradients(at, found)
-    at.wrapped, at.weights = assigned.wrapped, assigned.weights
-    ctx.queries.update(assigned.queries)
-    for inner, _ in assigned.embedded:
-        attach_leaf(at, inner)
-    for _, module in found:
-        if hasattr(module, "L_bp_cycles_padded"):
-            attach_all_cycles(at, module)
-    for row in assigned.rows:
-        attach_row(at, ctx, row)
-    for place in embedders(found):
-        attach_patches(at, place.projection, below(found, at.sites))
-    return assigned.embedded
-
-
-def attach_row(at: Attached, ctx: Context, row: Assignment) -> None:
-    """Attach what one row of the table says."""
-    row.attach(at, ctx, row.path, row.module, *row.options)
 
 
 def _answered_for(

@@ -39,7 +39,6 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.attach import Attached, Context, original
 from lenslrp.hooks.attention_functions import (
     FusedInput,
     FusedOutput,
@@ -48,7 +47,9 @@ from lenslrp.hooks.attention_functions import (
     SoftmaxReplaced,
 )
 from lenslrp.hooks.constants import measure_bias
-from lenslrp.hooks.live import attach_at_product, attach_live, attach_score_meter
+from lenslrp.hooks.context import Context
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.intercept import attach_at_product, attach_live, attach_score_meter
 from lenslrp.hooks.rule_types import (
     Epsilon,
     LinearRule,
@@ -59,6 +60,7 @@ from lenslrp.hooks.rule_types import (
     product_shares,
 )
 from lenslrp.hooks.sites import has_values, row_sums, state_of
+from lenslrp.hooks.structure import original
 
 FUSED = "lenslrp_fused"
 """The name under which the fused attention is registered with transformers."""

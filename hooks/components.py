@@ -15,10 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,
-    EmbeddingBridge,
     GatedMLPBridge,
-    MLPBridge,
-    PosEmbedBridge,
     UnembeddingBridge,
 )
 from transformer_lens.model_bridge.generalized_components.gated_mlp import resolve_activation_fn
@@ -30,14 +27,15 @@ from transformers.pytorch_utils import Conv1D
 
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.attach import Attached, Context, components, layer_of, original
-from lenslrp.hooks.attention import softcap_of
 from lenslrp.hooks.checks import elementwise, known_forward
 from lenslrp.hooks.constants import measure_bias
+from lenslrp.hooks.context import Context
 from lenslrp.hooks.convolution import CONVOLUTIONS, attach_convolution
-from lenslrp.hooks.embeddings import PER_LAYER
 from lenslrp.hooks.experts import ExpertPoint, expert_points
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.leaf_modules import PER_LAYER
 from lenslrp.hooks.rule_types import Epsilon, LinearRule, Plain, product_shares
+from lenslrp.hooks.structure import layer_of, original
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -232,19 +230,4 @@ def hook_points(
     return {**model.hook_dict, **expert_points(parts)}
 
 
-__all__ = [
-    "ACTIVATIONS",
-    "Attached",
-    "BlockBridge",
-    "Context",
-    "EmbeddingBridge",
-    "ExpertPoint",
-    "MLPBridge",
-    "PosEmbedBridge",
-    "UnembeddingBridge",
-    "components",
-    "hook_points",
-    "layer_of",
-    "original",
-    "softcap_of",
-]
+__all__ = ["BlockBridge", "ExpertPoint", "UnembeddingBridge", "hook_points"]

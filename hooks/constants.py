@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lenslrp.hooks.attach import Attached, Context
+from lenslrp.hooks.context import Context
 from lenslrp.hooks.functions import same
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.rule_types import Epsilon
 from lenslrp.hooks.sites import Site, has_values, row_sums, state_of, widest
 from lenslrp.hooks.state import users_hooks

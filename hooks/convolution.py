@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.attach import Attached
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.rule_types import LinearRule
 from lenslrp.hooks.sites import Site
 

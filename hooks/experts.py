@@ -28,9 +28,11 @@ from transformer_lens.model_bridge.generalized_components import MoEBridge
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import Attached, Context, original
+from lenslrp.hooks.context import Context
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.operations import GATED_MLP, PRODUCTS, ROUTER, Met, attach_operations
 from lenslrp.hooks.rule_types import LinearRule, Operations
+from lenslrp.hooks.structure import original
 
 ROUTERS = re.compile("Router|Gating|Statics")
 EXPERTS = re.compile("Experts$")

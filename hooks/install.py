@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lenslrp.errors import CoverageError, InputError
-from lenslrp.hooks.assignment import attach_all
-from lenslrp.hooks.attach import Attached, Context, Holder, Undo, raise_failed, undo_all
+from lenslrp.hooks.attach import attach_all
 from lenslrp.hooks.components import hook_points, watched_blocks
 from lenslrp.hooks.composites import Composite, as_composite
 from lenslrp.hooks.constants import EditMeter
+from lenslrp.hooks.context import Context
 from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place
 from lenslrp.hooks.graph_walk import walk
+from lenslrp.hooks.handles import Attached, Holder, Undo, raise_failed, undo_all
 from lenslrp.hooks.readers import Readers, owners
 from lenslrp.hooks.rule_types import Rule
 from lenslrp.hooks.sharding import require_whole, reshard

@@ -18,11 +18,13 @@ from transformer_lens.model_bridge.sources.native import model as native
 from lenslrp.errors import InputError
 from lenslrp.hooks import checks
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.attach import Attached, Context, original
 from lenslrp.hooks.checks import elementwise, known_forward
 from lenslrp.hooks.constants import measure_bias
+from lenslrp.hooks.context import Context
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.rule_types import Identity, Normalisation, Plain
 from lenslrp.hooks.sites import Site
+from lenslrp.hooks.structure import original
 
 LAYER_NORMS = (nn.LayerNorm.forward, native.NativeLayerNormPre.forward)
 GROUP_NORMS = (nn.GroupNorm.forward,)

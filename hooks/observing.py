@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lenslrp.hooks.meeting import Intercept
+from lenslrp.hooks.intercept import Intercept
 
 WRITES = frozenset({"CopySlices"})
 """Graph nodes of writes into views."""

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.attach import Attached, Context
 from lenslrp.hooks.attention_functions import Pattern
 from lenslrp.hooks.constants import measure_bias
-from lenslrp.hooks.meeting import MATRIX_PRODUCTS, SUMS, Intercept
+from lenslrp.hooks.context import Context
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.intercept import MATRIX_PRODUCTS, SUMS, Intercept
 from lenslrp.hooks.rule_types import (
     Epsilon,
     LinearRule,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformer_lens.utilities.position_ids import accepts_mask_derived_position_ids
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import components
-from lenslrp.hooks.embeddings import embeddings
+from lenslrp.hooks.leaf_modules import embeddings
+from lenslrp.hooks.structure import components
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -25,9 +25,10 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import Attached, layer_of
 from lenslrp.hooks.functions import Read, apply, same
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.sites import forget_products, widened
+from lenslrp.hooks.structure import layer_of
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Reduce = Callable[[Tensor], Tensor]

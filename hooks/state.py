@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
-from lenslrp.hooks.attach import Own, components
+from lenslrp.hooks.handles import Own
+from lenslrp.hooks.structure import components
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

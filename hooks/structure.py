@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -117,6 +119,18 @@ def require_modules_of_their_own(model: nn.Module) -> None:
                 f"{path} ({type(inner).__name__}) is the same module as {other}: relevance there "
                 "would be that of both; give each place a module of its own (copy.deepcopy)"
             )
+
+
+@cache
+def layer_of(name: str) -> int | None:
+    """The block index in a hook or component name, ``None`` outside the blocks."""
+    found = re.search(r"(?:^|\.)\w*blocks\.(\d+)(?:\.|$)", name)
+    return int(found.group(1)) if found else None
+
+
+def original(component: nn.Module) -> Any:
+    """The Hugging Face module that a bridge component wraps, or ``None``."""
+    return getattr(component, "original_component", None)
 
 
 def _children(module: nn.Module) -> list[int]:

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import raise_failed
+from lenslrp.hooks.handles import raise_failed
 
 PATIENCE = 1.0
 """Seconds of waiting after which a thread says so."""

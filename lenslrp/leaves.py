@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.patches import Embedder, below, embedders
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.leaf_modules import Embedder, below, embedders
 from lenslrp.hooks.sites import Site, has_values
 from lenslrp.inputs import Batch
 

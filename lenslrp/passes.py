@@ -33,16 +33,17 @@ from lenslrp.forward import (
 )
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks import graph_walk
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.components import BlockBridge, layer_of
+from lenslrp.hooks.components import BlockBridge
 from lenslrp.hooks.constants import now
 from lenslrp.hooks.graph_walk import Walk
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.install import Rules
 from lenslrp.hooks.observing import WRITES, Observer
 from lenslrp.hooks.readers import Readers
 from lenslrp.hooks.rule_types import product_shares
 from lenslrp.hooks.sharding import gather
 from lenslrp.hooks.sites import Accounts, Site, has_values, row_sums, widened
+from lenslrp.hooks.structure import layer_of
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
 from lenslrp.ledger import BALANCED, Ledger, make_ledger, read

@@ -25,8 +25,8 @@ from lenslrp.errors import CoverageError, InputError
 from lenslrp.explaining import WINDOW, explain
 from lenslrp.forward import architecture, columns_for, parts_of, read_at
 from lenslrp.hooks import coverage as cover
-from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.install import Rules, require_attention, require_bridge
 from lenslrp.hooks.observing import Observer
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names

@@ -18,12 +18,11 @@ from rich.console import Console
 
 import lenslrp
 from lenslrp import media
-from lenslrp.hooks import AlphaBeta, Gamma, assignment
+from lenslrp.hooks import AlphaBeta, Gamma, assignment, leaf_modules
 from lenslrp.hooks import components as hook_components
-from lenslrp.hooks import patches as hook_patches
-from lenslrp.hooks.components import components
-from lenslrp.hooks.patches import embedders
+from lenslrp.hooks.leaf_modules import embedders
 from lenslrp.hooks.sites import Accounts, Site
+from lenslrp.hooks.structure import components
 from lenslrp.targets import Activation, Contrastive, Custom, Logit, LogitDiff, LogProb
 from tests.conformance import zoo
 from tests.conformance.families import COMPOSITES
@@ -323,7 +322,7 @@ def test_a_forgotten_group_norm_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_forgotten_positions_unbalance_the_books(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hook_patches, "POSITIONS", ())
+    monkeypatch.setattr(leaf_modules, "POSITIONS", ())
     with pytest.raises(lenslrp.CoverageError, match="the books do not balance"):
         explain(zoo.build("DeiTForImageClassification"), lenslrp.CPLRP())
 

@@ -11,9 +11,10 @@ import torch
 import lenslrp
 from lenslrp import media
 from lenslrp.hooks import UNIFORM, Plain
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.components import attach_all_cycles, components, hook_points
+from lenslrp.hooks.components import attach_all_cycles, hook_points
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.sites import TERMS
+from lenslrp.hooks.structure import components
 from tests.conformance import zoo
 from tests.unit.tiny import changes, snapshot
 

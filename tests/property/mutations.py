@@ -24,7 +24,7 @@ from torch import nn
 
 from lenslrp import passes
 from lenslrp.hooks import assignment, checks, components, graph_walk, norms, observing
-from lenslrp.hooks.attach import Attached
+from lenslrp.hooks.handles import Attached
 from tests.property.generate import generate
 from tests.property.judge import Verdict, judge
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lenslrp.hooks import AlphaBeta, Gamma
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.convolution import attach_convolution, windows
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.norms import is_norm
 from lenslrp.hooks.rule_types import ZPLUS, LinearRule, Normalisation
 from lenslrp.hooks.sites import Accounts, Site

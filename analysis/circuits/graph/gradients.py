@@ -20,8 +20,8 @@ from lenslrp.analysis.circuits.nodes import COMPONENTS, TARGET, Node
 from lenslrp.analysis.circuits.segments import EMBEDDINGS, CutPass, cut
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.cache import RelevanceCache
-from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.sites import TERMS
+from lenslrp.hooks.structure import layer_of
 from lenslrp.inputs import Batch
 from lenslrp.sessions import Session
 from lenslrp.targets import Outputs, Target, Top

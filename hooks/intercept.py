@@ -15,11 +15,39 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
-from lenslrp.hooks.attach import Attached, original
-from lenslrp.hooks.meeting import MATRIX_PRODUCTS, SUMS, Intercept
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.sites import Site, row_sums
+from lenslrp.hooks.structure import original
+
+SUMS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
+MATRIX_PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "einsum"})
+
+
+class Intercept(TorchFunctionMode):
+    """Hands every call of a torch function to :meth:`meet`, by the function's name."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self.meets():
+            return func(*args, **kwargs)
+        return self.meet(func, getattr(func, "__name__", ""), args, kwargs)
+
+    def meets(self) -> bool:
+        """Whether the code that runs now is to be met."""
+        return True
+
+    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``func`` with whatever it needs before and after."""
+        return func(*args, **kwargs)
 
 
 class ScoreMeter(Intercept):
