@@ -2,8 +2,8 @@
 
 :func:`assign` looks at a model and changes nothing; its table has a row for everything that is
 attached. A new architecture is rows in that table: a class in one of the lists that it goes by
-(:data:`~lenslrp.hooks.components.ACTIVATIONS`, :data:`~lenslrp.hooks.norms.NAMED_NORMS`,
-:data:`~lenslrp.hooks.operations.KNOWN`), or a branch of :class:`_Decision`.
+(:data:`~lenslrp.hooks.components.ACTIVATION_CLASSES`, :data:`~lenslrp.hooks.norms.NAMED_NORMS`,
+:data:`~lenslrp.hooks.operations.OPERATIONS_BY_CLASS`), or a branch of :class:`_Decision`.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from lenslrp.errors import InputError
 from lenslrp.hooks.attention import attach_attention, gates_its_output
 from lenslrp.hooks.checks import known_forward
 from lenslrp.hooks.components import (
-    KNOWN_ACTIVATIONS,
-    LAYERS,
+    ACTIVATION_FORWARDS,
+    LINEAR_CLASSES,
     attach_activation,
     attach_gated_mlp,
     attach_linear,
     attach_native_activation,
 )
 from lenslrp.hooks.composites import Composite
-from lenslrp.hooks.convolution import CONVOLUTIONS
+from lenslrp.hooks.convolution import CONVOLUTION_CLASSES
 from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures
 from lenslrp.hooks.leaf_modules import embeddings
-from lenslrp.hooks.norms import attach_loose_norm, attach_norm, attach_own_norm, is_norm
+from lenslrp.hooks.norms import attach_norm, attach_registered_norm, attach_unbridged_norm, is_norm
 from lenslrp.hooks.operations import (
-    ATTENTION,
-    ATTENTION_GATE,
-    ROUTER,
+    ATTENTION_GATE_OPERATIONS,
+    ATTENTION_OPERATIONS,
+    ROUTER_OPERATIONS,
     attach_operations,
     declared,
     is_known,
@@ -59,7 +59,13 @@ from lenslrp.hooks.rule_types import (
     product_shares,
 )
 from lenslrp.hooks.sharding import is_sharded
-from lenslrp.hooks.structure import Parts, components, once, original, require_modules_of_their_own
+from lenslrp.hooks.structure import (
+    NamedModules,
+    check_once,
+    components,
+    original,
+    require_modules_of_their_own,
+)
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -128,7 +134,7 @@ def assign(
         CoverageError: one module stands in two places.
         InputError: a rule that gives ``up`` no share.
     """
-    once(model, require_modules_of_their_own)
+    check_once(model, require_modules_of_their_own)
     found = components(model)
     gates: dict[int, float] = {}
     roles: dict[int, str] = {}
@@ -165,7 +171,7 @@ def assign(
         if id(module) in inside:
             continue
         rows.extend(decide.row(path, module))
-        if id(module) in linear and not isinstance(module, LAYERS):
+        if id(module) in linear and not isinstance(module, LINEAR_CLASSES):
             rows.extend(decide.linear(path, module))
         if id(module) in raw and id(module) not in mixing:
             rows.append(decide.operations(path, module, raw[id(module)]))
@@ -181,7 +187,7 @@ def assign(
 
 
 def _answered_for(
-    found: Parts, composite: Composite, embedded: list[tuple[nn.Module, bool]]
+    found: NamedModules, composite: Composite, embedded: list[tuple[nn.Module, bool]]
 ) -> set[int]:
     """Modules inside one that has a rule as a whole; and what an embedding does before its leaf."""
     inside: set[int] = set()
@@ -215,28 +221,30 @@ class _Decision:
         if isinstance(own, Operations):
             yield self.operations(path, module, own)
         elif isinstance(own, Normalisation):
-            yield Assignment(path, module, "norm", own, attach=attach_own_norm, options=(own,))
+            yield Assignment(
+                path, module, "norm", own, attach=attach_registered_norm, options=(own,)
+            )
         elif own is not None:
             yield self.activation(path, module, own, share, True)
         elif isinstance(module, NormalizationBridge):
             yield Assignment(path, module, "norm", rules["norm"], attach=attach_norm)
         elif isinstance(module, AttentionBridge):
-            if type(original(module)) not in rules.modules:  # taught: it has rules of its own
+            if type(original(module)) not in rules.modules:  # registered: it has rules of its own
                 rule = rules["attention_av"]
                 yield Assignment(path, module, "attention_av", rule, attach=attach_attention)
         elif isinstance(module, GatedMLPBridge) and original(module) is not None:
             if _computes_itself(rules, module) and not is_known(original(module)):
                 yield Assignment(path, module, "gate", rules["gate"], attach=attach_gated_mlp)
         elif id(module) not in self.wrapped and is_norm(module):
-            yield Assignment(path, module, "norm", rules["norm"], attach=attach_loose_norm)
-        elif known_forward(module) in KNOWN_ACTIVATIONS:
+            yield Assignment(path, module, "norm", rules["norm"], attach=attach_unbridged_norm)
+        elif known_forward(module) in ACTIVATION_FORWARDS:
             yield self.activation(path, module, rules["activation"], share, False)
         elif isinstance(module, native.NativeMLP | native.NativeGatedMLP):
             yield Assignment(
                 path, module, "activation", rules["activation"], share,
                 attach_native_activation, (share,),
             )  # fmt: skip
-        elif isinstance(module, LAYERS):
+        elif isinstance(module, LINEAR_CLASSES):
             yield from self.linear(path, module)
 
     def linear(self, path: str, module: nn.Module) -> Iterator[Assignment]:
@@ -279,12 +287,12 @@ def _raw_modules(
     met = _attended(parts)
     for _, module in parts:
         if gates_its_output(module):
-            raw[id(module)] = ATTENTION_GATE
+            raw[id(module)] = ATTENTION_GATE_OPERATIONS
         spec = declared(module)
-        taught = type(module) in composite.modules
-        if spec is None or taught or isinstance(module, GeneralizedComponent):
+        registered = type(module) in composite.modules
+        if spec is None or registered or isinstance(module, GeneralizedComponent):
             continue
-        if spec is ATTENTION and id(module) in met:
+        if spec is ATTENTION_OPERATIONS and id(module) in met:
             continue  # its bridge has hook points for it
         if id(module) not in bridged or is_known(module):
             raw.setdefault(id(module), spec)
@@ -311,9 +319,9 @@ def _ruled_weights(
         # A parametrised weight is a new tensor at every call.
         if isinstance(module, nn.Embedding) or parametrize.is_parametrized(module):
             continue
-        if isinstance(module, LAYERS):
+        if isinstance(module, LINEAR_CLASSES):
             role, matrices = roles.get(id(module), _linear_role(module)), [layer.weight]
-        elif raw.get(id(module)) == ROUTER:
+        elif raw.get(id(module)) == ROUTER_OPERATIONS:
             continue
         else:
             role = "projection" if id(module) in attended else "linear"
@@ -350,7 +358,7 @@ def _router_roles(
     """Linear layers that weigh experts: they keep the epsilon rule, whatever that of the others."""
     found: dict[int, str] = {}
     for _, module in parts:
-        if raw.get(id(module)) == ROUTER:
+        if raw.get(id(module)) == ROUTER_OPERATIONS:
             found.update((id(inner), "router") for inner in module.modules())
             found[id(module)] = ""
     for mixture in mixed:  # the weight of a shared expert: one number a position
@@ -361,7 +369,7 @@ def _router_roles(
 
 
 def _linear_role(module: nn.Module) -> str:
-    return "convolution" if isinstance(module, CONVOLUTIONS) else "linear"
+    return "convolution" if isinstance(module, CONVOLUTION_CLASSES) else "linear"
 
 
 def _wrapped(module: nn.Module, key: str) -> Any:

@@ -11,15 +11,20 @@ from lenslrp.hooks.components import attach_all_cycles
 from lenslrp.hooks.constants import meter_edits, watch_gradients
 from lenslrp.hooks.context import Context
 from lenslrp.hooks.handles import Attached
-from lenslrp.hooks.leaf_modules import attach_leaf, attach_patches, below, embedders
-from lenslrp.hooks.structure import Parts
+from lenslrp.hooks.leaf_modules import (
+    attach_leaf,
+    attach_patches,
+    media_embedders,
+    sites_before_sequence,
+)
+from lenslrp.hooks.structure import NamedModules
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
 def attach_all(
-    model: TransformerBridge, found: Parts, ctx: Context, at: Attached
+    model: TransformerBridge, found: NamedModules, ctx: Context, at: Attached
 ) -> list[tuple[nn.Module, bool]]:
     """Attach the composite's rules to every component of a bridge; returns its embeddings.
 
@@ -37,8 +42,8 @@ def attach_all(
             attach_all_cycles(at, module)
     for row in assigned.rows:
         attach_row(at, ctx, row)
-    for place in embedders(found):
-        attach_patches(at, place.projection, below(found, at.sites))
+    for place in media_embedders(found):
+        attach_patches(at, place.projection, sites_before_sequence(found, at.sites))
     return assigned.embedded
 
 

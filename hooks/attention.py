@@ -49,7 +49,7 @@ from lenslrp.hooks.attention_functions import (
 from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.context import Context
 from lenslrp.hooks.handles import Attached
-from lenslrp.hooks.intercept import attach_at_product, attach_live, attach_score_meter
+from lenslrp.hooks.intercept import attach_at_product, attach_hookable_attention, attach_score_meter
 from lenslrp.hooks.rule_types import (
     Epsilon,
     LinearRule,
@@ -66,7 +66,7 @@ FUSED = "lenslrp_fused"
 """The name under which the fused attention is registered with transformers."""
 
 
-PER_HEAD = ("use_split_qkv_input", "use_attn_in", "use_attn_result")
+PER_HEAD_SETTINGS = ("use_split_qkv_input", "use_attn_in", "use_attn_result")
 """Settings of the bridge under which projections run head by head."""
 
 
@@ -79,7 +79,7 @@ def softcap_of(attn: AttentionBridge) -> float | None:
     return float(cap) if cap is not None and float(cap) > 0 else None
 
 
-MAKERS = ("transformers", "transformers_modules", "transformer_lens")
+SUPPORTED_PACKAGES = ("transformers", "transformers_modules", "transformer_lens")
 """Whose attention TransformerLens knows how to compute; anyone else's only the module itself."""
 
 
@@ -90,7 +90,7 @@ def passes_over(attn: AttentionBridge) -> bool:
     """
     inner = original(attn)
     itself = "forward" not in attn.__dict__ and type(attn).forward is not AttentionBridge.forward
-    return itself and type(inner).forward.__module__.partition(".")[0] not in MAKERS
+    return itself and type(inner).forward.__module__.partition(".")[0] not in SUPPORTED_PACKAGES
 
 
 def own_attention(model: nn.Module) -> list[AttentionBridge]:
@@ -160,7 +160,7 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     if first == 0:
         at.hook(attn.hook_pattern, lambda _, args, y: y.detach())
         if not isinstance(inner, native.NativeAttention):
-            attach_live(at, attn, at_product, None, 1.0)
+            attach_hookable_attention(at, attn, at_product, None, 1.0)
         return
     sites = {
         "attention_qk": ctx.site(f"{path}.hook_attn_scores", attn, "attention_qk"),
@@ -173,14 +173,14 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     q_share, k_share = product_shares(roles["attention_qk"])
     if q_share != k_share:
         raise InputError("an attention_qk rule must give queries and keys the same share")
-    if isinstance(attn, ALiBiJointQKVAttentionBridge | BloomAttentionBridge) and ctx.books:
+    if isinstance(attn, ALiBiJointQKVAttentionBridge | BloomAttentionBridge) and ctx.accounts:
         attach_score_meter(at, attn, sites["attention_qk"], q_share)
     elif not isinstance(inner, native.NativeAttention):
-        attach_live(at, attn, at_product, sites["attention_qk"], q_share)
+        attach_hookable_attention(at, attn, at_product, sites["attention_qk"], q_share)
     replaces = isinstance(roles["softmax"], SoftmaxRule)
     needs_scores = replaces or isinstance(roles["softmax"], SoftmaxTemperature)
     stash: list[Tensor] = []
-    edited = ctx.books is not None and bool(attn.hook_attn_scores._forward_hooks)
+    edited = ctx.accounts is not None and bool(attn.hook_attn_scores._forward_hooks)
     ruled = {role: site for role, site in sites.items() if not (edited and role == "softmax")}
 
     def at_scores(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def attach_per_head(at: Attached, ctx: Context, path: str, attn: Any) -> None:
         InputError: under a rule that needs the whole projection, or the fused kernel, which runs
             none of this; it names the setting.
     """
-    flags = [flag for flag in PER_HEAD if getattr(attn.config, flag, False)]
+    flags = [flag for flag in PER_HEAD_SETTINGS if getattr(attn.config, flag, False)]
     rule = ctx.composite["projection"]
     if flags and (isinstance(rule, LinearRule) or ctx.attention == "fused"):
         why = 'attention="fused"' if ctx.attention == "fused" else f"projection={rule.name}"
@@ -232,7 +232,7 @@ def attach_per_head(at: Attached, ctx: Context, path: str, attn: Any) -> None:
             f"call model.set_{flags[0]}(False), or use the epsilon rule for projections with "
             'attention="bridge"'
         )
-    if ctx.books is None:
+    if ctx.accounts is None:
         return
     project, result = attn._project_per_head_qkv, attn._compute_per_head_result
 
@@ -293,8 +293,10 @@ def native_forward(attn: AttentionBridge, inner: Any) -> Callable[..., tuple[Ten
             block = inner._combine_attention_mask(block, attention_mask, batch=batch)
         scores = attn.hook_attn_scores(scores.masked_fill(block, float("-inf")))
         # A padded query sees no key: softmax's backward would make NaN of a row of -inf.
-        blind = block.all(dim=-1, keepdim=True)
-        pattern = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(block, 0.0)
+        fully_masked = block.all(dim=-1, keepdim=True)
+        pattern = torch.softmax(scores.masked_fill(fully_masked, 0.0), dim=-1).masked_fill(
+            block, 0.0
+        )
         if pattern_fn is not None:
             pattern = pattern_fn(pattern)
         z = torch.matmul(pattern, v).transpose(1, 2).contiguous().view(batch, seq, -1)
@@ -338,18 +340,18 @@ def _joint_is_current(attn: JointQKVAttentionBridge) -> bool:
     joint = original(attn)
     weights = [p for module in (joint, *parts) for p in module.parameters()]
     states = [state_of(weight) for weight in weights if has_values(weight)]
-    if _current.get(attn, (None,))[0] != states:
+    if _joints.get(attn, (None,))[0] != states:
         pairs = [
             (getattr(mine, name), getattr(theirs, name))
             for mine, theirs in zip(parts, attn.split_qkv_matrix(joint), strict=True)
             for name in ("weight", "bias")
         ]
         alike = all(torch.equal(a, b) for a, b in pairs if a is not None and has_values(a))
-        _current[attn] = (states, alike)
-    return _current[attn][1]
+        _joints[attn] = (states, alike)
+    return _joints[attn][1]
 
 
-_current: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], bool]] = WeakKeyDictionary()
+_joints: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], bool]] = WeakKeyDictionary()
 
 
 def attach_fused(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -> None:

@@ -32,7 +32,7 @@ class Scores(torch.autograd.Function):
             sites["softcap"].forward += 1
         capped = cap is not None and sites["softcap"].rule.name != "plain"
         ctx.capped = capped
-        if capped or sites["attention_qk"].books is not None:
+        if capped or sites["attention_qk"].accounts is not None:
             ctx.save_for_backward(scores)
         return same(scores, sites["attention_qk"].copies)
 
@@ -45,7 +45,7 @@ class Scores(torch.autograd.Function):
         down = softcap_compensation(g, saved[0], ctx.cap) if ctx.capped else g
         if softcap is not None:
             softcap.backward += 1
-        if qk.books is not None:
+        if qk.accounts is not None:
             s = saved[0]
             relevance = row_sums(s, g)
             if softmax is not None and softmax.backward:  # not where relevance starts at a score
@@ -69,7 +69,7 @@ class Pattern(torch.autograd.Function):
     ) -> Tensor:
         set_site(ctx, site, opens=("softmax",))
         ctx.share = share
-        ctx.save_for_backward(pattern if site.books is not None else None, scores)
+        ctx.save_for_backward(pattern if site.accounts is not None else None, scores)
         return same(pattern, site.copies)
 
     @staticmethod
@@ -78,7 +78,7 @@ class Pattern(torch.autograd.Function):
         site.backward += 1
         pattern, scores = ctx.saved_tensors
         g = g if ctx.share == 1 else g * ctx.share
-        if site.books is not None:
+        if site.accounts is not None:
             site.report("softmax", row_sums(pattern, g))
         rule = site.rule
         if isinstance(rule, SoftmaxTemperature):
@@ -102,7 +102,7 @@ class SoftmaxReplaced(torch.autograd.Function):
         site.backward += 1
         pattern, scores = ctx.saved_tensors
         g = g if ctx.share == 1 else g * ctx.share
-        if site.books is not None:
+        if site.accounts is not None:
             site.report("softmax", row_sums(pattern, g))
         return None, site.rule.at_scores(g, scores, pattern), None, None
 
@@ -116,14 +116,14 @@ class FusedOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, site: Site) -> Tensor:
         set_site(ctx, site, region=1)
-        if site.books is not None:
+        if site.accounts is not None:
             ctx.save_for_backward(z)
         return same(z, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         ctx.site.backward += 1
-        if ctx.site.books is not None:
+        if ctx.site.accounts is not None:
             ctx.site.report("softmax", row_sums(ctx.saved_tensors[0], g))
         return g, None
 
@@ -135,13 +135,13 @@ class FusedInput(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, share: float, site: Site) -> Tensor:
         set_site(ctx, site, region=-1)
         ctx.share = share
-        if site.books is not None:
+        if site.accounts is not None:
             ctx.save_for_backward(kept_input(x, site))
         return same(x, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         g = g * ctx.share
-        if ctx.site.books is not None:
+        if ctx.site.accounts is not None:
             ctx.site.report("softmax", -row_sums(ctx.saved_tensors[0], g))
         return g, None, None

@@ -22,16 +22,14 @@ from lenslrp.hooks import functions as F
 from lenslrp.hooks.rule_types import Identity, Limited, Normalisation
 from lenslrp.hooks.rules import inverse_rms
 from lenslrp.hooks.sites import Site, has_values, widened
+from lenslrp.hooks.structure import TRUSTED_PACKAGES
 
-Run = Callable[[Tensor], Tensor]
+ModuleForward = Callable[[Tensor], Tensor]
 
-KNOWN = ("torch.", "transformers.", "transformer_lens.")
-"""Packages whose modules do the same at every call."""
-
-ZERO = 1e-5
+ZERO_TOLERANCE = 1e-5
 """How far from 0 an activation's value at 0 may be (xIELU's is 1e-6)."""
 
-SAME: dict[torch.dtype, float] = {
+TOLERANCE: dict[torch.dtype, float] = {
     torch.float64: 1e-6,  # some modules compute in float32 whatever the model's type
     torch.float32: 1e-5,
     torch.bfloat16: 1.6e-2,
@@ -44,7 +42,7 @@ FORMS = ("exact", "nearly", "weight", "1 + weight")
 """How a module can fit its rule: ``"nearly"`` where it is not quite 0 at 0. The last two are the
 gain of a norm that divides by the root mean square, all of whose form is known."""
 
-EPSILONS = ("variance_epsilon", "eps")
+EPSILON_NAMES = ("variance_epsilon", "eps")
 """What such norms call the number that is added to the mean square."""
 
 _proven: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
@@ -62,7 +60,7 @@ def known_forward(module: nn.Module) -> Any:
     return type(module).forward if theirs else None
 
 
-def _tried(module: nn.Module, run: Run, check: Callable[[], str]) -> str:
+def _tried(module: nn.Module, run: ModuleForward, check: Callable[[], str]) -> str:
     """The outcome of a check, one of :data:`FORMS` or "", remembered where the code is known."""
     code, known = getattr(run, "__func__", None), _is_known(module, run)
     if known and module in _proven and _proven[module][0] is code:
@@ -79,13 +77,18 @@ def _tried(module: nn.Module, run: Run, check: Callable[[], str]) -> str:
     return form
 
 
-def _is_known(module: nn.Module, run: Run) -> bool:
+def _is_known(module: nn.Module, run: ModuleForward) -> bool:
     code = getattr(run, "__func__", None)  # of a method; a function on the instance is anyone's
-    return code is type(module).forward and code.__module__.startswith(KNOWN)
+    return code is type(module).forward and code.__module__.startswith(TRUSTED_PACKAGES)
 
 
 def norm_form(
-    module: nn.Module, run: Run, x: Tensor, y: Tensor, rule: Normalisation, bias: Tensor | None
+    module: nn.Module,
+    run: ModuleForward,
+    x: Tensor,
+    y: Tensor,
+    rule: Normalisation,
+    bias: Tensor | None,
 ) -> str:
     """Whether ``run`` is a norm of the form that ``rule`` describes, position by position.
 
@@ -123,7 +126,9 @@ def norm_form(
 
 def epsilon(module: nn.Module) -> float:
     """What a norm adds to the mean square, 0 where that is not known."""
-    return float(next((getattr(module, n) for n in EPSILONS if hasattr(module, n)), None) or 0.0)
+    return float(
+        next((getattr(module, n) for n in EPSILON_NAMES if hasattr(module, n)), None) or 0.0
+    )
 
 
 def gain_of(module: Any, form: str) -> Tensor | None:
@@ -138,7 +143,9 @@ def _scaled(module: nn.Module, form: str, x: Tensor) -> Tensor:
     return (y if gain is None else y * gain).to(x.dtype)
 
 
-def _among_others(run: Run, x: Tensor) -> Iterator[tuple[Tensor, tuple[slice, ...], Tensor]]:
+def _among_others(
+    run: ModuleForward, x: Tensor
+) -> Iterator[tuple[Tensor, tuple[slice, ...], Tensor]]:
     """``x`` before and after other rows, along each leading dimension, through the module."""
     for dim in range(x.ndim - 1):
         for first in (True, False):
@@ -150,7 +157,7 @@ def _among_others(run: Run, x: Tensor) -> Iterator[tuple[Tensor, tuple[slice, ..
             yield both, tuple(at), run(both.clone())
 
 
-def form_of(module: nn.Module, run: Run, x: Tensor, y: Tensor) -> str:
+def form_of(module: nn.Module, run: ModuleForward, x: Tensor, y: Tensor) -> str:
     """Whether ``run`` maps each number by itself, and 0 to 0: one of :data:`FORMS`, or "".
 
     Arguments as for :func:`is_norm`.
@@ -165,14 +172,14 @@ def form_of(module: nn.Module, run: Run, x: Tensor, y: Tensor) -> str:
         kept = torch.rand(x.shape, generator=_generator()).to(x.device) < 0.5
         for mask in (kept, ~kept):
             out = run(torch.where(mask, x, _noise(x)))
-            if at_zero > ZERO or not _close(out[mask], y[mask]):
+            if at_zero > ZERO_TOLERANCE or not _close(out[mask], y[mask]):
                 return ""
         return "nearly" if at_zero > 0 else "exact"
 
     return _tried(module, run, check)
 
 
-def limited(run: Run, rule: Identity, x: Tensor) -> Identity:
+def limited(run: ModuleForward, rule: Identity, x: Tensor) -> Identity:
     """The rule for a module whose value at 0 is not quite 0, with a factor that stays bounded."""
     with torch.no_grad():
         below, above = (run(torch.full_like(x, end)) / end for end in (-Limited.near, Limited.near))
@@ -216,7 +223,7 @@ def _noise(x: Tensor) -> Tensor:
 def _close(a: Tensor, b: Tensor) -> bool:
     if a.numel() == 0:
         return True
-    near = SAME[b.dtype]
+    near = TOLERANCE[b.dtype]
     least = near * 1e-2 * float(b.abs().nan_to_num().max())
     # NaN at the same places: what a padded row computes is nobody's input.
     return bool(torch.isclose(a, b, rtol=near, atol=least, equal_nan=True).all())

@@ -30,17 +30,17 @@ from lenslrp.hooks import functions as F
 from lenslrp.hooks.checks import elementwise, known_forward
 from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.context import Context
-from lenslrp.hooks.convolution import CONVOLUTIONS, attach_convolution
+from lenslrp.hooks.convolution import CONVOLUTION_CLASSES, attach_convolution
 from lenslrp.hooks.experts import ExpertPoint, expert_points
 from lenslrp.hooks.handles import Attached
-from lenslrp.hooks.leaf_modules import PER_LAYER
+from lenslrp.hooks.leaf_modules import PER_LAYER_EMBEDDING
 from lenslrp.hooks.rule_types import Epsilon, LinearRule, Plain, product_shares
 from lenslrp.hooks.structure import layer_of, original
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-ACTIVATIONS: tuple[type, ...] = (
+ACTIVATION_CLASSES: tuple[type, ...] = (
     nn.SiLU,
     nn.GELU,
     nn.ReLU,
@@ -71,10 +71,10 @@ ACTIVATIONS: tuple[type, ...] = (
 )
 """Element-wise modules with f(0) = 0, for which the identity rule holds."""
 
-KNOWN_ACTIVATIONS = frozenset(vars(cls)["forward"] for cls in ACTIVATIONS)
+ACTIVATION_FORWARDS = frozenset(vars(cls)["forward"] for cls in ACTIVATION_CLASSES)
 """Their code: a sub-class that computes something else is not one of them."""
 
-LAYERS: tuple[type, ...] = (nn.Linear, Conv1D, *CONVOLUTIONS)
+LINEAR_CLASSES: tuple[type, ...] = (nn.Linear, Conv1D, *CONVOLUTION_CLASSES)
 """Linear layers: the epsilon rule leaves their gradient as it is."""
 
 PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward, FalconLinear.forward)
@@ -88,10 +88,10 @@ NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
 def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
     """A linear layer's bias under the epsilon rule: it absorbs its share."""
     layer: Any = module
-    if ctx.books is None or getattr(layer, "bias", None) is None:
+    if ctx.accounts is None or getattr(layer, "bias", None) is None:
         return
     role, dim = "linear", -1
-    if isinstance(module, CONVOLUTIONS):
+    if isinstance(module, CONVOLUTION_CLASSES):
         role, dim = "convolution", 1 - layer.weight.ndim  # the channels, before the places
     site = ctx.site(path, module, role, Epsilon())
     at.meter(module, lambda y: measure_bias(y, layer.bias, site, dim))  # FSDP gathers it
@@ -103,7 +103,7 @@ def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role
     if not isinstance(rule, LinearRule):
         attach_bias_meter(at, ctx, path, module)
         return
-    convolves = isinstance(module, CONVOLUTIONS)
+    convolves = isinstance(module, CONVOLUTION_CLASSES)
     if not convolves and known_forward(module) not in PLAIN_FORWARDS:
         raise InputError(
             f"{path} is a {type(module).__name__}, whose weight the {rule.name} rule cannot read "
@@ -198,7 +198,7 @@ def attach_all_cycles(at: Attached, model: Any) -> None:
 
 def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
     function: Callable[[Tensor], Tensor] = resolve_activation_fn(mlp.config)
-    known: list[Any] = [m for m in original(mlp).children() if isinstance(m, ACTIVATIONS)]
+    known: list[Any] = [m for m in original(mlp).children() if isinstance(m, ACTIVATION_CLASSES)]
     for module in known:
         probe = torch.linspace(-4.0, 4.0, 33, device=mlp.out.weight.device)
         if not torch.equal(function(probe), type(module).forward(module, probe)):  # past any rule
@@ -217,7 +217,7 @@ def watched_blocks(parts: Iterable[tuple[str, nn.Module]]) -> dict[int, nn.Modul
     """
     parts = list(parts)
     stacks = {path.split(".")[0] for path, _ in parts if re.fullmatch(r"\w*blocks\.\d+", path)}
-    if len(stacks) > 1 or any(path.endswith(PER_LAYER) for path, _ in parts):
+    if len(stacks) > 1 or any(path.endswith(PER_LAYER_EMBEDDING) for path, _ in parts):
         return {}
     blocks = {layer_of(path + "."): m for path, m in parts if isinstance(m, BlockBridge)}
     return {layer: block for layer, block in blocks.items() if layer is not None}

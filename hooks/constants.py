@@ -22,7 +22,7 @@ from lenslrp.hooks.rule_types import Epsilon
 from lenslrp.hooks.sites import Site, has_values, row_sums, state_of, widest
 from lenslrp.hooks.state import users_hooks
 
-ROWS = 1 << 22
+NUMBERS_AT_ONCE = 1 << 22
 """How many numbers of a gradient are widened at once."""
 
 
@@ -37,10 +37,10 @@ def measure_bias(y: Tensor, bias: Tensor | None, site: Site, dim: int = -1) -> N
 
     def measure(g: Tensor) -> None:
         wide, last = widest(g), g.detach().movedim(dim, -1)
-        kept = 1 if site.books is None or site.books.rows is None else site.books.rows
+        kept = 1 if site.accounts is None or site.accounts.rows is None else site.accounts.rows
         rows = last.reshape(kept, -1, last.shape[-1])
         summed = torch.zeros(kept, rows.shape[-1], dtype=wide, device=g.device)
-        for chunk in rows.split(max(1, ROWS // (kept * rows.shape[-1])), dim=1):
+        for chunk in rows.split(max(1, NUMBERS_AT_ONCE // (kept * rows.shape[-1])), dim=1):
             summed += chunk.sum(dim=1, dtype=wide)
         site.report("biases", summed @ bias.detach().to(g.device, wide))
 
@@ -95,7 +95,7 @@ class EditMeter:
         if isinstance(x, Tensor) and torch.is_grad_enabled():
             kept = x.detach().clone() if self.copies else x
             edge = get_gradient_edge(x) if x.requires_grad else None
-            self._ahead = _Ahead(x, kept, x._version, edge, now(), self.touched())
+            self._ahead = _Ahead(x, kept, x._version, edge, sequence_number(), self.touched())
 
     def after(self, y: Any) -> None:
         """Called with the value behind the hooks."""
@@ -128,7 +128,7 @@ class EditMeter:
             node.register_hook(leaving(slots))
 
 
-def now() -> int:
+def sequence_number() -> int:
     """The number that autograd gives to a node made now; later ones have larger numbers."""
     node: Any = torch.zeros(1, requires_grad=True).clone().grad_fn
     return int(node._sequence_nr())
@@ -172,7 +172,7 @@ def meter_edits(
         meters.append(EditMeter(ctx.site(path, module, "linear", Epsilon()), ctx.copies))
         return meters[-1]
 
-    for path, module in parts if ctx.books is not None else ():
+    for path, module in parts if ctx.accounts is not None else ():
         if any(True for _ in users_hooks(module, ("_forward_hooks",))):
             out = meter(path, module)
             at.first_hook(module, lambda _, args, y, out=out: out.before(_first(y)))

@@ -23,7 +23,7 @@ class Context:
     """What an ``attach_*`` function needs besides its component."""
 
     composite: Composite
-    books: Accounts | None
+    accounts: Accounts | None
     attention: str
     copies: bool = False  #: keep values that something may write to in place
     queries: set[str] = field(default_factory=set)  #: norms that feed nothing but queries: paths
@@ -34,7 +34,9 @@ class Context:
 
     def site(self, hook: str, component: Any, role: str, rule: Any = None) -> Site:
         rule = self.composite[role] if rule is None else rule
-        site = Site(hook, type(component).__name__, role, rule, layer_of(hook), books=self.books)
+        site = Site(
+            hook, type(component).__name__, role, rule, layer_of(hook), accounts=self.accounts
+        )
         site.copies = self.copies
         # An expert that no token was sent to does not run, nor do projections for global attention.
         site.optional = ".experts." in hook or hook.endswith("_global")

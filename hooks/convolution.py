@@ -19,10 +19,10 @@ from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.rule_types import LinearRule
 from lenslrp.hooks.sites import Site
 
-CONVOLUTIONS: tuple[type, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTION_CLASSES: tuple[type, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def windows(x: Tensor, module: Any) -> Tensor:
+def unfold_windows(x: Tensor, module: Any) -> Tensor:
     """What each place of a convolution's output looks at.
 
     Args:
@@ -47,7 +47,7 @@ def attach_convolution(at: Attached, module: Any, rule: LinearRule, site: Site) 
     rank = len(module.kernel_size)
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
-        seen = windows(x, module)
+        seen = unfold_windows(x, module)
         places = tuple(seen.shape[: 1 + rank])
         outputs = y.movedim(1, -1)
         parts = []

@@ -15,9 +15,9 @@ from lenslrp.errors import CoverageError
 from lenslrp.hooks.graph_walk import Gap, Walk, inputs_of
 from lenslrp.hooks.sites import Site
 
-SITES = ["hook", "component", "role", "rule", "layer", "forward", "fired"]
+SITE_COLUMNS = ["hook", "component", "role", "rule", "layer", "forward", "fired"]
 
-RECURRENT = re.compile(
+RECURRENT_CLASSES = re.compile(
     r"(Mamba\d*Mixer|MambaLayer|BambaMixer|FalconH1Mixer|GatedDeltaNet|RecurrentBlock|"
     r"RwkvSelfAttention)$"
 )
@@ -50,7 +50,7 @@ class Coverage:
         """One row a rule: hook, component, role, rule, layer, forward, fired."""
         if isinstance(self.table, pd.DataFrame):
             return self.table
-        return pd.DataFrame(self.table, columns=SITES).astype({"layer": "Int64"})
+        return pd.DataFrame(self.table, columns=SITE_COLUMNS).astype({"layer": "Int64"})
 
     @property
     def ok(self) -> bool:
@@ -92,7 +92,7 @@ class Tracer:
         kind = type(module).__name__
         inner = type(getattr(module, "original_component", None)).__name__
         for cls in (kind, inner):
-            if RECURRENT.search(cls):
+            if RECURRENT_CLASSES.search(cls):
                 self._recurrent[name] = cls
 
         def record(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:

@@ -30,18 +30,24 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from lenslrp.errors import InputError
 from lenslrp.hooks.context import Context
 from lenslrp.hooks.handles import Attached
-from lenslrp.hooks.operations import GATED_MLP, PRODUCTS, ROUTER, Met, attach_operations
+from lenslrp.hooks.operations import (
+    GATED_MLP_OPERATIONS,
+    PRODUCT_FUNCTIONS,
+    ROUTER_OPERATIONS,
+    OperationIntercept,
+    attach_operations,
+)
 from lenslrp.hooks.rule_types import LinearRule, Operations
 from lenslrp.hooks.structure import original
 
-ROUTERS = re.compile("Router|Gating|Statics")
-EXPERTS = re.compile("Experts$")
+ROUTER_CLASSES = re.compile("Router|Gating|Statics")
+EXPERT_CLASSES = re.compile("Experts$")
 """Class names of what a mixture is made of; anything else inside it has rules of its own."""
 
-BLOCK = Operations(gated=True, attention=False)
+MIXTURE_OPERATIONS = Operations(gated=True, attention=False)
 """A mixture's own code: the weight of a shared expert, a product before the experts."""
 
-BATCHED = frozenset({"bmm", "grouped_mm", "_grouped_mm"})
+BATCHED_PRODUCT_FUNCTIONS = frozenset({"bmm", "grouped_mm", "_grouped_mm"})
 
 
 class ExpertPoint(HookPoint):
@@ -74,20 +80,27 @@ class Mixture:
         found: dict[int, tuple[str, nn.Module]] = {}
         for name, module in self.block.named_modules():
             kind = type(module).__name__
-            if module is not self.block and (ROUTERS.search(kind) or EXPERTS.search(kind)):
+            if module is not self.block and (
+                ROUTER_CLASSES.search(kind) or EXPERT_CLASSES.search(kind)
+            ):
                 found[id(module)] = (name.replace("._original_component", ""), module)
         return list(found.values())
 
     def specs(self) -> Iterator[tuple[nn.Module, Operations]]:
         """Each module whose own code is met, and which of its operations have a rule."""
-        yield self.block, BLOCK
+        yield self.block, MIXTURE_OPERATIONS
         for _, module in self.parts():
-            yield module, ROUTER if ROUTERS.search(type(module).__name__) else GATED_MLP
+            yield (
+                module,
+                ROUTER_OPERATIONS
+                if ROUTER_CLASSES.search(type(module).__name__)
+                else GATED_MLP_OPERATIONS,
+            )
 
     def batched_experts(self) -> nn.Module | None:
         """The module with all experts' weights, whose neurons get a hook point."""
         for _, module in self.parts():
-            if hasattr(module, "down_proj") and EXPERTS.search(type(module).__name__):
+            if hasattr(module, "down_proj") and EXPERT_CLASSES.search(type(module).__name__):
                 return module
         return None
 
@@ -102,7 +115,7 @@ def mixtures(parts: Iterable[tuple[str, nn.Module]]) -> list[Mixture]:
         if inner is None or module.bound_dense:
             continue
         mixture = Mixture(path, inner)
-        if mixture.parts() and not EXPERTS.search(type(inner).__name__):
+        if mixture.parts() and not EXPERT_CLASSES.search(type(inner).__name__):
             found.append(mixture)
     return found
 
@@ -117,7 +130,7 @@ def expert_points(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module
     return found
 
 
-class ExpertsMet(Met):
+class ExpertIntercept(OperationIntercept):
     """Meets the operations of batched experts, and shows their neurons to the hook point."""
 
     def __init__(self, *args: Any, mixture: Mixture, point: HookPoint | None) -> None:
@@ -126,14 +139,14 @@ class ExpertsMet(Met):
         self.rows: Tensor | None = None  # of [batch * pos * slot], in the order they are computed
         mixture.running = self
 
-    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in BATCHED and isinstance(self.sites["linear"].rule, LinearRule):
+    def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in BATCHED_PRODUCT_FUNCTIONS and isinstance(self.sites["linear"].rule, LinearRule):
             raise InputError(
                 f"{self.mixture.path}: a {self.sites['linear'].rule.name} rule on experts needs "
                 "them one by one; call model.original_model.set_experts_implementation('eager')"
             )
-        neurons = name in PRODUCTS and _alike(*args[:2])
-        out = super().meet(func, name, args, kwargs)
+        neurons = name in PRODUCT_FUNCTIONS and _alike(*args[:2])
+        out = super().intercept(func, name, args, kwargs)
         if name == "where" and len(args) == 1 and self.mixture.chosen is not None:
             slot, token = out
             self.rows = token * self.mixture.chosen.shape[-1] + slot
@@ -162,7 +175,7 @@ def _alike(a: Any = None, b: Any = None) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.ndim > 1
 
 
-def gpt_oss_gate(mode: ExpertsMet, experts: Any, gate_up: Tensor) -> Tensor:
+def gpt_oss_gate(mode: ExpertIntercept, experts: Any, gate_up: Tensor) -> Tensor:
     """``(up + 1) * glu`` with clipped factors: each clip and the glu are element-wise."""
 
     def glu(x: Tensor) -> Tensor:
@@ -176,7 +189,7 @@ def gpt_oss_gate(mode: ExpertsMet, experts: Any, gate_up: Tensor) -> Tensor:
     return (mode.activation(clipped, up, gate=False) + 1) * mode.activation(glu, gate)
 
 
-GATES: dict[type[nn.Module], Any] = {GptOssExperts: gpt_oss_gate}
+EXPERT_GATES: dict[type[nn.Module], Any] = {GptOssExperts: gpt_oss_gate}
 """Experts whose gating is more than an activation times a projection."""
 
 
@@ -198,21 +211,28 @@ def attach_mixture(at: Attached, ctx: Context, _: str, __: nn.Module, mixture: M
             ctx.routing[mixture.path] = chosen.reshape(*mixture.shape, -1)
 
     at.pre_hook(mixture.block, begin, with_kwargs=True)
-    attach_operations(at, ctx, mixture.path, mixture.block, BLOCK)
+    attach_operations(at, ctx, mixture.path, mixture.block, MIXTURE_OPERATIONS)
     neurons: Any = mixture.batched_experts()
     if neurons is not None:
         ctx.experts[mixture.path] = int(neurons.down_proj.shape[0])
     for name, module in mixture.parts():
         path = f"{mixture.path}.{name}"
-        if ROUTERS.search(type(module).__name__):
-            attach_operations(at, ctx, path, module, ROUTER)
+        if ROUTER_CLASSES.search(type(module).__name__):
+            attach_operations(at, ctx, path, module, ROUTER_OPERATIONS)
             continue
         point = _points.setdefault(module, ExpertPoint()) if module is neurons else None
         attach_operations(
-            at, ctx, path, module, GATED_MLP, mode=ExpertsMet, mixture=mixture, point=point
+            at,
+            ctx,
+            path,
+            module,
+            GATED_MLP_OPERATIONS,
+            mode=ExpertIntercept,
+            mixture=mixture,
+            point=point,
         )
         at.pre_hook(module, routed, with_kwargs=True)
-        gate = GATES.get(type(module))
+        gate = EXPERT_GATES.get(type(module))
         if gate is not None:
             at.attribute(
                 module,

@@ -29,9 +29,9 @@ from lenslrp.hooks.rules import (
 )
 from lenslrp.hooks.sites import Site, row_sums, widened
 
-NOTHING = torch.empty(0)
+EMPTY = torch.empty(0)
 
-SILU = (nn.SiLU.forward, SiLUActivation.forward, functional.silu)
+SILU_FORWARDS = (nn.SiLU.forward, SiLUActivation.forward, functional.silu)
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
@@ -71,11 +71,11 @@ class Elementwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, rule: Identity, site: Site) -> Tensor:
         set_site(ctx, site)
-        ctx.rule, ctx.booked = rule, site.books is not None and not rule.exact
+        ctx.rule, ctx.reports_loss = rule, site.accounts is not None and not rule.exact
         saved = kept_input(x, site) if isinstance(rule, SiLU) else rule.factor(x, y)
         # Two tensors in any case: torch's checkpoint tells by their number that it has recomputed
         # the function without its rule.
-        ctx.save_for_backward(saved, y - x * saved if ctx.booked else NOTHING)
+        ctx.save_for_backward(saved, y - x * saved if ctx.reports_loss else EMPTY)
         return same(y, site.copies)
 
     @staticmethod
@@ -84,7 +84,7 @@ class Elementwise(torch.autograd.Function):
         factor, lost = ctx.saved_tensors
         if isinstance(ctx.rule, SiLU):
             factor = ctx.rule.factor(factor, factor)
-        if ctx.booked:
+        if ctx.reports_loss:
             ctx.site.report("stabiliser", row_sums(lost, g))
         return g * factor, None, None, None
 
@@ -163,7 +163,7 @@ class Normalised(torch.autograd.Function):
         ctx.centred = rule.centred
         factor, x = rule.factor(x, y, bias)
         lost = None
-        if site.books is not None:
+        if site.accounts is not None:
             lost = (y if bias is None else y - bias) - x * factor
         ctx.save_for_backward(factor, lost)
         return same(y, site.copies)
@@ -202,7 +202,7 @@ class Linear(torch.autograd.Function):
         site.backward += 1
         x, y, weight, bias = ctx.saved_tensors
         gx, took = ctx.rule.backward(g, x, weight, bias)
-        if site.books is not None:
+        if site.accounts is not None:
             absorbed = row_sums(took, torch.ones_like(took))
             site.report("biases", absorbed)
             site.report("stabiliser", row_sums(y, g) - row_sums(x, gx) - absorbed)
@@ -220,7 +220,7 @@ class ProductOutput(torch.autograd.Function):
         set_site(ctx, site, opens=("product",) if first else ())
         ctx.share = second
         ctx.absorbs = absorbs = 1 - first - second
-        if site.books is not None and absorbs:
+        if site.accounts is not None and absorbs:
             ctx.save_for_backward(y)
         return same(y, site.copies)
 
@@ -228,7 +228,7 @@ class ProductOutput(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         site = ctx.site
         site.backward += 1
-        if site.books is not None and ctx.absorbs:
+        if site.accounts is not None and ctx.absorbs:
             site.report("plain", ctx.absorbs * row_sums(ctx.saved_tensors[0], g, masked=False))
         return (g if ctx.share == 1 else g * ctx.share), None, None, None
 
@@ -268,14 +268,14 @@ class RegionOutput(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, bias: Tensor | None, term: str, site: Site) -> Tensor:
         set_site(ctx, site, region=1)
         ctx.term = term
-        if site.books is not None:
+        if site.accounts is not None:
             ctx.save_for_backward(y if bias is None else y - bias)
         return same(y, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.site.backward += 1
-        if ctx.site.books is not None:
+        if ctx.site.accounts is not None:
             ctx.site.report(ctx.term, row_sums(ctx.saved_tensors[0], g))
         return g, None, None, None
 
@@ -287,13 +287,13 @@ class RegionInput(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, term: str, site: Site) -> Tensor:
         set_site(ctx, site, region=-1)
         ctx.term = term
-        if site.books is not None:
+        if site.accounts is not None:
             ctx.save_for_backward(kept_input(x, site))
         return same(x, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.site.books is not None and ctx.site.backward:  # not where relevance starts inside
+        if ctx.site.accounts is not None and ctx.site.backward:  # not where relevance starts inside
             ctx.site.report(ctx.term, -row_sums(ctx.saved_tensors[0], g))
         return g, None, None
 
@@ -330,4 +330,4 @@ def activated(act: Callable[[Tensor], Tensor], x: Tensor, site: Site) -> Tensor:
 
 def slimmest(rule: Any, code: Any) -> Any:
     """The form of the identity rule that needs least for a function, or a module's forward."""
-    return SiLU() if rule == Identity() and code in SILU else rule
+    return SiLU() if rule == Identity() and code in SILU_FORWARDS else rule

@@ -23,7 +23,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 from transformer_lens.model_bridge.generalized_components.base import _ScaledHookGradient
 
 from lenslrp.hooks import attention_functions, functions
-from lenslrp.hooks.observing import WRITES
+from lenslrp.hooks.observing import VIEW_WRITES
 from lenslrp.hooks.sharding import is_gathering
 from lenslrp.hooks.sites import Site, has_values
 
@@ -35,7 +35,7 @@ RULE_FUNCTIONS = frozenset(
 )
 """The autograd Functions of rules: only their nodes are trusted to say what they cover."""
 
-LINEAR = frozenset(
+LINEAR_NODES = frozenset(
     re.findall(
         r"\w+",
         """
@@ -52,7 +52,7 @@ LINEAR = frozenset(
 )
 """Operations linear in every tensor input; a node's name up to its ``Backward`` suffix."""
 
-BILINEAR = frozenset(
+BILINEAR_NODES = frozenset(
     re.findall(
         r"\w+",
         """
@@ -63,20 +63,20 @@ BILINEAR = frozenset(
 )
 """Linear while only one factor is on the graph; with two they are a product and need a rule."""
 
-QUOTIENT = frozenset({"Div", "Addcdiv"})
-SOFTMAX = frozenset({"Softmax", "LogSoftmax"})
-CLIPS = frozenset({"Clamp", "ClampMin", "ClampMax"})
+QUOTIENT_NODES = frozenset({"Div", "Addcdiv"})
+SOFTMAX_NODES = frozenset({"Softmax", "LogSoftmax"})
+CLIP_NODES = frozenset({"Clamp", "ClampMin", "ClampMax"})
 """Linear where nothing is out of bounds (T5's guard against overflow in float16)."""
 
-TARGET = "the target"
-PLACED = 12
+ROOT = "the target"
+LOCATED_GAPS = 12
 """How many gaps are traced to their component; a recurrent mixer has several for each token."""
 
 
 def depends_on_values(names: Iterable[str]) -> bool:
     """Whether some of the nodes, by their type's name, are linear for some values only."""
     kinds = {re.sub(r"Backwards?\d*$", "", name) for name in names}
-    return not kinds.isdisjoint({*CLIPS, "Maximum"})
+    return not kinds.isdisjoint({*CLIP_NODES, "Maximum"})
 
 
 @dataclass(frozen=True)
@@ -157,13 +157,15 @@ def walk(
     used: set[tuple[int, str]] = set()
     leaked: dict[int, Site] = {}
     stack: list[tuple[Any, frozenset[tuple[int, str]], tuple[int, ...], str]] = [
-        (root.grad_fn, frozenset(), (), TARGET) for root in roots if root.grad_fn is not None
+        (root.grad_fn, frozenset(), (), ROOT) for root in roots if root.grad_fn is not None
     ]
 
     def gap(node: Any, name: str, above: str) -> None:
         if id(node) not in reported:
             reported.add(id(node))
-            found.gaps.append(Gap(name, above, place(node) if len(found.gaps) < PLACED else ""))
+            found.gaps.append(
+                Gap(name, above, place(node) if len(found.gaps) < LOCATED_GAPS else "")
+            )
 
     while stack:
         node, pending, region, above = stack.pop()
@@ -178,7 +180,7 @@ def walk(
             leaked.update((id(reached[item]), reached[item]) for item in pending)
         if site is not None:
             # A latent unit may be inside a region, for which the site then does not answer.
-            begins = latent and node.region < 0 and not region and above == TARGET
+            begins = latent and node.region < 0 and not region and above == ROOT
             if not begins:
                 found.sites.add(id(site))
             above = f"{site.hook} ({site.role})"
@@ -240,21 +242,21 @@ def _wants(node: Any, name: str, writes: Mapping[int, str]) -> str:
     """
     if isinstance(node, torch.autograd.function.BackwardCFunction):  # written in Python, any name
         return "?" if _is_foreign(node) else ""
-    if name in LINEAR or name.startswith("MkldnnReorder"):
+    if name in LINEAR_NODES or name.startswith("MkldnnReorder"):
         return ""
-    if name in WRITES:
+    if name in VIEW_WRITES:
         hidden = writes.get(id(node), "an unknown write into a view")
         return f"?{hidden}" if hidden else ""
-    if name in BILINEAR:
+    if name in BILINEAR_NODES:
         return "product"
-    if name in QUOTIENT:
+    if name in QUOTIENT_NODES:
         edges = [below for below, _ in node.next_functions]
         return "" if all(edge is None for edge in edges[-1:]) else "?"
-    if name in SOFTMAX:
+    if name in SOFTMAX_NODES:
         return "softmax"
     if name == "Tanh":
         return "tanh"
-    if name in CLIPS:
+    if name in CLIP_NODES:
         return "?" if _clips(node) else ""
     if name == "Maximum":
         return "" if _floors(node) else "?"
@@ -295,6 +297,6 @@ def _factors(node: Any, name: str) -> int:
     edges = [below for below, _ in node.next_functions]
     if name in ("Addmm", "Baddbmm", "Addbmm", "Addcmul", "Addmv"):
         edges = edges[1:]
-    if name in QUOTIENT:
+    if name in QUOTIENT_NODES:
         return 2 if len(edges) > 1 and edges[1] is not None else 1
     return sum(edge is not None for edge in edges)

@@ -59,7 +59,7 @@ class Holder:
     thread: int = field(default_factory=get_ident)
 
 
-class Own:
+class ThreadBound:
     """A hook or method of ours on a module: for the thread that holds the model, never copied."""
 
     def __init__(self, function: Callable[..., Any], holder: Holder) -> None:
@@ -133,7 +133,7 @@ class Attached:
         first: bool = False,
     ) -> None:
         """Past torch's own functions, whose handle an interrupt could lose (and twice as fast)."""
-        own = Own(hook, self.holder)
+        own = ThreadBound(hook, self.holder)
         key = id(own)  # torch's keys are counted from 0
         marks = {"with_kwargs": f"{kind}_with_kwargs", "always_call": f"{kind}_always_called"}
         for option in options:
@@ -166,7 +166,7 @@ class Attached:
                 module.__dict__.pop(name, None)
 
         self.undo.append(restore)
-        module.__dict__[name] = Own(value, self.holder) if callable(value) else value
+        module.__dict__[name] = ThreadBound(value, self.holder) if callable(value) else value
 
     def setting(self, config: Any, name: str, value: Any) -> None:
         """Change a setting of a configuration."""

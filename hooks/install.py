@@ -30,13 +30,13 @@ from lenslrp.hooks.rule_types import Rule
 from lenslrp.hooks.sharding import require_whole, reshard
 from lenslrp.hooks.sites import Accounts, Site
 from lenslrp.hooks.state import ModelState
-from lenslrp.hooks.structure import Parts, components
+from lenslrp.hooks.structure import NamedModules, components
 from lenslrp.hooks.turns import turn
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-ATTENTION = ("bridge", "fused")
+ATTENTION_MODES = ("bridge", "fused")
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -61,13 +61,13 @@ class Rules:
         model: TransformerBridge,
         composite: Composite,
         attention: str,
-        books: Accounts | None,
+        accounts: Accounts | None,
         copies: bool = False,
     ) -> None:
         self.model = model
         self.composite = composite
         self.attention = attention
-        self.books = books
+        self.accounts = accounts
         self.copies = copies
         self.edits: list[EditMeter] = []
         self.changed: list[str] = []
@@ -94,7 +94,7 @@ class Rules:
         self.blocks = watched_blocks(state.parts)
         context = Context(
             self.composite,
-            self.books,
+            self.accounts,
             self.attention,
             copies=self.copies,
             routing=self.routing,
@@ -147,7 +147,7 @@ class Rules:
         """Undo :meth:`attach`, last thing first, however far it went; returns what failed."""
         return undo_all(self._undo)
 
-    def _guard(self, attached: Attached, parts: Parts) -> list[nn.Parameter]:
+    def _guard(self, attached: Attached, parts: NamedModules) -> list[nn.Parameter]:
         """Refuse other threads' passes, begun before or now; returns the weights to be frozen.
 
         Rules refuse by themselves. A pass may also meet none and only weights that are frozen, or
@@ -183,9 +183,9 @@ class Rules:
 
 
 def require_attention(attention: str) -> None:
-    """Refuse another choice than those of :data:`ATTENTION`."""
-    if attention not in ATTENTION:
-        raise InputError(f"attention must be one of {ATTENTION}, not {attention!r}")
+    """Refuse another choice than those of :data:`ATTENTION_MODES`."""
+    if attention not in ATTENTION_MODES:
+        raise InputError(f"attention must be one of {ATTENTION_MODES}, not {attention!r}")
 
 
 def require_bridge(model: TransformerBridge) -> None:
@@ -272,8 +272,9 @@ def relevance_rules(
     *,
     attention: str = "bridge",
     strict: bool = True,
-    books: Accounts | None = None,
+    accounts: Accounts | None = None,
     copies: bool = False,
+    books: Accounts | None = None,
 ) -> Iterator[Rules]:
     """Attach LRP rules to ``model`` for the length of the block.
 
@@ -287,9 +288,10 @@ def relevance_rules(
         attention: ``"bridge"`` (patterns readable) or ``"fused"`` (torch's fused kernel).
         strict: at the end of the block, raise if a rule's forward ran and its backward never did
             although another's did.
-        books: where sites report what they absorb, for a ledger.
+        accounts: where sites report what they absorb, for a ledger.
         copies: keep copies of what is needed for the backward pass, for a model that writes in
             place to what its modules return.
+        books: the former name of ``accounts``.
 
     Raises:
         InputError: the model is in train mode, or the rules cannot be had with this attention.
@@ -297,7 +299,8 @@ def relevance_rules(
     """
     require_attention(attention)
     require_bridge(model)
-    rules = Rules(model, as_composite(composite), attention, books, copies)
+    accounts = books if accounts is None else accounts
+    rules = Rules(model, as_composite(composite), attention, accounts, copies)
     with turn(model, rules):
         yield rules
     if strict:

@@ -22,12 +22,12 @@ from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.sites import Site, row_sums
 from lenslrp.hooks.structure import original
 
-SUMS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
-MATRIX_PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "einsum"})
+SUM_FUNCTIONS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
+MATRIX_PRODUCT_FUNCTIONS = frozenset({"matmul", "__matmul__", "bmm", "einsum"})
 
 
 class Intercept(TorchFunctionMode):
-    """Hands every call of a torch function to :meth:`meet`, by the function's name."""
+    """Hands every call of a torch function to :meth:`intercept`, by the function's name."""
 
     def __torch_function__(
         self,
@@ -37,15 +37,15 @@ class Intercept(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if not self.meets():
+        if not self.intercepts():
             return func(*args, **kwargs)
-        return self.meet(func, getattr(func, "__name__", ""), args, kwargs)
+        return self.intercept(func, getattr(func, "__name__", ""), args, kwargs)
 
-    def meets(self) -> bool:
+    def intercepts(self) -> bool:
         """Whether the code that runs now is to be met."""
         return True
 
-    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func`` with whatever it needs before and after."""
         return func(*args, **kwargs)
 
@@ -62,16 +62,16 @@ class ScoreMeter(Intercept):
         super().__init__()
         self.qk, self.share = qk, share
 
-    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         if name == "baddbmm":  # Bloom adds ALiBi in the product itself
             return self.metered(out, (args[0] * kwargs.get("beta", 1),))
-        return self.metered(out, args) if name in SUMS else out
+        return self.metered(out, args) if name in SUM_FUNCTIONS else out
 
     def metered(self, y: Any, args: tuple[Any, ...]) -> Any:
         """Book what a constant addend of the scores takes, when the gradient arrives."""
         site, share = self.qk, self.share
-        if site is None or site.books is None or not isinstance(y, Tensor) or y.ndim < 3:
+        if site is None or site.accounts is None or not isinstance(y, Tensor) or y.ndim < 3:
             return y
         addends = [a.detach() for a in args if isinstance(a, Tensor) and not a.requires_grad]
         if len(addends) != 1 or not y.requires_grad:
@@ -88,7 +88,7 @@ class ScoreMeter(Intercept):
         return y
 
 
-class LiveAttention(ScoreMeter):
+class HookableAttention(ScoreMeter):
     """Meets the softmax of one attention module, the sums before it and the product after it.
 
     Args:
@@ -109,19 +109,19 @@ class LiveAttention(ScoreMeter):
         self.passed_on: list[Tensor] = []  # the pattern after casts and dropout
         self.multiplied = False
 
-    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.pattern is None:
             # A router inside the attention has a softmax as well, over two dimensions.
             if name == "softmax" and isinstance(args[0], Tensor) and args[0].ndim > 2:
                 scores = self.attn.hook_attn_scores(args[0])
                 pattern = func(scores, *args[1:], **kwargs)
-                _close_blind_rows(scores, pattern)
+                _zero_fully_masked_rows(scores, pattern)
                 self.pattern = self.attn.hook_pattern(pattern)
                 self.passed_on.append(self.pattern)
                 return self.pattern
-            if name in SUMS:
+            if name in SUM_FUNCTIONS:
                 return self.metered(func(*args, **kwargs), args)
-        elif not self.multiplied and name in MATRIX_PRODUCTS and self._multiplies(args):
+        elif not self.multiplied and name in MATRIX_PRODUCT_FUNCTIONS and self._multiplies(args):
             self.multiplied = True
             return self.at_product(func(*args, **kwargs))
         out = func(*args, **kwargs)
@@ -143,17 +143,17 @@ class LiveAttention(ScoreMeter):
         return own.numel() == shape.numel() and own[-1] == shape[-1]
 
 
-def _close_blind_rows(scores: Tensor, pattern: Tensor) -> None:
+def _zero_fully_masked_rows(scores: Tensor, pattern: Tensor) -> None:
     """A query that sees no key (padding) has NaN for a pattern, which the model sets to 0 later.
 
     Softmax's own backward would turn the gradient of 0 into NaN there; it stays 0.
     """
     if scores.requires_grad:
-        blind = pattern.detach()[..., :1].isnan()  # all of a row, if any
-        scores.register_hook(lambda g: g.masked_fill(blind, 0.0))
+        fully_masked = pattern.detach()[..., :1].isnan()  # all of a row, if any
+        scores.register_hook(lambda g: g.masked_fill(fully_masked, 0.0))
 
 
-def attach_live(
+def attach_hookable_attention(
     at: Attached,
     attn: AttentionBridge,
     at_product: Callable[[Tensor], Tensor],
@@ -167,7 +167,7 @@ def attach_live(
     run = inner.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with LiveAttention(attn, at_product, qk, share) as mode:
+        with HookableAttention(attn, at_product, qk, share) as mode:
             out = run(*args, **kwargs)
         if mode.pattern is None or not isinstance(out, tuple):
             return out
@@ -179,7 +179,7 @@ def attach_live(
         at.setting(config, "_attn_implementation", "eager")
 
 
-class AtProduct(Intercept):
+class ProductIntercept(Intercept):
     """Gives the product of pattern and values, where the bridge computes it, its rule."""
 
     def __init__(self, at_product: Callable[[Tensor], Tensor]) -> None:
@@ -187,11 +187,11 @@ class AtProduct(Intercept):
         self.at_product = at_product
         self.pattern: Tensor | None = None
 
-    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         if (
             self.pattern is not None
-            and name in MATRIX_PRODUCTS
+            and name in MATRIX_PRODUCT_FUNCTIONS
             and args[0].shape == self.pattern.shape
         ):
             self.pattern = None
@@ -204,10 +204,10 @@ def attach_at_product(
 ) -> None:
     """The rule of A@V at the product itself, where ``o`` is not what follows it."""
     run = attn.forward
-    running: list[AtProduct] = []
+    running: list[ProductIntercept] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with AtProduct(at_product) as mode:
+        with ProductIntercept(at_product) as mode:
             running[:] = [mode]
             return run(*args, **kwargs)
 

@@ -19,13 +19,13 @@ from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.sites import Site, has_values
 from lenslrp.hooks.structure import original
 
-SINUSOIDS = "SinusoidalPositionalEmbedding"
+SINUSOIDAL_SUFFIX = "SinusoidalPositionalEmbedding"
 """How transformers' classes for positions without a weight end."""
 
-PER_LAYER = "model.embed_tokens_per_layer"
+PER_LAYER_EMBEDDING = "model.embed_tokens_per_layer"
 """Gemma 4 embeds the tokens once more for every layer, without a bridge."""
 
-SPECIAL = {
+SPECIAL_TOKENS = {
     "cls_token": "[CLS]",
     "class_embedding": "[CLS]",
     "class_token": "[CLS]",
@@ -34,17 +34,22 @@ SPECIAL = {
 }
 """Parameters that are tokens of their own, in the order in which they precede the patches."""
 
-POSITIONS = ("position_embeddings", "position_embedding", "pos_embed", "positional_embedding")
+POSITION_PARAMETERS = (
+    "position_embeddings",
+    "position_embedding",
+    "pos_embed",
+    "positional_embedding",
+)
 """Parameters, or embeddings, that are added to every token of an image."""
 
-FRAMES = "feat_proj"
+FRAME_COMPONENT = "feat_proj"
 """The bridge's component whose linear layer makes the frames of a waveform."""
 
-WAVES = "audio_feature_extractor"
+WAVE_COMPONENT = "audio_feature_extractor"
 """The bridge's component with the convolutions before it."""
 
 
-NAMED = frozenset({*SPECIAL, *POSITIONS})
+INPUT_PARAMETERS = frozenset({*SPECIAL_TOKENS, *POSITION_PARAMETERS})
 
 
 def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, bool]]:
@@ -58,8 +63,8 @@ def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, 
     parts = list(parts)
     for path, module in parts:
         if not isinstance(module, EmbeddingBridge | PosEmbedBridge):
-            position = type(module).__name__.endswith(SINUSOIDS)  # XGLM's has no bridge
-            if position or path.endswith(PER_LAYER):
+            position = type(module).__name__.endswith(SINUSOIDAL_SUFFIX)  # XGLM's has no bridge
+            if position or path.endswith(PER_LAYER_EMBEDDING):
                 found.setdefault(id(module), (module, position))
             continue
         inner = original(module)
@@ -92,7 +97,7 @@ def _adds_to_scores(bridge: Any) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Embedder:
+class MediaEmbedder:
     """One place where an image or a sound becomes a sequence.
 
     Attributes:
@@ -109,38 +114,42 @@ class Embedder:
     positions: tuple[str, ...]
 
 
-def embedders(parts: Iterable[tuple[str, nn.Module]]) -> list[Embedder]:
+def media_embedders(parts: Iterable[tuple[str, nn.Module]]) -> list[MediaEmbedder]:
     """Every place of a bridge where an image or a sound becomes a sequence."""
     parts = list(parts)
-    found: dict[int, Embedder] = {}
+    found: dict[int, MediaEmbedder] = {}
     for _, module in parts:
-        if NAMED.isdisjoint(module._parameters) and NAMED.isdisjoint(module._modules):
+        if INPUT_PARAMETERS.isdisjoint(module._parameters) and INPUT_PARAMETERS.isdisjoint(
+            module._modules
+        ):
             continue
-        special = {name: text for name, text in SPECIAL.items() if _has(module, name)}
-        positions = tuple(name for name in POSITIONS if _has(module, name))
+        special = {name: text for name, text in SPECIAL_TOKENS.items() if _has(module, name)}
+        positions = tuple(name for name in POSITION_PARAMETERS if _has(module, name))
         if special or positions:
             patches = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
             if patches is not None:
-                found.setdefault(id(patches), Embedder(patches, module, special, positions))
+                found.setdefault(id(patches), MediaEmbedder(patches, module, special, positions))
     for path, module in parts:
-        inner: Any = original(module) if path == FRAMES else None
+        inner: Any = original(module) if path == FRAME_COMPONENT else None
         if isinstance(inner, nn.Module):
             frames = next((m for m in inner.modules() if isinstance(m, nn.Linear)), None)
             if frames is not None:
-                found[id(frames)] = Embedder(frames, None, {}, ())
+                found[id(frames)] = MediaEmbedder(frames, None, {}, ())
     if not found:  # positions that are rotations, and no token but the patches
         patches = next((m for _, m in parts if isinstance(m, nn.Conv2d)), None)
         if patches is not None:
-            return [Embedder(patches, None, {}, ())]
+            return [MediaEmbedder(patches, None, {}, ())]
     return list(found.values())
 
 
-def below(parts: Iterable[tuple[str, nn.Module]], sites: Iterable[Site]) -> list[Site]:
+def sites_before_sequence(
+    parts: Iterable[tuple[str, nn.Module]], sites: Iterable[Site]
+) -> list[Site]:
     """The sites of what runs before there are patches or frames, the layer that makes them too."""
     parts = list(parts)
-    inside = {id(m) for place in embedders(parts) for m in place.projection.modules()}
+    inside = {id(m) for place in media_embedders(parts) for m in place.projection.modules()}
     for path, module in parts:
-        if path in (FRAMES, WAVES):
+        if path in (FRAME_COMPONENT, WAVE_COMPONENT):
             inside |= {id(m) for m in module.modules()}
     paths = {path for path, module in parts if id(module) in inside}
     return [site for site in sites if site.hook in paths]

@@ -67,7 +67,7 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
         if not first:
             pass  # one norm under two names: its rule is in its place already
         elif isinstance(own, Normalisation):
-            _wrap_own_norm(at, component, own, site)
+            _wrap_registered_norm(at, component, own, site)
         elif isinstance(own, Identity):
             at.wrap(component, elementwise(component, own, site, declared=True))
         else:
@@ -94,7 +94,7 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
     if first:
         at.sites.append(site)
         at.replaced[id(component)] = site
-    if ctx.books is not None:
+    if ctx.accounts is not None:
         _attach_norm_bias(at, norm, bias, site, first=first)
 
 
@@ -138,7 +138,7 @@ def _attach_wrapped_norm(at: Attached, component: nn.Module, site: Site) -> None
         eps = norm.eps
         at.wrap(norm, lambda x, y: F.apply(F.Norm, x, y, _gain_of(norm), eps, True, site))
     elif type(norm).__name__ in NAMED_NORMS:
-        _wrap_own_norm(at, norm, NAMED_NORMS[type(norm).__name__], site)
+        _wrap_registered_norm(at, norm, NAMED_NORMS[type(norm).__name__], site)
     elif _is_rms_norm(norm):
         # The class's name is a promise that its values have to keep.
         run, form = norm.forward, Normalisation()
@@ -176,7 +176,7 @@ def _bias_of(module: Any, rule: Normalisation) -> Tensor | None:
     return bias
 
 
-def _wrap_own_norm(at: Attached, module: nn.Module, rule: Normalisation, site: Site) -> None:
+def _wrap_registered_norm(at: Attached, module: nn.Module, rule: Normalisation, site: Site) -> None:
     run = module.forward
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
@@ -201,19 +201,19 @@ def _wrap_own_norm(at: Attached, module: nn.Module, rule: Normalisation, site: S
     at.wrap(module, apply)
 
 
-def attach_own_norm(
+def attach_registered_norm(
     at: Attached, ctx: Context, path: str, module: nn.Module, rule: Normalisation
 ) -> None:
     """A norm of a user's own class, where no ``NormalizationBridge`` wraps it."""
     site = ctx.site(path, module, "norm", rule)
     site.cut = ctx.cuts(path)
     at.sites.append(site)
-    _wrap_own_norm(at, module, rule, site)
-    if ctx.books is not None:
+    _wrap_registered_norm(at, module, rule, site)
+    if ctx.accounts is not None:
         at.meter(module, lambda y: measure_bias(y, _bias_of(module, rule), site))
 
 
-def attach_loose_norm(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
+def attach_unbridged_norm(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
     """A norm that Hugging Face's own code calls and the bridge has no component for."""
     rule = ctx.composite["norm"]
     site = ctx.site(path, module, "norm")
@@ -223,7 +223,7 @@ def attach_loose_norm(at: Attached, ctx: Context, path: str, module: nn.Module) 
     else:
         at.sites.append(site)
         _attach_wrapped_norm(at, module, site)
-    if ctx.books is not None:
+    if ctx.accounts is not None:
         dim = 1 if isinstance(module, nn.GroupNorm) else -1
         at.meter(module, lambda y: measure_bias(y, getattr(module, "bias", None), site, dim))
 

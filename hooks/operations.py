@@ -34,7 +34,7 @@ from lenslrp.hooks.attention_functions import Pattern
 from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.context import Context
 from lenslrp.hooks.handles import Attached
-from lenslrp.hooks.intercept import MATRIX_PRODUCTS, SUMS, Intercept
+from lenslrp.hooks.intercept import MATRIX_PRODUCT_FUNCTIONS, SUM_FUNCTIONS, Intercept
 from lenslrp.hooks.rule_types import (
     Epsilon,
     LinearRule,
@@ -46,30 +46,34 @@ from lenslrp.hooks.rule_types import (
 )
 from lenslrp.hooks.sites import Site, row_sums
 
-ATTENTION_GATE = Operations("attention_gate", leaks=("sigmoid", "softplus"), attention=False)
-ROUTER = Operations("router", attention=False)
-GATED_MLP = Operations(gated=True, leaks=(), attention=False)
-FUNCTIONAL = Operations(leaks=(), attention=False)
-ATTENTION = Operations(leaks=("softmax",))
+ATTENTION_GATE_OPERATIONS = Operations(
+    "attention_gate", leaks=("sigmoid", "softplus"), attention=False
+)
+ROUTER_OPERATIONS = Operations("router", attention=False)
+GATED_MLP_OPERATIONS = Operations(gated=True, leaks=(), attention=False)
+FUNCTIONAL_OPERATIONS = Operations(leaks=(), attention=False)
+ATTENTION_OPERATIONS = Operations(leaks=("softmax",))
 """Attention that the bridge has no component for, in the towers that read images and sounds."""
 
-KNOWN: Mapping[str, Operations] = {
-    "AfmoeAttention": ATTENTION_GATE,
-    "BitNetMLP": GATED_MLP,  # a norm between the product and the last projection
-    "Gemma4TextDecoderLayer": GATED_MLP,  # gates an embedding of its own for each layer
-    "HrmTextModel": FUNCTIONAL,  # adds a learned initial state
+OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
+    "AfmoeAttention": ATTENTION_GATE_OPERATIONS,
+    "BitNetMLP": GATED_MLP_OPERATIONS,  # a norm between the product and the last projection
+    "Gemma4TextDecoderLayer": GATED_MLP_OPERATIONS,  # gates an embedding of its own for each layer
+    "HrmTextModel": FUNCTIONAL_OPERATIONS,  # adds a learned initial state
     "JetMoeAttention": Operations("router", leaks=(), attention=False),  # experts for its heads
-    "JetMoeTopKGating": ROUTER,
-    "LagunaAttention": ATTENTION_GATE,
-    "Lfm2MLP": GATED_MLP,
-    "Lfm2MoeMLP": GATED_MLP,
-    "ModernBertDecoderMLP": GATED_MLP,
-    "MuseGlimmerTextAttention": ATTENTION_GATE,
-    "RobertaLMHead": FUNCTIONAL,
+    "JetMoeTopKGating": ROUTER_OPERATIONS,
+    "LagunaAttention": ATTENTION_GATE_OPERATIONS,
+    "Lfm2MLP": GATED_MLP_OPERATIONS,
+    "Lfm2MoeMLP": GATED_MLP_OPERATIONS,
+    "ModernBertDecoderMLP": GATED_MLP_OPERATIONS,
+    "MuseGlimmerTextAttention": ATTENTION_GATE_OPERATIONS,
+    "RobertaLMHead": FUNCTIONAL_OPERATIONS,
     # Two gates around a convolution over three positions.
-    **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL),
+    **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_OPERATIONS),
     # Towers that activate the output of their first convolutions.
-    **dict.fromkeys(("AudioFlamingo3Encoder", "GlmAsrEncoder", "Qwen2AudioEncoder"), FUNCTIONAL),
+    **dict.fromkeys(
+        ("AudioFlamingo3Encoder", "GlmAsrEncoder", "Qwen2AudioEncoder"), FUNCTIONAL_OPERATIONS
+    ),
     # Towers that add learned positions, or a learned token for the image or the end of its rows.
     **dict.fromkeys(
         (
@@ -84,30 +88,32 @@ KNOWN: Mapping[str, Operations] = {
             "Qwen3VLMoeVisionModel",
             "Qwen3VLVisionModel",
         ),
-        FUNCTIONAL,
+        FUNCTIONAL_OPERATIONS,
     ),
 }
 """Classes of transformers whose own code multiplies or activates."""
 
-GATED = ({"gate_proj", "up_proj", "down_proj"},)
+GATED_MLP_CHILDREN = {"gate_proj", "up_proj", "down_proj"}
 """The sub-modules by which a gated MLP is known, whatever its class."""
 
-ACTIVATIONS = frozenset({"silu", "gelu", "relu", "leaky_relu", "elu", "tanh", "mish", "hardswish"})
-PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
-QUOTIENTS = frozenset({"div", "__truediv__", "true_divide"})
-WRITES = {
-    **{f"{name}_": name for name in sorted(ACTIVATIONS | {"div", "mul"})},
+ACTIVATION_FUNCTIONS = frozenset(
+    {"silu", "gelu", "relu", "leaky_relu", "elu", "tanh", "mish", "hardswish"}
+)
+PRODUCT_FUNCTIONS = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
+DIVISIONS = frozenset({"div", "__truediv__", "true_divide"})
+IN_PLACE_FUNCTIONS = {
+    **{f"{name}_": name for name in sorted(ACTIVATION_FUNCTIONS | {"div", "mul"})},
     "__imul__": "mul",
     "__itruediv__": "div",
 }
 """Functions that write their result to their first argument -> those that give it."""
-DIFFERENCES = frozenset({"sub", "__sub__", "sub_", "__isub__"})
-CONVOLUTIONS = frozenset({"conv1d", "conv2d"})
-JOINS = frozenset({"cat", "concat", "concatenate"})
-LEAKS = frozenset({"softmax", "sigmoid", "softplus"})
+DIFFERENCE_FUNCTIONS = frozenset({"sub", "__sub__", "sub_", "__isub__"})
+CONVOLUTION_FUNCTIONS = frozenset({"conv1d", "conv2d"})
+JOIN_FUNCTIONS = frozenset({"cat", "concat", "concatenate"})
+LEAKING_FUNCTIONS = frozenset({"softmax", "sigmoid", "softplus"})
 
 
-class Met(Intercept):
+class OperationIntercept(Intercept):
     """Meets the raw operations of one module while it runs.
 
     Args:
@@ -120,37 +126,37 @@ class Met(Intercept):
         super().__init__()
         self.sites, self.spec, self.depth = sites, spec, depth
 
-    def meets(self) -> bool:
+    def intercepts(self) -> bool:
         """Whether the code that runs is the module's own, and on the graph."""
         return self.depth[0] == 0 and torch.is_grad_enabled()
 
-    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args and _live(args[0]) and (name in WRITES or kwargs.get("inplace")):
+    def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args and _live(args[0]) and (name in IN_PLACE_FUNCTIONS or kwargs.get("inplace")):
             return self.written(func, name, args, kwargs)
-        if name in PRODUCTS and _factors(args) == 2:
+        if name in PRODUCT_FUNCTIONS and _factors(args) == 2:
             a, b = args[0], args[1]
             return self.product(a, b)
-        if name in ACTIVATIONS and _live(args[0]):
+        if name in ACTIVATION_FUNCTIONS and _live(args[0]):
             return self.activation(lambda x: func(x, *args[1:], **kwargs), args[0])
-        if name in self.spec.leaks and name in LEAKS and args and _live(args[0]):
+        if name in self.spec.leaks and name in LEAKING_FUNCTIONS and args and _live(args[0]):
             return self.leak(lambda x: func(x, *args[1:], **kwargs), args[0])
-        if name in QUOTIENTS and "div" in self.spec.leaks and len(args) == 2 and _live(args[1]):
+        if name in DIVISIONS and "div" in self.spec.leaks and len(args) == 2 and _live(args[1]):
             return self.leak(torch.div, *args)
         if name == "einsum" and _factors(args) == 2 and not _contracts(args[0]):
             return self.product(args[1], args[2], lambda a, b: func(args[0], a, b))
-        if name in MATRIX_PRODUCTS and self.spec.attention and _factors(args) == 2:
+        if name in MATRIX_PRODUCT_FUNCTIONS and self.spec.attention and _factors(args) == 2:
             return self.matrix_product(func, args, kwargs)
         out = func(*args, **kwargs)
-        if name in SUMS or name in DIFFERENCES:
-            return self.sum(out, args, -1.0 if name in DIFFERENCES else 1.0)
+        if name in SUM_FUNCTIONS or name in DIFFERENCE_FUNCTIONS:
+            return self.sum(out, args, -1.0 if name in DIFFERENCE_FUNCTIONS else 1.0)
         if name in ("matmul", "__matmul__") and _live(args[0]) and args[1].ndim == 2:
             return self.weighted(out, args[0], args[1].T, None)
         if name == "linear":
             return self.linear(out, args, kwargs)
-        if name in CONVOLUTIONS and self.sites["linear"].books is not None:
+        if name in CONVOLUTION_FUNCTIONS and self.sites["linear"].accounts is not None:
             bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
             measure_bias(out, bias, self.sites["linear"], 1 - out.ndim)
-        if name in JOINS:
+        if name in JOIN_FUNCTIONS:
             return self.joined(out, *args, **kwargs)
         return out
 
@@ -163,7 +169,9 @@ class Met(Intercept):
                 x.clone(), *rest, **options, **dict.fromkeys(kwargs.keys() & {"inplace"}, True)
             )
 
-        out = self.meet(on_copy, WRITES.get(name, name), (args[0].clone(), *args[1:]), apart)
+        out = self.intercept(
+            on_copy, IN_PLACE_FUNCTIONS.get(name, name), (args[0].clone(), *args[1:]), apart
+        )
         return args[0].copy_(out)
 
     def product(
@@ -207,7 +215,7 @@ class Met(Intercept):
         y = function(*inside)
         if isinstance(site.rule, SoftmaxTemperature) and len(inputs) == 1:
             scores = inputs[0].detach()
-            y = F.apply(Pattern, y, scores, 1.0, replace(site, books=None))
+            y = F.apply(Pattern, y, scores, 1.0, replace(site, accounts=None))
         return F.apply(F.RegionOutput, y, None, "softmax", site)
 
     def matrix_product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -227,7 +235,7 @@ class Met(Intercept):
     def sum(self, y: Any, args: tuple[Any, ...], sign: float) -> Any:
         """A constant that is added takes its share, as a bias does."""
         site = self.sites["linear"]
-        if site.books is None or not (isinstance(y, Tensor) and y.requires_grad):
+        if site.accounts is None or not (isinstance(y, Tensor) and y.requires_grad):
             return y
         constants = [
             (i, c) for i, c in enumerate(args[:2]) if not _live(c) and not isinstance(c, bool)
@@ -246,7 +254,7 @@ class Met(Intercept):
         site, start = self.sites["linear"], 0
         for part in tensors:
             size = part.shape[dim]
-            if site.books is not None and y.requires_grad and not part.requires_grad:
+            if site.accounts is not None and y.requires_grad and not part.requires_grad:
                 self.meter_part(y, part.detach(), dim, start)
             start += size
         return y
@@ -260,7 +268,7 @@ class Met(Intercept):
         bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
         weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
         ruled = self.weighted(y, args[0], weight, bias)
-        if ruled is y and self.sites["linear"].books is not None:
+        if ruled is y and self.sites["linear"].accounts is not None:
             measure_bias(y, bias, self.sites["linear"])
         return ruled
 
@@ -311,18 +319,18 @@ def _from_leak(x: Tensor, steps: int = 3) -> bool:
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether a module's class is in :data:`KNOWN`."""
-    return type(module).__name__ in KNOWN
+    """Whether a module's class is in :data:`OPERATIONS_BY_CLASS`."""
+    return type(module).__name__ in OPERATIONS_BY_CLASS
 
 
 def declared(module: nn.Module) -> Operations | None:
     """What is known of a class's raw operations, by its name or its sub-modules."""
     kind = type(module)
-    known = KNOWN.get(kind.__name__)
+    known = OPERATIONS_BY_CLASS.get(kind.__name__)
     if known is None and kind.__name__.endswith("Attention"):
-        return ATTENTION if kind.__module__.startswith("transformers.") else None
-    if known is None and any(names <= module._modules.keys() for names in GATED):
-        return GATED_MLP
+        return ATTENTION_OPERATIONS if kind.__module__.startswith("transformers.") else None
+    if known is None and module._modules.keys() >= GATED_MLP_CHILDREN:
+        return GATED_MLP_OPERATIONS
     return known
 
 
@@ -332,7 +340,7 @@ def sites_of(ctx: Context, path: str, module: nn.Module, spec: Operations) -> di
     if spec.attention:
         roles |= {"attention_qk", "attention_av"}
     sites = {role: ctx.site(path, module, role) for role in sorted(roles)}
-    if spec == ROUTER:  # what chooses has no weighted rule
+    if spec == ROUTER_OPERATIONS:  # what chooses has no weighted rule
         sites["linear"].rule = Epsilon()
     # GIM's temperature is for attention; a router's softmax keeps its plain gradient.
     sites["softmax"] = ctx.site(path, module, "softmax", None if spec.attention else Softmax())
@@ -354,14 +362,14 @@ def attach_operations(
     module: nn.Module,
     spec: Operations,
     *,
-    mode: type[Met] = Met,
+    mode: type[OperationIntercept] = OperationIntercept,
     **options: Any,
 ) -> None:
     """Run ``module`` with its raw operations met.
 
     Args:
         spec: which kinds of operation have a rule.
-        mode, options: a sub-class of :class:`Met` and what it takes besides.
+        mode, options: a sub-class of :class:`OperationIntercept` and what it takes besides.
     """
     sites = sites_of(ctx, path, module, spec)
     at.sites.extend(site for role, site in sites.items() if role != "linear")

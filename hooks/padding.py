@@ -20,7 +20,7 @@ from lenslrp.hooks.structure import components
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-ACROSS = "ShortConv"
+MIXES_COLUMNS = "ShortConv"
 """How classes end that mix neighbouring columns, padding or not (LFM2)."""
 
 
@@ -53,7 +53,7 @@ def require_padding(model: TransformerBridge, mask: Tensor) -> None:
 def takes_left(model: TransformerBridge) -> bool:
     """Whether rows padded on the left can have the positions that they have alone."""
     inner = model.original_model
-    if any(type(module).__name__.endswith(ACROSS) for module in inner.modules()):
+    if any(type(module).__name__.endswith(MIXES_COLUMNS) for module in inner.modules()):
         return False
     config = getattr(inner, "config", None)
     if not getattr(config, "is_encoder_decoder", False) or counting(inner) is not None:

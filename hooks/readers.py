@@ -31,24 +31,30 @@ from lenslrp.hooks.sites import forget_products, widened
 from lenslrp.hooks.structure import layer_of
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
-Reduce = Callable[[Tensor], Tensor]
+Reducer = Callable[[Tensor], Tensor]
 
-MASKED = ("hook_attn_scores", "hook_pattern")
+NON_FINITE_HOOKS = ("hook_attn_scores", "hook_pattern")
 """Where values are not finite although nothing reads them."""
 
-WHEN_HOOKED = ("hook_attn_out", "hook_mlp_out", "hook_result", "hook_embed", "embed.hook_out")
+WHEN_HOOKED = (
+    "hook_attn_out",
+    "hook_mlp_out",
+    "hook_result",
+    "hook_embed",
+    "embed.hook_out",
+)
 """Points that TransformerLens calls only where they have hooks of its own kind: what Granite adds
 to the residual stream is multiplied by a constant after the module that made it."""
 
-TOTALS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+TOTAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
 
-_NONE = RemovableHandle(OrderedDict())
+_NO_HANDLE = RemovableHandle(OrderedDict())
 
 
 def is_total(name: str) -> bool:
     """Whether a hook name reads the whole residual stream rather than a branch."""
-    return name.rsplit(".", 1)[-1] in TOTALS
+    return name.rsplit(".", 1)[-1] in TOTAL_HOOKS
 
 
 def is_middle(name: str) -> bool:
@@ -69,7 +75,7 @@ def owners(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
     }
 
 
-def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def hidden_states_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The hidden states that a component was called with."""
     values = (*args, *(kwargs[k] for k in ("hidden_states",) if k in kwargs))
     return next((v for v in values if isinstance(v, Tensor)), None)
@@ -97,7 +103,7 @@ def listen(at: Attached, point: Any, names: Iterable[str], hook: Callable[..., A
     at.hook(point, hook)
     if not isinstance(point, HookPoint) or not any(name.endswith(WHEN_HOOKED) for name in names):
         return
-    note = LensHandle(_NONE)  # a reader goes when its pass ends
+    note = LensHandle(_NO_HANDLE)  # a reader goes when its pass ends
 
     def forget() -> None:
         if note in point.fwd_hooks:  # model.reset_hooks() may have been first
@@ -198,7 +204,7 @@ class Readers:
     """
 
     readings: list[Reading]
-    reduce: Callable[[str], Reduce | None]
+    reduce: Callable[[str], Reducer | None]
     inside: list[tuple[str, nn.Module, bool]] = field(default_factory=list)
     pieces: dict[str, dict[int, Any]] = field(default_factory=dict)
     activations: dict[str, Tensor] = field(default_factory=dict)
@@ -207,7 +213,7 @@ class Readers:
     silent: set[str] = field(default_factory=set)  #: fired, and no gradient came, for some target
     #: gives a hook point's tensor for all positions, where only some are computed
     restore: Callable[[nn.Module, Tensor], Tensor] | None = None
-    reducers: dict[str, Reduce | None] = field(default_factory=dict)  #: by name
+    reducers: dict[str, Reducer | None] = field(default_factory=dict)  #: by name
     on: bool = False  #: a pass is being read
     state: Any = None  #: of the model that they stay attached to
 
@@ -232,7 +238,7 @@ class Readers:
         cls,
         points: Mapping[str, nn.Module],
         names: Iterable[str],
-        reduce: Callable[[str], Reduce | None],
+        reduce: Callable[[str], Reducer | None],
     ) -> Readers:
         """Group names by hook point object and reading."""
         names = list(names)
@@ -267,7 +273,7 @@ class Readers:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.on:
                 return
-            x = given(args, kwargs)
+            x = hidden_states_of(args, kwargs)
             block = reading.names[0].rpartition(".")[0]
             if is_middle(reading.names[0]) and block in self.ran:
                 reading.late = True
@@ -312,7 +318,7 @@ class Readers:
                 self.reducers[name] = self.reduce(name)
             reduce = self.reducers[name]
             if id(reduce) not in made:
-                made[id(reduce)] = self._relevance(reduce, x, g, name.endswith(MASKED))
+                made[id(reduce)] = self._relevance(reduce, x, g, name.endswith(NON_FINITE_HOOKS))
             value = made[id(reduce)]
             pieces = self.pieces.setdefault(name, {})
             if name.endswith(("hook_post", "hook_expert_post")) and reduce is None:
@@ -325,7 +331,7 @@ class Readers:
             pieces[at] = pieces[at] + value if at in pieces else value
 
     @staticmethod
-    def _relevance(reduce: Reduce | None, x: Tensor, g: Tensor, masked: bool) -> Tensor:
+    def _relevance(reduce: Reducer | None, x: Tensor, g: Tensor, masked: bool) -> Tensor:
         of_product = getattr(reduce, "of_product", None)
         if of_product is not None:  # a reduction that needs no tensor for x * g
             reduced: Tensor = of_product(x, g, masked)

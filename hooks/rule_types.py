@@ -18,7 +18,7 @@ from torch import Tensor
 from lenslrp.errors import InputError
 from lenslrp.hooks.rules import alpha_beta_linear, gamma_linear, identity_factor, stabilise
 
-PARALLEL: dict[torch.dtype, float] = {
+ANGLE_TOLERANCE: dict[torch.dtype, float] = {
     torch.float64: 1e-5,  # many norms compute in float32 whatever the model's type
     torch.float32: 1e-4,
     torch.bfloat16: 3e-2,
@@ -128,7 +128,7 @@ class Normalisation:
         mirror image are parallel. One row alone tells nothing.
         """
         wide = torch.float32 if x.device.type == "mps" else torch.float64
-        near = PARALLEL[y.dtype]
+        near = ANGLE_TOLERANCE[y.dtype]
         x, y = (t.detach().flatten(0, -2).to(wide) for t in (x, y))
         if self.centred:
             x = x - x.mean(dim=-1, keepdim=True)

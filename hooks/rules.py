@@ -130,7 +130,7 @@ def softcap_compensation(
     return torch.where(open_, g, torch.zeros_like(g)) * factor.to(g.dtype)
 
 
-def half(g: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def uniform(g: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The uniform rule for a product of two factors, half to each ([A] Prop. 3.2, Eq. 14-15)."""
     return g * 0.5
 

@@ -34,11 +34,11 @@ from lenslrp.forward import (
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks import graph_walk
 from lenslrp.hooks.components import BlockBridge
-from lenslrp.hooks.constants import now
+from lenslrp.hooks.constants import sequence_number
 from lenslrp.hooks.graph_walk import Walk
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.install import Rules
-from lenslrp.hooks.observing import WRITES, Observer
+from lenslrp.hooks.observing import VIEW_WRITES, Observer
 from lenslrp.hooks.readers import Readers
 from lenslrp.hooks.rule_types import product_shares
 from lenslrp.hooks.sharding import gather
@@ -75,7 +75,7 @@ class Pass(Forward):
 
     @property
     def books(self) -> Accounts | None:
-        return self.rules.books
+        return self.rules.accounts
 
     def relevance(self, target: Target, *, last: bool) -> RelevanceCache:
         """One backward pass for one target; ``last`` releases the graph."""
@@ -324,7 +324,7 @@ class Pass(Forward):
         seen = Seen(
             frozenset(i for i, site in enumerate(self.rules.sites) if id(site) in found.sites),
             kind_of(found, repr(self.rules.composite), self.rules.attention),
-            writes=not WRITES.isdisjoint(names),
+            writes=not VIEW_WRITES.isdisjoint(names),
         )
         if not (faults or seen.writes or graph_walk.depends_on_values(names)):
             self.memory.keep(key, seen)
@@ -342,7 +342,7 @@ class Pass(Forward):
             return None
         if torch._C._len_torch_function_stack():  # somebody changes what operations do
             return None
-        places = (now() - self.begun, *(_order(root) - self.begun for root in roots))
+        places = (sequence_number() - self.begun, *(_order(root) - self.begun for root in roots))
         fired = tuple(site.forward for site in rules.sites)
         kept = (self.strict, self.books is None, rules.copies, bool(self.batch.media))
         return (
@@ -498,9 +498,9 @@ def under_rules(
         if given:
             given = cut_media(at, parts, made.leaves, rules.sites, given, leaf)
         cut_leaves(at, rules.embedded, made.leaves, batch)  # positions, too, of given embeddings
-        if rules.books is not None:
-            rules.books.clear()
-            made.layers = watch_blocks(at, rules.blocks, rules.books)
+        if rules.accounts is not None:
+            rules.accounts.clear()
+            made.layers = watch_blocks(at, rules.blocks, rules.accounts)
         if readers.state is not rules.state:
             readers.attach(rules.owned, at)
         capture(at, points, rules.owned, list(latent), made.captured)
@@ -519,7 +519,7 @@ def under_rules(
             checkpoint_blocks(at, parts)
         if has_values(batch.written.mask):
             assert batch.written.lengths is not None  # read before anything runs on a device
-        made.begun = now()
+        made.begun = sequence_number()
         with observer or nullcontext():
             made.logits = run_model(model, batch, made.leaves, given)
         if picked:

@@ -195,8 +195,8 @@ class Session:
         with self._calling():
             model, rules = self.model, self._rules
             self._fit(rules, books=rows, copies=rules.copies)
-            if rules.books is not None:
-                rules.books.rows = len(batch.tokens)
+            if rules.accounts is not None:
+                rules.accounts.rows = len(batch.tokens)
             columns = self._columns(batch, [target], []) if self.logits == "target" else None
             latent = [t.hook for t in parts_of(target) if isinstance(t, Activation)]
             readers = Readers.plan({}, [], lambda _: None)
@@ -206,8 +206,8 @@ class Session:
                 ) as made:
                     yield made
             finally:
-                if rules.books is not None:
-                    rules.books.rows = None
+                if rules.accounts is not None:
+                    rules.accounts.rows = None
 
     def _hold(self) -> None:
         """Attach the rules, and see to it that they are detached whatever becomes of this."""
@@ -407,8 +407,8 @@ class Session:
 
     def _fit(self, rules: Rules, *, books: bool, copies: bool) -> None:
         """Attach the rules anew where they keep other things than this pass needs."""
-        if (rules.books is not None) != books or rules.copies != copies:
-            rules.books = Accounts() if books else None
+        if (rules.accounts is not None) != books or rules.copies != copies:
+            rules.accounts = Accounts() if books else None
             rules.copies = copies
             self._renew(rules)
 

@@ -33,7 +33,7 @@ from transformer_lens.utilities.attn_implementation import force_eager_attention
 import lenslrp
 from lenslrp import media
 from lenslrp.hooks.leaf_modules import embeddings
-from lenslrp.hooks.sites import TERMS
+from lenslrp.hooks.sites import LEDGER_TERMS
 from lenslrp.hooks.structure import components
 from lenslrp.inputs import prepare
 from lenslrp.models.verifying import difference, output_of, short_input
@@ -462,7 +462,7 @@ def _with_media(model: Any, name: str) -> str:
 
 def miss(ledger: Any) -> float:
     """What a ledger misses, relative to its largest entry."""
-    terms = (getattr(ledger, term) for term in ("target", "leaves", *TERMS))
+    terms = (getattr(ledger, term) for term in ("target", "leaves", *LEDGER_TERMS))
     return float(abs(ledger.target - ledger.accounted) / max(abs(term) for term in terms))
 
 

@@ -32,12 +32,16 @@ Patch = pytest.MonkeyPatch
 
 
 def copy_slices_are_linear(patch: Patch) -> None:
-    patch.setattr(graph_walk, "LINEAR", graph_walk.LINEAR | {"CopySlices"})
+    patch.setattr(graph_walk, "LINEAR_NODES", graph_walk.LINEAR_NODES | {"CopySlices"})
 
 
 def written_products_are_linear(patch: Patch) -> None:
-    patch.setattr(observing, "LINEAR_WRITES", observing.LINEAR_WRITES | {"mul_", "__imul__"})
-    patch.setattr(observing, "SCALINGS", frozenset())
+    patch.setattr(
+        observing,
+        "LINEAR_IN_PLACE_FUNCTIONS",
+        observing.LINEAR_IN_PLACE_FUNCTIONS | {"mul_", "__imul__"},
+    )
+    patch.setattr(observing, "SCALING_FUNCTIONS", frozenset())
 
 
 def python_functions_are_accepted(patch: Patch) -> None:
@@ -55,12 +59,16 @@ def products_have_one_factor(patch: Patch) -> None:
 
 
 def quotients_are_linear(patch: Patch) -> None:
-    patch.setattr(graph_walk, "QUOTIENT", frozenset())
-    patch.setattr(graph_walk, "LINEAR", graph_walk.LINEAR | {"Div"})
+    patch.setattr(graph_walk, "QUOTIENT_NODES", frozenset())
+    patch.setattr(graph_walk, "LINEAR_NODES", graph_walk.LINEAR_NODES | {"Div"})
 
 
 def functions_are_linear(patch: Patch) -> None:
-    patch.setattr(graph_walk, "LINEAR", graph_walk.LINEAR | {"Sigmoid", "Exp", "Erf", "Cos", "Sin"})
+    patch.setattr(
+        graph_walk,
+        "LINEAR_NODES",
+        graph_walk.LINEAR_NODES | {"Sigmoid", "Exp", "Erf", "Cos", "Sin"},
+    )
 
 
 def clips_are_linear(patch: Patch) -> None:
@@ -114,7 +122,7 @@ def classes_are_matched_by_inheritance(patch: Patch) -> None:
     """A sub-class counts as its base, and its values are not looked at."""
 
     def inherited(module: nn.Module) -> Any:
-        known = {*components.KNOWN_ACTIVATIONS, *norms.LAYER_NORMS}
+        known = {*components.ACTIVATION_FORWARDS, *norms.LAYER_NORMS}
         forwards = [getattr(base, "forward", None) for base in type(module).__mro__]
         return next((forward for forward in forwards if forward in known), forwards[0])
 

@@ -193,12 +193,12 @@ def test_a_norm_with_another_small_number_is_no_such_norm() -> None:
     norm.eps, norm.variance_epsilon = norm.variance_epsilon, 4e-5
     y = norm(x)
     checks._proven.pop(norm, None)
-    names = checks.EPSILONS
+    names = checks.EPSILON_NAMES
     try:
-        checks.EPSILONS = names[::-1]
+        checks.EPSILON_NAMES = names[::-1]
         assert checks.norm_form(norm, norm.forward, x, y, Normalisation(), None) == "exact"
     finally:
-        checks.EPSILONS = names
+        checks.EPSILON_NAMES = names
 
 
 @pytest.mark.parametrize("cls", [LlamaRMSNorm, Gemma2RMSNorm])

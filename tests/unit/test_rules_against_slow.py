@@ -285,7 +285,7 @@ def test_half_is_the_uniform_rule_of_a_matrix_product() -> None:
     generator = torch.Generator().manual_seed(6)
     a, b, g = noise(generator, 3, 4), noise(generator, 4, 5), noise(generator, 3, 5)
     to_a, to_b = slow.uniform_matmul(g * (a @ b), a, b)
-    halved = rules.half(g)
+    halved = rules.uniform(g)
     assert_close(a * (halved @ b.T), to_a)
     assert_close(b * (a.T @ halved), to_b)
 
@@ -294,8 +294,8 @@ def test_half_is_the_uniform_rule_of_an_elementwise_product() -> None:
     generator = torch.Generator().manual_seed(7)
     a, b, g = (noise(generator, 6) for _ in range(3))
     to_a, to_b = slow.uniform_product(g * a * b)
-    assert_close(a * (b * rules.half(g)), to_a)
-    assert_close(b * (a * rules.half(g)), to_b)
+    assert_close(a * (b * rules.uniform(g)), to_a)
+    assert_close(b * (a * rules.uniform(g)), to_b)
 
 
 def test_softcap_compensation_makes_tanh_an_identity() -> None:
