@@ -142,7 +142,7 @@ def assign(
     mixing = {id(part) for mixture in mixed for part, _ in mixture.specs()}
     raw = _raw_modules(found, mixed, composite)
     wrapped = {id(original(m)) for _, m in found if isinstance(m, NormalizationBridge)}
-    roles.update(dict.fromkeys(mixing, ""))  # met where they run
+    roles.update(dict.fromkeys(mixing, ""))  # intercepted where they run
     roles.update(_router_roles(found, mixed, raw))
     queries: set[str] = set()
     for path, module in found:
@@ -284,7 +284,7 @@ def _raw_modules(
     gated = (GatedMLPBridge, JointGateUpMLPBridge)
     bridged = {id(original(module)) for _, module in parts if isinstance(module, gated)}
     raw = {id(part): spec for mixture in mixed for part, spec in mixture.specs()}
-    met = _attended(parts)
+    attended = _attended(parts)
     for _, module in parts:
         if gates_its_output(module):
             raw[id(module)] = ATTENTION_GATE_OPERATIONS
@@ -292,7 +292,7 @@ def _raw_modules(
         registered = type(module) in composite.modules
         if spec is None or registered or isinstance(module, GeneralizedComponent):
             continue
-        if spec is ATTENTION_OPERATIONS and id(module) in met:
+        if spec is ATTENTION_OPERATIONS and id(module) in attended:
             continue  # its bridge has hook points for it
         if id(module) not in bridged or is_known(module):
             raw.setdefault(id(module), spec)

@@ -1,8 +1,8 @@
-"""Attention: its rules at live hook points, native modules made live, and the fused path.
+"""Attention: its rules at hook points, native modules made hookable, and the fused path.
 
 Q@K^T has its rule at ``hook_attn_scores``, the softmax at ``hook_pattern``, A@V at ``o.hook_in``.
 
-Native attention is made live: the same operations in the same order, with the bridge's own
+Native attention is made hookable: the same operations in the same order, with the bridge's own
 ``hook_attn_scores`` and ``hook_pattern`` between them.
 
 TransformerLens' modes ``use_split_qkv_input``, ``use_attn_in`` and ``use_attn_result`` project head
@@ -84,7 +84,7 @@ SUPPORTED_PACKAGES = ("transformers", "transformers_modules", "transformer_lens"
 
 
 def passes_over(attn: AttentionBridge) -> bool:
-    """Whether the bridge computes an attention itself that the module computes in its own way.
+    """Whether the bridge computes an attention itself that the module computes otherwise.
 
     TransformerLens goes by the architecture, and never calls the module that a user has put there.
     """
@@ -141,15 +141,15 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
         raise InputError("an attention_av rule must give the values a share")
     z = ctx.site(f"{path}.o.hook_in", attn, "attention_av")
     at.sites.append(z)
-    met: list[bool] = []  # the product was met inside a delegated module
+    ruled: list[bool] = []  # the product inside a delegated module has had its rule
 
     def at_product(y: Tensor) -> Tensor:
-        met.append(True)
+        ruled.append(True)
         return F.apply(F.ProductOutput, y, first, second, z)
 
     def at_output(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-        if met:
-            met.clear()
+        if ruled:
+            ruled.clear()
             return None
         return F.apply(F.ProductOutput, y, first, second, z)
 
@@ -181,10 +181,10 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     needs_scores = replaces or isinstance(roles["softmax"], SoftmaxTemperature)
     stash: list[Tensor] = []
     edited = ctx.accounts is not None and bool(attn.hook_attn_scores._forward_hooks)
-    ruled = {role: site for role, site in sites.items() if not (edited and role == "softmax")}
+    with_rule = {role: site for role, site in sites.items() if not (edited and role == "softmax")}
 
     def at_scores(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> Tensor:
-        return F.apply(Scores, scores, q_share, cap, ruled)
+        return F.apply(Scores, scores, q_share, cap, with_rule)
 
     def leaves(x: Tensor, g: Tensor) -> None:
         if sites["softmax"].backward:  # not where relevance starts at a score
@@ -265,7 +265,7 @@ def attach_per_head(at: Attached, ctx: Context, path: str, attn: Any) -> None:
 
 
 def native_forward(attn: AttentionBridge, inner: Any) -> Callable[..., tuple[Tensor, None]]:
-    """``NativeAttention.forward`` with live scores; the pattern is not handed out a second time."""
+    """``NativeAttention.forward`` with hookable scores; it hands out the pattern only once."""
 
     def forward(
         hidden_states: Tensor,
@@ -361,14 +361,14 @@ def attach_fused(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -
         InputError: soft-caps, attention sinks or a rule that needs the pattern.
     """
     inner = original(attn)
-    live = isinstance(attn, PositionEmbeddingsAttentionBridge | JointQKVAttentionBridge)
+    delegates = isinstance(attn, PositionEmbeddingsAttentionBridge | JointQKVAttentionBridge)
     config = getattr(inner, "config", None)
     if softcap_of(attn) is not None or getattr(inner, "sinks", None) is not None:
         raise InputError(
             f'attention="fused": {path} has a soft-cap or attention sinks, which the fused kernel '
             'cannot give a rule; use attention="bridge"'
         )
-    if not live or config is None or not hasattr(config, "_attn_implementation"):
+    if not delegates or config is None or not hasattr(config, "_attn_implementation"):
         raise InputError(
             f'attention="fused": {path} ({type(attn).__name__}) has no Hugging Face attention to '
             'delegate to; use attention="bridge"'

@@ -5,7 +5,7 @@ number by itself and 0 to 0 ([A] Eq. 9); a norm multiplies each position by one 
 feature by one gain ([A] Prop. 3.4). The name of a class proves neither. So the module is run on its
 real input beside others: what is elsewhere must not matter, and the form must hold for all rows.
 
-Modules whose code is torch's or transformers' own are tried once; a user's at every forward pass.
+Modules whose code is torch's or transformers' are tried once; a user's at every forward pass.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def attach_native_activation(
 
 
 def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge) -> None:
-    """gate * up: at ``out.hook_in``, half to each.
+    """gate * up: each factor's share, at ``out.hook_in``.
 
     With processed weights (compatibility mode) the bridge computes the MLP by functions, without
     its modules; the modules hold the same weights, so they are run instead.

@@ -1,4 +1,4 @@
-"""What constants take of the relevance that passes them: biases, and what hooks of a user's add.
+"""What constants take of the relevance that passes them: biases, and what a user's hooks add.
 
 A constant on the path is one more contribution and absorbs its share ([A] Eq. 8); no token gets it.
 """
@@ -30,7 +30,7 @@ def measure_bias(y: Tensor, bias: Tensor | None, site: Site, dim: int = -1) -> N
     """Report ``sum(bias * g)`` when the gradient at ``y`` arrives; the bias is along ``dim``.
 
     In chunks: a float64 copy of the gradient of all logits would be the largest tensor of the pass.
-    Books that keep rows get one amount for each.
+    Accounts that keep rows get one amount for each.
     """
     if bias is None or not y.requires_grad or _is_zero(bias):
         return  # TransformerLens gives every unembedding a bias of zeros
@@ -71,7 +71,7 @@ class _Ahead:
 
 
 class EditMeter:
-    """Books what one module's hooks, the user's own, add to the value that passes them.
+    """Accounts for what a user's hooks on one module add to the value that passes them.
 
     The value leaves with ``<y, g_y>`` and, along the graph that the hooks made, enters with
     ``<x, g_x>``: the rest is what constants took. A value that is written in place is gone

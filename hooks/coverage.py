@@ -197,6 +197,6 @@ def require_fired(sites: list[Site]) -> None:
         names = ", ".join(f"{s.rule.name} at {s.hook}" for s in idle[:6])
         more = f" and {len(idle) - 6} more" if len(idle) > 6 else ""
         raise CoverageError(
-            f"rules were attached and never fired: {names}{more}. The forward pass took another "
-            "way round them, so the relevance would be wrong."
+            f"rules were attached and never fired: {names}{more}. The forward pass went "
+            "round them, so the relevance would be wrong."
         )

@@ -3,8 +3,8 @@
 An expert's output times its router weight is a product of two factors ([A] Prop. 3.2): half to each
 under ``router="uniform"``, everything to the expert under ``"constant"``. Experts are batched
 parameters without components, in one of several implementations (a loop, batched or grouped
-products), so their operations are met one by one (:mod:`lenslrp.hooks.operations`), whichever
-implementation runs.
+products), so their operations are intercepted one by one (:mod:`lenslrp.hooks.operations`),
+whichever implementation runs.
 
 TransformerLens has no hook points inside them. ``blocks.L.mlp.hook_expert_post`` is made here: the
 neurons of the experts that each position was sent to, [batch, pos, slot, neuron]; which expert sits
@@ -66,7 +66,7 @@ class Mixture:
         block: the Hugging Face module that routes and calls the experts.
         shape: batch and positions of the current input.
         chosen: the experts that each position was sent to, [batch * pos, slot].
-        running: what meets the operations of the experts that run.
+        running: intercepts the operations of the experts that run.
     """
 
     path: str
@@ -87,7 +87,7 @@ class Mixture:
         return list(found.values())
 
     def specs(self) -> Iterator[tuple[nn.Module, Operations]]:
-        """Each module whose own code is met, and which of its operations have a rule."""
+        """Each module whose own code is intercepted, and which of its operations have a rule."""
         yield self.block, MIXTURE_OPERATIONS
         for _, module in self.parts():
             yield (
@@ -131,7 +131,7 @@ def expert_points(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module
 
 
 class ExpertIntercept(OperationIntercept):
-    """Meets the operations of batched experts, and shows their neurons to the hook point."""
+    """Intercepts the operations of batched experts, and shows their neurons to the hook point."""
 
     def __init__(self, *args: Any, mixture: Mixture, point: HookPoint | None) -> None:
         super().__init__(*args)
@@ -194,7 +194,7 @@ EXPERT_GATES: dict[type[nn.Module], Any] = {GptOssExperts: gpt_oss_gate}
 
 
 def attach_mixture(at: Attached, ctx: Context, _: str, __: nn.Module, mixture: Mixture) -> None:
-    """Meet the operations of one mixture: its own code, its routers, its experts."""
+    """Intercept the operations of one mixture: its own code, its routers, its experts."""
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))

@@ -5,9 +5,9 @@ So every node of the graph must belong to a rule, or be linear in what flows thr
 very operation that the rule above it stands for (the matrix product below an attention's uniform
 rule, the softmax below a pattern), or lie inside a region that a composite marks as plain.
 
-A rule's share belongs to its operation: *every* path below the rule must meet that operation before
-it meets another rule or a leaf. A term beside a product (``gate * up + up``) would get a share of
-the product, so it is refused.
+A rule's share belongs to its operation: *every* path below the rule must reach that operation
+before it reaches another rule or a leaf. A term beside a product (``gate * up + up``) would get a
+share of the product, so it is refused.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def walk(
     Args:
         roots: tensors at which the backward pass starts, after any non-linear target.
         weights: addresses of weights whose layers have a rule of their own (gamma, say), with their
-            names: met as a plain linear operation, they are gaps.
+            names: reached as a plain linear operation, they are gaps.
         place: names the component that a node belongs to, for messages.
         writes: writes into views that were watched: id of the graph node -> what it hides, "" where
             that is linear. Others are gaps.
@@ -283,11 +283,11 @@ def _clips(node: Any) -> bool:
 
 def _floors(node: Any) -> bool:
     """Whether a maximum only keeps masked scores from falling below the type's minimum (XGLM)."""
-    live = [below is not None for below, _ in node.next_functions]
-    if sum(live) != 1 or not has_values(node._saved_self):
+    on_graph = [below is not None for below, _ in node.next_functions]
+    if sum(on_graph) != 1 or not has_values(node._saved_self):
         return False
     x, floor = node._saved_self, node._saved_other
-    if live[1]:
+    if on_graph[1]:
         x, floor = floor, x
     return bool(((x >= floor) | (floor <= torch.finfo(x.dtype).min)).all())
 

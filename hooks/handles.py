@@ -1,4 +1,4 @@
-"""Handles of what is attached to a model, and the one way in which all of it is undone."""
+"""What is attached to a model, and how it is undone: hooks, attributes, settings, weights."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ def raise_failed(failed: list[BaseException]) -> None:
 
 @dataclass
 class Holder:
-    """The thread whose passes may meet what is attached; a session's calls come from any."""
+    """The thread whose passes may run what is attached; a session's calls come from any."""
 
     thread: int = field(default_factory=get_ident)
 
 
 class ThreadBound:
-    """A hook or method of ours on a module: for the thread that holds the model, never copied."""
+    """A hook or method of a rule: for the thread that holds the model only, and never copied."""
 
     def __init__(self, function: Callable[..., Any], holder: Holder) -> None:
         self.function, self.holder = function, holder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if get_ident() != self.holder.thread and not _autograds_own():
+        if get_ident() != self.holder.thread and not _is_autograds_thread():
             raise RuntimeError(
                 "this model has relevance rules attached by another thread; wait until its "
                 "relevance_rules block ends, or use a model of your own"
@@ -80,7 +80,7 @@ class ThreadBound:
         )
 
 
-def _autograds_own() -> bool:
+def _is_autograds_thread() -> bool:
     """Whether this is a thread of autograd's own: on a GPU, a backward pass runs in one.
 
     A checkpointed block runs forward there once more, for the thread that has called backward.
@@ -184,11 +184,11 @@ class Attached:
             weight.requires_grad_(True)
             # The emptied dict stays: another thread's backward pass may be reading it.
             hooks = weight._backward_hooks or {}
-            for key in [key for key, own in hooks.items() if own is _lost]:
+            for key in [key for key, own in hooks.items() if own is _refuse_gradient]:
                 hooks.pop(key, None)
 
         self.undo.append(thaw)
-        weight.register_hook(_lost)
+        weight.register_hook(_refuse_gradient)
         weight.requires_grad_(False)
 
     def around(self, module: nn.Module, call: Callable[..., Any], name: str = "forward") -> None:
@@ -244,7 +244,7 @@ def _nothing(*_: Any) -> None:
     """What guards a module does nothing else."""
 
 
-def _lost(_: Tensor) -> None:
+def _refuse_gradient(_: Tensor) -> None:
     raise RuntimeError(
         "a backward pass reached a weight of a model that has relevance rules attached, which "
         "freeze it: its gradient would be lost. Call backward before the relevance_rules block or "

@@ -150,7 +150,7 @@ class Rules:
     def _guard(self, attached: Attached, parts: NamedModules) -> list[nn.Parameter]:
         """Refuse other threads' passes, begun before or now; returns the weights to be frozen.
 
-        Rules refuse by themselves. A pass may also meet none and only weights that are frozen, or
+        Rules refuse by themselves. A pass may also reach none and only weights that are frozen, or
         be at its last one: what unembeds ends in a hook point.
         """
         # run_with_cache calls what the bridge wraps, past the bridge's own forward.

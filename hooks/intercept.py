@@ -1,9 +1,10 @@
-"""Attention that the bridge delegates to Hugging Face, made live: scores and pattern become hooks.
+"""Intercepting torch functions while a module runs; attention of Hugging Face made hookable by it.
 
 Delegated attention fires ``hook_attn_scores`` and ``hook_pattern`` after the fact, where neither
-an edit nor a rule has any effect. While such a module runs here, its own softmax is met by the
-bridge's two hook points, and the product of pattern and values by the rule for it. The module's
-arithmetic is its own, call by call, so the forward pass is bit-identical whatever the family.
+an edit nor a rule has any effect. While such a module runs here, the call of its softmax is
+intercepted and passed through the bridge's two hook points, and the product of pattern and values
+gets its rule. The arithmetic stays the module's, call by call, so the forward pass is bit-identical
+whatever the family.
 
 Constants that the module adds to the scores (a relative-position bias, ALiBi) take relevance with
 them: the ``positional`` term of the ledger, measured where they are added.
@@ -42,7 +43,7 @@ class Intercept(TorchFunctionMode):
         return self.intercept(func, getattr(func, "__name__", ""), args, kwargs)
 
     def intercepts(self) -> bool:
-        """Whether the code that runs now is to be met."""
+        """Whether calls of the code that runs now are intercepted."""
         return True
 
     def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -51,7 +52,7 @@ class Intercept(TorchFunctionMode):
 
 
 class ScoreMeter(Intercept):
-    """Books what constants added to the scores of one attention module take.
+    """Accounts for what constants added to the scores of one attention module take.
 
     Args:
         qk: the site of Q@K^T, ``None`` where the pattern is constant.
@@ -69,7 +70,7 @@ class ScoreMeter(Intercept):
         return self.metered(out, args) if name in SUM_FUNCTIONS else out
 
     def metered(self, y: Any, args: tuple[Any, ...]) -> Any:
-        """Book what a constant addend of the scores takes, when the gradient arrives."""
+        """Account for what a constant addend of the scores takes, when the gradient arrives."""
         site, share = self.qk, self.share
         if site is None or site.accounts is None or not isinstance(y, Tensor) or y.ndim < 3:
             return y
@@ -81,7 +82,7 @@ class ScoreMeter(Intercept):
         def measure(g: Tensor) -> None:
             took = row_sums(addend.expand(g.shape).to(g.dtype), g) / share
             site.report("positional", took)
-            # The product below gets what is left: take it out of the product's own account.
+            # The product below gets what is left: subtract it from what the product reports.
             site.report("plain", -(1 - 2 * share) * took)
 
         y.register_hook(measure)
@@ -89,7 +90,7 @@ class ScoreMeter(Intercept):
 
 
 class HookableAttention(ScoreMeter):
-    """Meets the softmax of one attention module, the sums before it and the product after it.
+    """Intercepts the softmax of one attention module, the sums before it and the product after it.
 
     Args:
         attn: whose hook points to call.
@@ -160,7 +161,7 @@ def attach_hookable_attention(
     qk: Site | None,
     share: float,
 ) -> None:
-    """Run the wrapped attention module, wherever the bridge calls it, with its softmax met."""
+    """Run the wrapped attention module, wherever the bridge calls it, as hookable attention."""
     inner = original(attn)
     if inner is None:
         return

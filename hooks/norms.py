@@ -1,7 +1,7 @@
 """Norms: the denominator is a constant, the centring is linear, the bias absorbs its share.
 
-Three ways lead to a norm: the bridge wraps it and calls it, the bridge computes it in Python, or
-Hugging Face's own code calls it past the bridge.
+A norm runs in one of three ways: the bridge calls the module that it wraps, the bridge computes it
+in Python, or Hugging Face's code calls the module past the bridge (an unbridged norm).
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
 def _plain_norm(
     at: Attached, norm: NormalizationBridge, site: Site, bias: Callable[[], Tensor | None]
 ) -> None:
-    """The norm as it is, measured where it begins and ends: as the bridge runs it, by either of
-    its ways, or called past the bridge (split query, key and value inputs do so)."""
+    """The norm as it is, measured where it begins and ends: as the bridge runs it, in Python
+    or by the module, or called past the bridge (split query, key and value inputs do so)."""
     component = original(norm)
     inside = at.plain.setdefault(id(component), [])
 
@@ -117,8 +117,8 @@ def _plain_norm(
         return F.apply(F.RegionOutput, y, bias(), "plain", site)
 
     at.around(component, call)
-    for way in ("_python_norm_forward", "_hf_autograd_forward_with_hooks"):
-        at.around(norm, call, way)
+    for method in ("_python_norm_forward", "_hf_autograd_forward_with_hooks"):
+        at.around(norm, call, method)
 
 
 def _native(norm: NormalizationBridge) -> bool:
@@ -151,7 +151,7 @@ def _attach_wrapped_norm(at: Attached, component: nn.Module, site: Site) -> None
             return slim
 
         at.wrap(norm, apply)
-    # Any other class stays on the graph, where the coverage check meets it and names it.
+    # Any other class stays on the graph, where the coverage check finds and names it.
 
 
 def _slim(norm: nn.Module, form: str, x: Tensor, y: Tensor, site: Site) -> Tensor | None:

@@ -35,7 +35,7 @@ SCALING_FUNCTIONS = frozenset({"__imul__", "__itruediv__", "div_", "divide_", "m
 DETACHING = frozenset({"detach", "detach_"})
 
 INTERCEPTING_FUNCTIONS = frozenset({"intercept", "__torch_function__"})
-"""Functions that hand a call on that they have met."""
+"""Functions that hand on a call that they have intercepted."""
 
 
 class Observer(Intercept):
@@ -104,7 +104,7 @@ class Observer(Intercept):
 
 
 def _caller() -> FrameType | None:
-    """Whose code has called the function that is met."""
+    """Whose code has called the function that is intercepted."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and (
         _is_of(frame, "torch.", __name__) or frame.f_code.co_name in INTERCEPTING_FUNCTIONS

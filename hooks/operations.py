@@ -3,7 +3,7 @@
 Mixtures of experts, routers and gated modules multiply, activate and normalise in plain Python,
 with no hook point between. While a module that is *declared* (by :mod:`lenslrp.hooks.experts`, by
 :func:`declared`, or by a user's ``composite.extended({Class: Operations()})``) runs, each such
-operation is met where it happens:
+operation is intercepted where it happens:
 
 * a product of two factors that both carry relevance: a share to each ([A] Prop. 3.2-3.3), by the
   role ``router`` where one factor is a single number for each position, by the module's own role
@@ -11,12 +11,12 @@ operation is met where it happens:
 * an element-wise activation: the identity rule ([A] Eq. 9);
 * a softmax, sigmoid, softplus or division of a router or gate: the plain gradient, whose leak is
   the ledger's ``softmax`` term;
-* a matrix product of two factors: the half rule of attention;
+* a matrix product of two factors: the rules for the products of attention;
 * a constant that is added: its share is a bias's.
 
-Only the module's own code is met. What its sub-modules compute has rules of their own, or none: an
-unknown one stays on the graph and is refused there. The arithmetic is the module's own, call by
-call.
+Only the module's own code is intercepted. What its sub-modules compute has rules of their own, or
+none: an unknown one stays on the graph and is refused there. The arithmetic is the module's own,
+call by call.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ LEAKING_FUNCTIONS = frozenset({"softmax", "sigmoid", "softplus"})
 
 
 class OperationIntercept(Intercept):
-    """Meets the raw operations of one module while it runs.
+    """Intercepts the raw operations of one module while it runs.
 
     Args:
         sites: the module's sites by role, see :func:`sites_of`.
@@ -177,7 +177,7 @@ class OperationIntercept(Intercept):
     def product(
         self, a: Tensor, b: Tensor, multiply: Callable[[Tensor, Tensor], Tensor] = torch.mul
     ) -> Tensor:
-        """Half to each; a router's weight is one number a position and is the first factor."""
+        """A share to each factor; a router's weight, one number a position, is the first."""
         narrow = [x.shape[-1] == 1 for x in (a, b)] if a.ndim and b.ndim else [False, False]
         routes = narrow[0] != narrow[1] and self.spec.product != "attention_gate"
         role = "router" if routes else self.spec.product
@@ -200,7 +200,7 @@ class OperationIntercept(Intercept):
     ) -> Tensor:
         """An element-wise function; ``gate``: it feeds the first factor of a gated product."""
         site = self.sites["activation"]
-        self.depth[0] += 1  # what it is made of is not met
+        self.depth[0] += 1  # what it is made of is not intercepted
         y = F.activated(act, x, site)
         self.depth[0] -= 1
         first, second = product_shares(self.sites["gate"].rule)
@@ -365,7 +365,7 @@ def attach_operations(
     mode: type[OperationIntercept] = OperationIntercept,
     **options: Any,
 ) -> None:
-    """Run ``module`` with its raw operations met.
+    """Run ``module`` with its raw operations intercepted.
 
     Args:
         spec: which kinds of operation have a rule.

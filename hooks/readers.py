@@ -3,7 +3,7 @@
 A reader turns (activation, gradient) into relevance the moment both exist, reduces it if asked, and
 keeps only that; gradients are never kept. Names follow TransformerLens, and a name means one thing:
 ``hook_resid_pre``, ``hook_resid_mid`` and ``hook_resid_post`` read the total relevance of the
-residual stream, every other name the branch that its hook point feeds (DESIGN promise 5).
+residual stream, every other name the branch that its hook point feeds.
 
 A hook point can fire and its tensor be used by nothing (:mod:`lenslrp.unused`): no gradient comes
 to it, which is not the same as a relevance of 0. ``Readers.silent`` has those of which it is to be
@@ -157,7 +157,7 @@ def select_names(available: Iterable[str], names_filter: NamesFilter) -> tuple[l
 
 @dataclass(eq=False)
 class Reading:
-    """One hook point read in one way; several names may share it."""
+    """One hook point, read as a total or as a branch; several names may share it."""
 
     names: list[str]
     point: nn.Module

@@ -155,7 +155,7 @@ class Operations:
             ``"router"``, unless it gates an attention (Laguna gates each head by one number).
         gated: functional activations feed such a product (and get a gate's share).
         leaks: which of softmax, sigmoid, softplus and division (``"div"``) have the plain gradient,
-            with what it leaks booked as ``softmax``.
+            with what it leaks reported as ``softmax``.
         attention: matrix products of two factors are attention's.
     """
 

@@ -149,8 +149,8 @@ def gamma_linear(
     negative ones, ``x w + gamma (x w)^-``. The bias is one more contribution and gets its share.
 
     Positive contributions add up to (|x| |w| + x w) / 2, negative ones to (x w - |x| |w|) / 2, so
-    two products each way are enough. Both are well conditioned where they are used: the favoured
-    side is the larger one, or the bias decided the sign.
+    two products forward and two backward are enough. Both are well conditioned where they are used:
+    the favoured side is the larger one, or the bias decided the sign.
 
     Returns:
         The gradient at the input, and the relevance that the bias took at each output.

@@ -42,7 +42,7 @@ class Turn:
 
     Attributes:
         rules: what is attached inside it.
-        thread: whose passes may meet that.
+        thread: whose passes may run what is attached.
         stays: a session's: it is there between the calls, and keeps only others from the model.
         within: the session's block that this one is a call of, from any thread.
     """
