@@ -135,17 +135,17 @@ def assign(
         InputError: a rule that gives ``up`` no share.
     """
     check_once(model, require_modules_of_their_own)
-    found = components(model)
+    modules = components(model)
     gates: dict[int, float] = {}
     roles: dict[int, str] = {}
-    mixed = mixtures(found)
-    mixing = {id(part) for mixture in mixed for part, _ in mixture.specs()}
-    raw = _raw_modules(found, mixed, composite)
-    wrapped = {id(original(m)) for _, m in found if isinstance(m, NormalizationBridge)}
+    mixture_blocks = mixtures(modules)
+    mixing = {id(part) for mixture in mixture_blocks for part, _ in mixture.specs()}
+    operations_of = _raw_modules(modules, mixture_blocks, composite)
+    wrapped = {id(original(m)) for _, m in modules if isinstance(m, NormalizationBridge)}
     roles.update(dict.fromkeys(mixing, ""))  # intercepted where they run
-    roles.update(_router_roles(found, mixed, raw))
+    roles.update(_router_roles(modules, mixture_blocks, operations_of))
     queries: set[str] = set()
-    for path, module in found:
+    for path, module in modules:
         if "cross_attn" in module._modules and "ln2" in module._modules:
             queries.add(f"{path}.ln2")  # before cross-attention, whose keys are the encoder's
         if isinstance(module, AttentionBridge):
@@ -156,44 +156,46 @@ def assign(
         if isinstance(module, JointGateUpMLPBridge):
             roles[id(_wrapped(module, "gate_up"))] = ""
             roles[id(getattr(original(module), module.fused_attr, None))] = ""
-        if id(module) in raw and raw[id(module)].gated:  # its activation feeds a gated product
+        if (
+            id(module) in operations_of and operations_of[id(module)].gated
+        ):  # its activation feeds a gated product
             gates.update((id(inner), gate_share(composite)) for inner in module.children())
         if isinstance(module, GatedMLPBridge) and _computes_itself(composite, module):
             share = gate_share(composite)
             for inner in [*original(module).children(), *module.children(), original(module)]:
                 gates[id(inner)] = share
     decide = _Decision(composite, gates, roles, wrapped)
-    embedded = embeddings(found)
-    inside = _answered_for(found, composite, embedded)
-    linear = {id(original(m)) for _, m in found if isinstance(m, LinearBridge)}
+    embedded = embeddings(modules)
+    inside = _answered_for(modules, composite, embedded)
+    linear = {id(original(m)) for _, m in modules if isinstance(m, LinearBridge)}
     rows: list[Assignment] = []
-    for path, module in found:
+    for path, module in modules:
         if id(module) in inside:
             continue
         rows.extend(decide.row(path, module))
         if id(module) in linear and not isinstance(module, LINEAR_CLASSES):
             rows.extend(decide.linear(path, module))
-        if id(module) in raw and id(module) not in mixing:
-            rows.append(decide.operations(path, module, raw[id(module)]))
+        if id(module) in operations_of and id(module) not in mixing:
+            rows.append(decide.operations(path, module, operations_of[id(module)]))
     rows.extend(
         Assignment(
             mixture.path, mixture.block, "router", composite["router"],
             attach=attach_mixture, options=(mixture,),
         )
-        for mixture in mixed
+        for mixture in mixture_blocks
     )  # fmt: skip
-    weights = _ruled_weights(found, composite, roles, raw)
+    weights = _ruled_weights(modules, composite, roles, operations_of)
     return Assignments(rows, queries, weights, wrapped, embedded)
 
 
 def _answered_for(
-    found: NamedModules, composite: Composite, embedded: list[tuple[nn.Module, bool]]
+    modules: NamedModules, composite: Composite, embedded: list[tuple[nn.Module, bool]]
 ) -> set[int]:
     """Modules inside one that has a rule as a whole; and what an embedding does before its leaf."""
     inside: set[int] = set()
     for inner, _ in embedded:
         inside.update(id(part) for part in inner.modules() if part is not inner)
-    for _, module in found:
+    for _, module in modules:
         if isinstance(composite.modules.get(type(module)), Identity | Normalisation | Plain):
             inside.update(id(part) for part in module.modules() if part is not module)
         if isinstance(module, NormalizationBridge) and isinstance(composite["norm"], Plain):
@@ -214,18 +216,23 @@ class _Decision:
     def row(self, path: str, module: nn.Module) -> Iterator[Assignment]:
         """The row of a component by its class, if it gets one."""
         rules = self.composite
-        own = rules.modules.get(type(module))
+        registered_rule = rules.modules.get(type(module))
         share = self.gates.get(id(module), 1.0)
-        if own is not None and id(module) in self.wrapped:
+        if registered_rule is not None and id(module) in self.wrapped:
             return  # its NormalizationBridge has seen to it
-        if isinstance(own, Operations):
-            yield self.operations(path, module, own)
-        elif isinstance(own, Normalisation):
+        if isinstance(registered_rule, Operations):
+            yield self.operations(path, module, registered_rule)
+        elif isinstance(registered_rule, Normalisation):
             yield Assignment(
-                path, module, "norm", own, attach=attach_registered_norm, options=(own,)
+                path,
+                module,
+                "norm",
+                registered_rule,
+                attach=attach_registered_norm,
+                options=(registered_rule,),
             )
-        elif own is not None:
-            yield self.activation(path, module, own, share, True)
+        elif registered_rule is not None:
+            yield self.activation(path, module, registered_rule, share, True)
         elif isinstance(module, NormalizationBridge):
             yield Assignment(path, module, "norm", rules["norm"], attach=attach_norm)
         elif isinstance(module, AttentionBridge):
@@ -260,8 +267,8 @@ class _Decision:
         self, path: str, module: nn.Module, rule: Any, share: float, declared: bool
     ) -> Assignment:
         """An activation module; ``declared`` by the composite for its class."""
-        given = (rule, share, declared)
-        return Assignment(path, module, "activation", rule, share, attach_activation, given)
+        options = (rule, share, declared)
+        return Assignment(path, module, "activation", rule, share, attach_activation, options)
 
     def operations(self, path: str, module: nn.Module, spec: Operations) -> Assignment:
         """A module whose own code multiplies or activates."""
@@ -283,11 +290,11 @@ def _raw_modules(
     """Modules whose own code multiplies or activates, by id: where no component has a rule."""
     gated = (GatedMLPBridge, JointGateUpMLPBridge)
     bridged = {id(original(module)) for _, module in parts if isinstance(module, gated)}
-    raw = {id(part): spec for mixture in mixed for part, spec in mixture.specs()}
+    operations_of = {id(part): spec for mixture in mixed for part, spec in mixture.specs()}
     attended = _attended(parts)
     for _, module in parts:
         if gates_its_output(module):
-            raw[id(module)] = ATTENTION_GATE_OPERATIONS
+            operations_of[id(module)] = ATTENTION_GATE_OPERATIONS
         spec = declared(module)
         registered = type(module) in composite.modules
         if spec is None or registered or isinstance(module, GeneralizedComponent):
@@ -295,23 +302,23 @@ def _raw_modules(
         if spec is ATTENTION_OPERATIONS and id(module) in attended:
             continue  # its bridge has hook points for it
         if id(module) not in bridged or is_known(module):
-            raw.setdefault(id(module), spec)
-    return raw
+            operations_of.setdefault(id(module), spec)
+    return operations_of
 
 
 def _ruled_weights(
     parts: list[tuple[str, nn.Module]],
     composite: Composite,
     roles: dict[int, str],
-    raw: dict[int, Operations],
+    operations_of: dict[int, Operations],
 ) -> dict[int, str]:
     """Addresses of weights whose products have a rule other than epsilon, and where they are.
 
     Batched experts, say, keep theirs as parameters of their own, one matrix after another.
     """
-    found: dict[int, str] = {}
+    addresses: dict[int, str] = {}
     if not any(isinstance(rule, LinearRule) for rule in composite.rules.values()):
-        return found
+        return addresses
     ruled: dict[str, bool] = {}
     attended = _attended(parts)
     for path, module in parts:
@@ -321,12 +328,12 @@ def _ruled_weights(
             continue
         if isinstance(module, LINEAR_CLASSES):
             role, matrices = roles.get(id(module), _linear_role(module)), [layer.weight]
-        elif raw.get(id(module)) == ROUTER_OPERATIONS:
+        elif operations_of.get(id(module)) == ROUTER_OPERATIONS:
             continue
         else:
             role = "projection" if id(module) in attended else "linear"
-            own = [w for w in module._parameters.values() if w is not None]
-            matrices = [m for w in own if w.ndim in (2, 3) for m in (w if w.ndim == 3 else [w])]
+            weights = [w for w in module._parameters.values() if w is not None]
+            matrices = [m for w in weights if w.ndim in (2, 3) for m in (w if w.ndim == 3 else [w])]
         if role not in ruled:  # a check of a protocol is slow, and roles are few
             ruled[role] = bool(role) and isinstance(composite[role], LinearRule)
         if ruled[role]:
@@ -336,8 +343,8 @@ def _ruled_weights(
                     f"pass only: use epsilon for its role ({role!r}), or load the model whole"
                 )
             # On the meta device no tensor has an address.
-            found.update((m.data_ptr(), path) for m in matrices if not m.is_meta)
-    return found
+            addresses.update((m.data_ptr(), path) for m in matrices if not m.is_meta)
+    return addresses
 
 
 def _computes_itself(composite: Composite, mlp: GatedMLPBridge) -> bool:
@@ -348,24 +355,24 @@ def _computes_itself(composite: Composite, mlp: GatedMLPBridge) -> bool:
 
 def _attended(parts: list[tuple[str, nn.Module]]) -> set[int]:
     """What lies inside attention that has a bridge."""
-    inner = [original(m) for _, m in parts if isinstance(m, AttentionBridge)]
-    return {id(part) for module in inner if module is not None for part in module.modules()}
+    attentions = [original(m) for _, m in parts if isinstance(m, AttentionBridge)]
+    return {id(part) for module in attentions if module is not None for part in module.modules()}
 
 
 def _router_roles(
-    parts: list[tuple[str, nn.Module]], mixed: list[Mixture], raw: dict[int, Operations]
+    parts: list[tuple[str, nn.Module]], mixed: list[Mixture], operations_of: dict[int, Operations]
 ) -> dict[int, str]:
     """Linear layers that weigh experts: they keep the epsilon rule, whatever that of the others."""
-    found: dict[int, str] = {}
+    roles: dict[int, str] = {}
     for _, module in parts:
-        if raw.get(id(module)) == ROUTER_OPERATIONS:
-            found.update((id(inner), "router") for inner in module.modules())
-            found[id(module)] = ""
+        if operations_of.get(id(module)) == ROUTER_OPERATIONS:
+            roles.update((id(inner), "router") for inner in module.modules())
+            roles[id(module)] = ""
     for mixture in mixed:  # the weight of a shared expert: one number a position
         for inner in mixture.block.modules():
             if isinstance(inner, nn.Linear) and inner.out_features == 1:
-                found[id(inner)] = "router"
-    return found
+                roles[id(inner)] = "router"
+    return roles
 
 
 def _linear_role(module: nn.Module) -> str:

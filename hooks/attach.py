@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 
 def attach_all(
-    model: TransformerBridge, found: NamedModules, ctx: Context, at: Attached
+    model: TransformerBridge, modules: NamedModules, ctx: Context, at: Attached
 ) -> list[tuple[nn.Module, bool]]:
     """Attach the composite's rules to every component of a bridge; returns its embeddings.
 
     ``at`` learns the sites and how to undo them, as far as it went.
     """
     assigned = assign(model, ctx.composite, ctx.attention)
-    at.edits = meter_edits(at, ctx, found)
-    at.changed = watch_gradients(at, found)
+    at.edits = meter_edits(at, ctx, modules)
+    at.changed = watch_gradients(at, modules)
     at.wrapped, at.weights = assigned.wrapped, assigned.weights
     ctx.queries.update(assigned.queries)
     for inner, _ in assigned.embedded:
         attach_leaf(at, inner)
-    for _, module in found:
+    for _, module in modules:
         if hasattr(module, "L_bp_cycles_padded"):
             attach_all_cycles(at, module)
     for row in assigned.rows:
         attach_row(at, ctx, row)
-    for place in media_embedders(found):
-        attach_patches(at, place.projection, sites_before_sequence(found, at.sites))
+    for place in media_embedders(modules):
+        attach_patches(at, place.projection, sites_before_sequence(modules, at.sites))
     return assigned.embedded
 
 

@@ -95,8 +95,8 @@ def passes_over(attn: AttentionBridge) -> bool:
 
 def own_attention(model: nn.Module) -> list[AttentionBridge]:
     """The attention components of a bridge that pass over a module of the user's own."""
-    found = [m for m in model.modules() if isinstance(m, AttentionBridge)]
-    return [attn for attn in found if original(attn) is not None and passes_over(attn)]
+    attentions = [m for m in model.modules() if isinstance(m, AttentionBridge)]
+    return [attn for attn in attentions if original(attn) is not None and passes_over(attn)]
 
 
 def call_the_module(attn: AttentionBridge) -> None:
@@ -114,8 +114,8 @@ def gates_its_output(module: nn.Module) -> bool:
 def _goes_on(attn: AttentionBridge) -> bool:
     """Whether the bridge does more to the product of pattern and values before ``o``."""
     plain = PositionEmbeddingsAttentionBridge._pre_output_projection
-    own = getattr(type(attn), "_pre_output_projection", plain)
-    return gates_its_output(attn) or own is not plain
+    method = getattr(type(attn), "_pre_output_projection", plain)
+    return gates_its_output(attn) or method is not plain
 
 
 def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -> None:

@@ -53,10 +53,10 @@ def known_forward(module: nn.Module) -> Any:
 
     accelerate's, which moves inputs, and TransformerLens' own (Falcon) do not count.
     """
-    own = module.__dict__.get("forward")
-    if own is None or hasattr(module, "_hf_hook"):
+    forward = module.__dict__.get("forward")
+    if forward is None or hasattr(module, "_hf_hook"):
         return type(module).forward
-    theirs = str(getattr(own, "__module__", "")).startswith("transformer_lens.")
+    theirs = str(getattr(forward, "__module__", "")).startswith("transformer_lens.")
     return type(module).forward if theirs else None
 
 
@@ -110,8 +110,8 @@ def norm_form(
 
     def check() -> str:
         fits = rule.fits(x, y, bias) and all(
-            _close(out[own], y) and rule.fits(both, out, bias)
-            for both, own, out in _among_others(run, x)
+            _close(out[region], y) and rule.fits(both, out, bias)
+            for both, region, out in _among_others(run, x)
         )
         if not (gains and fits):
             return "exact" if fits else ""
@@ -149,12 +149,12 @@ def _among_others(
     """``x`` before and after other rows, along each leading dimension, through the module."""
     for dim in range(x.ndim - 1):
         for first in (True, False):
-            other = _noise(x)
-            both = torch.cat([x, other] if first else [other, x], dim=dim)
+            noise = _noise(x)
+            both = torch.cat([x, noise] if first else [noise, x], dim=dim)
             start = 0 if first else x.shape[dim]
-            at = [slice(None)] * x.ndim
-            at[dim] = slice(start, start + x.shape[dim])
-            yield both, tuple(at), run(both.clone())
+            region = [slice(None)] * x.ndim
+            region[dim] = slice(start, start + x.shape[dim])
+            yield both, tuple(region), run(both.clone())
 
 
 def form_of(module: nn.Module, run: ModuleForward, x: Tensor, y: Tensor) -> str:
@@ -199,8 +199,8 @@ def elementwise(
     def apply(x: Tensor, y: Tensor) -> Tensor | None:
         form = form_of(module, run, x.detach(), y)
         if form:
-            fitting = limited(run, rule, x.detach()) if form == "nearly" else slimmest
-            return F.apply(F.Elementwise, x, y, fitting, site)
+            fitting_rule = limited(run, rule, x.detach()) if form == "nearly" else slimmest
+            return F.apply(F.Elementwise, x, y, fitting_rule, site)
         if not declared:
             return None
         raise InputError(

@@ -198,8 +198,8 @@ def attach_all_cycles(at: Attached, model: Any) -> None:
 
 def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
     function: Callable[[Tensor], Tensor] = resolve_activation_fn(mlp.config)
-    known: list[Any] = [m for m in original(mlp).children() if isinstance(m, ACTIVATION_CLASSES)]
-    for module in known:
+    children: list[Any] = list(original(mlp).children())
+    for module in (m for m in children if isinstance(m, ACTIVATION_CLASSES)):
         probe = torch.linspace(-4.0, 4.0, 33, device=mlp.out.weight.device)
         if not torch.equal(function(probe), type(module).forward(module, probe)):  # past any rule
             raise InputError(

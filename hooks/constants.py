@@ -36,13 +36,13 @@ def measure_bias(y: Tensor, bias: Tensor | None, site: Site, dim: int = -1) -> N
         return  # TransformerLens gives every unembedding a bias of zeros
 
     def measure(g: Tensor) -> None:
-        wide, last = widest(g), g.detach().movedim(dim, -1)
-        kept = 1 if site.accounts is None or site.accounts.rows is None else site.accounts.rows
-        rows = last.reshape(kept, -1, last.shape[-1])
-        summed = torch.zeros(kept, rows.shape[-1], dtype=wide, device=g.device)
-        for chunk in rows.split(max(1, NUMBERS_AT_ONCE // (kept * rows.shape[-1])), dim=1):
-            summed += chunk.sum(dim=1, dtype=wide)
-        site.report("biases", summed @ bias.detach().to(g.device, wide))
+        dtype, last = widest(g), g.detach().movedim(dim, -1)
+        n_rows = 1 if site.accounts is None or site.accounts.rows is None else site.accounts.rows
+        rows = last.reshape(n_rows, -1, last.shape[-1])
+        summed = torch.zeros(n_rows, rows.shape[-1], dtype=dtype, device=g.device)
+        for chunk in rows.split(max(1, NUMBERS_AT_ONCE // (n_rows * rows.shape[-1])), dim=1):
+            summed += chunk.sum(dim=1, dtype=dtype)
+        site.report("biases", summed @ bias.detach().to(g.device, dtype))
 
     y.register_hook(measure)
 
@@ -142,7 +142,7 @@ def _consumers(
     ``None`` where one of them takes something else that is older.
     """
     start, number = (None, 0) if edge is None else (edge.node, edge.output_nr)
-    found: list[tuple[Any, list[int]]] = []
+    consumers: list[tuple[Any, list[int]]] = []
     stack, seen = [y.grad_fn], set()
     while stack:
         node: Any = stack.pop()
@@ -158,8 +158,8 @@ def _consumers(
             elif below is not None:
                 stack.append(below)
         if slots:
-            found.append((node, slots))
-    return found
+            consumers.append((node, slots))
+    return consumers
 
 
 def meter_edits(
@@ -196,12 +196,12 @@ def watch_gradients(at: Attached, parts: Iterable[tuple[str, nn.Module]]) -> lis
 
 
 def _watched(hook: Callable[..., Any], path: str, changed: list[str]) -> Callable[..., Any]:
-    def watched(module: nn.Module, given: Any, *rest: Any) -> Any:
-        made = hook(module, given, *rest)
-        pairs = zip(_tuple(made), _tuple(given), strict=False)
-        if made is not None and not all(a is b or torch.equal(a, b) for a, b in pairs):
+    def watched(module: nn.Module, gradients: Any, *rest: Any) -> Any:
+        replaced = hook(module, gradients, *rest)
+        pairs = zip(_tuple(replaced), _tuple(gradients), strict=False)
+        if replaced is not None and not all(a is b or torch.equal(a, b) for a, b in pairs):
             changed.append(path)
-        return made
+        return replaced
 
     return watched
 

@@ -115,12 +115,12 @@ class Tracer:
                 best = (len(inside), f"{name} ({kind})")
         return best[1]
 
-    def recurrent(self, found: Walk) -> list[str]:
+    def recurrent(self, walked: Walk) -> list[str]:
         """The recurrent mixers on the path: ``blocks.0.mixer (MambaMixer)``, lowest layer first."""
         on_path = {
             name
             for name, _, _, outputs in self.calls
-            if name in self._recurrent and any(id(node) in found.nodes for node in outputs)
+            if name in self._recurrent and any(id(node) in walked.nodes for node in outputs)
         }
         return [f"{name} ({cls})" for name, cls in self._recurrent.items() if name in on_path]
 
@@ -172,13 +172,13 @@ def _some(names: Sequence[str], shown: int = 6) -> str:
     return "; ".join(dict.fromkeys(names[:shown])) + more
 
 
-def require_in_place(found: Walk, architecture: str) -> None:
+def require_in_place(walked: Walk, architecture: str) -> None:
     """Raise where a rule stands above no operation of its kind, or reaches something beside it.
 
     Raises:
         CoverageError: naming the rules.
     """
-    faults = found.faults()
+    faults = walked.faults()
     if faults:
         raise CoverageError(
             f"{architecture}: {'; '.join(faults[:6])}; the model's forward pass differs from what "

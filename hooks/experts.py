@@ -77,14 +77,14 @@ class Mixture:
 
     def parts(self) -> list[tuple[str, nn.Module]]:
         """Routers and experts inside the block, under their names there."""
-        found: dict[int, tuple[str, nn.Module]] = {}
+        parts: dict[int, tuple[str, nn.Module]] = {}
         for name, module in self.block.named_modules():
             kind = type(module).__name__
             if module is not self.block and (
                 ROUTER_CLASSES.search(kind) or EXPERT_CLASSES.search(kind)
             ):
-                found[id(module)] = (name.replace("._original_component", ""), module)
-        return list(found.values())
+                parts[id(module)] = (name.replace("._original_component", ""), module)
+        return list(parts.values())
 
     def specs(self) -> Iterator[tuple[nn.Module, Operations]]:
         """Each module whose own code is intercepted, and which of its operations have a rule."""
@@ -107,7 +107,7 @@ class Mixture:
 
 def mixtures(parts: Iterable[tuple[str, nn.Module]]) -> list[Mixture]:
     """The mixtures of a bridge."""
-    found: list[Mixture] = []
+    mixtures: list[Mixture] = []
     for path, module in parts:
         if not isinstance(module, MoEBridge):
             continue
@@ -116,18 +116,18 @@ def mixtures(parts: Iterable[tuple[str, nn.Module]]) -> list[Mixture]:
             continue
         mixture = Mixture(path, inner)
         if mixture.parts() and not EXPERT_CLASSES.search(type(inner).__name__):
-            found.append(mixture)
-    return found
+            mixtures.append(mixture)
+    return mixtures
 
 
 def expert_points(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
     """Hook points at the neurons of experts: name -> hook point, the same ones at every call."""
-    found: dict[str, nn.Module] = {}
+    points: dict[str, nn.Module] = {}
     for mixture in mixtures(parts):
         experts = mixture.batched_experts()
         if experts is not None:
-            found[f"{mixture.path}.hook_expert_post"] = _points.setdefault(experts, ExpertPoint())
-    return found
+            points[f"{mixture.path}.hook_expert_post"] = _points.setdefault(experts, ExpertPoint())
+    return points
 
 
 class ExpertIntercept(OperationIntercept):
@@ -167,8 +167,8 @@ class ExpertIntercept(OperationIntercept):
             return y
         spread = flat.new_zeros(chosen.numel(), y.shape[-1]).index_copy(0, rows, flat)
         shape = (*self.mixture.shape, chosen.shape[-1], y.shape[-1])
-        seen: Tensor = self.point(spread.view(shape))
-        return seen.reshape(chosen.numel(), y.shape[-1])[rows].view_as(y)
+        shown: Tensor = self.point(spread.view(shape))
+        return shown.reshape(chosen.numel(), y.shape[-1])[rows].view_as(y)
 
 
 def _alike(a: Any = None, b: Any = None) -> bool:
@@ -201,10 +201,10 @@ def attach_mixture(at: Attached, ctx: Context, _: str, __: nn.Module, mixture: M
         mixture.shape, mixture.chosen = tuple(x.shape[:-1]), None
 
     def routed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        chosen = next((v for v in given if not v.is_floating_point() and v.ndim == 2), None)
-        if chosen is None and len(given) == 1 and mixture.path in ctx.experts:
-            every = torch.arange(ctx.experts[mixture.path], device=given[0].device)
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        chosen = next((v for v in tensors if not v.is_floating_point() and v.ndim == 2), None)
+        if chosen is None and len(tensors) == 1 and mixture.path in ctx.experts:
+            every = torch.arange(ctx.experts[mixture.path], device=tensors[0].device)
             chosen = every.expand(math.prod(mixture.shape), -1)
         if chosen is not None:
             mixture.chosen = chosen

@@ -201,9 +201,9 @@ class Linear(torch.autograd.Function):
         site = ctx.site
         site.backward += 1
         x, y, weight, bias = ctx.saved_tensors
-        gx, took = ctx.rule.backward(g, x, weight, bias)
+        gx, bias_share = ctx.rule.backward(g, x, weight, bias)
         if site.accounts is not None:
-            absorbed = row_sums(took, torch.ones_like(took))
+            absorbed = row_sums(bias_share, torch.ones_like(bias_share))
             site.report("biases", absorbed)
             site.report("stabiliser", row_sums(y, g) - row_sums(x, gx) - absorbed)
         return gx, None, None, None, None, None

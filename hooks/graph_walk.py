@@ -150,7 +150,7 @@ def walk(
             that is linear. Others are gaps.
         latent: the roots are units inside the model.
     """
-    found = Walk([], set(), {}, [], [])
+    walked = Walk([], set(), {}, [], [])
     seen: set[tuple[int, frozenset[tuple[int, str]], tuple[int, ...]]] = set()
     reported: set[int] = set()
     reached: dict[tuple[int, str], Site] = {}
@@ -163,9 +163,8 @@ def walk(
     def gap(node: Any, name: str, above: str) -> None:
         if id(node) not in reported:
             reported.add(id(node))
-            found.gaps.append(
-                Gap(name, above, place(node) if len(found.gaps) < LOCATED_GAPS else "")
-            )
+            component = place(node) if len(walked.gaps) < LOCATED_GAPS else ""
+            walked.gaps.append(Gap(name, above, component))
 
     while stack:
         node, pending, region, above = stack.pop()
@@ -173,7 +172,7 @@ def walk(
         if key in seen:
             continue
         seen.add(key)
-        found.nodes[id(node)] = node
+        walked.nodes[id(node)] = node
         below = inputs_of(node)
         site = _site(node)
         if pending and not region and (site is not None or not below):
@@ -182,11 +181,11 @@ def walk(
             # A latent unit may be inside a region, for which the site then does not answer.
             begins = latent and node.region < 0 and not region and above == ROOT
             if not begins:
-                found.sites.add(id(site))
+                walked.sites.add(id(site))
             above = f"{site.hook} ({site.role})"
             if site.role == "attention_qk":  # the softmax's own node is at the pattern
                 sites: dict[str, Site] = getattr(node, "sites", {})
-                found.sites.update(id(s) for role, s in sites.items() if role != "softmax")
+                walked.sites.update(id(s) for role, s in sites.items() if role != "softmax")
             if node.region > 0:
                 region = (*region, id(site))
             elif node.region < 0 and region[-1:] == (id(site),):
@@ -215,9 +214,9 @@ def walk(
         if region and not below:
             gap(node, "a path that leaves a region past its inputs", above)
         stack.extend((item, pending, region, above) for item in below)
-    found.misplaced = [site for item, site in reached.items() if item not in used]
-    found.leaks = list(leaked.values())
-    return found
+    walked.misplaced = [site for item, site in reached.items() if item not in used]
+    walked.leaks = list(leaked.values())
+    return walked
 
 
 def _site(node: Any) -> Site | None:

@@ -85,8 +85,9 @@ def _is_autograds_thread() -> bool:
 
     A checkpointed block runs forward there once more, for the thread that has called backward.
     """
-    known = {t.ident for t in threading.enumerate() if not isinstance(t, threading._DummyThread)}
-    return torch._C._current_graph_task_id() != -1 and get_ident() not in known
+    threads = threading.enumerate()
+    python = {t.ident for t in threads if not isinstance(t, threading._DummyThread)}
+    return torch._C._current_graph_task_id() != -1 and get_ident() not in python
 
 
 class Attached:
@@ -133,8 +134,8 @@ class Attached:
         first: bool = False,
     ) -> None:
         """Past torch's own functions, whose handle an interrupt could lose (and twice as fast)."""
-        own = ThreadBound(hook, self.holder)
-        key = id(own)  # torch's keys are counted from 0
+        callback = ThreadBound(hook, self.holder)
+        key = id(callback)  # torch's keys are counted from 0
         marks = {"with_kwargs": f"{kind}_with_kwargs", "always_call": f"{kind}_always_called"}
         for option in options:
             marked = getattr(module, marks[option])
@@ -142,7 +143,7 @@ class Attached:
             marked[key] = True
         hooks = getattr(module, kind)
         self.undo.append(partial(hooks.pop, key, None))
-        hooks[key] = own
+        hooks[key] = callback
         if first:
             hooks.move_to_end(key, last=False)
 
@@ -184,7 +185,7 @@ class Attached:
             weight.requires_grad_(True)
             # The emptied dict stays: another thread's backward pass may be reading it.
             hooks = weight._backward_hooks or {}
-            for key in [key for key, own in hooks.items() if own is _refuse_gradient]:
+            for key in [key for key, hook in hooks.items() if hook is _refuse_gradient]:
                 hooks.pop(key, None)
 
         self.undo.append(thaw)

@@ -158,10 +158,12 @@ class Rules:
         guarded |= {c.hook_out for c in self.model.children() if hasattr(c, "hook_out")}
         weights: dict[nn.Parameter, None] = {}
         for _, module in parts:
-            own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
-            if own:
+            trainable = [
+                p for p in module._parameters.values() if p is not None and p.requires_grad
+            ]
+            if trainable:
                 guarded.add(module)
-                weights.update(dict.fromkeys(own))
+                weights.update(dict.fromkeys(trainable))
         for module in guarded:
             attached.guard(module)
         return list(weights)
@@ -175,11 +177,11 @@ class Rules:
             CoverageError: naming the first operations without a rule, or rules that sit where their
                 operation is not.
         """
-        found = walk(roots, weights=self.weights)
+        walked = walk(roots, weights=self.weights)
         architecture = type(getattr(self.model, "original_model", self.model)).__name__
-        if found.gaps:
-            raise CoverageError(gap_message(found.gaps, architecture))
-        require_in_place(found, architecture)
+        if walked.gaps:
+            raise CoverageError(gap_message(walked.gaps, architecture))
+        require_in_place(walked, architecture)
 
 
 def require_attention(attention: str) -> None:

@@ -80,10 +80,10 @@ class ScoreMeter(Intercept):
         addend = addends[0]
 
         def measure(g: Tensor) -> None:
-            took = row_sums(addend.expand(g.shape).to(g.dtype), g) / share
-            site.report("positional", took)
+            absorbed = row_sums(addend.expand(g.shape).to(g.dtype), g) / share
+            site.report("positional", absorbed)
             # The product below gets what is left: subtract it from what the product reports.
-            site.report("plain", -(1 - 2 * share) * took)
+            site.report("plain", -(1 - 2 * share) * absorbed)
 
         y.register_hook(measure)
         return y
@@ -126,8 +126,8 @@ class HookableAttention(ScoreMeter):
             self.multiplied = True
             return self.at_product(func(*args, **kwargs))
         out = func(*args, **kwargs)
-        known = self.pattern is not None and bool(args) and self.is_pattern(args[0])
-        if known and isinstance(out, Tensor) and out.shape == args[0].shape:
+        follows_pattern = self.pattern is not None and bool(args) and self.is_pattern(args[0])
+        if follows_pattern and isinstance(out, Tensor) and out.shape == args[0].shape:
             self.passed_on.append(out)
         return out
 
@@ -140,8 +140,8 @@ class HookableAttention(ScoreMeter):
         first = next((arg for arg in args if isinstance(arg, Tensor)), None)
         if first is None:
             return False
-        shape, own = self.pattern.shape, first.shape
-        return own.numel() == shape.numel() and own[-1] == shape[-1]
+        shape, factor_shape = self.pattern.shape, first.shape
+        return factor_shape.numel() == shape.numel() and factor_shape[-1] == shape[-1]
 
 
 def _zero_fully_masked_rows(scores: Tensor, pattern: Tensor) -> None:

@@ -117,7 +117,7 @@ class MediaEmbedder:
 def media_embedders(parts: Iterable[tuple[str, nn.Module]]) -> list[MediaEmbedder]:
     """Every place of a bridge where an image or a sound becomes a sequence."""
     parts = list(parts)
-    found: dict[int, MediaEmbedder] = {}
+    embedders: dict[int, MediaEmbedder] = {}
     for _, module in parts:
         if INPUT_PARAMETERS.isdisjoint(module._parameters) and INPUT_PARAMETERS.isdisjoint(
             module._modules
@@ -128,18 +128,20 @@ def media_embedders(parts: Iterable[tuple[str, nn.Module]]) -> list[MediaEmbedde
         if special or positions:
             patches = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
             if patches is not None:
-                found.setdefault(id(patches), MediaEmbedder(patches, module, special, positions))
+                embedders.setdefault(
+                    id(patches), MediaEmbedder(patches, module, special, positions)
+                )
     for path, module in parts:
         inner: Any = original(module) if path == FRAME_COMPONENT else None
         if isinstance(inner, nn.Module):
             frames = next((m for m in inner.modules() if isinstance(m, nn.Linear)), None)
             if frames is not None:
-                found[id(frames)] = MediaEmbedder(frames, None, {}, ())
-    if not found:  # positions that are rotations, and no token but the patches
+                embedders[id(frames)] = MediaEmbedder(frames, None, {}, ())
+    if not embedders:  # positions that are rotations, and no token but the patches
         patches = next((m for _, m in parts if isinstance(m, nn.Conv2d)), None)
         if patches is not None:
             return [MediaEmbedder(patches, None, {}, ())]
-    return list(found.values())
+    return list(embedders.values())
 
 
 def sites_before_sequence(

@@ -50,12 +50,12 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
     component = original(norm)
     if isinstance(component, nn.Identity):
         return
-    own = ctx.composite.modules.get(type(component))
-    rule = ctx.composite["norm"] if own is None else own
+    registered_rule = ctx.composite.modules.get(type(component))
+    rule = ctx.composite["norm"] if registered_rule is None else registered_rule
 
     def bias() -> Tensor | None:
-        if isinstance(own, Normalisation) and _native(norm):
-            return _bias_of(component, own)
+        if isinstance(registered_rule, Normalisation) and _native(norm):
+            return _bias_of(component, registered_rule)
         return None if norm.uses_rms_norm else getattr(component, "bias", None)
 
     first = id(component) not in at.replaced
@@ -66,10 +66,10 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
     else:
         if not first:
             pass  # one norm under two names: its rule is in its place already
-        elif isinstance(own, Normalisation):
-            _wrap_registered_norm(at, component, own, site)
-        elif isinstance(own, Identity):
-            at.wrap(component, elementwise(component, own, site, declared=True))
+        elif isinstance(registered_rule, Normalisation):
+            _wrap_registered_norm(at, component, registered_rule, site)
+        elif isinstance(registered_rule, Identity):
+            at.wrap(component, elementwise(component, registered_rule, site, declared=True))
         else:
             _attach_wrapped_norm(at, component, site)
 
@@ -183,10 +183,10 @@ def _wrap_registered_norm(at: Attached, module: nn.Module, rule: Normalisation, 
         bias = _bias_of(module, rule)
         form = checks.norm_form(module, run, x, y, rule, bias)
         if not form:
-            other = replace(rule, centred=not rule.centred)
+            other_rule = replace(rule, centred=not rule.centred)
             hint = (
-                f"; it fits Normalisation(centred={other.centred})"
-                if checks.norm_form(module, run, x, y, other, bias)
+                f"; it fits Normalisation(centred={other_rule.centred})"
+                if checks.norm_form(module, run, x, y, other_rule, bias)
                 else "; is its bias an attribute named otherwise (bias=...), or is it no norm?"
             )
             raise InputError(

@@ -83,19 +83,19 @@ class Observer(Intercept):
         if frame is None or _is_of(frame, "lenslrp.", "transformer_lens."):
             return  # a rule, or the bridge's own reading of what its hook points show
         how = name if name in DETACHING else "data" if name == "__get__" else "no_grad"
-        said = f"{how} in {self._component(frame)}"
+        description = f"{how} in {self._component(frame)}"
         self._nodes.extend(nodes)
-        self._cuts.extend((node, said) for node in nodes)
+        self._cuts.extend((node, description) for node in nodes)
 
     def _component(self, frame: FrameType) -> str:
         """The module whose code cut a value, by its name, and the line of code."""
         line = f"{frame.f_code.co_name}, line {frame.f_lineno}"
-        at: FrameType | None = frame
-        while at is not None:
-            module = at.f_locals.get("self")
+        caller: FrameType | None = frame
+        while caller is not None:
+            module = caller.f_locals.get("self")
             if isinstance(module, nn.Module) and id(module) in self._names:
                 return f"{self._names[id(module)]} ({type(module).__name__}; {line})"
-            at = at.f_back
+            caller = caller.f_back
         return line
 
     def cuts(self, nodes: dict[int, Any]) -> list[str]:

@@ -220,12 +220,12 @@ class OperationIntercept(Intercept):
 
     def matrix_product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Pattern times values if a factor comes from a softmax, queries times keys otherwise."""
-        at = [i for i, x in enumerate(args) if _live(x)]
-        pattern = [i for i in at if _from_leak(args[i])]
+        on_graph = [i for i, x in enumerate(args) if _live(x)]
+        pattern = [i for i in on_graph if _from_leak(args[i])]
         site = self.sites["attention_av" if pattern else "attention_qk"]
         first, second = product_shares(site.rule)
         factors = list(args)
-        first_at = (pattern or at)[0]
+        first_at = (pattern or on_graph)[0]
         factors[first_at] = F.shared(factors[first_at], first / second, site)
         y = func(*factors, **kwargs)
         if first == 0:

@@ -173,14 +173,14 @@ def _inside(
     points: Mapping[str, nn.Module], middles: Mapping[str, nn.Module]
 ) -> list[tuple[str, nn.Module, bool]]:
     """Of blocks whose middle is read: where the block begins, and every hook point of its MLP."""
-    found = []
+    points_of_blocks = []
     for name, point in points.items() if middles else ():
         block, _, rest = name.partition(".mlp.")
         if rest and block in middles and point is not middles[block]:
-            found.append((block, point, False))
+            points_of_blocks.append((block, point, False))
         elif name.endswith(".hook_in") and name[: -len(".hook_in")] in middles:
-            found.append((name[: -len(".hook_in")], point, True))
-    return found
+            points_of_blocks.append((name[: -len(".hook_in")], point, True))
+    return points_of_blocks
 
 
 def _shape(value: Any) -> Any:
@@ -312,14 +312,14 @@ class Readers:
         x, g = converted(reading.point, x), converted(reading.point, g)
         if self.restore is not None:
             x, g = self.restore(reading.point, x), self.restore(reading.point, g)
-        made: dict[int, Tensor] = {}  # names of one hook point share one tensor
+        values: dict[int, Tensor] = {}  # names of one hook point share one tensor
         for name in reading.names:
             if name not in self.reducers:
                 self.reducers[name] = self.reduce(name)
             reduce = self.reducers[name]
-            if id(reduce) not in made:
-                made[id(reduce)] = self._relevance(reduce, x, g, name.endswith(NON_FINITE_HOOKS))
-            value = made[id(reduce)]
+            if id(reduce) not in values:
+                values[id(reduce)] = self._relevance(reduce, x, g, name.endswith(NON_FINITE_HOOKS))
+            value = values[id(reduce)]
             pieces = self.pieces.setdefault(name, {})
             if name.endswith(("hook_post", "hook_expert_post")) and reduce is None:
                 wide = widened(x)
@@ -327,8 +327,8 @@ class Readers:
             # A point that fires twice in one pass carries the sum of both uses; of two lengths
             # (T5Gemma 2 projects keys of decoder and encoder with one matrix), both.
             alike = (i for i, old in pieces.items() if _shape(old) == _shape(value))
-            at = next(alike, index)
-            pieces[at] = pieces[at] + value if at in pieces else value
+            use = next(alike, index)
+            pieces[use] = pieces[use] + value if use in pieces else value
 
     @staticmethod
     def _relevance(reduce: Reducer | None, x: Tensor, g: Tensor, masked: bool) -> Tensor:

@@ -127,16 +127,16 @@ class Normalisation:
         Each row against the next: with u = (y - bias) of one row times x of the other, u and its
         mirror image are parallel. One row alone tells nothing.
         """
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        dtype = torch.float32 if x.device.type == "mps" else torch.float64
         near = ANGLE_TOLERANCE[y.dtype]
-        x, y = (t.detach().flatten(0, -2).to(wide) for t in (x, y))
+        x, y = (t.detach().flatten(0, -2).to(dtype) for t in (x, y))
         if self.centred:
             x = x - x.mean(dim=-1, keepdim=True)
-        y = y if bias is None else y - bias.detach().to(wide)
+        y = y if bias is None else y - bias.detach().to(dtype)
         u, v = y * x.roll(1, 0), y.roll(1, 0) * x
         lengths = v.square().sum(dim=-1, keepdim=True)
         along = (u * v).sum(dim=-1, keepdim=True)
-        beside = u - v * (along / stabilise(lengths, torch.finfo(wide).tiny))
+        beside = u - v * (along / stabilise(lengths, torch.finfo(dtype).tiny))
         return bool((along >= 0).all()) and bool(
             (beside.norm(dim=-1) <= near * u.norm(dim=-1)).all()
         )

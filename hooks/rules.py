@@ -165,8 +165,8 @@ def gamma_linear(
     sign = (x > 0).to(x.dtype) * gamma - gamma / 2
     gx = (share_up + share_down) @ weight * (1 + gamma / 2)
     gx = gx + sign * ((share_up - share_down) @ weight.abs())
-    took = share_up * (b + gamma * b.clamp(min=0)) + share_down * (b + gamma * b.clamp(max=0))
-    return gx, took
+    bias_share = share_up * (b + gamma * b.clamp(min=0)) + share_down * (b + gamma * b.clamp(max=0))
+    return gx, bias_share
 
 
 def alpha_beta_linear(

@@ -49,9 +49,9 @@ def dots(x: Tensor, g: Tensor, *, masked: bool = False) -> Tensor:
     for product in tuple(_recent):
         if product.gradient() is g and product.key == key and not product.activation.expired():
             return product.dots
-    made = _dots(x, g, masked)
-    _recent.append(_Product(key, StorageWeakRef(x.untyped_storage()), ref(g), made))
-    return made
+    sums = _dots(x, g, masked)
+    _recent.append(_Product(key, StorageWeakRef(x.untyped_storage()), ref(g), sums))
+    return sums
 
 
 def _dots(x: Tensor, g: Tensor, masked: bool) -> Tensor:

@@ -37,10 +37,10 @@ def users_hooks(
     for kind in kinds:
         for key, hook in getattr(module, kind).items():
             inner = hook.func if isinstance(hook, partial) else hook
-            made = f"{getattr(inner, '__module__', '')}."
+            package = f"{getattr(inner, '__module__', '')}."
             ours = isinstance(hook, ThreadBound)
             if not ours and (
-                isinstance(module, HookPoint) or not made.startswith(RUNNING_PACKAGES)
+                isinstance(module, HookPoint) or not package.startswith(RUNNING_PACKAGES)
             ):
                 yield getattr(module, kind), key
 

@@ -129,8 +129,8 @@ def require_modules_of_their_own(model: nn.Module) -> None:
 @cache
 def layer_of(name: str) -> int | None:
     """The block index in a hook or component name, ``None`` outside the blocks."""
-    found = re.search(r"(?:^|\.)\w*blocks\.(\d+)(?:\.|$)", name)
-    return int(found.group(1)) if found else None
+    match = re.search(r"(?:^|\.)\w*blocks\.(\d+)(?:\.|$)", name)
+    return int(match.group(1)) if match else None
 
 
 def original(component: nn.Module) -> Any:
@@ -140,8 +140,8 @@ def original(component: nn.Module) -> Any:
 
 def _children(module: nn.Module) -> list[int]:
     inner: Any = module.__dict__.get("original_model")  # a bridge's, past its own modules
-    own = [id(child) for child in module._modules.values()]
-    return own if inner is None else [*own, id(inner), *map(id, inner.children())]
+    children = [id(child) for child in module._modules.values()]
+    return children if inner is None else [*children, id(inner), *map(id, inner.children())]
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
