@@ -40,6 +40,7 @@ from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.convolution import CONVOLUTION_CLASSES
 from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures
 from lenslrp.hooks.leaf_modules import embeddings
+from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.norms import attach_norm, attach_registered_norm, attach_unbridged_norm, is_norm
 from lenslrp.hooks.operations import (
     ATTENTION_GATE_OPERATIONS,
@@ -49,15 +50,7 @@ from lenslrp.hooks.operations import (
     declared,
     is_known,
 )
-from lenslrp.hooks.rule_types import (
-    Epsilon,
-    Identity,
-    LinearRule,
-    Normalisation,
-    Operations,
-    Plain,
-    product_shares,
-)
+from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
 from lenslrp.hooks.sharding import is_sharded
 from lenslrp.hooks.structure import (
     NamedModules,
@@ -114,7 +107,7 @@ class Assignments:
     embedded: list[tuple[nn.Module, bool]]
 
     def table(self) -> pd.DataFrame:
-        """Columns path, component, role, rule and share."""
+        """One row for each component: path, component (its class), role, rule and share."""
         rows = [
             (row.path, type(row.module).__name__, row.role, row.rule.name, row.share)
             for row in self.rows
@@ -130,9 +123,21 @@ def assign(
     What has no rule gets no row: it stays on the autograd graph, where
     :mod:`lenslrp.hooks.graph_walk` finds it.
 
+    Args:
+        model: a ``TransformerBridge``.
+        composite: ``AttnLRP()``, ``CPLRP()``, ... or a ``Composite`` of your own.
+        attention: ``"bridge"`` or ``"fused"``, as for :func:`lenslrp.hooks.relevance_rules`.
+
     Raises:
         CoverageError: one module stands in two places.
-        InputError: a rule that gives ``up`` no share.
+        InputError: a rule that gives ``up`` no share, or one that reads a weight which FSDP gathers
+            for the pass only.
+
+    Example:
+        Of a Llama with gamma on its linear layers::
+
+            table = assign(model, Composite("mine", {"linear": Gamma(0.05)})).table()
+            table[table.role == "linear"].path  # blocks.0.mlp.gate, blocks.0.mlp.in, ...
     """
     check_once(model, require_modules_of_their_own)
     modules = components(model)

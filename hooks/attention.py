@@ -50,9 +50,8 @@ from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.context import Context
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.intercept import attach_at_product, attach_hookable_attention, attach_score_meter
+from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.rule_types import (
-    Epsilon,
-    LinearRule,
     Product,
     Softmax,
     SoftmaxRule,

@@ -34,7 +34,8 @@ from lenslrp.hooks.convolution import CONVOLUTION_CLASSES, attach_convolution
 from lenslrp.hooks.experts import ExpertPoint, expert_points
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.leaf_modules import PER_LAYER_EMBEDDING
-from lenslrp.hooks.rule_types import Epsilon, LinearRule, Plain, product_shares
+from lenslrp.hooks.linear_rules import Epsilon, LinearRule
+from lenslrp.hooks.rule_types import Plain, product_shares
 from lenslrp.hooks.structure import layer_of, original
 
 if TYPE_CHECKING:
@@ -198,8 +199,8 @@ def attach_all_cycles(at: Attached, model: Any) -> None:
 
 def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
     function: Callable[[Tensor], Tensor] = resolve_activation_fn(mlp.config)
-    children: list[Any] = list(original(mlp).children())
-    for module in (m for m in children if isinstance(m, ACTIVATION_CLASSES)):
+    known: list[Any] = [m for m in original(mlp).children() if isinstance(m, ACTIVATION_CLASSES)]
+    for module in known:
         probe = torch.linspace(-4.0, 4.0, 33, device=mlp.out.weight.device)
         if not torch.equal(function(probe), type(module).forward(module, probe)):  # past any rule
             raise InputError(

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lenslrp.hooks.context import Context
 from lenslrp.hooks.functions import same
 from lenslrp.hooks.handles import Attached
-from lenslrp.hooks.rule_types import Epsilon
+from lenslrp.hooks.linear_rules import Epsilon
 from lenslrp.hooks.sites import Site, has_values, row_sums, state_of, widest
 from lenslrp.hooks.state import users_hooks
 

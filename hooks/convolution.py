@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.handles import Attached
-from lenslrp.hooks.rule_types import LinearRule
+from lenslrp.hooks.linear_rules import LinearRule
 from lenslrp.hooks.sites import Site
 
 CONVOLUTION_CLASSES: tuple[type, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -29,13 +29,13 @@ class Coverage:
     """Which rule sat where, whether it fired, and what had none.
 
     Attributes:
-        table: one row a rule, see :attr:`sites`.
+        table: one row for each attached rule, see :attr:`sites`.
         uncovered: operations on the path without a rule (empty unless ``strict=False``).
         off_path: hook points that were asked for implicitly and are not on the path.
         notes: what a reader of these results should know.
         cuts: where the model's own code, or a hook, cut values on the path off the graph
             (``detach``, ``.data``, ``no_grad``): a rule takes them for constants.
-        balanced: whether the account of the target adds up, within what the type allows.
+        balanced: whether leaves and ledger terms add up to the target, within rounding.
     """
 
     table: pd.DataFrame | list[tuple[Any, ...]] = field(repr=False)
@@ -47,13 +47,18 @@ class Coverage:
 
     @cached_property
     def sites(self) -> pd.DataFrame:
-        """One row a rule: hook, component, role, rule, layer, forward, fired."""
+        """One row for each attached rule.
+
+        Columns: hook (where it sits), component (class), role, rule, layer (missing outside the
+            blocks), forward (how often it ran), fired (whether its backward ran).
+        """
         if isinstance(self.table, pd.DataFrame):
             return self.table
         return pd.DataFrame(self.table, columns=SITE_COLUMNS).astype({"layer": "Int64"})
 
     @property
     def ok(self) -> bool:
+        """Whether every operation on the path has its rule, each fired, and relevance adds up."""
         return not self.uncovered and self.balanced and bool(self.sites["fired"].all())
 
     def __str__(self) -> str:

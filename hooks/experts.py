@@ -30,6 +30,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from lenslrp.errors import InputError
 from lenslrp.hooks.context import Context
 from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.linear_rules import LinearRule
 from lenslrp.hooks.operations import (
     GATED_MLP_OPERATIONS,
     PRODUCT_FUNCTIONS,
@@ -37,7 +38,7 @@ from lenslrp.hooks.operations import (
     OperationIntercept,
     attach_operations,
 )
-from lenslrp.hooks.rule_types import LinearRule, Operations
+from lenslrp.hooks.rule_types import Operations
 from lenslrp.hooks.structure import original
 
 ROUTER_CLASSES = re.compile("Router|Gating|Statics")

@@ -16,13 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import SiLUActivation
 
-from lenslrp.hooks.rule_types import (
-    Identity,
-    LinearRule,
-    Normalisation,
-    Plain,
-    SiLU,
-)
+from lenslrp.hooks.linear_rules import LinearRule
+from lenslrp.hooks.rule_types import Identity, Normalisation, Plain, SiLU
 from lenslrp.hooks.rules import (
     inverse_rms,
     layer_norm_identity,

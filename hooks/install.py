@@ -43,6 +43,8 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Rules:
     """The rules in force on one model: what :func:`relevance_rules` yields.
 
+    ``sites``, ``routing`` and :meth:`verify` are for users.
+
     Attributes:
         composite: the table in force.
         sites: every attached rule, and how often it fired.
@@ -282,7 +284,8 @@ def relevance_rules(
 
     Inside, a forward pass gives the same logits as ever, and the backward pass of anything computed
     from them gives gradients under which activation times gradient is relevance, at every hook
-    point. Nested blocks on one model: the innermost is in force. Threads take turns.
+    point (Arras et al. 2025, 2502.15886), in units of what ``backward`` is called on. Weights are
+    frozen meanwhile. Nested blocks on one model: the innermost is in force. Threads take turns.
 
     Args:
         model: a ``TransformerBridge``.
@@ -290,14 +293,29 @@ def relevance_rules(
         attention: ``"bridge"`` (patterns readable) or ``"fused"`` (torch's fused kernel).
         strict: at the end of the block, raise if a rule's forward ran and its backward never did
             although another's did.
-        accounts: where sites report what they absorb, for a ledger.
+        accounts: where rules report what they absorb, for a ledger, in units of the target.
         copies: keep copies of what is needed for the backward pass, for a model that writes in
             place to what its modules return.
         books: the former name of ``accounts``.
 
+    Yields:
+        The rules in force; ``rules.verify(logits)`` checks, before the backward pass, that each
+        operation has one.
+
     Raises:
-        InputError: the model is in train mode, or the rules cannot be had with this attention.
+        InputError: no bridge, a model in train mode, weights that are quantised, offloaded or
+            split, or rules that cannot be had with this attention.
         CoverageError: at the end of the block, see ``strict``.
+
+    Example:
+        Relevance of the embeddings, [batch, pos, d_model], for the logit of token 7::
+
+            with relevance_rules(model, AttnLRP()) as rules:
+                embedded = model.embed(tokens).detach().requires_grad_()
+                logits = model(embedded)
+                rules.verify(logits)
+                logits[0, -1, 7].backward()
+            R = embedded * embedded.grad
     """
     require_attention(attention)
     require_bridge(model)

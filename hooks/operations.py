@@ -35,9 +35,8 @@ from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.context import Context
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.intercept import MATRIX_PRODUCT_FUNCTIONS, SUM_FUNCTIONS, Intercept
+from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.rule_types import (
-    Epsilon,
-    LinearRule,
     Operations,
     Softmax,
     SoftmaxRule,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.rules import alpha_beta_linear, gamma_linear, identity_factor, stabilise
+from lenslrp.hooks.rules import identity_factor, stabilise
 
 ANGLE_TOLERANCE: dict[torch.dtype, float] = {
     torch.float64: 1e-5,  # many norms compute in float32 whatever the model's type
@@ -29,7 +29,7 @@ ANGLE_TOLERANCE: dict[torch.dtype, float] = {
 
 @runtime_checkable
 class Rule(Protocol):
-    """What a composite's table holds for a role: data with a name, and pure functions."""
+    """What a composite's table holds for a role: data with a ``name``, which reports show."""
 
     @property
     def name(self) -> str: ...
@@ -37,21 +37,36 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Plain:
-    """No rule: the gradient of calculus. The ledger reports what it gains or loses."""
+    """No rule: the gradient of calculus, for an operation or a whole module.
+
+    What leaves such an operation need not be what enters it. The difference, in units of the
+    target, is the ledger's ``plain`` term.
+
+    Example:
+        >>> from lenslrp.hooks import AttnLRP, Composite
+        >>> Composite("mine", {"activation": Plain()})["activation"].name
+        'plain'
+    """
 
     name: str = "plain"
 
 
 @dataclass(frozen=True)
-class Epsilon:
-    """The epsilon rule (eps -> 0), which in gradient form is the plain gradient ([A] Eq. 8)."""
-
-    name: str = "epsilon"
-
-
-@dataclass(frozen=True)
 class Identity:
-    """The identity rule for element-wise functions with f(0) = 0 ([A] Eq. 9)."""
+    """The identity rule for element-wise functions ``y = f(x)`` with f(0) = 0 ([A] Eq. 9).
+
+    Each output has one input, which gets all of its relevance: the gradient is multiplied by y / x.
+
+    Attributes:
+        eps: stabiliser of the division, ``y / (x + eps sign(x))``; what it takes is the ledger's
+            ``stabiliser`` term. ``None`` divides by x itself.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([-1.0, 0.0, 2.0])
+        >>> Identity().factor(x, x.relu())
+        tensor([-0., 0., 1.])
+    """
 
     eps: float | None = None
     name: str = "identity"
@@ -101,12 +116,25 @@ class Limited(Identity):
 class Normalisation:
     """The denominator of a norm is constant, its centring linear ([A] Prop. 3.4, Eq. 19).
 
+    For ``y = gain * (x - mean) / scale + bias`` the gradient passes through ``gain / scale`` as a
+    linear layer's would; the bias keeps ``bias * g``, the ledger's ``biases`` term.
+
     ``centred`` and ``bias`` describe a norm class of a user's own, given to
-    ``composite.extended``; for the norms that LensLRP knows they are not looked at.
+    ``composite.extended``; for the norms that LensLRP knows they are not looked at. What the module
+    returns is compared with this form at every forward pass.
 
     Attributes:
         centred: the norm takes the mean over the last dimension away, as LayerNorm does.
         bias: the attribute of the module that holds its bias, if it has one.
+
+    Raises:
+        InputError: in the forward pass, a module of the user's class that has not this form.
+
+    Example:
+        >>> from lenslrp.hooks import AttnLRP
+        >>> class MyNorm(torch.nn.Module): ...
+        >>> AttnLRP().extended({MyNorm: Normalisation(centred=True)}).modules[MyNorm].centred
+        True
     """
 
     centred: bool = False
@@ -117,6 +145,10 @@ class Normalisation:
         """What the gradient is multiplied by, and the input it belongs to (centred or not).
 
         It is the gain over the denominator, read off the values that the norm really returned.
+
+        Args:
+            x, y: the norm's input and output, [..., features].
+            bias: [features].
         """
         x = x - x.mean(dim=-1, keepdim=True) if self.centred else x
         return identity_factor(x, y if bias is None else y - bias), x
@@ -157,6 +189,11 @@ class Operations:
         leaks: which of softmax, sigmoid, softplus and division (``"div"``) have the plain gradient,
             with what it leaks reported as ``softmax``.
         attention: matrix products of two factors are attention's.
+
+    Example:
+        >>> from lenslrp.hooks import AttnLRP
+        >>> class MyGatedMLP(torch.nn.Module): ...
+        >>> mine = AttnLRP().extended({MyGatedMLP: Operations(gated=True)})
     """
 
     product: str = "gate"
@@ -168,10 +205,25 @@ class Operations:
 
 @dataclass(frozen=True)
 class Product:
-    """A product of two factors: what share of the gradient each gets.
+    """A product of two factors ``y = a b``: what share of the gradient each gets.
 
-    The factors are (pattern, values) for ``attention_av``, (queries, keys) for ``attention_qk``
-    and (gate, up) for ``gate``.
+    A share of the gradient is that share of the relevance, since ``a * (b g)`` and ``b * (a g)``
+    are each all of ``y * g``. What the two shares leave of 1 is the ledger's ``plain`` term.
+    :data:`UNIFORM` and :data:`CONSTANT` are those of the papers.
+
+    Attributes:
+        first: share of the pattern (``attention_av``), queries (``attention_qk``), the gate
+            (``gate``, ``attention_gate``) or the router's weight (``router``).
+        second: share of the values, keys, ``up``, or the expert's output. Not 0 for
+            ``attention_av`` and ``gate``; the same as ``first`` for ``attention_qk``.
+        name: what reports call it.
+
+    Raises:
+        InputError: when rules are attached, shares that a role cannot have.
+
+    Example:
+        >>> from lenslrp.hooks import Composite
+        >>> mine = Composite("mine", {"gate": Product(0.25, 0.75, "quarter")})
     """
 
     first: float
@@ -180,9 +232,10 @@ class Product:
 
 
 UNIFORM = Product(0.5, 0.5, "uniform")
-"""Half to each factor ([A] Prop. 3.2-3.3)."""
+"""The uniform rule, half to each factor ([A] Prop. 3.2-3.3, Eq. 14-15)."""
 CONSTANT = Product(0.0, 1.0, "constant")
-"""The first factor (the pattern, the gate) is constant; the second gets everything ([F])."""
+"""The first factor (the pattern, the gate) is constant and gets nothing; the second gets all
+(CP-LRP, [F])."""
 
 
 def product_shares(rule: Any) -> tuple[float, float]:
@@ -192,14 +245,32 @@ def product_shares(rule: Any) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Softmax:
-    """The softmax rule: the plain Jacobian; what it leaks is in the ledger ([A] Prop. 3.1)."""
+    """The softmax rule of a first-order Taylor expansion ([A] Prop. 3.1, Eq. 13).
+
+    In gradient form it is the plain Jacobian, ``s * (g - <g, s>)`` over the keys. It does not
+    conserve relevance: R(pattern) - R(scores) is the ledger's ``softmax`` term.
+    """
 
     name: str = "softmax"
 
 
 @dataclass(frozen=True)
 class SoftmaxTemperature:
-    """GIM's softmax backward at a higher temperature ([D])."""
+    """GIM's softmax: the Jacobian at a temperature, in the backward pass only ([D]).
+
+    ``s_T * (g - <g, s_T>)`` with ``s_T = softmax(scores / T)``. The difference between R(pattern)
+    and R(scores) is the ledger's ``softmax`` term.
+
+    Attributes:
+        temperature: T, above 0. At 1 it is :class:`Softmax`.
+
+    Raises:
+        InputError: a temperature that is not above 0.
+
+    Example:
+        >>> from lenslrp.hooks import Composite
+        >>> mine = Composite("mine", {"softmax": SoftmaxTemperature(4.0)})
+    """
 
     temperature: float = 2.0
     name: str = "gim"
@@ -223,60 +294,9 @@ class SoftmaxRule(Protocol):
 
 @dataclass(frozen=True)
 class SoftCap:
-    """The identity rule for y = cap tanh(x / cap)."""
+    """The identity rule for a soft-cap, ``y = cap tanh(x / cap)`` ([A] Eq. 9).
+
+    Scores at which tanh has saturated pass nothing; theirs is the ledger's ``stabiliser`` term.
+    """
 
     name: str = "softcap"
-
-
-@runtime_checkable
-class LinearRule(Protocol):
-    """A rule for ``y = x W^T + b`` that differs from the plain gradient."""
-
-    @property
-    def name(self) -> str: ...
-
-    def backward(
-        self, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The gradient at the input, and the relevance that the bias took at each output."""
-        ...
-
-
-@dataclass(frozen=True)
-class Gamma:
-    """The gamma rule ([A] Eq. 24)."""
-
-    gamma: float = 0.25
-    name: str = "gamma"
-
-    def __post_init__(self) -> None:
-        if not self.gamma >= 0:
-            raise InputError(f"gamma must be at least 0, got {self.gamma}")
-
-    def backward(
-        self, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return gamma_linear(g, x, weight, bias, self.gamma)
-
-
-@dataclass(frozen=True)
-class AlphaBeta:
-    """The alpha-beta rule; ``AlphaBeta(1, 0)`` is z+ ([A] Eq. 25)."""
-
-    alpha: float = 2.0
-    beta: float = 1.0
-    name: str = "alpha-beta"
-
-    def __post_init__(self) -> None:
-        if abs(self.alpha - self.beta - 1) > 1e-12 or self.beta < 0:
-            raise InputError(
-                f"alpha - beta must be 1 and beta >= 0, got alpha={self.alpha}, beta={self.beta}"
-            )
-
-    def backward(
-        self, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return alpha_beta_linear(g, x, weight, bias, self.alpha, self.beta)
-
-
-ZPLUS = AlphaBeta(1.0, 0.0, "z+")

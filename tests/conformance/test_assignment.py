@@ -7,7 +7,7 @@ from torch import nn
 
 import lenslrp
 from lenslrp.hooks.assignment import Assignment, assign
-from lenslrp.hooks.rule_types import Epsilon
+from lenslrp.hooks.linear_rules import Epsilon
 from lenslrp.hooks.sites import Site
 from lenslrp.hooks.structure import original
 from tests.conformance.test_zoo import COVERED

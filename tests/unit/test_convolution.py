@@ -20,8 +20,9 @@ from lenslrp.hooks import AlphaBeta, Gamma
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.convolution import attach_convolution, unfold_windows
 from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.linear_rules import ZPLUS, LinearRule
 from lenslrp.hooks.norms import is_norm
-from lenslrp.hooks.rule_types import ZPLUS, LinearRule, Normalisation
+from lenslrp.hooks.rule_types import Normalisation
 from lenslrp.hooks.sites import Accounts, Site
 from tests.oracles import slow_rules as slow
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lenslrp.hooks import rule_types, rules
+from lenslrp.hooks import linear_rules, rule_types, rules
 from tests.oracles import slow_rules as slow
 
 EPS = 1e-6  # large enough for a missing or misplaced stabiliser to show at 1e-10
@@ -152,15 +152,15 @@ LINEAR_RULES: dict[str, tuple[LinearRule, SlowLinearRule]] = {
         lambda r, x, w, b: slow.z_plus(r, x, w, b, EPS),
     ),
     "Gamma": (
-        lambda c: rule_types.Gamma(GAMMA).backward(c.g, c.x, c.weight, c.bias),
+        lambda c: linear_rules.Gamma(GAMMA).backward(c.g, c.x, c.weight, c.bias),
         lambda r, x, w, b: slow.gamma(r, x, w, b, GAMMA, TINY),
     ),
     "AlphaBeta": (
-        lambda c: rule_types.AlphaBeta(ALPHA, BETA).backward(c.g, c.x, c.weight, c.bias),
+        lambda c: linear_rules.AlphaBeta(ALPHA, BETA).backward(c.g, c.x, c.weight, c.bias),
         lambda r, x, w, b: slow.alpha_beta(r, x, w, b, ALPHA, BETA, TINY),
     ),
     "ZPLUS": (
-        lambda c: rule_types.ZPLUS.backward(c.g, c.x, c.weight, c.bias),
+        lambda c: linear_rules.ZPLUS.backward(c.g, c.x, c.weight, c.bias),
         lambda r, x, w, b: slow.z_plus(r, x, w, b, TINY),
     ),
 }
