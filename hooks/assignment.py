@@ -43,9 +43,9 @@ from lenslrp.hooks.leaf_modules import embeddings
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.norms import attach_norm, attach_registered_norm, attach_unbridged_norm, is_norm
 from lenslrp.hooks.operations import (
-    ATTENTION_GATE_OPERATIONS,
-    ATTENTION_OPERATIONS,
-    ROUTER_OPERATIONS,
+    ATTENTION_GATE_SPEC,
+    ATTENTION_SPEC,
+    ROUTER_SPEC,
     attach_operations,
     declared,
     is_known,
@@ -161,9 +161,8 @@ def assign(
         if isinstance(module, JointGateUpMLPBridge):
             roles[id(_wrapped(module, "gate_up"))] = ""
             roles[id(getattr(original(module), module.fused_attr, None))] = ""
-        if (
-            id(module) in operations_of and operations_of[id(module)].gated
-        ):  # its activation feeds a gated product
+        spec = operations_of.get(id(module))
+        if spec is not None and spec.gated:  # its activation feeds a gated product
             gates.update((id(inner), gate_share(composite)) for inner in module.children())
         if isinstance(module, GatedMLPBridge) and _computes_itself(composite, module):
             share = gate_share(composite)
@@ -299,12 +298,12 @@ def _raw_modules(
     attended = _attended(parts)
     for _, module in parts:
         if gates_its_output(module):
-            operations_of[id(module)] = ATTENTION_GATE_OPERATIONS
+            operations_of[id(module)] = ATTENTION_GATE_SPEC
         spec = declared(module)
         registered = type(module) in composite.modules
         if spec is None or registered or isinstance(module, GeneralizedComponent):
             continue
-        if spec is ATTENTION_OPERATIONS and id(module) in attended:
+        if spec is ATTENTION_SPEC and id(module) in attended:
             continue  # its bridge has hook points for it
         if id(module) not in bridged or is_known(module):
             operations_of.setdefault(id(module), spec)
@@ -333,7 +332,7 @@ def _ruled_weights(
             continue
         if isinstance(module, LINEAR_CLASSES):
             role, matrices = roles.get(id(module), _linear_role(module)), [layer.weight]
-        elif operations_of.get(id(module)) == ROUTER_OPERATIONS:
+        elif operations_of.get(id(module)) == ROUTER_SPEC:
             continue
         else:
             role = "projection" if id(module) in attended else "linear"
@@ -370,7 +369,7 @@ def _router_roles(
     """Linear layers that weigh experts: they keep the epsilon rule, whatever that of the others."""
     roles: dict[int, str] = {}
     for _, module in parts:
-        if operations_of.get(id(module)) == ROUTER_OPERATIONS:
+        if operations_of.get(id(module)) == ROUTER_SPEC:
             roles.update((id(inner), "router") for inner in module.modules())
             roles[id(module)] = ""
     for mixture in mixed:  # the weight of a shared expert: one number a position

@@ -292,10 +292,8 @@ def native_forward(attn: AttentionBridge, inner: Any) -> Callable[..., tuple[Ten
             block = inner._combine_attention_mask(block, attention_mask, batch=batch)
         scores = attn.hook_attn_scores(scores.masked_fill(block, float("-inf")))
         # A padded query sees no key: softmax's backward would make NaN of a row of -inf.
-        fully_masked = block.all(dim=-1, keepdim=True)
-        pattern = torch.softmax(scores.masked_fill(fully_masked, 0.0), dim=-1).masked_fill(
-            block, 0.0
-        )
+        scores = scores.masked_fill(block.all(dim=-1, keepdim=True), 0.0)
+        pattern = torch.softmax(scores, dim=-1).masked_fill(block, 0.0)
         if pattern_fn is not None:
             pattern = pattern_fn(pattern)
         z = torch.matmul(pattern, v).transpose(1, 2).contiguous().view(batch, seq, -1)

@@ -126,9 +126,8 @@ def norm_form(
 
 def epsilon(module: nn.Module) -> float:
     """What a norm adds to the mean square, 0 where that is not known."""
-    return float(
-        next((getattr(module, n) for n in EPSILON_NAMES if hasattr(module, n)), None) or 0.0
-    )
+    values = (getattr(module, name) for name in EPSILON_NAMES if hasattr(module, name))
+    return float(next(values, None) or 0.0)
 
 
 def gain_of(module: Any, form: str) -> Tensor | None:

@@ -34,10 +34,8 @@ class Context:
 
     def site(self, hook: str, component: Any, role: str, rule: Any = None) -> Site:
         rule = self.composite[role] if rule is None else rule
-        site = Site(
-            hook, type(component).__name__, role, rule, layer_of(hook), accounts=self.accounts
-        )
-        site.copies = self.copies
+        site = Site(hook, type(component).__name__, role, rule, layer_of(hook))
+        site.accounts, site.copies = self.accounts, self.copies
         # An expert that no token was sent to does not run, nor do projections for global attention.
         site.optional = ".experts." in hook or hook.endswith("_global")
         return site

@@ -32,9 +32,9 @@ from lenslrp.hooks.context import Context
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.linear_rules import LinearRule
 from lenslrp.hooks.operations import (
-    GATED_MLP_OPERATIONS,
+    GATED_MLP_SPEC,
     PRODUCT_FUNCTIONS,
-    ROUTER_OPERATIONS,
+    ROUTER_SPEC,
     OperationIntercept,
     attach_operations,
 )
@@ -45,7 +45,7 @@ ROUTER_CLASSES = re.compile("Router|Gating|Statics")
 EXPERT_CLASSES = re.compile("Experts$")
 """Class names of what a mixture is made of; anything else inside it has rules of its own."""
 
-MIXTURE_OPERATIONS = Operations(gated=True, attention=False)
+MIXTURE_SPEC = Operations(gated=True, attention=False)
 """A mixture's own code: the weight of a shared expert, a product before the experts."""
 
 BATCHED_PRODUCT_FUNCTIONS = frozenset({"bmm", "grouped_mm", "_grouped_mm"})
@@ -89,13 +89,11 @@ class Mixture:
 
     def specs(self) -> Iterator[tuple[nn.Module, Operations]]:
         """Each module whose own code is intercepted, and which of its operations have a rule."""
-        yield self.block, MIXTURE_OPERATIONS
+        yield self.block, MIXTURE_SPEC
         for _, module in self.parts():
             yield (
                 module,
-                ROUTER_OPERATIONS
-                if ROUTER_CLASSES.search(type(module).__name__)
-                else GATED_MLP_OPERATIONS,
+                ROUTER_SPEC if ROUTER_CLASSES.search(type(module).__name__) else GATED_MLP_SPEC,
             )
 
     def batched_experts(self) -> nn.Module | None:
@@ -212,14 +210,14 @@ def attach_mixture(at: Attached, ctx: Context, _: str, __: nn.Module, mixture: M
             ctx.routing[mixture.path] = chosen.reshape(*mixture.shape, -1)
 
     at.pre_hook(mixture.block, begin, with_kwargs=True)
-    attach_operations(at, ctx, mixture.path, mixture.block, MIXTURE_OPERATIONS)
+    attach_operations(at, ctx, mixture.path, mixture.block, MIXTURE_SPEC)
     neurons: Any = mixture.batched_experts()
     if neurons is not None:
         ctx.experts[mixture.path] = int(neurons.down_proj.shape[0])
     for name, module in mixture.parts():
         path = f"{mixture.path}.{name}"
         if ROUTER_CLASSES.search(type(module).__name__):
-            attach_operations(at, ctx, path, module, ROUTER_OPERATIONS)
+            attach_operations(at, ctx, path, module, ROUTER_SPEC)
             continue
         point = _points.setdefault(module, ExpertPoint()) if module is neurons else None
         attach_operations(
@@ -227,7 +225,7 @@ def attach_mixture(at: Attached, ctx: Context, _: str, __: nn.Module, mixture: M
             ctx,
             path,
             module,
-            GATED_MLP_OPERATIONS,
+            GATED_MLP_SPEC,
             mode=ExpertIntercept,
             mixture=mixture,
             point=point,

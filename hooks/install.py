@@ -160,12 +160,10 @@ class Rules:
         guarded |= {c.hook_out for c in self.model.children() if hasattr(c, "hook_out")}
         weights: dict[nn.Parameter, None] = {}
         for _, module in parts:
-            trainable = [
-                p for p in module._parameters.values() if p is not None and p.requires_grad
-            ]
-            if trainable:
+            trained = [p for p in module._parameters.values() if p is not None and p.requires_grad]
+            if trained:
                 guarded.add(module)
-                weights.update(dict.fromkeys(trainable))
+                weights.update(dict.fromkeys(trained))
         for module in guarded:
             attached.guard(module)
         return list(weights)

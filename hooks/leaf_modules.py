@@ -34,7 +34,7 @@ SPECIAL_TOKENS = {
 }
 """Parameters that are tokens of their own, in the order in which they precede the patches."""
 
-POSITION_PARAMETERS = (
+POSITION_NAMES = (
     "position_embeddings",
     "position_embedding",
     "pos_embed",
@@ -49,7 +49,7 @@ WAVE_COMPONENT = "audio_feature_extractor"
 """The bridge's component with the convolutions before it."""
 
 
-INPUT_PARAMETERS = frozenset({*SPECIAL_TOKENS, *POSITION_PARAMETERS})
+INPUT_PARAMETERS = frozenset({*SPECIAL_TOKENS, *POSITION_NAMES})
 
 
 def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, bool]]:
@@ -117,31 +117,27 @@ class MediaEmbedder:
 def media_embedders(parts: Iterable[tuple[str, nn.Module]]) -> list[MediaEmbedder]:
     """Every place of a bridge where an image or a sound becomes a sequence."""
     parts = list(parts)
-    embedders: dict[int, MediaEmbedder] = {}
+    places: dict[int, MediaEmbedder] = {}
     for _, module in parts:
-        if INPUT_PARAMETERS.isdisjoint(module._parameters) and INPUT_PARAMETERS.isdisjoint(
-            module._modules
-        ):
+        if INPUT_PARAMETERS.isdisjoint({*module._parameters, *module._modules}):
             continue
         special = {name: text for name, text in SPECIAL_TOKENS.items() if _has(module, name)}
-        positions = tuple(name for name in POSITION_PARAMETERS if _has(module, name))
+        positions = tuple(name for name in POSITION_NAMES if _has(module, name))
         if special or positions:
             patches = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
             if patches is not None:
-                embedders.setdefault(
-                    id(patches), MediaEmbedder(patches, module, special, positions)
-                )
+                places.setdefault(id(patches), MediaEmbedder(patches, module, special, positions))
     for path, module in parts:
         inner: Any = original(module) if path == FRAME_COMPONENT else None
         if isinstance(inner, nn.Module):
             frames = next((m for m in inner.modules() if isinstance(m, nn.Linear)), None)
             if frames is not None:
-                embedders[id(frames)] = MediaEmbedder(frames, None, {}, ())
-    if not embedders:  # positions that are rotations, and no token but the patches
+                places[id(frames)] = MediaEmbedder(frames, None, {}, ())
+    if not places:  # positions that are rotations, and no token but the patches
         patches = next((m for _, m in parts if isinstance(m, nn.Conv2d)), None)
         if patches is not None:
             return [MediaEmbedder(patches, None, {}, ())]
-    return list(embedders.values())
+    return list(places.values())
 
 
 def sites_before_sequence(

@@ -45,33 +45,31 @@ from lenslrp.hooks.rule_types import (
 )
 from lenslrp.hooks.sites import Site, row_sums
 
-ATTENTION_GATE_OPERATIONS = Operations(
-    "attention_gate", leaks=("sigmoid", "softplus"), attention=False
-)
-ROUTER_OPERATIONS = Operations("router", attention=False)
-GATED_MLP_OPERATIONS = Operations(gated=True, leaks=(), attention=False)
-FUNCTIONAL_OPERATIONS = Operations(leaks=(), attention=False)
-ATTENTION_OPERATIONS = Operations(leaks=("softmax",))
+ATTENTION_GATE_SPEC = Operations("attention_gate", leaks=("sigmoid", "softplus"), attention=False)
+ROUTER_SPEC = Operations("router", attention=False)
+GATED_MLP_SPEC = Operations(gated=True, leaks=(), attention=False)
+FUNCTIONAL_SPEC = Operations(leaks=(), attention=False)
+ATTENTION_SPEC = Operations(leaks=("softmax",))
 """Attention that the bridge has no component for, in the towers that read images and sounds."""
 
 OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
-    "AfmoeAttention": ATTENTION_GATE_OPERATIONS,
-    "BitNetMLP": GATED_MLP_OPERATIONS,  # a norm between the product and the last projection
-    "Gemma4TextDecoderLayer": GATED_MLP_OPERATIONS,  # gates an embedding of its own for each layer
-    "HrmTextModel": FUNCTIONAL_OPERATIONS,  # adds a learned initial state
+    "AfmoeAttention": ATTENTION_GATE_SPEC,
+    "BitNetMLP": GATED_MLP_SPEC,  # a norm between the product and the last projection
+    "Gemma4TextDecoderLayer": GATED_MLP_SPEC,  # gates an embedding of its own for each layer
+    "HrmTextModel": FUNCTIONAL_SPEC,  # adds a learned initial state
     "JetMoeAttention": Operations("router", leaks=(), attention=False),  # experts for its heads
-    "JetMoeTopKGating": ROUTER_OPERATIONS,
-    "LagunaAttention": ATTENTION_GATE_OPERATIONS,
-    "Lfm2MLP": GATED_MLP_OPERATIONS,
-    "Lfm2MoeMLP": GATED_MLP_OPERATIONS,
-    "ModernBertDecoderMLP": GATED_MLP_OPERATIONS,
-    "MuseGlimmerTextAttention": ATTENTION_GATE_OPERATIONS,
-    "RobertaLMHead": FUNCTIONAL_OPERATIONS,
+    "JetMoeTopKGating": ROUTER_SPEC,
+    "LagunaAttention": ATTENTION_GATE_SPEC,
+    "Lfm2MLP": GATED_MLP_SPEC,
+    "Lfm2MoeMLP": GATED_MLP_SPEC,
+    "ModernBertDecoderMLP": GATED_MLP_SPEC,
+    "MuseGlimmerTextAttention": ATTENTION_GATE_SPEC,
+    "RobertaLMHead": FUNCTIONAL_SPEC,
     # Two gates around a convolution over three positions.
-    **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_OPERATIONS),
+    **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_SPEC),
     # Towers that activate the output of their first convolutions.
     **dict.fromkeys(
-        ("AudioFlamingo3Encoder", "GlmAsrEncoder", "Qwen2AudioEncoder"), FUNCTIONAL_OPERATIONS
+        ("AudioFlamingo3Encoder", "GlmAsrEncoder", "Qwen2AudioEncoder"), FUNCTIONAL_SPEC
     ),
     # Towers that add learned positions, or a learned token for the image or the end of its rows.
     **dict.fromkeys(
@@ -87,7 +85,7 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
             "Qwen3VLMoeVisionModel",
             "Qwen3VLVisionModel",
         ),
-        FUNCTIONAL_OPERATIONS,
+        FUNCTIONAL_SPEC,
     ),
 }
 """Classes of transformers whose own code multiplies or activates."""
@@ -168,9 +166,8 @@ class OperationIntercept(Intercept):
                 x.clone(), *rest, **options, **dict.fromkeys(kwargs.keys() & {"inplace"}, True)
             )
 
-        out = self.intercept(
-            on_copy, IN_PLACE_FUNCTIONS.get(name, name), (args[0].clone(), *args[1:]), apart
-        )
+        name = IN_PLACE_FUNCTIONS.get(name, name)
+        out = self.intercept(on_copy, name, (args[0].clone(), *args[1:]), apart)
         return args[0].copy_(out)
 
     def product(
@@ -327,9 +324,9 @@ def declared(module: nn.Module) -> Operations | None:
     kind = type(module)
     known = OPERATIONS_BY_CLASS.get(kind.__name__)
     if known is None and kind.__name__.endswith("Attention"):
-        return ATTENTION_OPERATIONS if kind.__module__.startswith("transformers.") else None
+        return ATTENTION_SPEC if kind.__module__.startswith("transformers.") else None
     if known is None and module._modules.keys() >= GATED_MLP_CHILDREN:
-        return GATED_MLP_OPERATIONS
+        return GATED_MLP_SPEC
     return known
 
 
@@ -339,7 +336,7 @@ def sites_of(ctx: Context, path: str, module: nn.Module, spec: Operations) -> di
     if spec.attention:
         roles |= {"attention_qk", "attention_av"}
     sites = {role: ctx.site(path, module, role) for role in sorted(roles)}
-    if spec == ROUTER_OPERATIONS:  # what chooses has no weighted rule
+    if spec == ROUTER_SPEC:  # what chooses has no weighted rule
         sites["linear"].rule = Epsilon()
     # GIM's temperature is for attention; a router's softmax keeps its plain gradient.
     sites["softmax"] = ctx.site(path, module, "softmax", None if spec.attention else Softmax())

@@ -38,10 +38,10 @@ def users_hooks(
         for key, hook in getattr(module, kind).items():
             inner = hook.func if isinstance(hook, partial) else hook
             package = f"{getattr(inner, '__module__', '')}."
-            ours = isinstance(hook, ThreadBound)
-            if not ours and (
-                isinstance(module, HookPoint) or not package.startswith(RUNNING_PACKAGES)
-            ):
+            runs_the_model = package.startswith(RUNNING_PACKAGES) and not isinstance(
+                module, HookPoint
+            )
+            if not (isinstance(hook, ThreadBound) or runs_the_model):
                 yield getattr(module, kind), key
 
 

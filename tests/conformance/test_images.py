@@ -322,7 +322,7 @@ def test_a_forgotten_group_norm_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_forgotten_positions_unbalance_the_books(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaf_modules, "POSITION_PARAMETERS", ())
+    monkeypatch.setattr(leaf_modules, "POSITION_NAMES", ())
     with pytest.raises(lenslrp.CoverageError, match="the books do not balance"):
         explain(zoo.build("DeiTForImageClassification"), lenslrp.CPLRP())
 
