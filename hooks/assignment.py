@@ -289,7 +289,7 @@ def gate_share(composite: Composite) -> float:
 
 
 def _raw_modules(
-    parts: list[tuple[str, nn.Module]], mixed: list[Mixture], composite: Composite
+    parts: NamedModules, mixed: list[Mixture], composite: Composite
 ) -> dict[int, Operations]:
     """Modules whose own code multiplies or activates, by id: where no component has a rule."""
     gated = (GatedMLPBridge, JointGateUpMLPBridge)
@@ -311,7 +311,7 @@ def _raw_modules(
 
 
 def _ruled_weights(
-    parts: list[tuple[str, nn.Module]],
+    parts: NamedModules,
     composite: Composite,
     roles: dict[int, str],
     operations_of: dict[int, Operations],
@@ -357,14 +357,14 @@ def _computes_itself(composite: Composite, mlp: GatedMLPBridge) -> bool:
     return inner is not None and type(inner) not in composite.modules
 
 
-def _attended(parts: list[tuple[str, nn.Module]]) -> set[int]:
+def _attended(parts: NamedModules) -> set[int]:
     """What lies inside attention that has a bridge."""
     attentions = [original(m) for _, m in parts if isinstance(m, AttentionBridge)]
     return {id(part) for module in attentions if module is not None for part in module.modules()}
 
 
 def _router_roles(
-    parts: list[tuple[str, nn.Module]], mixed: list[Mixture], operations_of: dict[int, Operations]
+    parts: NamedModules, mixed: list[Mixture], operations_of: dict[int, Operations]
 ) -> dict[int, str]:
     """Linear layers that weigh experts: they keep the epsilon rule, whatever that of the others."""
     roles: dict[int, str] = {}

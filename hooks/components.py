@@ -8,7 +8,7 @@ which. Attention has a file of its own, :mod:`lenslrp.hooks.attention`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +36,7 @@ from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.leaf_modules import PER_LAYER_EMBEDDING
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.rule_types import Plain, product_shares
-from lenslrp.hooks.structure import layer_of, original
+from lenslrp.hooks.structure import NamedModules, layer_of, original
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -210,13 +210,12 @@ def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
             )
 
 
-def watched_blocks(parts: Iterable[tuple[str, nn.Module]]) -> dict[int, nn.Module]:
+def watched_blocks(parts: NamedModules) -> dict[int, nn.Module]:
     """The blocks by layer, where a block's number says what flows through it.
 
     None in two stacks (an encoder and a decoder, HRM's cycles), or where blocks have a second
     entrance (Gemma 4's embedding per layer).
     """
-    parts = list(parts)
     stacks = {path.split(".")[0] for path, _ in parts if re.fullmatch(r"\w*blocks\.\d+", path)}
     if len(stacks) > 1 or any(path.endswith(PER_LAYER_EMBEDDING) for path, _ in parts):
         return {}
@@ -224,9 +223,7 @@ def watched_blocks(parts: Iterable[tuple[str, nn.Module]]) -> dict[int, nn.Modul
     return {layer: block for layer, block in blocks.items() if layer is not None}
 
 
-def hook_points(
-    model: TransformerBridge, parts: Iterable[tuple[str, nn.Module]]
-) -> dict[str, nn.Module]:
+def hook_points(model: TransformerBridge, parts: NamedModules) -> dict[str, nn.Module]:
     """Every hook point by name: the bridge's own, and those at the neurons of experts."""
     return {**model.hook_dict, **expert_points(parts)}
 

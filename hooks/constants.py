@@ -5,7 +5,7 @@ A constant on the path is one more contribution and absorbs its share ([A] Eq. 8
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.linear_rules import Epsilon
 from lenslrp.hooks.sites import Site, has_values, row_sums, state_of, widest
 from lenslrp.hooks.state import users_hooks
+from lenslrp.hooks.structure import NamedModules
 
 NUMBERS_AT_ONCE = 1 << 22
 """How many numbers of a gradient are widened at once."""
@@ -162,9 +163,7 @@ def _consumers(
     return consumers
 
 
-def meter_edits(
-    at: Attached, ctx: Context, parts: Iterable[tuple[str, nn.Module]]
-) -> list[EditMeter]:
+def meter_edits(at: Attached, ctx: Context, parts: NamedModules) -> list[EditMeter]:
     """Meter every module that has hooks of the user's; called before any rule is attached."""
     meters: list[EditMeter] = []
 
@@ -184,7 +183,7 @@ def meter_edits(
     return meters
 
 
-def watch_gradients(at: Attached, parts: Iterable[tuple[str, nn.Module]]) -> list[str]:
+def watch_gradients(at: Attached, parts: NamedModules) -> list[str]:
     """Fills with the names of modules whose backward hooks, the user's own, change a gradient."""
     changed: list[str] = []
     for path, module in parts:

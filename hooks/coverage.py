@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lenslrp.errors import CoverageError
 from lenslrp.hooks.graph_walk import Gap, Walk, inputs_of
 from lenslrp.hooks.sites import Site
+from lenslrp.hooks.structure import NamedModules
 
 SITE_COLUMNS = ["hook", "component", "role", "rule", "layer", "forward", "fired"]
 
@@ -84,7 +85,7 @@ class Tracer:
     inputs and outputs a node lies.
     """
 
-    def __init__(self, parts: Iterable[tuple[str, nn.Module]]) -> None:
+    def __init__(self, parts: NamedModules) -> None:
         self.calls: list[tuple[str, str, list[Any], list[Any]]] = []
         self._recurrent: dict[str, str] = {}
         self._handles = [

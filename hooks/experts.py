@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -39,7 +39,7 @@ from lenslrp.hooks.operations import (
     attach_operations,
 )
 from lenslrp.hooks.rule_types import Operations
-from lenslrp.hooks.structure import original
+from lenslrp.hooks.structure import NamedModules, original
 
 ROUTER_CLASSES = re.compile("Router|Gating|Statics")
 EXPERT_CLASSES = re.compile("Experts$")
@@ -76,7 +76,7 @@ class Mixture:
     chosen: Tensor | None = None
     running: Any = None
 
-    def parts(self) -> list[tuple[str, nn.Module]]:
+    def parts(self) -> NamedModules:
         """Routers and experts inside the block, under their names there."""
         parts: dict[int, tuple[str, nn.Module]] = {}
         for name, module in self.block.named_modules():
@@ -104,7 +104,7 @@ class Mixture:
         return None
 
 
-def mixtures(parts: Iterable[tuple[str, nn.Module]]) -> list[Mixture]:
+def mixtures(parts: NamedModules) -> list[Mixture]:
     """The mixtures of a bridge."""
     mixtures: list[Mixture] = []
     for path, module in parts:
@@ -119,7 +119,7 @@ def mixtures(parts: Iterable[tuple[str, nn.Module]]) -> list[Mixture]:
     return mixtures
 
 
-def expert_points(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+def expert_points(parts: NamedModules) -> dict[str, nn.Module]:
     """Hook points at the neurons of experts: name -> hook point, the same ones at every call."""
     points: dict[str, nn.Module] = {}
     for mixture in mixtures(parts):

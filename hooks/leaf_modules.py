@@ -17,7 +17,7 @@ from transformer_lens.model_bridge.generalized_components import EmbeddingBridge
 
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.sites import Site, has_values
-from lenslrp.hooks.structure import original
+from lenslrp.hooks.structure import NamedModules, original
 
 SINUSOIDAL_SUFFIX = "SinusoidalPositionalEmbedding"
 """How transformers' classes for positions without a weight end."""
@@ -52,7 +52,7 @@ WAVE_COMPONENT = "audio_feature_extractor"
 INPUT_PARAMETERS = frozenset({*SPECIAL_TOKENS, *POSITION_NAMES})
 
 
-def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, bool]]:
+def embeddings(parts: NamedModules) -> list[tuple[nn.Module, bool]]:
     """The modules whose outputs are the leaves, and whether each embeds positions (or types).
 
     Sinusoids kept in a buffer count as positions, and so does a stack's own embedding around the
@@ -60,7 +60,6 @@ def embeddings(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, 
     which is added to scores.
     """
     found: dict[int, tuple[nn.Module, bool]] = {}
-    parts = list(parts)
     for path, module in parts:
         if not isinstance(module, EmbeddingBridge | PosEmbedBridge):
             position = type(module).__name__.endswith(SINUSOIDAL_SUFFIX)  # XGLM's has no bridge
@@ -114,9 +113,8 @@ class MediaEmbedder:
     positions: tuple[str, ...]
 
 
-def media_embedders(parts: Iterable[tuple[str, nn.Module]]) -> list[MediaEmbedder]:
+def media_embedders(parts: NamedModules) -> list[MediaEmbedder]:
     """Every place of a bridge where an image or a sound becomes a sequence."""
-    parts = list(parts)
     places: dict[int, MediaEmbedder] = {}
     for _, module in parts:
         if INPUT_PARAMETERS.isdisjoint({*module._parameters, *module._modules}):
@@ -140,11 +138,8 @@ def media_embedders(parts: Iterable[tuple[str, nn.Module]]) -> list[MediaEmbedde
     return list(places.values())
 
 
-def sites_before_sequence(
-    parts: Iterable[tuple[str, nn.Module]], sites: Iterable[Site]
-) -> list[Site]:
+def sites_before_sequence(parts: NamedModules, sites: Iterable[Site]) -> list[Site]:
     """The sites of what runs before there are patches or frames, the layer that makes them too."""
-    parts = list(parts)
     inside = {id(m) for place in media_embedders(parts) for m in place.projection.modules()}
     for path, module in parts:
         if path in (FRAME_COMPONENT, WAVE_COMPONENT):

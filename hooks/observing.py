@@ -8,7 +8,6 @@ The graph hides two things. A write into a view (``y[..., :4] = z``, ``y[0].tanh
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lenslrp.hooks.intercept import Intercept
+from lenslrp.hooks.structure import NamedModules
 
 VIEW_WRITES = frozenset({"CopySlices"})
 """Graph nodes of writes into views."""
@@ -50,7 +50,7 @@ class Observer(Intercept):
             ``grad_fn``).
     """
 
-    def __init__(self, parts: Iterable[tuple[str, nn.Module]]) -> None:
+    def __init__(self, parts: NamedModules) -> None:
         super().__init__()
         self.writes: dict[int, str] = {}
         self.touched = 0
