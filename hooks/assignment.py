@@ -47,8 +47,8 @@ from lenslrp.hooks.operations import (
     ATTENTION_SPEC,
     ROUTER_SPEC,
     attach_operations,
-    declared,
-    is_known,
+    declared_operations,
+    has_declared_class,
 )
 from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
 from lenslrp.hooks.sharding import is_sharded
@@ -244,7 +244,7 @@ class _Decision:
                 rule = rules["attention_av"]
                 yield Assignment(path, module, "attention_av", rule, attach=attach_attention)
         elif isinstance(module, GatedMLPBridge) and original(module) is not None:
-            if _computes_itself(rules, module) and not is_known(original(module)):
+            if _computes_itself(rules, module) and not has_declared_class(original(module)):
                 yield Assignment(path, module, "gate", rules["gate"], attach=attach_gated_mlp)
         elif id(module) not in self.wrapped and is_norm(module):
             yield Assignment(path, module, "norm", rules["norm"], attach=attach_unbridged_norm)
@@ -299,13 +299,13 @@ def _raw_modules(
     for _, module in parts:
         if gates_its_output(module):
             operations_of[id(module)] = ATTENTION_GATE_SPEC
-        spec = declared(module)
+        spec = declared_operations(module)
         registered = type(module) in composite.modules
         if spec is None or registered or isinstance(module, GeneralizedComponent):
             continue
         if spec is ATTENTION_SPEC and id(module) in attended:
             continue  # its bridge has hook points for it
-        if id(module) not in bridged or is_known(module):
+        if id(module) not in bridged or has_declared_class(module):
             operations_of.setdefault(id(module), spec)
     return operations_of
 

@@ -302,7 +302,7 @@ def native_forward(attn: AttentionBridge, inner: Any) -> Callable[..., tuple[Ten
     return forward
 
 
-def _fused(
+def _fused_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -324,7 +324,7 @@ def _fused(
     return F.apply(FusedOutput, out, site), None
 
 
-AttentionInterface.register(FUSED, _fused)
+AttentionInterface.register(FUSED, _fused_attention)
 AttentionMaskInterface.register(FUSED, sdpa_mask)
 
 

@@ -62,7 +62,7 @@ def known_forward(module: nn.Module) -> Any:
 
 def _tried(module: nn.Module, run: ModuleForward, check: Callable[[], str]) -> str:
     """The outcome of a check, one of :data:`FORMS` or "", remembered where the code is known."""
-    code, known = getattr(run, "__func__", None), _is_known(module, run)
+    code, known = getattr(run, "__func__", None), _has_trusted_code(module, run)
     if known and module in _proven and _proven[module][0] is code:
         return _proven[module][1]
     try:
@@ -77,7 +77,7 @@ def _tried(module: nn.Module, run: ModuleForward, check: Callable[[], str]) -> s
     return form
 
 
-def _is_known(module: nn.Module, run: ModuleForward) -> bool:
+def _has_trusted_code(module: nn.Module, run: ModuleForward) -> bool:
     code = getattr(run, "__func__", None)  # of a method; a function on the instance is anyone's
     return code is type(module).forward and code.__module__.startswith(TRUSTED_PACKAGES)
 
@@ -101,8 +101,8 @@ def norm_form(
     Returns:
         One of :data:`FORMS`, or "".
     """
-    gains = [] if rule.centred or not _is_known(module, run) else [*FORMS[2:]]
-    gains = gains if epsilon(module) and hasattr(module, "weight") else []
+    gains = [] if rule.centred or not _has_trusted_code(module, run) else [*FORMS[2:]]
+    gains = gains if norm_epsilon(module) and hasattr(module, "weight") else []
     if not has_values(x):
         return next(iter(gains), "exact")
     if y.shape != x.shape or x.ndim < 2:
@@ -116,7 +116,7 @@ def norm_form(
         if not (gains and fits):
             return "exact" if fits else ""
         # Also where the mean square is as small as what is added to it.
-        low = x * inverse_rms(widened(x), 0.0).to(x.dtype) * epsilon(module) ** 0.5
+        low = x * inverse_rms(widened(x), 0.0).to(x.dtype) * norm_epsilon(module) ** 0.5
         pairs = [(x, y), (low, run(low.clone()))]
         alike = (f for f in gains if all(_close(_scaled(module, f, a), b) for a, b in pairs))
         return next(alike, "exact")
@@ -124,7 +124,7 @@ def norm_form(
     return _tried(module, run, check)
 
 
-def epsilon(module: nn.Module) -> float:
+def norm_epsilon(module: nn.Module) -> float:
     """What a norm adds to the mean square, 0 where that is not known."""
     values = (getattr(module, name) for name in EPSILON_NAMES if hasattr(module, name))
     return float(next(values, None) or 0.0)
@@ -138,7 +138,7 @@ def gain_of(module: Any, form: str) -> Tensor | None:
 
 def _scaled(module: nn.Module, form: str, x: Tensor) -> Tensor:
     gain, wide = gain_of(module, form), widened(x)
-    y = wide * inverse_rms(wide, epsilon(module))
+    y = wide * inverse_rms(wide, norm_epsilon(module))
     return (y if gain is None else y * gain).to(x.dtype)
 
 
@@ -178,7 +178,7 @@ def form_of(module: nn.Module, run: ModuleForward, x: Tensor, y: Tensor) -> str:
     return _tried(module, run, check)
 
 
-def limited(run: ModuleForward, rule: Identity, x: Tensor) -> Identity:
+def limited_rule(run: ModuleForward, rule: Identity, x: Tensor) -> Identity:
     """The rule for a module whose value at 0 is not quite 0, with a factor that stays bounded."""
     with torch.no_grad():
         below, above = (run(torch.full_like(x, end)) / end for end in (-Limited.near, Limited.near))
@@ -198,7 +198,7 @@ def elementwise(
     def apply(x: Tensor, y: Tensor) -> Tensor | None:
         form = form_of(module, run, x.detach(), y)
         if form:
-            fitting_rule = limited(run, rule, x.detach()) if form == "nearly" else slimmest
+            fitting_rule = limited_rule(run, rule, x.detach()) if form == "nearly" else slimmest
             return F.apply(F.Elementwise, x, y, fitting_rule, site)
         if not declared:
             return None

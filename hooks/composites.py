@@ -135,7 +135,7 @@ def as_composite(composite: Composite | Mapping[str, Rule]) -> Composite:
     )
 
 
-def _product(choice: str, choices: Mapping[str, Product], keyword: str) -> Product:
+def _choose_product(choice: str, choices: Mapping[str, Product], keyword: str) -> Product:
     if choice not in choices:
         raise InputError(f"{keyword} must be one of {', '.join(choices)}, not {choice!r}")
     return choices[choice]
@@ -156,7 +156,7 @@ def AttnLRP(*, router: Literal["uniform", "constant"] = "uniform") -> Composite:
         InputError: another choice.
     """
     shares = {"uniform": UNIFORM, "constant": CONSTANT}
-    return Composite("AttnLRP", {"router": _product(router, shares, "router")})
+    return Composite("AttnLRP", {"router": _choose_product(router, shares, "router")})
 
 
 def CPLRP(
@@ -180,8 +180,8 @@ def CPLRP(
         "CP-LRP",
         {
             "attention_av": CONSTANT,
-            "gate": _product(gate, {"uniform": UNIFORM, "up": CONSTANT}, "gate"),
-            "router": _product(router, {"uniform": UNIFORM, "constant": CONSTANT}, "router"),
+            "gate": _choose_product(gate, {"uniform": UNIFORM, "up": CONSTANT}, "gate"),
+            "router": _choose_product(router, {"uniform": UNIFORM, "constant": CONSTANT}, "router"),
         },
     )
 

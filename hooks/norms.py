@@ -136,7 +136,7 @@ def _attach_wrapped_norm(at: Attached, component: nn.Module, site: Site) -> None
         at.wrap(norm, lambda x, y: F.apply(F.GroupNorm, x, y, norm.weight, groups, eps, site))
     elif forward in LAYER_NORMS:  # not a subclass with a forward of its own
         eps = norm.eps
-        at.wrap(norm, lambda x, y: F.apply(F.Norm, x, y, _gain_of(norm), eps, True, site))
+        at.wrap(norm, lambda x, y: F.apply(F.Norm, x, y, _weight_of(norm), eps, True, site))
     elif type(norm).__name__ in NAMED_NORMS:
         _wrap_registered_norm(at, norm, NAMED_NORMS[type(norm).__name__], site)
     elif _is_rms_norm(norm):
@@ -162,10 +162,10 @@ def _slim(norm: nn.Module, form: str, x: Tensor, y: Tensor, site: Site) -> Tenso
     if form not in checks.FORMS[2:] or x.dtype == torch.float64:
         return None
     gain = checks.gain_of(norm, form)
-    return F.apply(F.Norm, x, y, gain, checks.epsilon(norm), False, site)
+    return F.apply(F.Norm, x, y, gain, checks.norm_epsilon(norm), False, site)
 
 
-def _gain_of(norm: Any) -> Tensor | None:
+def _weight_of(norm: Any) -> Tensor | None:
     """Asked for at each pass: FSDP gathers it."""
     weight: Tensor | None = getattr(norm, "weight", None)
     return weight

@@ -1,9 +1,9 @@
 """Raw operations inside a module that has no component for each of them: a rule for every one.
 
 Mixtures of experts, routers and gated modules multiply, activate and normalise in plain Python,
-with no hook point between. While a module that is *declared* (by :mod:`lenslrp.hooks.experts`, by
-:func:`declared`, or by a user's ``composite.extended({Class: Operations()})``) runs, each such
-operation is intercepted where it happens:
+with no hook point between. While a module that is *declared* runs (by :mod:`lenslrp.hooks.experts`,
+by :func:`declared_operations`, or by a user's ``composite.extended({Class: Operations()})``), each
+such operation is intercepted where it happens:
 
 * a product of two factors that both carry relevance: a share to each ([A] Prop. 3.2-3.3), by the
   role ``router`` where one factor is a single number for each position, by the module's own role
@@ -128,25 +128,25 @@ class OperationIntercept(Intercept):
         return self.depth[0] == 0 and torch.is_grad_enabled()
 
     def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args and _live(args[0]) and (name in IN_PLACE_FUNCTIONS or kwargs.get("inplace")):
+        if args and _on_graph(args[0]) and (name in IN_PLACE_FUNCTIONS or kwargs.get("inplace")):
             return self.written(func, name, args, kwargs)
-        if name in PRODUCT_FUNCTIONS and _factors(args) == 2:
+        if name in PRODUCT_FUNCTIONS and _count_on_graph(args) == 2:
             a, b = args[0], args[1]
             return self.product(a, b)
-        if name in ACTIVATION_FUNCTIONS and _live(args[0]):
+        if name in ACTIVATION_FUNCTIONS and _on_graph(args[0]):
             return self.activation(lambda x: func(x, *args[1:], **kwargs), args[0])
-        if name in self.spec.leaks and name in LEAKING_FUNCTIONS and args and _live(args[0]):
+        if name in self.spec.leaks and name in LEAKING_FUNCTIONS and args and _on_graph(args[0]):
             return self.leak(lambda x: func(x, *args[1:], **kwargs), args[0])
-        if name in DIVISIONS and "div" in self.spec.leaks and len(args) == 2 and _live(args[1]):
+        if name in DIVISIONS and "div" in self.spec.leaks and len(args) == 2 and _on_graph(args[1]):
             return self.leak(torch.div, *args)
-        if name == "einsum" and _factors(args) == 2 and not _contracts(args[0]):
+        if name == "einsum" and _count_on_graph(args) == 2 and not _contracts(args[0]):
             return self.product(args[1], args[2], lambda a, b: func(args[0], a, b))
-        if name in MATRIX_PRODUCT_FUNCTIONS and self.spec.attention and _factors(args) == 2:
+        if name in MATRIX_PRODUCT_FUNCTIONS and self.spec.attention and _count_on_graph(args) == 2:
             return self.matrix_product(func, args, kwargs)
         out = func(*args, **kwargs)
         if name in SUM_FUNCTIONS or name in DIFFERENCE_FUNCTIONS:
             return self.sum(out, args, -1.0 if name in DIFFERENCE_FUNCTIONS else 1.0)
-        if name in ("matmul", "__matmul__") and _live(args[0]) and args[1].ndim == 2:
+        if name in ("matmul", "__matmul__") and _on_graph(args[0]) and args[1].ndim == 2:
             return self.weighted(out, args[0], args[1].T, None)
         if name == "linear":
             return self.linear(out, args, kwargs)
@@ -182,9 +182,11 @@ class OperationIntercept(Intercept):
         at_first = 1 if narrow[1] and not narrow[0] else 0
         factors = [a, b]
         if role != "router":
-            gates = [i for i, x in enumerate(factors) if _activated(x) or _from_leak(x)]
+            gates = [i for i, x in enumerate(factors) if _comes_from_activation(x) or _from_leak(x)]
             at_first = next(iter(gates), 0)
-        if not (role == "gate" and _activated(factors[at_first])):  # which has its share already
+        if not (
+            role == "gate" and _comes_from_activation(factors[at_first])
+        ):  # which has its share already
             factors[at_first] = F.shared(factors[at_first], first / second, site)
         y = multiply(*factors)
         if first == 0:
@@ -207,7 +209,7 @@ class OperationIntercept(Intercept):
         site = self.sites["softmax"]
         if isinstance(site.rule, SoftmaxRule):
             raise InputError(f"{site.hook}: {site.rule.name} needs an attention with hook_pattern")
-        inside = [F.apply(F.RegionInput, x, "softmax", site) if _live(x) else x for x in inputs]
+        inside = [F.apply(F.RegionInput, x, "softmax", site) if _on_graph(x) else x for x in inputs]
         y = function(*inside)
         if isinstance(site.rule, SoftmaxTemperature) and len(inputs) == 1:
             scores = inputs[0].detach()
@@ -216,7 +218,7 @@ class OperationIntercept(Intercept):
 
     def matrix_product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Pattern times values if a factor comes from a softmax, queries times keys otherwise."""
-        on_graph = [i for i, x in enumerate(args) if _live(x)]
+        on_graph = [i for i, x in enumerate(args) if _on_graph(x)]
         pattern = [i for i in on_graph if _from_leak(args[i])]
         site = self.sites["attention_av" if pattern else "attention_qk"]
         first, second = product_shares(site.rule)
@@ -234,7 +236,7 @@ class OperationIntercept(Intercept):
         if site.accounts is None or not (isinstance(y, Tensor) and y.requires_grad):
             return y
         constants = [
-            (i, c) for i, c in enumerate(args[:2]) if not _live(c) and not isinstance(c, bool)
+            (i, c) for i, c in enumerate(args[:2]) if not _on_graph(c) and not isinstance(c, bool)
         ]
         if len(constants) == 1:
             index, constant = constants[0]
@@ -271,18 +273,18 @@ class OperationIntercept(Intercept):
     def weighted(self, y: Tensor, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         """A product with a weight under a rule other than epsilon; ``y`` as it is otherwise."""
         site = self.sites["linear"]
-        if not isinstance(site.rule, LinearRule) or not _live(x) or _live(weight):
+        if not isinstance(site.rule, LinearRule) or not _on_graph(x) or _on_graph(weight):
             return y
         # `y` was computed on the graph, which the rule's own node takes the place of.
         return F.apply(F.Linear, x, y.detach(), weight, bias, site.rule, site)
 
 
-def _live(x: Any) -> bool:
+def _on_graph(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
-def _factors(args: tuple[Any, ...]) -> int:
-    return sum(_live(x) for x in args)
+def _count_on_graph(args: tuple[Any, ...]) -> int:
+    return sum(_on_graph(x) for x in args)
 
 
 def _contracts(equation: Any) -> bool:
@@ -295,7 +297,7 @@ def _node(x: Tensor) -> Any:
     return getattr(x.grad_fn, "_forward_cls", None)
 
 
-def _activated(x: Tensor) -> bool:
+def _comes_from_activation(x: Tensor) -> bool:
     """Whether a factor comes straight from an activation, which has given it a gate's share."""
     return _node(x) in (F.Elementwise, F.Share) or (
         _node(x) is F.RegionOutput and x.grad_fn.site.role == "activation"  # type: ignore[union-attr]
@@ -314,13 +316,13 @@ def _from_leak(x: Tensor, steps: int = 3) -> bool:
     return False
 
 
-def is_known(module: nn.Module) -> bool:
+def has_declared_class(module: nn.Module) -> bool:
     """Whether a module's class is in :data:`OPERATIONS_BY_CLASS`."""
     return type(module).__name__ in OPERATIONS_BY_CLASS
 
 
-def declared(module: nn.Module) -> Operations | None:
-    """What is known of a class's raw operations, by its name or its sub-modules."""
+def declared_operations(module: nn.Module) -> Operations | None:
+    """Which raw operations of a module have rules, by its class or its sub-modules."""
     kind = type(module)
     known = OPERATIONS_BY_CLASS.get(kind.__name__)
     if known is None and kind.__name__.endswith("Attention"):

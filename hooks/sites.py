@@ -50,7 +50,7 @@ def dots(x: Tensor, g: Tensor, *, masked: bool = False) -> Tensor:
         if product.gradient() is g and product.key == key and not product.activation.expired():
             return product.dots
     sums = _dots(x, g, masked)
-    _recent.append(_Product(key, StorageWeakRef(x.untyped_storage()), ref(g), sums))
+    _recent.append(_RememberedSums(key, StorageWeakRef(x.untyped_storage()), ref(g), sums))
     return sums
 
 
@@ -74,7 +74,7 @@ def forget_products() -> None:
 
 
 @dataclass(frozen=True)
-class _Product:
+class _RememberedSums:
     """A sum of products, and whose: valid while both tensors live and nobody writes to them."""
 
     key: tuple[Any, ...]
@@ -83,7 +83,7 @@ class _Product:
     dots: Tensor
 
 
-_recent: deque[_Product] = deque(maxlen=8)
+_recent: deque[_RememberedSums] = deque(maxlen=8)
 
 
 def has_values(x: Tensor) -> bool:
