@@ -220,23 +220,17 @@ class _Decision:
     def row(self, path: str, module: nn.Module) -> Iterator[Assignment]:
         """The row of a component by its class, if it gets one."""
         rules = self.composite
-        registered_rule = rules.modules.get(type(module))
+        registered = rules.modules.get(type(module))
         share = self.gates.get(id(module), 1.0)
-        if registered_rule is not None and id(module) in self.wrapped:
+        if registered is not None and id(module) in self.wrapped:
             return  # its NormalizationBridge has seen to it
-        if isinstance(registered_rule, Operations):
-            yield self.operations(path, module, registered_rule)
-        elif isinstance(registered_rule, Normalisation):
-            yield Assignment(
-                path,
-                module,
-                "norm",
-                registered_rule,
-                attach=attach_registered_norm,
-                options=(registered_rule,),
-            )
-        elif registered_rule is not None:
-            yield self.activation(path, module, registered_rule, share, True)
+        if isinstance(registered, Operations):
+            yield self.operations(path, module, registered)
+        elif isinstance(registered, Normalisation):
+            options = (registered,)
+            yield Assignment(path, module, "norm", registered, 1.0, attach_registered_norm, options)
+        elif registered is not None:
+            yield self.activation(path, module, registered, share, True)
         elif isinstance(module, NormalizationBridge):
             yield Assignment(path, module, "norm", rules["norm"], attach=attach_norm)
         elif isinstance(module, AttentionBridge):

@@ -315,10 +315,7 @@ def _fused_attention(
     if qk == 0:
         query, key = query.detach(), key.detach()
     else:
-        query, key = (
-            F.apply(FusedInput, query, qk, site),
-            F.apply(FusedInput, key, qk, site),
-        )
+        query, key = (F.apply(FusedInput, x, qk, site) for x in (query, key))
     value = F.apply(FusedInput, value, v, site)
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return F.apply(FusedOutput, out, site), None

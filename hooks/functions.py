@@ -18,10 +18,7 @@ from transformers.activations import SiLUActivation
 
 from lenslrp.hooks.linear_rules import LinearRule
 from lenslrp.hooks.rule_types import Identity, Normalisation, Plain, SiLU
-from lenslrp.hooks.rules import (
-    inverse_rms,
-    layer_norm_identity,
-)
+from lenslrp.hooks.rules import inverse_rms, layer_norm_identity
 from lenslrp.hooks.sites import Site, row_sums, widened
 
 EMPTY = torch.empty(0)
@@ -92,13 +89,7 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        y: Tensor,
-        gain: Tensor | None,
-        eps: float,
-        centred: bool,
-        site: Site,
+        ctx: Any, x: Tensor, y: Tensor, gain: Tensor | None, eps: float, centred: bool, site: Site
     ) -> Tensor:
         set_site(ctx, site)
         ctx.centred = centred

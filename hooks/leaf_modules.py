@@ -34,12 +34,7 @@ SPECIAL_TOKENS = {
 }
 """Parameters that are tokens of their own, in the order in which they precede the patches."""
 
-POSITION_NAMES = (
-    "position_embeddings",
-    "position_embedding",
-    "pos_embed",
-    "positional_embedding",
-)
+POSITION_NAMES = ("position_embeddings", "position_embedding", "pos_embed", "positional_embedding")
 """Parameters, or embeddings, that are added to every token of an image."""
 
 FRAME_COMPONENT = "feat_proj"

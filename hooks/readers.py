@@ -36,13 +36,7 @@ Reducer = Callable[[Tensor], Tensor]
 NON_FINITE_HOOKS = ("hook_attn_scores", "hook_pattern")
 """Where values are not finite although nothing reads them."""
 
-WHEN_HOOKED = (
-    "hook_attn_out",
-    "hook_mlp_out",
-    "hook_result",
-    "hook_embed",
-    "embed.hook_out",
-)
+WHEN_HOOKED = ("hook_attn_out", "hook_mlp_out", "hook_result", "hook_embed", "embed.hook_out")
 """Points that TransformerLens calls only where they have hooks of its own kind: what Granite adds
 to the residual stream is multiplied by a constant after the module that made it."""
 
