@@ -159,7 +159,7 @@ def _among_others(
 def form_of(module: nn.Module, run: ModuleForward, x: Tensor, y: Tensor) -> str:
     """Whether ``run`` maps each number by itself, and 0 to 0: one of :data:`FORMS`, or "".
 
-    Arguments as for :func:`is_norm`.
+    Arguments as for :func:`norm_form`.
     """
     if not has_values(x):
         return "exact"

@@ -46,7 +46,7 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 def test_pieces_are_the_whole(
     shape: tuple[int, ...], dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sites, "PIECE", piece)
+    monkeypatch.setattr(sites, "PRODUCTS_AT_ONCE", piece)
     x, g = noise(*shape, dtype=dtype), noise(*shape, seed=1, dtype=dtype)
     wide = torch.float32 if dtype in HALF else dtype
     made = dots(x, g)
@@ -58,7 +58,7 @@ def test_pieces_are_the_whole(
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_what_is_widened_is_a_piece(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sites, "PIECE", 64)
+    monkeypatch.setattr(sites, "PRODUCTS_AT_ONCE", 64)
     sizes: list[int] = []
     widened = sites.widened
     monkeypatch.setattr(sites, "widened", lambda x: sizes.append(x.numel()) or widened(x))
