@@ -61,10 +61,10 @@ _zeros: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 @dataclass(frozen=True)
 class _Ahead:
-    """A value ahead of hooks: the tensor, its numbers, and where autograd stood."""
+    """A value ahead of hooks: the tensor, its values, and where autograd stood."""
 
-    given: Tensor
-    kept: Tensor
+    tensor: Tensor
+    values: Tensor
     version: int
     edge: GradientEdge | None
     begun: int
@@ -94,17 +94,17 @@ class EditMeter:
         """Called with the value ahead of the hooks."""
         self._ahead = None
         if isinstance(x, Tensor) and torch.is_grad_enabled():
-            kept = x.detach().clone() if self.copies else x
+            values = x.detach().clone() if self.copies else x
             edge = get_gradient_edge(x) if x.requires_grad else None
-            self._ahead = _Ahead(x, kept, x._version, edge, sequence_number(), self.touched())
+            self._ahead = _Ahead(x, values, x._version, edge, sequence_number(), self.touched())
 
     def after(self, y: Any) -> None:
         """Called with the value behind the hooks."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or not isinstance(y, Tensor) or not y.requires_grad:
             return
-        written = ahead.given._version != ahead.version
-        if (y is ahead.given and not written) or self.touched() > ahead.touched:
+        written = ahead.tensor._version != ahead.version
+        if (y is ahead.tensor and not written) or self.touched() > ahead.touched:
             return
         if written and not self.copies:
             self.missed = True
@@ -112,7 +112,7 @@ class EditMeter:
         consumers = _consumers(y, ahead.edge, ahead.begun)
         if consumers is None:
             return  # values from elsewhere were mixed in: what they take is no constant's
-        site, x = self.site, ahead.kept.detach()
+        site, x = self.site, ahead.values.detach()
         kept = same(y, self.copies)
         y.register_hook(lambda g: site.report("biases", row_sums(kept, g)))
 

@@ -27,12 +27,12 @@ class Context:
     attention: str
     copies: bool = False  #: keep values that something may write to in place
     queries: set[str] = field(default_factory=set)  #: norms that feed nothing but queries: paths
-    routing: dict[str, Tensor] = field(
-        default_factory=dict
-    )  #: mixture -> chosen [batch, pos, slot]
+    #: mixture -> chosen experts [batch, pos, slot]
+    routing: dict[str, Tensor] = field(default_factory=dict)
     experts: dict[str, int] = field(default_factory=dict)  #: mixture -> how many it has
 
     def site(self, hook: str, component: Any, role: str, rule: Any = None) -> Site:
+        """The site of a rule, the composite's for its role unless one is given."""
         rule = self.composite[role] if rule is None else rule
         site = Site(hook, type(component).__name__, role, rule, layer_of(hook))
         site.accounts, site.copies = self.accounts, self.copies

@@ -93,6 +93,7 @@ class Gamma:
     def backward(
         self, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """As :meth:`LinearRule.backward`; see :func:`lenslrp.hooks.rules.gamma_linear`."""
         return gamma_linear(g, x, weight, bias, self.gamma)
 
 
@@ -134,6 +135,7 @@ class AlphaBeta:
     def backward(
         self, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """As :meth:`LinearRule.backward`; see :func:`lenslrp.hooks.rules.alpha_beta_linear`."""
         return alpha_beta_linear(g, x, weight, bias, self.alpha, self.beta)
 
 

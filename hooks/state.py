@@ -38,10 +38,8 @@ def users_hooks(
         for key, hook in getattr(module, kind).items():
             inner = hook.func if isinstance(hook, partial) else hook
             package = f"{getattr(inner, '__module__', '')}."
-            runs_the_model = package.startswith(RUNNING_PACKAGES) and not isinstance(
-                module, HookPoint
-            )
-            if not (isinstance(hook, ThreadBound) or runs_the_model):
+            runs = package.startswith(RUNNING_PACKAGES)
+            if not isinstance(hook, ThreadBound) and (isinstance(module, HookPoint) or not runs):
                 yield getattr(module, kind), key
 
 
