@@ -79,7 +79,7 @@ def softcap_of(attn: AttentionBridge) -> float | None:
 
 
 SUPPORTED_PACKAGES = ("transformers", "transformers_modules", "transformer_lens")
-"""Whose attention TransformerLens knows how to compute; anyone else's only the module itself."""
+"""Packages whose attention TransformerLens can compute itself; that of others it has to call."""
 
 
 def passes_over(attn: AttentionBridge) -> bool:

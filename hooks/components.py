@@ -73,7 +73,7 @@ ACTIVATION_CLASSES: tuple[type, ...] = (
 """Element-wise modules with f(0) = 0, for which the identity rule holds."""
 
 ACTIVATION_FORWARDS = frozenset(vars(cls)["forward"] for cls in ACTIVATION_CLASSES)
-"""Their code: a sub-class that computes something else is not one of them."""
+"""Their forward methods: a sub-class with a forward of its own is not one of them."""
 
 LINEAR_CLASSES: tuple[type, ...] = (nn.Linear, Conv1D, *CONVOLUTION_CLASSES)
 """Linear layers: the epsilon rule leaves their gradient as it is."""

@@ -263,7 +263,7 @@ def _wants(node: Any, name: str, writes: Mapping[int, str]) -> str:
 
 
 def _is_foreign(node: Any) -> bool:
-    """Whether a node was written in Python by somebody else: nothing is known of its gradient."""
+    """Whether a node is a Function from elsewhere: nothing is known of its gradient."""
     kind = getattr(node, "_forward_cls", None)
     if kind is None or kind in RULE_FUNCTIONS or is_gathering(kind):
         return False

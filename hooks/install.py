@@ -240,7 +240,7 @@ def require_bridge(model: TransformerBridge) -> None:
 
 
 def _name_of(model: nn.Module, weight: Tensor) -> str:
-    """What a weight is called in the model that the bridge wraps, where it is one of its own."""
+    """The name of a weight in the model that the bridge wraps, if it has one."""
     names = (name for name, known in model.named_parameters() if known is weight)
     return next(names, "a weight").replace("_original_component.", "")
 

@@ -166,7 +166,7 @@ def _slim(norm: nn.Module, form: str, x: Tensor, y: Tensor, site: Site) -> Tenso
 
 
 def _weight_of(norm: Any) -> Tensor | None:
-    """Asked for at each pass: FSDP gathers it."""
+    """The gain of a norm; looked up at each pass, since FSDP gathers it."""
     weight: Tensor | None = getattr(norm, "weight", None)
     return weight
 

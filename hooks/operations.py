@@ -248,7 +248,7 @@ class OperationIntercept(Intercept):
         return y
 
     def joined(self, y: Tensor, tensors: Any, dim: int = 0) -> Tensor:
-        """Constants (learned tokens) that are put beside what carries relevance take theirs."""
+        """Constants (learned tokens) that are concatenated report the relevance that they take."""
         site, start = self.sites["linear"], 0
         for part in tensors:
             size = part.shape[dim]

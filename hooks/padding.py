@@ -1,4 +1,4 @@
-"""Padding: every row of a batch is what it is alone, wherever its padding stands.
+"""Padding: every row of a batch gives what it gives alone, on whichever side its padding is.
 
 Where a model has absolute positions, those of a row that is padded on the left must come from the
 mask. Most take ``position_ids``; RoBERTa and M2M100 count the tokens that are not their padding

@@ -6,8 +6,7 @@ keeps only that; gradients are never kept. Names follow TransformerLens, and a n
 residual stream, every other name the branch that its hook point feeds.
 
 A hook point can fire and its tensor be used by nothing (:mod:`lenslrp.unused`): no gradient comes
-to it, which is not the same as a relevance of 0. ``Readers.silent`` has those of which it is to be
-found out.
+to it, which is not the same as a relevance of 0. ``Readers.silent`` names the points that got none.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def forget_products() -> None:
 
 @dataclass(frozen=True)
 class _RememberedSums:
-    """A sum of products, and whose: valid while both tensors live and nobody writes to them."""
+    """Sums of products of two tensors, valid while both are alive and unchanged."""
 
     key: tuple[Any, ...]
     activation: StorageWeakRef

@@ -67,7 +67,7 @@ def components(model: nn.Module) -> NamedModules:
 def components_where(
     model: nn.Module, name: str, holds: Callable[[nn.Module], bool]
 ) -> NamedModules:
-    """Those of which something holds that is a matter of what they are; ``name`` is its name."""
+    """The components with a property of their class, remembered under ``name``."""
     parts = components(model)
     places = _known[model].places
     if name not in places:

@@ -89,7 +89,7 @@ class Turns:
             self._settle()
 
     def renew(self, rules: Attachable) -> None:
-        """Attach anew what is attached, after what it goes by has changed."""
+        """Attach the rules anew, after the model has changed."""
         with self._changed:
             self._settled = self._settled and self._attached is not rules
             self._settle()
