@@ -20,9 +20,9 @@ from lenslrp.batch import Batch
 from lenslrp.cache_file import load_parts, save_cache
 from lenslrp.difference import subtracted
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.coverage import Coverage
+from lenslrp.hooks.structure import layer_of
 from lenslrp.ledger import Ledger
 from lenslrp.rows import Rows
 from lenslrp.targets import Explained

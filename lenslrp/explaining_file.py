@@ -36,7 +36,7 @@ from lenslrp.fingerprints import (
     require_same_settings,
 )
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
 from lenslrp.sessions import Session
 
 if TYPE_CHECKING:

@@ -18,18 +18,19 @@ from torch import Tensor, nn
 
 from lenslrp import media
 from lenslrp.errors import CoverageError, InputError
-from lenslrp.hooks.attach import Attached, components, raise_failed, undo_all
-from lenslrp.hooks.components import (
-    BlockBridge,
-    ExpertPoint,
-    UnembeddingBridge,
-    hook_points,
-    layer_of,
-)
-from lenslrp.hooks.embeddings import embeddings
+from lenslrp.hooks.components import BlockBridge, ExpertPoint, UnembeddingBridge, hook_points
 from lenslrp.hooks.functions import apply
-from lenslrp.hooks.readers import converted, given, is_total, listen, owners, select_names
-from lenslrp.hooks.structure import unchanged
+from lenslrp.hooks.handles import Attached, raise_failed, undo_all
+from lenslrp.hooks.leaf_modules import embeddings
+from lenslrp.hooks.readers import (
+    converted,
+    hidden_states_of,
+    is_total,
+    listen,
+    owners,
+    select_names,
+)
+from lenslrp.hooks.structure import components, layer_of, unchanged
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
@@ -393,7 +394,7 @@ def capture(
         def before_it(
             _: nn.Module, args: Any, kwargs: Any, keep: Any = keep, point: Any = point
         ) -> None:
-            keep(point, given(args, kwargs))
+            keep(point, hidden_states_of(args, kwargs))
 
         def at_it(point: nn.Module, args: Any, x: Any, keep: Any = keep) -> None:
             keep(point, x)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.patches import Embedder, below, embedders
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.leaf_modules import MediaEmbedder, media_embedders, sites_before_sequence
 from lenslrp.hooks.sites import Site, has_values
 from lenslrp.inputs import Batch
 
@@ -106,7 +106,7 @@ def cut_media(
         sites: those of the rules in force: what runs below patches is then off the path.
         kind: ``"pixels"`` or ``"patches"``.
     """
-    found = embedders(parts)
+    found = media_embedders(parts)
     for place in found:
         _cut_constants(at, leaves, place)
         at.hook(place.projection, _cut_patches(leaves) if kind == "patches" else _read(leaves))
@@ -115,7 +115,7 @@ def cut_media(
         return dict(leaves.inputs)
     if not found:
         raise InputError('leaves="patches": this model has no patch embedding; use "pixels"')
-    for site in below(parts, sites):
+    for site in sites_before_sequence(parts, sites):
         site.cut = True
     return dict(media)
 
@@ -141,7 +141,7 @@ def _read(leaves: Leaves) -> Callable[..., None]:
     return read
 
 
-def _cut_constants(at: Attached, leaves: Leaves, place: Embedder) -> None:
+def _cut_constants(at: Attached, leaves: Leaves, place: MediaEmbedder) -> None:
     """Shadow the owner's parameters by leaves with a row for each image, while it runs."""
     owner = place.owner
     if owner is None:

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lenslrp.hooks.sites import TERMS, Accounts, widest
+from lenslrp.hooks.sites import LEDGER_TERMS, Accounts, widest
 
 BALANCED = {
     torch.float64: 1e-5,  # where a model computes in float32: 1e-6; elsewhere 1e-14
@@ -58,13 +58,13 @@ class Ledger:
 
     @property
     def accounted(self) -> float:
-        terms = sum(getattr(self, term) for term in TERMS)
+        terms = sum(getattr(self, term) for term in LEDGER_TERMS)
         return float(self.leaves + terms + self.nonlinear_target)
 
     @property
     def largest(self) -> float:
         """The largest entry: rounding goes by it, not by the target."""
-        return max(abs(float(getattr(self, term))) for term in ("target", "leaves", *TERMS))
+        return max(abs(float(getattr(self, term))) for term in ("target", "leaves", *LEDGER_TERMS))
 
     @property
     def imbalance(self) -> float:
@@ -126,7 +126,7 @@ def make_ledger(
     for (key, _), value in zip(named, read(tensor for _, tensor in named), strict=True):
         found[key] = found.get(key, 0.0) + value
     target, leaves, start = found["target"], found["leaves"], found["start"]
-    totals = dict.fromkeys(TERMS, 0.0)
+    totals = dict.fromkeys(LEDGER_TERMS, 0.0)
     per_layer: dict[tuple[int | None, str], float] = {}
     for key in books.reported:
         term, layer, _ = key
@@ -137,7 +137,7 @@ def make_ledger(
         into, out = (found.get((layer, side)) for side in ("in", "out"))
         if into is None:
             continue
-        terms = {term: per_layer.get((layer, term), 0.0) for term in TERMS}
+        terms = {term: per_layer.get((layer, term), 0.0) for term in LEDGER_TERMS}
         if out is None:  # a block that hands out a list fires no hook_out
             out = found.get((layer + 1, "in"))
         if out is None:  # a latent target inside a block: relevance starts there, never left it
@@ -153,7 +153,7 @@ def make_ledger(
         return Ledger(
             target=target, leaves=leaves, **totals, nonlinear_target=target - start, table=table
         )
-    outside = {term: per_layer.get((None, term), 0.0) for term in TERMS}
+    outside = {term: per_layer.get((None, term), 0.0) for term in LEDGER_TERMS}
     first = rows[0]["resid_in"] if rows else start - sum(outside.values())
     last = rows[-1]["resid_out"] if rows else first
     # Outside the blocks: final norm and unembedding above, embeddings below.

@@ -14,8 +14,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import UnembeddingBridge
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.state import users_hooks
 from lenslrp.targets import Outputs, PerRow, Target
 

@@ -32,15 +32,18 @@ from lenslrp.forward import (
     undone,
 )
 from lenslrp.hooks import coverage as cover
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.components import BlockBridge, layer_of
-from lenslrp.hooks.constants import now
-from lenslrp.hooks.functions import product_shares
+from lenslrp.hooks import graph_walk
+from lenslrp.hooks.components import BlockBridge
+from lenslrp.hooks.constants import sequence_number
+from lenslrp.hooks.graph_walk import Walk
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.install import Rules
-from lenslrp.hooks.observing import WRITES, Observer
+from lenslrp.hooks.observing import VIEW_WRITES, Observer
 from lenslrp.hooks.readers import Readers
+from lenslrp.hooks.rule_types import product_shares
 from lenslrp.hooks.sharding import gather
 from lenslrp.hooks.sites import Accounts, Site, has_values, row_sums, widened
+from lenslrp.hooks.structure import layer_of
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
 from lenslrp.ledger import BALANCED, Ledger, make_ledger, read
@@ -72,7 +75,7 @@ class Pass(Forward):
 
     @property
     def books(self) -> Accounts | None:
-        return self.rules.books
+        return self.rules.accounts
 
     def relevance(self, target: Target, *, last: bool) -> RelevanceCache:
         """One backward pass for one target; ``last`` releases the graph."""
@@ -300,12 +303,12 @@ class Pass(Forward):
         used = [s.order for s in self.rules.sites if id(s) in on_path and _stack(s) == _stack(site)]
         return bool(used) and site.order > max(used)
 
-    def walk(self, roots: list[Tensor], place: Callable[[Any], str] = lambda _: "") -> cover.Walk:
+    def walk(self, roots: list[Tensor], place: Callable[[Any], str] = lambda _: "") -> Walk:
         """The graph from ``roots`` down, with what was seen of writes into views."""
         writes = {} if self.observer is None else self.observer.writes
         units = [x for name, x in self.captured.items() if name != UNCAPPED]
         latent = any(root is x for root in roots for x in units)
-        return cover.walk(roots, place, self.rules.weights, writes, latent)
+        return graph_walk.walk(roots, place, self.rules.weights, writes, latent)
 
     def _check(self, roots: list[Tensor], latent: list[str]) -> tuple[Seen, list[str]]:
         """What the graph shows, and what of it is not covered (raised if strict)."""
@@ -321,9 +324,9 @@ class Pass(Forward):
         seen = Seen(
             frozenset(i for i, site in enumerate(self.rules.sites) if id(site) in found.sites),
             kind_of(found, repr(self.rules.composite), self.rules.attention),
-            writes=not WRITES.isdisjoint(names),
+            writes=not VIEW_WRITES.isdisjoint(names),
         )
-        if not (faults or seen.writes or cover.depends_on_values(names)):
+        if not (faults or seen.writes or graph_walk.depends_on_values(names)):
             self.memory.keep(key, seen)
         return seen, faults
 
@@ -339,7 +342,7 @@ class Pass(Forward):
             return None
         if torch._C._len_torch_function_stack():  # somebody changes what operations do
             return None
-        places = (now() - self.begun, *(_order(root) - self.begun for root in roots))
+        places = (sequence_number() - self.begun, *(_order(root) - self.begun for root in roots))
         fired = tuple(site.forward for site in rules.sites)
         kept = (self.strict, self.books is None, rules.copies, bool(self.batch.media))
         return (
@@ -353,7 +356,7 @@ class Pass(Forward):
             *latent,
         )
 
-    def _walked(self, roots: list[Tensor], latent: list[str]) -> tuple[cover.Walk, list[str]]:
+    def _walked(self, roots: list[Tensor], latent: list[str]) -> tuple[Walk, list[str]]:
         found = self.walk(roots)
         if found.gaps and self.strict:
             raise Again("trace", "uncovered operations")
@@ -495,9 +498,9 @@ def under_rules(
         if given:
             given = cut_media(at, parts, made.leaves, rules.sites, given, leaf)
         cut_leaves(at, rules.embedded, made.leaves, batch)  # positions, too, of given embeddings
-        if rules.books is not None:
-            rules.books.clear()
-            made.layers = watch_blocks(at, rules.blocks, rules.books)
+        if rules.accounts is not None:
+            rules.accounts.clear()
+            made.layers = watch_blocks(at, rules.blocks, rules.accounts)
         if readers.state is not rules.state:
             readers.attach(rules.owned, at)
         capture(at, points, rules.owned, list(latent), made.captured)
@@ -516,7 +519,7 @@ def under_rules(
             checkpoint_blocks(at, parts)
         if has_values(batch.written.mask):
             assert batch.written.lengths is not None  # read before anything runs on a device
-        made.begun = now()
+        made.begun = sequence_number()
         with observer or nullcontext():
             made.logits = run_model(model, batch, made.leaves, given)
         if picked:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import layer_of
 from lenslrp.hooks.sites import dots, widened
+from lenslrp.hooks.structure import layer_of
 
 Reducer = Callable[[Tensor], Tensor]
 Reduce = str | Reducer | Mapping[str, str | Reducer | None] | None

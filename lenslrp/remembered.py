@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from lenslrp.hooks.coverage import Walk
+from lenslrp.hooks.graph_walk import Walk
 
 GRAPHS = 64
 """How many graphs of a model are remembered."""

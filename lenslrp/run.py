@@ -13,7 +13,7 @@ from torch import Tensor
 from lenslrp.cache import RelevanceCache
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.readers import NamesFilter
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
 from lenslrp.reductions import Reduce
 from lenslrp.sessions import Session
 

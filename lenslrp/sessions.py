@@ -25,12 +25,12 @@ from lenslrp.errors import CoverageError, InputError
 from lenslrp.explaining import WINDOW, explain
 from lenslrp.forward import architecture, columns_for, parts_of, read_at
 from lenslrp.hooks import coverage as cover
-from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.install import Rules, require_attention, require_bridge
 from lenslrp.hooks.observing import Observer
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
 from lenslrp.hooks.sites import Accounts
 from lenslrp.hooks.structure import unchanged
 from lenslrp.hooks.turns import Turn, turn, turns_of
@@ -195,8 +195,8 @@ class Session:
         with self._calling():
             model, rules = self.model, self._rules
             self._fit(rules, books=rows, copies=rules.copies)
-            if rules.books is not None:
-                rules.books.rows = len(batch.tokens)
+            if rules.accounts is not None:
+                rules.accounts.rows = len(batch.tokens)
             columns = self._columns(batch, [target], []) if self.logits == "target" else None
             latent = [t.hook for t in parts_of(target) if isinstance(t, Activation)]
             readers = Readers.plan({}, [], lambda _: None)
@@ -206,8 +206,8 @@ class Session:
                 ) as made:
                     yield made
             finally:
-                if rules.books is not None:
-                    rules.books.rows = None
+                if rules.accounts is not None:
+                    rules.accounts.rows = None
 
     def _hold(self) -> None:
         """Attach the rules, and see to it that they are detached whatever becomes of this."""
@@ -407,8 +407,8 @@ class Session:
 
     def _fit(self, rules: Rules, *, books: bool, copies: bool) -> None:
         """Attach the rules anew where they keep other things than this pass needs."""
-        if (rules.books is not None) != books or rules.copies != copies:
-            rules.books = Accounts() if books else None
+        if (rules.accounts is not None) != books or rules.copies != copies:
+            rules.accounts = Accounts() if books else None
             rules.copies = copies
             self._renew(rules)
 

@@ -26,12 +26,13 @@ from transformer_lens.hook_points import HookPoint
 from lenslrp import media
 from lenslrp.errors import InputError
 from lenslrp.forward import Forward, forward
-from lenslrp.hooks.attach import Attached, components
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import Composite, GradientTimesInput
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.install import relevance_rules
 from lenslrp.hooks.sites import has_values
 from lenslrp.hooks.state import users_hooks
+from lenslrp.hooks.structure import components
 from lenslrp.hooks.turns import in_force
 from lenslrp.inputs import Batch, is_encoder_decoder
 from lenslrp.leaves import Leaves

@@ -26,9 +26,10 @@ from lenslrp.analysis.passes.problems import AttributionProblem
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.forward import architecture
-from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import GradientTimesInput
 from lenslrp.hooks.install import relevance_rules
+from lenslrp.hooks.structure import components
 from lenslrp.targets import Activation, Logit, LogProb, Outputs, PerRow, Sequence, Target
 
 if TYPE_CHECKING:

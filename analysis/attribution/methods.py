@@ -43,7 +43,7 @@ from lenslrp.hooks.composites import (
     GradientTimesInput,
     RelP,
 )
-from lenslrp.hooks.rules import Plain
+from lenslrp.hooks.rule_types import Plain
 from lenslrp.targets import Explained
 
 if TYPE_CHECKING:

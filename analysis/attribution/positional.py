@@ -23,9 +23,9 @@ from lenslrp.analysis.passes.problems import AttributionProblem
 from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
 from lenslrp.forward import architecture, undone
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.components import components
 from lenslrp.hooks.composites import AttnLRP
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.structure import components
 from lenslrp.remembered import conditional
 
 ADJACENT = ("rotary_adjacent_pairs", "rotary_interleaved_cos_sin")

@@ -48,8 +48,7 @@ from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
-from lenslrp.hooks.components import layer_of
-from lenslrp.hooks.structure import unchanged
+from lenslrp.hooks.structure import layer_of, unchanged
 from lenslrp.sessions import Session
 
 if TYPE_CHECKING:

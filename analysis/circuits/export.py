@@ -22,7 +22,7 @@ from lenslrp.analysis.circuits.edges import EdgeScores
 from lenslrp.analysis.circuits.nodes import TARGET, Node
 from lenslrp.analysis.circuits.scores import NodeScores
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.structure import layer_of
 
 WRITERS: dict[str, NodeKind] = {"tokens": "embed", "heads": "attn_head_out", "mlp": "mlp_out"}
 READERS: dict[str, NodeKind] = {"q": "q_input", "k": "k_input", "v": "v_input", "mlp": "mlp_in"}

@@ -19,7 +19,7 @@ from lenslrp.analysis.views.figures import (
     _names,
     new_figure,
 )
-from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.structure import layer_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,8 +20,9 @@ from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
-from lenslrp.hooks.components import components, hook_points, layer_of
+from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.readers import select_names
+from lenslrp.hooks.structure import components, layer_of
 from lenslrp.inputs import Batch, prepare
 from lenslrp.reductions import Deliver
 from lenslrp.unused import require_used

@@ -28,7 +28,7 @@ from lenslrp.analysis.circuits.nodes import (
 from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.edits import Edit
-from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.structure import layer_of
 from lenslrp.inputs import Batch
 
 if TYPE_CHECKING:

@@ -48,8 +48,7 @@ from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.forward import architecture
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
-from lenslrp.hooks.components import layer_of
-from lenslrp.hooks.structure import unchanged
+from lenslrp.hooks.structure import layer_of, unchanged
 from lenslrp.leaves import Leaves
 from lenslrp.sessions import Session
 

@@ -26,9 +26,10 @@ from lenslrp.analysis.circuits.nodes import COMPONENTS, TARGET, Node, Units, as_
 from lenslrp.batch import Batch
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.components import hook_points
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.readers import converted
+from lenslrp.hooks.structure import components
 from lenslrp.passes import Pass, starting
 from lenslrp.sessions import Session
 from lenslrp.targets import Target

@@ -26,9 +26,10 @@ from lenslrp.analysis.units.kinds import Unit
 from lenslrp.analysis.units.readers import SearchedHook, UnitReader
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
-from lenslrp.hooks.components import components, hook_points, layer_of
+from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.readers import select_names
+from lenslrp.hooks.structure import components, layer_of
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
 from lenslrp.reductions import Deliver

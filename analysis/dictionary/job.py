@@ -26,7 +26,7 @@ from lenslrp.files import taking_turns
 from lenslrp.fingerprints import describe_model, describe_rules, describe_tokenizer
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.install import require_bridge
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.media import reads_no_text
 from lenslrp.targets import Target

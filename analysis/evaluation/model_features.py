@@ -27,8 +27,9 @@ from lenslrp.analysis.passes.prompts import (
 )
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import components, hook_points, layer_of
+from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.readers import select_names
+from lenslrp.hooks.structure import components, layer_of
 from lenslrp.inputs import is_encoder_decoder
 
 if TYPE_CHECKING:

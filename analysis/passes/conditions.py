@@ -20,9 +20,10 @@ from lenslrp.analysis.units.kinds import Head, Neuron, Unit
 from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
 from lenslrp.forward import undone
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.components import components, hook_points, layer_of
+from lenslrp.hooks.components import hook_points
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.readers import converted
+from lenslrp.hooks.structure import components, layer_of
 from lenslrp.hooks.turns import turn
 from lenslrp.remembered import conditional
 

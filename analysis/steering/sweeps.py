@@ -58,7 +58,7 @@ from lenslrp.analysis.units.locations import stack_name
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.forward import forward, reading
-from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.structure import layer_of
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import prepare
 from lenslrp.text.names import token_id

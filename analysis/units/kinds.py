@@ -40,7 +40,8 @@ from lenslrp.analysis.units.locations import (
     weight,
 )
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.components import hook_points
+from lenslrp.hooks.structure import components
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

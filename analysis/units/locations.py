@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.experts import mixtures
+from lenslrp.hooks.structure import components
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -45,7 +45,7 @@ from lenslrp.analysis.units.unembedding import (
     unembedding,
 )
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.structure import layer_of
 from lenslrp.text.names import token_ids
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lenslrp.analysis.units.locations import Side, stack_name
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import original
+from lenslrp.hooks.structure import original
 from lenslrp.hooks.turns import turn
 from lenslrp.text.spelling import Speller
 

@@ -41,7 +41,7 @@ from lenslrp.analysis.circuits.pruning import (
 from lenslrp.analysis.circuits.scores import NodeScores, score_nodes
 from lenslrp.analysis.common.statistics import RESAMPLES, bootstrap, spearman
 from lenslrp.files import whole
-from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.structure import layer_of
 
 KEPT = RESULTS / "circuits"
 N, CHUNK, SEED = 60, 12, 0

@@ -84,7 +84,7 @@ def plainly(model: Any) -> dict[str, Callable[[Any], None]]:
     """The plain model over a block, without and with a backward pass."""
     from lenslrp.analysis.dictionary.block_pass import target_positions
     from lenslrp.forward import undone
-    from lenslrp.hooks.attach import Attached
+    from lenslrp.hooks.handles import Attached
     from lenslrp.logits import unembed_at
 
     class Stop(Exception):

@@ -29,7 +29,7 @@ from lenslrp.forward import architecture, forward
 from lenslrp.hooks.assignment import assign
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.coverage import Coverage
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
 from lenslrp.ledger import BALANCED, Ledger
 from lenslrp.models.verifying import Agreement
 from lenslrp.models.wrapped import agreement

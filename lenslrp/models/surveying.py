@@ -32,7 +32,7 @@ from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.install import FLOATING, relevance_rules
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
 from lenslrp.hooks.sites import Accounts
 from lenslrp.inputs import Batch, is_encoder_decoder
 from lenslrp.logits import head_component, require_logits

@@ -32,9 +32,9 @@ from transformer_lens.utilities.attn_implementation import force_eager_attention
 
 import lenslrp
 from lenslrp import media
-from lenslrp.hooks.components import components
-from lenslrp.hooks.embeddings import embeddings
-from lenslrp.hooks.sites import TERMS
+from lenslrp.hooks.leaf_modules import embeddings
+from lenslrp.hooks.sites import LEDGER_TERMS
+from lenslrp.hooks.structure import components
 from lenslrp.inputs import prepare
 from lenslrp.models.verifying import difference, output_of, short_input
 from lenslrp.targets import Activation
@@ -462,7 +462,7 @@ def _with_media(model: Any, name: str) -> str:
 
 def miss(ledger: Any) -> float:
     """What a ledger misses, relative to its largest entry."""
-    terms = (getattr(ledger, term) for term in ("target", "leaves", *TERMS))
+    terms = (getattr(ledger, term) for term in ("target", "leaves", *LEDGER_TERMS))
     return float(abs(ledger.target - ledger.accounted) / max(abs(term) for term in terms))
 
 

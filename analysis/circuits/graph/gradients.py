@@ -20,8 +20,8 @@ from lenslrp.analysis.circuits.nodes import COMPONENTS, TARGET, Node
 from lenslrp.analysis.circuits.segments import EMBEDDINGS, CutPass, cut
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.cache import RelevanceCache
-from lenslrp.hooks.components import layer_of
-from lenslrp.hooks.sites import TERMS
+from lenslrp.hooks.sites import LEDGER_TERMS
+from lenslrp.hooks.structure import layer_of
 from lenslrp.inputs import Batch
 from lenslrp.sessions import Session
 from lenslrp.targets import Outputs, Target, Top
@@ -32,7 +32,7 @@ KINDS: Mapping[str, str] = {
 }  # fmt: skip
 """Component -> what a node of it is called."""
 
-ABSORBED = (*TERMS, "nonlinear_target")
+ABSORBED = (*LEDGER_TERMS, "nonlinear_target")
 """What the ledger may find absorbed in a node; the last at the target alone."""
 
 _Here = Mapping[str, tuple[Tensor, Tensor]]

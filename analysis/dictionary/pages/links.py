@@ -27,7 +27,7 @@ from lenslrp.analysis.dictionary.unit import ExampleRows, Page
 from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.forward import forward, reading
-from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.structure import layer_of
 from lenslrp.reductions import over_positions
 from lenslrp.sessions import Session
 

@@ -24,7 +24,8 @@ from lenslrp.analysis import Direction, Head, Neuron, cosines, reads, writes
 from lenslrp.analysis.units.locations import stack_name
 from lenslrp.analysis.units.projection import project
 from lenslrp.analysis.units.unembedding import embedding, measure_gain, readout
-from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.components import hook_points
+from lenslrp.hooks.structure import components
 from tests.conformance import zoo
 from tests.conformance.families import tokens
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 import lenslrp
 from lenslrp import targets
 from lenslrp.hooks import Gamma
-from lenslrp.hooks.rules import Epsilon
+from lenslrp.hooks.linear_rules import Epsilon
 from lenslrp.hooks.sites import Accounts, Site
 from lenslrp.passes import _total
 from tests.conformance.elsewhere import Elsewhere, devices, place

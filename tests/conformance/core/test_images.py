@@ -18,12 +18,11 @@ from rich.console import Console
 
 import lenslrp
 from lenslrp import media
-from lenslrp.hooks import AlphaBeta, Gamma, assignment
+from lenslrp.hooks import AlphaBeta, Gamma, assignment, leaf_modules
 from lenslrp.hooks import components as hook_components
-from lenslrp.hooks import patches as hook_patches
-from lenslrp.hooks.components import components
-from lenslrp.hooks.patches import embedders
+from lenslrp.hooks.leaf_modules import media_embedders
 from lenslrp.hooks.sites import Accounts, Site
+from lenslrp.hooks.structure import components
 from lenslrp.targets import Activation, Contrastive, Custom, Logit, LogitDiff, LogProb
 from tests.conformance import zoo
 from tests.conformance.families import COMPOSITES
@@ -154,7 +153,7 @@ def test_the_forward_pass_is_untouched(model: Any, dtype: torch.dtype) -> None:
 def test_everything_is_undone_after_an_exception_too(model: Any) -> None:
     zoo.plain_logits(model)  # TransformerLens sets some attributes up when it first runs
     before = snapshot(model)
-    owners = [place.owner for place in embedders(components(model)) if place.owner]
+    owners = [place.owner for place in media_embedders(components(model)) if place.owner]
     held = [set(owner.__dict__) for owner in owners]
     explain(model, lenslrp.AttnLRPViT())
     hook = "blocks.0.hook_resid_pre" if owners else "audio_feature_extractor.hook_in"
@@ -199,7 +198,7 @@ def test_a_loss_of_ones_own_needs_nothing_else(model: Any) -> None:
     """Inside ``relevance_rules``: patches are leaves unless the pixels are."""
     _, cache = explain(model, lenslrp.AttnLRPViT(), target=1)
     ((name, values),) = media.example(model, batch=2).items()
-    projection = embedders(components(model))[0].projection
+    projection = media_embedders(components(model))[0].projection
     kept: list[torch.Tensor] = []
     for own_leaf in (False, True):
         given = values.clone().requires_grad_(own_leaf)
@@ -317,13 +316,13 @@ def test_a_forgotten_convolution_is_found(name: str, monkeypatch: pytest.MonkeyP
 
 
 def test_a_forgotten_group_norm_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    forget(monkeypatch, "attach_loose_norm")
+    forget(monkeypatch, "attach_unbridged_norm")
     with pytest.raises(lenslrp.CoverageError, match="NativeGroupNorm in audio_feature_ext"):
         explain(zoo.build("HubertForCTC"))
 
 
 def test_forgotten_positions_unbalance_the_books(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hook_patches, "POSITIONS", ())
+    monkeypatch.setattr(leaf_modules, "POSITION_NAMES", ())
     with pytest.raises(lenslrp.CoverageError, match="the books do not balance"):
         explain(zoo.build("DeiTForImageClassification"), lenslrp.CPLRP())
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lenslrp
 from lenslrp.hooks import AlphaBeta, Gamma
-from lenslrp.hooks.sites import TERMS, Accounts, Site
+from lenslrp.hooks.sites import LEDGER_TERMS, Accounts, Site
 from lenslrp.targets import Contrastive, Logit, LogProb
 from tests.conformance.families import COMPOSITES, FAMILIES, LAYERS, make, tokens
 
@@ -48,7 +48,7 @@ def require_balance(cache: lenslrp.RelevanceCache, tolerance: float) -> None:
     assert abs(ledger.error) <= tolerance, str(ledger)
     assert table["error"].abs().max() <= tolerance * size, table.to_string()
     assert [str(layer) for layer in table.index] == [*map(str, range(LAYERS)), "outside"]
-    for term in TERMS:
+    for term in LEDGER_TERMS:
         assert table[term].sum() == pytest.approx(getattr(ledger, term), rel=1e-9, abs=1e-12)
     assert ledger.target == pytest.approx(float(cache.target.value.double().sum()), rel=1e-12)
 
@@ -92,7 +92,7 @@ def test_a_batch_is_the_sum_of_its_rows(model: Any) -> None:
         lenslrp.run_with_relevance(model, row[None], 5, names_filter=[])[1].ledger()
         for row in tokens()
     ]
-    for term in ("target", "leaves", *TERMS):
+    for term in ("target", "leaves", *LEDGER_TERMS):
         total = sum(getattr(row, term) for row in rows)
         assert getattr(both, term) == pytest.approx(total, rel=1e-9, abs=1e-9), term
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import lenslrp
-from lenslrp.hooks.components import components
-from lenslrp.hooks.embeddings import embeddings
+from lenslrp.hooks.leaf_modules import embeddings
+from lenslrp.hooks.structure import components
 from lenslrp.inputs import is_encoder_decoder
 from tests.conformance import zoo
 from tests.conformance.families import FAMILIES, make, tokens

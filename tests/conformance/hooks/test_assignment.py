@@ -7,9 +7,9 @@ from torch import nn
 
 import lenslrp
 from lenslrp.hooks.assignment import Assignment, assign
-from lenslrp.hooks.attach import original
-from lenslrp.hooks.rules import Epsilon
+from lenslrp.hooks.linear_rules import Epsilon
 from lenslrp.hooks.sites import Site
+from lenslrp.hooks.structure import original
 from tests.conformance.models.test_zoo import COVERED
 from tests.conformance.zoo import build
 from tests.unit.tiny import changes, snapshot

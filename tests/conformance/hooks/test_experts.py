@@ -337,7 +337,7 @@ def test_a_kind_of_operation_that_is_not_met_is_noticed(
 ) -> None:
     model = zoo.build("GptOssForCausalLM")
     explain(model, lenslrp.AttnLRP(), names_filter=[])
-    monkeypatch.setattr(operations.Met, kind, bare)
+    monkeypatch.setattr(operations.OperationIntercept, kind, bare)
     with pytest.raises(lenslrp.CoverageError, match=said):
         explain(model, lenslrp.AttnLRP(), names_filter=[])
 
@@ -347,7 +347,7 @@ def test_constants_that_are_not_booked_unbalance(
     kind: str, bare: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = zoo.build("GptOssForCausalLM")
-    monkeypatch.setattr(operations.Met, kind, bare)
+    monkeypatch.setattr(operations.OperationIntercept, kind, bare)
     with pytest.raises(lenslrp.CoverageError, match="the books do not balance"):
         explain(model, lenslrp.AttnLRP(), names_filter=[])
     with pytest.warns(UserWarning, match="the books do not balance"):
@@ -365,7 +365,7 @@ def test_a_region_that_never_ends_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
             operations.F.RegionOutput, y, None, "softmax", self.sites["softmax"]
         )
 
-    monkeypatch.setattr(operations.Met, "leak", open_ended)
+    monkeypatch.setattr(operations.OperationIntercept, "leak", open_ended)
     with pytest.raises(lenslrp.CoverageError, match="leaves a region past its inputs"):
         explain(model, lenslrp.AttnLRP(), names_filter=[])
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import lenslrp
-from lenslrp.hooks import CONSTANT, Gamma, assignment, attention, components
+from lenslrp.hooks import CONSTANT, Gamma, attach, attention
+from lenslrp.hooks.handles import Attached
 from tests.conformance.families import COMPOSITES, make, tokens
 
 ATTENTION = ("attention_av", "softmax", "attention_qk")
@@ -26,7 +27,7 @@ OTHERS = (("llama", "CPLRP"), ("gemma2", "GIM"), ("llama", "GradientTimesInput")
 Key = tuple[str, str]
 
 
-class Forgetful(components.Attached):
+class Forgetful(Attached):
     """Registers everything except hooks on one hook point, and remembers no site there."""
 
     def __init__(self, skip: nn.Module | None) -> None:
@@ -46,13 +47,13 @@ class Forgetful(components.Attached):
 def forgotten(model: Any, key: Key) -> Iterator[None]:
     """The engine forgets the rule at ``key``, a (hook, role) pair, and nothing else."""
     hook, role = key
-    attach, softcap_of = assignment.attach_row, attention.softcap_of
+    attach_row, softcap_of = attach.attach_row, attention.softcap_of
     point = model.hook_dict[hook] if role in ATTENTION else None
 
     def patched(at: Any, ctx: Any, row: Any) -> None:
         own = Forgetful(point)
         own.wrapped, own.weights, own.plain = at.wrapped, at.weights, at.plain
-        attach(own, ctx, row)
+        attach_row(own, ctx, row)
         kept = [site for site in own.sites if (site.hook, site.role) != key]
         if len(kept) < len(own.sites) and role not in ATTENTION:
             for undo in reversed(own.undo):
@@ -71,7 +72,7 @@ def forgotten(model: Any, key: Key) -> Iterator[None]:
         if role == "softcap":
             patch.setattr(attention, "softcap_of", no_cap)
         else:
-            patch.setattr(assignment, "attach_row", patched)
+            patch.setattr(attach, "attach_row", patched)
         yield
 
 
@@ -148,14 +149,14 @@ def test_a_pattern_that_is_not_held_constant_is_noticed(name: str) -> None:
     """CP's one act, cutting the graph at the pattern, has no site of its own."""
     model = make(name)
     point = model.blocks[1].attn.hook_pattern
-    hook = components.Attached.hook
+    hook = Attached.hook
 
     def forgetful(at: Any, module: nn.Module, function: Any, **options: bool) -> None:
         if module is not point:
             hook(at, module, function, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(components.Attached, "hook", forgetful)
+        patch.setattr(Attached, "hook", forgetful)
         with pytest.raises(lenslrp.CoverageError, match=r"blocks\.1\.attn"):
             relevance(model, lenslrp.CPLRP())
 
@@ -167,9 +168,9 @@ def test_a_native_attention_that_is_not_made_live_is_noticed() -> None:
         if name != "forward":
             original(at, module, name, value)
 
-    original = components.Attached.attribute
+    original = Attached.attribute
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(components.Attached, "attribute", dead)
+        patch.setattr(Attached, "attribute", dead)
         with pytest.raises(lenslrp.CoverageError):
             relevance(model, lenslrp.AttnLRP())
 
@@ -181,7 +182,7 @@ def test_a_rule_that_is_listed_and_never_ran_is_noticed(role: str) -> None:
     target = next(hook for hook, r in sites(model, lenslrp.AttnLRP()) if r == role)
     elsewhere = nn.Identity()
 
-    class Misplaced(components.Attached):
+    class Misplaced(Attached):
         def hook(self, module: nn.Module, hook: Any, **options: bool) -> None:
             super().hook(elsewhere, hook, **options)
 
@@ -194,21 +195,21 @@ def test_a_rule_that_is_listed_and_never_ran_is_noticed(role: str) -> None:
         def around(self, module: nn.Module, call: Any, name: str = "forward") -> None:
             super().around(elsewhere, call)
 
-    attach = assignment.attach_row
+    attach_row = attach.attach_row
 
     def patched(at: Any, ctx: Any, row: Any) -> None:
         own = Misplaced()
-        attach(own, ctx, row)
+        attach_row(own, ctx, row)
         if (target, role) not in [(site.hook, site.role) for site in own.sites]:
             for undo in reversed(own.undo):
                 undo()
-            attach(at, ctx, row)
+            attach_row(at, ctx, row)
             return
         at.sites.extend(own.sites)
         at.undo.extend(own.undo)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assignment, "attach_row", patched)
+        patch.setattr(attach, "attach_row", patched)
         with pytest.raises(lenslrp.CoverageError):
             relevance(model, lenslrp.AttnLRP())
 

@@ -11,9 +11,10 @@ import torch
 import lenslrp
 from lenslrp import media
 from lenslrp.hooks import UNIFORM, Plain
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.components import attach_all_cycles, components, hook_points
-from lenslrp.hooks.sites import TERMS
+from lenslrp.hooks.components import attach_all_cycles, hook_points
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.sites import LEDGER_TERMS
+from lenslrp.hooks.structure import components
 from tests.conformance import zoo
 from tests.unit.tiny import changes, snapshot
 
@@ -70,7 +71,7 @@ def test_covered(name: str) -> None:
         assert cache.coverage.uncovered == []
         ledger = cache.ledger()
         assert abs(ledger.error) <= zoo.tolerance(name), str(ledger)
-        entries = (ledger.target, ledger.leaves, *(getattr(ledger, term) for term in TERMS))
+        entries = (ledger.target, ledger.leaves, *(getattr(ledger, term) for term in LEDGER_TERMS))
         near = zoo.tolerance(name) * max(1.0, *(abs(entry) for entry in entries))
         rows = ledger.table["error"]
         if name == "OpenAIGPTLMHeadModel":  # one activation for all layers, booked in the first

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lenslrp
-from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.components import hook_points
+from lenslrp.hooks.structure import components
 from tests.conformance import zoo, zoo_media
 from tests.unit.tiny import changes, snapshot
 

@@ -15,7 +15,7 @@ import lenslrp
 from lenslrp import targets
 from lenslrp.analysis import Neuron, Scale, steer
 from lenslrp.cache import RelevanceCache
-from lenslrp.hooks import coverage
+from lenslrp.hooks import graph_walk
 from lenslrp.hooks.install import Rules
 from tests.unit.another_thread import PATIENCE, another_thread
 from tests.unit.tiny import FAMILIES, TOKENS, changes, snapshot, tiny
@@ -43,13 +43,13 @@ def same(a: RelevanceCache, b: RelevanceCache) -> bool:
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry a walk over a graph."""
     seen: list[int] = []
-    walk = coverage.walk
+    walk = graph_walk.walk
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         seen.append(1)
         return walk(*args, **kwargs)
 
-    monkeypatch.setattr(coverage, "walk", counted)
+    monkeypatch.setattr(graph_walk, "walk", counted)
     return seen
 
 

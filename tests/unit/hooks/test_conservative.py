@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import lenslrp
-from lenslrp.hooks.components import components
-from lenslrp.hooks.embeddings import embeddings
-from lenslrp.hooks.rules import Identity
+from lenslrp.hooks.leaf_modules import embeddings
+from lenslrp.hooks.rule_types import Identity
 from lenslrp.hooks.sites import Site
+from lenslrp.hooks.structure import components
 from lenslrp.leaves import Leaves
 from lenslrp.passes import Pass
 from lenslrp.reductions import OverFeatures

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from lenslrp.hooks import AlphaBeta, Gamma
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.convolution import attach_convolution, windows
+from lenslrp.hooks.convolution import attach_convolution, unfold_windows
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.linear_rules import ZPLUS, LinearRule
 from lenslrp.hooks.norms import is_norm
-from lenslrp.hooks.rules import ZPLUS, LinearRule, Normalisation
+from lenslrp.hooks.rule_types import Normalisation
 from lenslrp.hooks.sites import Accounts, Site
 from tests.conftest import ROOT
 from tests.oracles import slow_rules as slow
@@ -50,7 +51,7 @@ CONVOLUTIONS: dict[str, tuple[Any, tuple[int, ...]]] = {
 def ruled(module: Any, rule: LinearRule, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Accounts]:
     """(output, gradient at x, books) of a module with ``rule`` in its place."""
     at, books = Attached(), Accounts()
-    site = Site("layer", "Conv", "convolution", rule, None, books=books)
+    site = Site("layer", "Conv", "convolution", rule, None, accounts=books)
     attach_convolution(at, module, rule, site)
     leaf = x.clone().requires_grad_()
     y = module(leaf)
@@ -106,7 +107,7 @@ def _received(books: Accounts, relevance: Tensor) -> float:
 @pytest.mark.parametrize("name", list(CONVOLUTIONS))
 def test_windows_are_what_each_output_looks_at(name: str) -> None:
     module, x, y = made(name)
-    seen = windows(x, module)
+    seen = unfold_windows(x, module)
     rank = len(module.kernel_size)
     assert seen.shape[1 : 1 + rank] == y.shape[2:]
     ins, outs = module.in_channels // module.groups, module.out_channels // module.groups

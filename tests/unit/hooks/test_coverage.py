@@ -19,8 +19,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
 from lenslrp.errors import CoverageError
-from lenslrp.hooks import coverage
-from lenslrp.hooks.rules import Identity, Plain
+from lenslrp.hooks import graph_walk
+from lenslrp.hooks.rule_types import Identity, Plain
 from tests.unit.tiny import TOKENS, embedding_leaf, tiny
 
 Forward = Callable[[Any, Tensor], Tensor]
@@ -335,10 +335,10 @@ def test_a_layer_norm_with_a_forward_of_its_own_is_right_or_refused(
 def test_a_clamp_counts_only_where_it_clips() -> None:
     """Inside its bounds it is the identity; outside it has no rule."""
     x = torch.linspace(-1.0, 1.0, 5, requires_grad=True)
-    assert coverage.walk([(x * 2).clamp(-3, 3)]).gaps == []
-    assert coverage.walk([x.clamp(torch.tensor(-2.0), torch.tensor(2.0))]).gaps == []
+    assert graph_walk.walk([(x * 2).clamp(-3, 3)]).gaps == []
+    assert graph_walk.walk([x.clamp(torch.tensor(-2.0), torch.tensor(2.0))]).gaps == []
     for clipped in (x.clamp(min=-0.5), x.clamp(max=0.5), x.clamp(-0.5, 0.5)):
-        assert [gap.operation for gap in coverage.walk([clipped]).gaps] != []
+        assert [gap.operation for gap in graph_walk.walk([clipped]).gaps] != []
 
 
 def test_a_maximum_is_linear_where_it_only_floors_masked_scores() -> None:
@@ -346,8 +346,8 @@ def test_a_maximum_is_linear_where_it_only_floors_masked_scores() -> None:
     x = torch.tensor([1.0, -3.0, 2.0], requires_grad=True)
     floor = torch.tensor(torch.finfo(torch.float32).min)
     masked = x + torch.tensor([0.0, float("-inf"), 0.0])
-    assert coverage.walk([torch.maximum(masked, floor)]).gaps == []
-    assert coverage.walk([torch.maximum(floor, masked)]).gaps == []
+    assert graph_walk.walk([torch.maximum(masked, floor)]).gaps == []
+    assert graph_walk.walk([torch.maximum(floor, masked)]).gaps == []
     for other in (torch.tensor(0.0), x * 2):  # a rectifier; the larger of two live values
-        gaps = coverage.walk([torch.maximum(x, other)]).gaps
+        gaps = graph_walk.walk([torch.maximum(x, other)]).gaps
         assert [gap.operation for gap in gaps] == ["Maximum"]

@@ -19,7 +19,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 import lenslrp
 from lenslrp.hooks import checks, norms, sites
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.rules import Identity, Normalisation
+from lenslrp.hooks.rule_types import Identity, Normalisation
 from lenslrp.hooks.sites import Site, dots, row_sums
 from tests.unit import tiny
 
@@ -46,7 +46,7 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 def test_pieces_are_the_whole(
     shape: tuple[int, ...], dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sites, "PIECE", piece)
+    monkeypatch.setattr(sites, "PRODUCTS_AT_ONCE", piece)
     x, g = noise(*shape, dtype=dtype), noise(*shape, seed=1, dtype=dtype)
     wide = torch.float32 if dtype in HALF else dtype
     made = dots(x, g)
@@ -58,7 +58,7 @@ def test_pieces_are_the_whole(
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_what_is_widened_is_a_piece(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sites, "PIECE", 64)
+    monkeypatch.setattr(sites, "PRODUCTS_AT_ONCE", 64)
     sizes: list[int] = []
     widened = sites.widened
     monkeypatch.setattr(sites, "widened", lambda x: sizes.append(x.numel()) or widened(x))
@@ -193,12 +193,12 @@ def test_a_norm_with_another_small_number_is_no_such_norm() -> None:
     norm.eps, norm.variance_epsilon = norm.variance_epsilon, 4e-5
     y = norm(x)
     checks._proven.pop(norm, None)
-    names = checks.EPSILONS
+    names = checks.EPSILON_NAMES
     try:
-        checks.EPSILONS = names[::-1]
+        checks.EPSILON_NAMES = names[::-1]
         assert checks.norm_form(norm, norm.forward, x, y, Normalisation(), None) == "exact"
     finally:
-        checks.EPSILONS = names
+        checks.EPSILON_NAMES = names
 
 
 @pytest.mark.parametrize("cls", [LlamaRMSNorm, Gemma2RMSNorm])

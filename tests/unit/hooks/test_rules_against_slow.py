@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lenslrp.hooks import rules
+from lenslrp.hooks import linear_rules, rule_types, rules
 from tests.oracles import slow_rules as slow
 
 EPS = 1e-6  # large enough for a missing or misplaced stabiliser to show at 1e-10
@@ -152,15 +152,15 @@ LINEAR_RULES: dict[str, tuple[LinearRule, SlowLinearRule]] = {
         lambda r, x, w, b: slow.z_plus(r, x, w, b, EPS),
     ),
     "Gamma": (
-        lambda c: rules.Gamma(GAMMA).backward(c.g, c.x, c.weight, c.bias),
+        lambda c: linear_rules.Gamma(GAMMA).backward(c.g, c.x, c.weight, c.bias),
         lambda r, x, w, b: slow.gamma(r, x, w, b, GAMMA, TINY),
     ),
     "AlphaBeta": (
-        lambda c: rules.AlphaBeta(ALPHA, BETA).backward(c.g, c.x, c.weight, c.bias),
+        lambda c: linear_rules.AlphaBeta(ALPHA, BETA).backward(c.g, c.x, c.weight, c.bias),
         lambda r, x, w, b: slow.alpha_beta(r, x, w, b, ALPHA, BETA, TINY),
     ),
     "ZPLUS": (
-        lambda c: rules.ZPLUS.backward(c.g, c.x, c.weight, c.bias),
+        lambda c: linear_rules.ZPLUS.backward(c.g, c.x, c.weight, c.bias),
         lambda r, x, w, b: slow.z_plus(r, x, w, b, TINY),
     ),
 }
@@ -174,7 +174,7 @@ OTHER_RULES: dict[str, tuple[dict[str, Case], Rule, Rule]] = {
     ),
     "Identity": (
         ELEMENTWISE,
-        lambda c: c.g * rules.Identity(EPS).factor(c.x, c.y),
+        lambda c: c.g * rule_types.Identity(EPS).factor(c.x, c.y),
         lambda c: by_row(lambda r, x: slow.identity(r, x, EPS), c),
     ),
     "RMS-norm": (
@@ -285,7 +285,7 @@ def test_half_is_the_uniform_rule_of_a_matrix_product() -> None:
     generator = torch.Generator().manual_seed(6)
     a, b, g = noise(generator, 3, 4), noise(generator, 4, 5), noise(generator, 3, 5)
     to_a, to_b = slow.uniform_matmul(g * (a @ b), a, b)
-    halved = rules.half(g)
+    halved = rules.uniform(g)
     assert_close(a * (halved @ b.T), to_a)
     assert_close(b * (a.T @ halved), to_b)
 
@@ -294,8 +294,8 @@ def test_half_is_the_uniform_rule_of_an_elementwise_product() -> None:
     generator = torch.Generator().manual_seed(7)
     a, b, g = (noise(generator, 6) for _ in range(3))
     to_a, to_b = slow.uniform_product(g * a * b)
-    assert_close(a * (b * rules.half(g)), to_a)
-    assert_close(b * (a * rules.half(g)), to_b)
+    assert_close(a * (b * rules.uniform(g)), to_a)
+    assert_close(b * (a * rules.uniform(g)), to_b)
 
 
 def test_softcap_compensation_makes_tanh_an_identity() -> None:

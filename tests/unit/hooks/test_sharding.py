@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lenslrp.hooks.coverage import walk
+from lenslrp.hooks.graph_walk import walk
 from tests.conftest import ROOT
 
 needs_gloo = pytest.mark.skipif(

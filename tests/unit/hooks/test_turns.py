@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lenslrp
 from lenslrp.hooks import install
-from lenslrp.hooks.attach import Attached
+from lenslrp.hooks.handles import Attached
 from tests.unit.another_thread import PATIENCE, Worker, another_thread
 from tests.unit.core.test_threads import explain, jobs, same
 from tests.unit.tiny import TOKENS, changes, snapshot, tiny

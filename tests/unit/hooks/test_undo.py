@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
 from lenslrp import targets
-from lenslrp.hooks.rules import Identity
+from lenslrp.hooks.rule_types import Identity
 from tests.unit.tiny import (
     TOKENS,
     changes,

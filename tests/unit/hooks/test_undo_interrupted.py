@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
 from lenslrp.edits import Edit, edit_units
-from lenslrp.hooks.attach import raise_failed, undo_all
+from lenslrp.hooks.handles import raise_failed, undo_all
 from tests.unit.another_thread import another_thread
 from tests.unit.hooks.test_undo import Boom, explain, nothing_changes
 from tests.unit.tiny import TOKENS, changes, hook_order, own_relevance, snapshot, tiny
