@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenslrp.errors import InputError
-from lenslrp.forward import architecture
 from lenslrp.hooks.composites import Composite
+from lenslrp.running import architecture
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

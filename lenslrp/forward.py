@@ -11,39 +11,33 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lenslrp import media
-from lenslrp.errors import CoverageError, InputError
-from lenslrp.hooks.attach import Attached, components, raise_failed, undo_all
+from lenslrp.edits import Edit, edit_units
+from lenslrp.errors import InputError
+from lenslrp.hooks.attach import Attached, components
 from lenslrp.hooks.components import (
     BlockBridge,
-    ExpertPoint,
-    UnembeddingBridge,
     hook_points,
     layer_of,
 )
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.functions import apply
-from lenslrp.hooks.readers import converted, given, is_total, listen, owners, select_names
+from lenslrp.hooks.readers import owners
 from lenslrp.hooks.structure import unchanged
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
 from lenslrp.logits import Columns, at_columns, columns_of, head_component, is_hooked, unembed_at
-from lenslrp.targets import Activation, Outputs, PerRow, Target
+from lenslrp.running import UNCAPPED, architecture, capture, frozen, read_at, run_model, undone
+from lenslrp.targets import Activation, Outputs, Target, parts_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-    from lenslrp.edits import Edit
-
-
-UNCAPPED = "unembed"
-"""Where logits are kept before a final soft-cap, beside the hook points that are captured."""
 
 
 class _CapSkip(torch.autograd.Function):
@@ -185,8 +179,6 @@ def forward(
         parts = components(model)
         stack.enter_context(torch.set_grad_enabled(gradients))
         if edits:
-            from lenslrp.edits import edit_units  # which looks at what is used by a pass of its own
-
             stack.enter_context(edit_units(model, edits))
         seen = stack.enter_context(reading(model, read or {}))
         at = stack.enter_context(undone(Attached()))
@@ -254,19 +246,6 @@ def reading(
         yield seen
 
 
-def read_at(
-    at: Attached, points: Mapping[str, nn.Module], name: str, call: Callable[[Tensor], None]
-) -> None:
-    """Call ``call`` with the activations at a hook point as they pass."""
-    if name not in points:
-        refuse(points, name)
-
-    def hook(point: nn.Module, _: Any, x: Tensor) -> None:
-        call(converted(point, x))
-
-    listen(at, points[name], [name], hook)
-
-
 def _stop(_: Tensor) -> None:
     raise _Stop
 
@@ -307,134 +286,3 @@ def _replace_embedded(
         if not position:
             at.hook(module, replace)
     return made
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No weight asks for a gradient inside, so that none is kept for it."""
-    with turn(model):
-        thawed = [weight for weight in model.parameters() if weight.requires_grad]
-        try:
-            for weight in thawed:
-                weight.requires_grad_(False)
-            yield
-        finally:
-            for weight in thawed:
-                weight.requires_grad_(True)
-
-
-def run_model(
-    model: TransformerBridge, batch: Batch, leaves: Leaves | None, given: Mapping[str, Tensor]
-) -> Tensor:
-    """The logits of a batch; where there are ``leaves``, given embeddings become some of them.
-
-    Raises:
-        CoverageError: no token embedding that is known has run.
-    """
-    if media.reads_no_text(model):
-        only: Tensor = model(None, return_type="logits", **given)
-        return only
-    # A key-value cache is of no use here, and a checkpointed block would fill it twice.
-    kwargs = {"use_cache": False, **batch.kwargs, **given}
-    if "inputs_embeds" in kwargs:
-        leaf = kwargs.pop("inputs_embeds")
-        if leaves is not None:
-            leaf = leaf.detach().clone().requires_grad_()
-            leaves.tokens.append(leaf)
-        logits: Tensor = model(leaf, return_type="logits", **kwargs)
-        return logits
-    logits = model(batch.tokens, return_type="logits", **kwargs)
-    if leaves is not None and not leaves.tokens:
-        raise CoverageError(
-            f"{architecture(model)}: no known token embedding ran in the forward pass, so there "
-            "are no leaves to give relevance to"
-        )
-    return logits
-
-
-def refuse(points: Mapping[str, nn.Module], name: str) -> NoReturn:
-    """Say of a name that is no hook point what would be one.
-
-    Raises:
-        InputError: with the nearest names.
-    """
-    found, _ = select_names(points, name)
-    raise InputError(f"{name} is in every block; name one: {', '.join(found[:3])}")
-
-
-def capture(
-    at: Attached,
-    points: Mapping[str, nn.Module],
-    owned: Mapping[int, nn.Module],
-    hooks: list[str],
-    captured: dict[str, Tensor],
-) -> None:
-    """Keep the tensors, on the graph, at hook points; ``owned`` as from :func:`owners`."""
-    for name in hooks:
-        if name not in points:
-            refuse(points, name)
-        point = points[name]
-
-        def keep(point: Any, x: Any, name: str = name) -> None:
-            if not isinstance(x, Tensor):
-                raise InputError(f"{name} holds a {type(x).__name__} and no activations")
-            x = converted(point, x)
-            before = captured.get(name)
-            if before is None:
-                captured[name] = x
-            elif before.shape != x.shape:
-                raise InputError(
-                    f"{name} fires for two sequences, of {before.shape[1]} and {x.shape[1]} "
-                    "positions, in one pass; explain a hook point that fires for one"
-                )
-            else:
-                captured[name] = before + x if isinstance(point, ExpertPoint) else x
-
-        def before_it(
-            _: nn.Module, args: Any, kwargs: Any, keep: Any = keep, point: Any = point
-        ) -> None:
-            keep(point, given(args, kwargs))
-
-        def at_it(point: nn.Module, args: Any, x: Any, keep: Any = keep) -> None:
-            keep(point, x)
-
-        owner = owned.get(id(point)) if is_total(name) else None
-        if owner is not None:  # the residual stream itself, as the readers see it
-            at.first_pre_hook(owner, before_it, with_kwargs=True)
-        else:
-            listen(at, point, [name], at_it)
-
-
-def keep_uncapped(
-    at: Attached, model: TransformerBridge, parts: Parts, captured: dict[str, Tensor]
-) -> None:
-    """Keep what the unembedding returns, where a soft-cap makes the logits of it."""
-    cap = getattr(model.cfg, "output_logits_soft_cap", None)
-    for _, module in parts if cap and float(cap) > 0 else ():
-        if isinstance(module, UnembeddingBridge):
-
-            def unembedded(_: nn.Module, args: tuple[Any, ...], x: Tensor) -> None:
-                captured[UNCAPPED] = x
-
-            at.hook(module, unembedded)
-
-
-@contextmanager
-def undone(at: Attached) -> Iterator[Attached]:
-    """What ``at`` has attached is undone at the end, also after an interrupt."""
-    try:
-        try:
-            yield at
-        finally:
-            raise_failed(undo_all(at.undo))
-    finally:
-        undo_all(at.undo)
-
-
-def parts_of(target: Target) -> tuple[Target, ...]:
-    return target.targets if isinstance(target, PerRow) else (target,)
-
-
-def architecture(model: TransformerBridge) -> str:
-    """The Hugging Face class name of what a bridge wraps."""
-    return type(getattr(model, "original_model", model)).__name__

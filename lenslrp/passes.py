@@ -21,16 +21,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
-from lenslrp.forward import (
-    UNCAPPED,
-    Forward,
-    architecture,
-    capture,
-    keep_uncapped,
-    parts_of,
-    run_model,
-    undone,
-)
+from lenslrp.forward import Forward
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import BlockBridge, layer_of
@@ -47,7 +38,8 @@ from lenslrp.ledger import BALANCED, Ledger, make_ledger, read
 from lenslrp.logits import Columns, head_component, spread, unembed_at
 from lenslrp.reductions import reduction_names
 from lenslrp.remembered import Remembered, Seen, is_conditional, kind_of
-from lenslrp.targets import PAIRED, Activation, Explained, Target, reads_the_encoder
+from lenslrp.running import UNCAPPED, architecture, capture, keep_uncapped, run_model, undone
+from lenslrp.targets import PAIRED, Activation, Explained, Target, parts_of, reads_the_encoder
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -23,7 +23,7 @@ from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.explaining import WINDOW, explain
-from lenslrp.forward import architecture, columns_for, parts_of, read_at
+from lenslrp.forward import columns_for
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
@@ -40,7 +40,8 @@ from lenslrp.out_of_memory import explained_oom
 from lenslrp.passes import Again, Pass, under_rules
 from lenslrp.reductions import Reduce, check_reduce, reduction_for
 from lenslrp.remembered import is_conditional, remembered
-from lenslrp.targets import Activation, Sequence, Target, as_target, require_latent
+from lenslrp.running import architecture, read_at
+from lenslrp.targets import Activation, Sequence, Target, as_target, parts_of, require_latent
 from lenslrp.unused import unused, why_unused
 
 if TYPE_CHECKING:

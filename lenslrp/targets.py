@@ -372,6 +372,11 @@ class PerRow:
         return "; ".join(t.text(outputs.row(row)) for row, t in enumerate(self.targets))
 
 
+def parts_of(target: Target) -> tuple[Target, ...]:
+    """The targets of the single rows; a target for all rows is its own only part."""
+    return target.targets if isinstance(target, PerRow) else (target,)
+
+
 @dataclass(frozen=True)
 class Explained:
     """What exactly was explained: its text, and its value in each batch row.
@@ -407,8 +412,7 @@ def require_latent(target: Target, architecture: str) -> None:
     Raises:
         InputError: naming the targets that such a model has.
     """
-    parts = target.targets if isinstance(target, PerRow) else (target,)
-    if not all(isinstance(part, Activation | Custom) for part in parts):
+    if not all(isinstance(part, Activation | Custom) for part in parts_of(target)):
         raise InputError(
             f"{architecture} has no head: its output is hidden states, not logits. Explain one of "
             "its units with targets.Activation(hook, unit, position), or a function of its output "

@@ -25,16 +25,18 @@ from transformer_lens.hook_points import HookPoint
 
 from lenslrp import media
 from lenslrp.errors import InputError
-from lenslrp.forward import Forward, forward
 from lenslrp.hooks.attach import Attached, components
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import Composite, GradientTimesInput
+from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.install import relevance_rules
 from lenslrp.hooks.sites import has_values
 from lenslrp.hooks.state import users_hooks
+from lenslrp.hooks.structure import unchanged
 from lenslrp.hooks.turns import in_force
 from lenslrp.inputs import Batch, is_encoder_decoder
-from lenslrp.leaves import Leaves
+from lenslrp.leaves import Leaves, cut_leaves, cut_media
+from lenslrp.running import frozen, run_model, undone
 from lenslrp.targets import PAIRED
 
 if TYPE_CHECKING:
@@ -187,10 +189,6 @@ def _look(
         seen.setdefault(id(point), []).append(own.grad_fn)
         return own
 
-    def mark_all(at: Attached, _: Forward) -> None:
-        for point in {id(point): point for point in points.values()}.values():
-            at.hook(point, mark)
-
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         if rules is not None:
@@ -198,10 +196,17 @@ def _look(
         stack.enter_context(_silenced(points.values()))
         if quiet:
             stack.enter_context(_without(list(_foreign(model))))
-        run = stack.enter_context(
-            forward(model, prepared, leaves=Leaves(), gradients=True, at_nodes=mark_all)
-        )
-        used = _above(None if run.logits is None else run.logits.grad_fn)
+        stack.enter_context(frozen(model))
+        stack.enter_context(unchanged(model))
+        stack.enter_context(torch.enable_grad())
+        at = stack.enter_context(undone(Attached()))
+        parts, leaves, inputs = components(model), Leaves(), dict(prepared.media)
+        if inputs:
+            inputs = cut_media(at, parts, leaves, [], inputs, "pixels")
+        cut_leaves(at, embeddings(parts), leaves, prepared)
+        for point in {id(point): point for point in points.values()}.values():
+            at.hook(point, mark)
+        used = _above(run_model(model, prepared, leaves, inputs).grad_fn)
     lost = {key for key, nodes in seen.items() if not any(id(node) in used for node in nodes)}
     if len(lost) == len(seen):  # the pass left no graph: nothing can be told
         return frozenset()

@@ -25,10 +25,10 @@ from lenslrp import media
 from lenslrp.analysis.passes.problems import AttributionProblem
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
-from lenslrp.forward import architecture
 from lenslrp.hooks.components import components, hook_points
 from lenslrp.hooks.composites import GradientTimesInput
 from lenslrp.hooks.install import relevance_rules
+from lenslrp.running import architecture
 from lenslrp.targets import Activation, Logit, LogProb, Outputs, PerRow, Sequence, Target
 
 if TYPE_CHECKING:

@@ -46,11 +46,11 @@ from lenslrp.analysis.circuits.pairs import Pairs, ordered
 from lenslrp.analysis.circuits.patching import exact_effects
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
-from lenslrp.forward import architecture
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
 from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.structure import unchanged
 from lenslrp.leaves import Leaves
+from lenslrp.running import architecture
 from lenslrp.sessions import Session
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
-from lenslrp.forward import architecture, columns_for, forward, outputs_of, parts_of
+from lenslrp.forward import columns_for, forward, outputs_of
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.install import require_bridge
 from lenslrp.hooks.readers import NamesFilter
@@ -29,6 +29,7 @@ from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves
 from lenslrp.logits import Columns
 from lenslrp.media import batch_size
+from lenslrp.running import architecture
 from lenslrp.sessions import Session
 from lenslrp.targets import (
     Activation,
@@ -40,6 +41,7 @@ from lenslrp.targets import (
     Target,
     Top,
     as_target,
+    parts_of,
     require_latent,
 )
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
-from lenslrp.forward import architecture, forward
+from lenslrp.forward import forward
 from lenslrp.hooks.assignment import assign
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.coverage import Coverage
@@ -33,6 +33,7 @@ from lenslrp.hooks.rules import Rule
 from lenslrp.ledger import BALANCED, Ledger
 from lenslrp.models.verifying import Agreement
 from lenslrp.models.wrapped import agreement
+from lenslrp.running import architecture
 from lenslrp.sessions import Session
 from lenslrp.targets import Activation
 
