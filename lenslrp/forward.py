@@ -32,9 +32,17 @@ from lenslrp.hooks.structure import unchanged
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
-from lenslrp.logits import Columns, at_columns, columns_of, head_component, is_hooked, unembed_at
+from lenslrp.logits import (
+    Columns,
+    Outputs,
+    at_columns,
+    columns_of,
+    head_component,
+    is_hooked,
+    unembed_at,
+)
 from lenslrp.running import UNCAPPED, architecture, capture, frozen, read_at, run_model, undone
-from lenslrp.targets import Activation, Outputs, Target, parts_of
+from lenslrp.targets import Activation, Target, parts_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

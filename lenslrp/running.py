@@ -16,6 +16,7 @@ from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks.attach import Attached, raise_failed, undo_all
 from lenslrp.hooks.components import ExpertPoint, UnembeddingBridge
 from lenslrp.hooks.readers import converted, given, is_total, listen, select_names
+from lenslrp.hooks.sites import Accounts, row_sums
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves, Parts
@@ -160,6 +161,43 @@ def keep_uncapped(
                 captured[UNCAPPED] = x
 
             at.hook(module, unembedded)
+
+
+def watch_blocks(at: Attached, blocks: Mapping[int, Any], accounts: Accounts) -> int:
+    """Account for the relevance that enters and leaves every block; returns how many there are."""
+    passing = accounts.flows.__setitem__
+    for layer, module in blocks.items():
+        for side, point in (("in", module.hook_in), ("out", module.hook_out)):
+
+            def watch(
+                _: nn.Module, args: tuple[Any, ...], x: Tensor, key: tuple[int, str] = (layer, side)
+            ) -> None:
+                if x.requires_grad:
+                    kept = x.detach()
+                    x.register_hook(lambda g: passing(key, row_sums(kept, g, masked=False)))
+
+            at.hook(point, watch)
+    return max(blocks, default=-1) + 1
+
+
+@contextmanager
+def measuring(roots: list[Tensor]) -> Iterator[dict[int, Tensor]]:
+    """Relevance of each row at the roots, [batch], once the backward pass has passed them.
+
+    Measured as the gradient goes by: that of all logits is as large as they are, and is not kept.
+    """
+    at_roots: dict[int, Tensor] = {}
+
+    def measure(root: Tensor) -> Any:
+        key, kept = id(root), root.detach()
+        return root.register_hook(lambda g: at_roots.__setitem__(key, row_sums(kept, g)))
+
+    handles = [measure(root) for root in roots]
+    try:
+        yield at_roots
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def architecture(model: TransformerBridge) -> str:

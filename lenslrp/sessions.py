@@ -6,43 +6,35 @@ call.
 
 from __future__ import annotations
 
-import sys
-import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from lenslrp import media
 from lenslrp.cache import RelevanceCache
-from lenslrp.errors import CoverageError, InputError
+from lenslrp.errors import InputError
 from lenslrp.explaining import WINDOW, explain
 from lenslrp.forward import columns_for
+from lenslrp.graph_check import RunAgain, is_conditional, remembered, warn_of
+from lenslrp.held_rules import HeldRules
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
-from lenslrp.hooks.install import Rules, require_attention, require_bridge
+from lenslrp.hooks.install import require_attention
 from lenslrp.hooks.observing import Observer
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rules import Rule
-from lenslrp.hooks.sites import Accounts
-from lenslrp.hooks.structure import unchanged
-from lenslrp.hooks.turns import Turn, turn, turns_of
 from lenslrp.inputs import Batch
 from lenslrp.logits import Columns, at_columns, require_logits
 from lenslrp.out_of_memory import explained_oom
-from lenslrp.passes import Again, Pass, under_rules
-from lenslrp.reductions import Reduce, check_reduce, reduction_for
-from lenslrp.remembered import is_conditional, remembered
+from lenslrp.passes import Pass, under_rules
+from lenslrp.reductions import Reduce, check_reduce
 from lenslrp.running import architecture, read_at
 from lenslrp.targets import Activation, Sequence, Target, as_target, parts_of, require_latent
-from lenslrp.unused import unused, why_unused
+from lenslrp.unused import require_on_path, unused, withdraw
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -79,18 +71,13 @@ class Session:
         self.composite = as_composite(AttnLRP() if composite is None else composite)
         self.attention, self.checkpoint = attention, checkpoint
         self.ledger, self.strict, self.logits = ledger, strict, logits
-        self.closed = False
-        self._stays = stays  # the model is kept from other threads, which wait for others' blocks
-        self._rules = Rules(model, self.composite, attention, Accounts() if ledger else None)
-        self._fresh = False  # nothing can have changed since the rules were attached
-        self._ways: set[str] = set()
-        self._readers: Readers | None = None
-        self._asked: Any = None
-        self._block: Turn | None = None
-        self._release: weakref.finalize[..., Any] | None = None
-        require_bridge(model)
-        with unchanged(model):
-            self._hold()
+        self._held = HeldRules(model, self.composite, attention, ledger=ledger, stays=stays)
+        self._needs: set[str] = set()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the session has been closed."""
+        return self._held.closed
 
     def __enter__(self) -> Session:
         return self
@@ -105,9 +92,7 @@ class Session:
 
     def close(self) -> None:
         """Detach everything; a second call does nothing."""
-        self.closed = True
-        if self._release is not None:
-            self._release()
+        self._held.close()
 
     def run_with_relevance(
         self,
@@ -163,14 +148,12 @@ class Session:
         """
         given = {"logits": "target", "prepend_bos": prepend_bos, **given}
 
-        def run(some: Any, target: Any, mask: Tensor | None) -> RelevanceCache:
-            _, found = self.run_with_relevance(
-                some, target, names_filter, attention_mask=mask, **given
-            )
-            return found
+        def run_one(some: Any, target: Any, mask: Tensor | None) -> RelevanceCache:
+            _, R = self.run_with_relevance(some, target, names_filter, attention_mask=mask, **given)
+            return R
 
         return explain(
-            run, self.model, inputs, targets, batch_size=batch_size, prepend_bos=prepend_bos,
+            run_one, self.model, inputs, targets, batch_size=batch_size, prepend_bos=prepend_bos,
             window=window,
         )  # fmt: skip
 
@@ -191,11 +174,11 @@ class Session:
             batch: what the model reads.
             target: what logits and hook points are kept for.
             at_nodes: attaches what else belongs to the pass.
-            rows: keep books, row by row.
+            rows: account for relevance row by row.
         """
-        with self._calling():
-            model, rules = self.model, self._rules
-            self._fit(rules, books=rows, copies=rules.copies)
+        with self._held.calling():
+            model, rules = self.model, self._held.rules
+            self._held.fit(accounts=rows, copies=rules.copies)
             if rules.books is not None:
                 rules.books.rows = len(batch.tokens)
             columns = self._columns(batch, [target], []) if self.logits == "target" else None
@@ -204,60 +187,11 @@ class Session:
             try:
                 with under_rules(
                     model, rules, batch, readers, latent=latent, columns=columns, at_nodes=at_nodes
-                ) as made:
-                    yield made
+                ) as run:
+                    yield run
             finally:
                 if rules.books is not None:
                     rules.books.rows = None
-
-    def _hold(self) -> None:
-        """Attach the rules, and see to it that they are detached whatever becomes of this."""
-        turns, block = turns_of(self.model), Turn(self._rules, stays=self._stays)
-        self._block = block
-        self._release = weakref.finalize(self, turns.end, block)
-        try:
-            turns.begin(block)
-        except BaseException:
-            self._release()
-            raise
-        self._fresh = not self._stays  # then the call follows at once
-
-    @contextmanager
-    def _calling(self) -> Iterator[None]:
-        """One call: the model is this thread's, and the rules are those that fit it."""
-        if self.closed:
-            raise InputError("this session is closed: open another one with lenslrp.session(...)")
-        if torch.is_inference_mode_enabled():
-            raise InputError(
-                "relevance needs autograd: leave torch.inference_mode() (no_grad is fine)"
-            )
-        if self._release is None or not self._release.alive:  # an interrupt has detached them
-            require_bridge(self.model)
-            self._hold()
-        rules, opener = self._rules, self._rules.holder.thread
-        with turn(self.model, rules, within=self._block):
-            try:
-                rules.holder.thread = get_ident()
-                if not self._fresh and not rules.current:
-                    require_bridge(self.model)
-                    self._renew(rules)
-                with unchanged(self.model, rules.state.parts if rules.state else None):
-                    yield
-                self._fresh = False
-            except KeyboardInterrupt:
-                assert self._release is not None
-                self._release()
-                raise
-            except BaseException:
-                rules.state = None  # what was left in the middle holds what it was given
-                self._fresh = False
-                raise
-            finally:
-                rules.holder.thread = opener
-
-    def _renew(self, rules: Rules) -> None:
-        rules.sites = []  # others, maybe
-        turns_of(self.model).renew(rules)
 
     def _explain(
         self,
@@ -285,7 +219,7 @@ class Session:
             raise InputError("give at least one target")
         if leaves not in media.LEAVES:
             raise InputError(f"leaves must be one of {media.LEAVES}, not {leaves!r}")
-        with self._calling():
+        with self._held.calling():
             floats = _given(pixel_values, input_values, input_features)
             batch = media.batch_size(text, inputs_embeds, floats)
             labels = media.labels_of(model)
@@ -324,7 +258,7 @@ class Session:
         leaves: str,
         read: Mapping[str, Callable[[Tensor], None]],
     ) -> tuple[Tensor, list[RelevanceCache]]:
-        model, rules = self.model, self._rules
+        model, rules = self.model, self._held.rules
         state, points = rules.state, rules.points
         assert state is not None
         names, named = select_names(points, names_filter)
@@ -346,14 +280,14 @@ class Session:
             "logits": logits,
         }  # fmt: skip
 
-        def attempt(ways: set[str]) -> tuple[Tensor, list[RelevanceCache], set[str]]:
-            checked = "books" in ways or not (memory.balanced or is_conditional(model))
-            self._fit(rules, books=self.ledger or checked, copies="copies" in ways)
-            readers = self._reading(rules, names, reduce)
-            observer = Observer(state.parts) if observes or ways else None
+        def attempt(needs: set[str]) -> tuple[Tensor, list[RelevanceCache], set[str]]:
+            checked = "accounts" in needs or not (memory.balanced or is_conditional(model))
+            self._held.fit(accounts=self.ledger or checked, copies="copies" in needs)
+            readers = self._held.readers(names, reduce)
+            observer = Observer(state.parts) if observes or needs else None
             with ExitStack() as stack:
                 tracer = None
-                if "trace" in ways:
+                if "trace" in needs:
                     tracer = cover.Tracer(state.parts)
                     stack.callback(tracer.close)
                 run = stack.enter_context(
@@ -364,76 +298,37 @@ class Session:
                     )
                 )  # fmt: skip
                 if tracer is not None:
-                    self._name_gaps(run, wanted, tracer)
-                _require_on_path(readers, named, self.attention)
+                    run.name_gaps(wanted, tracer)
+                require_on_path(readers, named, self.attention)
                 last = len(wanted) - 1
                 caches = [run.relevance(item, last=i == last) for i, item in enumerate(wanted)]
                 assert run.logits is not None
-                found = run.logits.detach()
-                if columns is not None and run.columns is None and found.ndim == 3:
-                    found = at_columns(found, columns)
-            return found, caches, readers.silent
+                values = run.logits.detach()
+                if columns is not None and run.columns is None and values.ndim == 3:
+                    values = at_columns(values, columns)
+            return values, caches, readers.silent
 
-        ways = set(self._ways)
+        needs = set(self._needs)
         while True:
             try:
                 with explained_oom(model, prepared, **choices):
-                    found, caches, silent = attempt(ways)
+                    values, caches, silent = attempt(needs)
                 break
-            except Again as again:
-                if again.way in ways:
+            except RunAgain as again:
+                if again.need in needs:
                     raise
-                ways.add(again.way)
-        self._ways = ways & {"copies"}  # a model that writes in place will do so again
-        self._warn(caches)
+                needs.add(again.need)
+        self._needs = needs & {"copies"}  # a model that writes in place will do so again
+        warn_of([cache.coverage for cache in caches], architecture(model))
         if silent:
             lost = silent & unused(model, prepared, live=True, modules=self.composite.modules)
-            _withdraw(model, caches, lost, named)
-        return found, caches
-
-    def _reading(self, rules: Rules, names: list[str], reduce: Reduce) -> Readers:
-        """Readers of hook points; the same ones stay attached for calls that ask for the same."""
-        asked = (names, reduce)
-        kept = self._readers
-        if kept is not None and kept.state is rules.state and self._asked == asked:
-            return kept
-        readers = Readers.plan(rules.points, names, partial(reduction_for, reduce))
-        stay = self._stays and (
-            reduce is None or isinstance(reduce, str)
-        )  # others hold what they do
-        if stay or kept is not None:
-            rules.keep(readers if stay else None)
-        self._asked, self._readers = asked, readers if stay else None
-        return readers
-
-    def _fit(self, rules: Rules, *, books: bool, copies: bool) -> None:
-        """Attach the rules anew where they keep other things than this pass needs."""
-        if (rules.books is not None) != books or rules.copies != copies:
-            rules.books = Accounts() if books else None
-            rules.copies = copies
-            self._renew(rules)
+            withdraw(model, caches, lost, named)
+        return values, caches
 
     def _columns(self, prepared: Batch, wanted: list[Target], names: list[str]) -> Columns | None:
         """Where logits are computed; ``None`` where somebody sees more of them than the target."""
         inside = any(name.split(".")[0] == "unembed" for name in names)
         return None if inside else columns_for(self.model, prepared, wanted)
-
-    def _name_gaps(self, run: Pass, wanted: list[Target], tracer: cover.Tracer) -> None:
-        """Raise what has no rule, with the component that it belongs to."""
-        roots = [root for item in wanted for root in run.roots(item)]
-        found = run.walk(roots, tracer.place)
-        if found.gaps and self.strict:
-            kind, recurrent = architecture(self.model), tracer.recurrent(found)
-            raise CoverageError(cover.gap_message(found.gaps, kind, recurrent))
-
-    def _warn(self, caches: list[RelevanceCache]) -> None:
-        gaps = dict.fromkeys(gap for cache in caches for gap in cache.coverage.uncovered)
-        if gaps:
-            said = cover.gap_message(list(gaps), architecture(self.model))
-            warnings.warn(said, stacklevel=_caller())
-        elif not all(cache.coverage.balanced for cache in caches):
-            notes = dict.fromkeys(note for cache in caches for note in cache.coverage.notes)
-            warnings.warn("; ".join(notes), stacklevel=_caller())
 
 
 def session(
@@ -470,47 +365,6 @@ def session(
     )  # fmt: skip
 
 
-def _caller() -> int:
-    """How far above a warning's own frame the first code is that is not LensLRP's."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals["__name__"]).startswith("lenslrp."):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
 def _given(*floats: Tensor | None) -> dict[str, Tensor]:
     """The float inputs that were given, by name, in the order of ``media.LAYOUTS``."""
     return {n: v for n, v in zip(media.LAYOUTS, floats, strict=True) if v is not None}
-
-
-def _withdraw(
-    model: TransformerBridge, caches: list[RelevanceCache], lost: set[str], named: bool
-) -> None:
-    """Take back zeros that are none: no gradient came, because nothing uses the tensor.
-
-    Raises:
-        InputError: they were asked for by name.
-    """
-    if lost and named:
-        raise InputError(f"no relevance can be read: {why_unused(model, min(lost))}")
-    for cache in caches:
-        for name in sorted(lost):
-            del cache.values[name]
-        cache.coverage.off_path.extend(sorted(lost))
-
-
-def _require_on_path(readers: Readers, named: bool, attention: str) -> None:
-    off, late = readers.off_path(), readers.late()
-    if named and late:
-        block = late[0].rpartition(".")[0]
-        raise InputError(
-            f"{late[0]} stands behind the MLP in this model, whose norms come last: it is not the "
-            f"residual stream between attention and MLP. Read {block}.ln1.hook_out, which is"
-        )
-    if named and off:
-        hint = (
-            'attention="fused" forms no patterns or scores; use attention="bridge"'
-            if attention == "fused"
-            else "it is not on the path from the embeddings to the target in this model"
-        )
-        raise InputError(f"no relevance can be read at {', '.join(off[:4])}: {hint}")

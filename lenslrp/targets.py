@@ -9,116 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lenslrp.batch import PAIRED as PAIRED
-from lenslrp.batch import Batch
 from lenslrp.batch import reads_the_encoder as reads_the_encoder
 from lenslrp.errors import InputError
-from lenslrp.text.names import Token, class_id, token_id, token_ids
-from lenslrp.text.spelling import Speller, str_token
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a target is computed from.
-
-    Attributes:
-        logits: the model's logits, through which gradients flow.
-        batch: what was run, which says where a position is; the logits are of what it has
-            ``written``.
-        tokenizer: the model's tokenizer, or ``None``.
-        activation: gives the tensor at a hook point that was asked for, on the graph.
-        labels: names of a classifier's classes, ``None`` for other models. Its logits are
-            [batch, class] and have no positions.
-        columns: where the logits are, if they are not at every position.
-    """
-
-    logits: Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch class"]
-    batch: Batch
-    tokenizer: Any
-    activation: Callable[[str], Tensor]
-    labels: dict[int, str] | None = None
-    columns: Int[Tensor, "batch n"] | None = None
-
-    def token(self, token: Token) -> int:
-        if self.labels is not None:
-            return class_id(self.labels, token, self.logits.shape[-1])
-        return token_id(self.tokenizer, token, self.logits.shape[-1])
-
-    @property
-    def mask(self) -> Bool[Tensor, "batch pos"]:
-        """True where a token of the text that the logits belong to is real."""
-        return self.batch.written.mask.to(self.logits.device)
-
-    @property
-    def prompt_lengths(self) -> list[int]:
-        """How many real tokens of each row are the prompt; the rest is a teacher-forced target."""
-        return self.batch.written.prompt_lengths
-
-    def at(self, position: int) -> Int[Tensor, " batch"]:
-        """The column of the logits at ``position`` in each row.
-
-        Raises:
-            InputError: a position outside a row.
-        """
-        return self.batch.written.columns(position)
-
-    def row(self, row: int) -> Outputs:
-        """The outputs of one row, as a batch of one: other rows may be shorter."""
-        one = slice(row, row + 1)
-        return replace(
-            self,
-            logits=self.logits[one],
-            batch=self.batch.texts_of(row),
-            columns=None if self.columns is None else self.columns[one],
-            activation=lambda hook: self.activation(hook)[one],
-        )
-
-    def place(self, position: int) -> str:
-        """What a target's text says of its position: nothing where there is none."""
-        return "" if self.logits.ndim == 2 else f" at position {position}"
-
-    def rows_at(self, position: int) -> Float[Tensor, "batch vocab"]:
-        if self.logits.ndim == 2:
-            if position != -1:
-                raise InputError(f"a classifier's logits have no positions; {position} was given")
-            return self.logits
-        return self.logits_at(self.at(position)[:, None])[:, 0]
-
-    def logits_at(self, columns: Int[Tensor, "batch n"]) -> Float[Tensor, "batch n vocab"]:
-        """The logits at columns of each row."""
-        if self.columns is not None:  # the logits are of these columns
-            same = self.columns[:, None, :] == columns[:, :, None].to(self.columns.device)
-            columns = same.int().argmax(dim=2)
-        rows = torch.arange(len(self.logits), device=self.logits.device)[:, None]
-        return self.logits[rows, columns.to(self.logits.device)]
-
-    def span(self, length: int) -> Int[Tensor, "batch length"]:
-        """The columns that predict ``length`` tokens after each row's prompt."""
-        return self.batch.written.span(length)
-
-
-@runtime_checkable
-class Target(Protocol):
-    """Anything with a text and a value per batch row."""
-
-    def values(self, outputs: Outputs) -> Tensor: ...
-
-    def text(self, outputs: Outputs) -> str: ...
-
-
-def _shown(outputs: Outputs, token: Token) -> str:
-    if outputs.labels is not None and isinstance(token, int):
-        return repr(outputs.labels.get(token, token))
-    if isinstance(token, str) or outputs.tokenizer is None:
-        return repr(token)
-    return repr(str_token(outputs.tokenizer, token))
+from lenslrp.logits import Outputs as Outputs
+from lenslrp.logits import Target as Target
+from lenslrp.logits import columns_read, shown
+from lenslrp.text.names import Token, token_ids
+from lenslrp.text.spelling import Speller
 
 
 class _AtPosition:
@@ -143,7 +48,7 @@ class Top(_AtPosition):
 
     def text(self, outputs: Outputs) -> str:
         best = outputs.rows_at(self.position).argmax(dim=1).tolist()
-        names = ", ".join(_shown(outputs, i) for i in best)
+        names = ", ".join(shown(outputs, i) for i in best)
         return f"top logit {names}{outputs.place(self.position)}"
 
 
@@ -158,7 +63,7 @@ class Logit(_AtPosition):
         return outputs.rows_at(self.position)[:, outputs.token(self.token)]
 
     def text(self, outputs: Outputs) -> str:
-        return f"logit of {_shown(outputs, self.token)}{outputs.place(self.position)}"
+        return f"logit of {shown(outputs, self.token)}{outputs.place(self.position)}"
 
 
 @dataclass(frozen=True)
@@ -174,7 +79,7 @@ class LogitDiff(_AtPosition):
         return rows[:, outputs.token(self.a)] - rows[:, outputs.token(self.b)]
 
     def text(self, outputs: Outputs) -> str:
-        a, b = _shown(outputs, self.a), _shown(outputs, self.b)
+        a, b = shown(outputs, self.a), shown(outputs, self.b)
         return f"logit difference {a} - {b}{outputs.place(self.position)}"
 
 
@@ -203,7 +108,7 @@ class Contrastive(_AtPosition):
     def text(self, outputs: Outputs) -> str:
         rest = "the rest" if self.top_k is None else f"the top {self.top_k} others"
         where = outputs.place(self.position)
-        return f"logit of {_shown(outputs, self.token)} against {rest}{where}"
+        return f"logit of {shown(outputs, self.token)} against {rest}{where}"
 
 
 @dataclass(frozen=True)
@@ -218,7 +123,7 @@ class LogProb(_AtPosition):
         return torch.log_softmax(rows, dim=1)[:, outputs.token(self.token)]
 
     def text(self, outputs: Outputs) -> str:
-        return f"log-probability of {_shown(outputs, self.token)}{outputs.place(self.position)}"
+        return f"log-probability of {shown(outputs, self.token)}{outputs.place(self.position)}"
 
 
 @dataclass(frozen=True)
@@ -267,11 +172,11 @@ class Sequence:
 
     def text(self, outputs: Outputs) -> str:
         ids = self.ids(outputs.tokenizer)
-        shown = str(ids)
+        span = str(ids)
         if outputs.tokenizer is not None:
-            shown = repr(Speller(outputs.tokenizer).spell(ids).text)
+            span = repr(Speller(outputs.tokenizer).spell(ids).text)
         unit = "logits" if self.of == "logit" else "log-probabilities"
-        return f"sum of {unit} of the span {shown}"
+        return f"sum of {unit} of the span {span}"
 
 
 @dataclass(frozen=True)
@@ -368,6 +273,13 @@ class PerRow:
         values = [target.values(outputs.row(row))[0] for row, target in enumerate(self.targets)]
         return torch.stack([value.to(values[0].device) for value in values])
 
+    def columns(self, outputs: Outputs) -> Int[Tensor, "batch n"] | None:
+        """Where its parts read the logits; ``None`` where one of them reads them all."""
+        rows = [columns_read(part, outputs.row(row)) for row, part in enumerate(self.targets)]
+        if any(row is None for row in rows):
+            return None
+        return torch.cat([row for row in rows if row is not None])
+
     def text(self, outputs: Outputs) -> str:
         return "; ".join(t.text(outputs.row(row)) for row, t in enumerate(self.targets))
 
@@ -402,8 +314,8 @@ class Explained:
         return self.texts[row] if self.texts else self.text
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{v:.4g}" for v in self.value.tolist())
-        return f"{self.text} = {shown}"
+        values = ", ".join(f"{v:.4g}" for v in self.value.tolist())
+        return f"{self.text} = {values}"
 
 
 def require_latent(target: Target, architecture: str) -> None:

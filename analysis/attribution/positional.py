@@ -22,10 +22,10 @@ from transformer_lens.utilities.hf_utils import get_rotary_pct_from_config
 from lenslrp.analysis.passes.problems import AttributionProblem
 from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
+from lenslrp.graph_check import conditional
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components
 from lenslrp.hooks.composites import AttnLRP
-from lenslrp.remembered import conditional
 from lenslrp.running import architecture, undone
 
 ADJACENT = ("rotary_adjacent_pairs", "rotary_interleaved_cos_sin")

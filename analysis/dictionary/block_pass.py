@@ -26,13 +26,13 @@ from lenslrp.analysis.units.kinds import Unit
 from lenslrp.analysis.units.readers import SearchedHook, UnitReader
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
+from lenslrp.graph_check import conditional
 from lenslrp.hooks.components import components, hook_points, layer_of
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.readers import select_names
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
 from lenslrp.reductions import Deliver
-from lenslrp.remembered import conditional
 from lenslrp.sessions import Session
 from lenslrp.targets import Outputs, Target
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from lenslrp.analysis.units.kinds import Head, Neuron, Unit
 from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
+from lenslrp.graph_check import conditional
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import components, hook_points, layer_of
 from lenslrp.hooks.readers import converted
 from lenslrp.hooks.turns import turn
-from lenslrp.remembered import conditional
 from lenslrp.running import undone
 
 if TYPE_CHECKING:

@@ -37,8 +37,9 @@ from lenslrp.hooks.sites import Accounts
 from lenslrp.inputs import Batch, is_encoder_decoder
 from lenslrp.logits import head_component, require_logits
 from lenslrp.models.loading import load
-from lenslrp.passes import Pass, starting, under_rules
+from lenslrp.passes import Pass, under_rules
 from lenslrp.reductions import Reduce, reduction_for
+from lenslrp.running import measuring
 from lenslrp.targets import Top
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def survey(
             between, outputs, roots = held.now, run.outputs(), run.roots(Top())
             rules.verify(*roots)
             found = run.walk(roots)
-            with starting(roots if ledger else []):
+            with measuring(roots if ledger else []):
                 value = outputs.logits.flatten(1)[:, -1].sum()
                 torch.autograd.grad(value, run.leaves.all(), allow_unused=True)
             readers.finish()

@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 ENGINE = {
     f"lenslrp/{name}.py"
-    for name in ("sessions", "forward", "running", "passes", "leaves", "logits", "edits", "run")
+    for name in (
+        *("sessions", "held_rules", "run", "forward", "running", "passes"),
+        *("leaves", "logits", "edits"),
+    )
 }
 """The files that run the model, beside those of ``hooks/``."""
 
