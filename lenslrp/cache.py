@@ -150,14 +150,14 @@ class RelevanceCache:
         return [(layer, value) for layer, _, value in self._blocks(hook)]
 
     def _blocks(self, hook: str) -> list[tuple[int, str, Tensor]]:
-        found = []
+        blocks = []
         for name, value in self.values.items():
             layer = layer_of(name)
             if layer is not None and name.split(f".{layer}.", 1)[-1] == hook:
-                found.append((layer, name, value.to_dense() if value.is_sparse else value))
-        if not found:
+                blocks.append((layer, name, value.to_dense() if value.is_sparse else value))
+        if not blocks:
             raise InputError(f"{hook!r} was not read in any block; ask for it in names_filter")
-        return sorted(found, key=lambda item: item[0])
+        return sorted(blocks, key=lambda item: item[0])
 
     def heads(self, row: int = 0) -> pd.DataFrame:
         """Relevance of every attention head, [layer, head], from ``attn.hook_z``."""
@@ -260,12 +260,12 @@ class RelevanceCache:
         Raises:
             InputError: a model without a decoder of its own, or a file that has no words.
         """
-        found, relevance = self.words_, self.tokens
+        words, relevance = self.words_, self.tokens
         if decoder:
             if self.decoder_tokens is None:
                 raise InputError("decoder=True is for encoder-decoders; this model has one text")
-            found, relevance = self.decoder_words_, self.decoder_tokens
-        if not found:
+            words, relevance = self.decoder_words_, self.decoder_tokens
+        if not words:
             raise InputError("this relevance was saved without its words; explain the text again")
         values = relevance[row].tolist()
         places = (self.batch.written if decoder else self.batch).positions[row].tolist()
@@ -276,7 +276,7 @@ class RelevanceCache:
                     math.fsum(values[i] for i in word.positions),
                     [places[i] for i in word.positions],
                 )
-                for word in found[row]
+                for word in words[row]
             ],
             columns=["word", "relevance", "positions"],
         )

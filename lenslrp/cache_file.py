@@ -85,11 +85,13 @@ def load_parts(path: Path) -> dict[str, Any]:
         if meta is None:
             raise InputError(f"{path} holds no saved relevance")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    told = json.loads(meta)
+    metadata = json.loads(meta)
     ledger = None
-    if told["ledger"] is not None:
-        numbers = {k: v for k, v in told["ledger"].items() if k != "error"}
-        ledger = Ledger(**numbers, table=_frame(told["ledger_table"]).rename_axis(index="layer"))
+    if metadata["ledger"] is not None:
+        numbers = {k: v for k, v in metadata["ledger"].items() if k != "error"}
+        ledger = Ledger(
+            **numbers, table=_frame(metadata["ledger_table"]).rename_axis(index="layer")
+        )
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
@@ -100,26 +102,28 @@ def load_parts(path: Path) -> dict[str, Any]:
     return {
         **{group: part(prefix) for group, prefix in GROUPS.items()},
         **{name: tensors.get(name) for name in TENSORS},
-        "str_tokens": told["str_tokens"],
-        "decoder_str_tokens": told.get("decoder_str_tokens"),
-        "prompts": told.get("prompts") or ["".join(row) for row in told["str_tokens"]],
-        "words_": words(told.get("words", [])),
-        "decoder_words_": words(told.get("decoder_words", [])),
-        "target": Explained(told["target"], tensors["target"], tuple(told.get("targets", ()))),
-        "composite": Composite(told["composite"], {}),
+        "str_tokens": metadata["str_tokens"],
+        "decoder_str_tokens": metadata.get("decoder_str_tokens"),
+        "prompts": metadata.get("prompts") or ["".join(row) for row in metadata["str_tokens"]],
+        "words_": words(metadata.get("words", [])),
+        "decoder_words_": words(metadata.get("decoder_words", [])),
+        "target": Explained(
+            metadata["target"], tensors["target"], tuple(metadata.get("targets", ()))
+        ),
+        "composite": Composite(metadata["composite"], {}),
         "coverage": Coverage(
-            _frame(told["sites"]).astype({"layer": "Int64"}),
-            told["uncovered"],
-            told["off_path"],
-            told["notes"],
-            told.get("cuts", []),
-            told.get("balanced", True),
+            _frame(metadata["sites"]).astype({"layer": "Int64"}),
+            metadata["uncovered"],
+            metadata["off_path"],
+            metadata["notes"],
+            metadata.get("cuts", []),
+            metadata.get("balanced", True),
         ),
         "ledger_": ledger,
-        "model_name": told["model_name"],
-        "dtype": told["dtype"],
-        "n_experts": told.get("n_experts", 0),
-        "reduced": told.get("reduced", {}),
+        "model_name": metadata["model_name"],
+        "dtype": metadata["dtype"],
+        "n_experts": metadata.get("n_experts", 0),
+        "reduced": metadata.get("reduced", {}),
     }
 
 

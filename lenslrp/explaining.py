@@ -138,12 +138,12 @@ def explain(
         InputError: an input or a target that cannot be explained; the message names its number.
     """
     batches = Batches.of(model, batch_size)
-    for taken in windows(inputs, targets, window):
+    for window_inputs in windows(inputs, targets, window):
         held: dict[int, RelevanceCache | InputError] = {}
-        coming = explained(run, model, taken, batches, prepend_bos)
-        for index, given, _ in taken:
-            while given is not NOTHING and index not in held:
-                numbers, result = next(coming)
+        results = explained(run, model, window_inputs, batches, prepend_bos)
+        for index, prompt, _ in window_inputs:
+            while prompt is not NOTHING and index not in held:
+                numbers, result = next(results)
                 rows = [result] if isinstance(result, InputError) else result.rows
                 held.update(zip(numbers, rows, strict=True))
             ready = held.pop(index, None)
@@ -170,15 +170,15 @@ def windows(inputs: Iterable[Any], targets: Any, size: int = WINDOW) -> Iterator
     pairs = (
         itertools.zip_longest(inputs, targets, fillvalue=end)
         if several
-        else ((given, targets) for given in inputs)
+        else ((prompt, targets) for prompt in inputs)
     )
     numbered = ((index, *pair) for index, pair in enumerate(pairs))
-    while taken := list(itertools.islice(numbered, size)):
-        for index, given, target in taken:
-            if given is end or target is end:
-                more = "targets than inputs" if given is end else "inputs than targets"
+    while window := list(itertools.islice(numbered, size)):
+        for index, prompt, target in window:
+            if prompt is end or target is end:
+                more = "targets than inputs" if prompt is end else "inputs than targets"
                 raise InputError(f"there are more {more}: only {index} of the latter; give as many")
-        yield taken
+        yield window
 
 
 def is_several(targets: Any) -> bool:
@@ -191,7 +191,7 @@ def is_several(targets: Any) -> bool:
 def explained(
     run: Run,
     model: TransformerBridge,
-    taken: Sequence[Taken],
+    window: Sequence[Taken],
     batches: Batches,
     prepend_bos: bool | None,
 ) -> Iterator[tuple[list[int], RelevanceCache | InputError]]:
@@ -200,11 +200,11 @@ def explained(
     An input that cannot be explained comes by itself, with why.
     """
     labels, prompts = media.labels_of(model), []
-    for index, given, target in taken:
-        if given is NOTHING:
+    for index, prompt, target in window:
+        if prompt is NOTHING:
             continue
         try:
-            prompts.append(_prompt(model, index, given, target, prepend_bos, labels))
+            prompts.append(_prompt(model, index, prompt, target, prepend_bos, labels))
         except InputError as error:
             yield [index], _named(index, error)
     for batch in batches.cut(prompts):
@@ -218,13 +218,13 @@ def _run(
     target = batch[0].target
     if not isinstance(target, kinds.Sequence):  # which all of the batch have
         target = [prompt.target for prompt in batch]
-    given: Any = [prompt.given for prompt in batch]
+    rows: Any = [prompt.given for prompt in batch]
     mask = None
-    if not isinstance(given[0], str):
-        given, mask = pad_rows(model, given)
+    if not isinstance(rows[0], str):
+        rows, mask = pad_rows(model, rows)
     numbers = [prompt.index for prompt in batch]
     try:
-        relevance = run(given, target, mask)
+        relevance = run(rows, target, mask)
     except InputError as error:
         if len(batch) == 1:
             yield numbers, _named(numbers[0], error)
@@ -243,7 +243,7 @@ def _named(index: int, error: InputError) -> InputError:
 def _prompt(
     model: TransformerBridge,
     index: int,
-    given: Any,
+    prompt: Any,
     target: Any,
     prepend_bos: bool | None,
     labels: dict[int, str] | None,
@@ -253,24 +253,24 @@ def _prompt(
     Raises:
         InputError: it is no prompt, or its target is none.
     """
-    if isinstance(given, InputError):
-        raise given
-    if isinstance(given, list | tuple) and given and all(isinstance(m, Mapping) for m in given):
-        given = chat(model, given)[0]
-    ids = token_row(model, given, prepend_bos)
+    if isinstance(prompt, InputError):
+        raise prompt
+    if isinstance(prompt, list | tuple) and prompt and all(isinstance(m, Mapping) for m in prompt):
+        prompt = chat(model, prompt)[0]
+    ids = token_row(model, prompt, prepend_bos)
     require_ids(model, [ids], "it")
-    wanted = as_target(target.item() if isinstance(target, Tensor) else target,
+    parsed = as_target(target.item() if isinstance(target, Tensor) else target,
                        model.tokenizer, 1, labels)  # fmt: skip
     length = len(ids)
     together: Any = None
-    if isinstance(wanted, kinds.Sequence):
-        length += len(wanted.ids(model.tokenizer)) - 1
-        together = wanted
-    elif isinstance(wanted, kinds.Activation):
-        together = wanted.hook
-    elif isinstance(wanted, kinds.Custom):  # a function of logits that may count from their end
+    if isinstance(parsed, kinds.Sequence):
+        length += len(parsed.ids(model.tokenizer)) - 1
+        together = parsed
+    elif isinstance(parsed, kinds.Activation):
+        together = parsed.hook
+    elif isinstance(parsed, kinds.Custom):  # a function of logits that may count from their end
         together = length
-    text = given if isinstance(given, str) else None
+    text = prompt if isinstance(prompt, str) else None
     return QueuedPrompt(
-        index, ids if text is None else text, wanted, length, (text is None, together)
+        index, ids if text is None else text, parsed, length, (text is None, together)
     )

@@ -140,7 +140,7 @@ def explain_to(
         "target": "one for each input" if is_several(targets) else _told(targets),
     }
     parts = Parts(path, settings)
-    own: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     count = 0
     total = len(inputs) if total is None and isinstance(inputs, Sized) else total
     with (
@@ -151,28 +151,28 @@ def explain_to(
         ) as session,
     ):  # fmt: skip
 
-        def run(given: Any, target: Any, mask: Tensor | None) -> RelevanceCache:
+        def run(prompts: Any, target: Any, mask: Tensor | None) -> RelevanceCache:
             _, relevance = session.run_with_relevance(
-                given, target, [], prepend_bos=prepend_bos, attention_mask=mask
+                prompts, target, [], prepend_bos=prepend_bos, attention_mask=mask
             )
             return relevance
 
-        for count, taken in enumerate(windows(inputs, targets), start=1):
+        for count, numbered in enumerate(windows(inputs, targets), start=1):
             window = count - 1
             mine = window % shares == share
-            about = parts.about(window, taken) if mine else None
+            about = parts.about(window, numbered) if mine else None
             if mine and about is None:
-                coming = explained(run, model, taken, batches, prepend_bos)
-                about = parts.write(window, taken, _counted(coming, bar))
+                results = explained(run, model, numbered, batches, prepend_bos)
+                about = parts.write(window, numbered, _counted(results, bar))
             elif progress:  # done before, or by others: no part of this run's speed
-                done = sum(given is not NOTHING for _, given, _ in taken)
+                done = sum(prompt is not NOTHING for _, prompt, _ in numbered)
                 bar.initial += done
                 bar.update(done)
             if about is not None:
-                own.append(about)
+                records.append(about)
     if not count:
         raise InputError("there are no inputs")
-    return parts.join(count, own)
+    return parts.join(count, records)
 
 
 def require_place(path: str | Path) -> Path:
@@ -216,7 +216,7 @@ class Parts:
     def file(self, window: int) -> Path:
         return self.folder / f"window-{window:08d}.parquet"
 
-    def about(self, window: int, taken: list[Taken]) -> dict[str, Any] | None:
+    def about(self, window: int, numbered: list[Taken]) -> dict[str, Any] | None:
         """What a part says of itself, ``None`` where it is not there yet.
 
         Raises:
@@ -230,8 +230,8 @@ class Parts:
             return None
         about = _about(path)
         require_same_settings(self.folder, about["settings"], self.settings)
-        if about["inputs"] != _digest(taken):
-            first, last = taken[0][0], taken[-1][0]
+        if about["inputs"] != _digest(numbered):
+            first, last = numbered[0][0], numbered[-1][0]
             raise InputError(
                 f"{self.folder} was made from other inputs: those from {first} to {last} differ. "
                 "Move it, or give another place for the results"
@@ -243,7 +243,7 @@ class Parts:
             f"{self.path} is there already and is not replaced: move it, or choose another name"
         )
 
-    def write(self, window: int, taken: list[Taken], results: Iterator[Any]) -> dict[str, Any]:
+    def write(self, window: int, numbered: list[Taken], results: Iterator[Any]) -> dict[str, Any]:
         """Make one part: the tables of its prompts, in the order of their numbers."""
         frames: list[pd.DataFrame] = []
         skipped: dict[int, str] = {}
@@ -260,7 +260,7 @@ class Parts:
             prompts = int(frame["row"].nunique())
         about = {
             "settings": self.settings,
-            "inputs": _digest(taken),
+            "inputs": _digest(numbered),
             "prompts": prompts,
             "rows": table.num_rows,
             "skipped": sorted(skipped.items()),
@@ -269,14 +269,14 @@ class Parts:
             _write(temporary, [table], about)
         return about
 
-    def join(self, count: int, own: list[dict[str, Any]]) -> Explanations:
+    def join(self, count: int, records: list[dict[str, Any]]) -> Explanations:
         """The table, where all parts of it are there.
 
         Raises:
             InputError: there are parts of more inputs, or not one input was explained.
         """
         files = [self.file(window) for window in range(count)]
-        done = own
+        done = records
         lock = self.folder.with_name(self.folder.name + ".lock")
         if all(file.exists() for file in files):
             with taking_turns(lock):
@@ -294,16 +294,18 @@ class Parts:
                 "move it, or give another place for the results"
             )
         parts = [_about(file) for file in files]
-        found = Explanations.of(self.path, parts)
-        if not found.rows:
+        result = Explanations.of(self.path, parts)
+        if not result.rows:
             self._clear(files)
-            why = f"not one could be explained: {found.skipped[0][1]}" if found.skipped else "empty"
+            why = (
+                f"not one could be explained: {result.skipped[0][1]}" if result.skipped else "empty"
+            )
             raise InputError(f"there is no table of these inputs: {why}")
         about = {
             "settings": self.settings,
-            "prompts": found.prompts,
-            "rows": found.rows,
-            "skipped": found.skipped,
+            "prompts": result.prompts,
+            "rows": result.rows,
+            "skipped": result.skipped,
         }
         tables = (_read(file) for file in files)
         with whole(self.path, fresh=True) as temporary:
@@ -321,11 +323,11 @@ class Parts:
             self.folder.rmdir()
 
 
-def _digest(taken: list[Taken]) -> str:
+def _digest(numbered: list[Taken]) -> str:
     """SHA-256 of inputs and targets."""
     digest = hashlib.sha256()
-    for _, given, target in taken:
-        text = "" if given is NOTHING else f"{_told(given)}|{_told(target)}"
+    for _, prompt, target in numbered:
+        text = "" if prompt is NOTHING else f"{_told(prompt)}|{_told(target)}"
         digest.update(f"{len(text)}|{text}".encode(errors="surrogatepass"))
     return digest.hexdigest()
 
@@ -337,8 +339,8 @@ def _about(path: Path) -> dict[str, Any]:
         StorageError: damaged, or another kind of file.
     """
     try:
-        said = (pq.read_schema(path).metadata or {})[KEY]
-        about: dict[str, Any] = json.loads(said)
+        metadata = (pq.read_schema(path).metadata or {})[KEY]
+        about: dict[str, Any] = json.loads(metadata)
         for name in ("settings", "inputs", "prompts", "rows", "skipped"):
             about[name]
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:

@@ -180,7 +180,7 @@ def forward(
         InputError: a hook point that the model does not have, one to be read that does not fire, an
             edit that :func:`lenslrp.edits.edit_units` refuses, or no embedding was replaced.
     """
-    made = Forward(model, batch)
+    run = Forward(model, batch)
     with ExitStack() as stack:
         stack.enter_context(frozen(model) if gradients else turn(model))
         stack.enter_context(unchanged(model))
@@ -190,10 +190,10 @@ def forward(
             stack.enter_context(edit_units(model, edits))
         seen = stack.enter_context(reading(model, read or {}))
         at = stack.enter_context(undone(Attached()))
-        given, embedded, picked = dict(batch.media), [], []
+        inputs, embedded, picked = dict(batch.media), [], []
         if leaves is not None:
-            if given:
-                given = cut_media(at, parts, leaves, [], given, "pixels")
+            if inputs:
+                inputs = cut_media(at, parts, leaves, [], inputs, "pixels")
             cut_leaves(at, embeddings(parts), leaves, batch)
         if embed is not None:
             embedded = _replace_embedded(at, parts, batch.tokens, embed)
@@ -202,28 +202,28 @@ def forward(
         points = hook_points(model, parts) if capture_at or stop_after else {}
         if capture_at:
             owned = owners(module for _, module in parts)
-            capture(at, points, owned, list(capture_at), made.captured)
+            capture(at, points, owned, list(capture_at), run.captured)
         if stop_after is not None:
             read_at(at, points, stop_after, _stop)
         if at_nodes is not None:
-            at_nodes(at, made)
+            at_nodes(at, run)
         unembed = head_component(model)
         if columns is not None and unembed is not None and not is_hooked(model, unembed):
             picked = unembed_at(at, unembed, columns, batch.written.tokens.shape[1])
         with suppress(_Stop):
-            made.logits = run_model(model, batch, leaves, given)
+            run.logits = run_model(model, batch, leaves, inputs)
         missing = [name for name in read or () if name not in seen]
         if missing:
             raise InputError(f"{missing[0]} does not fire in this model's forward pass")
-        if columns is not None and made.logits is not None and made.logits.ndim == 3:
-            made.logits = made.logits if picked else at_columns(made.logits, columns)
-            made.columns = columns
+        if columns is not None and run.logits is not None and run.logits.ndim == 3:
+            run.logits = run.logits if picked else at_columns(run.logits, columns)
+            run.columns = columns
         if embed is not None and not embedded:
             raise InputError(
                 f"{architecture(model)} embedded no tokens of shape {list(batch.tokens.shape)}: "
                 "nothing was replaced"
             )
-        yield made
+        yield run
 
 
 @contextmanager
@@ -282,15 +282,15 @@ def _replace_embedded(
     embed: Callable[[nn.Module, Tensor], Tensor | None],
 ) -> list[Tensor]:
     """Returns a list that is not empty once embeddings were replaced."""
-    made: list[Tensor] = []
+    replaced: list[Tensor] = []
 
     def replace(module: nn.Module, _: Any, out: Tensor) -> Tensor | None:
-        if made or out.ndim != 3 or out.shape[:2] != tokens.shape:
+        if replaced or out.ndim != 3 or out.shape[:2] != tokens.shape:
             return None
-        made.extend(x for x in [embed(module, out)] if x is not None)
-        return made[0] if made else None
+        replaced.extend(x for x in [embed(module, out)] if x is not None)
+        return replaced[0] if replaced else None
 
     for module, position in embeddings(parts):
         if not position:
             at.hook(module, replace)
-    return made
+    return replaced

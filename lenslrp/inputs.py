@@ -38,7 +38,7 @@ def prepare(
     """
     append = append or []
     if is_encoder_decoder(model):
-        given = prepare_side(
+        texts = prepare_side(
             model,
             text,
             append=[],
@@ -46,7 +46,7 @@ def prepare(
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
         )
-        return _with_decoder(model, given, decoder_input, append)
+        return _with_decoder(model, texts, decoder_input, append)
     if decoder_input is not None:
         raise InputError("decoder_input is for encoder-decoders; this model has no decoder of it")
     return prepare_side(

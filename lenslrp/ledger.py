@@ -97,14 +97,18 @@ def read(tensors: Iterable[Tensor]) -> list[float]:
     flat = [x.detach().reshape(-1).to(widest(x)) for x in tensors]
     numbers: dict[int, float] = {}
     for device in dict.fromkeys(x.device for x in flat):
-        own = [i for i, x in enumerate(flat) if x.device == device]
-        values = iter(torch.cat([flat[i] for i in own]).tolist())
-        numbers.update((i, math.fsum(islice(values, len(flat[i])))) for i in own)
+        indices = [i for i, x in enumerate(flat) if x.device == device]
+        values = iter(torch.cat([flat[i] for i in indices]).tolist())
+        numbers.update((i, math.fsum(islice(values, len(flat[i])))) for i in indices)
     return [numbers[i] for i in range(len(flat))]
 
 
 def make_ledger(
-    books: Accounts, values: Tensor, arrived: Sequence[Tensor], begun: Sequence[Tensor], layers: int
+    accounts: Accounts,
+    values: Tensor,
+    arrived: Sequence[Tensor],
+    at_roots: Sequence[Tensor],
+    layers: int,
 ) -> Ledger:
     """Close the books of one backward pass.
 
@@ -117,28 +121,28 @@ def make_ledger(
     named: list[tuple[Any, Tensor]] = [
         ("target", values),
         *(("leaves", amount) for amount in arrived),
-        *(("start", amount) for amount in begun),
-        *((key, amount) for key, amounts in books.reported.items() for amount in amounts),
-        *books.flows.items(),
+        *(("start", amount) for amount in at_roots),
+        *((key, amount) for key, amounts in accounts.reported.items() for amount in amounts),
+        *accounts.flows.items(),
     ]
-    found: dict[Any, float] = {"leaves": 0.0, "start": 0.0}
+    sums: dict[Any, float] = {"leaves": 0.0, "start": 0.0}
     for (key, _), value in zip(named, read(tensor for _, tensor in named), strict=True):
-        found[key] = found.get(key, 0.0) + value
-    target, leaves, start = found["target"], found["leaves"], found["start"]
+        sums[key] = sums.get(key, 0.0) + value
+    target, leaves, start = sums["target"], sums["leaves"], sums["start"]
     totals = dict.fromkeys(TERMS, 0.0)
     per_layer: dict[tuple[int | None, str], float] = {}
-    for key in books.reported:
+    for key in accounts.reported:
         term, layer, _ = key
-        totals[term] += found[key]
-        per_layer[layer, term] = per_layer.get((layer, term), 0.0) + found[key]
+        totals[term] += sums[key]
+        per_layer[layer, term] = per_layer.get((layer, term), 0.0) + sums[key]
     rows: list[dict[str, Any]] = []
     for layer in range(layers):
-        into, out = (found.get((layer, side)) for side in ("in", "out"))
+        into, out = (sums.get((layer, side)) for side in ("in", "out"))
         if into is None:
             continue
         terms = {term: per_layer.get((layer, term), 0.0) for term in TERMS}
         if out is None:  # a block that hands out a list fires no hook_out
-            out = found.get((layer + 1, "in"))
+            out = sums.get((layer + 1, "in"))
         if out is None:  # a latent target inside a block: relevance starts there, never left it
             out = start
         missed = out - into - sum(terms.values())

@@ -145,14 +145,14 @@ def columns_of(targets: Iterable[Target], outputs: Outputs) -> Columns | None:
     Raises:
         InputError: a position outside a row.
     """
-    found: dict[tuple[int, ...], Columns] = {}
+    distinct: dict[tuple[int, ...], Columns] = {}
     for target in targets:
         columns = columns_read(target, outputs)
         if columns is None:
             return None
         for column in columns.unbind(dim=1):
-            found[tuple(column.tolist())] = column
-    return torch.stack(list(found.values()), dim=1)
+            distinct[tuple(column.tolist())] = column
+    return torch.stack(list(distinct.values()), dim=1)
 
 
 def columns_read(target: Target, outputs: Outputs) -> Columns | None:

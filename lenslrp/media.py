@@ -59,21 +59,21 @@ def prepare(
     return replace(prepared, media=check_media(model, media)) if media else prepared
 
 
-def prepare_media(model: TransformerBridge, given: Any, media: Mapping[str, Tensor]) -> Batch:
+def prepare_media(model: TransformerBridge, floats: Any, media: Mapping[str, Tensor]) -> Batch:
     """The batch of a model that reads an image or a sound and no text.
 
     Raises:
         InputError: text or tokens, nothing at all, or a tensor that does not fit.
     """
     name, kind = main_input(model), type(model.original_model).__name__
-    if isinstance(given, Tensor) and given.is_floating_point():
+    if isinstance(floats, Tensor) and floats.is_floating_point():
         if name in media:
             raise InputError(f"give {name} once: as input or by its name, not both")
-        media = {name: given, **media}
-    elif given is not None:
-        what = "text" if isinstance(given, str | list) else type(given).__name__
-        what = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else what
-        raise InputError(f"{kind} reads {_wanted(model, name)}, not {what}: give {name}=")
+        media = {name: floats, **media}
+    elif floats is not None:
+        got = "text" if isinstance(floats, str | list) else type(floats).__name__
+        got = f"{floats.dtype} {list(floats.shape)}" if isinstance(floats, Tensor) else got
+        raise InputError(f"{kind} reads {_wanted(model, name)}, not {got}: give {name}=")
     if name not in media:
         raise InputError(f"{kind} reads {_wanted(model, name)}: give {name}=")
     checked = check_media(model, media)

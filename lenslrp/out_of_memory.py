@@ -57,14 +57,14 @@ def _message(
         choices = [choice for choice in choices if "attention" not in choice[1]]
         lowered.pop("attention", None)
         least = _estimate(inner, batch, 1, {**options, **lowered}) if choices else None
-    told = [text for text, _ in choices]
+    texts = [text for text, _ in choices]
     needs = ""
     if now:
         needs = f" It needs {_size(now[0])} besides {_size(now[1])} of weights (lenslrp.survey)."
     less = f" With all of these lowered it needs {_size(least[0])}." if least else ""
     lower = (
-        f"Not lowered yet: {', '.join(told)}.{less}"
-        if told
+        f"Not lowered yet: {', '.join(texts)}.{less}"
+        if texts
         else "Its options are as low as they go: give a shorter input, load the model in a smaller "
         "type, or spread it over devices (n_devices)."
     )
@@ -81,18 +81,18 @@ def _message(
 def _choices(options: Mapping[str, Any], rows: int) -> list[tuple[str, dict[str, Any]]]:
     """What is not lowered yet, as it is told and as options."""
     names, reduce = options.get("names_filter"), options.get("reduce")
-    found: list[tuple[str, dict[str, Any]]] = []
+    ways: list[tuple[str, dict[str, Any]]] = []
     if rows > 1:
-        found.append((f"the batch ({rows} rows at once)", {}))
+        ways.append((f"the batch ({rows} rows at once)", {}))
     if not options.get("checkpoint"):
-        found.append(("checkpoint=True", {"checkpoint": True}))
+        ways.append(("checkpoint=True", {"checkpoint": True}))
     if options.get("attention", "bridge") == "bridge":
-        found.append(('attention="fused"', {"attention": "fused"}))
+        ways.append(('attention="fused"', {"attention": "fused"}))
     if reduce is None and (names is None or names):
-        found.append(('reduce="sum" (or fewer hooks, names_filter=[...])', {"reduce": "sum"}))
+        ways.append(('reduce="sum" (or fewer hooks, names_filter=[...])', {"reduce": "sum"}))
     if options.get("logits") == "all":
-        found.append(('logits="target"', {"logits": "target"}))
-    return found
+        ways.append(('logits="target"', {"logits": "target"}))
+    return ways
 
 
 def _estimate(
@@ -104,7 +104,7 @@ def _estimate(
     if batch.media and batch.tokens.numel():
         return None  # a survey reads tokens or an image, not both
     try:
-        found = survey(
+        estimate = survey(
             copy.deepcopy(model.config),
             architecture=type(model).__name__,
             batch=rows,
@@ -116,7 +116,7 @@ def _estimate(
     except (LensLRPError, *FAILURES) as error:
         logger.info("no estimate of what the pass needs: %s", first_line(error))
         return None
-    return found.peak, found.weights
+    return estimate.peak, estimate.weights
 
 
 def _size(count: int) -> str:

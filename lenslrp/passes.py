@@ -271,15 +271,15 @@ class Pass(RuledForward):
         leaves = zip(self.leaves.all(), grads, strict=True)
         arrived = [row_sums(x.detach(), g) for x, g in leaves if g is not None]
         parts = parts_of(target)
-        begun = []
+        starting = []
         for root in roots:
             if id(root) not in at_roots:
                 continue
             rows = at_roots[id(root)]
             if len(roots) > 1:  # rows that start elsewhere only pass through here
                 rows = rows[[r for r, t in enumerate(parts) if self.roots(t)[0] is root]]
-            begun.append(rows)
-        return make_ledger(self.accounts, values, arrived, begun, self.layers)
+            starting.append(rows)
+        return make_ledger(self.accounts, values, arrived, starting, self.layers)
 
     def _require_finite(self, values: Tensor, relevances: list[Tensor]) -> None:
         """Both are looked at when the backward pass has ended: the host waits for neither."""

@@ -46,8 +46,8 @@ class TopK:
     def __call__(self, relevance: Tensor) -> Tensor:
         k = min(self.k, relevance.shape[-1])
         index = relevance.abs().topk(k, dim=-1).indices
-        kept = torch.zeros_like(relevance).scatter(-1, index, relevance.gather(-1, index))
-        return kept.to_sparse()
+        largest = torch.zeros_like(relevance).scatter(-1, index, relevance.gather(-1, index))
+        return largest.to_sparse()
 
 
 NAMED: Mapping[str, Reducer | None] = {
@@ -102,13 +102,13 @@ def reduction_names(reducers: Mapping[str, Reducer | None], names: Iterable[str]
 
     Hooks whose values keep all of their axes are left out.
     """
-    kept = {name: reducers.get(name) for name in names}
+    by_name = {name: reducers.get(name) for name in names}
     called: dict[int, str] = {}
-    for reducer in {id(reducer): reducer for reducer in kept.values()}.values():
+    for reducer in {id(reducer): reducer for reducer in by_name.values()}.values():
         if reducer is not None and not isinstance(reducer, TopK):
             known = (name for name, one in NAMED.items() if one == reducer)
             called[id(reducer)] = next(known, "custom")
-    return {name: called[id(r)] for name, r in kept.items() if id(r) in called}
+    return {name: called[id(r)] for name, r in by_name.items() if id(r) in called}
 
 
 class Deliver:

@@ -43,7 +43,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def run_model(
-    model: TransformerBridge, batch: Batch, leaves: Leaves | None, given: Mapping[str, Tensor]
+    model: TransformerBridge, batch: Batch, leaves: Leaves | None, inputs: Mapping[str, Tensor]
 ) -> Tensor:
     """The logits of a batch; where there are ``leaves``, given embeddings become some of them.
 
@@ -51,10 +51,10 @@ def run_model(
         CoverageError: no token embedding that is known has run.
     """
     if media.reads_no_text(model):
-        only: Tensor = model(None, return_type="logits", **given)
+        only: Tensor = model(None, return_type="logits", **inputs)
         return only
     # A key-value cache is of no use here, and a checkpointed block would fill it twice.
-    kwargs = {"use_cache": False, **batch.kwargs, **given}
+    kwargs = {"use_cache": False, **batch.kwargs, **inputs}
     if "inputs_embeds" in kwargs:
         leaf = kwargs.pop("inputs_embeds")
         if leaves is not None:
@@ -102,8 +102,8 @@ def refuse(points: Mapping[str, nn.Module], name: str) -> NoReturn:
     Raises:
         InputError: with the nearest names.
     """
-    found, _ = select_names(points, name)
-    raise InputError(f"{name} is in every block; name one: {', '.join(found[:3])}")
+    in_blocks, _ = select_names(points, name)
+    raise InputError(f"{name} is in every block; name one: {', '.join(in_blocks[:3])}")
 
 
 def capture(

@@ -93,22 +93,22 @@ class Contrastive(_AtPosition):
 
     def values(self, outputs: Outputs) -> Tensor:
         rows, token = outputs.rows_at(self.position), outputs.token(self.token)
-        own = rows[:, token]
+        logit = rows[:, token]
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int | None):
             raise InputError(f"top_k is a number of rivals or None, not {self.top_k!r}")
         if self.top_k is None:
-            return own - (rows.sum(dim=1) - own) / (rows.shape[1] - 1)
+            return logit - (rows.sum(dim=1) - logit) / (rows.shape[1] - 1)
         if not 1 <= self.top_k < rows.shape[1]:
             raise InputError(f"top_k must be from 1 to {rows.shape[1] - 1}, not {self.top_k}")
         others = rows.detach().clone()
         others[:, token] = -torch.inf
-        rivals = others.topk(self.top_k, dim=1).indices
-        return own - rows.gather(1, rivals).mean(dim=1)
+        best = others.topk(self.top_k, dim=1).indices
+        return logit - rows.gather(1, best).mean(dim=1)
 
     def text(self, outputs: Outputs) -> str:
-        rest = "the rest" if self.top_k is None else f"the top {self.top_k} others"
+        others = "the rest" if self.top_k is None else f"the top {self.top_k} others"
         where = outputs.place(self.position)
-        return f"logit of {shown(outputs, self.token)} against {rest}{where}"
+        return f"logit of {shown(outputs, self.token)} against {others}{where}"
 
 
 @dataclass(frozen=True)
@@ -358,10 +358,10 @@ def as_target(
             raise InputError(f"a list has one target a row, not lists of them: {nested[0]!r}")
         if len(items) != batch:
             raise InputError(f"{len(items)} targets for a batch of {batch}: give one a row")
-        made = tuple(as_target(item, tokenizer, 1, labels) for item in items)
-        if any(isinstance(item, Sequence) for item in made):
+        parts = tuple(as_target(item, tokenizer, 1, labels) for item in items)
+        if any(isinstance(item, Sequence) for item in parts):
             raise InputError("targets of several tokens cannot be mixed in one batch; run each row")
-        return PerRow(made)
+        return PerRow(parts)
     if isinstance(target, Target) and not isinstance(target, type):
         return target
     raise InputError(

@@ -26,11 +26,11 @@ def token_table(cache: RelevanceCache) -> pd.DataFrame:
         ``positional`` (relevance of the learned position) and ``patch_row``, ``patch_column``.
     """
     grid, written = cache.grid, cache.decoder_tokens
-    own = _tokens(cache.batch, cache.str_tokens, cache.token_ids, cache.tokens, cache.positions)
-    sides = {"encoder" if written is not None else "text": own}
+    text = _tokens(cache.batch, cache.str_tokens, cache.token_ids, cache.tokens, cache.positions)
+    sides = {"encoder" if written is not None else "text": text}
     if grid is not None:
         rows, columns = grid
-        _place(own, columns, own["position"] - (cache.tokens.shape[1] - rows * columns))
+        _place(text, columns, text["position"] - (cache.tokens.shape[1] - rows * columns))
     elif cache.patches is not None and len(cache.patches) == len(cache.tokens):
         sides["image"] = _image(cache.patches)
     if written is not None and cache.decoder_str_tokens is not None:
@@ -42,7 +42,7 @@ def token_table(cache: RelevanceCache) -> pd.DataFrame:
             written,
             cache.decoder_positions,
         )
-    frame = own
+    frame = text
     if len(sides) > 1:
         frame = pd.concat([part.assign(side=side) for side, part in sides.items()])
         frame = frame.sort_values("row", kind="stable", ignore_index=True)

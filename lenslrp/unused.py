@@ -88,16 +88,16 @@ def unused(
     """
     settings = tuple(bool(getattr(model.cfg, name, False)) for name in (*INPUTS, *OWN))
     config = getattr(getattr(model, "original_model", None), "config", None)
-    taught = GradientTimesInput().extended(modules or {}) if live else None
+    rules = GradientTimesInput().extended(modules or {}) if live else None
     key = (live, settings, getattr(config, "_attn_implementation", None), tuple(modules or ()))
-    found = _known.setdefault(model, {})
-    if key not in found:
+    by_setting = _known.setdefault(model, {})
+    if key not in by_setting:
         if prepared is None:
             seen = _any_input(model)
         else:  # hooks of a user's own may fit this one shape
             seen = prepared if next(_foreign(model), None) else _short(prepared)
-        found[key] = _look(model, seen, taught, quiet=prepared is None)
-    return found[key]
+        by_setting[key] = _look(model, seen, rules, quiet=prepared is None)
+    return by_setting[key]
 
 
 def why_unused(model: TransformerBridge, name: str) -> str:
@@ -226,9 +226,9 @@ def _look(
     def mark(point: nn.Module, _: Any, out: Any) -> Tensor | None:
         if not isinstance(out, Tensor) or not out.is_floating_point() or not out.requires_grad:
             return None
-        own = out.clone()
-        seen.setdefault(id(point), []).append(own.grad_fn)
-        return own
+        marked = out.clone()
+        seen.setdefault(id(point), []).append(marked.grad_fn)
+        return marked
 
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -256,14 +256,14 @@ def _look(
 
 def _above(node: Any) -> dict[int, Any]:
     """Every node that an output was made through."""
-    found: dict[int, Any] = {}
+    reached: dict[int, Any] = {}
     stack = [node]
     while stack:
         node = stack.pop()
-        if node is not None and id(node) not in found:
-            found[id(node)] = node
+        if node is not None and id(node) not in reached:
+            reached[id(node)] = node
             stack.extend(below for below, _ in node.next_functions)
-    return found
+    return reached
 
 
 @contextmanager

@@ -29,8 +29,8 @@ from lenslrp.version import VERSION
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(given)
+    arguments_given = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments_given)
     # torch takes seconds to import: not before the command line is known to be right
     from lenslrp.errors import (
         CoverageError,
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
     try:
-        require_utf8(given)
+        require_utf8(arguments_given)
         return int(options.run(options))
     except (InputError, StorageError) as error:
         return _complain(error, BAD_INPUT)

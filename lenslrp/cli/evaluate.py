@@ -87,14 +87,14 @@ def _run(options: argparse.Namespace) -> int:
         print(f"every number: {(options.folder / 'results.parquet').absolute()}")
         return OK
     tables = {m: json.loads(results.table(m).to_json(orient="records")) for m in results.metrics()}
-    told = {
+    summary = {
         "n": results.n,
         "settings": results.settings,
         "skipped": list(results.skipped),
         "unfit": results.unfit,
         "tables": tables,
     }
-    print(json.dumps(told))
+    print(json.dumps(summary))
     return OK
 
 

@@ -110,11 +110,11 @@ def _explain_file(options: argparse.Namespace) -> int:
         total = sum(1 for line in lines_of(options.data) if line.strip())
     if share[1] > 1 and options.device is None:
         options.device = own_device()
-    some, others = itertools.tee(prompts_of(options.data, _target(options.target)))
-    made = explain_to(
+    counted, others = itertools.tee(prompts_of(options.data, _target(options.target)))
+    result = explain_to(
         options.out,
         load_model(options),
-        (prompt for prompt, _ in some),
+        (prompt for prompt, _ in counted),
         (target for _, target in others),
         composite=composite(options.composite),
         batch_size=options.batch_size,
@@ -122,12 +122,12 @@ def _explain_file(options: argparse.Namespace) -> int:
         progress=share[0] == 0,
         total=total,
     )
-    for index, why in made.skipped[:NAMED]:
+    for index, why in result.skipped[:NAMED]:
         print(f"lenslrp: line {index + 1}: {why}", file=sys.stderr)
-    if len(made.skipped) > NAMED:
-        print(f"lenslrp: and {len(made.skipped) - NAMED} more lines", file=sys.stderr)
-    print(made)
-    return BAD_INPUT if made.skipped else OK
+    if len(result.skipped) > NAMED:
+        print(f"lenslrp: and {len(result.skipped) - NAMED} more lines", file=sys.stderr)
+    print(result)
+    return BAD_INPUT if result.skipped else OK
 
 
 def _explain(options: argparse.Namespace) -> int:

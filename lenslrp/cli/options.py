@@ -120,9 +120,9 @@ def write_keeping(path: Path, write: Callable[[], object]) -> None:
     """Write a result; one that was there is kept under another name, and the user is told."""
     from lenslrp.files import replaced
 
-    kept = replaced(path, write)
-    if kept is not None:
-        print(f"lenslrp: the earlier {path.name} is kept as {kept}", file=sys.stderr)
+    renamed = replaced(path, write)
+    if renamed is not None:
+        print(f"lenslrp: the earlier {path.name} is kept as {renamed}", file=sys.stderr)
 
 
 def require_utf8(arguments: Sequence[str]) -> None:

@@ -88,8 +88,8 @@ class Diagnosis:
         if self.gap is not None:
             parts.append(Text(f"  {self.gap}", style="red"))
         parts.append(_verdict("the forward pass is untouched", self.forward_equal))
-        said = f"the books balance: they miss {self.ledger.imbalance:.1e} of their largest entry"
-        parts.append(_verdict(said + f" (tolerance {self.tolerance:g})", self.balanced))
+        balance = f"the books balance: they miss {self.ledger.imbalance:.1e} of their largest entry"
+        parts.append(_verdict(balance + f" (tolerance {self.tolerance:g})", self.balanced))
         parts.extend(Text(f"  {line}") for line in str(self.ledger).splitlines())
         parts.append(_verdict("this model can be explained", self.ok))
         if self.advice:
@@ -146,13 +146,13 @@ def examine(
     generator = torch.Generator().manual_seed(seed)
     if not hasattr(model, "hook_dict"):
         raise InputError(f"model must be a TransformerBridge, not {type(model).__name__}")
-    target, given = None, dict[str, Tensor]()
+    target, inputs = None, dict[str, Tensor]()
     if media.reads_no_text(model):
-        given = media.example(model, seed)
+        inputs = media.example(model, seed)
         if not media.head_of(model):
             target = Activation(f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", 0)
     else:
-        given = {
+        inputs = {
             "input": torch.randint(0, int(model.cfg.d_vocab), (1, length), generator=generator)
         }
     table = AttnLRP() if composite is None else composite
@@ -160,7 +160,7 @@ def examine(
 
     def explained(*, strict: bool) -> tuple[Tensor, RelevanceCache]:
         with Session(model, table, strict=strict, stays=False) as session:
-            return session.run_with_relevance(target=target, names_filter=[], **given)
+            return session.run_with_relevance(target=target, names_filter=[], **inputs)
 
     try:
         logits, relevance = explained(strict=True)
@@ -169,7 +169,7 @@ def examine(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the gap is reported below
             logits, relevance = explained(strict=False)
-    floats = dict(given)
+    floats = dict(inputs)
     batch = media.prepare(model, floats.pop("input", None), floats)
     with forward(model, batch) as plain:
         equal = plain.logits is not None and bool(torch.equal(plain.logits, logits))

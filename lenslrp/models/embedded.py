@@ -177,11 +177,11 @@ def _clear_place(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
         return
-    taken = set(folder.parent.iterdir())
+    existing = set(folder.parent.iterdir())
     aside = next(
         path
         for number in count(1)
-        if (path := folder.with_name(f"{folder.name}.aside-{number}")) not in taken
+        if (path := folder.with_name(f"{folder.name}.aside-{number}")) not in existing
     )
     folder.rename(aside)
     logger.warning("%s held files that are not its own; they are in %s now", folder, aside)

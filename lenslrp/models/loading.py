@@ -111,9 +111,9 @@ def load(
 
 
 def _refuse(reason: str, **arguments: object) -> None:
-    given = [name for name, value in arguments.items() if value is not None]
-    if given:
-        raise LoadError(f"{', '.join(given)} cannot be given here: {reason}")
+    unused = [name for name, value in arguments.items() if value is not None]
+    if unused:
+        raise LoadError(f"{', '.join(unused)} cannot be given here: {reason}")
 
 
 def _by_name(
@@ -225,12 +225,12 @@ def _again(
     verify: bool,
 ) -> TransformerBridge:
     """The bridge that a model is inside already."""
-    own = known.bridge.original_model
-    place = own.device if device is None else torch.empty(0, device=device).device
-    if dtype not in (None, own.dtype) or place != own.device:
+    inner = known.bridge.original_model
+    place = inner.device if device is None else torch.empty(0, device=device).device
+    if dtype not in (None, inner.dtype) or place != inner.device:
         raise LoadError(
-            f"this {type(own).__name__} is inside a bridge already, in {own.dtype} on "
-            f"{own.device}: load it anew for {dtype or own.dtype} on {place}"
+            f"this {type(inner).__name__} is inside a bridge already, in {inner.dtype} on "
+            f"{inner.device}: load it anew for {dtype or inner.dtype} on {place}"
         )
     if tokenizer is not None:
         give_tokenizer(known.bridge, tokenizer)
@@ -276,17 +276,17 @@ def _wrap(model: PreTrainedModel, architecture: str, name: str) -> TransformerBr
     return bridge
 
 
-def _require_agreement(bridge: TransformerBridge, found: Agreement) -> None:
-    if found.ok:
+def _require_agreement(bridge: TransformerBridge, agreement: Agreement) -> None:
+    if agreement.ok:
         return
     kind = type(bridge.original_model).__name__
-    what = found.reason or (
-        f"TransformerLens computes something else than the model: outputs are apart by "
-        f"{found.difference:.1e} of the largest (tolerance {found.tolerance:g}), so that relevance "
-        "would explain another model"
+    reason = agreement.reason or (
+        "TransformerLens computes something else than the model: outputs are apart by "
+        f"{agreement.difference:.1e} of the largest (tolerance {agreement.tolerance:g}), so that "
+        "relevance would explain another model"
     )
     raise LoadError(
-        f"this {kind} is refused after a short pass: {what}. verify=False loads it all the same, "
+        f"this {kind} is refused after a short pass: {reason}. verify=False loads it all the same, "
         "and `lenslrp doctor` goes on saying so"
     )
 
@@ -305,11 +305,11 @@ def _give_processor(bridge: TransformerBridge, revision: str | None) -> None:
     for flag, kind in _PROCESSORS.items():
         if getattr(bridge.cfg, flag, False):
             try:
-                found = getattr(transformers, kind).from_pretrained(place, revision=revision)
+                processor = getattr(transformers, kind).from_pretrained(place, revision=revision)
             except (OSError, ValueError, ImportError) as error:
                 logger.info("%s: no %s (%s)", place, kind, first_line(error))
             else:
-                bridge.processor = found
+                bridge.processor = processor
 
 
 def _explain_type(model: object) -> str:

@@ -127,7 +127,7 @@ def survey(
         built = _built(cls, config, dtype)
         weights = list(built.parameters())  # before a bridge splits some of them
         model = load(built, verify=False)
-        given = _batch(model, batch, length, inputs or {}, dtype)
+        prepared = _batch(model, batch, length, inputs or {}, dtype)
         columns = None
         if logits == "target" and head_component(model) is not None:
             columns = torch.full((batch, 1), length - 1)
@@ -142,18 +142,18 @@ def survey(
             stack.enter_context(held)
             run = stack.enter_context(
                 _by_shape(
-                    model, rules, given, readers,
+                    model, rules, prepared, readers,
                     columns=columns, checkpoint=checkpoint, strict=False, ledger=ledger,
                 )
             )  # fmt: skip
             between, outputs, roots = held.now, run.outputs(), run.roots(Top())
             rules.verify(*roots)
-            found = run.walk(roots)
+            graph = run.walk(roots)
             with measuring(roots if ledger else []):
                 value = outputs.logits.flatten(1)[:, -1].sum()
                 torch.autograd.grad(value, run.leaves.all(), allow_unused=True)
             readers.finish()
-        sites = [site for site in rules.sites if id(site) in found.sites]
+        sites = [site for site in rules.sites if id(site) in graph.sites]
         cover.require_fired(sites)
         off_path = readers.off_path()
         return Survey(

@@ -117,10 +117,10 @@ class Speller:
             spelled: what :meth:`spell` made of ``ids``, where that is known.
         """
         row = self.spell(ids) if spelled is None else spelled
-        found = standing(self.tokenizer, text, ids)
-        if found is None:
+        pieces = standing(self.tokenizer, text, ids)
+        if pieces is None:
             return row
-        start, stop, spans = found
+        start, stop, spans = pieces
         first = row.spans[start - 1][1] if start else 0
         last = row.spans[stop - 1][1]
         own, special = row.text[first:last], row.special[start:stop]
@@ -192,12 +192,12 @@ class Speller:
 
     def _run(self, before: Sequence[int], ids: Sequence[int]) -> list[bytes]:
         """The bytes of a run, with the space that a mark at the end of a word stands for."""
-        made = [self._raw(token) or b"" for token in ids]
+        raw = [self._raw(token) or b"" for token in ids]
         if not self._ends:
-            return made
+            return raw
         earlier = [None, *ids] if not before else [before[-1], *ids]
         ended = [last is not None and self._piece(last).endswith(self._ends) for last in earlier]
-        return [b" " + data if after else data for data, after in zip(made, ended, strict=False)]
+        return [b" " + data if after else data for data, after in zip(raw, ended, strict=False)]
 
     def _after(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """What decoding adds for ``ids`` after other tokens."""
@@ -219,13 +219,13 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
         added = getattr(tokenizer, "added_tokens_decoder", {})
     except NotImplementedError:  # mistral-common's, which lists all of them below
         added = {}
-    found = {index for index, token in added.items() if token.special}
-    found |= {i for i in getattr(tokenizer, "all_special_ids", ()) if i is not None}
+    ids = {index for index, token in added.items() if token.special}
+    ids |= {i for i in getattr(tokenizer, "all_special_ids", ()) if i is not None}
     unknown = getattr(tokenizer, "unk_token_id", None)
     names = ("bos", "eos", "pad", "cls", "sep", "mask")
     if unknown not in [getattr(tokenizer, f"{name}_token_id", None) for name in names]:
-        found.discard(unknown)
-    return frozenset(found)
+        ids.discard(unknown)
+    return frozenset(ids)
 
 
 def standing(tokenizer: Any, text: str, ids: Sequence[int]) -> tuple[int, int, Spans | None] | None:

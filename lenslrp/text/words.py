@@ -105,18 +105,18 @@ def words(row: Spelling) -> list[Word]:
     stops = _clusters(row)
     bounds = {match.start() for match in _BOUNDARY.finditer(row.text)} & {0, *stops}
     begins: list[int] = []
-    found: list[list[int]] = []
+    runs: list[list[int]] = []
     reach = 0
     for index, (start, stop) in enumerate(row.spans):
         alone = row.special[index] or (index > 0 and row.special[index - 1])
-        if not found or alone or _parts(row.text, begins[-1], reach, start, stop, bounds):
-            begins.append(start if found and row.special[index] else reach)
-            found.append([])
-        found[-1].append(index)
+        if not runs or alone or _parts(row.text, begins[-1], reach, start, stop, bounds):
+            begins.append(start if runs and row.special[index] else reach)
+            runs.append([])
+        runs[-1].append(index)
         if stop > start:
             reach = max(reach, stops[bisect_left(stops, stop)])
     ends = [*begins[1:], len(row.text)]
-    return [Word(row.text[a:b], tokens) for a, b, tokens in zip(begins, ends, found, strict=True)]
+    return [Word(row.text[a:b], tokens) for a, b, tokens in zip(begins, ends, runs, strict=True)]
 
 
 def _parts(text: str, begin: int, reach: int, start: int, stop: int, bounds: set[int]) -> bool:
