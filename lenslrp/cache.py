@@ -58,7 +58,7 @@ class RelevanceCache:
         routing: the experts that each position was sent to, by the name of the mixture.
         n_experts: how many experts the mixtures have (0 without).
         target: what exactly was explained, and its value.
-        coverage: which rule sat where (DESIGN promise 1).
+        coverage: which rule sat where, what it did not cover, and what is off the path.
         reduced: how the value at a hook point was reduced, where it was: ``"sum"``,
             ``"sum_positions"`` or ``"custom"``.
     """
@@ -282,7 +282,7 @@ class RelevanceCache:
         )
 
     def ledger(self) -> Ledger:
-        """The account of the whole target (DESIGN promise 4)."""
+        """The account of the whole target; see :class:`lenslrp.Ledger`."""
         if self.ledger_ is None:
             raise InputError(
                 "no ledger: this is a difference, one row of a larger batch (whose account is of "

@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 WINDOW = 1024
 """Inputs that are taken at a time."""
 
-TOKENS = {"cpu": 384}
+BATCH_TOKENS = {"cpu": 384}
 """Tokens of a batch, padding included, by the kind of device (``benchmarks/many_prompts.py``)."""
 
-TOKENS_OF_OTHERS = 4096
+BATCH_TOKENS_ELSEWHERE = 4096
 
-Run = Callable[[Any, Any, Tensor | None], RelevanceCache]
+ExplainBatch = Callable[[Any, Any, Tensor | None], RelevanceCache]
 """What explains one batch: (texts or a token tensor, a target for all or a list of one for each,
 the attention mask of a padded tensor)."""
 
-NOTHING = object()
+NO_INPUT = object()
 """An input that is none, such as an empty line of a file: its number is passed over."""
 
 
@@ -80,7 +80,7 @@ class Batches:
             require_padding(model, torch.tensor([[True, True], [True, False]]))
         except InputError:
             padded = False
-        return cls(size, TOKENS.get(kind, TOKENS_OF_OTHERS), padded)
+        return cls(size, BATCH_TOKENS.get(kind, BATCH_TOKENS_ELSEWHERE), padded)
 
     def __str__(self) -> str:
         return f"{self.tokens} tokens" if self.size is None else f"{self.size} prompts"
@@ -109,7 +109,7 @@ class Batches:
 
 
 def explain(
-    run: Run,
+    run: ExplainBatch,
     model: TransformerBridge,
     inputs: Iterable[Any],
     targets: Any = None,
@@ -138,11 +138,11 @@ def explain(
         InputError: an input or a target that cannot be explained; the message names its number.
     """
     batches = Batches.of(model, batch_size)
-    for window_inputs in windows(inputs, targets, window):
+    for window_inputs in input_windows(inputs, targets, window):
         held: dict[int, RelevanceCache | InputError] = {}
         results = explained(run, model, window_inputs, batches, prepend_bos)
         for index, prompt, _ in window_inputs:
-            while prompt is not NOTHING and index not in held:
+            while prompt is not NO_INPUT and index not in held:
                 numbers, result = next(results)
                 rows = [result] if isinstance(result, InputError) else result.rows
                 held.update(zip(numbers, rows, strict=True))
@@ -157,7 +157,7 @@ Taken = tuple[int, Any, Any]
 """An input's number, the input, its target."""
 
 
-def windows(inputs: Iterable[Any], targets: Any, size: int = WINDOW) -> Iterator[list[Taken]]:
+def input_windows(inputs: Iterable[Any], targets: Any, size: int = WINDOW) -> Iterator[list[Taken]]:
     """The inputs with their numbers and targets, ``size`` at a time.
 
     Raises:
@@ -189,7 +189,7 @@ def is_several(targets: Any) -> bool:
 
 
 def explained(
-    run: Run,
+    run: ExplainBatch,
     model: TransformerBridge,
     window: Sequence[Taken],
     batches: Batches,
@@ -201,7 +201,7 @@ def explained(
     """
     labels, prompts = media.labels_of(model), []
     for index, prompt, target in window:
-        if prompt is NOTHING:
+        if prompt is NO_INPUT:
             continue
         try:
             prompts.append(_prompt(model, index, prompt, target, prepend_bos, labels))
@@ -212,7 +212,7 @@ def explained(
 
 
 def _run(
-    run: Run, model: TransformerBridge, batch: list[QueuedPrompt]
+    run: ExplainBatch, model: TransformerBridge, batch: list[QueuedPrompt]
 ) -> Iterator[tuple[list[int], RelevanceCache | InputError]]:
     """One batch; where the model refuses it, each prompt by itself."""
     target = batch[0].target

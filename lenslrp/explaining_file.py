@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError, StorageError
-from lenslrp.explaining import NOTHING, Batches, Taken, explained, is_several, windows
+from lenslrp.explaining import NO_INPUT, Batches, Taken, explained, input_windows, is_several
 from lenslrp.files import make_folder, parquet_writer, remove_leftovers, taking_turns, whole
 from lenslrp.fingerprints import (
     canonical,
@@ -42,8 +42,8 @@ from lenslrp.sessions import Session
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-FORMAT = "lenslrp.tokens/1"
-SUFFIXES = (".parquet", ".jsonl")
+TABLE_FORMAT = "lenslrp.tokens/1"
+TABLE_SUFFIXES = (".parquet", ".jsonl")
 KEY = b"lenslrp"
 """Where a parquet file's metadata says what it was made from."""
 
@@ -130,7 +130,7 @@ def explain_to(
     batches = Batches.of(model, batch_size)
     rules = as_composite(AttnLRP() if composite is None else composite)
     settings = {
-        "format": FORMAT,
+        "format": TABLE_FORMAT,
         "model": describe_model(model),
         "tokenizer": describe_tokenizer(model.tokenizer),
         "rules": describe_rules(rules),
@@ -139,7 +139,7 @@ def explain_to(
         "batch": str(batches),
         "target": "one for each input" if is_several(targets) else _told(targets),
     }
-    parts = Parts(path, settings)
+    parts = TableParts(path, settings)
     records: list[dict[str, Any]] = []
     count = 0
     total = len(inputs) if total is None and isinstance(inputs, Sized) else total
@@ -157,7 +157,7 @@ def explain_to(
             )
             return relevance
 
-        for count, numbered in enumerate(windows(inputs, targets), start=1):
+        for count, numbered in enumerate(input_windows(inputs, targets), start=1):
             window = count - 1
             mine = window % shares == share
             about = parts.about(window, numbered) if mine else None
@@ -165,7 +165,7 @@ def explain_to(
                 results = explained(run, model, numbered, batches, prepend_bos)
                 about = parts.write(window, numbered, _counted(results, bar))
             elif progress:  # done before, or by others: no part of this run's speed
-                done = sum(prompt is not NOTHING for _, prompt, _ in numbered)
+                done = sum(prompt is not NO_INPUT for _, prompt, _ in numbered)
                 bar.initial += done
                 bar.update(done)
             if about is not None:
@@ -182,8 +182,8 @@ def require_place(path: str | Path) -> Path:
         InputError: another kind of file, or in a folder that is not there.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: a table is one of {', '.join(SUFFIXES)}")
+    if path.suffix not in TABLE_SUFFIXES:
+        raise InputError(f"{path}: a table is one of {', '.join(TABLE_SUFFIXES)}")
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path}: there is no directory {path.absolute().parent}")
     return path
@@ -202,7 +202,7 @@ def _told(value: Any) -> str:
     return _ADDRESS.sub("", repr(value))
 
 
-class Parts:
+class TableParts:
     """The parts of one table, in a folder beside it."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -327,7 +327,7 @@ def _digest(numbered: list[Taken]) -> str:
     """SHA-256 of inputs and targets."""
     digest = hashlib.sha256()
     for _, prompt, target in numbered:
-        text = "" if prompt is NOTHING else f"{_told(prompt)}|{_told(target)}"
+        text = "" if prompt is NO_INPUT else f"{_told(prompt)}|{_told(target)}"
         digest.update(f"{len(text)}|{text}".encode(errors="surrogatepass"))
     return digest.hexdigest()
 

@@ -39,7 +39,7 @@ logger = logging.getLogger("lenslrp")
 LINKS = 40
 """Symbolic links that are followed, as in Linux."""
 
-PATIENCE = 2.0
+LOCK_PATIENCE = 2.0
 """Seconds to wait for a lock that another process may hold only to see whether it is free."""
 
 HTML = b'<meta name="generator" content="LensLRP">'
@@ -190,7 +190,7 @@ def taking_turns(path: Path) -> Iterator[None]:
     lock = FileLock(path)
     try:
         try:
-            lock.acquire(timeout=PATIENCE)
+            lock.acquire(timeout=LOCK_PATIENCE)
         except Timeout:
             logger.warning("waiting for another process that is preparing %s", path.parent)
             lock.acquire()

@@ -28,10 +28,10 @@ from lenslrp.hooks.components import (
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.functions import apply
 from lenslrp.hooks.readers import owners
-from lenslrp.hooks.structure import unchanged
+from lenslrp.hooks.structure import Parts, unchanged
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
-from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
+from lenslrp.leaves import Leaves, cut_leaves, cut_media
 from lenslrp.logits import (
     Columns,
     Outputs,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 class _CapSkip(torch.autograd.Function):
-    """The final soft-cap's values with the gradient started before it (RULES section 2)."""
+    """The final soft-cap's values with the gradient started before it."""
 
     @staticmethod
     def forward(ctx: Any, before: Tensor, after: Tensor) -> Tensor:

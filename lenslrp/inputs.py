@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-def prepare(
+def prepare_text(
     model: TransformerBridge,
     text: Any,
     *,

@@ -20,9 +20,8 @@ from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.patches import Embedder, below, embedders
 from lenslrp.hooks.sites import Site, has_values
+from lenslrp.hooks.structure import Parts
 from lenslrp.inputs import Batch
-
-Parts = list[tuple[str, nn.Module]]
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The ledger: an account of the whole target, each term measured at its own site.
 
 ``target = leaves + biases + softmax + positional + stabiliser + plain + nonlinear_target``. No term
-is a remainder; ``error`` is what the account misses (DESIGN promise 4, RULES section 2).
+is a remainder; ``error`` is what the account misses.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BALANCED = {
     torch.bfloat16: 2e-1,
     torch.float16: 3e-2,
 }
-"""What the books may miss, relative to their largest entry: nearly twice and more of what right
+"""What an account may miss, relative to its largest entry: nearly twice and more of what right
 passes miss (``benchmarks/balance.py``: at most 2.5e-6, 1.1e-1 and 1.1e-2 in the last three)."""
 
 
@@ -92,7 +92,7 @@ class Ledger:
         return html
 
 
-def read(tensors: Iterable[Tensor]) -> list[float]:
+def read_sums(tensors: Iterable[Tensor]) -> list[float]:
     """The sum of each tensor, with one transfer a device: the host waits for a GPU only here."""
     flat = [x.detach().reshape(-1).to(widest(x)) for x in tensors]
     numbers: dict[int, float] = {}
@@ -110,7 +110,7 @@ def make_ledger(
     at_roots: Sequence[Tensor],
     layers: int,
 ) -> Ledger:
-    """Close the books of one backward pass.
+    """Close the account of one backward pass.
 
     Args:
         values: the explained values, [batch].
@@ -126,7 +126,7 @@ def make_ledger(
         *accounts.flows.items(),
     ]
     sums: dict[Any, float] = {"leaves": 0.0, "start": 0.0}
-    for (key, _), value in zip(named, read(tensor for _, tensor in named), strict=True):
+    for (key, _), value in zip(named, read_sums(tensor for _, tensor in named), strict=True):
         sums[key] = sums.get(key, 0.0) + value
     target, leaves, start = sums["target"], sums["leaves"], sums["start"]
     totals = dict.fromkeys(TERMS, 0.0)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lenslrp.errors import InputError
-from lenslrp.inputs import Batch
-from lenslrp.inputs import prepare as prepare_text
+from lenslrp.inputs import Batch, prepare_text
 from lenslrp.leaves import Leaves
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def reads_no_text(model: TransformerBridge) -> bool:
     return main_input(model) in LAYOUTS
 
 
-def prepare(
+def prepare_batch(
     model: TransformerBridge, text: Any, media: Mapping[str, Tensor], **tokens: Any
 ) -> Batch:
     """Everything that was given, ready for the forward pass.

@@ -10,13 +10,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
-from torch.utils.checkpoint import checkpoint as checkpointed
 
 from lenslrp import media
 from lenslrp.cache import RelevanceCache
@@ -24,7 +22,6 @@ from lenslrp.errors import CoverageError, InputError
 from lenslrp.graph_check import GraphFacts, GraphMemory, RuledForward, RunAgain, is_conditional
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.components import BlockBridge
 from lenslrp.hooks.constants import now
 from lenslrp.hooks.functions import product_shares
 from lenslrp.hooks.install import Rules
@@ -33,13 +30,14 @@ from lenslrp.hooks.readers import Readers
 from lenslrp.hooks.sharding import gather
 from lenslrp.hooks.sites import has_values, row_sums, widened
 from lenslrp.inputs import Batch
-from lenslrp.leaves import Parts, cut_leaves, cut_media
-from lenslrp.ledger import BALANCED, Ledger, make_ledger, read
+from lenslrp.leaves import cut_leaves, cut_media
+from lenslrp.ledger import BALANCED, Ledger, make_ledger, read_sums
 from lenslrp.logits import Columns, head_component, spread, unembed_at
 from lenslrp.reductions import reduction_names
 from lenslrp.running import (
     architecture,
     capture,
+    checkpoint_blocks,
     keep_uncapped,
     measuring,
     run_model,
@@ -283,7 +281,7 @@ class Pass(RuledForward):
 
     def _require_finite(self, values: Tensor, relevances: list[Tensor]) -> None:
         """Both are looked at when the backward pass has ended: the host waits for neither."""
-        of_target, *of_leaves = read(x.isfinite().all() for x in (values, *relevances))
+        of_target, *of_leaves = read_sums(x.isfinite().all() for x in (values, *relevances))
         if not of_target:
             reason = "activations overflowed or the weights are broken"
             if values.dtype == torch.float64 and not bool(self.batch.mask[:, :1].all()):
@@ -393,12 +391,3 @@ def under_rules(
         if media.reads_no_text(model):
             run.batch = media.with_sequence(batch, run.leaves)
         yield run
-
-
-def checkpoint_blocks(at: Attached, parts: Parts) -> None:
-    """Recompute each block in the backward pass (non-reentrant; identical relevance)."""
-    for _, module in parts:
-        if isinstance(module, BlockBridge):
-            at.attribute(
-                module, "forward", partial(checkpointed, module.forward, use_reentrant=False)
-            )

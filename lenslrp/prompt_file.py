@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from lenslrp.errors import InputError
-from lenslrp.explaining import NOTHING
+from lenslrp.explaining import NO_INPUT
 
-SUFFIXES = (".jsonl", ".txt")
+PROMPT_SUFFIXES = (".jsonl", ".txt")
 STDIN = Path("-")
 
 
@@ -24,8 +24,10 @@ def lines_of(path: Path) -> Iterator[bytes]:
     if path == STDIN:
         yield from sys.stdin.buffer
         return
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path.name}: a file of prompts is one of {', '.join(SUFFIXES)}, or -")
+    if path.suffix not in PROMPT_SUFFIXES:
+        raise InputError(
+            f"{path.name}: a file of prompts is one of {', '.join(PROMPT_SUFFIXES)}, or -"
+        )
     try:
         file: IO[bytes] = path.open("rb")
     except OSError as error:
@@ -49,7 +51,7 @@ def prompts_of(path: Path, default: Any = None) -> Iterator[tuple[Any, Any]]:
         try:
             text = line.decode("utf-8-sig" if number == 0 else "utf-8").rstrip("\r\n")
             if not text.strip():
-                yield NOTHING, default
+                yield NO_INPUT, default
             elif path.suffix == ".txt" or (path == STDIN and not text.lstrip().startswith("{")):
                 yield text, default
             else:

@@ -50,7 +50,7 @@ class TopK:
         return largest.to_sparse()
 
 
-NAMED: Mapping[str, Reducer | None] = {
+REDUCTIONS: Mapping[str, Reducer | None] = {
     "none": None,
     "sum": OverFeatures(),
     "sum_positions": over_positions,
@@ -76,11 +76,11 @@ def check_reduce(reduce: Reduce, hooks: Iterable[str]) -> None:
 
 
 def _one(reduce: str | Reducer | None) -> Reducer | None:
-    if isinstance(reduce, str) and reduce in NAMED:
-        return NAMED[reduce]
+    if isinstance(reduce, str) and reduce in REDUCTIONS:
+        return REDUCTIONS[reduce]
     if reduce is None or callable(reduce):
         return reduce
-    raise InputError(f"reduce must be one of {', '.join(NAMED)} or a function: {reduce!r}")
+    raise InputError(f"reduce must be one of {', '.join(REDUCTIONS)} or a function: {reduce!r}")
 
 
 def reduction_for(reduce: Reduce, name: str) -> Reducer | None:
@@ -106,7 +106,7 @@ def reduction_names(reducers: Mapping[str, Reducer | None], names: Iterable[str]
     called: dict[int, str] = {}
     for reducer in {id(reducer): reducer for reducer in by_name.values()}.values():
         if reducer is not None and not isinstance(reducer, TopK):
-            known = (name for name, one in NAMED.items() if one == reducer)
+            known = (name for name, one in REDUCTIONS.items() if one == reducer)
             called[id(reducer)] = next(known, "custom")
     return {name: called[id(r)] for name, r in by_name.items() if id(r) in called}
 

@@ -17,7 +17,7 @@ from lenslrp.text.words import Word
 if TYPE_CHECKING:
     from lenslrp.cache import RelevanceCache
 
-OWN = ("tokens", "embeddings", "positions", "token_ids", "attention_mask")
+TEXT = ("tokens", "embeddings", "positions", "token_ids", "attention_mask")
 DECODER = ("decoder_tokens", "decoder_positions", "decoder_token_ids", "decoder_attention_mask")
 IMAGE = ("patches", "patch_positions", "special")
 
@@ -88,7 +88,7 @@ def _row(batch: RelevanceCache, row: int) -> RelevanceCache:
     if alone and all(len(side.real) == side.width for side in (columns, written)):
         return batch
     changes: dict[str, Any] = {}
-    for names, span in ((OWN, columns), (DECODER, written)):
+    for names, span in ((TEXT, columns), (DECODER, written)):
         for name in names:
             value = getattr(batch, name)
             changes[name] = None if value is None else span.cut(_one(value, row), 1)

@@ -101,7 +101,7 @@ def run_with_relevance(
         attention: ``"bridge"``, or ``"fused"`` for torch's fused kernel (no patterns, no scores).
         checkpoint: recompute each block in the backward pass, for long inputs.
         strict: raise on an operation without a rule; otherwise warn, and say so in ``R.coverage``.
-        ledger: keep the books; ``False`` saves a few per cent.
+        ledger: account for the whole target; ``False`` saves a few per cent.
         logits: ``"all"``, or ``"target"`` to compute logits at the target's positions alone, which
             are returned as [batch, n, vocab] and equal the others to rounding. Where a target, a
             hook at the unembedding or a name under ``unembed`` in ``names_filter`` needs them all,

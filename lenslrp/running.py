@@ -1,25 +1,29 @@
 """What every pass of a model is made of, for whatever purpose: the call, and what watches it.
 
-Weights are frozen, tensors are read or kept at hook points, and all that was attached is undone.
+Weights are frozen, tensors are read or kept at hook points, blocks are recomputed, relevance is
+measured as it goes by, and all that was attached is undone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 from lenslrp import media
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks.attach import Attached, raise_failed, undo_all
-from lenslrp.hooks.components import ExpertPoint, UnembeddingBridge
+from lenslrp.hooks.components import BlockBridge, ExpertPoint, UnembeddingBridge
 from lenslrp.hooks.readers import converted, given, is_total, listen, select_names
 from lenslrp.hooks.sites import Accounts, row_sums
+from lenslrp.hooks.structure import Parts
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
-from lenslrp.leaves import Leaves, Parts
+from lenslrp.leaves import Leaves
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -198,6 +202,15 @@ def measuring(roots: list[Tensor]) -> Iterator[dict[int, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def checkpoint_blocks(at: Attached, parts: Parts) -> None:
+    """Recompute each block in the backward pass (non-reentrant; identical relevance)."""
+    for _, module in parts:
+        if isinstance(module, BlockBridge):
+            at.attribute(
+                module, "forward", partial(checkpointed, module.forward, use_reentrant=False)
+            )
 
 
 def architecture(model: TransformerBridge) -> str:

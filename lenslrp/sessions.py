@@ -99,7 +99,7 @@ class Session:
         input: Any = None,
         target: Any = None,
         names_filter: NamesFilter = None,
-        **given: Any,
+        **options: Any,
     ) -> tuple[Tensor, RelevanceCache]:
         """As :func:`lenslrp.run_with_relevance`, under the session's rules.
 
@@ -110,7 +110,7 @@ class Session:
                 ``leaves`` and ``model_kwargs``, as there; ``read``: hook point -> what is called
                 with its activations as they pass in the forward pass.
         """
-        logits, caches = self._explain(input, [target], names_filter, **given)
+        logits, caches = self._explain(input, [target], names_filter, **options)
         return logits, caches[0]
 
     def relevance_for_targets(
@@ -118,12 +118,12 @@ class Session:
         input: Any = None,
         targets: list[Any] | tuple[Any, ...] = (None,),
         names_filter: NamesFilter = None,
-        **given: Any,
+        **options: Any,
     ) -> list[RelevanceCache]:
         """As :func:`lenslrp.relevance_for_targets`, under the session's rules."""
         if not isinstance(targets, list | tuple):
             raise InputError(f"targets must be a list of them, not {targets!r}")
-        return self._explain(input, list(targets), names_filter, **given)[1]
+        return self._explain(input, list(targets), names_filter, **options)[1]
 
     def explain(
         self,
@@ -134,7 +134,7 @@ class Session:
         names_filter: NamesFilter = (),
         prepend_bos: bool | None = None,
         window: int = WINDOW,
-        **given: Any,
+        **options: Any,
     ) -> Iterator[RelevanceCache]:
         """One single-row cache for each input, in the order given; see
         :func:`lenslrp.explaining.explain` for inputs, targets and batches.
@@ -146,10 +146,12 @@ class Session:
         Raises:
             InputError: an input or a target that cannot be explained; the message names its number.
         """
-        given = {"logits": "target", "prepend_bos": prepend_bos, **given}
+        options = {"logits": "target", "prepend_bos": prepend_bos, **options}
 
-        def run_one(some: Any, target: Any, mask: Tensor | None) -> RelevanceCache:
-            _, R = self.run_with_relevance(some, target, names_filter, attention_mask=mask, **given)
+        def run_one(inputs: Any, target: Any, mask: Tensor | None) -> RelevanceCache:
+            _, R = self.run_with_relevance(
+                inputs, target, names_filter, attention_mask=mask, **options
+            )
             return R
 
         return explain(
@@ -231,7 +233,7 @@ class Session:
                 raise InputError(
                     "a Sequence target extends the prompt: explain it in a run of its own"
                 )
-            prepared = media.prepare(
+            prepared = media.prepare_batch(
                 model,
                 text,
                 floats,

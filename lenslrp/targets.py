@@ -95,7 +95,7 @@ class Contrastive(_AtPosition):
         rows, token = outputs.rows_at(self.position), outputs.token(self.token)
         logit = rows[:, token]
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int | None):
-            raise InputError(f"top_k is a number of rivals or None, not {self.top_k!r}")
+            raise InputError(f"top_k is a number of other tokens or None, not {self.top_k!r}")
         if self.top_k is None:
             return logit - (rows.sum(dim=1) - logit) / (rows.shape[1] - 1)
         if not 1 <= self.top_k < rows.shape[1]:

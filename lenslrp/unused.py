@@ -65,7 +65,7 @@ PLAIN = frozenset(
 )
 """What a forward pass is given for text."""
 
-OWN = ("use_hook_mlp_in", "use_attn_result")
+ADDITIONS = ("use_hook_mlp_in", "use_attn_result")
 BEFORE_ATTENTION = re.compile(r"(\w*blocks\.\d+)\.(ln1|attn|self_attn)\.")
 
 _known: WeakKeyDictionary[nn.Module, dict[Any, frozenset[str]]] = WeakKeyDictionary()
@@ -86,7 +86,7 @@ def unused(
         live: with relevance rules, under which delegated attention is live; none of their cuts.
         modules: what a composite says of module classes, which may be all that makes them run.
     """
-    settings = tuple(bool(getattr(model.cfg, name, False)) for name in (*INPUTS, *OWN))
+    settings = tuple(bool(getattr(model.cfg, name, False)) for name in (*INPUTS, *ADDITIONS))
     config = getattr(getattr(model, "original_model", None), "config", None)
     rules = GradientTimesInput().extended(modules or {}) if live else None
     key = (live, settings, getattr(config, "_attn_implementation", None), tuple(modules or ()))
@@ -183,7 +183,7 @@ def _any_input(model: TransformerBridge) -> Batch:
     ends = (getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos"))
     words = sorted(set(range(int(model.cfg.d_vocab))[: SHORT + 3]) - set(ends))  # padding is masked
     tokens = torch.tensor([words[:SHORT]], device=next(model.parameters()).device)
-    return media.prepare(
+    return media.prepare_batch(
         model,
         tokens,
         {},

@@ -22,7 +22,7 @@ from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.components import components, hook_points, layer_of
 from lenslrp.hooks.readers import select_names
-from lenslrp.inputs import Batch, prepare
+from lenslrp.inputs import Batch, prepare_text
 from lenslrp.reductions import Deliver
 from lenslrp.unused import require_used
 
@@ -151,7 +151,7 @@ def largest(frame: pd.DataFrame, column: str, k: int) -> pd.DataFrame:
 
 def batch_of(model: TransformerBridge, tokens: Tensor, pairs: Pairs) -> Batch:
     """One side of the pairs, or what stands for it, as what the model reads."""
-    return prepare(model, tokens, attention_mask=pairs.mask)
+    return prepare_text(model, tokens, attention_mask=pairs.mask)
 
 
 def masking(pairs: Pairs, device: Any) -> dict[str, Tensor]:

@@ -270,7 +270,7 @@ def resolve(
     floats = {} if pixel_values is None else {"pixel_values": pixel_values}
     batch = batch_size(input, inputs_embeds, floats)
     wanted = as_target(target, model.tokenizer, batch, media.labels_of(model))
-    prepared = media.prepare(
+    prepared = media.prepare_batch(
         model,
         input,
         floats,

@@ -91,7 +91,7 @@ def as_prompt(
     if isinstance(wanted, targets.Activation | targets.PerRow):
         raise InputError(f"perturbation follows an output of the model, not {wanted}")
     span = wanted.ids(model.tokenizer) if isinstance(wanted, targets.Sequence) else []
-    prepared = media.prepare(
+    prepared = media.prepare_batch(
         model,
         input,
         {} if pixel_values is None else {"pixel_values": pixel_values},

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_REPORT = "lenslrp-report.html"
 
-NAMED = 20
+REASONS_SHOWN = 20
 """Lines that could not be explained and are named; the others are counted."""
 
 
@@ -122,10 +122,10 @@ def _explain_file(options: argparse.Namespace) -> int:
         progress=share[0] == 0,
         total=total,
     )
-    for index, why in result.skipped[:NAMED]:
+    for index, why in result.skipped[:REASONS_SHOWN]:
         print(f"lenslrp: line {index + 1}: {why}", file=sys.stderr)
-    if len(result.skipped) > NAMED:
-        print(f"lenslrp: and {len(result.skipped) - NAMED} more lines", file=sys.stderr)
+    if len(result.skipped) > REASONS_SHOWN:
+        print(f"lenslrp: and {len(result.skipped) - REASONS_SHOWN} more lines", file=sys.stderr)
     print(result)
     return BAD_INPUT if result.skipped else OK
 

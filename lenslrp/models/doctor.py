@@ -32,7 +32,7 @@ from lenslrp.hooks.coverage import Coverage
 from lenslrp.hooks.rules import Rule
 from lenslrp.ledger import BALANCED, Ledger
 from lenslrp.models.verifying import Agreement
-from lenslrp.models.wrapped import agreement
+from lenslrp.models.wrapped import agreement_of
 from lenslrp.running import architecture
 from lenslrp.sessions import Session
 from lenslrp.targets import Activation
@@ -170,7 +170,7 @@ def examine(
             warnings.simplefilter("ignore")  # the gap is reported below
             logits, relevance = explained(strict=False)
     floats = dict(inputs)
-    batch = media.prepare(model, floats.pop("input", None), floats)
+    batch = media.prepare_batch(model, floats.pop("input", None), floats)
     with forward(model, batch) as plain:
         equal = plain.logits is not None and bool(torch.equal(plain.logits, logits))
     name = table.name if isinstance(table, Composite) else "custom"
@@ -184,7 +184,7 @@ def examine(
         relevance.ledger(),
         relevance.dtype,
         BALANCED[getattr(torch, relevance.dtype)],
-        agreement(model),
+        agreement_of(model),
         _advice(logits.device),
     )
 

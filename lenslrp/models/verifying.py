@@ -188,7 +188,7 @@ def short_input(model: Any, seed: int = 0) -> dict[str, Any]:
         return dict(media.example(seen, seed))
     config = model.config
     text = config.get_text_config(decoder=True)
-    special = special_ids(config.to_dict())
+    special = reserved_ids(config.to_dict())
     order = torch.randperm(int(text.vocab_size), generator=torch.Generator().manual_seed(seed))
     free = [token for token in order[: LENGTH + len(special)].tolist() if token not in special]
     ids = torch.tensor([(free or order.tolist())[:LENGTH]], device=model.device)
@@ -204,12 +204,12 @@ def short_input(model: Any, seed: int = 0) -> dict[str, Any]:
     return inputs
 
 
-def special_ids(config: Mapping[Any, Any]) -> set[int]:
+def reserved_ids(config: Mapping[Any, Any]) -> set[int]:
     """The ids that a configuration gives a meaning: padding, places for images."""
     ids: set[int] = set()
     for name, value in config.items():
         if isinstance(value, Mapping):
-            ids |= special_ids(value)
+            ids |= reserved_ids(value)
         elif str(name).endswith(("_token_id", "_token_index")):
             values = value if isinstance(value, list | tuple) else [value]
             ids |= {each for each in values if isinstance(each, int)}

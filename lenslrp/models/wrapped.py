@@ -68,7 +68,7 @@ def remember(model: Any, bridge: TransformerBridge, reference: Reference | None)
     return agreement
 
 
-def agreement(bridge: Any) -> Agreement:
+def agreement_of(bridge: Any) -> Agreement:
     """The short pass once more, through a bridge that may have been loaded long ago."""
     model = getattr(bridge, "original_model", None)
     known = vars(model).get(_KEY) if model is not None else None

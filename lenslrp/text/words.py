@@ -54,14 +54,14 @@ def read_row(
     places = [place for place, real in enumerate(mask) if real]
     real = [ids[place] for place in places]
     spelled = speller.spell(real)
-    own_pieces = dict(zip(places, pieces(spelled), strict=True))
-    shown = [own_pieces.get(i) or speller.token(token) for i, token in enumerate(ids)]
-    found = words(spelled if text is None else speller.read(real, text, spelled))
+    by_place = dict(zip(places, pieces(spelled), strict=True))
+    shown = [by_place.get(i) or speller.token(token) for i, token in enumerate(ids)]
+    spelled_words = words(spelled if text is None else speller.read(real, text, spelled))
     prompt = text
     if prompt is None:
         prompt = (spelled if length == len(real) else speller.spell(real[:length])).text
-    own = [Word(word.text, [places[i] for i in word.positions]) for word in found]
-    return Row(shown, own, prompt)
+    row_words = [Word(word.text, [places[i] for i in word.positions]) for word in spelled_words]
+    return Row(shown, row_words, prompt)
 
 
 def row_of_names(names: Sequence[str], mask: Sequence[bool] | None = None) -> Row:

@@ -35,7 +35,7 @@ from lenslrp import media
 from lenslrp.hooks.components import components
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.sites import TERMS
-from lenslrp.inputs import prepare
+from lenslrp.inputs import prepare_text
 from lenslrp.models.verifying import difference, output_of, short_input
 from lenslrp.targets import Activation
 from lenslrp.text.tokenization import give_tokenizer
@@ -318,7 +318,7 @@ def same_ids(model: Any) -> bool:
     for tokenizer in tokenizers():
         expected = [tokenizer(text)["input_ids"]]
         give_tokenizer(model, tokenizer)
-        read = prepare(
+        read = prepare_text(
             model, text, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
         )
         if not read.tokens.tolist() == model.to_tokens(text).tolist() == expected:
