@@ -42,7 +42,7 @@ from lenslrp.logits import (
     unembed_at,
 )
 from lenslrp.running import UNCAPPED, architecture, capture, frozen, read_at, run_model, undone
-from lenslrp.targets import Activation, Target, parts_of
+from lenslrp.targets import Activation, Sequence, Target, as_target, parts_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -126,6 +126,27 @@ def columns_for(
     if unembed is None or is_hooked(model, unembed) or media.labels_of(model) is not None:
         return None
     return columns_of(targets, outputs_of(model, batch, torch.empty(0, 0, 0), _none))
+
+
+def targets_for(
+    model: TransformerBridge, targets: Iterable[Any], rows: int
+) -> tuple[list[Target], list[int]]:
+    """The targets of one call, and the token ids that extend its prompts.
+
+    Args:
+        model: a ``TransformerBridge``.
+        targets: each as a caller gives it, for the whole batch.
+        rows: of the batch.
+
+    Raises:
+        InputError: what is no target, or a Sequence beside others.
+    """
+    labels = media.labels_of(model)
+    parsed = [as_target(target, model.tokenizer, rows, labels) for target in targets]
+    spans = [target.ids(model.tokenizer) for target in parsed if isinstance(target, Sequence)]
+    if spans and len(parsed) > 1:
+        raise InputError("a Sequence target extends the prompt: explain it in a run of its own")
+    return parsed, spans[0] if spans else []
 
 
 def _none(hook: str) -> Tensor:

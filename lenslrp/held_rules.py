@@ -6,7 +6,7 @@ Sessions hold them; what a call does under them is :mod:`lenslrp.sessions`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lenslrp.errors import InputError
+from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.install import Rules, require_bridge
 from lenslrp.hooks.readers import Readers
 from lenslrp.hooks.sites import Accounts
 from lenslrp.hooks.structure import unchanged
 from lenslrp.hooks.turns import Turn, turn, turns_of
+from lenslrp.inputs import Batch
+from lenslrp.logits import Columns
+from lenslrp.passes import Pass, under_rules
 from lenslrp.reductions import Reduce, reduction_for
 
 if TYPE_CHECKING:
@@ -138,3 +142,35 @@ class HeldRules:
             rules.keep(readers if stay else None)
         self._request, self._readers = request, readers if stay else None
         return readers
+
+    @contextmanager
+    def forward(
+        self,
+        batch: Batch,
+        latent: list[str],
+        columns: Columns | None,
+        *,
+        at_nodes: Callable[[Attached, Pass], None] | None,
+        rows: bool,
+    ) -> Iterator[Pass]:
+        """A forward pass in which nothing is read: see `lenslrp.passes.under_rules`.
+
+        Args:
+            batch: what the model reads.
+            latent: hook points whose units are targets.
+            columns: where logits are computed.
+            at_nodes: attaches what else belongs to the pass.
+            rows: account for relevance row by row.
+        """
+        rules, readers = self.rules, Readers.plan({}, [], lambda _: None)
+        self.fit(accounts=rows, copies=rules.copies)
+        if rules.books is not None:
+            rules.books.rows = len(batch.tokens)
+        try:
+            with under_rules(
+                self.model, rules, batch, readers, latent=latent, columns=columns, at_nodes=at_nodes
+            ) as run:
+                yield run
+        finally:
+            if rules.books is not None:
+                rules.books.rows = None

@@ -1,5 +1,8 @@
 """The ledger: an account of the whole target, each term measured at its own site.
 
+Relevance is conserved from layer to layer (Bach et al., PLOS ONE 2015), apart from what a rule
+absorbs on purpose: biases and stabilisers, and the softmax rule's own term (Achtibat et al., ICML
+2024). Each is reported where it happens:
 ``target = leaves + biases + softmax + positional + stabiliser + plain + nonlinear_target``. No term
 is a remainder; ``error`` is what the account misses.
 """
@@ -32,8 +35,16 @@ passes miss (``benchmarks/balance.py``: at most 2.5e-6, 1.1e-1 and 1.1e-2 in the
 class Ledger:
     """Where the target went, in the target's unit (logits), summed over the batch.
 
+    Printed, it is a column of numbers; in a notebook, a table.
+
+    Example:
+        >>> account = R.ledger()
+        >>> account.error  # what the account misses, relative to the target
+        2.1e-07
+        >>> account.table.loc["5", ["resid_out", "resid_in", "biases"]]  # one block
+
     Attributes:
-        target: the value that was explained.
+        target: the value that was explained, as a sum over the rows.
         leaves: relevance that arrived at token (and position) embeddings.
         biases: what biases absorbed.
         softmax: what the softmax rule leaked, R(pattern) - R(scores) summed over layers.
@@ -41,7 +52,6 @@ class Ledger:
         stabiliser: what stabilisers and saturated soft-caps took.
         plain: what operations marked plain lost (negative: gained).
         nonlinear_target: what a target that is not linear in the logits adds.
-        error: (target - sum of the terms) / |target|, signed.
         table: the same per layer; ``resid_out = resid_in + terms`` in each row, and its error.
     """
 
@@ -57,6 +67,7 @@ class Ledger:
 
     @property
     def accounted(self) -> float:
+        """The sum of the terms: the target, up to rounding."""
         terms = sum(getattr(self, term) for term in TERMS)
         return float(self.leaves + terms + self.nonlinear_target)
 
@@ -72,12 +83,16 @@ class Ledger:
 
     @property
     def error(self) -> float:
-        # Relative to the largest entry, where the target itself is (nearly) zero.
+        """(target - sum of the terms) / |target|, signed.
+
+        Relative to the largest entry, where the target itself is (nearly) zero.
+        """
         largest = self.largest
         scale = abs(self.target) if abs(self.target) > 1e-6 * largest else largest
         return (self.target - self.accounted) / scale if scale else 0.0
 
     def to_dict(self) -> dict[str, Any]:
+        """The terms by name, and the error; without the table."""
         numbers = {k: v for k, v in asdict(self).items() if k != "table"}
         return {**numbers, "error": self.error}
 

@@ -37,6 +37,11 @@ def reads_no_text(model: TransformerBridge) -> bool:
     return main_input(model) in LAYOUTS
 
 
+def floats_given(*floats: Tensor | None) -> dict[str, Tensor]:
+    """The float inputs that are not ``None``, by name, in the order of ``LAYOUTS``."""
+    return {name: x for name, x in zip(LAYOUTS, floats, strict=True) if x is not None}
+
+
 def prepare_batch(
     model: TransformerBridge, text: Any, media: Mapping[str, Tensor], **tokens: Any
 ) -> Batch:

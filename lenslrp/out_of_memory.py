@@ -15,7 +15,6 @@ from lenslrp.inputs import Batch
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-GIB = 2**30
 
 logger = logging.getLogger("lenslrp")
 
@@ -120,4 +119,4 @@ def _estimate(
 
 
 def _size(count: int) -> str:
-    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

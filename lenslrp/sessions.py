@@ -1,7 +1,6 @@
 """A session: rules attached to a model once, for as many forward and backward passes as there are.
 
-:func:`lenslrp.run_with_relevance` and :func:`lenslrp.relevance_for_targets` are sessions of one
-call.
+`lenslrp.run_with_relevance` and `lenslrp.relevance_for_targets` are sessions of one call.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
 from lenslrp.explaining import WINDOW, explain
-from lenslrp.forward import columns_for
+from lenslrp.forward import columns_for, targets_for
 from lenslrp.graph_check import RunAgain, is_conditional, remembered, warn_of
 from lenslrp.held_rules import HeldRules
 from lenslrp.hooks import coverage as cover
@@ -25,7 +24,7 @@ from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.install import require_attention
 from lenslrp.hooks.observing import Observer
-from lenslrp.hooks.readers import NamesFilter, Readers, select_names
+from lenslrp.hooks.readers import NamesFilter, select_names
 from lenslrp.hooks.rules import Rule
 from lenslrp.inputs import Batch
 from lenslrp.logits import Columns, at_columns, require_logits
@@ -33,7 +32,7 @@ from lenslrp.out_of_memory import explained_oom
 from lenslrp.passes import Pass, under_rules
 from lenslrp.reductions import Reduce, check_reduce
 from lenslrp.running import architecture, read_at
-from lenslrp.targets import Activation, Sequence, Target, as_target, parts_of, require_latent
+from lenslrp.targets import Activation, Target, parts_of, require_latent
 from lenslrp.unused import require_on_path, unused, withdraw
 
 if TYPE_CHECKING:
@@ -41,16 +40,32 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """Rules attached to one model; what :func:`session` returns.
+    """Rules attached to one model; what `lenslrp.session` returns.
 
-    The weights are frozen and the rules attached until :meth:`close`: at the end of a ``with``
+    The weights are frozen and the rules attached until `close`: at the end of a ``with``
     block, when the session is collected, or after an interrupt (the next call then attaches them
     again). Hooks of the user's, edits and steering, entered before the session or inside it, take
     part in what is explained; whenever the model's hooks, weights, mode or settings have changed
     since the last call, the rules are attached anew. Between the calls the model runs as ever.
 
     Any thread may call a session, one at a time. Inside the thread that opened it, sessions and
-    :func:`lenslrp.relevance_rules` blocks nest: the innermost is in force.
+    `lenslrp.relevance_rules` blocks nest: the innermost is in force.
+
+    Attributes:
+        model: the model, a ``TransformerBridge``.
+        composite: the table of rules.
+        attention: ``"bridge"`` or ``"fused"``.
+        checkpoint: blocks are recomputed in the backward pass.
+        ledger: the target is accounted for.
+        strict: an operation without a rule is an error.
+        logits: ``"all"`` or ``"target"``, where a call does not say.
+
+    Example:
+        >>> with lenslrp.session(model) as s:
+        ...     logits, R = s.run_with_relevance("The capital of France is", " Paris")
+        ...     caches = list(s.explain(["Two plus two is", "The sky is"]))
+        >>> len(caches), caches[1].str_tokens[0]
+        (2, ['The', ' sky', ' is'])
     """
 
     def __init__(
@@ -101,14 +116,23 @@ class Session:
         names_filter: NamesFilter = None,
         **options: Any,
     ) -> tuple[Tensor, RelevanceCache]:
-        """As :func:`lenslrp.run_with_relevance`, under the session's rules.
+        """As `lenslrp.run_with_relevance`, under the session's rules.
 
         Args:
-            input, target, names_filter: as there.
-            given: ``prepend_bos``, ``reduce``, ``logits``, ``attention_mask``, ``inputs_embeds``,
+            input: a string, strings, or a token tensor [batch, pos].
+            target: a token, a target, a list of one per row, or ``None`` for the top logit.
+            names_filter: which hook points are read; ``None`` for all on the path.
+            options: ``prepend_bos``, ``reduce``, ``logits``, ``attention_mask``, ``inputs_embeds``,
                 ``decoder_input``, ``pixel_values``, ``input_values``, ``input_features``,
                 ``leaves`` and ``model_kwargs``, as there; ``read``: hook point -> what is called
                 with its activations as they pass in the forward pass.
+
+        Returns:
+            The logits [batch, pos, vocab], detached, and the relevance in units of the target.
+
+        Raises:
+            InputError: the session is closed, or something given cannot be explained.
+            CoverageError: an operation on the path has no rule, or a rule did not fire.
         """
         logits, caches = self._explain(input, [target], names_filter, **options)
         return logits, caches[0]
@@ -120,7 +144,21 @@ class Session:
         names_filter: NamesFilter = None,
         **options: Any,
     ) -> list[RelevanceCache]:
-        """As :func:`lenslrp.relevance_for_targets`, under the session's rules."""
+        """As `lenslrp.relevance_for_targets`, under the session's rules.
+
+        Args:
+            input: a string, strings, or a token tensor [batch, pos].
+            targets: a list of targets, each for the whole batch.
+            names_filter: which hook points are read; ``None`` for all on the path.
+            options: as for `run_with_relevance`.
+
+        Returns:
+            One cache a target, from one forward pass.
+
+        Raises:
+            InputError: the session is closed, or something given cannot be explained.
+            CoverageError: an operation on the path has no rule, or a rule did not fire.
+        """
         if not isinstance(targets, list | tuple):
             raise InputError(f"targets must be a list of them, not {targets!r}")
         return self._explain(input, list(targets), names_filter, **options)[1]
@@ -136,12 +174,20 @@ class Session:
         window: int = WINDOW,
         **options: Any,
     ) -> Iterator[RelevanceCache]:
-        """One single-row cache for each input, in the order given; see
-        :func:`lenslrp.explaining.explain` for inputs, targets and batches.
+        """One single-row cache for each input, in the order given, from batches of like length.
 
         Args:
-            names_filter: as for :func:`lenslrp.run_with_relevance`; no hook points by default.
-            given: ``reduce`` and ``logits`` (here ``"target"`` by default), as there.
+            inputs: prompts, read as they are needed: strings, lists or 1-D tensors of token ids,
+                or conversations (lists of messages, as for `lenslrp.chat`).
+            targets: ``None``, one target for all inputs, or an iterable of one for each.
+            batch_size: prompts of a batch; ``None`` goes by tokens.
+            names_filter: as for `lenslrp.run_with_relevance`; no hook points by default.
+            prepend_bos: likewise.
+            window: inputs that are taken, and sorted by length, at a time.
+            options: ``reduce`` and ``logits`` (here ``"target"`` by default), as there.
+
+        Yields:
+            A cache of one row for each input.
 
         Raises:
             InputError: an input or a target that cannot be explained; the message names its number.
@@ -179,21 +225,10 @@ class Session:
             rows: account for relevance row by row.
         """
         with self._held.calling():
-            model, rules = self.model, self._held.rules
-            self._held.fit(accounts=rows, copies=rules.copies)
-            if rules.books is not None:
-                rules.books.rows = len(batch.tokens)
             columns = self._columns(batch, [target], []) if self.logits == "target" else None
             latent = [t.hook for t in parts_of(target) if isinstance(t, Activation)]
-            readers = Readers.plan({}, [], lambda _: None)
-            try:
-                with under_rules(
-                    model, rules, batch, readers, latent=latent, columns=columns, at_nodes=at_nodes
-                ) as run:
-                    yield run
-            finally:
-                if rules.books is not None:
-                    rules.books.rows = None
+            with self._held.forward(batch, latent, columns, at_nodes=at_nodes, rows=rows) as run:
+                yield run
 
     def _explain(
         self,
@@ -222,22 +257,14 @@ class Session:
         if leaves not in media.LEAVES:
             raise InputError(f"leaves must be one of {media.LEAVES}, not {leaves!r}")
         with self._held.calling():
-            floats = _given(pixel_values, input_values, input_features)
+            floats = media.floats_given(pixel_values, input_values, input_features)
             batch = media.batch_size(text, inputs_embeds, floats)
-            labels = media.labels_of(model)
-            wanted = [as_target(target, model.tokenizer, batch, labels) for target in targets]
-            spans = [
-                target.ids(model.tokenizer) for target in wanted if isinstance(target, Sequence)
-            ]
-            if spans and len(wanted) > 1:
-                raise InputError(
-                    "a Sequence target extends the prompt: explain it in a run of its own"
-                )
+            wanted, span = targets_for(model, targets, batch)
             prepared = media.prepare_batch(
                 model,
                 text,
                 floats,
-                append=spans[0] if spans else [],
+                append=span,
                 prepend_bos=prepend_bos,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
@@ -345,28 +372,28 @@ def session(
 ) -> Session:
     """Attach relevance rules to ``model`` once, for as many inputs as there are.
 
-    Use it as a context manager, or across the cells of a notebook with :meth:`Session.close` at the
-    end::
-
-        with lenslrp.session(model) as s:
-            logits, R = s.run_with_relevance("The capital of France is", " Paris")
+    Use it as a context manager, or across the cells of a notebook with `close` at the end.
 
     Args:
         model: a ``TransformerBridge``, in eval mode.
         composite: the rules; ``AttnLRP()`` if not given.
-        attention, checkpoint, ledger, strict, logits: as for :func:`lenslrp.run_with_relevance`;
-            ``logits`` can be given to each call as well.
+        attention: ``"bridge"``, or ``"fused"`` for torch's fused kernel (no patterns, no scores).
+        checkpoint: recompute each block in the backward pass, for long inputs.
+        ledger: account for the whole target; ``False`` saves a few per cent.
+        strict: raise on an operation without a rule; otherwise warn, and say so in ``R.coverage``.
+        logits: ``"all"``, or ``"target"`` to compute logits at the target's positions alone; can be
+            given to each call as well.
 
     Raises:
         InputError: rules cannot be attached to the model, or another thread has a session open on
             it.
+
+    Example:
+        >>> s = lenslrp.session(model)
+        >>> logits, R = s.run_with_relevance("The capital of France is", " Paris")
+        >>> s.close()
     """
     return Session(
         model, composite, attention=attention, checkpoint=checkpoint, ledger=ledger, strict=strict,
         logits=logits,
     )  # fmt: skip
-
-
-def _given(*floats: Tensor | None) -> dict[str, Tensor]:
-    """The float inputs that were given, by name, in the order of ``media.LAYOUTS``."""
-    return {n: v for n, v in zip(media.LAYOUTS, floats, strict=True) if v is not None}

@@ -37,7 +37,6 @@ from lenslrp.hooks.sites import Accounts
 from lenslrp.inputs import Batch, is_encoder_decoder
 from lenslrp.logits import head_component, require_logits
 from lenslrp.models.loading import load
-from lenslrp.out_of_memory import GIB
 from lenslrp.passes import Pass, under_rules
 from lenslrp.reductions import Reduce, reduction_for
 from lenslrp.running import measuring
@@ -47,6 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformer_lens.model_bridge import TransformerBridge
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
