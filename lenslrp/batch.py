@@ -195,7 +195,7 @@ class Batch:
         """``x`` [batch, pos, ...] at a position: [batch, ...].
 
         Raises:
-            InputError: see :meth:`columns`.
+            InputError: see `columns`.
         """
         columns = self.columns(position).to(x.device)
         return x[torch.arange(len(x), device=x.device), columns]

@@ -46,7 +46,7 @@ class RelevanceCache:
     and signed: positive relevance is positive evidence for the target. Index with a hook name for
     its tensor, whose first axis is the batch; with a number for one row as a cache of its own.
 
-    Example:
+    Examples:
         >>> logits, R = lenslrp.run_with_relevance(model, "The capital of France is", " Paris")
         >>> R.tokens.shape, R["blocks.5.mlp.hook_post"].shape, R[0].str_tokens[0][-1]
         (torch.Size([1, 5]), torch.Size([1, 5, 1536]), ' is')
@@ -154,7 +154,7 @@ class RelevanceCache:
     def batch(self) -> Batch:
         """What was read: it says which column of a row a position is.
 
-        Example:
+        Examples:
             >>> R.tokens[0, R.batch.column(-1, 0)]  # of row 0's last real token
             tensor(2.0421)
         """
@@ -177,7 +177,7 @@ class RelevanceCache:
         Raises:
             InputError: `attn.hook_z` was not read, or was reduced over the heads.
 
-        Example:
+        Examples:
             >>> R.heads().shape  # a model of 30 layers with 9 heads each
             (30, 9)
         """
@@ -229,7 +229,7 @@ class RelevanceCache:
         Raises:
             InputError: `k` below 1, or a hook that was not read, or was reduced.
 
-        Example:
+        Examples:
             >>> R.top("mlp.hook_post", k=1)[["layer", "position", "neuron"]].to_numpy().shape
             (1, 3)
         """
@@ -254,7 +254,7 @@ class RelevanceCache:
         Raises:
             InputError: a model without a decoder of its own, or a file that has no words.
 
-        Example:
+        Examples:
             >>> R.words()["word"].tolist()
             ['The', ' capital', ' of', ' France', ' is']
         """
@@ -270,7 +270,7 @@ class RelevanceCache:
             InputError: a difference or one row of a larger batch has none, nor has a run with
                 ``ledger=False``.
 
-        Example:
+        Examples:
             >>> abs(R.ledger().error) < 1e-4
             True
         """
@@ -308,7 +308,7 @@ class RelevanceCache:
         Raises:
             InputError: the two read other tokens, at other positions or other hook points.
 
-        Example:
+        Examples:
             >>> (R_paris - R_rome).target.text
             "(logit of ' Paris' at position -1) - (logit of ' Rome' at position -1)"
         """

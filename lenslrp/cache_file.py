@@ -34,7 +34,7 @@ GROUPS = {
 
 
 def save_cache(cache: RelevanceCache, path: Path) -> Path:
-    """Write everything to one file; see :meth:`RelevanceCache.save`."""
+    """Write everything to one file; see `RelevanceCache.save`."""
     tensors = {
         prefix + name: value.to_dense() if value.is_sparse else value
         for group, prefix in GROUPS.items()
@@ -58,14 +58,14 @@ def save_cache(cache: RelevanceCache, path: Path) -> Path:
         "model_name": cache.model_name,
         "dtype": cache.dtype,
         "reduced": cache.reduced,
-        "sites": _told(coverage.sites),
+        "sites": _as_json(coverage.sites),
         "uncovered": coverage.uncovered,
         "off_path": coverage.off_path,
         "notes": coverage.notes,
         "cuts": coverage.cuts,
         "balanced": coverage.balanced,
         "ledger": ledger.to_dict() if ledger else None,
-        "ledger_table": _told(ledger.table) if ledger else None,
+        "ledger_table": _as_json(ledger.table) if ledger else None,
     }
     # Names that share one hook point share one tensor, which safetensors asks to be separate.
     cpu = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
@@ -75,7 +75,7 @@ def save_cache(cache: RelevanceCache, path: Path) -> Path:
 
 
 def load_parts(path: Path) -> dict[str, Any]:
-    """The arguments of the ``RelevanceCache`` that :func:`save_cache` wrote.
+    """The arguments of the ``RelevanceCache`` that `save_cache` wrote.
 
     Raises:
         InputError: a file that is something else.
@@ -127,7 +127,7 @@ def load_parts(path: Path) -> dict[str, Any]:
     }
 
 
-def _told(frame: pd.DataFrame) -> Any:
+def _as_json(frame: pd.DataFrame) -> Any:
     return json.loads(frame.to_json(orient="split", double_precision=15))
 
 

@@ -13,8 +13,8 @@ names its rows, one forward pass tries many interventions on copies of one promp
     with edit_units(model, edits):
         logits = model(prompt)
 
-Edits work inside :func:`lenslrp.run_with_relevance` and beside the user's own hooks. For edits of
-what is generated, and for directions, see :mod:`lenslrp.analysis.steering.operations`.
+Edits work inside `lenslrp.run_with_relevance` and beside the user's own hooks. For edits of
+what is generated, and for directions, see `lenslrp.analysis.steering.operations`.
 """
 
 from __future__ import annotations

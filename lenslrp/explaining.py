@@ -71,7 +71,7 @@ class Batches:
 
     @classmethod
     def of(cls, model: TransformerBridge, size: int | None) -> Batches:
-        """Raises :class:`InputError` for a size that is none."""
+        """Raises `InputError` for a size that is none."""
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise InputError(f"batch_size is a number of prompts from 1 or None, not {size!r}")
         kind = next(model.parameters()).device.type
@@ -124,13 +124,13 @@ def explain(
         run: explains one batch, such as ``run_with_relevance`` with its other options bound.
         model: a bridge.
         inputs: prompts, read as they are needed: strings, lists or 1-D tensors of token ids, or
-            conversations (lists of messages, as for :func:`lenslrp.chat`).
+            conversations (lists of messages, as for `lenslrp.chat`).
         targets: ``None``, one target for all inputs, or an iterable of one for each. Targets of
-            several tokens (a :class:`~lenslrp.targets.Sequence`, a string of several) share a batch
+            several tokens (a `lenslrp.targets.Sequence`, a string of several) share a batch
             with others of the same tokens alone, since they are appended to their prompts.
         batch_size: prompts of a batch; ``None`` goes by tokens. A model that cannot be padded gets
             prompts of one length together.
-        prepend_bos: as for :func:`lenslrp.run_with_relevance`; give ``run`` the same.
+        prepend_bos: as for `lenslrp.run_with_relevance`; give ``run`` the same.
         window: inputs that are taken, and sorted by length, at a time. Caches of a window wait
             until it is their turn: with hook points read, a smaller one takes less memory.
 

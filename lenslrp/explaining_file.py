@@ -1,6 +1,6 @@
 """``explain_to``: token relevance of many prompts in one file, resumable, by one process or many.
 
-Inputs are taken in the windows of :mod:`lenslrp.explaining`. Each leaves one part, a parquet file
+Inputs are taken in the windows of `lenslrp.explaining`. Each leaves one part, a parquet file
 beside the result, that is there whole or not at all and says what it was made from. A run that was
 interrupted makes the parts that are missing; processes that split the windows make one part each
 and never talk. Whoever finds all parts there joins them.
@@ -48,13 +48,12 @@ KEY = b"lenslrp"
 """Where a parquet file's metadata says what it was made from."""
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-_COLUMNS = pa.schema([("row", pa.int64()), ("prompt", pa.string())])
-"""Of a part without rows."""
+_COLUMNS = pa.schema([("row", pa.int64()), ("prompt", pa.string())])  # of an empty part
 
 
 @dataclass(frozen=True)
 class Explanations:
-    """What :func:`explain_to` made.
+    """What `explain_to` made.
 
     Attributes:
         path: the table.
@@ -101,28 +100,39 @@ def explain_to(
 ) -> Explanations:
     """Explain many prompts and write their token relevance to one file, a row a token.
 
-    Called again with the same arguments after an interrupt it goes on where it was. Memory does not
-    grow with the number of inputs. Inputs that cannot be explained are counted and left out.
+    Called again with the same arguments it goes on where it was. Memory does not grow with the
+    number of inputs. Inputs that cannot be explained are counted and left out.
 
     Args:
         path: ``.parquet`` or ``.jsonl``; the columns are those of ``R.to_dataframe()``, and ``row``
             is the number of the input. Work in progress lies in ``path.parts`` beside it.
-        model: a bridge.
-        inputs, targets: as for :meth:`lenslrp.sessions.Session.explain`; read as they are needed.
-        composite, prepend_bos, attention, checkpoint, strict: as for
-            :func:`lenslrp.run_with_relevance`.
+        model: a ``TransformerBridge``, in eval mode.
+        inputs: as for `lenslrp.Session.explain`; read as they are needed.
+        targets: likewise.
+        composite: as for `lenslrp.run_with_relevance`.
         batch_size: prompts of a batch; ``None`` goes by tokens.
+        prepend_bos: as for `lenslrp.run_with_relevance`.
+        attention: likewise.
+        checkpoint: likewise.
+        strict: likewise.
         shard: (share, of how many): this process explains windows ``share``, ``share + n``, ... of
             1,024 inputs. Give every process all of the inputs; the last to finish joins the table,
             which is the same as that of one process.
         progress: show prompts a second and the time left, on standard error.
         total: how many inputs there are, where they cannot tell.
 
+    Returns:
+        The path, how many prompts and tokens, and what was skipped and why.
+
     Raises:
         InputError: a path of another kind, a shard that is none, or no input could be explained;
             what lies there was made from other inputs or with other options (it names them).
         StorageError: a file is there already, or the disk is full.
         CoverageError: the model has an operation without a rule.
+
+    Examples:
+        >>> print(lenslrp.explain_to("relevance.parquet", model, ["The sky is", "Two plus two is"]))
+        relevance.parquet: 2 prompts, 7 tokens
     """
     path, (share, shares) = require_place(path), shard
     if not 0 <= share < shares:
@@ -137,7 +147,7 @@ def explain_to(
         "attention": attention,
         "prepend_bos": prepend_bos,
         "batch": str(batches),
-        "target": "one for each input" if is_several(targets) else _told(targets),
+        "target": "one for each input" if is_several(targets) else _as_text(targets),
     }
     parts = TableParts(path, settings)
     records: list[dict[str, Any]] = []
@@ -195,7 +205,7 @@ def _counted(results: Iterable[Any], bar: tqdm[Any]) -> Iterator[Any]:
         bar.update(len(numbers))
 
 
-def _told(value: Any) -> str:
+def _as_text(value: Any) -> str:
     """An input or a target as text that is the same in every process."""
     if isinstance(value, Tensor):
         value = value.tolist()
@@ -327,7 +337,7 @@ def _digest(numbered: list[Taken]) -> str:
     """SHA-256 of inputs and targets."""
     digest = hashlib.sha256()
     for _, prompt, target in numbered:
-        text = "" if prompt is NO_INPUT else f"{_told(prompt)}|{_told(target)}"
+        text = "" if prompt is NO_INPUT else f"{_as_text(prompt)}|{_as_text(target)}"
         digest.update(f"{len(text)}|{text}".encode(errors="surrogatepass"))
     return digest.hexdigest()
 

@@ -67,7 +67,7 @@ class TrackedPass:
         real: [batch, start + pos], True where a token (the decoder's, of an encoder-decoder) is
             real, or generated.
         prompts: the rows' prompts, as wide as ``real``; what is generated stands after them.
-        chosen: what :func:`TrackedPasses.chosen` answered in this pass.
+        chosen: what `TrackedPasses.chosen` answered in this pass.
     """
 
     start: int
@@ -83,7 +83,7 @@ class TrackedPass:
 
 
 class TrackedPasses:
-    """The passes of one model inside a context, see :func:`follow`."""
+    """The passes of one model inside a context, see `follow`."""
 
     def __init__(self) -> None:
         self._now: TrackedPass | str = NOWHERE  # or why it is not known

@@ -1,7 +1,7 @@
 """One forward pass of a model, whatever it is for.
 
-Everything that LensLRP runs a model for goes through :func:`forward`, or under relevance rules
-through :func:`lenslrp.passes.under_rules`: what is read on the way, what is changed, where logits
+Everything that LensLRP runs a model for goes through `forward`, or under relevance rules
+through `lenslrp.passes.under_rules`: what is read on the way, what is changed, where logits
 are computed and where the pass ends is said there and nowhere else.
 """
 
@@ -176,7 +176,7 @@ def forward(
 ) -> Iterator[Forward]:
     """Run ``model`` once without relevance rules; what is attached for it goes with the block.
 
-    Inside a :func:`lenslrp.relevance_rules` block the rules in force take part.
+    Inside a `lenslrp.relevance_rules` block the rules in force take part.
 
     Args:
         model: a ``TransformerBridge``.
@@ -199,7 +199,7 @@ def forward(
 
     Raises:
         InputError: a hook point that the model does not have, one to be read that does not fire, an
-            edit that :func:`lenslrp.edits.edit_units` refuses, or no embedding was replaced.
+            edit that `lenslrp.edits.edit_units` refuses, or no embedding was replaced.
     """
     run = Forward(model, batch)
     with ExitStack() as stack:
@@ -254,7 +254,7 @@ def reading(
     """Call functions with the activations at hook points in every pass inside the block.
 
     Args:
-        model, read: as for :func:`forward`.
+        model, read: as for `forward`.
 
     Yields:
         The hook points that have fired so far.

@@ -28,6 +28,7 @@ from lenslrp.hooks.constants import now
 from lenslrp.hooks.coverage import Walk
 from lenslrp.hooks.install import Rules
 from lenslrp.hooks.observing import WRITES, Observer
+from lenslrp.hooks.readers import Readers
 from lenslrp.hooks.sites import Accounts, Site
 from lenslrp.leaves import Leaves
 from lenslrp.running import UNCAPPED, architecture
@@ -106,7 +107,7 @@ def conditional(model: nn.Module) -> Iterator[None]:
 
 
 def is_conditional(model: nn.Module) -> bool:
-    """Whether a block of :func:`conditional` is open."""
+    """Whether a block of `conditional` is open."""
     return _conditional.get(model, 0) > 0
 
 
@@ -302,6 +303,28 @@ def warn_of(coverages: list[cover.Coverage], model: str) -> None:
     elif not all(coverage.balanced for coverage in coverages):
         notes = dict.fromkeys(note for coverage in coverages for note in coverage.notes)
         warnings.warn("; ".join(notes), stacklevel=_caller())
+
+
+def require_on_path(readers: Readers, named: bool, attention: str) -> None:
+    """Refuse hook points that were named, and whose tensors are not on the path.
+
+    Raises:
+        InputError: with the hook point that is on it instead, where there is one.
+    """
+    off, late = readers.off_path(), readers.late()
+    if named and late:
+        block = late[0].rpartition(".")[0]
+        raise InputError(
+            f"{late[0]} stands behind the MLP in this model, whose norms come last: it is not the "
+            f"residual stream between attention and MLP. Read {block}.ln1.hook_out, which is"
+        )
+    if named and off:
+        hint = (
+            'attention="fused" forms no patterns or scores; use attention="bridge"'
+            if attention == "fused"
+            else "it is not on the path from the embeddings to the target in this model"
+        )
+        raise InputError(f"no relevance can be read at {', '.join(off[:4])}: {hint}")
 
 
 def _caller() -> int:

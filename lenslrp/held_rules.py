@@ -1,6 +1,6 @@
 """Rules held on one model across calls: attached once, checked before every call, detached once.
 
-Sessions hold them; what a call does under them is :mod:`lenslrp.sessions`.
+Sessions hold them; what a call does under them is `lenslrp.sessions`.
 """
 
 from __future__ import annotations

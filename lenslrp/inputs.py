@@ -112,7 +112,7 @@ def prepare_side(
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
 ) -> Batch:
-    """What :func:`prepare` does for one stack."""
+    """What `prepare` does for one stack."""
     if inputs_embeds is not None:
         return _from_embeddings(model, text, inputs_embeds, attention_mask, append)
     if isinstance(text, Tensor | list) and _is_empty(text):

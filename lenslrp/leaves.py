@@ -52,7 +52,7 @@ class Leaves:
 def cut_leaves(
     at: Attached, embedded: Iterable[tuple[nn.Module, bool]], leaves: Leaves, prepared: Batch
 ) -> None:
-    """Make the outputs of the embeddings (see :func:`embeddings`) leaves of the graph.
+    """Make the outputs of the embeddings (see `embeddings`) leaves of the graph.
 
     An encoder embeds its tokens, then its positions, before the decoder does. Tokens that a model
     adds by itself (LED fills up its last window with padding) are no input, and no leaves.

@@ -37,7 +37,7 @@ class Ledger:
 
     Printed, it is a column of numbers; in a notebook, a table.
 
-    Example:
+    Examples:
         >>> account = R.ledger()
         >>> account.error  # what the account misses, relative to the target
         2.1e-07

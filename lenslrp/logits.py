@@ -32,7 +32,7 @@ Columns = Int[Tensor, "batch n"]
 
 
 def require_logits(logits: str) -> None:
-    """Refuse another choice than those of :data:`LOGITS`."""
+    """Refuse another choice than those of `LOGITS`."""
     if logits not in LOGITS:
         raise InputError(f"logits must be one of {LOGITS}, not {logits!r}")
 
@@ -60,6 +60,11 @@ class Outputs:
     columns: Int[Tensor, "batch n"] | None = None
 
     def token(self, token: Token) -> int:
+        """The column of a token, or of a class, in the logits.
+
+        Raises:
+            InputError: no token of the tokenizer, or an id outside the vocabulary.
+        """
         if self.labels is not None:
             return class_id(self.labels, token, self.logits.shape[-1])
         return token_id(self.tokenizer, token, self.logits.shape[-1])
@@ -71,7 +76,7 @@ class Outputs:
 
     @property
     def prompt_lengths(self) -> list[int]:
-        """How many real tokens of each row are the prompt; the rest is a teacher-forced target."""
+        """Real tokens of each row's prompt; what follows is a teacher-forced target."""
         return self.batch.written.prompt_lengths
 
     def at(self, position: int) -> Int[Tensor, " batch"]:
@@ -98,6 +103,11 @@ class Outputs:
         return "" if self.logits.ndim == 2 else f" at position {position}"
 
     def rows_at(self, position: int) -> Float[Tensor, "batch vocab"]:
+        """The logits at one position of each row; a classifier has but one.
+
+        Raises:
+            InputError: a position outside a row.
+        """
         if self.logits.ndim == 2:
             if position != -1:
                 raise InputError(f"a classifier's logits have no positions; {position} was given")
@@ -121,9 +131,11 @@ class Outputs:
 class Target(Protocol):
     """Anything with a text and a value per batch row."""
 
-    def values(self, outputs: Outputs) -> Tensor: ...
+    def values(self, outputs: Outputs) -> Float[Tensor, " batch"]:
+        """What is explained in each row, on the autograd graph."""
 
-    def text(self, outputs: Outputs) -> str: ...
+    def text(self, outputs: Outputs) -> str:
+        """What a cache says was explained."""
 
 
 def shown(outputs: Outputs, token: Token) -> str:
@@ -199,7 +211,7 @@ def at_columns(x: Tensor, columns: Columns) -> Tensor:
 
 
 def spread(x: Tensor, columns: Columns, length: int) -> Tensor:
-    """The inverse of :func:`at_columns`: 0 at the positions that were not picked."""
+    """The inverse of `at_columns`: 0 at the positions that were not picked."""
     rows = torch.arange(len(x), device=x.device)[:, None]
     full = x.new_zeros(len(x), length, *x.shape[2:])
     full[rows, columns.to(x.device)] = x

@@ -47,10 +47,10 @@ def prepare_batch(
 ) -> Batch:
     """Everything that was given, ready for the forward pass.
 
-    ``tokens`` are the keywords of :func:`lenslrp.inputs.prepare`.
+    ``tokens`` are the keywords of `lenslrp.inputs.prepare`.
 
     Raises:
-        InputError: see there, :func:`prepare_media` and :func:`check_media`.
+        InputError: see there, `prepare_media` and `check_media`.
     """
     if reads_no_text(model):
         for name in ("append", "attention_mask", "inputs_embeds", "decoder_input"):

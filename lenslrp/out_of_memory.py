@@ -28,7 +28,7 @@ def explained_oom(model: TransformerBridge, batch: Batch, **options: Any) -> Ite
     Args:
         model: a ``TransformerBridge``.
         batch: what is explained.
-        options: of :func:`lenslrp.run_with_relevance`, as the pass has them: ``composite``,
+        options: of `lenslrp.run_with_relevance`, as the pass has them: ``composite``,
             ``names_filter``, ``reduce``, ``attention``, ``checkpoint``, ``ledger`` (and
             ``logits``, where the caller has that choice).
 

@@ -335,7 +335,7 @@ def under_rules(
         readers: what is read of relevance in the backward pass.
         latent: hook points whose units are targets.
         columns: where logits are computed; at every position if not given.
-        leaf, checkpoint, strict, ledger: as for :func:`lenslrp.run_with_relevance` (``leaves``).
+        leaf, checkpoint, strict, ledger: as for `lenslrp.run_with_relevance` (``leaves``).
         memory: what is known of the model's graphs.
         observer: watches the pass for what the graph does not show.
         at_nodes: attaches what else belongs to the pass.

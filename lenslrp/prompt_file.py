@@ -41,7 +41,7 @@ def prompts_of(path: Path, default: Any = None) -> Iterator[tuple[Any, Any]]:
 
     A line of text is a prompt. A line of ``.jsonl`` is an object with ``prompt`` (a string) or
     ``messages`` (a conversation) and, if given, ``target``: a string, or a token id. Lines of
-    standard input are either. A damaged line gives an :class:`InputError` in place of its prompt,
+    standard input are either. A damaged line gives an `InputError` in place of its prompt,
     an empty one nothing.
 
     Args:

@@ -36,14 +36,22 @@ def over_positions(relevance: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TopK:
-    """Keep the k largest by absolute value along the last axis and set the rest to zero.
+    """Keep the k largest by absolute value along the last axis and set the others to zero.
 
-    The result is a sparse tensor of the same shape.
+    For ``reduce=``: relevance of a whole model then takes little memory.
+
+    Args:
+        k: how many entries are kept of each position.
+
+    Examples:
+        >>> lenslrp.TopK(1)(torch.tensor([[1.0, -3.0, 2.0]])).to_dense()
+        tensor([[ 0., -3.,  0.]])
     """
 
     k: int
 
     def __call__(self, relevance: Tensor) -> Tensor:
+        """A sparse tensor of the same shape."""
         k = min(self.k, relevance.shape[-1])
         index = relevance.abs().topk(k, dim=-1).indices
         largest = torch.zeros_like(relevance).scatter(-1, index, relevance.gather(-1, index))
@@ -86,7 +94,7 @@ def _one(reduce: str | Reducer | None) -> Reducer | None:
 def reduction_for(reduce: Reduce, name: str) -> Reducer | None:
     """The reducer for one hook name.
 
-    In a dict, a key is a whole hook name, its end (``"mlp.hook_post"``), or ``"*"`` for the rest.
+    In a dict, a key is a whole hook name, its end (``"mlp.hook_post"``), or ``"*"`` for all others.
 
     Raises:
         InputError: a name of a reduction that does not exist.

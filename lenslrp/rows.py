@@ -139,7 +139,7 @@ def position_axes(name: str, ndim: int, reduced: str) -> tuple[int, ...]:
         name: of the hook point; patterns and scores are [batch, head, query, key], what is pooled
             is [batch, feature], everything else [batch, pos, ...].
         ndim: how many axes the value has.
-        reduced: how it was reduced, by :func:`lenslrp.reductions.reduction_names`.
+        reduced: how it was reduced, by `lenslrp.reductions.reduction_names`.
     """
     if reduced == "sum_positions":  # the sum over axis 1: of a pattern, over its heads
         return (1, 2) if name.endswith(PAIRED) and ndim == 3 else ()

@@ -80,7 +80,7 @@ def relevance_for_targets(
         InputError: something given cannot be explained; the message says what would be valid.
         CoverageError: an operation on the path has no rule, or a rule did not fire.
 
-    Example:
+    Examples:
         >>> paris, rome = lenslrp.relevance_for_targets(
         ...     model, "The capital of France is", [" Paris", " Rome"]
         ... )
@@ -171,7 +171,7 @@ def run_with_relevance(
         CoverageError: an operation on the path has no rule, or a rule did not fire.
         OutOfMemoryError: the passes do not fit; the message says what would need less.
 
-    Example:
+    Examples:
         >>> logits, R = lenslrp.run_with_relevance(model, "The capital of France is", " Paris")
         >>> R.str_tokens[0]
         ['The', ' capital', ' of', ' France', ' is']

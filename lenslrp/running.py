@@ -117,7 +117,7 @@ def capture(
     hooks: list[str],
     captured: dict[str, Tensor],
 ) -> None:
-    """Keep the tensors, on the graph, at hook points; ``owned`` as from :func:`owners`."""
+    """Keep the tensors, on the graph, at hook points; ``owned`` as from `owners`."""
     for name in hooks:
         if name not in points:
             refuse(points, name)

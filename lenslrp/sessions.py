@@ -17,7 +17,7 @@ from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
 from lenslrp.explaining import WINDOW, explain
 from lenslrp.forward import columns_for, targets_for
-from lenslrp.graph_check import RunAgain, is_conditional, remembered, warn_of
+from lenslrp.graph_check import RunAgain, is_conditional, remembered, require_on_path, warn_of
 from lenslrp.held_rules import HeldRules
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.attach import Attached
@@ -33,7 +33,7 @@ from lenslrp.passes import Pass, under_rules
 from lenslrp.reductions import Reduce, check_reduce
 from lenslrp.running import architecture, read_at
 from lenslrp.targets import Activation, Target, parts_of, require_latent
-from lenslrp.unused import require_on_path, unused, withdraw
+from lenslrp.unused import unused, withdraw
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -60,7 +60,7 @@ class Session:
         strict: an operation without a rule is an error.
         logits: ``"all"`` or ``"target"``, where a call does not say.
 
-    Example:
+    Examples:
         >>> with lenslrp.session(model) as s:
         ...     logits, R = s.run_with_relevance("The capital of France is", " Paris")
         ...     caches = list(s.explain(["Two plus two is", "The sky is"]))
@@ -388,7 +388,7 @@ def session(
         InputError: rules cannot be attached to the model, or another thread has a session open on
             it.
 
-    Example:
+    Examples:
         >>> s = lenslrp.session(model)
         >>> logits, R = s.run_with_relevance("The capital of France is", " Paris")
         >>> s.close()

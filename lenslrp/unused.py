@@ -30,7 +30,6 @@ from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import Composite, GradientTimesInput
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.install import relevance_rules
-from lenslrp.hooks.readers import Readers
 from lenslrp.hooks.sites import has_values
 from lenslrp.hooks.state import users_hooks
 from lenslrp.hooks.structure import unchanged
@@ -152,28 +151,6 @@ def withdraw(
         for name in sorted(lost):
             del cache.values[name]
         cache.coverage.off_path.extend(sorted(lost))
-
-
-def require_on_path(readers: Readers, named: bool, attention: str) -> None:
-    """Refuse hook points that were named, and whose tensors are not on the path.
-
-    Raises:
-        InputError: with the hook point that is on it instead, where there is one.
-    """
-    off, late = readers.off_path(), readers.late()
-    if named and late:
-        block = late[0].rpartition(".")[0]
-        raise InputError(
-            f"{late[0]} stands behind the MLP in this model, whose norms come last: it is not the "
-            f"residual stream between attention and MLP. Read {block}.ln1.hook_out, which is"
-        )
-    if named and off:
-        hint = (
-            'attention="fused" forms no patterns or scores; use attention="bridge"'
-            if attention == "fused"
-            else "it is not on the path from the embeddings to the target in this model"
-        )
-        raise InputError(f"no relevance can be read at {', '.join(off[:4])}: {hint}")
 
 
 def _any_input(model: TransformerBridge) -> Batch:

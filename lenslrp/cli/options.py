@@ -97,7 +97,7 @@ def check_writable(option: str, path: Path, ours: bytes) -> None:
     """Before the work, not after it: a file can be written there.
 
     Args:
-        ours: what a file that LensLRP made holds; see :func:`lenslrp.files.require_ours`.
+        ours: what a file that LensLRP made holds; see `lenslrp.files.require_ours`.
 
     Raises:
         InputError: a directory, in none, or in one that may not be written to.

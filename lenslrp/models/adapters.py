@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def read_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """What a directory or hub id holds, a model or an adapter of one.
 
-    ``options`` are those of :func:`lenslrp.models.checkpoints.read_checkpoint`.
+    ``options`` are those of `lenslrp.models.checkpoints.read_checkpoint`.
 
     Raises:
         LoadError: see there; or an adapter that cannot be put on its model.

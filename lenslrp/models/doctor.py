@@ -2,7 +2,7 @@
 
 Runs one random prompt through a model under a composite and reports which rule sits where, which
 operations have none, whether the bridge computes what Hugging Face's model does, whether the
-forward pass was touched and whether the books balance.
+forward pass was touched and whether the target is accounted for.
 """
 
 from __future__ import annotations
@@ -43,16 +43,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What doctor found.
+    """What `lenslrp.examine` and `lenslrp doctor` show; it prints as a report.
 
     Attributes:
         architecture: the Hugging Face class.
         composite: name of the table that was tried.
         forward_equal: whether logits with rules are ``torch.equal`` to those without.
-        gap: the :class:`CoverageError`'s text, ``None`` when everything is covered.
+        gap: the `CoverageError`'s text, ``None`` when everything is covered.
         agreement: of the bridge with the Hugging Face model before it was wrapped.
-        assigned: which component was given which rule, see :func:`lenslrp.hooks.assign`.
-        coverage, ledger: of the run (with gaps: of a run that takes the plain gradient there).
+        assigned: which component was given which rule, see `lenslrp.hooks.assign`.
+        coverage: of the run (with gaps: of a run that takes the plain gradient there).
+        ledger: likewise.
+        dtype: of the logits.
         tolerance: what the ledger's imbalance is held against.
         advice: what would make passes on this machine faster.
     """
@@ -71,10 +73,12 @@ class Diagnosis:
 
     @property
     def balanced(self) -> bool:
+        """Whether the account misses no more than ``tolerance``."""
         return self.ledger.imbalance <= self.tolerance
 
     @property
     def ok(self) -> bool:
+        """Whether this model can be explained under this composite."""
         return self.forward_equal and self.gap is None and self.balanced and self.agreement.ok
 
     def render(self) -> RenderableType:
@@ -140,8 +144,16 @@ def examine(
         length: tokens of the random prompt.
         seed: of the random prompt.
 
+    Returns:
+        Which component has which rule, whether each operation is covered, the forward pass
+        untouched and the target accounted for.
+
     Raises:
         InputError: the model is not a bridge, or in train mode.
+
+    Examples:
+        >>> lenslrp.examine(model).ok
+        True
     """
     generator = torch.Generator().manual_seed(seed)
     if not hasattr(model, "hook_dict"):

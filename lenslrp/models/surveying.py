@@ -107,16 +107,28 @@ def survey(
         composite: ``AttnLRP()`` if not given.
         architecture: name of the model's class; the configuration's own, or its causal language
             model, if not given.
-        length, batch: of the input.
+        length: tokens of the input.
+        batch: its rows.
         dtype: of the weights.
-        names_filter, reduce, attention, checkpoint, ledger, logits: as for
-            :func:`lenslrp.run_with_relevance`, but no hook is read by default.
+        names_filter: as for `lenslrp.run_with_relevance`, but no hook is read by default.
+        reduce: likewise.
+        attention: likewise.
+        checkpoint: likewise.
+        ledger: likewise.
+        logits: likewise.
         inputs: what the model takes instead of tokens: name -> shape of floats.
+
+    Returns:
+        The rules that each operation would get, bytes and floating-point operations.
 
     Raises:
         InputError: no such class, a type of weights that rules cannot read, or a model that looks
             at values on its way.
         CoverageError: as when the model itself is explained.
+
+    Examples:
+        >>> lenslrp.survey(transformers.LlamaConfig(), length=512).parameters
+        6738415616
     """
     if dtype not in FLOATING:
         raise InputError(f"dtype must be one of {', '.join(map(str, FLOATING))}, not {dtype}")
@@ -133,9 +145,9 @@ def survey(
             columns = torch.full((batch, 1), length - 1)
         held = Held(model)
         with ExitStack() as stack:
-            books = Accounts() if ledger else None
+            accounts = Accounts() if ledger else None
             rules = stack.enter_context(
-                relevance_rules(model, table, attention=attention, strict=False, books=books)
+                relevance_rules(model, table, attention=attention, strict=False, books=accounts)
             )
             names, _ = select_names(rules.points, names_filter)
             readers = Readers.plan(rules.points, names, partial(reduction_for, reduce))

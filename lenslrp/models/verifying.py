@@ -45,7 +45,7 @@ class Reference:
     Attributes:
         given: the keywords of its forward pass.
         output: its logits, or the hidden states of a model without a head; None if there are none.
-        kind: key in :data:`TOLERANCE`.
+        kind: key in `TOLERANCE`.
         reason: why there is no output.
         failed: because the model itself cannot make one.
     """

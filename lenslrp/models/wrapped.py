@@ -34,7 +34,7 @@ class Wrapped:
         bridge: the bridge.
         reference: what the model gave before; None if it was not asked.
         agreement: of the bridge with it, when it was loaded.
-        state: see :func:`_state`; empty if they were not compared.
+        state: see `_state`; empty if they were not compared.
     """
 
     bridge: TransformerBridge

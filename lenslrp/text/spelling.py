@@ -114,7 +114,7 @@ class Speller:
         What was put before and after it is spelled. A row that is not the text's is spelled whole.
 
         Args:
-            spelled: what :meth:`spell` made of ``ids``, where that is known.
+            spelled: what `spell` made of ``ids``, where that is known.
         """
         row = self.spell(ids) if spelled is None else spelled
         pieces = standing(self.tokenizer, text, ids)

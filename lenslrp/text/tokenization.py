@@ -63,7 +63,7 @@ def tokenize(model: TransformerBridge, text: str, prepend_bos: bool | None = Non
     Args:
         model: a bridge.
         text: what is read.
-        prepend_bos: whether it begins with the token of :func:`beginning`. None: what the bridge
+        prepend_bos: whether it begins with the token of `beginning`. None: what the bridge
             was loaded with, by default as the tokenizer itself does it.
 
     Raises:

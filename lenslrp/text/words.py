@@ -73,7 +73,7 @@ def row_of_names(names: Sequence[str], mask: Sequence[bool] | None = None) -> Ro
 def pieces(row: Spelling) -> list[str]:
     """What each token shows of its row; empty where it holds no character.
 
-    Joined, without :data:`CONTINUED`, they are the text.
+    Joined, without `CONTINUED`, they are the text.
     """
     stops, shown, found = _clusters(row), 0, []
     for start, stop in row.spans:

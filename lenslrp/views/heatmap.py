@@ -5,7 +5,7 @@ against it, one symmetric linear scale around 0. Colours are translucent and sit
 so the same tile is legible on a light and a dark page and survives a viewer that drops style
 sheets; one that drops inline styles too (GitHub's) shows the number after each token instead.
 Tokens are text: escaped, isolated from the direction of their neighbours, invisible characters
-made visible (:mod:`lenslrp.text.visible_text`).
+made visible (`lenslrp.text.visible_text`).
 
 The first token often soaks up relevance (the attention sink). It is always drawn. The legend
 says when it dominates, and ``without_first=True`` takes the scale from the other tokens.
