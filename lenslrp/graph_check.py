@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lenslrp.errors import CoverageError
+from lenslrp.errors import CoverageError, InputError
 from lenslrp.forward import Forward
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.components import layer_of
