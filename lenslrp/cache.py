@@ -156,7 +156,7 @@ class RelevanceCache:
 
         Examples:
             >>> R.tokens[0, R.batch.column(-1, 0)]  # of row 0's last real token
-            tensor(2.0421)
+            tensor(3.6442)
         """
         decoder = self.decoder_attention_mask
         if decoder is None and self.decoder_tokens is not None:

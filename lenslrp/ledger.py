@@ -40,7 +40,7 @@ class Ledger:
     Examples:
         >>> account = R.ledger()
         >>> account.error  # what the account misses, relative to the target
-        2.1e-07
+        -4.9e-07
         >>> account.table.loc["5", ["resid_out", "resid_in", "biases"]]  # one block
 
     Attributes:
