@@ -153,11 +153,13 @@ def explain(
                 yield ready
 
 
-Taken = tuple[int, Any, Any]
+NumberedInput = tuple[int, Any, Any]
 """An input's number, the input, its target."""
 
 
-def input_windows(inputs: Iterable[Any], targets: Any, size: int = WINDOW) -> Iterator[list[Taken]]:
+def input_windows(
+    inputs: Iterable[Any], targets: Any, size: int = WINDOW
+) -> Iterator[list[NumberedInput]]:
     """The inputs with their numbers and targets, ``size`` at a time.
 
     Raises:
@@ -191,7 +193,7 @@ def is_several(targets: Any) -> bool:
 def explained(
     run: ExplainBatch,
     model: TransformerBridge,
-    window: Sequence[Taken],
+    window: Sequence[NumberedInput],
     batches: Batches,
     prepend_bos: bool | None,
 ) -> Iterator[tuple[list[int], RelevanceCache | InputError]]:

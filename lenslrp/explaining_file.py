@@ -26,7 +26,14 @@ from tqdm.auto import tqdm
 
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError, StorageError
-from lenslrp.explaining import NO_INPUT, Batches, Taken, explained, input_windows, is_several
+from lenslrp.explaining import (
+    NO_INPUT,
+    Batches,
+    NumberedInput,
+    explained,
+    input_windows,
+    is_several,
+)
 from lenslrp.files import make_folder, parquet_writer, remove_leftovers, taking_turns, whole
 from lenslrp.fingerprints import (
     canonical,
@@ -226,7 +233,7 @@ class TableParts:
     def file(self, window: int) -> Path:
         return self.folder / f"window-{window:08d}.parquet"
 
-    def about(self, window: int, numbered: list[Taken]) -> dict[str, Any] | None:
+    def about(self, window: int, numbered: list[NumberedInput]) -> dict[str, Any] | None:
         """What a part says of itself, ``None`` where it is not there yet.
 
         Raises:
@@ -253,7 +260,9 @@ class TableParts:
             f"{self.path} is there already and is not replaced: move it, or choose another name"
         )
 
-    def write(self, window: int, numbered: list[Taken], results: Iterator[Any]) -> dict[str, Any]:
+    def write(
+        self, window: int, numbered: list[NumberedInput], results: Iterator[Any]
+    ) -> dict[str, Any]:
         """Make one part: the tables of its prompts, in the order of their numbers."""
         frames: list[pd.DataFrame] = []
         skipped: dict[int, str] = {}
@@ -333,7 +342,7 @@ class TableParts:
             self.folder.rmdir()
 
 
-def _digest(numbered: list[Taken]) -> str:
+def _digest(numbered: list[NumberedInput]) -> str:
     """SHA-256 of inputs and targets."""
     digest = hashlib.sha256()
     for _, prompt, target in numbered:
