@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lenslrp import tables
 from lenslrp.batch import Batch
 from lenslrp.cache_file import load_parts, save_cache
 from lenslrp.difference import subtracted
@@ -23,14 +24,6 @@ from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.ledger import Ledger
 from lenslrp.rows import Rows
-from lenslrp.tables import (
-    expert_table,
-    head_table,
-    residual_table,
-    token_table,
-    top_table,
-    word_table,
-)
 from lenslrp.targets import Explained
 from lenslrp.text.words import Word
 
@@ -181,7 +174,7 @@ class RelevanceCache:
             >>> R.heads().shape  # a model of 30 layers with 9 heads each
             (30, 9)
         """
-        return head_table(self, row)
+        return tables.head_table(self, row)
 
     def experts(self, row: int = 0) -> pd.DataFrame:
         """Relevance of every expert of every mixture: `mlp.hook_expert_post`, summed over neurons.
@@ -195,7 +188,7 @@ class RelevanceCache:
         Raises:
             InputError: `mlp.hook_expert_post` was not read, or was reduced.
         """
-        return expert_table(self, row)
+        return tables.expert_table(self, row)
 
     def residual(self, row: int = 0) -> pd.DataFrame:
         """Relevance of the residual stream: before every block, and after the last one.
@@ -210,7 +203,7 @@ class RelevanceCache:
         Raises:
             InputError: `hook_resid_pre` or `hook_resid_post` was not read.
         """
-        return residual_table(self, row)
+        return tables.residual_table(self, row)
 
     def top(self, hook: str = "mlp.hook_post", k: int = 10, row: int = 0) -> pd.DataFrame:
         """The k most relevant units, by absolute value, at one hook of every block.
@@ -233,7 +226,7 @@ class RelevanceCache:
             >>> R.top("mlp.hook_post", k=1)[["layer", "position", "neuron"]].to_numpy().shape
             (1, 3)
         """
-        return top_table(self, hook, k, row)
+        return tables.top_table(self, hook, k, row)
 
     def words(self, row: int = 0, *, decoder: bool = False) -> pd.DataFrame:
         """The words of the text: one row a word with its relevance and its tokens' positions.
@@ -258,7 +251,7 @@ class RelevanceCache:
             >>> R.words()["word"].tolist()
             ['The', ' capital', ' of', ' France', ' is']
         """
-        return word_table(self, row, decoder=decoder)
+        return tables.word_table(self, row, decoder=decoder)
 
     def ledger(self) -> Ledger:
         """The account of the whole target: what arrived at the leaves, and what was absorbed.
@@ -330,7 +323,7 @@ class RelevanceCache:
             reads both), ``positional`` (relevance of the learned position) and ``patch_row``,
             ``patch_column``.
         """
-        return token_table(self)
+        return tables.token_table(self)
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file (no pickle); `load` reads it back.

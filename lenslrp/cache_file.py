@@ -85,13 +85,11 @@ def load_parts(path: Path) -> dict[str, Any]:
         if meta is None:
             raise InputError(f"{path} holds no saved relevance")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    metadata = json.loads(meta)
+    info = json.loads(meta)
     ledger = None
-    if metadata["ledger"] is not None:
-        numbers = {k: v for k, v in metadata["ledger"].items() if k != "error"}
-        ledger = Ledger(
-            **numbers, table=_frame(metadata["ledger_table"]).rename_axis(index="layer")
-        )
+    if info["ledger"] is not None:
+        numbers = {k: v for k, v in info["ledger"].items() if k != "error"}
+        ledger = Ledger(**numbers, table=_frame(info["ledger_table"]).rename_axis(index="layer"))
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
@@ -102,28 +100,26 @@ def load_parts(path: Path) -> dict[str, Any]:
     return {
         **{group: part(prefix) for group, prefix in GROUPS.items()},
         **{name: tensors.get(name) for name in TENSORS},
-        "str_tokens": metadata["str_tokens"],
-        "decoder_str_tokens": metadata.get("decoder_str_tokens"),
-        "prompts": metadata.get("prompts") or ["".join(row) for row in metadata["str_tokens"]],
-        "words_": words(metadata.get("words", [])),
-        "decoder_words_": words(metadata.get("decoder_words", [])),
-        "target": Explained(
-            metadata["target"], tensors["target"], tuple(metadata.get("targets", ()))
-        ),
-        "composite": Composite(metadata["composite"], {}),
+        "str_tokens": info["str_tokens"],
+        "decoder_str_tokens": info.get("decoder_str_tokens"),
+        "prompts": info.get("prompts") or ["".join(row) for row in info["str_tokens"]],
+        "words_": words(info.get("words", [])),
+        "decoder_words_": words(info.get("decoder_words", [])),
+        "target": Explained(info["target"], tensors["target"], tuple(info.get("targets", ()))),
+        "composite": Composite(info["composite"], {}),
         "coverage": Coverage(
-            _frame(metadata["sites"]).astype({"layer": "Int64"}),
-            metadata["uncovered"],
-            metadata["off_path"],
-            metadata["notes"],
-            metadata.get("cuts", []),
-            metadata.get("balanced", True),
+            _frame(info["sites"]).astype({"layer": "Int64"}),
+            info["uncovered"],
+            info["off_path"],
+            info["notes"],
+            info.get("cuts", []),
+            info.get("balanced", True),
         ),
         "ledger_": ledger,
-        "model_name": metadata["model_name"],
-        "dtype": metadata["dtype"],
-        "n_experts": metadata.get("n_experts", 0),
-        "reduced": metadata.get("reduced", {}),
+        "model_name": info["model_name"],
+        "dtype": info["dtype"],
+        "n_experts": info.get("n_experts", 0),
+        "reduced": info.get("reduced", {}),
     }
 
 

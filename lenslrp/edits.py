@@ -235,18 +235,14 @@ def _table(name: str, edits: list[Edit], x: Tensor, passes: TrackedPasses) -> tu
         grid = (torch.tensor(rows)[:, None, None], columns[..., None], torch.tensor(units))
         places = torch.stack([axis.long().expand(shape).flatten() for axis in grid])
         tables.append((places, edit.scale, edit.shift))
-    places = torch.cat([cells for cells, _, _ in tables], dim=1)
+    places = torch.cat([at for at, _, _ in tables], dim=1)
     unique, counts = places.unique(dim=1, return_counts=True)
     if unique.shape[1] < places.shape[1]:
         row, column, unit = unique[:, counts > 1][:, 0].tolist()
         raise InputError(f"unit {unit} of {name} is edited twice in row {row} at column {column}")
     shape = (-1, *(1 for _ in x.shape[3:]))  # the same for every entry of a head
-    scale = torch.cat([x.new_full((cells.shape[1],), scale) for cells, scale, _ in tables]).view(
-        shape
-    )
-    shift = torch.cat([x.new_full((cells.shape[1],), shift) for cells, _, shift in tables]).view(
-        shape
-    )
+    scale = torch.cat([x.new_full((at.shape[1],), scale) for at, scale, _ in tables]).view(shape)
+    shift = torch.cat([x.new_full((at.shape[1],), shift) for at, _, shift in tables]).view(shape)
     return (*places.to(x.device), scale, shift)
 
 

@@ -20,18 +20,14 @@ from lenslrp import media
 from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.hooks.attach import Attached, components
-from lenslrp.hooks.components import (
-    BlockBridge,
-    hook_points,
-    layer_of,
-)
+from lenslrp.hooks.components import BlockBridge, hook_points, layer_of
 from lenslrp.hooks.embeddings import embeddings
 from lenslrp.hooks.functions import apply
 from lenslrp.hooks.readers import owners
 from lenslrp.hooks.structure import Parts, unchanged
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import Batch
-from lenslrp.leaves import Leaves, cut_leaves, cut_media
+from lenslrp.leaves import Leaves, cut_inputs
 from lenslrp.logits import (
     Columns,
     Outputs,
@@ -213,9 +209,7 @@ def forward(
         at = stack.enter_context(undone(Attached()))
         inputs, embedded, picked = dict(batch.media), [], []
         if leaves is not None:
-            if inputs:
-                inputs = cut_media(at, parts, leaves, [], inputs, "pixels")
-            cut_leaves(at, embeddings(parts), leaves, batch)
+            inputs = cut_inputs(at, parts, embeddings(parts), leaves, batch, [])
         if embed is not None:
             embedded = _replace_embedded(at, parts, batch.tokens, embed)
         if record is not None or replay:
@@ -297,10 +291,7 @@ def _give(value: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _replace_embedded(
-    at: Attached,
-    parts: Parts,
-    tokens: Tensor,
-    embed: Callable[[nn.Module, Tensor], Tensor | None],
+    at: Attached, parts: Parts, tokens: Tensor, embed: Callable[[nn.Module, Tensor], Tensor | None]
 ) -> list[Tensor]:
     """Returns a list that is not empty once embeddings were replaced."""
     replaced: list[Tensor] = []

@@ -206,16 +206,8 @@ class RuledForward(Forward):
         places = (now() - self.first_node, *(_order(root) - self.first_node for root in roots))
         fired = tuple(site.forward for site in rules.sites)
         kept = (self.strict, self.accounts is None, rules.copies, bool(self.batch.media))
-        return (
-            state.hooks,
-            state.rest,
-            repr(rules.composite),
-            rules.attention,
-            kept,
-            places,
-            fired,
-            *latent,
-        )
+        settings = (state.hooks, state.rest, repr(rules.composite), rules.attention)
+        return (*settings, kept, places, fired, *latent)
 
     def _walked(self, roots: list[Tensor], latent: list[str]) -> tuple[Walk, list[str]]:
         graph = self.walk(roots)

@@ -36,27 +36,14 @@ def prepare_text(
     Raises:
         InputError: an empty prompt, ids outside the vocabulary, shapes that do not fit.
     """
-    append = append or []
-    if is_encoder_decoder(model):
-        texts = prepare_side(
-            model,
-            text,
-            append=[],
-            prepend_bos=prepend_bos,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-        )
-        return _with_decoder(model, texts, decoder_input, append)
-    if decoder_input is not None:
+    append, two_stacks = append or [], is_encoder_decoder(model)
+    if decoder_input is not None and not two_stacks:
         raise InputError("decoder_input is for encoder-decoders; this model has no decoder of it")
-    return prepare_side(
-        model,
-        text,
-        append=append,
-        prepend_bos=prepend_bos,
-        attention_mask=attention_mask,
-        inputs_embeds=inputs_embeds,
-    )
+    texts = prepare_side(
+        model, text, append=[] if two_stacks else append, prepend_bos=prepend_bos,
+        attention_mask=attention_mask, inputs_embeds=inputs_embeds,
+    )  # fmt: skip
+    return _with_decoder(model, texts, decoder_input, append) if two_stacks else texts
 
 
 def is_encoder_decoder(model: TransformerBridge) -> bool:
@@ -112,7 +99,7 @@ def prepare_side(
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
 ) -> Batch:
-    """What `prepare` does for one stack."""
+    """What `prepare_text` does for one stack."""
     if inputs_embeds is not None:
         return _from_embeddings(model, text, inputs_embeds, attention_mask, append)
     if isinstance(text, Tensor | list) and _is_empty(text):

@@ -49,6 +49,23 @@ class Leaves:
         return [leaf for group in self.groups().values() for leaf in group]
 
 
+def cut_inputs(
+    at: Attached,
+    parts: Parts,
+    embedded: list[tuple[nn.Module, bool]],
+    leaves: Leaves,
+    batch: Batch,
+    sites: list[Site],
+    kind: str = "pixels",
+) -> dict[str, Tensor]:
+    """Make all leaves of a batch; returns the images and sounds that the forward pass is given."""
+    inputs = dict(batch.media)
+    if inputs:
+        inputs = cut_media(at, parts, leaves, sites, inputs, kind)
+    cut_leaves(at, embedded, leaves, batch)  # positions, too, of given embeddings
+    return inputs
+
+
 def cut_leaves(
     at: Attached, embedded: Iterable[tuple[nn.Module, bool]], leaves: Leaves, prepared: Batch
 ) -> None:

@@ -30,7 +30,7 @@ from lenslrp.hooks.readers import Readers
 from lenslrp.hooks.sharding import gather
 from lenslrp.hooks.sites import has_values, row_sums, widened
 from lenslrp.inputs import Batch
-from lenslrp.leaves import cut_leaves, cut_media
+from lenslrp.leaves import cut_inputs
 from lenslrp.ledger import BALANCED, Ledger, make_ledger, read_sums
 from lenslrp.logits import Columns, head_component, spread, unembed_at
 from lenslrp.reductions import reduction_names
@@ -358,10 +358,7 @@ def under_rules(
             model, batch, rules=rules, readers=readers, strict=strict, ledger=ledger,
             observer=observer, memory=memory,
         )  # fmt: skip
-        inputs = dict(batch.media)
-        if inputs:
-            inputs = cut_media(at, parts, run.leaves, rules.sites, inputs, leaf)
-        cut_leaves(at, rules.embedded, run.leaves, batch)  # positions, too, of given embeddings
+        inputs = cut_inputs(at, parts, rules.embedded, run.leaves, batch, rules.sites, leaf)
         if rules.books is not None:
             rules.books.clear()
             run.layers = watch_blocks(at, rules.blocks, rules.books)

@@ -11,7 +11,7 @@ from typing import IO, Any
 from lenslrp.errors import InputError
 from lenslrp.explaining import NO_INPUT
 
-PROMPT_SUFFIXES = (".jsonl", ".txt")
+TEXT_FILES = (".jsonl", ".txt")
 STDIN = Path("-")
 
 
@@ -24,10 +24,8 @@ def lines_of(path: Path) -> Iterator[bytes]:
     if path == STDIN:
         yield from sys.stdin.buffer
         return
-    if path.suffix not in PROMPT_SUFFIXES:
-        raise InputError(
-            f"{path.name}: a file of prompts is one of {', '.join(PROMPT_SUFFIXES)}, or -"
-        )
+    if path.suffix not in TEXT_FILES:
+        raise InputError(f"{path.name}: a file of prompts is one of {', '.join(TEXT_FILES)}, or -")
     try:
         file: IO[bytes] = path.open("rb")
     except OSError as error:

@@ -50,11 +50,7 @@ def token_table(cache: RelevanceCache) -> pd.DataFrame:
 
 
 def _tokens(
-    text: Batch,
-    pieces: list[list[str]],
-    ids: Tensor,
-    relevance: Tensor,
-    positions: Tensor | None,
+    text: Batch, pieces: list[list[str]], ids: Tensor, relevance: Tensor, positions: Tensor | None
 ) -> pd.DataFrame:
     """The real tokens of one sequence in every row."""
     at = row, column = _numpy(text.mask).nonzero()

@@ -36,19 +36,9 @@ from lenslrp.text.names import Token, token_ids
 from lenslrp.text.spelling import Speller
 
 __all__ = [
-    "Activation",
-    "Contrastive",
-    "Custom",
-    "Explained",
-    "LogProb",
-    "Logit",
-    "LogitDiff",
-    "Outputs",
-    "PerRow",
-    "Sequence",
-    "Target",
-    "Top",
-]
+    "Activation", "Contrastive", "Custom", "Explained", "LogProb", "Logit", "LogitDiff", "Outputs",
+    "PerRow", "Sequence", "Target", "Top",
+]  # fmt: skip
 
 
 class _AtPosition:

@@ -35,7 +35,7 @@ from lenslrp.hooks.state import users_hooks
 from lenslrp.hooks.structure import unchanged
 from lenslrp.hooks.turns import in_force
 from lenslrp.inputs import Batch, is_encoder_decoder
-from lenslrp.leaves import Leaves, cut_leaves, cut_media
+from lenslrp.leaves import Leaves, cut_inputs
 from lenslrp.running import frozen, run_model, undone
 from lenslrp.targets import PAIRED
 
@@ -161,10 +161,7 @@ def _any_input(model: TransformerBridge) -> Batch:
     words = sorted(set(range(int(model.cfg.d_vocab))[: SHORT + 3]) - set(ends))  # padding is masked
     tokens = torch.tensor([words[:SHORT]], device=next(model.parameters()).device)
     return media.prepare_batch(
-        model,
-        tokens,
-        {},
-        decoder_input=tokens if is_encoder_decoder(model) else None,
+        model, tokens, {}, decoder_input=tokens if is_encoder_decoder(model) else None
     )
 
 
@@ -218,10 +215,8 @@ def _look(
         stack.enter_context(unchanged(model))
         stack.enter_context(torch.enable_grad())
         at = stack.enter_context(undone(Attached()))
-        parts, leaves, inputs = components(model), Leaves(), dict(prepared.media)
-        if inputs:
-            inputs = cut_media(at, parts, leaves, [], inputs, "pixels")
-        cut_leaves(at, embeddings(parts), leaves, prepared)
+        parts, leaves = components(model), Leaves()
+        inputs = cut_inputs(at, parts, embeddings(parts), leaves, prepared, [])
         for point in {id(point): point for point in points.values()}.values():
             at.hook(point, mark)
         used = _above(run_model(model, prepared, leaves, inputs).grad_fn)

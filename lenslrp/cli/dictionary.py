@@ -182,8 +182,8 @@ def _build(options: argparse.Namespace) -> int:
     from lenslrp.errors import InputError
 
     names = ("sites", "criteria", "k", "context", "batch_size", "field", "target")
-    choices = {name: getattr(options, name) for name in names}
-    choices["composite"] = composite(options.composite)
+    chosen = {name: getattr(options, name) for name in names}
+    chosen["composite"] = composite(options.composite)
     spread = rank_and_world()[1] > 1
     if options.shard and spread:
         raise InputError(
@@ -193,14 +193,12 @@ def _build(options: argparse.Namespace) -> int:
         options.device = own_device()
     model = load_model(options)
     if options.shard:
-        job = prepare(model, options.corpus, options.path, **choices)
+        job = prepare(model, options.corpus, options.path, **chosen)
         with using(job.work, shard_name(*options.shard)):
             print(scan_shard(job, *options.shard))
         return OK
     build = build_distributed if spread else NeuronDictionary.build
-    return _say(
-        build(model, options.corpus, options.path, vocabulary=options.vocabulary, **choices)
-    )
+    return _say(build(model, options.corpus, options.path, vocabulary=options.vocabulary, **chosen))
 
 
 def _say(dictionary: NeuronDictionary | None) -> int:
@@ -222,8 +220,8 @@ def _merge(options: argparse.Namespace) -> int:
     path = work / "plan.json"
     if not path.exists():
         raise StorageError(f"{work} has no plan.json: there are no shards to merge")
-    choices = _options_of(Plan.from_json(load_json(path), path))
-    job = prepare(load_model(options), None, options.path, **choices)
+    chosen = _options_of(Plan.from_json(load_json(path), path))
+    job = prepare(load_model(options), None, options.path, **chosen)
     shards = sorted(work.glob("shard-*.safetensors"))
     return _say(NeuronDictionary.merge(job, shards, vocabulary=options.vocabulary))
 
@@ -240,13 +238,11 @@ def _options_of(plan: Plan) -> dict[str, Any]:
     rules = {composite(name).name: composite(name) for name in COMPOSITES}
     name = None if plan.rules is None else plan.rules["name"]
     sites = [site for site, _ in plan.sites]
-    only_in_python = [site for site in sites if "[" in site]
-    only_in_python += [] if name is None or name in rules else [f"rules {name}"]
-    only_in_python += [] if plan.target in (None, *TARGETS) else [f"target {plan.target}"]
-    if only_in_python:
-        raise InputError(
-            f"these shards were made in Python; merge them there: {'; '.join(only_in_python)}"
-        )
+    custom = [site for site in sites if "[" in site]
+    custom += [] if name is None or name in rules else [f"rules {name}"]
+    custom += [] if plan.target in (None, *TARGETS) else [f"target {plan.target}"]
+    if custom:
+        raise InputError(f"these shards were made in Python; merge them there: {'; '.join(custom)}")
     names = ("criteria", "k", "sample", "window", "skip_first", "attention", "seed")
     return {
         **{name: getattr(plan, name) for name in names},
