@@ -153,13 +153,13 @@ def explain(
                 yield ready
 
 
-NumberedInput = tuple[int, Any, Any]
+Numbered = tuple[int, Any, Any]
 """An input's number, the input, its target."""
 
 
 def input_windows(
     inputs: Iterable[Any], targets: Any, size: int = WINDOW
-) -> Iterator[list[NumberedInput]]:
+) -> Iterator[list[Numbered]]:
     """The inputs with their numbers and targets, ``size`` at a time.
 
     Raises:
@@ -193,7 +193,7 @@ def is_several(targets: Any) -> bool:
 def explained(
     run: ExplainBatch,
     model: TransformerBridge,
-    window: Sequence[NumberedInput],
+    window: Sequence[Numbered],
     batches: Batches,
     prepend_bos: bool | None,
 ) -> Iterator[tuple[list[int], RelevanceCache | InputError]]:

@@ -26,14 +26,7 @@ from tqdm.auto import tqdm
 
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError, StorageError
-from lenslrp.explaining import (
-    NO_INPUT,
-    Batches,
-    NumberedInput,
-    explained,
-    input_windows,
-    is_several,
-)
+from lenslrp.explaining import NO_INPUT, Batches, Numbered, explained, input_windows, is_several
 from lenslrp.files import make_folder, parquet_writer, remove_leftovers, taking_turns, whole
 from lenslrp.fingerprints import (
     canonical,
@@ -233,7 +226,7 @@ class TableParts:
     def file(self, window: int) -> Path:
         return self.folder / f"window-{window:08d}.parquet"
 
-    def about(self, window: int, numbered: list[NumberedInput]) -> dict[str, Any] | None:
+    def about(self, window: int, inputs: list[Numbered]) -> dict[str, Any] | None:
         """What a part says of itself, ``None`` where it is not there yet.
 
         Raises:
@@ -247,8 +240,8 @@ class TableParts:
             return None
         about = _about(path)
         require_same_settings(self.folder, about["settings"], self.settings)
-        if about["inputs"] != _digest(numbered):
-            first, last = numbered[0][0], numbered[-1][0]
+        if about["inputs"] != _digest(inputs):
+            first, last = inputs[0][0], inputs[-1][0]
             raise InputError(
                 f"{self.folder} was made from other inputs: those from {first} to {last} differ. "
                 "Move it, or give another place for the results"
@@ -260,9 +253,7 @@ class TableParts:
             f"{self.path} is there already and is not replaced: move it, or choose another name"
         )
 
-    def write(
-        self, window: int, numbered: list[NumberedInput], results: Iterator[Any]
-    ) -> dict[str, Any]:
+    def write(self, window: int, inputs: list[Numbered], results: Iterator[Any]) -> dict[str, Any]:
         """Make one part: the tables of its prompts, in the order of their numbers."""
         frames: list[pd.DataFrame] = []
         skipped: dict[int, str] = {}
@@ -279,7 +270,7 @@ class TableParts:
             prompts = int(frame["row"].nunique())
         about = {
             "settings": self.settings,
-            "inputs": _digest(numbered),
+            "inputs": _digest(inputs),
             "prompts": prompts,
             "rows": table.num_rows,
             "skipped": sorted(skipped.items()),
@@ -342,10 +333,10 @@ class TableParts:
             self.folder.rmdir()
 
 
-def _digest(numbered: list[NumberedInput]) -> str:
+def _digest(inputs: list[Numbered]) -> str:
     """SHA-256 of inputs and targets."""
     digest = hashlib.sha256()
-    for _, prompt, target in numbered:
+    for _, prompt, target in inputs:
         text = "" if prompt is NO_INPUT else f"{_as_text(prompt)}|{_as_text(target)}"
         digest.update(f"{len(text)}|{text}".encode(errors="surrogatepass"))
     return digest.hexdigest()
