@@ -148,15 +148,13 @@ class Pass(RuledForward):
         """What the backward pass has left at the leaves and with the readers, as one cache."""
         at = self._by_group(relevances)
         patches = self._patches(at["patches"])
-        tokens, positions = _total(at["tokens"]), _total(at["positions"])
-        patch_positions = _total(at["patch_positions"])
+        tokens, positions = _total(at["tokens"]), _per_token(at["positions"])
+        patch_positions = _per_token(at["patch_positions"])
         if tokens is None:  # no text: the patches are the sequence
             assert patches is not None
             tokens = media.sequence(at["special"], patches)
             positions, patch_positions = patch_positions, None
-        special = torch.cat(at["special"], dim=1) if at["special"] else None
-        decoder_tokens = _total(at["decoder_tokens"])
-        decoder_positions = _total(at["decoder_positions"])
+        special = torch.cat(at["special"], dim=1).sum(dim=-1) if at["special"] else None
         decoder = self.batch.decoder
         rows = self.batch.rows(self.model.tokenizer)
         written = decoder.rows(self.model.tokenizer) if decoder else []
@@ -169,12 +167,12 @@ class Pass(RuledForward):
             tokens=tokens.sum(dim=-1)
             + sum(part.sum(dim=-1) for part in at["tokens"] if part.shape != tokens.shape),
             embeddings=tokens,
-            positions=None if positions is None else positions.sum(dim=-1)[:, : tokens.shape[1]],
-            decoder_tokens=None if decoder_tokens is None else decoder_tokens.sum(dim=-1),
-            decoder_positions=None if decoder_positions is None else decoder_positions.sum(dim=-1),
+            positions=None if positions is None else positions[:, : tokens.shape[1]],
+            decoder_tokens=_per_token(at["decoder_tokens"]),
+            decoder_positions=_per_token(at["decoder_positions"]),
             patches=None if patches is None else media.grid(patches),
-            patch_positions=None if patch_positions is None else patch_positions.sum(dim=-1),
-            special=None if special is None else special.sum(dim=-1),
+            patch_positions=patch_positions,
+            special=special,
             inputs=dict(zip(self.leaves.inputs, at["inputs"], strict=True)),
             decoder_str_tokens=[row.pieces for row in written] if decoder else None,
             decoder_words_=[row.words for row in written],
@@ -231,12 +229,9 @@ class Pass(RuledForward):
             f"{ledger.target:.4g} is not accounted for. Something adds a constant on the path, "
             "changes a gradient, or computes what LensLRP does not know; see R.ledger().table "
             "(with strict=False) for the layer"
-            + (
-                f". A backward hook at {', '.join(changed)} changes what passes it"
-                if changed
-                else ""
-            )
         )
+        if changed:
+            note += f". A backward hook at {', '.join(changed)} changes what passes it"
         overwritten = facts.writes or any(meter.missed for meter in self.rules.edits)
         if overwritten and not self.rules.copies:  # what was measured is not there any more
             raise RunAgain("copies", note)
@@ -270,9 +265,7 @@ class Pass(RuledForward):
         arrived = [row_sums(x.detach(), g) for x, g in leaves if g is not None]
         parts = parts_of(target)
         starting = []
-        for root in roots:
-            if id(root) not in at_roots:
-                continue
+        for root in (root for root in roots if id(root) in at_roots):
             rows = at_roots[id(root)]
             if len(roots) > 1:  # rows that start elsewhere only pass through here
                 rows = rows[[r for r, t in enumerate(parts) if self.roots(t)[0] is root]]
@@ -307,6 +300,12 @@ def _total(relevances: list[Tensor]) -> Tensor | None:
     """
     alike = [part for part in relevances if part.shape == relevances[0].shape]
     return torch.stack([r.to(alike[0].device) for r in alike]).sum(dim=0) if alike else None
+
+
+def _per_token(relevances: list[Tensor]) -> Tensor | None:
+    """The same, summed over the features."""
+    total = _total(relevances)
+    return None if total is None else total.sum(dim=-1)
 
 
 @contextmanager
