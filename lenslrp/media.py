@@ -117,17 +117,17 @@ def check_media(model: TransformerBridge, media: Mapping[str, Tensor]) -> dict[s
     return checked
 
 
-def check_kwargs(model: TransformerBridge, given: Mapping[str, Any], prepared: Batch) -> None:
+def check_kwargs(model: TransformerBridge, kwargs: Mapping[str, Any], prepared: Batch) -> None:
     """What else a forward pass is given must be what it takes, and no leaf.
 
     Raises:
         InputError: naming what it does not take, or what has a keyword of its own here.
     """
-    if not given:
+    if not kwargs:
         return
     takes = inspect.signature(model.original_model.forward).parameters
     kind = type(model.original_model).__name__
-    for name, value in given.items():
+    for name, value in kwargs.items():
         if name not in takes:
             raise InputError(f"{kind} takes no {name}; it takes {', '.join(takes)}")
         if name in prepared.kwargs or name in LAYOUTS or name in ("input_ids", "use_cache"):

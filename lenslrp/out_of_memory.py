@@ -80,18 +80,18 @@ def _message(
 def _choices(options: Mapping[str, Any], rows: int) -> list[tuple[str, dict[str, Any]]]:
     """What is not lowered yet, as it is told and as options."""
     names, reduce = options.get("names_filter"), options.get("reduce")
-    ways: list[tuple[str, dict[str, Any]]] = []
+    remedies: list[tuple[str, dict[str, Any]]] = []
     if rows > 1:
-        ways.append((f"the batch ({rows} rows at once)", {}))
+        remedies.append((f"the batch ({rows} rows at once)", {}))
     if not options.get("checkpoint"):
-        ways.append(("checkpoint=True", {"checkpoint": True}))
+        remedies.append(("checkpoint=True", {"checkpoint": True}))
     if options.get("attention", "bridge") == "bridge":
-        ways.append(('attention="fused"', {"attention": "fused"}))
+        remedies.append(('attention="fused"', {"attention": "fused"}))
     if reduce is None and (names is None or names):
-        ways.append(('reduce="sum" (or fewer hooks, names_filter=[...])', {"reduce": "sum"}))
+        remedies.append(('reduce="sum" (or fewer hooks, names_filter=[...])', {"reduce": "sum"}))
     if options.get("logits") == "all":
-        ways.append(('logits="target"', {"logits": "target"}))
-    return ways
+        remedies.append(('logits="target"', {"logits": "target"}))
+    return remedies
 
 
 def _estimate(

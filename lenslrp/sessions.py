@@ -253,7 +253,7 @@ class Session:
         with self._held.calling():
             floats = media.floats_given(pixel_values, input_values, input_features)
             batch = media.batch_size(text, inputs_embeds, floats)
-            wanted, span = targets_for(model, targets, batch)
+            parsed, span = targets_for(model, targets, batch)
             prepared = media.prepare_batch(
                 model,
                 text,
@@ -267,14 +267,14 @@ class Session:
             media.check_kwargs(model, model_kwargs or {}, prepared)
             prepared.kwargs.update(model_kwargs or {})
             if not media.head_of(model):
-                for item in wanted:
+                for item in parsed:
                     require_latent(item, architecture(model))
-            return self._run(prepared, wanted, names_filter, reduce, logits, leaves, read or {})
+            return self._run(prepared, parsed, names_filter, reduce, logits, leaves, read or {})
 
     def _run(
         self,
         prepared: Batch,
-        wanted: list[Target],
+        targets: list[Target],
         names_filter: NamesFilter,
         reduce: Reduce,
         logits: str,
@@ -288,8 +288,8 @@ class Session:
         check_reduce(reduce, points)
         columns = None
         if logits == "target":
-            columns = self._columns(prepared, wanted, names if named else [])
-        hooks = [t.hook for w in wanted for t in parts_of(w) if isinstance(t, Activation)]
+            columns = self._columns(prepared, targets, names if named else [])
+        hooks = [t.hook for w in targets for t in parts_of(w) if isinstance(t, Activation)]
         memory = remembered(model, state.hooks)
         observes = state.hooked or memory.cuts is None
 
@@ -321,10 +321,10 @@ class Session:
                     )
                 )  # fmt: skip
                 if tracer is not None:
-                    run.name_gaps(wanted, tracer)
+                    run.name_gaps(targets, tracer)
                 require_on_path(readers, named, self.attention)
-                last = len(wanted) - 1
-                caches = [run.relevance(item, last=i == last) for i, item in enumerate(wanted)]
+                last = len(targets) - 1
+                caches = [run.relevance(item, last=i == last) for i, item in enumerate(targets)]
                 assert run.logits is not None
                 values = run.logits.detach()
                 if columns is not None and run.columns is None and values.ndim == 3:
@@ -348,10 +348,10 @@ class Session:
             withdraw(model, caches, lost, named)
         return values, caches
 
-    def _columns(self, prepared: Batch, wanted: list[Target], names: list[str]) -> Columns | None:
+    def _columns(self, prepared: Batch, targets: list[Target], names: list[str]) -> Columns | None:
         """Where logits are computed; ``None`` where somebody sees more of them than the target."""
         inside = any(name.split(".")[0] == "unembed" for name in names)
-        return None if inside else columns_for(self.model, prepared, wanted)
+        return None if inside else columns_for(self.model, prepared, targets)
 
 
 def session(

@@ -240,15 +240,15 @@ def _above(node: Any) -> dict[int, Any]:
 
 @contextmanager
 def _without(hooks: list[tuple[dict[int, Any], int]]) -> Iterator[None]:
-    kept = [(own, dict(own)) for own in {id(own): own for own, _ in hooks}.values()]
-    for own, key in hooks:
-        del own[key]
+    kept = [(table, dict(table)) for table in {id(table): table for table, _ in hooks}.values()]
+    for table, key in hooks:
+        del table[key]
     try:
         yield
     finally:
-        for own, before in kept:
-            own.clear()
-            own.update(before)
+        for table, before in kept:
+            table.clear()
+            table.update(before)
 
 
 @contextmanager
@@ -271,6 +271,6 @@ def _silenced(points: Iterable[nn.Module]) -> Iterator[None]:
         for point, state in kept:
             point.fwd_hooks, point.bwd_hooks = state["fwd_hooks"], state["bwd_hooks"]
             for key in ("_forward_hooks", "_backward_hooks"):
-                own = getattr(point, key)
-                own.clear()
-                own.update(state[key])
+                table = getattr(point, key)
+                table.clear()
+                table.update(state[key])

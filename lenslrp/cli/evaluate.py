@@ -98,6 +98,6 @@ def _run(options: argparse.Namespace) -> int:
     return OK
 
 
-def _parted(given: list[str]) -> list[str]:
+def _parted(value: list[str]) -> list[str]:
     """What was parted by spaces, by commas, or both."""
-    return [name for text in given for name in text.split(",")]
+    return [name for text in value for name in text.split(",")]

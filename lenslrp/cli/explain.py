@@ -149,7 +149,7 @@ def _explain(options: argparse.Namespace) -> int:
     return OK
 
 
-def _report_path(given: Path | None) -> tuple[Path | None, Exception | None]:
+def _report_path(requested: Path | None) -> tuple[Path | None, Exception | None]:
     """Where the report goes, or why it is not written: its extra is missing.
 
     Raises:
@@ -160,12 +160,12 @@ def _report_path(given: Path | None) -> tuple[Path | None, Exception | None]:
     from lenslrp.errors import MissingExtraError
     from lenslrp.files import HTML
 
-    path = given or Path(DEFAULT_REPORT)
+    path = requested or Path(DEFAULT_REPORT)
     check_writable("--report", path, HTML)
     try:
         require_report()
     except MissingExtraError as error:
-        if given is not None:
+        if requested is not None:
             raise
         return None, error
     return path, None

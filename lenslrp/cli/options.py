@@ -137,8 +137,8 @@ def require_utf8(arguments: Sequence[str]) -> None:
         try:
             argument.encode()
         except UnicodeEncodeError:
-            given = os.fsencode(argument)
+            raw = os.fsencode(argument)
             raise InputError(
-                f"argument {number} is not UTF-8: {given[:60]!r}. Give text and names of files in "
+                f"argument {number} is not UTF-8: {raw[:60]!r}. Give text and names of files in "
                 "UTF-8"
             ) from None

@@ -265,7 +265,7 @@ def _with_all_weights(name: str, cls: type[Any], options: dict[str, Any]) -> Pre
     return model
 
 
-def require_same(name: str, kind: str, wanted: set[str], there: set[str]) -> None:
+def require_same(name: str, kind: str, expected: set[str], present: set[str]) -> None:
     """
     Raises:
         LoadError: naming what is wanted and not there, and what is there and not wanted.
@@ -273,8 +273,8 @@ def require_same(name: str, kind: str, wanted: set[str], there: set[str]) -> Non
     faults = [
         f"{_some(keys)} {what}"
         for keys, what in (
-            (wanted - there, "missing from the files"),
-            (there - wanted, "in the files and not in the model"),
+            (expected - present, "missing from the files"),
+            (present - expected, "in the files and not in the model"),
         )
         if keys
     ]
@@ -340,7 +340,7 @@ def read_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase |
         except (OSError, ValueError) as error:
             raise LoadError(f"{name}/{file} is not JSON: {first_line(error)}") from error
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=False
         )
     except UNREADABLE as error:
@@ -348,4 +348,4 @@ def read_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase |
             logger.warning("%s has no tokenizer (%s): give token tensors", name, first_line(error))
             return None
         raise LoadError(f"the tokenizer of {name!r} cannot be read: {first_line(error)}") from error
-    return found
+    return tokenizer

@@ -251,11 +251,11 @@ def _built(cls: Any, config: Any, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _by_shape(model: TransformerBridge, *given: Any, **options: Any) -> Iterator[Pass]:
+def _by_shape(model: TransformerBridge, *arguments: Any, **options: Any) -> Iterator[Pass]:
     """The forward pass under rules, where it needs no values."""
     with ExitStack() as stack:
         try:
-            run = stack.enter_context(under_rules(model, *given, **options))
+            run = stack.enter_context(under_rules(model, *arguments, **options))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise InputError(
                 f"{type(model.original_model).__name__} decides by values ({error.func}), which "

@@ -235,11 +235,11 @@ def standing(tokenizer: Any, text: str, ids: Sequence[int]) -> tuple[int, int, S
     """
     keeps = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=keeps)
-    own, row = list(encoded["input_ids"]), list(ids)
-    for start in range(len(row) - len(own) + 1):
-        if own and row[start : start + len(own)] == own:
+    whole, row = list(encoded["input_ids"]), list(ids)
+    for start in range(len(row) - len(whole) + 1):
+        if whole and row[start : start + len(whole)] == whole:
             spans = [(int(a), int(b)) for a, b in encoded["offset_mapping"]] if keeps else None
-            return start, start + len(own), spans
+            return start, start + len(whole), spans
     return None
 
 

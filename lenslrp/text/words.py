@@ -75,17 +75,17 @@ def pieces(row: Spelling) -> list[str]:
 
     Joined, without `CONTINUED`, they are the text.
     """
-    stops, shown, found = _clusters(row), 0, []
+    stops, shown, names = _clusters(row), 0, []
     for start, stop in row.spans:
         if start == stop:
-            found.append("")
+            names.append("")
         elif stop <= shown:
-            found.append(CONTINUED)
+            names.append(CONTINUED)
         else:
             end = stops[bisect_left(stops, stop)]
-            found.append((CONTINUED if start < shown else "") + row.text[shown:end])
+            names.append((CONTINUED if start < shown else "") + row.text[shown:end])
             shown = end
-    return found
+    return names
 
 
 def piece_at(shown: Sequence[str], place: int) -> str:
