@@ -158,11 +158,7 @@ class TrackedPasses:
             side = kwargs.get("padding_side") or bridge.tokenizer.padding_side
             bos = kwargs.get("prepend_bos")
             bos = bridge.cfg.default_prepend_bos if bos is None else bos
-            self._text = {
-                "tokenizer": bridge.tokenizer,
-                "prepend_bos": bos,
-                "padding_side": side,
-            }
+            self._text = {"tokenizer": bridge.tokenizer, "prepend_bos": bos, "padding_side": side}
 
     @contextmanager
     def generating(self, generation: dict[str, int]) -> Iterator[None]:

@@ -32,13 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments_given = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments_given)
     # torch takes seconds to import: not before the command line is known to be right
-    from lenslrp.errors import (
-        CoverageError,
-        InputError,
-        LoadError,
-        MissingExtraError,
-        StorageError,
-    )
+    from lenslrp.errors import CoverageError, InputError, LoadError, MissingExtraError, StorageError
 
     try:
         require_utf8(arguments_given)
