@@ -23,6 +23,10 @@ def recommended(model: TransformerBridge) -> Composite:
 
     Raises:
         InputError: no bridge, or one that rules cannot be attached to.
+
+    Examples:
+        >>> lenslrp.recommended(model).name  # of a language model
+        'AttnLRP'
     """
     require_bridge(model)
     return AttnLRPViT() if media.main_input(model) == "pixel_values" else AttnLRP()

@@ -25,12 +25,14 @@ from lenslrp import media
 from lenslrp.analysis.passes.problems import AttributionProblem
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
-from lenslrp.forward import architecture
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import GradientTimesInput
 from lenslrp.hooks.install import relevance_rules
 from lenslrp.hooks.structure import components
-from lenslrp.targets import Activation, Logit, LogProb, Outputs, PerRow, Sequence, Target
+from lenslrp.latent import Activation
+from lenslrp.logits import Outputs, Target
+from lenslrp.running import architecture
+from lenslrp.targets import Logit, LogProb, PerRow, Sequence
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

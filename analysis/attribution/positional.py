@@ -22,11 +22,11 @@ from transformer_lens.utilities.hf_utils import get_rotary_pct_from_config
 from lenslrp.analysis.passes.problems import AttributionProblem
 from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
-from lenslrp.forward import architecture, undone
+from lenslrp.graph_check import conditional
 from lenslrp.hooks.composites import AttnLRP
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.structure import components
-from lenslrp.remembered import conditional
+from lenslrp.running import architecture, undone
 
 ADJACENT = ("rotary_adjacent_pairs", "rotary_interleaved_cos_sin")
 """Settings of the bridge under which neighbouring features are rotated, not halves."""

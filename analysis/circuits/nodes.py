@@ -17,13 +17,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.circuits.pairs import Pairs
+from lenslrp.batch import Batch
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.readers import select_names
 from lenslrp.hooks.structure import components, layer_of
-from lenslrp.inputs import Batch, prepare
+from lenslrp.inputs import prepare_text
 from lenslrp.reductions import Deliver
 from lenslrp.unused import require_used
 
@@ -152,7 +153,7 @@ def largest(frame: pd.DataFrame, column: str, k: int) -> pd.DataFrame:
 
 def batch_of(model: TransformerBridge, tokens: Tensor, pairs: Pairs) -> Batch:
     """One side of the pairs, or what stands for it, as what the model reads."""
-    return prepare(model, tokens, attention_mask=pairs.mask)
+    return prepare_text(model, tokens, attention_mask=pairs.mask)
 
 
 def masking(pairs: Pairs, device: Any) -> dict[str, Tensor]:

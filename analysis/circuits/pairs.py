@@ -24,7 +24,7 @@ from lenslrp.analysis.common.templates import NOUNS, agreement, indirect_objects
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.inputs import is_encoder_decoder
-from lenslrp.targets import Outputs
+from lenslrp.logits import Outputs
 from lenslrp.text.names import Token, token_id
 from lenslrp.text.tokenization import tokenize
 

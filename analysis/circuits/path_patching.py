@@ -27,9 +27,9 @@ from lenslrp.analysis.circuits.nodes import (
 )
 from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.passes.problems import PassCount
+from lenslrp.batch import Batch
 from lenslrp.edits import Edit
 from lenslrp.hooks.structure import layer_of
-from lenslrp.inputs import Batch
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

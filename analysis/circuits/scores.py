@@ -46,10 +46,10 @@ from lenslrp.analysis.circuits.pairs import Pairs, ordered
 from lenslrp.analysis.circuits.patching import exact_effects
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
-from lenslrp.forward import architecture
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
 from lenslrp.hooks.structure import layer_of, unchanged
 from lenslrp.leaves import Leaves
+from lenslrp.running import architecture
 from lenslrp.sessions import Session
 
 if TYPE_CHECKING:

@@ -30,9 +30,10 @@ from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.readers import converted
 from lenslrp.hooks.structure import components
-from lenslrp.passes import Pass, starting
+from lenslrp.logits import Target
+from lenslrp.passes import Pass
+from lenslrp.running import measuring
 from lenslrp.sessions import Session
-from lenslrp.targets import Target
 
 EMBEDDINGS = "embeddings"
 """Where flows that arrive at the embeddings are filed: tokens' and positions', [row, pos, 1, f]."""
@@ -109,11 +110,11 @@ class CutPass:
         begun = self.values.new_zeros(len(self.values), dtype=torch.float64)
         if not outputs:
             return {}, begun
-        if self.run.books is not None:
-            self.run.books.clear()
+        if self.run.accounts is not None:
+            self.run.accounts.clear()
         ends = [*self.leaves.values(), *self.embeddings]
         roots = self.run.roots(self.target) if target is not None else []
-        with starting(roots) as started:
+        with measuring(roots) as started:
             grads = torch.autograd.grad(outputs, ends, starts, retain_graph=True, allow_unused=True)
         for rows in started.values():
             begun = begun + rows
@@ -168,7 +169,7 @@ class CutPass:
     def absorbed(self) -> dict[str, Tensor]:
         """Term of the ledger -> [row], what the last backward pass lost to it."""
         found: dict[str, Tensor] = {}
-        terms = {} if self.run.books is None else self.run.books.terms
+        terms = {} if self.run.accounts is None else self.run.accounts.terms
         for (term, _, _), amount in terms.items():
             amount = amount.cpu().double()
             found[term] = found[term] + amount if term in found else amount

@@ -24,18 +24,18 @@ from lenslrp.analysis.dictionary.topk import Spans, priorities
 from lenslrp.analysis.passes.conditions import through as only_through
 from lenslrp.analysis.units.kinds import Unit
 from lenslrp.analysis.units.readers import SearchedHook, UnitReader
+from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
+from lenslrp.graph_check import conditional
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.readers import select_names
 from lenslrp.hooks.structure import components, layer_of
 from lenslrp.hooks.turns import turn
-from lenslrp.inputs import Batch
+from lenslrp.logits import Outputs, Target
 from lenslrp.reductions import Deliver
-from lenslrp.remembered import conditional
 from lenslrp.sessions import Session
-from lenslrp.targets import Outputs, Target
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

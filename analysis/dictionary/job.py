@@ -28,8 +28,8 @@ from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.install import require_bridge
 from lenslrp.hooks.rule_types import Rule
 from lenslrp.inputs import is_encoder_decoder
+from lenslrp.logits import Target
 from lenslrp.media import reads_no_text
-from lenslrp.targets import Target
 from lenslrp.text.tokenization import beginning
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from lenslrp.analysis.dictionary.work_folder import BUILD, PLAN, begin_work, sha
 from lenslrp.errors import InputError, StorageError
 from lenslrp.explaining_file import Explanations, explain_to
 from lenslrp.extras import require
-from lenslrp.targets import Target
+from lenslrp.logits import Target
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

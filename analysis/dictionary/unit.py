@@ -17,9 +17,10 @@ from lenslrp.analysis.dictionary.plan import Place
 from lenslrp.analysis.units.kinds import Unit, parse_unit
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError, StorageError
-from lenslrp.inputs import prepare
+from lenslrp.inputs import prepare_text
+from lenslrp.latent import Activation
 from lenslrp.sessions import Session
-from lenslrp.targets import Activation, PerRow
+from lenslrp.targets import PerRow
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -236,7 +237,7 @@ class ExampleRows:
 
     def prepared(self, model: TransformerBridge) -> Batch:
         """What the model reads."""
-        return prepare(model, self.batch.tokens, attention_mask=self.batch.mask)
+        return prepare_text(model, self.batch.tokens, attention_mask=self.batch.mask)
 
 
 def _attributions(

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from lenslrp.analysis.common.storage import load_json, save_json
 from lenslrp.errors import StorageError
 from lenslrp.files import (
-    PATIENCE,
+    LOCK_PATIENCE,
     cannot_write,
     host,
     make_folder,
@@ -187,7 +187,7 @@ def _locked(work: Path, what: str) -> Iterator[bool]:
     """The lock of one kind of work, and whether it is one: not every disk has locks."""
     lock = FileLock(work / f"{what}.lock")
     try:
-        lock.acquire(timeout=PATIENCE)
+        lock.acquire(timeout=LOCK_PATIENCE)
     except Timeout:
         raise _in_use(work, what, _holder(work, what)) from None
     except OSError:

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from lenslrp.analysis.units.kinds import Head, Neuron, Unit
 from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
-from lenslrp.forward import undone
+from lenslrp.graph_check import conditional
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.readers import converted
 from lenslrp.hooks.structure import components, layer_of
 from lenslrp.hooks.turns import turn
-from lenslrp.remembered import conditional
+from lenslrp.running import undone
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -19,27 +19,27 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lenslrp import media
+from lenslrp.batch import Batch
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
-from lenslrp.forward import architecture, columns_for, forward, outputs_of, parts_of
+from lenslrp.forward import columns_for, forward, outputs_of
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.install import require_bridge
 from lenslrp.hooks.readers import NamesFilter
-from lenslrp.inputs import Batch
+from lenslrp.latent import Activation
 from lenslrp.leaves import Leaves
-from lenslrp.logits import Columns
+from lenslrp.logits import Columns, Outputs, Target
 from lenslrp.media import batch_size
+from lenslrp.running import architecture
 from lenslrp.sessions import Session
 from lenslrp.targets import (
-    Activation,
     Explained,
     Logit,
-    Outputs,
     PerRow,
     Sequence,
-    Target,
     Top,
     as_target,
+    parts_of,
     require_latent,
 )
 
@@ -268,7 +268,7 @@ def resolve(
     floats = {} if pixel_values is None else {"pixel_values": pixel_values}
     batch = batch_size(input, inputs_embeds, floats)
     wanted = as_target(target, model.tokenizer, batch, media.labels_of(model))
-    prepared = media.prepare(
+    prepared = media.prepare_batch(
         model,
         input,
         floats,

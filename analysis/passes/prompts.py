@@ -21,7 +21,8 @@ from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.padding import require_padding
-from lenslrp.targets import Outputs, Target, as_target
+from lenslrp.logits import Outputs, Target
+from lenslrp.targets import as_target
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -91,7 +92,7 @@ def as_prompt(
     if isinstance(wanted, targets.Activation | targets.PerRow):
         raise InputError(f"perturbation follows an output of the model, not {wanted}")
     span = wanted.ids(model.tokenizer) if isinstance(wanted, targets.Sequence) else []
-    prepared = media.prepare(
+    prepared = media.prepare_batch(
         model,
         input,
         {} if pixel_values is None else {"pixel_values": pixel_values},

@@ -20,7 +20,7 @@ from lenslrp.analysis.units.unembedding import measure_gain, output_norm, unembe
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.sites import widest
-from lenslrp.inputs import prepare
+from lenslrp.inputs import prepare_text
 from lenslrp.reductions import Deliver
 from lenslrp.sessions import Session
 from lenslrp.text.names import token_id
@@ -171,7 +171,7 @@ def states(
     at = known_hook(model, at)
     for start in range(0, len(texts), BATCH):
         some = list(texts[start : start + BATCH])
-        given = prepare(model, some, prepend_bos=prepend_bos)
+        given = prepare_text(model, some, prepend_bos=prepend_bos)
         seen: list[Tensor] = []
         with forward(model, given, read={at: seen.append}, stop_after=at):
             pass

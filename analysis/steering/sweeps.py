@@ -60,7 +60,7 @@ from lenslrp.errors import InputError
 from lenslrp.forward import forward, reading
 from lenslrp.hooks.structure import layer_of
 from lenslrp.hooks.turns import turn
-from lenslrp.inputs import prepare
+from lenslrp.inputs import prepare_text
 from lenslrp.text.names import token_id
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class _Prompts:
         new: int,
         bos: bool | None,
     ) -> _Prompts:
-        given = prepare(model, list(prompts), prepend_bos=bos)
+        given = prepare_text(model, list(prompts), prepend_bos=bos)
         ids = zip(given.tokens, given.mask, strict=True)
         left = Batch.of_rows([row[real].tolist() for row, real in ids], "left")
         sides = [[side] if isinstance(side, str | int) else list(side) for side in target]
@@ -252,7 +252,7 @@ class _Prompts:
             which, new = some[:, 0], some[:, 1:]
             mask = torch.cat([self.mask[which], torch.ones_like(new).bool()], dim=1)
             tokens = torch.cat([self.tokens[which], new], dim=1)
-            given = prepare(model, tokens, attention_mask=mask)
+            given = prepare_text(model, tokens, attention_mask=mask)
             ends = torch.arange(mask.shape[1])[-self.new - 1 : -1].expand(len(some), -1)
             with forward(model, given, columns=ends) as made:
                 assert made.logits is not None

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from lenslrp.analysis.units.lens import Lens, blocks_of
 from lenslrp.analysis.units.locations import stack_name
 from lenslrp.analysis.units.unembedding import embedding, readout
+from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks import AttnLRP, Composite, relevance_rules
-from lenslrp.inputs import Batch, prepare
+from lenslrp.inputs import prepare_text
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -57,7 +58,7 @@ def _batches(
         raise InputError("prompts are several strings or a tensor; batch_size >= 1 and skip >= 0")
     for start in tqdm(range(0, len(prompts), batch_size), desc=progress, disable=not progress):
         part: Any = prompts[start : start + batch_size]
-        given = prepare(
+        given = prepare_text(
             model,
             part if isinstance(part, Tensor) else list(part),
             append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None,

@@ -28,7 +28,7 @@ from lenslrp.analysis.circuits.nodes import TARGET, Node, place_components
 from lenslrp.analysis.circuits.pairs import template_pairs
 from lenslrp.analysis.circuits.scores import score_nodes
 from lenslrp.analysis.circuits.segments import coefficients, cut
-from lenslrp.inputs import prepare
+from lenslrp.inputs import prepare_text
 
 DEPTHS = (5, 15, 29)
 SEED = 0
@@ -55,7 +55,7 @@ def main() -> None:
     model = lenslrp.load("smollm2-135m")
     pair = template_pairs(model, "indirect_object", 1, seed=SEED)
     rows, tokens = options.rows, pair.clean
-    prepared = prepare(
+    prepared = prepare_text(
         model, tokens, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
     ).repeated(rows)
     copies = pair.repeated(rows)

@@ -32,7 +32,7 @@ from torch import Tensor
 import lenslrp
 from benchmarks import RESULTS, ROOT
 from lenslrp.analysis.common.journal import resumed
-from lenslrp.explaining import TOKENS, Batches, QueuedPrompt
+from lenslrp.explaining import BATCH_TOKENS, Batches, QueuedPrompt
 from lenslrp.inputs import pad_rows
 from lenslrp.text.tokenization import tokenize
 
@@ -106,18 +106,18 @@ def sizes(options: argparse.Namespace) -> None:
     prompts = [next(source) for _ in range(CHUNK)]
     total = sum(len(tokenize(model, text)) for text in prompts)
     rates: dict[int, list[float]] = {size: [] for size in SIZES}
-    default = TOKENS["cpu"]
+    default = BATCH_TOKENS["cpu"]
     try:
         for _ in range(options.rounds):
             for size in random.sample(SIZES, len(SIZES)):
-                TOKENS["cpu"] = size
+                BATCH_TOKENS["cpu"] = size
                 with tempfile.TemporaryDirectory() as folder:
                     place = Path(folder) / "r.parquet"
                     seconds = sum(cpu(lambda p=place: lenslrp.explain_to(p, model, prompts)))
                 rates[size].append(total / seconds)
                 print(f"{size} tokens a batch: {rates[size][-1]:.0f} tokens/s", flush=True)
     finally:
-        TOKENS["cpu"] = default
+        BATCH_TOKENS["cpu"] = default
     for size, found in rates.items():
         print(f"| {size} | {statistics.median(found):.0f} | {min(found):.0f} | {max(found):.0f} |")
 

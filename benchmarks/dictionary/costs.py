@@ -83,9 +83,9 @@ def scanning(job: Any, runner: Any) -> Callable[[Any], None]:
 def plainly(model: Any) -> dict[str, Callable[[Any], None]]:
     """The plain model over a block, without and with a backward pass."""
     from lenslrp.analysis.dictionary.block_pass import target_positions
-    from lenslrp.forward import undone
     from lenslrp.hooks.handles import Attached
     from lenslrp.logits import unembed_at
+    from lenslrp.running import undone
 
     class Stop(Exception):
         pass

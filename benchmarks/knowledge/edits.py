@@ -15,7 +15,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from benchmarks.knowledge.scores import HOOK, Neurons, last_only
-from lenslrp.analysis.passes.intervene import Edit, edit_units
+from lenslrp.edits import Edit, edit_units
 
 ROWS = 128  # of a batch
 

@@ -88,17 +88,17 @@ def _run(options: argparse.Namespace) -> int:
         print(f"every number: {(options.folder / 'results.parquet').absolute()}")
         return OK
     tables = {m: json.loads(results.table(m).to_json(orient="records")) for m in results.metrics()}
-    told = {
+    summary = {
         "n": results.n,
         "settings": results.settings,
         "skipped": list(results.skipped),
         "unfit": results.unfit,
         "tables": tables,
     }
-    print(json.dumps(told))
+    print(json.dumps(summary))
     return OK
 
 
-def _parted(given: list[str]) -> list[str]:
+def _parted(value: list[str]) -> list[str]:
     """What was parted by spaces, by commas, or both."""
-    return [name for text in given for name in text.split(",")]
+    return [name for text in value for name in text.split(",")]

@@ -35,9 +35,9 @@ from lenslrp import media
 from lenslrp.hooks.leaf_modules import embeddings
 from lenslrp.hooks.sites import LEDGER_TERMS
 from lenslrp.hooks.structure import components
-from lenslrp.inputs import prepare
+from lenslrp.inputs import prepare_text
+from lenslrp.latent import Activation
 from lenslrp.models.verifying import difference, output_of, short_input
-from lenslrp.targets import Activation
 from lenslrp.text.tokenization import give_tokenizer
 from tests.conformance import zoo_media
 from tests.conformance.families import randomise, tokens
@@ -318,7 +318,7 @@ def same_ids(model: Any) -> bool:
     for tokenizer in tokenizers():
         expected = [tokenizer(text)["input_ids"]]
         give_tokenizer(model, tokenizer)
-        read = prepare(
+        read = prepare_text(
             model, text, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
         )
         if not read.tokens.tolist() == model.to_tokens(text).tolist() == expected:

@@ -13,7 +13,10 @@ from tests.conftest import ROOT
 
 ENGINE = {
     f"lenslrp/{name}.py"
-    for name in ("sessions", "forward", "passes", "leaves", "logits", "edits", "run")
+    for name in (
+        *("sessions", "held_rules", "run", "forward", "running", "passes"),
+        *("leaves", "logits", "edits"),
+    )
 }
 """The files that run the model, beside those of ``hooks/``."""
 

@@ -19,12 +19,13 @@ from lenslrp.analysis.circuits.graph.pruning import Mask, Matrix, Vector
 from lenslrp.analysis.circuits.nodes import COMPONENTS, TARGET, Node
 from lenslrp.analysis.circuits.segments import EMBEDDINGS, CutPass, cut
 from lenslrp.analysis.passes.problems import PassCount
+from lenslrp.batch import Batch
 from lenslrp.cache import RelevanceCache
 from lenslrp.hooks.sites import LEDGER_TERMS
 from lenslrp.hooks.structure import layer_of
-from lenslrp.inputs import Batch
+from lenslrp.logits import Outputs, Target
 from lenslrp.sessions import Session
-from lenslrp.targets import Outputs, Target, Top
+from lenslrp.targets import Top
 from lenslrp.text.spelling import str_token
 
 KINDS: Mapping[str, str] = {

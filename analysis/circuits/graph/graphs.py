@@ -190,7 +190,7 @@ def attribution_graph(
     if isinstance(wanted, PerRow):
         wanted = wanted.targets[0]
     append = wanted.ids(model.tokenizer) if isinstance(wanted, Span) else []
-    prepared = media.prepare(model, input, {}, append=append, prepend_bos=prepend_bos)
+    prepared = media.prepare_batch(model, input, {}, append=append, prepend_bos=prepend_bos)
     if len(prepared.tokens) != 1:
         raise InputError(f"a graph is of one prompt; {len(prepared.tokens)} were given")
     hooks = place_components(model, components)

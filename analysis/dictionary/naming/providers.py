@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lenslrp.analysis.dictionary.naming.names import MARK, NamingExample
+from lenslrp.batch import Batch
 from lenslrp.forward import forward
-from lenslrp.inputs import Batch
 from lenslrp.text.tokenization import tokenize
 
 if TYPE_CHECKING:

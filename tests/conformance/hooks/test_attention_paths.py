@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import lenslrp
-from lenslrp.targets import Activation, Logit, LogProb
+from lenslrp.latent import Activation
+from lenslrp.targets import Logit, LogProb
 from tests.conformance.families import COMPOSITES, FAMILIES, make, tokens
 
 ALLOWED = [name for name, family in FAMILIES.items() if not family.fused]

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import lenslrp
 from lenslrp.analysis import Direction, steer
-from lenslrp.analysis.passes.intervene import Edit, edit_units
 from lenslrp.analysis.steering.operations import Add
+from lenslrp.edits import Edit, edit_units
 from lenslrp.hooks import Plain
-from lenslrp.targets import Activation
+from lenslrp.latent import Activation
 from tests.conformance import zoo
 from tests.conformance.families import COMPOSITES, FAMILIES, make, randomise, tokens
 from tests.conformance.hooks.test_reading import WITH_MIDDLE

@@ -15,7 +15,7 @@ import lenslrp
 from lenslrp import explaining_file
 from lenslrp.cli import commands as cli
 from lenslrp.errors import InputError
-from lenslrp.explaining import NOTHING, windows
+from lenslrp.explaining import NO_INPUT, input_windows
 from lenslrp.models import loading
 from lenslrp.prompt_file import prompts_of
 from tests.unit.tiny import tiny, word_tokenizer
@@ -141,7 +141,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_that_was_interrupted_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(explaining_file, "windows", lambda *given: windows(*given, 2))
+    monkeypatch.setattr(explaining_file, "input_windows", lambda *given: input_windows(*given, 2))
     jsonl("p.jsonl", GOOD)
     command = ["explain", "--data", "p.jsonl", "--out"]
     assert cli.main([*command, "whole.parquet"]) == 0
@@ -150,7 +150,7 @@ def test_a_run_that_was_interrupted_goes_on(monkeypatch: pytest.MonkeyPatch, cap
         def interrupted(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(explaining_file.Parts, "join", interrupted)
+        patch.setattr(explaining_file.TableParts, "join", interrupted)
         assert cli.main([*command, "r.parquet"]) == 130
     assert len(list(Path("r.parquet.parts").iterdir())) == 2
     assert cli.main([*command, "r.parquet", "--target", "5"]) == 2
@@ -162,7 +162,7 @@ def test_a_run_that_was_interrupted_goes_on(monkeypatch: pytest.MonkeyPatch, cap
 def test_processes_of_a_launcher_share_the_file(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(explaining_file, "windows", lambda *given: windows(*given, 1))
+    monkeypatch.setattr(explaining_file, "input_windows", lambda *given: input_windows(*given, 1))
     jsonl("p.jsonl", GOOD)
     command = ["explain", "--data", "p.jsonl", "--out"]
     assert cli.main([*command, "whole.parquet"]) == 0
@@ -225,5 +225,5 @@ def test_lines_keep_their_numbers(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('\n{"prompt": "a", "target": null}\nnothing\n')
     empty, first, wrong = prompts_of(path, 3)
-    assert empty == (NOTHING, 3) and first == ("a", 3)
+    assert empty == (NO_INPUT, 3) and first == ("a", 3)
     assert isinstance(wrong[0], InputError)

@@ -11,8 +11,9 @@ import torch
 import transformers as hf
 
 import lenslrp
-from lenslrp.explaining import Batches, QueuedPrompt, explain, windows
-from lenslrp.targets import Activation, Custom, LogitDiff, LogProb, Sequence
+from lenslrp.explaining import Batches, QueuedPrompt, explain, input_windows
+from lenslrp.latent import Activation
+from lenslrp.targets import Custom, LogitDiff, LogProb, Sequence
 from tests.conformance import zoo
 from tests.unit.tiny import tiny, word_tokenizer
 
@@ -262,6 +263,6 @@ def test_a_batch_size_that_is_none(session: Any, size: Any) -> None:
 
 
 def test_numbers_go_on_across_windows() -> None:
-    assert list(windows(iter("abc"), [1, 2, 3], 2)) == [
+    assert list(input_windows(iter("abc"), [1, 2, 3], 2)) == [
         [(0, "a", 1), (1, "b", 2)], [(2, "c", 3)]
     ]  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 import lenslrp
 from lenslrp import explaining_file
 from lenslrp.errors import InputError, StorageError
-from lenslrp.explaining import windows
+from lenslrp.explaining import input_windows
 from lenslrp.explaining_file import explain_to
 from lenslrp.targets import Custom
 from tests.unit.core.test_explaining import texts
@@ -35,7 +35,7 @@ def model() -> Any:
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of four inputs: seventeen inputs are five windows."""
-    monkeypatch.setattr(explaining_file, "windows", lambda *given: windows(*given, 4))
+    monkeypatch.setattr(explaining_file, "input_windows", lambda *given: input_windows(*given, 4))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def expected(model: Any, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The table that one run leaves, byte by byte."""
     path = tmp_path_factory.mktemp("whole") / "r.parquet"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(explaining_file, "windows", lambda *given: windows(*given, 4))
+        patch.setattr(explaining_file, "input_windows", lambda *given: input_windows(*given, 4))
         made = explain_to(path, model, PROMPTS, TARGETS)
     assert made.complete and made.prompts == 15
     return path.read_bytes()
@@ -205,7 +205,7 @@ def test_a_run_that_was_killed_before_it_tidied_up_is_finished(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(explaining_file.Parts, "_clear", killed)
+        patch.setattr(explaining_file.TableParts, "_clear", killed)
         with pytest.raises(Killed):
             explain_to(path, model, PROMPTS, TARGETS)
     assert path.read_bytes() == expected

@@ -12,7 +12,7 @@ import lenslrp
 from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.forward import forward, reading
-from lenslrp.inputs import prepare
+from lenslrp.inputs import prepare_text
 from lenslrp.leaves import Leaves
 from tests.unit.tiny import FAMILIES, TOKENS, changes, snapshot, tiny
 
@@ -33,7 +33,7 @@ def by_hand(model: Any, hook: str) -> Tensor:
 def test_an_edit_by_a_function_is_that_of_a_hook_and_readers_see_it(family: str) -> None:
     model = tiny(family)
     plain, edited = list[Tensor](), list[Tensor]()
-    batch = prepare(model, TOKENS)
+    batch = prepare_text(model, TOKENS)
     with forward(model, batch, read={SECOND: plain.append}):
         pass
     edits = [Edit(SECOND, function=doubled)]
@@ -51,7 +51,7 @@ def test_functions_act_on_what_is_done_to_units_in_the_order_given() -> None:
         Edit(SECOND, (3,), shift=5.0),
         Edit(SECOND, function=doubled),
     ]
-    with forward(model, prepare(model, TOKENS), edits=edits, read={SECOND: seen.append}):
+    with forward(model, prepare_text(model, TOKENS), edits=edits, read={SECOND: seen.append}):
         pass
     assert (seen[0][..., 3] == 12).all()
 
@@ -73,7 +73,7 @@ def test_an_edit_is_of_units_or_by_a_function(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replayed_blocks_return_what_they_returned_and_do_not_run(family: str) -> None:
     model = tiny(family)
-    batch, outputs = prepare(model, TOKENS), dict[int, Any]()
+    batch, outputs = prepare_text(model, TOKENS), dict[int, Any]()
     with forward(model, batch, record=outputs) as made:
         whole = made.logits
     assert sorted(outputs) == [0, 1]
@@ -90,7 +90,7 @@ def test_replayed_blocks_return_what_they_returned_and_do_not_run(family: str) -
 
 def test_an_edit_before_which_all_is_replayed_is_that_of_a_whole_pass() -> None:
     model, outputs = tiny(), dict[int, Any]()
-    batch = prepare(model, TOKENS)
+    batch = prepare_text(model, TOKENS)
     with forward(model, batch, record=outputs):
         pass
     edit = Edit(SECOND, function=doubled)
@@ -101,7 +101,7 @@ def test_an_edit_before_which_all_is_replayed_is_that_of_a_whole_pass() -> None:
 
 def test_what_is_asked_for_and_does_not_happen_is_an_error() -> None:
     model, outputs = tiny(), dict[int, Any]()
-    batch = prepare(model, TOKENS)
+    batch = prepare_text(model, TOKENS)
     with forward(model, batch, record=outputs):
         pass
     before = snapshot(model)
@@ -129,7 +129,7 @@ def test_nothing_is_left_after_an_interrupt() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), forward(
-        model, prepare(model, TOKENS), edits=[Edit(SECOND, function=interrupt)], record={},
+        model, prepare_text(model, TOKENS), edits=[Edit(SECOND, function=interrupt)], record={},
         read={FIRST: doubled},
     ):  # fmt: skip
         pass
@@ -168,7 +168,7 @@ def test_a_pass_stops_after_what_it_captures_there_and_keeps_weights_off_its_gra
     family: str,
 ) -> None:
     model, after = tiny(family), list[Tensor]()
-    batch, before = prepare(model, TOKENS), snapshot(model)
+    batch, before = prepare_text(model, TOKENS), snapshot(model)
     with forward(model, batch, capture_at=[SECOND]) as whole:
         pass
     point = model.hook_dict["unembed.hook_out"]
@@ -189,12 +189,12 @@ def test_a_pass_stops_after_what_it_captures_there_and_keeps_weights_off_its_gra
 
 def test_embeddings_are_replaced_once_or_that_is_an_error() -> None:
     model = tiny()
-    batch, leaves = prepare(model, TOKENS), Leaves()
+    batch, leaves = prepare_text(model, TOKENS), Leaves()
     with forward(model, batch, leaves=leaves) as plain:
         pass
     (embedded,) = leaves.tokens
     others = TOKENS.flip(1)
-    with forward(model, prepare(model, others), embed=lambda _, out: embedded) as made:
+    with forward(model, prepare_text(model, others), embed=lambda _, out: embedded) as made:
         pass
     assert plain.logits is not None and made.logits is not None
     assert torch.equal(made.logits, plain.logits)
@@ -208,7 +208,7 @@ def test_embeddings_are_replaced_once_or_that_is_an_error() -> None:
 @pytest.mark.parametrize("hooked", [False, True])
 def test_logits_at_columns_are_those_of_all_positions(hooked: bool) -> None:
     model = tiny("gemma2")
-    batch = prepare(model, TOKENS)
+    batch = prepare_text(model, TOKENS)
     if hooked:  # sees them all
         model.unembed.hook_out.add_hook(lambda x, hook: x - x.mean(dim=1, keepdim=True))
     columns = torch.tensor([[5, 0], [2, 3]])

@@ -25,15 +25,16 @@ from lenslrp.analysis.circuits.nodes import Node
 from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.circuits.scores import score_nodes
 from lenslrp.analysis.evaluation.features import tokens_of
-from lenslrp.analysis.passes.intervene import Edit, edit_units
 from lenslrp.analysis.passes.problems import resolve
 from lenslrp.analysis.passes.prompts import as_prompt
 from lenslrp.analysis.steering.operations import Ablate, steer
 from lenslrp.analysis.units.kinds import Neuron
 from lenslrp.analysis.views import figures as plots
 from lenslrp.batch import Batch
+from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
-from lenslrp.targets import Activation, Contrastive, Logit, LogitDiff, LogProb, Top
+from lenslrp.latent import Activation
+from lenslrp.targets import Contrastive, Logit, LogitDiff, LogProb, Top
 from lenslrp.views.heatmap import token_heatmap
 from tests.conformance import zoo, zoo_media
 from tests.unit.tiny import tiny, word_tokenizer

@@ -12,14 +12,14 @@ import lenslrp
 from lenslrp import targets
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
+from lenslrp.latent import Activation
+from lenslrp.logits import Outputs
 from lenslrp.targets import (
-    Activation,
     Contrastive,
     Custom,
     Logit,
     LogitDiff,
     LogProb,
-    Outputs,
     PerRow,
     Sequence,
     Top,
@@ -347,7 +347,7 @@ def test_a_row_may_be_explained_beyond_the_end_of_the_shortest() -> None:
 
 @pytest.mark.parametrize("top_k", [True, 2.0, "3"])
 def test_a_number_of_rivals_that_is_none(top_k: Any) -> None:
-    with pytest.raises(InputError, match="top_k is a number of rivals or None"):
+    with pytest.raises(InputError, match="top_k is a number of other tokens or None"):
         Contrastive(5, top_k=top_k).values(outputs())
 
 

@@ -21,7 +21,7 @@ from lenslrp.models import verifying
 from lenslrp.models.doctor import examine
 from lenslrp.models.loading import load
 from lenslrp.models.verifying import Agreement, difference, reference, short_input
-from lenslrp.models.wrapped import agreement
+from lenslrp.models.wrapped import agreement_of
 from tests.conformance import zoo
 from tests.unit.models.test_checkpoint_files import SIZES, llama
 from tests.unit.tiny import TOKENS, word_tokenizer
@@ -103,7 +103,7 @@ def test_large_models_and_models_without_values_are_not_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(verifying, "LARGEST", 1000)
-    assert agreement(load(gpt2())).reason == "it has more than 1e+03 weights"
+    assert agreement_of(load(gpt2())).reason == "it has more than 1e+03 weights"
     with torch.device("meta"):
         made = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=23, n_embd=16, n_layer=1, n_head=2))
     assert reference(made).reason == "its weights have no values"
@@ -111,7 +111,7 @@ def test_large_models_and_models_without_values_are_not_compared(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_every_type_has_its_tolerance(dtype: torch.dtype) -> None:
-    found = agreement(load(llama().to(dtype)))
+    found = agreement_of(load(llama().to(dtype)))
     assert found.difference is not None
     assert found.difference <= found.tolerance
     inside = ", float32 inside" if dtype == torch.float64 else ""
@@ -135,7 +135,7 @@ def test_the_pass_disturbs_nothing() -> None:
 def test_ids_that_mean_something_are_left_out() -> None:
     model = zoo.plain("LlavaForConditionalGeneration")
     ids = set(short_input(model)["input_ids"].flatten().tolist())
-    taken = verifying.special_ids(model.config.to_dict())
+    taken = verifying.reserved_ids(model.config.to_dict())
     assert taken >= {0, 1, 2, model.config.image_token_id}
     assert not ids & taken
     assert len(ids) == verifying.LENGTH

@@ -20,7 +20,7 @@ from lenslrp.analysis.circuits.scores import score_nodes
 from lenslrp.analysis.circuits.segments import EMBEDDINGS, coefficients, cut
 from lenslrp.errors import InputError
 from lenslrp.hooks import CPLRP, AttnLRP, Composite, GradientTimesInput, RelP
-from lenslrp.inputs import prepare
+from lenslrp.inputs import prepare_text
 from lenslrp.targets import Logit
 from tests.unit.analysis.circuits.test_circuits import gap, some_pairs
 from tests.unit.tiny import changes, snapshot, tiny
@@ -43,7 +43,7 @@ def test_what_enters_a_node_is_its_relevance_less_what_was_absorbed(
     hooks = place_components(model, components)
     session = lenslrp.session(model, composite, ledger=True)
     cache, found = coefficients(session, hooks, input=TOKENS, target=Logit(5))
-    prepared = prepare(
+    prepared = prepare_text(
         model, TOKENS, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
     )
     rows = 6
@@ -258,7 +258,7 @@ def test_relevance_under_float32_closes_to_a_millionth() -> None:
     hooks = place_components(model, ("heads", "neurons"))
     session = lenslrp.session(model)
     _, found = coefficients(session, hooks, input=TOKENS, target=Logit(5))
-    prepared = prepare(
+    prepared = prepare_text(
         model, TOKENS, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
     )
     with session, cut(session, prepared, Logit(5), hooks, books=True) as passed:
@@ -378,7 +378,7 @@ def test_nodes_come_in_the_order_of_the_model_whatever_order_they_are_asked_in()
 def test_a_cut_pass_leaves_nothing_behind_even_after_an_exception() -> None:
     model = tiny("llama")
     hooks = place_components(model, ("heads", "neurons"))
-    prepared = prepare(
+    prepared = prepare_text(
         model, TOKENS, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
     )
     before = snapshot(model)
