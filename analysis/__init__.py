@@ -348,6 +348,7 @@ _FORMER = {
     "pairs": "circuits.pairs",
     "perturb": "evaluation.features",
     "perturb_parts": "evaluation.model_features",
+    "plots": "views",
     "prompts": "passes.prompts",
     "providers": "dictionary.naming.providers",
     "report": "views.report",

@@ -20,7 +20,7 @@ from results import RUNS, RUNS_OF, SEED
 
 from lenslrp.analysis.attribution.methods import METHODS
 from lenslrp.analysis.evaluation.results import PARQUET, Results
-from lenslrp.analysis.views.figures import LIGHT, new_figure
+from lenslrp.analysis.views.drawing import LIGHT, new_figure
 
 PAGE = ROOT / "docs" / "results.md"
 IMAGES = ROOT / "docs" / "images"

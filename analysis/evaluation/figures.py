@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lenslrp.analysis.common.statistics import Numbers
-from lenslrp.analysis.views.figures import LIGHT, Theme, _names, new_figure
+from lenslrp.analysis.views.drawing import LIGHT, Theme, new_figure, write_titles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ def perturbation_curves(
     for (name, (morf, lerf)), colour in zip(curves.items(), colours, strict=False):
         axes.plot(shares, morf, color=colour, label=name)
         axes.plot(shares, lerf, color=colour, linestyle="--")
-    _names(axes, theme, title=title, x="share of features gone", y=unit)
+    write_titles(axes, theme, title=title, x="share of features gone", y=unit)
     axes.grid(color=theme.muted, alpha=0.25)
     axes.legend(
         loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8,

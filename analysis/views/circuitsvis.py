@@ -26,6 +26,7 @@ from uuid import uuid4
 
 import torch
 
+from lenslrp.analysis.views.drawing import LIGHT
 from lenslrp.errors import InputError
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import token_heatmap
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     from lenslrp.cache import RelevanceCache
 
-_RED, _BLUE = "#b2182b", "#2166ac"
 _READY = "lenslrpCircuitsVis"
 
 
@@ -61,7 +61,7 @@ def _bundle() -> str:
     )
 
 
-# Drawn as soon as both the place (notebooks attach it late) and the bundle (whichever view of the
+# Drawn as soon as both the element (notebooks attach it late) and the bundle (whichever view of the
 # page holds it) are there.
 _DRAW = """<script>(function(){{var tries=0;function draw(){{
 if(!document.getElementById({id})){{if(tries++<200)setTimeout(draw,50);return;}}
@@ -118,10 +118,10 @@ class View:
     page: NotebookPage = field(default_factory=NotebookPage, repr=False)
 
     def _repr_html_(self) -> str:
-        place = f"lenslrp-cv-{uuid4().hex}"
+        element = f"lenslrp-cv-{uuid4().hex}"
         note = f'<div style="font-size:12px;color:#57606a">{escape(self.note)}</div>'
         draw = _DRAW.format(
-            id=_json(place),
+            id=_json(element),
             ready=_READY,
             component=_json(self.component),
             props=_json(self.props),
@@ -129,7 +129,7 @@ class View:
         # CircuitsVis draws dark on nothing; its own white card keeps it legible on dark pages.
         card = "background:#fff;color:#1b1f24;padding:12px;border-radius:8px;margin:8px 0"
         return (
-            f'<div style="{card}"><div id="{place}">{self.fallback}</div>'
+            f'<div style="{card}"><div id="{element}">{self.fallback}</div>'
             f"{note if self.note else ''}</div>{draw}"
             f"{_bundle() if self.page._holds_bundle(self) else ''}"
         )
@@ -139,10 +139,10 @@ class View:
 
     def __str__(self) -> str:
         """A complete HTML page that needs no network."""
-        alone = View(self.component, self.props, self.fallback, self.note)
+        standalone = View(self.component, self.props, self.fallback, self.note)
         return (
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>LensLRP</title>'
-            f"</head><body>{alone._repr_html_()}</body></html>"
+            f"</head><body>{standalone._repr_html_()}</body></html>"
         )
 
 
@@ -150,8 +150,8 @@ def _finite(values: Tensor) -> tuple[Any, float, str]:
     """``values`` as lists with None where not finite, their largest absolute value, and a note."""
     finite = torch.isfinite(values)
     bound = float(values[finite].abs().max()) if bool(finite.any()) else 0.0
-    lost = int((~finite).sum())
-    note = f"{lost} of {values.numel()} values are not finite and left blank. " if lost else ""
+    blank = int((~finite).sum())
+    note = f"{blank} of {values.numel()} values are not finite and left blank. " if blank else ""
 
     def lists(rows: Any) -> Any:
         if isinstance(rows, list):
@@ -217,8 +217,8 @@ def attention_heads(
         "attentionHeadNames": [visible(name) for name in names] if names is not None else None,
         "maxValue": bound,
         "minValue": -bound,
-        "positiveColor": _RED,
-        "negativeColor": _BLUE,
+        "positiveColor": LIGHT.positive,
+        "negativeColor": LIGHT.negative,
         "maskUpperTri": causal,
     }
     props = {name: value for name, value in props.items() if value is not None}
@@ -274,8 +274,8 @@ def colored_tokens(
         "values": shown,
         "maxValue": bound,
         "minValue": -bound,
-        "positiveColor": _RED,
-        "negativeColor": _BLUE,
+        "positiveColor": LIGHT.positive,
+        "negativeColor": LIGHT.negative,
     }
     fallback = token_heatmap(tokens, row.tolist(), scale=scale)
     note += f"Red positive, blue negative, full colour at {bound:.4g}."

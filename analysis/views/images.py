@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lenslrp.analysis.views.figures import LIGHT, Theme, colour_bar, colour_map, new_figure
+from lenslrp.analysis.views.drawing import (
+    LIGHT,
+    Theme,
+    colour_bar,
+    colour_map,
+    new_figure,
+    require_row,
+)
 from lenslrp.errors import InputError
 from lenslrp.views.heatmap import signed
 
@@ -50,9 +57,7 @@ def image_map(
         InputError: ``R`` explains no image, has no such row, or ``image`` is no image.
     """
     panels = _panels(R, of)
-    batch = len(R.tokens)
-    if not -batch <= row < batch:
-        raise InputError(f"row is {row}, but R holds {batch} rows (0 to {batch - 1})")
+    require_row(R, row)
     picture = None if image is None else as_picture(image)
     width = 4.1 * len(panels) + 0.4
     figure, axes = new_figure(width, 4.6, theme, len(panels))

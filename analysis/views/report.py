@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from lenslrp.analysis.units.projection import neuron_writes
 from lenslrp.analysis.units.unembedding import unembedding
 from lenslrp.analysis.views import figures as plots
+from lenslrp.analysis.views.drawing import DARK, LIGHT, Theme, require_row
+from lenslrp.analysis.views.images import image_map
 from lenslrp.analysis.views.report_template import TEMPLATE
 from lenslrp.errors import InputError
 from lenslrp.extras import require
@@ -64,14 +66,14 @@ def _image(figure: Figure) -> str:
 def _picture(draw: Callable[..., Figure], *args: Any, alt: str, **options: Any) -> dict[str, str]:
     """The figure in both themes, without its title: the page has a heading."""
 
-    def image(theme: plots.Theme) -> str:
+    def image(theme: Theme) -> str:
         figure = draw(*args, **options, theme=theme)
         figure.axes[0].set_title("", loc="left")
         return _image(figure)
 
     return {
-        "light": image(plots.LIGHT),
-        "dark": image(plots.DARK),
+        "light": image(LIGHT),
+        "dark": image(DARK),
         "alt": alt,
         "caption": "",
     }
@@ -247,8 +249,7 @@ def require_report() -> None:
 def _seen(R: RelevanceCache, row: int, image: Any) -> dict[str, str]:
     """The image that was explained, in both themes; its panels keep their titles."""
     light, dark = (
-        _image(plots.image_map(R, row, image=image, theme=theme))
-        for theme in (plots.LIGHT, plots.DARK)
+        _image(image_map(R, row, image=image, theme=theme)) for theme in (LIGHT, DARK)
     )
     alt = f"Relevance of {R.grid[0]} by {R.grid[1]} patches." if R.grid else ""
     return {"light": light, "dark": dark, "alt": alt, "caption": ""}
@@ -262,9 +263,7 @@ def report_html(
     template = environment().from_string(TEMPLATE)
     from markupsafe import Markup
 
-    batch = len(R.str_tokens)
-    if not -batch <= row < batch:
-        raise InputError(f"row is {row}, but R holds {batch} rows (0 to {batch - 1})")
+    require_row(R, row)
     tokens, mask = R.str_tokens[row], [bool(kept) for kept in R.attention_mask[row]]
     values = [float(value) for value in R.tokens[row]]
     scale = colour_scale(values, mask)
