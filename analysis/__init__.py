@@ -2,7 +2,7 @@
 
 Imported as ``lenslrp.analysis``; the folder is named ``analysis`` at the top of the repository.
 Every public name of a room is one of this package too, imported when first used, as in
-:mod:`lenslrp`.
+`lenslrp`.
 """
 
 import sys
@@ -333,29 +333,29 @@ __all__ = [
     "written_by",
 ]
 
-# Modules that documentation of 0.1 imported from, and where they are now.
+# Modules of this package that documentation of 0.1 imported from, and where they are now.
 _FORMER = {
-    "baselines": "attribution.methods",
-    "circuit_plot": "circuits.figures",
-    "circuitsvis_safe": "views.circuitsvis",
-    "curve_plot": "evaluation.figures",
-    "exports": "dictionary.export.folders",
-    "faithfulness": "evaluation.faithfulness",
-    "intervene": "passes.intervene",
-    "job": "dictionary.job",
-    "naming": "dictionary.naming.names",
-    "nodes": "circuits.nodes",
-    "pairs": "circuits.pairs",
-    "perturb": "evaluation.features",
-    "perturb_parts": "evaluation.model_features",
-    "plots": "views",
-    "prompts": "passes.prompts",
-    "providers": "dictionary.naming.providers",
-    "report": "views.report",
-    "sanity": "evaluation.sanity",
-    "search": "dictionary.scan",
-    "templates": "common.templates",
-    "vocabulary": "units.projection",
+    "baselines": "lenslrp.analysis.attribution.methods",
+    "circuit_plot": "lenslrp.analysis.circuits.figures",
+    "circuitsvis_safe": "lenslrp.analysis.views.circuitsvis",
+    "curve_plot": "lenslrp.analysis.evaluation.figures",
+    "exports": "lenslrp.analysis.dictionary.export.folders",
+    "faithfulness": "lenslrp.analysis.evaluation.faithfulness",
+    "intervene": "lenslrp.edits",
+    "job": "lenslrp.analysis.dictionary.job",
+    "naming": "lenslrp.analysis.dictionary.naming.names",
+    "nodes": "lenslrp.analysis.circuits.nodes",
+    "pairs": "lenslrp.analysis.circuits.pairs",
+    "perturb": "lenslrp.analysis.evaluation.features",
+    "perturb_parts": "lenslrp.analysis.evaluation.model_features",
+    "plots": "lenslrp.analysis.views",
+    "prompts": "lenslrp.analysis.passes.prompts",
+    "providers": "lenslrp.analysis.dictionary.naming.providers",
+    "report": "lenslrp.analysis.views.report",
+    "sanity": "lenslrp.analysis.evaluation.sanity",
+    "search": "lenslrp.analysis.dictionary.scan",
+    "templates": "lenslrp.analysis.common.templates",
+    "vocabulary": "lenslrp.analysis.units.projection",
 }
 
 
@@ -379,7 +379,7 @@ class _Former(ModuleType):
 
 
 for _name, _home in _FORMER.items():
-    sys.modules[f"{__name__}.{_name}"] = _Former(f"{__name__}.{_name}", f"{__name__}.{_home}")
+    sys.modules[f"{__name__}.{_name}"] = _Former(f"{__name__}.{_name}", _home)
 
 
 def __getattr__(name: str) -> Any:

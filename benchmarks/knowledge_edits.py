@@ -15,7 +15,7 @@ from knowledge_scores import HOOK, Neurons, last_only
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslrp.analysis.passes.intervene import Edit, edit_units
+from lenslrp.analysis import Edit, edit_units
 
 ROWS = 128  # of a batch
 

@@ -5,11 +5,11 @@ token colours. Used directly, it pings a web host at every display, shows nothin
 pages without a network, puts 1.3 MB of script into every cell, sets tokens as HTML (``<bos>``
 vanishes, ``</script>`` destroys the cell), goes blank at a NaN, scales each sign by itself and
 paints negative red. Here none of its Python runs. Its JavaScript bundle is read from the installed
-package and inlined, once a :class:`NotebookPage`; tokens are made inert and visible first; values
+package and inlined, once a `NotebookPage`; tokens are made inert and visible first; values
 that are not finite are left blank and counted; bounds are symmetric; positive is red.
 
 Views need JavaScript. Where it does not run (a sanitising viewer), the place of a view holds a
-text or, for tokens, the script-free heatmap of :mod:`lenslrp.views.heatmap`.
+text or, for tokens, the script-free heatmap of `lenslrp.views.heatmap`.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def attention_relevance(
             their sums.
         layer: which block.
         row: which row of the batch; its padding is left out.
-        scale, page: as for :func:`attention_heads`.
+        scale, page: as for `attention_heads`.
 
     Raises:
         InputError: patterns were not read, or reduced.
@@ -265,7 +265,7 @@ def colored_tokens(
     scale: float | None = None,
     page: NotebookPage | None = None,
 ) -> View:
-    """Tokens on a background of ``values`` [pos], with tooltips; see :func:`attention_heads`."""
+    """Tokens on a background of ``values`` [pos], with tooltips; see `attention_heads`."""
     row = _as_tensor("values", values, (1,), len(tokens))
     shown, largest, note = _finite(row)
     bound = _bound(largest, scale)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from lenslrp.cache import RelevanceCache
 
-TERMS = (
+LEDGER_TERMS = (
     ("leaves", "leaves (tokens)"),
     ("biases", "biases"),
     ("softmax", "softmax"),
@@ -110,7 +110,7 @@ def ledger_bars(R: RelevanceCache, *, theme: Theme = LIGHT) -> Figure:
     Terms below a millionth of the target are left out.
     """
     ledger = R.ledger()
-    terms = [(label, float(getattr(ledger, name))) for name, label in TERMS]
+    terms = [(label, float(getattr(ledger, name))) for name, label in LEDGER_TERMS]
     visible_size = 1e-6 * abs(float(ledger.target))
     terms = [(label, value) for label, value in terms if not abs(value) <= visible_size]
     values = np.array([value for _, value in terms])
@@ -155,7 +155,7 @@ def token_bars(
     return figure
 
 
-KINDS: dict[str, Callable[..., Figure]] = {
+PLOTS: dict[str, Callable[..., Figure]] = {
     "residual": residual_map,
     "heads": head_grid,
     "neurons": top_neurons,
@@ -166,12 +166,12 @@ KINDS: dict[str, Callable[..., Figure]] = {
 
 
 def plot(R: RelevanceCache, kind: str = "residual", **options: Any) -> Figure:
-    """The figure named ``kind``; ``options`` go to its function (see :data:`KINDS`).
+    """The figure named ``kind``; ``options`` go to its function (see `PLOTS`).
 
     Raises:
         InputError: when there is no such kind.
         MissingExtraError: matplotlib is not installed.
     """
-    if kind not in KINDS:
-        raise InputError(f"no plot is called {kind!r}; there are {', '.join(map(repr, KINDS))}")
-    return KINDS[kind](R, **options)
+    if kind not in PLOTS:
+        raise InputError(f"no plot is called {kind!r}; there are {', '.join(map(repr, PLOTS))}")
+    return PLOTS[kind](R, **options)

@@ -151,7 +151,7 @@ def _neurons(R: RelevanceCache, row: int, model: TransformerBridge | None) -> di
 def _ledger(R: RelevanceCache) -> dict[str, Any]:
     ledger = R.ledger()
     target = float(ledger.target)
-    values = [float(getattr(ledger, name)) for name, _ in plots.TERMS]
+    values = [float(getattr(ledger, name)) for name, _ in plots.LEDGER_TERMS]
     terms = [
         {
             "name": label,
@@ -159,7 +159,7 @@ def _ledger(R: RelevanceCache) -> dict[str, Any]:
             "value": _signed(value) if value else "0",
             "share": f"{value / target:.1%}" if target else "-",
         }
-        for (_, label), value in zip(plots.TERMS, values, strict=True)
+        for (_, label), value in zip(plots.LEDGER_TERMS, values, strict=True)
     ]
     alt = "Waterfall of the ledger: " + ", ".join(
         f"{term['name']} {term['value']}"
@@ -248,9 +248,7 @@ def require_report() -> None:
 
 def _seen(R: RelevanceCache, row: int, image: Any) -> dict[str, str]:
     """The image that was explained, in both themes; its panels keep their titles."""
-    light, dark = (
-        _image(image_map(R, row, image=image, theme=theme)) for theme in (LIGHT, DARK)
-    )
+    light, dark = (_image(image_map(R, row, image=image, theme=theme)) for theme in (LIGHT, DARK))
     alt = f"Relevance of {R.grid[0]} by {R.grid[1]} patches." if R.grid else ""
     return {"light": light, "dark": dark, "alt": alt, "caption": ""}
 
@@ -258,7 +256,7 @@ def _seen(R: RelevanceCache, row: int, image: Any) -> dict[str, str]:
 def report_html(
     R: RelevanceCache, *, model: TransformerBridge | None = None, row: int = 0, image: Any = None
 ) -> str:
-    """The page of :func:`write_report` as a string."""
+    """The page of `write_report` as a string."""
     require_report()
     template = environment().from_string(TEMPLATE)
     from markupsafe import Markup
@@ -312,7 +310,7 @@ def write_report(
     """Write the report on one batch row of ``R`` and return where it is.
 
     Args:
-        R: the result of :func:`lenslrp.run_with_relevance`.
+        R: the result of `lenslrp.run_with_relevance`.
         path: the HTML file; replaced when the new one is complete.
         model: the bridge that was explained; with it, neurons show what they write.
         row: which batch row.

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 import lenslrp
-from lenslrp.analysis import Direction, steer
-from lenslrp.analysis.passes.intervene import Edit, edit_units
+from lenslrp.analysis import Direction, Edit, edit_units, steer
 from lenslrp.analysis.steering.operations import Add
 from lenslrp.hooks import Plain
 from lenslrp.targets import Activation

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
-from lenslrp.analysis.passes.intervene import Edit, edit_units
+from lenslrp.analysis import Edit, edit_units
 from lenslrp.errors import InputError
 from tests.unit.tiny import FAMILIES, TOKENS, changes, snapshot, tiny
 

@@ -18,6 +18,7 @@ import transformers as hf
 from torch import Tensor
 
 import lenslrp
+from lenslrp.analysis import Edit, edit_units
 from lenslrp.analysis.attribution.attention import attention_rollout
 from lenslrp.analysis.circuits.edges import score_edges
 from lenslrp.analysis.circuits.graph.graphs import attribution_graph
@@ -25,7 +26,6 @@ from lenslrp.analysis.circuits.nodes import Node
 from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.circuits.scores import score_nodes
 from lenslrp.analysis.evaluation.features import tokens_of
-from lenslrp.analysis.passes.intervene import Edit, edit_units
 from lenslrp.analysis.passes.problems import resolve
 from lenslrp.analysis.passes.prompts import as_prompt
 from lenslrp.analysis.steering.operations import Ablate, steer
