@@ -38,15 +38,15 @@ from lenslrp.analysis.common.storage import (
 )
 from lenslrp.analysis.dictionary.plan import Place, Plan
 from lenslrp.analysis.units.kinds import Direction, Feature, Head, Unit, parse_unit
-from lenslrp.analysis.units.projection import (
+from lenslrp.analysis.units.projection import project
+from lenslrp.analysis.units.readers import DirectionReader, FeatureReader, SearchedHook
+from lenslrp.analysis.units.residual import (
     as_read,
     as_written,
     head_reads,
     head_writes,
-    project,
     require_decoder,
 )
-from lenslrp.analysis.units.readers import DirectionReader, FeatureReader, SearchedHook
 from lenslrp.analysis.units.unembedding import dot_products, embedding
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import parquet_writer, whole

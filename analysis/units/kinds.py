@@ -2,13 +2,7 @@
 
 A unit is a small frozen value. It knows the hook point where it lives in a given bridge, how its
 activation is read from the tensor there, which vectors of the residual stream it reads and writes,
-and its text, which can be copied and turned back into the unit with `parse_unit`::
-
-    Neuron(5, 17)               blocks.5.mlp.hook_post[17]
-    Neuron(5, 17, expert=3)     blocks.5.mlp.hook_expert_post[3, 17]
-    Head(5, 2)                  blocks.5.attn.hook_z[2]
-    Direction(hook, vector)     blocks.5.hook_resid_post[direction 1f0c3a9e]
-    Feature(coder, 40)          blocks.5.hook_resid_post[sae 40]
+and its text, such as ``blocks.5.mlp.hook_post[17]``, which `parse_unit` turns back into the unit.
 
 Reads and writes are the rows and columns of the weights as they stand, without norms; what they
 mean in the vocabulary is for `lenslrp.analysis.units.projection`.
@@ -18,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,6 +39,10 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
+Routing = Int[Tensor, "batch pos slot"]
+"""Which expert is in which slot."""
+
+
 class Unit:
     """A part of a model that can be explained: the methods that all kinds have."""
 
@@ -57,11 +54,7 @@ class Unit:
         """
         raise NotImplementedError
 
-    def activation(
-        self,
-        value: Tensor,
-        routing: Int[Tensor, "batch pos slot"] | None = None,
-    ) -> Tensor:
+    def activation(self, value: Tensor, routing: Routing | None = None) -> Tensor:
         """Its activation, from the tensor at its hook point. Differentiable.
 
         Args:
@@ -105,9 +98,7 @@ class Neuron(Unit):
         side: ``"encoder"`` or ``"decoder"``, of an encoder-decoder.
 
     Example:
-        >>> str(Neuron(5, 17))
-        'blocks.5.mlp.hook_post[17]'
-        >>> str(Neuron(5, 17, expert=3))
+        >>> str(Neuron(5, 17, expert=3))  # of a mixture; of a dense MLP blocks.5.mlp.hook_post[17]
         'blocks.5.mlp.hook_expert_post[3, 17]'
     """
 
@@ -118,14 +109,10 @@ class Neuron(Unit):
 
     def __str__(self) -> str:
         stack = "encoder_blocks" if self.side == "encoder" else "blocks"
-        return f"{stack}.{self.layer}.{self._end('shared_experts')}"
-
-    def _end(self, shared: str) -> str:
-        if self.expert is None:
-            return f"mlp.hook_post[{self.index}]"
-        if self.expert == "shared":
-            return f"mlp.{shared}.hook_post[{self.index}]"
-        return f"mlp.hook_expert_post[{self.expert}, {self.index}]"
+        if isinstance(self.expert, int):
+            return f"{stack}.{self.layer}.mlp.hook_expert_post[{self.expert}, {self.index}]"
+        shared = "" if self.expert is None else "shared_experts."
+        return f"{stack}.{self.layer}.mlp.{shared}hook_post[{self.index}]"
 
     def hook(self, model: TransformerBridge) -> str:
         self._weights(model)
@@ -139,11 +126,7 @@ class Neuron(Unit):
             raise InputError(f"{self}: the experts of this architecture have no hook point")
         return name
 
-    def activation(
-        self,
-        value: Tensor,
-        routing: Int[Tensor, "batch pos slot"] | None = None,
-    ) -> Tensor:
+    def activation(self, value: Tensor, routing: Routing | None = None) -> Tensor:
         """0 where a position was not sent to the neuron's expert."""
         if isinstance(self.expert, int):
             if routing is None or value.ndim != 4:
@@ -177,7 +160,7 @@ class Neuron(Unit):
         out = weight(mlp, "W_out")
         if out is None or matrices["in"] is None:
             raise InputError(f"{self}: {type(mlp).__name__} has no single W_in and W_out")
-        _require_index(self.layer, "neuron", self.index, out.shape[0])
+        _require_index(self, "neuron", self.index, out.shape[0])
         reads = {k: w[:, self.index][None] for k, w in matrices.items() if w is not None}
         return {**reads, "out": out[self.index][None]}
 
@@ -188,8 +171,8 @@ class Neuron(Unit):
         if experts is None:
             raise InputError(f"{self}: the experts of this architecture are not batched matrices")
         down = experts_down(experts)
-        _require_index(self.layer, "expert", int(self.expert), down.shape[0])
-        _require_index(self.layer, "neuron", self.index, down.shape[1])
+        _require_index(self, "expert", int(self.expert), down.shape[0])
+        _require_index(self, "neuron", self.index, down.shape[1])
         reads = expert_reads(experts, int(self.expert), self.index, down.shape[1])
         return {**reads, "out": down[int(self.expert), self.index][None]}
 
@@ -226,16 +209,11 @@ class Head(Unit):
     def hook(self, model: TransformerBridge) -> str:
         name, attention = self._attention(model)
         out = weight(attention, "W_O", dims=3)
-        _require_index(
-            self.layer, "head", self.index, int(model.cfg.n_heads) if out is None else out.shape[0]
-        )
+        size = int(model.cfg.n_heads) if out is None else out.shape[0]
+        _require_index(self, "head", self.index, size)
         return f"{blocks_name(model, self.side)}.{self.layer}.{name}.hook_z"
 
-    def activation(
-        self,
-        value: Tensor,
-        routing: Int[Tensor, "batch pos slot"] | None = None,
-    ) -> Tensor:
+    def activation(self, value: Tensor, routing: Routing | None = None) -> Tensor:
         if value.ndim < 3 or not 0 <= self.index < value.shape[-2]:
             raise InputError(
                 f"{self}: hook_z is [batch, pos, head, d_head] with this head in it, "
@@ -260,7 +238,7 @@ class Head(Unit):
             index = self.index
             value = weight(attention, matrix, dims=3)
             if out is not None and value is not None:
-                _require_index(self.layer, "head", self.index, out.shape[0])
+                _require_index(self, "head", self.index, out.shape[0])
                 index //= out.shape[0] // value.shape[0]
             vectors[name] = self._matrix(model, matrix, index).T
         return vectors
@@ -281,12 +259,8 @@ class Head(Unit):
                 f"{self}: {type(attention).__name__} has no {name} of a single head "
                 "(latent attention, or a projection that is not a matrix)"
             )
-        _require_index(
-            self.layer,
-            "head",
-            self.index,
-            heads.shape[0] if name in ("W_Q", "W_O") else self.index + 1,
-        )
+        size = heads.shape[0] if name in ("W_Q", "W_O") else self.index + 1
+        _require_index(self, "head", self.index, size)
         return heads[index]
 
 
@@ -320,11 +294,7 @@ class Direction(Unit):
     def hook(self, model: TransformerBridge) -> str:
         return known_hook(model, self.at)
 
-    def activation(
-        self,
-        value: Tensor,
-        routing: Int[Tensor, "batch pos slot"] | None = None,
-    ) -> Tensor:
+    def activation(self, value: Tensor, routing: Routing | None = None) -> Tensor:
         if value.shape[-1] != self.vector.shape[0]:
             raise InputError(
                 f"{self}: the direction has {self.vector.shape[0]} components, "
@@ -333,14 +303,10 @@ class Direction(Unit):
         return value @ self.vector.to(value)
 
     def writes(self, model: TransformerBridge) -> Vectors:
-        return {"out": self._residual(model)}
+        return {"out": _of_width(model, self, self.vector.detach())}
 
     def reads(self, model: TransformerBridge) -> Vectors:
-        return {"in": self._residual(model)}
-
-    def _residual(self, model: TransformerBridge) -> Tensor:
-        _require_width(model, self, self.vector.shape[0])
-        return self.vector.detach()[None]
+        return {"in": _of_width(model, self, self.vector.detach())}
 
 
 @dataclass(frozen=True)
@@ -375,44 +341,21 @@ class Feature(Unit):
     def hook(self, model: TransformerBridge) -> str:
         return known_hook(model, self.coder.hook)
 
-    def activation(
-        self,
-        value: Tensor,
-        routing: Int[Tensor, "batch pos slot"] | None = None,
-    ) -> Tensor:
+    def activation(self, value: Tensor, routing: Routing | None = None) -> Tensor:
         return self.coder.encode(value)[..., self.index]
 
     def writes(self, model: TransformerBridge) -> Vectors:
-        _require_width(model, self, self.coder.W_dec.shape[1])
-        return {"out": self.coder.W_dec[self.index][None]}
+        return {"out": _of_width(model, self, self.coder.W_dec[self.index])}
 
     def reads(self, model: TransformerBridge) -> Vectors:
-        _require_width(model, self, self.coder.W_enc.shape[0])
-        return {"in": self.coder.W_enc[:, self.index][None]}
+        return {"in": _of_width(model, self, self.coder.W_enc[:, self.index])}
 
 
-def _parsed_neuron(match: re.Match[str]) -> Neuron:
-    expert: int | Literal["shared"] | None = "shared" if match["shared"] else None
-    return Neuron(int(match["layer"]), int(match["index"]), expert, _side(match))
-
-
-def _parsed_expert(match: re.Match[str]) -> Neuron:
-    return Neuron(int(match["layer"]), int(match["index"]), int(match["expert"]), _side(match))
-
-
-def _parsed_head(match: re.Match[str]) -> Head:
-    return Head(int(match["layer"]), int(match["index"]), bool(match["cross"]), _side(match))
-
-
-def _side(match: re.Match[str]) -> Side:
-    return "encoder" if match["stack"] == "encoder_blocks" else "decoder"
-
-
-_BLOCK = r"(?P<stack>blocks|encoder_blocks|decoder_blocks)\.(?P<layer>\d+)\."
-_PATTERNS: tuple[tuple[str, Callable[[re.Match[str]], Unit]], ...] = (
-    (r"mlp\.(?P<shared>shared_experts?\.)?hook_post\[(?P<index>\d+)\]", _parsed_neuron),
-    (r"mlp\.hook_expert_post\[(?P<expert>\d+), ?(?P<index>\d+)\]", _parsed_expert),
-    (r"(?:(?:self_)?attn|(?P<cross>cross_attn))\.hook_z\[(?P<index>\d+)\]", _parsed_head),
+_PATTERN = re.compile(
+    r"(?P<stack>blocks|encoder_blocks|decoder_blocks)\.(?P<layer>\d+)\."
+    r"(?:mlp\.(?P<shared>shared_experts?\.)?hook_post\[(?P<neuron>\d+)\]"
+    r"|mlp\.hook_expert_post\[(?P<expert>\d+), ?(?P<of_expert>\d+)\]"
+    r"|(?:(?:self_)?attn|(?P<cross>cross_attn))\.hook_z\[(?P<head>\d+)\])"
 )
 
 
@@ -426,22 +369,32 @@ def parse_unit(text: str) -> Unit:
         >>> parse_unit("blocks.5.attn.hook_z[2]")
         Head(layer=5, index=2, cross=False, side='decoder')
     """
-    for pattern, parsed in _PATTERNS:
-        match = re.fullmatch(_BLOCK + pattern, text)
-        if match is not None:
-            return parsed(match)
-    raise InputError(
-        f"{text!r} is no neuron or head; expected, for example, blocks.5.mlp.hook_post[17], "
-        "blocks.5.mlp.hook_expert_post[3, 17] or blocks.5.attn.hook_z[2]"
-    )
+    match = _PATTERN.fullmatch(text)
+    if match is None:
+        raise InputError(
+            f"{text!r} is no neuron or head; expected, for example, blocks.5.mlp.hook_post[17], "
+            "blocks.5.mlp.hook_expert_post[3, 17] or blocks.5.attn.hook_z[2]"
+        )
+    layer, side = int(match["layer"]), _side(match["stack"])
+    if match["head"] is not None:
+        return Head(layer, int(match["head"]), bool(match["cross"]), side)
+    if match["expert"] is not None:
+        return Neuron(layer, int(match["of_expert"]), int(match["expert"]), side)
+    return Neuron(layer, int(match["neuron"]), "shared" if match["shared"] else None, side)
 
 
-def _require_index(layer: int, what: str, index: int, size: int) -> None:
+def _side(stack: str) -> Side:
+    return "encoder" if stack == "encoder_blocks" else "decoder"
+
+
+def _require_index(unit: Neuron | Head, what: str, index: int, size: int) -> None:
     if not 0 <= index < size:
-        raise InputError(f"{what} is {index}, but layer {layer} has {what}s 0 to {size - 1}")
+        raise InputError(f"{what} is {index}, but layer {unit.layer} has {what}s 0 to {size - 1}")
 
 
-def _require_width(model: TransformerBridge, unit: Unit, width: int) -> None:
+def _of_width(model: TransformerBridge, unit: Unit, vector: Tensor) -> Tensor:
+    """[1, d_model], a vector of the residual stream, or an error."""
     d_model = int(model.cfg.d_model)
-    if width != d_model:
-        raise InputError(f"{unit} has {width} components; the residual stream has {d_model}")
+    if len(vector) != d_model:
+        raise InputError(f"{unit} has {len(vector)} components; the residual stream has {d_model}")
+    return vector[None]
