@@ -156,10 +156,16 @@ def attribute(
 
     Args:
         method: a name in `METHODS`, a `Method`, or a composite of rules.
-        model, input, target, and the keywords up to ``pixel_values``: as for
-            `lenslrp.run_with_relevance`.
-        seed: for methods that draw random numbers; what a row gets depends on its content and the
-            seed, not on the batch it is in.
+        model: a ``TransformerBridge``.
+        input: text, token ids [batch, pos] or pixels, as for `lenslrp.run_with_relevance`.
+        target: what is explained, as there; ``None`` is the top logit of the unchanged input.
+        seed: for methods that draw random numbers; a row's relevance depends on its content and
+            the seed, not on the batch it is in.
+        prepend_bos: as for `lenslrp.run_with_relevance`.
+        attention_mask: the same.
+        inputs_embeds: the same.
+        decoder_input: the same.
+        pixel_values: the same.
         chunk: how many sequences run through the model at once.
         options: the method's own keywords, see `Method.options`.
 

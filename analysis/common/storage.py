@@ -1,7 +1,7 @@
 """Files that a kill cannot spoil and a stranger cannot abuse.
 
 Everything is written by `lenslrp.files`, so a file is either whole or not there. Tensors lie
-in safetensors files that carry a SHA-256 of their own contents, so a flipped bit is found wherever
+in safetensors files that hold a SHA-256 of their own contents, so a flipped bit is found wherever
 it is. Nothing is ever unpickled. What is read back is bounded before it is used: headers,
 manifests, row groups and file names from outside go through here.
 """

@@ -145,7 +145,8 @@ def token_curves(
 
     Args:
         relevance: for each prompt, name -> [pos] over all its tokens.
-        baseline, keep: as in `lenslrp.analysis.evaluation.features.tokens_of`.
+        baseline: as in `tokens_of`.
+        keep: as in `tokens_of`.
     """
     sizes, masks = [], []
     for prompt, by_name in zip(prompts, relevance, strict=True):

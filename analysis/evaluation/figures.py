@@ -20,12 +20,26 @@ def perturbation_curves(
     title: str,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """The target while features go, for each method: most relevant first solid, least dashed.
+    """The target while features are taken away, for each method.
+
+    Solid lines: the most relevant first; dashed: the least relevant first.
 
     Args:
         shares: [step] of the features that are gone.
         curves: method -> (MoRF, LeRF), each [step].
-        unit: of what is followed.
+        unit: of the target, the label of the axis.
+        title: of the figure.
+        theme: `LIGHT` or `DARK`.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+
+    Example:
+        ```python
+        curve = curves(features, {"attnlrp": relevance})["attnlrp"]
+        lines = {"attnlrp": (curve.morf, curve.lerf)}
+        perturbation_curves(curve.shares, lines, unit="logits", title="one prompt").savefig("c.png")
+        ```
     """
     figure, (axes,) = new_figure(7.0, 4.2, theme, 1)
     import matplotlib as mpl

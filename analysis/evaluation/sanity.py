@@ -135,11 +135,12 @@ class Sensitivity:
 def sensitivity(
     explain: Callable[[str], tuple[list[int], Any, float]], before: str, after: str
 ) -> Sensitivity:
-    """Exchange one part of a text for another, and compare the relevance of the rest.
+    """Exchange one part of a text for another, and compare the relevance of the other tokens.
 
     Args:
         explain: from a text to its token ids, their relevance [pos], and the target's value.
-        before, after: two texts that differ in one place.
+        before: a text.
+        after: the text, different in one place.
 
     Raises:
         InputError: the texts are equal, or have no token in common.

@@ -71,7 +71,7 @@ class AttributionProblem:
         explained: the target's text, and its value for the unchanged input.
         units: what the units are called.
         grid: rows and columns of an image's patches, ``None`` for text.
-        given: the input, as keywords of `lenslrp.run_with_relevance`.
+        input_keywords: the input, as keywords of `lenslrp.run_with_relevance`.
         columns: where the logits are that the target reads, if not everywhere.
         chunk: how many sequences run at once.
         passes: counted so far, for each row.
@@ -86,7 +86,7 @@ class AttributionProblem:
     explained: Explained
     units: list[list[str]]
     grid: tuple[int, int] | None
-    given: Mapping[str, Any]
+    input_keywords: Mapping[str, Any]
     columns: Columns | None = None
     chunk: int = SEQUENCES_AT_ONCE
     passes: PassCount = field(default_factory=PassCount)
@@ -110,7 +110,7 @@ class AttributionProblem:
         """Relevance of the unchanged input under rules: one forward and one backward pass."""
         with Session(self.model, composite, ledger=False, logits="target", stays=False) as session:
             _, cache = session.run_with_relevance(
-                target=self.target, names_filter=names_filter, **self.given
+                target=self.target, names_filter=names_filter, **self.input_keywords
             )
         self.passes.forward += 1
         self.passes.backward += 1
@@ -240,8 +240,15 @@ def resolve(
     """Resolve an input and a target into a problem, with one forward pass that is not counted.
 
     Args:
-        model, input, target and the other keywords: as for `lenslrp.run_with_relevance`. Of
-            an encoder-decoder, the units are the encoder's tokens.
+        model: a ``TransformerBridge``.
+        input: as for `lenslrp.run_with_relevance`, like the other keywords. Of an encoder-decoder,
+            the units are the encoder's tokens.
+        target: the same.
+        prepend_bos: the same.
+        attention_mask: the same.
+        inputs_embeds: the same.
+        decoder_input: the same.
+        pixel_values: the same.
         chunk: how many sequences may run at once; the batch itself always does.
 
     Raises:
@@ -260,7 +267,7 @@ def resolve(
         raise InputError(f"baselines take text or an image, not both; {kind} reads {main_input}")
     if image and isinstance(input, Tensor) and input.is_floating_point():
         input, pixel_values = None, input
-    given = {
+    input_keywords = {
         "input": input, "prepend_bos": prepend_bos, "attention_mask": attention_mask,
         "inputs_embeds": inputs_embeds, "decoder_input": decoder_input,
         "pixel_values": pixel_values,
@@ -307,8 +314,8 @@ def resolve(
     explained = Explained(parsed.text(outputs), value)
     fixed = _fixed(parsed, outputs)
     return AttributionProblem(
-        model, prepared, inputs, vectors, mask, fixed, explained, units, grid, given, columns,
-        chunk,
+        model, prepared, inputs, vectors, mask, fixed, explained, units, grid, input_keywords,
+        columns, chunk,
     )  # fmt: skip
 
 

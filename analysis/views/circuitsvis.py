@@ -243,10 +243,23 @@ def attention_relevance(
             their sums.
         layer: which block.
         row: which row of the batch; its padding is left out.
-        scale, page: as for `attention_heads`.
+        scale: value at the full colour; by default the largest absolute value of all heads.
+        page: the page that shares one bundle; by default the view holds its own.
+
+    Returns:
+        A view that displays itself in a notebook; ``str(view)`` is a complete HTML page.
 
     Raises:
-        InputError: patterns were not read, or reduced.
+        InputError: the patterns of this layer were not read, or were reduced.
+        ImportError: when the view is displayed and circuitsvis is missing.
+
+    Example:
+        ```python
+        _, R = lenslrp.run_with_relevance(
+            model, prompt, names_filter="blocks.5.attn.hook_pattern"
+        )
+        attention_relevance(R, 5)
+        ```
     """
     patterns = R[f"blocks.{layer}.attn.hook_pattern"]
     if patterns.ndim != 4:

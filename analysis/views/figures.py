@@ -1,7 +1,7 @@
 """Pictures of relevance with matplotlib: layer x position, heads, neurons, ledger, tokens, images.
 
-Red speaks for the target and blue against it; `lenslrp.analysis.views.drawing` has the colours and
-says how figures are made.
+Red is evidence for the target and blue against it; `lenslrp.analysis.views.drawing` has the
+colours and says how figures are made.
 """
 
 from __future__ import annotations
@@ -54,7 +54,15 @@ def residual_map(
 ) -> Figure:
     """Total relevance of the residual stream, layer (upwards) x position, padding left out.
 
-    ``without_first`` takes the colour scale from the positions after the first, which is drawn.
+    Args:
+        R: with the residual stream's hook points.
+        row: which row of the batch.
+        without_first: take the colour scale from the positions after the first, which is drawn.
+        theme: `LIGHT` or `DARK`.
+
+    Raises:
+        InputError: no such row.
+        MissingExtraError: matplotlib is not installed.
     """
     kept = _kept(R, row)
     table = R.residual(row)
@@ -75,7 +83,7 @@ def residual_map(
 
 
 def head_grid(R: RelevanceCache, row: int = 0, *, theme: Theme = LIGHT) -> Figure:
-    """Relevance of every attention head, layer (upwards) x head."""
+    """Relevance of every attention head, layer (upwards) x head, in units of the target."""
     table = R.heads(row)
     values = np.asarray(table, dtype=float)
     rows, columns = values.shape
@@ -167,6 +175,11 @@ PLOTS: dict[str, Callable[..., Figure]] = {
 
 def plot(R: RelevanceCache, kind: str = "residual", **options: Any) -> Figure:
     """The figure named ``kind``; ``options`` go to its function (see `PLOTS`).
+
+    Args:
+        R: with the hook points that the figure shows.
+        kind: ``"residual"``, ``"heads"``, ``"neurons"``, ``"ledger"``, ``"tokens"`` or ``"image"``.
+        options: such as ``row=``, ``theme=``, ``without_first=``.
 
     Raises:
         InputError: when there is no such kind.

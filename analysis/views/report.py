@@ -80,7 +80,7 @@ def _picture(draw: Callable[..., Figure], *args: Any, alt: str, **options: Any) 
 
 
 def section(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``make`` returns, or why it cannot: hook points that this R did not read."""
+    """The section that ``make`` returns, or why it cannot: R lacks the hook points."""
     try:
         return make()
     except (InputError, KeyError) as error:
@@ -127,7 +127,7 @@ def _neurons(R: RelevanceCache, row: int, model: TransformerBridge | None) -> di
     relevance = _column(map(float, table["relevance"]))
     rows = []
     readable = model if _has_vocabulary(model) else None
-    for place, entry in enumerate(table.itertuples()):
+    for n, entry in enumerate(table.itertuples()):
         writes = []
         if readable is not None:
             writes = [
@@ -140,7 +140,7 @@ def _neurons(R: RelevanceCache, row: int, model: TransformerBridge | None) -> di
                 "token": visible(str(entry.token)),
                 "position": entry.position,
                 "sign": _sign(float(entry.relevance)),
-                "relevance": relevance[place],
+                "relevance": relevance[n],
                 "activation": "-" if math.isnan(entry.activation) else _signed(entry.activation),
                 "writes": writes,
             }
@@ -246,7 +246,7 @@ def require_report() -> None:
     require("matplotlib", "an HTML report", "report")
 
 
-def _seen(R: RelevanceCache, row: int, image: Any) -> dict[str, str]:
+def _explained_image(R: RelevanceCache, row: int, image: Any) -> dict[str, str]:
     """The image that was explained, in both themes; its panels keep their titles."""
     light, dark = (_image(image_map(R, row, image=image, theme=theme)) for theme in (LIGHT, DARK))
     alt = f"Relevance of {R.grid[0]} by {R.grid[1]} patches." if R.grid else ""
@@ -286,7 +286,7 @@ def report_html(
         model_name=visible(R.model_name),
         facts=_facts(R, row, [v for v, kept in zip(values, mask, strict=True) if kept], ledger),
         heatmap=Markup(token_heatmap(tokens, values, attention_mask=mask, grid=R.grid)),
-        picture_of=None if R.grid is None else _seen(R, row, image),
+        picture_of=None if R.grid is None else _explained_image(R, row, image),
         rescaled=Markup(rescaled),
         residual=section(lambda: _residual(R, row, scale.dominated)),
         heads=section(lambda: _heads(R, row)),
@@ -316,9 +316,18 @@ def write_report(
         row: which batch row.
         image: what a vision model saw, to be drawn under the relevance (see ``R.plot("image")``).
 
+    Returns:
+        The path of the file: one page of HTML without scripts, figures inlined.
+
     Raises:
         InputError: when ``row`` is out of range or the folder of ``path`` does not exist.
         MissingExtraError: matplotlib is not installed.
+
+    Example:
+        ```python
+        _, R = lenslrp.run_with_relevance(model, "The capital of France is", " Paris")
+        write_report(R, "paris.html", model=model)
+        ```
     """
     path = Path(path)
     page = report_html(R, model=model, row=row, image=image)
