@@ -81,7 +81,7 @@ class Method:
             return problem.vectors.norm(dim=-1)
 
         norm = Method("embedding_norm", embedding_norm, "chance, but for rare tokens")
-        attribute(norm, model, "The capital of France is").tokens  # [1, 6], all >= 0
+        attribute(norm, model, "The capital of France is").tokens  # [1, 5], all >= 0
         ```
     """
 
@@ -179,9 +179,9 @@ def attribute(
 
     Example:
         ```python
-        found = attribute("occlusion", model, "The capital of France is", " Paris")
-        found.tokens      # [1, 6]: what the logit of " Paris" loses without each token
-        found.str_tokens  # [["<|endoftext|>", "The", " capital", " of", " France", " is"]]
+        occluded = attribute("occlusion", model, "The capital of France is", " Paris")
+        occluded.tokens      # [1, 5]: what the logit of " Paris" loses without each token
+        occluded.str_tokens  # [["The", " capital", " of", " France", " is"]]
         ```
     """
     chosen = as_method(method)

@@ -120,8 +120,8 @@ def curves(
     Example:
         ```python
         features = tokens_of(model, prompt)
-        curve = curves(features, {"attnlrp": features.of(R.tokens[0])}, steps=4)["attnlrp"]
-        curve.shares  # [0.0, 0.25, 0.5, 0.75, 1.0]
+        curve = curves(features, {"attnlrp": features.of(R.tokens[0])}, steps=5)["attnlrp"]
+        curve.shares  # [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
         curve.area    # LeRF less MoRF, over the shares: chance is 0
         ```
     """
@@ -338,7 +338,7 @@ def normalised_aopc(value: float, bounds: tuple[float, float]) -> float:
     NaN where all orders are equal.
 
     Example:
-        >>> normalised_aopc(0.3, (0.1, 0.5))
+        >>> normalised_aopc(0.25, (0.0, 0.5))
         0.5
     """
     low, high = bounds

@@ -92,7 +92,7 @@ def tokens_of(
     Example:
         ```python
         features = tokens_of(model, as_prompt(model, "The capital of France is", " Paris"))
-        features.without(np.eye(features.size, dtype=bool)).value  # [6]: one token gone in each
+        features.without(np.eye(features.size, dtype=bool)).value  # [5]: one token gone in each
         ```
     """
     text = Batch.of_rows([prompt.given[0].tolist()])

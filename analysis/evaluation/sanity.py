@@ -64,7 +64,7 @@ def randomisation(
     Example:
         ```python
         frame = randomisation(model, lambda: attribute("attnlrp", model, text, " Paris").tokens)
-        frame["spearman"]  # near 0 at every layer: this relevance depends on the weights
+        frame["spearman"]  # 1 at a layer: without it and all above, relevance is the same
         ```
     """
     if mode not in MODES:

@@ -83,7 +83,7 @@ def as_prompt(
         pixel_values: [1, channel, height, width] instead of ``input``.
 
     Returns:
-        What `tokens_of`, `heads_of` and `edit_units`' callers take: token ids, target, positions.
+        Token ids, target and positions, as `tokens_of` and `heads_of` take them.
 
     Raises:
         InputError: more than one input, or a target that has no value by itself in a row.
@@ -91,7 +91,7 @@ def as_prompt(
     Example:
         ```python
         prompt = as_prompt(model, "The capital of France is", " Paris")
-        prompt.length  # 6, with the start token
+        prompt.length  # 5 tokens
         ```
     """
     parsed = as_target(target, model.tokenizer, 1, media.labels_of(model))

@@ -193,7 +193,7 @@ class Head(Unit):
         >>> str(Head(5, 2))
         'blocks.5.attn.hook_z[2]'
         >>> Head(5, 2).writes(model)["out"].shape  # W_O of the head
-        torch.Size([64, 768])
+        torch.Size([64, 576])
     """
 
     layer: int
