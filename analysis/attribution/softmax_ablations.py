@@ -20,32 +20,32 @@ from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.rules import identity_factor, softmax_taylor, stabilise
 
 
-def _unmasked(x: Tensor) -> tuple[Tensor, Tensor]:
+def _split_masked(x: Tensor) -> tuple[Tensor, Tensor]:
     """The scores with 0 for masked ones (-inf, or the type's minimum), and which are not."""
-    seen = x > torch.finfo(x.dtype).min / 2
-    return x.masked_fill(~seen, 0.0), seen
+    unmasked = x > torch.finfo(x.dtype).min / 2
+    return x.masked_fill(~unmasked, 0.0), unmasked
 
 
 def softmax_identity(
     g: Float[Tensor, "*rows keys"], x: Float[Tensor, "*rows keys"], s: Float[Tensor, "*rows keys"]
 ) -> Float[Tensor, "*rows keys"]:
     """The identity rule, as if the softmax were element-wise: ``R_i = R_i`` ([A] Eq. 9)."""
-    x, seen = _unmasked(x)
-    return torch.where(seen, g * identity_factor(x, s), 0.0)
+    x, unmasked = _split_masked(x)
+    return torch.where(unmasked, g * identity_factor(x, s), 0.0)
 
 
 def softmax_distributed(
     g: Float[Tensor, "*rows keys"], x: Float[Tensor, "*rows keys"], s: Float[Tensor, "*rows keys"]
 ) -> Float[Tensor, "*rows keys"]:
-    """AttnLRP's Taylor expansion with the bias's relevance handed out, alike to every key seen.
+    """AttnLRP's Taylor expansion with the bias's relevance handed out, alike to every unmasked key.
 
     The expansion is ``s(x) = J x + b``, and its bias ``b_j = s_j (1 - x_j + <s, x>)`` takes the
     relevance ``<g, b>`` that AttnLRP lets it keep ([A] Prop. 3.1, Eq. 13).
     """
-    x, seen = _unmasked(x)
+    x, unmasked = _split_masked(x)
     bias = s * (1 - x + (s * x).sum(dim=-1, keepdim=True))
-    each = (g * bias).sum(dim=-1, keepdim=True) / seen.sum(dim=-1, keepdim=True).clamp(min=1)
-    return torch.where(seen, softmax_taylor(g, s) + each / stabilise(x), 0.0)
+    each = (g * bias).sum(dim=-1, keepdim=True) / unmasked.sum(dim=-1, keepdim=True).clamp(min=1)
+    return torch.where(unmasked, softmax_taylor(g, s) + each / stabilise(x), 0.0)
 
 
 @dataclass(frozen=True)

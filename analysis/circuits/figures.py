@@ -9,15 +9,15 @@ import numpy as np
 
 from lenslrp.analysis.circuits.pruning import FaithfulnessCurve
 from lenslrp.analysis.circuits.scores import NodeScores
-from lenslrp.analysis.views.figures import (
+from lenslrp.analysis.views.drawing import (
     LIGHT,
     Theme,
-    _figure,
-    _label_layers,
-    _limit,
-    _map,
-    _names,
+    draw_grid,
+    label_layer_rows,
+    largest_magnitude,
     new_figure,
+    one_panel,
+    write_titles,
 )
 from lenslrp.hooks.structure import layer_of
 
@@ -39,11 +39,11 @@ def head_scores(scores: NodeScores, *, component: str = "heads", theme: Theme = 
     found = [scores.values[hook].double().mean(dim=0).cpu().numpy() for hook in hooks]
     values = np.stack([v.sum(axis=0) if scores.by_position else v for v in found])
     rows, columns = values.shape
-    figure, axes = _figure(min(2.6 + 0.42 * columns, 13), min(1.6 + 0.24 * rows, 11), theme)
-    _map(figure, axes, values, _limit(values), theme, "what the gap gains, logits")
+    figure, axes = one_panel(min(2.6 + 0.42 * columns, 13), min(1.6 + 0.24 * rows, 11), theme)
+    draw_grid(figure, axes, values, largest_magnitude(values), theme, "what the gap gains, logits")
     axes.set_xticks(range(columns))
-    _label_layers(axes, [str(layer_of(hook)) for hook in hooks])
-    _names(axes, theme, title=f"Scores of {component}", x="head", y="layer")
+    label_layer_rows(axes, [str(layer_of(hook)) for hook in hooks])
+    write_titles(axes, theme, title=f"Scores of {component}", x="head", y="layer")
     return figure
 
 
@@ -63,6 +63,8 @@ def faithfulness_curves(
     axes.axhline(1, color=theme.muted, linewidth=0.8, linestyle="--")
     axes.axhline(0, color=theme.muted, linewidth=0.8)
     axes.set_xscale("log")
-    _names(axes, theme, title=title, x="share of heads and of neurons kept", y="share of the gap")
+    write_titles(
+        axes, theme, title=title, x="share of heads and of neurons kept", y="share of the gap"
+    )
     axes.legend(frameon=False, fontsize=8, labelcolor=theme.ink)
     return figure

@@ -100,12 +100,12 @@ class BlockPass:
     @contextmanager
     def open(self) -> Iterator[Runner]:
         """What runs one block after the other; what is the same for all is attached once."""
-        readouts = {site.name: site.readout for site in self.sites}
+        readers = {site.name: site.reader for site in self.sites}
         runner = Runner(self)
         for place in self.plan.places:
             here = [u.index for u in self.through if u.hook(self.model) == place.hook]  # type: ignore[attr-defined]
             keep = torch.zeros(place.size).index_fill_(0, torch.tensor(here), 1) if here else None
-            runner.by_hook.setdefault(place.hook, []).append((place, readouts[place.site], keep))
+            runner.by_hook.setdefault(place.hook, []).append((place, readers[place.site], keep))
         with ExitStack() as stack:
             if self.plan.relevance:
                 if self.through:
@@ -149,8 +149,8 @@ class Runner:
             seen.add(hook)
             with torch.no_grad():
                 x = unflattened(x.detach(), block)
-                for place, readout, _ in self.by_hook[hook]:
-                    on_activation(place, readout.activation(x).float(), spans)
+                for place, reader, _ in self.by_hook[hook]:
+                    on_activation(place, reader.activation(x).float(), spans)
 
         reads = {hook: partial(read, hook) for hook in self.by_hook}
         aims = None
@@ -177,8 +177,8 @@ class Runner:
 
         def deliver(hook: str, x: Tensor, g: Tensor) -> None:
             x, g = unflattened(x, block), unflattened(g, block)
-            for place, readout, keep in self.by_hook[hook]:
-                relevance = readout.relevance(x, g).float()
+            for place, reader, keep in self.by_hook[hook]:
+                relevance = reader.relevance(x, g).float()
                 kept = relevance if keep is None else relevance * keep.to(x.device)
                 on_relevance(place, kept, spans)
 
@@ -257,12 +257,12 @@ def find_places(
     def read(name: str, x: Tensor) -> None:
         x = unflattened(x, block)
         for site in reads[name]:
-            if x.shape[:2] != tokens.shape or x.ndim != (4 if site.readout.kind == "head" else 3):
+            if x.shape[:2] != tokens.shape or x.ndim != (4 if site.reader.kind == "head" else 3):
                 raise InputError(
                     f"{name} is {list(x.shape)}; units are searched at hook points of shape "
                     "[batch, pos, unit], and heads at [batch, pos, head, d_head]"
                 )
-            sizes.setdefault((site.name, name), site.readout.activation(x).shape[-1])
+            sizes.setdefault((site.name, name), site.reader.activation(x).shape[-1])
 
     reads: dict[str, list[SearchedHook]] = {}
     for site, name in wanted:
@@ -272,7 +272,7 @@ def find_places(
     for site, name in wanted:
         if (site.name, name) not in sizes:
             raise InputError(f"{name} does not fire in this model's forward pass")
-    kinds = {site.name: site.readout.kind for site in sites}
+    kinds = {site.name: site.reader.kind for site in sites}
     places, first = [], 0
     for (site_name, name), size in sizes.items():
         places.append(Place(name, site_name, kinds[site_name], layer_of(name), first, size))

@@ -20,7 +20,7 @@ from lenslrp.analysis.dictionary.work_folder import (
     found_work,
 )
 from lenslrp.analysis.units.kinds import Unit
-from lenslrp.analysis.units.readers import Sites, sites_of
+from lenslrp.analysis.units.readers import Sites, searched_hooks
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import taking_turns
 from lenslrp.fingerprints import describe_model, describe_rules, describe_tokenizer
@@ -82,7 +82,7 @@ def prepare(
     bos = _bos(model, prepend_bos)
     with taking_turns(work / TURNS):
         tokenised = _tokenised(corpus, model, work, Cut(context, batch_size, bos, field))
-    found = tuple(sites_of(sites))
+    found = tuple(searched_hooks(sites))
     places = find_places(model, found, tokenised.block(0).tokens[:1])
     chosen, units = tuple(criteria), tuple(through)
     relevance = any(CRITERIA.get(c, ("",))[0] == "relevance" for c in chosen)

@@ -18,9 +18,8 @@ from lenslrp.analysis.units.kinds import Unit, parse_unit
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError, StorageError
 from lenslrp.inputs import prepare_text
-from lenslrp.latent import Activation
 from lenslrp.sessions import Session
-from lenslrp.targets import PerRow
+from lenslrp.targets import Activation, PerRow
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -38,16 +38,16 @@ from lenslrp.analysis.common.storage import (
 )
 from lenslrp.analysis.dictionary.plan import Place, Plan
 from lenslrp.analysis.units.kinds import Direction, Feature, Head, Unit, parse_unit
-from lenslrp.analysis.units.projection import (
+from lenslrp.analysis.units.projection import project
+from lenslrp.analysis.units.readers import DirectionReader, FeatureReader, SearchedHook
+from lenslrp.analysis.units.residual import (
     as_read,
     as_written,
     head_reads,
     head_writes,
-    project,
     require_decoder,
 )
-from lenslrp.analysis.units.readers import DirectionReader, FeatureReader, SearchedHook
-from lenslrp.analysis.units.unembedding import embedding, scores
+from lenslrp.analysis.units.unembedding import dot_products, embedding
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import parquet_writer, whole
 
@@ -127,7 +127,7 @@ def read_vectors(
 
 
 def _dots(model: TransformerBridge, vectors: Tensor) -> Float[Tensor, "n d_vocab"]:
-    return scores(embedding(model), vectors)
+    return dot_products(embedding(model), vectors)
 
 
 WAYS = {"writes": (written_vectors, project), "reads": (read_vectors, _dots)}
@@ -236,10 +236,10 @@ def _project(model: TransformerBridge, place: Place, site: SearchedHook, tokens:
 
 
 def _unit(place: Place, index: int, site: SearchedHook) -> Unit:
-    if isinstance(site.readout, DirectionReader):
-        return Direction(place.hook, site.readout.vectors[index])
-    if isinstance(site.readout, FeatureReader):
-        return Feature(site.readout.coder, index)
+    if isinstance(site.reader, DirectionReader):
+        return Direction(place.hook, site.reader.vectors[index])
+    if isinstance(site.reader, FeatureReader):
+        return Feature(site.reader.coder, index)
     return parse_unit(f"{place.hook}[{index}]")
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.units.kinds import Direction, Head, Neuron, Unit
-from lenslrp.analysis.units.locations import known_hook, stack_name
+from lenslrp.analysis.units.locations import blocks_name, known_hook
 from lenslrp.analysis.units.unembedding import measure_gain, output_norm, unembedding
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
@@ -48,7 +48,7 @@ def written_by(model: TransformerBridge, unit: Unit, at: str | None = None) -> D
     if at is None:
         if not isinstance(unit, Neuron):
             raise InputError(f"{unit}: say at which hook point of the residual stream")
-        at = f"{stack_name(model, unit.side)}.{unit.layer}.hook_resid_post"
+        at = f"{blocks_name(model, unit.side)}.{unit.layer}.hook_resid_post"
     return Direction(known_hook(model, at), vector, name=f"written by {unit}")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lenslrp.analysis.common.statistics import bootstrap
-from lenslrp.analysis.views.figures import LIGHT, Theme, new_figure
+from lenslrp.analysis.views.drawing import LIGHT, Theme, new_figure
 from lenslrp.errors import InputError
 
 if TYPE_CHECKING:

@@ -54,7 +54,7 @@ from lenslrp.analysis.steering.operations import (
 )
 from lenslrp.analysis.steering.result import SweepResult
 from lenslrp.analysis.units.kinds import Direction, Neuron, Unit
-from lenslrp.analysis.units.locations import stack_name
+from lenslrp.analysis.units.locations import blocks_name
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.forward import forward, reading
@@ -136,7 +136,7 @@ def sweep(
                 "Add or Ablate of a Neuron or Direction"
             )
         layer = layer_of(each.hook(model))
-        stream = f"{stack_name(model)}.{layer}.hook_resid_post"
+        stream = f"{blocks_name(model)}.{layer}.hook_resid_post"
         base = batch.read(model, stream)
         if not frames:
             frames.append(base.rows(base, kind="base", layer=layer))

@@ -91,7 +91,7 @@ TEMPLATE = (
 <dd><bdi>{{ value }}</bdi></dd></div>{% endfor %}</dl></header>
 <main>
 <section aria-labelledby="tokens"><h2 id="tokens">Tokens</h2>
-<p class="what">How much each token of the prompt contributed to the target. Red speaks for it,
+<p class="what">How much each token of the prompt contributed to the target. Red is evidence for it,
 blue against it; hover over a token for its number.</p>
 {{ heatmap }}{{ rescaled }}</section>
 {% if picture_of %}

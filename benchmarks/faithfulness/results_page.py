@@ -20,7 +20,7 @@ from benchmarks import ROOT
 from benchmarks.faithfulness.results import RUNS, RUNS_OF, SEED
 from lenslrp.analysis.attribution.methods import METHODS
 from lenslrp.analysis.evaluation.results import PARQUET, Results
-from lenslrp.analysis.views.figures import LIGHT, new_figure
+from lenslrp.analysis.views.drawing import LIGHT, new_figure
 
 IMAGES = ROOT / "docs" / "images"
 PAGES = ROOT / "docs" / "reference" / "results"

@@ -24,7 +24,7 @@ import torch
 
 import lenslrp
 from benchmarks.faithfulness.results import BOTH, RUNS, TASKS, Run, measure
-from lenslrp.analysis.attribution.methods import METHODS, Method, answer, as_method
+from lenslrp.analysis.attribution.methods import METHODS, Method, as_method, run_method
 from lenslrp.analysis.passes.problems import AttributionProblem
 from lenslrp.hooks import CONSTANT, Composite, Gamma, Identity, Plain, Product, SoftmaxTemperature
 
@@ -33,7 +33,7 @@ def _afterwards(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Me
     """AttnLRP's relevance of the tokens, changed."""
 
     def function(question: AttributionProblem, *, seed: int) -> torch.Tensor:
-        return change(answer("attnlrp", question, seed=seed).tokens)
+        return change(run_method("attnlrp", question, seed=seed).tokens)
 
     return Method(name, function, "AttnLRP, changed afterwards")
 
@@ -56,7 +56,7 @@ def _branches(factor: float) -> Method:
             for part in ("attn", "mlp")
         ]
         with question.model.hooks(fwd_hooks=outputs):
-            return answer("attnlrp", question, seed=seed).tokens
+            return run_method("attnlrp", question, seed=seed).tokens
 
     return Method(f"branches {factor:g}", function, "AttnLRP, the residual stream weighed")
 

@@ -32,7 +32,7 @@ from lenslrp.analysis import (
 )
 from lenslrp.analysis.circuits.figures import head_scores
 from lenslrp.analysis.dictionary.pages.page import fragment
-from lenslrp.analysis.views.figures import DARK, LIGHT, Theme
+from lenslrp.analysis.views.drawing import DARK, LIGHT, Theme
 from lenslrp.analysis.views.report import report_html
 from lenslrp.targets import LogitDiff
 from lenslrp.views.heatmap import token_heatmap

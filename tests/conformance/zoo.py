@@ -36,8 +36,8 @@ from lenslrp.hooks.leaf_modules import embeddings
 from lenslrp.hooks.sites import LEDGER_TERMS
 from lenslrp.hooks.structure import components
 from lenslrp.inputs import prepare_text
-from lenslrp.latent import Activation
 from lenslrp.models.verifying import difference, output_of, short_input
+from lenslrp.targets import Activation
 from lenslrp.text.tokenization import give_tokenizer
 from tests.conformance import zoo_media
 from tests.conformance.families import randomise, tokens

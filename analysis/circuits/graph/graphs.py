@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformer_lens.model_bridge import TransformerBridge
 
-    from lenslrp.analysis.views.figures import Theme
+    from lenslrp.analysis.views.drawing import Theme
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 from lenslrp.analysis.passes.conditions import through
 from lenslrp.analysis.units.coders import SparseCoder
 from lenslrp.analysis.units.kinds import Direction, Head, Neuron, Unit
-from lenslrp.analysis.units.readers import sites_of
+from lenslrp.analysis.units.readers import searched_hooks
 from lenslrp.errors import InputError
 from tests.conformance.dictionaries import OPTIONS, build, model, texts
 from tests.unit.tiny import TOKENS, changes, snapshot, tiny
@@ -174,4 +174,4 @@ def test_sites_that_cannot_be_searched_are_refused() -> None:
         (["mlp.hook_expert_post"], "experts' neurons cannot be searched yet"),
     ):
         with pytest.raises(InputError, match=message):
-            sites_of(given)
+            searched_hooks(given)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lenslrp
 from lenslrp.hooks import Product
-from lenslrp.latent import Activation
+from lenslrp.targets import Activation
 from tests.conformance import zoo, zoo_media
 from tests.conformance.families import COMPOSITES, FAMILIES, make, tokens
 

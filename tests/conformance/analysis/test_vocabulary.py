@@ -21,9 +21,9 @@ from transformer_lens.tools.analysis import logit_readout
 
 import lenslrp
 from lenslrp.analysis import Direction, Head, Neuron, cosines, reads, writes
-from lenslrp.analysis.units.locations import stack_name
+from lenslrp.analysis.units.locations import blocks_name
 from lenslrp.analysis.units.projection import project
-from lenslrp.analysis.units.unembedding import embedding, measure_gain, readout
+from lenslrp.analysis.units.unembedding import embedding, measure_gain, unembed
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.structure import components
 from tests.conformance import zoo
@@ -261,12 +261,12 @@ def test_components_rebuild_a_heads_circuits() -> None:
 def test_the_readout_of_the_last_residual_is_the_models_logits(name: str) -> None:
     model = zoo.build(name)
     kept: list[Tensor] = []
-    point = model.hook_dict[f"{stack_name(model)}.{LAST}.hook_resid_post"]
+    point = model.hook_dict[f"{blocks_name(model)}.{LAST}.hook_resid_post"]
     handle = point.register_forward_hook(lambda _, args, out: kept.append(out.detach()))
     logits = zoo.plain_logits(model).detach()
     handle.remove()
     last = kept[-1].reshape(-1, 16)
-    ours = readout(model, last)
+    ours = unembed(model, last)
     if logits.ndim == 2:  # an image classifier reads its first token
         ours, logits = ours[:1], logits[:1]
     torch.testing.assert_close(ours, logits.reshape(-1, logits.shape[-1]).double(),

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 import lenslrp
-from lenslrp.latent import Activation
-from lenslrp.targets import Contrastive, Custom, Logit, LogitDiff, LogProb, Sequence
+from lenslrp.targets import Activation, Contrastive, Custom, Logit, LogitDiff, LogProb, Sequence
 from tests.conformance.families import FAMILIES, VOCABULARY, make, tokens
 
 LENGTHS = (4, 7, 6)

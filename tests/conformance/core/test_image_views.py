@@ -12,7 +12,7 @@ from matplotlib.text import Text
 
 import lenslrp
 from lenslrp import media
-from lenslrp.analysis.views.figures import DARK
+from lenslrp.analysis.views.drawing import DARK
 from lenslrp.analysis.views.images import as_picture, elsewhere
 from lenslrp.analysis.views.report import write_report
 from tests.conformance import zoo

@@ -23,8 +23,7 @@ from lenslrp.hooks import components as hook_components
 from lenslrp.hooks.leaf_modules import media_embedders
 from lenslrp.hooks.sites import Accounts, Site
 from lenslrp.hooks.structure import components
-from lenslrp.latent import Activation
-from lenslrp.targets import Contrastive, Custom, Logit, LogitDiff, LogProb
+from lenslrp.targets import Activation, Contrastive, Custom, Logit, LogitDiff, LogProb
 from tests.conformance import zoo
 from tests.conformance.families import COMPOSITES
 from tests.unit.tiny import changes, snapshot

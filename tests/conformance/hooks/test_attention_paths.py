@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import lenslrp
-from lenslrp.latent import Activation
-from lenslrp.targets import Logit, LogProb
+from lenslrp.targets import Activation, Logit, LogProb
 from tests.conformance.families import COMPOSITES, FAMILIES, make, tokens
 
 ALLOWED = [name for name, family in FAMILIES.items() if not family.fused]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import lenslrp
-from lenslrp.latent import Activation
+from lenslrp.targets import Activation
 from tests.conformance import zoo
 from tests.conformance.families import tokens
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import lenslrp
-from lenslrp.analysis import Direction, steer
-from lenslrp.analysis.steering.operations import Add
+from lenslrp.analysis.steering.operations import Add, steer
+from lenslrp.analysis.units.kinds import Direction
 from lenslrp.edits import Edit, edit_units
 from lenslrp.hooks import Plain
-from lenslrp.latent import Activation
+from lenslrp.targets import Activation
 from tests.conformance import zoo
 from tests.conformance.families import COMPOSITES, FAMILIES, make, randomise, tokens
 from tests.conformance.hooks.test_reading import WITH_MIDDLE

@@ -15,7 +15,7 @@ import lenslrp
 from lenslrp.analysis import Direction, steer
 from lenslrp.analysis.steering.operations import Add
 from lenslrp.edits import Edit, edit_units
-from lenslrp.latent import Activation
+from lenslrp.targets import Activation
 from lenslrp.unused import unused
 from tests.conformance import modes, zoo
 from tests.conformance.families import FAMILIES, make, tokens

@@ -12,8 +12,7 @@ import transformers as hf
 
 import lenslrp
 from lenslrp.explaining import Batches, QueuedPrompt, explain, input_windows
-from lenslrp.latent import Activation
-from lenslrp.targets import Custom, LogitDiff, LogProb, Sequence
+from lenslrp.targets import Activation, Custom, LogitDiff, LogProb, Sequence
 from tests.conformance import zoo
 from tests.unit.tiny import tiny, word_tokenizer
 

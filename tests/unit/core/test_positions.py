@@ -18,6 +18,7 @@ import transformers as hf
 from torch import Tensor
 
 import lenslrp
+from lenslrp.analysis import Edit, edit_units
 from lenslrp.analysis.attribution.attention import attention_rollout
 from lenslrp.analysis.circuits.edges import score_edges
 from lenslrp.analysis.circuits.graph.graphs import attribution_graph
@@ -31,10 +32,8 @@ from lenslrp.analysis.steering.operations import Ablate, steer
 from lenslrp.analysis.units.kinds import Neuron
 from lenslrp.analysis.views import figures as plots
 from lenslrp.batch import Batch
-from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
-from lenslrp.latent import Activation
-from lenslrp.targets import Contrastive, Logit, LogitDiff, LogProb, Top
+from lenslrp.targets import Activation, Contrastive, Logit, LogitDiff, LogProb, Top
 from lenslrp.views.heatmap import token_heatmap
 from tests.conformance import zoo, zoo_media
 from tests.unit.tiny import tiny, word_tokenizer

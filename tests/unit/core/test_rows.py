@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import lenslrp
-from lenslrp.latent import Activation
 from lenslrp.reductions import OverFeatures
 from lenslrp.rows import position_axes
-from lenslrp.targets import Custom, LogitDiff
+from lenslrp.targets import Activation, Custom, LogitDiff
 from tests.conformance import zoo
 from tests.unit.tiny import TOKENS, tiny, word_tokenizer
 

@@ -12,9 +12,9 @@ import lenslrp
 from lenslrp import targets
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
-from lenslrp.latent import Activation
 from lenslrp.logits import Outputs
 from lenslrp.targets import (
+    Activation,
     Contrastive,
     Custom,
     Logit,

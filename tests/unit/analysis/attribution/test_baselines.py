@@ -13,8 +13,7 @@ import lenslrp
 from lenslrp.analysis.attribution.methods import METHODS, Attribution, Method, attribute
 from lenslrp.analysis.passes.problems import resolve
 from lenslrp.errors import InputError, MissingExtraError
-from lenslrp.latent import Activation
-from lenslrp.targets import Custom, LogitDiff, Sequence
+from lenslrp.targets import Activation, Custom, LogitDiff, Sequence
 from tests.conformance import zoo
 from tests.unit.baseline_models import PAIRS, Pair, vit
 from tests.unit.tiny import FAMILIES, TOKENS, changes, snapshot, tiny, word_tokenizer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lenslrp.analysis.attribution.methods import attribute
-from lenslrp.analysis.attribution.perturbation import coalitions, solved
+from lenslrp.analysis.attribution.perturbation import coalitions, least_squares
 from tests.unit.baseline_models import PAIRS, TARGETS, WRITTEN, Pair, language, t5
 from tests.unit.tiny import TOKENS
 
@@ -199,7 +199,7 @@ def test_coalitions_follow_the_kernel() -> None:
 def test_a_linear_function_has_its_terms_for_shapley_values() -> None:
     terms = torch.tensor([3.0, -1.0, 0.5, 2.0, -4.0], dtype=torch.float64)
     plan, weights = coalitions(5, 16, torch.Generator().manual_seed(0))
-    found = solved(plan.double(), weights, plan.double() @ terms, terms.sum())
+    found = least_squares(plan.double(), weights, plan.double() @ terms, terms.sum())
     torch.testing.assert_close(found, terms)
 
 

@@ -12,8 +12,7 @@ from lenslrp.analysis.circuits.graph.graphs import AttributionGraph, attribution
 from lenslrp.analysis.circuits.graph.pruning import influences, influential, strongest
 from lenslrp.errors import InputError
 from lenslrp.hooks import CPLRP, AttnLRP, Composite, RelP
-from lenslrp.latent import Activation
-from lenslrp.targets import Logit, LogitDiff, LogProb, Sequence
+from lenslrp.targets import Activation, Logit, LogitDiff, LogProb, Sequence
 from tests.unit.tiny import tiny, word_tokenizer
 
 TOKENS = torch.tensor([[3, 17, 5, 17, 8, 11]])

@@ -21,7 +21,7 @@ from lenslrp.analysis.circuits.graph.layout import ABREAST, HEIGHT, WIDTH, lay_o
 from lenslrp.analysis.circuits.graph.picture import graph_svg
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.analysis.views.circuitsvis import attention_relevance
-from lenslrp.analysis.views.figures import DARK
+from lenslrp.analysis.views.drawing import DARK
 from lenslrp.errors import InputError
 from lenslrp.targets import Explained, Logit, LogitDiff
 from lenslrp.text.visible_text import visible

@@ -23,7 +23,15 @@ from lenslrp.analysis.evaluation.features import tokens_of
 from lenslrp.analysis.evaluation.harness import Perturbation, evaluate
 from lenslrp.analysis.evaluation.model_features import patches_of
 from lenslrp.analysis.evaluation.results import JOURNAL, PARQUET, Results
-from lenslrp.analysis.evaluation.tasks import IMAGES, LABELS, REVIEW, TASKS, Task, Unfit, image_task
+from lenslrp.analysis.evaluation.tasks import (
+    IMAGES,
+    REVIEW,
+    SENTIMENTS,
+    TASKS,
+    Task,
+    Unfit,
+    image_task,
+)
 from lenslrp.analysis.passes.prompts import as_prompt
 from lenslrp.cli import commands as cli
 from lenslrp.cli import evaluate as cli_evaluate
@@ -82,7 +90,7 @@ def test_scores_are_those_of_the_metrics(model: Any, data: Path, tmp_path: Path)
     assert len(results.frame) == 2 * 2 * 3
     text = next(json.loads(line)["text"] for line in data.read_bytes().splitlines()[:1])
     by_text = {
-        records.identity({"text": t}): t
+        records.record_id({"text": t}): t
         for t in (json.loads(x)["text"] for x in data.read_bytes().splitlines() if b"more" in x)
     }
     assert text in by_text.values()
@@ -200,11 +208,11 @@ def test_data_from_a_list_is_the_same_as_from_a_file(
 def test_halves_are_disjoint_and_go_by_the_text(model: Any, data: Path, tmp_path: Path) -> None:
     parts = [
         set(run(model, tmp_path / half, data, n=99, half=half).frame["example"])
-        for half in records.HALVES
+        for half in records.SPLITS
     ]
     assert not parts[0] & parts[1]
     assert len(parts[0] | parts[1]) == 11
-    assert records.half_of("a b") == records.half_of("a b")
+    assert records.split_of("a b") == records.split_of("a b")
 
 
 def test_tables_have_intervals_and_paired_differences(
@@ -346,7 +354,7 @@ def test_hits_are_in_the_table(model: Any, tmp_path: Path) -> None:
     assert results.n == 4
     assert results.unfit == {"answered otherwise": 4}
     for row in results.frame.to_dict("records"):
-        record = next(d for d in data if records.identity(d) == row["example"])
+        record = next(d for d in data if records.record_id(d) == row["example"])
         ids = model.to_tokens(record["text"])
         target = targets.LogitDiff(record["answer"], record["rival"])
         found = baselines.attribute(row["method"], model, ids, target, seed=1).tokens[0]
@@ -367,8 +375,8 @@ def test_hits_are_in_the_table(model: Any, tmp_path: Path) -> None:
 
 
 def test_of_a_review_only_its_own_tokens_go(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LABELS, "positive", "d")
-    monkeypatch.setitem(LABELS, "negative", "e")
+    monkeypatch.setitem(SENTIMENTS, "positive", "d")
+    monkeypatch.setitem(SENTIMENTS, "negative", "e")
     with torch.no_grad():
         logits = model(model.to_tokens(REVIEW.format(text="a b c")))[0, -1]
     right, wrong = ("positive", "negative") if logits[5] > logits[6] else ("negative", "positive")
@@ -416,7 +424,7 @@ def test_images_lose_patches(tmp_path: Path) -> None:
     )
     assert len(results.frame) == 2 * 2 * 3
     for row in results.frame.to_dict("records"):
-        name = next(r["image"] for r in task.records() if records.identity(r) == row["example"])
+        name = next(r["image"] for r in task.records() if records.record_id(r) == row["example"])
         pixels = images[name][None]
         prompt = as_prompt(model, pixel_values=pixels)
         found = baselines.attribute(

@@ -86,7 +86,7 @@ def test_the_bias_makes_the_mean_residual_right() -> None:
     here, there = (cache[f"blocks.{k}.hook_resid_post"].mean(dim=(0, 1)) for k in (0, 1))
     torch.testing.assert_close(lens.state(0, here), there, rtol=1e-5, atol=1e-5)
     assert torch.equal(lens.state(1, here), here)
-    assert torch.equal(lens.carry(1, here), here)
+    assert torch.equal(lens.transport(1, here), here)
 
 
 def test_without_later_layers_every_lens_is_the_identity() -> None:
@@ -218,7 +218,7 @@ def test_a_lens_comes_back_as_it_was(fitted: tuple[Any, Lens], tmp_path: Path) -
     for name in ("noise", "kind", "model", "composite", "layers", "positions", "seed"):
         assert getattr(back, name) == getattr(lens, name)
     with pytest.raises(InputError, match="the lens has no layer 5; it has 0"):
-        lens.carry(5, torch.zeros(16))
+        lens.transport(5, torch.zeros(16))
     with pytest.raises(InputError, match="does not exist"):
         lens.save(tmp_path / "no" / "lens.safetensors")
 

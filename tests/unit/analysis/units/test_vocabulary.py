@@ -9,7 +9,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lenslrp.analysis import Head, Neuron, reads, sign_cases, writes
-from lenslrp.analysis.units import unembedding as readout
+from lenslrp.analysis.units import unembedding
 from lenslrp.analysis.units.projection import neuron_writes
 from lenslrp.errors import InputError
 from tests.conformance import zoo
@@ -115,7 +115,7 @@ def test_top_and_bottom_are_tables_of_tokens():
 def test_the_vocabulary_is_read_in_chunks(monkeypatch):
     model = bridge(gemma()[0])
     whole = writes(model, Neuron(1, 3)).scores
-    monkeypatch.setattr(readout, "CHUNK", 7)
+    monkeypatch.setattr(unembedding, "VOCABULARY_CHUNK", 7)
     torch.testing.assert_close(writes(model, Neuron(1, 3)).scores, whole)
 
 

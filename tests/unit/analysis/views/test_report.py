@@ -26,7 +26,7 @@ def nasty_report():
     return report.report_html(R)
 
 
-@pytest.mark.parametrize("kind", sorted({*plots.KINDS} - {"image"}))  # text here
+@pytest.mark.parametrize("kind", sorted({*plots.PLOTS} - {"image"}))  # text here
 @pytest.mark.parametrize("tokens", [EIFFEL, NASTY], ids=["plain", "nasty"])
 def test_every_kind_is_a_labelled_figure_without_pyplot(kind, tokens):
     before = dict(matplotlib.rcParams)
