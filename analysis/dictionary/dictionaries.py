@@ -12,7 +12,6 @@ The layout of the files is in docs/dictionary.md.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -57,7 +56,7 @@ from lenslrp.analysis.dictionary.schemas import (
 )
 from lenslrp.analysis.dictionary.texts import Document, Texts
 from lenslrp.analysis.dictionary.unit import Page
-from lenslrp.analysis.dictionary.vocabulary_lists import TOKENS, Projections
+from lenslrp.analysis.dictionary.vocabulary_file import LISTED_TOKENS, Projections
 from lenslrp.analysis.dictionary.work_folder import BUILD, FILES, MANIFEST, begin_work, using
 from lenslrp.analysis.units.kinds import Unit
 from lenslrp.errors import InputError, StorageError
@@ -104,7 +103,7 @@ class NeuronDictionary:
         checkpoint_every: float = 60.0,
         progress: bool = True,
         keep_work: bool = False,
-        vocabulary: int = TOKENS,
+        vocabulary: int = LISTED_TOKENS,
         **options: Any,
     ) -> NeuronDictionary:
         """Build a dictionary, or go on with one that was interrupted.
@@ -161,7 +160,7 @@ class NeuronDictionary:
         checkpoint_every: float = 60.0,
         progress: bool = True,
         keep_work: bool = False,
-        vocabulary: int = TOKENS,
+        vocabulary: int = LISTED_TOKENS,
     ) -> NeuronDictionary:
         """Merge the shards of a scan, replay what they cite, project all units, and publish.
 
@@ -251,32 +250,7 @@ class NeuronDictionary:
         Raises:
             InputError: no such unit, with what there is.
         """
-        places, index = self._places(str(key) if isinstance(key, Unit) else key)
-        if len(places) != 1 or not 0 <= index < places[0].size:
-            layers = sorted({p.layer for p in self.plan.places if p.layer is not None})
-            sizes = ", ".join(map(str, sorted({p.size for p in self.plan.places})))
-            raise InputError(
-                f"no unit {key!r} in this dictionary: it has "
-                f"{', '.join(name for name, _ in self.plan.sites)} in layers {layers[:1]} to "
-                f"{layers[-1:]}, with {sizes} units each"
-            )
-        return places[0], index
-
-    def _places(self, key: Any) -> tuple[list[Place], int]:
-        """The places that a key may mean, and the index there."""
-        if isinstance(key, str):
-            found = re.fullmatch(r"(?P<hook>.+)\[(?:(?P<label>[\w.-]+) )?(?P<index>\d+)\]", key)
-            if found is None:
-                return [], -1
-            places = [p for p in self.plan.places if p.hook == found["hook"]]
-            if found["label"]:
-                places = [p for p in places if p.site.endswith(f"[{found['label']}]")]
-            return places[:1], int(found["index"])
-        parts = key if isinstance(key, tuple) else (key,)
-        site = parts[0] if len(parts) == 3 else self.plan.sites[0][0]
-        if len(parts) not in (2, 3) or not all(isinstance(p, int) for p in parts[-2:]):
-            raise InputError(f"a unit is (layer, index) or (site, layer, index), not {key!r}")
-        return [p for p in self.plan.places if p.site == site and p.layer == parts[-2]], parts[-1]
+        return self.plan.unit_at(str(key) if isinstance(key, Unit) else key)
 
     def __getitem__(self, key: Any) -> Page:
         """The page of one unit: see :meth:`unit_number` for ``key``."""
@@ -368,12 +342,12 @@ class NeuronDictionary:
 
     def named(self, unit: int) -> tuple[int, str, int]:
         """A unit's number, hook point and index there."""
-        place = next(p for p in self.plan.places if unit < p.end)
+        place = self.plan.place_of(unit)
         return unit, place.hook, unit - place.first
 
     def name(self, unit: int) -> str:
         """A unit's number as text."""
-        place = next(p for p in self.plan.places if unit < p.end)
+        place = self.plan.place_of(unit)
         return place.name(unit - place.first)
 
     def window(self, document: Document, position: int) -> tuple[int, list[str]]:

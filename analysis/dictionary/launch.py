@@ -23,7 +23,8 @@ from lenslrp.analysis.dictionary.job import prepare
 from lenslrp.analysis.dictionary.publish import finish
 from lenslrp.analysis.dictionary.replay import Entries, replay, replayed
 from lenslrp.analysis.dictionary.scan import Job, merge_shards, scan_shard
-from lenslrp.analysis.dictionary.vocabulary_lists import TOKENS, project_places
+from lenslrp.analysis.dictionary.vocabulary_file import LISTED_TOKENS
+from lenslrp.analysis.dictionary.vocabulary_lists import project_places
 from lenslrp.analysis.dictionary.work_folder import BUILD, PLAN, begin_work, shard_name, using
 from lenslrp.errors import InputError, StorageError
 from lenslrp.explaining_file import Explanations, explain_to
@@ -87,7 +88,7 @@ def build_distributed(
     rank, world = rank_and_world()
     folder = Path(path)
     local = {name: options.pop(name) for name in LOCAL if name in options}
-    keep_work, tokens = local.pop("keep_work", False), local.pop("vocabulary", TOKENS)
+    keep_work, tokens = local.pop("keep_work", False), local.pop("vocabulary", LISTED_TOKENS)
     if rank == 0:
         job = prepare(model, corpus, folder, **options)
     else:
@@ -178,7 +179,7 @@ def build_with_ray(
     """
     require("ray", "build_with_ray")
     local = {name: options.pop(name) for name in LOCAL if name in options}
-    keep_work, tokens = local.pop("keep_work", False), local.pop("vocabulary", TOKENS)
+    keep_work, tokens = local.pop("keep_work", False), local.pop("vocabulary", LISTED_TOKENS)
     local["progress"] = False
     world = shards or 4 * workers
     # The calling process holds the folder for all actors, which may come and go on any host.

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lenslrp.analysis.common.storage import require_header, require_range
 from lenslrp.analysis.dictionary.text_search import folded, terms
-from lenslrp.analysis.dictionary.vocabulary_lists import ROLES
+from lenslrp.analysis.dictionary.vocabulary_file import LIST_ROLES
 from lenslrp.errors import InputError, StorageError
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def search_tokens(
     Raises:
         InputError: another ``by``, an unknown criterion, or a dictionary without such lists.
     """
-    if by not in ("hits", *ROLES):
-        raise InputError(f"by is one of hits, {', '.join(ROLES)}, not {by!r}")
+    if by not in ("hits", *LIST_ROLES):
+        raise InputError(f"by is one of hits, {', '.join(LIST_ROLES)}, not {by!r}")
     d.require_criterion(criterion)
     wanted = d.texts.tokens_called(token)
     if by == "hits":

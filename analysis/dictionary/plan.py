@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -121,6 +122,46 @@ class Plan:
     @property
     def block(self) -> int:
         return int(self.corpus["cut"]["block"])
+
+    def unit_at(self, key: Any) -> tuple[Place, int]:
+        """The place of a unit, and its index there.
+
+        Args:
+            key: `(layer, index)` of the first site, `(site, layer, index)`, or a unit's text.
+
+        Raises:
+            InputError: no such unit, with what there is.
+        """
+        places, index = self._places_at(key)
+        if len(places) != 1 or not 0 <= index < places[0].size:
+            layers = sorted({p.layer for p in self.places if p.layer is not None})
+            sizes = ", ".join(map(str, sorted({p.size for p in self.places})))
+            raise InputError(
+                f"no unit {key!r} in this dictionary: it has "
+                f"{', '.join(name for name, _ in self.sites)} in layers {layers[:1]} to "
+                f"{layers[-1:]}, with {sizes} units each"
+            )
+        return places[0], index
+
+    def _places_at(self, key: Any) -> tuple[list[Place], int]:
+        """The places that a key may mean, and the index there."""
+        if isinstance(key, str):
+            parsed = re.fullmatch(r"(?P<hook>.+)\[(?:(?P<label>[\w.-]+) )?(?P<index>\d+)\]", key)
+            if parsed is None:
+                return [], -1
+            places = [p for p in self.places if p.hook == parsed["hook"]]
+            if parsed["label"]:
+                places = [p for p in places if p.site.endswith(f"[{parsed['label']}]")]
+            return places[:1], int(parsed["index"])
+        parts = key if isinstance(key, tuple) else (key,)
+        site = parts[0] if len(parts) == 3 else self.sites[0][0]
+        if len(parts) not in (2, 3) or not all(isinstance(p, int) for p in parts[-2:]):
+            raise InputError(f"a unit is (layer, index) or (site, layer, index), not {key!r}")
+        return [p for p in self.places if p.site == site and p.layer == parts[-2]], parts[-1]
+
+    def place_of(self, unit: int) -> Place:
+        """Where the unit of this number is."""
+        return next(place for place in self.places if unit < place.end)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -25,7 +25,8 @@ from lenslrp.analysis.dictionary.replay import Entries, replay, require_part
 from lenslrp.analysis.dictionary.scan import Job, ScanState, merge_shards
 from lenslrp.analysis.dictionary.schemas import BINS, GROUP, UNIT_GROUP, kinds, sampled_tokens
 from lenslrp.analysis.dictionary.texts import Document, write_texts
-from lenslrp.analysis.dictionary.vocabulary_lists import TOKENS, project_places, write_vocabulary
+from lenslrp.analysis.dictionary.vocabulary_file import LISTED_TOKENS, write_vocabulary
+from lenslrp.analysis.dictionary.vocabulary_lists import project_places
 from lenslrp.analysis.dictionary.work_folder import FILES, MANIFEST, clear_work
 from lenslrp.files import parquet_writer, whole
 from lenslrp.text.spelling import Speller
@@ -42,7 +43,7 @@ def finish(
     checkpoint_every: float = 60.0,
     progress: bool = True,
     keep_work: bool = False,
-    vocabulary: int = TOKENS,
+    vocabulary: int = LISTED_TOKENS,
 ) -> None:
     """From the shards of a scan to a finished dictionary; see :meth:`NeuronDictionary.merge`."""
     state = merge_shards(job, files)
