@@ -33,12 +33,13 @@ from torch import Tensor
 from lenslrp.analysis.circuits.nodes import (
     TARGET,
     Node,
+    Runs,
     Units,
     batch_of,
     largest,
     masking,
+    paired_runs,
     place_components,
-    read,
     require_positions,
 )
 from lenslrp.analysis.circuits.pairs import Pairs, ordered
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 
 Edge = tuple[Node, Node]
 
-METHODS = {"relevance": RelP, "attribution": GradientTimesInput, "exact": None}
+EDGE_METHODS = {"relevance": RelP, "attribution": GradientTimesInput, "exact": None}
 """Method -> the rules of its coefficients."""
 
 ROWS = 64
@@ -200,25 +201,23 @@ def score_edges(
     _check(method, components, composite, only, rows, len(pairs))
     placed = place_components(model, components)
     hooks = {hook: placed[hook] for hook in sorted(placed, key=_depth)}
-    device = next(model.parameters()).device
     passes = PassCount()
     edges = None if only is None else list(only)
     downs = None if into is None else list(into)
     ends = [node for edge in edges or () for node in edge] + (downs or [])
     require_positions(ends, pairs)
-    rules = composite or (METHODS[method] or GradientTimesInput)()
-    found = []
+    rules = composite or (EDGE_METHODS[method] or GradientTimesInput)()
     with ExitStack() as stack:
         stack.enter_context(unchanged(model))
         if edges is None:
             session = Session(model, rules, ledger=False, logits="target", stays=False)
-            score = partial(_estimated, session=stack.enter_context(session), into=downs)
+            stack.enter_context(session)
+            score = partial(_estimated, session=session, into=downs, rows=rows)
         else:
             score = partial(_exact, edges=edges)
-        for part in pairs.chunks(rows):
-            base, other = ordered(direction, part.corrupt.to(device), part.clean.to(device))
-            found.append(score(_Runs(model, part, base, other, hooks, by_position, rows, passes)))
-    bases, others, intos, scores = zip(*found, strict=True)
+        chunks = paired_runs(model, pairs, rows, direction, hooks, by_position, passes)
+        scored = [score(runs) for runs in chunks]
+    bases, others, intos, scores = zip(*scored, strict=True)
     wide = partial(pairs.padded, only=ends) if by_position else torch.as_tensor
     values = {
         hook: torch.cat([wide(part[hook]) for part in scores])
@@ -240,8 +239,8 @@ def _check(
     rows: int,
     pairs: int,
 ) -> None:
-    if method not in METHODS:
-        raise InputError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if method not in EDGE_METHODS:
+        raise InputError(f"method must be one of {', '.join(EDGE_METHODS)}, not {method!r}")
     if composite is not None and method != "relevance":
         raise InputError(f"a composite is for method='relevance', not {method!r}")
     if (only is None) == (method == "exact"):
@@ -254,32 +253,18 @@ def _check(
         raise InputError("no pairs to score")
 
 
-@dataclass(frozen=True, eq=False)
-class _Runs:
-    """What a method is asked: the base run, the other run, and the nodes."""
-
-    model: TransformerBridge
-    pairs: Pairs
-    base: Tensor
-    other: Tensor
-    hooks: Mapping[str, str]
-    by_position: bool
-    rows: int
-    passes: PassCount
+_Scored = tuple[Tensor, Tensor, tuple[Node, ...], dict[str, Tensor]]
 
 
-_Found = tuple[Tensor, Tensor, tuple[Node, ...], dict[str, Tensor]]
-
-
-def _estimated(runs: _Runs, session: Session, into: Iterable[Node] | None) -> _Found:
+def _estimated(runs: Runs, *, session: Session, into: Iterable[Node] | None, rows: int) -> _Scored:
     pairs, model = runs.pairs, runs.model
     cache, here = coefficients(
         session, runs.hooks, input=runs.base, target=pairs, **masking(pairs, runs.base.device)
     )
-    value, there = read(model, batch_of(model, runs.other, pairs), pairs, runs.hooks)
-    runs.passes.forward += 2 * len(pairs)
+    runs.passes.forward += len(pairs)
     runs.passes.backward += len(pairs)
-    deltas = {hook: there.pop(hook) - here[hook][0] for hook in runs.hooks}
+    other, other_units = runs.read(runs.other)
+    deltas = {hook: other_units.pop(hook) - here[hook][0] for hook in runs.hooks}
     downs = _downstream(runs, deltas) if into is None else tuple(into)
     _require(downs, deltas)
     scores = {
@@ -288,7 +273,7 @@ def _estimated(runs: _Runs, session: Session, into: Iterable[Node] | None) -> _F
         )
         for hook, delta in deltas.items()
     }
-    copies = max(1, min(len(downs), runs.rows // len(pairs)))
+    copies = max(1, min(len(downs), rows // len(pairs)))
     prepared = batch_of(model, runs.base, pairs).repeated(copies)
     with cut(session, prepared, pairs.repeated(copies), runs.hooks) as passed:
         runs.passes.forward += copies * len(pairs)
@@ -301,7 +286,7 @@ def _estimated(runs: _Runs, session: Session, into: Iterable[Node] | None) -> _F
                 g = g.unflatten(0, (copies, len(pairs)))[: len(batch)]
                 sums = torch.einsum("bpuf,kbpuf->bkpu", deltas[hook], g)
                 scores[hook][:, batch] = sums if runs.by_position else sums.sum(dim=2)
-    return cache.target.value, value, downs, scores
+    return cache.target.value, other, downs, scores
 
 
 def _batches(downs: Sequence[Node], hooks: list[str], size: int) -> Iterator[list[int]]:
@@ -312,7 +297,7 @@ def _batches(downs: Sequence[Node], hooks: list[str], size: int) -> Iterator[lis
         yield order[start : start + size]
 
 
-def _downstream(runs: _Runs, deltas: Mapping[str, Units]) -> tuple[Node, ...]:
+def _downstream(runs: Runs, deltas: Mapping[str, Units]) -> tuple[Node, ...]:
     """All nodes that have anything before them, and the gap."""
     found = []
     for hook, delta in deltas.items():
@@ -340,7 +325,7 @@ def _require(downs: Sequence[Node], deltas: Mapping[str, Units]) -> None:
             raise InputError(f"{node}: {node.hook} has {units} units and {length} positions")
 
 
-def _exact(runs: _Runs, edges: Sequence[Edge]) -> _Found:
+def _exact(runs: Runs, *, edges: Sequence[Edge]) -> _Scored:
     wanted: dict[Node, list[Node]] = {}
     for up, down in edges:
         if (up.position is not None) != runs.by_position:
@@ -348,10 +333,7 @@ def _exact(runs: _Runs, edges: Sequence[Edge]) -> _Found:
                 f"{up}: an edge starts at one position with by_position=True, and only then"
             )
         wanted.setdefault(up, []).append(down)
-    here, there = (batch_of(runs.model, side, runs.pairs) for side in (runs.base, runs.other))
-    base, other, effects = exact_edges(
-        runs.model, here, there, runs.pairs, runs.hooks, wanted, runs.passes
-    )
+    base, other, effects = exact_edges(runs, wanted)
     downs = tuple(dict.fromkeys(down for _, down in edges))
     sizes: dict[str, int] = {}
     for up in wanted:

@@ -97,23 +97,27 @@ class Pairs:
         mine = (self.clean, self.corrupt, self.mask, self.answers, self.rivals)
         return Pairs(*(x.repeat(copies, *[1] * (x.ndim - 1)) for x in mine))
 
-    def gap(self, logits: Float[Tensor, "pair pos_or_one vocab"]) -> Float[Tensor, " pair"]:
-        """Logit of the answer minus that of the rival, at each row's last token.
+    def logit_difference(
+        self, logits: Float[Tensor, "pair pos_or_one vocab"]
+    ) -> Float[Tensor, " pair"]:
+        """Logit of the answer minus that of the incorrect answer, at each row's last token.
 
-        ``logits`` may hold that position only.
+        `logits` may hold that position only.
         """
         rows = torch.arange(len(self), device=logits.device)
-        at = logits[:, 0] if logits.shape[1] == 1 else self.batch.picked(logits, -1)
-        answers, rivals = self.answers.to(at.device), self.rivals.to(at.device)
-        return at[rows, answers] - at[rows, rivals]
+        last = logits[:, 0] if logits.shape[1] == 1 else self.batch.picked(logits, -1)
+        answers, incorrect = self.answers.to(last.device), self.rivals.to(last.device)
+        return last[rows, answers] - last[rows, incorrect]
+
+    gap = logit_difference  # its name in 0.1
 
     def columns(self, outputs: Outputs | None = None) -> Int[Tensor, "pair one"]:
         """Where it reads the logits: at each row's last token."""
         return self.batch.columns(-1)[:, None]
 
     def values(self, outputs: Outputs) -> Tensor:
-        """The gap as a target of :func:`lenslrp.run_with_relevance`."""
-        return self.gap(outputs.logits_at(self.columns()))
+        """The logit difference as a target of `lenslrp.run_with_relevance`."""
+        return self.logit_difference(outputs.logits_at(self.columns()))
 
     def text(self, outputs: Outputs) -> str:
         return "logit of the answer minus logit of the rival at the last token"

@@ -22,7 +22,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lenslrp.analysis.circuits.nodes import COMPONENTS, Node, Units, as_units, batch_of, gaps, read
+from lenslrp.analysis.circuits.nodes import (
+    COMPONENTS,
+    Node,
+    Units,
+    as_units,
+    batch_of,
+    logit_differences,
+    read_units,
+)
 from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.circuits.scores import CHUNK, NodeScores
 from lenslrp.analysis.common.statistics import RESAMPLES, area
@@ -125,7 +133,7 @@ def mean_activations(
     for part in pairs.chunks(chunk):
         for tokens in (part.clean, part.corrupt):
             batch = batch_of(model, tokens, part)
-            for hook, x in read(model, batch, part, components)[1].items():
+            for hook, x in read_units(model, batch, part, components)[1].items():
                 total = x[part.mask.to(x.device)].sum(dim=0)
                 sums[hook] = sums[hook] + total if hook in sums else total
     return {hook: total / (2 * int(pairs.mask.sum())) for hook, total in sums.items()}
@@ -221,15 +229,15 @@ def verify(
     with unchanged(model):
         for part in pairs.chunks(chunk):
             batch, instead = batch_of(model, part.clean, part), means
-            clean.append(gaps(model, batch, part))
+            run = partial(logit_differences, model, batch, part)
+            clean.append(run())
             if ablation == "corrupt":
-                value, instead = read(model, batch_of(model, part.corrupt, part), part, places)
+                corrupted = batch_of(model, part.corrupt, part)
+                value, instead = read_units(model, corrupted, part, places)
                 floor.append(value)
             else:
-                floor.append(gaps(model, batch, part, edits=ablated(nothing, instead)))
-            kept.append(
-                torch.stack([gaps(model, batch, part, edits=ablated(c, instead)) for c in circuits])
-            )
+                floor.append(run(edits=ablated(nothing, instead)))
+            kept.append(torch.stack([run(edits=ablated(each, instead)) for each in circuits]))
     verdict = Verdict(torch.cat(clean), torch.cat(floor), torch.cat(kept, dim=1))
     _require_task(verdict)
     return verdict

@@ -33,17 +33,20 @@ from torch import Tensor
 
 from lenslrp.analysis.circuits.nodes import (
     Node,
+    Runs,
     Units,
     batch_of,
     delivering,
     largest,
+    logit_differences,
     masking,
+    outputs_before,
+    paired_runs,
+    patched,
     place_components,
-    read,
     require_positions,
 )
 from lenslrp.analysis.circuits.pairs import Pairs, ordered
-from lenslrp.analysis.circuits.patching import exact_effects
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.forward import architecture
@@ -121,110 +124,130 @@ class NodeScores:
 
 
 @dataclass(frozen=True, eq=False)
-class _Runs:
-    """What a method is asked: the base run, the other run, and the hook points to score."""
+class _Scorer:
+    """What scores nodes: the rules, attached, and which nodes or steps are asked for."""
 
-    model: TransformerBridge
     session: Session | None
-    pairs: Pairs
-    base: Tensor
-    other: Tensor
-    hooks: Mapping[str, str]
-    by_position: bool
     only: Sequence[Node] | None
     steps: int
-    passes: PassCount
 
 
-_Found = tuple[Tensor, Tensor, dict[str, Tensor]]  # values of both runs, scores
+_Scored = tuple[Tensor, Tensor, dict[str, Tensor]]  # logit differences of both runs, scores
 
 
 class _Method(Protocol):
-    def __call__(self, runs: _Runs) -> _Found: ...
+    def __call__(self, runs: Runs, scorer: _Scorer) -> _Scored: ...
 
 
-def _product(runs: _Runs, hook: str, delta: Tensor, g: Tensor) -> Tensor:
+def _product(runs: Runs, hook: str, delta: Tensor, g: Tensor) -> Tensor:
     """Delta times coefficient, [pair, unit] or [pair, pos, unit]."""
     sums: Tensor = torch.einsum("bpuf,bpuf->bpu", delta, g)
     return sums if runs.by_position else sums.sum(dim=1)
 
 
-def _backward(runs: _Runs, on: Callable[[str, Units, Units], None], **given: Any) -> Tensor:
+def _backward(
+    runs: Runs, scorer: _Scorer, on: Callable[[str, Units, Units], None], **options: Any
+) -> Tensor:
     """One forward and backward pass; every hook point's activation and coefficient are handed on.
 
-    Returns the gap, [pair].
+    Returns the logit difference, [pair].
     """
-    assert runs.session is not None
-    _, cache = runs.session.run_with_relevance(
+    assert scorer.session is not None
+    _, cache = scorer.session.run_with_relevance(
         target=runs.pairs,
         names_filter=list(runs.hooks),
         reduce=delivering(runs.hooks, on),
         **masking(runs.pairs, runs.base.device),
-        **given,
+        **options,
     )
     runs.passes.forward += len(runs.pairs)
     runs.passes.backward += len(runs.pairs)
     return cache.target.value
 
 
-def _relevance(runs: _Runs) -> _Found:
+def _relevance(runs: Runs, scorer: _Scorer) -> _Scored:
     """Two forward passes and one backward pass for all nodes."""
-    other = batch_of(runs.model, runs.other, runs.pairs)
-    value, there = read(runs.model, other, runs.pairs, runs.hooks)
-    runs.passes.forward += len(runs.pairs)
+    other, other_units = runs.read(runs.other)
     scores: dict[str, Tensor] = {}
 
     def score(hook: str, x: Tensor, g: Tensor) -> None:
-        scores[hook] = _product(runs, hook, there.pop(hook) - x, g)
+        scores[hook] = _product(runs, hook, other_units.pop(hook) - x, g)
 
-    base = _backward(runs, score, input=runs.base)
-    return base, value, scores
+    base = _backward(runs, scorer, score, input=runs.base)
+    return base, other, scores
 
 
-def _integrated(runs: _Runs) -> _Found:
+def _integrated(runs: Runs, scorer: _Scorer) -> _Scored:
     """Two forward passes, and a forward and a backward pass for each step."""
-    (base, here, start), (other, there, end) = (
+    (base, base_units, start), (other, other_units, end) = (
         _embedded(runs, tokens) for tokens in (runs.base, runs.other)
     )
     scores: dict[str, Tensor] = {}
 
     def score(hook: str, x: Tensor, g: Tensor) -> None:
-        found = _product(runs, hook, there[hook] - here[hook], g) / runs.steps
-        scores[hook] = scores[hook] + found if hook in scores else found
+        step = _product(runs, hook, other_units[hook] - base_units[hook], g) / scorer.steps
+        scores[hook] = scores[hook] + step if hook in scores else step
 
-    for step in range(runs.steps):
-        embeds = torch.lerp(start, end, (step + 0.5) / runs.steps)
-        _backward(runs, score, inputs_embeds=embeds)
+    for step in range(scorer.steps):
+        embeds = torch.lerp(start, end, (step + 0.5) / scorer.steps)
+        _backward(runs, scorer, score, inputs_embeds=embeds)
     return base, other, scores
 
 
-def _embedded(runs: _Runs, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """One forward pass: the gap, what flows at the hook points, the tokens' embeddings."""
-    batch, leaves = batch_of(runs.model, tokens, runs.pairs), Leaves()
-    value, found = read(runs.model, batch, runs.pairs, runs.hooks, leaves=leaves)
+def _embedded(runs: Runs, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """One forward pass: the logit difference, the units' activations, the tokens' embeddings."""
+    leaves = Leaves()
+    value, units = runs.read(tokens, leaves=leaves)
     if len(leaves.tokens) != 1:
         raise InputError(
             f"{architecture(runs.model)} embeds its tokens in {len(leaves.tokens)} places: "
             "integrated scores are of models that do it in one"
         )
-    runs.passes.forward += len(runs.pairs)
-    return value, found, leaves.tokens[0].detach()
+    return value, units, leaves.tokens[0].detach()
 
 
-def _exact(runs: _Runs) -> _Found:
-    return exact_effects(
-        runs.model,
-        batch_of(runs.model, runs.base, runs.pairs),
-        batch_of(runs.model, runs.other, runs.pairs),
-        runs.pairs,
-        runs.hooks,
-        by_position=runs.by_position,
-        only=runs.only,
-        passes=runs.passes,
-    )
+def _exact(runs: Runs, scorer: _Scorer) -> _Scored:
+    """Two forward passes, and one for each node, in which what comes after it is recomputed.
+
+    Blocks below a node are not run again, and a node that is the same in both runs is not run at
+    all: its effect is 0. Nodes that were not asked for are NaN.
+    """
+    model, pairs = runs.model, runs.pairs
+    outputs: dict[int, Any] = {}
+    base, base_units = runs.read(runs.base, record=outputs)
+    other, other_units = runs.read(runs.other)
+    batch = batch_of(model, runs.base, pairs)
+    scores = {}
+    for hook, component in runs.hooks.items():
+        delta = other_units[hook] - base_units[hook]
+        differs = (delta.abs().amax(dim=3) > 0) & pairs.mask[..., None].to(delta.device)
+        length, units = delta.shape[1:3]
+        shape = (len(pairs), length, units) if runs.by_position else (len(pairs), units)
+        effects = base.new_full(shape, torch.nan)
+        positions = range(length) if runs.by_position else (None,)
+        nodes = [Node(hook, unit, position) for unit in range(units) for position in positions]
+        if scorer.only is not None:
+            nodes = [
+                node for node in scorer.only
+                if node.hook == hook and (node.position is not None) == runs.by_position
+            ]  # fmt: skip
+        replay = outputs_before(outputs, hook)
+        for node in nodes:
+            effect = torch.zeros_like(base)
+            if differs[node.place(pairs)].any():
+                edit = patched(node, component, other_units[hook], pairs)
+                patched_run = logit_differences(model, batch, pairs, edits=[edit], replay=replay)
+                effect = patched_run - base
+                runs.passes.forward += len(pairs)
+            if node.position is None:
+                effects[:, node.unit] = effect
+            else:
+                pairs.put(effects[..., node.unit], node.position, effect)
+        scores[hook] = effects
+    return base, other, scores
 
 
-METHODS: Mapping[str, tuple[_Method, Callable[[], Composite] | None]] = {
+NODE_METHODS: Mapping[str, tuple[_Method, Callable[[], Composite] | None]] = {
     "relevance": (_relevance, RelP),
     "attribution": (_relevance, GradientTimesInput),
     "integrated": (_integrated, GradientTimesInput),
@@ -271,8 +294,8 @@ def score_nodes(
     Raises:
         InputError: a choice that does not exist, or does not go with the method.
     """
-    if method not in METHODS:
-        raise InputError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if method not in NODE_METHODS:
+        raise InputError(f"method must be one of {', '.join(NODE_METHODS)}, not {method!r}")
     if composite is not None and method not in ("relevance", "integrated"):
         raise InputError(f"a composite is for 'relevance' and 'integrated', not {method!r}")
     if only is not None and method != "exact":
@@ -285,13 +308,11 @@ def score_nodes(
         raise InputError(f"chunk and steps must be at least 1, not {chunk} and {steps}")
     if len(pairs) == 0:
         raise InputError("no pairs to score")
-    score, rules = METHODS[method]
-    device = next(model.parameters()).device
+    score, rules = NODE_METHODS[method]
     hooks = place_components(model, components)
     passes = PassCount()
     nodes = None if only is None else list(only)
     require_positions(nodes or (), pairs)
-    found = []
     with ExitStack() as stack:
         stack.enter_context(unchanged(model))
         session = None
@@ -299,13 +320,10 @@ def score_nodes(
             session = Session(model, composite or rules(), ledger=False, logits="target",
                               stays=False)  # fmt: skip
             stack.enter_context(session)
-        for part in pairs.chunks(chunk):
-            base, other = ordered(direction, part.corrupt.to(device), part.clean.to(device))
-            runs = _Runs(
-                model, session, part, base, other, hooks, by_position, nodes, steps, passes
-            )
-            found.append(score(runs))
-    bases, others, scores = zip(*found, strict=True)
+        scorer = _Scorer(session, nodes, steps)
+        chunks = paired_runs(model, pairs, chunk, direction, hooks, by_position, passes)
+        scored = [score(runs, scorer) for runs in chunks]
+    bases, others, scores = zip(*scored, strict=True)
     corrupt, clean = ordered(direction, torch.cat(bases).detach(), torch.cat(others))
     wide = partial(pairs.padded, only=nodes or ()) if by_position else torch.as_tensor
     values = {hook: torch.cat([wide(part[hook]) for part in scores]) for hook in hooks}

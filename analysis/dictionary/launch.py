@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 """Where launchers say which process this is, and of how many."""
 
-LOCAL = ("checkpoint_every", "progress", "keep_work", "vocabulary")
-"""Options that are no part of the plan."""
+LOCAL = ("checkpoint_every", "progress")
+"""Options of each process, which are no part of the plan."""
 
 
 def rank_and_world(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
@@ -55,6 +55,13 @@ def rank_and_world(environment: Mapping[str, str] | None = None) -> tuple[int, i
                 raise InputError(f"{rank_name}={rank} of {world_name}={world} is no rank")
             return int(rank), int(world)
     return 0, 1
+
+
+def _apart_from_plan(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options that are no part of the plan, taken out: of each process, and of publishing."""
+    local = {name: options.pop(name) for name in LOCAL if name in options}
+    keep_work, tokens = options.pop("keep_work", False), options.pop("vocabulary", LISTED_TOKENS)
+    return local, {"keep_work": keep_work, "vocabulary": tokens}
 
 
 def build_distributed(
@@ -87,8 +94,7 @@ def build_distributed(
     """
     rank, world = rank_and_world()
     folder = Path(path)
-    local = {name: options.pop(name) for name in LOCAL if name in options}
-    keep_work, tokens = local.pop("keep_work", False), local.pop("vocabulary", LISTED_TOKENS)
+    local, publishing = _apart_from_plan(options)
     if rank == 0:
         job = prepare(model, corpus, folder, **options)
     else:
@@ -99,14 +105,16 @@ def build_distributed(
         shards = [job.shard(r, world) for r in range(world)]
         _wait(shards, timeout, _is_done)
         entries = Entries.of(merge_shards(job, shards), job.plan)
-        project_places(job, rank, world, tokens=tokens, progress=local.get("progress", True))
+        project_places(
+            job, rank, world, tokens=publishing["vocabulary"], progress=local.get("progress", True)
+        )
         replay(job, entries, rank, world, **local)
         if rank > 0:
             return None
         ranks = list(range(world))
         _wait(ranks, timeout, lambda r: _has_replayed(job, r, world))
         parts = [path for r in ranks for path in replayed(job, r, world)]
-        finish(job, shards, parts=parts, keep_work=keep_work, vocabulary=tokens, **local)
+        finish(job, shards, parts=parts, **publishing, **local)
     return NeuronDictionary.open(folder)
 
 
@@ -178,8 +186,7 @@ def build_with_ray(
         MissingExtraError: Ray is not installed.
     """
     require("ray", "build_with_ray")
-    local = {name: options.pop(name) for name in LOCAL if name in options}
-    keep_work, tokens = local.pop("keep_work", False), local.pop("vocabulary", LISTED_TOKENS)
+    local, publishing = _apart_from_plan(options)
     local["progress"] = False
     world = shards or 4 * workers
     # The calling process holds the folder for all actors, which may come and go on any host.
@@ -187,13 +194,14 @@ def build_with_ray(
         job = prepare(make_model(), corpus, path, **options)
         folder = str(Path(path).resolve())
         ranks = list(range(world))
+        tokens = publishing["vocabulary"]
         with _actors(Worker, workers, resources, make_model, folder, options) as pool:
             files = list(pool.map(lambda a, r: a.scan.remote(r, world, local), ranks))
             parts = list(
                 pool.map(lambda a, r: a.replay.remote(files, r, world, tokens, local), ranks)
             )
         paths = [Path(path) for some in parts for path in some]
-        finish(job, files, parts=paths, keep_work=keep_work, vocabulary=tokens, **local)
+        finish(job, files, parts=paths, **publishing, **local)
     return NeuronDictionary.open(path)
 
 

@@ -290,8 +290,8 @@ def require_part(path: Path, plan: Plan, entries: Entries) -> int:
 
 
 def _flush(job: Job, cutter: _Cutter, rank: int, world: int, following: int, blocks: int) -> Path:
-    number = len(replayed(job, rank, world))
-    path = job.work / f"replay-{rank:05d}-of-{world:05d}-{number:06d}.safetensors"
+    number = f"{len(replayed(job, rank, world)):06d}"
+    path = job.work / _file_name(rank, world, number)
     about = {"plan": job.plan.fingerprint(), "next": following, "done": following >= blocks}
     cutter.flush(path, {name: str(value) for name, value in about.items()})
     return path
@@ -299,7 +299,11 @@ def _flush(job: Job, cutter: _Cutter, rank: int, world: int, following: int, blo
 
 def replayed(job: Job, rank: int, world: int) -> list[Path]:
     """The files that a replay has written so far."""
-    return sorted(job.work.glob(f"replay-{rank:05d}-of-{world:05d}-*.safetensors"))
+    return sorted(job.work.glob(_file_name(rank, world, "*")))
+
+
+def _file_name(rank: int, world: int, number: str) -> str:
+    return f"replay-{rank:05d}-of-{world:05d}-{number}.safetensors"
 
 
 def _by_block(

@@ -47,6 +47,7 @@ from lenslrp.analysis.dictionary.topk import (
     require_finite,
     unpack,
 )
+from lenslrp.analysis.dictionary.work_folder import shard_name
 from lenslrp.errors import InputError, StorageError
 from lenslrp.fingerprints import canonical
 
@@ -173,7 +174,7 @@ class Job:
         return self.folder / "work"
 
     def shard(self, rank: int, world: int) -> Path:
-        return self.work / f"shard-{rank:05d}-of-{world:05d}.safetensors"
+        return self.work / f"{shard_name(rank, world)}.safetensors"
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenslrp.analysis.circuits.graph.layout import HEIGHT, WIDTH, lay_out
-from lenslrp.files import HTML, whole
+from lenslrp.analysis.views.document import document, write_document
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import card, rgba, signed, token_html
 
@@ -188,13 +188,6 @@ def _table(graph: AttributionGraph) -> str:
 
 def write_page(graph: AttributionGraph, path: Path) -> str:
     """A whole page at ``path``; returns it."""
-    title = escape(visible(str(graph.explained)))
-    page = (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="generator" content="LensLRP">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{title}</title></head><body>{graph_html(graph)}</body></html>\n"
-    )
-    with whole(path, ours=HTML) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    page = document(str(graph.explained), graph_html(graph), allow="; script-src 'unsafe-inline'")
+    write_document(path, page)
     return page

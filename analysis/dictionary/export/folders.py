@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lenslrp.analysis.dictionary.pages.page import page_html
-from lenslrp.analysis.dictionary.pages.template import DOCUMENT, INDEX, STYLE
+from lenslrp.analysis.dictionary.pages.template import AROUND, INDEX, STYLE
 from lenslrp.analysis.dictionary.plan import Place
 from lenslrp.analysis.dictionary.unit import Page
-from lenslrp.analysis.views.report import environment
+from lenslrp.analysis.views.document import document, environment, write_document
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import HTML, make_folder, remove_leftovers, require_ours, slug, whole
 from lenslrp.text.visible_text import visible
@@ -318,8 +318,7 @@ def export_html(
     for name, href in links.items():
         page = dictionary.page(*pages[name])
         html = page_html(page, model=model, links={**links, "": "index.html"}, **options)
-        with whole(path / href, ours=HTML) as part:
-            part.write_text(html, encoding="utf-8", errors="replace")
+        write_document(path / href, html)
         rows.append({"name": visible(name), "href": href, **_summary(page)})
     title = f"{len(rows)} units of {dictionary.plan.model['name']}"
     what = (
@@ -327,14 +326,12 @@ def export_html(
         f"{dictionary.plan.corpus['name']}. "
         "Active: share of tokens above 0. Tokens are those at the hits of the best examples."
     )
-    jinja = environment()
-    body = jinja.from_string(INDEX).render(
-        style=Markup(STYLE), title=visible(title), what=visible(what), rows=rows
+    body = (
+        environment()
+        .from_string(INDEX)
+        .render(style=Markup(STYLE), title=visible(title), what=visible(what), rows=rows)
     )
-    html = jinja.from_string(DOCUMENT).render(title=visible(title), body=Markup(body))
-    with whole(path / "index.html", ours=HTML) as part:
-        part.write_text(html, encoding="utf-8", errors="replace")
-    return path / "index.html"
+    return write_document(path / "index.html", document(title, body, style=AROUND))
 
 
 def _summary(page: Page) -> dict[str, Any]:

@@ -27,13 +27,13 @@ from lenslrp.analysis.dictionary.pages.tables import (
     tokens_table,
     unit_table,
 )
-from lenslrp.analysis.dictionary.pages.template import DOCUMENT, PAGE, STYLE
+from lenslrp.analysis.dictionary.pages.template import AROUND, PAGE, STYLE
+from lenslrp.analysis.dictionary.schemas import MOMENTS, kinds
 from lenslrp.analysis.dictionary.unit import Page
 from lenslrp.analysis.units.kinds import Neuron
 from lenslrp.analysis.units.projection import cosines, sign_cases, writes
-from lenslrp.analysis.views.report import environment, section
+from lenslrp.analysis.views.document import document, environment, section, write_document
 from lenslrp.errors import InputError
-from lenslrp.files import HTML, whole
 from lenslrp.text.visible_text import visible
 
 if TYPE_CHECKING:
@@ -69,27 +69,17 @@ def page_html(
     Raises:
         InputError: ``model`` is not the one that the dictionary was built from.
     """
-    from markupsafe import Markup
-
     body = fragment(
         page, model=model, attributed=attributed, examples=examples, lens=lens, links=links
     )
-    title = f"{page.name} · {page.dictionary.plan.model['name']}"
-    document: str = (
-        environment().from_string(DOCUMENT).render(title=visible(title), body=Markup(body))
-    )
-    return document
+    return document(f"{page.name} · {page.dictionary.plan.model['name']}", body, style=AROUND)
 
 
 def write_page(
     page: Page, path: str | Path, *, model: TransformerBridge | None = None, **options: Any
 ) -> Path:
     """Write :func:`page_html` to ``path``, whole or not at all, and return where it is."""
-    path = Path(path)
-    html = page_html(page, model=model, **options)
-    with whole(path, ours=HTML) as part:
-        part.write_text(html, encoding="utf-8", errors="replace")
-    return path
+    return write_document(Path(path), page_html(page, model=model, **options))
 
 
 def fragment(
@@ -120,7 +110,7 @@ def fragment(
             facts=_facts(page),
             vocabulary=section(lambda: _vocabulary(page, model, lens)),
             sampled=int(page.histogram().counts.sum()),
-            histograms=[bars(page.histogram(kind), kind) for kind in _kinds(page)],
+            histograms=[bars(page.histogram(kind), kind) for kind in kinds(page.dictionary.plan)],
             moments=_moments(page),
             angles=section(lambda: _angles(page, model)),
             sentences=_sentences(page, asked, attributed, examples),
@@ -147,10 +137,6 @@ def require_same_model(page: Page, model: TransformerBridge) -> None:
             f"the dictionary was built from {mine['name']!r} in {mine['dtype']}; given is "
             f"{other['name']!r} in {other['dtype']}, with other weights"
         )
-
-
-def _kinds(page: Page) -> tuple[str, ...]:
-    return ("activation", "relevance") if page.dictionary.plan.relevance else ("activation",)
 
 
 def _identity(page: Page) -> str:
@@ -189,14 +175,13 @@ def _vocabulary(page: Page, model: TransformerBridge | None, lens: Lens | None) 
 
 
 def _moments(page: Page) -> dict[str, Any]:
-    names = ("mean", "std", "skew", "kurtosis", "min", "max", "density")
-    columns = [column(""), *(column(name, number=True) for name in names)]
+    columns = [column(""), *(column(name, number=True) for name in MOMENTS)]
     rows = []
-    for kind in _kinds(page):
-        values = [page.statistics[f"{kind}_{name}"] for name in names]
+    for kind in kinds(page.dictionary.plan):
+        values = [page.statistics[f"{kind}_{name}"] for name in MOMENTS]
         shown = [
             text(f"{v:.1%}" if n == "density" else f"{v:.3g}")
-            for n, v in zip(names, values, strict=True)
+            for n, v in zip(MOMENTS, values, strict=True)
         ]
         rows.append([text(kind), *shown])
     return {"columns": columns, "rows": rows}
@@ -245,7 +230,7 @@ def _sentences(
 def _similar(page: Page) -> list[dict[str, Any]]:
     dictionary = page.dictionary
     parts = []
-    for kind in _kinds(page):
+    for kind in kinds(page.dictionary.plan):
         sampled = int(page.histogram(kind).counts.sum())
         chance = math.sqrt(2 * math.log(max(2, len(dictionary))) / sampled)
         frame = dictionary.similar(page.name, 8, kind=kind)
@@ -265,7 +250,7 @@ def _similar(page: Page) -> list[dict[str, Any]]:
 
 
 def _links(page: Page, model: TransformerBridge | None, k: int) -> list[dict[str, Any]]:
-    kinds: list[tuple[str, str, Callable[..., pd.DataFrame], str, str]] = [
+    directions: list[tuple[str, str, Callable[..., pd.DataFrame], str, str]] = [
         (
             "Upstream: what made it fire",
             "relevance",
@@ -285,7 +270,7 @@ def _links(page: Page, model: TransformerBridge | None, k: int) -> list[dict[str
         ),
     ]
     parts: list[dict[str, Any]] = []
-    for title, heading, compute, value, what in kinds:
+    for title, heading, compute, value, what in directions:
         if model is None:
             parts.append({"title": title, "absent": NEEDS_MODEL, "what": ""})
             continue

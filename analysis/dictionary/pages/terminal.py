@@ -8,19 +8,19 @@ the terminal only as :class:`rich.text.Text` with control characters replaced (s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import pandas as pd
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lenslrp.analysis.dictionary.schemas import MOMENTS, kinds
 from lenslrp.analysis.dictionary.unit import Page
 from lenslrp.errors import InputError
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import ColourScale, colour_scale, signed
 from lenslrp.views.terminal import Heat
-
-MOMENTS = ("mean", "std", "skew", "kurtosis", "min", "max", "density")
 
 
 def render_unit(page: Page, criteria: Sequence[str] = ("actmax",), k: int = 5) -> RenderableType:
@@ -47,8 +47,8 @@ def render_unit(page: Page, criteria: Sequence[str] = ("actmax",), k: int = 5) -
 def _table(*columns: str, numbers: bool = False) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for index, name in enumerate(columns):
-        side = "right" if numbers and index else "left"
-        table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if numbers and index else "left"
+        table.add_column(name, justify=justify, overflow="fold")
     return table
 
 
@@ -71,9 +71,8 @@ def _tokens(some: pd.DataFrame) -> Text:
 
 def _statistics(page: Page) -> RenderableType:
     table = _table("over sampled tokens", *MOMENTS, numbers=True)
-    for kind in ("activation", "relevance"):
-        if f"{kind}_mean" in page.statistics:
-            table.add_row(kind, *(f"{page.statistics[f'{kind}_{name}']:.4g}" for name in MOMENTS))
+    for kind in kinds(page.dictionary.plan):
+        table.add_row(kind, *(f"{page.statistics[f'{kind}_{name}']:.4g}" for name in MOMENTS))
     return table
 
 
