@@ -31,6 +31,12 @@ READERS: dict[str, NodeKind] = {"q": "q_input", "k": "k_input", "v": "v_input", 
 def to_transformer_lens(scores: NodeScores | EdgeScores) -> AttributionResult:
     """Scores by position, as TransformerLens' dataclass; edges that are exactly 0 are left out.
 
+    Args:
+        scores: of `score_nodes` or `score_edges`, with `by_position=True`.
+
+    Returns:
+        A score a node, or an edge, in logits, averaged over pairs.
+
     Raises:
         InputError: what does not fit, by name.
     """
@@ -45,14 +51,14 @@ def to_transformer_lens(scores: NodeScores | EdgeScores) -> AttributionResult:
 
 
 def _nodes(values: Mapping[str, Tensor], components: Mapping[str, str]) -> dict[LensNode, float]:
-    found = {}
+    scores = {}
     for hook, value in values.items():
         mean = value.double().mean(dim=0)
         for position, row in enumerate(mean.tolist()):
             for unit, score in enumerate(row):
                 node = Node(hook, unit, position)
-                found[_lens_node(WRITERS[components[hook]], node)] = score
-    return found
+                scores[_lens_node(WRITERS[components[hook]], node)] = score
+    return scores
 
 
 def _edges(scores: EdgeScores) -> AttributionResult:

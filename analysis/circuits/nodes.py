@@ -1,6 +1,6 @@
 """Nodes of a circuit: what can be patched at a hook point, one by one.
 
-A component class says at which hook point its nodes live and what one node is: the whole vector, a
+A component class says at which hook point its nodes are and what one node is: the whole vector, a
 head, or a single entry. Everything about nodes is computed on one view of a hook point's tensor,
 [pair, pos, unit, feature].
 """
@@ -59,10 +59,14 @@ COMPONENTS: Mapping[str, Component] = {
 
 @dataclass(frozen=True, order=True)
 class Node:
-    """One node: a unit at a hook point, at one position or (``None``) at all of them.
+    """One node: a unit at a hook point, at one position or (`None`) at all of them.
 
     A position counts the tokens of each row's own prompt, -1 being its last. Shorter rows may lack
     one that counts from the beginning; all must have one that counts from the end.
+
+    Example:
+        >>> str(Node("blocks.9.attn.hook_z", 6, -1))
+        'blocks.9.attn.hook_z[6]@-1'
     """
 
     hook: str
@@ -130,7 +134,7 @@ def require_positions(nodes: Iterable[Node], pairs: Pairs) -> None:
 def delivering(
     hooks: Mapping[str, str], on: Callable[[str, Units, Units], None]
 ) -> dict[str, Deliver]:
-    """Of a relevance pass, ``reduce``: hand on activation and coefficient at each hook point.
+    """Of a relevance pass, `reduce`: deliver activation and coefficient at each hook point.
 
     Args:
         hooks: hook point -> component.
@@ -145,18 +149,18 @@ def delivering(
 
 
 def largest(frame: pd.DataFrame, column: str, k: int) -> pd.DataFrame:
-    """The ``k`` rows whose ``column`` is largest in size; ties keep their order."""
+    """The `k` rows whose `column` is largest in size; ties keep their order."""
     order = frame[column].abs().sort_values(ascending=False, kind="stable").index
     return frame.loc[order[:k]].reset_index(drop=True)
 
 
 def batch_of(model: TransformerBridge, tokens: Tensor, pairs: Pairs) -> Batch:
-    """One side of the pairs, or what stands for it, as what the model reads."""
+    """What the model reads: the tokens of one of the runs, with the mask of the pairs."""
     return prepare(model, tokens, attention_mask=pairs.mask)
 
 
 def masking(pairs: Pairs, device: Any) -> dict[str, Tensor]:
-    """``attention_mask`` where there is padding."""
+    """`attention_mask` where there is padding."""
     return {} if bool(pairs.mask.all()) else {"attention_mask": pairs.mask.long().to(device)}
 
 

@@ -1,19 +1,19 @@
-"""Which nodes carry the difference between a clean and a corrupt prompt?
+"""Which nodes carry the difference between a clean and a corrupted prompt?
 
-The effect of a node is what the gap between answer and rival gains when the node, and it alone, is
-set to what it is in the other run. Exact activation patching needs a forward pass for every node;
-the other methods estimate the effect of all nodes at once, by activation difference times
-coefficient:
+The effect of a node is what the logit difference of the two answers gains when the node, and it
+alone, is set to what it is in the other run. Exact activation patching (Meng et al. 2022; Zhang and
+Nanda 2024) needs a forward pass for every node; the other methods estimate the effect of all nodes
+at once, by activation difference times coefficient:
 
 * **relevance patching** (RelP, Rezaei Jafari et al. 2025): the coefficient is the gradient as LRP
   rules modify it, from one backward pass over the base run. Relevance is activation times this
-  coefficient; the score is (activation there - activation here) times it;
+  coefficient; the score is (other activation - base activation) times it;
 * **attribution patching** (Nanda 2023; Syed et al. 2023): the plain gradient of the base run;
 * **integrated gradients** (Hanna et al. 2024): plain gradients averaged along the straight line
   between the embeddings of the two runs; or relevance coefficients, with a composite. One step is
   the midpoint, which serves both runs better than either end does.
 
-"Denoising" patches clean activations into the corrupt run and "noising" corrupt ones into the
+"Denoising" patches clean activations into the corrupted run and "noising" corrupted ones into the
 clean run.
 """
 
@@ -59,19 +59,19 @@ from lenslrp.sessions import Session
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-CHUNK = 32
+PAIRS_AT_ONCE = 32
 """How many pairs run at once."""
 
 
 @dataclass(frozen=True, eq=False)
 class NodeScores:
-    """What each node does to the gap, estimated or exact, in logits.
+    """What each node does to the logit difference, estimated or exact, in logits.
 
     Attributes:
-        method, direction: how they were found.
+        method, direction: how they were computed.
         components: hook point -> component name, in the model's order.
         values: hook point -> [pair, unit], or [pair, pos, unit]; NaN where a node was not scored.
-        clean, corrupt: [pair], the gap of each run.
+        clean, corrupt: [pair], the logit difference of each run.
         mask: [pair, pos], True where a token is real.
         passes: of one pair through the model.
     """
@@ -87,21 +87,40 @@ class NodeScores:
 
     @property
     def by_position(self) -> bool:
+        """Whether each node stands for one position."""
         return next(iter(self.values.values())).ndim == 3
 
     def of(self, component: str) -> Float[Tensor, "pair node"]:
-        """All scores of a component class; padding and what was not scored are NaN."""
-        found = [self.values[h] for h, name in self.components.items() if name == component]
-        if not found:
+        """All scores of a component class; padding and what was not scored are NaN.
+
+        Args:
+            component: its name.
+
+        Returns:
+            [pair, node], in logits; nodes of all layers, one after the other.
+
+        Raises:
+            InputError: the component was not scored.
+
+        Example:
+            >>> scores = score_nodes(gpt2, pairs, components=["heads"])
+            >>> scores.of("heads").shape  # 12 layers of 12 heads
+            torch.Size([100, 144])
+        """
+        scores = [self.values[h] for h, name in self.components.items() if name == component]
+        if not scores:
             known = ", ".join(dict.fromkeys(self.components.values()))
             raise InputError(f"no scores of {component!r}; there are {known}")
         if self.by_position:
-            found = [v.masked_fill(~self.mask[..., None].to(v.device), torch.nan) for v in found]
-        return torch.cat([value.flatten(1) for value in found], dim=1)
+            scores = [v.masked_fill(~self.mask[..., None].to(v.device), torch.nan) for v in scores]
+        return torch.cat([value.flatten(1) for value in scores], dim=1)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a node: ``component``, ``layer``, ``hook``, ``unit``, ``position`` (``None`` for
-        all), ``score`` (mean over pairs, logits), ``std`` over pairs."""
+        """One row a node.
+
+        Columns: `component`, `layer`, `hook`, `unit`, `position` (`None` for all), `score` (mean
+        over pairs, logits), `std` over pairs.
+        """
         frames = []
         for hook, name in self.components.items():
             value = self.values[hook].double().cpu().numpy()
@@ -115,7 +134,15 @@ class NodeScores:
         return pd.concat(frames, ignore_index=True).dropna(subset=["score"])
 
     def top(self, k: int = 10, *, component: str | None = None) -> pd.DataFrame:
-        """The ``k`` rows of :meth:`to_dataframe` whose score is largest in size."""
+        """The `k` rows of `to_dataframe` whose score is largest in size.
+
+        Args:
+            k: how many.
+            component: of this class only.
+
+        Raises:
+            InputError: the component was not scored.
+        """
         frame = self.to_dataframe()
         if component is not None:
             self.of(component)
@@ -267,32 +294,40 @@ def score_nodes(
     composite: Composite | None = None,
     steps: int = 5,
     only: Iterable[Node] | None = None,
-    chunk: int = CHUNK,
+    chunk: int = PAIRS_AT_ONCE,
 ) -> NodeScores:
-    """The effect of every node on the gap, estimated or exact.
+    """The effect of every node on the logit difference, estimated or exact.
+
+    RelP is of Rezaei Jafari et al. (2025), attribution patching of Nanda (2023), integrated
+    gradients along prompts of Hanna et al. (2024).
 
     Args:
-        model: a ``TransformerBridge`` of a decoder, in eval mode.
-        pairs: clean and corrupt prompts.
-        method: ``"relevance"``, ``"attribution"``, ``"integrated"`` or ``"exact"``.
-        components: names from :data:`lenslrp.analysis.circuits.nodes.COMPONENTS`. ``"residual"``
-            needs ``by_position``: the whole stream of one layer, patched at all positions, is the
-            run.
-        direction: ``"denoising"``: clean activations in the corrupt run; ``"noising"``: the other
-            way round.
+        model: a `TransformerBridge` of a decoder, in eval mode.
+        pairs: clean and corrupted prompts.
+        method: `"relevance"`, `"attribution"`, `"integrated"` or `"exact"`.
+        components: names from `lenslrp.analysis.circuits.nodes.COMPONENTS`. `"residual"` needs
+            `by_position`: the whole stream of one layer, patched at all positions, is the run.
+        direction: `"denoising"`: clean activations in the corrupted run; `"noising"`: corrupted
+            activations in the clean run.
         by_position: one node a position, or all positions together.
-        composite: the rules of ``"relevance"``, ``RelP()`` if not given, or of ``"integrated"``,
-            plain gradients if not given.
-        steps: of ``"integrated"``.
-        only: of ``"exact"``: the nodes to patch. The other methods score all nodes anyway.
+        composite: the rules of `"relevance"`, `RelP()` if not given, or of `"integrated"`, plain
+            gradients if not given.
+        steps: of `"integrated"`.
+        only: of `"exact"`: the nodes to patch. The other methods score all nodes anyway.
         chunk: how many pairs run at once.
 
     Returns:
-        Scores in logits: what the gap of the base run gains. A final soft-cap on the logits (Gemma
-        2) is not part of what coefficients are taken of, as everywhere in LensLRP.
+        Scores in logits: what the logit difference of the base run gains. A final soft-cap on the
+        logits (Gemma 2) is not part of what coefficients are taken of, as everywhere in LensLRP.
 
     Raises:
         InputError: a choice that does not exist, or does not go with the method.
+
+    Example:
+        >>> pairs = template_pairs(model, "indirect_object", 100)
+        >>> scores = score_nodes(model, pairs)
+        >>> scores.passes  # of one pair each, however many nodes there are
+        PassCount(forward=200, backward=100)
     """
     if method not in NODE_METHODS:
         raise InputError(f"method must be one of {', '.join(NODE_METHODS)}, not {method!r}")

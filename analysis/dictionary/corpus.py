@@ -180,13 +180,13 @@ class Corpus:
 
     def block_of(self, docs: Tensor) -> Tensor:
         """The block that each document is in."""
-        cut, found = self.cut, torch.empty_like(docs)
+        cut, blocks = self.cut, torch.empty_like(docs)
         for number in torch.unique(docs // PART).tolist():
-            here = docs // PART == number
+            inside = docs // PART == number
             order = self.part(number).order.long()
             place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-            found[here] = place[docs[here] % PART] // cut.block + number * (PART // cut.block)
-        return found
+            blocks[inside] = place[docs[inside] % PART] // cut.block + number * (PART // cut.block)
+        return blocks
 
 
 @lru_cache(maxsize=4)

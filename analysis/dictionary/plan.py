@@ -22,12 +22,12 @@ from torch import Tensor
 from lenslrp.errors import InputError, StorageError
 from lenslrp.fingerprints import canonical
 
-SCHEMA = 2
+DICTIONARY_SCHEMA = 2
 
-UNITS = 1 << 27
+MAX_UNITS = 1 << 27
 """Units that a dictionary has at most."""
 
-CRITERIA: dict[str, tuple[str, int]] = {
+TOP_CRITERIA: dict[str, tuple[str, int]] = {
     "actmax": ("activation", 1),
     "actmin": ("activation", -1),
     "relmax": ("relevance", 1),
@@ -35,7 +35,7 @@ CRITERIA: dict[str, tuple[str, int]] = {
 }
 """Criteria with a running top-k: what is compared, and its sign."""
 
-SAMPLES = ("deciles", "random")
+SAMPLED_CRITERIA = ("deciles", "random")
 """Criteria drawn from a sample of documents that a hash decides."""
 
 LIBRARIES = ("lenslrp", "torch", "transformers", "transformer-lens", "numpy", "pyarrow")
@@ -73,7 +73,7 @@ class Plan:
         corpus: ``digest, documents, blocks, tokens, texts, skipped, name, revision`` and the cut.
         places: where the units are.
         sites: name, and fingerprint of its weights, of each site, in the order given.
-        criteria: see :data:`CRITERIA` and :data:`SAMPLES`.
+        criteria: see :data:`TOP_CRITERIA` and :data:`SAMPLED_CRITERIA`.
         k: entries a unit and criterion.
         sample: documents drawn for deciles, random examples and statistics.
         window: tokens shown before and after the position of a hit.
@@ -117,7 +117,7 @@ class Plan:
     @property
     def relevance(self) -> bool:
         """Whether a backward pass is needed."""
-        return any(CRITERIA.get(c, ("",))[0] == "relevance" for c in self.criteria)
+        return any(TOP_CRITERIA.get(c, ("",))[0] == "relevance" for c in self.criteria)
 
     @property
     def block(self) -> int:
@@ -173,11 +173,11 @@ class Plan:
         Raises:
             StorageError: of another schema, or not a plan.
         """
-        if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-            found = value.get("schema") if isinstance(value, dict) else value
+        if not isinstance(value, dict) or value.get("schema") != DICTIONARY_SCHEMA:
+            schema = value.get("schema") if isinstance(value, dict) else value
             raise StorageError(
-                f"{path} was made with schema {str(found)[:20]}; this version of LensLRP reads "
-                f"schema {SCHEMA}"
+                f"{path} was made with schema {str(schema)[:20]}; this version of LensLRP reads "
+                f"schema {DICTIONARY_SCHEMA}"
             )
         try:
             fields = dict(value)
@@ -263,10 +263,10 @@ def _require_types(plan: Plan) -> None:
     sites, first = {name for name, _ in plan.sites}, 0
     for place in plan.places:
         _require_scalars("places", asdict(place), _PLACE)
-        if place.first != first or not 0 < place.size <= UNITS or place.site not in sites:
+        if place.first != first or not 0 < place.size <= MAX_UNITS or place.site not in sites:
             raise ValueError("places must follow one another, each of a site")
         first = place.end
-    if not 0 < first <= UNITS or not plan.k < 1 << 20 > plan.sample:
+    if not 0 < first <= MAX_UNITS or not plan.k < 1 << 20 > plan.sample:
         raise ValueError(f"{first} units, k={plan.k}, sample={plan.sample}")
     if (plan.relevance, plan.relevance) != (plan.target is not None, plan.rules is not None):
         raise ValueError("target and rules belong to relevance")
@@ -284,20 +284,20 @@ def _require_scalars(where: str, values: Any, kinds: Mapping[str, tuple[type, ..
 
 def require_criteria(criteria: tuple[str, ...]) -> None:
     """Raises :class:`InputError` for a criterion that does not exist, or none, or one twice."""
-    known = (*CRITERIA, *SAMPLES)
+    known = (*TOP_CRITERIA, *SAMPLED_CRITERIA)
     if not criteria or not set(criteria) <= set(known) or len(set(criteria)) < len(criteria):
         raise InputError(f"criteria are one or more of {', '.join(known)}, not {criteria!r}")
 
 
 def describe_libraries() -> dict[str, str]:
     """Versions of what computed a dictionary, and on what."""
-    found: dict[str, str] = {"python": platform.python_version(), "machine": platform.machine()}
+    versions: dict[str, str] = {"python": platform.python_version(), "machine": platform.machine()}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def sampled_documents(documents: int, sample: int, seed: int) -> Tensor:

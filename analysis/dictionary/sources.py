@@ -16,8 +16,8 @@ from torch import Tensor
 from lenslrp.analysis.common.records import SURROGATE, is_text
 from lenslrp.errors import InputError, StorageError
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-ROWS = 256
+CORPUS_SUFFIXES = (".txt", ".jsonl", ".parquet")
+PARQUET_ROWS = 256
 """Rows of a parquet file read at a time."""
 
 
@@ -87,16 +87,16 @@ def texts_of(corpus: Any, field: str = "text", skipped: list[str] | None = None)
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
-        if not found:
-            raise InputError(f"{path} has no {', '.join(SUFFIXES)} file in it")
-        return found
+        files = sorted(p for p in path.iterdir() if p.suffix in CORPUS_SUFFIXES and p.is_file())
+        if not files:
+            raise InputError(f"{path} has no {', '.join(CORPUS_SUFFIXES)} file in it")
+        return files
     if not path.is_file():
         raise InputError(
             f"no corpus at {str(path)[:200]!r} (a string is a path; give texts as a list)"
         )
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path.name}: a corpus file is one of {', '.join(SUFFIXES)}")
+    if path.suffix not in CORPUS_SUFFIXES:
+        raise InputError(f"{path.name}: a corpus file is one of {', '.join(CORPUS_SUFFIXES)}")
     return [path]
 
 
@@ -143,7 +143,7 @@ def _from_parquet(path: Path, field: str, skipped: list[str]) -> Iterator[str]:
                     f"{', '.join(file.schema_arrow.names)}"
                 )
             row = 0
-            for some in file.iter_batches(batch_size=ROWS, columns=[field]):
+            for some in file.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
                 for value in some.column(0):
                     try:
                         text = value.as_py()

@@ -39,7 +39,7 @@ def indexed(text: str) -> str:
 
 def terms(query: str) -> list[str]:
     """Words and quoted phrases of a query; operators of a query language are words like others."""
-    found: list[str] = []
+    words: list[str] = []
     for n, piece in enumerate(query.split('"')):
-        found += [piece.strip()] if n % 2 else piece.split()
-    return [word for word in found if indexed(word)]
+        words += [piece.strip()] if n % 2 else piece.split()
+    return [word for word in words if indexed(word)]

@@ -114,8 +114,8 @@ def _read_part(
 def _rows(numbers: NDArray[Any], columns: Any, ids: NDArray[Any], values: NDArray[Any]) -> pa.Table:
     roles, names, sides, ranks = zip(*columns, strict=True)
 
-    def spelt(given: Sequence[str], known: tuple[str, ...]) -> pa.DictionaryArray:
-        codes = np.tile(np.array([known.index(word) for word in given], np.int8), len(numbers))
+    def spelt(words: Sequence[str], known: tuple[str, ...]) -> pa.DictionaryArray:
+        codes = np.tile(np.array([known.index(word) for word in words], np.int8), len(numbers))
         return pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(known))
 
     return pa.table(
@@ -194,9 +194,9 @@ class Projections:
             side in LIST_ENDS
             and name in VECTOR_NAMES
             and role == LIST_ROLES[name != "out"]
-            and found == list(range(min(len(found), self.tokens)))
-            and found == ranks.get((role, name, LIST_ENDS[1 - LIST_ENDS.index(side)]))
-            for (role, name, side), found in ranks.items()
+            and present == list(range(min(len(present), self.tokens)))
+            and present == ranks.get((role, name, LIST_ENDS[1 - LIST_ENDS.index(side)]))
+            for (role, name, side), present in ranks.items()
         )
         if not whole_lists or frame["id"].min() < 0:
             raise StorageError(

@@ -79,8 +79,8 @@ def read_vectors(
     if isinstance(units[0], Head):
         heads = [head_reads(model, unit, 0) for unit in units if isinstance(unit, Head)]
         return {name: torch.stack([head[name][0] for head in heads]) for name in heads[0]}
-    found = [unit.reads(model) for unit in units]
-    stacked = {name: torch.cat([vectors[name] for vectors in found]) for name in found[0]}
+    by_unit = [unit.reads(model) for unit in units]
+    stacked = {name: torch.cat([vectors[name] for vectors in by_unit]) for name in by_unit[0]}
     return {name: as_read(model, units[0], name, vectors) for name, vectors in stacked.items()}
 
 
@@ -121,7 +121,7 @@ def ends_of_lists(
         tokens: how many at either end; at most the vocabulary.
     """
     columns: list[tuple[str, str, str, int]] = []
-    ids, found = [torch.zeros(len(units), 0).int()], [torch.zeros(len(units), 0)]
+    ids, values_of = [torch.zeros(len(units), 0).int()], [torch.zeros(len(units), 0)]
     missing: dict[str, str] = {}
     step = max(1, SCORES_AT_ONCE // max(1, int(model.cfg.d_vocab)))
     for role, (vectors_of, product) in PROJECTIONS.items():
@@ -134,10 +134,10 @@ def ends_of_lists(
             pieces = [_both_ends(product(model, some), tokens) for some in rows.split(step)]
             best, values = (torch.cat(parts) for parts in zip(*pieces, strict=True))
             ids.append(best.int().cpu())
-            found.append(values.float().cpu())
+            values_of.append(values.float().cpu())
             k = best.shape[1] // 2
             columns += [(role, name, side, rank) for side in LIST_ENDS for rank in range(k)]
-    return Ends(columns, torch.cat(ids, dim=1), torch.cat(found, dim=1), missing)
+    return Ends(columns, torch.cat(ids, dim=1), torch.cat(values_of, dim=1), missing)
 
 
 def _both_ends(rows: Float[Tensor, "n d_vocab"], tokens: int) -> tuple[Tensor, Tensor]:
@@ -178,9 +178,9 @@ def project_places(
         if path.exists() and load_tensors(path)[1].items() >= stamp.items():
             continue
         place = job.plan.places[number]
-        found = _project(job.run.model, place, sites[place.site], tokens)
-        about = {"columns": json.dumps(found.columns), "missing": json.dumps(found.missing)}
-        save_tensors(path, {"ids": found.ids, "scores": found.scores}, {**stamp, **about})
+        ends = _project(job.run.model, place, sites[place.site], tokens)
+        about = {"columns": json.dumps(ends.columns), "missing": json.dumps(ends.missing)}
+        save_tensors(path, {"ids": ends.ids, "scores": ends.scores}, {**stamp, **about})
     return paths
 
 

@@ -223,11 +223,11 @@ def _require_over(work: Path, what: str, surely: bool) -> None:
 def _holder(work: Path, what: str) -> dict[str, Any] | None:
     """Who left a note, if anybody did."""
     try:
-        said = load_json(work / f"{what}{NOTE}")
+        note = load_json(work / f"{what}{NOTE}")
     except StorageError:
         return None
-    fits = isinstance(said.get("process"), int) and isinstance(said.get("host"), str)
-    return said if fits and isinstance(said.get("since"), str) else None
+    fits = isinstance(note.get("process"), int) and isinstance(note.get("host"), str)
+    return note if fits and isinstance(note.get("since"), str) else None
 
 
 def _in_use(work: Path, what: str, holder: dict[str, Any] | None) -> StorageError:

@@ -28,7 +28,7 @@ from lenslrp.text.names import token_id
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-BATCH = 16
+TEXTS_AT_ONCE = 16
 
 
 def written_by(model: TransformerBridge, unit: Unit, at: str | None = None) -> Direction:
@@ -169,8 +169,8 @@ def states(
     if isinstance(texts, str) or not texts:
         raise InputError("give a list of texts, at least one")
     at = known_hook(model, at)
-    for start in range(0, len(texts), BATCH):
-        some = list(texts[start : start + BATCH])
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        some = list(texts[start : start + TEXTS_AT_ONCE])
         given = prepare(model, some, prepend_bos=prepend_bos)
         seen: list[Tensor] = []
         with forward(model, given, read={at: seen.append}, stop_after=at):

@@ -44,7 +44,7 @@ from lenslrp.errors import InputError, StorageError
 from lenslrp.extras import require
 from lenslrp.files import whole
 
-SCHEMA = 1
+STEERING_SCHEMA = 1
 OPERATIONS: dict[str, type[Operation]] = {
     "scale": Scale,
     "add": Add,
@@ -69,7 +69,7 @@ def steering_to_json(steering: Steering) -> tuple[str, dict[str, Tensor]]:
     """
     vectors: dict[str, Tensor] = {}
     specification = {
-        "schema": SCHEMA,
+        "schema": STEERING_SCHEMA,
         "prompt": steering.prompt,
         "generation": steering.generation,
         "operations": [_operation_said(each, vectors) for each in steering.operations],
@@ -84,16 +84,20 @@ def steering_from_json(text: str, vectors: Mapping[str, Tensor] | None = None) -
         InputError: not such a specification; the message says what is wrong in it.
     """
     try:
-        said = json.loads(text)
+        specification = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"no JSON: {error}") from error
-    if not isinstance(said, dict) or said.get("schema") != SCHEMA:
-        raise InputError(f"no steering specification of schema {SCHEMA}")
-    unknown = set(said) - {"schema", "prompt", "generation", "operations"}
-    if unknown or not isinstance(said.get("operations"), list):
+    if not isinstance(specification, dict) or specification.get("schema") != STEERING_SCHEMA:
+        raise InputError(f"no steering specification of schema {STEERING_SCHEMA}")
+    unknown = set(specification) - {"schema", "prompt", "generation", "operations"}
+    if unknown or not isinstance(specification.get("operations"), list):
         raise InputError(f"a specification has a list of operations and no {sorted(unknown)}")
-    operations = [_operation_read(each, vectors or {}) for each in said["operations"]]
-    return Steering(tuple(operations), said.get("prompt", "all"), said.get("generation", "all"))
+    operations = [_operation_read(each, vectors or {}) for each in specification["operations"]]
+    return Steering(
+        tuple(operations),
+        specification.get("prompt", "all"),
+        specification.get("generation", "all"),
+    )
 
 
 def save_steering(steering: Steering, path: str | Path) -> Path:
@@ -104,7 +108,10 @@ def save_steering(steering: Steering, path: str | Path) -> Path:
     text, vectors = steering_to_json(steering)
     if vectors:  # first: a specification never stands without its vectors
         save_tensors(
-            path.with_suffix(".safetensors"), vectors, {"schema": str(SCHEMA)}, ours=b'"sha256"'
+            path.with_suffix(".safetensors"),
+            vectors,
+            {"schema": str(STEERING_SCHEMA)},
+            ours=b'"sha256"',
         )
     save_json(path, json.loads(text), ours=b'"operations"')
     return path
@@ -118,10 +125,10 @@ def load_steering(path: str | Path) -> Steering:
         InputError: it says something that is no steering.
     """
     path = Path(path)
-    said = load_json(path)
+    specification = load_json(path)
     beside = path.with_suffix(".safetensors")
     vectors = load_tensors(beside)[0] if beside.exists() else {}
-    return steering_from_json(json.dumps(said), vectors)
+    return steering_from_json(json.dumps(specification), vectors)
 
 
 def save_control_vector(
@@ -179,7 +186,7 @@ def load_control_vector(path: str | Path) -> tuple[Direction, ...]:
     kind = reader.get_field("general.architecture")
     if kind is None or kind.contents() != CONTROL:
         raise StorageError(f"{path} is a GGUF file, but no control vector")
-    found = {}
+    vectors = {}
     for tensor in reader.tensors:
         layer = re.fullmatch(r"direction\.(\d+)", tensor.name)
         if layer is None or tensor.data.dtype != np.float32 or tensor.data.ndim != 1:
@@ -187,10 +194,10 @@ def load_control_vector(path: str | Path) -> tuple[Direction, ...]:
                 f"{path}: {tensor.name} is {tensor.data.dtype} {list(tensor.data.shape)}; "
                 "a control vector holds float32 vectors called direction.N"
             )
-        found[int(layer[1])] = torch.from_numpy(np.array(tensor.data))
-    if not found:
+        vectors[int(layer[1])] = torch.from_numpy(np.array(tensor.data))
+    if not vectors:
         raise StorageError(f"{path} holds no directions")
-    return tuple(Direction(f"blocks.{n}.hook_resid_post", found[n]) for n in sorted(found))
+    return tuple(Direction(f"blocks.{n}.hook_resid_post", vectors[n]) for n in sorted(vectors))
 
 
 def _gguf() -> Any:
@@ -218,7 +225,7 @@ def _operation_said(operation: Operation, vectors: dict[str, Tensor]) -> dict[st
     kind = next((name for name, cls in OPERATIONS.items() if type(operation) is cls), None)
     if kind is None:
         raise InputError(f"{type(operation).__name__} has no name in a specification")
-    said: dict[str, Any] = {"operation": kind}
+    specification: dict[str, Any] = {"operation": kind}
     for field in dataclasses.fields(operation):
         value = getattr(operation, field.name)
         if isinstance(value, Unit):
@@ -226,8 +233,8 @@ def _operation_said(operation: Operation, vectors: dict[str, Tensor]) -> dict[st
         elif field.name == "directions":
             value = [_unit_said(each, vectors) for each in value]
         if value is not None:
-            said[field.name] = value
-    return said
+            specification[field.name] = value
+    return specification
 
 
 def _unit_said(unit: Unit, vectors: dict[str, Tensor]) -> str | dict[str, Any]:
@@ -245,11 +252,15 @@ def _unit_said(unit: Unit, vectors: dict[str, Tensor]) -> str | dict[str, Any]:
     return {"at": unit.at, "vector": key, "name": unit.name}
 
 
-def _operation_read(said: Any, vectors: Mapping[str, Tensor]) -> Operation:
-    kind = OPERATIONS.get(str(said.get("operation"))) if isinstance(said, dict) else None
+def _operation_read(specification: Any, vectors: Mapping[str, Tensor]) -> Operation:
+    kind = (
+        OPERATIONS.get(str(specification.get("operation")))
+        if isinstance(specification, dict)
+        else None
+    )
     if kind is None:
-        raise InputError(f"{said!r} is no operation; known: {', '.join(OPERATIONS)}")
-    attributes = {name: value for name, value in said.items() if name != "operation"}
+        raise InputError(f"{specification!r} is no operation; known: {', '.join(OPERATIONS)}")
+    attributes = {name: value for name, value in specification.items() if name != "operation"}
     known = {field.name: field for field in dataclasses.fields(kind)}
     unknown = set(attributes) - set(known)
     missing = {name for name, field in known.items() if field.default is dataclasses.MISSING} - set(
@@ -257,7 +268,8 @@ def _operation_read(said: Any, vectors: Mapping[str, Tensor]) -> Operation:
     )
     if unknown or missing:
         raise InputError(
-            f"{said['operation']} lacks {sorted(missing)} and does not know {sorted(unknown)}"
+            f"{specification['operation']} lacks {sorted(missing)} and does not know "
+            f"{sorted(unknown)}"
         )
     for name, value in attributes.items():
         if name == "unit":
@@ -271,11 +283,13 @@ def _operation_read(said: Any, vectors: Mapping[str, Tensor]) -> Operation:
     return kind(**attributes)
 
 
-def _unit_read(said: Any, vectors: Mapping[str, Tensor]) -> Any:
-    if isinstance(said, str):
-        return parse_unit(said)
-    if not isinstance(said, dict) or set(said) != {"at", "vector", "name"}:
-        raise InputError(f"{said!r} is no unit: expected its text, or at, vector and name")
-    if said["vector"] not in vectors:
-        raise InputError(f"no vector is called {said['vector']!r}; there are {sorted(vectors)}")
-    return Direction(said["at"], vectors[said["vector"]], said["name"])
+def _unit_read(specification: Any, vectors: Mapping[str, Tensor]) -> Any:
+    if isinstance(specification, str):
+        return parse_unit(specification)
+    if not isinstance(specification, dict) or set(specification) != {"at", "vector", "name"}:
+        raise InputError(f"{specification!r} is no unit: expected its text, or at, vector and name")
+    if specification["vector"] not in vectors:
+        raise InputError(
+            f"no vector is called {specification['vector']!r}; there are {sorted(vectors)}"
+        )
+    return Direction(specification["at"], vectors[specification["vector"]], specification["name"])

@@ -57,9 +57,9 @@ class Scope:
 
     def __post_init__(self) -> None:
         for what in ("prompt", "generation"):
-            given = getattr(self, what)
-            if given is not None:
-                object.__setattr__(self, what, positions(given, what))
+            chosen = getattr(self, what)
+            if chosen is not None:
+                object.__setattr__(self, what, positions(chosen, what))
         if self.rows is not None:
             object.__setattr__(self, "rows", tuple(self.rows))
 

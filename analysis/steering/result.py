@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _CONDITION = ("kind", "layer", "coefficient", "draw", "prompt", "text")
 
-LABELS = {
+METRIC_LABELS = {
     "target": "logit difference",
     "kl": "KL from base, nats",
     "nll": "nats a token under base",
@@ -152,7 +152,7 @@ class SweepResult:
         axes.axhline(base, color=theme.muted, linestyle="--", linewidth=1, label="base model")
         axes.set_xticks(range(len(strengths)), [f"{c:g}" for c in strengths])
         axes.set_xlabel("strength", color=theme.ink, fontsize=9)
-        axes.set_title(LABELS.get(metric, metric), loc="left", color=theme.ink, fontsize=10)
+        axes.set_title(METRIC_LABELS.get(metric, metric), loc="left", color=theme.ink, fontsize=10)
         axes.grid(color=theme.muted, alpha=0.25)
 
     def _require(self, metric: str) -> None:

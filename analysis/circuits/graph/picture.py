@@ -129,17 +129,17 @@ def _node(
         f'height="{HEIGHT:.0f}" rx="{round_:.0f}"'
     )
     token = visible(graph.str_tokens[node["position"]])
-    said = [visible(node["label"]), f"position {node['position']} ({token})",
+    lines = [visible(node["label"]), f"position {node['position']} ({token})",
             f"relevance {node['relevance']:+.4g}"]  # fmt: skip
     if math.isfinite(node["activation"]):
-        said.append(f"activation {node['activation']:+.4g}")
+        lines.append(f"activation {node['activation']:+.4g}")
     if node["kind"] != "token":
-        lost = node["relevance"] - node["rest"] - _entered(graph, node["id"])
-        said.append(f"from edges {_entered(graph, node['id']):+.4g}")
-        said.append(f"from what is not shown {node['rest']:+.4g}, absorbed {lost:+.4g}")
+        absorbed = node["relevance"] - node["rest"] - _entered(graph, node["id"])
+        lines.append(f"from edges {_entered(graph, node['id']):+.4g}")
+        lines.append(f"from what is not shown {node['rest']:+.4g}, absorbed {absorbed:+.4g}")
     return (
         f'<g data-n="{number}"><rect {box}/><rect class="tint" {box} '
-        f'style="fill:{rgba(fraction)}"/><title>{escape(" · ".join(said))}</title>'
+        f'style="fill:{rgba(fraction)}"/><title>{escape(" · ".join(lines))}</title>'
         f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">'
         f"{escape(_short(node['label']))}</text></g>"
     )
@@ -155,14 +155,15 @@ def graph_html(graph: AttributionGraph) -> str:
     name = svg.split('"', 2)[1]
     last = graph.nodes.iloc[-1]
     value = float(graph.explained.value[0])
-    rest = float(last["rest"])
+    residual = float(last["rest"])
     entered = _entered(graph, last["id"])
     note = (
         f"{len(graph.nodes)} nodes and {len(graph.edges)} edges of {graph.chosen[0]} chosen among "
         f"{graph.chosen[1]:,} ({graph.settings['composite']}). The target's {value:.4g} is "
-        f"{entered:+.4g} along the edges shown, {rest:+.4g} from what is not shown, "
-        f"{value - entered - rest:+.4g} absorbed. Red and solid speaks for it, blue and dashed "
-        "against; width by relevance. Wheel to zoom, drag to move, double click to see all."
+        f"{entered:+.4g} along the edges shown, {residual:+.4g} from what is not shown, "
+        f"{value - entered - residual:+.4g} absorbed. Red and solid is positive evidence, "
+        "blue and dashed negative; width by relevance. Wheel to zoom, drag to move, double click "
+        "to see all."
     )
     return (
         f'<div class="lenslrp-graph">{_STYLE}<div style="font-weight:600;margin-bottom:.4em"><bdi>'

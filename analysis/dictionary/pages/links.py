@@ -60,12 +60,12 @@ def _ranked(
     The median, so that no unit is listed for a single example.
     """
     records = []
-    for hook, found in values.items():
-        middle = found.quantile(0.5, dim=0)
+    for hook, by_example in values.items():
+        middle = by_example.quantile(0.5, dim=0)
         best = middle.abs().topk(min(limit, len(middle))).indices
         for unit in best.tolist():
-            same = int((found[:, unit].sign() == middle[unit].sign()).sum())
-            records.append((f"{hook}[{unit}]", float(middle[unit]), same, len(found)))
+            same = int((by_example[:, unit].sign() == middle[unit].sign()).sum())
+            records.append((f"{hook}[{unit}]", float(middle[unit]), same, len(by_example)))
     records = sorted((r for r in records if r[1]), key=lambda record: -abs(record[1]))
     return pd.DataFrame(records[:limit], columns=["name", column, "same_sign", "examples"])
 
@@ -90,15 +90,15 @@ def upstream(model: TransformerBridge, page: Page, *, k: int = 8, limit: int = 1
     _require_component(page, "neuron")
     rows = ExampleRows.of(page, page.examples("actmax").head(k))
     with Session(model, ledger=False, logits="target", stays=False) as session:
-        _, found = session.run_with_relevance(
+        _, cache = session.run_with_relevance(
             rows.batch.tokens,
             rows.activations(page),
             names_filter=lambda name: LINKED.fullmatch(name) is not None and _before(name, page),
             reduce={"mlp.hook_post": over_positions, "attn.hook_z": _over_heads},
             attention_mask=rows.batch.mask,
         )
-    activation = float(found.target.value.float().quantile(0.5))
-    values = {name: found[name].float().cpu() for name in found if found[name].ndim == 2}
+    activation = float(cache.target.value.float().quantile(0.5))
+    values = {name: cache[name].float().cpu() for name in cache if cache[name].ndim == 2}
     frame = _ranked(values, limit, "relevance")
     return frame.assign(share=frame["relevance"] / activation if activation else float("nan"))
 

@@ -28,12 +28,12 @@ def text(value: Any, look: str = "") -> dict[str, Any]:
 
 def numbers(values: Iterable[float], *, coloured: bool = True) -> list[dict[str, Any]]:
     """Cells of one column: the digits that its largest value needs, and the colour of the sign."""
-    given = [float(v) for v in values]
-    limit = max((abs(v) for v in given if math.isfinite(v)), default=0.0)
-    looks = ["pos" if v > 0 else "neg" if v < 0 else "" for v in given]
+    floats = [float(v) for v in values]
+    limit = max((abs(v) for v in floats if math.isfinite(v)), default=0.0)
+    looks = ["pos" if v > 0 else "neg" if v < 0 else "" for v in floats]
     return [
         text("-" if math.isnan(v) else signed(v, limit), look if coloured else "")
-        for v, look in zip(given, looks, strict=True)
+        for v, look in zip(floats, looks, strict=True)
     ]
 
 

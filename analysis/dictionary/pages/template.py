@@ -18,7 +18,7 @@ _DARK = (
 )
 
 # Background and text change together, as in the heatmap: dark text never meets a dark page.
-STYLE = f"""
+UNIT_STYLE = f"""
 {themed("lenslrp-unit", _LIGHT, _DARK)}
 .lenslrp-unit{{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,-apple-system,\
 "Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;padding:16px;text-align:left;\
@@ -107,7 +107,7 @@ font-size:.86em;color:var(--muted)}}
 @media print{{§ .panel{{display:block!important}}}}
 """
 # Named thrice, a rule is more specific than a notebook's own for its tables and lists.
-STYLE = STYLE.replace("§", ".lenslrp-unit" * 3)
+UNIT_STYLE = UNIT_STYLE.replace("§", ".lenslrp-unit" * 3)
 
 # Of the page around it, where it is a page of its own.
 AROUND = (
