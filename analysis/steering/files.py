@@ -72,13 +72,13 @@ def steering_to_json(steering: Steering) -> tuple[str, dict[str, Tensor]]:
         "schema": STEERING_SCHEMA,
         "prompt": steering.prompt,
         "generation": steering.generation,
-        "operations": [_operation_said(each, vectors) for each in steering.operations],
+        "operations": [_operation_json(each, vectors) for each in steering.operations],
     }
     return json.dumps(specification), vectors
 
 
 def steering_from_json(text: str, vectors: Mapping[str, Tensor] | None = None) -> Steering:
-    """What :func:`steering_to_json` wrote.
+    """What `steering_to_json` wrote.
 
     Raises:
         InputError: not such a specification; the message says what is wrong in it.
@@ -92,7 +92,7 @@ def steering_from_json(text: str, vectors: Mapping[str, Tensor] | None = None) -
     unknown = set(specification) - {"schema", "prompt", "generation", "operations"}
     if unknown or not isinstance(specification.get("operations"), list):
         raise InputError(f"a specification has a list of operations and no {sorted(unknown)}")
-    operations = [_operation_read(each, vectors or {}) for each in specification["operations"]]
+    operations = [_operation_from_json(each, vectors or {}) for each in specification["operations"]]
     return Steering(
         tuple(operations),
         specification.get("prompt", "all"),
@@ -101,7 +101,25 @@ def steering_from_json(text: str, vectors: Mapping[str, Tensor] | None = None) -
 
 
 def save_steering(steering: Steering, path: str | Path) -> Path:
-    """Write ``path`` (JSON) and, where there are directions, the safetensors file beside it."""
+    """Write `path` (JSON) and, where there are directions, the safetensors file beside it.
+
+    Args:
+        steering: operations and where they act.
+        path: of the JSON file.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: a feature, whose coder is in a file of its own; two vectors of one name; a path
+            that ends with `.safetensors`.
+        StorageError: a file of that name that is not ours is in the way, or the disk is full.
+
+    Example:
+        >>> path = save_steering(Steering((Scale(Neuron(17, 40), 0.0),)), "off.json")
+        >>> load_steering(path).operations[0].factor
+        0.0
+    """
     path = Path(path)
     if path.suffix == ".safetensors":
         raise InputError(f"{path.name} is for the specification; the vectors are written beside it")
@@ -118,7 +136,10 @@ def save_steering(steering: Steering, path: str | Path) -> Path:
 
 
 def load_steering(path: str | Path) -> Steering:
-    """What :func:`save_steering` wrote.
+    """What `save_steering` wrote.
+
+    Args:
+        path: of the JSON file.
 
     Raises:
         StorageError: a file is missing or damaged.
@@ -138,12 +159,16 @@ def save_control_vector(
 
     Args:
         path: the file.
-        directions: at ``blocks.N.hook_resid_post``, or ``hook_resid_pre`` of the next block.
-        model_hint: Hugging Face's ``config.model_type``; readers warn where it is another.
+        directions: at `blocks.N.hook_resid_post`, or `hook_resid_pre` of the next block.
+        model_hint: Hugging Face's `config.model_type`; readers warn where it is another.
+
+    Returns:
+        `path`.
 
     Raises:
         InputError: another hook point, block 0, or two directions of one block.
-        MissingExtraError: the ``gguf`` package is not installed.
+        MissingExtraError: the `gguf` package is not installed.
+        StorageError: a file of that name that is not ours is in the way, or the disk is full.
     """
     path = Path(path)
     layers: dict[int, Direction] = {}
@@ -170,11 +195,17 @@ def save_control_vector(
 
 
 def load_control_vector(path: str | Path) -> tuple[Direction, ...]:
-    """The directions of a GGUF control vector, each at ``blocks.N.hook_resid_post``.
+    """The directions of a GGUF control vector, each at `blocks.N.hook_resid_post`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Directions in the order of the layers.
 
     Raises:
         StorageError: no such file, or no control vector.
-        MissingExtraError: the ``gguf`` package is not installed.
+        MissingExtraError: the `gguf` package is not installed.
     """
     path = Path(path)
     gguf = _gguf()
@@ -221,7 +252,7 @@ def _layer(direction: Direction) -> int:
     return layer
 
 
-def _operation_said(operation: Operation, vectors: dict[str, Tensor]) -> dict[str, Any]:
+def _operation_json(operation: Operation, vectors: dict[str, Tensor]) -> dict[str, Any]:
     kind = next((name for name, cls in OPERATIONS.items() if type(operation) is cls), None)
     if kind is None:
         raise InputError(f"{type(operation).__name__} has no name in a specification")
@@ -229,15 +260,15 @@ def _operation_said(operation: Operation, vectors: dict[str, Tensor]) -> dict[st
     for field in dataclasses.fields(operation):
         value = getattr(operation, field.name)
         if isinstance(value, Unit):
-            value = _unit_said(value, vectors)
+            value = _unit_json(value, vectors)
         elif field.name == "directions":
-            value = [_unit_said(each, vectors) for each in value]
+            value = [_unit_json(each, vectors) for each in value]
         if value is not None:
             specification[field.name] = value
     return specification
 
 
-def _unit_said(unit: Unit, vectors: dict[str, Tensor]) -> str | dict[str, Any]:
+def _unit_json(unit: Unit, vectors: dict[str, Tensor]) -> str | dict[str, Any]:
     if isinstance(unit, Feature):
         raise InputError(
             f"{unit}: a feature's coder is in a file of its own; steer along "
@@ -252,7 +283,7 @@ def _unit_said(unit: Unit, vectors: dict[str, Tensor]) -> str | dict[str, Any]:
     return {"at": unit.at, "vector": key, "name": unit.name}
 
 
-def _operation_read(specification: Any, vectors: Mapping[str, Tensor]) -> Operation:
+def _operation_from_json(specification: Any, vectors: Mapping[str, Tensor]) -> Operation:
     kind = (
         OPERATIONS.get(str(specification.get("operation")))
         if isinstance(specification, dict)
@@ -273,9 +304,9 @@ def _operation_read(specification: Any, vectors: Mapping[str, Tensor]) -> Operat
         )
     for name, value in attributes.items():
         if name == "unit":
-            attributes[name] = _unit_read(value, vectors)
+            attributes[name] = _unit_from_json(value, vectors)
         elif name == "directions":
-            attributes[name] = tuple(_unit_read(each, vectors) for each in value)
+            attributes[name] = tuple(_unit_from_json(each, vectors) for each in value)
         elif isinstance(value, list):
             attributes[name] = tuple(value)
         elif name in _NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -283,7 +314,7 @@ def _operation_read(specification: Any, vectors: Mapping[str, Tensor]) -> Operat
     return kind(**attributes)
 
 
-def _unit_read(specification: Any, vectors: Mapping[str, Tensor]) -> Any:
+def _unit_from_json(specification: Any, vectors: Mapping[str, Tensor]) -> Any:
     if isinstance(specification, str):
         return parse_unit(specification)
     if not isinstance(specification, dict) or set(specification) != {"at", "vector", "name"}:

@@ -133,10 +133,11 @@ def name_unit(
         InputError: fewer than two examples on either side, or a share outside (0, 1).
 
     Example:
-        >>> fires = [NamingExample((" a", f" cat{i}"), (0.0, 1.0)) for i in range(4)]
+        >>> fires = [NamingExample((" a", " cat"), (0.0, 1.0))] * 4
         >>> silent = [NamingExample((" a", " dog"), (0.0, 0.0))] * 4
-        >>> name_unit(TokenRule(), fires, silent).provider
-        'token-rule'
+        >>> name = name_unit(TokenRule(), fires, silent)
+        >>> name.explanation, name.detection.area
+        ('fires on: cat', 1.0)
     """
     if len(examples) < 2 or len(others) < 2:
         raise InputError(
