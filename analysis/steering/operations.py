@@ -7,10 +7,10 @@ Example:
     ...     text = model.generate("I think that", max_new_tokens=20)
 
 An operation moves the activation `a` of one unit (`lenslrp.analysis.units.kinds`), nothing else:
-`x -> x + change(a) * step`, where `step` is the unit's own entry of a neuron's hook point, v / |v|^2 of a direction v, the
-decoder's row of a feature, or z / |z| of a head; so that the unit's activation (of a feature: what
-the decoder writes for it) is what the operation says. Operations act in the order in which they are
-given, each on what the one before left.
+`x -> x + change(a) * step`, where `step` is the unit's own entry of a neuron's hook point,
+v / |v|^2 of a direction v, the decoder's row of a feature, or z / |z| of a head; so that the unit's
+activation (of a feature: what the decoder writes for it) is what the operation says. Operations act
+in the order in which they are given, each on what the one before left.
 
 Positions are those of the text (`lenslrp.followed`), never of the pass: the same tokens are steered
 with a KV cache and without, in a padded batch and alone, in every generation and every plain
