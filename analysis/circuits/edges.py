@@ -272,10 +272,12 @@ def _check(
         raise InputError("no pairs to score")
 
 
-_Scored = tuple[Tensor, Tensor, tuple[Node, ...], dict[str, Tensor]]
+_ScoredEdges = tuple[Tensor, Tensor, tuple[Node, ...], dict[str, Tensor]]
 
 
-def _estimated(runs: Runs, *, session: Session, into: Iterable[Node] | None, rows: int) -> _Scored:
+def _estimated(
+    runs: Runs, *, session: Session, into: Iterable[Node] | None, rows: int
+) -> _ScoredEdges:
     pairs, model = runs.pairs, runs.model
     cache, nodes = coefficients(
         session, runs.hooks, input=runs.base, target=pairs, **masking(pairs, runs.base.device)
@@ -344,7 +346,7 @@ def _require(downs: Sequence[Node], deltas: Mapping[str, Units]) -> None:
             raise InputError(f"{node}: {node.hook} has {units} units and {length} positions")
 
 
-def _exact(runs: Runs, *, edges: Sequence[Edge]) -> _Scored:
+def _exact(runs: Runs, *, edges: Sequence[Edge]) -> _ScoredEdges:
     wanted: dict[Node, list[Node]] = {}
     for up, down in edges:
         if (up.position is not None) != runs.by_position:

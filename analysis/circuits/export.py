@@ -1,12 +1,12 @@
 """Scores as TransformerLens' own result of attribution patching.
 
-``transformer_lens.tools.analysis.attribution_patching.AttributionResult`` has one number a node or
-an edge, averaged over pairs, at one position each. What fits: nodes ``tokens``, ``heads`` and
-``mlp``; edges from those into ``q``, ``k``, ``v``, ``mlp`` and the target. What does not fit:
+`transformer_lens.tools.analysis.attribution_patching.AttributionResult` has one number a node or
+an edge, averaged over pairs, at one position each. What fits: nodes `tokens`, `heads` and
+`mlp`; edges from those into `q`, `k`, `v`, `mlp` and the target. What does not fit:
 neurons, the residual stream, whole attention layers, and nodes that stand for all positions.
 Edges there enter a head through its query, key or value only, so edges straight into heads do not
-fit either; those from ``q``, ``k`` and ``v`` to their own head are left out, since the head is
-where they lead. With grouped queries, which TransformerLens' own edges refuse, ``head`` of a key or
+fit either; those from `q`, `k` and `v` to their own head are left out, since the head is
+where they lead. With grouped queries, which TransformerLens' own edges refuse, `head` of a key or
 value is the number of its group.
 """
 

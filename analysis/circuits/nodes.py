@@ -54,7 +54,7 @@ COMPONENTS: Mapping[str, Component] = {
     "v": Component("attn.hook_v", "head"),
 }
 """Name -> component. To patch a head's query is to patch what it reads through its query matrix;
-``k`` and ``v`` of grouped queries have one node a group."""
+`k` and `v` of grouped queries have one node a group."""
 
 
 @dataclass(frozen=True, order=True)

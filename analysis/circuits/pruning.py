@@ -343,7 +343,7 @@ class FaithfulnessCurve:
     """Faithfulness of circuits of growing size.
 
     Attributes:
-        table: ``share``, ``nodes``, ``faithfulness``, ``low`` and ``high`` (95%).
+        table: `share`, `nodes`, `faithfulness`, `low` and `high` (95%).
         cpr: area under faithfulness over the share of nodes kept (higher is better).
         cmd: area between it and 1 (lower is better).
     """

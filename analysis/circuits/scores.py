@@ -152,18 +152,18 @@ class NodeScores:
 
 @dataclass(frozen=True, eq=False)
 class _Scorer:
-    """What scores nodes: the rules, attached, and which nodes or steps are asked for."""
+    """What scores nodes: the rules, attached, and which nodes or how many steps."""
 
     session: Session | None
     only: Sequence[Node] | None
     steps: int
 
 
-_Scored = tuple[Tensor, Tensor, dict[str, Tensor]]  # logit differences of both runs, scores
+_ScoredNodes = tuple[Tensor, Tensor, dict[str, Tensor]]  # logit differences of both runs, scores
 
 
 class _Method(Protocol):
-    def __call__(self, runs: Runs, scorer: _Scorer) -> _Scored: ...
+    def __call__(self, runs: Runs, scorer: _Scorer) -> _ScoredNodes: ...
 
 
 def _product(runs: Runs, hook: str, delta: Tensor, g: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def _backward(
     return cache.target.value
 
 
-def _relevance(runs: Runs, scorer: _Scorer) -> _Scored:
+def _relevance(runs: Runs, scorer: _Scorer) -> _ScoredNodes:
     """Two forward passes and one backward pass for all nodes."""
     other, other_units = runs.read(runs.other)
     scores: dict[str, Tensor] = {}
@@ -204,7 +204,7 @@ def _relevance(runs: Runs, scorer: _Scorer) -> _Scored:
     return base, other, scores
 
 
-def _integrated(runs: Runs, scorer: _Scorer) -> _Scored:
+def _integrated(runs: Runs, scorer: _Scorer) -> _ScoredNodes:
     """Two forward passes, and a forward and a backward pass for each step."""
     (base, base_units, start), (other, other_units, end) = (
         _embedded(runs, tokens) for tokens in (runs.base, runs.other)
@@ -233,7 +233,7 @@ def _embedded(runs: Runs, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Te
     return value, units, leaves.tokens[0].detach()
 
 
-def _exact(runs: Runs, scorer: _Scorer) -> _Scored:
+def _exact(runs: Runs, scorer: _Scorer) -> _ScoredNodes:
     """Two forward passes, and one for each node, in which what comes after it is recomputed.
 
     Blocks below a node are not run again, and a node that is the same in both runs is not run at

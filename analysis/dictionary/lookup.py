@@ -111,12 +111,12 @@ def similar(d: NeuronDictionary, key: Any, k: int = 10, kind: str = "activation"
     """Units that fire (or matter) at the same tokens: correlation over the sampled tokens.
 
     Args:
-        key: a unit, as for ``dictionary[key]``.
+        key: a unit, as for `dictionary[key]`.
         k: how many.
-        kind: ``"activation"`` or ``"relevance"``.
+        kind: `"activation"` or `"relevance"`.
 
     Returns:
-        ``unit, hook, index, correlation``, largest first, the unit itself left out.
+        `unit, hook, index, correlation`, largest first, the unit itself left out.
     """
     place, index = d.unit_number(key)
     if kind not in d.samples:
@@ -146,7 +146,7 @@ def _examples_in(
 ) -> pd.DataFrame:
     """The examples of the best documents whose window (or whole text) holds what is wanted.
 
-    Documents are read until there are ``limit`` examples: those of the best ranks, of what was
+    Documents are read until there are `limit` examples: those of the best ranks, of what was
     read.
     """
     allowed = np.array([criterion in (None, name) for name, _ in d.slots])
@@ -226,7 +226,7 @@ class Citations:
             raise StorageError(f"{path} is damaged: its documents do not follow one another")
 
     def of(self, document: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """Examples (rows of ``examples.parquet``), positions and scores."""
+        """Examples (rows of `examples.parquet`), positions and scores."""
         at = int(np.searchsorted(self._documents, document))
         known = at < len(self._documents) and int(self._documents[at]) == document
         a, b = (int(self._offsets[at]), int(self._offsets[at + 1])) if known else (0, 0)
@@ -239,7 +239,7 @@ class Citations:
     def at_tokens(
         self, tokens: list[int], slots: tuple[tuple[str, int], ...], criterion: str, units: int
     ) -> NDArray[np.int64]:
-        """How many of each unit's examples of a criterion have their hit at one of ``tokens``."""
+        """How many of each unit's examples of a criterion have their hit at one of `tokens`."""
         hits = np.isin(self._file.get_tensor("tokens"), tokens).nonzero()[0]
         entries = self._file.get_tensor("entries")[hits].astype(np.int64)
         require_range(self.path, "entries", entries, 0, self.examples)

@@ -43,7 +43,7 @@ LIBRARIES = ("lenslrp", "torch", "transformers", "transformer-lens", "numpy", "p
 
 @dataclass(frozen=True)
 class Place:
-    """Units at one hook point: numbers ``first`` to ``first + size - 1`` of the dictionary."""
+    """Units at one hook point: numbers `first` to `first + size - 1` of the dictionary."""
 
     hook: str
     site: str
@@ -57,7 +57,7 @@ class Place:
         return self.first + self.size
 
     def name(self, index: int) -> str:
-        """A unit here as text: ``blocks.5.mlp.hook_post[17]``, ``...[sae 40]``."""
+        """A unit here as text: `blocks.5.mlp.hook_post[17]`, `...[sae 40]`."""
         label = self.site.partition("[")[2].removesuffix("]")
         return f"{self.hook}[{label} {index}]" if label else f"{self.hook}[{index}]"
 
@@ -68,19 +68,19 @@ class Plan:
 
     Attributes:
         schema: version of the layout.
-        model: ``name, revision, architecture, dtype, weights`` (a fingerprint), ``compatibility``.
+        model: `name, revision, architecture, dtype, weights` (a fingerprint), `compatibility`.
         tokenizer: a fingerprint of its vocabulary and rules.
-        corpus: ``digest, documents, blocks, tokens, texts, skipped, name, revision`` and the cut.
+        corpus: `digest, documents, blocks, tokens, texts, skipped, name, revision` and the cut.
         places: where the units are.
         sites: name, and fingerprint of its weights, of each site, in the order given.
-        criteria: see :data:`TOP_CRITERIA` and :data:`SAMPLED_CRITERIA`.
+        criteria: see `TOP_CRITERIA` and `SAMPLED_CRITERIA`.
         k: entries a unit and criterion.
         sample: documents drawn for deciles, random examples and statistics.
         window: tokens shown before and after the position of a hit.
         skip_first: whether a document's first position is masked.
         target: what relevance explains; None where it is not searched.
         rules: name and fingerprint of the composite; None likewise.
-        attention: ``"bridge"`` or ``"fused"``.
+        attention: `"bridge"` or `"fused"`.
         through: conditions: only relevance through these units is counted.
         seed: of the sample and of the target positions.
     """
@@ -168,7 +168,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: Any, path: Path) -> Plan:
-        """A plan read back, from the file at ``path``.
+        """A plan read back, from the file at `path`.
 
         Raises:
             StorageError: of another schema, or not a plan.
@@ -246,7 +246,7 @@ _OPTIONS = {
 
 
 def _require_types(plan: Plan) -> None:
-    """Raises :class:`TypeError` or :class:`ValueError` for what no plan of ours says."""
+    """Raises `TypeError` or `ValueError` for what no plan of ours says."""
     _require_scalars("model", plan.model, _MODEL)
     cut = plan.corpus["cut"]
     _require_scalars("corpus", {k: v for k, v in plan.corpus.items() if k != "cut"}, _CORPUS)
@@ -283,7 +283,7 @@ def _require_scalars(where: str, values: Any, kinds: Mapping[str, tuple[type, ..
 
 
 def require_criteria(criteria: tuple[str, ...]) -> None:
-    """Raises :class:`InputError` for a criterion that does not exist, or none, or one twice."""
+    """Raises `InputError` for a criterion that does not exist, or none, or one twice."""
     known = (*TOP_CRITERIA, *SAMPLED_CRITERIA)
     if not criteria or not set(criteria) <= set(known) or len(set(criteria)) < len(criteria):
         raise InputError(f"criteria are one or more of {', '.join(known)}, not {criteria!r}")

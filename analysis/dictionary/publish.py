@@ -1,9 +1,9 @@
 """From a finished scan and its replay to the files that are a dictionary.
 
-``units.parquet``, ``examples.parquet`` and ``vocabulary.parquet`` (zstd, small row groups in the
-order of the units, a checksum on every page), ``texts.sqlite``, ``citations.safetensors`` (which
-examples reference a document), ``samples.safetensors`` (what the units did at the sampled tokens)
-and, last, ``manifest.json`` with the SHA-256 of all of them: a dictionary without it is unfinished.
+`units.parquet`, `examples.parquet` and `vocabulary.parquet` (zstd, small row groups in the
+order of the units, a checksum on every page), `texts.sqlite`, `citations.safetensors` (which
+examples reference a document), `samples.safetensors` (what the units did at the sampled tokens)
+and, last, `manifest.json` with the SHA-256 of all of them: a dictionary without it is unfinished.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def finish(
     keep_work: bool = False,
     vocabulary: int = LISTED_TOKENS,
 ) -> None:
-    """From the shards of a scan to a finished dictionary; see :meth:`NeuronDictionary.merge`."""
+    """From the shards of a scan to a finished dictionary; see `NeuronDictionary.merge`."""
     state = merge_shards(job, files)
     entries = Entries.of(state, job.plan)
     if parts is None:
@@ -73,7 +73,7 @@ def publish(
     Args:
         job, state, entries: what was searched and found.
         parts: the files of the replay.
-        projected: those of :func:`lenslrp.analysis.dictionary.vocabulary_lists.project_places`.
+        projected: those of `lenslrp.analysis.dictionary.vocabulary_lists.project_places`.
 
     Raises:
         StorageError: the disk is full; nothing that was there before is lost.
@@ -249,7 +249,7 @@ def _rounded(values: Tensor) -> NDArray[np.float32]:
 def _write_texts(
     path: Path, job: Job, entries: Entries, parts: list[Path], shown: set[int]
 ) -> None:
-    """The referenced documents, and the text of their tokens and of ``shown``."""
+    """The referenced documents, and the text of their tokens and of `shown`."""
     tokenizer = job.run.model.tokenizer
     speller = None if tokenizer is None else Speller(tokenizer)
     aims: dict[int, tuple[int, int, float]] = {}
@@ -292,9 +292,9 @@ def _write_texts(
 
 
 def _citations(entries: Entries, job: Job) -> dict[str, Tensor]:
-    """Which examples reference a document: ``entries[offsets[i]:offsets[i + 1]]`` reference
-    ``documents[i]``, with a hit at ``positions``, where ``tokens`` are. An example's number is its
-    row in ``examples.parquet``."""
+    """Which examples reference a document: `entries[offsets[i]:offsets[i + 1]]` reference
+    `documents[i]`, with a hit at `positions`, where `tokens` are. An example's number is its
+    row in `examples.parquet`."""
     flat = entries.documents.reshape(-1)
     documents, counts = torch.unique(flat, return_counts=True)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])

@@ -222,7 +222,7 @@ def replay(
     checkpoint_every: float = 60.0,
     progress: bool = True,
 ) -> list[Path]:
-    """Replay the blocks ``rank, rank + world, ...`` of all that are referenced.
+    """Replay the blocks `rank, rank + world, ...` of all that are referenced.
 
     Files are written every minute; a replay that was killed goes on after the last of them.
 

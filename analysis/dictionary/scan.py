@@ -8,7 +8,7 @@ of documents that a hash decides, so that shards agree on it without talking.
 
 The pass keeps no text: per block the extreme over a document's positions, merged into a running
 top-k where the activations are; the host waits for a device once a block, to hear whether all of it
-was finite. Memory does not grow with the corpus. A shard is the blocks ``rank, rank + world, ...``;
+was finite. Memory does not grow with the corpus. A shard is the blocks `rank, rank + world, ...`;
 its state is one file, written every minute, from which a killed scan goes on.
 """
 
@@ -87,7 +87,7 @@ class ScanState:
         )
 
     def save(self, path: Path, plan: Plan, rank: int, world: int, done: bool) -> None:
-        """Write the state; 14 bytes an entry. See :func:`save_tensors`."""
+        """Write the state; 14 bytes an entry. See `save_tensors`."""
         tensors: dict[str, Tensor] = {
             "sample/value": self.values,
             "sample/position": self.positions,
@@ -102,7 +102,7 @@ class ScanState:
 
     @classmethod
     def load(cls, path: Path, plan: Plan) -> tuple[ScanState, dict[str, str]]:
-        """A state that :meth:`save` wrote, and its metadata.
+        """A state that `save` wrote, and its metadata.
 
         Raises:
             StorageError: damaged, or made under another plan.
@@ -136,7 +136,7 @@ class ScanState:
 def _require_shard(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], plan: Plan
 ) -> None:
-    """Refuse what :meth:`ScanState.save` would not have written under this plan."""
+    """Refuse what `ScanState.save` would not have written under this plan."""
     try:
         shard_plan = Plan.from_json(json.loads(metadata["plan"]), path)
     except (KeyError, ValueError, RecursionError) as error:
@@ -188,7 +188,7 @@ class Scanner:
     """Takes in what a block pass hands on, on the devices of the model.
 
     Attributes:
-        state: what is known so far; of the blocks taken in since then, after :meth:`collect`.
+        state: what is known so far; of the blocks taken in since then, after `collect`.
         columns: sampled document -> column.
         found: (activation or relevance, sign) and place -> what one block has there.
         parts: the units on each device, the places where they are, and what is known of them.

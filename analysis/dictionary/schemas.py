@@ -2,7 +2,7 @@
 
 A dictionary may be damaged, or come from a stranger who made its checksums agree. So what is read
 from it is compared with the plan before it is used: columns and row groups when a file is opened,
-rows as they are read. Whatever differs is a :class:`StorageError` that names the file.
+rows as they are read. Whatever differs is a `StorageError` that names the file.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def example_schema(plan: Plan) -> pa.Schema:
 
 
 def example_bytes(plan: Plan) -> int:
-    """Of one row of ``examples.parquet``, unpacked."""
+    """Of one row of `examples.parquet`, unpacked."""
     return EXAMPLE_BYTES + 16 * min(sum(plan.window) + 1, int(plan.corpus["cut"]["context"]))
 
 
 def group_sizes(plan: Plan, units: int, rows: int = 1) -> list[int]:
-    """Rows of each row group, of ``units`` units at one hook point with ``rows`` rows each."""
+    """Rows of each row group, of `units` units at one hook point with `rows` rows each."""
     return [
         rows * min(units, place.size - first)
         for place in plan.places
@@ -117,7 +117,7 @@ def require_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def require_units(path: Path, table: pa.Table, plan: Plan, units: range) -> None:
-    """Rows of ``units.parquet``: of these units, with numbers that are some."""
+    """Rows of `units.parquet`: of these units, with numbers that are some."""
     ends = np.array([place.end for place in plan.places])
     numbers = np.arange(units.start, units.stop)
     places: list[Place] = [
@@ -150,7 +150,7 @@ def require_units(path: Path, table: pa.Table, plan: Plan, units: range) -> None
 
 
 def require_examples(path: Path, table: pa.Table, plan: Plan, slots: Slots, units: range) -> None:
-    """Rows of ``examples.parquet``: of these units, in the order of the slots."""
+    """Rows of `examples.parquet`: of these units, in the order of the slots."""
     expected: dict[str, Any] = {
         "unit": np.repeat(np.arange(units.start, units.stop), len(slots)),
         "rank": np.tile([rank for _, rank in slots], len(units)),

@@ -1,4 +1,4 @@
-"""Reading a corpus: text files, jsonl, parquet, strings, ``datasets`` objects, rows of token ids.
+"""Reading a corpus: text files, jsonl, parquet, strings, `datasets` objects, rows of token ids.
 
 Everything is read as a stream, so a corpus need not fit into memory.
 """
@@ -24,8 +24,8 @@ PARQUET_ROWS = 256
 def describe_corpus(corpus: Any, *rest: Any) -> str | None:
     """What tells whether a corpus is the same one, without reading it all; None if nothing does.
 
-    Names, sizes and times of files; the texts of a list; the fingerprint of a ``datasets`` object.
-    ``rest`` is whatever else decides how it is tokenised.
+    Names, sizes and times of files; the texts of a list; the fingerprint of a `datasets` object.
+    `rest` is whatever else decides how it is tokenised.
     """
     if isinstance(corpus, str | Path):
         stats = [(path.name, path.stat()) for path in _files(Path(corpus))]
@@ -46,9 +46,9 @@ def texts_of(corpus: Any, field: str = "text", skipped: list[str] | None = None)
     """The texts of a corpus, one after the other.
 
     Args:
-        corpus: a path (``.txt``: paragraphs between blank lines; ``.jsonl``; ``.parquet``; a folder
+        corpus: a path (`.txt`: paragraphs between blank lines; `.jsonl`; `.parquet`; a folder
             of these, in the order of their names), strings, rows of token ids, records (as a
-            ``datasets`` object yields them, streaming or not), or a function that returns one of
+            `datasets` object yields them, streaming or not), or a function that returns one of
             these.
         field: where a record has its text.
         skipped: gets the name of every record that cannot be read.

@@ -25,7 +25,7 @@ _ATOM = regex.compile(
 
 
 def folded(text: str) -> str:
-    """``text`` as it is compared."""
+    """`text` as it is compared."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", _NEVER_SEEN.sub("", text)).casefold()
         text = unicodedata.normalize("NFC", text)
@@ -33,7 +33,7 @@ def folded(text: str) -> str:
 
 
 def indexed(text: str) -> str:
-    """What an index holds of ``text``, with spaces between: no quotes, no ASCII but a-z and 0-9."""
+    """What an index holds of `text`, with spaces between: no quotes, no ASCII but a-z and 0-9."""
     return " ".join(_ATOM.findall(folded(text)))
 
 

@@ -74,7 +74,7 @@ class Document:
 def write_texts(
     path: Path, documents: Iterable[Document], names: Iterator[tuple[int, str]]
 ) -> None:
-    """Write the file. ``names`` is asked for the text of each token after the documents."""
+    """Write the file. `names` is asked for the text of each token after the documents."""
     with whole(path, fresh=True) as temporary:
         try:
             with closing(sqlite3.connect(temporary)) as database:
@@ -206,7 +206,7 @@ class Texts:
         return self._names[token]
 
     def tokens_called(self, text: str) -> list[int]:
-        """The tokens whose text is ``text``, white space aside."""
+        """The tokens whose text is `text`, white space aside."""
         try:
             rows = self._database.execute("SELECT id, text FROM tokens").fetchall()
         except DAMAGED as error:
@@ -214,7 +214,7 @@ class Texts:
         return [int(token) for token, name in rows if str(name).strip() == text.strip()]
 
     def matching(self, query: str) -> list[int]:
-        """The documents in which words all occur, the best first; ``"..."`` is a phrase.
+        """The documents in which words all occur, the best first; `"..."` is a phrase.
 
         Raises:
             InputError: an empty query.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 
 RULE_OPTIONS = {"composite", "attention", "checkpoint", "ledger", "strict"}
-"""Options of :func:`lenslrp.run_with_relevance` that go by the rules and not by the input."""
+"""Options of `lenslrp.run_with_relevance` that go by the rules and not by the input."""
 
 
 @dataclass(frozen=True)

@@ -61,11 +61,11 @@ VOCABULARY_SCHEMA = pa.schema(
 
 
 def write_vocabulary(path: Path, plan: Plan, parts: list[Path]) -> tuple[dict[str, Any], set[int]]:
-    """Write ``vocabulary.parquet`` from the files of all places.
+    """Write `vocabulary.parquet` from the files of all places.
 
     Returns:
-        What the manifest says of it: ``tokens`` at either end, and for each site and role that is
-        ``missing`` why; and the tokens that occur.
+        What the manifest says of it: `tokens` at either end, and for each site and role that is
+        `missing` why; and the tokens that occur.
     """
     shown: set[int] = set()
     missing: dict[str, dict[str, str]] = {}
@@ -92,7 +92,7 @@ def write_vocabulary(path: Path, plan: Plan, parts: list[Path]) -> tuple[dict[st
 def _read_part(
     path: Path, tensors: dict[str, Tensor], about: dict[str, str], plan: Plan, place: Place
 ) -> tuple[list[list[Any]], dict[str, str]]:
-    """Columns and missing roles of a file of :func:`project_places`, if it is one."""
+    """Columns and missing roles of a file of `project_places`, if it is one."""
     require_numbers(path, about, ("tokens",))
     try:
         columns, missing = json.loads(about["columns"]), json.loads(about["missing"])
@@ -133,7 +133,7 @@ def _rows(numbers: NDArray[Any], columns: Any, ids: NDArray[Any], values: NDArra
 
 
 class Projections:
-    """``vocabulary.parquet``, read as it is asked for.
+    """`vocabulary.parquet`, read as it is asked for.
 
     Attributes:
         tokens: how many there are at either end of a list.
@@ -204,10 +204,10 @@ class Projections:
             )
 
     def naming(self, tokens: list[int], role: str, sites: Sequence[str]) -> pd.DataFrame:
-        """The rows of one role with one of ``tokens``: best ranks first, then largest scores.
+        """The rows of one role with one of `tokens`: best ranks first, then largest scores.
 
         Raises:
-            InputError: no unit of ``sites``, which are all there are, has such lists; says why.
+            InputError: no unit of `sites`, which are all there are, has such lists; says why.
         """
         rows = np.isin(self._ids, tokens).nonzero()[0]
         if len(rows) == 0 and all(role in self.missing.get(site, {}) for site in sites):

@@ -150,12 +150,12 @@ def _both_ends(rows: Float[Tensor, "n d_vocab"], tokens: int) -> tuple[Tensor, T
 def project_places(
     job: Job, rank: int = 0, world: int = 1, *, tokens: int = LISTED_TOKENS, progress: bool = True
 ) -> list[Path]:
-    """Project the units of places ``rank, rank + world, ...``, and leave a file of each place.
+    """Project the units of places `rank, rank + world, ...`, and leave a file of each place.
 
     What lies there already is not done again.
 
     Args:
-        job: see :func:`lenslrp.analysis.dictionary.job.prepare`.
+        job: see `lenslrp.analysis.dictionary.job.prepare`.
         rank: which share, from 0.
         world: how many there are.
         tokens: how many at either end of a list; 0 for none.
@@ -165,7 +165,7 @@ def project_places(
         The files, in the order of the places.
 
     Raises:
-        InputError: ``tokens`` is negative, or more than a list may have.
+        InputError: `tokens` is negative, or more than a list may have.
         StorageError: a damaged file, or a full disk.
     """
     if not 0 <= tokens <= LIMIT:

@@ -1,12 +1,12 @@
 """Steering in files: JSON with vectors in safetensors beside it; control vectors in GGUF.
 
-A specification names neurons and heads by their text (``blocks.5.mlp.hook_post[17]``) and
+A specification names neurons and heads by their text (`blocks.5.mlp.hook_post[17]`) and
 directions by theirs; the vectors lie under these names in a safetensors file of the same stem.
 
-GGUF control vectors are what llama.cpp (``--control-vector``) and repeng read: architecture
-``controlvector``, keys ``controlvector.model_hint`` and ``controlvector.layer_count``, and one
-float32 vector a layer called ``direction.N``, which is added to the output of block N (from 0) at
-every position: ``Add(direction, strength)`` at ``blocks.N.hook_resid_post``. llama.cpp refuses
+GGUF control vectors are what llama.cpp (`--control-vector`) and repeng read: architecture
+`controlvector`, keys `controlvector.model_hint` and `controlvector.layer_count`, and one
+float32 vector a layer called `direction.N`, which is added to the output of block N (from 0) at
+every position: `Add(direction, strength)` at `blocks.N.hook_resid_post`. llama.cpp refuses
 block 0. Only adding can be said in that format.
 """
 

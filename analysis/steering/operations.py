@@ -96,7 +96,7 @@ class Moving(Operation):
         return moved(self.unit, x, a, self.change(a, x))
 
     def change(self, a: Tensor, x: Tensor) -> Tensor:
-        """What is added to the activation ``a`` that was read from ``x``."""
+        """What is added to the activation `a` that was read from `x`."""
         raise NotImplementedError
 
 
@@ -375,7 +375,7 @@ def moved(unit: Unit, x: Tensor, a: Tensor, change: Tensor) -> Tensor:
 
 
 def step_length(unit: Unit) -> float:
-    """How far ``x`` moves where a unit's activation changes by 1."""
+    """How far `x` moves where a unit's activation changes by 1."""
     if isinstance(unit, Direction):
         return 1 / float(unit.vector.detach().double().norm())
     if isinstance(unit, Feature):

@@ -1,7 +1,7 @@
 """What a sweep found: all numbers, their means beside the placebos', a figure.
 
 Every metric is a number for each prompt and condition. A metric of one's own is read from the texts
-with :meth:`SweepResult.scored`.
+with `SweepResult.scored`.
 """
 
 from __future__ import annotations

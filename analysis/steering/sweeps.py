@@ -2,12 +2,12 @@
 
 One strength after another is tried on the same prompts, all prompts in one batch, and read by
 
-* ``target``: the logit difference that was steered for, at the end of the prompt;
-* ``kl``: KL(base || steered) of the next token there, in nats: what else changed;
-* ``perplexity`` of the steered text under the base model: exp of ``nll``, in nats a token;
-* ``norm_ratio``: the length of the residual stream behind the steered place, at the end of the
+* `target`: the logit difference that was steered for, at the end of the prompt;
+* `kl`: KL(base || steered) of the next token there, in nats: what else changed;
+* `perplexity` of the steered text under the base model: exp of `nll`, in nats a token;
+* `norm_ratio`: the length of the residual stream behind the steered place, at the end of the
   prompt, over its length in the base model;
-* ``repetition``: the share of the text's bigrams that it had before.
+* `repetition`: the share of the text's bigrams that it had before.
 
 A steering vector always does *something*; the question is what another one would have done. So each
 strength is also tried on other units, drawn anew for each seed:
@@ -15,14 +15,14 @@ strength is also tried on other units, drawn anew for each seed:
 ============ ================================================ =====================================
 kind         of a direction                                   of a neuron
 ============ ================================================ =====================================
-``random``   the operation on a random direction of the same  the operation on another neuron of
+`random`   the operation on a random direction of the same  the operation on another neuron of
              length, of no preferred orientation              the layer
-``placebo``  a step as long as the steered one, to the last   a change of another neuron that writes
+`placebo`  a step as long as the steered one, to the last   a change of another neuron that writes
              digit, along the difference of two states        a step as long as the steered one
              that the model has on these prompts
 ============ ================================================ =====================================
 
-So ``placebo`` differs from what is tested in nothing but where it points. Text is generated
+So `placebo` differs from what is tested in nothing but where it points. Text is generated
 greedily; the only chance is in the placebos, which the seed fixes.
 """
 

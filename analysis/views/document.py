@@ -34,7 +34,7 @@ def environment() -> Any:
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
 
 
-def document(title: str, body: str, *, style: str = "", allow: str = "") -> str:
+def html_document(title: str, body: str, *, style: str = "", allow: str = "") -> str:
     """A whole page.
 
     Args:

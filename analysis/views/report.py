@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lenslrp.analysis.units.projection import neuron_writes
 from lenslrp.analysis.units.unembedding import unembedding
 from lenslrp.analysis.views import figures as plots
-from lenslrp.analysis.views.document import document, environment, section, write_document
+from lenslrp.analysis.views.document import environment, html_document, section, write_document
 from lenslrp.analysis.views.report_template import STYLE, TEMPLATE
 from lenslrp.errors import InputError
 from lenslrp.extras import require
@@ -284,7 +284,7 @@ def report_html(
         provenance=_provenance(R),
     )
     title = f"{R.target.text} · LensLRP"
-    return document(title, body, style=STYLE, allow="; img-src data:")
+    return html_document(title, body, style=STYLE, allow="; img-src data:")
 
 
 def write_report(

@@ -1,13 +1,13 @@
 """An attribution graph as Neuronpedia's graph JSON.
 
-The schema is that of Neuronpedia (``apps/webapp/app/api/graph/graph-schema.json`` in
+The schema is that of Neuronpedia (`apps/webapp/app/api/graph/graph-schema.json` in
 github.com/hijohnnylin/neuronpedia), the conventions for ids and types those of circuit-tracer
-(``circuit_tracer/frontend/graph_models.py`` in github.com/safety-research/circuit-tracer):
-``layer_feature_position`` with ``E`` for tokens, the layer above the last for the target,
-``feature`` a pairing of layer and index, ``influence`` the cumulative share up to a node.
+(`circuit_tracer/frontend/graph_models.py` in github.com/safety-research/circuit-tracer):
+`layer_feature_position` with `E` for tokens, the layer above the last for the target,
+`feature` a pairing of layer and index, `influence` the cumulative share up to a node.
 
 Its viewers know features of transcoders and of attention, embeddings and logits. Neurons and heads
-are given those types, and named in ``clerp`` for what they are. What a graph keeps as `rest` or as
+are given those types, and named in `clerp` for what they are. What a graph keeps as `rest` or as
 absorbed has no place there; the description says how much of the target it is.
 """
 

@@ -66,7 +66,7 @@ class FullGraph:
         return fixed
 
     def without(self, stays: Mask) -> FullGraph:
-        """Only the nodes that stay; what came from the others is added to ``rest``."""
+        """Only the nodes that stay; what came from the others is added to `rest`."""
         frame = self.frame.copy()
         frame["rest"] += self.weights[:, ~stays].sum(axis=1)
         kept = frame.loc[stays].reset_index(drop=True)
@@ -84,7 +84,7 @@ def build_graph(
     direct: bool,
     chosen: Sequence[Node],
 ) -> FullGraph:
-    """The edges into every chosen node and the target, ``rows`` of them in a backward pass.
+    """The edges into every chosen node and the target, `rows` of them in a backward pass.
 
     Args:
         nodes: hook point -> activation and coefficient, of the run of `cache`.

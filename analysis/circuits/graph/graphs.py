@@ -4,7 +4,7 @@ Nodes are chosen by relevance, one for each position. The edge from `u` to `d` i
 `d`'s relevance came from `u` without passing through any other chosen node
 (`lenslrp.analysis.circuits.segments`): what is not chosen conducts, so that nothing is lost on
 the way. Then what leaves a node along its edges is its relevance, and what enters it is its
-relevance less what the ledger says was absorbed there. With ``direct=True`` every head and neuron
+relevance less what the ledger says was absorbed there. With `direct=True` every head and neuron
 ends an edge, chosen or not, and an edge is what the residual stream alone carries; what came from
 nodes that are not chosen is each node's residual, the column `rest`.
 
@@ -151,9 +151,9 @@ class AttributionGraph:
         Returns:
             The page; a fragment for a notebook if no path is given.
         """
-        from lenslrp.analysis.circuits.graph.picture import graph_html, write_page
+        from lenslrp.analysis.circuits.graph.picture import graph_html, write_graph_page
 
-        return graph_html(self) if path is None else write_page(self, Path(path))
+        return graph_html(self) if path is None else write_graph_page(self, Path(path))
 
     def draw(self, *, theme: Theme | None = None) -> Figure:
         """The static picture, with matplotlib.

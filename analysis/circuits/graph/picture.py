@@ -2,7 +2,7 @@
 
 Text comes from the prompt and is text: escaped in the SVG, and never in the script, which knows
 nodes and edges by their numbers only. Where scripts do not run, the picture stands still and its
-tooltips (``title`` elements) remain.
+tooltips (`title` elements) remain.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenslrp.analysis.circuits.graph.layout import HEIGHT, WIDTH, lay_out
-from lenslrp.analysis.views.document import document, write_document
+from lenslrp.analysis.views.document import html_document, write_document
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import card, rgba, signed, token_html
 
@@ -27,7 +27,7 @@ WIDEST = 9.0
 _LONGEST = 11
 _LISTED = 25
 
-_STYLE = f"""<style>
+GRAPH_STYLE = f"""<style>
 {card("lenslrp-graph")}
 .lenslrp-graph svg{{width:100%;height:auto;max-height:85vh;touch-action:none;cursor:grab}}
 .lenslrp-graph text{{font:11px system-ui,sans-serif;fill:var(--llrp-fg);pointer-events:none}}
@@ -46,7 +46,7 @@ background:none;border:0;border-bottom:1px solid var(--llrp-line)}}
 </style>"""
 
 # Zoom at the pointer, drag, double click to see it all again; a node pointed at shows its edges.
-_SCRIPT = """<script>(function(){var tries=0;function start(){
+ZOOM_SCRIPT = """<script>(function(){var tries=0;function start(){
 var svg=document.getElementById("ID");if(!svg){if(tries++<200)setTimeout(start,50);return;}
 if(svg.dataset.ready)return;svg.dataset.ready="1";
 var all=svg.getAttribute("viewBox").split(" ").map(Number),box=all.slice(),held=null;
@@ -166,10 +166,11 @@ def graph_html(graph: AttributionGraph) -> str:
         "to see all."
     )
     return (
-        f'<div class="lenslrp-graph">{_STYLE}<div style="font-weight:600;margin-bottom:.4em"><bdi>'
+        f'<div class="lenslrp-graph">{GRAPH_STYLE}'
+        '<div style="font-weight:600;margin-bottom:.4em"><bdi>'
         f"{escape(visible(str(graph.explained)))}</bdi></div>{svg}"
         f'<div class="note" style="font-size:.85em">{escape(note)}</div>{_table(graph)}</div>'
-        f"{_SCRIPT.replace('ID', name, 1)}"
+        f"{ZOOM_SCRIPT.replace('ID', name, 1)}"
     )
 
 
@@ -187,8 +188,10 @@ def _table(graph: AttributionGraph) -> str:
     )
 
 
-def write_page(graph: AttributionGraph, path: Path) -> str:
-    """A whole page at ``path``; returns it."""
-    page = document(str(graph.explained), graph_html(graph), allow="; script-src 'unsafe-inline'")
+def write_graph_page(graph: AttributionGraph, path: Path) -> str:
+    """A whole page at `path`; returns it."""
+    page = html_document(
+        str(graph.explained), graph_html(graph), allow="; script-src 'unsafe-inline'"
+    )
     write_document(path, page)
     return page

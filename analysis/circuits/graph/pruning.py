@@ -41,7 +41,7 @@ def _normalised(weights: Matrix, absorbed: Vector) -> Matrix:
 
 
 def _most(scores: Vector, share: float) -> Mask:
-    """The fewest entries that hold ``share`` of the sum."""
+    """The fewest entries that hold `share` of the sum."""
     flat = scores.ravel()
     order = np.argsort(-flat, kind="stable")
     sums = np.cumsum(flat[order])
@@ -52,8 +52,8 @@ def _most(scores: Vector, share: float) -> Mask:
 
 
 def influential(weights: Matrix, absorbed: Vector, fixed: Mask, share: float) -> Mask:
-    """[node], True for those that stay: ``fixed`` ones (tokens, the target), and of the others the
-    fewest that hold ``share`` of their influence."""
+    """[node], True for those that stay: `fixed` ones (tokens, the target), and of the others the
+    fewest that hold `share` of their influence."""
     return fixed | _most(np.where(fixed, 0.0, influences(weights, absorbed)), share)
 
 
@@ -62,7 +62,7 @@ def strongest(
 ) -> tuple[Mask, Mask, Vector]:
     """Edges [downstream, upstream] and nodes [node] that stay, and all nodes' influence.
 
-    The fewest edges that hold ``share`` of the influence which goes along all of them. A node that
+    The fewest edges that hold `share` of the influence which goes along all of them. A node that
     is left without an edge into it, or out of it, goes as well, with its other edges.
     """
     influence = influences(weights, absorbed)

@@ -1,15 +1,15 @@
 """A dictionary for other readers: Neuronpedia's bulk layout, and standalone HTML pages.
 
 The layout is what Neuronpedia's importer reads (github.com/hijohnnylin/neuronpedia): one folder a
-source, with ``model.jsonl``, ``release.jsonl``, ``sourceset.jsonl`` and ``source.jsonl`` beside
-``features/batch-*.jsonl.gz`` and ``activations/batch-*.jsonl.gz``
-(``apps/webapp/app/api/admin/import/route.ts``). The fields are the columns of ``Model``,
-``SourceRelease``, ``SourceSet``, ``Source``, ``Neuron`` and ``Activation`` in
-``apps/webapp/prisma/schema.prisma``; batches hold 1,024 units, as in
-``utils/neuronpedia-utils/neuronpedia_utils/export-data.py``; ``creatorId`` is the user that
-``apps/webapp/prisma/seed.ts`` makes for what is imported. In ``binMin``, ``binMax`` and
-``binContains``, -1 marks the largest activations, as SAEDashboard's converter writes them
-(``sae_dashboard/neuronpedia/neuronpedia_converter.py``).
+source, with `model.jsonl`, `release.jsonl`, `sourceset.jsonl` and `source.jsonl` beside
+`features/batch-*.jsonl.gz` and `activations/batch-*.jsonl.gz`
+(`apps/webapp/app/api/admin/import/route.ts`). The fields are the columns of `Model`,
+`SourceRelease`, `SourceSet`, `Source`, `Neuron` and `Activation` in
+`apps/webapp/prisma/schema.prisma`; batches hold 1,024 units, as in
+`utils/neuronpedia-utils/neuronpedia_utils/export-data.py`; `creatorId` is the user that
+`apps/webapp/prisma/seed.ts` makes for what is imported. In `binMin`, `binMax` and
+`binContains`, -1 marks the largest activations, as SAEDashboard's converter writes them
+(`sae_dashboard/neuronpedia/neuronpedia_converter.py`).
 
 Neuronpedia has no place for relevance beside activation, so relevance becomes a source of its own.
 
@@ -36,7 +36,7 @@ from lenslrp.analysis.dictionary.pages.page import page_html
 from lenslrp.analysis.dictionary.pages.template import AROUND, INDEX, UNIT_STYLE
 from lenslrp.analysis.dictionary.plan import Place
 from lenslrp.analysis.dictionary.unit import Page
-from lenslrp.analysis.views.document import document, environment, write_document
+from lenslrp.analysis.views.document import environment, html_document, write_document
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import HTML, make_folder, remove_leftovers, require_ours, slug, whole
 from lenslrp.text.visible_text import visible
@@ -110,7 +110,7 @@ def export_neuronpedia(
 
 
 def _site(place: Place) -> str:
-    """A hook point without its layer: ``mlp.hook_post``."""
+    """A hook point without its layer: `mlp.hook_post`."""
     return re.sub(r"^(\w*blocks)\.\d+\.", "", place.site if "[" in place.site else place.hook)
 
 
@@ -339,7 +339,7 @@ def export_html(
         .from_string(INDEX)
         .render(style=Markup(UNIT_STYLE), title=visible(title), what=visible(what), rows=rows)
     )
-    return write_document(path / "index.html", document(title, body, style=AROUND))
+    return write_document(path / "index.html", html_document(title, body, style=AROUND))
 
 
 def _summary(page: Page) -> dict[str, Any]:

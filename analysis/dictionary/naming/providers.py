@@ -1,7 +1,7 @@
 """Providers of names for units that run anywhere: a list of tokens, and a language model of yours.
 
 What a provider is, and how its names are scored, is in
-:mod:`lenslrp.analysis.dictionary.naming.names`.
+`lenslrp.analysis.dictionary.naming.names`.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class LanguageModel:
         return [a - b for a, b in zip(explained, neutral, strict=True)]
 
     def _likelihoods(self, before: str, texts: Sequence[Sequence[tuple[str, bool]]]) -> list[float]:
-        """Log-probability of the counted pieces of each text after ``before``, in nats."""
+        """Log-probability of the counted pieces of each text after `before`, in nats."""
         start = tokenize(self.model, before)
         encode = partial(self.model.tokenizer.encode, add_special_tokens=False)
         likelihoods: list[float] = []

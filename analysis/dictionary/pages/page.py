@@ -31,7 +31,7 @@ from lenslrp.analysis.dictionary.schemas import MOMENTS, kinds
 from lenslrp.analysis.dictionary.unit import Page
 from lenslrp.analysis.units.kinds import Neuron
 from lenslrp.analysis.units.projection import cosines, sign_cases, writes
-from lenslrp.analysis.views.document import document, environment, section, write_document
+from lenslrp.analysis.views.document import environment, html_document, section, write_document
 from lenslrp.errors import InputError
 from lenslrp.text.visible_text import visible
 
@@ -74,7 +74,7 @@ def page_html(
     body = fragment(
         page, model=model, attributed=attributed, examples=examples, lens=lens, links=links
     )
-    return document(f"{page.name} · {page.dictionary.plan.model['name']}", body, style=AROUND)
+    return html_document(f"{page.name} · {page.dictionary.plan.model['name']}", body, style=AROUND)
 
 
 def write_page(

@@ -51,7 +51,7 @@ class Scales:
     def of(cls, frames: Mapping[str, pd.DataFrame], first: int) -> Scales:
         """The median of the examples' largest sizes, of the extreme criterion where it is largest.
 
-        So one hit does not fade all others. Positions before ``first`` were not searched and do
+        So one hit does not fade all others. Positions before `first` were not searched and do
         not count.
         """
         extreme = [frame for name, frame in frames.items() if name in TOP_CRITERIA]
@@ -95,7 +95,7 @@ def _largest(row: NDArray[np.float32], skipped: int) -> float:
 
 
 def running(token: str) -> str:
-    """A token as part of a running text: like ``visible``, but a single space stays a space."""
+    """A token as part of a running text: like `visible`, but a single space stays a space."""
     if token == " ":
         return token
     shown = visible(token)
@@ -109,7 +109,7 @@ def running(token: str) -> str:
 def sentences(
     page: Page, frames: Mapping[str, pd.DataFrame], totals: Mapping[str, int]
 ) -> dict[str, Any]:
-    """What the template shows of the examples in ``frames``, of ``totals`` there are."""
+    """What the template shows of the examples in `frames`, of `totals` there are."""
     plan = page.dictionary.plan
     scales = Scales.of(frames, int(plan.skip_first))
     tabs = []

@@ -1,6 +1,6 @@
 """Tables and bars of a unit's page, as its template takes them.
 
-A table has ``columns`` (title, and whether its cells are numbers or names of units) and ``rows`` of
+A table has `columns` (title, and whether its cells are numbers or names of units) and `rows` of
 cells: a text with the class that colours it, or a list of tokens.
 """
 
@@ -18,7 +18,7 @@ from lenslrp.views.heatmap import signed
 
 
 def column(title: str, **kinds: bool) -> dict[str, Any]:
-    """A column of a table: ``number`` or ``unit`` where its cells are."""
+    """A column of a table: `number` or `unit` where its cells are."""
     return {"title": title, "number": False, "unit": False, **kinds}
 
 

@@ -1,25 +1,25 @@
 """The Jinja2 templates of a unit's page and of an index of pages: no script, no remote asset.
 
-Every style rule names the page's own class, so that the page can be shown inside a notebook; ``§``
+Every style rule names the page's own class, so that the page can be shown inside a notebook; `§`
 stands for that class. Tabs are radio buttons: the panel after the checked one is shown. Where
-styles are dropped, or a browser does not know ``:has``, all panels are shown one after another.
-Rendered with autoescape on; only markup that this package made is passed as ``Markup``.
+styles are dropped, or a browser does not know `:has`, all panels are shown one after another.
+Rendered with autoescape on; only markup that this package made is passed as `Markup`.
 """
 
 from lenslrp.views.heatmap import themed
 
-_LIGHT = (
+LIGHT_VARIABLES = (
     "--bg:#fff;--card:#fff;--fg:#1b1f24;--muted:#57606a;--line:#d8dee4;--accent:#0a58ca;"
     "--pos:#b2182b;--neg:#1f62ad;--bar:#8fa3b8;color-scheme:light"
 )
-_DARK = (
+DARK_VARIABLES = (
     "--bg:#0e1014;--card:#15181d;--fg:#e6e9ed;--muted:#9aa4b0;--line:#2f363f;--accent:#79b8ff;"
     "--pos:#ff7b86;--neg:#79b8ff;--bar:#5d6f83;color-scheme:dark"
 )
 
 # Background and text change together, as in the heatmap: dark text never meets a dark page.
 UNIT_STYLE = f"""
-{themed("lenslrp-unit", _LIGHT, _DARK)}
+{themed("lenslrp-unit", LIGHT_VARIABLES, DARK_VARIABLES)}
 .lenslrp-unit{{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,-apple-system,\
 "Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;padding:16px;text-align:left;\
 overflow-wrap:anywhere}}

@@ -1,8 +1,8 @@
 """One unit's page in a terminal: identity, vocabulary, statistics, sentences.
 
-The short form of :mod:`lenslrp.analysis.dictionary.pages.page`. Text from the dictionary reaches
-the terminal only as :class:`rich.text.Text` with control characters replaced (see
-:mod:`lenslrp.views.terminal`).
+The short form of `lenslrp.analysis.dictionary.pages.page`. Text from the dictionary reaches
+the terminal only as `rich.text.Text` with control characters replaced (see
+`lenslrp.views.terminal`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lenslrp.views.terminal import Heat
 
 
 def render_unit(page: Page, criteria: Sequence[str] = ("actmax",), k: int = 5) -> RenderableType:
-    """A page as a rich renderable: ``rich.print(render_unit(dictionary[5, 17]))``.
+    """A page as a rich renderable: `rich.print(render_unit(dictionary[5, 17]))`.
 
     Args:
         page: of a dictionary.
@@ -77,7 +77,7 @@ def _statistics(page: Page) -> RenderableType:
 
 
 def _examples(page: Page, criterion: str, k: int) -> Iterator[RenderableType]:
-    """The first ``k``, on one scale: relevance where that was searched, activation otherwise."""
+    """The first `k`, on one scale: relevance where that was searched, activation otherwise."""
     kind = "relevance" if criterion.startswith("rel") else "activation"
     frame = page.examples(criterion).head(k)
     values = [
