@@ -152,8 +152,8 @@ class Runner:
             seen.add(hook)
             with torch.no_grad():
                 x = unflattened(x.detach(), block)
-                for place, readout, _ in self.by_hook[hook]:
-                    on_activation(place, readout.activation(x).float(), spans)
+                for place, reader, _ in self.by_hook[hook]:
+                    on_activation(place, reader.activation(x).float(), spans)
 
         reads = {hook: partial(read, hook) for hook in self.by_hook}
         aims = None
@@ -180,8 +180,8 @@ class Runner:
 
         def deliver(hook: str, x: Tensor, g: Tensor) -> None:
             x, g = unflattened(x, block), unflattened(g, block)
-            for place, readout, keep in self.by_hook[hook]:
-                relevance = readout.relevance(x, g).float()
+            for place, reader, keep in self.by_hook[hook]:
+                relevance = reader.relevance(x, g).float()
                 kept = relevance if keep is None else relevance * keep.to(x.device)
                 on_relevance(place, kept, spans)
 
