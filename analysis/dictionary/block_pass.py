@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 Visit = Callable[[Place, Float[Tensor, "row pos unit"], Spans], None]
 
-TARGETS: Mapping[str, str] = {
+CORPUS_TARGETS: Mapping[str, str] = {
     "next": "logit of the true next token",
     "argmax": "top logit",
     "logit_diff": "logit of the true next token minus the best other",
@@ -74,7 +74,7 @@ class Recorded:
         return picked - logits.gather(1, others)[:, 0]
 
     def text(self, outputs: Outputs) -> str:
-        return f"{TARGETS[self.kind]}, at one position a document"
+        return f"{CORPUS_TARGETS[self.kind]}, at one position a document"
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,12 @@ class BlockPass:
         readers = {site.name: site.reader for site in self.sites}
         runner = Runner(self)
         for place in self.plan.places:
-            here = [u.index for u in self.through if u.hook(self.model) == place.hook]  # type: ignore[attr-defined]
-            keep = torch.zeros(place.size).index_fill_(0, torch.tensor(here), 1) if here else None
+            passing = [u.index for u in self.through if u.hook(self.model) == place.hook]  # type: ignore[attr-defined]
+            keep = (
+                torch.zeros(place.size).index_fill_(0, torch.tensor(passing), 1)
+                if passing
+                else None
+            )
             runner.by_hook.setdefault(place.hook, []).append((place, readers[place.site], keep))
         with ExitStack() as stack:
             if self.plan.relevance:
@@ -194,10 +198,10 @@ class Runner:
         return Aims(aims.positions, aims.tokens, cache.target.value.float().cpu())
 
     def _aim(self, block: Block, lengths: list[int]) -> tuple[Target, Aims, Spans]:
-        first, given = int(self.of.plan.skip_first), self.of.target
+        first, target = int(self.of.plan.skip_first), self.of.target
         nothing = torch.full((len(lengths),), -1)
-        if given is not None:
-            return given, Aims(nothing, nothing, nothing.float()), Spans(first, lengths)
+        if target is not None:
+            return target, Aims(nothing, nothing, nothing.float()), Spans(first, lengths)
         positions = target_positions(block.docs, torch.tensor(lengths), self.of.plan.seed)
         tokens = block.tokens.gather(1, positions[:, None] + 1)[:, 0]
         kind = str(self.of.plan.target)

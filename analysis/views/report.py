@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 from lenslrp.analysis.units.projection import neuron_writes
 from lenslrp.analysis.units.unembedding import unembedding
 from lenslrp.analysis.views import figures as plots
+from lenslrp.analysis.views.document import environment, html_document, section, write_document
 from lenslrp.analysis.views.drawing import DARK, LIGHT, Theme, require_row
 from lenslrp.analysis.views.images import image_map
-from lenslrp.analysis.views.report_template import TEMPLATE
+from lenslrp.analysis.views.report_template import STYLE, TEMPLATE
 from lenslrp.errors import InputError
 from lenslrp.extras import require
-from lenslrp.files import HTML, whole
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import colour_scale, signed, token_heatmap
 
@@ -77,14 +77,6 @@ def _picture(draw: Callable[..., Figure], *args: Any, alt: str, **options: Any) 
         "alt": alt,
         "caption": "",
     }
-
-
-def section(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The section that ``make`` returns, or why it cannot: R lacks the hook points."""
-    try:
-        return make()
-    except (InputError, KeyError) as error:
-        return {"absent": str(error.args[0]) if error.args else "its hook points were not read"}
 
 
 def _residual(R: RelevanceCache, row: int, dominated: bool) -> dict[str, Any]:
@@ -230,13 +222,6 @@ def _facts(R: RelevanceCache, row: int, values: list[float], ledger: Mapping[str
     return [*facts, ("composite", R.composite.name)]
 
 
-def environment() -> Any:
-    """Jinja2 with autoescape on."""
-    import jinja2
-
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-
-
 def require_report() -> None:
     """Refuse to write a report without figures.
 
@@ -279,8 +264,7 @@ def report_html(
     text = visible(R.prompts[row])
     if R.grid is not None:
         text = f"an image of {R.grid[0]} x {R.grid[1]} patches"
-    page: str = template.render(
-        title=f"{visible(R.target.text)} · LensLRP",
+    body: str = template.render(
         target=visible(R.target.text),
         prompt=text,
         model_name=visible(R.model_name),
@@ -296,7 +280,8 @@ def report_html(
         coverage=_coverage(R),
         provenance=_provenance(R),
     )
-    return page
+    title = f"{R.target.text} · LensLRP"
+    return html_document(title, body, style=STYLE, allow="; img-src data:")
 
 
 def write_report(
@@ -329,8 +314,5 @@ def write_report(
         write_report(R, "paris.html", model=model)
         ```
     """
-    path = Path(path)
     page = report_html(R, model=model, row=row, image=image)
-    with whole(path, ours=HTML) as part:
-        part.write_text(page, encoding="utf-8", errors="replace")
-    return path
+    return write_document(Path(path), page)

@@ -27,7 +27,7 @@ from lenslrp.analysis.circuits.graph.gradients import choose_nodes, node_masks
 from lenslrp.analysis.circuits.nodes import TARGET, Node, place_components
 from lenslrp.analysis.circuits.pairs import template_pairs
 from lenslrp.analysis.circuits.scores import score_nodes
-from lenslrp.analysis.circuits.segments import coefficients, cut
+from lenslrp.analysis.circuits.segments import coefficients, segmented
 from lenslrp.inputs import prepare_text
 
 DEPTHS = (5, 15, 29)
@@ -80,7 +80,7 @@ def main() -> None:
 
     def direct() -> None:
         session = lenslrp.session(model, logits="target")
-        context = cut(session, prepared, copies, whole)
+        context = segmented(session, prepared, copies, whole)
         passed = []
         note("cut forward", lambda: passed.append(context.__enter__()))
         for depth in DEPTHS:
@@ -94,7 +94,7 @@ def main() -> None:
 
     def folded() -> None:
         session = lenslrp.session(model, logits="target")
-        context = cut(session, prepared, copies, some, keep=keep)
+        context = segmented(session, prepared, copies, some, keep=keep)
         passed = []
         note("cut forward, 48 chosen", lambda: passed.append(context.__enter__()))
         last = chosen[-rows:]

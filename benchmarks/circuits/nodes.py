@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 import lenslrp
 from benchmarks import RESULTS
-from lenslrp.analysis.circuits.nodes import Node, batch_of, gaps, place_components
+from lenslrp.analysis.circuits.nodes import Node, batch_of, logit_differences, place_components
 from lenslrp.analysis.circuits.pairs import TEMPLATES, Pairs, template_pairs
 from lenslrp.analysis.circuits.pruning import (
     completeness,
@@ -70,7 +70,12 @@ PAPER = {"residual": (0.968, 0.753), "attention": (0.962, 0.979), "mlp": (0.992,
 def answered(model: Any, pairs: Pairs) -> Pairs:
     """The pairs whose two prompts are both answered as they should be."""
     clean, corrupt = (
-        torch.cat([gaps(model, batch_of(model, getattr(p, side), p), p) for p in _parts(pairs)])
+        torch.cat(
+            [
+                logit_differences(model, batch_of(model, getattr(p, side), p), p)
+                for p in _parts(pairs)
+            ]
+        )
         for side in ("clean", "corrupt")
     )
     return pairs[(clean > 0) & (corrupt < 0)]
@@ -306,12 +311,12 @@ def plain(model: Any, pairs: Pairs) -> torch.Tensor:
         return kept[-1]
 
     clean, corrupt = (batch_of(model, side, pairs) for side in (pairs.clean, pairs.corrupt))
-    gaps(model, clean, pairs)
+    logit_differences(model, clean, pairs)
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        gap = gaps(model, corrupt, pairs, embed=leaf, gradients=True)
+        gap = logit_differences(model, corrupt, pairs, embed=leaf, gradients=True)
         (gradient,) = torch.autograd.grad(gap.sum(), kept)
     finally:
         for parameter in trained:

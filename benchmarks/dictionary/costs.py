@@ -319,7 +319,8 @@ def _stage(path: Path) -> str:
 def vocabulary(arguments: argparse.Namespace) -> None:
     """What all neurons and heads write and read, and the file of it."""
     from lenslrp.analysis.dictionary.job import prepare
-    from lenslrp.analysis.dictionary.vocabulary_lists import project_places, write_vocabulary
+    from lenslrp.analysis.dictionary.vocabulary_file import write_vocabulary
+    from lenslrp.analysis.dictionary.vocabulary_lists import project_places
 
     torch.set_num_threads(1)
     rows = [[i % 1000 + 5] * 16 for i in range(8)]

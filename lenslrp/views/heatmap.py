@@ -36,19 +36,25 @@ _LIGHT = "--llrp-bg:#fff;--llrp-fg:#1b1f24;--llrp-muted:#57606a;--llrp-line:#d8d
 _DARK = "--llrp-bg:#15181d;--llrp-fg:#e6e9ed;--llrp-muted:#9aa4b0;--llrp-line:#343b45"
 
 
-def card(name: str) -> str:
-    """The style rules of a card of class ``name``, light or dark as the page or the system is.
+def themed(name: str, light: str, dark: str, rest: str = "") -> str:
+    """The rules of a class `name`, light or dark as the page or the system is.
 
     Background and text always change together: a page that stays light under a dark system theme
     (an exported notebook) shows a dark card, never light text on white.
     """
-    return f""".{name}{{{_LIGHT};background:var(--llrp-bg);color:var(--llrp-fg);\
-border:1px solid var(--llrp-line);border-radius:8px;padding:12px 16px;max-width:72em}}
-@media (prefers-color-scheme:dark){{.{name}{{{_DARK}}}}}
+    return f""".{name}{{{light}{rest}}}
+@media (prefers-color-scheme:dark){{.{name}{{{dark}}}}}
 [data-jp-theme-light="true"] .{name},.vscode-light .{name},\
-html[theme="light"] .{name}{{{_LIGHT}}}
+html[theme="light"] .{name}{{{light}}}
 [data-jp-theme-light="false"] .{name},.vscode-dark .{name},\
-html[theme="dark"] .{name}{{{_DARK}}}"""
+html[theme="dark"] .{name}{{{dark}}}"""
+
+
+def card(name: str) -> str:
+    """The style rules of a card of class `name`."""
+    rest = """;background:var(--llrp-bg);color:var(--llrp-fg);\
+border:1px solid var(--llrp-line);border-radius:8px;padding:12px 16px;max-width:72em"""
+    return themed(name, _LIGHT, _DARK, rest)
 
 
 _STYLE = f"""<style>

@@ -49,7 +49,7 @@ def some_units(bridge: Any) -> dict[str, list[Unit]]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_at_once_equal_each_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bridge = zoo.build(name)
-    monkeypatch.setattr(module, "PIECE", 53 * 7)  # several pieces, the last one smaller
+    monkeypatch.setattr(module, "SCORES_AT_ONCE", 53 * 7)  # several pieces, the last one smaller
     for units in some_units(bridge).values():
         found = ends_of_lists(bridge, units, tokens=4)
         assert found.missing == {}

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from lenslrp.analysis.dictionary import job, plan
-from lenslrp.analysis.dictionary.block_pass import TARGETS
+from lenslrp.analysis.dictionary.block_pass import CORPUS_TARGETS
 from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 from lenslrp.analysis.dictionary.export import folders as exports
 from lenslrp.analysis.dictionary.pages.page import page_html
@@ -327,5 +327,5 @@ def test_usage_errors_exit_with_2(arguments, message, capsys):
 def test_choices_are_those_of_the_library():
     """They are written out, since the library takes seconds to import."""
     assert job.DEFAULT_CRITERIA == cli_dictionary.CRITERIA
-    assert set(cli_dictionary.CRITERIA) == {*plan.CRITERIA, *plan.SAMPLES}
-    assert tuple(TARGETS) == cli_dictionary.TARGETS
+    assert set(cli_dictionary.CRITERIA) == {*plan.TOP_CRITERIA, *plan.SAMPLED_CRITERIA}
+    assert tuple(CORPUS_TARGETS) == cli_dictionary.TARGETS

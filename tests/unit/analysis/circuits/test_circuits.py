@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lenslrp import AttnLRP, InputError, session
 from lenslrp.analysis.circuits.nodes import COMPONENTS, Node, as_units, place_components
 from lenslrp.analysis.circuits.pairs import Pairs
-from lenslrp.analysis.circuits.scores import METHODS, score_nodes
+from lenslrp.analysis.circuits.scores import NODE_METHODS, score_nodes
 from lenslrp.analysis.circuits.segments import coefficients
 from lenslrp.hooks import CPLRP, GradientTimesInput
 from tests.unit.tiny import HEADS, changes, snapshot, tiny
@@ -294,7 +294,7 @@ def test_results_as_a_table() -> None:
 def test_a_chunk_changes_nothing_and_nothing_is_left_behind() -> None:
     model, pairs = tiny("llama"), some_pairs()
     before = snapshot(model)
-    for method in METHODS:
+    for method in NODE_METHODS:
         options: dict[str, Any] = {"method": method, "components": ["heads"], "by_position": True}
         at_once, in_parts = (score_nodes(model, pairs, **options, chunk=c) for c in (3, 1))
         for hook, value in at_once.values.items():

@@ -17,7 +17,7 @@ from lenslrp.analysis.circuits.export import to_transformer_lens
 from lenslrp.analysis.circuits.nodes import TARGET, Node, place_components
 from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.circuits.scores import score_nodes
-from lenslrp.analysis.circuits.segments import EMBEDDINGS, coefficients, cut
+from lenslrp.analysis.circuits.segments import EMBEDDINGS, coefficients, segmented
 from lenslrp.errors import InputError
 from lenslrp.hooks import CPLRP, AttnLRP, Composite, GradientTimesInput, RelP
 from lenslrp.inputs import prepare_text
@@ -49,7 +49,10 @@ def test_what_enters_a_node_is_its_relevance_less_what_was_absorbed(
     rows = 6
     left = {hook: torch.zeros_like(x[0].sum(-1)) for hook, (x, _) in found.items()}
     arrived = torch.zeros_like(cache.tokens[0])
-    with session, cut(session, prepared.repeated(rows), Logit(5), hooks, books=True) as passed:
+    with (
+        session,
+        segmented(session, prepared.repeated(rows), Logit(5), hooks, accounting=True) as passed,
+    ):
         starts: list[tuple[dict[str, Tensor], Tensor | None, Tensor]] = [
             ({}, torch.ones(rows), passed.values.detach())
         ]
@@ -60,7 +63,7 @@ def test_what_enters_a_node_is_its_relevance_less_what_was_absorbed(
                     seed[position, position, unit] = g[0, position, unit]
                 starts.append(({hook: seed}, None, (x * g)[0, :, unit].sum(-1)))
         for seeds, target, relevance in starts:
-            flows, begun = passed.flows(seeds, target)
+            flows, begun = passed.conditional_gradients(seeds, target)
             entered = torch.zeros(rows, dtype=torch.float64)
             for hook, g in flows.items():
                 x = passed.embedded() if hook == EMBEDDINGS else passed.at(hook)
@@ -261,12 +264,12 @@ def test_relevance_under_float32_closes_to_a_millionth() -> None:
     prepared = prepare_text(
         model, TOKENS, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
     )
-    with session, cut(session, prepared, Logit(5), hooks, books=True) as passed:
+    with session, segmented(session, prepared, Logit(5), hooks, accounting=True) as passed:
         for hook, (x, g) in found.items():
             for unit in range(x.shape[2]):
                 seed = torch.zeros_like(g)
                 seed[:, :, unit] = g[:, :, unit]
-                flows, _ = passed.flows({hook: seed})
+                flows, _ = passed.conditional_gradients({hook: seed})
                 entered = sum(
                     float(((passed.embedded() if h == EMBEDDINGS else passed.at(h)) * f).sum())
                     for h, f in flows.items()
@@ -386,14 +389,14 @@ def test_a_cut_pass_leaves_nothing_behind_even_after_an_exception() -> None:
         _, found = coefficients(session, hooks, input=TOKENS, target=Logit(5))
 
     def fail() -> None:
-        with lenslrp.session(model) as own, cut(own, prepared, Logit(5), hooks) as passed:
+        with lenslrp.session(model) as own, segmented(own, prepared, Logit(5), hooks) as passed:
             passed.into([TARGET], found)
             raise RuntimeError("inside")
 
     with pytest.raises(RuntimeError, match="inside"):
         fail()
     assert changes(before, model) == []
-    with lenslrp.session(model) as own, cut(own, prepared, Logit(5), hooks) as passed:
+    with lenslrp.session(model) as own, segmented(own, prepared, Logit(5), hooks) as passed:
         first, _ = passed.into([TARGET], found)
         again, _ = passed.into([TARGET], found)
         assert all(torch.equal(first[hook], again[hook]) for hook in first)

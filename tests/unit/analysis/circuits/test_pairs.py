@@ -111,5 +111,5 @@ def test_an_encoder_decoder_has_no_pairs() -> None:
 
 def test_an_answer_that_is_the_rival() -> None:
     given = (["a b", "a d"], ["a c", "a e"], ["d", "e"], ["b", "e"])
-    with pytest.raises(InputError, match="pair 1: the answer is the rival, 'e'"):
+    with pytest.raises(InputError, match="pair 1: 'e' is both the answer and the incorrect one"):
         Pairs.from_texts(bridge(), *given, prepend_bos=False)

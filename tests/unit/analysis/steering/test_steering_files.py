@@ -69,7 +69,7 @@ def same(a: Any, b: Any) -> bool:
         return (a.at, a.name) == (b.at, b.name) and torch.equal(a.vector, b.vector)
     if isinstance(a, tuple) and a and not isinstance(a[0], int | str):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    if type(a).__module__.endswith("steering"):
+    if type(a).__module__.endswith("steering.operations"):
         return type(a) is type(b) and all(same(vars(a)[key], vars(b)[key]) for key in vars(a))
     return bool(a == b)
 

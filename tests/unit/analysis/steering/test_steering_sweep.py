@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslrp.analysis.steering.operations import Ablate, Add, Clamp, Moving, Scale, steer
-from lenslrp.analysis.steering.result import LABELS, SweepResult
+from lenslrp.analysis.steering.result import METRIC_LABELS, SweepResult
 from lenslrp.analysis.steering.sweeps import sweep
 from lenslrp.analysis.units.kinds import Direction, Head, Neuron
 from lenslrp.errors import InputError
@@ -197,7 +197,7 @@ def test_the_figure_draws_the_means_of_the_layer_asked_for() -> None:
     result = swept(model_(), lambda layer: Add(direction(layer), 0.0), [2.0, 1.0], layers=[0, 1])
     figure = result.plot(("kl", "repetition"), layer=1)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        LABELS["kl"],
+        METRIC_LABELS["kl"],
         "share of repeated bigrams",
     ]
     frame = result.to_dataframe()
