@@ -6,10 +6,10 @@ Every public name of a room is one of this package too, imported when first used
 """
 
 import sys
-import warnings
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from lenslrp.former import FormerModule
 
 if TYPE_CHECKING:
     from lenslrp.analysis.attribution import METHODS, Attribution, Method, attribute
@@ -358,27 +358,8 @@ _FORMER = {
 }
 
 
-class _Former(ModuleType):
-    """A module under its name in 0.1; what is taken from it comes from where it is now."""
-
-    def __init__(self, name: str, home: str) -> None:
-        super().__init__(name)
-        self.__dict__["_home"] = home
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        value = getattr(import_module(self._home), name)
-        warnings.warn(
-            f"{self.__name__}.{name} is {self._home}.{name} since 0.2",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return value
-
-
 for _name, _home in _FORMER.items():
-    sys.modules[f"{__name__}.{_name}"] = _Former(f"{__name__}.{_name}", f"{__name__}.{_home}")
+    FormerModule(f"{__name__}.{_name}", f"{__name__}.{_home}", since="0.2")
 
 
 def __getattr__(name: str) -> Any:
