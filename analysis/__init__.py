@@ -341,6 +341,7 @@ _FORMER = {
     "curve_plot": "evaluation.figures",
     "exports": "dictionary.export.folders",
     "faithfulness": "evaluation.faithfulness",
+    "finding": "dictionary.text_search",
     "intervene": "passes.intervene",
     "job": "dictionary.job",
     "naming": "dictionary.naming.names",
@@ -348,12 +349,14 @@ _FORMER = {
     "pairs": "circuits.pairs",
     "perturb": "evaluation.features",
     "perturb_parts": "evaluation.model_features",
+    "plots": "views.figures",
     "prompts": "passes.prompts",
     "providers": "dictionary.naming.providers",
     "report": "views.report",
     "sanity": "evaluation.sanity",
     "search": "dictionary.scan",
     "templates": "common.templates",
+    "unit_links": "dictionary.pages.links",
     "vocabulary": "units.projection",
 }
 
