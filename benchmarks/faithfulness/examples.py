@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import lenslrp
 from lenslrp.analysis.attribution.methods import attribute
 from lenslrp.analysis.common.records import in_order, read_records
 from lenslrp.analysis.common.statistics import bootstrap
@@ -20,6 +21,12 @@ from lenslrp.targets import PerRow
 
 PARAGRAPHS = "wikipedia_paragraphs.jsonl"
 TOKENS_PER_PASS = 640
+METHODS: dict[str, Callable[[], lenslrp.Composite]] = {
+    "AttnLRP": lenslrp.AttnLRP,
+    "CP-LRP": lenslrp.CPLRP,
+    "Gradient x Input": lenslrp.GradientTimesInput,
+}
+RANDOM = "random"
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 

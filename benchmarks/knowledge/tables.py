@@ -148,17 +148,13 @@ def print_own(changes: dict[tuple[str, int, float], Values], seed: int) -> None:
         table(f"Scale {scale:g}: median rank of the answer", head, rows)
 
 
-def paired(a: Values, b: Values, relations: list[str], seed: int) -> tuple[str, str, str]:
+def paired(a: Values, b: Values, relations: list[str], seed: int) -> str:
     """Mean of a - b with its interval, the interval over relations, and d."""
     kept = ~np.isnan(a - b)
     difference = (a - b)[kept]
-    own = [r for r, k in zip(relations, kept, strict=True) if k]
-    low, high = clustered(difference, own, seed)
-    return (
-        interval(difference, seed, "+"),
-        f"{low:+.2f} to {high:+.2f}",
-        f"{effect(difference):+.2f}",
-    )
+    low, high = clustered(difference, [r for r, k in zip(relations, kept, strict=True) if k], seed)
+    mean = interval(difference, seed, "+")
+    return f"{mean}; relations {low:+.2f} to {high:+.2f}; d {effect(difference):+.2f}"
 
 
 def print_paired(
@@ -173,8 +169,7 @@ def print_paired(
                 cells = []
                 for k in sizes:
                     a, b = (sign * changes[m, k, scale][:, LOG_PROB] for m in (reference, control))
-                    mean, by_relation, d = paired(a, b, relations, seed)
-                    cells.append(f"{mean}; relations {by_relation}; d {d}")
+                    cells.append(paired(a, b, relations, seed))
                 rows.append((control, *cells))
             table(
                 f"Scale {scale:g}: {name} of the log-probability, {reference} minus each control",
@@ -225,10 +220,10 @@ def print_damage(
     for reference in REFERENCES:
         rows = []
         for control in CONTROLS:
-            cells = []
-            for values in selectivity.values():
-                mean, by_relation, d = paired(values[reference], values[control], relations, seed)
-                cells.append(f"{mean}; relations {by_relation}; d {d}")
+            cells = [
+                paired(values[reference], values[control], relations, seed)
+                for values in selectivity.values()
+            ]
             rows.append((control, *cells))
         table(f"Selectivity: {reference} minus each control", ("control", *names), rows)
 
