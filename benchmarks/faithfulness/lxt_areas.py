@@ -104,7 +104,7 @@ def compare(options: argparse.Namespace) -> None:
     theirs, their_values = lxt_relevance(options.lxt, prompts)
     ours = np.stack(relevance("attnlrp", model, prompts))
     nothing = [np.zeros((1, prompt.length), dtype=bool) for prompt in prompts]
-    values = np.concatenate([values.value for values in token_values(model, prompts, nothing)])
+    values = np.concatenate([each.value for each in token_values(model, prompts, nothing)])
     apart = np.abs(ours - theirs).max(axis=1) / np.abs(theirs).max(axis=1)
     ranks = [spearman(a, b) for a, b in zip(ours, theirs, strict=True)]
     orders = (np.argsort(-ours, axis=1) == np.argsort(-theirs, axis=1)).all(axis=1)
@@ -116,9 +116,7 @@ def compare(options: argparse.Namespace) -> None:
         for name, curve in by_name.items():
             areas[name].append(curve.area)
     lead = np.subtract(areas["LensLRP"], areas["LXT"])
-    rows = [
-        {"implementation": name, **spread(values, options.seed)} for name, values in areas.items()
-    ]
+    rows = [{"implementation": name, **spread(area, options.seed)} for name, area in areas.items()]
     rows.append({"implementation": "LensLRP less LXT", **spread(lead, options.seed)})
     command = f"lxt_areas compare --lxt ../lxt-env/bin/python --n {options.n}"
     keep(

@@ -57,8 +57,8 @@ def upcycled(
             sliding_window=None,
         )
     )
-    kept = {name: tensor for name, tensor in llama.state_dict().items() if ".mlp." not in name}
-    missing, unexpected = model.load_state_dict(kept, strict=False)
+    shared = {name: tensor for name, tensor in llama.state_dict().items() if ".mlp." not in name}
+    missing, unexpected = model.load_state_dict(shared, strict=False)
     if unexpected or any(".mlp." not in name for name in missing):
         raise RuntimeError(f"not the same model: {missing} missing, {unexpected} unexpected")
     generator = torch.Generator().manual_seed(0)

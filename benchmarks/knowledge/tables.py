@@ -125,8 +125,8 @@ def print_own(changes: dict[tuple[str, int, float], Values], seed: int) -> None:
     head = ("method", *(f"k = {k}" for k in sizes))
 
     def values(method: str, k: int, scale: float, column: int) -> Values:
-        values = changes[method, k, scale][:, column]
-        return values[~np.isnan(values)]
+        change = changes[method, k, scale][:, column]
+        return change[~np.isnan(change)]
 
     for scale in measured_scales(changes):
         n = len(values(METHODS[0], sizes[0], scale, RANK))
