@@ -5,10 +5,10 @@ Its public names come from the rooms, each imported when first used, as in `lens
 """
 
 import sys
-import warnings
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from lenslrp.former import FormerModule
 
 if TYPE_CHECKING:
     from lenslrp.analysis.attribution import METHODS, Attribution, Method, attribute
@@ -255,6 +255,7 @@ _FORMER = {
     "curve_plot": "lenslrp.analysis.evaluation.figures",
     "exports": "lenslrp.analysis.dictionary.export.folders",
     "faithfulness": "lenslrp.analysis.evaluation.faithfulness",
+    "finding": "lenslrp.analysis.dictionary.text_search",
     "intervene": "lenslrp.edits",
     "job": "lenslrp.analysis.dictionary.job",
     "naming": "lenslrp.analysis.dictionary.naming.names",
@@ -269,31 +270,13 @@ _FORMER = {
     "sanity": "lenslrp.analysis.evaluation.sanity",
     "search": "lenslrp.analysis.dictionary.scan",
     "templates": "lenslrp.analysis.common.templates",
+    "unit_links": "lenslrp.analysis.dictionary.pages.links",
     "vocabulary": "lenslrp.analysis.units.projection",
 }
 
 
-class _Former(ModuleType):
-    """A module under its name in 0.1; what is taken from it comes from where it is now."""
-
-    def __init__(self, name: str, home: str) -> None:
-        super().__init__(name)
-        self.__dict__["_home"] = home
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        value = getattr(import_module(self._home), name)
-        warnings.warn(
-            f"{self.__name__}.{name} is {self._home}.{name} since 0.2",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return value
-
-
 for _name, _home in _FORMER.items():
-    sys.modules[f"{__name__}.{_name}"] = _Former(f"{__name__}.{_name}", _home)
+    FormerModule(f"{__name__}.{_name}", _home, since="0.2")
 
 
 def __getattr__(name: str) -> Any:

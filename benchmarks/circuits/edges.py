@@ -69,10 +69,10 @@ def main() -> None:
     chosen = choose_nodes(nodes["some"], 48, 1.0)
     keep = node_masks(chosen, nodes["some"])
     length = tokens.shape[1]
-    found: dict[str, list[tuple[float, float]]] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
 
     def note(name: str, run: Callable[[], object]) -> None:
-        found.setdefault(name, []).append(timed(run))
+        times.setdefault(name, []).append(timed(run))
 
     def plain() -> None:
         embeds = model.embed(prepared.tokens).detach().requires_grad_()
@@ -112,9 +112,9 @@ def main() -> None:
     print(f"SmolLM2, {length} tokens x {rows} rows, {options.rounds} rounds; median (quartiles)")
     print("| pass | processor time, ms | ratio to forward + backward | by the clock |")
     print("|---|---|---|---|")
-    for name, values in found.items():
+    for name, values in times.items():
         ratios = [
-            [value[i] / base[i] for value, base in zip(values, found["plain"], strict=True)]
+            [value[i] / base[i] for value, base in zip(values, times["plain"], strict=True)]
             for i in (1, 0)
         ]
         busy = statistics.median(value[1] for value in values)

@@ -6,7 +6,7 @@
     python -m benchmarks.circuits.nodes found      # what they keep
     python -m benchmarks.circuits.nodes cost       # of scoring all heads and neurons
 
-Pairs whose clean prompt is answered right and whose corrupt one is answered the other way, on
+Pairs whose clean prompt is answered right and whose corrupted one is answered the other way, on
 SmolLM2: indirect object and subject-verb agreement, denoising. Residual stream, attention and MLP
 outputs are nodes of one layer and one position; heads and neurons are patched at all positions. The
 neurons are a sample: the 50 largest by each estimate, and 100 at random.
@@ -69,7 +69,7 @@ PAPER = {"residual": (0.968, 0.753), "attention": (0.962, 0.979), "mlp": (0.992,
 
 def answered(model: Any, pairs: Pairs) -> Pairs:
     """The pairs whose two prompts are both answered as they should be."""
-    clean, corrupt = (
+    clean, corrupted = (
         torch.cat(
             [
                 logit_differences(model, batch_of(model, getattr(p, side), p), p)
@@ -78,7 +78,7 @@ def answered(model: Any, pairs: Pairs) -> Pairs:
         )
         for side in ("clean", "corrupt")
     )
-    return pairs[(clean > 0) & (corrupt < 0)]
+    return pairs[(clean > 0) & (corrupted < 0)]
 
 
 def _parts(pairs: Pairs) -> list[Pairs]:
@@ -112,28 +112,28 @@ def correlate(model: Any, task: str, n: int, every: int) -> None:
     """Scores of every chunk of pairs in a file of its own; what a file lacks is added to it."""
     for index, part in enumerate(_parts(drawn(model, task)[:n])):
         path = KEPT / f"{task}-{index}.safetensors"
-        found = load_file(path) if path.exists() else {}
-        before = len(found)
+        stored = load_file(path) if path.exists() else {}
+        before = len(stored)
         for names, by_position in ((BY_POSITION, True), (WHOLE, False)):
             options: dict[str, Any] = {"components": names, "by_position": by_position}
-            made = {
-                name: score_nodes(model, part, **given, **options)
-                for name, given in ESTIMATES.items()
-                if f"{name}/{names[0]}" not in found
+            added = {
+                name: score_nodes(model, part, **method_options, **options)
+                for name, method_options in ESTIMATES.items()
+                if f"{name}/{names[0]}" not in stored
             }
-            if f"exact/{names[0]}" not in found:
+            if f"exact/{names[0]}" not in stored:
                 only = nodes(model, names, part, by_position, every)
-                only += [] if by_position else sampled(made, index)
-                made["exact"] = score_nodes(model, part, method="exact", **options, only=only)
-                found["gap"] = (made["exact"].clean - made["exact"].corrupt).contiguous()
-            for name, scores in made.items():
+                only += [] if by_position else sampled(added, index)
+                added["exact"] = score_nodes(model, part, method="exact", **options, only=only)
+                stored["gap"] = (added["exact"].clean - added["exact"].corrupt).contiguous()
+            for name, scores in added.items():
                 for component in names:
-                    found[f"{name}/{component}"] = scores.of(component).contiguous()
-            print(task, index, names, "added:", ", ".join(made), flush=True)
-        if len(found) > before:
+                    stored[f"{name}/{component}"] = scores.of(component).contiguous()
+            print(task, index, names, "added:", ", ".join(added), flush=True)
+        if len(stored) > before:
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole(path) as temporary:
-                save_file(found, temporary)
+                save_file(stored, temporary)
 
 
 def nodes(
@@ -172,11 +172,11 @@ def table(first: int) -> None:
         for component in (*BY_POSITION, *WHOLE):
             for name in ESTIMATES:
                 values: dict[str, list[float]] = {measure: [] for measure in measures}
-                for found in files:
-                    if f"{name}/{component}" not in found:
+                for chunk in files:
+                    if f"{name}/{component}" not in chunk:
                         continue
                     exact, estimate = (
-                        found[f"{of}/{component}"].double().unflatten(1, (LAYERS, -1))[:, first:]
+                        chunk[f"{of}/{component}"].double().unflatten(1, (LAYERS, -1))[:, first:]
                         .flatten(1).numpy()
                         for of in ("exact", name)
                     )  # fmt: skip
@@ -213,10 +213,10 @@ def circuit(model: Any, task: str) -> None:
     options: dict[str, Any] = {"chunk": 25}
     scores = {name: score_nodes(model, find, **ESTIMATES[name], **options) for name in CIRCUITS}
     first, *_ = scores.values()
-    ranked = {name: (own, {"by": "score"}) for name, own in scores.items()}
+    ranked = {name: (scored, {"by": "score"}) for name, scored in scores.items()}
     ranked[f"{CIRCUITS[0]}, by size"] = (first, {"by": "size"})
     ranked |= {f"random {seed}": (first, {"by": "random", "seed": seed}) for seed in range(SEEDS)}
-    circuits = {name: prune(own, SHARE, **how) for name, (own, how) in ranked.items()}
+    circuits = {name: prune(scored, SHARE, **how) for name, (scored, how) in ranked.items()}
     print("scored", flush=True)
     result: dict[str, Any] = {"sizes": circuits[CIRCUITS[0]].sizes(), "kept": {}, "curves": {}}
     for ablation in ("corrupt", "mean"):
@@ -231,10 +231,10 @@ def circuit(model: Any, task: str) -> None:
     result["completeness"] = completeness(model, held, best, **options)
     result["minimality"] = minimality(model, held, best, **options).to_dict("list")
     for name in CURVES:
-        own, how = ranked[name]
-        curve = faithfulness_curve(model, held, own, **how, **options)
-        made = {"table": curve.table.to_dict("list"), "CPR": curve.cpr, "CMD": curve.cmd}
-        result["curves"][name] = made
+        scored, how = ranked[name]
+        curve = faithfulness_curve(model, held, scored, **how, **options)
+        summary = {"table": curve.table.to_dict("list"), "CPR": curve.cpr, "CMD": curve.cmd}
+        result["curves"][name] = summary
         print(task, name, f"CPR {curve.cpr:.2f}, CMD {curve.cmd:.2f}", flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     with whole(RESULTS / f"circuit-{task}.json") as temporary:
@@ -252,7 +252,7 @@ def _share(parts: list[list[float]], less: list[list[float]] | None = None) -> I
     return float(ratios[0]), float(low), float(high)
 
 
-def found() -> None:
+def print_circuits() -> None:
     """The circuits of ``circuit``: what they keep, and by how much the first is ahead."""
     for task in TEMPLATES:
         path = KEPT / f"circuit-{task}.json"
@@ -263,8 +263,8 @@ def found() -> None:
         first = kept["corrupt"][CIRCUITS[0]]
         print(f"\n{task}: {result['sizes']}, {len(first[0])} held-out pairs")
         rows = []
-        for name, own in kept["corrupt"].items():
-            values = [_share(own), _share(kept["mean"][name]), _share(first, own)]
+        for name, values_of in kept["corrupt"].items():
+            values = [_share(values_of), _share(kept["mean"][name]), _share(first, values_of)]
             texts = ["{:.2f} ({:.2f} to {:.2f})".format(*value) for value in values]
             rows.append([name, *texts])
         columns = ["nodes by", "corrupt", "mean", "first less this, corrupt"]
@@ -310,13 +310,13 @@ def plain(model: Any, pairs: Pairs) -> torch.Tensor:
         kept.append(out.detach().requires_grad_())
         return kept[-1]
 
-    clean, corrupt = (batch_of(model, side, pairs) for side in (pairs.clean, pairs.corrupt))
+    clean, corrupted = (batch_of(model, side, pairs) for side in (pairs.clean, pairs.corrupt))
     logit_differences(model, clean, pairs)
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        gap = logit_differences(model, corrupt, pairs, embed=leaf, gradients=True)
+        gap = logit_differences(model, corrupted, pairs, embed=leaf, gradients=True)
         (gradient,) = torch.autograd.grad(gap.sum(), kept)
     finally:
         for parameter in trained:
@@ -332,18 +332,18 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the lowest layer in the table")
     parser.add_argument("--every", type=int, default=1, help="patch every so many layers")
     parser.add_argument("--rounds", type=int, default=11)
-    given = parser.parse_args()
-    if given.what in ("table", "found"):
-        table(given.first) if given.what == "table" else found()
+    options = parser.parse_args()
+    if options.what in ("table", "found"):
+        table(options.first) if options.what == "table" else print_circuits()
         return
     torch.set_num_threads(1)
     model = lenslrp.load("smollm2-135m", dtype=torch.float32, device="cpu")
-    if given.what == "cost":
-        cost(model, given.rounds)
+    if options.what == "cost":
+        cost(model, options.rounds)
         return
-    for task in given.tasks:
-        if given.what == "correlate":
-            correlate(model, task, given.n, given.every)
+    for task in options.tasks:
+        if options.what == "correlate":
+            correlate(model, task, options.n, options.every)
         else:
             circuit(model, task)
 

@@ -88,14 +88,14 @@ def relevance_pass(
 ) -> Pass:
     """The pass of one case; a session stays open until ``stack`` is closed."""
     of_model: dict[str, Any] = {"attention": attention, "ledger": case.every}
-    asked: dict[str, Any] = {"names_filter": [], "logits": case.logits}
+    options: dict[str, Any] = {"names_filter": [], "logits": case.logits}
     if case.every:
-        asked |= {"names_filter": None, "reduce": "sum"}
+        options |= {"names_filter": None, "reduce": "sum"}
     if case.session:
         session = stack.enter_context(lenslrp.session(bridge, **of_model))
-        call = partial(session.run_with_relevance, **asked)
+        call = partial(session.run_with_relevance, **options)
     else:
-        call = partial(lenslrp.run_with_relevance, bridge, **of_model, **asked)
+        call = partial(lenslrp.run_with_relevance, bridge, **of_model, **options)
 
     def run(tokens: Tensor) -> Tensor:
         _, relevance = call(tokens, target=TARGET)

@@ -118,8 +118,10 @@ def sizes(options: argparse.Namespace) -> None:
                 print(f"{size} tokens a batch: {rates[size][-1]:.0f} tokens/s", flush=True)
     finally:
         BATCH_TOKENS["cpu"] = default
-    for size, found in rates.items():
-        print(f"| {size} | {statistics.median(found):.0f} | {min(found):.0f} | {max(found):.0f} |")
+    for size, speeds in rates.items():
+        print(
+            f"| {size} | {statistics.median(speeds):.0f} | {min(speeds):.0f} | {max(speeds):.0f} |"
+        )
 
 
 def cost(options: argparse.Namespace) -> None:

@@ -61,7 +61,7 @@ def print_peaks(options: argparse.Namespace) -> None:
         "| type | tokens | case | peak MiB | to plain | bar | met "
         f"| to {options.dtypes[0]} | bar | met |\n" + "|---" * 10 + "|"
     )
-    found: dict[tuple[str, str, int], float] = {}
+    peaks: dict[tuple[str, str, int], float] = {}
     for dtype, length in itertools.product(options.dtypes, options.lengths):
         bridge, tokens = build_bridge(DTYPES[dtype]), make_tokens(SMOLLM2, length)
         for case in (PLAIN, *options.cases):
@@ -69,10 +69,10 @@ def print_peaks(options: argparse.Namespace) -> None:
                 plain = case == PLAIN
                 run = plain_pass(bridge) if plain else relevance_pass(bridge, CASES[case], stack)
                 run(tokens)  # what is looked at once, in the first call, is no pass's memory
-                peak = found[dtype, case, length] = peak_mib(run, tokens)
+                peak = peaks[dtype, case, length] = peak_mib(run, tokens)
             ratios = (
-                (peak / found[dtype, PLAIN, length], OF_PLAIN.get((case, length))),
-                (peak / found[options.dtypes[0], case, length], 1.00),
+                (peak / peaks[dtype, PLAIN, length], OF_PLAIN.get((case, length))),
+                (peak / peaks[options.dtypes[0], case, length], 1.00),
             )
             cells = [f"{r:.3f} | {verdict(r, bar)}" for r, bar in ratios]
             name = PLAIN if plain else CASES[case].title
@@ -118,19 +118,19 @@ def print_counts(shape: Shape, options: argparse.Namespace) -> None:
         "| type | attention | checkpoint | logits | read | layers | tokens | weights GiB "
         "| peak besides GiB | held between passes GiB | 1e12 operations |\n" + "|---" * 11 + "|"
     )
-    found: list[tuple[dict[str, Any], Survey]] = []
+    surveys: list[tuple[dict[str, Any], Survey]] = []
     for case in cases(options):
         result = counted(shape, case)
-        found.append((case, result))
+        surveys.append((case, result))
         cells = [str(value) for value in case.values()]
         numbers = (result.weights / GIB, result.peak / GIB, result.held / GIB, result.flops / 1e12)
         cells += [f"{number:.3f}" for number in numbers]
         print("| " + " | ".join(cells) + " |", flush=True)
-    print_growth(shape, options, found)
+    print_growth(shape, options, surveys)
 
 
 def print_growth(
-    shape: Shape, options: argparse.Namespace, found: list[tuple[dict[str, Any], Survey]]
+    shape: Shape, options: argparse.Namespace, surveys: list[tuple[dict[str, Any], Survey]]
 ) -> None:
     """What one more layer holds, in residual streams, where several numbers of them were asked."""
     if len(options.layers) < 2:
@@ -138,7 +138,7 @@ def print_growth(
     print("\n| configuration | tokens | one more layer holds | in residual streams | exponent |")
     print("|---|---|---|---|---|")
     groups: dict[tuple[Any, ...], list[tuple[int, Survey]]] = {}
-    for case, result in found:
+    for case, result in surveys:
         key = tuple(v for k, v in case.items() if k != "layers")
         groups.setdefault(key, []).append((case["layers"], result))
     for (dtype, attention, checkpoint, logits, read, length), rows in groups.items():
@@ -207,10 +207,10 @@ def print_measured(options: argparse.Namespace) -> None:
         if done.returncode:
             print(f"{case}: exit {done.returncode}: {done.stderr[-300:]}", file=sys.stderr)
             continue
-        found = json.loads(done.stdout.strip().splitlines()[-1])
+        measured = json.loads(done.stdout.strip().splitlines()[-1])
         cells = [*map(str, case.values()), malloc]
-        cells += [f"{found[k]:.2f}" for k in ("base", "peak", "seconds")]
-        print("| " + " | ".join([*cells, f"{found['error']:.0e}"]) + " |", flush=True)
+        cells += [f"{measured[k]:.2f}" for k in ("base", "peak", "seconds")]
+        print("| " + " | ".join([*cells, f"{measured['error']:.0e}"]) + " |", flush=True)
 
 
 def main() -> None:

@@ -117,8 +117,8 @@ def kept(path: Path | None, settings: Row) -> Iterator[tuple[list[Row], Callable
     if path is None:
         yield [], lambda row: None
     else:
-        with resumed(path, settings) as found:
-            yield found
+        with resumed(path, settings) as done:
+            yield done
 
 
 def interleaved(
@@ -151,9 +151,9 @@ def print_times(done: list[dict[str, Times]], lines: list[Line]) -> None:
         "| met |\n" + "|---" * 8 + "|"
     )
     for line in lines:
-        own, others = ([row[name] for row in done] for name in (line.case, line.reference))
-        user, system = (1e3 * statistics.median(times) for times in zip(*own, strict=True))
-        pairs = list(zip(own, others, strict=True))
+        times, baseline = ([row[name] for row in done] for name in (line.case, line.reference))
+        user, system = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
+        pairs = list(zip(times, baseline, strict=True))
         low, ratio, high = quartiles(sum(a) / sum(b) for a, b in pairs)
         alone = statistics.median(a[0] / b[0] for a, b in pairs)
         print(
@@ -228,7 +228,7 @@ def lxt(options: argparse.Namespace) -> None:
         settings = {**conditions(), "lxt": theirs}
         rows, append = stack.enter_context(kept(options.resume, settings))
         bridge = build_bridge()
-        own = {
+        passes = {
             logits: relevance_pass(
                 build_bridge(weights=bridge), Case("", True, logits, False, {}), stack, "fused"
             )
@@ -239,19 +239,19 @@ def lxt(options: argparse.Namespace) -> None:
             tokens = make_tokens(SMOLLM2, length)
             worker.ask("input", tokens=tokens.tolist())
 
-            def asked(op: str, logits: str, key: str) -> Any:
+            def answer(op: str, logits: str, key: str) -> Any:
                 return worker.ask(op, logits=logits)[key]
 
-            relevance = {name: run(tokens) for name, run in own.items()}
-            timers = {name: partial(cpu_seconds, run, tokens) for name, run in own.items()}
-            for logits in own:
-                relevance[f"LXT {logits}"] = torch.tensor(asked("relevance", logits, "relevance"))
-                timers[f"LXT {logits}"] = partial(asked, "time", logits, "seconds")
+            relevance = {name: run(tokens) for name, run in passes.items()}
+            timers = {name: partial(cpu_seconds, run, tokens) for name, run in passes.items()}
+            for logits in passes:
+                relevance[f"LXT {logits}"] = torch.tensor(answer("relevance", logits, "relevance"))
+                timers[f"LXT {logits}"] = partial(answer, "time", logits, "seconds")
             require_agreement(length, relevance)
             print_times(interleaved(timers, length, options.rounds, rows, append), lines)
             print("\n| case | peak MiB | to LXT's | bar | met |\n" + "|---" * 5 + "|")
             for line in lines[:2]:
-                mine, other = peak_mib(own[line.case], tokens), asked("peak", line.case, "mib")
+                mine, other = peak_mib(passes[line.case], tokens), answer("peak", line.case, "mib")
                 said = f"{mine:.1f}; LXT {other:.1f} | {mine / other:.3f}"
                 print(f"| {line.title} | {said} | {verdict(mine / other, line.bar)} |", flush=True)
 
@@ -259,8 +259,8 @@ def lxt(options: argparse.Namespace) -> None:
 def conditions() -> Row:
     """What decides about the figures and is no option."""
     packages = ("torch", "transformers", "transformer-lens")
-    found: Row = {name: version(name) for name in packages}
-    return {**found, THP: os.environ.get(THP)}
+    versions: Row = {name: version(name) for name in packages}
+    return {**versions, THP: os.environ.get(THP)}
 
 
 def main() -> None:

@@ -4,10 +4,10 @@
 
 The choice is mechanical: in `facts.json`, in the order of the file, the first prompt of each of the
 first twenty relations whose answer the model gives first; of each the neuron with the largest
-relevance (AttnLRP, the answer's logit less the mean of its ten best rivals', summed over positions)
-that was not chosen before. What is printed of each is what `docs/explanation/twenty_neurons.md`
-was judged by: what it writes and reads, and the best sentences of ActMax, ActMin and RelMax; then
-the names that two providers give it from the sentences of the sign that its activation has at its
+relevance (AttnLRP, the answer's logit less the mean of the ten best other tokens', summed over
+positions) that was not chosen before. What is printed of each is what `docs/explanation/twenty_neurons.md` was
+judged by: what it writes and reads, and the best sentences of ActMax, ActMin and RelMax; then the
+names that two providers give it from the sentences of the sign that its activation has at its
 strongest position, with their scores on sentences that were kept back.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import lenslrp
-from benchmarks.knowledge.scores import FACTS, RIVALS, read_prompts
+from benchmarks.knowledge.scores import FACTS, OTHERS, read_prompts
 from lenslrp import targets
 from lenslrp.analysis import NeuronDictionary, Page
 from lenslrp.analysis.dictionary.naming.names import NamingExample, name_unit
@@ -44,7 +44,7 @@ def main() -> None:
         if wanted != [best]:
             continue
         relations.add(relation)
-        target = targets.Contrastive(best, top_k=RIVALS)
+        target = targets.Contrastive(best, top_k=OTHERS)
         _, R = lenslrp.run_with_relevance(model, prompt, target=target, ledger=False)
         top = R.top("mlp.hook_post", k=400)
         totals = top.groupby(["layer", "neuron"])["relevance"].sum().sort_values(ascending=False)

@@ -1,6 +1,6 @@
-"""How far the books of a right pass are off, in every type: what the balance check has to allow.
+"""How far relevance is from adding up where it is right, in every type: for the balance check.
 
-    python -m benchmarks.balance [--prompts 6] [--zoo]
+    python -m benchmarks.faithfulness.balance [--prompts 6] [--zoo]
 
 Tiny random models of every family of the tests (with --zoo: of every architecture that is covered),
 under five composites. For each type it prints the median, the 99th percentile and the largest of

@@ -6,9 +6,9 @@ SmolLM2-135M in float32; the first 64 tokens of encyclopaedic paragraphs (the fi
 first documents), the top logit after them. `cost`: passes and seconds of one explanation, relative
 to one plain forward and backward pass, interleaved, medians. `complete`: what of
 `f(x) - f(baseline)` the sum of integrated gradients misses, by steps and baseline. `stable`, for
-AttnLRP, its kin and the two rejected rules for the softmax: the sum of |relevance| relative to the
-target (how much cancels), the first token's share of it, and how far relevance moves (relative, in
-the Euclidean norm) when every embedding gets Gaussian noise of a thousandth of its own length.
+AttnLRP, its variants and the two rejected rules for the softmax: the sum of |relevance| relative to
+the target (how much cancels), the first token's share of it, and how far relevance moves (relative,
+in the Euclidean norm) when every embedding gets Gaussian noise of a thousandth of its own length.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def cost(model: Any, rows: list[torch.Tensor], seed: int) -> None:
     def one(name: str) -> Callable[[], PassCount]:
         def run() -> PassCount:
             start = time.perf_counter()
-            found = attribute(name, model, rows[0])
+            attribution = attribute(name, model, rows[0])
             times[name].append(time.perf_counter() - start)
-            return found.passes
+            return attribution.passes
 
         return run
 
@@ -92,20 +92,20 @@ def complete(model: Any, rows: list[torch.Tensor], seed: int) -> None:
         for steps in (8, 32, 128):
             errors = []
             for row in rows:
-                found = attribute(
+                attribution = attribute(
                     "integrated_gradients", model, row, steps=steps, baseline=baseline
                 )
                 question = resolve(model, row)
                 nothing = torch.zeros(1, 1, LENGTH, dtype=torch.bool)
                 low = question.ablated(nothing, question.baseline(baseline))
-                gap = float(found.target.value - low)
-                errors.append(abs(float(found.tokens.sum()) - gap) / abs(gap))
+                difference = float(attribution.target.value - low)
+                errors.append(abs(float(attribution.tokens.sum()) - difference) / abs(difference))
             print(f"| {baseline} | {steps} | {interval(np.array(errors), seed)} |", flush=True)
 
 
 def stable(model: Any, rows: list[torch.Tensor], seed: int) -> None:
     """One table: method, cancellation, the first token's share, sensitivity to noise."""
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in STABLE}
+    ratios: dict[str, list[tuple[float, float, float]]] = {name: [] for name in STABLE}
     for row in tqdm(rows, desc="prompts", unit="prompt"):
         embeds = model.embed(row).detach()
         generator = torch.Generator().manual_seed(seed)
@@ -119,7 +119,7 @@ def stable(model: Any, rows: list[torch.Tensor], seed: int) -> None:
             ]
             one, other = (answer.tokens[0].double() for answer in answers)
             value = float(answers[0].target.value)
-            found[name].append(
+            ratios[name].append(
                 (
                     float(one.abs().sum()) / abs(value),
                     float(one[0].abs() / one.abs().sum()),
@@ -128,7 +128,7 @@ def stable(model: Any, rows: list[torch.Tensor], seed: int) -> None:
             )
     print("| method | sum of magnitudes / target | first token's share | moved by noise |")
     print("|---|---|---|---|")
-    for name, values in found.items():
+    for name, values in ratios.items():
         cells = [interval(np.array(column), seed) for column in zip(*values, strict=True)]
         print(f"| {name} | " + " | ".join(cells) + " |")
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import lenslrp
 from lenslrp.analysis.attribution.methods import attribute
 from lenslrp.analysis.common.records import in_order, read_records
 from lenslrp.analysis.common.statistics import bootstrap
@@ -20,6 +21,12 @@ from lenslrp.targets import PerRow
 
 PARAGRAPHS = "wikipedia_paragraphs.jsonl"
 TOKENS_PER_PASS = 640
+METHODS: dict[str, Callable[[], lenslrp.Composite]] = {
+    "AttnLRP": lenslrp.AttnLRP,
+    "CP-LRP": lenslrp.CPLRP,
+    "Gradient x Input": lenslrp.GradientTimesInput,
+}
+RANDOM = "random"
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -89,16 +96,16 @@ def keep(
         rows: plain columns; floats are written with four significant digits.
     """
     tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    told = [{key: _short(value) for key, value in row.items()} for row in rows]
+    rounded = [{key: _short(value) for key, value in row.items()} for row in rows]
     tables[name] = {
         "command": f"python -m benchmarks.faithfulness.{command}",
         **about,
-        "rows": told,
+        "rows": rounded,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
     print(f"{name}: {about}")
-    for row in told:
+    for row in rounded:
         print("  " + ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 

@@ -19,7 +19,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,17 +28,12 @@ from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
+from benchmarks.faithfulness.examples import METHODS, RANDOM
 from lenslrp.analysis.common.statistics import RESAMPLES, interval
 from lenslrp.analysis.evaluation.spans import overlap, token_spans
 from lenslrp.text.spelling import Spans
 
 PROMPTS = Path(__file__).with_name("keyword_prompts.json")
-METHODS: dict[str, Callable[[], object]] = {
-    "AttnLRP": lenslrp.AttnLRP,
-    "CP-LRP": lenslrp.CPLRP,
-    "Gradient x Input": lenslrp.GradientTimesInput,
-}
-RANDOM = "random"
 
 
 @dataclass(frozen=True)

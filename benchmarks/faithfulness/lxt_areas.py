@@ -40,24 +40,24 @@ def explain(options: argparse.Namespace) -> None:
     from make_lxt_references import FAMILIES, import_torchvision, patch
 
     torch.set_num_threads(1)
-    asked = json.loads(options.asked.read_text(encoding="utf-8"))
+    request = json.loads(options.asked.read_text(encoding="utf-8"))
     import_torchvision()
     modeling = patch(FAMILIES["llama"])
     from transformers import LlamaConfig
 
-    told = json.loads((Path(asked["model"]) / "config.json").read_text(encoding="utf-8"))
-    rope = told.pop("rope_parameters")  # the newer transformers' name
+    config_json = json.loads((Path(request["model"]) / "config.json").read_text(encoding="utf-8"))
+    rope = config_json.pop("rope_parameters")  # the newer transformers' name
     if rope["rope_type"] != "default":
         raise SystemExit(f"rope_type is {rope['rope_type']}, which this script does not translate")
-    config = LlamaConfig(**told, rope_theta=rope["rope_theta"])
+    config = LlamaConfig(**config_json, rope_theta=rope["rope_theta"])
     model = modeling.LlamaForCausalLM.from_pretrained(
-        asked["model"], config=config, torch_dtype=torch.float32, attn_implementation="eager"
+        request["model"], config=config, torch_dtype=torch.float32, attn_implementation="eager"
     ).eval()
     model.requires_grad_(False)
     tokens, values = [], []
-    targets = torch.tensor(asked["targets"])
+    targets = torch.tensor(request["targets"])
     for ids, wanted in zip(
-        torch.tensor(asked["ids"]).split(BATCH), targets.split(BATCH), strict=True
+        torch.tensor(request["ids"]).split(BATCH), targets.split(BATCH), strict=True
     ):
         inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
         logits = model(inputs_embeds=inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
@@ -75,18 +75,18 @@ def lxt_relevance(python: Path, prompts: list[Any]) -> tuple[Any, Any]:
     from lenslrp.models.embedded import ensure_cached
 
     with tempfile.TemporaryDirectory() as folder:
-        asked, answer = Path(folder) / "asked.json", Path(folder) / "answer.safetensors"
+        request, answer = Path(folder) / "asked.json", Path(folder) / "answer.safetensors"
         what = {
             "model": str(ensure_cached(MODEL)),
             "ids": [prompt.tokens.tolist() for prompt in prompts],
             "targets": [int(prompt.target.token) for prompt in prompts],
         }
-        asked.write_text(json.dumps(what), encoding="utf-8")
+        request.write_text(json.dumps(what), encoding="utf-8")
         # LXT's Python must not see our packages
-        command = [str(python), "-I", __file__, "explain", str(asked), str(answer)]
+        command = [str(python), "-I", __file__, "explain", str(request), str(answer)]
         subprocess.run(command, check=True)
-        found = load_file(answer)
-    return found["tokens"].double().numpy(), found["values"].double().numpy()
+        tensors = load_file(answer)
+    return tensors["tokens"].double().numpy(), tensors["values"].double().numpy()
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -104,7 +104,7 @@ def compare(options: argparse.Namespace) -> None:
     theirs, their_values = lxt_relevance(options.lxt, prompts)
     ours = np.stack(relevance("attnlrp", model, prompts))
     nothing = [np.zeros((1, prompt.length), dtype=bool) for prompt in prompts]
-    values = np.concatenate([found.value for found in token_values(model, prompts, nothing)])
+    values = np.concatenate([each.value for each in token_values(model, prompts, nothing)])
     apart = np.abs(ours - theirs).max(axis=1) / np.abs(theirs).max(axis=1)
     ranks = [spearman(a, b) for a, b in zip(ours, theirs, strict=True)]
     orders = (np.argsort(-ours, axis=1) == np.argsort(-theirs, axis=1)).all(axis=1)
@@ -112,11 +112,11 @@ def compare(options: argparse.Namespace) -> None:
     areas: dict[str, list[float]] = {"LensLRP": [], "LXT": []}
     for prompt, one, other in zip(prompts, ours, theirs, strict=True):
         features = tokens_of(model, prompt)
-        found = curves(features, {"LensLRP": one, "LXT": other}, steps=STEPS)
-        for name, curve in found.items():
+        by_name = curves(features, {"LensLRP": one, "LXT": other}, steps=STEPS)
+        for name, curve in by_name.items():
             areas[name].append(curve.area)
     lead = np.subtract(areas["LensLRP"], areas["LXT"])
-    rows = [{"implementation": name, **spread(own, options.seed)} for name, own in areas.items()]
+    rows = [{"implementation": name, **spread(area, options.seed)} for name, area in areas.items()]
     rows.append({"implementation": "LensLRP less LXT", **spread(lead, options.seed)})
     command = f"lxt_areas compare --lxt ../lxt-env/bin/python --n {options.n}"
     keep(
@@ -144,8 +144,8 @@ def compare(options: argparse.Namespace) -> None:
         "prompts with the same area": int((lead == 0).sum()),
         "largest difference of area": float(np.abs(lead).max()),
     }
-    told = [{"measure": name, "value": value} for name, value in agreement.items()]
-    keep(options.results, "agreement", told, command, n=len(prompts), dtype="float32")
+    rows = [{"measure": name, "value": value} for name, value in agreement.items()]
+    keep(options.results, "agreement", rows, command, n=len(prompts), dtype="float32")
 
 
 def main() -> None:

@@ -40,19 +40,19 @@ def main() -> None:
     for image in tqdm(cifar.prepare(held_out.pixels)[: options.count]):
         low = models[torch.bfloat16]
         prompt = as_prompt(low, pixel_values=image[None].bfloat16())
-        found = {
+        relevances = {
             (name, dtype): attribute(
                 name, model, target=prompt.target, pixel_values=image[None].to(dtype)
             ).tokens[0].double().numpy()
             for name in METHODS
             for dtype, model in models.items()
         }  # fmt: skip
-        keyed = {f"{name} {dtype}": values for (name, dtype), values in found.items()}
+        keyed = {f"{name} {dtype}": values for (name, dtype), values in relevances.items()}
         drawn = curves(patches_of(low, prompt), keyed, steps=STEPS)
-        for (name, dtype), curve in zip(found, drawn.values(), strict=True):
+        for (name, dtype), curve in zip(relevances, drawn.values(), strict=True):
             areas.setdefault((name, dtype), []).append(curve.area)
         for name in METHODS:
-            pair = [found[name, dtype] for dtype in models]
+            pair = [relevances[name, dtype] for dtype in models]
             alike.setdefault(name, []).append(float(np.corrcoef(*pair)[0, 1]))
     rows = []
     for name in METHODS:

@@ -46,7 +46,7 @@ NAMES = {**{task: name for task, (name, _, _) in TASKS.items()}, "known": "these
 REFERENCE = {"images": "attnlrp_gamma"}
 """The method that others are compared with: AttnLRP, for images its gamma composite."""
 
-RIVALS = (
+COMPARED = (
     "gradient_x_input", "integrated_gradients", "smoothgrad", "attention_rollout",
     "gradient_x_attention_rollout", "atman",
 )  # fmt: skip
@@ -86,14 +86,17 @@ def task_table(task: str) -> str:
                 if row["method"] in known:
                     continue
                 name = metric if row["perturbation"] == "none" else f"area, {row['perturbation']}"
-                own = rows.setdefault(row["method"], {"n": str(row["n"])})
-                own[name] = _number(row)
+                cells = rows.setdefault(row["method"], {"n": str(row["n"])})
+                cells[name] = _number(row)
                 if metric != "above_distractor":
-                    own[f"less {reference}" + f" ({name})"] = _number(row, "difference", "+")
-    columns = list(dict.fromkeys(name for own in rows.values() for name in own))
+                    cells[f"less {reference}" + f" ({name})"] = _number(row, "difference", "+")
+    columns = list(dict.fromkeys(name for cells in rows.values() for name in cells))
     return markdown(
         ["method", *columns],
-        ([f"`{method}`", *(own.get(name, "") for name in columns)] for method, own in rows.items()),
+        (
+            [f"`{method}`", *(cells.get(name, "") for name in columns)]
+            for method, cells in rows.items()
+        ),
     )
 
 
@@ -130,8 +133,8 @@ def summary(every: Mapping[str, pd.DataFrame]) -> str:
     names = [name for name in METHODS if any(name in table.index for table in every.values())]
     rows = [[f"`{name}`", *(cell(task, name) for task in every)] for name in names]
     won = [
-        str(sum(bool(table.loc[m, "low"] > 0) for m in RIVALS if m in table.index))
-        + f" of {sum(m in table.index for m in RIVALS)}"
+        str(sum(bool(table.loc[m, "low"] > 0) for m in COMPARED if m in table.index))
+        + f" of {sum(m in table.index for m in COMPARED)}"
         for table in every.values()
     ]
     return markdown(
@@ -158,12 +161,12 @@ def search(half: str) -> str:
             table = Results.read(folder).table(metric)
             for _, row in table[table["perturbation"] == way].iterrows():
                 text = _number(row, "difference", "+")
-                own = cells.setdefault(row["method"], {})
+                row_of = cells.setdefault(row["method"], {})
                 name = f"{NAMES[task]}, {metric}, n = {row['n']}"
-                own[name] = f"**{text}**" if row["difference_low"] > 0 else text
+                row_of[name] = f"**{text}**" if row["difference_low"] > 0 else text
     cells.pop("attnlrp", None)
-    columns = list(dict.fromkeys(name for own in cells.values() for name in own))
-    rows = [[name, *(own.get(c, "") for c in columns)] for name, own in cells.items()]
+    columns = list(dict.fromkeys(name for row_of in cells.values() for name in row_of))
+    rows = [[name, *(row_of.get(c, "") for c in columns)] for name, row_of in cells.items()]
     return markdown(["less AttnLRP", *columns], rows)
 
 
@@ -177,26 +180,26 @@ def costs() -> str:
             tables[task] = table.drop_duplicates("method").set_index("method")
     rows = []
     for name in METHODS:
-        own = [t.loc[name] if name in t.index else None for t in tables.values()]
-        some = [row for row in own if row is not None]
-        if some:
-            passes = f"{some[0]['forward']:.0f}, {some[0]['backward']:.0f}"
+        timed = [t.loc[name] if name in t.index else None for t in tables.values()]
+        present = [row for row in timed if row is not None]
+        if present:
+            passes = f"{present[0]['forward']:.0f}, {present[0]['backward']:.0f}"
             rows.append(
-                [f"`{name}`", passes, *("" if r is None else f"{r['cost']:.1f}" for r in own)]
+                [f"`{name}`", passes, *("" if r is None else f"{r['cost']:.1f}" for r in timed)]
             )
     return markdown(["method", "forward, backward", *(NAMES[t] for t in tables)], rows)
 
 
 def measured() -> dict[str, str]:
     """Every table of the other scripts' files, as ``file table``."""
-    found = {}
+    tables = {}
     for path in sorted(PAGES.glob("*.json")):
         for name, table in json.loads(path.read_text(encoding="utf-8")).items():
             rows = [_joined(row) for row in table["rows"]]
             columns = list(dict.fromkeys(key for row in rows for key in row))
             shown = ([row.get(column, "") for column in columns] for row in rows)
-            found[f"{path.stem} {name}"] = markdown(columns, shown)
-    return found
+            tables[f"{path.stem} {name}"] = markdown(columns, shown)
+    return tables
 
 
 def _joined(row: Mapping[str, Any]) -> dict[str, str]:
@@ -258,12 +261,13 @@ def first_steps(task: str, way: str) -> str:
     frame = pd.concat([results.frame for results in runs_of(task)])
     part = frame[frame["perturbation"] == way].drop_duplicates(["example", "method"])
     rows = []
-    for name, own in part.groupby("method", sort=False):
+    for name, curves in part.groupby("method", sort=False):
         steps = [
-            [curve[i] for curve in own[way]] for way, i in (("morf", 0), ("morf", 1), ("lerf", 1))
+            [curve[i] for curve in curves[way]]
+            for way, i in (("morf", 0), ("morf", 1), ("lerf", 1))
         ]
         means = (f"{np.mean(values):.2f}" for values in steps)
-        rows.append([f"`{name}`", str(len(own)), *means])
+        rows.append([f"`{name}`", str(len(curves)), *means])
     return markdown(["method", "n", "whole", "most relevant gone", "least relevant gone"], rows)
 
 
@@ -273,10 +277,10 @@ def settings_table() -> str:
         for results in runs_of(task):
             s, run = results.settings, RUNS_OF[task]
             unfit = ", ".join(f"{n} {reason}" for reason, n in results.unfit.items()) or "none"
-            told = [run.model, s["model"]["dtype"], results.n, s["steps"]]
+            cells = [run.model, s["model"]["dtype"], results.n, s["steps"]]
             size = f"{results.frame['features'].mean():.0f}"
-            told += [size, s["half"] or "all", unfit, len(results.skipped)]
-            rows.append([NAMES[task], *map(str, told)])
+            cells += [size, s["half"] or "all", unfit, len(results.skipped)]
+            rows.append([NAMES[task], *map(str, cells)])
     return markdown(
         ["task", "model", "dtype", "n", "steps", "features, mean", "half of the texts", "left out",
          "damaged lines"], rows,

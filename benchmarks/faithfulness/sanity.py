@@ -1,4 +1,4 @@
-"""Six checks of AttnLRP beside its kin on SmolLM2: docs/reference/results/sanity.json.
+"""Six checks of AttnLRP beside its variants on SmolLM2: docs/reference/results/sanity.json.
 
     python -m benchmarks.faithfulness.sanity next_word naopc lowest sensitivity randomisation
 
@@ -60,16 +60,18 @@ SENTENCES = (
 def values_of(model: Any, prompts: list[ExplainedPrompt]) -> Numbers:
     """The target of each prompt, with nothing taken away."""
     nothing = [np.zeros((1, prompt.length), dtype=bool) for prompt in prompts]
-    return np.concatenate([found.value for found in token_values(model, prompts, nothing)])
+    return np.concatenate([values.value for values in token_values(model, prompts, nothing)])
 
 
 def leads(columns: dict[str, Numbers], seed: int, prefix: str = "") -> list[dict[str, Any]]:
     """A row a method: mean and interval, and its paired difference from AttnLRP."""
     rows = []
-    for name, own in columns.items():
-        row: dict[str, Any] = {"method": name, "n": len(own), **spread(own, seed, prefix)}
+    for name, values in columns.items():
+        row: dict[str, Any] = {"method": name, "n": len(values), **spread(values, seed, prefix)}
         if name != "attnlrp":
-            row |= spread(own - columns["attnlrp"][: len(own)], seed, f"{prefix}less_attnlrp_")
+            row |= spread(
+                values - columns["attnlrp"][: len(values)], seed, f"{prefix}less_attnlrp_"
+            )
         rows.append(row)
     return rows
 
@@ -80,19 +82,19 @@ def next_word(model: Any, options: argparse.Namespace) -> None:
     drawn = examples("next_word", model, options.n, data=options.data / PARAGRAPHS, seed=seed)
     prompts = [example.prompt for example in drawn]
     few = prompts[:count]
-    found = {name: relevance(name, model, prompts) for name in ("attnlrp", "cp_lrp")}
+    relevances = {name: relevance(name, model, prompts) for name in ("attnlrp", "cp_lrp")}
     shares = {
         name: np.array([abs(tokens[0]) / np.abs(tokens).sum() for tokens in rows])
-        for name, rows in found.items()
+        for name, rows in relevances.items()
     }
     command = f"sanity next_word --n {options.n}"
     about = {"model": MODEL, "tokens": prompts[0].length, "seed": seed, "dtype": options.dtype}
     keep(options.results, "first_token", leads(shares, seed), command, **about)
-    found |= {name: relevance(name, model, few) for name in REJECTED}
+    relevances |= {name: relevance(name, model, few) for name in REJECTED}
     targets = np.abs(values_of(model, few))
     sums = {
         name: np.array([np.abs(tokens).sum() for tokens in rows[:count]]) / targets
-        for name, rows in found.items()
+        for name, rows in relevances.items()
     }
     rows = []
     for name, ratio in sums.items():
@@ -101,12 +103,12 @@ def next_word(model: Any, options: argparse.Namespace) -> None:
             {"method": name, "n": count, "quartile_1": low, "median": median, "quartile_3": high}
         )
     keep(options.results, "softmax_magnitude", rows, command, **about)
-    areas: dict[str, list[float]] = {name: [] for name in found}
+    areas: dict[str, list[float]] = {name: [] for name in relevances}
     for i, prompt in enumerate(few):
-        own = {name: tokens[i] for name, tokens in found.items()}
-        for name, curve in curves(tokens_of(model, prompt), own, steps=STEPS).items():
+        orders = {name: tokens[i] for name, tokens in relevances.items()}
+        for name, curve in curves(tokens_of(model, prompt), orders, steps=STEPS).items():
             areas[name].append(curve.area)
-    table = leads({name: np.array(own) for name, own in areas.items()}, seed)
+    table = leads({name: np.array(values) for name, values in areas.items()}, seed)
     keep(options.results, "softmax_area", table, command, **about, baseline="zero", steps=STEPS)
 
 
@@ -114,15 +116,15 @@ def every_set(model: Any, prompts: list[ExplainedPrompt]) -> list[Features]:
     """The tokens of short prompts as features; all sets of all prompts are asked for at once."""
     sets = [np.array([*product((False, True), repeat=prompt.length)]) for prompt in prompts]
     return [
-        Features(np.arange(len(own[0])), partial(_known, own, found))
-        for own, found in zip(sets, token_values(model, prompts, sets), strict=True)
+        Features(np.arange(len(masks[0])), partial(_known, masks, values))
+        for masks, values in zip(sets, token_values(model, prompts, sets), strict=True)
     ]
 
 
-def _known(sets: Masks, found: Values, asked: Masks) -> Values:
+def _known(sets: Masks, known: Values, masks: Masks) -> Values:
     """The values of the sets that are asked for: their places are their numbers in binary."""
-    rows = asked @ (1 << np.arange(sets.shape[1])[::-1])
-    return Values(found.value[rows], found.probability[rows])
+    rows = masks @ (1 << np.arange(sets.shape[1])[::-1])
+    return Values(known.value[rows], known.probability[rows])
 
 
 def naopc(model: Any, options: argparse.Namespace) -> None:
@@ -132,13 +134,13 @@ def naopc(model: Any, options: argparse.Namespace) -> None:
         "agreement", model, count, seed=options.seed, fits=lambda e: e.prompt.length <= SHORT
     )
     prompts = [example.prompt for example in drawn]
-    found = {name: relevance(name, model, prompts, options.seed) for name in ORDERED}
+    relevances = {name: relevance(name, model, prompts, options.seed) for name in ORDERED}
     scores: dict[str, list[float]] = {name: [] for name in ORDERED}
     for i, features in enumerate(every_set(model, prompts)):
         bounds = aopc_bounds(features)
-        for name, rows in found.items():
+        for name, rows in relevances.items():
             scores[name].append(normalised_aopc(aopc(features, rows[i]), bounds))
-    table = leads({name: np.array(own) for name, own in scores.items()}, options.seed)
+    table = leads({name: np.array(values) for name, values in scores.items()}, options.seed)
     command = f"sanity naopc --n {options.n}"
     keep(options.results, "naopc", table, command, model=MODEL, task="agreement",
          tokens=f"at most {SHORT}", bounds="exact", baseline="zero", seed=options.seed,
@@ -149,9 +151,9 @@ def lowest(model: Any, options: argparse.Namespace) -> None:
     """Which token of an indirect-object sentence speaks against the answer most."""
     count = max(1, round(0.3 * options.n))
     drawn = examples("indirect_object", model, count, seed=options.seed)
-    found = relevance("attnlrp", model, [example.prompt for example in drawn])
+    relevances = relevance("attnlrp", model, [example.prompt for example in drawn])
     places = {"first mention of the rival": 0, "second mention": 0, "another token": 0}
-    for example, tokens in zip(drawn, found, strict=True):
+    for example, tokens in zip(drawn, relevances, strict=True):
         assert example.distractor is not None
         first, *later = np.flatnonzero(example.distractor).tolist()
         at = int(tokens[1:].argmin()) + 1
@@ -164,14 +166,14 @@ def lowest(model: Any, options: argparse.Namespace) -> None:
 
 def known_facts(model: Any, count: int, seed: int) -> list[dict[str, ExplainedPrompt]]:
     """Pairs of texts that differ in an irrelevant sentence, with the answer on top after both."""
-    told = json.loads(FACTS.read_text(encoding="utf-8"))["relations"].values()
+    relations = json.loads(FACTS.read_text(encoding="utf-8"))["relations"].values()
     facts = [
-        (one["template"].format(subject), end) for one in told for subject, end in one["facts"]
+        (one["template"].format(subject), end) for one in relations for subject, end in one["facts"]
     ]
     pairs: list[dict[str, ExplainedPrompt]] = []
     for i in np.random.default_rng(seed).permutation(len(facts)).tolist():
-        asked, end = facts[i]
-        both = [f"{SENTENCES[(i + k) % len(SENTENCES)]} {asked}" for k in (0, 1)]
+        question, end = facts[i]
+        both = [f"{SENTENCES[(i + k) % len(SENTENCES)]} {question}" for k in (0, 1)]
         answer = model.tokenizer.encode(f" {end}", add_special_tokens=False)
         prompts = {text: as_prompt(model, text) for text in both}
         if all([prompt.target.token] == answer for prompt in prompts.values()):
@@ -191,8 +193,8 @@ def irrelevant(model: Any, options: argparse.Namespace) -> None:
     measures = ("spearman", "change", "inside")
     columns: dict[str, dict[str, Numbers]] = {measure: {} for measure in measures}
     for name in METHODS:
-        found = zip(ids, relevance(name, model, prompts), values, strict=True)
-        answers = dict(zip(texts, found, strict=True))
+        results = zip(ids, relevance(name, model, prompts), values, strict=True)
+        answers = dict(zip(texts, results, strict=True))
         judged = [sensitivity(answers.__getitem__, *pair) for pair in pairs]
         for measure in measures:
             columns[measure][name] = np.array([getattr(one, measure) for one in judged])
@@ -221,9 +223,9 @@ def randomised(model: Any, options: argparse.Namespace) -> None:
 
     rows = []
     for mode in MODES:
-        found = randomisation(model, now, mode=mode, layers=LAYERS, seed=seed)
-        found["method"] = [name for name, _ in found["name"]]
-        for (method, layer), part in found.groupby(["method", "layer"], sort=False):
+        frame = randomisation(model, now, mode=mode, layers=LAYERS, seed=seed)
+        frame["method"] = [name for name, _ in frame["name"]]
+        for (method, layer), part in frame.groupby(["method", "layer"], sort=False):
             row = {"mode": mode, "method": method, "layer": int(layer), "n": len(part)}
             for measure in ("spearman", "spearman_abs"):
                 row |= spread(part[measure].to_numpy(), seed, f"{measure}_")

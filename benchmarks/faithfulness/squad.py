@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
 from benchmarks import DATA, RESULTS
+from benchmarks.faithfulness.examples import METHODS, RANDOM
 from lenslrp import targets
 from lenslrp.analysis.common.journal import resumed
 from lenslrp.analysis.common.statistics import RESAMPLES, interval
@@ -47,13 +48,6 @@ MODEL = "flan-t5-small-titles"
 TEMPLATE = QUESTION[True]
 QUESTIONS = DATA / "squad_dev.jsonl"
 RANDOM_ORDERS = 200
-
-METHODS: dict[str, Callable[[], lenslrp.Composite]] = {
-    "AttnLRP": lenslrp.AttnLRP,
-    "CP-LRP": lenslrp.CPLRP,
-    "Gradient x Input": lenslrp.GradientTimesInput,
-}
-RANDOM = "random"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The pictures of README.md, from the embedded models: docs/images/NAME.png and NAME-dark.png.
 
-    python -m benchmarks.gallery.pictures [NAME ...]  # --help tells the names
+    python -m benchmarks.gallery.pictures [NAME ...]  # all of them, or those named
 
 Each is what the library itself draws, in its light and its dark theme; pages of HTML are taken by a
 headless Chromium. `photograph` needs scikit-image, `steering` takes two minutes.

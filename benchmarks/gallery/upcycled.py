@@ -22,11 +22,11 @@ import lenslrp
 def dense(bridge: TransformerBridge) -> LlamaForCausalLM:
     """The Llama inside a bridge, as a Hugging Face model of its own."""
     model = LlamaForCausalLM(bridge.original_model.config)
-    own = {
+    weights = {
         name.replace("._original_component", ""): tensor
         for name, tensor in bridge.original_model.state_dict().items()
     }
-    model.load_state_dict({name: own[name] for name in model.state_dict() if name in own})
+    model.load_state_dict({name: weights[name] for name in model.state_dict() if name in weights})
     return model.eval()
 
 
@@ -57,8 +57,8 @@ def upcycled(
             sliding_window=None,
         )
     )
-    own = {name: tensor for name, tensor in llama.state_dict().items() if ".mlp." not in name}
-    missing, unexpected = model.load_state_dict(own, strict=False)
+    shared = {name: tensor for name, tensor in llama.state_dict().items() if ".mlp." not in name}
+    missing, unexpected = model.load_state_dict(shared, strict=False)
     if unexpected or any(".mlp." not in name for name in missing):
         raise RuntimeError(f"not the same model: {missing} missing, {unexpected} unexpected")
     generator = torch.Generator().manual_seed(0)

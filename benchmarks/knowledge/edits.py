@@ -50,10 +50,10 @@ def run_rows(model: TransformerBridge, ids: Iterable[int], rows: list[Row]) -> I
     logits: list[Tensor] = []
     for start in range(0, len(unique), ROWS):
         some = unique[start : start + ROWS]
-        edits = [replace(edit, rows=(place,)) for place, own in enumerate(some) for edit in own]
+        edits = [replace(edit, rows=(place,)) for place, group in enumerate(some) for edit in group]
         with edit_units(model, edits):
             logits.extend(model(tokens.expand(len(some), -1)))
-    place = {own: index for index, own in enumerate(unique)}
+    place = {edit: index for index, edit in enumerate(unique)}
     yield logits[0]
     for row in rows:
         yield logits[place[row.edits]]
@@ -63,25 +63,31 @@ def answers(
     model: TransformerBridge, ids: Iterable[int], wanted: list[int], rows: list[Row]
 ) -> dict[str, Any]:
     """Logit, log-probability and rank of the wanted tokens in every row, and its top token."""
-    told = []
+    results = []
     with model.hooks(fwd_hooks=[("unembed.hook_in", last_only)]):
         for logits in run_rows(model, ids, rows):
             last = logits[-1].double()
             normal = last.logsumexp(dim=0)
-            own = []
+            answered = []
             for token in wanted:
                 logit = float(last[token])
                 rank = int((last > last[token]).sum()) + 1
-                own.append((round(logit, 5), round(logit - float(normal), 5), rank))
-            told.append([own, int(last.argmax())])
-    return {"plain": told[0], "rows": [[r.label, *t] for r, t in zip(rows, told[1:], strict=True)]}
+                answered.append((round(logit, 5), round(logit - float(normal), 5), rank))
+            results.append([answered, int(last.argmax())])
+    return {
+        "plain": results[0],
+        "rows": [[r.label, *t] for r, t in zip(rows, results[1:], strict=True)],
+    }
 
 
 def surprise(model: TransformerBridge, ids: list[int], rows: list[Row]) -> dict[str, Any]:
     """Mean negative log-likelihood of a text's tokens in every row, in nats."""
     following = torch.tensor(ids[1:])
-    told = []
+    surprises = []
     for logits in run_rows(model, ids, rows):
         losses = torch.nn.functional.cross_entropy(logits[:-1], following)
-        told.append(round(float(losses), 6))
-    return {"plain": told[0], "rows": [[r.label, t] for r, t in zip(rows, told[1:], strict=True)]}
+        surprises.append(round(float(losses), 6))
+    return {
+        "plain": surprises[0],
+        "rows": [[r.label, t] for r, t in zip(rows, surprises[1:], strict=True)],
+    }

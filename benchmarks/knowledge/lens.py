@@ -118,30 +118,30 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="folder for the fitted lenses")
     parser.add_argument("--load", type=Path, help="folder to take fitted lenses from")
     parser.add_argument("--units", type=int, default=0, help="neurons a layer; no states then")
-    given = parser.parse_args()
+    options = parser.parse_args()
 
-    model = lenslrp.load(given.model)
-    fit, held_out = paragraphs(given.corpus, model, given.length)
-    fit, held_out = fit[: given.fit], held_out[: given.held_out]
+    model = lenslrp.load(options.model)
+    fit, held_out = paragraphs(options.corpus, model, options.length)
+    fit, held_out = fit[: options.fit], held_out[: options.held_out]
     print(f"{len(fit)} paragraphs to fit on, {len(held_out)} of other articles to measure on")
     rows, unseen = torch.stack(fit), torch.stack(held_out)
     lenses: dict[str, Lens | None] = {"logit": None}
-    for name in (*given.composites, "ridge"):
-        if given.load:
-            lenses[name] = Lens.load(given.load / f"{given.model}-{name}.safetensors", model)
+    for name in (*options.composites, "ridge"):
+        if options.load:
+            lenses[name] = Lens.load(options.load / f"{options.model}-{name}.safetensors", model)
         elif name == "ridge":
             lenses[name] = fit_ridge_lens(model, rows, progress=True)
         else:
             composite = getattr(lenslrp, name)()
             lenses[name] = fit_relevance_lens(model, rows, composite=composite, progress=True)
     for name, lens in lenses.items():
-        if lens is not None and given.save:
-            lens.save(given.save / f"{given.model}-{name}.safetensors")
-    layers = [*range(0, len(model.blocks) - 1, given.every)]
+        if lens is not None and options.save:
+            lens.save(options.save / f"{options.model}-{name}.safetensors")
+    layers = [*range(0, len(model.blocks) - 1, options.every)]
     if layers[-1] != len(model.blocks) - 2:
         layers.append(len(model.blocks) - 2)
-    if given.units:
-        print_unit_effects(unit_effects(model, unseen, lenses, layers, given.units))
+    if options.units:
+        print_unit_effects(unit_effects(model, unseen, lenses, layers, options.units))
         return
     for bias in (True, False):
         table = compare_lenses(model, unseen, lenses, layers=layers, bias=bias)

@@ -89,16 +89,16 @@ class Stage:
     def __init__(self, done: list[dict[str, Any]], append: Callable[[dict[str, Any]], None]):
         self.jobs: dict[str, Any] = {}
         self._append = append
-        for told in done:
-            self._keep(told)
+        for part in done:
+            self._keep(part)
 
-    def _keep(self, told: dict[str, Any]) -> None:
-        job = self.jobs.setdefault(told["job"], told)
-        if job is not told:
-            job["rows"] += told["rows"]
+    def _keep(self, part: dict[str, Any]) -> None:
+        job = self.jobs.setdefault(part["job"], part)
+        if job is not part:
+            job["rows"] += part["rows"]
 
-    def add(self, name: str, told: dict[str, Any]) -> None:
-        entry = {"job": name, **told}
+    def add(self, name: str, part: dict[str, Any]) -> None:
+        entry = {"job": name, **part}
         self._append(entry)
         self._keep(json.loads(json.dumps(entry)))
 
@@ -133,11 +133,11 @@ def own_rows(
 def other_facts(facts: list[Fact], index: int, seed: int) -> list[tuple[int, str]]:
     """Facts on which the damage of fact `index`'s neurons is measured, none with its answer."""
     rng = np.random.default_rng([seed, 1, index])
-    own = facts[index]
-    free = [i for i, fact in enumerate(facts) if fact.answer_id != own.answer_id]
+    fact = facts[index]
+    free = [i for i, other in enumerate(facts) if other.answer_id != fact.answer_id]
     kinds = {
-        "same relation": [i for i in free if facts[i].relation == own.relation],
-        "other relation": [i for i in free if facts[i].relation != own.relation],
+        "same relation": [i for i in free if facts[i].relation == fact.relation],
+        "other relation": [i for i in free if facts[i].relation != fact.relation],
     }
     return [
         (int(i), kind)
@@ -170,7 +170,7 @@ def amplify_rows(scores: Any, of_a: list[int], b: int, norms: Tensor, seed: list
     """Every method's neurons of concept A, scaled and set in B's prompt; placebos alike."""
     rng = np.random.default_rng(seed)
     every = [scores(i) for i in of_a]
-    mean = {name: np.mean([own[name] for own in every], axis=0) for name in every[0]}
+    mean = {name: np.mean([score[name] for score in every], axis=0) for name in every[0]}
     target = scores(b)["norm"]
     size = norms.numpy()
     rows = []
@@ -202,23 +202,24 @@ def reading(
     relation among its first 10; in any case and with or without a space.
     """
     W_U = through_final_gain(model, slice(None))
-    told: dict[str, Any] = {}
-    own = fact.answer.lower()
+    methods: dict[str, Any] = {}
+    answer = fact.answer.lower()
     for method, neurons in chosen.items():
         rows = [model.blocks[n].mlp.W_out.detach()[i] for n, i in neurons[:READ]]
         signs = torch.tensor([float(np.sign(values[place])) for place in neurons[:READ]])
         best = (torch.stack(rows) * signs[:, None] @ W_U.T).topk(50).indices.tolist()
         text = [[model.tokenizer.decode([token]) for token in row] for row in best]
         plain = [[token.strip().lower() for token in row] for row in text]
-        told[method] = {
+        methods[method] = {
             "hits": [
-                [own in row[:10], own in row, bool(related.intersection(row[:10]))] for row in plain
+                [answer in row[:10], answer in row, bool(related.intersection(row[:10]))]
+                for row in plain
             ],
             "writes": [row[:6] for row in text],
             "layer": float(np.mean([layer for layer, _ in neurons[:20]])),
             "overlap": len({*neurons[:20]} & {*chosen["AttnLRP"][:20]}) / 20,
         }
-    return {"methods": told}
+    return {"methods": methods}
 
 
 def measure_own(e: Experiment, stage: Stage, count: int, scales: tuple[float, ...]) -> None:
@@ -332,8 +333,8 @@ def run(options: argparse.Namespace) -> tuple[list[Fact], dict[str, Any]]:
         measure_reading(e, stages["reading"])
         pairs = measure_amplify(e, stages["amplify"])
         measure_own(e, stages["on"], AMPLIFIED_FACTS, AMPLIFIED_BY)
-    told = {name: stage.jobs for name, stage in stages.items()}
-    return facts, {**told, "known": known, "chosen": chosen, "pairs": pairs}
+    jobs = {name: stage.jobs for name, stage in stages.items()}
+    return facts, {**jobs, "known": known, "chosen": chosen, "pairs": pairs}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ unless said otherwise; the neurons with the largest signed score are the method'
 |---|---|
 | AttnLRP | relevance for the answer's logit |
 | AttnLRP, last | the same at the last position only |
-| AttnLRP, contrast | relevance for the answer's logit less the mean of its ten best rivals' |
+| AttnLRP, contrast | relevance for the answer's logit less the mean of its ten best other tokens' |
 | CP-LRP | relevance under CP-LRP, for the logit |
 | grad x act | activation times plain gradient of the logit |
 | direct | activation at the last position times `W_out . W_U[answer]` through the final gain: |
@@ -40,7 +40,7 @@ from lenslrp.files import whole
 
 FACTS = Path(__file__).with_name("facts.json")
 HOOK = "blocks.{}.mlp.hook_post"
-RIVALS = 10
+OTHERS = 10
 CHANNELS = (
     "AttnLRP",
     "AttnLRP, last",
@@ -92,10 +92,10 @@ def read_prompts(path: Path) -> list[tuple[str, str, str]]:
 def known_facts(model: TransformerBridge, path: Path) -> tuple[list[Fact], Counter[str]]:
     """The facts that the model gets right, and how many were asked by relation."""
     encode = model.tokenizer.encode
-    asked = read_prompts(path)
+    prompts = read_prompts(path)
     by_length: dict[int, list[int]] = defaultdict(list)
-    ids = [encode(prompt, add_special_tokens=False) for _, prompt, _ in asked]
-    answers = [encode(f" {answer}", add_special_tokens=False) for _, _, answer in asked]
+    ids = [encode(prompt, add_special_tokens=False) for _, prompt, _ in prompts]
+    answers = [encode(f" {answer}", add_special_tokens=False) for _, _, answer in prompts]
     for index, row in enumerate(ids):
         by_length[len(row)].append(index)
     top: dict[int, int] = {}
@@ -107,10 +107,10 @@ def known_facts(model: TransformerBridge, path: Path) -> tuple[list[Fact], Count
                 top.update(zip(some, logits.argmax(dim=-1).tolist(), strict=True))
     facts = [
         Fact(relation, prompt, answer, tuple(ids[i]), answers[i][0])
-        for i, (relation, prompt, answer) in enumerate(asked)
+        for i, (relation, prompt, answer) in enumerate(prompts)
         if answers[i] == [top[i]]
     ]
-    return facts, Counter(relation for relation, _, _ in asked)
+    return facts, Counter(relation for relation, _, _ in prompts)
 
 
 def chosen_facts(facts: list[Fact], seed: int, per_relation: int, per_answer: int) -> list[Fact]:
@@ -150,11 +150,11 @@ def _activations(model: TransformerBridge, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rivals_of(model: TransformerBridge, tokens: Tensor, facts: list[Fact]) -> Tensor:
-    """The mean unembedding of each fact's ten best rivals, through the final gain."""
+    """The mean unembedding of each fact's ten best other tokens, through the final gain."""
     with model.hooks(fwd_hooks=[("unembed.hook_in", last_only)]):
         logits = model(tokens)[:, -1]
     logits[torch.arange(len(facts)), [fact.answer_id for fact in facts]] = -torch.inf
-    best = logits.topk(RIVALS, dim=-1).indices.tolist()
+    best = logits.topk(OTHERS, dim=-1).indices.tolist()
     return torch.stack([through_final_gain(model, row).mean(dim=0) for row in best])
 
 
@@ -162,7 +162,7 @@ def score_batch(model: TransformerBridge, facts: list[Fact], norms: Tensor) -> T
     """All of `KEPT` for facts of one prompt length: [fact, kept, layer, neuron]."""
     tokens = torch.tensor([fact.ids for fact in facts])
     logit: Any = [targets.Logit(fact.answer_id) for fact in facts]
-    contrast: Any = [targets.Contrastive(fact.answer_id, top_k=RIVALS) for fact in facts]
+    contrast: Any = [targets.Contrastive(fact.answer_id, top_k=OTHERS) for fact in facts]
 
     def relevance(composite: Any, wanted: list[Any]) -> list[Tensor]:
         caches = lenslrp.relevance_for_targets(
@@ -210,9 +210,9 @@ def score_all(model: TransformerBridge, facts: list[Fact], folder: Path) -> None
             for start in range(0, len(group), 8):
                 some = group[start : start + 8]
                 scores = score_batch(model, [facts[i] for i in some], norms).numpy()
-                for index, own in zip(some, scores, strict=True):
+                for index, score in zip(some, scores, strict=True):
                     with whole(folder / f"{index}.npy") as part:
-                        np.save(part, own.astype(np.float32))
+                        np.save(part, score.astype(np.float32))
                 bar.update(len(some))
 
 
@@ -233,14 +233,14 @@ def matched(
 ) -> Neurons:
     """For each neuron another of its layer with nearly the same write contribution."""
     taken = set(wanted)
-    found = []
+    picks = []
     for layer, neuron in wanted:
         order = np.argsort(np.abs(norm[layer] - norm[layer, neuron]), kind="stable")
         free = [int(i) for i in order if (layer, int(i)) not in taken][:pool]
         pick = (layer, free[int(rng.integers(len(free)))])
         taken.add(pick)
-        found.append(pick)
-    return tuple(found)
+        picks.append(pick)
+    return tuple(picks)
 
 
 def choices(scores: dict[str, NDArray[np.float32]], k: int, seed: list[int]) -> dict[str, Neurons]:

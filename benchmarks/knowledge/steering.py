@@ -116,7 +116,7 @@ def speaks_of(name: str) -> Callable[[str], float]:
     return lambda text: float(words.search(text) is not None)
 
 
-def told(result: SweepResult) -> None:
+def print_result(result: SweepResult) -> None:
     for metric in ("target", "said"):
         table = result.summary(metric)
         for column in ("change", "over_random", "over_placebo"):
@@ -144,7 +144,7 @@ def main() -> None:
         result = CONCEPTS[name](model).scored("said", speaks_of(name))
         print(f"## {name}: {time.perf_counter() - start:.0f} s")
         result.to_dataframe().to_csv(RESULTS / f"steering-{name}.csv", index=False)
-        told(result)
+        print_result(result)
 
 
 if __name__ == "__main__":

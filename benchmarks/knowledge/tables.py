@@ -70,11 +70,11 @@ def own_changes(results: dict[str, Any], n: int) -> dict[tuple[str, int, float],
     where it was not measured."""
     changes: dict[tuple[str, int, float], Values] = {}
     for index in range(n):
-        for told in (results[stage].get(str(index)) for stage in ("own", "on")):
-            for (method, k, scale, _), (answer,), _ in told["rows"] if told else ():
+        for job in (results[stage].get(str(index)) for stage in ("own", "on")):
+            for (method, k, scale, _), (answer,), _ in job["rows"] if job else ():
                 key = (method, int(k), float(scale))
-                own = changes.setdefault(key, np.full((n, 3), np.nan))
-                own[index] = np.array(answer) - np.array(told["plain"][0][0])
+                change = changes.setdefault(key, np.full((n, 3), np.nan))
+                change[index] = np.array(answer) - np.array(job["plain"][0][0])
     return changes
 
 
@@ -84,9 +84,9 @@ def collateral(results: dict[str, Any], n: int) -> dict[tuple[str, str], Values]
     With `kind` and " kept": the share of those facts whose answer is still first.
     """
     drops: dict[tuple[str, str, int], list[float]] = defaultdict(list)
-    for told in results["other"].values():
-        plain = told["plain"][0][0]
-        for (method, index, kind), (answer,), _ in told["rows"]:
+    for job in results["other"].values():
+        plain = job["plain"][0][0]
+        for (method, index, kind), (answer,), _ in job["rows"]:
             drops[method, kind, index].append(plain[LOG_PROB] - answer[LOG_PROB])
             drops[method, f"{kind} kept", index].append(float(answer[RANK] == 1))
     means: dict[tuple[str, str], Values] = {}
@@ -98,9 +98,9 @@ def collateral(results: dict[str, Any], n: int) -> dict[tuple[str, str], Values]
 def text_damage(results: dict[str, Any], n: int) -> dict[str, Values]:
     """Method -> rise of the negative log-likelihood of a paragraph [fact]."""
     rises: dict[str, Values] = {}
-    for told in results["text"].values():
-        for (method, index), loss in told["rows"]:
-            rises.setdefault(method, np.full(n, np.nan))[index] = loss - told["plain"]
+    for job in results["text"].values():
+        for (method, index), loss in job["rows"]:
+            rises.setdefault(method, np.full(n, np.nan))[index] = loss - job["plain"]
     return rises
 
 
@@ -125,8 +125,8 @@ def print_own(changes: dict[tuple[str, int, float], Values], seed: int) -> None:
     head = ("method", *(f"k = {k}" for k in sizes))
 
     def values(method: str, k: int, scale: float, column: int) -> Values:
-        own = changes[method, k, scale][:, column]
-        return own[~np.isnan(own)]
+        change = changes[method, k, scale][:, column]
+        return change[~np.isnan(change)]
 
     for scale in measured_scales(changes):
         n = len(values(METHODS[0], sizes[0], scale, RANK))
@@ -148,17 +148,13 @@ def print_own(changes: dict[tuple[str, int, float], Values], seed: int) -> None:
         table(f"Scale {scale:g}: median rank of the answer", head, rows)
 
 
-def paired(a: Values, b: Values, relations: list[str], seed: int) -> tuple[str, str, str]:
+def paired(a: Values, b: Values, relations: list[str], seed: int) -> str:
     """Mean of a - b with its interval, the interval over relations, and d."""
     kept = ~np.isnan(a - b)
     difference = (a - b)[kept]
-    own = [r for r, k in zip(relations, kept, strict=True) if k]
-    low, high = clustered(difference, own, seed)
-    return (
-        interval(difference, seed, "+"),
-        f"{low:+.2f} to {high:+.2f}",
-        f"{effect(difference):+.2f}",
-    )
+    low, high = clustered(difference, [r for r, k in zip(relations, kept, strict=True) if k], seed)
+    mean = interval(difference, seed, "+")
+    return f"{mean}; relations {low:+.2f} to {high:+.2f}; d {effect(difference):+.2f}"
 
 
 def print_paired(
@@ -173,8 +169,7 @@ def print_paired(
                 cells = []
                 for k in sizes:
                     a, b = (sign * changes[m, k, scale][:, LOG_PROB] for m in (reference, control))
-                    mean, by_relation, d = paired(a, b, relations, seed)
-                    cells.append(f"{mean}; relations {by_relation}; d {d}")
+                    cells.append(paired(a, b, relations, seed))
                 rows.append((control, *cells))
             table(
                 f"Scale {scale:g}: {name} of the log-probability, {reference} minus each control",
@@ -194,13 +189,13 @@ def print_damage(
     selectivity: dict[str, dict[str, Values]] = defaultdict(dict)
     rows = []
     for method in METHODS:
-        own = -changes[method, MANY, 0.0][:, LOG_PROB]
+        drop = -changes[method, MANY, 0.0][:, LOG_PROB]
         same, other = (others[method, kind] for kind in ("same relation", "other relation"))
-        selectivity["same relation"][method] = own - same
-        selectivity["other relation"][method] = own - other
-        damages = [own, same, other]
+        selectivity["same relation"][method] = drop - same
+        selectivity["other relation"][method] = drop - other
+        damages = [drop, same, other]
         if text:
-            selectivity["text"][method] = own - text[method]
+            selectivity["text"][method] = drop - text[method]
             damages.append(text[method])
         rows.append((method, *(interval(v[~np.isnan(v)], seed, "+") for v in damages)))
     head = ("method", "own fact", "same relation", "other relations", "text, nats per token")
@@ -214,8 +209,8 @@ def print_damage(
     ratios = []
     for method in METHODS:
         lost = (changes[method, MANY, 0.0][:, RANK] > 0).astype(float)
-        own = -changes[method, MANY, 0.0][:, LOG_PROB]
-        cells = [ratio(own, others[method, kind], seed) for kind in kinds]
+        drop = -changes[method, MANY, 0.0][:, LOG_PROB]
+        cells = [ratio(drop, others[method, kind], seed) for kind in kinds]
         clean = [lost * others[method, f"{kind} kept"] for kind in kinds]
         ratios.append((method, *cells, *(share(v[~np.isnan(v)], seed) for v in clean)))
     head = [f"own drop / {kind}" for kind in kinds]
@@ -225,29 +220,31 @@ def print_damage(
     for reference in REFERENCES:
         rows = []
         for control in CONTROLS:
-            cells = []
-            for values in selectivity.values():
-                mean, by_relation, d = paired(values[reference], values[control], relations, seed)
-                cells.append(f"{mean}; relations {by_relation}; d {d}")
+            cells = [
+                paired(values[reference], values[control], relations, seed)
+                for values in selectivity.values()
+            ]
             rows.append((control, *cells))
         table(f"Selectivity: {reference} minus each control", ("control", *names), rows)
 
 
 def print_reading(results: dict[str, Any], n: int, seed: int) -> None:
     """Do the chosen neurons write the answer?"""
-    told = [results["reading"][str(i)]["methods"] for i in range(n)]
+    by_fact = [results["reading"][str(i)]["methods"] for i in range(n)]
     rows = []
     for method in METHODS:
-        found = np.array([own[method]["hits"] for own in told], dtype=float)  # fact, neuron, kind
+        hits = np.array(
+            [picks[method]["hits"] for picks in by_fact], dtype=float
+        )  # fact, neuron, kind
         rows.append(
             (
                 method,
-                share(found[:, :, 0].mean(axis=1), seed),
-                share(found[:, :, 0].max(axis=1), seed),
-                share(found[:, :, 1].max(axis=1), seed),
-                share(found[:, :, 2].mean(axis=1), seed),
-                f"{np.mean([own[method]['layer'] for own in told]):.1f}",
-                f"{np.mean([own[method]['overlap'] for own in told]):.2f}",
+                share(hits[:, :, 0].mean(axis=1), seed),
+                share(hits[:, :, 0].max(axis=1), seed),
+                share(hits[:, :, 1].max(axis=1), seed),
+                share(hits[:, :, 2].mean(axis=1), seed),
+                f"{np.mean([picks[method]['layer'] for picks in by_fact]):.1f}",
+                f"{np.mean([picks[method]['overlap'] for picks in by_fact]):.2f}",
             )
         )
     head = (
@@ -261,7 +258,7 @@ def print_sharing(chosen: list[dict[str, Any]]) -> None:
     """Are the neurons a fact's own, or everybody's?"""
     rows = []
     for method in METHODS:
-        used = Counter(neuron for own in chosen for neuron in own[method][:MANY])
+        used = Counter(neuron for picks in chosen for neuron in picks[method][:MANY])
         common = ", ".join(f"L{a}/{b} in {count}" for (a, b), count in used.most_common(3))
         rows.append((method, str(len(used)), common))
     title = f"The {MANY} neurons of all {len(chosen)} facts"
@@ -274,26 +271,26 @@ def print_amplify(results: dict[str, Any], seed: int) -> None:
     changes: dict[tuple[str, int, str], dict[str, list[float]]] = {}
     kinds, jobs = [], [k for k in range(len(results["pairs"])) if str(k) in results["amplify"]]
     for job in jobs:
-        told = results["amplify"][str(job)]
+        result = results["amplify"][str(job)]
         kinds.append(results["pairs"][job][2])
-        for (method, k, mode), answer, _ in told["rows"]:
-            own = changes.setdefault((method, k, mode), defaultdict(list))
+        for (method, k, mode), answer, _ in result["rows"]:
+            change = changes.setdefault((method, k, mode), defaultdict(list))
             for name, place in names.items():
-                own[name].append(answer[place][LOG_PROB] - told["plain"][0][place][LOG_PROB])
-                own[f"{name} first"].append(float(answer[place][RANK] == 1))
-    array = {key: {f: np.array(v) for f, v in own.items()} for key, own in changes.items()}
+                change[name].append(answer[place][LOG_PROB] - result["plain"][0][place][LOG_PROB])
+                change[f"{name} first"].append(float(answer[place][RANK] == 1))
+    array = {key: {f: np.array(v) for f, v in change.items()} for key, change in changes.items()}
     for kind in dict.fromkeys(kinds):
         kept = np.array([k == kind for k in kinds])
         rows = []
-        for (method, k, mode), own in sorted(array.items(), key=lambda e: (e[0][2], e[0][1])):
+        for (method, k, mode), change in sorted(array.items(), key=lambda e: (e[0][2], e[0][1])):
             placebo = array[RANDOM, k, mode]
             rows.append(
                 (
-                    mode, str(k), method, interval(own["A"][kept], seed, "+"),
-                    interval(own["B"][kept], seed, "+"), share(own["A first"][kept], seed),
-                    share(own["B first"][kept], seed),
-                    interval((own["A"] - placebo["A"])[kept], seed, "+"),
-                    f"{effect((own['A'] - placebo['A'])[kept]):+.2f}",
+                    mode, str(k), method, interval(change["A"][kept], seed, "+"),
+                    interval(change["B"][kept], seed, "+"), share(change["A first"][kept], seed),
+                    share(change["B first"][kept], seed),
+                    interval((change["A"] - placebo["A"])[kept], seed, "+"),
+                    f"{effect((change['A'] - placebo['A'])[kept]):+.2f}",
                 )
             )  # fmt: skip
         table(

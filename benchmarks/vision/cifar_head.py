@@ -61,12 +61,12 @@ def summed_pixels(cache: lenslrp.RelevanceCache) -> torch.Tensor:
 
 def features(model: ViTForImageClassification, images: cifar.Images, batch: int) -> torch.Tensor:
     """The class token after the last norm, [n, d_model]."""
-    found = []
+    collected = []
     with torch.inference_mode():
         for start in tqdm(range(0, len(images), batch), desc="features", unit="batch"):
             pixels = cifar.prepare(images.pixels[start : start + batch])
-            found.append(model.vit(pixel_values=pixels).last_hidden_state[:, 0])
-    return torch.cat(found)
+            collected.append(model.vit(pixel_values=pixels).last_hidden_state[:, 0])
+    return torch.cat(collected)
 
 
 def train(x: torch.Tensor, labels: torch.Tensor) -> torch.nn.Linear:

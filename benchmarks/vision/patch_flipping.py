@@ -117,11 +117,11 @@ def logits_of(
     model: ViTForImageClassification, images: torch.Tensor, target: int, batch: int
 ) -> list[float]:
     """The target's logit for each image."""
-    found: list[float] = []
+    logits: list[float] = []
     with torch.inference_mode():
         for part in images.to(model.dtype).split(batch):
-            found += model(pixel_values=part).logits[:, target].float().tolist()
-    return found
+            logits += model(pixel_values=part).logits[:, target].float().tolist()
+    return logits
 
 
 def curves(
@@ -186,12 +186,12 @@ def measure(options: argparse.Namespace, images: cifar.Images) -> list[dict[str,
                 rng = np.random.default_rng([options.seed, int(name, 16)])
                 maps[RANDOM] = rng.random((16, 16))
                 baseline = BASELINES[options.baseline](image)
-                found = curves(fast, image, baseline, maps, target, options.steps, options.batch)
+                drawn = curves(fast, image, baseline, maps, target, options.steps, options.batch)
                 known[name] = {
                     "image": name,
                     "label": int(images.labels[index]),
                     "predicted": target,
-                    "curves": found,
+                    "curves": drawn,
                 }
                 append(known[name])
             rows.append(known[name])

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 import lenslrp
-from tests.conformance.torchrun import run_twice
-from tests.conftest import ROOT
+from tests.conformance.launchers import local_ray, run_twice
 from tests.unit.core.test_explaining import texts
 from tests.unit.tiny import tiny, word_tokenizer
 
@@ -46,19 +45,11 @@ def test_torchrun_shares_the_prompts(tmp_path: Path, expected: bytes) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_ray_shares_the_prompts(tmp_path: Path, expected: bytes) -> None:
-    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'lenslrp[ray]'")
     from lenslrp.analysis import explain_with_ray
 
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False,
-        runtime_env={"env_vars": environment},
-    )  # fmt: skip
-    try:
+    with local_ray():
         made = explain_with_ray(
             model, tmp_path / "r.parquet", lambda: iter(PROMPTS), 5, workers=2, shards=3
         )
-    finally:
-        ray.shutdown()
     assert made.prompts == len(PROMPTS)
     assert made.path.read_bytes() == expected

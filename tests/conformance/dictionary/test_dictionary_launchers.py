@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conformance.dictionaries import OPTIONS, build, contents, model, texts
-from tests.conformance.torchrun import run_twice
-from tests.conftest import ROOT
+from tests.conformance.launchers import local_ray, run_twice
 
 SCRIPT = """
 import sys
@@ -28,19 +27,11 @@ def test_torchrun_makes_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_ray_makes_the_same_bytes(tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'lenslrp[ray]'")
     from lenslrp.analysis import build_with_ray
 
     build(tmp_path / "one").close()
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False,
-        runtime_env={"env_vars": environment},
-    )  # fmt: skip
-    try:
+    with local_ray():
         options = {**OPTIONS, "progress": False}
         d = build_with_ray(model, texts(), tmp_path / "two", workers=2, shards=3, **options)
         d.close()
-    finally:
-        ray.shutdown()
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

@@ -6,7 +6,6 @@ import gzip
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,13 +54,6 @@ COLUMNS: dict[str, tuple[set[str], set[str]]] = {
         {"dataIndex", "dataSource", "binMin", "binMax", "binContains", "qualifyingTokenIndex"},
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NeuronDictionary]:
-    d = build(tmp_path_factory.mktemp("built") / "d")
-    yield d
-    d.close()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

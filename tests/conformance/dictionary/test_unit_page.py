@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -64,13 +63,6 @@ class Parsed(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open[-1] != "style":
             self.text += data
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NeuronDictionary]:
-    d = build(tmp_path_factory.mktemp("built") / "d")
-    yield d
-    d.close()
 
 
 @pytest.fixture(scope="module")

@@ -70,14 +70,20 @@ NORMS: list[tuple[type[Manhattan], type[Manhattan], Normalisation]] = [
 ]
 
 
-def changed(part: str, make: type[nn.Module], *width: int) -> nn.Module:
-    """A tiny Llama with one part of each block replaced."""
+def llama() -> nn.Module:
+    """A tiny Llama, not yet in a bridge, with weights far from zero."""
     torch.manual_seed(0)
     model = FAMILIES["llama"]().to(torch.float64)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
                 weight.mul_(10 if "emb" in name else 6)
+    return model
+
+
+def changed(part: str, make: type[nn.Module], *width: int) -> nn.Module:
+    """A tiny Llama with one part of each block replaced."""
+    model = llama()
     for layer in model.model.layers:  # type: ignore[union-attr]
         owner = layer.mlp if part == "act_fn" else layer  # type: ignore[union-attr]
         setattr(owner, part, make(*width))
@@ -183,12 +189,7 @@ ATTENTIONS = [SigmoidAttention, DifferenceAttention]
 
 def with_attention(kind: type[SigmoidAttention]) -> nn.Module:
     """A tiny Llama, not yet in a bridge, whose attention is a user's own."""
-    torch.manual_seed(0)
-    model = FAMILIES["llama"]().to(torch.float64)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1:
-                weight.mul_(10 if "emb" in name else 6)
+    model = llama()
     for index, layer in enumerate(model.model.layers):  # type: ignore[union-attr]
         own = kind(model.config, index).to(torch.float64)  # type: ignore[arg-type]
         own.load_state_dict(layer.self_attn.state_dict())  # type: ignore[union-attr]

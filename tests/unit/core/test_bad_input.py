@@ -1,4 +1,4 @@
-"""Bad input gets a clear error and loses nothing (DESIGN promise 6).
+"""Bad input gets a clear error and loses nothing.
 
 Every message is tested for what was given, what was expected and, where there is one, the nearest
 valid choice. After any of these errors the model is as it was.

@@ -1,4 +1,4 @@
-"""No silent gaps (DESIGN promise 1): an operation without a rule is named, or said to be uncovered.
+"""No silent gaps: an operation without a rule is named, or said to be uncovered.
 
 Raw operations are hidden inside a wrapped Hugging Face MLP, activations and norms are exchanged for
 classes that LensLRP has never seen.

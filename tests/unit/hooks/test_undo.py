@@ -1,4 +1,4 @@
-"""Everything is undone (DESIGN promise 3): after the context, however it ended, nothing is changed.
+"""Everything is undone: after the context, however it ended, nothing is changed.
 
 The snapshot (``tiny.snapshot``) holds every hook dict in order, hook point handles, attributes,
 children, ``requires_grad`` flags, modes and attention implementations of a bridge.

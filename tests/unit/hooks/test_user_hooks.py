@@ -1,4 +1,4 @@
-"""The user's own hooks keep working under rules, and compose with them (DESIGN promise 3).
+"""The user's own hooks keep working under rules, and compose with them.
 
 A stock TransformerLens backward hook, which knows nothing of LensLRP, reads at any hook point the
 gradient whose product with the activation is the relevance there.
