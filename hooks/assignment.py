@@ -133,7 +133,7 @@ def assign(
         InputError: a rule that gives ``up`` no share, or one that reads a weight which FSDP gathers
             for the pass only.
 
-    Example:
+    Examples:
         Of a Llama with gamma on its linear layers::
 
             table = assign(model, Composite("mine", {"linear": Gamma(0.05)})).table()

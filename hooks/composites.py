@@ -82,7 +82,7 @@ class Composite:
     Raises:
         InputError: a role that does not exist, or a rule of a kind that cannot govern its role.
 
-    Example:
+    Examples:
         >>> mine = Composite("mine", {**AttnLRP().rules, "linear": Gamma(0.05)})
         >>> mine["linear"].name, mine["attention_av"].name
         ('gamma', 'uniform')

@@ -63,13 +63,13 @@ class Rules:
         model: TransformerBridge,
         composite: Composite,
         attention: str,
-        accounts: Accounts | None,
+        books: Accounts | None,
         copies: bool = False,
     ) -> None:
         self.model = model
         self.composite = composite
         self.attention = attention
-        self.accounts = accounts
+        self.accounts = books
         self.copies = copies
         self.edits: list[EditMeter] = []
         self.changed: list[str] = []
@@ -305,7 +305,7 @@ def relevance_rules(
             split, or rules that cannot be had with this attention.
         CoverageError: at the end of the block, see ``strict``.
 
-    Example:
+    Examples:
         Relevance of the embeddings, [batch, pos, d_model], for the logit of token 7::
 
             with relevance_rules(model, AttnLRP()) as rules:

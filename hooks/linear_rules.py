@@ -22,7 +22,7 @@ class Epsilon:
     With ``R = y * g`` the ``y_j`` cancel: in gradient form it is the plain gradient, so nothing is
     put in the layer's place. The bias keeps ``b_j g_j``, the ledger's ``biases`` term.
 
-    Example:
+    Examples:
         The relevance -1 of ``y = 2 * 1 + -1 * 3`` is shared out as 2 and -3:
 
         >>> import torch
@@ -74,7 +74,7 @@ class Gamma:
         InputError: a negative gamma. When rules are attached: a layer whose weight cannot be read
             (quantised, an adapter's, sharded), or experts that run batched.
 
-    Example:
+    Examples:
         The relevance -1 of ``y = 2 * 1 + -1 * 3``; the negative contribution is favoured:
 
         >>> import torch
@@ -113,7 +113,7 @@ class AlphaBeta:
         InputError: ``alpha - beta`` is not 1, or beta is negative. When rules are attached: as
             :class:`Gamma`.
 
-    Example:
+    Examples:
         The relevance -1 of ``y = 2 * 1 + -1 * 3``, twice to the 2, and less once to the -3:
 
         >>> import torch

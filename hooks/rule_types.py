@@ -42,7 +42,7 @@ class Plain:
     What leaves such an operation need not be what enters it. The difference, in units of the
     target, is the ledger's ``plain`` term.
 
-    Example:
+    Examples:
         >>> from lenslrp.hooks import AttnLRP, Composite
         >>> Composite("mine", {"activation": Plain()})["activation"].name
         'plain'
@@ -61,7 +61,7 @@ class Identity:
         eps: stabiliser of the division, ``y / (x + eps sign(x))``; what it takes is the ledger's
             ``stabiliser`` term. ``None`` divides by x itself.
 
-    Example:
+    Examples:
         >>> import torch
         >>> x = torch.tensor([-1.0, 0.0, 2.0])
         >>> Identity().factor(x, x.relu())
@@ -130,7 +130,7 @@ class Normalisation:
     Raises:
         InputError: in the forward pass, a module of the user's class that has not this form.
 
-    Example:
+    Examples:
         >>> from lenslrp.hooks import AttnLRP
         >>> class MyNorm(torch.nn.Module): ...
         >>> AttnLRP().extended({MyNorm: Normalisation(centred=True)}).modules[MyNorm].centred
@@ -190,7 +190,7 @@ class Operations:
             with what it leaks reported as ``softmax``.
         attention: matrix products of two factors are attention's.
 
-    Example:
+    Examples:
         >>> from lenslrp.hooks import AttnLRP
         >>> class MyGatedMLP(torch.nn.Module): ...
         >>> mine = AttnLRP().extended({MyGatedMLP: Operations(gated=True)})
@@ -221,7 +221,7 @@ class Product:
     Raises:
         InputError: when rules are attached, shares that a role cannot have.
 
-    Example:
+    Examples:
         >>> from lenslrp.hooks import Composite
         >>> mine = Composite("mine", {"gate": Product(0.25, 0.75, "quarter")})
     """
@@ -267,7 +267,7 @@ class SoftmaxTemperature:
     Raises:
         InputError: a temperature that is not above 0.
 
-    Example:
+    Examples:
         >>> from lenslrp.hooks import Composite
         >>> mine = Composite("mine", {"softmax": SoftmaxTemperature(4.0)})
     """

@@ -26,7 +26,7 @@ class Activation:
         position: which token, of the hook point's own sequence: an encoder's hook counts what the
             encoder read. At a pattern or scores: the query.
 
-    Example:
+    Examples:
         >>> neuron = targets.Activation("blocks.5.mlp.hook_post", 17, position=-1)
         >>> weight = targets.Activation("blocks.5.attn.hook_pattern", (3, 0))  # head 3, key 0
         >>> lenslrp.run_with_relevance(model, text, neuron)[1].target.text

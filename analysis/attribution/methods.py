@@ -73,7 +73,7 @@ class Method:
             ``"captum"``.
         deterministic: whether the seed makes no difference.
 
-    Example:
+    Examples:
         A method of your own, which rates a token by the length of its embedding:
 
         ```python
@@ -177,7 +177,7 @@ def attribute(
         MissingExtraError: the method needs a package that is not installed.
         CoverageError: an operation on the path has no rule, for methods that attach rules.
 
-    Example:
+    Examples:
         ```python
         occluded = attribute("occlusion", model, "The capital of France is", " Paris")
         occluded.tokens      # [1, 5]: what the logit of " Paris" loses without each token

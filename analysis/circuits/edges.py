@@ -210,7 +210,7 @@ def score_edges(
         InputError: a choice that does not exist, or does not go with the method; more than
             `MAX_DOWNSTREAM` downstream nodes without `into`.
 
-    Example:
+    Examples:
         >>> scores = score_edges(model, pairs, into=[TARGET])
         >>> scores.values["blocks.0.attn.hook_z"].shape  # 100 pairs, 1 downstream node, 12 heads
         torch.Size([100, 1, 12])

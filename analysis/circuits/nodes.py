@@ -66,7 +66,7 @@ class Node:
     A position counts the tokens of each row's own prompt, -1 being its last. Shorter rows may lack
     one that counts from the beginning; all must have one that counts from the end.
 
-    Example:
+    Examples:
         >>> str(Node("blocks.9.attn.hook_z", 6, -1))
         'blocks.9.attn.hook_z[6]@-1'
     """

@@ -152,7 +152,7 @@ class Pairs:
                 length or not at all, an answer that is not one token or is the incorrect one, an
                 encoder-decoder.
 
-        Example:
+        Examples:
             >>> pairs = Pairs.from_texts(
             ...     model,
             ...     clean=["When Mary and John went out, John gave a book to"],
@@ -247,7 +247,7 @@ def template_pairs(model: TransformerBridge, task: str, n: int, *, seed: int = 0
     Raises:
         InputError: no such task, or fewer than `n` sentences of single-token words.
 
-    Example:
+    Examples:
         >>> pairs = template_pairs(model, "agreement", 8)
         >>> len(pairs), pairs.clean.shape == pairs.corrupt.shape
         (8, True)

@@ -52,7 +52,7 @@ class Circuit:
         components: hook point -> component name.
         keep: hook point -> [unit], True where a node is in the circuit.
 
-    Example:
+    Examples:
         >>> circuit = Circuit(
         ...     {"blocks.0.attn.hook_z": "heads"},
         ...     {"blocks.0.attn.hook_z": torch.tensor([True, False, True])},
@@ -116,7 +116,7 @@ def prune(
     Raises:
         InputError: scores by position, shares out of range, a component that was not scored.
 
-    Example:
+    Examples:
         >>> scores = score_nodes(gpt2, pairs)  # 144 heads, 36,864 neurons
         >>> prune(scores, {"heads": 0.1, "neurons": 0.01}).sizes()
         {'heads': (14, 144), 'neurons': (368, 36864)}
@@ -252,7 +252,7 @@ def verify(
     Raises:
         InputError: no circuits, circuits over different hook points, an unknown ablation.
 
-    Example:
+    Examples:
         >>> whole = prune(scores, 1.0)
         >>> verify(model, held_out, [whole]).faithfulness  # nothing is ablated
         [1.0]
@@ -379,7 +379,7 @@ def faithfulness_curve(
     Raises:
         InputError: as `prune` and `verify`.
 
-    Example:
+    Examples:
         >>> curve = faithfulness_curve(model, held_out, scores, shares=[0.0, 0.1, 1.0])
         >>> list(curve.table.columns), len(curve.table)
         (['share', 'nodes', 'faithfulness', 'low', 'high'], 3)

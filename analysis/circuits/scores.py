@@ -101,7 +101,7 @@ class NodeScores:
         Raises:
             InputError: the component was not scored.
 
-        Example:
+        Examples:
             >>> scores = score_nodes(gpt2, pairs, components=["heads"])
             >>> scores.of("heads").shape  # 12 layers of 12 heads
             torch.Size([100, 144])
@@ -322,7 +322,7 @@ def score_nodes(
     Raises:
         InputError: a choice that does not exist, or does not go with the method.
 
-    Example:
+    Examples:
         >>> pairs = template_pairs(model, "indirect_object", 100)
         >>> scores = score_nodes(model, pairs)
         >>> scores.passes  # of one pair each, however many nodes there are

@@ -52,7 +52,7 @@ def indirect_objects() -> Iterator[Record]:
         Records ``text``; ``answer``, the next word; ``rival``, the incorrect answer; ``key``, the
         name that decides, and ``distractor``, the other one.
 
-    Example:
+    Examples:
         >>> next(indirect_objects())["text"]
         'When Mary and John went to the store, Mary gave a drink to'
     """
@@ -74,7 +74,7 @@ def agreement() -> Iterator[Record]:
         Records as of `indirect_objects`; the subject is the ``key``, the noun between the
         ``distractor``.
 
-    Example:
+    Examples:
         >>> next(agreement())["text"]
         'The key near the cabinets'
     """

@@ -124,7 +124,7 @@ class NeuronDictionary:
             StorageError: `path` holds something else, or is in use by another process, or something
                 in it is damaged, or the disk is full.
 
-        Example:
+        Examples:
             >>> d = NeuronDictionary.build(gpt2, texts, "gpt2.dict", k=20)  # sites: mlp.hook_post
             >>> len(d)  # 12 layers of 3,072 neurons
             36864
@@ -245,7 +245,7 @@ class NeuronDictionary:
         Raises:
             InputError: no such unit, with what there is.
 
-        Example:
+        Examples:
             >>> place, index = d.unit_number("blocks.5.mlp.hook_post[17]")
             >>> place.hook, place.layer, index
             ('blocks.5.mlp.hook_post', 5, 17)
@@ -316,7 +316,7 @@ class NeuronDictionary:
 
         Arguments, columns and errors are those of `lenslrp.analysis.dictionary.lookup.search_text`.
 
-        Example:
+        Examples:
             >>> list(d.search_text("Eiffel Tower").columns)
             ['unit', 'hook', 'index', 'criterion', 'rank', 'score', 'doc', 'position', 'window']
         """
@@ -330,7 +330,7 @@ class NeuronDictionary:
         Arguments, columns and errors are those of
         `lenslrp.analysis.dictionary.lookup.search_tokens`.
 
-        Example:
+        Examples:
             >>> list(d.search_tokens(" Paris", by="writes").columns)
             ['unit', 'hook', 'index', 'name', 'side', 'rank', 'token', 'score']
         """
@@ -341,7 +341,7 @@ class NeuronDictionary:
 
         Arguments, columns and errors are those of `lenslrp.analysis.dictionary.lookup.similar`.
 
-        Example:
+        Examples:
             >>> list(d.similar((5, 17), 3).columns)
             ['unit', 'hook', 'index', 'correlation']
         """

@@ -80,7 +80,7 @@ def prepare(
         StorageError: `path` holds work on another dictionary or what LensLRP did not make, or the
             disk is full.
 
-    Example:
+    Examples:
         >>> job = prepare(model, "texts.jsonl", "model.dict")
         >>> files = [scan_shard(job, rank, 2) for rank in range(2)]
         >>> d = NeuronDictionary.merge(job, files)

@@ -93,7 +93,7 @@ def build_distributed(
         InputError: as `NeuronDictionary.build`.
         StorageError: another process's files did not come in time; see also `build`.
 
-    Example:
+    Examples:
         In a script that `torchrun --nproc-per-node 8` starts:
 
         >>> d = build_distributed(model, "texts.jsonl", "/shared/model.dict")

@@ -306,7 +306,7 @@ def scan_shard(
         InputError: an activation or a relevance that is not finite.
         StorageError: a checkpoint of another dictionary, a damaged one, or a full disk.
 
-    Example:
+    Examples:
         >>> scan_shard(job, 0, 2).name
         'shard-00000-of-00002.safetensors'
     """

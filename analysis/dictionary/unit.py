@@ -111,7 +111,7 @@ class Page:
         Raises:
             InputError: a criterion that was not searched.
 
-        Example:
+        Examples:
             >>> best = d[5, 17].examples("actmax").iloc[0]
             >>> best["tokens"][best["position"] - best["start"]]  # the token at which it fires most
             >>> best["activations"].shape == (len(best["tokens"]),)

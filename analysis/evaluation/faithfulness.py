@@ -117,7 +117,7 @@ def curves(
     Raises:
         InputError: no features, fewer than one step, or relevance that is not finite or not [size].
 
-    Example:
+    Examples:
         ```python
         features = tokens_of(model, prompt)
         curve = curves(features, {"attnlrp": features.of(R.tokens[0])}, steps=5)["attnlrp"]
@@ -337,7 +337,7 @@ def normalised_aopc(value: float, bounds: tuple[float, float]) -> float:
     With bounds of a beam, an order can be better than the best that was found: then it is above 1.
     NaN where all orders are equal.
 
-    Example:
+    Examples:
         >>> normalised_aopc(0.25, (0.0, 0.5))
         0.5
     """

@@ -89,7 +89,7 @@ def tokens_of(
     Raises:
         InputError: an unknown baseline, or a position outside the prompt.
 
-    Example:
+    Examples:
         ```python
         features = tokens_of(model, as_prompt(model, "The capital of France is", " Paris"))
         features.without(np.eye(features.size, dtype=bool)).value  # [5]: one token gone in each

@@ -34,7 +34,7 @@ def perturbation_curves(
     Raises:
         MissingExtraError: matplotlib is not installed.
 
-    Example:
+    Examples:
         ```python
         curve = curves(features, {"attnlrp": relevance})["attnlrp"]
         lines = {"attnlrp": (curve.morf, curve.lerf)}

@@ -61,7 +61,7 @@ class Perturbation:
         keep_first: never take the first token away, at which many models park attention that is
             meant for nothing.
 
-    Example:
+    Examples:
         >>> Perturbation.parse("mean+first")
         Perturbation(baseline='mean', keep_first=True)
     """
@@ -141,7 +141,7 @@ def evaluate(
             no example at all.
         StorageError: a damaged results file.
 
-    Example:
+    Examples:
         ```python
         results = evaluate("indirect_object", model, ["random", "attnlrp"], n=50, folder="io")
         results.table("area")[["method", "mean", "low", "high"]]  # logits; chance is 0

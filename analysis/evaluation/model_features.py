@@ -48,7 +48,7 @@ def heads_of(model: TransformerBridge, prompt: ExplainedPrompt) -> Features:
     Raises:
         InputError: an encoder-decoder, or attention without heads at ``hook_z``.
 
-    Example:
+    Examples:
         ```python
         features = heads_of(model, prompt)  # size: layers * heads, in the order of R.heads()
         curves(features, {"attnlrp": unit_relevance(R, "attn.hook_z")})

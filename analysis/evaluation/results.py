@@ -41,7 +41,7 @@ class Results:
         skipped: names of input records that could not be read, and why.
         unfit: records that make no example for this model: reason -> how many.
 
-    Example:
+    Examples:
         ```python
         results = Results.read("results/next_word")  # what evaluate wrote there
         results.metrics()  # ["area", "deletion", "insertion", "comprehensiveness", "sufficiency"]

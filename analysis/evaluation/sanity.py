@@ -61,7 +61,7 @@ def randomisation(
     Raises:
         InputError: an unknown mode or layer.
 
-    Example:
+    Examples:
         ```python
         frame = randomisation(model, lambda: attribute("attnlrp", model, text, " Paris").tokens)
         frame["spearman"]  # 1 at a layer: without it and all above, relevance is the same
@@ -145,7 +145,7 @@ def sensitivity(
     Raises:
         InputError: the texts are equal, or have no token in common.
 
-    Example:
+    Examples:
         ```python
         def explain(text):
             _, R = lenslrp.run_with_relevance(model, text, " Paris")

@@ -82,7 +82,7 @@ class Task:
         split_by: the field whose hash decides in which split, development or held-out, a record
             is.
 
-    Example:
+    Examples:
         ```python
         def first_sentence(model, record, length):
             prompt = as_prompt(model, record["text"].split(".")[0])
@@ -192,7 +192,7 @@ def image_task(images: Mapping[str, Tensor]) -> Task:
     Args:
         images: name -> [channel, height, width], as the model's own processor makes it.
 
-    Example:
+    Examples:
         ```python
         pixels = model.processor(images=[photo], return_tensors="pt")["pixel_values"][0]
         evaluate(image_task({"photo": pixels}), model, ["attnlrp_gamma"], n=1, folder="photo")

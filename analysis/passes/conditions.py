@@ -47,7 +47,7 @@ def through(model: TransformerBridge, units: Sequence[Unit]) -> Iterator[None]:
     Raises:
         InputError: another kind of unit, or a block whose branches cannot be told apart.
 
-    Example:
+    Examples:
         ```python
         with through(model, [Head(5, 2)]):
             _, R = lenslrp.run_with_relevance(model, prompt, ledger=False)

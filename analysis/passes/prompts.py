@@ -89,7 +89,7 @@ def as_prompt(
     Raises:
         InputError: more than one input, or a target that has no value by itself in a row.
 
-    Example:
+    Examples:
         ```python
         prompt = as_prompt(model, "The capital of France is", " Paris")
         prompt.length  # 5 tokens

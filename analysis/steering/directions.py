@@ -78,7 +78,7 @@ def mean_difference(
     Raises:
         InputError: no texts, no such hook point, or activations of another shape.
 
-    Example:
+    Examples:
         >>> happy = mean_difference(gpt2, ["I am glad"], ["I am sad"], "blocks.6.hook_resid_post")
         >>> happy.vector.shape
         torch.Size([768])
@@ -129,7 +129,7 @@ def relevance_direction(
     Raises:
         InputError: no texts, or not one target a text; no such hook point.
 
-    Example:
+    Examples:
         >>> place = relevance_direction(gpt2, ["Paris is in"], [Logit(" France")],
         ...                             "blocks.6.hook_resid_post")
         >>> place.vector.shape

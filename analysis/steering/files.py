@@ -115,7 +115,7 @@ def save_steering(steering: Steering, path: str | Path) -> Path:
             that ends with `.safetensors`.
         StorageError: a file of that name that is not ours is in the way, or the disk is full.
 
-    Example:
+    Examples:
         >>> path = save_steering(Steering((Scale(Neuron(17, 40), 0.0),)), "off.json")
         >>> load_steering(path).operations[0].factor
         0.0

@@ -107,7 +107,7 @@ class Scale(Moving):
     Attributes:
         factor: of the activation.
 
-    Example:
+    Examples:
         >>> neuron = Neuron(0, 1)
         >>> Scale(neuron, 0.5).apply(torch.tensor([[1.0, 4.0, 2.0]]))
         tensor([[1., 2., 2.]])
@@ -133,7 +133,7 @@ class Add(Moving):
     Raises:
         InputError: other units, or `"resid_rms"` of a unit whose hook point is not the stream.
 
-    Example:
+    Examples:
         >>> direction = Direction("blocks.0.hook_resid_post", torch.tensor([0.0, 2.0]))
         >>> Add(direction, 3.0).apply(torch.tensor([[1.0, 1.0]]))
         tensor([[1., 7.]])
@@ -169,7 +169,7 @@ class Ablate(Moving):
     Attributes:
         value: 0, or the unit's mean over a text (`mean_activation`).
 
-    Example:
+    Examples:
         >>> Ablate(Neuron(0, 1), 5.0).apply(torch.tensor([[1.0, 4.0, 2.0]]))
         tensor([[1., 5., 2.]])
     """
@@ -190,7 +190,7 @@ class Clamp(Moving):
     Raises:
         InputError: no bound, or `low` above `high`.
 
-    Example:
+    Examples:
         >>> Clamp(Neuron(0, 1), high=3.0).apply(torch.tensor([[1.0, 4.0, 2.0]]))
         tensor([[1., 3., 2.]])
     """
@@ -219,7 +219,7 @@ class ProjectOut(Operation):
     Raises:
         InputError: no directions, or directions of several hook points.
 
-    Example:
+    Examples:
         >>> direction = Direction("blocks.0.hook_resid_post", torch.tensor([0.0, 2.0]))
         >>> ProjectOut((direction,)).apply(torch.tensor([[1.0, 1.0]]))
         tensor([[1., 0.]])
@@ -305,7 +305,7 @@ def steer(
         InputError: units that the model lacks or that cannot be moved; in the forward pass, rows or
             positions out of range; at the end, a hook point that never fired.
 
-    Example:
+    Examples:
         >>> with steer(model, [Scale(Neuron(17, 40), 0.0)]):
         ...     logits = model("I think that")
     """

@@ -69,7 +69,7 @@ class SweepResult:
         Raises:
             InputError: the name is taken.
 
-        Example:
+        Examples:
             >>> result.scored("asks", lambda text: "?" in text).summary("asks")
         """
         if name in self.frame:

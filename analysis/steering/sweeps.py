@@ -125,7 +125,7 @@ def sweep(
     Raises:
         InputError: an operation without a strength or on another unit; no prompts or coefficients.
 
-    Example:
+    Examples:
         >>> result = sweep(model, Scale(Neuron(17, 40), 1.0), [0.0, 2.0], ["I think that"],
         ...                target=(" good", " bad"))
         >>> result.to_dataframe()["kind"].value_counts().to_dict()  # 2 draws for each coefficient

@@ -45,7 +45,7 @@ class SparseCoder:
     Raises:
         InputError: weights whose shapes do not fit each other, or a ``k`` out of range.
 
-    Example:
+    Examples:
         ```python
         coder = SparseCoder.load("sae.safetensors", hook="blocks.5.hook_resid_post")
         activations = coder.encode(residual)  # [batch, pos, d_in] -> [batch, pos, features]

@@ -39,7 +39,6 @@ from lenslrp.hooks.structure import components
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-
 Routing = Int[Tensor, "batch pos slot"]
 """Which expert is in which slot."""
 
@@ -98,7 +97,7 @@ class Neuron(Unit):
         expert: of a mixture: which routed expert, or ``"shared"``.
         side: ``"encoder"`` or ``"decoder"``, of an encoder-decoder.
 
-    Example:
+    Examples:
         >>> str(Neuron(5, 17, expert=3))  # of a mixture; of a dense MLP blocks.5.mlp.hook_post[17]
         'blocks.5.mlp.hook_expert_post[3, 17]'
     """
@@ -190,7 +189,7 @@ class Head(Unit):
         cross: of a decoder that attends to an encoder: the head that does.
         side: ``"encoder"`` or ``"decoder"``, of an encoder-decoder.
 
-    Example:
+    Examples:
         >>> str(Head(5, 2))
         'blocks.5.attn.hook_z[2]'
         >>> Head(5, 2).writes(model)["out"].shape  # W_O of the head
@@ -277,7 +276,7 @@ class Direction(Unit):
         vector: [features], of the width of the activations there.
         name: its name; without one, eight digits of the vector's SHA-256.
 
-    Example:
+    Examples:
         >>> str(Direction("blocks.5.hook_resid_post", vector, "sentiment"))
         'blocks.5.hook_resid_post[direction sentiment]'
     """
@@ -323,7 +322,7 @@ class Feature(Unit):
     Raises:
         InputError: the coder has no such feature.
 
-    Example:
+    Examples:
         >>> str(Feature(coder, 40))
         'blocks.5.hook_resid_post[sae 40]'
     """
@@ -366,7 +365,7 @@ def parse_unit(text: str) -> Unit:
     Raises:
         InputError: any other text; directions and features hold vectors, which no text does.
 
-    Example:
+    Examples:
         >>> parse_unit("blocks.5.attn.hook_z[2]")
         Head(layer=5, index=2, cross=False, side='decoder')
     """

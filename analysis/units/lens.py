@@ -57,7 +57,7 @@ class Lens:
         positions: over how many positions it was fitted.
         seed: of the random vectors of the fit.
 
-    Example:
+    Examples:
         ```python
         lens = fit_relevance_lens(model, texts)
         lens.state(5, residual)     # [pos, d_model] after block 5 -> the expected final residual

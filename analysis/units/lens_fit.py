@@ -140,7 +140,7 @@ def fit_relevance_lens(
         InputError: fewer than 2 * d_model positions, or a model without one stack of blocks.
         CoverageError: an operation between the layers has no rule.
 
-    Example:
+    Examples:
         ```python
         lens = fit_relevance_lens(model, texts)
         writes(model, Neuron(3, 40), lens=lens).top(5)  # what it raises, through the layers above

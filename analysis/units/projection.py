@@ -68,7 +68,7 @@ class VocabularyScores:
         label: row -> its token (or class) as text.
         strength: of a head's component, its singular value; 1 otherwise.
 
-    Example:
+    Examples:
         ```python
         writes(model, Neuron(5, 17)).top(3)  # a table with the columns id, token, score
         ```
@@ -160,7 +160,7 @@ def writes(
     Raises:
         InputError: the unit is not in the model, or the model has no vocabulary to read it in.
 
-    Example:
+    Examples:
         ```python
         writes(model, Neuron(5, 17)).top(5)                  # tokens it raises
         writes(model, Head(5, 2), source=" Paris").top(5)    # what it writes when it sees " Paris"
@@ -203,7 +203,7 @@ def reads(
     Raises:
         InputError: the unit is not in the model, or the model reads no tokens.
 
-    Example:
+    Examples:
         ```python
         reads(model, Neuron(5, 17))["in"].top(5)  # tokens that it responds to most
         ```
@@ -249,7 +249,7 @@ def cosines(model: TransformerBridge, unit: Unit) -> dict[str, float]:
     Raises:
         InputError: for a head, which reads and writes subspaces.
 
-    Example:
+    Examples:
         >>> cosines(model, Direction("blocks.5.hook_resid_post", vector))
         {'in,out': 1.0}
     """

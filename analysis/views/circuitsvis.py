@@ -253,7 +253,7 @@ def attention_relevance(
         InputError: the patterns of this layer were not read, or were reduced.
         ImportError: when the view is displayed and circuitsvis is missing.
 
-    Example:
+    Examples:
         ```python
         _, R = lenslrp.run_with_relevance(
             model, prompt, names_filter="blocks.5.attn.hook_pattern"

@@ -308,7 +308,7 @@ def write_report(
         InputError: when ``row`` is out of range or the folder of ``path`` does not exist.
         MissingExtraError: matplotlib is not installed.
 
-    Example:
+    Examples:
         ```python
         _, R = lenslrp.run_with_relevance(model, "The capital of France is", " Paris")
         write_report(R, "paris.html", model=model)

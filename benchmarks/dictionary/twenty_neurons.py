@@ -5,10 +5,11 @@
 The choice is mechanical: in `facts.json`, in the order of the file, the first prompt of each of the
 first twenty relations whose answer the model gives first; of each the neuron with the largest
 relevance (AttnLRP, the answer's logit less the mean of the ten best other tokens', summed over
-positions) that was not chosen before. What is printed of each is what `docs/explanation/twenty_neurons.md` was
-judged by: what it writes and reads, and the best sentences of ActMax, ActMin and RelMax; then the
-names that two providers give it from the sentences of the sign that its activation has at its
-strongest position, with their scores on sentences that were kept back.
+positions) that was not chosen before. What is printed of each is what
+`docs/explanation/twenty_neurons.md` was judged by: what it writes and reads, and the best sentences
+of ActMax, ActMin and RelMax; then the names that two providers give it from the sentences of the
+sign that its activation has at its strongest position, with their scores on sentences that were
+kept back.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ def attribution_graph(
     Raises:
         InputError: more than one prompt, or a choice that does not exist.
 
-    Example:
+    Examples:
         >>> graph = attribution_graph(model, "The capital of France is", Logit(" Paris"), k=48)
         >>> list(graph.edges.columns)
         ['source', 'target', 'relevance']

@@ -85,7 +85,7 @@ def export_neuronpedia(
     Raises:
         StorageError: the disk is full, or a file that no export made is in the way.
 
-    Example:
+    Examples:
         >>> export_neuronpedia(dictionary, "out")[0]  # GPT-2, sites: mlp.hook_post
         PosixPath('out/gpt2/0-lenslrp-mlp-hook_post')
     """
@@ -308,7 +308,7 @@ def export_html(
         InputError: no such unit, or no units.
         StorageError: a file of one of these names that is not ours is in the way.
 
-    Example:
+    Examples:
         >>> export_html(dictionary, "site", [(5, 17), (5, 18)])
         PosixPath('site/index.html')
     """

@@ -132,7 +132,7 @@ def name_unit(
     Raises:
         InputError: fewer than two examples on either side, or a share outside (0, 1).
 
-    Example:
+    Examples:
         >>> fires = [NamingExample((" a", " cat"), (0.0, 1.0))] * 4
         >>> silent = [NamingExample((" a", " dog"), (0.0, 0.0))] * 4
         >>> name = name_unit(TokenRule(), fires, silent)

@@ -94,7 +94,7 @@ def write_page(
         InputError: as `page_html`.
         StorageError: a file of that name that is not ours is in the way, or the disk is full.
 
-    Example:
+    Examples:
         >>> write_page(dictionary[5, 17], "unit.html", model=model)
         PosixPath('unit.html')
     """
