@@ -86,6 +86,9 @@ KNOWN: Mapping[str, Operations] = {
 }
 """Classes of transformers whose own code multiplies or activates."""
 
+HEADS = ("ClassificationHead", "Pooler")
+"""How classes of transformers are called that activate what a head of a few linear layers reads."""
+
 GATED = ({"gate_proj", "up_proj", "down_proj"},)
 """The sub-modules by which a gated MLP is known, whatever its class."""
 
@@ -318,6 +321,8 @@ def declared(module: nn.Module) -> Operations | None:
     known = KNOWN.get(kind.__name__)
     if known is None and kind.__name__.endswith("Attention"):
         return ATTENTION if kind.__module__.startswith("transformers.") else None
+    if known is None and kind.__name__.endswith(HEADS) and kind.__module__.startswith("transformers."):
+        return FUNCTIONAL
     if known is None and any(names <= module._modules.keys() for names in GATED):
         return GATED_MLP
     return known

@@ -23,6 +23,7 @@ from lenslrp import media
 from lenslrp.errors import FAILURES
 from lenslrp.forward import forward
 from lenslrp.inputs import Batch
+from lenslrp.models.heads import span_logits
 
 LENGTH = 6  #: tokens of the short pass
 LARGEST = 40_000_000_000  #: weights; above, a pass costs too much to be made unasked
@@ -171,6 +172,9 @@ def output_of(result: Any) -> Tensor:
         found = getattr(result, name, None)
         if isinstance(found, Tensor):
             return found
+    spans = span_logits(result)
+    if spans is not None:
+        return spans
     first = result[0] if isinstance(result, tuple) else result
     if not isinstance(first, Tensor):
         raise TypeError(f"no tensor comes out of it, but {type(first).__name__}")

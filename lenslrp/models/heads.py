@@ -1,0 +1,171 @@
+"""Adapters for the heads that transformers puts on a family, derived from the family's own adapter.
+
+TransformerLens has an adapter for a family's language model. A classifier of that family, a tagger,
+a question answerer and the bare model have the same blocks under another name, and other modules
+around them. So their adapters are made, not written: entries of the family's component mapping that
+lie in the base model keep their meaning; linear layers and norms outside it become components, the
+one that gives the logits ``unembed``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from functools import cache, wraps
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+
+LANGUAGE_MODELS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+)
+HEADS = (
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "MODEL_MAPPING_NAMES",
+)
+"""The tables of transformers that say which class a family has with which head."""
+
+
+def derived(adapters: Mapping[str, type[ArchitectureAdapter]]) -> dict[str, Any]:
+    """Adapters for every head of every family that has one in ``adapters``, by class name."""
+    made: dict[str, Any] = {}
+    for kind, language_model in _families(adapters):
+        for name in _names(HEADS, kind):
+            if name not in adapters and hasattr(import_module("transformers"), name):
+                made.setdefault(name, _derive(name, language_model, adapters[language_model]))
+    return made
+
+
+def _families(adapters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Model types, each with its language model that has an adapter."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kinds = dict.fromkeys(kind for table in LANGUAGE_MODELS for kind in getattr(auto, table))
+    for kind in kinds:
+        known = [name for name in _names(LANGUAGE_MODELS, kind) if name in adapters]
+        if known:
+            yield kind, known[0]
+
+
+def _names(tables: tuple[str, ...], kind: str) -> Iterator[str]:
+    from transformers.models.auto import modeling_auto as auto
+
+    for table in tables:
+        named = getattr(auto, table).get(kind, ())
+        yield from (named,) if isinstance(named, str) else named
+
+
+@cache
+def _derive(name: str, language_model: str, base: Any) -> Any:
+    family = getattr(import_module("transformers"), language_model).base_model_prefix
+
+    def prepare_model(self: Any, hf_model: nn.Module) -> None:
+        base.prepare_model(self, _AsFamily(hf_model, family))
+        self.component_mapping = mapping(self.component_mapping, hf_model, family, self.cfg)
+        self.cfg.output_logits_soft_cap = None  # a language model's
+        if name.endswith("ForQuestionAnswering"):
+            _join_spans(hf_model)
+
+    return type(
+        f"{name}Adapter",
+        (base,),
+        {
+            "__doc__": f"{name}, derived from the adapter of {language_model}.",
+            "prepare_model": prepare_model,
+            "supports_generation": False,
+            "supports_causal_loss": False,
+        },
+    )
+
+
+def _join_spans(model: Any) -> None:
+    """Let a question answerer's output have ``logits``, [batch, pos, 2]: of start and of end."""
+    forward = model.forward
+
+    @wraps(forward)
+    def joined(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output["logits"] = span_logits(output)
+        return output
+
+    model.forward = joined
+
+
+def span_logits(output: Any) -> Tensor | None:
+    """[batch, pos, 2]: the logits of start and end of a question answerer's output."""
+    ends = [getattr(output, f"{end}_logits", None) for end in ("start", "end")]
+    return None if ends[0] is None else torch.stack(ends, dim=-1)
+
+
+class _AsFamily:
+    """A model in which the base model is found under the family's name for it."""
+
+    def __init__(self, model: nn.Module, family: str) -> None:
+        self._model = model
+        if not hasattr(model, family):
+            setattr(self, family, _base(model)[1])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _base(model: Any) -> tuple[str, nn.Module]:
+    """Where the base model is, with a dot at the end, and the base model: itself of a bare one."""
+    prefix = model.base_model_prefix
+    inner = getattr(model, prefix, None)
+    return (f"{prefix}.", inner) if isinstance(inner, nn.Module) else ("", model)
+
+
+def mapping(
+    components: Mapping[str, Any], model: nn.Module, family: str, config: Any
+) -> dict[str, Any]:
+    """The component mapping of a model with a head.
+
+    Args:
+        components: of the family's language model.
+        model: the model, of any head or none.
+        family: the name under which the language model has its base model.
+        config: the bridge's.
+    """
+    from transformer_lens.model_bridge.generalized_components import (
+        LinearBridge,
+        NormalizationBridge,
+        UnembeddingBridge,
+    )
+
+    place, base = _base(model)
+    inside = dict(model.named_modules())
+    made = {}
+    for key, component in components.items():
+        path = str(component.name)
+        nested = path.removeprefix(f"{family}.")
+        if nested == path and not hasattr(base, path.split(".")[0]):
+            continue  # the language model's head
+        if f"{place}{nested}" in inside:
+            component = copy.copy(component)
+            component.name = f"{place}{nested}"
+            made[key] = component
+    outside = {
+        path: module
+        for path, module in inside.items()
+        if place and f"{path}." != place and not path.startswith(place)
+    }
+    linear = [path for path, module in outside.items() if isinstance(module, nn.Linear)]
+    for path in linear:
+        if path == linear[-1]:
+            made["unembed"] = UnembeddingBridge(name=path)
+        else:
+            made[path.replace(".", "_")] = LinearBridge(name=path)
+    for path, module in outside.items():
+        if isinstance(module, nn.LayerNorm):
+            made[path.replace(".", "_")] = NormalizationBridge(name=path, config=config)
+    return made
