@@ -60,7 +60,8 @@ KNOWN: Mapping[str, Operations] = {
     "LagunaAttention": ATTENTION_GATE,
     "Lfm2MLP": GATED_MLP,
     "Lfm2MoeMLP": GATED_MLP,
-    "ModernBertDecoderMLP": GATED_MLP,
+    "DistilBertForSequenceClassification": FUNCTIONAL,
+    **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP),
     "MuseGlimmerTextAttention": ATTENTION_GATE,
     "RobertaLMHead": FUNCTIONAL,
     # Two gates around a convolution over three positions.
@@ -86,7 +87,7 @@ KNOWN: Mapping[str, Operations] = {
 }
 """Classes of transformers whose own code multiplies or activates."""
 
-HEADS = ("ClassificationHead", "Pooler")
+HEADS = ("ClassificationHead", "LMHead", "Pooler")
 """How classes of transformers are called that activate what a head of a few linear layers reads."""
 
 GATED = ({"gate_proj", "up_proj", "down_proj"},)
@@ -321,8 +322,8 @@ def declared(module: nn.Module) -> Operations | None:
     known = KNOWN.get(kind.__name__)
     if known is None and kind.__name__.endswith("Attention"):
         return ATTENTION if kind.__module__.startswith("transformers.") else None
-    if known is None and kind.__name__.endswith(HEADS) and kind.__module__.startswith("transformers."):
-        return FUNCTIONAL
+    if known is None and kind.__name__.endswith(HEADS):
+        return FUNCTIONAL if kind.__module__.startswith("transformers.") else None
     if known is None and any(names <= module._modules.keys() for names in GATED):
         return GATED_MLP
     return known

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from lenslrp.errors import FAILURES, LoadError, first_line
 from lenslrp.models.embedded import EMBEDDED
+from lenslrp.models.encoders import encoders
 from lenslrp.models.heads import derived
 
 if TYPE_CHECKING:
@@ -72,8 +73,9 @@ def supported_architectures() -> dict[str, Any]:
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 
     ArchitectureAdapterFactory.discover_entry_points()
-    for name, adapter in derived(dict(ArchitectureAdapterFactory._adapters)).items():
-        ArchitectureAdapterFactory.register_adapter(name, adapter)
+    known = ArchitectureAdapterFactory._adapters
+    known.update({name: made for name, made in encoders(known).items() if name not in known})
+    known.update(derived(known))
     return dict(ArchitectureAdapterFactory._adapters)
 
 
