@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from functools import reduce
 from types import MethodType
 from typing import Any
 
@@ -21,8 +20,7 @@ class Layout:
     """Where an encoder keeps its parts: paths in the language model, in a block, in a branch.
 
     Attributes:
-        base: the encoder.
-        blocks: its list of blocks.
+        blocks: the list of blocks.
         embeddings: name in the bridge -> path of an embedding table.
         norms: name in the bridge -> path of a norm outside the blocks.
         linear: name in the bridge -> path of a linear layer outside the blocks.
@@ -47,7 +45,10 @@ def _embeddings(base: str, **more: str) -> dict[str, str]:
     return {key: f"{base}.embeddings.{name}" for key, name in names.items()}
 
 
-_BERT_ATTENTION = ("attention", dict(q="self.query", k="self.key", v="self.value", o="output.dense"))
+_BERT_ATTENTION = (
+    "attention",
+    {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"},
+)
 _BERT_MLP = ("", "intermediate.dense", "output.dense")
 _BERT_NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
 
@@ -55,8 +56,14 @@ LAYOUTS: dict[str, Layout] = {
     "ElectraForMaskedLM": Layout(
         blocks="electra.encoder.layer",
         embeddings=_embeddings("electra", token_type_embed="token_type_embeddings"),
-        norms={"embed_ln": "electra.embeddings.LayerNorm", "ln_final": "generator_predictions.LayerNorm"},
-        linear={"embed_project": "electra.embeddings_project", "mlm_head": "generator_predictions.dense"},
+        norms={
+            "embed_ln": "electra.embeddings.LayerNorm",
+            "ln_final": "generator_predictions.LayerNorm",
+        },
+        linear={
+            "embed_project": "electra.embeddings_project",
+            "mlm_head": "generator_predictions.dense",
+        },
         unembed="generator_lm_head",
         attention=_BERT_ATTENTION,
         mlp=_BERT_MLP,
@@ -68,7 +75,7 @@ LAYOUTS: dict[str, Layout] = {
         norms={"embed_ln": "distilbert.embeddings.LayerNorm", "ln_final": "vocab_layer_norm"},
         linear={"mlm_head": "vocab_transform"},
         unembed="vocab_projector",
-        attention=("attention", dict(q="q_lin", k="k_lin", v="v_lin", o="out_lin")),
+        attention=("attention", {"q": "q_lin", "k": "k_lin", "v": "v_lin", "o": "out_lin"}),
         mlp=("ffn", "lin1", "lin2"),
         norm_of=("sa_layer_norm", "output_layer_norm"),
     ),
@@ -78,7 +85,7 @@ LAYOUTS: dict[str, Layout] = {
         norms={"embed_ln": "mpnet.embeddings.LayerNorm", "ln_final": "lm_head.layer_norm"},
         linear={"mlm_head": "lm_head.dense"},
         unembed="lm_head.decoder",
-        attention=("attention", dict(q="attn.q", k="attn.k", v="attn.v", o="attn.o")),
+        attention=("attention", {"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o"}),
         mlp=_BERT_MLP,
         norm_of=("attention.LayerNorm", "output.LayerNorm"),
     ),
@@ -93,7 +100,12 @@ LAYOUTS: dict[str, Layout] = {
         unembed="cls.predictions.decoder",
         attention=(
             "attention",
-            dict(q="self.query_proj", k="self.key_proj", v="self.value_proj", o="output.dense"),
+            {
+                "q": "self.query_proj",
+                "k": "self.key_proj",
+                "v": "self.value_proj",
+                "o": "output.dense",
+            },
         ),
         mlp=_BERT_MLP,
         norm_of=_BERT_NORMS,
@@ -107,7 +119,7 @@ LAYOUTS: dict[str, Layout] = {
             "mlm_head": "predictions.dense",
         },
         unembed="predictions.decoder",
-        attention=("attention", dict(q="query", k="key", v="value", o="dense")),
+        attention=("attention", {"q": "query", "k": "key", "v": "value", "o": "dense"}),
         mlp=("", "ffn", "ffn_output"),
         norm_of=("attention.LayerNorm", "full_layer_layer_norm"),
     ),
@@ -122,7 +134,7 @@ LAYOUTS["ModernBertForMaskedLM"] = Layout(
     },
     linear={"mlm_head": "head.dense"},
     unembed="decoder",
-    attention=("attn", dict(qkv="Wqkv", o="Wo")),
+    attention=("attn", {"qkv": "Wqkv", "o": "Wo"}),
     mlp=("mlp", "Wi", "Wo"),
     norm_of=("attn_norm", "mlp_norm"),
 )
@@ -149,15 +161,21 @@ def _adapter(name: str, layout: Layout, adapters: dict[str, Any]) -> Any:
         self.weight_processing_conversions = {}
         self.component_mapping = _components(layout, self.cfg)
 
-    def prepare_model(self: Any, hf_model: nn.Module) -> None:
+    def prepare_model(self: Any, hf_model: Any) -> None:
         if name == "AlbertForMaskedLM":
             _unroll(hf_model.albert.encoder)
-        for key in {**layout.linear, **layout.norms, **layout.embeddings}:
-            path = self.component_mapping[key].name
-            if reduce(lambda part, name: getattr(part, name, None), path.split("."), hf_model) is None:
-                del self.component_mapping[key]  # a head has it not, or its settings
+        for key in (*layout.linear, *layout.norms, *layout.embeddings):
+            if not _has(hf_model, self.component_mapping[key].name):
+                del self.component_mapping[key]  # another head, or settings without it
 
     return type(f"{name}Adapter", (bert,), {"__init__": init, "prepare_model": prepare_model})
+
+
+def _has(model: Any, path: str) -> bool:
+    part = model
+    for name in path.split("."):
+        part = getattr(part, name, None)
+    return part is not None
 
 
 def _unroll(encoder: Any) -> None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from functools import cache, wraps
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from lenslrp.models.encoders import encoders
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
@@ -35,14 +36,31 @@ HEADS = (
 """The tables of transformers that say which class a family has with which head."""
 
 
-def derived(adapters: Mapping[str, type[ArchitectureAdapter]]) -> dict[str, Any]:
-    """Adapters for every head of every family that has one in ``adapters``, by class name."""
-    made: dict[str, Any] = {}
-    for kind, language_model in _families(adapters):
+@cache
+def offered() -> Mapping[str, type[ArchitectureAdapter]]:
+    """Adapters by class name, beside those that TransformerLens has.
+
+    They are those of encoders that it has none for, and of every head of every family with an
+    adapter. ``pyproject.toml`` lists them as entry points, by which TransformerLens finds them.
+    """
+    import transformers
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+    native = dict(SUPPORTED_ARCHITECTURES)
+    added = {name: made for name, made in encoders(native).items() if name not in native}
+    families = {**native, **added}
+    for kind, language_model in _families(families):
         for name in _names(HEADS, kind):
-            if name not in adapters and hasattr(import_module("transformers"), name):
-                made.setdefault(name, _derive(name, language_model, adapters[language_model]))
-    return made
+            if name not in families and hasattr(transformers, name):
+                added.setdefault(name, _derive(name, language_model, families[language_model]))
+    return added
+
+
+def __getattr__(name: str) -> Any:
+    """What an entry point names."""
+    if not name.startswith("_") and name in offered():
+        return offered()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _families(adapters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -64,9 +82,10 @@ def _names(tables: tuple[str, ...], kind: str) -> Iterator[str]:
         yield from (named,) if isinstance(named, str) else named
 
 
-@cache
 def _derive(name: str, language_model: str, base: Any) -> Any:
-    family = getattr(import_module("transformers"), language_model).base_model_prefix
+    import transformers
+
+    family = getattr(transformers, language_model).base_model_prefix
 
     def prepare_model(self: Any, hf_model: nn.Module) -> None:
         base.prepare_model(self, _AsFamily(hf_model, family))
@@ -102,8 +121,9 @@ def _join_spans(model: Any) -> None:
 
 def span_logits(output: Any) -> Tensor | None:
     """[batch, pos, 2]: the logits of start and end of a question answerer's output."""
-    ends = [getattr(output, f"{end}_logits", None) for end in ("start", "end")]
-    return None if ends[0] is None else torch.stack(ends, dim=-1)
+    if getattr(output, "start_logits", None) is None:
+        return None
+    return torch.stack([output.start_logits, output.end_logits], dim=-1)
 
 
 class _AsFamily:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from lenslrp import media
 from lenslrp.errors import FAILURES
 from lenslrp.forward import forward
-from lenslrp.inputs import Batch
+from lenslrp.inputs import Batch, decoder_reads_the_text
 from lenslrp.models.heads import span_logits
 
 LENGTH = 6  #: tokens of the short pass
@@ -198,7 +198,9 @@ def short_input(model: Any, seed: int = 0) -> dict[str, Any]:
     ids = torch.tensor([(free or order.tolist())[:LENGTH]], device=model.device)
     takes = inspect.signature(model.forward).parameters
     given: dict[str, Any] = {"input_ids": ids}
-    if getattr(config, "is_encoder_decoder", False):
+    if decoder_reads_the_text(model):
+        ids[0, -1] = config.eos_token_id  # where a classifier reads its answer
+    elif getattr(config, "is_encoder_decoder", False):
         start = getattr(config, "decoder_start_token_id", None)
         written = ids[:, :3].clone()
         written[0, 0] = written[0, 0] if start is None else start
