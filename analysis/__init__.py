@@ -1,15 +1,14 @@
 """What relevance means: units and their vocabulary, lenses, evaluation, circuits, steering, views.
 
 Imported as ``lenslrp.analysis``; the folder is named ``analysis`` at the top of the repository.
-Every public name of a room is one of this package too, imported when first used, as in
-:mod:`lenslrp`.
+Its public names come from the rooms, each imported when first used, as in `lenslrp`.
 """
 
 import sys
-import warnings
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from lenslrp.former import FormerModule
 
 if TYPE_CHECKING:
     from lenslrp.analysis.attribution import METHODS, Attribution, Method, attribute
@@ -114,123 +113,38 @@ if TYPE_CHECKING:
     from lenslrp.analysis.views import attention_relevance, write_report
 
 _ROOMS = {
-    "common": (
-        "agreement",
-        "indirect_objects",
-    ),
+    "common": ("agreement", "indirect_objects"),
     "units": (
-        "Direction",
-        "Feature",
-        "Head",
-        "Lens",
-        "Neuron",
-        "SparseCoder",
-        "Unit",
-        "VocabularyScores",
-        "compare_lenses",
-        "cosines",
-        "fit_relevance_lens",
-        "fit_ridge_lens",
-        "neuron_writes",
-        "parse_unit",
-        "reads",
-        "sign_cases",
-        "writes",
+        "Direction", "Feature", "Head", "Lens", "Neuron", "SparseCoder", "Unit", "VocabularyScores",
+        "compare_lenses", "cosines", "fit_relevance_lens", "fit_ridge_lens", "neuron_writes",
+        "parse_unit", "reads", "sign_cases", "writes",
     ),
-    "passes": (
-        "Edit",
-        "as_prompt",
-        "edit_units",
-        "through",
-    ),
-    "attribution": (
-        "METHODS",
-        "Attribution",
-        "Method",
-        "attribute",
-    ),
+    "passes": ("Edit", "as_prompt", "edit_units", "through"),
+    "attribution": ("METHODS", "Attribution", "Method", "attribute"),
     "evaluation": (
-        "TASKS",
-        "Example",
-        "Perturbation",
-        "Results",
-        "Task",
-        "Unfit",
-        "aopc",
-        "aopc_bounds",
-        "curves",
-        "evaluate",
-        "heads_of",
-        "image_task",
-        "normalised_aopc",
-        "perturbation_curves",
-        "randomisation",
-        "sensitivity",
-        "tokens_of",
-        "unit_relevance",
+        "TASKS", "Example", "Perturbation", "Results", "Task", "Unfit", "aopc", "aopc_bounds",
+        "curves", "evaluate", "heads_of", "image_task", "normalised_aopc", "perturbation_curves",
+        "randomisation", "sensitivity", "tokens_of", "unit_relevance",
     ),
     "circuits": (
-        "TARGET",
-        "AttributionGraph",
-        "Circuit",
-        "EdgeScores",
-        "Node",
-        "NodeScores",
-        "Pairs",
-        "attribution_graph",
-        "completeness",
-        "faithfulness_curve",
-        "faithfulness_curves",
-        "head_scores",
-        "minimality",
-        "prune",
-        "score_edges",
-        "score_nodes",
-        "template_pairs",
-        "to_transformer_lens",
-        "verify",
+        "TARGET", "AttributionGraph", "Circuit", "EdgeScores", "Node", "NodeScores", "Pairs",
+        "attribution_graph", "completeness", "faithfulness_curve", "faithfulness_curves",
+        "head_scores", "minimality", "prune", "score_edges", "score_nodes", "template_pairs",
+        "to_transformer_lens", "verify",
     ),
     "steering": (
-        "Ablate",
-        "Add",
-        "Clamp",
-        "ProjectOut",
-        "Scale",
-        "Steering",
-        "SweepResult",
-        "load_control_vector",
-        "load_steering",
-        "mean_activation",
-        "mean_difference",
-        "relevance_direction",
-        "save_control_vector",
-        "save_steering",
-        "steer",
-        "sweep",
-        "unembedding_direction",
-        "written_by",
+        "Ablate", "Add", "Clamp", "ProjectOut", "Scale", "Steering", "SweepResult",
+        "load_control_vector", "load_steering", "mean_activation", "mean_difference",
+        "relevance_direction", "save_control_vector", "save_steering", "steer", "sweep",
+        "unembedding_direction", "written_by",
     ),
     "dictionary": (
-        "LanguageModel",
-        "NeuronDictionary",
-        "Page",
-        "TokenRule",
-        "build_distributed",
-        "build_with_ray",
-        "explain_with_ray",
-        "export_html",
-        "export_neuronpedia",
-        "name_unit",
-        "page_html",
-        "prepare",
-        "scan_shard",
-        "write_page",
+        "LanguageModel", "NeuronDictionary", "Page", "TokenRule", "build_distributed",
+        "build_with_ray", "explain_with_ray", "export_html", "export_neuronpedia", "name_unit",
+        "page_html", "prepare", "scan_shard", "write_page",
     ),
-    "views": (
-        "attention_relevance",
-        "write_report",
-    ),
-}
+    "views": ("attention_relevance", "write_report"),
+}  # fmt: skip
 
 __all__ = [
     "METHODS",
@@ -333,52 +247,36 @@ __all__ = [
     "written_by",
 ]
 
-# Modules that documentation of 0.1 imported from, and where they are now.
+# Modules of this package that documentation of 0.1 imported from, and where they are now.
 _FORMER = {
-    "baselines": "attribution.methods",
-    "circuit_plot": "circuits.figures",
-    "circuitsvis_safe": "views.circuitsvis",
-    "curve_plot": "evaluation.figures",
-    "exports": "dictionary.export.folders",
-    "faithfulness": "evaluation.faithfulness",
-    "intervene": "passes.intervene",
-    "job": "dictionary.job",
-    "naming": "dictionary.naming.names",
-    "nodes": "circuits.nodes",
-    "pairs": "circuits.pairs",
-    "perturb": "evaluation.features",
-    "perturb_parts": "evaluation.model_features",
-    "prompts": "passes.prompts",
-    "providers": "dictionary.naming.providers",
-    "report": "views.report",
-    "sanity": "evaluation.sanity",
-    "search": "dictionary.scan",
-    "templates": "common.templates",
-    "vocabulary": "units.projection",
+    "baselines": "lenslrp.analysis.attribution.methods",
+    "circuit_plot": "lenslrp.analysis.circuits.figures",
+    "circuitsvis_safe": "lenslrp.analysis.views.circuitsvis",
+    "curve_plot": "lenslrp.analysis.evaluation.figures",
+    "exports": "lenslrp.analysis.dictionary.export.folders",
+    "faithfulness": "lenslrp.analysis.evaluation.faithfulness",
+    "finding": "lenslrp.analysis.dictionary.text_search",
+    "intervene": "lenslrp.edits",
+    "job": "lenslrp.analysis.dictionary.job",
+    "naming": "lenslrp.analysis.dictionary.naming.names",
+    "nodes": "lenslrp.analysis.circuits.nodes",
+    "pairs": "lenslrp.analysis.circuits.pairs",
+    "perturb": "lenslrp.analysis.evaluation.features",
+    "perturb_parts": "lenslrp.analysis.evaluation.model_features",
+    "plots": "lenslrp.analysis.views",
+    "prompts": "lenslrp.analysis.passes.prompts",
+    "providers": "lenslrp.analysis.dictionary.naming.providers",
+    "report": "lenslrp.analysis.views.report",
+    "sanity": "lenslrp.analysis.evaluation.sanity",
+    "search": "lenslrp.analysis.dictionary.scan",
+    "templates": "lenslrp.analysis.common.templates",
+    "unit_links": "lenslrp.analysis.dictionary.pages.links",
+    "vocabulary": "lenslrp.analysis.units.projection",
 }
 
 
-class _Former(ModuleType):
-    """A module under its name in 0.1; what is taken from it comes from where it is now."""
-
-    def __init__(self, name: str, home: str) -> None:
-        super().__init__(name)
-        self.__dict__["_home"] = home
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        value = getattr(import_module(self._home), name)
-        warnings.warn(
-            f"{self.__name__}.{name} is {self._home}.{name} since 0.2",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return value
-
-
 for _name, _home in _FORMER.items():
-    sys.modules[f"{__name__}.{_name}"] = _Former(f"{__name__}.{_name}", f"{__name__}.{_home}")
+    FormerModule(f"{__name__}.{_name}", _home, since="0.2")
 
 
 def __getattr__(name: str) -> Any:

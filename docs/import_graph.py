@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOUNDATION = {"errors", "extras", "files", "quiet", "version"}
+FOUNDATION = {"errors", "extras", "files", "former", "quiet", "version"}
 LAYERS = (
     "foundation",
     "hooks",

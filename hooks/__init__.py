@@ -13,13 +13,10 @@ from lenslrp.hooks.composites import (
 )
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.hooks.install import Rules, relevance_rules
-from lenslrp.hooks.rules import (
+from lenslrp.hooks.linear_rules import ZPLUS, AlphaBeta, Epsilon, Gamma
+from lenslrp.hooks.rule_types import (
     CONSTANT,
     UNIFORM,
-    ZPLUS,
-    AlphaBeta,
-    Epsilon,
-    Gamma,
     Identity,
     Normalisation,
     Operations,

@@ -2,8 +2,8 @@
 
 :func:`assign` looks at a model and changes nothing; its table has a row for everything that is
 attached. A new architecture is rows in that table: a class in one of the lists that it goes by
-(:data:`~lenslrp.hooks.components.ACTIVATIONS`, :data:`~lenslrp.hooks.norms.NAMED_NORMS`,
-:data:`~lenslrp.hooks.operations.KNOWN`), or a branch of :class:`_Decision`.
+(:data:`~lenslrp.hooks.components.ACTIVATION_CLASSES`, :data:`~lenslrp.hooks.norms.NAMED_NORMS`,
+:data:`~lenslrp.hooks.operations.OPERATIONS_BY_CLASS`), or a branch of :class:`_Decision`.
 """
 
 from __future__ import annotations
@@ -26,37 +26,39 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources.native import model as native
 
 from lenslrp.errors import InputError
-from lenslrp.hooks import functions as F
-from lenslrp.hooks.attach import Attached, Context, components, original
 from lenslrp.hooks.attention import attach_attention, gates_its_output
 from lenslrp.hooks.checks import known_forward
 from lenslrp.hooks.components import (
-    KNOWN_ACTIVATIONS,
-    LAYERS,
+    ACTIVATION_FORWARDS,
+    LINEAR_CLASSES,
     attach_activation,
-    attach_all_cycles,
     attach_gated_mlp,
     attach_linear,
     attach_native_activation,
 )
 from lenslrp.hooks.composites import Composite
-from lenslrp.hooks.constants import meter_edits, watch_gradients
-from lenslrp.hooks.convolution import CONVOLUTIONS
-from lenslrp.hooks.embeddings import attach_leaf, attach_patches, embeddings
+from lenslrp.hooks.convolution import CONVOLUTION_CLASSES
 from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures
-from lenslrp.hooks.norms import attach_loose_norm, attach_norm, attach_own_norm, is_norm
+from lenslrp.hooks.leaf_modules import embeddings
+from lenslrp.hooks.linear_rules import Epsilon, LinearRule
+from lenslrp.hooks.norms import attach_norm, attach_registered_norm, attach_unbridged_norm, is_norm
 from lenslrp.hooks.operations import (
-    ATTENTION,
-    ATTENTION_GATE,
-    ROUTER,
+    ATTENTION_GATE_SPEC,
+    ATTENTION_SPEC,
+    ROUTER_SPEC,
     attach_operations,
-    declared,
-    is_known,
+    declared_operations,
+    has_declared_class,
 )
-from lenslrp.hooks.patches import below, embedders
-from lenslrp.hooks.rules import Epsilon, Identity, LinearRule, Normalisation, Operations, Plain
+from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
 from lenslrp.hooks.sharding import is_sharded
-from lenslrp.hooks.structure import Parts, once, require_modules_of_their_own
+from lenslrp.hooks.structure import (
+    NamedModules,
+    check_once,
+    components,
+    original,
+    require_modules_of_their_own,
+)
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -105,7 +107,7 @@ class Assignments:
     embedded: list[tuple[nn.Module, bool]]
 
     def table(self) -> pd.DataFrame:
-        """Columns path, component, role, rule and share."""
+        """One row for each component: path, component (its class), role, rule and share."""
         rows = [
             (row.path, type(row.module).__name__, row.role, row.rule.name, row.share)
             for row in self.rows
@@ -119,24 +121,36 @@ def assign(
     """Decide which component of a bridge gets which rule of a composite; nothing is changed.
 
     What has no rule gets no row: it stays on the autograd graph, where
-    :mod:`lenslrp.hooks.coverage` finds it.
+    :mod:`lenslrp.hooks.graph_walk` finds it.
+
+    Args:
+        model: a ``TransformerBridge``.
+        composite: ``AttnLRP()``, ``CPLRP()``, ... or a ``Composite`` of your own.
+        attention: ``"bridge"`` or ``"fused"``, as for :func:`lenslrp.hooks.relevance_rules`.
 
     Raises:
         CoverageError: one module stands in two places.
-        InputError: a rule that gives ``up`` no share.
+        InputError: a rule that gives ``up`` no share, or one that reads a weight which FSDP gathers
+            for the pass only.
+
+    Examples:
+        Of a Llama with gamma on its linear layers::
+
+            table = assign(model, Composite("mine", {"linear": Gamma(0.05)})).table()
+            table[table.role == "linear"].path  # blocks.0.mlp.gate, blocks.0.mlp.in, ...
     """
-    once(model, require_modules_of_their_own)
-    found = components(model)
+    check_once(model, require_modules_of_their_own)
+    modules = components(model)
     gates: dict[int, float] = {}
     roles: dict[int, str] = {}
-    mixed = mixtures(found)
-    mixing = {id(part) for mixture in mixed for part, _ in mixture.specs()}
-    raw = _raw_modules(found, mixed, composite)
-    wrapped = {id(original(m)) for _, m in found if isinstance(m, NormalizationBridge)}
-    roles.update(dict.fromkeys(mixing, ""))  # met where they run
-    roles.update(_router_roles(found, mixed, raw))
+    mixture_blocks = mixtures(modules)
+    mixing = {id(part) for mixture in mixture_blocks for part, _ in mixture.specs()}
+    operations_of = _raw_modules(modules, mixture_blocks, composite)
+    wrapped = {id(original(m)) for _, m in modules if isinstance(m, NormalizationBridge)}
+    roles.update(dict.fromkeys(mixing, ""))  # intercepted where they run
+    roles.update(_router_roles(modules, mixture_blocks, operations_of))
     queries: set[str] = set()
-    for path, module in found:
+    for path, module in modules:
         if "cross_attn" in module._modules and "ln2" in module._modules:
             queries.add(f"{path}.ln2")  # before cross-attention, whose keys are the encoder's
         if isinstance(module, AttentionBridge):
@@ -147,73 +161,45 @@ def assign(
         if isinstance(module, JointGateUpMLPBridge):
             roles[id(_wrapped(module, "gate_up"))] = ""
             roles[id(getattr(original(module), module.fused_attr, None))] = ""
-        if id(module) in raw and raw[id(module)].gated:  # its activation feeds a gated product
+        spec = operations_of.get(id(module))
+        if spec is not None and spec.gated:  # its activation feeds a gated product
             gates.update((id(inner), gate_share(composite)) for inner in module.children())
         if isinstance(module, GatedMLPBridge) and _computes_itself(composite, module):
             share = gate_share(composite)
             for inner in [*original(module).children(), *module.children(), original(module)]:
                 gates[id(inner)] = share
     decide = _Decision(composite, gates, roles, wrapped)
-    embedded = embeddings(found)
-    inside = _answered_for(found, composite, embedded)
-    linear = {id(original(m)) for _, m in found if isinstance(m, LinearBridge)}
+    embedded = embeddings(modules)
+    inside = _answered_for(modules, composite, embedded)
+    linear = {id(original(m)) for _, m in modules if isinstance(m, LinearBridge)}
     rows: list[Assignment] = []
-    for path, module in found:
+    for path, module in modules:
         if id(module) in inside:
             continue
         rows.extend(decide.row(path, module))
-        if id(module) in linear and not isinstance(module, LAYERS):
+        if id(module) in linear and not isinstance(module, LINEAR_CLASSES):
             rows.extend(decide.linear(path, module))
-        if id(module) in raw and id(module) not in mixing:
-            rows.append(decide.operations(path, module, raw[id(module)]))
+        if id(module) in operations_of and id(module) not in mixing:
+            rows.append(decide.operations(path, module, operations_of[id(module)]))
     rows.extend(
         Assignment(
             mixture.path, mixture.block, "router", composite["router"],
             attach=attach_mixture, options=(mixture,),
         )
-        for mixture in mixed
+        for mixture in mixture_blocks
     )  # fmt: skip
-    weights = _ruled_weights(found, composite, roles, raw)
+    weights = _ruled_weights(modules, composite, roles, operations_of)
     return Assignments(rows, queries, weights, wrapped, embedded)
 
 
-def attach_all(
-    model: TransformerBridge, found: Parts, ctx: Context, at: Attached
-) -> list[tuple[nn.Module, bool]]:
-    """Attach the composite's rules to every component of a bridge; returns its embeddings.
-
-    ``at`` learns the sites and how to undo them, as far as it went.
-    """
-    assigned = assign(model, ctx.composite, ctx.attention)
-    at.edits = meter_edits(at, ctx, found)
-    at.changed = watch_gradients(at, found)
-    at.wrapped, at.weights = assigned.wrapped, assigned.weights
-    ctx.queries.update(assigned.queries)
-    for inner, _ in assigned.embedded:
-        attach_leaf(at, inner)
-    for _, module in found:
-        if hasattr(module, "L_bp_cycles_padded"):
-            attach_all_cycles(at, module)
-    for row in assigned.rows:
-        attach_row(at, ctx, row)
-    for place in embedders(found):
-        attach_patches(at, place.projection, below(found, at.sites))
-    return assigned.embedded
-
-
-def attach_row(at: Attached, ctx: Context, row: Assignment) -> None:
-    """Attach what one row of the table says."""
-    row.attach(at, ctx, row.path, row.module, *row.options)
-
-
 def _answered_for(
-    found: Parts, composite: Composite, embedded: list[tuple[nn.Module, bool]]
+    modules: NamedModules, composite: Composite, embedded: list[tuple[nn.Module, bool]]
 ) -> set[int]:
     """Modules inside one that has a rule as a whole; and what an embedding does before its leaf."""
     inside: set[int] = set()
     for inner, _ in embedded:
         inside.update(id(part) for part in inner.modules() if part is not inner)
-    for _, module in found:
+    for _, module in modules:
         if isinstance(composite.modules.get(type(module)), Identity | Normalisation | Plain):
             inside.update(id(part) for part in module.modules() if part is not module)
         if isinstance(module, NormalizationBridge) and isinstance(composite["norm"], Plain):
@@ -234,35 +220,36 @@ class _Decision:
     def row(self, path: str, module: nn.Module) -> Iterator[Assignment]:
         """The row of a component by its class, if it gets one."""
         rules = self.composite
-        own = rules.modules.get(type(module))
+        registered = rules.modules.get(type(module))
         share = self.gates.get(id(module), 1.0)
-        if own is not None and id(module) in self.wrapped:
+        if registered is not None and id(module) in self.wrapped:
             return  # its NormalizationBridge has seen to it
-        if isinstance(own, Operations):
-            yield self.operations(path, module, own)
-        elif isinstance(own, Normalisation):
-            yield Assignment(path, module, "norm", own, attach=attach_own_norm, options=(own,))
-        elif own is not None:
-            yield self.activation(path, module, own, share, True)
+        if isinstance(registered, Operations):
+            yield self.operations(path, module, registered)
+        elif isinstance(registered, Normalisation):
+            options = (registered,)
+            yield Assignment(path, module, "norm", registered, 1.0, attach_registered_norm, options)
+        elif registered is not None:
+            yield self.activation(path, module, registered, share, True)
         elif isinstance(module, NormalizationBridge):
             yield Assignment(path, module, "norm", rules["norm"], attach=attach_norm)
         elif isinstance(module, AttentionBridge):
-            if type(original(module)) not in rules.modules:  # taught: it has rules of its own
+            if type(original(module)) not in rules.modules:  # registered: it has rules of its own
                 rule = rules["attention_av"]
                 yield Assignment(path, module, "attention_av", rule, attach=attach_attention)
         elif isinstance(module, GatedMLPBridge) and original(module) is not None:
-            if _computes_itself(rules, module) and not is_known(original(module)):
+            if _computes_itself(rules, module) and not has_declared_class(original(module)):
                 yield Assignment(path, module, "gate", rules["gate"], attach=attach_gated_mlp)
         elif id(module) not in self.wrapped and is_norm(module):
-            yield Assignment(path, module, "norm", rules["norm"], attach=attach_loose_norm)
-        elif known_forward(module) in KNOWN_ACTIVATIONS:
+            yield Assignment(path, module, "norm", rules["norm"], attach=attach_unbridged_norm)
+        elif known_forward(module) in ACTIVATION_FORWARDS:
             yield self.activation(path, module, rules["activation"], share, False)
         elif isinstance(module, native.NativeMLP | native.NativeGatedMLP):
             yield Assignment(
                 path, module, "activation", rules["activation"], share,
                 attach_native_activation, (share,),
             )  # fmt: skip
-        elif isinstance(module, LAYERS):
+        elif isinstance(module, LINEAR_CLASSES):
             yield from self.linear(path, module)
 
     def linear(self, path: str, module: nn.Module) -> Iterator[Assignment]:
@@ -278,8 +265,8 @@ class _Decision:
         self, path: str, module: nn.Module, rule: Any, share: float, declared: bool
     ) -> Assignment:
         """An activation module; ``declared`` by the composite for its class."""
-        given = (rule, share, declared)
-        return Assignment(path, module, "activation", rule, share, attach_activation, given)
+        options = (rule, share, declared)
+        return Assignment(path, module, "activation", rule, share, attach_activation, options)
 
     def operations(self, path: str, module: nn.Module, spec: Operations) -> Assignment:
         """A module whose own code multiplies or activates."""
@@ -289,47 +276,47 @@ class _Decision:
 
 def gate_share(composite: Composite) -> float:
     """What the gate gets relative to the product's common share (``up``'s)."""
-    first, second = F.product_shares(composite["gate"])
+    first, second = product_shares(composite["gate"])
     if second == 0:
         raise InputError("a gate rule must give `up` a share; Product(first, second) has second=0")
     return first / second
 
 
 def _raw_modules(
-    parts: list[tuple[str, nn.Module]], mixed: list[Mixture], composite: Composite
+    parts: NamedModules, mixed: list[Mixture], composite: Composite
 ) -> dict[int, Operations]:
     """Modules whose own code multiplies or activates, by id: where no component has a rule."""
     gated = (GatedMLPBridge, JointGateUpMLPBridge)
     bridged = {id(original(module)) for _, module in parts if isinstance(module, gated)}
-    raw = {id(part): spec for mixture in mixed for part, spec in mixture.specs()}
-    met = _attended(parts)
+    operations_of = {id(part): spec for mixture in mixed for part, spec in mixture.specs()}
+    attended = _attended(parts)
     for _, module in parts:
         if gates_its_output(module):
-            raw[id(module)] = ATTENTION_GATE
-        spec = declared(module)
-        taught = type(module) in composite.modules
-        if spec is None or taught or isinstance(module, GeneralizedComponent):
+            operations_of[id(module)] = ATTENTION_GATE_SPEC
+        spec = declared_operations(module)
+        registered = type(module) in composite.modules
+        if spec is None or registered or isinstance(module, GeneralizedComponent):
             continue
-        if spec is ATTENTION and id(module) in met:
+        if spec is ATTENTION_SPEC and id(module) in attended:
             continue  # its bridge has hook points for it
-        if id(module) not in bridged or is_known(module):
-            raw.setdefault(id(module), spec)
-    return raw
+        if id(module) not in bridged or has_declared_class(module):
+            operations_of.setdefault(id(module), spec)
+    return operations_of
 
 
 def _ruled_weights(
-    parts: list[tuple[str, nn.Module]],
+    parts: NamedModules,
     composite: Composite,
     roles: dict[int, str],
-    raw: dict[int, Operations],
+    operations_of: dict[int, Operations],
 ) -> dict[int, str]:
     """Addresses of weights whose products have a rule other than epsilon, and where they are.
 
     Batched experts, say, keep theirs as parameters of their own, one matrix after another.
     """
-    found: dict[int, str] = {}
+    addresses: dict[int, str] = {}
     if not any(isinstance(rule, LinearRule) for rule in composite.rules.values()):
-        return found
+        return addresses
     ruled: dict[str, bool] = {}
     attended = _attended(parts)
     for path, module in parts:
@@ -337,14 +324,14 @@ def _ruled_weights(
         # A parametrised weight is a new tensor at every call.
         if isinstance(module, nn.Embedding) or parametrize.is_parametrized(module):
             continue
-        if isinstance(module, LAYERS):
+        if isinstance(module, LINEAR_CLASSES):
             role, matrices = roles.get(id(module), _linear_role(module)), [layer.weight]
-        elif raw.get(id(module)) == ROUTER:
+        elif operations_of.get(id(module)) == ROUTER_SPEC:
             continue
         else:
             role = "projection" if id(module) in attended else "linear"
-            own = [w for w in module._parameters.values() if w is not None]
-            matrices = [m for w in own if w.ndim in (2, 3) for m in (w if w.ndim == 3 else [w])]
+            weights = [w for w in module._parameters.values() if w is not None]
+            matrices = [m for w in weights if w.ndim in (2, 3) for m in (w if w.ndim == 3 else [w])]
         if role not in ruled:  # a check of a protocol is slow, and roles are few
             ruled[role] = bool(role) and isinstance(composite[role], LinearRule)
         if ruled[role]:
@@ -354,8 +341,8 @@ def _ruled_weights(
                     f"pass only: use epsilon for its role ({role!r}), or load the model whole"
                 )
             # On the meta device no tensor has an address.
-            found.update((m.data_ptr(), path) for m in matrices if not m.is_meta)
-    return found
+            addresses.update((m.data_ptr(), path) for m in matrices if not m.is_meta)
+    return addresses
 
 
 def _computes_itself(composite: Composite, mlp: GatedMLPBridge) -> bool:
@@ -364,30 +351,30 @@ def _computes_itself(composite: Composite, mlp: GatedMLPBridge) -> bool:
     return inner is not None and type(inner) not in composite.modules
 
 
-def _attended(parts: list[tuple[str, nn.Module]]) -> set[int]:
+def _attended(parts: NamedModules) -> set[int]:
     """What lies inside attention that has a bridge."""
-    inner = [original(m) for _, m in parts if isinstance(m, AttentionBridge)]
-    return {id(part) for module in inner if module is not None for part in module.modules()}
+    attentions = [original(m) for _, m in parts if isinstance(m, AttentionBridge)]
+    return {id(part) for module in attentions if module is not None for part in module.modules()}
 
 
 def _router_roles(
-    parts: list[tuple[str, nn.Module]], mixed: list[Mixture], raw: dict[int, Operations]
+    parts: NamedModules, mixed: list[Mixture], operations_of: dict[int, Operations]
 ) -> dict[int, str]:
     """Linear layers that weigh experts: they keep the epsilon rule, whatever that of the others."""
-    found: dict[int, str] = {}
+    roles: dict[int, str] = {}
     for _, module in parts:
-        if raw.get(id(module)) == ROUTER:
-            found.update((id(inner), "router") for inner in module.modules())
-            found[id(module)] = ""
+        if operations_of.get(id(module)) == ROUTER_SPEC:
+            roles.update((id(inner), "router") for inner in module.modules())
+            roles[id(module)] = ""
     for mixture in mixed:  # the weight of a shared expert: one number a position
         for inner in mixture.block.modules():
             if isinstance(inner, nn.Linear) and inner.out_features == 1:
-                found[id(inner)] = "router"
-    return found
+                roles[id(inner)] = "router"
+    return roles
 
 
 def _linear_role(module: nn.Module) -> str:
-    return "convolution" if isinstance(module, CONVOLUTIONS) else "linear"
+    return "convolution" if isinstance(module, CONVOLUTION_CLASSES) else "linear"
 
 
 def _wrapped(module: nn.Module, key: str) -> Any:

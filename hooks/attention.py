@@ -1,8 +1,8 @@
-"""Attention: its rules at live hook points, native modules made live, and the fused path.
+"""Attention: its rules at hook points, native modules made hookable, and the fused path.
 
 Q@K^T has its rule at ``hook_attn_scores``, the softmax at ``hook_pattern``, A@V at ``o.hook_in``.
 
-Native attention is made live: the same operations in the same order, with the bridge's own
+Native attention is made hookable: the same operations in the same order, with the bridge's own
 ``hook_attn_scores`` and ``hook_pattern`` between them.
 
 TransformerLens' modes ``use_split_qkv_input``, ``use_attn_in`` and ``use_attn_result`` project head
@@ -39,24 +39,33 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.attach import Attached, Context, original
+from lenslrp.hooks.attention_functions import (
+    FusedInput,
+    FusedOutput,
+    Pattern,
+    Scores,
+    SoftmaxReplaced,
+)
 from lenslrp.hooks.constants import measure_bias
-from lenslrp.hooks.live import attach_at_product, attach_live, attach_score_meter
-from lenslrp.hooks.rules import (
-    Epsilon,
-    LinearRule,
+from lenslrp.hooks.context import Context
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.intercept import attach_at_product, attach_hookable_attention, attach_score_meter
+from lenslrp.hooks.linear_rules import Epsilon, LinearRule
+from lenslrp.hooks.rule_types import (
     Product,
     Softmax,
     SoftmaxRule,
     SoftmaxTemperature,
+    product_shares,
 )
 from lenslrp.hooks.sites import has_values, row_sums, state_of
+from lenslrp.hooks.structure import original
 
 FUSED = "lenslrp_fused"
 """The name under which the fused attention is registered with transformers."""
 
 
-PER_HEAD = ("use_split_qkv_input", "use_attn_in", "use_attn_result")
+PER_HEAD_SETTINGS = ("use_split_qkv_input", "use_attn_in", "use_attn_result")
 """Settings of the bridge under which projections run head by head."""
 
 
@@ -69,24 +78,24 @@ def softcap_of(attn: AttentionBridge) -> float | None:
     return float(cap) if cap is not None and float(cap) > 0 else None
 
 
-MAKERS = ("transformers", "transformers_modules", "transformer_lens")
-"""Whose attention TransformerLens knows how to compute; anyone else's only the module itself."""
+SUPPORTED_PACKAGES = ("transformers", "transformers_modules", "transformer_lens")
+"""Packages whose attention TransformerLens can compute itself; that of others it has to call."""
 
 
 def passes_over(attn: AttentionBridge) -> bool:
-    """Whether the bridge computes an attention itself that the module computes in its own way.
+    """Whether the bridge computes an attention itself that the module computes otherwise.
 
     TransformerLens goes by the architecture, and never calls the module that a user has put there.
     """
     inner = original(attn)
     itself = "forward" not in attn.__dict__ and type(attn).forward is not AttentionBridge.forward
-    return itself and type(inner).forward.__module__.partition(".")[0] not in MAKERS
+    return itself and type(inner).forward.__module__.partition(".")[0] not in SUPPORTED_PACKAGES
 
 
 def own_attention(model: nn.Module) -> list[AttentionBridge]:
     """The attention components of a bridge that pass over a module of the user's own."""
-    found = [m for m in model.modules() if isinstance(m, AttentionBridge)]
-    return [attn for attn in found if original(attn) is not None and passes_over(attn)]
+    attentions = [m for m in model.modules() if isinstance(m, AttentionBridge)]
+    return [attn for attn in attentions if original(attn) is not None and passes_over(attn)]
 
 
 def call_the_module(attn: AttentionBridge) -> None:
@@ -104,8 +113,8 @@ def gates_its_output(module: nn.Module) -> bool:
 def _goes_on(attn: AttentionBridge) -> bool:
     """Whether the bridge does more to the product of pattern and values before ``o``."""
     plain = PositionEmbeddingsAttentionBridge._pre_output_projection
-    own = getattr(type(attn), "_pre_output_projection", plain)
-    return gates_its_output(attn) or own is not plain
+    method = getattr(type(attn), "_pre_output_projection", plain)
+    return gates_its_output(attn) or method is not plain
 
 
 def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -> None:
@@ -126,20 +135,20 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     if not hasattr(attn, "o") and isinstance(inner, native.NativeAttention):
         return  # its products stay on the graph, where the coverage check names them
     roles = {role: ctx.composite[role] for role in ("attention_qk", "softmax", "attention_av")}
-    first, second = F.product_shares(roles["attention_av"])
+    first, second = product_shares(roles["attention_av"])
     if second == 0:
         raise InputError("an attention_av rule must give the values a share")
     z = ctx.site(f"{path}.o.hook_in", attn, "attention_av")
     at.sites.append(z)
-    met: list[bool] = []  # the product was met inside a delegated module
+    ruled: list[bool] = []  # the product inside a delegated module has had its rule
 
     def at_product(y: Tensor) -> Tensor:
-        met.append(True)
+        ruled.append(True)
         return F.apply(F.ProductOutput, y, first, second, z)
 
     def at_output(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-        if met:
-            met.clear()
+        if ruled:
+            ruled.clear()
             return None
         return F.apply(F.ProductOutput, y, first, second, z)
 
@@ -150,7 +159,7 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     if first == 0:
         at.hook(attn.hook_pattern, lambda _, args, y: y.detach())
         if not isinstance(inner, native.NativeAttention):
-            attach_live(at, attn, at_product, None, 1.0)
+            attach_hookable_attention(at, attn, at_product, None, 1.0)
         return
     sites = {
         "attention_qk": ctx.site(f"{path}.hook_attn_scores", attn, "attention_qk"),
@@ -160,21 +169,21 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     if cap is not None:
         sites["softcap"] = ctx.site(f"{path}.hook_attn_scores", attn, "softcap")
     at.sites.extend(sites.values())
-    q_share, k_share = F.product_shares(roles["attention_qk"])
+    q_share, k_share = product_shares(roles["attention_qk"])
     if q_share != k_share:
         raise InputError("an attention_qk rule must give queries and keys the same share")
-    if isinstance(attn, ALiBiJointQKVAttentionBridge | BloomAttentionBridge) and ctx.books:
+    if isinstance(attn, ALiBiJointQKVAttentionBridge | BloomAttentionBridge) and ctx.accounts:
         attach_score_meter(at, attn, sites["attention_qk"], q_share)
     elif not isinstance(inner, native.NativeAttention):
-        attach_live(at, attn, at_product, sites["attention_qk"], q_share)
+        attach_hookable_attention(at, attn, at_product, sites["attention_qk"], q_share)
     replaces = isinstance(roles["softmax"], SoftmaxRule)
     needs_scores = replaces or isinstance(roles["softmax"], SoftmaxTemperature)
     stash: list[Tensor] = []
-    edited = ctx.books is not None and bool(attn.hook_attn_scores._forward_hooks)
-    ruled = {role: site for role, site in sites.items() if not (edited and role == "softmax")}
+    edited = ctx.accounts is not None and bool(attn.hook_attn_scores._forward_hooks)
+    with_rule = {role: site for role, site in sites.items() if not (edited and role == "softmax")}
 
     def at_scores(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> Tensor:
-        return F.apply(F.Scores, scores, q_share, cap, ruled)
+        return F.apply(Scores, scores, q_share, cap, with_rule)
 
     def leaves(x: Tensor, g: Tensor) -> None:
         if sites["softmax"].backward:  # not where relevance starts at a score
@@ -195,8 +204,8 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
         scores = stash.pop() if needs_scores else None
         if replaces:
             site = sites["softmax"]
-            return F.apply(F.SoftmaxReplaced, pattern.detach(), scores, first / second, site)
-        return F.apply(F.Pattern, pattern, scores, first / second, sites["softmax"])
+            return F.apply(SoftmaxReplaced, pattern.detach(), scores, first / second, site)
+        return F.apply(Pattern, pattern, scores, first / second, sites["softmax"])
 
     if edited:  # what the softmax is given, behind the edits
         at.hook(attn.hook_attn_scores, measure)
@@ -213,7 +222,7 @@ def attach_per_head(at: Attached, ctx: Context, path: str, attn: Any) -> None:
         InputError: under a rule that needs the whole projection, or the fused kernel, which runs
             none of this; it names the setting.
     """
-    flags = [flag for flag in PER_HEAD if getattr(attn.config, flag, False)]
+    flags = [flag for flag in PER_HEAD_SETTINGS if getattr(attn.config, flag, False)]
     rule = ctx.composite["projection"]
     if flags and (isinstance(rule, LinearRule) or ctx.attention == "fused"):
         why = 'attention="fused"' if ctx.attention == "fused" else f"projection={rule.name}"
@@ -222,7 +231,7 @@ def attach_per_head(at: Attached, ctx: Context, path: str, attn: Any) -> None:
             f"call model.set_{flags[0]}(False), or use the epsilon rule for projections with "
             'attention="bridge"'
         )
-    if ctx.books is None:
+    if ctx.accounts is None:
         return
     project, result = attn._project_per_head_qkv, attn._compute_per_head_result
 
@@ -255,7 +264,7 @@ def attach_per_head(at: Attached, ctx: Context, path: str, attn: Any) -> None:
 
 
 def native_forward(attn: AttentionBridge, inner: Any) -> Callable[..., tuple[Tensor, None]]:
-    """``NativeAttention.forward`` with live scores; the pattern is not handed out a second time."""
+    """``NativeAttention.forward`` with hookable scores; it hands out the pattern only once."""
 
     def forward(
         hidden_states: Tensor,
@@ -283,8 +292,8 @@ def native_forward(attn: AttentionBridge, inner: Any) -> Callable[..., tuple[Ten
             block = inner._combine_attention_mask(block, attention_mask, batch=batch)
         scores = attn.hook_attn_scores(scores.masked_fill(block, float("-inf")))
         # A padded query sees no key: softmax's backward would make NaN of a row of -inf.
-        blind = block.all(dim=-1, keepdim=True)
-        pattern = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(block, 0.0)
+        scores = scores.masked_fill(block.all(dim=-1, keepdim=True), 0.0)
+        pattern = torch.softmax(scores, dim=-1).masked_fill(block, 0.0)
         if pattern_fn is not None:
             pattern = pattern_fn(pattern)
         z = torch.matmul(pattern, v).transpose(1, 2).contiguous().view(batch, seq, -1)
@@ -293,7 +302,7 @@ def native_forward(attn: AttentionBridge, inner: Any) -> Callable[..., tuple[Ten
     return forward
 
 
-def _fused(
+def _fused_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -306,13 +315,13 @@ def _fused(
     if qk == 0:
         query, key = query.detach(), key.detach()
     else:
-        query, key = F.apply(F.FusedInput, query, qk, site), F.apply(F.FusedInput, key, qk, site)
-    value = F.apply(F.FusedInput, value, v, site)
+        query, key = (F.apply(FusedInput, x, qk, site) for x in (query, key))
+    value = F.apply(FusedInput, value, v, site)
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return F.apply(F.FusedOutput, out, site), None
+    return F.apply(FusedOutput, out, site), None
 
 
-AttentionInterface.register(FUSED, _fused)
+AttentionInterface.register(FUSED, _fused_attention)
 AttentionMaskInterface.register(FUSED, sdpa_mask)
 
 
@@ -325,18 +334,18 @@ def _joint_is_current(attn: JointQKVAttentionBridge) -> bool:
     joint = original(attn)
     weights = [p for module in (joint, *parts) for p in module.parameters()]
     states = [state_of(weight) for weight in weights if has_values(weight)]
-    if _current.get(attn, (None,))[0] != states:
+    if _joints.get(attn, (None,))[0] != states:
         pairs = [
             (getattr(mine, name), getattr(theirs, name))
             for mine, theirs in zip(parts, attn.split_qkv_matrix(joint), strict=True)
             for name in ("weight", "bias")
         ]
         alike = all(torch.equal(a, b) for a, b in pairs if a is not None and has_values(a))
-        _current[attn] = (states, alike)
-    return _current[attn][1]
+        _joints[attn] = (states, alike)
+    return _joints[attn][1]
 
 
-_current: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], bool]] = WeakKeyDictionary()
+_joints: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], bool]] = WeakKeyDictionary()
 
 
 def attach_fused(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -> None:
@@ -346,14 +355,14 @@ def attach_fused(at: Attached, ctx: Context, path: str, attn: AttentionBridge) -
         InputError: soft-caps, attention sinks or a rule that needs the pattern.
     """
     inner = original(attn)
-    live = isinstance(attn, PositionEmbeddingsAttentionBridge | JointQKVAttentionBridge)
+    delegates = isinstance(attn, PositionEmbeddingsAttentionBridge | JointQKVAttentionBridge)
     config = getattr(inner, "config", None)
     if softcap_of(attn) is not None or getattr(inner, "sinks", None) is not None:
         raise InputError(
             f'attention="fused": {path} has a soft-cap or attention sinks, which the fused kernel '
             'cannot give a rule; use attention="bridge"'
         )
-    if not live or config is None or not hasattr(config, "_attn_implementation"):
+    if not delegates or config is None or not hasattr(config, "_attn_implementation"):
         raise InputError(
             f'attention="fused": {path} ({type(attn).__name__}) has no Hugging Face attention to '
             'delegate to; use attention="bridge"'

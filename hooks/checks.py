@@ -5,7 +5,7 @@ number by itself and 0 to 0 ([A] Eq. 9); a norm multiplies each position by one 
 feature by one gain ([A] Prop. 3.4). The name of a class proves neither. So the module is run on its
 real input beside others: what is elsewhere must not matter, and the form must hold for all rows.
 
-Modules whose code is torch's or transformers' own are tried once; a user's at every forward pass.
+Modules whose code is torch's or transformers' are tried once; a user's at every forward pass.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from torch import Tensor, nn
 
 from lenslrp.errors import InputError, is_out_of_memory
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.rules import Identity, Limited, Normalisation, inverse_rms
+from lenslrp.hooks.rule_types import Identity, Limited, Normalisation
+from lenslrp.hooks.rules import inverse_rms
 from lenslrp.hooks.sites import Site, has_values, widened
+from lenslrp.hooks.structure import TRUSTED_PACKAGES
 
-Run = Callable[[Tensor], Tensor]
+ModuleForward = Callable[[Tensor], Tensor]
 
-KNOWN = ("torch.", "transformers.", "transformer_lens.")
-"""Packages whose modules do the same at every call."""
-
-ZERO = 1e-5
+ZERO_TOLERANCE = 1e-5
 """How far from 0 an activation's value at 0 may be (xIELU's is 1e-6)."""
 
-SAME: dict[torch.dtype, float] = {
+TOLERANCE: dict[torch.dtype, float] = {
     torch.float64: 1e-6,  # some modules compute in float32 whatever the model's type
     torch.float32: 1e-5,
     torch.bfloat16: 1.6e-2,
@@ -43,7 +42,7 @@ FORMS = ("exact", "nearly", "weight", "1 + weight")
 """How a module can fit its rule: ``"nearly"`` where it is not quite 0 at 0. The last two are the
 gain of a norm that divides by the root mean square, all of whose form is known."""
 
-EPSILONS = ("variance_epsilon", "eps")
+EPSILON_NAMES = ("variance_epsilon", "eps")
 """What such norms call the number that is added to the mean square."""
 
 _proven: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
@@ -54,16 +53,16 @@ def known_forward(module: nn.Module) -> Any:
 
     accelerate's, which moves inputs, and TransformerLens' own (Falcon) do not count.
     """
-    own = module.__dict__.get("forward")
-    if own is None or hasattr(module, "_hf_hook"):
+    forward = module.__dict__.get("forward")
+    if forward is None or hasattr(module, "_hf_hook"):
         return type(module).forward
-    theirs = str(getattr(own, "__module__", "")).startswith("transformer_lens.")
+    theirs = str(getattr(forward, "__module__", "")).startswith("transformer_lens.")
     return type(module).forward if theirs else None
 
 
-def _tried(module: nn.Module, run: Run, check: Callable[[], str]) -> str:
+def _tried(module: nn.Module, run: ModuleForward, check: Callable[[], str]) -> str:
     """The outcome of a check, one of :data:`FORMS` or "", remembered where the code is known."""
-    code, known = getattr(run, "__func__", None), _is_known(module, run)
+    code, known = getattr(run, "__func__", None), _has_trusted_code(module, run)
     if known and module in _proven and _proven[module][0] is code:
         return _proven[module][1]
     try:
@@ -78,13 +77,18 @@ def _tried(module: nn.Module, run: Run, check: Callable[[], str]) -> str:
     return form
 
 
-def _is_known(module: nn.Module, run: Run) -> bool:
+def _has_trusted_code(module: nn.Module, run: ModuleForward) -> bool:
     code = getattr(run, "__func__", None)  # of a method; a function on the instance is anyone's
-    return code is type(module).forward and code.__module__.startswith(KNOWN)
+    return code is type(module).forward and code.__module__.startswith(TRUSTED_PACKAGES)
 
 
 def norm_form(
-    module: nn.Module, run: Run, x: Tensor, y: Tensor, rule: Normalisation, bias: Tensor | None
+    module: nn.Module,
+    run: ModuleForward,
+    x: Tensor,
+    y: Tensor,
+    rule: Normalisation,
+    bias: Tensor | None,
 ) -> str:
     """Whether ``run`` is a norm of the form that ``rule`` describes, position by position.
 
@@ -97,8 +101,8 @@ def norm_form(
     Returns:
         One of :data:`FORMS`, or "".
     """
-    gains = [] if rule.centred or not _is_known(module, run) else [*FORMS[2:]]
-    gains = gains if epsilon(module) and hasattr(module, "weight") else []
+    gains = [] if rule.centred or not _has_trusted_code(module, run) else [*FORMS[2:]]
+    gains = gains if norm_epsilon(module) and hasattr(module, "weight") else []
     if not has_values(x):
         return next(iter(gains), "exact")
     if y.shape != x.shape or x.ndim < 2:
@@ -106,13 +110,13 @@ def norm_form(
 
     def check() -> str:
         fits = rule.fits(x, y, bias) and all(
-            _close(out[own], y) and rule.fits(both, out, bias)
-            for both, own, out in _among_others(run, x)
+            _close(out[region], y) and rule.fits(both, out, bias)
+            for both, region, out in _among_others(run, x)
         )
         if not (gains and fits):
             return "exact" if fits else ""
         # Also where the mean square is as small as what is added to it.
-        low = x * inverse_rms(widened(x), 0.0).to(x.dtype) * epsilon(module) ** 0.5
+        low = x * inverse_rms(widened(x), 0.0).to(x.dtype) * norm_epsilon(module) ** 0.5
         pairs = [(x, y), (low, run(low.clone()))]
         alike = (f for f in gains if all(_close(_scaled(module, f, a), b) for a, b in pairs))
         return next(alike, "exact")
@@ -120,9 +124,10 @@ def norm_form(
     return _tried(module, run, check)
 
 
-def epsilon(module: nn.Module) -> float:
+def norm_epsilon(module: nn.Module) -> float:
     """What a norm adds to the mean square, 0 where that is not known."""
-    return float(next((getattr(module, n) for n in EPSILONS if hasattr(module, n)), None) or 0.0)
+    values = (getattr(module, name) for name in EPSILON_NAMES if hasattr(module, name))
+    return float(next(values, None) or 0.0)
 
 
 def gain_of(module: Any, form: str) -> Tensor | None:
@@ -133,26 +138,28 @@ def gain_of(module: Any, form: str) -> Tensor | None:
 
 def _scaled(module: nn.Module, form: str, x: Tensor) -> Tensor:
     gain, wide = gain_of(module, form), widened(x)
-    y = wide * inverse_rms(wide, epsilon(module))
+    y = wide * inverse_rms(wide, norm_epsilon(module))
     return (y if gain is None else y * gain).to(x.dtype)
 
 
-def _among_others(run: Run, x: Tensor) -> Iterator[tuple[Tensor, tuple[slice, ...], Tensor]]:
+def _among_others(
+    run: ModuleForward, x: Tensor
+) -> Iterator[tuple[Tensor, tuple[slice, ...], Tensor]]:
     """``x`` before and after other rows, along each leading dimension, through the module."""
     for dim in range(x.ndim - 1):
         for first in (True, False):
-            other = _noise(x)
-            both = torch.cat([x, other] if first else [other, x], dim=dim)
+            noise = _noise(x)
+            both = torch.cat([x, noise] if first else [noise, x], dim=dim)
             start = 0 if first else x.shape[dim]
-            at = [slice(None)] * x.ndim
-            at[dim] = slice(start, start + x.shape[dim])
-            yield both, tuple(at), run(both.clone())
+            region = [slice(None)] * x.ndim
+            region[dim] = slice(start, start + x.shape[dim])
+            yield both, tuple(region), run(both.clone())
 
 
-def form_of(module: nn.Module, run: Run, x: Tensor, y: Tensor) -> str:
+def form_of(module: nn.Module, run: ModuleForward, x: Tensor, y: Tensor) -> str:
     """Whether ``run`` maps each number by itself, and 0 to 0: one of :data:`FORMS`, or "".
 
-    Arguments as for :func:`is_norm`.
+    Arguments as for :func:`norm_form`.
     """
     if not has_values(x):
         return "exact"
@@ -164,14 +171,14 @@ def form_of(module: nn.Module, run: Run, x: Tensor, y: Tensor) -> str:
         kept = torch.rand(x.shape, generator=_generator()).to(x.device) < 0.5
         for mask in (kept, ~kept):
             out = run(torch.where(mask, x, _noise(x)))
-            if at_zero > ZERO or not _close(out[mask], y[mask]):
+            if at_zero > ZERO_TOLERANCE or not _close(out[mask], y[mask]):
                 return ""
         return "nearly" if at_zero > 0 else "exact"
 
     return _tried(module, run, check)
 
 
-def limited(run: Run, rule: Identity, x: Tensor) -> Identity:
+def limited_rule(run: ModuleForward, rule: Identity, x: Tensor) -> Identity:
     """The rule for a module whose value at 0 is not quite 0, with a factor that stays bounded."""
     with torch.no_grad():
         below, above = (run(torch.full_like(x, end)) / end for end in (-Limited.near, Limited.near))
@@ -191,8 +198,8 @@ def elementwise(
     def apply(x: Tensor, y: Tensor) -> Tensor | None:
         form = form_of(module, run, x.detach(), y)
         if form:
-            fitting = limited(run, rule, x.detach()) if form == "nearly" else slimmest
-            return F.apply(F.Elementwise, x, y, fitting, site)
+            fitting_rule = limited_rule(run, rule, x.detach()) if form == "nearly" else slimmest
+            return F.apply(F.Elementwise, x, y, fitting_rule, site)
         if not declared:
             return None
         raise InputError(
@@ -215,7 +222,7 @@ def _noise(x: Tensor) -> Tensor:
 def _close(a: Tensor, b: Tensor) -> bool:
     if a.numel() == 0:
         return True
-    near = SAME[b.dtype]
+    near = TOLERANCE[b.dtype]
     least = near * 1e-2 * float(b.abs().nan_to_num().max())
     # NaN at the same places: what a padded row computes is nobody's input.
     return bool(torch.isclose(a, b, rtol=near, atol=least, equal_nan=True).all())

@@ -8,17 +8,14 @@ which. Attention has a file of its own, :mod:`lenslrp.hooks.attention`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,
-    EmbeddingBridge,
     GatedMLPBridge,
-    MLPBridge,
-    PosEmbedBridge,
     UnembeddingBridge,
 )
 from transformer_lens.model_bridge.generalized_components.gated_mlp import resolve_activation_fn
@@ -30,19 +27,21 @@ from transformers.pytorch_utils import Conv1D
 
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.attach import Attached, Context, components, layer_of, original
-from lenslrp.hooks.attention import softcap_of
 from lenslrp.hooks.checks import elementwise, known_forward
 from lenslrp.hooks.constants import measure_bias
-from lenslrp.hooks.convolution import CONVOLUTIONS, attach_convolution
-from lenslrp.hooks.embeddings import PER_LAYER
+from lenslrp.hooks.context import Context
+from lenslrp.hooks.convolution import CONVOLUTION_CLASSES, attach_convolution
 from lenslrp.hooks.experts import ExpertPoint, expert_points
-from lenslrp.hooks.rules import Epsilon, LinearRule, Plain
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.leaf_modules import PER_LAYER_EMBEDDING
+from lenslrp.hooks.linear_rules import Epsilon, LinearRule
+from lenslrp.hooks.rule_types import Plain, product_shares
+from lenslrp.hooks.structure import NamedModules, layer_of, original
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-ACTIVATIONS: tuple[type, ...] = (
+ACTIVATION_CLASSES: tuple[type, ...] = (
     nn.SiLU,
     nn.GELU,
     nn.ReLU,
@@ -73,10 +72,10 @@ ACTIVATIONS: tuple[type, ...] = (
 )
 """Element-wise modules with f(0) = 0, for which the identity rule holds."""
 
-KNOWN_ACTIVATIONS = frozenset(vars(cls)["forward"] for cls in ACTIVATIONS)
-"""Their code: a sub-class that computes something else is not one of them."""
+ACTIVATION_FORWARDS = frozenset(vars(cls)["forward"] for cls in ACTIVATION_CLASSES)
+"""Their forward methods: a sub-class with a forward of its own is not one of them."""
 
-LAYERS: tuple[type, ...] = (nn.Linear, Conv1D, *CONVOLUTIONS)
+LINEAR_CLASSES: tuple[type, ...] = (nn.Linear, Conv1D, *CONVOLUTION_CLASSES)
 """Linear layers: the epsilon rule leaves their gradient as it is."""
 
 PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward, FalconLinear.forward)
@@ -90,10 +89,10 @@ NATIVE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = tuple(
 def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
     """A linear layer's bias under the epsilon rule: it absorbs its share."""
     layer: Any = module
-    if ctx.books is None or getattr(layer, "bias", None) is None:
+    if ctx.accounts is None or getattr(layer, "bias", None) is None:
         return
     role, dim = "linear", -1
-    if isinstance(module, CONVOLUTIONS):
+    if isinstance(module, CONVOLUTION_CLASSES):
         role, dim = "convolution", 1 - layer.weight.ndim  # the channels, before the places
     site = ctx.site(path, module, role, Epsilon())
     at.meter(module, lambda y: measure_bias(y, layer.bias, site, dim))  # FSDP gathers it
@@ -105,7 +104,7 @@ def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role
     if not isinstance(rule, LinearRule):
         attach_bias_meter(at, ctx, path, module)
         return
-    convolves = isinstance(module, CONVOLUTIONS)
+    convolves = isinstance(module, CONVOLUTION_CLASSES)
     if not convolves and known_forward(module) not in PLAIN_FORWARDS:
         raise InputError(
             f"{path} is a {type(module).__name__}, whose weight the {rule.name} rule cannot read "
@@ -171,7 +170,7 @@ def attach_native_activation(
 
 
 def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge) -> None:
-    """gate * up: at ``out.hook_in``, half to each.
+    """gate * up: each factor's share, at ``out.hook_in``.
 
     With processed weights (compatibility mode) the bridge computes the MLP by functions, without
     its modules; the modules hold the same weights, so they are run instead.
@@ -183,7 +182,7 @@ def attach_gated_mlp(at: Attached, ctx: Context, path: str, mlp: GatedMLPBridge)
         _require_same_activation(path, mlp)
         at.attribute(mlp, "_use_processed_weights", False)
     rule = ctx.composite["gate"]
-    first, second = F.product_shares(rule)
+    first, second = product_shares(rule)
     site = ctx.site(f"{path}.out.hook_in", mlp, "gate")
     at.sites.append(site)
     at.first_hook(
@@ -200,7 +199,7 @@ def attach_all_cycles(at: Attached, model: Any) -> None:
 
 def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
     function: Callable[[Tensor], Tensor] = resolve_activation_fn(mlp.config)
-    known: list[Any] = [m for m in original(mlp).children() if isinstance(m, ACTIVATIONS)]
+    known: list[Any] = [m for m in original(mlp).children() if isinstance(m, ACTIVATION_CLASSES)]
     for module in known:
         probe = torch.linspace(-4.0, 4.0, 33, device=mlp.out.weight.device)
         if not torch.equal(function(probe), type(module).forward(module, probe)):  # past any rule
@@ -211,40 +210,22 @@ def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
             )
 
 
-def watched_blocks(parts: Iterable[tuple[str, nn.Module]]) -> dict[int, nn.Module]:
+def watched_blocks(parts: NamedModules) -> dict[int, nn.Module]:
     """The blocks by layer, where a block's number says what flows through it.
 
     None in two stacks (an encoder and a decoder, HRM's cycles), or where blocks have a second
     entrance (Gemma 4's embedding per layer).
     """
-    parts = list(parts)
     stacks = {path.split(".")[0] for path, _ in parts if re.fullmatch(r"\w*blocks\.\d+", path)}
-    if len(stacks) > 1 or any(path.endswith(PER_LAYER) for path, _ in parts):
+    if len(stacks) > 1 or any(path.endswith(PER_LAYER_EMBEDDING) for path, _ in parts):
         return {}
     blocks = {layer_of(path + "."): m for path, m in parts if isinstance(m, BlockBridge)}
     return {layer: block for layer, block in blocks.items() if layer is not None}
 
 
-def hook_points(
-    model: TransformerBridge, parts: Iterable[tuple[str, nn.Module]]
-) -> dict[str, nn.Module]:
+def hook_points(model: TransformerBridge, parts: NamedModules) -> dict[str, nn.Module]:
     """Every hook point by name: the bridge's own, and those at the neurons of experts."""
     return {**model.hook_dict, **expert_points(parts)}
 
 
-__all__ = [
-    "ACTIVATIONS",
-    "Attached",
-    "BlockBridge",
-    "Context",
-    "EmbeddingBridge",
-    "ExpertPoint",
-    "MLPBridge",
-    "PosEmbedBridge",
-    "UnembeddingBridge",
-    "components",
-    "hook_points",
-    "layer_of",
-    "original",
-    "softcap_of",
-]
+__all__ = ["BlockBridge", "ExpertPoint", "UnembeddingBridge", "hook_points"]

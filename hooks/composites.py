@@ -15,13 +15,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.rules import (
+from lenslrp.hooks.linear_rules import Epsilon, Gamma, LinearRule
+from lenslrp.hooks.rule_types import (
     CONSTANT,
     UNIFORM,
-    Epsilon,
-    Gamma,
     Identity,
-    LinearRule,
     Normalisation,
     Operations,
     Plain,
@@ -48,7 +46,7 @@ ROLES: Mapping[str, tuple[type, ...]] = {
     "router": (Product, Plain),
     "position": (Epsilon,),
 }
-"""Every role, and the kinds of rule that can govern it."""
+"""Every role that an operation can have, and the kinds of rule that can govern it."""
 
 MODULE_RULES = (Identity, Normalisation, Operations, Plain)
 """The kinds of rule that a module class of a user's own can be given."""
@@ -83,6 +81,11 @@ class Composite:
 
     Raises:
         InputError: a role that does not exist, or a rule of a kind that cannot govern its role.
+
+    Examples:
+        >>> mine = Composite("mine", {**AttnLRP().rules, "linear": Gamma(0.05)})
+        >>> mine["linear"].name, mine["attention_av"].name
+        ('gamma', 'uniform')
     """
 
     name: str
@@ -110,7 +113,14 @@ class Composite:
         return self.rules[role]
 
     def extended(self, modules: Mapping[type, Rule]) -> Composite:
-        """The same composite with rules for more module classes."""
+        """The same composite with rules for more module classes.
+
+        Args:
+            modules: class of a module -> rule, as for ``Composite``.
+
+        Raises:
+            InputError: a rule of a kind that a module class cannot be given.
+        """
         return Composite(self.name, self.rules, {**self.modules, **modules})
 
 
@@ -125,16 +135,28 @@ def as_composite(composite: Composite | Mapping[str, Rule]) -> Composite:
     )
 
 
-def _product(choice: str, choices: Mapping[str, Product], keyword: str) -> Product:
+def _choose_product(choice: str, choices: Mapping[str, Product], keyword: str) -> Product:
     if choice not in choices:
         raise InputError(f"{keyword} must be one of {', '.join(choices)}, not {choice!r}")
     return choices[choice]
 
 
 def AttnLRP(*, router: Literal["uniform", "constant"] = "uniform") -> Composite:
-    """AttnLRP (Achtibat et al. 2024): epsilon, identity, uniform, softmax, normalisation."""
+    """AttnLRP (Achtibat et al. 2024, 2402.05602): the default.
+
+    Epsilon for linear layers (Eq. 8), identity for activations (Eq. 9), half to each factor of a
+    product (Prop. 3.2-3.3), the plain Jacobian for the softmax (Prop. 3.1), norms with a constant
+    denominator (Prop. 3.4).
+
+    Args:
+        router: ``"uniform"``: half of an expert's relevance to its router's weight;
+            ``"constant"``: all to the expert.
+
+    Raises:
+        InputError: another choice.
+    """
     shares = {"uniform": UNIFORM, "constant": CONSTANT}
-    return Composite("AttnLRP", {"router": _product(router, shares, "router")})
+    return Composite("AttnLRP", {"router": _choose_product(router, shares, "router")})
 
 
 def CPLRP(
@@ -142,39 +164,62 @@ def CPLRP(
     gate: Literal["uniform", "up"] = "uniform",
     router: Literal["uniform", "constant"] = "constant",
 ) -> Composite:
-    """CP-LRP (Ali et al. 2022): the attention pattern is constant, values get everything.
+    """CP-LRP (Ali et al. 2022, 2202.07304): the pattern is constant, values get everything.
 
-    ``gate="up"`` sends everything through ``up`` and nothing through the gate, as LXT's map does.
+    The rest is AttnLRP. Queries, keys and what feeds them get no relevance.
+
+    Args:
+        gate: ``"uniform"``: half to gate and ``up``; ``"up"``: everything through ``up`` and
+            nothing through the gate, as LXT's map does.
+        router: as for :func:`AttnLRP`.
+
+    Raises:
+        InputError: another choice.
     """
     return Composite(
         "CP-LRP",
         {
             "attention_av": CONSTANT,
-            "gate": _product(gate, {"uniform": UNIFORM, "up": CONSTANT}, "gate"),
-            "router": _product(router, {"uniform": UNIFORM, "constant": CONSTANT}, "router"),
+            "gate": _choose_product(gate, {"uniform": UNIFORM, "up": CONSTANT}, "gate"),
+            "router": _choose_product(router, {"uniform": UNIFORM, "constant": CONSTANT}, "router"),
         },
     )
 
 
 def GradientTimesInput() -> Composite:
-    """Gradient x Input: every operation plain."""
+    """Gradient x Input: every operation has its plain gradient, so relevance is ``x * dt/dx``.
+
+    The ledger says how much of the target each kind of operation gains or loses.
+    """
     nonlinear = [role for role, kinds in ROLES.items() if Plain in kinds]
     return Composite("Gradient x Input", {role: Plain() for role in nonlinear})
 
 
 def RelP() -> Composite:
-    """RelP (2508.21258): norm, identity and half rules for norms, activations and gates;
-    attention plain."""
+    """RelP (2508.21258): AttnLRP's rules for norms, activations and gates; attention plain.
+
+    Softmax, both attention products and soft-caps have their plain gradient.
+    """
     plain = dict.fromkeys(("softmax", "attention_qk", "attention_av", "softcap"), Plain())
     return Composite("RelP", plain)
 
 
 def GIM(*, temperature: float = 2.0) -> Composite:
-    """GIM (2505.17630): AttnLRP with softmax at a temperature, activations plain."""
+    """GIM (2505.17630): AttnLRP with the softmax at a temperature, and activations plain.
+
+    Args:
+        temperature: of the softmax in the backward pass, above 0.
+
+    Raises:
+        InputError: a temperature that is not above 0.
+    """
     return Composite("GIM", {"softmax": SoftmaxTemperature(temperature), "activation": Plain()})
 
 
 def AttnLRPViT() -> Composite:
-    """The paper's composite for vision transformers: gamma 0.25 on the patch convolution, 0.05 on
-    linear layers, epsilon on q, k, v, o (App. B.4)."""
+    """AttnLRP's composite for vision transformers (2402.05602, App. B.4).
+
+    Gamma 0.25 on the patch convolution and 0.05 on linear layers, epsilon on queries, keys, values
+    and outputs of attention. The default for image classifiers.
+    """
     return Composite("AttnLRP-ViT", {"convolution": Gamma(0.25), "linear": Gamma(0.05)})

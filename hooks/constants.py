@@ -1,11 +1,11 @@
-"""What constants take of the relevance that passes them: biases, and what hooks of a user's add.
+"""What constants take of the relevance that passes them: biases, and what a user's hooks add.
 
 A constant on the path is one more contribution and absorbs its share ([A] Eq. 8); no token gets it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lenslrp.hooks.attach import Attached, Context
+from lenslrp.hooks.context import Context
 from lenslrp.hooks.functions import same
-from lenslrp.hooks.rules import Epsilon
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.linear_rules import Epsilon
 from lenslrp.hooks.sites import Site, has_values, row_sums, state_of, widest
 from lenslrp.hooks.state import users_hooks
+from lenslrp.hooks.structure import NamedModules
 
-ROWS = 1 << 22
+NUMBERS_AT_ONCE = 1 << 22
 """How many numbers of a gradient are widened at once."""
 
 
@@ -29,19 +31,19 @@ def measure_bias(y: Tensor, bias: Tensor | None, site: Site, dim: int = -1) -> N
     """Report ``sum(bias * g)`` when the gradient at ``y`` arrives; the bias is along ``dim``.
 
     In chunks: a float64 copy of the gradient of all logits would be the largest tensor of the pass.
-    Books that keep rows get one amount for each.
+    Accounts that keep rows get one amount for each.
     """
     if bias is None or not y.requires_grad or _is_zero(bias):
         return  # TransformerLens gives every unembedding a bias of zeros
 
     def measure(g: Tensor) -> None:
-        wide, last = widest(g), g.detach().movedim(dim, -1)
-        kept = 1 if site.books is None or site.books.rows is None else site.books.rows
-        rows = last.reshape(kept, -1, last.shape[-1])
-        summed = torch.zeros(kept, rows.shape[-1], dtype=wide, device=g.device)
-        for chunk in rows.split(max(1, ROWS // (kept * rows.shape[-1])), dim=1):
-            summed += chunk.sum(dim=1, dtype=wide)
-        site.report("biases", summed @ bias.detach().to(g.device, wide))
+        dtype, last = widest(g), g.detach().movedim(dim, -1)
+        n_rows = 1 if site.accounts is None or site.accounts.rows is None else site.accounts.rows
+        rows = last.reshape(n_rows, -1, last.shape[-1])
+        summed = torch.zeros(n_rows, rows.shape[-1], dtype=dtype, device=g.device)
+        for chunk in rows.split(max(1, NUMBERS_AT_ONCE // (n_rows * rows.shape[-1])), dim=1):
+            summed += chunk.sum(dim=1, dtype=dtype)
+        site.report("biases", summed @ bias.detach().to(g.device, dtype))
 
     y.register_hook(measure)
 
@@ -59,10 +61,10 @@ _zeros: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 @dataclass(frozen=True)
 class _Ahead:
-    """A value ahead of hooks: the tensor, its numbers, and where autograd stood."""
+    """A value ahead of hooks: the tensor, its values, and where autograd stood."""
 
-    given: Tensor
-    kept: Tensor
+    tensor: Tensor
+    values: Tensor
     version: int
     edge: GradientEdge | None
     begun: int
@@ -70,7 +72,7 @@ class _Ahead:
 
 
 class EditMeter:
-    """Books what one module's hooks, the user's own, add to the value that passes them.
+    """Accounts for what a user's hooks on one module add to the value that passes them.
 
     The value leaves with ``<y, g_y>`` and, along the graph that the hooks made, enters with
     ``<x, g_x>``: the rest is what constants took. A value that is written in place is gone
@@ -92,17 +94,17 @@ class EditMeter:
         """Called with the value ahead of the hooks."""
         self._ahead = None
         if isinstance(x, Tensor) and torch.is_grad_enabled():
-            kept = x.detach().clone() if self.copies else x
+            values = x.detach().clone() if self.copies else x
             edge = get_gradient_edge(x) if x.requires_grad else None
-            self._ahead = _Ahead(x, kept, x._version, edge, now(), self.touched())
+            self._ahead = _Ahead(x, values, x._version, edge, sequence_number(), self.touched())
 
     def after(self, y: Any) -> None:
         """Called with the value behind the hooks."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or not isinstance(y, Tensor) or not y.requires_grad:
             return
-        written = ahead.given._version != ahead.version
-        if (y is ahead.given and not written) or self.touched() > ahead.touched:
+        written = ahead.tensor._version != ahead.version
+        if (y is ahead.tensor and not written) or self.touched() > ahead.touched:
             return
         if written and not self.copies:
             self.missed = True
@@ -110,7 +112,7 @@ class EditMeter:
         consumers = _consumers(y, ahead.edge, ahead.begun)
         if consumers is None:
             return  # values from elsewhere were mixed in: what they take is no constant's
-        site, x = self.site, ahead.kept.detach()
+        site, x = self.site, ahead.values.detach()
         kept = same(y, self.copies)
         y.register_hook(lambda g: site.report("biases", row_sums(kept, g)))
 
@@ -127,7 +129,7 @@ class EditMeter:
             node.register_hook(leaving(slots))
 
 
-def now() -> int:
+def sequence_number() -> int:
     """The number that autograd gives to a node made now; later ones have larger numbers."""
     node: Any = torch.zeros(1, requires_grad=True).clone().grad_fn
     return int(node._sequence_nr())
@@ -141,7 +143,7 @@ def _consumers(
     ``None`` where one of them takes something else that is older.
     """
     start, number = (None, 0) if edge is None else (edge.node, edge.output_nr)
-    found: list[tuple[Any, list[int]]] = []
+    consumers: list[tuple[Any, list[int]]] = []
     stack, seen = [y.grad_fn], set()
     while stack:
         node: Any = stack.pop()
@@ -157,13 +159,11 @@ def _consumers(
             elif below is not None:
                 stack.append(below)
         if slots:
-            found.append((node, slots))
-    return found
+            consumers.append((node, slots))
+    return consumers
 
 
-def meter_edits(
-    at: Attached, ctx: Context, parts: Iterable[tuple[str, nn.Module]]
-) -> list[EditMeter]:
+def meter_edits(at: Attached, ctx: Context, parts: NamedModules) -> list[EditMeter]:
     """Meter every module that has hooks of the user's; called before any rule is attached."""
     meters: list[EditMeter] = []
 
@@ -171,7 +171,7 @@ def meter_edits(
         meters.append(EditMeter(ctx.site(path, module, "linear", Epsilon()), ctx.copies))
         return meters[-1]
 
-    for path, module in parts if ctx.books is not None else ():
+    for path, module in parts if ctx.accounts is not None else ():
         if any(True for _ in users_hooks(module, ("_forward_hooks",))):
             out = meter(path, module)
             at.first_hook(module, lambda _, args, y, out=out: out.before(_first(y)))
@@ -183,7 +183,7 @@ def meter_edits(
     return meters
 
 
-def watch_gradients(at: Attached, parts: Iterable[tuple[str, nn.Module]]) -> list[str]:
+def watch_gradients(at: Attached, parts: NamedModules) -> list[str]:
     """Fills with the names of modules whose backward hooks, the user's own, change a gradient."""
     changed: list[str] = []
     for path, module in parts:
@@ -195,12 +195,12 @@ def watch_gradients(at: Attached, parts: Iterable[tuple[str, nn.Module]]) -> lis
 
 
 def _watched(hook: Callable[..., Any], path: str, changed: list[str]) -> Callable[..., Any]:
-    def watched(module: nn.Module, given: Any, *rest: Any) -> Any:
-        made = hook(module, given, *rest)
-        pairs = zip(_tuple(made), _tuple(given), strict=False)
-        if made is not None and not all(a is b or torch.equal(a, b) for a, b in pairs):
+    def watched(module: nn.Module, gradients: Any, *rest: Any) -> Any:
+        replaced = hook(module, gradients, *rest)
+        pairs = zip(_tuple(replaced), _tuple(gradients), strict=False)
+        if replaced is not None and not all(a is b or torch.equal(a, b) for a, b in pairs):
             changed.append(path)
-        return made
+        return replaced
 
     return watched
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.rules import LinearRule
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.linear_rules import LinearRule
 from lenslrp.hooks.sites import Site
 
-CONVOLUTIONS: tuple[type, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTION_CLASSES: tuple[type, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def windows(x: Tensor, module: Any) -> Tensor:
+def unfold_windows(x: Tensor, module: Any) -> Tensor:
     """What each place of a convolution's output looks at.
 
     Args:
@@ -47,18 +47,18 @@ def attach_convolution(at: Attached, module: Any, rule: LinearRule, site: Site) 
     rank = len(module.kernel_size)
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
-        seen = windows(x, module)
-        places = tuple(seen.shape[: 1 + rank])
+        unfolded = unfold_windows(x, module)
+        places = tuple(unfolded.shape[: 1 + rank])
         outputs = y.movedim(1, -1)
-        parts = []
+        groups = []
         ins, outs = module.in_channels // module.groups, module.out_channels // module.groups
         for group in range(module.groups):
-            into = seen.narrow(1 + rank, group * ins, ins).reshape(*places, -1)
+            into = unfolded.narrow(1 + rank, group * ins, ins).reshape(*places, -1)
             out = slice(group * outs, (group + 1) * outs)
             weight = module.weight[out].flatten(1)
             bias = None if module.bias is None else module.bias[out]
             part = F.apply(F.Linear, into, outputs[..., out], weight, bias, rule, site)
-            parts.append(part.movedim(-1, 1))  # the layout in memory stays the convolution's own
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            groups.append(part.movedim(-1, 1))  # the layout in memory stays the convolution's own
+        return groups[0] if len(groups) == 1 else torch.cat(groups, dim=1)
 
     at.wrap(module, apply)

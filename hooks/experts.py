@@ -3,8 +3,8 @@
 An expert's output times its router weight is a product of two factors ([A] Prop. 3.2): half to each
 under ``router="uniform"``, everything to the expert under ``"constant"``. Experts are batched
 parameters without components, in one of several implementations (a loop, batched or grouped
-products), so their operations are met one by one (:mod:`lenslrp.hooks.operations`), whichever
-implementation runs.
+products), so their operations are intercepted one by one (:mod:`lenslrp.hooks.operations`),
+whichever implementation runs.
 
 TransformerLens has no hook points inside them. ``blocks.L.mlp.hook_expert_post`` is made here: the
 neurons of the experts that each position was sent to, [batch, pos, slot, neuron]; which expert sits
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,18 +28,27 @@ from transformer_lens.model_bridge.generalized_components import MoEBridge
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import Attached, Context, original
-from lenslrp.hooks.operations import GATED_MLP, PRODUCTS, ROUTER, Met, attach_operations
-from lenslrp.hooks.rules import LinearRule, Operations
+from lenslrp.hooks.context import Context
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.linear_rules import LinearRule
+from lenslrp.hooks.operations import (
+    GATED_MLP_SPEC,
+    PRODUCT_FUNCTIONS,
+    ROUTER_SPEC,
+    OperationIntercept,
+    attach_operations,
+)
+from lenslrp.hooks.rule_types import Operations
+from lenslrp.hooks.structure import NamedModules, original
 
-ROUTERS = re.compile("Router|Gating|Statics")
-EXPERTS = re.compile("Experts$")
+ROUTER_CLASSES = re.compile("Router|Gating|Statics")
+EXPERT_CLASSES = re.compile("Experts$")
 """Class names of what a mixture is made of; anything else inside it has rules of its own."""
 
-BLOCK = Operations(gated=True, attention=False)
+MIXTURE_SPEC = Operations(gated=True, attention=False)
 """A mixture's own code: the weight of a shared expert, a product before the experts."""
 
-BATCHED = frozenset({"bmm", "grouped_mm", "_grouped_mm"})
+BATCHED_PRODUCT_FUNCTIONS = frozenset({"bmm", "grouped_mm", "_grouped_mm"})
 
 
 class ExpertPoint(HookPoint):
@@ -58,7 +67,7 @@ class Mixture:
         block: the Hugging Face module that routes and calls the experts.
         shape: batch and positions of the current input.
         chosen: the experts that each position was sent to, [batch * pos, slot].
-        running: what meets the operations of the experts that run.
+        running: intercepts the operations of the experts that run.
     """
 
     path: str
@@ -67,32 +76,37 @@ class Mixture:
     chosen: Tensor | None = None
     running: Any = None
 
-    def parts(self) -> list[tuple[str, nn.Module]]:
+    def parts(self) -> NamedModules:
         """Routers and experts inside the block, under their names there."""
-        found: dict[int, tuple[str, nn.Module]] = {}
+        parts: dict[int, tuple[str, nn.Module]] = {}
         for name, module in self.block.named_modules():
             kind = type(module).__name__
-            if module is not self.block and (ROUTERS.search(kind) or EXPERTS.search(kind)):
-                found[id(module)] = (name.replace("._original_component", ""), module)
-        return list(found.values())
+            if module is not self.block and (
+                ROUTER_CLASSES.search(kind) or EXPERT_CLASSES.search(kind)
+            ):
+                parts[id(module)] = (name.replace("._original_component", ""), module)
+        return list(parts.values())
 
     def specs(self) -> Iterator[tuple[nn.Module, Operations]]:
-        """Each module whose own code is met, and which of its operations have a rule."""
-        yield self.block, BLOCK
+        """Each module whose own code is intercepted, and which of its operations have a rule."""
+        yield self.block, MIXTURE_SPEC
         for _, module in self.parts():
-            yield module, ROUTER if ROUTERS.search(type(module).__name__) else GATED_MLP
+            yield (
+                module,
+                ROUTER_SPEC if ROUTER_CLASSES.search(type(module).__name__) else GATED_MLP_SPEC,
+            )
 
     def batched_experts(self) -> nn.Module | None:
         """The module with all experts' weights, whose neurons get a hook point."""
         for _, module in self.parts():
-            if hasattr(module, "down_proj") and EXPERTS.search(type(module).__name__):
+            if hasattr(module, "down_proj") and EXPERT_CLASSES.search(type(module).__name__):
                 return module
         return None
 
 
-def mixtures(parts: Iterable[tuple[str, nn.Module]]) -> list[Mixture]:
+def mixtures(parts: NamedModules) -> list[Mixture]:
     """The mixtures of a bridge."""
-    found: list[Mixture] = []
+    mixtures: list[Mixture] = []
     for path, module in parts:
         if not isinstance(module, MoEBridge):
             continue
@@ -100,23 +114,23 @@ def mixtures(parts: Iterable[tuple[str, nn.Module]]) -> list[Mixture]:
         if inner is None or module.bound_dense:
             continue
         mixture = Mixture(path, inner)
-        if mixture.parts() and not EXPERTS.search(type(inner).__name__):
-            found.append(mixture)
-    return found
+        if mixture.parts() and not EXPERT_CLASSES.search(type(inner).__name__):
+            mixtures.append(mixture)
+    return mixtures
 
 
-def expert_points(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+def expert_points(parts: NamedModules) -> dict[str, nn.Module]:
     """Hook points at the neurons of experts: name -> hook point, the same ones at every call."""
-    found: dict[str, nn.Module] = {}
+    points: dict[str, nn.Module] = {}
     for mixture in mixtures(parts):
         experts = mixture.batched_experts()
         if experts is not None:
-            found[f"{mixture.path}.hook_expert_post"] = _points.setdefault(experts, ExpertPoint())
-    return found
+            points[f"{mixture.path}.hook_expert_post"] = _points.setdefault(experts, ExpertPoint())
+    return points
 
 
-class ExpertsMet(Met):
-    """Meets the operations of batched experts, and shows their neurons to the hook point."""
+class ExpertIntercept(OperationIntercept):
+    """Intercepts the operations of batched experts, and shows their neurons to the hook point."""
 
     def __init__(self, *args: Any, mixture: Mixture, point: HookPoint | None) -> None:
         super().__init__(*args)
@@ -124,14 +138,14 @@ class ExpertsMet(Met):
         self.rows: Tensor | None = None  # of [batch * pos * slot], in the order they are computed
         mixture.running = self
 
-    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in BATCHED and isinstance(self.sites["linear"].rule, LinearRule):
+    def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in BATCHED_PRODUCT_FUNCTIONS and isinstance(self.sites["linear"].rule, LinearRule):
             raise InputError(
                 f"{self.mixture.path}: a {self.sites['linear'].rule.name} rule on experts needs "
                 "them one by one; call model.original_model.set_experts_implementation('eager')"
             )
-        neurons = name in PRODUCTS and _alike(*args[:2])
-        out = super().meet(func, name, args, kwargs)
+        neurons = name in PRODUCT_FUNCTIONS and _alike(*args[:2])
+        out = super().intercept(func, name, args, kwargs)
         if name == "where" and len(args) == 1 and self.mixture.chosen is not None:
             slot, token = out
             self.rows = token * self.mixture.chosen.shape[-1] + slot
@@ -152,15 +166,15 @@ class ExpertsMet(Met):
             return y
         spread = flat.new_zeros(chosen.numel(), y.shape[-1]).index_copy(0, rows, flat)
         shape = (*self.mixture.shape, chosen.shape[-1], y.shape[-1])
-        seen: Tensor = self.point(spread.view(shape))
-        return seen.reshape(chosen.numel(), y.shape[-1])[rows].view_as(y)
+        shown: Tensor = self.point(spread.view(shape))
+        return shown.reshape(chosen.numel(), y.shape[-1])[rows].view_as(y)
 
 
 def _alike(a: Any = None, b: Any = None) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.ndim > 1
 
 
-def gpt_oss_gate(mode: ExpertsMet, experts: Any, gate_up: Tensor) -> Tensor:
+def gpt_oss_gate(mode: ExpertIntercept, experts: Any, gate_up: Tensor) -> Tensor:
     """``(up + 1) * glu`` with clipped factors: each clip and the glu are element-wise."""
 
     def glu(x: Tensor) -> Tensor:
@@ -174,43 +188,50 @@ def gpt_oss_gate(mode: ExpertsMet, experts: Any, gate_up: Tensor) -> Tensor:
     return (mode.activation(clipped, up, gate=False) + 1) * mode.activation(glu, gate)
 
 
-GATES: dict[type[nn.Module], Any] = {GptOssExperts: gpt_oss_gate}
+EXPERT_GATES: dict[type[nn.Module], Any] = {GptOssExperts: gpt_oss_gate}
 """Experts whose gating is more than an activation times a projection."""
 
 
 def attach_mixture(at: Attached, ctx: Context, _: str, __: nn.Module, mixture: Mixture) -> None:
-    """Meet the operations of one mixture: its own code, its routers, its experts."""
+    """Intercept the operations of one mixture: its own code, its routers, its experts."""
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         mixture.shape, mixture.chosen = tuple(x.shape[:-1]), None
 
     def routed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        chosen = next((v for v in given if not v.is_floating_point() and v.ndim == 2), None)
-        if chosen is None and len(given) == 1 and mixture.path in ctx.experts:
-            every = torch.arange(ctx.experts[mixture.path], device=given[0].device)
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        chosen = next((v for v in tensors if not v.is_floating_point() and v.ndim == 2), None)
+        if chosen is None and len(tensors) == 1 and mixture.path in ctx.experts:
+            every = torch.arange(ctx.experts[mixture.path], device=tensors[0].device)
             chosen = every.expand(math.prod(mixture.shape), -1)
         if chosen is not None:
             mixture.chosen = chosen
             ctx.routing[mixture.path] = chosen.reshape(*mixture.shape, -1)
 
     at.pre_hook(mixture.block, begin, with_kwargs=True)
-    attach_operations(at, ctx, mixture.path, mixture.block, BLOCK)
+    attach_operations(at, ctx, mixture.path, mixture.block, MIXTURE_SPEC)
     neurons: Any = mixture.batched_experts()
     if neurons is not None:
         ctx.experts[mixture.path] = int(neurons.down_proj.shape[0])
     for name, module in mixture.parts():
         path = f"{mixture.path}.{name}"
-        if ROUTERS.search(type(module).__name__):
-            attach_operations(at, ctx, path, module, ROUTER)
+        if ROUTER_CLASSES.search(type(module).__name__):
+            attach_operations(at, ctx, path, module, ROUTER_SPEC)
             continue
         point = _points.setdefault(module, ExpertPoint()) if module is neurons else None
         attach_operations(
-            at, ctx, path, module, GATED_MLP, mode=ExpertsMet, mixture=mixture, point=point
+            at,
+            ctx,
+            path,
+            module,
+            GATED_MLP_SPEC,
+            mode=ExpertIntercept,
+            mixture=mixture,
+            point=point,
         )
         at.pre_hook(module, routed, with_kwargs=True)
-        gate = GATES.get(type(module))
+        gate = EXPERT_GATES.get(type(module))
         if gate is not None:
             at.attribute(
                 module,

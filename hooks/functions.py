@@ -1,7 +1,7 @@
 """The rules as autograd Functions: same values forward, the rule's own gradient backward.
 
 Each Function's node in the autograd graph carries its :class:`~lenslrp.hooks.sites.Site` and says
-what it covers, so that :mod:`lenslrp.hooks.coverage` can check the graph: ``opens`` names the
+what it covers, so that :mod:`lenslrp.hooks.graph_walk` can check the graph: ``opens`` names the
 operation that must follow below it, ``region`` is +1 where a region begins whose inside the rule
 answers for as a whole, and -1 where it ends.
 """
@@ -16,25 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import SiLUActivation
 
-from lenslrp.hooks.rules import (
-    Identity,
-    LinearRule,
-    Normalisation,
-    Plain,
-    Product,
-    SiLU,
-    SoftmaxTemperature,
-    inverse_rms,
-    layer_norm_identity,
-    softcap_compensation,
-    softmax_gim_compensation,
-    uncapped,
-)
+from lenslrp.hooks.linear_rules import LinearRule
+from lenslrp.hooks.rule_types import Identity, Normalisation, Plain, SiLU
+from lenslrp.hooks.rules import inverse_rms, layer_norm_identity
 from lenslrp.hooks.sites import Site, row_sums, widened
 
-NOTHING = torch.empty(0)
+EMPTY = torch.empty(0)
 
-SILU = (nn.SiLU.forward, SiLUActivation.forward, functional.silu)
+SILU_FORWARDS = (nn.SiLU.forward, SiLUActivation.forward, functional.silu)
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
@@ -49,12 +38,13 @@ def same(x: Tensor, copies: bool) -> Tensor:
     return x.detach().clone() if copies else x.detach()
 
 
-def _kept(x: Tensor, site: Site) -> Tensor:
+def kept_input(x: Tensor, site: Site) -> Tensor:
     """An input as the backward pass needs it: as it is now."""
     return same(x, True) if site.copies else x
 
 
-def _mark(ctx: Any, site: Site, opens: tuple[str, ...] = (), region: int = 0) -> None:
+def set_site(ctx: Any, site: Site, opens: tuple[str, ...] = (), region: int = 0) -> None:
+    """Give a node its site and what it covers, and count that the rule has fired."""
     ctx.site = site
     ctx.opens = opens
     ctx.region = region
@@ -72,12 +62,12 @@ class Elementwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, rule: Identity, site: Site) -> Tensor:
-        _mark(ctx, site)
-        ctx.rule, ctx.booked = rule, site.books is not None and not rule.exact
-        saved = _kept(x, site) if isinstance(rule, SiLU) else rule.factor(x, y)
+        set_site(ctx, site)
+        ctx.rule, ctx.reports_loss = rule, site.accounts is not None and not rule.exact
+        saved = kept_input(x, site) if isinstance(rule, SiLU) else rule.factor(x, y)
         # Two tensors in any case: torch's checkpoint tells by their number that it has recomputed
         # the function without its rule.
-        ctx.save_for_backward(saved, y - x * saved if ctx.booked else NOTHING)
+        ctx.save_for_backward(saved, y - x * saved if ctx.reports_loss else EMPTY)
         return same(y, site.copies)
 
     @staticmethod
@@ -86,7 +76,7 @@ class Elementwise(torch.autograd.Function):
         factor, lost = ctx.saved_tensors
         if isinstance(ctx.rule, SiLU):
             factor = ctx.rule.factor(factor, factor)
-        if ctx.booked:
+        if ctx.reports_loss:
             ctx.site.report("stabiliser", row_sums(lost, g))
         return g * factor, None, None, None
 
@@ -99,15 +89,9 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        y: Tensor,
-        gain: Tensor | None,
-        eps: float,
-        centred: bool,
-        site: Site,
+        ctx: Any, x: Tensor, y: Tensor, gain: Tensor | None, eps: float, centred: bool, site: Site
     ) -> Tensor:
-        _mark(ctx, site)
+        set_site(ctx, site)
         ctx.centred = centred
         wide = widened(x.detach())
         if centred:
@@ -135,7 +119,7 @@ class GroupNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, weight: Tensor | None, groups: int, eps: float, site: Site
     ) -> Tensor:
-        _mark(ctx, site)
+        set_site(ctx, site)
         wide = (x if x.dtype == torch.float64 else x.float()).reshape(len(x), groups, -1)
         inverse = torch.rsqrt(wide.var(dim=-1, keepdim=True, unbiased=False) + eps)
         ctx.save_for_backward(inverse.to(x.dtype), weight)
@@ -161,11 +145,11 @@ class Normalised(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, bias: Tensor | None, rule: Normalisation, site: Site
     ) -> Tensor:
-        _mark(ctx, site)
+        set_site(ctx, site)
         ctx.centred = rule.centred
         factor, x = rule.factor(x, y, bias)
         lost = None
-        if site.books is not None:
+        if site.accounts is not None:
             lost = (y if bias is None else y - bias) - x * factor
         ctx.save_for_backward(factor, lost)
         return same(y, site.copies)
@@ -193,9 +177,9 @@ class Linear(torch.autograd.Function):
         rule: LinearRule,
         site: Site,
     ) -> Tensor:
-        _mark(ctx, site)
+        set_site(ctx, site)
         ctx.rule = rule
-        ctx.save_for_backward(_kept(x, site), y, weight, bias)
+        ctx.save_for_backward(kept_input(x, site), y, weight, bias)
         return same(y, site.copies)
 
     @staticmethod
@@ -203,9 +187,9 @@ class Linear(torch.autograd.Function):
         site = ctx.site
         site.backward += 1
         x, y, weight, bias = ctx.saved_tensors
-        gx, took = ctx.rule.backward(g, x, weight, bias)
-        if site.books is not None:
-            absorbed = row_sums(took, torch.ones_like(took))
+        gx, bias_share = ctx.rule.backward(g, x, weight, bias)
+        if site.accounts is not None:
+            absorbed = row_sums(bias_share, torch.ones_like(bias_share))
             site.report("biases", absorbed)
             site.report("stabiliser", row_sums(y, g) - row_sums(x, gx) - absorbed)
         return gx, None, None, None, None, None
@@ -219,10 +203,10 @@ class ProductOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, first: float, second: float, site: Site) -> Tensor:
-        _mark(ctx, site, opens=("product",) if first else ())
+        set_site(ctx, site, opens=("product",) if first else ())
         ctx.share = second
         ctx.absorbs = absorbs = 1 - first - second
-        if site.books is not None and absorbs:
+        if site.accounts is not None and absorbs:
             ctx.save_for_backward(y)
         return same(y, site.copies)
 
@@ -230,103 +214,9 @@ class ProductOutput(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         site = ctx.site
         site.backward += 1
-        if site.books is not None and ctx.absorbs:
+        if site.accounts is not None and ctx.absorbs:
             site.report("plain", ctx.absorbs * row_sums(ctx.saved_tensors[0], g, masked=False))
         return (g if ctx.share == 1 else g * ctx.share), None, None, None
-
-
-class Scores(torch.autograd.Function):
-    """At the attention scores, after mask and soft-cap, before the softmax.
-
-    Reports the relevance of the scores (the softmax site's output side is :class:`Pattern`), undoes
-    the soft-cap's tanh' and gives queries and keys their share. Without a softmax site, what the
-    softmax is given is measured elsewhere, behind hooks of the user's.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, scores: Tensor, share: float, cap: float | None, sites: dict[str, Site]
-    ) -> Tensor:
-        opens = ("product", "tanh") if cap is not None and "softcap" in sites else ("product",)
-        _mark(ctx, sites["attention_qk"], opens=opens)
-        ctx.sites, ctx.share, ctx.cap = sites, share, cap
-        if "softcap" in sites:
-            sites["softcap"].forward += 1
-        capped = cap is not None and sites["softcap"].rule.name != "plain"
-        ctx.capped = capped
-        if capped or sites["attention_qk"].books is not None:
-            ctx.save_for_backward(scores)
-        return same(scores, sites["attention_qk"].copies)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        qk, softmax = ctx.sites["attention_qk"], ctx.sites.get("softmax")
-        softcap = ctx.sites.get("softcap")
-        qk.backward += 1
-        saved = ctx.saved_tensors
-        down = softcap_compensation(g, saved[0], ctx.cap) if ctx.capped else g
-        if softcap is not None:
-            softcap.backward += 1
-        if qk.books is not None:
-            s = saved[0]
-            relevance = row_sums(s, g)
-            if softmax is not None and softmax.backward:  # not where relevance starts at a score
-                softmax.report("softmax", -relevance)
-            passed = relevance
-            if softcap is not None:
-                x, slope, _ = uncapped(s, ctx.cap)
-                passed = row_sums(x, down.to(x.dtype) * slope)
-                name = "stabiliser" if ctx.capped else "plain"
-                softcap.report(name, relevance - passed)
-            qk.report("plain", (1 - 2 * ctx.share) * passed)
-        return (down if ctx.share == 1 else down * ctx.share), None, None, None
-
-
-class Pattern(torch.autograd.Function):
-    """At the attention pattern: marks the softmax, reports its relevance, applies GIM's rule."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, pattern: Tensor, scores: Tensor | None, share: float, site: Site
-    ) -> Tensor:
-        _mark(ctx, site, opens=("softmax",))
-        ctx.share = share
-        ctx.save_for_backward(pattern if site.books is not None else None, scores)
-        return same(pattern, site.copies)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        site = ctx.site
-        site.backward += 1
-        pattern, scores = ctx.saved_tensors
-        g = g if ctx.share == 1 else g * ctx.share
-        if site.books is not None:
-            site.report("softmax", row_sums(pattern, g))
-        rule = site.rule
-        if isinstance(rule, SoftmaxTemperature):
-            g = softmax_gim_compensation(g, scores, rule.temperature)
-        return g, None, None, None
-
-
-class SoftmaxReplaced(torch.autograd.Function):
-    """From the attention pattern straight to the scores, by a rule that is no Jacobian."""
-
-    @staticmethod
-    def forward(ctx: Any, pattern: Tensor, scores: Tensor, share: float, site: Site) -> Tensor:
-        _mark(ctx, site)
-        ctx.share = share
-        ctx.save_for_backward(pattern, scores)
-        return same(pattern, site.copies)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None, None]:
-        site = ctx.site
-        site.backward += 1
-        pattern, scores = ctx.saved_tensors
-        g = g if ctx.share == 1 else g * ctx.share
-        if site.books is not None:
-            site.report("softmax", row_sums(pattern, g))
-        return None, site.rule.at_scores(g, scores, pattern), None, None
 
 
 class Share(torch.autograd.Function):
@@ -334,7 +224,7 @@ class Share(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, share: float, site: Site) -> Tensor:
-        _mark(ctx, site)
+        set_site(ctx, site)
         ctx.share = share
         return same(x, site.copies)
 
@@ -348,7 +238,7 @@ class Mark(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, site: Site) -> Tensor:
-        _mark(ctx, site)
+        set_site(ctx, site)
         return same(x, site.copies)
 
     @staticmethod
@@ -362,16 +252,16 @@ class RegionOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, bias: Tensor | None, term: str, site: Site) -> Tensor:
-        _mark(ctx, site, region=1)
+        set_site(ctx, site, region=1)
         ctx.term = term
-        if site.books is not None:
+        if site.accounts is not None:
             ctx.save_for_backward(y if bias is None else y - bias)
         return same(y, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.site.backward += 1
-        if ctx.site.books is not None:
+        if ctx.site.accounts is not None:
             ctx.site.report(ctx.term, row_sums(ctx.saved_tensors[0], g))
         return g, None, None, None
 
@@ -381,56 +271,16 @@ class RegionInput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, term: str, site: Site) -> Tensor:
-        _mark(ctx, site, region=-1)
+        set_site(ctx, site, region=-1)
         ctx.term = term
-        if site.books is not None:
-            ctx.save_for_backward(_kept(x, site))
+        if site.accounts is not None:
+            ctx.save_for_backward(kept_input(x, site))
         return same(x, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.site.books is not None and ctx.site.backward:  # not where relevance starts inside
+        if ctx.site.accounts is not None and ctx.site.backward:  # not where relevance starts inside
             ctx.site.report(ctx.term, -row_sums(ctx.saved_tensors[0], g))
-        return g, None, None
-
-
-class FusedOutput(torch.autograd.Function):
-    """At the output of the fused attention kernel: begins its region, reports what it leaked.
-
-    What leaves is the relevance of z; what enters is that of queries, keys and values.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, site: Site) -> Tensor:
-        _mark(ctx, site, region=1)
-        if site.books is not None:
-            ctx.save_for_backward(z)
-        return same(z, site.copies)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        ctx.site.backward += 1
-        if ctx.site.books is not None:
-            ctx.site.report("softmax", row_sums(ctx.saved_tensors[0], g))
-        return g, None
-
-
-class FusedInput(torch.autograd.Function):
-    """At the fused kernel's queries, keys and values: their share, and the end of its region."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, share: float, site: Site) -> Tensor:
-        _mark(ctx, site, region=-1)
-        ctx.share = share
-        if site.books is not None:
-            ctx.save_for_backward(_kept(x, site))
-        return same(x, site.copies)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        g = g * ctx.share
-        if ctx.site.books is not None:
-            ctx.site.report("softmax", -row_sums(ctx.saved_tensors[0], g))
         return g, None, None
 
 
@@ -447,19 +297,6 @@ class Read(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         ctx.deliver(ctx.saved_tensors[0], g)
         return g, None, None
-
-
-OURS = frozenset(
-    kind
-    for kind in list(globals().values())
-    if isinstance(kind, type) and issubclass(kind, torch.autograd.Function)
-)
-"""Every Function of this module: only their nodes are taken at their word."""
-
-
-def product_shares(rule: Any) -> tuple[float, float]:
-    """(first, second) of a product rule; a plain product passes all of the gradient to both."""
-    return (rule.first, rule.second) if isinstance(rule, Product) else (1.0, 1.0)
 
 
 def shared(x: Tensor, share: float, site: Site) -> Tensor:
@@ -479,4 +316,4 @@ def activated(act: Callable[[Tensor], Tensor], x: Tensor, site: Site) -> Tensor:
 
 def slimmest(rule: Any, code: Any) -> Any:
     """The form of the identity rule that needs least for a function, or a module's forward."""
-    return SiLU() if rule == Identity() and code in SILU else rule
+    return SiLU() if rule == Identity() and code in SILU_FORWARDS else rule

@@ -17,29 +17,33 @@ import torch
 from torch import Tensor, nn
 
 from lenslrp.errors import CoverageError, InputError
-from lenslrp.hooks.assignment import attach_all
-from lenslrp.hooks.attach import Attached, Context, Holder, Undo, raise_failed, undo_all
+from lenslrp.hooks.attach import attach_all
 from lenslrp.hooks.components import hook_points, watched_blocks
 from lenslrp.hooks.composites import Composite, as_composite
 from lenslrp.hooks.constants import EditMeter
-from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place, walk
+from lenslrp.hooks.context import Context
+from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place
+from lenslrp.hooks.graph_walk import walk
+from lenslrp.hooks.handles import Attached, Holder, Undo, raise_failed, undo_all
 from lenslrp.hooks.readers import Readers, owners
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
 from lenslrp.hooks.sharding import require_whole, reshard
 from lenslrp.hooks.sites import Accounts, Site
 from lenslrp.hooks.state import ModelState
-from lenslrp.hooks.structure import Parts, components
+from lenslrp.hooks.structure import NamedModules, components
 from lenslrp.hooks.turns import turn
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-ATTENTION = ("bridge", "fused")
+ATTENTION_MODES = ("bridge", "fused")
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Rules:
     """The rules in force on one model: what :func:`relevance_rules` yields.
+
+    ``sites``, ``routing`` and :meth:`verify` are for users.
 
     Attributes:
         composite: the table in force.
@@ -65,7 +69,7 @@ class Rules:
         self.model = model
         self.composite = composite
         self.attention = attention
-        self.books = books
+        self.accounts = books
         self.copies = copies
         self.edits: list[EditMeter] = []
         self.changed: list[str] = []
@@ -92,7 +96,7 @@ class Rules:
         self.blocks = watched_blocks(state.parts)
         context = Context(
             self.composite,
-            self.books,
+            self.accounts,
             self.attention,
             copies=self.copies,
             routing=self.routing,
@@ -145,10 +149,10 @@ class Rules:
         """Undo :meth:`attach`, last thing first, however far it went; returns what failed."""
         return undo_all(self._undo)
 
-    def _guard(self, attached: Attached, parts: Parts) -> list[nn.Parameter]:
+    def _guard(self, attached: Attached, parts: NamedModules) -> list[nn.Parameter]:
         """Refuse other threads' passes, begun before or now; returns the weights to be frozen.
 
-        Rules refuse by themselves. A pass may also meet none and only weights that are frozen, or
+        Rules refuse by themselves. A pass may also reach none and only weights that are frozen, or
         be at its last one: what unembeds ends in a hook point.
         """
         # run_with_cache calls what the bridge wraps, past the bridge's own forward.
@@ -156,10 +160,10 @@ class Rules:
         guarded |= {c.hook_out for c in self.model.children() if hasattr(c, "hook_out")}
         weights: dict[nn.Parameter, None] = {}
         for _, module in parts:
-            own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
-            if own:
+            trained = [p for p in module._parameters.values() if p is not None and p.requires_grad]
+            if trained:
                 guarded.add(module)
-                weights.update(dict.fromkeys(own))
+                weights.update(dict.fromkeys(trained))
         for module in guarded:
             attached.guard(module)
         return list(weights)
@@ -173,17 +177,17 @@ class Rules:
             CoverageError: naming the first operations without a rule, or rules that sit where their
                 operation is not.
         """
-        found = walk(roots, weights=self.weights)
+        walked = walk(roots, weights=self.weights)
         architecture = type(getattr(self.model, "original_model", self.model)).__name__
-        if found.gaps:
-            raise CoverageError(gap_message(found.gaps, architecture))
-        require_in_place(found, architecture)
+        if walked.gaps:
+            raise CoverageError(gap_message(walked.gaps, architecture))
+        require_in_place(walked, architecture)
 
 
 def require_attention(attention: str) -> None:
-    """Refuse another choice than those of :data:`ATTENTION`."""
-    if attention not in ATTENTION:
-        raise InputError(f"attention must be one of {ATTENTION}, not {attention!r}")
+    """Refuse another choice than those of :data:`ATTENTION_MODES`."""
+    if attention not in ATTENTION_MODES:
+        raise InputError(f"attention must be one of {ATTENTION_MODES}, not {attention!r}")
 
 
 def require_bridge(model: TransformerBridge) -> None:
@@ -236,7 +240,7 @@ def require_bridge(model: TransformerBridge) -> None:
 
 
 def _name_of(model: nn.Module, weight: Tensor) -> str:
-    """What a weight is called in the model that the bridge wraps, where it is one of its own."""
+    """The name of a weight in the model that the bridge wraps, if it has one."""
     names = (name for name, known in model.named_parameters() if known is weight)
     return next(names, "a weight").replace("_original_component.", "")
 
@@ -270,14 +274,16 @@ def relevance_rules(
     *,
     attention: str = "bridge",
     strict: bool = True,
-    books: Accounts | None = None,
+    accounts: Accounts | None = None,
     copies: bool = False,
+    books: Accounts | None = None,
 ) -> Iterator[Rules]:
     """Attach LRP rules to ``model`` for the length of the block.
 
     Inside, a forward pass gives the same logits as ever, and the backward pass of anything computed
     from them gives gradients under which activation times gradient is relevance, at every hook
-    point. Nested blocks on one model: the innermost is in force. Threads take turns.
+    point (Arras et al. 2025, 2502.15886), in units of what ``backward`` is called on. Weights are
+    frozen meanwhile. Nested blocks on one model: the innermost is in force. Threads take turns.
 
     Args:
         model: a ``TransformerBridge``.
@@ -285,17 +291,34 @@ def relevance_rules(
         attention: ``"bridge"`` (patterns readable) or ``"fused"`` (torch's fused kernel).
         strict: at the end of the block, raise if a rule's forward ran and its backward never did
             although another's did.
-        books: where sites report what they absorb, for a ledger.
+        accounts: where rules report what they absorb, for a ledger, in units of the target.
         copies: keep copies of what is needed for the backward pass, for a model that writes in
             place to what its modules return.
+        books: the former name of ``accounts``.
+
+    Yields:
+        The rules in force; ``rules.verify(logits)`` checks, before the backward pass, that each
+        operation has one.
 
     Raises:
-        InputError: the model is in train mode, or the rules cannot be had with this attention.
+        InputError: no bridge, a model in train mode, weights that are quantised, offloaded or
+            split, or rules that cannot be had with this attention.
         CoverageError: at the end of the block, see ``strict``.
+
+    Examples:
+        Relevance of the embeddings, [batch, pos, d_model], for the logit of token 7::
+
+            with relevance_rules(model, AttnLRP()) as rules:
+                embedded = model.embed(tokens).detach().requires_grad_()
+                logits = model(embedded)
+                rules.verify(logits)
+                logits[0, -1, 7].backward()
+            R = embedded * embedded.grad
     """
     require_attention(attention)
     require_bridge(model)
-    rules = Rules(model, as_composite(composite), attention, books, copies)
+    accounts = books if accounts is None else accounts
+    rules = Rules(model, as_composite(composite), attention, accounts, copies)
     with turn(model, rules):
         yield rules
     if strict:

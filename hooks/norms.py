@@ -1,7 +1,7 @@
 """Norms: the denominator is a constant, the centring is linear, the bias absorbs its share.
 
-Three ways lead to a norm: the bridge wraps it and calls it, the bridge computes it in Python, or
-Hugging Face's own code calls it past the bridge.
+A norm runs in one of three ways: the bridge calls the module that it wraps, the bridge computes it
+in Python, or Hugging Face's code calls the module past the bridge (an unbridged norm).
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from transformer_lens.model_bridge.sources.native import model as native
 from lenslrp.errors import InputError
 from lenslrp.hooks import checks
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.attach import Attached, Context, original
 from lenslrp.hooks.checks import elementwise, known_forward
 from lenslrp.hooks.constants import measure_bias
-from lenslrp.hooks.rules import Identity, Normalisation, Plain
+from lenslrp.hooks.context import Context
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.rule_types import Identity, Normalisation, Plain
 from lenslrp.hooks.sites import Site
+from lenslrp.hooks.structure import original
 
 LAYER_NORMS = (nn.LayerNorm.forward, native.NativeLayerNormPre.forward)
 GROUP_NORMS = (nn.GroupNorm.forward,)
@@ -48,12 +50,12 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
     component = original(norm)
     if isinstance(component, nn.Identity):
         return
-    own = ctx.composite.modules.get(type(component))
-    rule = ctx.composite["norm"] if own is None else own
+    registered_rule = ctx.composite.modules.get(type(component))
+    rule = ctx.composite["norm"] if registered_rule is None else registered_rule
 
     def bias() -> Tensor | None:
-        if isinstance(own, Normalisation) and _native(norm):
-            return _bias_of(component, own)
+        if isinstance(registered_rule, Normalisation) and _native(norm):
+            return _bias_of(component, registered_rule)
         return None if norm.uses_rms_norm else getattr(component, "bias", None)
 
     first = id(component) not in at.replaced
@@ -64,10 +66,10 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
     else:
         if not first:
             pass  # one norm under two names: its rule is in its place already
-        elif isinstance(own, Normalisation):
-            _wrap_own_norm(at, component, own, site)
-        elif isinstance(own, Identity):
-            at.wrap(component, elementwise(component, own, site, declared=True))
+        elif isinstance(registered_rule, Normalisation):
+            _wrap_registered_norm(at, component, registered_rule, site)
+        elif isinstance(registered_rule, Identity):
+            at.wrap(component, elementwise(component, registered_rule, site, declared=True))
         else:
             _attach_wrapped_norm(at, component, site)
 
@@ -92,15 +94,15 @@ def attach_norm(at: Attached, ctx: Context, path: str, norm: NormalizationBridge
     if first:
         at.sites.append(site)
         at.replaced[id(component)] = site
-    if ctx.books is not None:
+    if ctx.accounts is not None:
         _attach_norm_bias(at, norm, bias, site, first=first)
 
 
 def _plain_norm(
     at: Attached, norm: NormalizationBridge, site: Site, bias: Callable[[], Tensor | None]
 ) -> None:
-    """The norm as it is, measured where it begins and ends: as the bridge runs it, by either of
-    its ways, or called past the bridge (split query, key and value inputs do so)."""
+    """The norm as it is, measured where it begins and ends: as the bridge runs it, in Python
+    or by the module, or called past the bridge (split query, key and value inputs do so)."""
     component = original(norm)
     inside = at.plain.setdefault(id(component), [])
 
@@ -115,8 +117,8 @@ def _plain_norm(
         return F.apply(F.RegionOutput, y, bias(), "plain", site)
 
     at.around(component, call)
-    for way in ("_python_norm_forward", "_hf_autograd_forward_with_hooks"):
-        at.around(norm, call, way)
+    for method in ("_python_norm_forward", "_hf_autograd_forward_with_hooks"):
+        at.around(norm, call, method)
 
 
 def _native(norm: NormalizationBridge) -> bool:
@@ -134,9 +136,9 @@ def _attach_wrapped_norm(at: Attached, component: nn.Module, site: Site) -> None
         at.wrap(norm, lambda x, y: F.apply(F.GroupNorm, x, y, norm.weight, groups, eps, site))
     elif forward in LAYER_NORMS:  # not a subclass with a forward of its own
         eps = norm.eps
-        at.wrap(norm, lambda x, y: F.apply(F.Norm, x, y, _gain_of(norm), eps, True, site))
+        at.wrap(norm, lambda x, y: F.apply(F.Norm, x, y, _weight_of(norm), eps, True, site))
     elif type(norm).__name__ in NAMED_NORMS:
-        _wrap_own_norm(at, norm, NAMED_NORMS[type(norm).__name__], site)
+        _wrap_registered_norm(at, norm, NAMED_NORMS[type(norm).__name__], site)
     elif _is_rms_norm(norm):
         # The class's name is a promise that its values have to keep.
         run, form = norm.forward, Normalisation()
@@ -149,7 +151,7 @@ def _attach_wrapped_norm(at: Attached, component: nn.Module, site: Site) -> None
             return slim
 
         at.wrap(norm, apply)
-    # Any other class stays on the graph, where the coverage check meets it and names it.
+    # Any other class stays on the graph, where the coverage check finds and names it.
 
 
 def _slim(norm: nn.Module, form: str, x: Tensor, y: Tensor, site: Site) -> Tensor | None:
@@ -160,11 +162,11 @@ def _slim(norm: nn.Module, form: str, x: Tensor, y: Tensor, site: Site) -> Tenso
     if form not in checks.FORMS[2:] or x.dtype == torch.float64:
         return None
     gain = checks.gain_of(norm, form)
-    return F.apply(F.Norm, x, y, gain, checks.epsilon(norm), False, site)
+    return F.apply(F.Norm, x, y, gain, checks.norm_epsilon(norm), False, site)
 
 
-def _gain_of(norm: Any) -> Tensor | None:
-    """Asked for at each pass: FSDP gathers it."""
+def _weight_of(norm: Any) -> Tensor | None:
+    """The gain of a norm; looked up at each pass, since FSDP gathers it."""
     weight: Tensor | None = getattr(norm, "weight", None)
     return weight
 
@@ -174,17 +176,17 @@ def _bias_of(module: Any, rule: Normalisation) -> Tensor | None:
     return bias
 
 
-def _wrap_own_norm(at: Attached, module: nn.Module, rule: Normalisation, site: Site) -> None:
+def _wrap_registered_norm(at: Attached, module: nn.Module, rule: Normalisation, site: Site) -> None:
     run = module.forward
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
         bias = _bias_of(module, rule)
         form = checks.norm_form(module, run, x, y, rule, bias)
         if not form:
-            other = replace(rule, centred=not rule.centred)
+            other_rule = replace(rule, centred=not rule.centred)
             hint = (
-                f"; it fits Normalisation(centred={other.centred})"
-                if checks.norm_form(module, run, x, y, other, bias)
+                f"; it fits Normalisation(centred={other_rule.centred})"
+                if checks.norm_form(module, run, x, y, other_rule, bias)
                 else "; is its bias an attribute named otherwise (bias=...), or is it no norm?"
             )
             raise InputError(
@@ -199,19 +201,19 @@ def _wrap_own_norm(at: Attached, module: nn.Module, rule: Normalisation, site: S
     at.wrap(module, apply)
 
 
-def attach_own_norm(
+def attach_registered_norm(
     at: Attached, ctx: Context, path: str, module: nn.Module, rule: Normalisation
 ) -> None:
     """A norm of a user's own class, where no ``NormalizationBridge`` wraps it."""
     site = ctx.site(path, module, "norm", rule)
     site.cut = ctx.cuts(path)
     at.sites.append(site)
-    _wrap_own_norm(at, module, rule, site)
-    if ctx.books is not None:
+    _wrap_registered_norm(at, module, rule, site)
+    if ctx.accounts is not None:
         at.meter(module, lambda y: measure_bias(y, _bias_of(module, rule), site))
 
 
-def attach_loose_norm(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
+def attach_unbridged_norm(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
     """A norm that Hugging Face's own code calls and the bridge has no component for."""
     rule = ctx.composite["norm"]
     site = ctx.site(path, module, "norm")
@@ -221,7 +223,7 @@ def attach_loose_norm(at: Attached, ctx: Context, path: str, module: nn.Module) 
     else:
         at.sites.append(site)
         _attach_wrapped_norm(at, module, site)
-    if ctx.books is not None:
+    if ctx.accounts is not None:
         dim = 1 if isinstance(module, nn.GroupNorm) else -1
         at.meter(module, lambda y: measure_bias(y, getattr(module, "bias", None), site, dim))
 

@@ -8,19 +8,19 @@ The graph hides two things. A write into a view (``y[..., :4] = z``, ``y[0].tanh
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lenslrp.hooks.meeting import Intercept
+from lenslrp.hooks.intercept import Intercept
+from lenslrp.hooks.structure import NamedModules
 
-WRITES = frozenset({"CopySlices"})
+VIEW_WRITES = frozenset({"CopySlices"})
 """Graph nodes of writes into views."""
 
-LINEAR_WRITES = frozenset(
+LINEAR_IN_PLACE_FUNCTIONS = frozenset(
     {
         "__iadd__", "__isub__", "__setitem__", "add_", "copy_", "fill_", "fill_diagonal_",
         "index_add_", "index_copy_", "index_fill_", "index_put_", "masked_fill_",
@@ -29,13 +29,13 @@ LINEAR_WRITES = frozenset(
 )  # fmt: skip
 """In-place functions that are linear in the tensor written to and in what is written."""
 
-SCALINGS = frozenset({"__imul__", "__itruediv__", "div_", "divide_", "mul_", "multiply_"})
+SCALING_FUNCTIONS = frozenset({"__imul__", "__itruediv__", "div_", "divide_", "mul_", "multiply_"})
 """In-place functions that are linear while only one factor is on the graph."""
 
-CUTS = frozenset({"detach", "detach_"})
+DETACHING = frozenset({"detach", "detach_"})
 
-PASSING = frozenset({"meet", "__torch_function__"})
-"""Functions that hand a call on that they have met."""
+INTERCEPTING_FUNCTIONS = frozenset({"intercept", "__torch_function__"})
+"""Functions that hand on a call that they have intercepted."""
 
 
 class Observer(Intercept):
@@ -50,7 +50,7 @@ class Observer(Intercept):
             ``grad_fn``).
     """
 
-    def __init__(self, parts: Iterable[tuple[str, nn.Module]]) -> None:
+    def __init__(self, parts: NamedModules) -> None:
         super().__init__()
         self.writes: dict[int, str] = {}
         self.touched = 0
@@ -58,11 +58,11 @@ class Observer(Intercept):
         self._nodes: list[Any] = []  # kept alive, so that no id is used twice
         self._cuts: list[tuple[Any, str]] = []
 
-    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         first = args[0] if args else None
         if not isinstance(first, Tensor):
             return func(*args, **kwargs)
-        cut = name in CUTS or (name == "__get__" and func.__self__ is torch.Tensor.data)
+        cut = name in DETACHING or (name == "__get__" and func.__self__ is torch.Tensor.data)
         if cut or not (torch.is_grad_enabled() or name == "__get__"):
             self._saw_cut(args, name)
         reached = name == "__get__" and func.__self__ is torch.Tensor.grad_fn
@@ -70,7 +70,7 @@ class Observer(Intercept):
             self.touched += not _is_of(_caller(), "lenslrp.")
         out = func(*args, **kwargs)
         node = (first if first._base is None else first._base).grad_fn
-        if node is not None and id(node) not in self.writes and type(node).__name__ in WRITES:
+        if node is not None and id(node) not in self.writes and type(node).__name__ in VIEW_WRITES:
             self._nodes.append(node)
             self.writes[id(node)] = "" if _is_linear(name, args, kwargs) else name
         return out
@@ -82,20 +82,20 @@ class Observer(Intercept):
         frame = _caller()
         if frame is None or _is_of(frame, "lenslrp.", "transformer_lens."):
             return  # a rule, or the bridge's own reading of what its hook points show
-        how = name if name in CUTS else "data" if name == "__get__" else "no_grad"
-        said = f"{how} in {self._component(frame)}"
+        how = name if name in DETACHING else "data" if name == "__get__" else "no_grad"
+        description = f"{how} in {self._component(frame)}"
         self._nodes.extend(nodes)
-        self._cuts.extend((node, said) for node in nodes)
+        self._cuts.extend((node, description) for node in nodes)
 
     def _component(self, frame: FrameType) -> str:
         """The module whose code cut a value, by its name, and the line of code."""
         line = f"{frame.f_code.co_name}, line {frame.f_lineno}"
-        at: FrameType | None = frame
-        while at is not None:
-            module = at.f_locals.get("self")
+        caller: FrameType | None = frame
+        while caller is not None:
+            module = caller.f_locals.get("self")
             if isinstance(module, nn.Module) and id(module) in self._names:
                 return f"{self._names[id(module)]} ({type(module).__name__}; {line})"
-            at = at.f_back
+            caller = caller.f_back
         return line
 
     def cuts(self, nodes: dict[int, Any]) -> list[str]:
@@ -104,10 +104,10 @@ class Observer(Intercept):
 
 
 def _caller() -> FrameType | None:
-    """Whose code has called the function that is met."""
+    """Whose code has called the function that is intercepted."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and (
-        _is_of(frame, "torch.", __name__) or frame.f_code.co_name in PASSING
+        _is_of(frame, "torch.", __name__) or frame.f_code.co_name in INTERCEPTING_FUNCTIONS
     ):
         frame = frame.f_back
     return frame
@@ -118,6 +118,6 @@ def _is_of(frame: FrameType | None, *packages: str) -> bool:
 
 
 def _is_linear(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if name in SCALINGS:
+    if name in SCALING_FUNCTIONS:
         return not any(isinstance(x, Tensor) and x.requires_grad for x in args[1:])
-    return name in LINEAR_WRITES and "reduce" not in kwargs
+    return name in LINEAR_IN_PLACE_FUNCTIONS and "reduce" not in kwargs

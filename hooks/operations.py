@@ -1,9 +1,9 @@
 """Raw operations inside a module that has no component for each of them: a rule for every one.
 
 Mixtures of experts, routers and gated modules multiply, activate and normalise in plain Python,
-with no hook point between. While a module that is *declared* (by :mod:`lenslrp.hooks.experts`, by
-:func:`declared`, or by a user's ``composite.extended({Class: Operations()})``) runs, each such
-operation is met where it happens:
+with no hook point between. While a module that is *declared* runs (by :mod:`lenslrp.hooks.experts`,
+by :func:`declared_operations`, or by a user's ``composite.extended({Class: Operations()})``), each
+such operation is intercepted where it happens:
 
 * a product of two factors that both carry relevance: a share to each ([A] Prop. 3.2-3.3), by the
   role ``router`` where one factor is a single number for each position, by the module's own role
@@ -11,12 +11,12 @@ operation is met where it happens:
 * an element-wise activation: the identity rule ([A] Eq. 9);
 * a softmax, sigmoid, softplus or division of a router or gate: the plain gradient, whose leak is
   the ledger's ``softmax`` term;
-* a matrix product of two factors: the half rule of attention;
+* a matrix product of two factors: the rules for the products of attention;
 * a constant that is added: its share is a bias's.
 
-Only the module's own code is met. What its sub-modules compute has rules of their own, or none: an
-unknown one stays on the graph and is refused there. The arithmetic is the module's own, call by
-call.
+Only the module's own code is intercepted. What its sub-modules compute has rules of their own, or
+none: an unknown one stays on the graph and is refused there. The arithmetic is the module's own,
+call by call.
 """
 
 from __future__ import annotations
@@ -30,44 +30,47 @@ from torch import Tensor, nn
 
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
-from lenslrp.hooks.attach import Attached, Context
+from lenslrp.hooks.attention_functions import Pattern
 from lenslrp.hooks.constants import measure_bias
-from lenslrp.hooks.meeting import MATRIX_PRODUCTS, SUMS, Intercept
-from lenslrp.hooks.rules import (
-    Epsilon,
-    LinearRule,
+from lenslrp.hooks.context import Context
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.intercept import MATRIX_PRODUCT_FUNCTIONS, SUM_FUNCTIONS, Intercept
+from lenslrp.hooks.linear_rules import Epsilon, LinearRule
+from lenslrp.hooks.rule_types import (
     Operations,
     Softmax,
     SoftmaxRule,
     SoftmaxTemperature,
+    product_shares,
 )
 from lenslrp.hooks.sites import Site, row_sums
 
-ATTENTION_GATE = Operations("attention_gate", leaks=("sigmoid", "softplus"), attention=False)
-ROUTER = Operations("router", attention=False)
-GATED_MLP = Operations(gated=True, leaks=(), attention=False)
-FUNCTIONAL = Operations(leaks=(), attention=False)
-ATTENTION = Operations(leaks=("softmax",))
+ATTENTION_GATE_SPEC = Operations("attention_gate", leaks=("sigmoid", "softplus"), attention=False)
+ROUTER_SPEC = Operations("router", attention=False)
+GATED_MLP_SPEC = Operations(gated=True, leaks=(), attention=False)
+FUNCTIONAL_SPEC = Operations(leaks=(), attention=False)
+ATTENTION_SPEC = Operations(leaks=("softmax",))
 """Attention that the bridge has no component for, in the towers that read images and sounds."""
 
-KNOWN: Mapping[str, Operations] = {
-    "AfmoeAttention": ATTENTION_GATE,
-    "BitNetMLP": GATED_MLP,  # a norm between the product and the last projection
-    "Gemma4TextDecoderLayer": GATED_MLP,  # gates an embedding of its own for each layer
-    "HrmTextModel": FUNCTIONAL,  # adds a learned initial state
+OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
+    "AfmoeAttention": ATTENTION_GATE_SPEC,
+    "BitNetMLP": GATED_MLP_SPEC,  # a norm between the product and the last projection
+    "Gemma4TextDecoderLayer": GATED_MLP_SPEC,  # gates an embedding of its own for each layer
+    "HrmTextModel": FUNCTIONAL_SPEC,  # adds a learned initial state
     "JetMoeAttention": Operations("router", leaks=(), attention=False),  # experts for its heads
-    "JetMoeTopKGating": ROUTER,
-    "LagunaAttention": ATTENTION_GATE,
-    "Lfm2MLP": GATED_MLP,
-    "Lfm2MoeMLP": GATED_MLP,
-    "DistilBertForSequenceClassification": FUNCTIONAL,
-    **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP),
-    "MuseGlimmerTextAttention": ATTENTION_GATE,
-    "RobertaLMHead": FUNCTIONAL,
+    "JetMoeTopKGating": ROUTER_SPEC,
+    "LagunaAttention": ATTENTION_GATE_SPEC,
+    "Lfm2MLP": GATED_MLP_SPEC,
+    "Lfm2MoeMLP": GATED_MLP_SPEC,
+    "DistilBertForSequenceClassification": FUNCTIONAL_SPEC,
+    **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
+    "MuseGlimmerTextAttention": ATTENTION_GATE_SPEC,
     # Two gates around a convolution over three positions.
-    **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL),
+    **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_SPEC),
     # Towers that activate the output of their first convolutions.
-    **dict.fromkeys(("AudioFlamingo3Encoder", "GlmAsrEncoder", "Qwen2AudioEncoder"), FUNCTIONAL),
+    **dict.fromkeys(
+        ("AudioFlamingo3Encoder", "GlmAsrEncoder", "Qwen2AudioEncoder"), FUNCTIONAL_SPEC
+    ),
     # Towers that add learned positions, or a learned token for the image or the end of its rows.
     **dict.fromkeys(
         (
@@ -82,34 +85,36 @@ KNOWN: Mapping[str, Operations] = {
             "Qwen3VLMoeVisionModel",
             "Qwen3VLVisionModel",
         ),
-        FUNCTIONAL,
+        FUNCTIONAL_SPEC,
     ),
 }
 """Classes of transformers whose own code multiplies or activates."""
 
-HEADS = ("ClassificationHead", "LMHead", "Pooler")
+HEAD_SUFFIXES = ("ClassificationHead", "LMHead", "Pooler")
 """How classes of transformers are called that activate what a head of a few linear layers reads."""
 
-GATED = ({"gate_proj", "up_proj", "down_proj"},)
+GATED_MLP_CHILDREN = {"gate_proj", "up_proj", "down_proj"}
 """The sub-modules by which a gated MLP is known, whatever its class."""
 
-ACTIVATIONS = frozenset({"silu", "gelu", "relu", "leaky_relu", "elu", "tanh", "mish", "hardswish"})
-PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
-QUOTIENTS = frozenset({"div", "__truediv__", "true_divide"})
-WRITES = {
-    **{f"{name}_": name for name in sorted(ACTIVATIONS | {"div", "mul"})},
+ACTIVATION_FUNCTIONS = frozenset(
+    {"silu", "gelu", "relu", "leaky_relu", "elu", "tanh", "mish", "hardswish"}
+)
+PRODUCT_FUNCTIONS = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
+DIVISIONS = frozenset({"div", "__truediv__", "true_divide"})
+IN_PLACE_FUNCTIONS = {
+    **{f"{name}_": name for name in sorted(ACTIVATION_FUNCTIONS | {"div", "mul"})},
     "__imul__": "mul",
     "__itruediv__": "div",
 }
 """Functions that write their result to their first argument -> those that give it."""
-DIFFERENCES = frozenset({"sub", "__sub__", "sub_", "__isub__"})
-CONVOLUTIONS = frozenset({"conv1d", "conv2d"})
-JOINS = frozenset({"cat", "concat", "concatenate"})
-LEAKS = frozenset({"softmax", "sigmoid", "softplus"})
+DIFFERENCE_FUNCTIONS = frozenset({"sub", "__sub__", "sub_", "__isub__"})
+CONVOLUTION_FUNCTIONS = frozenset({"conv1d", "conv2d"})
+JOIN_FUNCTIONS = frozenset({"cat", "concat", "concatenate"})
+LEAKING_FUNCTIONS = frozenset({"softmax", "sigmoid", "softplus"})
 
 
-class Met(Intercept):
-    """Meets the raw operations of one module while it runs.
+class OperationIntercept(Intercept):
+    """Intercepts the raw operations of one module while it runs.
 
     Args:
         sites: the module's sites by role, see :func:`sites_of`.
@@ -121,37 +126,37 @@ class Met(Intercept):
         super().__init__()
         self.sites, self.spec, self.depth = sites, spec, depth
 
-    def meets(self) -> bool:
+    def intercepts(self) -> bool:
         """Whether the code that runs is the module's own, and on the graph."""
         return self.depth[0] == 0 and torch.is_grad_enabled()
 
-    def meet(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args and _live(args[0]) and (name in WRITES or kwargs.get("inplace")):
+    def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args and _on_graph(args[0]) and (name in IN_PLACE_FUNCTIONS or kwargs.get("inplace")):
             return self.written(func, name, args, kwargs)
-        if name in PRODUCTS and _factors(args) == 2:
+        if name in PRODUCT_FUNCTIONS and _count_on_graph(args) == 2:
             a, b = args[0], args[1]
             return self.product(a, b)
-        if name in ACTIVATIONS and _live(args[0]):
+        if name in ACTIVATION_FUNCTIONS and _on_graph(args[0]):
             return self.activation(lambda x: func(x, *args[1:], **kwargs), args[0])
-        if name in self.spec.leaks and name in LEAKS and args and _live(args[0]):
+        if name in self.spec.leaks and name in LEAKING_FUNCTIONS and args and _on_graph(args[0]):
             return self.leak(lambda x: func(x, *args[1:], **kwargs), args[0])
-        if name in QUOTIENTS and "div" in self.spec.leaks and len(args) == 2 and _live(args[1]):
+        if name in DIVISIONS and "div" in self.spec.leaks and len(args) == 2 and _on_graph(args[1]):
             return self.leak(torch.div, *args)
-        if name == "einsum" and _factors(args) == 2 and not _contracts(args[0]):
+        if name == "einsum" and _count_on_graph(args) == 2 and not _contracts(args[0]):
             return self.product(args[1], args[2], lambda a, b: func(args[0], a, b))
-        if name in MATRIX_PRODUCTS and self.spec.attention and _factors(args) == 2:
+        if name in MATRIX_PRODUCT_FUNCTIONS and self.spec.attention and _count_on_graph(args) == 2:
             return self.matrix_product(func, args, kwargs)
         out = func(*args, **kwargs)
-        if name in SUMS or name in DIFFERENCES:
-            return self.sum(out, args, -1.0 if name in DIFFERENCES else 1.0)
-        if name in ("matmul", "__matmul__") and _live(args[0]) and args[1].ndim == 2:
+        if name in SUM_FUNCTIONS or name in DIFFERENCE_FUNCTIONS:
+            return self.sum(out, args, -1.0 if name in DIFFERENCE_FUNCTIONS else 1.0)
+        if name in ("matmul", "__matmul__") and _on_graph(args[0]) and args[1].ndim == 2:
             return self.weighted(out, args[0], args[1].T, None)
         if name == "linear":
             return self.linear(out, args, kwargs)
-        if name in CONVOLUTIONS and self.sites["linear"].books is not None:
+        if name in CONVOLUTION_FUNCTIONS and self.sites["linear"].accounts is not None:
             bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
             measure_bias(out, bias, self.sites["linear"], 1 - out.ndim)
-        if name in JOINS:
+        if name in JOIN_FUNCTIONS:
             return self.joined(out, *args, **kwargs)
         return out
 
@@ -164,24 +169,27 @@ class Met(Intercept):
                 x.clone(), *rest, **options, **dict.fromkeys(kwargs.keys() & {"inplace"}, True)
             )
 
-        out = self.meet(on_copy, WRITES.get(name, name), (args[0].clone(), *args[1:]), apart)
+        name = IN_PLACE_FUNCTIONS.get(name, name)
+        out = self.intercept(on_copy, name, (args[0].clone(), *args[1:]), apart)
         return args[0].copy_(out)
 
     def product(
         self, a: Tensor, b: Tensor, multiply: Callable[[Tensor, Tensor], Tensor] = torch.mul
     ) -> Tensor:
-        """Half to each; a router's weight is one number a position and is the first factor."""
+        """A share to each factor; a router's weight, one number a position, is the first."""
         narrow = [x.shape[-1] == 1 for x in (a, b)] if a.ndim and b.ndim else [False, False]
         routes = narrow[0] != narrow[1] and self.spec.product != "attention_gate"
         role = "router" if routes else self.spec.product
         site = self.sites[role]
-        first, second = F.product_shares(site.rule)
+        first, second = product_shares(site.rule)
         at_first = 1 if narrow[1] and not narrow[0] else 0
         factors = [a, b]
         if role != "router":
-            gates = [i for i, x in enumerate(factors) if _activated(x) or _from_leak(x)]
+            gates = [i for i, x in enumerate(factors) if _comes_from_activation(x) or _from_leak(x)]
             at_first = next(iter(gates), 0)
-        if not (role == "gate" and _activated(factors[at_first])):  # which has its share already
+        if not (
+            role == "gate" and _comes_from_activation(factors[at_first])
+        ):  # which has its share already
             factors[at_first] = F.shared(factors[at_first], first / second, site)
         y = multiply(*factors)
         if first == 0:
@@ -193,10 +201,10 @@ class Met(Intercept):
     ) -> Tensor:
         """An element-wise function; ``gate``: it feeds the first factor of a gated product."""
         site = self.sites["activation"]
-        self.depth[0] += 1  # what it is made of is not met
+        self.depth[0] += 1  # what it is made of is not intercepted
         y = F.activated(act, x, site)
         self.depth[0] -= 1
-        first, second = F.product_shares(self.sites["gate"].rule)
+        first, second = product_shares(self.sites["gate"].rule)
         return F.shared(y, first / second, site) if gate and self.spec.gated else y
 
     def leak(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -204,21 +212,21 @@ class Met(Intercept):
         site = self.sites["softmax"]
         if isinstance(site.rule, SoftmaxRule):
             raise InputError(f"{site.hook}: {site.rule.name} needs an attention with hook_pattern")
-        inside = [F.apply(F.RegionInput, x, "softmax", site) if _live(x) else x for x in inputs]
+        inside = [F.apply(F.RegionInput, x, "softmax", site) if _on_graph(x) else x for x in inputs]
         y = function(*inside)
         if isinstance(site.rule, SoftmaxTemperature) and len(inputs) == 1:
             scores = inputs[0].detach()
-            y = F.apply(F.Pattern, y, scores, 1.0, replace(site, books=None))
+            y = F.apply(Pattern, y, scores, 1.0, replace(site, accounts=None))
         return F.apply(F.RegionOutput, y, None, "softmax", site)
 
     def matrix_product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Pattern times values if a factor comes from a softmax, queries times keys otherwise."""
-        at = [i for i, x in enumerate(args) if _live(x)]
-        pattern = [i for i in at if _from_leak(args[i])]
+        on_graph = [i for i, x in enumerate(args) if _on_graph(x)]
+        pattern = [i for i in on_graph if _from_leak(args[i])]
         site = self.sites["attention_av" if pattern else "attention_qk"]
-        first, second = F.product_shares(site.rule)
+        first, second = product_shares(site.rule)
         factors = list(args)
-        first_at = (pattern or at)[0]
+        first_at = (pattern or on_graph)[0]
         factors[first_at] = F.shared(factors[first_at], first / second, site)
         y = func(*factors, **kwargs)
         if first == 0:
@@ -228,10 +236,10 @@ class Met(Intercept):
     def sum(self, y: Any, args: tuple[Any, ...], sign: float) -> Any:
         """A constant that is added takes its share, as a bias does."""
         site = self.sites["linear"]
-        if site.books is None or not (isinstance(y, Tensor) and y.requires_grad):
+        if site.accounts is None or not (isinstance(y, Tensor) and y.requires_grad):
             return y
         constants = [
-            (i, c) for i, c in enumerate(args[:2]) if not _live(c) and not isinstance(c, bool)
+            (i, c) for i, c in enumerate(args[:2]) if not _on_graph(c) and not isinstance(c, bool)
         ]
         if len(constants) == 1:
             index, constant = constants[0]
@@ -243,11 +251,11 @@ class Met(Intercept):
         return y
 
     def joined(self, y: Tensor, tensors: Any, dim: int = 0) -> Tensor:
-        """Constants (learned tokens) that are put beside what carries relevance take theirs."""
+        """Constants (learned tokens) that are concatenated report the relevance that they take."""
         site, start = self.sites["linear"], 0
         for part in tensors:
             size = part.shape[dim]
-            if site.books is not None and y.requires_grad and not part.requires_grad:
+            if site.accounts is not None and y.requires_grad and not part.requires_grad:
                 self.meter_part(y, part.detach(), dim, start)
             start += size
         return y
@@ -261,25 +269,25 @@ class Met(Intercept):
         bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
         weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
         ruled = self.weighted(y, args[0], weight, bias)
-        if ruled is y and self.sites["linear"].books is not None:
+        if ruled is y and self.sites["linear"].accounts is not None:
             measure_bias(y, bias, self.sites["linear"])
         return ruled
 
     def weighted(self, y: Tensor, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         """A product with a weight under a rule other than epsilon; ``y`` as it is otherwise."""
         site = self.sites["linear"]
-        if not isinstance(site.rule, LinearRule) or not _live(x) or _live(weight):
+        if not isinstance(site.rule, LinearRule) or not _on_graph(x) or _on_graph(weight):
             return y
         # `y` was computed on the graph, which the rule's own node takes the place of.
         return F.apply(F.Linear, x, y.detach(), weight, bias, site.rule, site)
 
 
-def _live(x: Any) -> bool:
+def _on_graph(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
-def _factors(args: tuple[Any, ...]) -> int:
-    return sum(_live(x) for x in args)
+def _count_on_graph(args: tuple[Any, ...]) -> int:
+    return sum(_on_graph(x) for x in args)
 
 
 def _contracts(equation: Any) -> bool:
@@ -292,7 +300,7 @@ def _node(x: Tensor) -> Any:
     return getattr(x.grad_fn, "_forward_cls", None)
 
 
-def _activated(x: Tensor) -> bool:
+def _comes_from_activation(x: Tensor) -> bool:
     """Whether a factor comes straight from an activation, which has given it a gate's share."""
     return _node(x) in (F.Elementwise, F.Share) or (
         _node(x) is F.RegionOutput and x.grad_fn.site.role == "activation"  # type: ignore[union-attr]
@@ -311,21 +319,21 @@ def _from_leak(x: Tensor, steps: int = 3) -> bool:
     return False
 
 
-def is_known(module: nn.Module) -> bool:
-    """Whether a module's class is in :data:`KNOWN`."""
-    return type(module).__name__ in KNOWN
+def has_declared_class(module: nn.Module) -> bool:
+    """Whether a module's class is in :data:`OPERATIONS_BY_CLASS`."""
+    return type(module).__name__ in OPERATIONS_BY_CLASS
 
 
-def declared(module: nn.Module) -> Operations | None:
-    """What is known of a class's raw operations, by its name or its sub-modules."""
+def declared_operations(module: nn.Module) -> Operations | None:
+    """Which raw operations of a module have rules, by its class or its sub-modules."""
     kind = type(module)
-    known = KNOWN.get(kind.__name__)
+    known = OPERATIONS_BY_CLASS.get(kind.__name__)
     if known is None and kind.__name__.endswith("Attention"):
-        return ATTENTION if kind.__module__.startswith("transformers.") else None
-    if known is None and kind.__name__.endswith(HEADS):
-        return FUNCTIONAL if kind.__module__.startswith("transformers.") else None
-    if known is None and any(names <= module._modules.keys() for names in GATED):
-        return GATED_MLP
+        return ATTENTION_SPEC if kind.__module__.startswith("transformers.") else None
+    if known is None and kind.__name__.endswith(HEAD_SUFFIXES):
+        return FUNCTIONAL_SPEC if kind.__module__.startswith("transformers.") else None
+    if known is None and module._modules.keys() >= GATED_MLP_CHILDREN:
+        return GATED_MLP_SPEC
     return known
 
 
@@ -335,14 +343,14 @@ def sites_of(ctx: Context, path: str, module: nn.Module, spec: Operations) -> di
     if spec.attention:
         roles |= {"attention_qk", "attention_av"}
     sites = {role: ctx.site(path, module, role) for role in sorted(roles)}
-    if spec == ROUTER:  # what chooses has no weighted rule
+    if spec == ROUTER_SPEC:  # what chooses has no weighted rule
         sites["linear"].rule = Epsilon()
     # GIM's temperature is for attention; a router's softmax keeps its plain gradient.
     sites["softmax"] = ctx.site(path, module, "softmax", None if spec.attention else Softmax())
     # What a softmax or sigmoid feeds; under a constant factor nothing passes it.
     above = "router" if spec.product == "gate" else spec.product
     above = "attention_av" if spec.attention else above
-    sites["softmax"].cut = F.product_shares(ctx.composite[above])[0] == 0
+    sites["softmax"].cut = product_shares(ctx.composite[above])[0] == 0
     if spec.attention:  # queries and keys feed the pattern
         sites["attention_qk"].cut = sites["softmax"].cut
     for site in sites.values():
@@ -357,14 +365,14 @@ def attach_operations(
     module: nn.Module,
     spec: Operations,
     *,
-    mode: type[Met] = Met,
+    mode: type[OperationIntercept] = OperationIntercept,
     **options: Any,
 ) -> None:
-    """Run ``module`` with its raw operations met.
+    """Run ``module`` with its raw operations intercepted.
 
     Args:
         spec: which kinds of operation have a rule.
-        mode, options: a sub-class of :class:`Met` and what it takes besides.
+        mode, options: a sub-class of :class:`OperationIntercept` and what it takes besides.
     """
     sites = sites_of(ctx, path, module, spec)
     at.sites.extend(site for role, site in sites.items() if role != "linear")

@@ -1,4 +1,4 @@
-"""Padding: every row of a batch is what it is alone, wherever its padding stands.
+"""Padding: every row of a batch gives what it gives alone, on whichever side its padding is.
 
 Where a model has absolute positions, those of a row that is padded on the left must come from the
 mask. Most take ``position_ids``; RoBERTa and M2M100 count the tokens that are not their padding
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformer_lens.utilities.position_ids import accepts_mask_derived_position_ids
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import components
-from lenslrp.hooks.embeddings import embeddings
+from lenslrp.hooks.leaf_modules import embeddings
+from lenslrp.hooks.structure import components
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-ACROSS = "ShortConv"
+MIXES_COLUMNS = "ShortConv"
 """How classes end that mix neighbouring columns, padding or not (LFM2)."""
 
 
@@ -53,7 +53,7 @@ def require_padding(model: TransformerBridge, mask: Tensor) -> None:
 def takes_left(model: TransformerBridge) -> bool:
     """Whether rows padded on the left can have the positions that they have alone."""
     inner = model.original_model
-    if any(type(module).__name__.endswith(ACROSS) for module in inner.modules()):
+    if any(type(module).__name__.endswith(MIXES_COLUMNS) for module in inner.modules()):
         return False
     config = getattr(inner, "config", None)
     if not getattr(config, "is_encoder_decoder", False) or counting(inner) is not None:

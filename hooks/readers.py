@@ -3,11 +3,10 @@
 A reader turns (activation, gradient) into relevance the moment both exist, reduces it if asked, and
 keeps only that; gradients are never kept. Names follow TransformerLens, and a name means one thing:
 ``hook_resid_pre``, ``hook_resid_mid`` and ``hook_resid_post`` read the total relevance of the
-residual stream, every other name the branch that its hook point feeds (DESIGN promise 5).
+residual stream, every other name the branch that its hook point feeds.
 
 A hook point can fire and its tensor be used by nothing (:mod:`lenslrp.unused`): no gradient comes
-to it, which is not the same as a relevance of 0. ``Readers.silent`` has those of which it is to be
-found out.
+to it, which is not the same as a relevance of 0. ``Readers.silent`` names the points that got none.
 """
 
 from __future__ import annotations
@@ -25,29 +24,30 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import Attached, layer_of
 from lenslrp.hooks.functions import Read, apply, same
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.sites import forget_products, widened
+from lenslrp.hooks.structure import layer_of
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
-Reduce = Callable[[Tensor], Tensor]
+Reducer = Callable[[Tensor], Tensor]
 
-MASKED = ("hook_attn_scores", "hook_pattern")
+NON_FINITE_HOOKS = ("hook_attn_scores", "hook_pattern")
 """Where values are not finite although nothing reads them."""
 
 WHEN_HOOKED = ("hook_attn_out", "hook_mlp_out", "hook_result", "hook_embed", "embed.hook_out")
 """Points that TransformerLens calls only where they have hooks of its own kind: what Granite adds
 to the residual stream is multiplied by a constant after the module that made it."""
 
-TOTALS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+TOTAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
 
-_NONE = RemovableHandle(OrderedDict())
+_NO_HANDLE = RemovableHandle(OrderedDict())
 
 
 def is_total(name: str) -> bool:
     """Whether a hook name reads the whole residual stream rather than a branch."""
-    return name.rsplit(".", 1)[-1] in TOTALS
+    return name.rsplit(".", 1)[-1] in TOTAL_HOOKS
 
 
 def is_middle(name: str) -> bool:
@@ -68,7 +68,7 @@ def owners(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
     }
 
 
-def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def hidden_states_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The hidden states that a component was called with."""
     values = (*args, *(kwargs[k] for k in ("hidden_states",) if k in kwargs))
     return next((v for v in values if isinstance(v, Tensor)), None)
@@ -96,7 +96,7 @@ def listen(at: Attached, point: Any, names: Iterable[str], hook: Callable[..., A
     at.hook(point, hook)
     if not isinstance(point, HookPoint) or not any(name.endswith(WHEN_HOOKED) for name in names):
         return
-    note = LensHandle(_NONE)  # a reader goes when its pass ends
+    note = LensHandle(_NO_HANDLE)  # a reader goes when its pass ends
 
     def forget() -> None:
         if note in point.fwd_hooks:  # model.reset_hooks() may have been first
@@ -150,7 +150,7 @@ def select_names(available: Iterable[str], names_filter: NamesFilter) -> tuple[l
 
 @dataclass(eq=False)
 class Reading:
-    """One hook point read in one way; several names may share it."""
+    """One hook point, read as a total or as a branch; several names may share it."""
 
     names: list[str]
     point: nn.Module
@@ -166,14 +166,14 @@ def _inside(
     points: Mapping[str, nn.Module], middles: Mapping[str, nn.Module]
 ) -> list[tuple[str, nn.Module, bool]]:
     """Of blocks whose middle is read: where the block begins, and every hook point of its MLP."""
-    found = []
+    points_of_blocks = []
     for name, point in points.items() if middles else ():
         block, _, rest = name.partition(".mlp.")
         if rest and block in middles and point is not middles[block]:
-            found.append((block, point, False))
+            points_of_blocks.append((block, point, False))
         elif name.endswith(".hook_in") and name[: -len(".hook_in")] in middles:
-            found.append((name[: -len(".hook_in")], point, True))
-    return found
+            points_of_blocks.append((name[: -len(".hook_in")], point, True))
+    return points_of_blocks
 
 
 def _shape(value: Any) -> Any:
@@ -197,7 +197,7 @@ class Readers:
     """
 
     readings: list[Reading]
-    reduce: Callable[[str], Reduce | None]
+    reduce: Callable[[str], Reducer | None]
     inside: list[tuple[str, nn.Module, bool]] = field(default_factory=list)
     pieces: dict[str, dict[int, Any]] = field(default_factory=dict)
     activations: dict[str, Tensor] = field(default_factory=dict)
@@ -206,7 +206,7 @@ class Readers:
     silent: set[str] = field(default_factory=set)  #: fired, and no gradient came, for some target
     #: gives a hook point's tensor for all positions, where only some are computed
     restore: Callable[[nn.Module, Tensor], Tensor] | None = None
-    reducers: dict[str, Reduce | None] = field(default_factory=dict)  #: by name
+    reducers: dict[str, Reducer | None] = field(default_factory=dict)  #: by name
     on: bool = False  #: a pass is being read
     state: Any = None  #: of the model that they stay attached to
 
@@ -231,7 +231,7 @@ class Readers:
         cls,
         points: Mapping[str, nn.Module],
         names: Iterable[str],
-        reduce: Callable[[str], Reduce | None],
+        reduce: Callable[[str], Reducer | None],
     ) -> Readers:
         """Group names by hook point object and reading."""
         names = list(names)
@@ -266,7 +266,7 @@ class Readers:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.on:
                 return
-            x = given(args, kwargs)
+            x = hidden_states_of(args, kwargs)
             block = reading.names[0].rpartition(".")[0]
             if is_middle(reading.names[0]) and block in self.ran:
                 reading.late = True
@@ -305,14 +305,14 @@ class Readers:
         x, g = converted(reading.point, x), converted(reading.point, g)
         if self.restore is not None:
             x, g = self.restore(reading.point, x), self.restore(reading.point, g)
-        made: dict[int, Tensor] = {}  # names of one hook point share one tensor
+        values: dict[int, Tensor] = {}  # names of one hook point share one tensor
         for name in reading.names:
             if name not in self.reducers:
                 self.reducers[name] = self.reduce(name)
             reduce = self.reducers[name]
-            if id(reduce) not in made:
-                made[id(reduce)] = self._relevance(reduce, x, g, name.endswith(MASKED))
-            value = made[id(reduce)]
+            if id(reduce) not in values:
+                values[id(reduce)] = self._relevance(reduce, x, g, name.endswith(NON_FINITE_HOOKS))
+            value = values[id(reduce)]
             pieces = self.pieces.setdefault(name, {})
             if name.endswith(("hook_post", "hook_expert_post")) and reduce is None:
                 wide = widened(x)
@@ -320,11 +320,11 @@ class Readers:
             # A point that fires twice in one pass carries the sum of both uses; of two lengths
             # (T5Gemma 2 projects keys of decoder and encoder with one matrix), both.
             alike = (i for i, old in pieces.items() if _shape(old) == _shape(value))
-            at = next(alike, index)
-            pieces[at] = pieces[at] + value if at in pieces else value
+            use = next(alike, index)
+            pieces[use] = pieces[use] + value if use in pieces else value
 
     @staticmethod
-    def _relevance(reduce: Reduce | None, x: Tensor, g: Tensor, masked: bool) -> Tensor:
+    def _relevance(reduce: Reducer | None, x: Tensor, g: Tensor, masked: bool) -> Tensor:
         of_product = getattr(reduce, "of_product", None)
         if of_product is not None:  # a reduction that needs no tensor for x * g
             reduced: Tensor = of_product(x, g, masked)

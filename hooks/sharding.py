@@ -63,7 +63,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def _modules(model: nn.Module) -> Iterator[Any]:
-    """Those of the bridge, and those of the model that it wraps, which is none of its children."""
+    """The modules of the bridge and of the model that it wraps, which is not among its children."""
     yield from model.modules()
     inner = getattr(model, "original_model", None)
     if isinstance(inner, nn.Module):

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
 
-PIECE = 1 << 18
+PRODUCTS_AT_ONCE = 1 << 18
 """How many products are formed at once; with float32, 1 MiB: they stay in the processor's cache."""
 
-TERMS = ("biases", "softmax", "positional", "stabiliser", "plain")
+LEDGER_TERMS = ("biases", "softmax", "positional", "stabiliser", "plain")
 """What an operation can take out of the relevance that passes through it."""
 
 
@@ -49,15 +49,15 @@ def dots(x: Tensor, g: Tensor, *, masked: bool = False) -> Tensor:
     for product in tuple(_recent):
         if product.gradient() is g and product.key == key and not product.activation.expired():
             return product.dots
-    made = _dots(x, g, masked)
-    _recent.append(_Product(key, StorageWeakRef(x.untyped_storage()), ref(g), made))
-    return made
+    sums = _dots(x, g, masked)
+    _recent.append(_RememberedSums(key, StorageWeakRef(x.untyped_storage()), ref(g), sums))
+    return sums
 
 
 def _dots(x: Tensor, g: Tensor, masked: bool) -> Tensor:
-    if x.numel() > PIECE and x.shape[:-1].numel() > 1:
+    if x.numel() > PRODUCTS_AT_ONCE and x.shape[:-1].numel() > 1:
         dim = max(range(x.ndim - 1), key=lambda axis: x.shape[axis])
-        size = max(1, x.shape[dim] * PIECE // x.numel())
+        size = max(1, x.shape[dim] * PRODUCTS_AT_ONCE // x.numel())
         pairs = zip(x.split(size, dim), g.split(size, dim), strict=True)
         return torch.cat([_dots(a, b, masked) for a, b in pairs], dim)
     return (widened(x.nan_to_num(0.0, 0.0, 0.0) if masked else x) * widened(g)).sum(dim=-1)
@@ -74,8 +74,8 @@ def forget_products() -> None:
 
 
 @dataclass(frozen=True)
-class _Product:
-    """A sum of products, and whose: valid while both tensors live and nobody writes to them."""
+class _RememberedSums:
+    """Sums of products of two tensors, valid while both are alive and unchanged."""
 
     key: tuple[Any, ...]
     activation: StorageWeakRef
@@ -83,7 +83,7 @@ class _Product:
     dots: Tensor
 
 
-_recent: deque[_Product] = deque(maxlen=8)
+_recent: deque[_RememberedSums] = deque(maxlen=8)
 
 
 def has_values(x: Tensor) -> bool:
@@ -127,7 +127,7 @@ class Accounts:
         return torch.stack([part.to(sums[0].device) for part in sums]).sum(dim=0)
 
     def add(self, term: str, site: Site, amount: Tensor) -> None:
-        if term not in TERMS:
+        if term not in LEDGER_TERMS:
             raise KeyError(term)
         self.reported.setdefault((term, site.layer, site.role), []).append(amount)
 
@@ -153,7 +153,7 @@ class Site:
         passed_over: hooks of the user's on its module may put something else in its place.
         copies: what its operation returns is a copy of what is kept for the backward pass, because
             something writes to it in place.
-        books: where to report, or ``None`` when nobody keeps a ledger.
+        accounts: where to report, or ``None`` when nobody keeps a ledger.
     """
 
     hook: str
@@ -168,8 +168,8 @@ class Site:
     passed_over: bool = False
     copies: bool = False
     order: int = -1
-    books: Accounts | None = field(default=None, repr=False)
+    accounts: Accounts | None = field(default=None, repr=False)
 
     def report(self, term: str, amount: Tensor) -> None:
-        if self.books is not None:
-            self.books.add(term, self, amount)
+        if self.accounts is not None:
+            self.accounts.add(term, self, amount)

@@ -14,22 +14,22 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
-from lenslrp.hooks.attach import Own, components
+from lenslrp.hooks.handles import ThreadBound
+from lenslrp.hooks.structure import TRUSTED_PACKAGES, components
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-FORWARD = KINDS[:2]
+HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+FORWARD_KINDS = HOOK_KINDS[:2]
 
-KNOWN = ("torch.", "transformers.", "transformer_lens.")
-"""Packages whose modules do the same at every call."""
-
-MAKERS = (*KNOWN, "accelerate.", "lenslrp.hooks.")
+RUNNING_PACKAGES = (*TRUSTED_PACKAGES, "accelerate.", "lenslrp.hooks.")
 """Whose hooks on modules belong to how a model runs."""
 
 
-def users_hooks(module: nn.Module, kinds: tuple[str, ...] = FORWARD) -> Iterator[tuple[Any, int]]:
+def users_hooks(
+    module: nn.Module, kinds: tuple[str, ...] = FORWARD_KINDS
+) -> Iterator[tuple[Any, int]]:
     """A module's hooks that are a user's own: where each is kept, and its key.
 
     TransformerLens puts hooks on modules to see what passes; those on a hook point call a user's.
@@ -37,9 +37,9 @@ def users_hooks(module: nn.Module, kinds: tuple[str, ...] = FORWARD) -> Iterator
     for kind in kinds:
         for key, hook in getattr(module, kind).items():
             inner = hook.func if isinstance(hook, partial) else hook
-            made = f"{getattr(inner, '__module__', '')}."
-            ours = isinstance(hook, Own)
-            if not ours and (isinstance(module, HookPoint) or not made.startswith(MAKERS)):
+            package = f"{getattr(inner, '__module__', '')}."
+            runs = package.startswith(RUNNING_PACKAGES)
+            if not isinstance(hook, ThreadBound) and (isinstance(module, HookPoint) or not runs):
                 yield getattr(module, kind), key
 
 
@@ -62,7 +62,7 @@ class ModelState:
         for _, module in self.parts:
             forward = module.__dict__.get("forward")
             code = type(module).__module__ if forward is None else forward.__module__
-            self.known = self.known and str(code).startswith(KNOWN)
+            self.known = self.known and str(code).startswith(TRUSTED_PACKAGES)
             if not self.hooked and (module._forward_hooks or module._forward_pre_hooks):
                 self.hooked = any(True for _ in users_hooks(module))
         self.hooks = hash(self._hooks())
@@ -96,7 +96,7 @@ class ModelState:
         keys = (
             (index, kind, *own[kind])
             for index, own in enumerate(self._own)
-            for kind in KINDS
+            for kind in HOOK_KINDS
             if own[kind]
         )
         return (self._shadowed(), *keys)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -18,25 +20,28 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from lenslrp.errors import CoverageError
 
-Parts = list[tuple[str, nn.Module]]
+TRUSTED_PACKAGES = ("torch.", "transformers.", "transformer_lens.")
+"""Packages whose modules do the same at every call."""
+
+NamedModules = list[tuple[str, nn.Module]]
 
 
 class _Structure:
     """What is known of one model; none of its modules is kept alive for it."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: NamedModules) -> None:
         self.names = [name for name, _ in parts]
         self.modules = [ref(module) for _, module in parts]
         self.children = [_children(module) for _, module in parts]
         self.places: dict[str, list[int]] = {}
         self.passed: set[Callable[[nn.Module], None]] = set()
-        self.held: Parts | None = None  # while nobody changes them
+        self.held: NamedModules | None = None  # while nobody changes them
 
-    def parts(self) -> Parts | None:
+    def parts(self) -> NamedModules | None:
         """The modules, ``None`` where one has gone or has other children."""
         if self.held is not None:
             return self.held
-        parts: Parts = []
+        parts: NamedModules = []
         for name, alive in zip(self.names, self.modules, strict=True):
             module = alive()
             if module is None:
@@ -49,7 +54,7 @@ class _Structure:
 _known: WeakKeyDictionary[nn.Module, _Structure] = WeakKeyDictionary()
 
 
-def components(model: nn.Module) -> Parts:
+def components(model: nn.Module) -> NamedModules:
     """Every module once, under the first of its names that is not a wrapped module's own."""
     known = _known.get(model)
     parts = None if known is None else known.parts()
@@ -59,8 +64,10 @@ def components(model: nn.Module) -> Parts:
     return parts
 
 
-def components_where(model: nn.Module, name: str, holds: Callable[[nn.Module], bool]) -> Parts:
-    """Those of which something holds that is a matter of what they are; ``name`` is its name."""
+def components_where(
+    model: nn.Module, name: str, holds: Callable[[nn.Module], bool]
+) -> NamedModules:
+    """The components with a property of their class, remembered under ``name``."""
     parts = components(model)
     places = _known[model].places
     if name not in places:
@@ -68,7 +75,7 @@ def components_where(model: nn.Module, name: str, holds: Callable[[nn.Module], b
     return [parts[index] for index in places[name]]
 
 
-def once(model: nn.Module, check: Callable[[nn.Module], None]) -> None:
+def check_once(model: nn.Module, check: Callable[[nn.Module], None]) -> None:
     """Check a model, unless it has passed with the modules that it has now."""
     components(model)
     passed = _known[model].passed
@@ -78,7 +85,7 @@ def once(model: nn.Module, check: Callable[[nn.Module], None]) -> None:
 
 
 @contextmanager
-def unchanged(model: nn.Module, parts: Parts | None = None) -> Iterator[None]:
+def unchanged(model: nn.Module, parts: NamedModules | None = None) -> Iterator[None]:
     """Inside the block the modules are known to be the same ones, and are not looked at again.
 
     ``parts`` are those, where somebody has just looked.
@@ -119,10 +126,22 @@ def require_modules_of_their_own(model: nn.Module) -> None:
             )
 
 
+@cache
+def layer_of(name: str) -> int | None:
+    """The block index in a hook or component name, ``None`` outside the blocks."""
+    match = re.search(r"(?:^|\.)\w*blocks\.(\d+)(?:\.|$)", name)
+    return int(match.group(1)) if match else None
+
+
+def original(component: nn.Module) -> Any:
+    """The Hugging Face module that a bridge component wraps, or ``None``."""
+    return getattr(component, "original_component", None)
+
+
 def _children(module: nn.Module) -> list[int]:
     inner: Any = module.__dict__.get("original_model")  # a bridge's, past its own modules
-    own = [id(child) for child in module._modules.values()]
-    return own if inner is None else [*own, id(inner), *map(id, inner.children())]
+    children = [id(child) for child in module._modules.values()]
+    return children if inner is None else [*children, id(inner), *map(id, inner.children())]
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

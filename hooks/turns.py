@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import raise_failed
+from lenslrp.hooks.handles import raise_failed
 
 PATIENCE = 1.0
 """Seconds of waiting after which a thread says so."""
@@ -42,7 +42,7 @@ class Turn:
 
     Attributes:
         rules: what is attached inside it.
-        thread: whose passes may meet that.
+        thread: whose passes may run what is attached.
         stays: a session's: it is there between the calls, and keeps only others from the model.
         within: the session's block that this one is a call of, from any thread.
     """
@@ -89,7 +89,7 @@ class Turns:
             self._settle()
 
     def renew(self, rules: Attachable) -> None:
-        """Attach anew what is attached, after what it goes by has changed."""
+        """Attach the rules anew, after the model has changed."""
         with self._changed:
             self._settled = self._settled and self._attached is not rules
             self._settle()

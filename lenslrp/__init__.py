@@ -9,6 +9,7 @@ of it.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lenslrp.former import FormerModule
 from lenslrp.version import VERSION
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         InputError,
         LensLRPError,
         LoadError,
+        MissingExtraError,
         OutOfMemoryError,
         StorageError,
     )
@@ -109,6 +111,9 @@ __all__ = [
 ]
 
 __version__ = VERSION
+
+# A module that documentation of 0.1 imported from, and where it is now.
+FormerModule("lenslrp.doctor", "lenslrp.models.doctor", since="0.2")
 
 
 def __getattr__(name: str) -> Any:

@@ -180,8 +180,8 @@ class Batch:
 
     def where(self, positions: Sequence[int]) -> Bool[Tensor, "batch pos"]:
         """True at some positions, in the rows that have them."""
-        asked = torch.tensor(list(positions), dtype=torch.long).to(self.mask.device)
-        counted = asked + torch.where(asked < 0, self.mask.sum(dim=1, keepdim=True), 0)
+        indices = torch.tensor(list(positions), dtype=torch.long).to(self.mask.device)
+        counted = indices + torch.where(indices < 0, self.mask.sum(dim=1, keepdim=True), 0)
         return (self.positions[:, :, None] == counted[:, None]).any(dim=-1) & self.mask
 
     def place(self, position: int | None) -> tuple[Any, Any]:
@@ -195,7 +195,7 @@ class Batch:
         """``x`` [batch, pos, ...] at a position: [batch, ...].
 
         Raises:
-            InputError: see :meth:`columns`.
+            InputError: see `columns`.
         """
         columns = self.columns(position).to(x.device)
         return x[torch.arange(len(x), device=x.device), columns]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import html
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,18 +15,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lenslrp import tables
 from lenslrp.batch import Batch
 from lenslrp.cache_file import load_parts, save_cache
 from lenslrp.difference import subtracted
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import layer_of
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.ledger import Ledger
 from lenslrp.rows import Rows
 from lenslrp.targets import Explained
 from lenslrp.text.words import Word
-from lenslrp.token_table import token_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,30 +35,49 @@ if TYPE_CHECKING:
 class RelevanceCache:
     """Relevance of one target at the leaves and at every hook point that was read.
 
-    All relevance is in units of the target (logits for a logit). Index with a hook name for its
-    tensor, whose first axis is the batch; with a number for one row as a cache of its own.
+    Returned by `run_with_relevance`. All relevance is in units of the target (logits for a logit)
+    and signed: positive relevance is positive evidence for the target. Index with a hook name for
+    its tensor, whose first axis is the batch; with a number for one row as a cache of its own.
+
+    Examples:
+        >>> logits, R = lenslrp.run_with_relevance(model, "The capital of France is", " Paris")
+        >>> R.tokens.shape, R["blocks.5.mlp.hook_post"].shape, R[0].str_tokens[0][-1]
+        (torch.Size([1, 5]), torch.Size([1, 5, 1536]), ' is')
 
     Attributes:
+        values: what was read, by hook point: [batch, pos, ...] as the activations are, or reduced.
+        activations: those of hook points whose reader keeps them, likewise.
         tokens: per token at the leaves; positional embeddings are in ``positions``.
         embeddings: per token and feature, at the token embeddings.
         positions: per token at learned positional (and token-type) embeddings, ``None`` without.
         decoder_tokens: for an encoder-decoder, the decoder's side; ``tokens`` is the encoder's.
-        decoder_positions, decoder_str_tokens, decoder_token_ids, decoder_attention_mask: likewise.
+        decoder_positions: likewise.
+        decoder_str_tokens: likewise.
+        decoder_token_ids: likewise.
+        decoder_attention_mask: likewise.
         patches: of an image (or spectrogram): per patch embedding. Without text they are, after
             the learned tokens before them (CLS), the ``tokens`` too.
         special: per learned token (CLS, distillation) of an image.
         patch_positions: per learned position of an image that stands beside text.
         inputs: per value of each float input that was given; empty with ``leaves="patches"``.
+        token_ids: the tokens that were read; zeros where only embeddings were given.
+        attention_mask: True where a token is real, False at padding.
         str_tokens: the tokens as text, one list a batch row. A character that spans tokens is
             shown by the first of them, and ``⟨…⟩`` by the others; bytes that make none are
             ``⟨0xE6⟩``.
         prompts: each row as it was given; the text that its ids spell, where those were given.
         routing: the experts that each position was sent to, by the name of the mixture.
         n_experts: how many experts the mixtures have (0 without).
-        target: what exactly was explained, and its value.
-        coverage: which rule sat where (DESIGN promise 1).
+        target: what exactly was explained, and its value in each row.
+        composite: the rules.
+        model_name: the model's name, as TransformerLens has it.
+        dtype: of the target's value: `"float32"`, `"bfloat16"`, ...
+        coverage: which rule sat where, what it did not cover, and what is off the path.
         reduced: how the value at a hook point was reduced, where it was: ``"sum"``,
             ``"sum_positions"`` or ``"custom"``.
+        words_: what `words` reads, for each row.
+        decoder_words_: likewise, of the decoder.
+        ledger_: what `ledger` returns; ``None`` where there is none.
     """
 
     values: dict[str, Tensor] = field(repr=False)
@@ -123,12 +140,17 @@ class RelevanceCache:
         return iter(self.values)
 
     def keys(self) -> list[str]:
-        """The hook names that were read."""
+        """The hook points that were read, in the order of the forward pass."""
         return list(self.values)
 
     @cached_property
     def batch(self) -> Batch:
-        """Says which column of a row a position is: ``R.batch.column(position, row)``."""
+        """What was read: it says which column of a row a position is.
+
+        Examples:
+            >>> R.tokens[0, R.batch.column(-1, 0)]  # of row 0's last real token
+            tensor(3.6442)
+        """
         decoder = self.decoder_attention_mask
         if decoder is None and self.decoder_tokens is not None:
             decoder = torch.ones_like(self.decoder_tokens, dtype=torch.bool)
@@ -136,114 +158,75 @@ class RelevanceCache:
             self.attention_mask, decoder=None if decoder is None else Batch.of_mask(decoder)
         )
 
-    def _text_at(self, name: str, x: Tensor) -> tuple[Batch, list[list[str]]]:
-        """The text whose tokens a hook point's ``x`` holds: where they are, and what they are."""
-        text = self.batch.of(name, x)
-        if text is self.batch:
-            return text, self.str_tokens
-        if text is self.batch.decoder and self.decoder_str_tokens is not None:
-            return text, self.decoder_str_tokens
-        return text, [[str(place) for place in range(x.shape[1])]] * len(x)
-
-    def _by_layer(self, hook: str) -> list[tuple[int, Tensor]]:
-        """(layer, tensor) for one hook of every block, in order."""
-        return [(layer, value) for layer, _, value in self._blocks(hook)]
-
-    def _blocks(self, hook: str) -> list[tuple[int, str, Tensor]]:
-        found = []
-        for name, value in self.values.items():
-            layer = layer_of(name)
-            if layer is not None and name.split(f".{layer}.", 1)[-1] == hook:
-                found.append((layer, name, value.to_dense() if value.is_sparse else value))
-        if not found:
-            raise InputError(f"{hook!r} was not read in any block; ask for it in names_filter")
-        return sorted(found, key=lambda item: item[0])
-
     def heads(self, row: int = 0) -> pd.DataFrame:
-        """Relevance of every attention head, [layer, head], from ``attn.hook_z``."""
-        rows = {}
-        for layer, z in self._by_layer("attn.hook_z"):
-            if z.ndim == 4:  # batch pos head d_head
-                z = z.sum(dim=-1)
-            if z.ndim != 3:
-                raise InputError(f"hook_z was reduced to {list(z.shape)}: no heads are left in it")
-            rows[layer] = z[row].sum(dim=0).tolist()
-        frame = pd.DataFrame.from_dict(rows, orient="index")
-        return frame.rename_axis(index="layer", columns="head")
+        """Relevance of every attention head: `attn.hook_z`, summed over positions and features.
 
-    def experts(self, row: int = 0) -> pd.DataFrame:
-        """Relevance of every expert of every mixture, [layer, expert], from
-        ``mlp.hook_expert_post``: the sum over its neurons. An expert that no token was sent to
-        has 0."""
-        rows = {}
-        for layer, value in self._by_layer("mlp.hook_expert_post"):
-            if value.ndim != 4:
-                raise InputError(f"hook_expert_post was reduced to {list(value.shape)}")
-            chosen = self._chosen(layer)[row]
-            sums = value.new_zeros(self.n_experts)
-            rows[layer] = sums.index_add(0, chosen.flatten(), value[row].sum(-1).flatten()).tolist()
-        frame = pd.DataFrame.from_dict(rows, orient="index")
-        return frame.rename_axis(index="layer", columns="expert")
-
-    def _chosen(self, layer: int) -> Tensor:
-        return next(v for name, v in self.routing.items() if layer_of(name) == layer)
-
-    def residual(self, row: int = 0) -> pd.DataFrame:
-        """Total relevance of the residual stream, [layer, position], padding left out; the last row
-        is "final"."""
-        pre = self._blocks("hook_resid_pre")
-        _, last, final = self._blocks("hook_resid_post")[-1]
-        rows: dict[int | str, list[float]] = {}
-        flat: list[tuple[int | str, str, Tensor]] = [*pre, ("final", last, final)]
-        for layer, name, x in flat:
-            sums = x.sum(dim=-1) if x.ndim == 3 else x
-            rows[layer] = sums[row, self.batch.of(name, sums).mask[row].to(x.device)].tolist()
-        frame = pd.DataFrame.from_dict(rows, orient="index")
-        return frame.rename_axis(index="layer", columns="position")
-
-    def top(self, hook: str = "mlp.hook_post", k: int = 10, row: int = 0) -> pd.DataFrame:
-        """The k most relevant units (by absolute value) at one hook of every block.
+        Args:
+            row: which prompt of the batch.
 
         Returns:
-            Columns layer, position (of the row's own text, as targets and edits count it), token,
-            neuron, relevance, and activation where it was kept; at ``mlp.hook_expert_post`` also
-            the expert. In tensors, the position's column is another one where padding is on the
-            left.
+            [layer, head], in the target's unit (logits for a logit).
+
+        Raises:
+            InputError: `attn.hook_z` was not read, or was reduced over the heads.
+
+        Examples:
+            >>> R.heads().shape  # a model of 30 layers with 9 heads each
+            (30, 9)
         """
-        if k < 1:
-            raise InputError(f"k must be at least 1, not {k}")
-        activations = {
-            layer_of(name): x for name, x in self.activations.items() if name.endswith(hook)
-        }
-        records: list[dict[str, Any]] = []
-        for layer, name, value in self._blocks(hook):
-            text, tokens = self._text_at(name, value)
-            positions = text.positions[row].tolist()
-            experts = value.ndim == 4 and hook.endswith("hook_expert_post")
-            if value.ndim != 3 and not experts:
-                raise InputError(
-                    f"{hook} has shape {list(value.shape)}; top() needs [batch, pos, features]"
-                )
-            flat, shape = value[row].flatten(), value.shape[1:]
-            best = flat.abs().topk(min(k, flat.numel())).indices
-            for index in torch.stack(torch.unravel_index(best.cpu(), shape), dim=1).tolist():
-                if positions[index[0]] < 0:
-                    continue
-                record = {
-                    "layer": layer,
-                    "position": positions[index[0]],
-                    "token": tokens[row][index[0]],
-                    "neuron": index[-1],
-                    "relevance": float(value[(row, *index)]),
-                    "activation": float(activations[layer][(row, *index)])
-                    if layer in activations
-                    else float("nan"),
-                }
-                if experts:
-                    record["expert"] = int(self._chosen(layer)[row, index[0], index[1]])
-                records.append(record)
-        records.sort(key=lambda record: -abs(record["relevance"]))
-        return pd.DataFrame(records[:k])
+        return tables.head_table(self, row)
+
+    def experts(self, row: int = 0) -> pd.DataFrame:
+        """Relevance of every expert of every mixture: `mlp.hook_expert_post`, summed over neurons.
+
+        Args:
+            row: which prompt of the batch.
+
+        Returns:
+            [layer, expert], in the target's unit. An expert that no token was sent to has 0.
+
+        Raises:
+            InputError: `mlp.hook_expert_post` was not read, or was reduced.
+        """
+        return tables.expert_table(self, row)
+
+    def residual(self, row: int = 0) -> pd.DataFrame:
+        """Relevance of the residual stream: before every block, and after the last one.
+
+        Args:
+            row: which prompt of the batch.
+
+        Returns:
+            [layer, position], in the target's unit, padding left out; the last row is `"final"`.
+            Each row sums to the target but for what the layers above absorb (see `ledger`).
+
+        Raises:
+            InputError: `hook_resid_pre` or `hook_resid_post` was not read.
+        """
+        return tables.residual_table(self, row)
+
+    def top(self, hook: str = "mlp.hook_post", k: int = 10, row: int = 0) -> pd.DataFrame:
+        """The k most relevant units, by absolute value, at one hook of every block.
+
+        Args:
+            hook: a hook point inside a block, whose relevance is [batch, pos, features].
+            k: how many units, over all layers and positions.
+            row: which prompt of the batch.
+
+        Returns:
+            Columns `layer`, `position` (of the row's own text, as targets and edits count it),
+            `token`, `neuron`, `relevance` (in the target's unit) and `activation` (where it was
+            kept); at `mlp.hook_expert_post` also `expert`. In tensors, the position's column is
+            another one where padding is on the left.
+
+        Raises:
+            InputError: `k` below 1, or a hook that was not read, or was reduced.
+
+        Examples:
+            >>> R.top("mlp.hook_post", k=1)[["layer", "position", "neuron"]].to_numpy().shape
+            (1, 3)
+        """
+        return tables.top_table(self, hook, k, row)
 
     def words(self, row: int = 0, *, decoder: bool = False) -> pd.DataFrame:
         """The words of the text: one row a word with its relevance and its tokens' positions.
@@ -254,35 +237,36 @@ class RelevanceCache:
         several that share a character.
 
         Args:
-            row: which batch row.
+            row: which prompt of the batch.
             decoder: of an encoder-decoder, the words that its decoder was given.
+
+        Returns:
+            Columns `word`, `relevance` (in the target's unit) and `positions` (of the word's
+            tokens, as targets count them).
 
         Raises:
             InputError: a model without a decoder of its own, or a file that has no words.
+
+        Examples:
+            >>> R.words()["word"].tolist()
+            ['The', ' capital', ' of', ' France', ' is']
         """
-        found, relevance = self.words_, self.tokens
-        if decoder:
-            if self.decoder_tokens is None:
-                raise InputError("decoder=True is for encoder-decoders; this model has one text")
-            found, relevance = self.decoder_words_, self.decoder_tokens
-        if not found:
-            raise InputError("this relevance was saved without its words; explain the text again")
-        values = relevance[row].tolist()
-        places = (self.batch.written if decoder else self.batch).positions[row].tolist()
-        return pd.DataFrame(
-            [
-                (
-                    word.text,
-                    math.fsum(values[i] for i in word.positions),
-                    [places[i] for i in word.positions],
-                )
-                for word in found[row]
-            ],
-            columns=["word", "relevance", "positions"],
-        )
+        return tables.word_table(self, row, decoder=decoder)
 
     def ledger(self) -> Ledger:
-        """The account of the whole target (DESIGN promise 4)."""
+        """The account of the whole target: what arrived at the leaves, and what was absorbed.
+
+        Returns:
+            A `Ledger`, summed over the batch.
+
+        Raises:
+            InputError: a difference or one row of a larger batch has none, nor has a run with
+                ``ledger=False``.
+
+        Examples:
+            >>> abs(R.ledger().error) < 1e-4
+            True
+        """
         if self.ledger_ is None:
             raise InputError(
                 "no ledger: this is a difference, one row of a larger batch (whose account is of "
@@ -291,8 +275,20 @@ class RelevanceCache:
         return self.ledger_
 
     def plot(self, kind: str = "residual", **options: Any) -> Figure | Any:
-        """A figure: ``"residual"`` (layer x position), ``"heads"``, ``"neurons"``, ``"ledger"``,
-        ``"tokens"``, ``"image"`` (with ``image=``: over it)."""
+        """Draw relevance with matplotlib (the extra `plot`).
+
+        Args:
+            kind: ``"residual"`` (layer x position), ``"heads"``, ``"neurons"``, ``"ledger"``,
+                ``"tokens"``, or ``"image"`` (with ``image=``: over it).
+            options: what the figure of that kind takes besides, such as ``row``.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            InputError: another kind, or a hook that it draws was not read.
+            MissingExtraError: matplotlib is not installed.
+        """
         from lenslrp.analysis.views import (
             figures as plots,  # drawing is optional and imported when asked for
         )
@@ -304,6 +300,10 @@ class RelevanceCache:
 
         Raises:
             InputError: the two read other tokens, at other positions or other hook points.
+
+        Examples:
+            >>> (R_paris - R_rome).target.text
+            "(logit of ' Paris' at position -1) - (logit of ' Rome' at position -1)"
         """
         return subtracted(self, other)
 
@@ -313,16 +313,39 @@ class RelevanceCache:
         return Rows(self)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A row a token: see :func:`lenslrp.token_table.token_table`."""
-        return token_table(self)
+        """Relevance at the leaves, a row a token; padding is left out.
+
+        Returns:
+            ``row`` (which prompt of the batch), ``prompt``, ``position`` (0 is the row's first
+            token that is not padding), ``token``, ``token_id``, ``relevance``, ``target`` (what was
+            explained in this row) and ``value`` (its value; relevance is in its unit). Where a
+            model has them: ``side`` (``encoder`` or ``decoder``; ``text`` or ``image`` where it
+            reads both), ``positional`` (relevance of the learned position) and ``patch_row``,
+            ``patch_column``.
+        """
+        return tables.token_table(self)
 
     def save(self, path: str | Path) -> Path:
-        """Write everything to one safetensors file (no pickle); :meth:`load` reads it back."""
+        """Write everything to one safetensors file (no pickle); `load` reads it back.
+
+        Args:
+            path: where. An earlier file of this kind is replaced, whole or not at all.
+
+        Returns:
+            The path.
+
+        Raises:
+            InputError: the folder is not there, or ``path`` is one.
+            StorageError: the file cannot be written, or another one is there.
+        """
         return save_cache(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> RelevanceCache:
-        """Read what :meth:`save` wrote. The composite comes back as names, for display only.
+        """Read what `save` wrote. The composite comes back as names, for display only.
+
+        Args:
+            path: of the file.
 
         Raises:
             InputError: a file that is something else.

@@ -34,7 +34,7 @@ GROUPS = {
 
 
 def save_cache(cache: RelevanceCache, path: Path) -> Path:
-    """Write everything to one file; see :meth:`RelevanceCache.save`."""
+    """Write everything to one file; see `RelevanceCache.save`."""
     tensors = {
         prefix + name: value.to_dense() if value.is_sparse else value
         for group, prefix in GROUPS.items()
@@ -58,14 +58,14 @@ def save_cache(cache: RelevanceCache, path: Path) -> Path:
         "model_name": cache.model_name,
         "dtype": cache.dtype,
         "reduced": cache.reduced,
-        "sites": _told(coverage.sites),
+        "sites": _as_json(coverage.sites),
         "uncovered": coverage.uncovered,
         "off_path": coverage.off_path,
         "notes": coverage.notes,
         "cuts": coverage.cuts,
         "balanced": coverage.balanced,
         "ledger": ledger.to_dict() if ledger else None,
-        "ledger_table": _told(ledger.table) if ledger else None,
+        "ledger_table": _as_json(ledger.table) if ledger else None,
     }
     # Names that share one hook point share one tensor, which safetensors asks to be separate.
     cpu = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
@@ -75,7 +75,7 @@ def save_cache(cache: RelevanceCache, path: Path) -> Path:
 
 
 def load_parts(path: Path) -> dict[str, Any]:
-    """The arguments of the ``RelevanceCache`` that :func:`save_cache` wrote.
+    """The arguments of the ``RelevanceCache`` that `save_cache` wrote.
 
     Raises:
         InputError: a file that is something else.
@@ -85,11 +85,11 @@ def load_parts(path: Path) -> dict[str, Any]:
         if meta is None:
             raise InputError(f"{path} holds no saved relevance")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    told = json.loads(meta)
+    info = json.loads(meta)
     ledger = None
-    if told["ledger"] is not None:
-        numbers = {k: v for k, v in told["ledger"].items() if k != "error"}
-        ledger = Ledger(**numbers, table=_frame(told["ledger_table"]).rename_axis(index="layer"))
+    if info["ledger"] is not None:
+        numbers = {k: v for k, v in info["ledger"].items() if k != "error"}
+        ledger = Ledger(**numbers, table=_frame(info["ledger_table"]).rename_axis(index="layer"))
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
@@ -100,30 +100,30 @@ def load_parts(path: Path) -> dict[str, Any]:
     return {
         **{group: part(prefix) for group, prefix in GROUPS.items()},
         **{name: tensors.get(name) for name in TENSORS},
-        "str_tokens": told["str_tokens"],
-        "decoder_str_tokens": told.get("decoder_str_tokens"),
-        "prompts": told.get("prompts") or ["".join(row) for row in told["str_tokens"]],
-        "words_": words(told.get("words", [])),
-        "decoder_words_": words(told.get("decoder_words", [])),
-        "target": Explained(told["target"], tensors["target"], tuple(told.get("targets", ()))),
-        "composite": Composite(told["composite"], {}),
+        "str_tokens": info["str_tokens"],
+        "decoder_str_tokens": info.get("decoder_str_tokens"),
+        "prompts": info.get("prompts") or ["".join(row) for row in info["str_tokens"]],
+        "words_": words(info.get("words", [])),
+        "decoder_words_": words(info.get("decoder_words", [])),
+        "target": Explained(info["target"], tensors["target"], tuple(info.get("targets", ()))),
+        "composite": Composite(info["composite"], {}),
         "coverage": Coverage(
-            _frame(told["sites"]).astype({"layer": "Int64"}),
-            told["uncovered"],
-            told["off_path"],
-            told["notes"],
-            told.get("cuts", []),
-            told.get("balanced", True),
+            _frame(info["sites"]).astype({"layer": "Int64"}),
+            info["uncovered"],
+            info["off_path"],
+            info["notes"],
+            info.get("cuts", []),
+            info.get("balanced", True),
         ),
         "ledger_": ledger,
-        "model_name": told["model_name"],
-        "dtype": told["dtype"],
-        "n_experts": told.get("n_experts", 0),
-        "reduced": told.get("reduced", {}),
+        "model_name": info["model_name"],
+        "dtype": info["dtype"],
+        "n_experts": info.get("n_experts", 0),
+        "reduced": info.get("reduced", {}),
     }
 
 
-def _told(frame: pd.DataFrame) -> Any:
+def _as_json(frame: pd.DataFrame) -> Any:
     return json.loads(frame.to_json(orient="split", double_precision=15))
 
 

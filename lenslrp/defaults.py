@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def recommended(model: TransformerBridge) -> Composite:
-    """The composite that measured best on models of this kind; ``docs/results.md`` is the evidence.
+    """The composite that measured best on models of this kind (``docs/reference/results/``).
 
     For models that read images, ``AttnLRPViT()``: gamma 0.25 on the convolution and 0.05 on linear
     layers. For all others ``AttnLRP()``: no other setting was better across tasks.
@@ -23,6 +23,10 @@ def recommended(model: TransformerBridge) -> Composite:
 
     Raises:
         InputError: no bridge, or one that rules cannot be attached to.
+
+    Examples:
+        >>> lenslrp.recommended(model).name  # of a language model
+        'AttnLRP'
     """
     require_bridge(model)
     return AttnLRPViT() if media.main_input(model) == "pixel_values" else AttnLRP()

@@ -13,8 +13,8 @@ names its rows, one forward pass tries many interventions on copies of one promp
     with edit_units(model, edits):
         logits = model(prompt)
 
-Edits work inside :func:`lenslrp.run_with_relevance` and beside the user's own hooks. For edits of
-what is generated, and for directions, see :mod:`lenslrp.analysis.steering.operations`.
+Edits work inside `lenslrp.run_with_relevance` and beside the user's own hooks. For edits of
+what is generated, and for directions, see `lenslrp.analysis.steering.operations`.
 """
 
 from __future__ import annotations
@@ -94,14 +94,14 @@ def edit_units(model: TransformerBridge, edits: Iterable[Edit]) -> Iterator[None
     by_hook: dict[str, list[Edit]] = {}
     for edit in edits:
         by_hook.setdefault(edit.hook, []).append(edit)
-    anywhere = all(edit.positions is None for own in by_hook.values() for edit in own)
+    anywhere = all(edit.positions is None for hook_edits in by_hook.values() for edit in hook_edits)
     with ExitStack() as stack:
         passes = TrackedPasses() if anywhere else stack.enter_context(follow(model))
         changes: dict[str, list[Change]] = {}
-        for name, own in by_hook.items():
-            of_units = [edit for edit in own if edit.function is None]
+        for name, hook_edits in by_hook.items():
+            of_units = [edit for edit in hook_edits if edit.function is None]
             changes[name] = [_apply(name, of_units, passes)] if of_units else []
-            changes[name] += [edit.function for edit in own if edit.function is not None]
+            changes[name] += [edit.function for edit in hook_edits if edit.function is not None]
         stack.enter_context(_put_through(model, changes))
         yield
 
@@ -157,14 +157,14 @@ def _put_through(
 
 def _remove(points: Mapping[str, Any], hooks: Mapping[str, Callable[..., Tensor]]) -> None:
     """Take functions off hook points, however far TransformerLens has come with them."""
-    own = {id(hook) for hook in hooks.values()}
+    ours = {id(hook) for hook in hooks.values()}
     for name in hooks:
         point = points[name]
-        for handle in [h for h in point.fwd_hooks if id(h.user_hook) in own]:
+        for handle in [h for h in point.fwd_hooks if id(h.user_hook) in ours]:
             point.fwd_hooks.remove(handle)
         for key, hook in list(point._forward_hooks.items()):
             theirs = getattr(hook, "__qualname__", "").endswith("add_hook.<locals>.full_hook")
-            if theirs and any(id(cell.cell_contents) in own for cell in hook.__closure__):
+            if theirs and any(id(cell.cell_contents) in ours for cell in hook.__closure__):
                 point._forward_hooks.pop(key, None)
         forget(point)
 
@@ -199,7 +199,7 @@ def require_on_stream(model: TransformerBridge, hook: str, points: Mapping[str, 
 
 
 def _apply(name: str, edits: list[Edit], passes: TrackedPasses) -> Change:
-    made: dict[Any, tuple[Tensor, ...]] = {}  # by batch size and length, or of the last pass
+    tables: dict[Any, tuple[Tensor, ...]] = {}  # by batch size and length, or of the last pass
     anywhere = all(edit.positions is None for edit in edits)
 
     def change(x: Tensor) -> Tensor:
@@ -209,10 +209,10 @@ def _apply(name: str, edits: list[Edit], passes: TrackedPasses) -> Change:
                 "[batch, pos, head, d_head]"
             )
         key = x.shape[:2] if anywhere else (passes.now, x.shape[:2])
-        if key not in made:
-            made.clear()
-            made[key] = _table(name, edits, x, passes)
-        rows, columns, units, scale, shift = made[key]
+        if key not in tables:
+            tables.clear()
+            tables[key] = _table(name, edits, x, passes)
+        rows, columns, units, scale, shift = tables[key]
         place = (rows, columns, units)
         return x.index_put(place, x[place] * scale + shift)
 
@@ -235,14 +235,14 @@ def _table(name: str, edits: list[Edit], x: Tensor, passes: TrackedPasses) -> tu
         grid = (torch.tensor(rows)[:, None, None], columns[..., None], torch.tensor(units))
         places = torch.stack([axis.long().expand(shape).flatten() for axis in grid])
         tables.append((places, edit.scale, edit.shift))
-    places = torch.cat([own for own, _, _ in tables], dim=1)
+    places = torch.cat([at for at, _, _ in tables], dim=1)
     unique, counts = places.unique(dim=1, return_counts=True)
     if unique.shape[1] < places.shape[1]:
         row, column, unit = unique[:, counts > 1][:, 0].tolist()
         raise InputError(f"unit {unit} of {name} is edited twice in row {row} at column {column}")
     shape = (-1, *(1 for _ in x.shape[3:]))  # the same for every entry of a head
-    scale = torch.cat([x.new_full((own.shape[1],), scale) for own, scale, _ in tables]).view(shape)
-    shift = torch.cat([x.new_full((own.shape[1],), shift) for own, _, shift in tables]).view(shape)
+    scale = torch.cat([x.new_full((at.shape[1],), scale) for at, scale, _ in tables]).view(shape)
+    shift = torch.cat([x.new_full((at.shape[1],), shift) for at, _, shift in tables]).view(shape)
     return (*places.to(x.device), scale, shift)
 
 
@@ -250,13 +250,13 @@ def _columns(
     name: str, x: Tensor, rows: tuple[int, ...], positions: tuple[int, ...], now: TrackedPass
 ) -> Tensor:
     """[row, position], where in ``x`` the rows' positions are; none, where a cache holds them."""
-    asked = torch.tensor(positions, dtype=torch.long)
+    wanted = torch.tensor(positions, dtype=torch.long)
     text = now.at(name, x)
     if text is None:
-        return asked.new_empty(len(rows), 0)
+        return wanted.new_empty(len(rows), 0)
     for position in positions:
         text.require(position, f"position of the edit at {name}:", rows)
-    return text.columns_at(torch.tensor(rows, dtype=torch.long)[:, None], asked).cpu()
+    return text.columns_at(torch.tensor(rows, dtype=torch.long)[:, None], wanted).cpu()
 
 
 def _require_inside(what: str, indices: Iterable[int], stop: int) -> None:

@@ -51,9 +51,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch, or Python, could not allocate: each backend says so in words of its own."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    said = str(error).lower()
+    message = str(error).lower()
     words = ("out of memory", "defaultcpuallocator", "cublas_status_alloc_failed")
-    return isinstance(error, RuntimeError) and any(word in said for word in words)
+    return isinstance(error, RuntimeError) and any(word in message for word in words)
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:

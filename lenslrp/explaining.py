@@ -22,7 +22,8 @@ from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
 from lenslrp.hooks.padding import require_padding
 from lenslrp.inputs import pad_rows, require_ids, token_row
-from lenslrp.targets import Target, as_target
+from lenslrp.logits import Target
+from lenslrp.targets import as_target
 from lenslrp.text.conversation import chat
 
 if TYPE_CHECKING:
@@ -31,16 +32,16 @@ if TYPE_CHECKING:
 WINDOW = 1024
 """Inputs that are taken at a time."""
 
-TOKENS = {"cpu": 384}
+BATCH_TOKENS = {"cpu": 384}
 """Tokens of a batch, padding included, by the kind of device (``benchmarks/many_prompts.py``)."""
 
-TOKENS_OF_OTHERS = 4096
+BATCH_TOKENS_ELSEWHERE = 4096
 
-Run = Callable[[Any, Any, Tensor | None], RelevanceCache]
+ExplainBatch = Callable[[Any, Any, Tensor | None], RelevanceCache]
 """What explains one batch: (texts or a token tensor, a target for all or a list of one for each,
 the attention mask of a padded tensor)."""
 
-NOTHING = object()
+NO_INPUT = object()
 """An input that is none, such as an empty line of a file: its number is passed over."""
 
 
@@ -71,7 +72,7 @@ class Batches:
 
     @classmethod
     def of(cls, model: TransformerBridge, size: int | None) -> Batches:
-        """Raises :class:`InputError` for a size that is none."""
+        """Raises `InputError` for a size that is none."""
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise InputError(f"batch_size is a number of prompts from 1 or None, not {size!r}")
         kind = next(model.parameters()).device.type
@@ -80,7 +81,7 @@ class Batches:
             require_padding(model, torch.tensor([[True, True], [True, False]]))
         except InputError:
             padded = False
-        return cls(size, TOKENS.get(kind, TOKENS_OF_OTHERS), padded)
+        return cls(size, BATCH_TOKENS.get(kind, BATCH_TOKENS_ELSEWHERE), padded)
 
     def __str__(self) -> str:
         return f"{self.tokens} tokens" if self.size is None else f"{self.size} prompts"
@@ -109,7 +110,7 @@ class Batches:
 
 
 def explain(
-    run: Run,
+    run: ExplainBatch,
     model: TransformerBridge,
     inputs: Iterable[Any],
     targets: Any = None,
@@ -124,13 +125,13 @@ def explain(
         run: explains one batch, such as ``run_with_relevance`` with its other options bound.
         model: a bridge.
         inputs: prompts, read as they are needed: strings, lists or 1-D tensors of token ids, or
-            conversations (lists of messages, as for :func:`lenslrp.chat`).
+            conversations (lists of messages, as for `lenslrp.chat`).
         targets: ``None``, one target for all inputs, or an iterable of one for each. Targets of
-            several tokens (a :class:`~lenslrp.targets.Sequence`, a string of several) share a batch
+            several tokens (a `lenslrp.targets.Sequence`, a string of several) share a batch
             with others of the same tokens alone, since they are appended to their prompts.
         batch_size: prompts of a batch; ``None`` goes by tokens. A model that cannot be padded gets
             prompts of one length together.
-        prepend_bos: as for :func:`lenslrp.run_with_relevance`; give ``run`` the same.
+        prepend_bos: as for `lenslrp.run_with_relevance`; give ``run`` the same.
         window: inputs that are taken, and sorted by length, at a time. Caches of a window wait
             until it is their turn: with hook points read, a smaller one takes less memory.
 
@@ -138,12 +139,12 @@ def explain(
         InputError: an input or a target that cannot be explained; the message names its number.
     """
     batches = Batches.of(model, batch_size)
-    for taken in windows(inputs, targets, window):
+    for window_inputs in input_windows(inputs, targets, window):
         held: dict[int, RelevanceCache | InputError] = {}
-        coming = explained(run, model, taken, batches, prepend_bos)
-        for index, given, _ in taken:
-            while given is not NOTHING and index not in held:
-                numbers, result = next(coming)
+        results = explained(run, model, window_inputs, batches, prepend_bos)
+        for index, prompt, _ in window_inputs:
+            while prompt is not NO_INPUT and index not in held:
+                numbers, result = next(results)
                 rows = [result] if isinstance(result, InputError) else result.rows
                 held.update(zip(numbers, rows, strict=True))
             ready = held.pop(index, None)
@@ -153,11 +154,13 @@ def explain(
                 yield ready
 
 
-Taken = tuple[int, Any, Any]
+Numbered = tuple[int, Any, Any]
 """An input's number, the input, its target."""
 
 
-def windows(inputs: Iterable[Any], targets: Any, size: int = WINDOW) -> Iterator[list[Taken]]:
+def input_windows(
+    inputs: Iterable[Any], targets: Any, size: int = WINDOW
+) -> Iterator[list[Numbered]]:
     """The inputs with their numbers and targets, ``size`` at a time.
 
     Raises:
@@ -170,15 +173,15 @@ def windows(inputs: Iterable[Any], targets: Any, size: int = WINDOW) -> Iterator
     pairs = (
         itertools.zip_longest(inputs, targets, fillvalue=end)
         if several
-        else ((given, targets) for given in inputs)
+        else ((prompt, targets) for prompt in inputs)
     )
     numbered = ((index, *pair) for index, pair in enumerate(pairs))
-    while taken := list(itertools.islice(numbered, size)):
-        for index, given, target in taken:
-            if given is end or target is end:
-                more = "targets than inputs" if given is end else "inputs than targets"
+    while window := list(itertools.islice(numbered, size)):
+        for index, prompt, target in window:
+            if prompt is end or target is end:
+                more = "targets than inputs" if prompt is end else "inputs than targets"
                 raise InputError(f"there are more {more}: only {index} of the latter; give as many")
-        yield taken
+        yield window
 
 
 def is_several(targets: Any) -> bool:
@@ -189,9 +192,9 @@ def is_several(targets: Any) -> bool:
 
 
 def explained(
-    run: Run,
+    run: ExplainBatch,
     model: TransformerBridge,
-    taken: Sequence[Taken],
+    window: Sequence[Numbered],
     batches: Batches,
     prepend_bos: bool | None,
 ) -> Iterator[tuple[list[int], RelevanceCache | InputError]]:
@@ -200,11 +203,11 @@ def explained(
     An input that cannot be explained comes by itself, with why.
     """
     labels, prompts = media.labels_of(model), []
-    for index, given, target in taken:
-        if given is NOTHING:
+    for index, prompt, target in window:
+        if prompt is NO_INPUT:
             continue
         try:
-            prompts.append(_prompt(model, index, given, target, prepend_bos, labels))
+            prompts.append(_prompt(model, index, prompt, target, prepend_bos, labels))
         except InputError as error:
             yield [index], _named(index, error)
     for batch in batches.cut(prompts):
@@ -212,19 +215,19 @@ def explained(
 
 
 def _run(
-    run: Run, model: TransformerBridge, batch: list[QueuedPrompt]
+    run: ExplainBatch, model: TransformerBridge, batch: list[QueuedPrompt]
 ) -> Iterator[tuple[list[int], RelevanceCache | InputError]]:
     """One batch; where the model refuses it, each prompt by itself."""
     target = batch[0].target
     if not isinstance(target, kinds.Sequence):  # which all of the batch have
         target = [prompt.target for prompt in batch]
-    given: Any = [prompt.given for prompt in batch]
+    rows: Any = [prompt.given for prompt in batch]
     mask = None
-    if not isinstance(given[0], str):
-        given, mask = pad_rows(model, given)
+    if not isinstance(rows[0], str):
+        rows, mask = pad_rows(model, rows)
     numbers = [prompt.index for prompt in batch]
     try:
-        relevance = run(given, target, mask)
+        relevance = run(rows, target, mask)
     except InputError as error:
         if len(batch) == 1:
             yield numbers, _named(numbers[0], error)
@@ -243,7 +246,7 @@ def _named(index: int, error: InputError) -> InputError:
 def _prompt(
     model: TransformerBridge,
     index: int,
-    given: Any,
+    prompt: Any,
     target: Any,
     prepend_bos: bool | None,
     labels: dict[int, str] | None,
@@ -253,24 +256,24 @@ def _prompt(
     Raises:
         InputError: it is no prompt, or its target is none.
     """
-    if isinstance(given, InputError):
-        raise given
-    if isinstance(given, list | tuple) and given and all(isinstance(m, Mapping) for m in given):
-        given = chat(model, given)[0]
-    ids = token_row(model, given, prepend_bos)
+    if isinstance(prompt, InputError):
+        raise prompt
+    if isinstance(prompt, list | tuple) and prompt and all(isinstance(m, Mapping) for m in prompt):
+        prompt = chat(model, prompt)[0]
+    ids = token_row(model, prompt, prepend_bos)
     require_ids(model, [ids], "it")
-    wanted = as_target(target.item() if isinstance(target, Tensor) else target,
+    parsed = as_target(target.item() if isinstance(target, Tensor) else target,
                        model.tokenizer, 1, labels)  # fmt: skip
     length = len(ids)
     together: Any = None
-    if isinstance(wanted, kinds.Sequence):
-        length += len(wanted.ids(model.tokenizer)) - 1
-        together = wanted
-    elif isinstance(wanted, kinds.Activation):
-        together = wanted.hook
-    elif isinstance(wanted, kinds.Custom):  # a function of logits that may count from their end
+    if isinstance(parsed, kinds.Sequence):
+        length += len(parsed.ids(model.tokenizer)) - 1
+        together = parsed
+    elif isinstance(parsed, kinds.Activation):
+        together = parsed.hook
+    elif isinstance(parsed, kinds.Custom):  # a function of logits that may count from their end
         together = length
-    text = given if isinstance(given, str) else None
+    text = prompt if isinstance(prompt, str) else None
     return QueuedPrompt(
-        index, ids if text is None else text, wanted, length, (text is None, together)
+        index, ids if text is None else text, parsed, length, (text is None, together)
     )

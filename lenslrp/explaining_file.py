@@ -1,6 +1,6 @@
 """``explain_to``: token relevance of many prompts in one file, resumable, by one process or many.
 
-Inputs are taken in the windows of :mod:`lenslrp.explaining`. Each leaves one part, a parquet file
+Inputs are taken in the windows of `lenslrp.explaining`. Each leaves one part, a parquet file
 beside the result, that is there whole or not at all and says what it was made from. A run that was
 interrupted makes the parts that are missing; processes that split the windows make one part each
 and never talk. Whoever finds all parts there joins them.
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError, StorageError
-from lenslrp.explaining import NOTHING, Batches, Taken, explained, is_several, windows
+from lenslrp.explaining import NO_INPUT, Batches, Numbered, explained, input_windows, is_several
 from lenslrp.files import make_folder, parquet_writer, remove_leftovers, taking_turns, whole
 from lenslrp.fingerprints import (
     canonical,
@@ -36,25 +36,24 @@ from lenslrp.fingerprints import (
     require_same_settings,
 )
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
 from lenslrp.sessions import Session
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-FORMAT = "lenslrp.tokens/1"
-SUFFIXES = (".parquet", ".jsonl")
+TABLE_FORMAT = "lenslrp.tokens/1"
+TABLE_SUFFIXES = (".parquet", ".jsonl")
 KEY = b"lenslrp"
 """Where a parquet file's metadata says what it was made from."""
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-_COLUMNS = pa.schema([("row", pa.int64()), ("prompt", pa.string())])
-"""Of a part without rows."""
+_COLUMNS = pa.schema([("row", pa.int64()), ("prompt", pa.string())])  # of an empty part
 
 
 @dataclass(frozen=True)
 class Explanations:
-    """What :func:`explain_to` made.
+    """What `explain_to` made.
 
     Attributes:
         path: the table.
@@ -101,28 +100,39 @@ def explain_to(
 ) -> Explanations:
     """Explain many prompts and write their token relevance to one file, a row a token.
 
-    Called again with the same arguments after an interrupt it goes on where it was. Memory does not
-    grow with the number of inputs. Inputs that cannot be explained are counted and left out.
+    Called again with the same arguments it goes on where it was. Memory does not grow with the
+    number of inputs. Inputs that cannot be explained are counted and left out.
 
     Args:
         path: ``.parquet`` or ``.jsonl``; the columns are those of ``R.to_dataframe()``, and ``row``
             is the number of the input. Work in progress lies in ``path.parts`` beside it.
-        model: a bridge.
-        inputs, targets: as for :meth:`lenslrp.sessions.Session.explain`; read as they are needed.
-        composite, prepend_bos, attention, checkpoint, strict: as for
-            :func:`lenslrp.run_with_relevance`.
+        model: a ``TransformerBridge``, in eval mode.
+        inputs: as for `lenslrp.Session.explain`; read as they are needed.
+        targets: likewise.
+        composite: as for `lenslrp.run_with_relevance`.
         batch_size: prompts of a batch; ``None`` goes by tokens.
+        prepend_bos: as for `lenslrp.run_with_relevance`.
+        attention: likewise.
+        checkpoint: likewise.
+        strict: likewise.
         shard: (share, of how many): this process explains windows ``share``, ``share + n``, ... of
             1,024 inputs. Give every process all of the inputs; the last to finish joins the table,
             which is the same as that of one process.
         progress: show prompts a second and the time left, on standard error.
         total: how many inputs there are, where they cannot tell.
 
+    Returns:
+        The path, how many prompts and tokens, and what was skipped and why.
+
     Raises:
         InputError: a path of another kind, a shard that is none, or no input could be explained;
             what lies there was made from other inputs or with other options (it names them).
         StorageError: a file is there already, or the disk is full.
         CoverageError: the model has an operation without a rule.
+
+    Examples:
+        >>> print(lenslrp.explain_to("relevance.parquet", model, ["The sky is", "Two plus two is"]))
+        relevance.parquet: 2 prompts, 7 tokens
     """
     path, (share, shares) = require_place(path), shard
     if not 0 <= share < shares:
@@ -130,17 +140,17 @@ def explain_to(
     batches = Batches.of(model, batch_size)
     rules = as_composite(AttnLRP() if composite is None else composite)
     settings = {
-        "format": FORMAT,
+        "format": TABLE_FORMAT,
         "model": describe_model(model),
         "tokenizer": describe_tokenizer(model.tokenizer),
         "rules": describe_rules(rules),
         "attention": attention,
         "prepend_bos": prepend_bos,
         "batch": str(batches),
-        "target": "one for each input" if is_several(targets) else _told(targets),
+        "target": "one for each input" if is_several(targets) else _as_text(targets),
     }
-    parts = Parts(path, settings)
-    own: list[dict[str, Any]] = []
+    parts = TableParts(path, settings)
+    records: list[dict[str, Any]] = []
     count = 0
     total = len(inputs) if total is None and isinstance(inputs, Sized) else total
     with (
@@ -151,28 +161,28 @@ def explain_to(
         ) as session,
     ):  # fmt: skip
 
-        def run(given: Any, target: Any, mask: Tensor | None) -> RelevanceCache:
+        def run(prompts: Any, target: Any, mask: Tensor | None) -> RelevanceCache:
             _, relevance = session.run_with_relevance(
-                given, target, [], prepend_bos=prepend_bos, attention_mask=mask
+                prompts, target, [], prepend_bos=prepend_bos, attention_mask=mask
             )
             return relevance
 
-        for count, taken in enumerate(windows(inputs, targets), start=1):
+        for count, numbered in enumerate(input_windows(inputs, targets), start=1):
             window = count - 1
             mine = window % shares == share
-            about = parts.about(window, taken) if mine else None
+            about = parts.about(window, numbered) if mine else None
             if mine and about is None:
-                coming = explained(run, model, taken, batches, prepend_bos)
-                about = parts.write(window, taken, _counted(coming, bar))
+                results = explained(run, model, numbered, batches, prepend_bos)
+                about = parts.write(window, numbered, _counted(results, bar))
             elif progress:  # done before, or by others: no part of this run's speed
-                done = sum(given is not NOTHING for _, given, _ in taken)
+                done = sum(prompt is not NO_INPUT for _, prompt, _ in numbered)
                 bar.initial += done
                 bar.update(done)
             if about is not None:
-                own.append(about)
+                records.append(about)
     if not count:
         raise InputError("there are no inputs")
-    return parts.join(count, own)
+    return parts.join(count, records)
 
 
 def require_place(path: str | Path) -> Path:
@@ -182,8 +192,8 @@ def require_place(path: str | Path) -> Path:
         InputError: another kind of file, or in a folder that is not there.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: a table is one of {', '.join(SUFFIXES)}")
+    if path.suffix not in TABLE_SUFFIXES:
+        raise InputError(f"{path}: a table is one of {', '.join(TABLE_SUFFIXES)}")
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path}: there is no directory {path.absolute().parent}")
     return path
@@ -195,14 +205,14 @@ def _counted(results: Iterable[Any], bar: tqdm[Any]) -> Iterator[Any]:
         bar.update(len(numbers))
 
 
-def _told(value: Any) -> str:
+def _as_text(value: Any) -> str:
     """An input or a target as text that is the same in every process."""
     if isinstance(value, Tensor):
         value = value.tolist()
     return _ADDRESS.sub("", repr(value))
 
 
-class Parts:
+class TableParts:
     """The parts of one table, in a folder beside it."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -216,7 +226,7 @@ class Parts:
     def file(self, window: int) -> Path:
         return self.folder / f"window-{window:08d}.parquet"
 
-    def about(self, window: int, taken: list[Taken]) -> dict[str, Any] | None:
+    def about(self, window: int, inputs: list[Numbered]) -> dict[str, Any] | None:
         """What a part says of itself, ``None`` where it is not there yet.
 
         Raises:
@@ -230,8 +240,8 @@ class Parts:
             return None
         about = _about(path)
         require_same_settings(self.folder, about["settings"], self.settings)
-        if about["inputs"] != _digest(taken):
-            first, last = taken[0][0], taken[-1][0]
+        if about["inputs"] != _digest(inputs):
+            first, last = inputs[0][0], inputs[-1][0]
             raise InputError(
                 f"{self.folder} was made from other inputs: those from {first} to {last} differ. "
                 "Move it, or give another place for the results"
@@ -243,7 +253,7 @@ class Parts:
             f"{self.path} is there already and is not replaced: move it, or choose another name"
         )
 
-    def write(self, window: int, taken: list[Taken], results: Iterator[Any]) -> dict[str, Any]:
+    def write(self, window: int, inputs: list[Numbered], results: Iterator[Any]) -> dict[str, Any]:
         """Make one part: the tables of its prompts, in the order of their numbers."""
         frames: list[pd.DataFrame] = []
         skipped: dict[int, str] = {}
@@ -260,7 +270,7 @@ class Parts:
             prompts = int(frame["row"].nunique())
         about = {
             "settings": self.settings,
-            "inputs": _digest(taken),
+            "inputs": _digest(inputs),
             "prompts": prompts,
             "rows": table.num_rows,
             "skipped": sorted(skipped.items()),
@@ -269,14 +279,14 @@ class Parts:
             _write(temporary, [table], about)
         return about
 
-    def join(self, count: int, own: list[dict[str, Any]]) -> Explanations:
+    def join(self, count: int, records: list[dict[str, Any]]) -> Explanations:
         """The table, where all parts of it are there.
 
         Raises:
             InputError: there are parts of more inputs, or not one input was explained.
         """
         files = [self.file(window) for window in range(count)]
-        done = own
+        done = records
         lock = self.folder.with_name(self.folder.name + ".lock")
         if all(file.exists() for file in files):
             with taking_turns(lock):
@@ -294,16 +304,18 @@ class Parts:
                 "move it, or give another place for the results"
             )
         parts = [_about(file) for file in files]
-        found = Explanations.of(self.path, parts)
-        if not found.rows:
+        result = Explanations.of(self.path, parts)
+        if not result.rows:
             self._clear(files)
-            why = f"not one could be explained: {found.skipped[0][1]}" if found.skipped else "empty"
+            why = (
+                f"not one could be explained: {result.skipped[0][1]}" if result.skipped else "empty"
+            )
             raise InputError(f"there is no table of these inputs: {why}")
         about = {
             "settings": self.settings,
-            "prompts": found.prompts,
-            "rows": found.rows,
-            "skipped": found.skipped,
+            "prompts": result.prompts,
+            "rows": result.rows,
+            "skipped": result.skipped,
         }
         tables = (_read(file) for file in files)
         with whole(self.path, fresh=True) as temporary:
@@ -321,11 +333,11 @@ class Parts:
             self.folder.rmdir()
 
 
-def _digest(taken: list[Taken]) -> str:
+def _digest(inputs: list[Numbered]) -> str:
     """SHA-256 of inputs and targets."""
     digest = hashlib.sha256()
-    for _, given, target in taken:
-        text = "" if given is NOTHING else f"{_told(given)}|{_told(target)}"
+    for _, prompt, target in inputs:
+        text = "" if prompt is NO_INPUT else f"{_as_text(prompt)}|{_as_text(target)}"
         digest.update(f"{len(text)}|{text}".encode(errors="surrogatepass"))
     return digest.hexdigest()
 
@@ -337,8 +349,8 @@ def _about(path: Path) -> dict[str, Any]:
         StorageError: damaged, or another kind of file.
     """
     try:
-        said = (pq.read_schema(path).metadata or {})[KEY]
-        about: dict[str, Any] = json.loads(said)
+        metadata = (pq.read_schema(path).metadata or {})[KEY]
+        about: dict[str, Any] = json.loads(metadata)
         for name in ("settings", "inputs", "prompts", "rows", "skipped"):
             about[name]
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:

@@ -22,7 +22,7 @@ def require(package: str, what: str, extra: str | None = None) -> None:
     """Say which extra is missing, if one is.
 
     Args:
-        package: a key of :data:`EXTRAS`.
+        package: a key of `EXTRAS`.
         what: what needs it.
         extra: which extra to name, where several bring it.
 

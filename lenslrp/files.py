@@ -39,7 +39,7 @@ logger = logging.getLogger("lenslrp")
 LINKS = 40
 """Symbolic links that are followed, as in Linux."""
 
-PATIENCE = 2.0
+LOCK_PATIENCE = 2.0
 """Seconds to wait for a lock that another process may hold only to see whether it is free."""
 
 HTML = b'<meta name="generator" content="LensLRP">'
@@ -132,17 +132,17 @@ def replaced(path: Path, write: Callable[[], object]) -> Path | None:
         write()
         return None
     try:
-        kept = _second_name(target)
+        renamed = _second_name(target)
     except OSError as error:
         raise cannot_write(path, error) from error
     needless = True
     try:
         write()
-        needless = filecmp.cmp(kept, target, shallow=False)
+        needless = filecmp.cmp(renamed, target, shallow=False)
     finally:
         if needless:
-            kept.unlink()
-    return None if needless else kept
+            renamed.unlink()
+    return None if needless else renamed
 
 
 def make_folder(path: Path) -> Path:
@@ -166,14 +166,14 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
     """A folder that ends with the block, and in which libraries may leave what they like."""
     short = name.encode()[:100].decode(errors="ignore")
     while True:
-        made = parent / f".{short}.lenslrp-{host()}-{os.getpid()}-{next(_numbers)}.tmp"
+        folder = parent / f".{short}.lenslrp-{host()}-{os.getpid()}-{next(_numbers)}.tmp"
         with suppress(FileExistsError):  # of a process that had this number before
-            made.mkdir()
+            folder.mkdir()
             break
     try:
-        yield made
+        yield folder
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -190,7 +190,7 @@ def taking_turns(path: Path) -> Iterator[None]:
     lock = FileLock(path)
     try:
         try:
-            lock.acquire(timeout=PATIENCE)
+            lock.acquire(timeout=LOCK_PATIENCE)
         except Timeout:
             logger.warning("waiting for another process that is preparing %s", path.parent)
             lock.acquire()

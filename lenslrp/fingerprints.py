@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenslrp.errors import InputError
-from lenslrp.forward import architecture
 from lenslrp.hooks.composites import Composite
+from lenslrp.running import architecture
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -24,9 +24,9 @@ def describe_model(model: TransformerBridge) -> dict[str, Any]:
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
         step = max(1, len(flat) // 1024)
-        some = flat[::step].float().cpu().contiguous().numpy()
+        sample = flat[::step].float().cpu().contiguous().numpy()
         digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}".encode())
-        digest.update(some.tobytes())
+        digest.update(sample.tobytes())
     return {
         "name": str(getattr(model.cfg, "model_name", "")),
         "revision": getattr(config, "_commit_hash", None),
@@ -59,18 +59,18 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-def require_same_settings(path: Path, found: Settings, wanted: Settings) -> None:
+def require_same_settings(path: Path, stored: Settings, current: Settings) -> None:
     """Refuse to go on with what was made with other settings.
 
     Raises:
         InputError: naming every setting that differs, with both values.
     """
-    found, wanted = _flat(found), _flat(wanted)
-    names = dict.fromkeys([*found, *wanted])
+    stored, current = _flat(stored), _flat(current)
+    names = dict.fromkeys([*stored, *current])
     other = [
-        f"{name} {json.dumps(found.get(name))}, now {json.dumps(wanted.get(name))}"
+        f"{name} {json.dumps(stored.get(name))}, now {json.dumps(current.get(name))}"
         for name in names
-        if found.get(name) != wanted.get(name)
+        if stored.get(name) != current.get(name)
     ]
     if other:
         raise InputError(

@@ -36,20 +36,20 @@ Positions = Literal["all", "none"] | tuple[int, ...]
 """``"all"``, ``"none"``, or places: in a prompt, negative ones count from its end."""
 
 
-def positions(given: str | Sequence[int], what: str) -> Positions:
+def positions(value: str | Sequence[int], what: str) -> Positions:
     """``given``, checked; ``what`` is ``"prompt"`` or ``"generation"``.
 
     Raises:
         InputError: another word, no integers, or a generated token counted from an end that is not
             known while it is generated.
     """
-    if given == "all":
+    if value == "all":
         return "all"
-    if given == "none":
+    if value == "none":
         return "none"
-    places = None if isinstance(given, str) else tuple(given)
+    places = None if isinstance(value, str) else tuple(value)
     if places is None or not all(isinstance(p, int) and not isinstance(p, bool) for p in places):
-        raise InputError(f"{what} is 'all', 'none' or positions, not {given!r}")
+        raise InputError(f"{what} is 'all', 'none' or positions, not {value!r}")
     if what == "generation" and any(p < 0 for p in places):
         raise InputError(
             f"generation={list(places)}: generated tokens count from 0; where they will end is "
@@ -67,7 +67,7 @@ class TrackedPass:
         real: [batch, start + pos], True where a token (the decoder's, of an encoder-decoder) is
             real, or generated.
         prompts: the rows' prompts, as wide as ``real``; what is generated stands after them.
-        chosen: what :func:`TrackedPasses.chosen` answered in this pass.
+        chosen: what `TrackedPasses.chosen` answered in this pass.
     """
 
     start: int
@@ -83,7 +83,7 @@ class TrackedPass:
 
 
 class TrackedPasses:
-    """The passes of one model inside a context, see :func:`follow`."""
+    """The passes of one model inside a context, see `follow`."""
 
     def __init__(self) -> None:
         self._now: TrackedPass | str = NOWHERE  # or why it is not known
@@ -158,11 +158,7 @@ class TrackedPasses:
             side = kwargs.get("padding_side") or bridge.tokenizer.padding_side
             bos = kwargs.get("prepend_bos")
             bos = bridge.cfg.default_prepend_bos if bos is None else bos
-            self._text = {
-                "tokenizer": bridge.tokenizer,
-                "prepend_bos": bos,
-                "padding_side": side,
-            }
+            self._text = {"tokenizer": bridge.tokenizer, "prepend_bos": bos, "padding_side": side}
 
     @contextmanager
     def generating(self, generation: dict[str, int]) -> Iterator[None]:
@@ -207,12 +203,12 @@ def follow(model: TransformerBridge) -> Iterator[TrackedPasses]:
     passes = TrackedPasses()
     hooks = ((model, passes.given), (model.original_model, passes.before))
     wraps = {"generate": passes.call, "hf_generate": passes.call, "generate_stream": passes.stream}
-    own = vars(model)
-    before = {name: own.get(name) for name in wraps}
+    attributes = vars(model)
+    before = {name: attributes.get(name) for name in wraps}
     try:
         for module, hook in hooks:
             module.register_forward_pre_hook(hook, with_kwargs=True)
-        own.update({name: wrap(getattr(model, name)) for name, wrap in wraps.items()})
+        attributes.update({name: wrap(getattr(model, name)) for name, wrap in wraps.items()})
         yield passes
     finally:
         for module, hook in hooks:  # by what they are: an interrupt could lose a handle
@@ -221,9 +217,9 @@ def follow(model: TransformerBridge) -> Iterator[TrackedPasses]:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
         for name, value in before.items():
             if value is None:
-                own.pop(name, None)
+                attributes.pop(name, None)
             else:  # another context's, around this one
-                own[name] = value
+                attributes[name] = value
 
 
 def _real(ids: Tensor, mask: Tensor | None, total: int) -> Tensor:
@@ -250,13 +246,13 @@ def _chosen(
         for position in prompt:
             at.prompts.require(position, "prompt position", rows)
     written = Batch.of_mask(at.real & ~at.prompts.mask)
-    found = torch.zeros_like(at.real)
+    chosen = torch.zeros_like(at.real)
     for text, where in ((at.prompts, prompt), (written, generation)):
         if not isinstance(where, str):
-            found |= text.where(where)
+            chosen |= text.where(where)
         elif where == "all":
-            found |= text.mask
+            chosen |= text.mask
     if rows is not None:
-        wanted = torch.isin(torch.arange(batch), torch.tensor(rows, dtype=torch.long))
-        found &= wanted[:, None].to(found.device)
-    return found[:, at.start :]
+        in_rows = torch.isin(torch.arange(batch), torch.tensor(rows, dtype=torch.long))
+        chosen &= in_rows[:, None].to(chosen.device)
+    return chosen[:, at.start :]

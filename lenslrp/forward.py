@@ -1,7 +1,7 @@
 """One forward pass of a model, whatever it is for.
 
-Everything that LensLRP runs a model for goes through :func:`forward`, or under relevance rules
-through :func:`lenslrp.passes.under_rules`: what is read on the way, what is changed, where logits
+Everything that LensLRP runs a model for goes through `forward`, or under relevance rules
+through `lenslrp.passes.under_rules`: what is read on the way, what is changed, where logits
 are computed and where the pass ends is said there and nowhere else.
 """
 
@@ -11,43 +11,45 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lenslrp import media
-from lenslrp.errors import CoverageError, InputError
-from lenslrp.hooks.attach import Attached, components, raise_failed, undo_all
-from lenslrp.hooks.components import (
-    BlockBridge,
-    ExpertPoint,
-    UnembeddingBridge,
-    hook_points,
-    layer_of,
-)
-from lenslrp.hooks.embeddings import embeddings
+from lenslrp.batch import Batch
+from lenslrp.edits import Edit, edit_units
+from lenslrp.errors import InputError
+from lenslrp.hooks.components import BlockBridge, hook_points
 from lenslrp.hooks.functions import apply
-from lenslrp.hooks.readers import converted, given, is_total, listen, owners, select_names
-from lenslrp.hooks.structure import unchanged
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.leaf_modules import embeddings
+from lenslrp.hooks.readers import (
+    owners,
+)
+from lenslrp.hooks.structure import NamedModules, components, layer_of, unchanged
 from lenslrp.hooks.turns import turn
-from lenslrp.inputs import Batch
-from lenslrp.leaves import Leaves, Parts, cut_leaves, cut_media
-from lenslrp.logits import Columns, at_columns, columns_of, head_component, is_hooked, unembed_at
-from lenslrp.targets import Activation, Outputs, PerRow, Target
+from lenslrp.latent import Activation
+from lenslrp.leaves import Leaves, cut_inputs
+from lenslrp.logits import (
+    Columns,
+    Outputs,
+    Target,
+    at_columns,
+    columns_of,
+    head_component,
+    is_hooked,
+    unembed_at,
+)
+from lenslrp.running import UNCAPPED, architecture, capture, frozen, read_at, run_model, undone
+from lenslrp.targets import Sequence, as_target, parts_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from lenslrp.edits import Edit
-
-
-UNCAPPED = "unembed"
-"""Where logits are kept before a final soft-cap, beside the hook points that are captured."""
-
 
 class _CapSkip(torch.autograd.Function):
-    """The final soft-cap's values with the gradient started before it (RULES section 2)."""
+    """The final soft-cap's values with the gradient started before it."""
 
     @staticmethod
     def forward(ctx: Any, before: Tensor, after: Tensor) -> Tensor:
@@ -126,6 +128,27 @@ def columns_for(
     return columns_of(targets, outputs_of(model, batch, torch.empty(0, 0, 0), _none))
 
 
+def targets_for(
+    model: TransformerBridge, targets: Iterable[Any], rows: int
+) -> tuple[list[Target], list[int]]:
+    """The targets of one call, and the token ids that extend its prompts.
+
+    Args:
+        model: a ``TransformerBridge``.
+        targets: each as a caller gives it, for the whole batch.
+        rows: of the batch.
+
+    Raises:
+        InputError: what is no target, or a Sequence beside others.
+    """
+    labels = media.labels_of(model)
+    parsed = [as_target(target, model.tokenizer, rows, labels) for target in targets]
+    spans = [target.ids(model.tokenizer) for target in parsed if isinstance(target, Sequence)]
+    if spans and len(parsed) > 1:
+        raise InputError("a Sequence target extends the prompt: explain it in a run of its own")
+    return parsed, spans[0] if spans else []
+
+
 def _none(hook: str) -> Tensor:
     raise InputError(f"{hook} has not run yet")
 
@@ -153,7 +176,7 @@ def forward(
 ) -> Iterator[Forward]:
     """Run ``model`` once without relevance rules; what is attached for it goes with the block.
 
-    Inside a :func:`lenslrp.relevance_rules` block the rules in force take part.
+    Inside a `lenslrp.relevance_rules` block the rules in force take part.
 
     Args:
         model: a ``TransformerBridge``.
@@ -176,25 +199,21 @@ def forward(
 
     Raises:
         InputError: a hook point that the model does not have, one to be read that does not fire, an
-            edit that :func:`lenslrp.edits.edit_units` refuses, or no embedding was replaced.
+            edit that `lenslrp.edits.edit_units` refuses, or no embedding was replaced.
     """
-    made = Forward(model, batch)
+    run = Forward(model, batch)
     with ExitStack() as stack:
         stack.enter_context(frozen(model) if gradients else turn(model))
         stack.enter_context(unchanged(model))
         parts = components(model)
         stack.enter_context(torch.set_grad_enabled(gradients))
         if edits:
-            from lenslrp.edits import edit_units  # which looks at what is used by a pass of its own
-
             stack.enter_context(edit_units(model, edits))
         seen = stack.enter_context(reading(model, read or {}))
         at = stack.enter_context(undone(Attached()))
-        given, embedded, picked = dict(batch.media), [], []
+        inputs, embedded, picked = dict(batch.media), [], []
         if leaves is not None:
-            if given:
-                given = cut_media(at, parts, leaves, [], given, "pixels")
-            cut_leaves(at, embeddings(parts), leaves, batch)
+            inputs = cut_inputs(at, parts, embeddings(parts), leaves, batch, [])
         if embed is not None:
             embedded = _replace_embedded(at, parts, batch.tokens, embed)
         if record is not None or replay:
@@ -202,28 +221,28 @@ def forward(
         points = hook_points(model, parts) if capture_at or stop_after else {}
         if capture_at:
             owned = owners(module for _, module in parts)
-            capture(at, points, owned, list(capture_at), made.captured)
+            capture(at, points, owned, list(capture_at), run.captured)
         if stop_after is not None:
             read_at(at, points, stop_after, _stop)
         if at_nodes is not None:
-            at_nodes(at, made)
+            at_nodes(at, run)
         unembed = head_component(model)
         if columns is not None and unembed is not None and not is_hooked(model, unembed):
             picked = unembed_at(at, unembed, columns, batch.written.tokens.shape[1])
         with suppress(_Stop):
-            made.logits = run_model(model, batch, leaves, given)
+            run.logits = run_model(model, batch, leaves, inputs)
         missing = [name for name in read or () if name not in seen]
         if missing:
             raise InputError(f"{missing[0]} does not fire in this model's forward pass")
-        if columns is not None and made.logits is not None and made.logits.ndim == 3:
-            made.logits = made.logits if picked else at_columns(made.logits, columns)
-            made.columns = columns
+        if columns is not None and run.logits is not None and run.logits.ndim == 3:
+            run.logits = run.logits if picked else at_columns(run.logits, columns)
+            run.columns = columns
         if embed is not None and not embedded:
             raise InputError(
                 f"{architecture(model)} embedded no tokens of shape {list(batch.tokens.shape)}: "
                 "nothing was replaced"
             )
-        yield made
+        yield run
 
 
 @contextmanager
@@ -233,7 +252,7 @@ def reading(
     """Call functions with the activations at hook points in every pass inside the block.
 
     Args:
-        model, read: as for :func:`forward`.
+        model, read: as for `forward`.
 
     Yields:
         The hook points that have fired so far.
@@ -254,25 +273,12 @@ def reading(
         yield seen
 
 
-def read_at(
-    at: Attached, points: Mapping[str, nn.Module], name: str, call: Callable[[Tensor], None]
-) -> None:
-    """Call ``call`` with the activations at a hook point as they pass."""
-    if name not in points:
-        refuse(points, name)
-
-    def hook(point: nn.Module, _: Any, x: Tensor) -> None:
-        call(converted(point, x))
-
-    listen(at, points[name], [name], hook)
-
-
 def _stop(_: Tensor) -> None:
     raise _Stop
 
 
 def _keep_blocks(
-    at: Attached, parts: Parts, record: dict[int, Any] | None, replay: Mapping[int, Any]
+    at: Attached, parts: NamedModules, record: dict[int, Any] | None, replay: Mapping[int, Any]
 ) -> None:
     for path, block in parts:
         layer = layer_of(path + ".")
@@ -290,151 +296,20 @@ def _give(value: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _replace_embedded(
     at: Attached,
-    parts: Parts,
+    parts: NamedModules,
     tokens: Tensor,
     embed: Callable[[nn.Module, Tensor], Tensor | None],
 ) -> list[Tensor]:
     """Returns a list that is not empty once embeddings were replaced."""
-    made: list[Tensor] = []
+    replaced: list[Tensor] = []
 
     def replace(module: nn.Module, _: Any, out: Tensor) -> Tensor | None:
-        if made or out.ndim != 3 or out.shape[:2] != tokens.shape:
+        if replaced or out.ndim != 3 or out.shape[:2] != tokens.shape:
             return None
-        made.extend(x for x in [embed(module, out)] if x is not None)
-        return made[0] if made else None
+        replaced.extend(x for x in [embed(module, out)] if x is not None)
+        return replaced[0] if replaced else None
 
     for module, position in embeddings(parts):
         if not position:
             at.hook(module, replace)
-    return made
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No weight asks for a gradient inside, so that none is kept for it."""
-    with turn(model):
-        thawed = [weight for weight in model.parameters() if weight.requires_grad]
-        try:
-            for weight in thawed:
-                weight.requires_grad_(False)
-            yield
-        finally:
-            for weight in thawed:
-                weight.requires_grad_(True)
-
-
-def run_model(
-    model: TransformerBridge, batch: Batch, leaves: Leaves | None, given: Mapping[str, Tensor]
-) -> Tensor:
-    """The logits of a batch; where there are ``leaves``, given embeddings become some of them.
-
-    Raises:
-        CoverageError: no token embedding that is known has run.
-    """
-    if media.reads_no_text(model):
-        only: Tensor = model(None, return_type="logits", **given)
-        return only
-    # A key-value cache is of no use here, and a checkpointed block would fill it twice.
-    kwargs = {"use_cache": False, **batch.kwargs, **given}
-    if "inputs_embeds" in kwargs:
-        leaf = kwargs.pop("inputs_embeds")
-        if leaves is not None:
-            leaf = leaf.detach().clone().requires_grad_()
-            leaves.tokens.append(leaf)
-        logits: Tensor = model(leaf, return_type="logits", **kwargs)
-        return logits
-    logits = model(batch.tokens, return_type="logits", **kwargs)
-    if leaves is not None and not leaves.tokens:
-        raise CoverageError(
-            f"{architecture(model)}: no known token embedding ran in the forward pass, so there "
-            "are no leaves to give relevance to"
-        )
-    return logits
-
-
-def refuse(points: Mapping[str, nn.Module], name: str) -> NoReturn:
-    """Say of a name that is no hook point what would be one.
-
-    Raises:
-        InputError: with the nearest names.
-    """
-    found, _ = select_names(points, name)
-    raise InputError(f"{name} is in every block; name one: {', '.join(found[:3])}")
-
-
-def capture(
-    at: Attached,
-    points: Mapping[str, nn.Module],
-    owned: Mapping[int, nn.Module],
-    hooks: list[str],
-    captured: dict[str, Tensor],
-) -> None:
-    """Keep the tensors, on the graph, at hook points; ``owned`` as from :func:`owners`."""
-    for name in hooks:
-        if name not in points:
-            refuse(points, name)
-        point = points[name]
-
-        def keep(point: Any, x: Any, name: str = name) -> None:
-            if not isinstance(x, Tensor):
-                raise InputError(f"{name} holds a {type(x).__name__} and no activations")
-            x = converted(point, x)
-            before = captured.get(name)
-            if before is None:
-                captured[name] = x
-            elif before.shape != x.shape:
-                raise InputError(
-                    f"{name} fires for two sequences, of {before.shape[1]} and {x.shape[1]} "
-                    "positions, in one pass; explain a hook point that fires for one"
-                )
-            else:
-                captured[name] = before + x if isinstance(point, ExpertPoint) else x
-
-        def before_it(
-            _: nn.Module, args: Any, kwargs: Any, keep: Any = keep, point: Any = point
-        ) -> None:
-            keep(point, given(args, kwargs))
-
-        def at_it(point: nn.Module, args: Any, x: Any, keep: Any = keep) -> None:
-            keep(point, x)
-
-        owner = owned.get(id(point)) if is_total(name) else None
-        if owner is not None:  # the residual stream itself, as the readers see it
-            at.first_pre_hook(owner, before_it, with_kwargs=True)
-        else:
-            listen(at, point, [name], at_it)
-
-
-def keep_uncapped(
-    at: Attached, model: TransformerBridge, parts: Parts, captured: dict[str, Tensor]
-) -> None:
-    """Keep what the unembedding returns, where a soft-cap makes the logits of it."""
-    cap = getattr(model.cfg, "output_logits_soft_cap", None)
-    for _, module in parts if cap and float(cap) > 0 else ():
-        if isinstance(module, UnembeddingBridge):
-
-            def unembedded(_: nn.Module, args: tuple[Any, ...], x: Tensor) -> None:
-                captured[UNCAPPED] = x
-
-            at.hook(module, unembedded)
-
-
-@contextmanager
-def undone(at: Attached) -> Iterator[Attached]:
-    """What ``at`` has attached is undone at the end, also after an interrupt."""
-    try:
-        try:
-            yield at
-        finally:
-            raise_failed(undo_all(at.undo))
-    finally:
-        undo_all(at.undo)
-
-
-def parts_of(target: Target) -> tuple[Target, ...]:
-    return target.targets if isinstance(target, PerRow) else (target,)
-
-
-def architecture(model: TransformerBridge) -> str:
-    """The Hugging Face class name of what a bridge wraps."""
-    return type(getattr(model, "original_model", model)).__name__
+    return replaced

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-def prepare(
+def prepare_text(
     model: TransformerBridge,
     text: Any,
     *,
@@ -36,27 +36,14 @@ def prepare(
     Raises:
         InputError: an empty prompt, ids outside the vocabulary, shapes that do not fit.
     """
-    append = append or []
-    if is_encoder_decoder(model):
-        given = prepare_side(
-            model,
-            text,
-            append=[],
-            prepend_bos=prepend_bos,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-        )
-        return _with_decoder(model, given, decoder_input, append)
-    if decoder_input is not None:
+    append, two_stacks = append or [], is_encoder_decoder(model)
+    if decoder_input is not None and not two_stacks:
         raise InputError("decoder_input is for encoder-decoders; this model has no decoder of it")
-    return prepare_side(
-        model,
-        text,
-        append=append,
-        prepend_bos=prepend_bos,
-        attention_mask=attention_mask,
-        inputs_embeds=inputs_embeds,
-    )
+    texts = prepare_side(
+        model, text, append=[] if two_stacks else append, prepend_bos=prepend_bos,
+        attention_mask=attention_mask, inputs_embeds=inputs_embeds,
+    )  # fmt: skip
+    return _with_decoder(model, texts, decoder_input, append) if two_stacks else texts
 
 
 def is_encoder_decoder(model: TransformerBridge) -> bool:
@@ -75,10 +62,10 @@ def decoder_reads_the_text(model: Any) -> bool:
 
 
 def _with_decoder(
-    model: TransformerBridge, given: Batch, decoder_input: Any, append: list[int]
+    model: TransformerBridge, encoder: Batch, decoder_input: Any, append: list[int]
 ) -> Batch:
     """The decoder's rows: its start token and the words given, or a token tensor as it is."""
-    batch = len(given.tokens)
+    batch = len(encoder.tokens)
     config = model.original_model.config
     start = getattr(config, "decoder_start_token_id", None)
     if isinstance(decoder_input, Tensor) or (decoder_input and not _is_text(decoder_input)):
@@ -102,13 +89,13 @@ def _with_decoder(
     require_ids(model, [*rows, append] if append else rows)
     _require_room(model, tokens.shape[1], decoder=True)
     device = _device(model)
-    kwargs = {**given.kwargs, "decoder_input_ids": tokens.to(device)}
+    kwargs = {**encoder.kwargs, "decoder_input_ids": tokens.to(device)}
     if not bool(mask.all()):
         kwargs["decoder_attention_mask"] = mask.long().to(device)
     given_texts = [decoder_input] * batch if isinstance(decoder_input, str) else decoder_input
     texts = given_texts if _is_text(given_texts) else None
     decoder = Batch(tokens.to(device), mask.to(device), lengths, texts=texts)
-    return replace(given, kwargs=kwargs, decoder=decoder)
+    return replace(encoder, kwargs=kwargs, decoder=decoder)
 
 
 def _is_text(value: Any) -> bool:
@@ -126,7 +113,7 @@ def prepare_side(
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
 ) -> Batch:
-    """What :func:`prepare` does for one stack."""
+    """What `prepare_text` does for one stack."""
     if inputs_embeds is not None:
         return _from_embeddings(model, text, inputs_embeds, attention_mask, append)
     if isinstance(text, Tensor | list) and _is_empty(text):
@@ -196,19 +183,19 @@ def _tokenize(
     return [token_row(model, text, prepend_bos) for text in texts]
 
 
-def token_row(model: TransformerBridge, given: Any, prepend_bos: bool | None) -> list[int]:
+def token_row(model: TransformerBridge, prompt: Any, prepend_bos: bool | None) -> list[int]:
     """The token ids of one prompt: a string, or ids as they are.
 
     Raises:
         InputError: nothing in it, no tokenizer for a string, or it is neither.
     """
-    if isinstance(given, str):
+    if isinstance(prompt, str):
         if model.tokenizer is None:
             raise InputError("this model has no tokenizer: give a token tensor [batch, pos]")
-        return tokenize(model, given, prepend_bos) if given else []
-    if not isinstance(given, list | tuple | Tensor):
-        raise InputError(f"a prompt is a string or token ids, not {type(given).__name__}")
-    tokens, _ = _as_tensor(given, None) if len(given) else (torch.zeros(1, 0).long(), None)
+        return tokenize(model, prompt, prepend_bos) if prompt else []
+    if not isinstance(prompt, list | tuple | Tensor):
+        raise InputError(f"a prompt is a string or token ids, not {type(prompt).__name__}")
+    tokens, _ = _as_tensor(prompt, None) if len(prompt) else (torch.zeros(1, 0).long(), None)
     if len(tokens) != 1:
         raise InputError(f"one prompt is one row of token ids, not {list(tokens.shape)}")
     row: list[int] = tokens[0].tolist()
@@ -232,11 +219,11 @@ def _as_tensor(text: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor
         tokens = torch.as_tensor(text)
     except (TypeError, ValueError) as error:
         raise InputError("input must be strings or a token tensor [batch, pos]") from error
-    given = tokens
+    ids = tokens
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise InputError(
-            f"a token tensor is integers [batch, pos], not {given.dtype} {list(given.shape)}"
+            f"a token tensor is integers [batch, pos], not {ids.dtype} {list(ids.shape)}"
         )
     return tokens, _as_mask(attention_mask, tokens)
 

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lenslrp.batch import Batch
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.patches import Embedder, below, embedders
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.leaf_modules import MediaEmbedder, media_embedders, sites_before_sequence
 from lenslrp.hooks.sites import Site, has_values
-from lenslrp.inputs import Batch
-
-Parts = list[tuple[str, nn.Module]]
+from lenslrp.hooks.structure import NamedModules
 
 
 @dataclass
@@ -50,10 +49,27 @@ class Leaves:
         return [leaf for group in self.groups().values() for leaf in group]
 
 
+def cut_inputs(
+    at: Attached,
+    parts: NamedModules,
+    embedded: list[tuple[nn.Module, bool]],
+    leaves: Leaves,
+    batch: Batch,
+    sites: list[Site],
+    kind: str = "pixels",
+) -> dict[str, Tensor]:
+    """Make all leaves of a batch; returns the images and sounds that the forward pass is given."""
+    inputs = dict(batch.media)
+    if inputs:
+        inputs = cut_media(at, parts, leaves, sites, inputs, kind)
+    cut_leaves(at, embedded, leaves, batch)  # positions, too, of given embeddings
+    return inputs
+
+
 def cut_leaves(
     at: Attached, embedded: Iterable[tuple[nn.Module, bool]], leaves: Leaves, prepared: Batch
 ) -> None:
-    """Make the outputs of the embeddings (see :func:`embeddings`) leaves of the graph.
+    """Make the outputs of the embeddings (see `embeddings`) leaves of the graph.
 
     An encoder embeds its tokens, then its positions, before the decoder does. Tokens that a model
     adds by itself (LED fills up its last window with padding) are no input, and no leaves.
@@ -65,20 +81,20 @@ def cut_leaves(
         def cut(
             _: nn.Module, args: tuple[Any, ...], out: Tensor, position: bool = position
         ) -> Tensor:
-            kept = leaves.positions if position else leaves.tokens
+            group = leaves.positions if position else leaves.tokens
             if two_stacks and (leaves.decoder_tokens if position else leaves.tokens):
-                kept = leaves.decoder_positions if position else leaves.decoder_tokens
+                group = leaves.decoder_positions if position else leaves.decoder_tokens
             leaf = out.detach()
             if not position and leaf.ndim == 3 and leaf.shape[:2] not in sides:
                 return leaf
-            if kept is leaves.decoder_tokens and not kept and not _reads(args, prepared.decoder):
+            if group is leaves.decoder_tokens and not group and not _reads(args, prepared.decoder):
                 return leaf
             if leaf.ndim == 2:  # positions without a batch
                 leaf = leaf[None]
             if leaf.shape[0] == 1 and batch > 1:
                 leaf = leaf.expand(batch, *leaf.shape[1:])
             leaf = leaf.clone().requires_grad_()
-            kept.append(leaf)
+            group.append(leaf)
             return leaf
 
         at.hook(inner, cut)
@@ -94,7 +110,7 @@ def _reads(args: tuple[Any, ...], decoder: Batch | None) -> bool:
 
 def cut_media(
     at: Attached,
-    parts: Parts,
+    parts: NamedModules,
     leaves: Leaves,
     sites: list[Site],
     media: Mapping[str, Tensor],
@@ -106,16 +122,16 @@ def cut_media(
         sites: those of the rules in force: what runs below patches is then off the path.
         kind: ``"pixels"`` or ``"patches"``.
     """
-    found = embedders(parts)
-    for place in found:
+    patch_embedders = media_embedders(parts)
+    for place in patch_embedders:
         _cut_constants(at, leaves, place)
         at.hook(place.projection, _cut_patches(leaves) if kind == "patches" else _read(leaves))
     if kind == "pixels":
         leaves.inputs.update((n, v.clone().requires_grad_()) for n, v in media.items())
         return dict(leaves.inputs)
-    if not found:
+    if not patch_embedders:
         raise InputError('leaves="patches": this model has no patch embedding; use "pixels"')
-    for site in below(parts, sites):
+    for site in sites_before_sequence(parts, sites):
         site.cut = True
     return dict(media)
 
@@ -141,7 +157,7 @@ def _read(leaves: Leaves) -> Callable[..., None]:
     return read
 
 
-def _cut_constants(at: Attached, leaves: Leaves, place: Embedder) -> None:
+def _cut_constants(at: Attached, leaves: Leaves, place: MediaEmbedder) -> None:
     """Shadow the owner's parameters by leaves with a row for each image, while it runs."""
     owner = place.owner
     if owner is None:
@@ -154,20 +170,20 @@ def _cut_constants(at: Attached, leaves: Leaves, place: Embedder) -> None:
         return rows.clone().requires_grad_()
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        images.append(len(given))
+        images_in = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        images.append(len(images_in))
         for name in (*place.special, *place.positions):
             value = owner._parameters.get(name)
             if value is None:
                 continue
-            made = leaf(value, len(given))
-            owner.__dict__[name] = made
+            copy = leaf(value, len(images_in))
+            owner.__dict__[name] = copy
             added.append(name)
             if name in place.special:
-                leaves.special.append(made)
-                leaves.special_names += [place.special[name]] * made.shape[1]
+                leaves.special.append(copy)
+                leaves.special_names += [place.special[name]] * copy.shape[1]
             else:
-                leaves.patch_positions.append(made)
+                leaves.patch_positions.append(copy)
 
     def restore(*_: Any) -> None:
         while added:
@@ -175,9 +191,9 @@ def _cut_constants(at: Attached, leaves: Leaves, place: Embedder) -> None:
 
     def embedded(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         rows = out.detach().reshape(-1, *out.shape[-2:])  # one for all images, or one for each
-        made = rows.expand(max(images[-1], len(rows)), -1, -1).clone().requires_grad_()
-        leaves.patch_positions.append(made)
-        return made
+        copy = rows.expand(max(images[-1], len(rows)), -1, -1).clone().requires_grad_()
+        leaves.patch_positions.append(copy)
+        return copy
 
     at.pre_hook(owner, before, with_kwargs=True)
     at.hook(owner, restore)

@@ -1,7 +1,10 @@
 """The ledger: an account of the whole target, each term measured at its own site.
 
+Relevance is conserved from layer to layer (Bach et al., PLOS ONE 2015), apart from what a rule
+absorbs on purpose: biases and stabilisers, and the softmax rule's own term (Achtibat et al., ICML
+2024). Each is reported where it happens:
 ``target = leaves + biases + softmax + positional + stabiliser + plain + nonlinear_target``. No term
-is a remainder; ``error`` is what the account misses (DESIGN promise 4, RULES section 2).
+is a remainder; ``error`` is what the account misses.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lenslrp.hooks.sites import TERMS, Accounts, widest
+from lenslrp.hooks.sites import LEDGER_TERMS, Accounts, widest
 
 BALANCED = {
     torch.float64: 1e-5,  # where a model computes in float32: 1e-6; elsewhere 1e-14
@@ -24,7 +27,7 @@ BALANCED = {
     torch.bfloat16: 2e-1,
     torch.float16: 3e-2,
 }
-"""What the books may miss, relative to their largest entry: nearly twice and more of what right
+"""What an account may miss, relative to its largest entry: nearly twice and more of what right
 passes miss (``benchmarks/balance.py``: at most 2.5e-6, 1.1e-1 and 1.1e-2 in the last three)."""
 
 
@@ -32,8 +35,16 @@ passes miss (``benchmarks/balance.py``: at most 2.5e-6, 1.1e-1 and 1.1e-2 in the
 class Ledger:
     """Where the target went, in the target's unit (logits), summed over the batch.
 
+    Printed, it is a column of numbers; in a notebook, a table.
+
+    Examples:
+        >>> account = R.ledger()
+        >>> account.error  # what the account misses, relative to the target
+        -4.9e-07
+        >>> account.table.loc["5", ["resid_out", "resid_in", "biases"]]  # one block
+
     Attributes:
-        target: the value that was explained.
+        target: the value that was explained, as a sum over the rows.
         leaves: relevance that arrived at token (and position) embeddings.
         biases: what biases absorbed.
         softmax: what the softmax rule leaked, R(pattern) - R(scores) summed over layers.
@@ -41,7 +52,6 @@ class Ledger:
         stabiliser: what stabilisers and saturated soft-caps took.
         plain: what operations marked plain lost (negative: gained).
         nonlinear_target: what a target that is not linear in the logits adds.
-        error: (target - sum of the terms) / |target|, signed.
         table: the same per layer; ``resid_out = resid_in + terms`` in each row, and its error.
     """
 
@@ -57,13 +67,14 @@ class Ledger:
 
     @property
     def accounted(self) -> float:
-        terms = sum(getattr(self, term) for term in TERMS)
+        """The sum of the terms: the target, up to rounding."""
+        terms = sum(getattr(self, term) for term in LEDGER_TERMS)
         return float(self.leaves + terms + self.nonlinear_target)
 
     @property
     def largest(self) -> float:
         """The largest entry: rounding goes by it, not by the target."""
-        return max(abs(float(getattr(self, term))) for term in ("target", "leaves", *TERMS))
+        return max(abs(float(getattr(self, term))) for term in ("target", "leaves", *LEDGER_TERMS))
 
     @property
     def imbalance(self) -> float:
@@ -72,12 +83,16 @@ class Ledger:
 
     @property
     def error(self) -> float:
-        # Relative to the largest entry, where the target itself is (nearly) zero.
+        """(target - sum of the terms) / |target|, signed.
+
+        Relative to the largest entry, where the target itself is (nearly) zero.
+        """
         largest = self.largest
         scale = abs(self.target) if abs(self.target) > 1e-6 * largest else largest
         return (self.target - self.accounted) / scale if scale else 0.0
 
     def to_dict(self) -> dict[str, Any]:
+        """The terms by name, and the error; without the table."""
         numbers = {k: v for k, v in asdict(self).items() if k != "table"}
         return {**numbers, "error": self.error}
 
@@ -92,21 +107,25 @@ class Ledger:
         return html
 
 
-def read(tensors: Iterable[Tensor]) -> list[float]:
+def read_sums(tensors: Iterable[Tensor]) -> list[float]:
     """The sum of each tensor, with one transfer a device: the host waits for a GPU only here."""
     flat = [x.detach().reshape(-1).to(widest(x)) for x in tensors]
     numbers: dict[int, float] = {}
     for device in dict.fromkeys(x.device for x in flat):
-        own = [i for i, x in enumerate(flat) if x.device == device]
-        values = iter(torch.cat([flat[i] for i in own]).tolist())
-        numbers.update((i, math.fsum(islice(values, len(flat[i])))) for i in own)
+        indices = [i for i, x in enumerate(flat) if x.device == device]
+        values = iter(torch.cat([flat[i] for i in indices]).tolist())
+        numbers.update((i, math.fsum(islice(values, len(flat[i])))) for i in indices)
     return [numbers[i] for i in range(len(flat))]
 
 
 def make_ledger(
-    books: Accounts, values: Tensor, arrived: Sequence[Tensor], begun: Sequence[Tensor], layers: int
+    accounts: Accounts,
+    values: Tensor,
+    arrived: Sequence[Tensor],
+    at_roots: Sequence[Tensor],
+    layers: int,
 ) -> Ledger:
-    """Close the books of one backward pass.
+    """Close the account of one backward pass.
 
     Args:
         values: the explained values, [batch].
@@ -117,28 +136,28 @@ def make_ledger(
     named: list[tuple[Any, Tensor]] = [
         ("target", values),
         *(("leaves", amount) for amount in arrived),
-        *(("start", amount) for amount in begun),
-        *((key, amount) for key, amounts in books.reported.items() for amount in amounts),
-        *books.flows.items(),
+        *(("start", amount) for amount in at_roots),
+        *((key, amount) for key, amounts in accounts.reported.items() for amount in amounts),
+        *accounts.flows.items(),
     ]
-    found: dict[Any, float] = {"leaves": 0.0, "start": 0.0}
-    for (key, _), value in zip(named, read(tensor for _, tensor in named), strict=True):
-        found[key] = found.get(key, 0.0) + value
-    target, leaves, start = found["target"], found["leaves"], found["start"]
-    totals = dict.fromkeys(TERMS, 0.0)
+    sums: dict[Any, float] = {"leaves": 0.0, "start": 0.0}
+    for (key, _), value in zip(named, read_sums(tensor for _, tensor in named), strict=True):
+        sums[key] = sums.get(key, 0.0) + value
+    target, leaves, start = sums["target"], sums["leaves"], sums["start"]
+    totals = dict.fromkeys(LEDGER_TERMS, 0.0)
     per_layer: dict[tuple[int | None, str], float] = {}
-    for key in books.reported:
+    for key in accounts.reported:
         term, layer, _ = key
-        totals[term] += found[key]
-        per_layer[layer, term] = per_layer.get((layer, term), 0.0) + found[key]
+        totals[term] += sums[key]
+        per_layer[layer, term] = per_layer.get((layer, term), 0.0) + sums[key]
     rows: list[dict[str, Any]] = []
     for layer in range(layers):
-        into, out = (found.get((layer, side)) for side in ("in", "out"))
+        into, out = (sums.get((layer, side)) for side in ("in", "out"))
         if into is None:
             continue
-        terms = {term: per_layer.get((layer, term), 0.0) for term in TERMS}
+        terms = {term: per_layer.get((layer, term), 0.0) for term in LEDGER_TERMS}
         if out is None:  # a block that hands out a list fires no hook_out
-            out = found.get((layer + 1, "in"))
+            out = sums.get((layer + 1, "in"))
         if out is None:  # a latent target inside a block: relevance starts there, never left it
             out = start
         missed = out - into - sum(terms.values())
@@ -152,7 +171,7 @@ def make_ledger(
         return Ledger(
             target=target, leaves=leaves, **totals, nonlinear_target=target - start, table=table
         )
-    outside = {term: per_layer.get((None, term), 0.0) for term in TERMS}
+    outside = {term: per_layer.get((None, term), 0.0) for term in LEDGER_TERMS}
     first = rows[0]["resid_in"] if rows else start - sum(outside.values())
     last = rows[-1]["resid_out"] if rows else first
     # Outside the blocks: final norm and unembedding above, embeddings below.

@@ -1,23 +1,27 @@
-"""Where logits are computed: at every position, or only where a target reads them.
+"""Logits: what targets read of them, and where they are computed.
 
 The unembedding of one position costs as much as a large part of a block, and its output is the
-largest tensor of a pass. What is read at the target alone is the same to rounding.
+largest tensor of a pass. So logits are computed at every position, or only where a target reads
+them; what is read there is the same to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from lenslrp.batch import Batch
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.components import UnembeddingBridge
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.state import users_hooks
-from lenslrp.targets import Outputs, PerRow, Target
+from lenslrp.text.names import Token, class_id, token_id
+from lenslrp.text.spelling import str_token
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -28,9 +32,119 @@ Columns = Int[Tensor, "batch n"]
 
 
 def require_logits(logits: str) -> None:
-    """Refuse another choice than those of :data:`LOGITS`."""
+    """Refuse another choice than those of `LOGITS`."""
     if logits not in LOGITS:
         raise InputError(f"logits must be one of {LOGITS}, not {logits!r}")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a target is computed from.
+
+    Attributes:
+        logits: the model's logits, through which gradients flow.
+        batch: what was run, which says where a position is; the logits are of what it has
+            ``written``.
+        tokenizer: the model's tokenizer, or ``None``.
+        activation: gives the tensor at a hook point that was asked for, on the graph.
+        labels: names of a classifier's classes, ``None`` for other models. Its logits are
+            [batch, class] and have no positions.
+        columns: where the logits are, if they are not at every position.
+    """
+
+    logits: Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch class"]
+    batch: Batch
+    tokenizer: Any
+    activation: Callable[[str], Tensor]
+    labels: dict[int, str] | None = None
+    columns: Int[Tensor, "batch n"] | None = None
+
+    def token(self, token: Token) -> int:
+        """The column of a token, or of a class, in the logits.
+
+        Raises:
+            InputError: no token of the tokenizer, or an id outside the vocabulary.
+        """
+        if self.labels is not None:
+            return class_id(self.labels, token, self.logits.shape[-1])
+        return token_id(self.tokenizer, token, self.logits.shape[-1])
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch pos"]:
+        """True where a token of the text that the logits belong to is real."""
+        return self.batch.written.mask.to(self.logits.device)
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """Real tokens of each row's prompt; what follows is a teacher-forced target."""
+        return self.batch.written.prompt_lengths
+
+    def at(self, position: int) -> Int[Tensor, " batch"]:
+        """The column of the logits at ``position`` in each row.
+
+        Raises:
+            InputError: a position outside a row.
+        """
+        return self.batch.written.columns(position)
+
+    def row(self, row: int) -> Outputs:
+        """The outputs of one row, as a batch of one: other rows may be shorter."""
+        one = slice(row, row + 1)
+        return replace(
+            self,
+            logits=self.logits[one],
+            batch=self.batch.texts_of(row),
+            columns=None if self.columns is None else self.columns[one],
+            activation=lambda hook: self.activation(hook)[one],
+        )
+
+    def place(self, position: int) -> str:
+        """What a target's text says of its position: nothing where there is none."""
+        return "" if self.logits.ndim == 2 else f" at position {position}"
+
+    def rows_at(self, position: int) -> Float[Tensor, "batch vocab"]:
+        """The logits at one position of each row; a classifier has but one.
+
+        Raises:
+            InputError: a position outside a row.
+        """
+        if self.logits.ndim == 2:
+            if position != -1:
+                raise InputError(f"a classifier's logits have no positions; {position} was given")
+            return self.logits
+        return self.logits_at(self.at(position)[:, None])[:, 0]
+
+    def logits_at(self, columns: Int[Tensor, "batch n"]) -> Float[Tensor, "batch n vocab"]:
+        """The logits at columns of each row."""
+        if self.columns is not None:  # the logits are of these columns
+            same = self.columns[:, None, :] == columns[:, :, None].to(self.columns.device)
+            columns = same.int().argmax(dim=2)
+        rows = torch.arange(len(self.logits), device=self.logits.device)[:, None]
+        return self.logits[rows, columns.to(self.logits.device)]
+
+    def span(self, length: int) -> Int[Tensor, "batch length"]:
+        """The columns that predict ``length`` tokens after each row's prompt."""
+        return self.batch.written.span(length)
+
+
+@runtime_checkable
+class Target(Protocol):
+    """Anything with a text and a value per batch row."""
+
+    def values(self, outputs: Outputs) -> Float[Tensor, " batch"]:
+        """What is explained in each row, on the autograd graph."""
+
+    def text(self, outputs: Outputs) -> str:
+        """What a cache says was explained."""
+
+
+def shown(outputs: Outputs, token: Token) -> str:
+    """A token, or a class, as a target's text names it."""
+    if outputs.labels is not None and isinstance(token, int):
+        return repr(outputs.labels.get(token, token))
+    if isinstance(token, str) or outputs.tokenizer is None:
+        return repr(token)
+    return repr(str_token(outputs.tokenizer, token))
 
 
 def columns_of(targets: Iterable[Target], outputs: Outputs) -> Columns | None:
@@ -43,24 +157,20 @@ def columns_of(targets: Iterable[Target], outputs: Outputs) -> Columns | None:
     Raises:
         InputError: a position outside a row.
     """
-    found: dict[tuple[int, ...], Columns] = {}
+    distinct: dict[tuple[int, ...], Columns] = {}
     for target in targets:
-        columns = _columns(target, outputs)
+        columns = columns_read(target, outputs)
         if columns is None:
             return None
         for column in columns.unbind(dim=1):
-            found[tuple(column.tolist())] = column
-    return torch.stack(list(found.values()), dim=1)
+            distinct[tuple(column.tolist())] = column
+    return torch.stack(list(distinct.values()), dim=1)
 
 
-def _columns(target: Target, outputs: Outputs) -> Columns | None:
-    if not isinstance(target, PerRow):
-        columns = getattr(target, "columns", None)
-        return None if columns is None else columns(outputs)
-    rows = [_columns(part, outputs.row(row)) for row, part in enumerate(target.targets)]
-    if any(row is None for row in rows):
-        return None
-    return torch.cat([row for row in rows if row is not None])
+def columns_read(target: Target, outputs: Outputs) -> Columns | None:
+    """The columns that one target reads; ``None`` where it reads all, or does not say."""
+    columns = getattr(target, "columns", None)
+    return None if columns is None else columns(outputs)
 
 
 def head_component(model: TransformerBridge) -> nn.Module | None:
@@ -101,7 +211,7 @@ def at_columns(x: Tensor, columns: Columns) -> Tensor:
 
 
 def spread(x: Tensor, columns: Columns, length: int) -> Tensor:
-    """The inverse of :func:`at_columns`: 0 at the positions that were not picked."""
+    """The inverse of `at_columns`: 0 at the positions that were not picked."""
     rows = torch.arange(len(x), device=x.device)[:, None]
     full = x.new_zeros(len(x), length, *x.shape[2:])
     full[rows, columns.to(x.device)] = x

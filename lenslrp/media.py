@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lenslrp.batch import Batch
 from lenslrp.errors import InputError
-from lenslrp.inputs import Batch
-from lenslrp.inputs import prepare as prepare_text
+from lenslrp.inputs import prepare_text
 from lenslrp.leaves import Leaves
 
 if TYPE_CHECKING:
@@ -38,15 +38,20 @@ def reads_no_text(model: TransformerBridge) -> bool:
     return main_input(model) in LAYOUTS
 
 
-def prepare(
+def floats_given(*floats: Tensor | None) -> dict[str, Tensor]:
+    """The float inputs that are not ``None``, by name, in the order of ``LAYOUTS``."""
+    return {name: x for name, x in zip(LAYOUTS, floats, strict=True) if x is not None}
+
+
+def prepare_batch(
     model: TransformerBridge, text: Any, media: Mapping[str, Tensor], **tokens: Any
 ) -> Batch:
     """Everything that was given, ready for the forward pass.
 
-    ``tokens`` are the keywords of :func:`lenslrp.inputs.prepare`.
+    ``tokens`` are the keywords of `lenslrp.inputs.prepare`.
 
     Raises:
-        InputError: see there, :func:`prepare_media` and :func:`check_media`.
+        InputError: see there, `prepare_media` and `check_media`.
     """
     if reads_no_text(model):
         for name in ("append", "attention_mask", "inputs_embeds", "decoder_input"):
@@ -59,21 +64,21 @@ def prepare(
     return replace(prepared, media=check_media(model, media)) if media else prepared
 
 
-def prepare_media(model: TransformerBridge, given: Any, media: Mapping[str, Tensor]) -> Batch:
+def prepare_media(model: TransformerBridge, floats: Any, media: Mapping[str, Tensor]) -> Batch:
     """The batch of a model that reads an image or a sound and no text.
 
     Raises:
         InputError: text or tokens, nothing at all, or a tensor that does not fit.
     """
     name, kind = main_input(model), type(model.original_model).__name__
-    if isinstance(given, Tensor) and given.is_floating_point():
+    if isinstance(floats, Tensor) and floats.is_floating_point():
         if name in media:
             raise InputError(f"give {name} once: as input or by its name, not both")
-        media = {name: given, **media}
-    elif given is not None:
-        what = "text" if isinstance(given, str | list) else type(given).__name__
-        what = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else what
-        raise InputError(f"{kind} reads {_wanted(model, name)}, not {what}: give {name}=")
+        media = {name: floats, **media}
+    elif floats is not None:
+        got = "text" if isinstance(floats, str | list) else type(floats).__name__
+        got = f"{floats.dtype} {list(floats.shape)}" if isinstance(floats, Tensor) else got
+        raise InputError(f"{kind} reads {_wanted(model, name)}, not {got}: give {name}=")
     if name not in media:
         raise InputError(f"{kind} reads {_wanted(model, name)}: give {name}=")
     checked = check_media(model, media)
@@ -113,17 +118,17 @@ def check_media(model: TransformerBridge, media: Mapping[str, Tensor]) -> dict[s
     return checked
 
 
-def check_kwargs(model: TransformerBridge, given: Mapping[str, Any], prepared: Batch) -> None:
+def check_kwargs(model: TransformerBridge, kwargs: Mapping[str, Any], prepared: Batch) -> None:
     """What else a forward pass is given must be what it takes, and no leaf.
 
     Raises:
         InputError: naming what it does not take, or what has a keyword of its own here.
     """
-    if not given:
+    if not kwargs:
         return
     takes = inspect.signature(model.original_model.forward).parameters
     kind = type(model.original_model).__name__
-    for name, value in given.items():
+    for name, value in kwargs.items():
         if name not in takes:
             raise InputError(f"{kind} takes no {name}; it takes {', '.join(takes)}")
         if name in prepared.kwargs or name in LAYOUTS or name in ("input_ids", "use_cache"):

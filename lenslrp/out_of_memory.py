@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from lenslrp.batch import Batch
 from lenslrp.errors import FAILURES, LensLRPError, OutOfMemoryError, first_line, is_out_of_memory
-from lenslrp.inputs import Batch
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-GIB = 2**30
 
 logger = logging.getLogger("lenslrp")
 
@@ -29,7 +28,7 @@ def explained_oom(model: TransformerBridge, batch: Batch, **options: Any) -> Ite
     Args:
         model: a ``TransformerBridge``.
         batch: what is explained.
-        options: of :func:`lenslrp.run_with_relevance`, as the pass has them: ``composite``,
+        options: of `lenslrp.run_with_relevance`, as the pass has them: ``composite``,
             ``names_filter``, ``reduce``, ``attention``, ``checkpoint``, ``ledger`` (and
             ``logits``, where the caller has that choice).
 
@@ -57,14 +56,14 @@ def _message(
         choices = [choice for choice in choices if "attention" not in choice[1]]
         lowered.pop("attention", None)
         least = _estimate(inner, batch, 1, {**options, **lowered}) if choices else None
-    told = [text for text, _ in choices]
+    texts = [text for text, _ in choices]
     needs = ""
     if now:
         needs = f" It needs {_size(now[0])} besides {_size(now[1])} of weights (lenslrp.survey)."
     less = f" With all of these lowered it needs {_size(least[0])}." if least else ""
     lower = (
-        f"Not lowered yet: {', '.join(told)}.{less}"
-        if told
+        f"Not lowered yet: {', '.join(texts)}.{less}"
+        if texts
         else "Its options are as low as they go: give a shorter input, load the model in a smaller "
         "type, or spread it over devices (n_devices)."
     )
@@ -81,18 +80,18 @@ def _message(
 def _choices(options: Mapping[str, Any], rows: int) -> list[tuple[str, dict[str, Any]]]:
     """What is not lowered yet, as it is told and as options."""
     names, reduce = options.get("names_filter"), options.get("reduce")
-    found: list[tuple[str, dict[str, Any]]] = []
+    remedies: list[tuple[str, dict[str, Any]]] = []
     if rows > 1:
-        found.append((f"the batch ({rows} rows at once)", {}))
+        remedies.append((f"the batch ({rows} rows at once)", {}))
     if not options.get("checkpoint"):
-        found.append(("checkpoint=True", {"checkpoint": True}))
+        remedies.append(("checkpoint=True", {"checkpoint": True}))
     if options.get("attention", "bridge") == "bridge":
-        found.append(('attention="fused"', {"attention": "fused"}))
+        remedies.append(('attention="fused"', {"attention": "fused"}))
     if reduce is None and (names is None or names):
-        found.append(('reduce="sum" (or fewer hooks, names_filter=[...])', {"reduce": "sum"}))
+        remedies.append(('reduce="sum" (or fewer hooks, names_filter=[...])', {"reduce": "sum"}))
     if options.get("logits") == "all":
-        found.append(('logits="target"', {"logits": "target"}))
-    return found
+        remedies.append(('logits="target"', {"logits": "target"}))
+    return remedies
 
 
 def _estimate(
@@ -104,7 +103,7 @@ def _estimate(
     if batch.media and batch.tokens.numel():
         return None  # a survey reads tokens or an image, not both
     try:
-        found = survey(
+        estimate = survey(
             copy.deepcopy(model.config),
             architecture=type(model).__name__,
             batch=rows,
@@ -116,8 +115,8 @@ def _estimate(
     except (LensLRPError, *FAILURES) as error:
         logger.info("no estimate of what the pass needs: %s", first_line(error))
         return None
-    return found.peak, found.weights
+    return estimate.peak, estimate.weights
 
 
 def _size(count: int) -> str:
-    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

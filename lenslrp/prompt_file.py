@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from lenslrp.errors import InputError
-from lenslrp.explaining import NOTHING
+from lenslrp.explaining import NO_INPUT
 
-SUFFIXES = (".jsonl", ".txt")
+TEXT_FILES = (".jsonl", ".txt")
 STDIN = Path("-")
 
 
@@ -24,8 +24,8 @@ def lines_of(path: Path) -> Iterator[bytes]:
     if path == STDIN:
         yield from sys.stdin.buffer
         return
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path.name}: a file of prompts is one of {', '.join(SUFFIXES)}, or -")
+    if path.suffix not in TEXT_FILES:
+        raise InputError(f"{path.name}: a file of prompts is one of {', '.join(TEXT_FILES)}, or -")
     try:
         file: IO[bytes] = path.open("rb")
     except OSError as error:
@@ -39,7 +39,7 @@ def prompts_of(path: Path, default: Any = None) -> Iterator[tuple[Any, Any]]:
 
     A line of text is a prompt. A line of ``.jsonl`` is an object with ``prompt`` (a string) or
     ``messages`` (a conversation) and, if given, ``target``: a string, or a token id. Lines of
-    standard input are either. A damaged line gives an :class:`InputError` in place of its prompt,
+    standard input are either. A damaged line gives an `InputError` in place of its prompt,
     an empty one nothing.
 
     Args:
@@ -49,7 +49,7 @@ def prompts_of(path: Path, default: Any = None) -> Iterator[tuple[Any, Any]]:
         try:
             text = line.decode("utf-8-sig" if number == 0 else "utf-8").rstrip("\r\n")
             if not text.strip():
-                yield NOTHING, default
+                yield NO_INPUT, default
             elif path.suffix == ".txt" or (path == STDIN and not text.lstrip().startswith("{")):
                 yield text, default
             else:

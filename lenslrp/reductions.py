@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attach import layer_of
 from lenslrp.hooks.sites import dots, widened
+from lenslrp.hooks.structure import layer_of
 
 Reducer = Callable[[Tensor], Tensor]
 Reduce = str | Reducer | Mapping[str, str | Reducer | None] | None
@@ -36,21 +36,29 @@ def over_positions(relevance: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TopK:
-    """Keep the k largest by absolute value along the last axis and set the rest to zero.
+    """Keep the k largest by absolute value along the last axis and set the others to zero.
 
-    The result is a sparse tensor of the same shape.
+    For ``reduce=``: relevance of a whole model then takes little memory.
+
+    Args:
+        k: how many entries are kept of each position.
+
+    Examples:
+        >>> lenslrp.TopK(1)(torch.tensor([[1.0, -3.0, 2.0]])).to_dense()
+        tensor([[ 0., -3.,  0.]])
     """
 
     k: int
 
     def __call__(self, relevance: Tensor) -> Tensor:
+        """A sparse tensor of the same shape."""
         k = min(self.k, relevance.shape[-1])
         index = relevance.abs().topk(k, dim=-1).indices
-        kept = torch.zeros_like(relevance).scatter(-1, index, relevance.gather(-1, index))
-        return kept.to_sparse()
+        largest = torch.zeros_like(relevance).scatter(-1, index, relevance.gather(-1, index))
+        return largest.to_sparse()
 
 
-NAMED: Mapping[str, Reducer | None] = {
+REDUCTIONS: Mapping[str, Reducer | None] = {
     "none": None,
     "sum": OverFeatures(),
     "sum_positions": over_positions,
@@ -76,17 +84,17 @@ def check_reduce(reduce: Reduce, hooks: Iterable[str]) -> None:
 
 
 def _one(reduce: str | Reducer | None) -> Reducer | None:
-    if isinstance(reduce, str) and reduce in NAMED:
-        return NAMED[reduce]
+    if isinstance(reduce, str) and reduce in REDUCTIONS:
+        return REDUCTIONS[reduce]
     if reduce is None or callable(reduce):
         return reduce
-    raise InputError(f"reduce must be one of {', '.join(NAMED)} or a function: {reduce!r}")
+    raise InputError(f"reduce must be one of {', '.join(REDUCTIONS)} or a function: {reduce!r}")
 
 
 def reduction_for(reduce: Reduce, name: str) -> Reducer | None:
     """The reducer for one hook name.
 
-    In a dict, a key is a whole hook name, its end (``"mlp.hook_post"``), or ``"*"`` for the rest.
+    In a dict, a key is a whole hook name, its end (``"mlp.hook_post"``), or ``"*"`` for all others.
 
     Raises:
         InputError: a name of a reduction that does not exist.
@@ -102,13 +110,13 @@ def reduction_names(reducers: Mapping[str, Reducer | None], names: Iterable[str]
 
     Hooks whose values keep all of their axes are left out.
     """
-    kept = {name: reducers.get(name) for name in names}
+    by_name = {name: reducers.get(name) for name in names}
     called: dict[int, str] = {}
-    for reducer in {id(reducer): reducer for reducer in kept.values()}.values():
+    for reducer in {id(reducer): reducer for reducer in by_name.values()}.values():
         if reducer is not None and not isinstance(reducer, TopK):
-            known = (name for name, one in NAMED.items() if one == reducer)
+            known = (name for name, one in REDUCTIONS.items() if one == reducer)
             called[id(reducer)] = next(known, "custom")
-    return {name: called[id(r)] for name, r in kept.items() if id(r) in called}
+    return {name: called[id(r)] for name, r in by_name.items() if id(r) in called}
 
 
 class Deliver:

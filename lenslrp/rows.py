@@ -17,7 +17,7 @@ from lenslrp.text.words import Word
 if TYPE_CHECKING:
     from lenslrp.cache import RelevanceCache
 
-OWN = ("tokens", "embeddings", "positions", "token_ids", "attention_mask")
+TEXT = ("tokens", "embeddings", "positions", "token_ids", "attention_mask")
 DECODER = ("decoder_tokens", "decoder_positions", "decoder_token_ids", "decoder_attention_mask")
 IMAGE = ("patches", "patch_positions", "special")
 
@@ -84,11 +84,11 @@ def _one(x: Tensor, row: int) -> Tensor:
 
 def _row(batch: RelevanceCache, row: int) -> RelevanceCache:
     alone = len(batch.tokens) == 1
-    own, written = _Columns(batch.batch, row), _Columns(batch.batch.written, row)
-    if alone and all(len(side.real) == side.width for side in (own, written)):
+    columns, written = _Columns(batch.batch, row), _Columns(batch.batch.written, row)
+    if alone and all(len(side.real) == side.width for side in (columns, written)):
         return batch
     changes: dict[str, Any] = {}
-    for names, span in ((OWN, own), (DECODER, written)):
+    for names, span in ((TEXT, columns), (DECODER, written)):
         for name in names:
             value = getattr(batch, name)
             changes[name] = None if value is None else span.cut(_one(value, row), 1)
@@ -106,7 +106,7 @@ def _row(batch: RelevanceCache, row: int) -> RelevanceCache:
         value = _one(value, row)
         for axis in position_axes(name, value.ndim, batch.reduced.get(name, "")):
             of_encoder = reads_the_encoder(name, keys=axis == 3)
-            value = (own if of_encoder else written).cut(value, axis)
+            value = (columns if of_encoder else written).cut(value, axis)
         return value
 
     return replace(
@@ -117,14 +117,14 @@ def _row(batch: RelevanceCache, row: int) -> RelevanceCache:
         values={name: cut(name, v) for name, v in batch.values.items() if name not in shared},
         activations={k: cut(k, v) for k, v in batch.activations.items() if k not in shared},
         routing={
-            name: (written if name.startswith("decoder") else own).cut(_one(v, row), 1)
+            name: (written if name.startswith("decoder") else columns).cut(_one(v, row), 1)
             for name, v in batch.routing.items()
         },
-        str_tokens=[own.of_list(batch.str_tokens[row])],
+        str_tokens=[columns.of_list(batch.str_tokens[row])],
         decoder_str_tokens=batch.decoder_str_tokens
         and [written.of_list(batch.decoder_str_tokens[row])],
         prompts=batch.prompts[row : row + 1],
-        words_=[own.words(words) for words in batch.words_[row : row + 1]],
+        words_=[columns.words(words) for words in batch.words_[row : row + 1]],
         decoder_words_=[written.words(words) for words in batch.decoder_words_[row : row + 1]],
         target=Explained(batch.target.of(row), batch.target.value[row : row + 1].clone()),
         coverage=replace(batch.coverage, notes=notes),
@@ -139,7 +139,7 @@ def position_axes(name: str, ndim: int, reduced: str) -> tuple[int, ...]:
         name: of the hook point; patterns and scores are [batch, head, query, key], what is pooled
             is [batch, feature], everything else [batch, pos, ...].
         ndim: how many axes the value has.
-        reduced: how it was reduced, by :func:`lenslrp.reductions.reduction_names`.
+        reduced: how it was reduced, by `lenslrp.reductions.reduction_names`.
     """
     if reduced == "sum_positions":  # the sum over axis 1: of a pattern, over its heads
         return (1, 2) if name.endswith(PAIRED) and ndim == 3 else ()

@@ -1,6 +1,6 @@
 """``run_with_relevance``: one forward and one backward pass, relevance at every hook.
 
-Sessions of one call; see :mod:`lenslrp.sessions`.
+Sessions of one call; see `lenslrp.sessions`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from lenslrp.cache import RelevanceCache
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.readers import NamesFilter
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
 from lenslrp.reductions import Reduce
 from lenslrp.sessions import Session
 
@@ -46,8 +46,46 @@ def relevance_for_targets(
 ) -> list[RelevanceCache]:
     """Explain k targets of one input from one forward pass: one cache a target.
 
-    Arguments as for :func:`run_with_relevance`. Targets of several tokens (``Sequence``) extend the
-    prompt, so at most one of them can be given, alone.
+    The forward pass is made once and a backward pass for each target, so that k targets cost less
+    than k calls of `run_with_relevance`.
+
+    Args:
+        model: a ``TransformerBridge``, in eval mode.
+        input: a string, strings, or a token tensor [batch, pos].
+        targets: a list of targets, each as for `run_with_relevance`, for the whole batch. Targets
+            of several tokens (``Sequence``) extend the prompt, so at most one of them can be given,
+            alone.
+        composite: this and what follows: as for `run_with_relevance`.
+        names_filter: likewise.
+        prepend_bos: likewise.
+        reduce: likewise.
+        attention: likewise.
+        checkpoint: likewise.
+        strict: likewise.
+        ledger: likewise.
+        logits: likewise.
+        attention_mask: likewise.
+        inputs_embeds: likewise.
+        decoder_input: likewise.
+        pixel_values: likewise.
+        input_values: likewise.
+        input_features: likewise.
+        leaves: likewise.
+        model_kwargs: likewise.
+
+    Returns:
+        One cache a target, in the order given.
+
+    Raises:
+        InputError: something given cannot be explained; the message says what would be valid.
+        CoverageError: an operation on the path has no rule, or a rule did not fire.
+
+    Examples:
+        >>> paris, rome = lenslrp.relevance_for_targets(
+        ...     model, "The capital of France is", [" Paris", " Rome"]
+        ... )
+        >>> paris.target.text
+        "logit of ' Paris' at position -1"
     """
     with Session(
         model, composite, attention=attention, checkpoint=checkpoint, ledger=ledger, strict=strict,
@@ -86,10 +124,14 @@ def run_with_relevance(
 ) -> tuple[Tensor, RelevanceCache]:
     """Logits, and the relevance of every hook point for a target; mirrors ``run_with_cache``.
 
+    Layer-wise relevance propagation (Bach et al., PLOS ONE 2015) through a transformer: AttnLRP
+    (Achtibat et al., ICML 2024) if no other composite is given. Rules act in the backward pass; the
+    forward pass is the model's own.
+
     Args:
         model: a ``TransformerBridge``, in eval mode.
         input: a string, strings, or a token tensor [batch, pos].
-        target: a token (string or id), a :mod:`lenslrp.targets` object, a list of one per row, or
+        target: a token (string or id), a `lenslrp.targets` object, a list of one per row, or
             ``None`` for the top logit at the last position. A string of several tokens is
             teacher-forced as a ``Sequence``.
         composite: the rules; ``AttnLRP()`` if not given.
@@ -101,7 +143,7 @@ def run_with_relevance(
         attention: ``"bridge"``, or ``"fused"`` for torch's fused kernel (no patterns, no scores).
         checkpoint: recompute each block in the backward pass, for long inputs.
         strict: raise on an operation without a rule; otherwise warn, and say so in ``R.coverage``.
-        ledger: keep the books; ``False`` saves a few per cent.
+        ledger: account for the whole target; ``False`` saves a few per cent.
         logits: ``"all"``, or ``"target"`` to compute logits at the target's positions alone, which
             are returned as [batch, n, vocab] and equal the others to rounding. Where a target, a
             hook at the unembedding or a name under ``unembed`` in ``names_filter`` needs them all,
@@ -127,6 +169,16 @@ def run_with_relevance(
     Raises:
         InputError: something given cannot be explained; the message says what would be valid.
         CoverageError: an operation on the path has no rule, or a rule did not fire.
+        OutOfMemoryError: the passes do not fit; the message says what would need less.
+
+    Examples:
+        >>> logits, R = lenslrp.run_with_relevance(model, "The capital of France is", " Paris")
+        >>> R.str_tokens[0]
+        ['The', ' capital', ' of', ' France', ' is']
+        >>> R.tokens.shape, R["blocks.5.hook_resid_pre"].shape
+        (torch.Size([1, 5]), torch.Size([1, 5, 576]))
+        >>> R.target
+        Explained(text="logit of ' Paris' at position -1")
     """
     with Session(
         model, composite, attention=attention, checkpoint=checkpoint, ledger=ledger, strict=strict,

@@ -1,63 +1,71 @@
 """A session: rules attached to a model once, for as many forward and backward passes as there are.
 
-:func:`lenslrp.run_with_relevance` and :func:`lenslrp.relevance_for_targets` are sessions of one
-call.
+`lenslrp.run_with_relevance` and `lenslrp.relevance_for_targets` are sessions of one call.
 """
 
 from __future__ import annotations
 
-import sys
-import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from threading import get_ident
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from lenslrp import media
+from lenslrp.batch import Batch
 from lenslrp.cache import RelevanceCache
-from lenslrp.errors import CoverageError, InputError
+from lenslrp.errors import InputError
 from lenslrp.explaining import WINDOW, explain
-from lenslrp.forward import architecture, columns_for, parts_of, read_at
+from lenslrp.forward import columns_for, targets_for
+from lenslrp.graph_check import RunAgain, is_conditional, remembered, require_on_path, warn_of
+from lenslrp.held_rules import HeldRules
 from lenslrp.hooks import coverage as cover
-from lenslrp.hooks.attach import Attached
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
-from lenslrp.hooks.install import Rules, require_attention, require_bridge
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.install import require_attention
 from lenslrp.hooks.observing import Observer
-from lenslrp.hooks.readers import NamesFilter, Readers, select_names
-from lenslrp.hooks.rules import Rule
-from lenslrp.hooks.sites import Accounts
-from lenslrp.hooks.structure import unchanged
-from lenslrp.hooks.turns import Turn, turn, turns_of
-from lenslrp.inputs import Batch
-from lenslrp.logits import Columns, at_columns, require_logits
+from lenslrp.hooks.readers import NamesFilter, select_names
+from lenslrp.hooks.rule_types import Rule
+from lenslrp.latent import Activation
+from lenslrp.logits import Columns, Target, at_columns, require_logits
 from lenslrp.out_of_memory import explained_oom
-from lenslrp.passes import Again, Pass, under_rules
-from lenslrp.reductions import Reduce, check_reduce, reduction_for
-from lenslrp.remembered import is_conditional, remembered
-from lenslrp.targets import Activation, Sequence, Target, as_target, require_latent
-from lenslrp.unused import unused, why_unused
+from lenslrp.passes import Pass, under_rules
+from lenslrp.reductions import Reduce, check_reduce
+from lenslrp.running import architecture, read_at
+from lenslrp.targets import parts_of, require_latent
+from lenslrp.unused import unused, withdraw
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
 class Session:
-    """Rules attached to one model; what :func:`session` returns.
+    """Rules attached to one model; what `lenslrp.session` returns.
 
-    The weights are frozen and the rules attached until :meth:`close`: at the end of a ``with``
+    The weights are frozen and the rules attached until `close`: at the end of a ``with``
     block, when the session is collected, or after an interrupt (the next call then attaches them
     again). Hooks of the user's, edits and steering, entered before the session or inside it, take
     part in what is explained; whenever the model's hooks, weights, mode or settings have changed
     since the last call, the rules are attached anew. Between the calls the model runs as ever.
 
     Any thread may call a session, one at a time. Inside the thread that opened it, sessions and
-    :func:`lenslrp.relevance_rules` blocks nest: the innermost is in force.
+    `lenslrp.relevance_rules` blocks nest: the innermost is in force.
+
+    Attributes:
+        model: the model, a ``TransformerBridge``.
+        composite: the table of rules.
+        attention: ``"bridge"`` or ``"fused"``.
+        checkpoint: blocks are recomputed in the backward pass.
+        ledger: the target is accounted for.
+        strict: an operation without a rule is an error.
+        logits: ``"all"`` or ``"target"``, where a call does not say.
+
+    Examples:
+        >>> with lenslrp.session(model) as s:
+        ...     logits, R = s.run_with_relevance("The capital of France is", " Paris")
+        ...     caches = list(s.explain(["Two plus two is", "The sky is"]))
+        >>> len(caches), caches[1].str_tokens[0]
+        (2, ['The', ' sky', ' is'])
     """
 
     def __init__(
@@ -78,53 +86,50 @@ class Session:
         self.composite = as_composite(AttnLRP() if composite is None else composite)
         self.attention, self.checkpoint = attention, checkpoint
         self.ledger, self.strict, self.logits = ledger, strict, logits
-        self.closed = False
-        self._stays = stays  # the model is kept from other threads, which wait for others' blocks
-        self._rules = Rules(model, self.composite, attention, Accounts() if ledger else None)
-        self._fresh = False  # nothing can have changed since the rules were attached
-        self._ways: set[str] = set()
-        self._readers: Readers | None = None
-        self._asked: Any = None
-        self._block: Turn | None = None
-        self._release: weakref.finalize[..., Any] | None = None
-        require_bridge(model)
-        with unchanged(model):
-            self._hold()
+        self._held = HeldRules(model, self.composite, attention, ledger=ledger, stays=stays)
+        self._needs: set[str] = set()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the session has been closed."""
+        return self._held.closed
 
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Detach everything; a second call does nothing."""
-        self.closed = True
-        if self._release is not None:
-            self._release()
+        self._held.close()
 
     def run_with_relevance(
         self,
         input: Any = None,
         target: Any = None,
         names_filter: NamesFilter = None,
-        **given: Any,
+        **options: Any,
     ) -> tuple[Tensor, RelevanceCache]:
-        """As :func:`lenslrp.run_with_relevance`, under the session's rules.
+        """As `lenslrp.run_with_relevance`, under the session's rules.
 
         Args:
-            input, target, names_filter: as there.
-            given: ``prepend_bos``, ``reduce``, ``logits``, ``attention_mask``, ``inputs_embeds``,
+            input: a string, strings, or a token tensor [batch, pos].
+            target: a token, a target, a list of one per row, or ``None`` for the top logit.
+            names_filter: which hook points are read; ``None`` for all on the path.
+            options: ``prepend_bos``, ``reduce``, ``logits``, ``attention_mask``, ``inputs_embeds``,
                 ``decoder_input``, ``pixel_values``, ``input_values``, ``input_features``,
                 ``leaves`` and ``model_kwargs``, as there; ``read``: hook point -> what is called
                 with its activations as they pass in the forward pass.
+
+        Returns:
+            The logits [batch, pos, vocab], detached, and the relevance in units of the target.
+
+        Raises:
+            InputError: the session is closed, or something given cannot be explained.
+            CoverageError: an operation on the path has no rule, or a rule did not fire.
         """
-        logits, caches = self._explain(input, [target], names_filter, **given)
+        logits, caches = self._explain(input, [target], names_filter, **options)
         return logits, caches[0]
 
     def relevance_for_targets(
@@ -132,12 +137,26 @@ class Session:
         input: Any = None,
         targets: list[Any] | tuple[Any, ...] = (None,),
         names_filter: NamesFilter = None,
-        **given: Any,
+        **options: Any,
     ) -> list[RelevanceCache]:
-        """As :func:`lenslrp.relevance_for_targets`, under the session's rules."""
+        """As `lenslrp.relevance_for_targets`, under the session's rules.
+
+        Args:
+            input: a string, strings, or a token tensor [batch, pos].
+            targets: a list of targets, each for the whole batch.
+            names_filter: which hook points are read; ``None`` for all on the path.
+            options: as for `run_with_relevance`.
+
+        Returns:
+            One cache a target, from one forward pass.
+
+        Raises:
+            InputError: the session is closed, or something given cannot be explained.
+            CoverageError: an operation on the path has no rule, or a rule did not fire.
+        """
         if not isinstance(targets, list | tuple):
             raise InputError(f"targets must be a list of them, not {targets!r}")
-        return self._explain(input, list(targets), names_filter, **given)[1]
+        return self._explain(input, list(targets), names_filter, **options)[1]
 
     def explain(
         self,
@@ -148,28 +167,36 @@ class Session:
         names_filter: NamesFilter = (),
         prepend_bos: bool | None = None,
         window: int = WINDOW,
-        **given: Any,
+        **options: Any,
     ) -> Iterator[RelevanceCache]:
-        """One single-row cache for each input, in the order given; see
-        :func:`lenslrp.explaining.explain` for inputs, targets and batches.
+        """One single-row cache for each input, in the order given, from batches of like length.
 
         Args:
-            names_filter: as for :func:`lenslrp.run_with_relevance`; no hook points by default.
-            given: ``reduce`` and ``logits`` (here ``"target"`` by default), as there.
+            inputs: prompts, read as they are needed: strings, lists or 1-D tensors of token ids,
+                or conversations (lists of messages, as for `lenslrp.chat`).
+            targets: ``None``, one target for all inputs, or an iterable of one for each.
+            batch_size: prompts of a batch; ``None`` goes by tokens.
+            names_filter: as for `lenslrp.run_with_relevance`; no hook points by default.
+            prepend_bos: likewise.
+            window: inputs that are taken, and sorted by length, at a time.
+            options: ``reduce`` and ``logits`` (here ``"target"`` by default), as there.
+
+        Yields:
+            A cache of one row for each input.
 
         Raises:
             InputError: an input or a target that cannot be explained; the message names its number.
         """
-        given = {"logits": "target", "prepend_bos": prepend_bos, **given}
+        options = {"logits": "target", "prepend_bos": prepend_bos, **options}
 
-        def run(some: Any, target: Any, mask: Tensor | None) -> RelevanceCache:
-            _, found = self.run_with_relevance(
-                some, target, names_filter, attention_mask=mask, **given
+        def run_one(inputs: Any, target: Any, mask: Tensor | None) -> RelevanceCache:
+            _, R = self.run_with_relevance(
+                inputs, target, names_filter, attention_mask=mask, **options
             )
-            return found
+            return R
 
         return explain(
-            run, self.model, inputs, targets, batch_size=batch_size, prepend_bos=prepend_bos,
+            run_one, self.model, inputs, targets, batch_size=batch_size, prepend_bos=prepend_bos,
             window=window,
         )  # fmt: skip
 
@@ -190,73 +217,13 @@ class Session:
             batch: what the model reads.
             target: what logits and hook points are kept for.
             at_nodes: attaches what else belongs to the pass.
-            rows: keep books, row by row.
+            rows: account for relevance row by row.
         """
-        with self._calling():
-            model, rules = self.model, self._rules
-            self._fit(rules, books=rows, copies=rules.copies)
-            if rules.books is not None:
-                rules.books.rows = len(batch.tokens)
+        with self._held.calling():
             columns = self._columns(batch, [target], []) if self.logits == "target" else None
             latent = [t.hook for t in parts_of(target) if isinstance(t, Activation)]
-            readers = Readers.plan({}, [], lambda _: None)
-            try:
-                with under_rules(
-                    model, rules, batch, readers, latent=latent, columns=columns, at_nodes=at_nodes
-                ) as made:
-                    yield made
-            finally:
-                if rules.books is not None:
-                    rules.books.rows = None
-
-    def _hold(self) -> None:
-        """Attach the rules, and see to it that they are detached whatever becomes of this."""
-        turns, block = turns_of(self.model), Turn(self._rules, stays=self._stays)
-        self._block = block
-        self._release = weakref.finalize(self, turns.end, block)
-        try:
-            turns.begin(block)
-        except BaseException:
-            self._release()
-            raise
-        self._fresh = not self._stays  # then the call follows at once
-
-    @contextmanager
-    def _calling(self) -> Iterator[None]:
-        """One call: the model is this thread's, and the rules are those that fit it."""
-        if self.closed:
-            raise InputError("this session is closed: open another one with lenslrp.session(...)")
-        if torch.is_inference_mode_enabled():
-            raise InputError(
-                "relevance needs autograd: leave torch.inference_mode() (no_grad is fine)"
-            )
-        if self._release is None or not self._release.alive:  # an interrupt has detached them
-            require_bridge(self.model)
-            self._hold()
-        rules, opener = self._rules, self._rules.holder.thread
-        with turn(self.model, rules, within=self._block):
-            try:
-                rules.holder.thread = get_ident()
-                if not self._fresh and not rules.current:
-                    require_bridge(self.model)
-                    self._renew(rules)
-                with unchanged(self.model, rules.state.parts if rules.state else None):
-                    yield
-                self._fresh = False
-            except KeyboardInterrupt:
-                assert self._release is not None
-                self._release()
-                raise
-            except BaseException:
-                rules.state = None  # what was left in the middle holds what it was given
-                self._fresh = False
-                raise
-            finally:
-                rules.holder.thread = opener
-
-    def _renew(self, rules: Rules) -> None:
-        rules.sites = []  # others, maybe
-        turns_of(self.model).renew(rules)
+            with self._held.forward(batch, latent, columns, at_nodes=at_nodes, rows=rows) as run:
+                yield run
 
     def _explain(
         self,
@@ -284,23 +251,15 @@ class Session:
             raise InputError("give at least one target")
         if leaves not in media.LEAVES:
             raise InputError(f"leaves must be one of {media.LEAVES}, not {leaves!r}")
-        with self._calling():
-            floats = _given(pixel_values, input_values, input_features)
+        with self._held.calling():
+            floats = media.floats_given(pixel_values, input_values, input_features)
             batch = media.batch_size(text, inputs_embeds, floats)
-            labels = media.labels_of(model)
-            wanted = [as_target(target, model.tokenizer, batch, labels) for target in targets]
-            spans = [
-                target.ids(model.tokenizer) for target in wanted if isinstance(target, Sequence)
-            ]
-            if spans and len(wanted) > 1:
-                raise InputError(
-                    "a Sequence target extends the prompt: explain it in a run of its own"
-                )
-            prepared = media.prepare(
+            parsed, span = targets_for(model, targets, batch)
+            prepared = media.prepare_batch(
                 model,
                 text,
                 floats,
-                append=spans[0] if spans else [],
+                append=span,
                 prepend_bos=prepend_bos,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
@@ -309,29 +268,29 @@ class Session:
             media.check_kwargs(model, model_kwargs or {}, prepared)
             prepared.kwargs.update(model_kwargs or {})
             if not media.head_of(model):
-                for item in wanted:
+                for item in parsed:
                     require_latent(item, architecture(model))
-            return self._run(prepared, wanted, names_filter, reduce, logits, leaves, read or {})
+            return self._run(prepared, parsed, names_filter, reduce, logits, leaves, read or {})
 
     def _run(
         self,
         prepared: Batch,
-        wanted: list[Target],
+        targets: list[Target],
         names_filter: NamesFilter,
         reduce: Reduce,
         logits: str,
         leaves: str,
         read: Mapping[str, Callable[[Tensor], None]],
     ) -> tuple[Tensor, list[RelevanceCache]]:
-        model, rules = self.model, self._rules
+        model, rules = self.model, self._held.rules
         state, points = rules.state, rules.points
         assert state is not None
         names, named = select_names(points, names_filter)
         check_reduce(reduce, points)
         columns = None
         if logits == "target":
-            columns = self._columns(prepared, wanted, names if named else [])
-        hooks = [t.hook for w in wanted for t in parts_of(w) if isinstance(t, Activation)]
+            columns = self._columns(prepared, targets, names if named else [])
+        hooks = [t.hook for w in targets for t in parts_of(w) if isinstance(t, Activation)]
         memory = remembered(model, state.hooks)
         observes = state.hooked or memory.cuts is None
 
@@ -345,14 +304,14 @@ class Session:
             "logits": logits,
         }  # fmt: skip
 
-        def attempt(ways: set[str]) -> tuple[Tensor, list[RelevanceCache], set[str]]:
-            checked = "books" in ways or not (memory.balanced or is_conditional(model))
-            self._fit(rules, books=self.ledger or checked, copies="copies" in ways)
-            readers = self._reading(rules, names, reduce)
-            observer = Observer(state.parts) if observes or ways else None
+        def attempt(needs: set[str]) -> tuple[Tensor, list[RelevanceCache], set[str]]:
+            checked = "accounts" in needs or not (memory.balanced or is_conditional(model))
+            self._held.fit(accounts=self.ledger or checked, copies="copies" in needs)
+            readers = self._held.readers(names, reduce)
+            observer = Observer(state.parts) if observes or needs else None
             with ExitStack() as stack:
                 tracer = None
-                if "trace" in ways:
+                if "trace" in needs:
                     tracer = cover.Tracer(state.parts)
                     stack.callback(tracer.close)
                 run = stack.enter_context(
@@ -363,76 +322,37 @@ class Session:
                     )
                 )  # fmt: skip
                 if tracer is not None:
-                    self._name_gaps(run, wanted, tracer)
-                _require_on_path(readers, named, self.attention)
-                last = len(wanted) - 1
-                caches = [run.relevance(item, last=i == last) for i, item in enumerate(wanted)]
+                    run.name_gaps(targets, tracer)
+                require_on_path(readers, named, self.attention)
+                last = len(targets) - 1
+                caches = [run.relevance(item, last=i == last) for i, item in enumerate(targets)]
                 assert run.logits is not None
-                found = run.logits.detach()
-                if columns is not None and run.columns is None and found.ndim == 3:
-                    found = at_columns(found, columns)
-            return found, caches, readers.silent
+                values = run.logits.detach()
+                if columns is not None and run.columns is None and values.ndim == 3:
+                    values = at_columns(values, columns)
+            return values, caches, readers.silent
 
-        ways = set(self._ways)
+        needs = set(self._needs)
         while True:
             try:
                 with explained_oom(model, prepared, **choices):
-                    found, caches, silent = attempt(ways)
+                    values, caches, silent = attempt(needs)
                 break
-            except Again as again:
-                if again.way in ways:
+            except RunAgain as again:
+                if again.need in needs:
                     raise
-                ways.add(again.way)
-        self._ways = ways & {"copies"}  # a model that writes in place will do so again
-        self._warn(caches)
+                needs.add(again.need)
+        self._needs = needs & {"copies"}  # a model that writes in place will do so again
+        warn_of([cache.coverage for cache in caches], architecture(model))
         if silent:
             lost = silent & unused(model, prepared, live=True, modules=self.composite.modules)
-            _withdraw(model, caches, lost, named)
-        return found, caches
+            withdraw(model, caches, lost, named)
+        return values, caches
 
-    def _reading(self, rules: Rules, names: list[str], reduce: Reduce) -> Readers:
-        """Readers of hook points; the same ones stay attached for calls that ask for the same."""
-        asked = (names, reduce)
-        kept = self._readers
-        if kept is not None and kept.state is rules.state and self._asked == asked:
-            return kept
-        readers = Readers.plan(rules.points, names, partial(reduction_for, reduce))
-        stay = self._stays and (
-            reduce is None or isinstance(reduce, str)
-        )  # others hold what they do
-        if stay or kept is not None:
-            rules.keep(readers if stay else None)
-        self._asked, self._readers = asked, readers if stay else None
-        return readers
-
-    def _fit(self, rules: Rules, *, books: bool, copies: bool) -> None:
-        """Attach the rules anew where they keep other things than this pass needs."""
-        if (rules.books is not None) != books or rules.copies != copies:
-            rules.books = Accounts() if books else None
-            rules.copies = copies
-            self._renew(rules)
-
-    def _columns(self, prepared: Batch, wanted: list[Target], names: list[str]) -> Columns | None:
+    def _columns(self, prepared: Batch, targets: list[Target], names: list[str]) -> Columns | None:
         """Where logits are computed; ``None`` where somebody sees more of them than the target."""
         inside = any(name.split(".")[0] == "unembed" for name in names)
-        return None if inside else columns_for(self.model, prepared, wanted)
-
-    def _name_gaps(self, run: Pass, wanted: list[Target], tracer: cover.Tracer) -> None:
-        """Raise what has no rule, with the component that it belongs to."""
-        roots = [root for item in wanted for root in run.roots(item)]
-        found = run.walk(roots, tracer.place)
-        if found.gaps and self.strict:
-            kind, recurrent = architecture(self.model), tracer.recurrent(found)
-            raise CoverageError(cover.gap_message(found.gaps, kind, recurrent))
-
-    def _warn(self, caches: list[RelevanceCache]) -> None:
-        gaps = dict.fromkeys(gap for cache in caches for gap in cache.coverage.uncovered)
-        if gaps:
-            said = cover.gap_message(list(gaps), architecture(self.model))
-            warnings.warn(said, stacklevel=_caller())
-        elif not all(cache.coverage.balanced for cache in caches):
-            notes = dict.fromkeys(note for cache in caches for note in cache.coverage.notes)
-            warnings.warn("; ".join(notes), stacklevel=_caller())
+        return None if inside else columns_for(self.model, prepared, targets)
 
 
 def session(
@@ -447,69 +367,28 @@ def session(
 ) -> Session:
     """Attach relevance rules to ``model`` once, for as many inputs as there are.
 
-    Use it as a context manager, or across the cells of a notebook with :meth:`Session.close` at the
-    end::
-
-        with lenslrp.session(model) as s:
-            logits, R = s.run_with_relevance("The capital of France is", " Paris")
+    Use it as a context manager, or across the cells of a notebook with `close` at the end.
 
     Args:
         model: a ``TransformerBridge``, in eval mode.
         composite: the rules; ``AttnLRP()`` if not given.
-        attention, checkpoint, ledger, strict, logits: as for :func:`lenslrp.run_with_relevance`;
-            ``logits`` can be given to each call as well.
+        attention: ``"bridge"``, or ``"fused"`` for torch's fused kernel (no patterns, no scores).
+        checkpoint: recompute each block in the backward pass, for long inputs.
+        ledger: account for the whole target; ``False`` saves a few per cent.
+        strict: raise on an operation without a rule; otherwise warn, and say so in ``R.coverage``.
+        logits: ``"all"``, or ``"target"`` to compute logits at the target's positions alone; can be
+            given to each call as well.
 
     Raises:
         InputError: rules cannot be attached to the model, or another thread has a session open on
             it.
+
+    Examples:
+        >>> s = lenslrp.session(model)
+        >>> logits, R = s.run_with_relevance("The capital of France is", " Paris")
+        >>> s.close()
     """
     return Session(
         model, composite, attention=attention, checkpoint=checkpoint, ledger=ledger, strict=strict,
         logits=logits,
     )  # fmt: skip
-
-
-def _caller() -> int:
-    """How far above a warning's own frame the first code is that is not LensLRP's."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals["__name__"]).startswith("lenslrp."):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-def _given(*floats: Tensor | None) -> dict[str, Tensor]:
-    """The float inputs that were given, by name, in the order of ``media.LAYOUTS``."""
-    return {n: v for n, v in zip(media.LAYOUTS, floats, strict=True) if v is not None}
-
-
-def _withdraw(
-    model: TransformerBridge, caches: list[RelevanceCache], lost: set[str], named: bool
-) -> None:
-    """Take back zeros that are none: no gradient came, because nothing uses the tensor.
-
-    Raises:
-        InputError: they were asked for by name.
-    """
-    if lost and named:
-        raise InputError(f"no relevance can be read: {why_unused(model, min(lost))}")
-    for cache in caches:
-        for name in sorted(lost):
-            del cache.values[name]
-        cache.coverage.off_path.extend(sorted(lost))
-
-
-def _require_on_path(readers: Readers, named: bool, attention: str) -> None:
-    off, late = readers.off_path(), readers.late()
-    if named and late:
-        block = late[0].rpartition(".")[0]
-        raise InputError(
-            f"{late[0]} stands behind the MLP in this model, whose norms come last: it is not the "
-            f"residual stream between attention and MLP. Read {block}.ln1.hook_out, which is"
-        )
-    if named and off:
-        hint = (
-            'attention="fused" forms no patterns or scores; use attention="bridge"'
-            if attention == "fused"
-            else "it is not on the path from the embeddings to the target in this model"
-        )
-        raise InputError(f"no relevance can be read at {', '.join(off[:4])}: {hint}")

@@ -1,124 +1,44 @@
 """What is explained: the scalar, one a batch row, at which the backward pass starts.
 
 Every target is a small frozen dataclass whose ``values(outputs)`` gives [batch] numbers in logits
-(or in the unit of the activation that is explained). Positions count the real tokens of a row:
-0 is its first token that is not padding, -1 its last.
+(or in the unit of the activation that is explained), and whose ``text(outputs)`` says in words what
+they are. Anything with these two methods is a target. A token is a string, which must be one token
+of the model's tokenizer, or an id; for a classifier, a class's name or number. Positions count the
+real tokens of a row: 0 is its first token that is not padding, -1 its last.
+
+Examples:
+    >>> from lenslrp import targets
+    >>> target = targets.LogitDiff(" Paris", " Rome")  # why Paris rather than Rome?
+    >>> logits, R = lenslrp.run_with_relevance(model, "The capital of France is", target)
+    >>> R.target.text
+    "logit difference ' Paris' - ' Rome' at position -1"
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lenslrp.batch import PAIRED as PAIRED
-from lenslrp.batch import Batch
 from lenslrp.batch import reads_the_encoder as reads_the_encoder
 from lenslrp.errors import InputError
-from lenslrp.text.names import Token, class_id, token_id, token_ids
-from lenslrp.text.spelling import Speller, str_token
+from lenslrp.latent import Activation as Activation
+from lenslrp.logits import Outputs as Outputs
+from lenslrp.logits import Target as Target
+from lenslrp.logits import columns_read, shown
+from lenslrp.text.names import Token, token_ids
+from lenslrp.text.spelling import Speller
 
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a target is computed from.
-
-    Attributes:
-        logits: the model's logits, through which gradients flow.
-        batch: what was run, which says where a position is; the logits are of what it has
-            ``written``.
-        tokenizer: the model's tokenizer, or ``None``.
-        activation: gives the tensor at a hook point that was asked for, on the graph.
-        labels: names of a classifier's classes, ``None`` for other models. Its logits are
-            [batch, class] and have no positions.
-        columns: where the logits are, if they are not at every position.
-    """
-
-    logits: Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch class"]
-    batch: Batch
-    tokenizer: Any
-    activation: Callable[[str], Tensor]
-    labels: dict[int, str] | None = None
-    columns: Int[Tensor, "batch n"] | None = None
-
-    def token(self, token: Token) -> int:
-        if self.labels is not None:
-            return class_id(self.labels, token, self.logits.shape[-1])
-        return token_id(self.tokenizer, token, self.logits.shape[-1])
-
-    @property
-    def mask(self) -> Bool[Tensor, "batch pos"]:
-        """True where a token of the text that the logits belong to is real."""
-        return self.batch.written.mask.to(self.logits.device)
-
-    @property
-    def prompt_lengths(self) -> list[int]:
-        """How many real tokens of each row are the prompt; the rest is a teacher-forced target."""
-        return self.batch.written.prompt_lengths
-
-    def at(self, position: int) -> Int[Tensor, " batch"]:
-        """The column of the logits at ``position`` in each row.
-
-        Raises:
-            InputError: a position outside a row.
-        """
-        return self.batch.written.columns(position)
-
-    def row(self, row: int) -> Outputs:
-        """The outputs of one row, as a batch of one: other rows may be shorter."""
-        one = slice(row, row + 1)
-        return replace(
-            self,
-            logits=self.logits[one],
-            batch=self.batch.texts_of(row),
-            columns=None if self.columns is None else self.columns[one],
-            activation=lambda hook: self.activation(hook)[one],
-        )
-
-    def place(self, position: int) -> str:
-        """What a target's text says of its position: nothing where there is none."""
-        return "" if self.logits.ndim == 2 else f" at position {position}"
-
-    def rows_at(self, position: int) -> Float[Tensor, "batch vocab"]:
-        if self.logits.ndim == 2:
-            if position != -1:
-                raise InputError(f"a classifier's logits have no positions; {position} was given")
-            return self.logits
-        return self.logits_at(self.at(position)[:, None])[:, 0]
-
-    def logits_at(self, columns: Int[Tensor, "batch n"]) -> Float[Tensor, "batch n vocab"]:
-        """The logits at columns of each row."""
-        if self.columns is not None:  # the logits are of these columns
-            same = self.columns[:, None, :] == columns[:, :, None].to(self.columns.device)
-            columns = same.int().argmax(dim=2)
-        rows = torch.arange(len(self.logits), device=self.logits.device)[:, None]
-        return self.logits[rows, columns.to(self.logits.device)]
-
-    def span(self, length: int) -> Int[Tensor, "batch length"]:
-        """The columns that predict ``length`` tokens after each row's prompt."""
-        return self.batch.written.span(length)
-
-
-@runtime_checkable
-class Target(Protocol):
-    """Anything with a text and a value per batch row."""
-
-    def values(self, outputs: Outputs) -> Tensor: ...
-
-    def text(self, outputs: Outputs) -> str: ...
-
-
-def _shown(outputs: Outputs, token: Token) -> str:
-    if outputs.labels is not None and isinstance(token, int):
-        return repr(outputs.labels.get(token, token))
-    if isinstance(token, str) or outputs.tokenizer is None:
-        return repr(token)
-    return repr(str_token(outputs.tokenizer, token))
+__all__ = [
+    "Activation", "Contrastive", "Custom", "Explained", "LogProb", "Logit", "LogitDiff", "Outputs",
+    "PerRow", "Sequence", "Target", "Top",
+]  # fmt: skip
 
 
 class _AtPosition:
@@ -133,92 +53,130 @@ class _AtPosition:
 
 @dataclass(frozen=True)
 class Top(_AtPosition):
-    """The top logit at a position: the default target."""
+    """The top logit at a position, in each row its own: the default target.
+
+    Args:
+        position: of the logits, in the row's real tokens.
+    """
 
     position: int = -1
 
-    def values(self, outputs: Outputs) -> Tensor:
+    def values(self, outputs: Outputs) -> Float[Tensor, " batch"]:
+        """The largest logit of each row, in logits."""
         rows: Tensor = outputs.rows_at(self.position)
         return rows.gather(1, rows.argmax(dim=1, keepdim=True))[:, 0]
 
     def text(self, outputs: Outputs) -> str:
+        """What a cache says was explained."""
         best = outputs.rows_at(self.position).argmax(dim=1).tolist()
-        names = ", ".join(_shown(outputs, i) for i in best)
+        names = ", ".join(shown(outputs, i) for i in best)
         return f"top logit {names}{outputs.place(self.position)}"
 
 
 @dataclass(frozen=True)
 class Logit(_AtPosition):
-    """The logit of one token, in logits."""
+    """The logit of one token.
+
+    Args:
+        token: one token, as a string or an id.
+        position: of the logits, in the row's real tokens.
+    """
 
     token: Token
     position: int = -1
 
-    def values(self, outputs: Outputs) -> Tensor:
+    def values(self, outputs: Outputs) -> Float[Tensor, " batch"]:
+        """The token's logit in each row, in logits."""
         return outputs.rows_at(self.position)[:, outputs.token(self.token)]
 
     def text(self, outputs: Outputs) -> str:
-        return f"logit of {_shown(outputs, self.token)}{outputs.place(self.position)}"
+        """What a cache says was explained."""
+        return f"logit of {shown(outputs, self.token)}{outputs.place(self.position)}"
 
 
 @dataclass(frozen=True)
 class LogitDiff(_AtPosition):
-    """The logit of ``a`` minus that of ``b``."""
+    """The logit of ``a`` minus that of ``b``: positive evidence is for one and against the other.
+
+    Args:
+        a: one token, as a string or an id.
+        b: likewise.
+        position: of the logits, in the row's real tokens.
+    """
 
     a: Token
     b: Token
     position: int = -1
 
-    def values(self, outputs: Outputs) -> Tensor:
+    def values(self, outputs: Outputs) -> Float[Tensor, " batch"]:
+        """The difference in each row, in logits."""
         rows = outputs.rows_at(self.position)
         return rows[:, outputs.token(self.a)] - rows[:, outputs.token(self.b)]
 
     def text(self, outputs: Outputs) -> str:
-        a, b = _shown(outputs, self.a), _shown(outputs, self.b)
+        """What a cache says was explained."""
+        a, b = shown(outputs, self.a), shown(outputs, self.b)
         return f"logit difference {a} - {b}{outputs.place(self.position)}"
 
 
 @dataclass(frozen=True)
 class Contrastive(_AtPosition):
-    """The logit of a token minus the mean of all the others, or of the ``top_k`` best others."""
+    """The logit of a token minus the mean of all the others, or of the ``top_k`` best others.
+
+    Args:
+        token: one token, as a string or an id.
+        position: of the logits, in the row's real tokens.
+        top_k: how many of the largest other logits; ``None`` for all of them.
+    """
 
     token: Token
     position: int = -1
     top_k: int | None = None
 
-    def values(self, outputs: Outputs) -> Tensor:
+    def values(self, outputs: Outputs) -> Float[Tensor, " batch"]:
+        """The contrast in each row, in logits."""
         rows, token = outputs.rows_at(self.position), outputs.token(self.token)
-        own = rows[:, token]
+        logit = rows[:, token]
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int | None):
-            raise InputError(f"top_k is a number of rivals or None, not {self.top_k!r}")
+            raise InputError(f"top_k is a number of other tokens or None, not {self.top_k!r}")
         if self.top_k is None:
-            return own - (rows.sum(dim=1) - own) / (rows.shape[1] - 1)
+            return logit - (rows.sum(dim=1) - logit) / (rows.shape[1] - 1)
         if not 1 <= self.top_k < rows.shape[1]:
             raise InputError(f"top_k must be from 1 to {rows.shape[1] - 1}, not {self.top_k}")
         others = rows.detach().clone()
         others[:, token] = -torch.inf
-        rivals = others.topk(self.top_k, dim=1).indices
-        return own - rows.gather(1, rivals).mean(dim=1)
+        best = others.topk(self.top_k, dim=1).indices
+        return logit - rows.gather(1, best).mean(dim=1)
 
     def text(self, outputs: Outputs) -> str:
-        rest = "the rest" if self.top_k is None else f"the top {self.top_k} others"
+        """What a cache says was explained."""
+        others = "the rest" if self.top_k is None else f"the top {self.top_k} others"
         where = outputs.place(self.position)
-        return f"logit of {_shown(outputs, self.token)} against {rest}{where}"
+        return f"logit of {shown(outputs, self.token)} against {others}{where}"
 
 
 @dataclass(frozen=True)
 class LogProb(_AtPosition):
-    """The log-probability of a token. Not linear in the logits: see the ledger."""
+    """The log-probability of a token.
+
+    It is not linear in the logits: what that adds is ``nonlinear_target`` in the ledger.
+
+    Args:
+        token: one token, as a string or an id.
+        position: of the logits, in the row's real tokens.
+    """
 
     token: Token
     position: int = -1
 
-    def values(self, outputs: Outputs) -> Tensor:
+    def values(self, outputs: Outputs) -> Float[Tensor, " batch"]:
+        """The natural logarithm of the probability, in each row."""
         rows = outputs.rows_at(self.position)
         return torch.log_softmax(rows, dim=1)[:, outputs.token(self.token)]
 
     def text(self, outputs: Outputs) -> str:
-        return f"log-probability of {_shown(outputs, self.token)}{outputs.place(self.position)}"
+        """What a cache says was explained."""
+        return f"log-probability of {shown(outputs, self.token)}{outputs.place(self.position)}"
 
 
 @dataclass(frozen=True)
@@ -229,6 +187,9 @@ class Sequence:
         tokens: a string, or token ids; they are appended to every prompt but the last one, which
             is only predicted.
         of: sum the tokens' logits, or their log-probabilities.
+
+    Raises:
+        InputError: no token, something else than tokens, or another ``of``.
     """
 
     tokens: str | tuple[int, ...] | list[int]
@@ -249,6 +210,7 @@ class Sequence:
             object.__setattr__(self, "tokens", tuple(items))
 
     def ids(self, tokenizer: Any) -> list[int]:
+        """The token ids of the span."""
         if isinstance(self.tokens, str):
             return token_ids(tokenizer, self.tokens)
         return list(self.tokens)
@@ -257,7 +219,8 @@ class Sequence:
         """Where it reads the logits."""
         return outputs.span(len(self.ids(outputs.tokenizer)))
 
-    def values(self, outputs: Outputs) -> Tensor:
+    def values(self, outputs: Outputs) -> Float[Tensor, " batch"]:
+        """The sum over the span, in each row, in logits (or nats)."""
         ids = [outputs.token(i) for i in self.ids(outputs.tokenizer)]
         rows = outputs.logits_at(outputs.span(len(ids)))
         if self.of == "log_prob":
@@ -266,81 +229,32 @@ class Sequence:
         return rows.gather(2, index)[:, :, 0].sum(dim=1)
 
     def text(self, outputs: Outputs) -> str:
+        """What a cache says was explained."""
         ids = self.ids(outputs.tokenizer)
-        shown = str(ids)
+        span = str(ids)
         if outputs.tokenizer is not None:
-            shown = repr(Speller(outputs.tokenizer).spell(ids).text)
+            span = repr(Speller(outputs.tokenizer).spell(ids).text)
         unit = "logits" if self.of == "logit" else "log-probabilities"
-        return f"sum of {unit} of the span {shown}"
-
-
-@dataclass(frozen=True)
-class Activation:
-    """A latent unit: the activation at a hook point, instead of an output.
-
-    Args:
-        hook: hook point name, such as ``"blocks.5.mlp.hook_post"``.
-        unit: index into the features, or a tuple of them (head, feature). At ``attn.hook_pattern``
-            and ``attn.hook_attn_scores``: (head, key), where the key is a position, too.
-        position: which token, of the hook point's own sequence: an encoder's hook counts what the
-            encoder read. At a pattern or scores: the query.
-    """
-
-    hook: str
-    unit: int | tuple[int, ...]
-    position: int = -1
-
-    def columns(self, outputs: Outputs) -> Int[Tensor, "batch n"]:
-        """It reads no logits; the last position's are as good as any."""
-        return outputs.at(-1)[:, None]
-
-    def values(self, outputs: Outputs) -> Tensor:
-        x = outputs.activation(self.hook)
-        unit = self.unit if isinstance(self.unit, tuple) else (self.unit,)
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in unit):
-            raise InputError(f"unit is an index or a tuple of them, not {self.unit!r}")
-        if x.ndim == 4 and self.hook.endswith(PAIRED):
-            return self._entry(outputs, x, unit)
-        if x.ndim > 2 or len(unit) != x.ndim - 1:  # what is pooled has no positions
-            x = outputs.batch.of(self.hook, x).picked(x, self.position)
-        elif self.position != -1:
-            raise InputError(f"{self.hook} is pooled and has no position {self.position}")
-        if len(unit) != x.ndim - 1:
-            raise InputError(
-                f"{self.hook} has features of shape {tuple(x.shape[1:])}; unit {self.unit!r} does "
-                "not pick one of them"
-            )
-        for index, size in zip(unit, x.shape[1:], strict=True):
-            if not -size <= index < size:
-                raise InputError(f"unit {self.unit!r} is outside {self.hook}, {tuple(x.shape[1:])}")
-        picked: Any = (slice(None), *unit)
-        return x[picked]
-
-    def _entry(self, outputs: Outputs, x: Tensor, unit: tuple[int, ...]) -> Tensor:
-        """One entry of a pattern or of scores [batch, head, query, key]."""
-        if len(unit) != 2:
-            raise InputError(
-                f"{self.hook} is [batch, head, query, key]: unit is (head, key) and position the "
-                f"query; unit {self.unit!r} does not pick one entry"
-            )
-        head, key = unit
-        if not -x.shape[1] <= head < x.shape[1]:
-            raise InputError(f"unit {self.unit!r}: {self.hook} has {x.shape[1]} heads")
-        queries = outputs.batch.of(self.hook, x, axis=2).picked(x[:, head], self.position)
-        return outputs.batch.of(self.hook, x, axis=3).picked(queries, key)
-
-    def text(self, outputs: Outputs) -> str:
-        return f"activation of {self.hook}[{self.unit}] at position {self.position}"
+        return f"sum of {unit} of the span {span}"
 
 
 @dataclass(frozen=True)
 class Custom:
-    """A function of the logits [batch, pos, vocab] that returns [batch] values."""
+    """A function of the logits [batch, pos, vocab] that returns [batch] values.
+
+    Args:
+        fn: differentiable; a scalar is divided evenly among the rows.
+        name: what it is called in ``R.target``.
+
+    Examples:
+        >>> mean = targets.Custom(lambda logits: logits[:, -1].mean(dim=-1), "mean logit")
+    """
 
     fn: Callable[[Tensor], Tensor]
     name: str = "custom"
 
-    def values(self, outputs: Outputs) -> Tensor:
+    def values(self, outputs: Outputs) -> Float[Tensor, " batch"]:
+        """What the function returns."""
         values = self.fn(outputs.logits)
         if not isinstance(values, Tensor) or values.shape not in ((), (len(outputs.logits),)):
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -355,21 +269,40 @@ class Custom:
         )
 
     def text(self, outputs: Outputs) -> str:
+        """What a cache says was explained."""
         return f"{self.name} function of the logits"
 
 
 @dataclass(frozen=True)
 class PerRow:
-    """One target for each batch row, which sees that row only."""
+    """One target for each batch row, which sees that row only; a list of targets becomes one.
+
+    Args:
+        targets: one for each row.
+    """
 
     targets: tuple[Target, ...]
 
-    def values(self, outputs: Outputs) -> Tensor:
+    def values(self, outputs: Outputs) -> Float[Tensor, " batch"]:
+        """Each target's value in its own row."""
         values = [target.values(outputs.row(row))[0] for row, target in enumerate(self.targets)]
         return torch.stack([value.to(values[0].device) for value in values])
 
+    def columns(self, outputs: Outputs) -> Int[Tensor, "batch n"] | None:
+        """Where its parts read the logits; ``None`` where one of them reads them all."""
+        rows = [columns_read(part, outputs.row(row)) for row, part in enumerate(self.targets)]
+        if any(row is None for row in rows):
+            return None
+        return torch.cat([row for row in rows if row is not None])
+
     def text(self, outputs: Outputs) -> str:
+        """What a cache says was explained."""
         return "; ".join(t.text(outputs.row(row)) for row, t in enumerate(self.targets))
+
+
+def parts_of(target: Target) -> tuple[Target, ...]:
+    """The targets of the single rows; a target for all rows is its own only part."""
+    return target.targets if isinstance(target, PerRow) else (target,)
 
 
 @dataclass(frozen=True)
@@ -377,6 +310,8 @@ class Explained:
     """What exactly was explained: its text, and its value in each batch row.
 
     Attributes:
+        text: of the target.
+        value: [batch], in logits or the activation's own unit; relevance is in the same.
         texts: of each row, where there are several.
     """
 
@@ -397,8 +332,8 @@ class Explained:
         return self.texts[row] if self.texts else self.text
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{v:.4g}" for v in self.value.tolist())
-        return f"{self.text} = {shown}"
+        values = ", ".join(f"{v:.4g}" for v in self.value.tolist())
+        return f"{self.text} = {values}"
 
 
 def require_latent(target: Target, architecture: str) -> None:
@@ -407,8 +342,7 @@ def require_latent(target: Target, architecture: str) -> None:
     Raises:
         InputError: naming the targets that such a model has.
     """
-    parts = target.targets if isinstance(target, PerRow) else (target,)
-    if not all(isinstance(part, Activation | Custom) for part in parts):
+    if not all(isinstance(part, Activation | Custom) for part in parts_of(target)):
         raise InputError(
             f"{architecture} has no head: its output is hidden states, not logits. Explain one of "
             "its units with targets.Activation(hook, unit, position), or a function of its output "
@@ -442,10 +376,10 @@ def as_target(
             raise InputError(f"a list has one target a row, not lists of them: {nested[0]!r}")
         if len(items) != batch:
             raise InputError(f"{len(items)} targets for a batch of {batch}: give one a row")
-        made = tuple(as_target(item, tokenizer, 1, labels) for item in items)
-        if any(isinstance(item, Sequence) for item in made):
+        parts = tuple(as_target(item, tokenizer, 1, labels) for item in items)
+        if any(isinstance(item, Sequence) for item in parts):
             raise InputError("targets of several tokens cannot be mixed in one batch; run each row")
-        return PerRow(made)
+        return PerRow(parts)
     if isinstance(target, Target) and not isinstance(target, type):
         return target
     raise InputError(

@@ -24,21 +24,25 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from lenslrp import media
+from lenslrp.batch import PAIRED, Batch
 from lenslrp.errors import InputError
-from lenslrp.forward import Forward, forward
-from lenslrp.hooks.attach import Attached, components
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import Composite, GradientTimesInput
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.install import relevance_rules
+from lenslrp.hooks.leaf_modules import embeddings
 from lenslrp.hooks.sites import has_values
 from lenslrp.hooks.state import users_hooks
+from lenslrp.hooks.structure import components, unchanged
 from lenslrp.hooks.turns import in_force
-from lenslrp.inputs import Batch, is_encoder_decoder
-from lenslrp.leaves import Leaves
-from lenslrp.targets import PAIRED
+from lenslrp.inputs import is_encoder_decoder
+from lenslrp.leaves import Leaves, cut_inputs
+from lenslrp.running import frozen, run_model, undone
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+    from lenslrp.cache import RelevanceCache
 
 SHORT = 2
 """How many tokens the pass has."""
@@ -60,7 +64,7 @@ PLAIN = frozenset(
 )
 """What a forward pass is given for text."""
 
-OWN = ("use_hook_mlp_in", "use_attn_result")
+ADDITIONS = ("use_hook_mlp_in", "use_attn_result")
 BEFORE_ATTENTION = re.compile(r"(\w*blocks\.\d+)\.(ln1|attn|self_attn)\.")
 
 _known: WeakKeyDictionary[nn.Module, dict[Any, frozenset[str]]] = WeakKeyDictionary()
@@ -81,18 +85,18 @@ def unused(
         live: with relevance rules, under which delegated attention is live; none of their cuts.
         modules: what a composite says of module classes, which may be all that makes them run.
     """
-    settings = tuple(bool(getattr(model.cfg, name, False)) for name in (*INPUTS, *OWN))
+    settings = tuple(bool(getattr(model.cfg, name, False)) for name in (*INPUTS, *ADDITIONS))
     config = getattr(getattr(model, "original_model", None), "config", None)
-    taught = GradientTimesInput().extended(modules or {}) if live else None
+    rules = GradientTimesInput().extended(modules or {}) if live else None
     key = (live, settings, getattr(config, "_attn_implementation", None), tuple(modules or ()))
-    found = _known.setdefault(model, {})
-    if key not in found:
+    by_setting = _known.setdefault(model, {})
+    if key not in by_setting:
         if prepared is None:
             seen = _any_input(model)
         else:  # hooks of a user's own may fit this one shape
             seen = prepared if next(_foreign(model), None) else _short(prepared)
-        found[key] = _look(model, seen, taught, quiet=prepared is None)
-    return found[key]
+        by_setting[key] = _look(model, seen, rules, quiet=prepared is None)
+    return by_setting[key]
 
 
 def why_unused(model: TransformerBridge, name: str) -> str:
@@ -133,6 +137,22 @@ def require_used(model: TransformerBridge, names: Collection[str]) -> set[str]:
     return set(lost)
 
 
+def withdraw(
+    model: TransformerBridge, caches: list[RelevanceCache], lost: set[str], named: bool
+) -> None:
+    """Take back zeros that are none: no gradient came, because nothing uses the tensor.
+
+    Raises:
+        InputError: those hook points were named by the caller.
+    """
+    if lost and named:
+        raise InputError(f"no relevance can be read: {why_unused(model, min(lost))}")
+    for cache in caches:
+        for name in sorted(lost):
+            del cache.values[name]
+        cache.coverage.off_path.extend(sorted(lost))
+
+
 def _any_input(model: TransformerBridge) -> Batch:
     if media.reads_no_text(model):
         return media.prepare_media(model, None, media.example(model))
@@ -140,11 +160,8 @@ def _any_input(model: TransformerBridge) -> Batch:
     ends = (getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos"))
     words = sorted(set(range(int(model.cfg.d_vocab))[: SHORT + 3]) - set(ends))  # padding is masked
     tokens = torch.tensor([words[:SHORT]], device=next(model.parameters()).device)
-    return media.prepare(
-        model,
-        tokens,
-        {},
-        decoder_input=tokens if is_encoder_decoder(model) else None,
+    return media.prepare_batch(
+        model, tokens, {}, decoder_input=tokens if is_encoder_decoder(model) else None
     )
 
 
@@ -183,13 +200,9 @@ def _look(
     def mark(point: nn.Module, _: Any, out: Any) -> Tensor | None:
         if not isinstance(out, Tensor) or not out.is_floating_point() or not out.requires_grad:
             return None
-        own = out.clone()
-        seen.setdefault(id(point), []).append(own.grad_fn)
-        return own
-
-    def mark_all(at: Attached, _: Forward) -> None:
-        for point in {id(point): point for point in points.values()}.values():
-            at.hook(point, mark)
+        marked = out.clone()
+        seen.setdefault(id(point), []).append(marked.grad_fn)
+        return marked
 
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -198,10 +211,15 @@ def _look(
         stack.enter_context(_silenced(points.values()))
         if quiet:
             stack.enter_context(_without(list(_foreign(model))))
-        run = stack.enter_context(
-            forward(model, prepared, leaves=Leaves(), gradients=True, at_nodes=mark_all)
-        )
-        used = _above(None if run.logits is None else run.logits.grad_fn)
+        stack.enter_context(frozen(model))
+        stack.enter_context(unchanged(model))
+        stack.enter_context(torch.enable_grad())
+        at = stack.enter_context(undone(Attached()))
+        parts, leaves = components(model), Leaves()
+        inputs = cut_inputs(at, parts, embeddings(parts), leaves, prepared, [])
+        for point in {id(point): point for point in points.values()}.values():
+            at.hook(point, mark)
+        used = _above(run_model(model, prepared, leaves, inputs).grad_fn)
     lost = {key for key, nodes in seen.items() if not any(id(node) in used for node in nodes)}
     if len(lost) == len(seen):  # the pass left no graph: nothing can be told
         return frozenset()
@@ -210,27 +228,27 @@ def _look(
 
 def _above(node: Any) -> dict[int, Any]:
     """Every node that an output was made through."""
-    found: dict[int, Any] = {}
+    reached: dict[int, Any] = {}
     stack = [node]
     while stack:
         node = stack.pop()
-        if node is not None and id(node) not in found:
-            found[id(node)] = node
+        if node is not None and id(node) not in reached:
+            reached[id(node)] = node
             stack.extend(below for below, _ in node.next_functions)
-    return found
+    return reached
 
 
 @contextmanager
 def _without(hooks: list[tuple[dict[int, Any], int]]) -> Iterator[None]:
-    kept = [(own, dict(own)) for own in {id(own): own for own, _ in hooks}.values()]
-    for own, key in hooks:
-        del own[key]
+    kept = [(table, dict(table)) for table in {id(table): table for table, _ in hooks}.values()]
+    for table, key in hooks:
+        del table[key]
     try:
         yield
     finally:
-        for own, before in kept:
-            own.clear()
-            own.update(before)
+        for table, before in kept:
+            table.clear()
+            table.update(before)
 
 
 @contextmanager
@@ -253,6 +271,6 @@ def _silenced(points: Iterable[nn.Module]) -> Iterator[None]:
         for point, state in kept:
             point.fwd_hooks, point.bwd_hooks = state["fwd_hooks"], state["bwd_hooks"]
             for key in ("_forward_hooks", "_backward_hooks"):
-                own = getattr(point, key)
-                own.clear()
-                own.update(state[key])
+                table = getattr(point, key)
+                table.clear()
+                table.update(state[key])

@@ -1,9 +1,9 @@
 """Attributions from attention: rollout, gradient x attention rollout, and AtMan.
 
-Rollout (Abnar & Zuidema 2020) and its gradient form (Chefer et al. 2021) carry a matrix of
-relevance through the attention patterns, layer by layer, and read the row of the position that is
-explained; AtMan (Deb et al. 2023) turns the scores of one token down in every head and looks at the
-loss. Attention that TransformerLens delegates is made live meanwhile, and undone after.
+Rollout (Abnar & Zuidema 2020) and its gradient form (Chefer et al. 2021) propagate a matrix
+of relevance through the attention patterns, layer by layer, and read the row of the position that
+is explained; AtMan (Deb et al. 2023) turns the scores of one token down in every head and looks at
+the loss. Attention that TransformerLens delegates is made hookable meanwhile, and undone after.
 
 Of an encoder-decoder the encoder's tokens are rated: rollout treats cross-attention as one more
 layer with a residual around it, Chefer et al. have a rule for it (their Eq. 10).
@@ -25,16 +25,18 @@ from lenslrp import media
 from lenslrp.analysis.passes.problems import AttributionProblem
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
-from lenslrp.forward import architecture
-from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import GradientTimesInput
 from lenslrp.hooks.install import relevance_rules
-from lenslrp.targets import Activation, Logit, LogProb, Outputs, PerRow, Sequence, Target
+from lenslrp.hooks.structure import components
+from lenslrp.logits import Outputs, Target
+from lenslrp.running import architecture
+from lenslrp.targets import Activation, Logit, LogProb, PerRow, Sequence
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-BLOCK = re.compile(r"^\w*blocks\.\d+", re.MULTILINE)
+BLOCK_NAME = re.compile(r"^\w*blocks\.\d+", re.MULTILINE)
 
 Patterns = list[tuple[str, Tensor]]
 """[batch, query, key] by hook name, in the order in which they were formed, heads averaged."""
@@ -42,7 +44,7 @@ Patterns = list[tuple[str, Tensor]]
 
 @torch.no_grad()
 def attention_rollout(
-    question: AttributionProblem, *, seed: int, position: int | None = None
+    problem: AttributionProblem, *, seed: int, position: int | None = None
 ) -> Float[Tensor, "batch units"]:
     """The product of ``A / 2 + I / 2`` over all layers, A the mean pattern of a layer's heads.
 
@@ -51,54 +53,54 @@ def attention_rollout(
     Args:
         position: whose row to read, where the target (a ``Custom`` one) does not say it.
     """
-    found: Patterns = []
+    patterns: Patterns = []
 
     def keep(name: str, pattern: Tensor) -> None:
         # A query that sees no key (padding) has NaN for a pattern.
-        found.append((name, pattern.mean(dim=1).nan_to_num(0.0).to(question.inputs)))
+        patterns.append((name, pattern.mean(dim=1).nan_to_num(0.0).to(problem.inputs)))
 
-    names = _names(question.model, "hook_pattern")
-    with _live(question):
-        question.values(question.inputs[None], read={name: partial(keep, name) for name in names})
+    names = _names(problem.model, "hook_pattern")
+    with _hookable(problem):
+        problem.values(problem.inputs[None], read={name: partial(keep, name) for name in names})
 
-    def layer(pattern: Tensor, carried: Tensor) -> Tensor:
-        return (pattern @ carried + carried) / 2
+    def layer(pattern: Tensor, relevance: Tensor) -> Tensor:
+        return (pattern @ relevance + relevance) / 2
 
-    def cross(pattern: Tensor, own: Tensor, carried: Tensor, encoder: Tensor) -> Tensor:
-        return (pattern @ encoder + carried) / 2
+    def cross(pattern: Tensor, to_self: Tensor, to_encoder: Tensor, encoder: Tensor) -> Tensor:
+        return (pattern @ encoder + to_encoder) / 2
 
-    return _carried(question, found, layer, cross, position)
+    return _rollout(problem, patterns, layer, cross, position)
 
 
 def gradient_x_attention_rollout(
-    question: AttributionProblem, *, seed: int, position: int | None = None
+    problem: AttributionProblem, *, seed: int, position: int | None = None
 ) -> Float[Tensor, "batch units"]:
     """``R += A R`` over all layers, from ``R = I``, with A the mean over heads of what is positive
     in pattern times gradient (Chefer et al. 2021, Eqs. 5 to 10).
 
     Args:
-        position: as for :func:`attention_rollout`.
+        position: as for `attention_rollout`.
     """
-    names = _names(question.model, "hook_pattern")
-    cache = question.relevance(GradientTimesInput(), lambda name: name in names)
-    found = [
-        (name, cache[name].clamp(min=0).mean(dim=1).to(question.inputs))
+    names = _names(problem.model, "hook_pattern")
+    cache = problem.relevance(GradientTimesInput(), lambda name: name in names)
+    patterns = [
+        (name, cache[name].clamp(min=0).mean(dim=1).to(problem.inputs))
         for name in names
         if name in cache
     ]
 
-    def layer(pattern: Tensor, carried: Tensor) -> Tensor:
-        return carried + pattern @ carried
+    def layer(pattern: Tensor, relevance: Tensor) -> Tensor:
+        return relevance + pattern @ relevance
 
-    def cross(pattern: Tensor, own: Tensor, carried: Tensor, encoder: Tensor) -> Tensor:
-        return carried + _normalised(own).transpose(1, 2) @ pattern @ _normalised(encoder)
+    def cross(pattern: Tensor, to_self: Tensor, to_encoder: Tensor, encoder: Tensor) -> Tensor:
+        return to_encoder + _normalised(to_self).transpose(1, 2) @ pattern @ _normalised(encoder)
 
-    return _carried(question, found, layer, cross, position)
+    return _rollout(problem, patterns, layer, cross, position)
 
 
 @torch.no_grad()
 def atman(
-    question: AttributionProblem,
+    problem: AttributionProblem,
     *,
     seed: int,
     factor: float = 0.1,
@@ -118,48 +120,50 @@ def atman(
             down, as the authors' code does (there over all keys, here over those that the query
             sees); ``False`` for the formula of the paper.
     """
-    batch, units = question.mask.shape
-    factors = _factors(question, factor, threshold)  # one token after the other turned down
+    batch, units = problem.mask.shape
+    factors = _factors(problem, factor, threshold)  # one token after the other turned down
     plain = torch.ones(1, batch, units).to(factors)
-    logs = replace(question, target=_log_probability(question.target))
-    now: list[Tensor] = []
+    log_problem = replace(problem, target=_log_probability(problem.target))
+    part_factors: list[Tensor] = []  # of the sequences that run now
 
     def turn_down(scores: Tensor) -> Tensor:
-        before = _before(question, scores.shape[-1])
-        share = torch.nn.functional.pad(now[0], (before, 0), value=1.0)
+        before = _before(problem, scores.shape[-1])
+        share = torch.nn.functional.pad(part_factors[0], (before, 0), value=1.0)
         share = share.view(len(scores), *[1] * (scores.ndim - 2), -1).to(scores)
-        seen = _seen(scores)
-        low = scores.masked_fill(~seen, torch.inf).amin(dim=-1, keepdim=True) if minimum else 0.0
-        return torch.where(seen, (scores - low) * share, scores)
+        unmasked = _unmasked(scores)
+        low = (
+            scores.masked_fill(~unmasked, torch.inf).amin(dim=-1, keepdim=True) if minimum else 0.0
+        )
+        return torch.where(unmasked, (scores - low) * share, scores)
 
-    names = [n for n in _names(question.model, "hook_attn_scores") if not _of_decoder(n)]
+    names = [n for n in _names(problem.model, "hook_attn_scores") if not _of_decoder(n)]
     edits, values = [Edit(name, function=turn_down) for name in names], []
-    with _live(question):
-        for part in torch.cat([plain, factors]).split(question.step):
-            now[:] = [part.flatten(0, 1)]
-            inputs = question.inputs.expand(len(part), *question.inputs.shape)
-            values.append(logs.values(inputs, edits=edits))
-    found = torch.cat(values)
-    return (found[:1] - found[1:]).T
+    with _hookable(problem):
+        for part in torch.cat([plain, factors]).split(problem.step):
+            part_factors[:] = [part.flatten(0, 1)]
+            inputs = problem.inputs.expand(len(part), *problem.inputs.shape)
+            values.append(log_problem.values(inputs, edits=edits))
+    log_probabilities = torch.cat(values)
+    return (log_probabilities[:1] - log_probabilities[1:]).T
 
 
 def _factors(
-    question: AttributionProblem, factor: float, threshold: float | None
+    problem: AttributionProblem, factor: float, threshold: float | None
 ) -> Float[Tensor, "tokens batch units"]:
     """What each key's scores are multiplied by when each token in turn is turned down."""
-    batch, units = question.mask.shape
-    own = torch.eye(units, device=question.inputs.device, dtype=torch.bool)[:, None]
+    batch, units = problem.mask.shape
+    itself = torch.eye(units, device=problem.inputs.device, dtype=torch.bool)[:, None]
     if threshold is None:
-        alike = torch.zeros(units, batch, units, device=own.device)
+        alike = torch.zeros(units, batch, units, device=itself.device)
     else:
-        unit = torch.nn.functional.normalize(question.vectors.float(), dim=-1)
+        unit = torch.nn.functional.normalize(problem.vectors.float(), dim=-1)
         cosines = (unit @ unit.transpose(1, 2)).clamp(-1, 1).transpose(0, 1)
         alike = cosines.where(cosines >= threshold, 0.0)
     shares = factor + (1 - factor) * (1 - alike.clamp(min=0))
-    return shares.masked_fill(own, factor)
+    return shares.masked_fill(itself, factor)
 
 
-def _seen(scores: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+def _unmasked(scores: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
     """Which scores are not masked."""
     return scores > max(torch.finfo(scores.dtype).min / 2, -1e8)
 
@@ -173,9 +177,9 @@ def _log_probability(target: Target) -> Target:
     return replace(target, of="log_prob") if isinstance(target, Sequence) else target
 
 
-def _live(question: AttributionProblem) -> Any:
+def _hookable(problem: AttributionProblem) -> Any:
     """Scores and patterns that are formed where their hooks are, whoever computes them."""
-    return relevance_rules(question.model, GradientTimesInput(), strict=False)
+    return relevance_rules(problem.model, GradientTimesInput(), strict=False)
 
 
 def _names(model: TransformerBridge, hook: str) -> list[str]:
@@ -186,7 +190,7 @@ def _names(model: TransformerBridge, hook: str) -> list[str]:
     """
     points = hook_points(model, list(components(model)))
     names = {id(point): name for name, point in points.items() if name.endswith("." + hook)}
-    blocks = dict.fromkeys(BLOCK.findall("\n".join(points)))
+    blocks = dict.fromkeys(BLOCK_NAME.findall("\n".join(points)))
     without = [b for b in blocks if not any(n.startswith(f"{b}.") for n in names.values())]
     if without or not names:
         where = f" in {', '.join(without[:4])}" if names else ""
@@ -204,57 +208,57 @@ def _crosses(name: str) -> bool:
 
 
 def _normalised(relevance: Float[Tensor, "batch row unit"]) -> Tensor:
-    """What was added to I, each row to sum 1, and I (Chefer et al., Eqs. 8 and 9)."""
+    """``R - I`` with each row scaled to sum 1, plus I (Chefer et al., Eqs. 8 and 9)."""
     eye = torch.eye(relevance.shape[1]).to(relevance)
     added = relevance - eye
     total = added.sum(dim=-1, keepdim=True)
     return torch.where(total > 0, added / total, 0.0) + eye
 
 
-def _carried(
-    question: AttributionProblem,
+def _rollout(
+    problem: AttributionProblem,
     patterns: Patterns,
     layer: Callable[[Tensor, Tensor], Tensor],
     cross: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     position: int | None,
 ) -> Float[Tensor, "batch units"]:
-    """Relevance carried from layer to layer; the row of what is explained.
+    """Relevance propagated from layer to layer; the row of what is explained.
 
     Raises:
         InputError: patterns of another shape than the layers before.
     """
     encoder = _identity(patterns[0][1])
-    own = carried = encoder[:, :0]  # of a decoder: to its own tokens, and to the encoder's
+    to_self = to_encoder = encoder[:, :0]  # of a decoder's tokens: to themselves, the encoder's
     for name, pattern in patterns:
         decodes = name.startswith("decoder_blocks.")
-        if decodes and not own.shape[1]:
-            own = _identity(pattern)
-            carried = encoder.new_zeros(len(own), own.shape[1], encoder.shape[1])
-        expected = carried if _crosses(name) else own if decodes else encoder
+        if decodes and not to_self.shape[1]:
+            to_self = _identity(pattern)
+            to_encoder = encoder.new_zeros(len(to_self), to_self.shape[1], encoder.shape[1])
+        expected = to_encoder if _crosses(name) else to_self if decodes else encoder
         if pattern.shape != expected.shape:
             raise InputError(
                 f"{name} is a pattern of {list(pattern.shape[1:])}, where a layer before it was "
                 f"one of {list(expected.shape[1:])}: rollout needs all tokens in every layer"
             )
         if _crosses(name):
-            carried = cross(pattern, own, carried, encoder)
+            to_encoder = cross(pattern, to_self, to_encoder, encoder)
         elif decodes:
-            own, carried = layer(pattern, own), layer(pattern, carried)
+            to_self, to_encoder = layer(pattern, to_self), layer(pattern, to_encoder)
         else:
             encoder = layer(pattern, encoder)
-    last = carried if own.shape[1] else encoder
-    weights = _rows(question, last, position)
-    return torch.einsum("bq,bqk->bk", weights, last)[:, _before(question, last.shape[-1]) :]
+    last = to_encoder if to_self.shape[1] else encoder
+    weights = _rows(problem, last, position)
+    return torch.einsum("bq,bqk->bk", weights, last)[:, _before(problem, last.shape[-1]) :]
 
 
-def _before(question: AttributionProblem, keys: int) -> int:
+def _before(problem: AttributionProblem, keys: int) -> int:
     """How many tokens (CLS and its like) stand before an image's patches.
 
     Raises:
         InputError: there are other keys than the tokens of a text, or fewer than patches.
     """
-    before = keys - question.mask.shape[1]
-    if before < 0 or (before and question.grid is None):
+    before = keys - problem.mask.shape[1]
+    if before < 0 or (before and problem.grid is None):
         raise InputError(f"attention to {keys} keys, where there are {keys - before} tokens")
     return before
 
@@ -265,9 +269,9 @@ def _identity(pattern: Float[Tensor, "batch query key"]) -> Float[Tensor, "batch
 
 
 def _rows(
-    question: AttributionProblem, last: Float[Tensor, "batch row unit"], position: int | None
+    problem: AttributionProblem, last: Float[Tensor, "batch row unit"], position: int | None
 ) -> Float[Tensor, "batch row"]:
-    """Which row of the carried matrix is read, as weights that sum to 1.
+    """Which row of the relevance matrix is read, as weights that sum to 1.
 
     The target's own position, or the mean over those of a span. The logits of an image's classes
     have none: the first token (CLS) is read, or the mean over the patches where there is none.
@@ -276,18 +280,18 @@ def _rows(
         InputError: a target that does not say its position, without ``position``.
     """
     weights = torch.zeros(last.shape[:2]).to(last)
-    nothing = dict[str, Tensor]().__getitem__
-    outputs = Outputs(last, question.prepared.written, None, nothing)
-    classifies = media.labels_of(question.model) is not None
-    for row, target in enumerate(_each(question.target, len(weights))):
+    no_activations = dict[str, Tensor]().__getitem__
+    outputs = Outputs(last, problem.prepared.written, None, no_activations)
+    classifies = media.labels_of(problem.model) is not None
+    for row, target in enumerate(_each(problem.target, len(weights))):
         one = outputs.row(row)
         where = getattr(target, "position", None) if position is None else position
         if position is None and classifies and not isinstance(target, Activation):
-            before = _before(question, last.shape[-1])
+            before = _before(problem, last.shape[-1])
             weights[row] += 1 / weights.shape[1] if not before else 0.0
             where = 0 if before else None
         elif position is None and isinstance(target, Sequence):
-            ids = target.ids(question.model.tokenizer)
+            ids = target.ids(problem.model.tokenizer)
             weights[row, outputs.span(len(ids))[row]] = 1 / len(ids)
         elif where is None:
             raise InputError(

@@ -2,8 +2,8 @@
 
 Both attribute the embeddings (or pixels) and are summed over each unit. Integrated Gradients is
 captum's (``pip install 'lenslrp[evaluate]'``). SmoothGrad is not: captum's ``NoiseTunnel`` draws
-from torch's global generator and has one noise level for the whole batch, so that what it says of
-a row would depend on the rows beside it.
+from torch's global generator and has one noise level for the whole batch, so that the
+relevance of a row would depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lenslrp.extras import require
 
 
 def integrated_gradients(
-    question: AttributionProblem, *, seed: int, steps: int = 32, baseline: str | Tensor = "zero"
+    problem: AttributionProblem, *, seed: int, steps: int = 32, baseline: str | Tensor = "zero"
 ) -> Tensor:
     """``(x - x') * integral of df/dx along the line from x' to x`` (Sundararajan et al. 2017).
 
@@ -24,7 +24,7 @@ def integrated_gradients(
 
     Args:
         steps: of Gauss-Legendre's rule.
-        baseline: x', see :meth:`AttributionProblem.baseline`.
+        baseline: x', see `AttributionProblem.baseline`.
 
     Raises:
         MissingExtraError: captum is not installed.
@@ -33,20 +33,20 @@ def integrated_gradients(
     from captum.attr import IntegratedGradients
 
     def value(inputs: Tensor) -> Tensor:  # captum's rows are steps x batch, the batch innermost
-        return question.values(inputs.unflatten(0, (-1, len(question.inputs)))).flatten()
+        return problem.values(inputs.unflatten(0, (-1, len(problem.inputs)))).flatten()
 
-    found: Tensor = IntegratedGradients(value).attribute(
-        question.inputs,
-        question.baseline(baseline),
+    relevance: Tensor = IntegratedGradients(value).attribute(
+        problem.inputs,
+        problem.baseline(baseline),
         n_steps=steps,
-        internal_batch_size=max(question.chunk, len(question.inputs)),
+        internal_batch_size=max(problem.chunk, len(problem.inputs)),
     )
-    return found
+    return relevance
 
 
 @torch.no_grad()
 def smoothgrad(
-    question: AttributionProblem,
+    problem: AttributionProblem,
     *,
     seed: int,
     samples: int = 20,
@@ -58,18 +58,18 @@ def smoothgrad(
     In units of the target with ``times_input``, else of the target per unit of embedding.
 
     Args:
-        samples: noisy copies.
+        samples: how many noisy copies.
         noise: standard deviation, as a share of the range of the row's own values.
         times_input: multiply by the input without noise. Without it, the gradient's entries are
             summed as they are.
     """
-    x = question.inputs
+    x = problem.inputs
     noisy = x.expand(samples, *x.shape).clone()
     for row, values in enumerate(x):
-        real = question.mask[row] if question.grid is None else ...
+        real = problem.mask[row] if problem.grid is None else ...
         width = noise * (values[real].max() - values[real].min())
         shape = (samples, *values[real].shape)
-        draw = torch.randn(shape, generator=question.generator(row, seed)).to(x)
+        draw = torch.randn(shape, generator=problem.generator(row, seed)).to(x)
         noisy[:, row, real] += draw * width
-    mean = question.gradients(noisy).mean(dim=0)
+    mean = problem.gradients(noisy).mean(dim=0)
     return mean * x if times_input else mean

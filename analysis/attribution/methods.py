@@ -1,10 +1,10 @@
-"""Methods of attribution under one interface: AttnLRP, its kin and its rivals.
+"""Methods of attribution under one interface: AttnLRP, its variants and the baselines.
 
     attribute("integrated_gradients", model, "The capital of France is", " Paris").tokens
 
-:data:`METHODS` is the table. Each method gives every unit of the input (a token, a patch) one
-number; the larger, the more the unit spoke for the target. Only those that say so
-(``docs/baselines.md``) are in units of the target.
+`METHODS` is the table. Each method gives every unit of the input (a token, a patch) one number;
+the larger, the more the unit is evidence for the target. Only those that say so
+(``docs/reference/baselines.md``) are in units of the target.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ from lenslrp.analysis.attribution.softmax_ablations import (
     DistributedBiasAtSoftmax,
     IdentityAtSoftmax,
 )
-from lenslrp.analysis.passes.problems import CHUNK, AttributionProblem, PassCount, resolve
+from lenslrp.analysis.passes.problems import (
+    SEQUENCES_AT_ONCE,
+    AttributionProblem,
+    PassCount,
+    resolve,
+)
 from lenslrp.errors import InputError
 from lenslrp.extras import EXTRAS, require
 from lenslrp.hooks.composites import (
@@ -43,30 +48,45 @@ from lenslrp.hooks.composites import (
     GradientTimesInput,
     RelP,
 )
-from lenslrp.hooks.rules import Plain
+from lenslrp.hooks.rule_types import Plain
 from lenslrp.targets import Explained
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-Scores = Callable[..., Tensor]
-"""``(question, *, seed, **options)`` to relevance of the units [batch, units], or of the pixels."""
+MethodFunction = Callable[..., Tensor]
+"""``(problem, *, seed, **options)`` to relevance of the units [batch, units], or of the pixels."""
 
 
 @dataclass(frozen=True)
 class Method:
     """One way to give the units of an input relevance.
 
+    Called with a model and an input, it gives relevance [batch, units], as `attribute` does.
+
     Attributes:
-        name: its key in :data:`METHODS`.
-        function: what it computes.
-        citation: where it comes from.
-        needs: ``"patterns"`` (attention that the bridge can make live), ``"captum"``.
+        name: its key in `METHODS`.
+        function: takes an `AttributionProblem`, ``seed=`` and the method's own keywords; returns
+            relevance of the units [batch, units], or of the problem's inputs, of their shape.
+        citation: the paper.
+        needs: ``"patterns"`` (attention whose patterns the bridge can form at hook points),
+            ``"captum"``.
         deterministic: whether the seed makes no difference.
+
+    Examples:
+        A method of your own, which rates a token by the length of its embedding:
+
+        ```python
+        def embedding_norm(problem, *, seed):
+            return problem.vectors.norm(dim=-1)
+
+        norm = Method("embedding_norm", embedding_norm, "chance, but for rare tokens")
+        attribute(norm, model, "The capital of France is").tokens  # [1, 5], all >= 0
+        ```
     """
 
     name: str
-    function: Scores
+    function: MethodFunction
     citation: str
     needs: tuple[str, ...] = ()
     deterministic: bool = True
@@ -74,30 +94,31 @@ class Method:
     def __call__(
         self, model: TransformerBridge, tokens: Any, target: Any = None, **context: Any
     ) -> Float[Tensor, "batch units"]:
-        """Relevance of the tokens; arguments as for :func:`attribute`."""
+        """Relevance of the tokens [batch, units]; arguments, errors as for `attribute`."""
         return attribute(self, model, tokens, target, **context).tokens
 
     @property
     def options(self) -> tuple[str, ...]:
-        """What it can be told."""
-        given = inspect.signature(self.function).parameters.values()
-        own = (p.name for p in given if p.kind is p.KEYWORD_ONLY)
-        return tuple(name for name in own if name not in ("seed", "composite"))
+        """The names of its own keywords, beside those of `attribute`."""
+        parameters = inspect.signature(self.function).parameters.values()
+        keywords = (p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        return tuple(name for name in keywords if name not in ("seed", "composite"))
 
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """What a method found.
+    """Relevance of the units of an input, as one method gives it.
 
     Attributes:
-        tokens: relevance of each unit: a token (for an encoder-decoder, the encoder's), or a patch
-            of an image, row by row. 0 for padding.
-        mask: True where a unit is real.
-        str_tokens: what the units are called.
-        method: its name.
-        target: what exactly was explained, and its value.
+        tokens: [batch, units] relevance of each unit: a token (for an encoder-decoder, the
+            encoder's), or a patch of an image, row by row. 0 for padding. In the method's own unit.
+        mask: [batch, units], True where a unit is real.
+        str_tokens: the units' names, for each row.
+        method: the method's name.
+        target: what exactly was explained, and its value in each row.
         passes: forward and backward passes of one sequence that one explanation took.
-        pixels: for an image, where the method goes down to them; ``tokens`` are their sums.
+        pixels: for an image, where the method goes down to them: [batch, channel, height, width];
+            ``tokens`` are their sums over patches.
         grid: rows and columns of an image's patches.
     """
 
@@ -112,7 +133,7 @@ class Attribution:
 
     @property
     def patches(self) -> Float[Tensor, "batch rows columns"] | None:
-        """The same as an image's grid; ``None`` for text."""
+        """``tokens`` as an image's grid; ``None`` for text."""
         return None if self.grid is None else self.tokens.unflatten(1, self.grid)
 
 
@@ -128,27 +149,43 @@ def attribute(
     inputs_embeds: Tensor | None = None,
     decoder_input: Any = None,
     pixel_values: Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk: int = SEQUENCES_AT_ONCE,
     **options: Any,
 ) -> Attribution:
     """Relevance of every token (or patch) for a target, by any method.
 
     Args:
-        method: a name in :data:`METHODS`, a :class:`Method`, or a composite of rules.
-        model, input, target, and the keywords up to ``pixel_values``: as for
-            :func:`lenslrp.run_with_relevance`.
-        seed: for methods that draw random numbers; what a row gets depends on its content and the
-            seed, not on the batch it is in.
+        method: a name in `METHODS`, a `Method`, or a composite of rules.
+        model: a ``TransformerBridge``.
+        input: text, token ids [batch, pos] or pixels, as for `lenslrp.run_with_relevance`.
+        target: what is explained, as there; ``None`` is the top logit of the unchanged input.
+        seed: for methods that draw random numbers; a row's relevance depends on its content and
+            the seed, not on the batch it is in.
+        prepend_bos: as for `lenslrp.run_with_relevance`.
+        attention_mask: the same.
+        inputs_embeds: the same.
+        decoder_input: the same.
+        pixel_values: the same.
         chunk: how many sequences run through the model at once.
-        options: the method's own, see ``Method.options``.
+        options: the method's own keywords, see `Method.options`.
+
+    Returns:
+        Relevance [batch, units]; padding has 0.
 
     Raises:
         InputError: an unknown method or option; what cannot be explained.
         MissingExtraError: the method needs a package that is not installed.
         CoverageError: an operation on the path has no rule, for methods that attach rules.
+
+    Examples:
+        ```python
+        occluded = attribute("occlusion", model, "The capital of France is", " Paris")
+        occluded.tokens      # [1, 5]: what the logit of " Paris" loses without each token
+        occluded.str_tokens  # [["The", " capital", " of", " France", " is"]]
+        ```
     """
     chosen = as_method(method)
-    question = resolve(
+    problem = resolve(
         model,
         input,
         target,
@@ -159,37 +196,36 @@ def attribute(
         pixel_values=pixel_values,
         chunk=chunk,
     )
-    return answer(chosen, question, seed=seed, **options)
+    return run_method(chosen, problem, seed=seed, **options)
 
 
-def answer(
-    method: str | Method | Composite, question: AttributionProblem, *, seed: int = 0, **options: Any
+def run_method(
+    method: str | Method | Composite, problem: AttributionProblem, *, seed: int = 0, **options: Any
 ) -> Attribution:
-    """What a method says of an input and a target that are resolved already; see
-    :func:`attribute`."""
+    """`attribute`, for an input and a target that are resolved already."""
     chosen = as_method(method)
     unknown = [name for name in options if name not in chosen.options]
     if unknown:
         known = ", ".join(chosen.options) or "none"
         raise InputError(f"{chosen.name} has no option {unknown[0]!r}; its options: {known}")
-    found = chosen.function(question, seed=seed, **options).detach()
-    found = found.to(torch.promote_types(question.inputs.dtype, torch.float32))
-    pixels = found if found.shape == question.inputs.shape and found.ndim == 4 else None
-    tokens = question.summed(found) if found.ndim > 2 else found
+    relevance = chosen.function(problem, seed=seed, **options).detach()
+    relevance = relevance.to(torch.promote_types(problem.inputs.dtype, torch.float32))
+    pixels = relevance if relevance.shape == problem.inputs.shape and relevance.ndim == 4 else None
+    tokens = problem.summed(relevance) if relevance.ndim > 2 else relevance
     return Attribution(
-        tokens.masked_fill(~question.mask, 0.0),
-        question.mask,
-        question.units,
+        tokens.masked_fill(~problem.mask, 0.0),
+        problem.mask,
+        problem.units,
         chosen.name,
-        question.explained,
-        question.passes,
+        problem.explained,
+        problem.passes,
         pixels,
-        question.grid,
+        problem.grid,
     )
 
 
 def as_method(method: str | Method | Composite) -> Method:
-    """A method as given, by its name, or of a composite.
+    """A `Method`: one of `METHODS` by its name, one of a composite's rules, or as it is.
 
     Raises:
         InputError: an unknown name, or anything else.
@@ -206,20 +242,20 @@ def as_method(method: str | Method | Composite) -> Method:
     return method
 
 
-def rules(question: AttributionProblem, *, seed: int, composite: Composite) -> Tensor:
+def rules(problem: AttributionProblem, *, seed: int, composite: Composite) -> Tensor:
     """Relevance under a composite's rules: one forward and one backward pass."""
-    cache = question.relevance(composite)
+    cache = problem.relevance(composite)
     return cache.tokens if cache.pixels is None else cache.pixels
 
 
-def random(question: AttributionProblem, *, seed: int) -> Float[Tensor, "batch units"]:
-    """Standard normal numbers: what a method that knows nothing says."""
-    batch, units = question.mask.shape
-    found = torch.zeros(batch, units)
+def random(problem: AttributionProblem, *, seed: int) -> Float[Tensor, "batch units"]:
+    """Standard normal numbers: chance level."""
+    batch, units = problem.mask.shape
+    relevance = torch.zeros(batch, units)
     for row in range(batch):
-        real = question.mask[row].cpu()
-        found[row, real] = torch.randn(int(real.sum()), generator=question.generator(row, seed))
-    return found.to(question.inputs.device)
+        real = problem.mask[row].cpu()
+        relevance[row, real] = torch.randn(int(real.sum()), generator=problem.generator(row, seed))
+    return relevance.to(problem.inputs.device)
 
 
 def _rules(name: str, composite: Composite, citation: str) -> Method:

@@ -1,9 +1,9 @@
 """Units set to a baseline: occlusion one at a time, KernelSHAP many at a time.
 
 KernelSHAP (Lundberg & Lee 2017) is the weighted least squares whose solution is the Shapley value
-when every coalition is asked. captum's needs scikit-learn, asks for the sum by a weight of 1e6
-and never enumerates; here the sum holds exactly (Covert & Lee 2021), every coalition is asked where
-there are few enough, and samples come in pairs of a coalition and its complement.
+when every coalition is evaluated. captum's needs scikit-learn, enforces the sum by a weight of 1e6
+and never enumerates; here the sum holds exactly (Covert & Lee 2021), every coalition is evaluated
+where there are few enough, and samples come in pairs of a coalition and its complement.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from lenslrp.errors import InputError
 
 
 def occlusion(
-    question: AttributionProblem, *, seed: int, baseline: str | Tensor = "zero"
+    problem: AttributionProblem, *, seed: int, baseline: str | Tensor = "zero"
 ) -> Float[Tensor, "batch units"]:
     """What the value loses when one unit is set to the baseline, in units of the target.
 
     Args:
-        baseline: see :meth:`AttributionProblem.baseline`.
+        baseline: see `AttributionProblem.baseline`.
     """
-    batch, units = question.mask.shape
+    batch, units = problem.mask.shape
     alone = torch.eye(units, dtype=torch.bool)[:, None].expand(-1, batch, -1)
-    without = question.ablated(~alone, question.baseline(baseline))
-    question.passes.forward += 1  # the unchanged input
-    return (question.explained.value - without).T
+    without = problem.ablated(~alone, problem.baseline(baseline))
+    problem.passes.forward += 1  # the unchanged input
+    return (problem.explained.value - without).T
 
 
 def kernel_shap(
-    question: AttributionProblem,
+    problem: AttributionProblem,
     *,
     seed: int,
     samples: int | None = None,
@@ -43,40 +43,41 @@ def kernel_shap(
     """Shapley values of the units, in units of the target; they sum to ``f(x) - f(baseline)``.
 
     Args:
-        samples: coalitions asked, beside none and all: eight for every unit by default. Where all
-            2^n - 2 are no more than that they are all asked, and the values are exact.
-        baseline: see :meth:`AttributionProblem.baseline`.
+        samples: coalitions evaluated, beside none and all: eight for every unit by default. Where
+            there are no more than that (2^n - 2), all are evaluated and the values are exact.
+        baseline: see `AttributionProblem.baseline`.
 
     Raises:
         InputError: too few samples.
     """
-    mask = question.mask.cpu()
+    mask = problem.mask.cpu()
     batch, units = mask.shape
-    wanted = 8 * units if samples is None else samples
-    if wanted < 2:
+    sample_count = 8 * units if samples is None else samples
+    if sample_count < 2:
         raise InputError(f"samples must be at least 2, not {samples}")
     plans = [
-        coalitions(int(real.sum()), wanted, question.generator(row, seed))
+        coalitions(int(real.sum()), sample_count, problem.generator(row, seed))
         for row, real in enumerate(mask)
     ]
     keep = torch.ones(max(len(plan) for plan, _ in plans) + 1, batch, units, dtype=torch.bool)
     keep[0] = ~mask
     for row, (plan, _) in enumerate(plans):
         keep[1 : len(plan) + 1, row, mask[row]] = plan
-    values = question.ablated(keep, question.baseline(baseline)).cpu().double()
-    question.passes.forward += 1  # the unchanged input
-    found = torch.zeros(batch, units, dtype=torch.float64)
+    values = problem.ablated(keep, problem.baseline(baseline)).cpu().double()
+    problem.passes.forward += 1  # the unchanged input
+    shapley = torch.zeros(batch, units, dtype=torch.float64)
     for row, (plan, weights) in enumerate(plans):
-        nothing, rest = values[0, row], values[1 : len(plan) + 1, row]
-        total = question.explained.value[row].cpu().double() - nothing
-        found[row, mask[row]] = solved(plan.double(), weights, rest - nothing, total)
-    return found.to(question.inputs.device)
+        at_baseline, at_plan = values[0, row], values[1 : len(plan) + 1, row]
+        total = problem.explained.value[row].cpu().double() - at_baseline
+        gains = at_plan - at_baseline
+        shapley[row, mask[row]] = least_squares(plan.double(), weights, gains, total)
+    return shapley.to(problem.inputs.device)
 
 
 def coalitions(
     units: int, samples: int, generator: torch.Generator
 ) -> tuple[Bool[Tensor, "samples units"], Float[Tensor, " samples"]]:
-    """Which coalitions to ask, and the weight of each: all of them, or pairs drawn at random.
+    """Which coalitions to evaluate, and the weight of each: all of them, or pairs drawn at random.
 
     The kernel gives one coalition of s of n units the weight (n - 1) / (C(n, s) s (n - s)).
     """
@@ -92,11 +93,11 @@ def coalitions(
     chance = 1 / (size * (units - size)).double()
     drawn = size[torch.multinomial(chance, samples // 2, replacement=True, generator=generator)]
     order = torch.rand(len(drawn), units, generator=generator).argsort(dim=1).argsort(dim=1)
-    half = order < drawn[:, None]
-    return torch.cat([half, ~half]), torch.ones(2 * len(half), dtype=torch.float64)
+    plan = order < drawn[:, None]
+    return torch.cat([plan, ~plan]), torch.ones(2 * len(plan), dtype=torch.float64)
 
 
-def solved(
+def least_squares(
     plan: Float[Tensor, "samples units"],
     weights: Float[Tensor, " samples"],
     values: Float[Tensor, " samples"],
@@ -109,5 +110,5 @@ def solved(
     system[units, units] = 0
     right = torch.cat([plan.T @ (weights * values), total[None]])
     # Fewer samples than units leave more than one solution: the shortest is taken.
-    found: Tensor = torch.linalg.lstsq(system, right[:, None], driver="gelsd").solution
-    return found[:units, 0]
+    solution: Tensor = torch.linalg.lstsq(system, right[:, None], driver="gelsd").solution
+    return solution[:units, 0]

@@ -1,8 +1,8 @@
 """PA-LRP: AttnLRP with the relevance that belongs to positions given to the token that is there.
 
 Bakish et al. 2025 (arXiv:2506.02138), read together with the authors' code. Positions are inputs of
-the model beside the tokens, and what an explanation leaves at them is lost. So every layer's
-position embedding is a sink, and the sinks are added to the tokens:
+the model beside the tokens, and what an explanation leaves at them is lost. So what every layer's
+position embedding absorbs is added to the tokens:
 
 - rotary: ``q * cos`` and ``rot(q) * sin`` are products of two factors, so half of the relevance of
   each (Prop. 3.2 of AttnLRP) goes to cos and to sin, for queries and keys alike; q and k get the
@@ -22,52 +22,52 @@ from transformer_lens.utilities.hf_utils import get_rotary_pct_from_config
 from lenslrp.analysis.passes.problems import AttributionProblem
 from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
-from lenslrp.forward import architecture, undone
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.components import components
+from lenslrp.graph_check import conditional
 from lenslrp.hooks.composites import AttnLRP
-from lenslrp.remembered import conditional
+from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.structure import components
+from lenslrp.running import architecture, undone
 
 ADJACENT = ("rotary_adjacent_pairs", "rotary_interleaved_cos_sin")
 """Settings of the bridge under which neighbouring features are rotated, not halves."""
 
 
-def pa_lrp(question: AttributionProblem, *, seed: int, absolute: bool = True) -> Tensor:
+def pa_lrp(problem: AttributionProblem, *, seed: int, absolute: bool = True) -> Tensor:
     """AttnLRP relevance of the tokens plus that of their positions, in units of the target.
 
     Args:
-        absolute: take each sink's magnitude, as the authors' code does; ``False`` keeps its sign,
-            as their formula does.
+        absolute: take the magnitude of what each absorbed, as the authors' code does; ``False``
+            keeps its sign, as their formula does.
 
     Raises:
         InputError: the model has neither learned positions nor rotary ones that can be read here.
     """
-    model = question.model
-    sinks: dict[str, Tensor] = {}
-    with undone(Attached()) as at, conditional(model):  # sinks are outside the books
+    model = problem.model
+    absorbed: dict[str, Tensor] = {}
+    with undone(Attached()) as at, conditional(model):  # absorbed: not in the relevance accounting
         for path, module in components(model):
             if hasattr(module, "hook_rot_q") and hasattr(module, "hook_rot_k"):
-                _attach(at, path, module, sinks)
-        cache = question.relevance(AttnLRP())
-    units = question.mask.shape[1]
+                _attach(at, path, module, absorbed)
+        cache = problem.relevance(AttnLRP())
+    units = problem.mask.shape[1]
     learned = [] if cache.positions is None else [cache.positions[:, -units:]]
-    found = [*sinks.values(), *learned]
-    if not found:
+    positional = [*absorbed.values(), *learned]
+    if not positional:
         raise InputError(
             f"pa_lrp: {architecture(model)} has no learned positions, and no rotary ones that are "
             "applied where they can be read (hook_rot_q, hook_rot_k)"
         )
-    total = torch.stack([sink.abs() if absolute else sink for sink in found]).sum(dim=0)
-    return (cache.tokens if cache.pixels is None else question.summed(cache.pixels)) + total
+    total = torch.stack([part.abs() if absolute else part for part in positional]).sum(dim=0)
+    return (cache.tokens if cache.pixels is None else problem.summed(cache.pixels)) + total
 
 
-def _attach(at: Attached, path: str, attn: Any, sinks: dict[str, Tensor]) -> None:
-    """Halve the gradient of one attention's rotated queries and keys; what is taken is kept."""
+def _attach(at: Attached, path: str, attn: Any, absorbed: dict[str, Tensor]) -> None:
+    """Halve the gradient of one attention's rotated queries and keys; the rest is ``absorbed``."""
     tables: list[Any] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = kwargs.get("position_embeddings")
-        tables[:] = [] if given is None else [given]
+        embeddings = kwargs.get("position_embeddings")
+        tables[:] = [] if embeddings is None else [embeddings]
 
     def rotated(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         if not tables or not y.requires_grad:
@@ -77,16 +77,16 @@ def _attach(at: Attached, path: str, attn: Any, sinks: dict[str, Tensor]) -> Non
             raise InputError(f"pa_lrp: {path} rotates neighbouring features, which is not offered")
         cos, sin = (_table(table, attn, y) for table in tables[0])
         width = cos.shape[-1]
-        kept = y.detach()[..., :width]
+        rotated_part = y.detach()[..., :width]
         # The rotation undone: y = x cos + rot(x) sin.
-        x = (kept * cos - _rot(kept) * sin) / (cos**2 + sin**2)
+        x = (rotated_part * cos - _rot(rotated_part) * sin) / (cos**2 + sin**2)
         parts = {"cos": x * cos, "sin": _rot(x) * sin}
 
         def halve(g: Tensor) -> Tensor:
             half = g[..., :width] / 2
             for name, part in parts.items():
-                took = (part * half).sum(dim=(1, -1))
-                sinks[f"{path}.{name}"] = sinks.get(f"{path}.{name}", 0.0) + took
+                taken = (part * half).sum(dim=(1, -1))
+                absorbed[f"{path}.{name}"] = absorbed.get(f"{path}.{name}", 0.0) + taken
             return torch.cat([half, g[..., width:]], dim=-1)
 
         edit_gradient(y, halve)

@@ -1,12 +1,12 @@
 """Scores as TransformerLens' own result of attribution patching.
 
-``transformer_lens.tools.analysis.attribution_patching.AttributionResult`` has one number a node or
-an edge, averaged over pairs, at one position each. What fits: nodes ``tokens``, ``heads`` and
-``mlp``; edges from those into ``q``, ``k``, ``v``, ``mlp`` and the target. What does not fit:
+`transformer_lens.tools.analysis.attribution_patching.AttributionResult` has one number a node or
+an edge, averaged over pairs, at one position each. What fits: nodes `tokens`, `heads` and
+`mlp`; edges from those into `q`, `k`, `v`, `mlp` and the target. What does not fit:
 neurons, the residual stream, whole attention layers, and nodes that stand for all positions.
 Edges there enter a head through its query, key or value only, so edges straight into heads do not
-fit either; those from ``q``, ``k`` and ``v`` to their own head are left out, since the head is
-where they lead. With grouped queries, which TransformerLens' own edges refuse, ``head`` of a key or
+fit either; those from `q`, `k` and `v` to their own head are left out, since the head is
+where they lead. With grouped queries, which TransformerLens' own edges refuse, `head` of a key or
 value is the number of its group.
 """
 
@@ -22,7 +22,7 @@ from lenslrp.analysis.circuits.edges import EdgeScores
 from lenslrp.analysis.circuits.nodes import TARGET, Node
 from lenslrp.analysis.circuits.scores import NodeScores
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.structure import layer_of
 
 WRITERS: dict[str, NodeKind] = {"tokens": "embed", "heads": "attn_head_out", "mlp": "mlp_out"}
 READERS: dict[str, NodeKind] = {"q": "q_input", "k": "k_input", "v": "v_input", "mlp": "mlp_in"}
@@ -30,6 +30,12 @@ READERS: dict[str, NodeKind] = {"q": "q_input", "k": "k_input", "v": "v_input", 
 
 def to_transformer_lens(scores: NodeScores | EdgeScores) -> AttributionResult:
     """Scores by position, as TransformerLens' dataclass; edges that are exactly 0 are left out.
+
+    Args:
+        scores: of `score_nodes` or `score_edges`, with `by_position=True`.
+
+    Returns:
+        A score a node, or an edge, in logits, averaged over pairs.
 
     Raises:
         InputError: what does not fit, by name.
@@ -45,14 +51,14 @@ def to_transformer_lens(scores: NodeScores | EdgeScores) -> AttributionResult:
 
 
 def _nodes(values: Mapping[str, Tensor], components: Mapping[str, str]) -> dict[LensNode, float]:
-    found = {}
+    scores = {}
     for hook, value in values.items():
         mean = value.double().mean(dim=0)
         for position, row in enumerate(mean.tolist()):
             for unit, score in enumerate(row):
                 node = Node(hook, unit, position)
-                found[_lens_node(WRITERS[components[hook]], node)] = score
-    return found
+                scores[_lens_node(WRITERS[components[hook]], node)] = score
+    return scores
 
 
 def _edges(scores: EdgeScores) -> AttributionResult:

@@ -9,17 +9,17 @@ import numpy as np
 
 from lenslrp.analysis.circuits.pruning import FaithfulnessCurve
 from lenslrp.analysis.circuits.scores import NodeScores
-from lenslrp.analysis.views.figures import (
+from lenslrp.analysis.views.drawing import (
     LIGHT,
     Theme,
-    _figure,
-    _label_layers,
-    _limit,
-    _map,
-    _names,
+    draw_grid,
+    label_layer_rows,
+    largest_magnitude,
     new_figure,
+    one_panel,
+    write_titles,
 )
-from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.structure import layer_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,21 +29,26 @@ def head_scores(scores: NodeScores, *, component: str = "heads", theme: Theme = 
     """Mean score over pairs (and sum over positions) of every head, layer (upwards) x head.
 
     Args:
-        component: any with the same number of units in every layer: ``"q"``, ``"k"``, ``"v"``.
+        scores: of nodes, in logits.
+        component: any with the same number of units in every layer: `"heads"`, `"q"`, `"k"`, `"v"`.
+        theme: colours.
 
     Raises:
         InputError: the component was not scored.
+        MissingExtraError: matplotlib is not installed.
     """
     scores.of(component)
     hooks = [hook for hook, name in scores.components.items() if name == component]
-    found = [scores.values[hook].double().mean(dim=0).cpu().numpy() for hook in hooks]
-    values = np.stack([v.sum(axis=0) if scores.by_position else v for v in found])
+    means = [scores.values[hook].double().mean(dim=0).cpu().numpy() for hook in hooks]
+    values = np.stack([v.sum(axis=0) if scores.by_position else v for v in means])
     rows, columns = values.shape
-    figure, axes = _figure(min(2.6 + 0.42 * columns, 13), min(1.6 + 0.24 * rows, 11), theme)
-    _map(figure, axes, values, _limit(values), theme, "what the gap gains, logits")
+    figure, axes = one_panel(min(2.6 + 0.42 * columns, 13), min(1.6 + 0.24 * rows, 11), theme)
+    draw_grid(
+        figure, axes, values, largest_magnitude(values), theme, "gain in logit difference, logits"
+    )
     axes.set_xticks(range(columns))
-    _label_layers(axes, [str(layer_of(hook)) for hook in hooks])
-    _names(axes, theme, title=f"Scores of {component}", x="head", y="layer")
+    label_layer_rows(axes, [str(layer_of(hook)) for hook in hooks])
+    write_titles(axes, theme, title=f"Scores of {component}", x="head", y="layer")
     return figure
 
 
@@ -53,7 +58,16 @@ def faithfulness_curves(
     title: str = "Faithfulness over size",
     theme: Theme = LIGHT,
 ) -> Figure:
-    """Share of the gap kept over the share of nodes kept, on a logarithmic axis, with intervals."""
+    """Share of the logit difference kept over the share of nodes kept, with 95% intervals.
+
+    Args:
+        curves: name -> curve, of `faithfulness_curve`.
+        title: of the figure.
+        theme: colours.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     figure, (axes,) = new_figure(7.0, 4.0, theme, 1)
     for place, (name, curve) in enumerate(curves.items()):
         table = curve.table[curve.table["share"] > 0]
@@ -63,6 +77,12 @@ def faithfulness_curves(
     axes.axhline(1, color=theme.muted, linewidth=0.8, linestyle="--")
     axes.axhline(0, color=theme.muted, linewidth=0.8)
     axes.set_xscale("log")
-    _names(axes, theme, title=title, x="share of heads and of neurons kept", y="share of the gap")
+    write_titles(
+        axes,
+        theme,
+        title=title,
+        x="share of heads and of neurons kept",
+        y="share of the logit difference",
+    )
     axes.legend(frameon=False, fontsize=8, labelcolor=theme.ink)
     return figure

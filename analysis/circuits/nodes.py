@@ -1,28 +1,31 @@
 """Nodes of a circuit: what can be patched at a hook point, one by one.
 
-A component class says at which hook point its nodes live and what one node is: the whole vector, a
+A component class says at which hook point its nodes are and what one node is: the whole vector, a
 head, or a single entry. Everything about nodes is computed on one view of a hook point's tensor,
 [pair, pos, unit, feature].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from lenslrp.analysis.circuits.pairs import Pairs
+from lenslrp.analysis.circuits.pairs import Pairs, ordered
+from lenslrp.analysis.passes.problems import PassCount
+from lenslrp.batch import Batch
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
-from lenslrp.hooks.components import components, hook_points, layer_of
+from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.readers import select_names
-from lenslrp.inputs import Batch, prepare
+from lenslrp.hooks.structure import components, layer_of
+from lenslrp.inputs import prepare_text
 from lenslrp.reductions import Deliver
 from lenslrp.unused import require_used
 
@@ -53,15 +56,19 @@ COMPONENTS: Mapping[str, Component] = {
     "v": Component("attn.hook_v", "head"),
 }
 """Name -> component. To patch a head's query is to patch what it reads through its query matrix;
-``k`` and ``v`` of grouped queries have one node a group."""
+`k` and `v` of grouped queries have one node a group."""
 
 
 @dataclass(frozen=True, order=True)
 class Node:
-    """One node: a unit at a hook point, at one position or (``None``) at all of them.
+    """One node: a unit at a hook point, at one position or (`None`) at all of them.
 
     A position counts the tokens of each row's own prompt, -1 being its last. Shorter rows may lack
     one that counts from the beginning; all must have one that counts from the end.
+
+    Examples:
+        >>> str(Node("blocks.9.attn.hook_z", 6, -1))
+        'blocks.9.attn.hook_z[6]@-1'
     """
 
     hook: str
@@ -129,7 +136,7 @@ def require_positions(nodes: Iterable[Node], pairs: Pairs) -> None:
 def delivering(
     hooks: Mapping[str, str], on: Callable[[str, Units, Units], None]
 ) -> dict[str, Deliver]:
-    """Of a relevance pass, ``reduce``: hand on activation and coefficient at each hook point.
+    """Of a relevance pass, `reduce`: deliver activation and coefficient at each hook point.
 
     Args:
         hooks: hook point -> component.
@@ -144,45 +151,45 @@ def delivering(
 
 
 def largest(frame: pd.DataFrame, column: str, k: int) -> pd.DataFrame:
-    """The ``k`` rows whose ``column`` is largest in size; ties keep their order."""
+    """The `k` rows whose `column` is largest in size; ties keep their order."""
     order = frame[column].abs().sort_values(ascending=False, kind="stable").index
     return frame.loc[order[:k]].reset_index(drop=True)
 
 
 def batch_of(model: TransformerBridge, tokens: Tensor, pairs: Pairs) -> Batch:
-    """One side of the pairs, or what stands for it, as what the model reads."""
-    return prepare(model, tokens, attention_mask=pairs.mask)
+    """What the model reads: the tokens of one of the runs, with the mask of the pairs."""
+    return prepare_text(model, tokens, attention_mask=pairs.mask)
 
 
 def masking(pairs: Pairs, device: Any) -> dict[str, Tensor]:
-    """``attention_mask`` where there is padding."""
+    """`attention_mask` where there is padding."""
     return {} if bool(pairs.mask.all()) else {"attention_mask": pairs.mask.long().to(device)}
 
 
-def gaps(
-    model: TransformerBridge, batch: Batch, pairs: Pairs, **given: Any
+def logit_differences(
+    model: TransformerBridge, batch: Batch, pairs: Pairs, **options: Any
 ) -> Float[Tensor, " pair"]:
-    """The gap, by one forward pass; ``given``: of :func:`lenslrp.forward.forward`."""
-    with forward(model, batch, columns=pairs.columns(), **given) as made:
-        assert made.logits is not None
-        return pairs.gap(made.logits)
+    """Logit difference of each pair, by one forward pass; options of `lenslrp.forward.forward`."""
+    with forward(model, batch, columns=pairs.columns(), **options) as run:
+        assert run.logits is not None
+        return pairs.logit_difference(run.logits)
 
 
-def read(
-    model: TransformerBridge, batch: Batch, pairs: Pairs, hooks: Mapping[str, str], **given: Any
+def read_units(
+    model: TransformerBridge, batch: Batch, pairs: Pairs, hooks: Mapping[str, str], **options: Any
 ) -> tuple[Float[Tensor, " pair"], dict[str, Units]]:
-    """The gap, and what flows at the hook points (hook -> component), in one forward pass."""
-    found: dict[str, Units] = {}
+    """Logit differences and the activations at hook points (hook -> component), in one pass."""
+    units: dict[str, Units] = {}
 
     def keep(x: Tensor, *, hook: str) -> None:
-        found[hook] = as_units(COMPONENTS[hooks[hook]].kind, x, hook)
+        units[hook] = as_units(COMPONENTS[hooks[hook]].kind, x, hook)
 
     readers = {hook: partial(keep, hook=hook) for hook in hooks}
-    return gaps(model, batch, pairs, read=readers, **given), found
+    return logit_differences(model, batch, pairs, read=readers, **options), units
 
 
 def patched(node: Node, component: str, units: Units, pairs: Pairs) -> Edit:
-    """One node as it is in ``units``, the activations of its hook point in another run."""
+    """One node as it is in `units`, the activations of its hook point in another run."""
     at = node.place(pairs)
 
     def put(x: Tensor) -> Tensor:
@@ -193,6 +200,50 @@ def patched(node: Node, component: str, units: Units, pairs: Pairs) -> Edit:
     return Edit(node.hook, function=put)
 
 
-def below(outputs: Mapping[int, Any], hook: str) -> dict[int, Any]:
+def outputs_before(outputs: Mapping[int, Any], hook: str) -> dict[int, Any]:
     """Of what blocks returned, that of the blocks before a hook point's own."""
     return {layer: out for layer, out in outputs.items() if layer < (layer_of(hook) or 0)}
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """The two runs of some pairs.
+
+    Attributes:
+        base, other: [pair, pos], tokens of the run that is changed, and of the one whose
+            activations are patched in.
+        hooks: hook point -> component, of the nodes.
+        passes: counts those of one pair through the model.
+    """
+
+    model: TransformerBridge
+    pairs: Pairs
+    base: Int[Tensor, "pair pos"]
+    other: Int[Tensor, "pair pos"]
+    hooks: Mapping[str, str]
+    by_position: bool
+    passes: PassCount
+
+    def read(
+        self, tokens: Tensor, **options: Any
+    ) -> tuple[Float[Tensor, " pair"], dict[str, Units]]:
+        """`read_units` of one of the runs."""
+        self.passes.forward += len(self.pairs)
+        batch = batch_of(self.model, tokens, self.pairs)
+        return read_units(self.model, batch, self.pairs, self.hooks, **options)
+
+
+def paired_runs(
+    model: TransformerBridge,
+    pairs: Pairs,
+    size: int,
+    direction: str,
+    hooks: Mapping[str, str],
+    by_position: bool,
+    passes: PassCount,
+) -> Iterator[Runs]:
+    """The runs of `size` pairs after another, on the model's device."""
+    device = next(model.parameters()).device
+    for part in pairs.chunks(size):
+        base, other = ordered(direction, part.corrupt.to(device), part.clean.to(device))
+        yield Runs(model, part, base, other, hooks, by_position, passes)

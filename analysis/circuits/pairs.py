@@ -1,10 +1,10 @@
-"""Clean and corrupt prompts of equal length that call for opposite answers.
+"""Clean and corrupted prompts of equal length that call for opposite answers.
 
-A circuit is found by what differs between two runs: the clean prompt calls for ``answer``, the
-corrupt one, changed in one word, for ``rival``. The value followed is the difference of the two
-logits at the last token. Templates as in :mod:`lenslrp.analysis.common.templates`: indirect
-objects, where the repeated name is exchanged (Wang et al. 2022), and subject-verb agreement, where
-the subject changes its number.
+A circuit is found by what differs between two runs: the clean prompt calls for an answer, the
+corrupted one, changed in one word, for another, which is incorrect for the clean prompt. What is
+explained is the difference of the two logits at the last token. Templates as in
+`lenslrp.analysis.common.templates`: indirect objects, where the repeated name is exchanged (Wang et
+al. 2022), and subject-verb agreement, where the subject changes its number.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from lenslrp.analysis.common.templates import NOUNS, agreement, indirect_objects
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.inputs import is_encoder_decoder
-from lenslrp.targets import Outputs
+from lenslrp.logits import Outputs
 from lenslrp.text.names import Token, token_id
 from lenslrp.text.tokenization import tokenize
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-DIRECTIONS = ("denoising", "noising")
-"""Clean activations patched into the corrupt run, or corrupt ones into the clean run."""
+PATCH_DIRECTIONS = ("denoising", "noising")
+"""Clean activations patched into the corrupted run, or corrupted ones into the clean run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,8 @@ class Pairs:
     Attributes:
         clean, corrupt: [pair, pos] token ids, padded on the right.
         mask: [pair, pos], True where a token is real.
-        answers, rivals: [pair] token ids: what the clean and what the corrupt prompt calls for.
+        answers: [pair] token ids, what the clean prompts call for.
+        rivals: [pair] token ids, what the corrupted prompts call for: the incorrect answers.
     """
 
     clean: Int[Tensor, "pair pos"]
@@ -53,7 +54,7 @@ class Pairs:
 
     @cached_property
     def batch(self) -> Batch:
-        """What says where in a row a position is."""
+        """The lengths of the rows, and where in each a position is."""
         return Batch.of_mask(self.mask)
 
     def __len__(self) -> int:
@@ -72,51 +73,59 @@ class Pairs:
         )
 
     def chunks(self, size: int) -> Iterator[Pairs]:
-        """So many pairs at once, one after the other."""
+        """The pairs, `size` at a time."""
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
     def padded(
         self, scores: Float[Tensor, "... pos unit"], only: Iterable[Any] = ()
     ) -> Float[Tensor, "... longest unit"]:
-        """Scores of some of the pairs, by position, with the padding of all of them: 0, or NaN
-        where some of the nodes that were asked for (``only``) count from the end."""
+        """Scores of some of the pairs, by position, with the padding of all of them.
+
+        The padding is 0, or NaN where a node of `only` counts from the end.
+        """
         missing = any((node.position or 0) < 0 for node in only)
         beyond = (0, 0, 0, self.mask.shape[1] - scores.shape[-2])
         return torch.nn.functional.pad(scores, beyond, value=torch.nan if missing else 0.0)
 
     def put(self, scores: Float[Tensor, "pair pos"], position: int, values: Tensor) -> None:
-        """Write a value a pair at a position; what counts from the end goes to where that is."""
+        """Write a value a pair at a position; a negative one counts from each prompt's end."""
         if position < 0:
             scores[self.batch.place(position)] = values
         elif position < scores.shape[1]:
             scores[:, position] = values
 
     def repeated(self, copies: int) -> Pairs:
-        """The batch ``copies`` times, one after the other."""
+        """The batch `copies` times, one after the other."""
         mine = (self.clean, self.corrupt, self.mask, self.answers, self.rivals)
         return Pairs(*(x.repeat(copies, *[1] * (x.ndim - 1)) for x in mine))
 
-    def gap(self, logits: Float[Tensor, "pair pos_or_one vocab"]) -> Float[Tensor, " pair"]:
-        """Logit of the answer minus that of the rival, at each row's last token.
+    def logit_difference(
+        self, logits: Float[Tensor, "pair pos_or_one vocab"]
+    ) -> Float[Tensor, " pair"]:
+        """Logit of the answer minus that of the incorrect answer, at each row's last token.
 
-        ``logits`` may hold that position only.
+        Args:
+            logits: [pair, pos, vocab], or [pair, 1, vocab] of the last token only.
         """
         rows = torch.arange(len(self), device=logits.device)
-        at = logits[:, 0] if logits.shape[1] == 1 else self.batch.picked(logits, -1)
-        answers, rivals = self.answers.to(at.device), self.rivals.to(at.device)
-        return at[rows, answers] - at[rows, rivals]
+        last = logits[:, 0] if logits.shape[1] == 1 else self.batch.picked(logits, -1)
+        answers, incorrect = self.answers.to(last.device), self.rivals.to(last.device)
+        return last[rows, answers] - last[rows, incorrect]
+
+    gap = logit_difference  # its name in 0.1
 
     def columns(self, outputs: Outputs | None = None) -> Int[Tensor, "pair one"]:
-        """Where it reads the logits: at each row's last token."""
+        """[pair, 1], where the target reads the logits: at each row's last token."""
         return self.batch.columns(-1)[:, None]
 
     def values(self, outputs: Outputs) -> Tensor:
-        """The gap as a target of :func:`lenslrp.run_with_relevance`."""
-        return self.gap(outputs.logits_at(self.columns()))
+        """The logit difference as a target of `lenslrp.run_with_relevance`."""
+        return self.logit_difference(outputs.logits_at(self.columns()))
 
     def text(self, outputs: Outputs) -> str:
-        return "logit of the answer minus logit of the rival at the last token"
+        """The target in words."""
+        return "logit of the answer minus logit of the incorrect answer at the last token"
 
     @classmethod
     def from_texts(
@@ -132,22 +141,34 @@ class Pairs:
         """Pairs from prompts.
 
         Args:
-            model: a ``TransformerBridge`` with a tokenizer.
+            model: a `TransformerBridge` with a tokenizer.
             clean, corrupt: prompts, one each a pair.
-            answers, rivals: single tokens, as strings (with their space) or ids.
-            prepend_bos: ``None`` is the model's own default.
+            answers, rivals: the answer and the incorrect answer of each pair: single tokens, as
+                strings (with their space) or ids.
+            prepend_bos: `None` is the model's own default.
 
         Raises:
             InputError: lists of different lengths, none at all, a pair whose prompts differ in
-                length or not at all, an answer that is not one token or is the rival, an
+                length or not at all, an answer that is not one token or is the incorrect one, an
                 encoder-decoder.
+
+        Examples:
+            >>> pairs = Pairs.from_texts(
+            ...     model,
+            ...     clean=["When Mary and John went out, John gave a book to"],
+            ...     corrupt=["When Mary and John went out, Mary gave a book to"],
+            ...     answers=[" Mary"],
+            ...     rivals=[" John"],
+            ... )
+            >>> len(pairs)
+            1
         """
         if is_encoder_decoder(model):
             raise InputError("pairs are for decoders: an encoder-decoder has two inputs")
-        counts = [len(given) for given in (clean, corrupt, answers, rivals)]
+        counts = [len(some) for some in (clean, corrupt, answers, rivals)]
         if len(set(counts)) > 1 or counts[0] == 0:
             raise InputError(f"a pair has one of each; got {counts} prompts, answers and rivals")
-        rows = [[tokenize(model, t, prepend_bos) for t in side] for side in (clean, corrupt)]
+        rows = [[tokenize(model, t, prepend_bos) for t in texts] for texts in (clean, corrupt)]
         for index, (a, b) in enumerate(zip(*rows, strict=True)):
             if len(a) != len(b):
                 raise InputError(
@@ -157,32 +178,36 @@ class Pairs:
             if a == b:
                 raise InputError(f"pair {index}: the two prompts are the same: {clean[index]!r}")
         vocabulary, tokenizer = int(model.cfg.d_vocab), model.tokenizer
-        ids = [[token_id(tokenizer, t, vocabulary) for t in side] for side in (answers, rivals)]
-        for index, (answer, rival) in enumerate(zip(*ids, strict=True)):
-            if answer == rival:
+        ids = [[token_id(tokenizer, t, vocabulary) for t in tokens] for tokens in (answers, rivals)]
+        for index, (answer, incorrect) in enumerate(zip(*ids, strict=True)):
+            if answer == incorrect:
                 raise InputError(
-                    f"pair {index}: the answer is the rival, {answers[index]!r}: their logits "
-                    "differ by nothing"
+                    f"pair {index}: {answers[index]!r} is both the answer and the incorrect one, "
+                    "whose logits do not differ"
                 )
-        one, other = (Batch.of_rows(side) for side in rows)
+        clean_batch, corrupted_batch = (Batch.of_rows(side) for side in rows)
         return cls(
-            one.tokens,
-            other.tokens,
-            one.mask,
+            clean_batch.tokens,
+            corrupted_batch.tokens,
+            clean_batch.mask,
             torch.tensor(ids[0]),
             torch.tensor(ids[1]),
         )
 
 
 def ordered(direction: str, corrupt: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
-    """Corrupt and clean as base run and other run, whose activations are patched in; and back:
-    base and other as corrupt and clean.
+    """Which run is the base, and which the other one, whose activations are patched in.
+
+    Takes the corrupted and the clean one and returns base and other; and back: base and other as
+    corrupted and clean.
 
     Raises:
         InputError: no such direction.
     """
-    if direction not in DIRECTIONS:
-        raise InputError(f"direction must be one of {', '.join(DIRECTIONS)}, not {direction!r}")
+    if direction not in PATCH_DIRECTIONS:
+        raise InputError(
+            f"direction must be one of {', '.join(PATCH_DIRECTIONS)}, not {direction!r}"
+        )
     return (corrupt, clean) if direction == "denoising" else (clean, corrupt)
 
 
@@ -206,18 +231,26 @@ TEMPLATES: Mapping[str, tuple[Callable[[], Iterable[Record]], Callable[[Record],
 
 
 def template_pairs(model: TransformerBridge, task: str, n: int, *, seed: int = 0) -> Pairs:
-    """``n`` different pairs of a task, drawn from its templates.
+    """`n` different pairs of a task, drawn from its templates.
 
     Every word that differs, and both answers, are checked to be single tokens of this model.
 
     Args:
-        model: a ``TransformerBridge`` with a tokenizer.
-        task: a key of :data:`TEMPLATES`.
+        model: a `TransformerBridge` with a tokenizer.
+        task: `"indirect_object"` or `"agreement"`.
         n: how many pairs.
         seed: of the draw.
 
+    Returns:
+        The pairs, [n, pos], padded on the right.
+
     Raises:
-        InputError: no such task, or fewer than ``n`` sentences of single-token words.
+        InputError: no such task, or fewer than `n` sentences of single-token words.
+
+    Examples:
+        >>> pairs = template_pairs(model, "agreement", 8)
+        >>> len(pairs), pairs.clean.shape == pairs.corrupt.shape
+        (8, True)
     """
     if task not in TEMPLATES:
         raise InputError(f"task must be one of {', '.join(TEMPLATES)}, not {task!r}")
@@ -227,15 +260,17 @@ def template_pairs(model: TransformerBridge, task: str, n: int, *, seed: int = 0
     def single(word: str) -> bool:
         return len(tokenizer.encode(word, add_special_tokens=False)) == 1
 
-    fit = []
+    usable = []
     for record in make():
         changed = zip(record["text"].split(), corrupt(record).split(), strict=True)
         words = {f" {word}" for pair in changed if pair[0] != pair[1] for word in pair}
         if all(map(single, (record["answer"], record["rival"], *words))):
-            fit.append(record)
-    if len(fit) < n:
-        raise InputError(f"{task} has {len(fit)} pairs of single-token words, {n} were asked for")
-    chosen = random.Random(seed).sample(fit, n)
+            usable.append(record)
+    if len(usable) < n:
+        raise InputError(
+            f"{task} has {len(usable)} pairs of single-token words, {n} were asked for"
+        )
+    chosen = random.Random(seed).sample(usable, n)
     return Pairs.from_texts(
         model,
         [record["text"] for record in chosen],

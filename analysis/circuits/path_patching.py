@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,74 +19,63 @@ from lenslrp.analysis.circuits.nodes import (
     TARGET,
     Kind,
     Node,
+    Runs,
     as_units,
-    below,
-    gaps,
+    batch_of,
+    logit_differences,
+    outputs_before,
     patched,
-    read,
 )
-from lenslrp.analysis.circuits.pairs import Pairs
-from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.edits import Edit
-from lenslrp.hooks.components import layer_of
-from lenslrp.inputs import Batch
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
+from lenslrp.hooks.structure import layer_of
 
 
 def exact_edges(
-    model: TransformerBridge,
-    base: Batch,
-    other: Batch,
-    pairs: Pairs,
-    hooks: Mapping[str, str],
-    edges: Mapping[Node, Sequence[Node]],
-    passes: PassCount,
+    runs: Runs, edges: Mapping[Node, Sequence[Node]]
 ) -> tuple[Tensor, Tensor, dict[tuple[Node, Node], Tensor]]:
-    """Values of the base and the other run, and the effect of every edge, [pair].
+    """Logit differences of the base and the other run, and the effect of every edge, [pair].
 
     Args:
-        base, other: what the two runs read.
-        hooks: hook point -> component: the nodes that are held.
+        runs: the two runs; all nodes at their hook points are held.
         edges: upstream node -> downstream nodes.
-        passes: counts forward passes of one pair.
     """
+    model, pairs, hooks, passes = runs.model, runs.pairs, runs.hooks, runs.passes
     outputs: dict[int, Any] = {}
-    base_value, here = read(model, base, pairs, hooks, record=outputs)
-    other_value, there = read(model, other, pairs, hooks)
-    passes.forward += 2 * len(pairs)
+    base, base_units = runs.read(runs.base, record=outputs)
+    other, other_units = runs.read(runs.other)
+    batch = batch_of(model, runs.base, pairs)
     effects = {}
     for up, downs in edges.items():
         at = up.place(pairs)
-        if torch.equal(there[up.hook][at], here[up.hook][at]):
-            effects.update({(up, down): torch.zeros_like(base_value) for down in downs})
+        if torch.equal(other_units[up.hook][at], base_units[up.hook][at]):
+            effects.update({(up, down): torch.zeros_like(base) for down in downs})
             continue
-        found: dict[str, Tensor] = {}
-        replay = below(outputs, up.hook)
+        become: dict[str, Tensor] = {}
+        replay = outputs_before(outputs, up.hook)
         holds = [
-            Edit(name, function=partial(_hold, name=name, kind=COMPONENTS[component].kind,
-                                        here=here, up=up, at=at, there=there, to=found))
+            Edit(name, function=partial(_hold, name=name, kind=COMPONENTS[component].kind, up=up,
+                                        at=at, base=base_units, other=other_units, become=become))
             for name, component in hooks.items()
             if layer_of(name) not in replay
         ]  # fmt: skip
-        direct = gaps(model, base, pairs, edits=holds, replay=replay)
+        direct = logit_differences(model, batch, pairs, edits=holds, replay=replay)
         passes.forward += len(pairs)
         for down in downs:
             if down == TARGET:
-                effects[up, down] = direct - base_value
+                effects[up, down] = direct - base
                 continue
             # Hook points of blocks that were replayed lie before the upstream node.
-            became = found.get(down.hook, here[down.hook])
+            units = become.get(down.hook, base_units[down.hook])
             place = down.place(pairs)
-            if torch.equal(became[place], here[down.hook][place]):
-                effects[up, down] = torch.zeros_like(base_value)
+            if torch.equal(units[place], base_units[down.hook][place]):
+                effects[up, down] = torch.zeros_like(base)
                 continue
-            edit = patched(down, hooks[down.hook], became, pairs)
-            value = gaps(model, base, pairs, edits=[edit], replay=below(outputs, down.hook))
-            effects[up, down] = value - base_value
+            edit = patched(down, hooks[down.hook], units, pairs)
+            replay_down = outputs_before(outputs, down.hook)
+            value = logit_differences(model, batch, pairs, edits=[edit], replay=replay_down)
+            effects[up, down] = value - base
             passes.forward += len(pairs)
-    return base_value, other_value, effects
+    return base, other, effects
 
 
 def _hold(
@@ -94,17 +83,17 @@ def _hold(
     *,
     name: str,
     kind: Kind,
-    here: Mapping[str, Tensor],
     up: Node,
     at: tuple[Any, ...],
-    there: Mapping[str, Tensor],
-    to: dict[str, Tensor],
+    base: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
+    become: dict[str, Tensor],
 ) -> Tensor:
-    """Take down what a hook point would become, and go on with its base values."""
-    to[name] = as_units(kind, x, name).clone()
+    """Record what a hook point would become, and go on with its base values."""
+    become[name] = as_units(kind, x, name).clone()
     held = x.clone()
     units = as_units(kind, held, name)
-    units.copy_(here[name])
+    units.copy_(base[name])
     if name == up.hook:
-        units[at] = there[name][at]
+        units[at] = other[name][at]
     return held

@@ -1,19 +1,19 @@
-"""Which nodes carry the difference between a clean and a corrupt prompt?
+"""Which nodes carry the difference between a clean and a corrupted prompt?
 
-The effect of a node is what the gap between answer and rival gains when the node, and it alone, is
-set to what it is in the other run. Exact activation patching needs a forward pass for every node;
-the other methods estimate the effect of all nodes at once, by activation difference times
-coefficient:
+The effect of a node is what the logit difference of the two answers gains when the node, and it
+alone, is set to what it is in the other run. Exact activation patching (Meng et al. 2022; Zhang and
+Nanda 2024) needs a forward pass for every node; the other methods estimate the effect of all nodes
+at once, by activation difference times coefficient:
 
 * **relevance patching** (RelP, Rezaei Jafari et al. 2025): the coefficient is the gradient as LRP
   rules modify it, from one backward pass over the base run. Relevance is activation times this
-  coefficient; the score is (activation there - activation here) times it;
+  coefficient; the score is (other activation - base activation) times it;
 * **attribution patching** (Nanda 2023; Syed et al. 2023): the plain gradient of the base run;
 * **integrated gradients** (Hanna et al. 2024): plain gradients averaged along the straight line
   between the embeddings of the two runs; or relevance coefficients, with a composite. One step is
   the midpoint, which serves both runs better than either end does.
 
-"Denoising" patches clean activations into the corrupt run and "noising" corrupt ones into the
+"Denoising" patches clean activations into the corrupted run and "noising" corrupted ones into the
 clean run.
 """
 
@@ -33,42 +33,44 @@ from torch import Tensor
 
 from lenslrp.analysis.circuits.nodes import (
     Node,
+    Runs,
     Units,
     batch_of,
     delivering,
     largest,
+    logit_differences,
     masking,
+    outputs_before,
+    paired_runs,
+    patched,
     place_components,
-    read,
     require_positions,
 )
 from lenslrp.analysis.circuits.pairs import Pairs, ordered
-from lenslrp.analysis.circuits.patching import exact_effects
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
-from lenslrp.forward import architecture
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
-from lenslrp.hooks.components import layer_of
-from lenslrp.hooks.structure import unchanged
+from lenslrp.hooks.structure import layer_of, unchanged
 from lenslrp.leaves import Leaves
+from lenslrp.running import architecture
 from lenslrp.sessions import Session
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-CHUNK = 32
+PAIRS_AT_ONCE = 32
 """How many pairs run at once."""
 
 
 @dataclass(frozen=True, eq=False)
 class NodeScores:
-    """What each node does to the gap, estimated or exact, in logits.
+    """What each node does to the logit difference, estimated or exact, in logits.
 
     Attributes:
-        method, direction: how they were found.
+        method, direction: how they were computed.
         components: hook point -> component name, in the model's order.
         values: hook point -> [pair, unit], or [pair, pos, unit]; NaN where a node was not scored.
-        clean, corrupt: [pair], the gap of each run.
+        clean, corrupt: [pair], the logit difference of each run.
         mask: [pair, pos], True where a token is real.
         passes: of one pair through the model.
     """
@@ -84,21 +86,40 @@ class NodeScores:
 
     @property
     def by_position(self) -> bool:
+        """Whether each node stands for one position."""
         return next(iter(self.values.values())).ndim == 3
 
     def of(self, component: str) -> Float[Tensor, "pair node"]:
-        """All scores of a component class; padding and what was not scored are NaN."""
-        found = [self.values[h] for h, name in self.components.items() if name == component]
-        if not found:
+        """All scores of a component class; padding and what was not scored are NaN.
+
+        Args:
+            component: its name.
+
+        Returns:
+            [pair, node], in logits; nodes of all layers, one after the other.
+
+        Raises:
+            InputError: the component was not scored.
+
+        Examples:
+            >>> scores = score_nodes(gpt2, pairs, components=["heads"])
+            >>> scores.of("heads").shape  # 12 layers of 12 heads
+            torch.Size([100, 144])
+        """
+        scores = [self.values[h] for h, name in self.components.items() if name == component]
+        if not scores:
             known = ", ".join(dict.fromkeys(self.components.values()))
             raise InputError(f"no scores of {component!r}; there are {known}")
         if self.by_position:
-            found = [v.masked_fill(~self.mask[..., None].to(v.device), torch.nan) for v in found]
-        return torch.cat([value.flatten(1) for value in found], dim=1)
+            scores = [v.masked_fill(~self.mask[..., None].to(v.device), torch.nan) for v in scores]
+        return torch.cat([value.flatten(1) for value in scores], dim=1)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a node: ``component``, ``layer``, ``hook``, ``unit``, ``position`` (``None`` for
-        all), ``score`` (mean over pairs, logits), ``std`` over pairs."""
+        """One row a node.
+
+        Columns: `component`, `layer`, `hook`, `unit`, `position` (`None` for all), `score` (mean
+        over pairs, logits), `std` over pairs.
+        """
         frames = []
         for hook, name in self.components.items():
             value = self.values[hook].double().cpu().numpy()
@@ -112,7 +133,15 @@ class NodeScores:
         return pd.concat(frames, ignore_index=True).dropna(subset=["score"])
 
     def top(self, k: int = 10, *, component: str | None = None) -> pd.DataFrame:
-        """The ``k`` rows of :meth:`to_dataframe` whose score is largest in size."""
+        """The `k` rows of `to_dataframe` whose score is largest in size.
+
+        Args:
+            k: how many.
+            component: of this class only.
+
+        Raises:
+            InputError: the component was not scored.
+        """
         frame = self.to_dataframe()
         if component is not None:
             self.of(component)
@@ -121,110 +150,130 @@ class NodeScores:
 
 
 @dataclass(frozen=True, eq=False)
-class _Runs:
-    """What a method is asked: the base run, the other run, and the hook points to score."""
+class _Scorer:
+    """What scores nodes: the rules, attached, and which nodes or how many steps."""
 
-    model: TransformerBridge
     session: Session | None
-    pairs: Pairs
-    base: Tensor
-    other: Tensor
-    hooks: Mapping[str, str]
-    by_position: bool
     only: Sequence[Node] | None
     steps: int
-    passes: PassCount
 
 
-_Found = tuple[Tensor, Tensor, dict[str, Tensor]]  # values of both runs, scores
+_ScoredNodes = tuple[Tensor, Tensor, dict[str, Tensor]]  # logit differences of both runs, scores
 
 
 class _Method(Protocol):
-    def __call__(self, runs: _Runs) -> _Found: ...
+    def __call__(self, runs: Runs, scorer: _Scorer) -> _ScoredNodes: ...
 
 
-def _product(runs: _Runs, hook: str, delta: Tensor, g: Tensor) -> Tensor:
+def _product(runs: Runs, hook: str, delta: Tensor, g: Tensor) -> Tensor:
     """Delta times coefficient, [pair, unit] or [pair, pos, unit]."""
     sums: Tensor = torch.einsum("bpuf,bpuf->bpu", delta, g)
     return sums if runs.by_position else sums.sum(dim=1)
 
 
-def _backward(runs: _Runs, on: Callable[[str, Units, Units], None], **given: Any) -> Tensor:
+def _backward(
+    runs: Runs, scorer: _Scorer, on: Callable[[str, Units, Units], None], **options: Any
+) -> Tensor:
     """One forward and backward pass; every hook point's activation and coefficient are handed on.
 
-    Returns the gap, [pair].
+    Returns the logit difference, [pair].
     """
-    assert runs.session is not None
-    _, cache = runs.session.run_with_relevance(
+    assert scorer.session is not None
+    _, cache = scorer.session.run_with_relevance(
         target=runs.pairs,
         names_filter=list(runs.hooks),
         reduce=delivering(runs.hooks, on),
         **masking(runs.pairs, runs.base.device),
-        **given,
+        **options,
     )
     runs.passes.forward += len(runs.pairs)
     runs.passes.backward += len(runs.pairs)
     return cache.target.value
 
 
-def _relevance(runs: _Runs) -> _Found:
+def _relevance(runs: Runs, scorer: _Scorer) -> _ScoredNodes:
     """Two forward passes and one backward pass for all nodes."""
-    other = batch_of(runs.model, runs.other, runs.pairs)
-    value, there = read(runs.model, other, runs.pairs, runs.hooks)
-    runs.passes.forward += len(runs.pairs)
+    other, other_units = runs.read(runs.other)
     scores: dict[str, Tensor] = {}
 
     def score(hook: str, x: Tensor, g: Tensor) -> None:
-        scores[hook] = _product(runs, hook, there.pop(hook) - x, g)
+        scores[hook] = _product(runs, hook, other_units.pop(hook) - x, g)
 
-    base = _backward(runs, score, input=runs.base)
-    return base, value, scores
+    base = _backward(runs, scorer, score, input=runs.base)
+    return base, other, scores
 
 
-def _integrated(runs: _Runs) -> _Found:
+def _integrated(runs: Runs, scorer: _Scorer) -> _ScoredNodes:
     """Two forward passes, and a forward and a backward pass for each step."""
-    (base, here, start), (other, there, end) = (
+    (base, base_units, start), (other, other_units, end) = (
         _embedded(runs, tokens) for tokens in (runs.base, runs.other)
     )
     scores: dict[str, Tensor] = {}
 
     def score(hook: str, x: Tensor, g: Tensor) -> None:
-        found = _product(runs, hook, there[hook] - here[hook], g) / runs.steps
-        scores[hook] = scores[hook] + found if hook in scores else found
+        step = _product(runs, hook, other_units[hook] - base_units[hook], g) / scorer.steps
+        scores[hook] = scores[hook] + step if hook in scores else step
 
-    for step in range(runs.steps):
-        embeds = torch.lerp(start, end, (step + 0.5) / runs.steps)
-        _backward(runs, score, inputs_embeds=embeds)
+    for step in range(scorer.steps):
+        embeds = torch.lerp(start, end, (step + 0.5) / scorer.steps)
+        _backward(runs, scorer, score, inputs_embeds=embeds)
     return base, other, scores
 
 
-def _embedded(runs: _Runs, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """One forward pass: the gap, what flows at the hook points, the tokens' embeddings."""
-    batch, leaves = batch_of(runs.model, tokens, runs.pairs), Leaves()
-    value, found = read(runs.model, batch, runs.pairs, runs.hooks, leaves=leaves)
+def _embedded(runs: Runs, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """One forward pass: the logit difference, the units' activations, the tokens' embeddings."""
+    leaves = Leaves()
+    value, units = runs.read(tokens, leaves=leaves)
     if len(leaves.tokens) != 1:
         raise InputError(
             f"{architecture(runs.model)} embeds its tokens in {len(leaves.tokens)} places: "
             "integrated scores are of models that do it in one"
         )
-    runs.passes.forward += len(runs.pairs)
-    return value, found, leaves.tokens[0].detach()
+    return value, units, leaves.tokens[0].detach()
 
 
-def _exact(runs: _Runs) -> _Found:
-    return exact_effects(
-        runs.model,
-        batch_of(runs.model, runs.base, runs.pairs),
-        batch_of(runs.model, runs.other, runs.pairs),
-        runs.pairs,
-        runs.hooks,
-        by_position=runs.by_position,
-        only=runs.only,
-        passes=runs.passes,
-    )
+def _exact(runs: Runs, scorer: _Scorer) -> _ScoredNodes:
+    """Two forward passes, and one for each node, in which what comes after it is recomputed.
+
+    Blocks below a node are not run again, and a node that is the same in both runs is not run at
+    all: its effect is 0. Nodes that were not asked for are NaN.
+    """
+    model, pairs = runs.model, runs.pairs
+    outputs: dict[int, Any] = {}
+    base, base_units = runs.read(runs.base, record=outputs)
+    other, other_units = runs.read(runs.other)
+    batch = batch_of(model, runs.base, pairs)
+    scores = {}
+    for hook, component in runs.hooks.items():
+        delta = other_units[hook] - base_units[hook]
+        differs = (delta.abs().amax(dim=3) > 0) & pairs.mask[..., None].to(delta.device)
+        length, units = delta.shape[1:3]
+        shape = (len(pairs), length, units) if runs.by_position else (len(pairs), units)
+        effects = base.new_full(shape, torch.nan)
+        positions = range(length) if runs.by_position else (None,)
+        nodes = [Node(hook, unit, position) for unit in range(units) for position in positions]
+        if scorer.only is not None:
+            nodes = [
+                node for node in scorer.only
+                if node.hook == hook and (node.position is not None) == runs.by_position
+            ]  # fmt: skip
+        replay = outputs_before(outputs, hook)
+        for node in nodes:
+            effect = torch.zeros_like(base)
+            if differs[node.place(pairs)].any():
+                edit = patched(node, component, other_units[hook], pairs)
+                patched_run = logit_differences(model, batch, pairs, edits=[edit], replay=replay)
+                effect = patched_run - base
+                runs.passes.forward += len(pairs)
+            if node.position is None:
+                effects[:, node.unit] = effect
+            else:
+                pairs.put(effects[..., node.unit], node.position, effect)
+        scores[hook] = effects
+    return base, other, scores
 
 
-METHODS: Mapping[str, tuple[_Method, Callable[[], Composite] | None]] = {
+NODE_METHODS: Mapping[str, tuple[_Method, Callable[[], Composite] | None]] = {
     "relevance": (_relevance, RelP),
     "attribution": (_relevance, GradientTimesInput),
     "integrated": (_integrated, GradientTimesInput),
@@ -244,35 +293,43 @@ def score_nodes(
     composite: Composite | None = None,
     steps: int = 5,
     only: Iterable[Node] | None = None,
-    chunk: int = CHUNK,
+    chunk: int = PAIRS_AT_ONCE,
 ) -> NodeScores:
-    """The effect of every node on the gap, estimated or exact.
+    """The effect of every node on the logit difference, estimated or exact.
+
+    RelP is of Rezaei Jafari et al. (2025), attribution patching of Nanda (2023), integrated
+    gradients along prompts of Hanna et al. (2024).
 
     Args:
-        model: a ``TransformerBridge`` of a decoder, in eval mode.
-        pairs: clean and corrupt prompts.
-        method: ``"relevance"``, ``"attribution"``, ``"integrated"`` or ``"exact"``.
-        components: names from :data:`lenslrp.analysis.circuits.nodes.COMPONENTS`. ``"residual"``
-            needs ``by_position``: the whole stream of one layer, patched at all positions, is the
-            run.
-        direction: ``"denoising"``: clean activations in the corrupt run; ``"noising"``: the other
-            way round.
+        model: a `TransformerBridge` of a decoder, in eval mode.
+        pairs: clean and corrupted prompts.
+        method: `"relevance"`, `"attribution"`, `"integrated"` or `"exact"`.
+        components: names from `lenslrp.analysis.circuits.nodes.COMPONENTS`. `"residual"` needs
+            `by_position`: the whole stream of one layer, patched at all positions, is the run.
+        direction: `"denoising"`: clean activations in the corrupted run; `"noising"`: corrupted
+            activations in the clean run.
         by_position: one node a position, or all positions together.
-        composite: the rules of ``"relevance"``, ``RelP()`` if not given, or of ``"integrated"``,
-            plain gradients if not given.
-        steps: of ``"integrated"``.
-        only: of ``"exact"``: the nodes to patch. The other methods score all nodes anyway.
+        composite: the rules of `"relevance"`, `RelP()` if not given, or of `"integrated"`, plain
+            gradients if not given.
+        steps: of `"integrated"`.
+        only: of `"exact"`: the nodes to patch. The other methods score all nodes anyway.
         chunk: how many pairs run at once.
 
     Returns:
-        Scores in logits: what the gap of the base run gains. A final soft-cap on the logits (Gemma
-        2) is not part of what coefficients are taken of, as everywhere in LensLRP.
+        Scores in logits: what the logit difference of the base run gains. A final soft-cap on the
+        logits (Gemma 2) is not part of what coefficients are taken of, as everywhere in LensLRP.
 
     Raises:
         InputError: a choice that does not exist, or does not go with the method.
+
+    Examples:
+        >>> pairs = template_pairs(model, "indirect_object", 100)
+        >>> scores = score_nodes(model, pairs)
+        >>> scores.passes  # of one pair each, however many nodes there are
+        PassCount(forward=200, backward=100)
     """
-    if method not in METHODS:
-        raise InputError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if method not in NODE_METHODS:
+        raise InputError(f"method must be one of {', '.join(NODE_METHODS)}, not {method!r}")
     if composite is not None and method not in ("relevance", "integrated"):
         raise InputError(f"a composite is for 'relevance' and 'integrated', not {method!r}")
     if only is not None and method != "exact":
@@ -285,13 +342,11 @@ def score_nodes(
         raise InputError(f"chunk and steps must be at least 1, not {chunk} and {steps}")
     if len(pairs) == 0:
         raise InputError("no pairs to score")
-    score, rules = METHODS[method]
-    device = next(model.parameters()).device
+    score, rules = NODE_METHODS[method]
     hooks = place_components(model, components)
     passes = PassCount()
     nodes = None if only is None else list(only)
     require_positions(nodes or (), pairs)
-    found = []
     with ExitStack() as stack:
         stack.enter_context(unchanged(model))
         session = None
@@ -299,13 +354,10 @@ def score_nodes(
             session = Session(model, composite or rules(), ledger=False, logits="target",
                               stays=False)  # fmt: skip
             stack.enter_context(session)
-        for part in pairs.chunks(chunk):
-            base, other = ordered(direction, part.corrupt.to(device), part.clean.to(device))
-            runs = _Runs(
-                model, session, part, base, other, hooks, by_position, nodes, steps, passes
-            )
-            found.append(score(runs))
-    bases, others, scores = zip(*found, strict=True)
+        scorer = _Scorer(session, nodes, steps)
+        chunks = paired_runs(model, pairs, chunk, direction, hooks, by_position, passes)
+        scored = [score(runs, scorer) for runs in chunks]
+    bases, others, scores = zip(*scored, strict=True)
     corrupt, clean = ordered(direction, torch.cat(bases).detach(), torch.cat(others))
     wide = partial(pairs.padded, only=nodes or ()) if by_position else torch.as_tensor
     values = {hook: torch.cat([wide(part[hook]) for part in scores]) for hook in hooks}

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 @contextmanager
 def resumed(path: Path, settings: Row) -> Iterator[tuple[list[Row], Callable[[Row], None]]]:
-    """What was done already, and a function that appends one more result.
+    """The results in the file so far, and a function that appends one more.
 
     Raises:
         InputError: the file was made with other settings; the message names them.
@@ -29,18 +29,18 @@ def resumed(path: Path, settings: Row) -> Iterator[tuple[list[Row], Callable[[Ro
             full.
     """
     make_folder(path.parent)
-    kept = path.read_bytes() if path.exists() else b""
-    complete = kept[: kept.rfind(b"\n") + 1]
+    content = path.read_bytes() if path.exists() else b""
+    complete = content[: content.rfind(b"\n") + 1]
     if not complete:
         complete = (json.dumps(settings) + "\n").encode()
-        if not complete.startswith(kept):
+        if not complete.startswith(content):
             raise StorageError(
                 f"{path} is in the way: it is no results file of LensLRP. Move it, or give another "
                 "place for the results"
             )
     head, *rows = [_parsed(path, n, line) for n, line in enumerate(complete.splitlines(), 1)]
     require_same_settings(path, head, json.loads(json.dumps(settings)))
-    if complete != kept:
+    if complete != content:
         with whole(path) as temporary:
             temporary.write_bytes(complete)
     with path.open("ab", buffering=0) as file:

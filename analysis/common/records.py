@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 SURROGATE = "half of a surrogate pair in its text, which is no character"
 
-HALVES = ("development", "held-out")
+SPLITS = ("development", "held-out")
 
 
 def is_text(value: str) -> bool:
@@ -31,7 +31,7 @@ def is_text(value: str) -> bool:
 
 
 def read_records(source: Any, fields: Mapping[str, type], skipped: list[str]) -> Iterator[Record]:
-    """The records of a source, one after the other, with the asked-for fields only.
+    """The records of a source, one after the other, with the ``fields`` only.
 
     Args:
         source: a path to a ``.jsonl`` file, or anything that gives dicts (a list, a ``datasets``
@@ -87,20 +87,20 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path.name} line {number}", entry
 
 
-def identity(record: Record) -> str:
-    """What a record is known by: 16 hexadecimal digits of the SHA-256 of what it says."""
+def record_id(record: Record) -> str:
+    """A record's identifier: 16 hexadecimal digits of the SHA-256 of its contents."""
     return _digest(canonical(record))[:16]
 
 
-def half_of(text: str) -> str:
-    """On which side of the development / held-out split a text is: by its own hash, so that it is
-    the same side in every file that has it."""
-    return HALVES[int(_digest(text)[:8], 16) % 2]
+def split_of(text: str) -> str:
+    """Whether a text is in the development or the held-out split: by its own hash, so that it is in
+    the same one in every file that has it."""
+    return SPLITS[int(_digest(text)[:8], 16) % 2]
 
 
 def in_order(records: Iterable[Record], seed: int) -> list[Record]:
     """Records without repetition, in an order drawn by ``seed`` and their contents alone."""
-    by_id = {identity(record): record for record in records}
+    by_id = {record_id(record): record for record in records}
     return [by_id[name] for name in sorted(by_id, key=lambda name: _digest(f"{seed}|{name}"))]
 
 

@@ -30,7 +30,7 @@ def bootstrap(values: Numbers, seed: int) -> tuple[float, float, float]:
 
 
 def interval(values: Numbers, seed: int, sign: str = "") -> str:
-    """:func:`bootstrap` as text; ``sign="+"`` for differences."""
+    """`bootstrap` as text; ``sign="+"`` for differences."""
     mean, low, high = bootstrap(values, seed)
     return f"{mean:{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f})"
 
@@ -40,7 +40,7 @@ def area(curve: Numbers, shares: Numbers | None = None) -> float:
 
     Args:
         curve: [n] values.
-        shares: [n] where they stand, from 0 to 1; equally spaced if not given.
+        shares: [n] the position of each on the axis, from 0 to 1; equally spaced if not given.
     """
     if shares is None:
         shares = np.linspace(0, 1, len(curve))

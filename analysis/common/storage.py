@@ -1,8 +1,8 @@
 """Files that a kill cannot spoil and a stranger cannot abuse.
 
-Everything is written by :mod:`lenslrp.files`, so a file is either whole or not there. Tensors lie
-in safetensors files that carry a SHA-256 of their own contents, so a flipped bit is found wherever
-it is. Nothing is ever unpickled. What is read back is bounded before it is believed: headers,
+Everything is written by `lenslrp.files`, so a file is either whole or not there. Tensors lie
+in safetensors files that hold a SHA-256 of their own contents, so a flipped bit is found wherever
+it is. Nothing is ever unpickled. What is read back is bounded before it is used: headers,
 manifests, row groups and file names from outside go through here.
 """
 
@@ -67,7 +67,7 @@ def save_tensors(
     ours: bytes | None = None,
     fresh: bool = False,
 ) -> None:
-    """Write a safetensors file with its own checksum, whole or not at all: see :func:`whole`."""
+    """Write a safetensors file with its own checksum, whole or not at all: see `whole`."""
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checked = {**metadata, CHECKSUM: contents_sha256(kept, metadata)}
     with whole(path, ours=ours, fresh=fresh) as temporary:
@@ -75,7 +75,7 @@ def save_tensors(
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file written by :func:`save_tensors`, checked.
+    """Tensors and metadata of a file written by `save_tensors`, checked.
 
     Raises:
         StorageError: truncated, damaged, or not such a file.
@@ -107,15 +107,15 @@ def require_forms(path: Path, tensors: Mapping[str, Tensor], forms: Mapping[str,
             f"{path} is damaged: it holds {str(sorted(tensors))[:200]}; expected {sorted(forms)}"
         )
     for name, (dtype, shape) in forms.items():
-        found = tensors[name]
-        fits = found.ndim == len(shape) and all(
-            size is None or size == have for size, have in zip(shape, found.shape, strict=True)
+        tensor = tensors[name]
+        fits = tensor.ndim == len(shape) and all(
+            size is None or size == actual for size, actual in zip(shape, tensor.shape, strict=True)
         )
-        if found.dtype != dtype or not fits:
-            wanted = [size if size is not None else "any" for size in shape]
+        if tensor.dtype != dtype or not fits:
+            expected = [size if size is not None else "any" for size in shape]
             raise StorageError(
-                f"{path} is damaged: {name} is {found.dtype} {list(found.shape)}, expected "
-                f"{dtype} {wanted}"
+                f"{path} is damaged: {name} is {tensor.dtype} {list(tensor.shape)}, expected "
+                f"{dtype} {expected}"
             )
 
 
@@ -194,12 +194,12 @@ def open_parquet(
             f"{path} does not have the columns of this schema: {file.schema_arrow.names} of "
             f"{str([str(t) for t in file.schema_arrow.types])[:200]}"
         )
-    about = file.metadata
-    found = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
-    if groups is not None and found != list(groups):
+    metadata = file.metadata
+    sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    if groups is not None and sizes != list(groups):
         raise StorageError(
-            f"{path} does not have the row groups of this dictionary: {sum(found)} rows in "
-            f"{len(found)} groups, expected {sum(groups)} in {len(groups)}"
+            f"{path} does not have the row groups of this dictionary: {sum(sizes)} rows in "
+            f"{len(sizes)} groups, expected {sum(groups)} in {len(groups)}"
         )
     _require_bounded(path, file, row)
     return file
@@ -251,8 +251,8 @@ def read_groups(
     if table.num_rows != rows:
         raise StorageError(f"{path} is damaged: {table.num_rows} rows where it says {rows}")
     for name, column in zip(table.column_names, table.columns, strict=True):
-        within = pc.list_flatten(column) if pa.types.is_list(column.type) else column
-        if name not in empty and (column.null_count or within.null_count):
+        entries = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+        if name not in empty and (column.null_count or entries.null_count):
             raise StorageError(f"{path} is damaged: empty cells in the column {name}")
     return table
 
@@ -270,7 +270,7 @@ def require_plain(path: Path) -> None:
 
 
 def save_json(path: Path, value: Any, *, ours: bytes | None = None, fresh: bool = False) -> None:
-    """Write JSON, whole or not at all: see :func:`whole`."""
+    """Write JSON, whole or not at all: see `whole`."""
     with whole(path, ours=ours, fresh=fresh) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 

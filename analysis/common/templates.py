@@ -1,6 +1,6 @@
 """Sentences with known answers, made from templates: indirect objects, subject-verb agreement.
 
-In each, one word decides the answer and another is there to mislead: the other name (Wang et al.
+In each, one word decides the answer and another is a distractor: the other name (Wang et al.
 2022, "Interpretability in the wild"), or a noun of the other number between subject and verb
 (Linzen et al. 2016).
 """
@@ -12,7 +12,18 @@ from itertools import permutations, product
 
 from lenslrp.analysis.common.records import Record
 
-NAMES = ("Mary", "John", "Anna", "James", "Sarah", "David", "Laura", "Peter", "Alice", "Robert")
+FIRST_NAMES = (
+    "Mary",
+    "John",
+    "Anna",
+    "James",
+    "Sarah",
+    "David",
+    "Laura",
+    "Peter",
+    "Alice",
+    "Robert",
+)
 
 INDIRECT_OBJECT = (
     "When {a} and {b} went to the store, {s} gave a drink to",
@@ -35,8 +46,17 @@ AGREEMENT = ("The {subject} near the {other}", "The {subject} behind the {other}
 
 
 def indirect_objects() -> Iterator[Record]:
-    """``text``, the ``answer`` after it, the ``rival`` name; the answer's name is the key."""
-    for template, (a, b) in product(INDIRECT_OBJECT, permutations(NAMES, 2)):
+    """Sentences about two people, one of whom gives something to the other (IOI, Wang et al. 2022).
+
+    Yields:
+        Records ``text``; ``answer``, the next word; ``rival``, the incorrect answer; ``key``, the
+        name that decides, and ``distractor``, the other one.
+
+    Examples:
+        >>> next(indirect_objects())["text"]
+        'When Mary and John went to the store, Mary gave a drink to'
+    """
+    for template, (a, b) in product(INDIRECT_OBJECT, permutations(FIRST_NAMES, 2)):
         for subject, answer in ((a, b), (b, a)):
             yield {
                 "text": template.format(a=a, b=b, s=subject),
@@ -48,8 +68,16 @@ def indirect_objects() -> Iterator[Record]:
 
 
 def agreement() -> Iterator[Record]:
-    """``text``, the verb that agrees with the subject, the one that agrees with the noun between;
-    the subject is the key."""
+    """Sentences whose verb agrees with the subject, not with the noun between (Linzen et al. 2016).
+
+    Yields:
+        Records as of `indirect_objects`; the subject is the ``key``, the noun between the
+        ``distractor``.
+
+    Examples:
+        >>> next(agreement())["text"]
+        'The key near the cabinets'
+    """
     for template, pair, between in product(AGREEMENT, NOUNS.items(), ATTRACTORS.items()):
         for number in (0, 1):
             subject, other = pair[number], between[1 - number]

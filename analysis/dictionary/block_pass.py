@@ -24,24 +24,25 @@ from lenslrp.analysis.dictionary.topk import Spans, priorities
 from lenslrp.analysis.passes.conditions import through as only_through
 from lenslrp.analysis.units.kinds import Unit
 from lenslrp.analysis.units.readers import SearchedHook, UnitReader
+from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
-from lenslrp.hooks.components import components, hook_points, layer_of
+from lenslrp.graph_check import conditional
+from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.readers import select_names
+from lenslrp.hooks.structure import components, layer_of
 from lenslrp.hooks.turns import turn
-from lenslrp.inputs import Batch
+from lenslrp.logits import Outputs, Target
 from lenslrp.reductions import Deliver
-from lenslrp.remembered import conditional
 from lenslrp.sessions import Session
-from lenslrp.targets import Outputs, Target
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 Visit = Callable[[Place, Float[Tensor, "row pos unit"], Spans], None]
 
-TARGETS: Mapping[str, str] = {
+CORPUS_TARGETS: Mapping[str, str] = {
     "next": "logit of the true next token",
     "argmax": "top logit",
     "logit_diff": "logit of the true next token minus the best other",
@@ -73,7 +74,7 @@ class Recorded:
         return picked - logits.gather(1, others)[:, 0]
 
     def text(self, outputs: Outputs) -> str:
-        return f"{TARGETS[self.kind]}, at one position a document"
+        return f"{CORPUS_TARGETS[self.kind]}, at one position a document"
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,16 @@ class BlockPass:
     @contextmanager
     def open(self) -> Iterator[Runner]:
         """What runs one block after the other; what is the same for all is attached once."""
-        readouts = {site.name: site.readout for site in self.sites}
+        readers = {site.name: site.reader for site in self.sites}
         runner = Runner(self)
         for place in self.plan.places:
-            here = [u.index for u in self.through if u.hook(self.model) == place.hook]  # type: ignore[attr-defined]
-            keep = torch.zeros(place.size).index_fill_(0, torch.tensor(here), 1) if here else None
-            runner.by_hook.setdefault(place.hook, []).append((place, readouts[place.site], keep))
+            passing = [u.index for u in self.through if u.hook(self.model) == place.hook]  # type: ignore[attr-defined]
+            keep = (
+                torch.zeros(place.size).index_fill_(0, torch.tensor(passing), 1)
+                if passing
+                else None
+            )
+            runner.by_hook.setdefault(place.hook, []).append((place, readers[place.site], keep))
         with ExitStack() as stack:
             if self.plan.relevance:
                 if self.through:
@@ -148,8 +153,8 @@ class Runner:
             seen.add(hook)
             with torch.no_grad():
                 x = unflattened(x.detach(), block)
-                for place, readout, _ in self.by_hook[hook]:
-                    on_activation(place, readout.activation(x).float(), spans)
+                for place, reader, _ in self.by_hook[hook]:
+                    on_activation(place, reader.activation(x).float(), spans)
 
         reads = {hook: partial(read, hook) for hook in self.by_hook}
         aims = None
@@ -176,8 +181,8 @@ class Runner:
 
         def deliver(hook: str, x: Tensor, g: Tensor) -> None:
             x, g = unflattened(x, block), unflattened(g, block)
-            for place, readout, keep in self.by_hook[hook]:
-                relevance = readout.relevance(x, g).float()
+            for place, reader, keep in self.by_hook[hook]:
+                relevance = reader.relevance(x, g).float()
                 kept = relevance if keep is None else relevance * keep.to(x.device)
                 on_relevance(place, kept, spans)
 
@@ -193,10 +198,10 @@ class Runner:
         return Aims(aims.positions, aims.tokens, cache.target.value.float().cpu())
 
     def _aim(self, block: Block, lengths: list[int]) -> tuple[Target, Aims, Spans]:
-        first, given = int(self.of.plan.skip_first), self.of.target
+        first, target = int(self.of.plan.skip_first), self.of.target
         nothing = torch.full((len(lengths),), -1)
-        if given is not None:
-            return given, Aims(nothing, nothing, nothing.float()), Spans(first, lengths)
+        if target is not None:
+            return target, Aims(nothing, nothing, nothing.float()), Spans(first, lengths)
         positions = target_positions(block.docs, torch.tensor(lengths), self.of.plan.seed)
         tokens = block.tokens.gather(1, positions[:, None] + 1)[:, 0]
         kind = str(self.of.plan.target)
@@ -256,12 +261,12 @@ def find_places(
     def read(name: str, x: Tensor) -> None:
         x = unflattened(x, block)
         for site in reads[name]:
-            if x.shape[:2] != tokens.shape or x.ndim != (4 if site.readout.kind == "head" else 3):
+            if x.shape[:2] != tokens.shape or x.ndim != (4 if site.reader.kind == "head" else 3):
                 raise InputError(
                     f"{name} is {list(x.shape)}; units are searched at hook points of shape "
                     "[batch, pos, unit], and heads at [batch, pos, head, d_head]"
                 )
-            sizes.setdefault((site.name, name), site.readout.activation(x).shape[-1])
+            sizes.setdefault((site.name, name), site.reader.activation(x).shape[-1])
 
     reads: dict[str, list[SearchedHook]] = {}
     for site, name in wanted:
@@ -271,7 +276,7 @@ def find_places(
     for site, name in wanted:
         if (site.name, name) not in sizes:
             raise InputError(f"{name} does not fire in this model's forward pass")
-    kinds = {site.name: site.readout.kind for site in sites}
+    kinds = {site.name: site.reader.kind for site in sites}
     places, first = [], 0
     for (site_name, name), size in sizes.items():
         places.append(Place(name, site_name, kinds[site_name], layer_of(name), first, size))

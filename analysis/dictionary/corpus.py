@@ -1,6 +1,6 @@
 """A corpus as fixed blocks of tokenised documents with stable ids.
 
-A text is cut into documents of at most ``context`` tokens, numbered in the order of the corpus.
+A text is cut into documents of at most `context` tokens, numbered in the order of the corpus.
 Documents are kept in parts of 4,096; within a part they are put into blocks by length, so that
 little is padded. A block is the unit of work: the same documents in the same order and padding in
 every scan and replay, however many shards there are (another padding alone moves values by 2e-6).
@@ -44,8 +44,8 @@ class Cut:
     Args:
         context: tokens a document has at most, the beginning-of-sequence token included.
         block: documents in a block.
-        bos: the token put before every document, ``None`` for none.
-        field: where a record (jsonl, parquet, ``datasets``) has its text.
+        bos: the token put before every document, `None` for none.
+        field: where a record (jsonl, parquet, `datasets`) has its text.
     """
 
     context: int = 128
@@ -92,7 +92,7 @@ class Part:
         offsets: where each begins, and the end: [document + 1].
         sources: which text of the corpus each was cut from.
         starts: at which of that text's tokens.
-        order: documents in the order of the blocks, counted from ``first``.
+        order: documents in the order of the blocks, counted from `first`.
     """
 
     first: int
@@ -113,8 +113,8 @@ class Corpus:
 
     Attributes:
         folder: its files.
-        about: what ``corpus.json`` says: ``documents, blocks, tokens, texts, skipped, short,
-            digest, parts`` and the cut.
+        about: what `corpus.json` says: `documents, blocks, tokens, texts, skipped, short,
+            digest, parts` and the cut.
     """
 
     folder: Path
@@ -122,7 +122,7 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: str | Path) -> Corpus:
-        """Raises :class:`StorageError` where nothing has been tokenised, or it is damaged."""
+        """Raises `StorageError` where nothing has been tokenised, or it is damaged."""
         path = Path(folder) / "corpus.json"
         about = load_json(path)
         numbers = ("documents", "blocks", "tokens", "texts", "short", "skipped")
@@ -165,7 +165,7 @@ class Corpus:
         return self.part(doc // PART)
 
     def block(self, index: int) -> Block:
-        """Block ``index``: its documents, padded on the right with token 0."""
+        """Block `index`: its documents, padded on the right with token 0."""
         cut = self.cut
         number, inside = divmod(index, PART // cut.block)
         part = self.part(number)
@@ -180,13 +180,13 @@ class Corpus:
 
     def block_of(self, docs: Tensor) -> Tensor:
         """The block that each document is in."""
-        cut, found = self.cut, torch.empty_like(docs)
+        cut, blocks = self.cut, torch.empty_like(docs)
         for number in torch.unique(docs // PART).tolist():
-            here = docs // PART == number
+            inside = docs // PART == number
             order = self.part(number).order.long()
             place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-            found[here] = place[docs[here] % PART] // cut.block + number * (PART // cut.block)
-        return found
+            blocks[inside] = place[docs[inside] % PART] // cut.block + number * (PART // cut.block)
+        return blocks
 
 
 @lru_cache(maxsize=4)
@@ -221,11 +221,11 @@ def tokenise(
     """Cut a corpus into blocks on disk.
 
     Args:
-        corpus: see :func:`lenslrp.analysis.dictionary.sources.texts_of`.
+        corpus: see `lenslrp.analysis.dictionary.sources.texts_of`.
         tokenizer: the model's.
         folder: for the files.
         cut: how.
-        identity: what :func:`describe_corpus` says of it; kept in ``corpus.json``.
+        identity: what `describe_corpus` says of it; kept in `corpus.json`.
 
     Raises:
         InputError: no text in it, or a model without a tokenizer.

@@ -1,18 +1,16 @@
 """A dictionary of all units of a model: built over a corpus, opened, searched.
 
-::
+Example:
+    >>> d = NeuronDictionary.build(model, "texts.jsonl", "model.dict", sites=["mlp.hook_post"])
+    >>> d = NeuronDictionary.open("model.dict")
+    >>> d[5, 17].examples("actmax")
+    >>> d.search_text("Eiffel Tower")
 
-    d = NeuronDictionary.build(model, "texts.jsonl", "model.dict", sites=["mlp.hook_post"])
-    d = NeuronDictionary.open("model.dict")
-    d[5, 17].examples("actmax")
-    d.search_text("Eiffel Tower")
-
-The layout of the files is in docs/dictionary.md.
+The layout of the files is in docs/how-to/dictionary.md.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +20,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -31,33 +28,24 @@ from lenslrp.analysis.common.storage import (
     check_files,
     load_json,
     load_tensors,
-    open_parquet,
-    read_groups,
     require_forms,
 )
 from lenslrp.analysis.dictionary import lookup
 from lenslrp.analysis.dictionary.job import prepare
-from lenslrp.analysis.dictionary.plan import SCHEMA, Place, Plan
+from lenslrp.analysis.dictionary.plan import DICTIONARY_SCHEMA, Place, Plan
 from lenslrp.analysis.dictionary.publish import finish
 from lenslrp.analysis.dictionary.scan import Job, scan_shard
 from lenslrp.analysis.dictionary.schemas import (
-    GROUP,
-    UNIT_BYTES,
-    UNIT_GROUP,
-    example_bytes,
-    example_schema,
-    group_sizes,
+    EXAMPLE_GROUP,
+    UnitTables,
     kinds,
     read_slots,
-    require_examples,
     require_manifest,
-    require_units,
     sampled_tokens,
-    unit_schema,
 )
 from lenslrp.analysis.dictionary.texts import Document, Texts
 from lenslrp.analysis.dictionary.unit import Page
-from lenslrp.analysis.dictionary.vocabulary_lists import TOKENS, Projections
+from lenslrp.analysis.dictionary.vocabulary_file import LISTED_TOKENS, Projections
 from lenslrp.analysis.dictionary.work_folder import BUILD, FILES, MANIFEST, begin_work, using
 from lenslrp.analysis.units.kinds import Unit
 from lenslrp.errors import InputError, StorageError
@@ -67,13 +55,15 @@ if TYPE_CHECKING:
 
 
 class NeuronDictionary:
-    """A dictionary that lies in a folder. Nothing in it is ever executed or unpickled.
+    """A dictionary in a folder. Nothing in it is ever executed or unpickled.
 
     Attributes:
         path: the folder.
         plan: everything that decided its contents.
-        manifest: ``manifest.json``.
-        units: ``units.parquet`` as a DataFrame.
+        manifest: `manifest.json`.
+        slots: (criterion, rank) of each example of a unit.
+        projections: the lists of tokens that units write and read.
+        texts: the documents that examples reference.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -82,13 +72,7 @@ class NeuronDictionary:
         self.plan = plan = Plan.from_json(manifest["plan"], path / MANIFEST)
         require_manifest(path / MANIFEST, manifest)
         self.slots = read_slots(path / MANIFEST, manifest["slots"], plan)
-        self._sizes = group_sizes(plan, GROUP, len(self.slots)), group_sizes(plan, UNIT_GROUP)
-        self._examples = open_parquet(
-            path / "examples.parquet", example_schema(plan), example_bytes(plan), self._sizes[0]
-        )
-        self._unit_file = open_parquet(
-            path / "units.parquet", unit_schema(plan), UNIT_BYTES, self._sizes[1]
-        )
+        self._tables = UnitTables(path, plan, self.slots)
         self.projections = Projections(
             path / "vocabulary.parquet", manifest["vocabulary"], plan.units
         )
@@ -104,38 +88,46 @@ class NeuronDictionary:
         checkpoint_every: float = 60.0,
         progress: bool = True,
         keep_work: bool = False,
-        vocabulary: int = TOKENS,
+        vocabulary: int = LISTED_TOKENS,
         **options: Any,
     ) -> NeuronDictionary:
         """Build a dictionary, or go on with one that was interrupted.
 
         Args:
-            model: a ``TransformerBridge``.
-            corpus: see :func:`lenslrp.analysis.dictionary.corpus.texts_of`.
-            path: the folder to make. Work in progress lies in ``work`` inside it.
+            model: a `TransformerBridge`.
+            corpus: see `lenslrp.analysis.dictionary.sources.texts_of`.
+            path: the folder to make. Work in progress lies in `work` inside it.
             checkpoint_every: seconds of work that a kill can cost.
             progress: show bars with tokens a second and the time left.
-            keep_work: keep ``work``, with the tokenised corpus, afterwards.
+            keep_work: keep `work`, with the tokenised corpus, afterwards.
             vocabulary: tokens to list at either end of what a unit writes and reads; 0 for none.
             options: what the dictionary is made of:
 
-                - ``sites``: hook names (``"mlp.hook_post"`` in every block, ``"attn.hook_z"`` for
-                  heads, any other), ``SparseCoder`` or ``Direction``, or a list of these;
-                - ``criteria``: of ``actmax, actmin, relmax, relmin, deciles, random``;
-                - ``k``: examples for each of the first four; ``sample``: documents that deciles
-                  and random examples are drawn from; ``window``: tokens shown before and after;
-                - ``context``, ``batch_size``, ``prepend_bos``, ``field``, ``revision``: of the
-                  corpus; ``skip_first``: do not search the first position of a document, where
-                  many units do nothing but hold the attention sink;
-                - ``target``: what relevance explains, ``"next"``, ``"argmax"``, ``"logit_diff"``
-                  or a target object; ``composite``, ``attention``: the rules;
-                - ``through``: units through which alone relevance is counted;
-                - ``seed``.
+                - `sites`: hook names (`"mlp.hook_post"` in every block, `"attn.hook_z"` for heads,
+                    any other), `SparseCoder` or `Direction`, or a list of these;
+                - `criteria`: of `actmax, actmin, relmax, relmin, deciles, random`;
+                - `k`: examples for each of the first four; `sample`: documents that deciles and
+                    random examples are drawn from; `window`: tokens shown before and after;
+                - `context`, `batch_size`, `prepend_bos`, `field`, `revision`: of the corpus;
+                  `skip_first`: do not search the first position of a document, where many units do
+                  nothing but hold the attention sink;
+                - `target`: what relevance explains, `"next"`, `"argmax"`, `"logit_diff"` or a
+                    target object; `composite`, `attention`: the rules;
+                - `through`: units through which alone relevance is counted;
+                - `seed`.
+
+        Returns:
+            The finished dictionary, opened.
 
         Raises:
             InputError: an option that does not hold for this model or corpus.
-            StorageError: ``path`` holds something else, or is in use by another process, or
-                something in it is damaged, or the disk is full.
+            StorageError: `path` holds something else, or is in use by another process, or something
+                in it is damaged, or the disk is full.
+
+        Examples:
+            >>> d = NeuronDictionary.build(gpt2, texts, "gpt2.dict", k=20)  # sites: mlp.hook_post
+            >>> len(d)  # 12 layers of 3,072 neurons
+            36864
         """
         folder = Path(path)
         with using(begin_work(folder), BUILD):
@@ -161,15 +153,18 @@ class NeuronDictionary:
         checkpoint_every: float = 60.0,
         progress: bool = True,
         keep_work: bool = False,
-        vocabulary: int = TOKENS,
+        vocabulary: int = LISTED_TOKENS,
     ) -> NeuronDictionary:
-        """Merge the shards of a scan, replay what they cite, project all units, and publish.
+        """Merge the shards of a scan, replay what they reference, project all units, and publish.
 
         Args:
-            job: of :func:`prepare`, with the options of the shards.
+            job: of `prepare`, with the options of the shards.
             files: the files of all shards.
             parts: the files of the replay, where it was done already.
-            checkpoint_every, progress, keep_work, vocabulary: as for :meth:`build`.
+            checkpoint_every, progress, keep_work, vocabulary: as for `build`.
+
+        Returns:
+            The finished dictionary, opened.
 
         Raises:
             StorageError: shards that do not make a whole, or were made otherwise; another process
@@ -205,10 +200,10 @@ class NeuronDictionary:
             state = "unfinished: build it again" if (folder / "work").exists() else "not there"
             raise StorageError(f"{folder} has no manifest.json: the dictionary is {state}")
         manifest = load_json(folder / MANIFEST)
-        if manifest.get("schema") != SCHEMA:
+        if manifest.get("schema") != DICTIONARY_SCHEMA:
             raise StorageError(
                 f"{folder / MANIFEST} is of schema {str(manifest.get('schema'))[:20]}; this "
-                f"version of LensLRP reads schema {SCHEMA}"
+                f"version of LensLRP reads schema {DICTIONARY_SCHEMA}"
             )
         check_files(folder, manifest.get("files"), FILES, verify)
         try:
@@ -224,8 +219,7 @@ class NeuronDictionary:
     def close(self) -> None:
         """Close the files."""
         self.texts.close()
-        self._examples.close()
-        self._unit_file.close()
+        self._tables.close()
         self.projections.close()
 
     def __len__(self) -> int:
@@ -238,86 +232,61 @@ class NeuronDictionary:
 
     @cached_property
     def units(self) -> pd.DataFrame:
-        frame: pd.DataFrame = self._unit_table(range(len(self))).to_pandas()
+        """`units.parquet` as a DataFrame: one row a unit, with its statistics."""
+        frame: pd.DataFrame = self._tables.units(range(len(self))).to_pandas()
         return frame
 
     def unit_number(self, key: Any) -> tuple[Place, int]:
         """The place of a unit, and its index there.
 
         Args:
-            key: ``(layer, index)`` of the first site, ``(site, layer, index)``, a unit, or its
-                text, such as ``"blocks.5.mlp.hook_post[17]"``.
+            key: `(layer, index)` of the first site, `(site, layer, index)`, a unit, or its text.
 
         Raises:
             InputError: no such unit, with what there is.
-        """
-        places, index = self._places(str(key) if isinstance(key, Unit) else key)
-        if len(places) != 1 or not 0 <= index < places[0].size:
-            layers = sorted({p.layer for p in self.plan.places if p.layer is not None})
-            sizes = ", ".join(map(str, sorted({p.size for p in self.plan.places})))
-            raise InputError(
-                f"no unit {key!r} in this dictionary: it has "
-                f"{', '.join(name for name, _ in self.plan.sites)} in layers {layers[:1]} to "
-                f"{layers[-1:]}, with {sizes} units each"
-            )
-        return places[0], index
 
-    def _places(self, key: Any) -> tuple[list[Place], int]:
-        """The places that a key may mean, and the index there."""
-        if isinstance(key, str):
-            found = re.fullmatch(r"(?P<hook>.+)\[(?:(?P<label>[\w.-]+) )?(?P<index>\d+)\]", key)
-            if found is None:
-                return [], -1
-            places = [p for p in self.plan.places if p.hook == found["hook"]]
-            if found["label"]:
-                places = [p for p in places if p.site.endswith(f"[{found['label']}]")]
-            return places[:1], int(found["index"])
-        parts = key if isinstance(key, tuple) else (key,)
-        site = parts[0] if len(parts) == 3 else self.plan.sites[0][0]
-        if len(parts) not in (2, 3) or not all(isinstance(p, int) for p in parts[-2:]):
-            raise InputError(f"a unit is (layer, index) or (site, layer, index), not {key!r}")
-        return [p for p in self.plan.places if p.site == site and p.layer == parts[-2]], parts[-1]
+        Examples:
+            >>> place, index = d.unit_number("blocks.5.mlp.hook_post[17]")
+            >>> place.hook, place.layer, index
+            ('blocks.5.mlp.hook_post', 5, 17)
+        """
+        return self.plan.unit_at(str(key) if isinstance(key, Unit) else key)
 
     def __getitem__(self, key: Any) -> Page:
-        """The page of one unit: see :meth:`unit_number` for ``key``."""
+        """The page of one unit; keys as for `unit_number`."""
         place, index = self.unit_number(key)
         return self.page(place, index)
 
     def page(self, place: Place, index: int) -> Page:
+        """The page of the unit with this index at a hook point."""
         return next(self.pages(place, range(index, index + 1)))
 
     def pages(self, place: Place, indices: range | None = None) -> Iterator[Page]:
         """The pages of units at one hook point, in order; a few are in memory at a time."""
         chosen, slots = range(place.size) if indices is None else indices, len(self.slots)
-        for first in range(chosen.start, chosen.stop, GROUP):
-            some = range(place.first + first, place.first + min(first + GROUP, chosen.stop))
-            rows = self._example_table(some)
-            for i, about in enumerate(self._unit_table(some).to_pylist()):
+        for first in range(chosen.start, chosen.stop, EXAMPLE_GROUP):
+            some = range(place.first + first, place.first + min(first + EXAMPLE_GROUP, chosen.stop))
+            rows = self._tables.examples(some)
+            for i, about in enumerate(self._tables.units(some).to_pylist()):
                 yield Page(place, first + i, about, rows.slice(i * slots, slots), self)
-
-    def _unit_table(self, units: range) -> pa.Table:
-        """Rows of ``units.parquet``, from the row groups that hold them."""
-        path = self.path / "units.parquet"
-        table = _some(path, self._unit_file, self._sizes[1], units, None, empty=("layer",))
-        require_units(path, table, self.plan, units)
-        return table
-
-    def _example_table(self, units: range, columns: list[str] | None = None) -> pa.Table:
-        """Rows of ``examples.parquet``, likewise."""
-        path, slots = self.path / "examples.parquet", len(self.slots)
-        rows = range(units.start * slots, units.stop * slots)
-        table = _some(path, self._examples, self._sizes[0], rows, columns)
-        require_examples(path, table, self.plan, self.slots, units)
-        return table
 
     def to_dataframe(self, criterion: str | None = None) -> pd.DataFrame:
         """All examples of one criterion, or of all, without their windows.
 
-        Columns ``unit, hook, index, criterion, rank, score, doc, position``.
+        Args:
+            criterion: which; all if not given.
+
+        Returns:
+            Columns `unit, hook, index, criterion, rank, score, doc, position`; scores are
+                activations, or
+            relevances in units of the target.
+
+        Raises:
+            InputError: a criterion that was not searched.
         """
         self.require_criterion(criterion)
         columns = ["unit", "criterion", "rank", "score", "document", "position"]
-        table = self._example_table(range(len(self)), columns)
+        table = self._tables.examples(range(len(self)), columns)
         if criterion is not None:
             table = table.filter(pc.equal(table["criterion"].cast(pa.string()), criterion))
         frame = table.to_pandas().rename(columns={"document": "doc"})
@@ -329,7 +298,11 @@ class NeuronDictionary:
         return frame
 
     def require_criterion(self, criterion: str | None) -> None:
-        """Raises :class:`InputError` for a criterion that this dictionary does not have."""
+        """Refuse a criterion that this dictionary does not have.
+
+        Raises:
+            InputError: naming those that it has.
+        """
         if criterion is not None and criterion not in self.plan.criteria:
             raise InputError(
                 f"criterion {criterion!r} was not searched; there are "
@@ -339,49 +312,71 @@ class NeuronDictionary:
     def search_text(
         self, query: str, *, criterion: str | None = None, limit: int = 50
     ) -> pd.DataFrame:
-        """Units by the sentences they are shown with: :func:`lookup.search_text`."""
+        """Units by the sentences they are shown with.
+
+        Arguments, columns and errors are those of `lenslrp.analysis.dictionary.lookup.search_text`.
+
+        Examples:
+            >>> list(d.search_text("Eiffel Tower").columns)
+            ['unit', 'hook', 'index', 'criterion', 'rank', 'score', 'doc', 'position', 'window']
+        """
         return lookup.search_text(self, query, criterion, limit)
 
     def search_tokens(
         self, token: str, *, by: str = "hits", criterion: str = "actmax", limit: int = 50
     ) -> pd.DataFrame:
-        """Units by a token that they fire at, write or read: :func:`lookup.search_tokens`."""
+        """Units by a token that they fire at, write or read.
+
+        Arguments, columns and errors are those of
+        `lenslrp.analysis.dictionary.lookup.search_tokens`.
+
+        Examples:
+            >>> list(d.search_tokens(" Paris", by="writes").columns)
+            ['unit', 'hook', 'index', 'name', 'side', 'rank', 'token', 'score']
+        """
         return lookup.search_tokens(self, token, by, criterion, limit)
 
     def similar(self, key: Any, k: int = 10, *, kind: str = "activation") -> pd.DataFrame:
-        """Units that do the same at the sampled tokens: :func:`lookup.similar`."""
+        """Units that do the same at the sampled tokens.
+
+        Arguments, columns and errors are those of `lenslrp.analysis.dictionary.lookup.similar`.
+
+        Examples:
+            >>> list(d.similar((5, 17), 3).columns)
+            ['unit', 'hook', 'index', 'correlation']
+        """
         return lookup.similar(self, key, k, kind)
 
     @cached_property
     def samples(self) -> dict[str, Tensor]:
         """What the units did at the sampled tokens: kind -> int8 [unit, token]."""
         path = self.path / "samples.safetensors"
-        found, _ = load_tensors(path)
+        samples, _ = load_tensors(path)
         shape = (len(self), sampled_tokens(self.plan))
-        require_forms(path, found, dict.fromkeys(kinds(self.plan), (torch.int8, shape)))
-        return found
+        require_forms(path, samples, dict.fromkeys(kinds(self.plan), (torch.int8, shape)))
+        return samples
 
     @cached_property
     def citations(self) -> lookup.Citations:
-        """Which examples cite a document."""
+        """Which examples reference a document."""
         return lookup.Citations(self.path / "citations.safetensors", len(self) * len(self.slots))
 
     def named(self, unit: int) -> tuple[int, str, int]:
         """A unit's number, hook point and index there."""
-        place = next(p for p in self.plan.places if unit < p.end)
+        place = self.plan.place_of(unit)
         return unit, place.hook, unit - place.first
 
     def name(self, unit: int) -> str:
         """A unit's number as text."""
-        place = next(p for p in self.plan.places if unit < p.end)
+        place = self.plan.place_of(unit)
         return place.name(unit - place.first)
 
     def window(self, document: Document, position: int) -> tuple[int, list[str]]:
         """Where the window around a position begins, and its tokens as text."""
         if not 0 <= position < len(document.tokens):
             raise StorageError(
-                f"{self.path} is damaged: it cites position {position} of document {document.id}, "
-                f"which has {len(document.tokens)} tokens"
+                f"{self.path} is damaged: it references position {position} of document "
+                f"{document.id}, which has {len(document.tokens)} tokens"
             )
         before, after = self.plan.window
         start = max(0, position - before)
@@ -394,19 +389,3 @@ class NeuronDictionary:
         first = spans[np.maximum(positions - before, 0), 0].tolist()
         last = spans[np.minimum(positions + after, len(spans) - 1), 1].tolist()
         return [document.text[a:b] for a, b in zip(first, last, strict=True)]
-
-
-def _some(
-    path: Path,
-    file: pq.ParquetFile,
-    sizes: list[int],
-    rows: range,
-    columns: list[str] | None,
-    empty: tuple[str, ...] = (),
-) -> pa.Table:
-    """Some rows of a file whose row groups have these sizes."""
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    a = int(np.searchsorted(starts, rows.start, side="right")) - 1
-    b = int(np.searchsorted(starts, rows.stop, side="left"))
-    table = read_groups(path, file, list(range(a, b)), columns, empty=empty)
-    return table.slice(rows.start - int(starts[a]), len(rows))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenslrp.analysis.common.storage import load_json, save_json
-from lenslrp.analysis.dictionary.block_pass import TARGETS, BlockPass, find_places
+from lenslrp.analysis.dictionary.block_pass import CORPUS_TARGETS, BlockPass, find_places
 from lenslrp.analysis.dictionary.corpus import Corpus, Cut, tokenise
-from lenslrp.analysis.dictionary.plan import CRITERIA, SCHEMA, Plan
+from lenslrp.analysis.dictionary.plan import DICTIONARY_SCHEMA, TOP_CRITERIA, Plan
 from lenslrp.analysis.dictionary.scan import Job
 from lenslrp.analysis.dictionary.sources import describe_corpus
 from lenslrp.analysis.dictionary.work_folder import (
@@ -20,16 +20,16 @@ from lenslrp.analysis.dictionary.work_folder import (
     found_work,
 )
 from lenslrp.analysis.units.kinds import Unit
-from lenslrp.analysis.units.readers import Sites, sites_of
+from lenslrp.analysis.units.readers import Sites, searched_hooks
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import taking_turns
 from lenslrp.fingerprints import describe_model, describe_rules, describe_tokenizer
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.install import require_bridge
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
 from lenslrp.inputs import is_encoder_decoder
+from lenslrp.logits import Target
 from lenslrp.media import reads_no_text
-from lenslrp.targets import Target
 from lenslrp.text.tokenization import beginning
 
 if TYPE_CHECKING:
@@ -62,14 +62,28 @@ def prepare(
 ) -> Job:
     """Tokenise the corpus and decide the plan: what every shard starts from.
 
-    Options as for :meth:`NeuronDictionary.build`. Called again with the same options it finds what
-    it left; with others it refuses. ``corpus=None`` takes the corpus that lies there tokenised, as
-    every worker but the first does.
+    Called again with the same options it finds what it left; with others it refuses.
+
+    Args:
+        model: a `TransformerBridge` of a decoder or an encoder, with text as its input.
+        corpus: as for `NeuronDictionary.build`. `None` takes the corpus that lies there tokenised,
+            as every worker but the first does.
+        path: the dictionary's folder.
+        sites, criteria, k, context, batch_size, prepend_bos, skip_first, field, revision, target,
+            composite, attention, through, sample, window, seed: as for `NeuronDictionary.build`.
+
+    Returns:
+        What `scan_shard` and `NeuronDictionary.merge` take.
 
     Raises:
         InputError: an option that does not hold for this model or corpus.
-        StorageError: ``path`` holds work on another dictionary or what LensLRP did not make, or
-            the disk is full.
+        StorageError: `path` holds work on another dictionary or what LensLRP did not make, or the
+            disk is full.
+
+    Examples:
+        >>> job = prepare(model, "texts.jsonl", "model.dict")
+        >>> files = [scan_shard(job, rank, 2) for rank in range(2)]
+        >>> d = NeuronDictionary.merge(job, files)
     """
     require_bridge(model)
     if reads_no_text(model) or is_encoder_decoder(model):
@@ -82,19 +96,19 @@ def prepare(
     bos = _bos(model, prepend_bos)
     with taking_turns(work / TURNS):
         tokenised = _tokenised(corpus, model, work, Cut(context, batch_size, bos, field))
-    found = tuple(sites_of(sites))
-    places = find_places(model, found, tokenised.block(0).tokens[:1])
+    searched = tuple(searched_hooks(sites))
+    places = find_places(model, searched, tokenised.block(0).tokens[:1])
     chosen, units = tuple(criteria), tuple(through)
-    relevance = any(CRITERIA.get(c, ("",))[0] == "relevance" for c in chosen)
+    relevance = any(TOP_CRITERIA.get(c, ("",))[0] == "relevance" for c in chosen)
     table = as_composite(AttnLRP() if composite is None else composite)
     about = {k: v for k, v in tokenised.about.items() if k not in ("parts", "identity")}
     plan = Plan(
-        schema=SCHEMA,
+        schema=DICTIONARY_SCHEMA,
         model=describe_model(model),
         tokenizer=describe_tokenizer(model.tokenizer),
         corpus={**about, "name": _corpus_name(corpus, work), "revision": revision},
         places=places,
-        sites=tuple((site.name, site.fingerprint) for site in found),
+        sites=tuple((site.name, site.fingerprint) for site in searched),
         criteria=chosen,
         k=k,
         sample=sample,
@@ -111,8 +125,8 @@ def prepare(
             plan.require_same(Plan.from_json(load_json(work / PLAN), work / PLAN), str(work))
         else:
             save_json(work / PLAN, plan.to_json())
-    own = target if isinstance(target, Target) and not isinstance(target, str) else None
-    return Job(BlockPass(model, plan, found, table, own, units), tokenised, folder)
+    custom_target = target if isinstance(target, Target) and not isinstance(target, str) else None
+    return Job(BlockPass(model, plan, searched, table, custom_target, units), tokenised, folder)
 
 
 def _bos(model: TransformerBridge, prepend_bos: bool | None) -> int | None:
@@ -125,9 +139,10 @@ def _bos(model: TransformerBridge, prepend_bos: bool | None) -> int | None:
 
 def _target_text(model: TransformerBridge, target: Any) -> str:
     if isinstance(target, str):
-        if target not in TARGETS:
+        if target not in CORPUS_TARGETS:
             raise InputError(
-                f"target is one of {', '.join(TARGETS)} or a lenslrp.targets object, not {target!r}"
+                f"target is one of {', '.join(CORPUS_TARGETS)} or a lenslrp.targets object, "
+                f"not {target!r}"
             )
         if getattr(model.cfg, "attention_dir", "causal") == "bidirectional":
             raise InputError(

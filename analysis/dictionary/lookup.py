@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lenslrp.analysis.common.storage import require_header, require_range
 from lenslrp.analysis.dictionary.text_search import folded, terms
-from lenslrp.analysis.dictionary.vocabulary_lists import ROLES
+from lenslrp.analysis.dictionary.vocabulary_file import LIST_ROLES
 from lenslrp.errors import InputError, StorageError
 
 if TYPE_CHECKING:
@@ -30,14 +30,16 @@ def search_text(
     are not seen make no difference, and in scripts without spaces any part of a text is found.
 
     Args:
-        query: words that must all occur in what is shown around the hit; ``"..."`` is a phrase.
-            Where no example shows them all, examples of the documents in which they all stand.
+        d: an open dictionary.
+        query: words that must all occur in what is shown around the hit; `"..."` is a phrase. Where
+            no example shows them all, examples of the documents in which they all stand.
         criterion: only examples of this one.
         limit: how many rows.
 
     Returns:
-        ``unit, hook, index, criterion, rank, score, doc, position, window``: best ranks
-        first, then the best match.
+        `unit, hook, index, criterion, rank, score, doc, position, window`: best ranks first, then
+            the
+        best match.
 
     Raises:
         InputError: an empty query, or an unknown criterion.
@@ -50,8 +52,12 @@ def search_text(
         comparable = folded(text)
         return all(term in comparable for term in wanted)
 
-    found = _citing(d, documents, criterion, limit, holds)
-    return found if len(found) else _citing(d, documents, criterion, limit, holds, anywhere=True)
+    examples = _examples_in(d, documents, criterion, limit, holds)
+    return (
+        examples
+        if len(examples)
+        else _examples_in(d, documents, criterion, limit, holds, anywhere=True)
+    )
 
 
 def search_tokens(
@@ -64,30 +70,33 @@ def search_tokens(
     """Units by a token: those that fire (or matter) at it, or that write or read it by weights.
 
     Args:
+        d: an open dictionary.
         token: the token's text; white space around it does not matter.
-        by: ``"hits"``: the examples' hits are at the token; ``"writes"``, ``"reads"``: the token is
-            in the lists of :meth:`Page.vocabulary`.
-        criterion: whose examples, of ``"hits"``.
+        by: `"hits"`: the examples' hits are at the token; `"writes"`, `"reads"`: the token is in
+            the lists of `Page.vocabulary`.
+        criterion: whose examples, of `"hits"`.
         limit: how many rows.
 
     Returns:
-        For hits ``unit, hook, index, share``: the share of the unit's examples whose hit is at the
-        token, largest first. Otherwise ``unit, hook, index, name, side, rank, token, score``: best
-        ranks first, then the largest scores.
+        For hits `unit, hook, index, share`: the share of the unit's examples whose hit is at the
+            token,
+        largest first. Otherwise `unit, hook, index, name, side, rank, token, score`: best ranks
+            first,
+        then the largest scores.
 
     Raises:
-        InputError: another ``by``, an unknown criterion, or a dictionary without such lists.
+        InputError: another `by`, an unknown criterion, or a dictionary without such lists.
     """
-    if by not in ("hits", *ROLES):
-        raise InputError(f"by is one of hits, {', '.join(ROLES)}, not {by!r}")
+    if by not in ("hits", *LIST_ROLES):
+        raise InputError(f"by is one of hits, {', '.join(LIST_ROLES)}, not {by!r}")
     d.require_criterion(criterion)
     wanted = d.texts.tokens_called(token)
     if by == "hits":
         return _hitting(d, wanted, criterion, limit)
-    found = d.projections.naming(wanted, by, [name for name, _ in d.plan.sites]).head(limit)
-    found["token"] = [d.texts.token(int(t)) for t in found["id"]]
-    names = pd.DataFrame(map(d.named, found["unit"]), columns=["unit", "hook", "index"])
-    return names.join(found[["name", "side", "rank", "token", "score"]])
+    listed = d.projections.naming(wanted, by, [name for name, _ in d.plan.sites]).head(limit)
+    listed["token"] = [d.texts.token(int(t)) for t in listed["id"]]
+    names = pd.DataFrame(map(d.named, listed["unit"]), columns=["unit", "hook", "index"])
+    return names.join(listed[["name", "side", "rank", "token", "score"]])
 
 
 def _hitting(d: NeuronDictionary, wanted: list[int], criterion: str, limit: int) -> pd.DataFrame:
@@ -102,12 +111,12 @@ def similar(d: NeuronDictionary, key: Any, k: int = 10, kind: str = "activation"
     """Units that fire (or matter) at the same tokens: correlation over the sampled tokens.
 
     Args:
-        key: a unit, as for ``dictionary[key]``.
+        key: a unit, as for `dictionary[key]`.
         k: how many.
-        kind: ``"activation"`` or ``"relevance"``.
+        kind: `"activation"` or `"relevance"`.
 
     Returns:
-        ``unit, hook, index, correlation``, largest first, the unit itself left out.
+        `unit, hook, index, correlation`, largest first, the unit itself left out.
     """
     place, index = d.unit_number(key)
     if kind not in d.samples:
@@ -126,7 +135,7 @@ def similar(d: NeuronDictionary, key: Any, k: int = 10, kind: str = "activation"
     )
 
 
-def _citing(
+def _examples_in(
     d: NeuronDictionary,
     documents: list[int],
     criterion: str | None,
@@ -135,15 +144,15 @@ def _citing(
     *,
     anywhere: bool = False,
 ) -> pd.DataFrame:
-    """The examples that cite the best documents, whose window (or whole text) holds what is wanted.
+    """The examples of the best documents whose window (or whole text) holds what is wanted.
 
-    Documents are read until there are ``limit`` examples: those of the best ranks, of what was
+    Documents are read until there are `limit` examples: those of the best ranks, of what was
     read.
     """
     allowed = np.array([criterion in (None, name) for name, _ in d.slots])
     ranks = np.array([rank for _, rank in d.slots])
     windows: dict[tuple[int, int], str] = {}
-    found: list[NDArray[Any]] = []
+    batches: list[NDArray[Any]] = []
     for first in range(0, len(documents), max(1, limit)):
         some = d.texts.documents(documents[first : first + limit])
         for order, document in enumerate(some.values(), first):
@@ -161,37 +170,37 @@ def _citing(
             ranked = ranks[slot[kept]]
             same = [np.full(len(ranked), value) for value in (order, document.id)]
             columns = [ranked, same[0], entries[kept], scores[kept], same[1], positions[kept]]
-            found.append(np.stack(columns, axis=1))
-        if sum(map(len, found)) >= limit:
+            batches.append(np.stack(columns, axis=1))
+        if sum(map(len, batches)) >= limit:
             break
-    rows = np.concatenate(found) if found else np.zeros((0, 6))
+    rows = np.concatenate(batches) if batches else np.zeros((0, 6))
     rows = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))][:limit]
-    made = []
+    examples = []
     for rank, _, entry, score, doc, position in rows.tolist():
         unit, column = divmod(int(entry), len(d.slots))
         text = windows[int(doc), int(position)]
         about = d.slots[column][0], int(rank), score, int(doc), int(position), text
-        made.append((*d.named(unit), *about))
+        examples.append((*d.named(unit), *about))
     names = ["criterion", "rank", "score", "doc", "position", "window"]
-    return pd.DataFrame(made, columns=["unit", "hook", "index", *names])
+    return pd.DataFrame(examples, columns=["unit", "hook", "index", *names])
 
 
 class Citations:
-    """Which examples cite a document; read from disk as it is asked for."""
+    """Which examples reference a document; read from disk as it is asked for."""
 
     def __init__(self, path: Path, examples: int) -> None:
         require_header(path)
         self.path, self.examples = path, examples
         try:
             file: Any = safe_open(path, framework="np")
-            found = {
+            tensors = {
                 name: (part.get_dtype(), part.get_shape())
                 for name in file.keys()  # noqa: SIM118 - safetensors' own
                 for part in (file.get_slice(name),)
             }
         except (SafetensorError, OSError) as error:
             raise StorageError(f"{path} is damaged or truncated: {error}") from error
-        documents = found.get("documents", ("", [0]))[1]
+        documents = tensors.get("documents", ("", [0]))[1]
         entry = "I32" if examples < 2**31 else "I64"
         expected = {
             "documents": ("I64", documents),
@@ -201,9 +210,9 @@ class Citations:
             "tokens": ("I32", [examples]),
             "scores": ("F32", [examples]),
         }
-        if found != expected or len(documents) != 1:
+        if tensors != expected or len(documents) != 1:
             raise StorageError(
-                f"{path} is damaged: it holds {str(found)[:300]}, expected {expected}"
+                f"{path} is damaged: it holds {str(tensors)[:300]}, expected {expected}"
             )
         self._file = file
         self._documents = file.get_tensor("documents")
@@ -217,7 +226,7 @@ class Citations:
             raise StorageError(f"{path} is damaged: its documents do not follow one another")
 
     def of(self, document: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """Examples (rows of ``examples.parquet``), positions and scores."""
+        """Examples (rows of `examples.parquet`), positions and scores."""
         at = int(np.searchsorted(self._documents, document))
         known = at < len(self._documents) and int(self._documents[at]) == document
         a, b = (int(self._offsets[at]), int(self._offsets[at + 1])) if known else (0, 0)
@@ -230,9 +239,9 @@ class Citations:
     def at_tokens(
         self, tokens: list[int], slots: tuple[tuple[str, int], ...], criterion: str, units: int
     ) -> NDArray[np.int64]:
-        """How many of each unit's examples of a criterion have their hit at one of ``tokens``."""
-        found = np.isin(self._file.get_tensor("tokens"), tokens).nonzero()[0]
-        entries = self._file.get_tensor("entries")[found].astype(np.int64)
+        """How many of each unit's examples of a criterion have their hit at one of `tokens`."""
+        hits = np.isin(self._file.get_tensor("tokens"), tokens).nonzero()[0]
+        entries = self._file.get_tensor("entries")[hits].astype(np.int64)
         require_range(self.path, "entries", entries, 0, self.examples)
         right = np.array([name == criterion for name, _ in slots])[entries % len(slots)]
         return np.bincount(entries[right] // len(slots), minlength=units)

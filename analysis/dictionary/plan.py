@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,12 +22,12 @@ from torch import Tensor
 from lenslrp.errors import InputError, StorageError
 from lenslrp.fingerprints import canonical
 
-SCHEMA = 2
+DICTIONARY_SCHEMA = 2
 
-UNITS = 1 << 27
+MAX_UNITS = 1 << 27
 """Units that a dictionary has at most."""
 
-CRITERIA: dict[str, tuple[str, int]] = {
+TOP_CRITERIA: dict[str, tuple[str, int]] = {
     "actmax": ("activation", 1),
     "actmin": ("activation", -1),
     "relmax": ("relevance", 1),
@@ -34,7 +35,7 @@ CRITERIA: dict[str, tuple[str, int]] = {
 }
 """Criteria with a running top-k: what is compared, and its sign."""
 
-SAMPLES = ("deciles", "random")
+SAMPLED_CRITERIA = ("deciles", "random")
 """Criteria drawn from a sample of documents that a hash decides."""
 
 LIBRARIES = ("lenslrp", "torch", "transformers", "transformer-lens", "numpy", "pyarrow")
@@ -42,7 +43,7 @@ LIBRARIES = ("lenslrp", "torch", "transformers", "transformer-lens", "numpy", "p
 
 @dataclass(frozen=True)
 class Place:
-    """Units at one hook point: numbers ``first`` to ``first + size - 1`` of the dictionary."""
+    """Units at one hook point: numbers `first` to `first + size - 1` of the dictionary."""
 
     hook: str
     site: str
@@ -56,7 +57,7 @@ class Place:
         return self.first + self.size
 
     def name(self, index: int) -> str:
-        """A unit here as text: ``blocks.5.mlp.hook_post[17]``, ``...[sae 40]``."""
+        """A unit here as text: `blocks.5.mlp.hook_post[17]`, `...[sae 40]`."""
         label = self.site.partition("[")[2].removesuffix("]")
         return f"{self.hook}[{label} {index}]" if label else f"{self.hook}[{index}]"
 
@@ -67,19 +68,19 @@ class Plan:
 
     Attributes:
         schema: version of the layout.
-        model: ``name, revision, architecture, dtype, weights`` (a fingerprint), ``compatibility``.
+        model: `name, revision, architecture, dtype, weights` (a fingerprint), `compatibility`.
         tokenizer: a fingerprint of its vocabulary and rules.
-        corpus: ``digest, documents, blocks, tokens, texts, skipped, name, revision`` and the cut.
+        corpus: `digest, documents, blocks, tokens, texts, skipped, name, revision` and the cut.
         places: where the units are.
         sites: name, and fingerprint of its weights, of each site, in the order given.
-        criteria: see :data:`CRITERIA` and :data:`SAMPLES`.
+        criteria: see `TOP_CRITERIA` and `SAMPLED_CRITERIA`.
         k: entries a unit and criterion.
         sample: documents drawn for deciles, random examples and statistics.
         window: tokens shown before and after the position of a hit.
         skip_first: whether a document's first position is masked.
         target: what relevance explains; None where it is not searched.
         rules: name and fingerprint of the composite; None likewise.
-        attention: ``"bridge"`` or ``"fused"``.
+        attention: `"bridge"` or `"fused"`.
         through: conditions: only relevance through these units is counted.
         seed: of the sample and of the target positions.
     """
@@ -116,27 +117,67 @@ class Plan:
     @property
     def relevance(self) -> bool:
         """Whether a backward pass is needed."""
-        return any(CRITERIA.get(c, ("",))[0] == "relevance" for c in self.criteria)
+        return any(TOP_CRITERIA.get(c, ("",))[0] == "relevance" for c in self.criteria)
 
     @property
     def block(self) -> int:
         return int(self.corpus["cut"]["block"])
+
+    def unit_at(self, key: Any) -> tuple[Place, int]:
+        """The place of a unit, and its index there.
+
+        Args:
+            key: `(layer, index)` of the first site, `(site, layer, index)`, or a unit's text.
+
+        Raises:
+            InputError: no such unit, with what there is.
+        """
+        places, index = self._places_at(key)
+        if len(places) != 1 or not 0 <= index < places[0].size:
+            layers = sorted({p.layer for p in self.places if p.layer is not None})
+            sizes = ", ".join(map(str, sorted({p.size for p in self.places})))
+            raise InputError(
+                f"no unit {key!r} in this dictionary: it has "
+                f"{', '.join(name for name, _ in self.sites)} in layers {layers[:1]} to "
+                f"{layers[-1:]}, with {sizes} units each"
+            )
+        return places[0], index
+
+    def _places_at(self, key: Any) -> tuple[list[Place], int]:
+        """The places that a key may mean, and the index there."""
+        if isinstance(key, str):
+            parsed = re.fullmatch(r"(?P<hook>.+)\[(?:(?P<label>[\w.-]+) )?(?P<index>\d+)\]", key)
+            if parsed is None:
+                return [], -1
+            places = [p for p in self.places if p.hook == parsed["hook"]]
+            if parsed["label"]:
+                places = [p for p in places if p.site.endswith(f"[{parsed['label']}]")]
+            return places[:1], int(parsed["index"])
+        parts = key if isinstance(key, tuple) else (key,)
+        site = parts[0] if len(parts) == 3 else self.sites[0][0]
+        if len(parts) not in (2, 3) or not all(isinstance(p, int) for p in parts[-2:]):
+            raise InputError(f"a unit is (layer, index) or (site, layer, index), not {key!r}")
+        return [p for p in self.places if p.site == site and p.layer == parts[-2]], parts[-1]
+
+    def place_of(self, unit: int) -> Place:
+        """Where the unit of this number is."""
+        return next(place for place in self.places if unit < place.end)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Any, path: Path) -> Plan:
-        """A plan read back, from the file at ``path``.
+        """A plan read back, from the file at `path`.
 
         Raises:
             StorageError: of another schema, or not a plan.
         """
-        if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-            found = value.get("schema") if isinstance(value, dict) else value
+        if not isinstance(value, dict) or value.get("schema") != DICTIONARY_SCHEMA:
+            schema = value.get("schema") if isinstance(value, dict) else value
             raise StorageError(
-                f"{path} was made with schema {str(found)[:20]}; this version of LensLRP reads "
-                f"schema {SCHEMA}"
+                f"{path} was made with schema {str(schema)[:20]}; this version of LensLRP reads "
+                f"schema {DICTIONARY_SCHEMA}"
             )
         try:
             fields = dict(value)
@@ -205,7 +246,7 @@ _OPTIONS = {
 
 
 def _require_types(plan: Plan) -> None:
-    """Raises :class:`TypeError` or :class:`ValueError` for what no plan of ours says."""
+    """Raises `TypeError` or `ValueError` for what no plan of ours says."""
     _require_scalars("model", plan.model, _MODEL)
     cut = plan.corpus["cut"]
     _require_scalars("corpus", {k: v for k, v in plan.corpus.items() if k != "cut"}, _CORPUS)
@@ -222,10 +263,10 @@ def _require_types(plan: Plan) -> None:
     sites, first = {name for name, _ in plan.sites}, 0
     for place in plan.places:
         _require_scalars("places", asdict(place), _PLACE)
-        if place.first != first or not 0 < place.size <= UNITS or place.site not in sites:
+        if place.first != first or not 0 < place.size <= MAX_UNITS or place.site not in sites:
             raise ValueError("places must follow one another, each of a site")
         first = place.end
-    if not 0 < first <= UNITS or not plan.k < 1 << 20 > plan.sample:
+    if not 0 < first <= MAX_UNITS or not plan.k < 1 << 20 > plan.sample:
         raise ValueError(f"{first} units, k={plan.k}, sample={plan.sample}")
     if (plan.relevance, plan.relevance) != (plan.target is not None, plan.rules is not None):
         raise ValueError("target and rules belong to relevance")
@@ -242,21 +283,21 @@ def _require_scalars(where: str, values: Any, kinds: Mapping[str, tuple[type, ..
 
 
 def require_criteria(criteria: tuple[str, ...]) -> None:
-    """Raises :class:`InputError` for a criterion that does not exist, or none, or one twice."""
-    known = (*CRITERIA, *SAMPLES)
+    """Raises `InputError` for a criterion that does not exist, or none, or one twice."""
+    known = (*TOP_CRITERIA, *SAMPLED_CRITERIA)
     if not criteria or not set(criteria) <= set(known) or len(set(criteria)) < len(criteria):
         raise InputError(f"criteria are one or more of {', '.join(known)}, not {criteria!r}")
 
 
 def describe_libraries() -> dict[str, str]:
     """Versions of what computed a dictionary, and on what."""
-    found: dict[str, str] = {"python": platform.python_version(), "machine": platform.machine()}
+    versions: dict[str, str] = {"python": platform.python_version(), "machine": platform.machine()}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def sampled_documents(documents: int, sample: int, seed: int) -> Tensor:

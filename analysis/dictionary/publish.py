@@ -1,9 +1,9 @@
 """From a finished scan and its replay to the files that are a dictionary.
 
-``units.parquet``, ``examples.parquet`` and ``vocabulary.parquet`` (zstd, small row groups in the
-order of the units, a checksum on every page), ``texts.sqlite``, ``citations.safetensors`` (which
-examples cite a document), ``samples.safetensors`` (what the units did at the sampled tokens) and,
-last, ``manifest.json`` with the SHA-256 of all of them: a dictionary without it is unfinished.
+`units.parquet`, `examples.parquet` and `vocabulary.parquet` (zstd, small row groups in the
+order of the units, a checksum on every page), `texts.sqlite`, `citations.safetensors` (which
+examples reference a document), `samples.safetensors` (what the units did at the sampled tokens)
+and, last, `manifest.json` with the SHA-256 of all of them: a dictionary without it is unfinished.
 """
 
 from __future__ import annotations
@@ -20,12 +20,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lenslrp.analysis.common.storage import file_record, save_json, save_tensors
-from lenslrp.analysis.dictionary.plan import SCHEMA, Place, Plan, describe_libraries
+from lenslrp.analysis.dictionary.plan import DICTIONARY_SCHEMA, Place, Plan, describe_libraries
 from lenslrp.analysis.dictionary.replay import Entries, replay, require_part
 from lenslrp.analysis.dictionary.scan import Job, ScanState, merge_shards
-from lenslrp.analysis.dictionary.schemas import BINS, GROUP, UNIT_GROUP, kinds, sampled_tokens
+from lenslrp.analysis.dictionary.schemas import (
+    EXAMPLE_GROUP,
+    HISTOGRAM_BINS,
+    UNIT_GROUP,
+    kinds,
+    sampled_tokens,
+)
 from lenslrp.analysis.dictionary.texts import Document, write_texts
-from lenslrp.analysis.dictionary.vocabulary_lists import TOKENS, project_places, write_vocabulary
+from lenslrp.analysis.dictionary.vocabulary_file import LISTED_TOKENS, write_vocabulary
+from lenslrp.analysis.dictionary.vocabulary_lists import project_places
 from lenslrp.analysis.dictionary.work_folder import FILES, MANIFEST, clear_work
 from lenslrp.files import parquet_writer, whole
 from lenslrp.text.spelling import Speller
@@ -42,9 +49,9 @@ def finish(
     checkpoint_every: float = 60.0,
     progress: bool = True,
     keep_work: bool = False,
-    vocabulary: int = TOKENS,
+    vocabulary: int = LISTED_TOKENS,
 ) -> None:
-    """From the shards of a scan to a finished dictionary; see :meth:`NeuronDictionary.merge`."""
+    """From the shards of a scan to a finished dictionary; see `NeuronDictionary.merge`."""
     state = merge_shards(job, files)
     entries = Entries.of(state, job.plan)
     if parts is None:
@@ -66,7 +73,7 @@ def publish(
     Args:
         job, state, entries: what was searched and found.
         parts: the files of the replay.
-        projected: those of :func:`lenslrp.analysis.dictionary.vocabulary_lists.project_places`.
+        projected: those of `lenslrp.analysis.dictionary.vocabulary_lists.project_places`.
 
     Raises:
         StorageError: the disk is full; nothing that was there before is lost.
@@ -80,7 +87,7 @@ def publish(
     save_tensors(folder / "citations.safetensors", _citations(entries, job), {}, fresh=True)
     save_tensors(folder / "samples.safetensors", _standardised(sample), {}, fresh=True)
     manifest = {
-        "schema": SCHEMA,
+        "schema": DICTIONARY_SCHEMA,
         "plan": plan.to_json(),
         "plan_sha256": plan.fingerprint(),
         "slots": [list(slot) for slot in entries.slots],
@@ -95,35 +102,37 @@ def publish(
 def _sample(plan: Plan, parts: list[Path]) -> dict[str, Tensor]:
     """What each unit did at the sampled tokens: kind -> [unit, column]."""
     columns = sampled_tokens(plan)
-    found = {kind: torch.zeros(plan.units, columns) for kind in kinds(plan)}
+    sample = {kind: torch.zeros(plan.units, columns) for kind in kinds(plan)}
     for path in parts:
         with safe_open(path, framework="pt") as file:
-            here = file.get_tensor("column")
-            for kind, whole in found.items():
-                whole[:, here] = file.get_tensor(f"sample/{kind}").T
-    return found
+            indices = file.get_tensor("column")
+            for kind, whole in sample.items():
+                whole[:, indices] = file.get_tensor(f"sample/{kind}").T
+    return sample
 
 
 def _standardised(sample: dict[str, Tensor]) -> dict[str, Tensor]:
     """Mean 0 and length 1 over the sampled tokens, as int8 of the largest entry: [unit, column]."""
-    made = {}
+    standardised = {}
     for kind, values in sample.items():
         centred = values - values.mean(dim=1, keepdim=True)
         scale = centred.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        made[kind] = (centred / scale * 127).round().to(torch.int8)
-    return made
+        standardised[kind] = (centred / scale * 127).round().to(torch.int8)
+    return standardised
 
 
 def _moments(values: Tensor, kind: str) -> dict[str, NDArray[Any]]:
-    """Statistics of each row, with histograms of :data:`BINS` bins from smallest to largest."""
+    """Statistics of each row, and its histogram from smallest to largest."""
     v = values.double()
     mean, low, high = v.mean(dim=1), v.amin(dim=1), v.amax(dim=1)
     centred = v - mean[:, None]
     spread = centred.square().mean(dim=1).sqrt()
     unit = centred / spread.clamp_min(1e-30)[:, None]
     width = (high - low).clamp_min(1e-30)
-    bins = ((v - low[:, None]) / width[:, None] * BINS).long().clamp(0, BINS - 1)
-    counts = torch.zeros(len(v), BINS, dtype=torch.int64).scatter_add(
+    bins = (
+        ((v - low[:, None]) / width[:, None] * HISTOGRAM_BINS).long().clamp(0, HISTOGRAM_BINS - 1)
+    )
+    counts = torch.zeros(len(v), HISTOGRAM_BINS, dtype=torch.int64).scatter_add(
         1, bins, torch.ones_like(bins)
     )
     share = (v > 0 if kind == "activation" else v != 0).double().mean(dim=1)
@@ -136,8 +145,8 @@ def _moments(values: Tensor, kind: str) -> dict[str, NDArray[Any]]:
         "max": high,
         "density": share,
     }
-    made = {f"{kind}_{name}": value.float().numpy() for name, value in named.items()}
-    return {**made, f"{kind}_histogram": counts.int().numpy()}
+    columns = {f"{kind}_{name}": value.float().numpy() for name, value in named.items()}
+    return {**columns, f"{kind}_histogram": counts.int().numpy()}
 
 
 def _write_units(path: Path, plan: Plan, sample: dict[str, Tensor]) -> None:
@@ -181,8 +190,8 @@ def _write_examples(path: Path, plan: Plan, entries: Entries, parts: list[Path])
         try:
             for place in plan.places:
                 windows = _windows(plan, place, len(entries.slots), parts, ids)
-                for first in range(0, place.size, GROUP):
-                    last = min(first + GROUP, place.size)
+                for first in range(0, place.size, EXAMPLE_GROUP):
+                    last = min(first + EXAMPLE_GROUP, place.size)
                     some = slice(place.first + first, place.first + last)
                     cut = {k: w[first:last] for k, w in windows.items()}
                     table = _examples(plan, entries, some, cut)
@@ -240,7 +249,7 @@ def _rounded(values: Tensor) -> NDArray[np.float32]:
 def _write_texts(
     path: Path, job: Job, entries: Entries, parts: list[Path], shown: set[int]
 ) -> None:
-    """The cited documents, and the text of their tokens and of ``shown``."""
+    """The referenced documents, and the text of their tokens and of `shown`."""
     tokenizer = job.run.model.tokenizer
     speller = None if tokenizer is None else Speller(tokenizer)
     aims: dict[int, tuple[int, int, float]] = {}
@@ -283,9 +292,9 @@ def _write_texts(
 
 
 def _citations(entries: Entries, job: Job) -> dict[str, Tensor]:
-    """Which examples cite a document: examples ``entries[offsets[i]:offsets[i + 1]]`` cite
-    ``documents[i]``, with a hit at ``positions``, where ``tokens`` are. An example's number is its
-    row in ``examples.parquet``."""
+    """Which examples reference a document: `entries[offsets[i]:offsets[i + 1]]` reference
+    `documents[i]`, with a hit at `positions`, where `tokens` are. An example's number is its
+    row in `examples.parquet`."""
     flat = entries.documents.reshape(-1)
     documents, counts = torch.unique(flat, return_counts=True)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])

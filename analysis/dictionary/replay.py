@@ -1,9 +1,9 @@
-"""The second pass: each cited document once more, and the windows of all units that cite it.
+"""The second pass: each referenced document once more, and the windows of all units shown with it.
 
-The first pass kept scores and places, no text. Here each cited document runs again in the very same
-block, and what every unit that cites it did around its place is cut out: its activation at each
-token, and its relevance where that was searched. The replayed score must equal the stored one to
-the last bit; otherwise something is not what it was, and nothing is published.
+The first pass kept scores and positions, no text. Here each referenced document runs again in the
+very same block, and what every unit shown with it did around its hit is cut out: its activation at
+each token, and its relevance where that was searched. The replayed score must equal the stored one
+to the last bit; otherwise something is not what it was, and nothing is published.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lenslrp.analysis.common.storage import (
 )
 from lenslrp.analysis.dictionary.block_pass import Aims
 from lenslrp.analysis.dictionary.corpus import Block
-from lenslrp.analysis.dictionary.plan import CRITERIA, Place, Plan, sampled_documents
+from lenslrp.analysis.dictionary.plan import TOP_CRITERIA, Place, Plan, sampled_documents
 from lenslrp.analysis.dictionary.scan import Job, ScanState
 from lenslrp.analysis.dictionary.schemas import STATISTICS, kinds, sampled_tokens
 from lenslrp.analysis.dictionary.topk import Spans, priorities, unpack
@@ -63,16 +63,16 @@ class Entries:
         slots: list[tuple[str, int]] = []
         columns: list[tuple[Tensor, Tensor, Tensor]] = []
         for name in plan.criteria:
-            if name in CRITERIA:
+            if name in TOP_CRITERIA:
                 top = state.tops[name]
                 scores, docs = unpack(top.keys)
                 count = int((docs[0] >= 0).sum())  # fewer than k only if the corpus has fewer
-                found = docs, top.positions, CRITERIA[name][1] * scores
+                columns_of = docs, top.positions, TOP_CRITERIA[name][1] * scores
             else:
-                found = _sampled(state, plan, name)
-                count = found[0].shape[1]
+                columns_of = _sampled(state, plan, name)
+                count = columns_of[0].shape[1]
             slots += [(name, rank) for rank in range(count)]
-            columns.append(tuple(t[:, :count] for t in found))  # type: ignore[arg-type]
+            columns.append(tuple(t[:, :count] for t in columns_of))  # type: ignore[arg-type]
         docs, positions, scores = (
             torch.cat([c[i] for c in columns], dim=1).contiguous() for i in range(3)
         )
@@ -154,46 +154,49 @@ class _Cutter:
         row = torch.searchsorted(self.block.docs, self.entries.documents[unit, slot])
         position = self.entries.positions[unit, slot].long()
         local = unit - place.first
-        here = (t.to(x.device) for t in (row, position, local))
-        self._require_equal(what, place, ids, x[tuple(here)].cpu())
+        hit = (t.to(x.device) for t in (row, position, local))
+        self._require_equal(what, place, ids, x[tuple(hit)].cpu())
         index = position[:, None] - self.plan.window[0] + torch.arange(self.cut[what].shape[1])
         inside = (index >= 0) & (index < torch.tensor(self.block.lengths)[row][:, None])
         at = (row[:, None], index.clamp(0, x.shape[1] - 1), local[:, None])
-        found = x[tuple(t.to(x.device) for t in at)].cpu()
-        self.cut[what][a:b] = found.masked_fill(~inside, float("nan"))
+        window = x[tuple(t.to(x.device) for t in at)].cpu()
+        self.cut[what][a:b] = window.masked_fill(~inside, float("nan"))
         for n, (column, r) in enumerate(self.columns):
             doc = int(self.statistics.docs[column])
             p = self.statistics.position(doc, spans, r)
             self.sampled[what][place.first : place.end, n] = x[r, p].cpu()
 
-    def _require_equal(self, what: str, place: Place, ids: Tensor, found: Tensor) -> None:
+    def _require_equal(self, what: str, place: Place, ids: Tensor, replayed_scores: Tensor) -> None:
         slots = len(self.entries.slots)
         judged = torch.tensor(
-            [CRITERIA.get(c, ("activation",))[0] == what for c, _ in self.entries.slots]
+            [TOP_CRITERIA.get(c, ("activation",))[0] == what for c, _ in self.entries.slots]
         )
         unit, slot = ids // slots, ids % slots
         stored = self.entries.scores[unit, slot]
-        wrong = (stored != found) & judged[slot]
+        wrong = (stored != replayed_scores) & judged[slot]
         if bool(wrong.any()):
             i = int(wrong.nonzero()[0])
             raise ReplayError(
                 f"{place.hook}[{int(unit[i]) - place.first}], "
                 f"{self.entries.slots[int(slot[i])][0]}, document "
                 f"{int(self.entries.documents[unit[i], slot[i]])}: the scan found "
-                f"{float(stored[i]):.9g}, the replay {float(found[i]):.9g}. The model, its threads "
-                "or its device are not those of the scan; replay where it was scanned"
+                f"{float(stored[i]):.9g}, the replay {float(replayed_scores[i]):.9g}. The model, "
+                "its threads or its device are not those of the scan; replay where it was scanned"
             )
 
     def end(self, aims: Aims | None) -> None:
         assert self.block is not None
         columns = torch.tensor([c for c, _ in self.columns], dtype=torch.int64)
-        made = {"entry": self.ids, "column": columns, "document": self.block.docs}
+        results = {"entry": self.ids, "column": columns, "document": self.block.docs}
         for what in kinds(self.plan):
-            made[what], made[f"sample/{what}"] = self.cut[what], self.sampled[what].T.contiguous()
+            results[what], results[f"sample/{what}"] = (
+                self.cut[what],
+                self.sampled[what].T.contiguous(),
+            )
         if aims is not None:
-            made["aim/position"], made["aim/token"] = aims.positions, aims.tokens
-            made["aim/value"] = aims.values
-        for name, tensor in made.items():
+            results["aim/position"], results["aim/token"] = aims.positions, aims.tokens
+            results["aim/value"] = aims.values
+        for name, tensor in results.items():
             self.done.setdefault(name, []).append(tensor)
         self.windows += len(self.ids)
 
@@ -219,7 +222,7 @@ def replay(
     checkpoint_every: float = 60.0,
     progress: bool = True,
 ) -> list[Path]:
-    """Replay the cited blocks ``rank, rank + world, ...`` of all cited ones.
+    """Replay the blocks `rank, rank + world, ...` of all that are referenced.
 
     Files are written every minute; a replay that was killed goes on after the last of them.
 
@@ -290,8 +293,8 @@ def require_part(path: Path, plan: Plan, entries: Entries) -> int:
 
 
 def _flush(job: Job, cutter: _Cutter, rank: int, world: int, following: int, blocks: int) -> Path:
-    number = len(replayed(job, rank, world))
-    path = job.work / f"replay-{rank:05d}-of-{world:05d}-{number:06d}.safetensors"
+    number = f"{len(replayed(job, rank, world)):06d}"
+    path = job.work / _file_name(rank, world, number)
     about = {"plan": job.plan.fingerprint(), "next": following, "done": following >= blocks}
     cutter.flush(path, {name: str(value) for name, value in about.items()})
     return path
@@ -299,15 +302,19 @@ def _flush(job: Job, cutter: _Cutter, rank: int, world: int, following: int, blo
 
 def replayed(job: Job, rank: int, world: int) -> list[Path]:
     """The files that a replay has written so far."""
-    return sorted(job.work.glob(f"replay-{rank:05d}-of-{world:05d}-*.safetensors"))
+    return sorted(job.work.glob(_file_name(rank, world, "*")))
+
+
+def _file_name(rank: int, world: int, number: str) -> str:
+    return f"replay-{rank:05d}-of-{world:05d}-{number}.safetensors"
 
 
 def _by_block(
     job: Job, entries: Entries, statistics: Statistics
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """The cited blocks, all entries sorted by block, and where each block's begin."""
-    cited, inverse = torch.unique(entries.documents, return_inverse=True)
-    block = job.corpus.block_of(cited)
+    """The referenced blocks, all entries sorted by block, and where each block's begin."""
+    documents, inverse = torch.unique(entries.documents, return_inverse=True)
+    block = job.corpus.block_of(documents)
     of_entry = block[inverse.reshape(-1)]
     ids = of_entry.argsort(stable=True)
     blocks = torch.unique(torch.cat([block, job.corpus.block_of(statistics.docs)]))

@@ -8,7 +8,7 @@ of documents that a hash decides, so that shards agree on it without talking.
 
 The pass keeps no text: per block the extreme over a document's positions, merged into a running
 top-k where the activations are; the host waits for a device once a block, to hear whether all of it
-was finite. Memory does not grow with the corpus. A shard is the blocks ``rank, rank + world, ...``;
+was finite. Memory does not grow with the corpus. A shard is the blocks `rank, rank + world, ...`;
 its state is one file, written every minute, from which a killed scan goes on.
 """
 
@@ -36,7 +36,13 @@ from lenslrp.analysis.common.storage import (
 )
 from lenslrp.analysis.dictionary.block_pass import BlockPass
 from lenslrp.analysis.dictionary.corpus import Block, Corpus
-from lenslrp.analysis.dictionary.plan import CRITERIA, SAMPLES, Place, Plan, sampled_documents
+from lenslrp.analysis.dictionary.plan import (
+    SAMPLED_CRITERIA,
+    TOP_CRITERIA,
+    Place,
+    Plan,
+    sampled_documents,
+)
 from lenslrp.analysis.dictionary.topk import (
     EMPTY,
     Found,
@@ -47,6 +53,7 @@ from lenslrp.analysis.dictionary.topk import (
     require_finite,
     unpack,
 )
+from lenslrp.analysis.dictionary.work_folder import shard_name
 from lenslrp.errors import InputError, StorageError
 from lenslrp.fingerprints import canonical
 
@@ -72,15 +79,15 @@ class ScanState:
     @classmethod
     def empty(cls, plan: Plan) -> ScanState:
         documents = min(plan.sample, plan.corpus["documents"])
-        columns = documents if set(plan.criteria) & set(SAMPLES) else 0
+        columns = documents if set(plan.criteria) & set(SAMPLED_CRITERIA) else 0
         return cls(
-            {c: RunningTopK.empty(plan.units, plan.k) for c in plan.criteria if c in CRITERIA},
+            {c: RunningTopK.empty(plan.units, plan.k) for c in plan.criteria if c in TOP_CRITERIA},
             torch.full((plan.units, columns), float("nan")),
             torch.zeros((plan.units, columns), dtype=torch.int16),
         )
 
     def save(self, path: Path, plan: Plan, rank: int, world: int, done: bool) -> None:
-        """Write the state; 14 bytes an entry. See :func:`save_tensors`."""
+        """Write the state; 14 bytes an entry. See `save_tensors`."""
         tensors: dict[str, Tensor] = {
             "sample/value": self.values,
             "sample/position": self.positions,
@@ -95,7 +102,7 @@ class ScanState:
 
     @classmethod
     def load(cls, path: Path, plan: Plan) -> tuple[ScanState, dict[str, str]]:
-        """A state that :meth:`save` wrote, and its metadata.
+        """A state that `save` wrote, and its metadata.
 
         Raises:
             StorageError: damaged, or made under another plan.
@@ -104,7 +111,7 @@ class ScanState:
         _require_shard(path, tensors, metadata, plan)
         tops = {}
         for name in plan.criteria:
-            if name in CRITERIA:
+            if name in TOP_CRITERIA:
                 docs = tensors[f"{name}/document"]
                 keys = pack(tensors[f"{name}/value"].nan_to_num(), docs.clamp_min(0))
                 tops[name] = RunningTopK(
@@ -129,12 +136,12 @@ class ScanState:
 def _require_shard(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], plan: Plan
 ) -> None:
-    """Refuse what :meth:`ScanState.save` would not have written under this plan."""
+    """Refuse what `ScanState.save` would not have written under this plan."""
     try:
-        said = Plan.from_json(json.loads(metadata["plan"]), path)
+        shard_plan = Plan.from_json(json.loads(metadata["plan"]), path)
     except (KeyError, ValueError, RecursionError) as error:
         raise StorageError(f"{path} is damaged: it does not say what it is part of") from error
-    plan.require_same(said, str(path))
+    plan.require_same(shard_plan, str(path))
     require_numbers(path, metadata, ("rank", "world", "next", "tokens"))
     shape = plan.units, plan.k
     sampled = tuple(ScanState.empty(plan).values.shape)
@@ -142,7 +149,7 @@ def _require_shard(
         "sample/value": (torch.float32, sampled),
         "sample/position": (torch.int16, sampled),
     }
-    names = [name for name in plan.criteria if name in CRITERIA]
+    names = [name for name in plan.criteria if name in TOP_CRITERIA]
     for name in names:
         forms[f"{name}/value"] = torch.float32, shape
         forms[f"{name}/document"] = torch.int64, shape
@@ -173,7 +180,7 @@ class Job:
         return self.folder / "work"
 
     def shard(self, rank: int, world: int) -> Path:
-        return self.work / f"shard-{rank:05d}-of-{world:05d}.safetensors"
+        return self.work / f"{shard_name(rank, world)}.safetensors"
 
 
 @dataclass
@@ -181,7 +188,7 @@ class Scanner:
     """Takes in what a block pass hands on, on the devices of the model.
 
     Attributes:
-        state: what is known so far; of the blocks taken in since then, after :meth:`collect`.
+        state: what is known so far; of the blocks taken in since then, after `collect`.
         columns: sampled document -> column.
         found: (activation or relevance, sign) and place -> what one block has there.
         parts: the units on each device, the places where they are, and what is known of them.
@@ -200,11 +207,11 @@ class Scanner:
         self._find("relevance", place, x, spans)
 
     def _find(self, what: str, place: Place, x: Tensor, spans: Spans) -> None:
-        criteria = [CRITERIA[name] for name in self.state.tops if CRITERIA[name][0] == what]
+        criteria = [TOP_CRITERIA[name] for name in self.state.tops if TOP_CRITERIA[name][0] == what]
         if what == "activation" and self.columns and ("activation", 1) not in criteria:
             criteria.append(("activation", 1))
-        found = extremes(x, spans, [sign for _, sign in criteria]) if criteria else []
-        self.found.update({(c, place): f for c, f in zip(criteria, found, strict=True)})
+        extreme = extremes(x, spans, [sign for _, sign in criteria]) if criteria else []
+        self.found.update({(c, place): f for c, f in zip(criteria, extreme, strict=True)})
 
     def take(self, block: Block) -> None:
         """Merge what was found in a block.
@@ -221,9 +228,9 @@ class Scanner:
             device = state.positions.device
             docs, rows = block.docs.to(device), sampled.to(device)
             for name, top in state.tops.items():
-                values, positions = self._joined(CRITERIA[name], places)
+                values, positions = self._joined(TOP_CRITERIA[name], places)
                 finite.append(values.isfinite().all())
-                fresh = RunningTopK.of(CRITERIA[name][1] * values, positions, docs)
+                fresh = RunningTopK.of(TOP_CRITERIA[name][1] * values, positions, docs)
                 state.tops[name] = top.merge([fresh], ordered=False)
             if len(rows):
                 values, positions = self._joined(("activation", 1), places)
@@ -247,8 +254,8 @@ class Scanner:
             self.parts.append((units, places, ScanState(tops, *sample)))
 
     def _joined(self, criterion: tuple[str, int], places: list[Place]) -> Found:
-        found = [self.found[criterion, place] for place in places]
-        values, positions = (torch.cat([f[i] for f in found], dim=1) for i in range(2))
+        parts = [self.found[criterion, place] for place in places]
+        values, positions = (torch.cat([f[i] for f in parts], dim=1) for i in range(2))
         return values, positions
 
     def require_finite(self, block: Block) -> None:
@@ -280,13 +287,13 @@ def scan_shard(
     checkpoint_every: float = 60.0,
     progress: bool = True,
 ) -> Path:
-    """Scan the blocks ``rank, rank + world, ...`` and leave the result in one file.
+    """Scan the blocks `rank, rank + world, ...` and leave the result in one file.
 
     A scan that was killed goes on from its last checkpoint, and ends with the same file as one that
     was not.
 
     Args:
-        job: see :func:`lenslrp.analysis.dictionary.job.prepare`.
+        job: see `lenslrp.analysis.dictionary.job.prepare`.
         rank: which shard, from 0.
         world: how many there are.
         checkpoint_every: seconds between checkpoints: what a kill can cost.
@@ -296,7 +303,12 @@ def scan_shard(
         The path of the finished file.
 
     Raises:
+        InputError: an activation or a relevance that is not finite.
         StorageError: a checkpoint of another dictionary, a damaged one, or a full disk.
+
+    Examples:
+        >>> scan_shard(job, 0, 2).name
+        'shard-00000-of-00002.safetensors'
     """
     if not 0 <= rank < world:
         raise StorageError(f"rank must be from 0 to {world - 1}, not {rank}")
@@ -339,7 +351,7 @@ def scan_shard(
 
 def sampled_columns(plan: Plan) -> dict[int, int]:
     """Which column of a state each sampled document has; none where no criterion samples."""
-    if not set(plan.criteria) & set(SAMPLES):
+    if not set(plan.criteria) & set(SAMPLED_CRITERIA):
         return {}
     docs = sampled_documents(plan.corpus["documents"], plan.sample, plan.seed)
     return {doc: column for column, doc in enumerate(docs.tolist())}

@@ -2,7 +2,7 @@
 
 A dictionary may be damaged, or come from a stranger who made its checksums agree. So what is read
 from it is compared with the plan before it is used: columns and row groups when a file is opened,
-rows as they are read. Whatever differs is a :class:`StorageError` that names the file.
+rows as they are read. Whatever differs is a `StorageError` that names the file.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from lenslrp.analysis.common.storage import require_range
+from lenslrp.analysis.common.storage import open_parquet, read_groups, require_range
 from lenslrp.analysis.dictionary.plan import Place, Plan
 from lenslrp.errors import StorageError
 
-GROUP = 64
+EXAMPLE_GROUP = 64
 """Units in a row group of examples: opening one unit reads one of these."""
 
-UNIT_GROUP = GROUP * 16
+UNIT_GROUP = EXAMPLE_GROUP * 16
 
-BINS = 40
+HISTOGRAM_BINS = 40
 """Of a histogram."""
 
 STATISTICS = 512
@@ -77,12 +78,12 @@ def example_schema(plan: Plan) -> pa.Schema:
 
 
 def example_bytes(plan: Plan) -> int:
-    """Of one row of ``examples.parquet``, unpacked."""
+    """Of one row of `examples.parquet`, unpacked."""
     return EXAMPLE_BYTES + 16 * min(sum(plan.window) + 1, int(plan.corpus["cut"]["context"]))
 
 
 def group_sizes(plan: Plan, units: int, rows: int = 1) -> list[int]:
-    """Rows of each row group, of ``units`` units at one hook point with ``rows`` rows each."""
+    """Rows of each row group, of `units` units at one hook point with `rows` rows each."""
     return [
         rows * min(units, place.size - first)
         for place in plan.places
@@ -90,12 +91,12 @@ def group_sizes(plan: Plan, units: int, rows: int = 1) -> list[int]:
     ]
 
 
-def read_slots(path: Path, said: Any, plan: Plan) -> Slots:
+def read_slots(path: Path, value: Any, plan: Plan) -> Slots:
     """The (criterion, rank) of each example of a unit, as the manifest says them."""
-    fits = isinstance(said, list) and all(
-        isinstance(slot, list) and len(slot) == 2 and type(slot[1]) is int for slot in said
+    fits = isinstance(value, list) and all(
+        isinstance(slot, list) and len(slot) == 2 and type(slot[1]) is int for slot in value
     )
-    slots = tuple((str(name), int(rank)) for name, rank in said) if fits else ()
+    slots = tuple((str(name), int(rank)) for name, rank in value) if fits else ()
     counts = {name: sum(name == other for other, _ in slots) for name in plan.criteria}
     if slots != tuple((name, r) for name, n in counts.items() for r in range(n)) or not all(
         counts.values()
@@ -116,7 +117,7 @@ def require_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def require_units(path: Path, table: pa.Table, plan: Plan, units: range) -> None:
-    """Rows of ``units.parquet``: of these units, with numbers that are some."""
+    """Rows of `units.parquet`: of these units, with numbers that are some."""
     ends = np.array([place.end for place in plan.places])
     numbers = np.arange(units.start, units.stop)
     places: list[Place] = [
@@ -138,9 +139,9 @@ def require_units(path: Path, table: pa.Table, plan: Plan, units: range) -> None
             _require_finite(path, f"{kind}_{moment}", table)
         name = f"{kind}_histogram"
         lengths = pc.list_value_length(table[name])
-        if not pc.all(pc.equal(lengths, BINS)).as_py():
-            raise StorageError(f"{path} is damaged: {name} does not have {BINS} bins")
-        counts = _numbers(pc.list_flatten(table[name])).reshape(-1, BINS).astype(np.int64)
+        if not pc.all(pc.equal(lengths, HISTOGRAM_BINS)).as_py():
+            raise StorageError(f"{path} is damaged: {name} does not have {HISTOGRAM_BINS} bins")
+        counts = _numbers(pc.list_flatten(table[name])).reshape(-1, HISTOGRAM_BINS).astype(np.int64)
         require_range(path, name, counts, 0, sampled_tokens(plan) + 1)
         if not (counts.sum(axis=1) == sampled_tokens(plan)).all():
             raise StorageError(
@@ -149,7 +150,7 @@ def require_units(path: Path, table: pa.Table, plan: Plan, units: range) -> None
 
 
 def require_examples(path: Path, table: pa.Table, plan: Plan, slots: Slots, units: range) -> None:
-    """Rows of ``examples.parquet``: of these units, in the order of the slots."""
+    """Rows of `examples.parquet`: of these units, in the order of the slots."""
     expected: dict[str, Any] = {
         "unit": np.repeat(np.arange(units.start, units.stop), len(slots)),
         "rank": np.tile([rank for _, rank in slots], len(units)),
@@ -157,8 +158,8 @@ def require_examples(path: Path, table: pa.Table, plan: Plan, slots: Slots, unit
     }
     for name, values in expected.items():
         column = table[name]
-        found = column.cast(pa.string()) if name == "criterion" else column
-        if not pc.all(pc.equal(found, pa.array(values, found.type))).as_py():
+        values_read = column.cast(pa.string()) if name == "criterion" else column
+        if not pc.all(pc.equal(values_read, pa.array(values, values_read.type))).as_py():
             raise StorageError(f"{path} is damaged: its {name}s are not in the order of its slots")
     _require_finite(path, "score", table)
     position = _numbers(table["position"])
@@ -184,5 +185,56 @@ def _require_finite(path: Path, name: str, table: pa.Table) -> None:
 
 
 def _numbers(column: Any) -> NDArray[Any]:
-    found: NDArray[Any] = column.to_numpy()
-    return found
+    values: NDArray[Any] = column.to_numpy()
+    return values
+
+
+class UnitTables:
+    """`units.parquet` and `examples.parquet`, read as they are asked for."""
+
+    def __init__(self, path: Path, plan: Plan, slots: Slots) -> None:
+        self.path, self.plan, self.slots = path, plan, slots
+        self._unit_sizes = group_sizes(plan, UNIT_GROUP)
+        self._example_sizes = group_sizes(plan, EXAMPLE_GROUP, len(slots))
+        self._examples = open_parquet(
+            path / "examples.parquet", example_schema(plan), example_bytes(plan),
+            self._example_sizes,
+        )  # fmt: skip
+        self._units = open_parquet(
+            path / "units.parquet", unit_schema(plan), UNIT_BYTES, self._unit_sizes
+        )
+
+    def close(self) -> None:
+        self._examples.close()
+        self._units.close()
+
+    def units(self, units: range) -> pa.Table:
+        """Rows of `units.parquet`, from the row groups that hold them."""
+        path = self.path / "units.parquet"
+        table = _rows(path, self._units, self._unit_sizes, units, empty=("layer",))
+        require_units(path, table, self.plan, units)
+        return table
+
+    def examples(self, units: range, columns: list[str] | None = None) -> pa.Table:
+        """Rows of `examples.parquet`, likewise."""
+        path, slots = self.path / "examples.parquet", len(self.slots)
+        rows = range(units.start * slots, units.stop * slots)
+        table = _rows(path, self._examples, self._example_sizes, rows, columns)
+        require_examples(path, table, self.plan, self.slots, units)
+        return table
+
+
+def _rows(
+    path: Path,
+    file: pq.ParquetFile,
+    sizes: list[int],
+    rows: range,
+    columns: list[str] | None = None,
+    empty: tuple[str, ...] = (),
+) -> pa.Table:
+    """Some rows of a file whose row groups have these sizes."""
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    first = int(np.searchsorted(starts, rows.start, side="right")) - 1
+    stop = int(np.searchsorted(starts, rows.stop, side="left"))
+    table = read_groups(path, file, list(range(first, stop)), columns, empty=empty)
+    return table.slice(rows.start - int(starts[first]), len(rows))

@@ -1,4 +1,4 @@
-"""Reading a corpus: text files, jsonl, parquet, strings, ``datasets`` objects, rows of token ids.
+"""Reading a corpus: text files, jsonl, parquet, strings, `datasets` objects, rows of token ids.
 
 Everything is read as a stream, so a corpus need not fit into memory.
 """
@@ -16,16 +16,16 @@ from torch import Tensor
 from lenslrp.analysis.common.records import SURROGATE, is_text
 from lenslrp.errors import InputError, StorageError
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-ROWS = 256
+CORPUS_SUFFIXES = (".txt", ".jsonl", ".parquet")
+PARQUET_ROWS = 256
 """Rows of a parquet file read at a time."""
 
 
 def describe_corpus(corpus: Any, *rest: Any) -> str | None:
     """What tells whether a corpus is the same one, without reading it all; None if nothing does.
 
-    Names, sizes and times of files; the texts of a list; the fingerprint of a ``datasets`` object.
-    ``rest`` is whatever else decides how it is tokenised.
+    Names, sizes and times of files; the texts of a list; the fingerprint of a `datasets` object.
+    `rest` is whatever else decides how it is tokenised.
     """
     if isinstance(corpus, str | Path):
         stats = [(path.name, path.stat()) for path in _files(Path(corpus))]
@@ -46,9 +46,9 @@ def texts_of(corpus: Any, field: str = "text", skipped: list[str] | None = None)
     """The texts of a corpus, one after the other.
 
     Args:
-        corpus: a path (``.txt``: paragraphs between blank lines; ``.jsonl``; ``.parquet``; a folder
+        corpus: a path (`.txt`: paragraphs between blank lines; `.jsonl`; `.parquet`; a folder
             of these, in the order of their names), strings, rows of token ids, records (as a
-            ``datasets`` object yields them, streaming or not), or a function that returns one of
+            `datasets` object yields them, streaming or not), or a function that returns one of
             these.
         field: where a record has its text.
         skipped: gets the name of every record that cannot be read.
@@ -87,16 +87,16 @@ def texts_of(corpus: Any, field: str = "text", skipped: list[str] | None = None)
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
-        if not found:
-            raise InputError(f"{path} has no {', '.join(SUFFIXES)} file in it")
-        return found
+        files = sorted(p for p in path.iterdir() if p.suffix in CORPUS_SUFFIXES and p.is_file())
+        if not files:
+            raise InputError(f"{path} has no {', '.join(CORPUS_SUFFIXES)} file in it")
+        return files
     if not path.is_file():
         raise InputError(
             f"no corpus at {str(path)[:200]!r} (a string is a path; give texts as a list)"
         )
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path.name}: a corpus file is one of {', '.join(SUFFIXES)}")
+    if path.suffix not in CORPUS_SUFFIXES:
+        raise InputError(f"{path.name}: a corpus file is one of {', '.join(CORPUS_SUFFIXES)}")
     return [path]
 
 
@@ -143,7 +143,7 @@ def _from_parquet(path: Path, field: str, skipped: list[str]) -> Iterator[str]:
                     f"{', '.join(file.schema_arrow.names)}"
                 )
             row = 0
-            for some in file.iter_batches(batch_size=ROWS, columns=[field]):
+            for some in file.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
                 for value in some.column(0):
                     try:
                         text = value.as_py()

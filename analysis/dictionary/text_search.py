@@ -25,7 +25,7 @@ _ATOM = regex.compile(
 
 
 def folded(text: str) -> str:
-    """``text`` as it is compared."""
+    """`text` as it is compared."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", _NEVER_SEEN.sub("", text)).casefold()
         text = unicodedata.normalize("NFC", text)
@@ -33,13 +33,13 @@ def folded(text: str) -> str:
 
 
 def indexed(text: str) -> str:
-    """What an index holds of ``text``, with spaces between: no quotes, no ASCII but a-z and 0-9."""
+    """What an index holds of `text`, with spaces between: no quotes, no ASCII but a-z and 0-9."""
     return " ".join(_ATOM.findall(folded(text)))
 
 
 def terms(query: str) -> list[str]:
     """Words and quoted phrases of a query; operators of a query language are words like others."""
-    found: list[str] = []
+    words: list[str] = []
     for n, piece in enumerate(query.split('"')):
-        found += [piece.strip()] if n % 2 else piece.split()
-    return [word for word in found if indexed(word)]
+        words += [piece.strip()] if n % 2 else piece.split()
+    return [word for word in words if indexed(word)]

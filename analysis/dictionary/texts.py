@@ -1,10 +1,10 @@
-"""The documents that a dictionary cites, with a full-text index, in one SQLite file.
+"""The documents that a dictionary references, with a full-text index, in one SQLite file.
 
-Each document is kept once, whatever the number of units that cite it, as its tokens, as its text,
-and with the characters of the text that each token holds. The full-text index is SQLite's own FTS5
-over the words of the text as :mod:`lenslrp.analysis.dictionary.text_search` takes them apart. A
-file from a stranger is opened read-only, with a schema that is compared to ours word for word, so
-that it brings no view, trigger or virtual table of its own.
+Each document is kept once, however many units reference it, as its tokens, as its text, and with
+the characters of the text that each token holds. The full-text index is SQLite's own FTS5 over the
+words of the text as `lenslrp.analysis.dictionary.text_search` takes them apart. A file from
+a stranger is opened read-only, with a schema that is compared to ours word for word, so that it
+brings no view, trigger or virtual table of its own.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from lenslrp.text.words import pieces
 DAMAGED = (sqlite3.DatabaseError, UnicodeDecodeError)
 """What reading a damaged database raises: SQLite's messages hold its bytes as they are."""
 
-SCHEMA = (
+SQL_SCHEMA = (
     "CREATE TABLE documents (id INTEGER PRIMARY KEY, source INTEGER, start INTEGER, tokens BLOB, "
     "aim_position INTEGER, aim_token INTEGER, aim_value REAL, text TEXT, spans BLOB)",
     "CREATE TABLE tokens (id INTEGER PRIMARY KEY, text TEXT)",
     "CREATE VIRTUAL TABLE search USING fts5(words, content='', tokenize='ascii')",
 )
-TOKEN = 4096
+TOKEN_CHARACTERS = 4096
 """Characters of a token: no vocabulary has longer ones."""
 
-OURS = frozenset({"documents", "tokens", "search"})
+SQL_TABLES = frozenset({"documents", "tokens", "search"})
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ class Document:
 def write_texts(
     path: Path, documents: Iterable[Document], names: Iterator[tuple[int, str]]
 ) -> None:
-    """Write the file. ``names`` is asked for the text of each token after the documents."""
+    """Write the file. `names` is asked for the text of each token after the documents."""
     with whole(path, fresh=True) as temporary:
         try:
             with closing(sqlite3.connect(temporary)) as database:
                 database.execute("PRAGMA journal_mode = OFF")
                 database.execute("PRAGMA synchronous = OFF")
-                for statement in SCHEMA:
+                for statement in SQL_SCHEMA:
                     database.execute(statement)
                 database.executemany(
                     "INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -126,21 +126,21 @@ class Texts:
         self._database.close()
 
     def _require_schema(self) -> None:
-        found = self._database.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
-        mine = {sql for _, name, sql in found if name in OURS}
-        rest = [
-            name for kind, name, sql in found
-            if name not in OURS and not (kind == "table" and str(name) in _SHADOWS)
+        tables = self._database.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
+        statements = {sql for _, name, sql in tables if name in SQL_TABLES}
+        foreign = [
+            name for kind, name, sql in tables
+            if name not in SQL_TABLES and not (kind == "table" and str(name) in _SHADOWS)
         ]  # fmt: skip
-        if mine != set(SCHEMA) or rest:
+        if statements != set(SQL_SCHEMA) or foreign:
             raise StorageError(
-                f"{self.path} has tables that are not a dictionary's ({str(rest)[:100]}): it was "
-                "not made by LensLRP and is not opened"
+                f"{self.path} has tables that are not a dictionary's ({str(foreign)[:100]}): it "
+                "was not made by LensLRP and is not opened"
             )
 
     def documents(self, ids: Iterable[int]) -> dict[int, Document]:
         """Documents by id; unknown ids are left out."""
-        found = {}
+        documents = {}
         for doc in dict.fromkeys(ids):
             row = self._one("SELECT * FROM documents WHERE id = ?", doc)
             if row is not None:
@@ -152,26 +152,26 @@ class Texts:
                     raise StorageError(
                         f"{self.path} is damaged: the tokens of document {doc} do not fit its text"
                     )
-                found[doc] = Document(
+                documents[doc] = Document(
                     row[0], row[1], row[2], tokens, row[4], row[5], row[6], text, spans
                 )
-        return found
+        return documents
 
-    def cited(self, ids: Iterable[int]) -> dict[int, Document]:
+    def referenced(self, ids: Iterable[int]) -> dict[int, Document]:
         """Documents by id, all of which are there.
 
         Raises:
             StorageError: one is not.
         """
         wanted = list(ids)
-        found = self.documents(wanted)
-        missing = sorted(set(wanted) - set(found))
+        documents = self.documents(wanted)
+        missing = sorted(set(wanted) - set(documents))
         if missing:
             raise StorageError(
-                f"{self.path} is damaged: documents that examples cite are missing, such as "
+                f"{self.path} is damaged: documents that examples reference are missing, such as "
                 f"{missing[0]}"
             )
-        return found
+        return documents
 
     def _require_types(self, doc: int, row: tuple[Any, ...]) -> None:
         """SQLite keeps what it is given, whatever the column says."""
@@ -195,15 +195,18 @@ class Texts:
         """A token as text; its id in brackets where the model had no tokenizer."""
         if token not in self._names:
             row = self._one("SELECT text FROM tokens WHERE id = ?", token)
-            if row is not None and not (isinstance(row[0], str) and len(row[0]) <= TOKEN):
+            if row is not None and not (
+                isinstance(row[0], str) and len(row[0]) <= TOKEN_CHARACTERS
+            ):
                 raise StorageError(
-                    f"{self.path} is damaged: token {token} is no text of up to {TOKEN} characters"
+                    f"{self.path} is damaged: token {token} is no text of up to {TOKEN_CHARACTERS} "
+                    "characters"
                 )
             self._names[token] = f"[{token}]" if row is None else str(row[0])
         return self._names[token]
 
     def tokens_called(self, text: str) -> list[int]:
-        """The tokens whose text is ``text``, white space aside."""
+        """The tokens whose text is `text`, white space aside."""
         try:
             rows = self._database.execute("SELECT id, text FROM tokens").fetchall()
         except DAMAGED as error:
@@ -211,7 +214,7 @@ class Texts:
         return [int(token) for token, name in rows if str(name).strip() == text.strip()]
 
     def matching(self, query: str) -> list[int]:
-        """The documents in which words all occur, the best first; ``"..."`` is a phrase.
+        """The documents in which words all occur, the best first; `"..."` is a phrase.
 
         Raises:
             InputError: an empty query.

@@ -89,7 +89,7 @@ class RunningTopK:
 
 @dataclass(frozen=True, eq=False)
 class Spans:
-    """Which positions of a batch's rows are searched: from ``first`` to before ``ends[row]``."""
+    """Which positions of a batch's rows are searched: from `first` to before `ends[row]`."""
 
     first: int
     ends: list[int]
@@ -97,7 +97,7 @@ class Spans:
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """On a device, made once: what is inside, of the positions that not all rows have, and how
-        many positions are left at each, 0 outside: [row, pos, 1], from ``min(ends)`` and ``first``.
+        many positions are left at each, 0 outside: [row, pos, 1], from `min(ends)` and `first`.
         """
         if device not in self._on:
             place = torch.arange(self.first, max(self.ends))
@@ -109,7 +109,7 @@ class Spans:
 
 
 def extremes(x: Float[Tensor, "row pos unit"], spans: Spans, signs: Sequence[int]) -> list[Found]:
-    """The largest (1) or smallest (-1) value of each row over its span, for each of ``signs``.
+    """The largest (1) or smallest (-1) value of each row over its span, for each of `signs`.
 
     Reductions with indices take several times as long as those without, and comparisons into
     booleans as those into numbers; so the first position is found as the largest of what is left.

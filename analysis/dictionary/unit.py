@@ -17,7 +17,7 @@ from lenslrp.analysis.dictionary.plan import Place
 from lenslrp.analysis.units.kinds import Unit, parse_unit
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError, StorageError
-from lenslrp.inputs import prepare
+from lenslrp.inputs import prepare_text
 from lenslrp.sessions import Session
 from lenslrp.targets import Activation, PerRow
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 
-SETTINGS = {"composite", "attention", "checkpoint", "ledger", "strict"}
-"""Options of :func:`lenslrp.run_with_relevance` that go by the rules and not by the input."""
+RULE_OPTIONS = {"composite", "attention", "checkpoint", "ledger", "strict"}
+"""Options of `lenslrp.run_with_relevance` that go by the rules and not by the input."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,15 @@ class Histogram:
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """One unit's page.
+    """One unit's page: its examples, statistics and vocabulary; a notebook shows it as HTML.
 
     Attributes:
         place: the hook point.
         index: which unit there.
-        statistics: the unit's row of ``units.parquet``: mean, std, skew, kurtosis, min, max and
-            density of ``activation`` and ``relevance``, and their histograms.
+        statistics: the unit's row of `units.parquet`: mean, std, skew, kurtosis, min, max and
+            density of `activation` and `relevance`, and their histograms.
+        rows: its rows of `examples.parquet`.
+        dictionary: where it is from.
     """
 
     place: Place
@@ -63,7 +65,7 @@ class Page:
 
     @property
     def name(self) -> str:
-        """The unit as text: ``blocks.5.mlp.hook_post[17]``, ``...[sae 40]``."""
+        """The unit as text: `blocks.5.mlp.hook_post[17]`, `...[sae 40]`."""
         return self.place.name(self.index)
 
     @property
@@ -78,6 +80,7 @@ class Page:
 
     @property
     def criteria(self) -> tuple[str, ...]:
+        """What was searched, as `examples` takes it."""
         return self.dictionary.plan.criteria
 
     def _repr_html_(self) -> str:
@@ -91,22 +94,35 @@ class Page:
     def examples(self, criterion: str = "actmax") -> pd.DataFrame:
         """The sentences of one criterion, best first (deciles: lowest first).
 
-        Columns: ``rank``; ``score`` (of the hit); ``doc``; ``position`` (of the hit, in the
-        document); ``start`` (of the window, likewise); ``tokens`` (the window as text);
-        ``activations`` and, where it was searched, ``relevances`` [window] of this unit at each
-        token; ``target``, ``target_position`` and ``target_value``: the token that relevance
-        explains, the position at which it is predicted, and its logit (None, -1 and NaN without
-        one); ``source`` (number of the text in the corpus).
+        Args:
+            criterion: one of `criteria`.
+
+        Returns:
+            Columns `rank`; `score` (of the hit); `doc`; `position` (of the hit, in the document);
+                `start`
+            (of the window, likewise); `tokens` (the window as text); `activations` and, where it
+                was
+            searched, `relevances` [window] of this unit at each token; `target`, `target_position`
+                and
+            `target_value`: the token that relevance explains, the position at which it is
+                predicted, and
+            its logit (None, -1 and NaN without one); `source` (number of the text in the corpus).
 
         Raises:
             InputError: a criterion that was not searched.
+
+        Examples:
+            >>> best = d[5, 17].examples("actmax").iloc[0]
+            >>> best["tokens"][best["position"] - best["start"]]  # the token at which it fires most
+            >>> best["activations"].shape == (len(best["tokens"]),)
+            True
         """
         self.dictionary.require_criterion(criterion)
         slots = self.dictionary.slots
         chosen = [i for i, (name, _) in enumerate(slots) if name == criterion]
         rows = self.rows.slice(chosen[0], len(chosen)) if chosen else self.rows.slice(0, 0)
         texts = self.dictionary.texts
-        documents = texts.cited(rows["document"].to_pylist())
+        documents = texts.referenced(rows["document"].to_pylist())
         windows = [
             self.dictionary.window(documents[doc], position)
             for doc, position in zip(
@@ -136,20 +152,23 @@ class Page:
 
     def _require_lengths(self, rows: pa.Table, tokens: list[int]) -> None:
         """A window has a value for each of its tokens."""
-        found = [len(values) for values in rows["activations"].to_pylist()]
-        if found != tokens:
+        lengths = [len(values) for values in rows["activations"].to_pylist()]
+        if lengths != tokens:
             raise StorageError(
-                f"{self.dictionary.path} is damaged: windows of {self.name} have {found} values "
+                f"{self.dictionary.path} is damaged: windows of {self.name} have {lengths} values "
                 f"for {tokens} tokens"
             )
 
     def vocabulary(self) -> pd.DataFrame:
         """What the unit writes to and reads from the vocabulary, by its weights.
 
-        Columns: ``role`` (``"writes"`` or ``"reads"``); ``name`` (``"out"``; ``"in"``, ``"gate"``;
-        of a head ``"q"``, ``"k"``, ``"v"``: the largest components of QK and OV); ``side``
-        (``"top"`` or ``"bottom"``); ``rank``; ``id``, ``token``; ``score``, in logits up to one
-        positive factor a list (see :mod:`lenslrp.analysis.units.projection`).
+        Returns:
+            Columns `role` (`"writes"` or `"reads"`); `name` (`"out"`; `"in"`, `"gate"`; of a head
+                `"q"`,
+            `"k"`, `"v"`: the largest components of QK and OV); `side` (`"top"` or `"bottom"`);
+                `rank`;
+            `id`, `token`; `score`, in logits up to one positive factor a list (see
+            `lenslrp.analysis.units.projection`).
 
         Raises:
             InputError: no such lists; says why not.
@@ -162,7 +181,13 @@ class Page:
         return frame
 
     def histogram(self, kind: str = "activation") -> Histogram:
-        """Of ``"activation"`` or ``"relevance"`` at the sampled tokens.
+        """The unit's values at the sampled tokens.
+
+        Args:
+            kind: `"activation"` or `"relevance"`.
+
+        Returns:
+            Counts [40] and edges [41].
 
         Raises:
             InputError: relevance, where it was not searched.
@@ -184,17 +209,20 @@ class Page:
     def attributed(
         self, model: TransformerBridge, criterion: str = "actmax", k: int = 8, **options: Any
     ) -> pd.DataFrame:
-        """The first ``k`` examples with ``attributions``: which tokens made the unit fire there.
+        """The first `k` examples with `attributions`: which tokens made the unit fire there.
 
         Relevance of the tokens up to the hit for the unit's activation at the hit
-        (``targets.Activation``), so its unit is that of the activation. One forward and one
-        backward pass, up to the unit's layer, for all of them.
+        (`targets.Activation`), so its unit is that of the activation. One forward and one backward
+        pass, up to the unit's layer, for all of them.
 
         Args:
             model: the bridge that the dictionary was built from.
             criterion: whose examples.
             k: how many.
-            options: of :func:`lenslrp.run_with_relevance`.
+            options: of `lenslrp.run_with_relevance`.
+
+        Returns:
+            The columns of `examples`, and `attributions` [window].
 
         Raises:
             InputError: a head or a feature, whose activation is no component of its hook point.
@@ -222,7 +250,7 @@ class ExampleRows:
 
     @classmethod
     def of(cls, page: Page, frame: pd.DataFrame) -> ExampleRows:
-        documents = page.dictionary.texts.cited(frame["doc"])
+        documents = page.dictionary.texts.referenced(frame["doc"])
         rows = [documents[doc].tokens for doc in frame["doc"]]
         return cls(Batch.of_rows(rows), frame["position"].tolist())
 
@@ -236,22 +264,22 @@ class ExampleRows:
 
     def prepared(self, model: TransformerBridge) -> Batch:
         """What the model reads."""
-        return prepare(model, self.batch.tokens, attention_mask=self.batch.mask)
+        return prepare_text(model, self.batch.tokens, attention_mask=self.batch.mask)
 
 
 def _attributions(
     model: TransformerBridge, page: Page, frame: pd.DataFrame, options: dict[str, Any]
 ) -> list[NDArray[np.float32]]:
     rows = ExampleRows.of(page, frame)
-    rules = {name: options[name] for name in options.keys() & SETTINGS}
-    given = {name: options[name] for name in options.keys() - SETTINGS}
+    rules = {name: options[name] for name in options.keys() & RULE_OPTIONS}
+    inputs = {name: options[name] for name in options.keys() - RULE_OPTIONS}
     rules = {"ledger": False, "logits": "target", "stays": False, **rules}
     with Session(model, **rules) as session:
         target, mask = rows.activations(page), rows.batch.mask
-        _, found = session.run_with_relevance(
-            rows.batch.tokens, target, [], attention_mask=mask, **given
+        _, cache = session.run_with_relevance(
+            rows.batch.tokens, target, [], attention_mask=mask, **inputs
         )
-    relevance = found.tokens.float().cpu().numpy()
+    relevance = cache.tokens.float().cpu().numpy()
     return [
         relevance[i, start : start + len(shown)]
         for i, (start, shown) in enumerate(zip(frame["start"], frame["tokens"], strict=True))

@@ -1,11 +1,10 @@
 """What all units of a dictionary write to the vocabulary and read from it: from weights alone.
 
-The highest and lowest tokens of :func:`lenslrp.analysis.units.projection.writes` and ``reads`` (of
-a
-head: the largest component of OV and of QK), for the units of a place together: their vectors are
-stacked and multiplied with the vocabulary in pieces of bounded size. Each place leaves a file of
-its own in the work folder, so that a kill costs one place, and processes can share them out.
-``vocabulary.parquet`` is made of these files: one row a token, in the order of the units.
+The highest and lowest tokens of `lenslrp.analysis.units.projection.writes` and `reads` (of a head:
+the largest component of OV and of QK), for the units of a hook point together: their vectors are
+stacked and multiplied with the vocabulary in pieces of bounded size. Each hook point leaves a file
+of its own in the work folder, so that a kill costs one of them, and processes can share them out.
+`lenslrp.analysis.dictionary.vocabulary_file` joins these files.
 """
 
 from __future__ import annotations
@@ -13,78 +12,37 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from jaxtyping import Float, Float32, Int32
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lenslrp.analysis.common.storage import (
-    load_tensors,
-    open_parquet,
-    read_groups,
-    require_forms,
-    require_numbers,
-    require_range,
-    save_tensors,
-)
-from lenslrp.analysis.dictionary.plan import Place, Plan
+from lenslrp.analysis.common.storage import load_tensors, save_tensors
+from lenslrp.analysis.dictionary.plan import Place
+from lenslrp.analysis.dictionary.vocabulary_file import LIMIT, LIST_ENDS, LIST_ROLES, LISTED_TOKENS
 from lenslrp.analysis.units.kinds import Direction, Feature, Head, Unit, parse_unit
-from lenslrp.analysis.units.projection import (
+from lenslrp.analysis.units.projection import project
+from lenslrp.analysis.units.readers import DirectionReader, FeatureReader, SearchedHook
+from lenslrp.analysis.units.residual import (
     as_read,
     as_written,
     head_reads,
     head_writes,
-    project,
     require_decoder,
 )
-from lenslrp.analysis.units.readers import DirectionReader, FeatureReader, SearchedHook
-from lenslrp.analysis.units.unembedding import embedding, scores
-from lenslrp.errors import InputError, StorageError
-from lenslrp.files import parquet_writer, whole
+from lenslrp.analysis.units.unembedding import dot_products, embedding
+from lenslrp.errors import InputError
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from lenslrp.analysis.dictionary.scan import Job
 
-TOKENS = 10
-"""Tokens kept at either end of a list."""
-
-LIMIT = 1000
-
-PIECE = 1 << 24
-"""Scores formed at once: 64 MiB in float32."""
-
-GROUP = 256
-"""Units in a row group."""
-
-ROW_BYTES = 64
-"""Of a row, unpacked: no more."""
-
-ROLES = ("writes", "reads")
-NAMES = ("out", "in", "gate", "q", "k", "v")
-SIDES = ("top", "bottom")
-
-SCHEMA = pa.schema(
-    {
-        "unit": pa.int32(),
-        "role": pa.dictionary(pa.int8(), pa.string()),
-        "name": pa.dictionary(pa.int8(), pa.string()),
-        "side": pa.dictionary(pa.int8(), pa.string()),
-        "rank": pa.int16(),
-        "id": pa.int32(),
-        "score": pa.float32(),
-    }
-)
+SCORES_AT_ONCE = 1 << 24
+"""64 MiB in float32."""
 
 
 @torch.no_grad()
@@ -121,16 +79,16 @@ def read_vectors(
     if isinstance(units[0], Head):
         heads = [head_reads(model, unit, 0) for unit in units if isinstance(unit, Head)]
         return {name: torch.stack([head[name][0] for head in heads]) for name in heads[0]}
-    found = [unit.reads(model) for unit in units]
-    stacked = {name: torch.cat([vectors[name] for vectors in found]) for name in found[0]}
+    by_unit = [unit.reads(model) for unit in units]
+    stacked = {name: torch.cat([vectors[name] for vectors in by_unit]) for name in by_unit[0]}
     return {name: as_read(model, units[0], name, vectors) for name, vectors in stacked.items()}
 
 
 def _dots(model: TransformerBridge, vectors: Tensor) -> Float[Tensor, "n d_vocab"]:
-    return scores(embedding(model), vectors)
+    return dot_products(embedding(model), vectors)
 
 
-WAYS = {"writes": (written_vectors, project), "reads": (read_vectors, _dots)}
+PROJECTIONS = {"writes": (written_vectors, project), "reads": (read_vectors, _dots)}
 """Of each role: the vectors, and their product with the vocabulary."""
 
 
@@ -152,7 +110,9 @@ class Ends:
 
 
 @torch.no_grad()
-def ends_of_lists(model: TransformerBridge, units: Sequence[Unit], tokens: int = TOKENS) -> Ends:
+def ends_of_lists(
+    model: TransformerBridge, units: Sequence[Unit], tokens: int = LISTED_TOKENS
+) -> Ends:
     """Both ends of what units of one hook point write and read.
 
     Args:
@@ -161,10 +121,10 @@ def ends_of_lists(model: TransformerBridge, units: Sequence[Unit], tokens: int =
         tokens: how many at either end; at most the vocabulary.
     """
     columns: list[tuple[str, str, str, int]] = []
-    ids, found = [torch.zeros(len(units), 0).int()], [torch.zeros(len(units), 0)]
+    ids, values_of = [torch.zeros(len(units), 0).int()], [torch.zeros(len(units), 0)]
     missing: dict[str, str] = {}
-    step = max(1, PIECE // max(1, int(model.cfg.d_vocab)))
-    for role, (vectors_of, product) in WAYS.items():
+    step = max(1, SCORES_AT_ONCE // max(1, int(model.cfg.d_vocab)))
+    for role, (vectors_of, product) in PROJECTIONS.items():
         try:
             vectors = vectors_of(model, units)
         except InputError as error:
@@ -174,10 +134,10 @@ def ends_of_lists(model: TransformerBridge, units: Sequence[Unit], tokens: int =
             pieces = [_both_ends(product(model, some), tokens) for some in rows.split(step)]
             best, values = (torch.cat(parts) for parts in zip(*pieces, strict=True))
             ids.append(best.int().cpu())
-            found.append(values.float().cpu())
+            values_of.append(values.float().cpu())
             k = best.shape[1] // 2
-            columns += [(role, name, side, rank) for side in SIDES for rank in range(k)]
-    return Ends(columns, torch.cat(ids, dim=1), torch.cat(found, dim=1), missing)
+            columns += [(role, name, side, rank) for side in LIST_ENDS for rank in range(k)]
+    return Ends(columns, torch.cat(ids, dim=1), torch.cat(values_of, dim=1), missing)
 
 
 def _both_ends(rows: Float[Tensor, "n d_vocab"], tokens: int) -> tuple[Tensor, Tensor]:
@@ -188,14 +148,14 @@ def _both_ends(rows: Float[Tensor, "n d_vocab"], tokens: int) -> tuple[Tensor, T
 
 
 def project_places(
-    job: Job, rank: int = 0, world: int = 1, *, tokens: int = TOKENS, progress: bool = True
+    job: Job, rank: int = 0, world: int = 1, *, tokens: int = LISTED_TOKENS, progress: bool = True
 ) -> list[Path]:
-    """Project the units of places ``rank, rank + world, ...``, and leave a file of each place.
+    """Project the units of places `rank, rank + world, ...`, and leave a file of each place.
 
     What lies there already is not done again.
 
     Args:
-        job: see :func:`lenslrp.analysis.dictionary.job.prepare`.
+        job: see `lenslrp.analysis.dictionary.job.prepare`.
         rank: which share, from 0.
         world: how many there are.
         tokens: how many at either end of a list; 0 for none.
@@ -205,7 +165,7 @@ def project_places(
         The files, in the order of the places.
 
     Raises:
-        InputError: ``tokens`` is negative, or more than a list may have.
+        InputError: `tokens` is negative, or more than a list may have.
         StorageError: a damaged file, or a full disk.
     """
     if not 0 <= tokens <= LIMIT:
@@ -218,9 +178,9 @@ def project_places(
         if path.exists() and load_tensors(path)[1].items() >= stamp.items():
             continue
         place = job.plan.places[number]
-        found = _project(job.run.model, place, sites[place.site], tokens)
-        about = {"columns": json.dumps(found.columns), "missing": json.dumps(found.missing)}
-        save_tensors(path, {"ids": found.ids, "scores": found.scores}, {**stamp, **about})
+        ends = _project(job.run.model, place, sites[place.site], tokens)
+        about = {"columns": json.dumps(ends.columns), "missing": json.dumps(ends.missing)}
+        save_tensors(path, {"ids": ends.ids, "scores": ends.scores}, {**stamp, **about})
     return paths
 
 
@@ -231,198 +191,13 @@ def _project(model: TransformerBridge, place: Place, site: SearchedHook, tokens:
         units = [_unit(place, index, site) for index in range(place.size)]
     except InputError as error:
         none = torch.zeros(place.size, 0)
-        return Ends([], none.int(), none, dict.fromkeys(ROLES, str(error)))
+        return Ends([], none.int(), none, dict.fromkeys(LIST_ROLES, str(error)))
     return ends_of_lists(model, units, tokens)
 
 
 def _unit(place: Place, index: int, site: SearchedHook) -> Unit:
-    if isinstance(site.readout, DirectionReader):
-        return Direction(place.hook, site.readout.vectors[index])
-    if isinstance(site.readout, FeatureReader):
-        return Feature(site.readout.coder, index)
+    if isinstance(site.reader, DirectionReader):
+        return Direction(place.hook, site.reader.vectors[index])
+    if isinstance(site.reader, FeatureReader):
+        return Feature(site.reader.coder, index)
     return parse_unit(f"{place.hook}[{index}]")
-
-
-def write_vocabulary(path: Path, plan: Plan, parts: list[Path]) -> tuple[dict[str, Any], set[int]]:
-    """Write ``vocabulary.parquet`` from the files of all places.
-
-    Returns:
-        What the manifest says of it: ``tokens`` at either end, and for each site and role that is
-        ``missing`` why; and the tokens that occur.
-    """
-    shown: set[int] = set()
-    missing: dict[str, dict[str, str]] = {}
-    tokens = 0
-    with whole(path, fresh=True) as temporary, parquet_writer(temporary, SCHEMA) as writer:
-        for place, part in zip(plan.places, parts, strict=True):
-            tensors, about = load_tensors(part)
-            columns, reasons = _read_part(part, tensors, about, plan, place)
-            tokens = int(about["tokens"])
-            for role, reason in reasons.items():
-                missing.setdefault(place.site, {}).setdefault(role, reason)
-            ids, values = tensors["ids"].numpy(), tensors["scores"].numpy()
-            shown.update(np.unique(ids).tolist())
-            for first in range(0, place.size if columns else 0, GROUP):
-                some = slice(first, min(first + GROUP, place.size))
-                numbers = np.arange(place.first + some.start, place.first + some.stop)
-                writer.write_table(_rows(numbers, columns, ids[some], values[some]))
-    return {"tokens": tokens, "missing": missing}, shown
-
-
-def _read_part(
-    path: Path, tensors: dict[str, Tensor], about: dict[str, str], plan: Plan, place: Place
-) -> tuple[list[list[Any]], dict[str, str]]:
-    """Columns and missing roles of a file of :func:`project_places`, if it is one."""
-    require_numbers(path, about, ("tokens",))
-    try:
-        columns, missing = json.loads(about["columns"]), json.loads(about["missing"])
-        known = all(
-            role in ROLES and name in NAMES and side in SIDES and 0 <= rank < LIMIT
-            for role, name, side, rank in columns
-        )
-        reasons = {str(role): str(reason) for role, reason in missing.items()}
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise StorageError(f"{path} is damaged: it does not say what its columns are") from error
-    if not known or about.get("plan") != plan.fingerprint() or not set(reasons) <= set(ROLES):
-        raise StorageError(f"{path} is damaged: its columns are not those of this dictionary")
-    shape = (place.size, len(columns))
-    require_forms(path, tensors, {"ids": (torch.int32, shape), "scores": (torch.float32, shape)})
-    require_range(path, "ids", tensors["ids"], 0, 1 << 31)
-    return columns, reasons
-
-
-def _rows(numbers: NDArray[Any], columns: Any, ids: NDArray[Any], values: NDArray[Any]) -> pa.Table:
-    roles, names, sides, ranks = zip(*columns, strict=True)
-
-    def spelt(given: Sequence[str], known: tuple[str, ...]) -> pa.DictionaryArray:
-        codes = np.tile(np.array([known.index(word) for word in given], np.int8), len(numbers))
-        return pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(known))
-
-    return pa.table(
-        {
-            "unit": np.repeat(numbers.astype(np.int32), len(columns)),
-            "role": spelt(roles, ROLES),
-            "name": spelt(names, NAMES),
-            "side": spelt(sides, SIDES),
-            "rank": np.tile(np.array(ranks, np.int16), len(numbers)),
-            "id": ids.reshape(-1),
-            "score": values.reshape(-1),
-        },
-        schema=SCHEMA,
-    )
-
-
-class Projections:
-    """``vocabulary.parquet``, read as it is asked for.
-
-    Attributes:
-        tokens: how many there are at either end of a list.
-        missing: site -> role -> why it has no lists.
-    """
-
-    def __init__(self, path: Path, about: Any, units: int) -> None:
-        self.path = path
-        self.tokens, self.missing = _checked(path, about)
-        self._file = open_parquet(path, SCHEMA, ROW_BYTES)
-        groups = self._file.metadata
-        parts = [groups.row_group(i) for i in range(groups.num_row_groups)]
-        spans = [part.column(0).statistics for part in parts]
-        if not all(s is not None and isinstance(s.min, int) for s in spans):
-            raise StorageError(f"{path} does not say which units its row groups hold")
-        starts = np.array([span.min for span in spans], dtype=np.int64)
-        ends = np.array([span.max for span in spans], dtype=np.int64)
-        most = GROUP * len(NAMES) * len(SIDES) * self.tokens
-        if (
-            ((ends < starts) | (ends >= starts + GROUP) | (starts < 0) | (ends >= units)).any()
-            or (starts[1:] <= ends[:-1]).any()
-            or any(part.num_rows > most for part in parts)
-        ):
-            raise StorageError(
-                f"{path} is damaged: its row groups are not of up to {GROUP} units each, in order"
-            )
-        self._starts = starts
-        self._ends = np.cumsum([part.num_rows for part in parts])
-
-    def close(self) -> None:
-        self._file.close()
-
-    def of(self, unit: int, site: str) -> pd.DataFrame:
-        """The rows of one unit.
-
-        Raises:
-            InputError: it has none; says why.
-        """
-        at = int(np.searchsorted(self._starts, unit, side="right")) - 1
-        groups = [] if at < 0 else [at]
-        table = read_groups(self.path, self._file, groups)
-        frame = _plain(table.filter(pc.equal(table["unit"], unit)))
-        if frame.empty:
-            raise InputError(self._reason([site], ROLES))
-        self._require_lists(frame)
-        return frame
-
-    def _require_lists(self, frame: pd.DataFrame) -> None:
-        """Each list has both ends, with ranks from 0."""
-        columns = (frame[name].tolist() for name in ("role", "name", "side", "rank"))
-        ranks: dict[tuple[str, str, str], list[int]] = {}
-        for *key, rank in zip(*columns, strict=True):
-            ranks.setdefault(tuple(key), []).append(rank)
-        whole_lists = all(
-            side in SIDES
-            and name in NAMES
-            and role == ROLES[name != "out"]
-            and found == list(range(min(len(found), self.tokens)))
-            and found == ranks.get((role, name, SIDES[1 - SIDES.index(side)]))
-            for (role, name, side), found in ranks.items()
-        )
-        if not whole_lists or frame["id"].min() < 0:
-            raise StorageError(
-                f"{self.path} is damaged: the lists of unit {frame['unit'].iloc[0]} are not whole"
-            )
-
-    def naming(self, tokens: list[int], role: str, sites: Sequence[str]) -> pd.DataFrame:
-        """The rows of one role with one of ``tokens``: best ranks first, then largest scores.
-
-        Raises:
-            InputError: no unit of ``sites``, which are all there are, has such lists; says why.
-        """
-        rows = np.isin(self._ids, tokens).nonzero()[0]
-        if len(rows) == 0 and all(role in self.missing.get(site, {}) for site in sites):
-            raise InputError(self._reason(sites, (role,)))
-        groups = np.unique(np.searchsorted(self._ends, rows, side="right"))
-        table = read_groups(self.path, self._file, groups.tolist())
-        wanted = pc.is_in(table["id"], pa.array(tokens, pa.int32()))
-        table = table.filter(pc.and_(wanted, pc.equal(table["role"].cast(pa.string()), role)))
-        order = np.lexsort((table["unit"], -np.abs(table["score"].to_numpy()), table["rank"]))
-        return _plain(table.take(pa.array(order)))
-
-    @cached_property
-    def _ids(self) -> NDArray[np.int32]:
-        ids: NDArray[np.int32] = read_groups(self.path, self._file, None, ["id"])["id"].to_numpy()
-        return ids
-
-    def _reason(self, sites: Sequence[str], roles: Sequence[str]) -> str:
-        """Why nothing is there, each reason once."""
-        reasons = [self.missing.get(site, {}).get(role) for site in sites for role in roles]
-        known = [reason for reason in dict.fromkeys(reasons) if reason]
-        return "no projection on the vocabulary: " + ("; ".join(known) or "the file has no rows")
-
-
-def _plain(table: pa.Table) -> pd.DataFrame:
-    frame: pd.DataFrame = table.to_pandas()
-    return frame.astype(dict.fromkeys(("role", "name", "side"), object))
-
-
-def _checked(path: Path, about: Any) -> tuple[int, dict[str, dict[str, str]]]:
-    """What a manifest says of the file, if it has the form of ours."""
-    fits = isinstance(about, dict) and type(about.get("tokens")) is int
-    fits = fits and 0 <= about["tokens"] <= LIMIT
-    missing = about.get("missing") if fits else None
-    if not isinstance(missing, dict) or not all(
-        isinstance(why, dict) and all(isinstance(text, str) for text in why.values())
-        for why in missing.values()
-    ):
-        raise StorageError(
-            f"{path.parent / 'manifest.json'} is damaged: it does not say what {path.name} holds"
-        )
-    return about["tokens"], missing

@@ -1,6 +1,6 @@
 """The folder of a dictionary in the making: whose it is, who is using it, and how it is cleared.
 
-Work in progress lies in ``work`` inside the dictionary's folder. LensLRP makes it together with a
+Work in progress lies in `work` inside the dictionary's folder. LensLRP makes it together with a
 mark, in one step; a folder of that name without the mark is somebody else's, and is neither written
 to nor cleared. Clearing deletes the files that we make, by their names, and nothing else.
 
@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from lenslrp.analysis.common.storage import load_json, save_json
 from lenslrp.errors import StorageError
 from lenslrp.files import (
-    PATIENCE,
+    LOCK_PATIENCE,
     cannot_write,
     host,
     make_folder,
@@ -44,7 +44,7 @@ FILES = frozenset(
         "samples.safetensors",
     }
 )
-"""What a dictionary consists of, with ``manifest.json``."""
+"""What a dictionary consists of, with `manifest.json`."""
 
 MANIFEST, PLAN, MARK = "manifest.json", "plan.json", "lenslrp.json"
 BUILD = "build"
@@ -60,7 +60,7 @@ _OF_LOCKS = re.compile(r"(build|prepare|shard-\d{5,}-of-\d{5,})(\.lock|\.holder\
 
 
 def begin_work(folder: Path) -> Path:
-    """The place for work on the dictionary ``folder``: made, or found as it was left.
+    """The place for work on the dictionary `folder`: made, or found as it was left.
 
     Raises:
         StorageError: a finished dictionary is there, or something that LensLRP did not make.
@@ -124,7 +124,7 @@ def _in_the_way(path: Path) -> StorageError:
 
 
 def clear_work(work: Path) -> None:
-    """Delete our files in ``work``, and the folder if nothing else is in it.
+    """Delete our files in `work`, and the folder if nothing else is in it.
 
     The plan goes first: without it, what is left of the work is not gone on with.
     """
@@ -161,7 +161,7 @@ def shard_name(rank: int, world: int) -> str:
 
 @contextmanager
 def using(work: Path, what: str) -> Iterator[None]:
-    """Hold ``work`` for building (:data:`BUILD`, which excludes all others) or for one shard.
+    """Hold `work` for building (`BUILD`, which excludes all others) or for one shard.
 
     Raises:
         StorageError: another process is using it; the message says which.
@@ -187,7 +187,7 @@ def _locked(work: Path, what: str) -> Iterator[bool]:
     """The lock of one kind of work, and whether it is one: not every disk has locks."""
     lock = FileLock(work / f"{what}.lock")
     try:
-        lock.acquire(timeout=PATIENCE)
+        lock.acquire(timeout=LOCK_PATIENCE)
     except Timeout:
         raise _in_use(work, what, _holder(work, what)) from None
     except OSError:
@@ -223,11 +223,11 @@ def _require_over(work: Path, what: str, surely: bool) -> None:
 def _holder(work: Path, what: str) -> dict[str, Any] | None:
     """Who left a note, if anybody did."""
     try:
-        said = load_json(work / f"{what}{NOTE}")
+        note = load_json(work / f"{what}{NOTE}")
     except StorageError:
         return None
-    fits = isinstance(said.get("process"), int) and isinstance(said.get("host"), str)
-    return said if fits and isinstance(said.get("since"), str) else None
+    fits = isinstance(note.get("process"), int) and isinstance(note.get("host"), str)
+    return note if fits and isinstance(note.get("since"), str) else None
 
 
 def _in_use(work: Path, what: str, holder: dict[str, Any] | None) -> StorageError:

@@ -1,4 +1,4 @@
-"""How faithful relevance is: what happens to the target when features go in the order it gives.
+"""How faithful relevance is: the target while features are taken away in the order it gives.
 
 * **Perturbation curves** (Samek et al. 2017; Achtibat et al. 2024, section 4.1): the target while
   the most relevant features go first (MoRF) and while the least relevant go first (LeRF). Score:
@@ -11,8 +11,8 @@
   feature a step, between the lowest and the highest that any order has on this input. Raw areas
   say as much about a model as about a method; this one can be compared across models.
 
-All of them ask :class:`~lenslrp.analysis.evaluation.features.Features` for values, and ask for
-every set once.
+All of them take values from `lenslrp.analysis.evaluation.features.Features`, each set of features
+once.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lenslrp.analysis.common.statistics import area
+from lenslrp.analysis.common.statistics import Numbers, area
 from lenslrp.analysis.evaluation.features import Features, Masks, token_values, tokens_of
-from lenslrp.analysis.passes.prompts import ExplainedPrompt, Numbers, Values
+from lenslrp.analysis.passes.prompts import ExplainedPrompt, Values
 from lenslrp.errors import InputError
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-BINS = (0.01, 0.05, 0.1, 0.2, 0.5)
+ERASER_SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
 """ERASER's shares of the features."""
 
 BEAM = 5
@@ -42,15 +42,20 @@ EXACT = 12
 
 Of = Literal["value", "probability"]
 
+CURVE_SCORES = ("area", "deletion", "insertion", "comprehensiveness", "sufficiency")
+"""Properties of `PerturbationCurve` that are metrics of an evaluation."""
+
 
 @dataclass(frozen=True, eq=False)
 class PerturbationCurve:
-    """The target while features go. All arrays are [step + 1], from none gone to all gone.
+    """The target while features are taken away. Arrays are [step + 1], from none gone to all gone.
 
     Attributes:
-        shares: of the features that are gone.
-        morf, lerf: value, the most and the least relevant gone first, in units of the target.
-        morf_probability, lerf_probability: likewise.
+        shares: the share of the features that is gone, 0 to 1.
+        morf: the target's value, most relevant first (MoRF), in units of the target.
+        lerf: the same, least relevant first (LeRF).
+        morf_probability: the target's probability, most relevant first.
+        lerf_probability: the same, least relevant first.
     """
 
     shares: Numbers
@@ -78,22 +83,21 @@ class PerturbationCurve:
     def comprehensiveness(self) -> float:
         """Mean loss of probability without the most relevant, at this curve's steps up to half;
         NaN if it has none there."""
-        some = (self.shares > 0) & (self.shares <= 0.5)
-        lost = self.morf_probability[0] - self.morf_probability[some]
-        return float(lost.mean()) if some.any() else math.nan
+        steps = (self.shares > 0) & (self.shares <= 0.5)
+        losses = self.morf_probability[0] - self.morf_probability[steps]
+        return float(losses.mean()) if steps.any() else math.nan
 
     @property
     def sufficiency(self) -> float:
         """Mean loss of probability with nothing but the most relevant, at steps up to half of
         them: lower is better; NaN if there are none."""
-        some = (self.shares >= 0.5) & (self.shares < 1)
-        lost = self.lerf_probability[0] - self.lerf_probability[some]
-        return float(lost.mean()) if some.any() else math.nan
+        steps = (self.shares >= 0.5) & (self.shares < 1)
+        losses = self.lerf_probability[0] - self.lerf_probability[steps]
+        return float(losses.mean()) if steps.any() else math.nan
 
     def scores(self) -> dict[str, float]:
-        """Every number above, by its name."""
-        names = ("area", "deletion", "insertion", "comprehensiveness", "sufficiency")
-        return {name: getattr(self, name) for name in names}
+        """The `CURVE_SCORES` by name."""
+        return {name: getattr(self, name) for name in CURVE_SCORES}
 
 
 def curves(
@@ -107,14 +111,24 @@ def curves(
             keep their order.
         steps: equal steps from none to all; at most one a feature.
 
+    Returns:
+        For each name the curve, [steps + 1] (fewer for fewer features), in units of the target.
+
     Raises:
         InputError: no features, fewer than one step, or relevance that is not finite or not [size].
+
+    Examples:
+        ```python
+        features = tokens_of(model, prompt)
+        curve = curves(features, {"attnlrp": features.of(R.tokens[0])}, steps=5)["attnlrp"]
+        curve.shares  # [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+        curve.area    # LeRF less MoRF, over the shares: chance is 0
+        ```
     """
-    masks = {name: _both_ways(features.size, values, steps) for name, values in relevance.items()}
-    found = _asked_once(features, list(masks.values()))
+    masks = {name: _both_orders(features.size, values, steps) for name, values in relevance.items()}
+    values = _values_of(features, list(masks.values()))
     return {
-        name: _curve(features.size, steps, values)
-        for name, values in zip(masks, found, strict=True)
+        name: _curve(features.size, steps, part) for name, part in zip(masks, values, strict=True)
     }
 
 
@@ -127,26 +141,27 @@ def token_curves(
     baseline: str = "zero",
     keep: Sequence[int] = (),
 ) -> list[dict[str, PerturbationCurve]]:
-    """:func:`curves` of several prompts' tokens at once: their rows share forward passes.
+    """`curves` of several prompts' tokens at once: their rows share forward passes.
 
     Args:
         relevance: for each prompt, name -> [pos] over all its tokens.
-        baseline, keep: as in :func:`~lenslrp.analysis.evaluation.features.tokens_of`.
+        baseline: as in `tokens_of`.
+        keep: as in `tokens_of`.
     """
-    sizes, asked = [], []
-    for prompt, own in zip(prompts, relevance, strict=True):
+    sizes, masks = [], []
+    for prompt, by_name in zip(prompts, relevance, strict=True):
         features = tokens_of(model, prompt, baseline=baseline, keep=keep)
-        for values in own.values():
-            inner = _both_ways(features.size, features.of(values), steps)
+        for values in by_name.values():
+            inner = _both_orders(features.size, features.of(values), steps)
             whole = np.zeros((len(inner), prompt.length), dtype=bool)
             whole[:, features.index] = inner
-            asked.append(whole)
+            masks.append(whole)
         sizes.append(features.size)
-    owners = [prompt for prompt, own in zip(prompts, relevance, strict=True) for _ in own]
-    found = iter(token_values(model, owners, asked, baseline=baseline))
+    repeated = [prompt for prompt, names in zip(prompts, relevance, strict=True) for _ in names]
+    values_of_each = iter(token_values(model, repeated, masks, baseline=baseline))
     return [
-        {name: _curve(size, steps, next(found)) for name in own}
-        for size, own in zip(sizes, relevance, strict=True)
+        {name: _curve(size, steps, next(values_of_each)) for name in by_name}
+        for size, by_name in zip(sizes, relevance, strict=True)
     ]
 
 
@@ -176,7 +191,7 @@ def _first(order: NDArray[np.int64], counts: Sequence[int]) -> Masks:
     return ranks[None] < np.asarray(counts)[:, None]
 
 
-def _both_ways(size: int, relevance: Numbers, steps: int) -> Masks:
+def _both_orders(size: int, relevance: Numbers, steps: int) -> Masks:
     counts, order = _counts(size, steps), _order(size, relevance)
     return np.concatenate([_first(order, counts), _first(order[::-1].copy(), counts)])
 
@@ -193,19 +208,18 @@ def _curve(size: int, steps: int, values: Values) -> PerturbationCurve:
     )
 
 
-def _asked_once(features: Features, masks: Sequence[Masks]) -> list[Values]:
-    """Values of several lists of sets; equal sets are asked for once."""
+def _values_of(features: Features, masks: Sequence[Masks]) -> list[Values]:
+    """Values of several lists of sets; equal sets are evaluated once."""
     if not masks:
         return []
-    every = np.concatenate(masks)
-    unique, where = np.unique(every, axis=0, return_inverse=True)
-    found, where = features.without(unique), where.reshape(-1)
+    unique, where = np.unique(np.concatenate(masks), axis=0, return_inverse=True)
+    values, where = features.without(unique), where.reshape(-1)
     ends = np.cumsum([len(part) for part in masks])[:-1]
-    return [Values(found.value[part], found.probability[part]) for part in np.split(where, ends)]
+    return [Values(values.value[part], values.probability[part]) for part in np.split(where, ends)]
 
 
 def comprehensiveness(
-    features: Features, relevance: Numbers, bins: Sequence[float] = BINS
+    features: Features, relevance: Numbers, bins: Sequence[float] = ERASER_SHARES
 ) -> float:
     """ERASER's: mean over ``bins`` of the probability lost without the most relevant features.
 
@@ -215,7 +229,9 @@ def comprehensiveness(
     return _mean_loss(features, _first(order, _bins(features.size, bins)))
 
 
-def sufficiency(features: Features, relevance: Numbers, bins: Sequence[float] = BINS) -> float:
+def sufficiency(
+    features: Features, relevance: Numbers, bins: Sequence[float] = ERASER_SHARES
+) -> float:
     """ERASER's: mean over ``bins`` of the probability lost with the most relevant features alone.
 
     Lower is better.
@@ -232,47 +248,63 @@ def _bins(size: int, bins: Sequence[float]) -> list[int]:
 
 
 def _mean_loss(features: Features, masks: Masks) -> float:
-    whole = np.zeros((1, features.size), dtype=bool)
-    every, some = _asked_once(features, [whole, masks])
-    return float((every.probability[0] - some.probability).mean())
+    nothing_gone = np.zeros((1, features.size), dtype=bool)
+    before, after = _values_of(features, [nothing_gone, masks])
+    return float((before.probability[0] - after.probability).mean())
 
 
 def aopc(features: Features, relevance: Numbers, of: Of = "probability") -> float:
     """Area over the perturbation curve: mean loss over all steps of one feature, MoRF.
 
-    Edin et al. 2024, equation 1: ``(1/N) sum_i f(x) - f(x without the i most relevant)``.
+    Edin et al. 2024 (arXiv:2408.08137), equation 1:
+    ``(1/N) sum_i f(x) - f(x without the i most relevant)``.
+
+    Args:
+        features: what is taken away.
+        relevance: [size], one number a feature.
+        of: the target's ``"probability"`` (0 to 1) or its ``"value"`` (logits).
+
+    Raises:
+        InputError: relevance that is not finite or not [size].
     """
     order = _order(features.size, relevance)
     masks = _first(order, range(features.size + 1))
-    found: Numbers = getattr(_asked_once(features, [masks])[0], of)
-    return float((found[0] - found[1:]).mean())
+    curve: Numbers = getattr(_values_of(features, [masks])[0], of)
+    return float((curve[0] - curve[1:]).mean())
 
 
 def aopc_bounds(
     features: Features, *, beam: int | None = None, of: Of = "probability"
 ) -> tuple[float, float]:
-    """The lowest and the highest :func:`aopc` that an order of the features has on this input.
+    """The lowest and the highest `aopc` that an order of the features has on this input.
 
     Args:
+        features: what is taken away.
         beam: how many sets of each size are followed (the paper's NAOPC-beam; about
             ``beam * n^2`` rows for both bounds). ``None``: exact where there are at most
-            ``EXACT`` features (all ``2^n`` sets), else a beam of ``BEAM``.
+            12 features (all ``2^n`` sets), else a beam of 5.
+        of: as for `aopc`.
+
+    Returns:
+        (lowest, highest), in the unit of ``of``.
+
+    Raises:
+        InputError: a beam of less than 1.
     """
     if beam is None and features.size > EXACT:
         beam = BEAM
     if beam is not None and beam < 1:
         raise InputError(f"a beam follows at least one set, not {beam}")
-    values: dict[bytes, float] = {}
+    nothing_gone = np.zeros((1, features.size), dtype=bool)
+    values = {nothing_gone.tobytes(): float(getattr(features.without(nothing_gone), of)[0])}
 
     def losses(masks: Masks) -> Numbers:
         new = {mask.tobytes(): mask for mask in masks if mask.tobytes() not in values}
         if new:
-            found = getattr(features.without(np.stack(list(new.values()))), of)
-            values.update(zip(new, found.tolist(), strict=True))
-        return values[nothing] - np.array([values[mask.tobytes()] for mask in masks])
+            added = getattr(features.without(np.stack(list(new.values()))), of)
+            values.update(zip(new, added.tolist(), strict=True))
+        return values[nothing_gone.tobytes()] - np.array([values[mask.tobytes()] for mask in masks])
 
-    nothing = np.zeros(features.size, dtype=bool).tobytes()
-    values[nothing] = float(getattr(features.without(np.zeros((1, features.size), bool)), of)[0])
     low, high = (_best(features.size, losses, beam, sign) for sign in (-1, 1))
     return low / features.size, high / features.size
 
@@ -280,8 +312,8 @@ def aopc_bounds(
 def _best(size: int, losses: Callable[[Masks], Numbers], beam: int | None, sign: int) -> float:
     """The largest (smallest) sum of losses along an order, following the best sets of each size.
 
-    The loss of a set does not depend on the order in it, so of two ways to one set the better is
-    kept; with every set followed, that is the exact bound.
+    The loss of a set does not depend on the order in it, so of two orders that reach one set the
+    better is kept; with every set followed, that is the exact bound.
     """
     best: dict[bytes, float] = {np.zeros(size, dtype=bool).tobytes(): 0.0}
     for _ in range(size):
@@ -292,8 +324,8 @@ def _best(size: int, losses: Callable[[Masks], Numbers], beam: int | None, sign:
                 mask[feature] = True
                 known = reached.get(mask.tobytes(), -np.inf)
                 reached[mask.tobytes()] = max(known, total)
-        lost = losses(np.stack([np.frombuffer(key, dtype=bool) for key in reached]))
-        sums = {key: reached[key] + sign * loss for key, loss in zip(reached, lost, strict=True)}
+        added = losses(np.stack([np.frombuffer(key, dtype=bool) for key in reached]))
+        sums = {key: reached[key] + sign * loss for key, loss in zip(reached, added, strict=True)}
         ranked = sorted(sums, key=lambda key: (-sums[key], key))
         best = {key: sums[key] for key in ranked[:beam]}
     return sign * max(best.values())
@@ -304,6 +336,10 @@ def normalised_aopc(value: float, bounds: tuple[float, float]) -> float:
 
     With bounds of a beam, an order can be better than the best that was found: then it is above 1.
     NaN where all orders are equal.
+
+    Examples:
+        >>> normalised_aopc(0.25, (0.0, 0.5))
+        0.5
     """
     low, high = bounds
     return (value - low) / (high - low) if high > low else float("nan")

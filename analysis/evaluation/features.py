@@ -1,9 +1,9 @@
-"""What a model still says when a part of its input, or of itself, is taken away.
+"""The target's value when a part of the input, or of the model, is taken away.
 
-A perturbation test asks one question many times: the target's value when *these* features are gone.
-So all that can be perturbed is one kind of thing here, :class:`Features`: tokens whose embeddings
+A perturbation test evaluates the target many times, each time without some features. Everything
+that can be perturbed is therefore one type, `Features`: tokens whose embeddings
 are replaced, heads and neurons that are switched off, patches of an image that are painted over.
-The metrics of :mod:`lenslrp.analysis.evaluation.faithfulness` know nothing else.
+The metrics of `lenslrp.analysis.evaluation.faithfulness` know nothing else.
 
 Tokens go as in Achtibat et al. 2024: their whole embedding is set to zero, through a hook at the
 embedding (learned positions stay).
@@ -21,7 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lenslrp.analysis.passes.prompts import ExplainedPrompt, Numbers, Values, batch_logits, read
+from lenslrp.analysis.common.statistics import Numbers
+from lenslrp.analysis.passes.prompts import (
+    ExplainedPrompt,
+    Values,
+    batch_logits,
+    target_values,
+)
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.text.names import token_id
@@ -69,14 +75,25 @@ def tokens_of(
     """The tokens of a prompt as features.
 
     Args:
+        model: a ``TransformerBridge``.
+        prompt: from `as_prompt`.
         baseline: what stands in place of a token: ``"zero"``, the ``"mean"`` embedding of the
             vocabulary, or a token, as ``"token:</s>"`` (``"eos"`` and ``"pad"`` are the
             tokenizer's).
         keep: positions that are never taken away; negative from the end of the prompt. ``[0]``
             keeps the first token, at which many models park attention that is meant for nothing.
 
+    Returns:
+        `Features` of size pos less the kept ones; ``without(masks)`` are the target's values.
+
     Raises:
         InputError: an unknown baseline, or a position outside the prompt.
+
+    Examples:
+        ```python
+        features = tokens_of(model, as_prompt(model, "The capital of France is", " Paris"))
+        features.without(np.eye(features.size, dtype=bool)).value  # [5]: one token gone in each
+        ```
     """
     text = Batch.of_rows([prompt.given[0].tolist()])
     kept = {text.column(position, what="keep: position") for position in keep}
@@ -105,23 +122,27 @@ def token_values(
 
     Args:
         removed: for each prompt, masks [row, pos] over its tokens.
-        baseline: as in :func:`tokens_of`.
+        baseline: as in `tokens_of`.
 
     Returns:
-        One :class:`Values` a prompt, a value for each of its rows.
+        One `Values` a prompt, a value for each of its rows.
     """
-    found = [np.full((2, len(masks)), np.nan) for masks in removed]
+    values = [np.full((2, len(masks)), np.nan) for masks in removed]
     rows = [(p, row) for p, masks in enumerate(removed) for row in range(len(masks))]
-    rows.sort(key=lambda place: len(prompts[place[0]].tokens))
+    rows.sort(key=lambda row: len(prompts[row[0]].tokens))
     fill = _fill(model, baseline)
     for chunk in _chunks(rows, [len(prompts[p].tokens) for p, _ in rows], tokens_per_pass):
-        own = [prompts[p] for p, _ in chunk]
+        chunk_prompts = [prompts[p] for p, _ in chunk]
         gone = [torch.from_numpy(removed[p][row]) for p, row in chunk]
-        logits = batch_logits(model, own, embed=_replacing(gone, len(own[-1].tokens), fill))
+        logits = batch_logits(
+            model, chunk_prompts, embed=_replacing(gone, len(chunk_prompts[-1].tokens), fill)
+        )
         for p in dict.fromkeys(p for p, _ in chunk):
             where = [i for i, (q, _) in enumerate(chunk) if q == p]
-            found[p][:, [chunk[i][1] for i in where]] = read(model, prompts[p], logits[where])
-    return [Values(*pair) for pair in found]
+            values[p][:, [chunk[i][1] for i in where]] = target_values(
+                model, prompts[p], logits[where]
+            )
+    return [Values(*pair) for pair in values]
 
 
 def _chunks(
@@ -139,8 +160,7 @@ def _replacing(
     gone: list[Tensor], width: int, fill: Callable[..., Any]
 ) -> Callable[[nn.Module, Tensor], Tensor]:
     """Replace the embeddings of removed tokens: the first stack's."""
-    longer = [nn.functional.pad(row, (0, width - len(row))) for row in gone]
-    removed = torch.stack(longer)
+    removed = torch.stack([nn.functional.pad(row, (0, width - len(row))) for row in gone])
 
     def replaced(module: nn.Module, out: Tensor) -> Tensor:
         return torch.where(removed.to(out.device)[..., None], fill(module), out)

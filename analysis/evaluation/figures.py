@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lenslrp.analysis.common.statistics import Numbers
-from lenslrp.analysis.views.figures import LIGHT, Theme, _names, new_figure
+from lenslrp.analysis.views.drawing import LIGHT, Theme, new_figure, write_titles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,12 +20,26 @@ def perturbation_curves(
     title: str,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """The target while features go, for each method: most relevant first solid, least dashed.
+    """The target while features are taken away, for each method.
+
+    Solid lines: the most relevant first; dashed: the least relevant first.
 
     Args:
         shares: [step] of the features that are gone.
         curves: method -> (MoRF, LeRF), each [step].
-        unit: of what is followed.
+        unit: of the target, the label of the axis.
+        title: of the figure.
+        theme: `LIGHT` or `DARK`.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+
+    Examples:
+        ```python
+        curve = curves(features, {"attnlrp": relevance})["attnlrp"]
+        lines = {"attnlrp": (curve.morf, curve.lerf)}
+        perturbation_curves(curve.shares, lines, unit="logits", title="one prompt").savefig("c.png")
+        ```
     """
     figure, (axes,) = new_figure(7.0, 4.2, theme, 1)
     import matplotlib as mpl
@@ -34,7 +48,7 @@ def perturbation_curves(
     for (name, (morf, lerf)), colour in zip(curves.items(), colours, strict=False):
         axes.plot(shares, morf, color=colour, label=name)
         axes.plot(shares, lerf, color=colour, linestyle="--")
-    _names(axes, theme, title=title, x="share of features gone", y=unit)
+    write_titles(axes, theme, title=title, x="share of features gone", y=unit)
     axes.grid(color=theme.muted, alpha=0.25)
     axes.legend(
         loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8,

@@ -3,9 +3,18 @@
     results = evaluate("next_word", model, ["random", "cp_lrp", "attnlrp"],
                        data="paragraphs.jsonl", n=100, folder="results/next_word")
 
-For each example every method gives its relevance; then all of them are perturbed together
-(:mod:`lenslrp.analysis.evaluation.faithfulness`). What was measured is appended to a file when an
-example is done, so a run that was killed goes on where it was, and ends with the same numbers.
+1. Records are read, and taken in an order drawn by the seed.
+2. The task makes an example of a record: a prompt, a target, what may be taken away.
+3. Every method gives its relevance of the example; where a right answer is known, it is compared
+   with it.
+4. Features are taken away in the order of each relevance.
+5. The example's row is appended to a file, so a run that was killed goes on where it was, and ends
+   with the same numbers.
+6. The rows become one table, `Results`.
+
+A metric of curves is a property of `PerturbationCurve` and its name in `CURVE_SCORES`
+(`lenslrp.analysis.evaluation.faithfulness`); a metric of known answers is an entry of
+`pointing_scores` (`lenslrp.analysis.evaluation.spans`). Tables and files have it then.
 """
 
 from __future__ import annotations
@@ -17,21 +26,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lenslrp.analysis.attribution.methods import Method, answer, as_method
+from lenslrp.analysis.attribution.methods import Method, as_method, run_method
 from lenslrp.analysis.common.journal import Row, resumed
-from lenslrp.analysis.common.records import HALVES, half_of, identity, in_order, read_records
+from lenslrp.analysis.common.records import SPLITS, in_order, read_records, record_id, split_of
+from lenslrp.analysis.common.statistics import Numbers
 from lenslrp.analysis.evaluation.faithfulness import aopc, aopc_bounds, curves, normalised_aopc
 from lenslrp.analysis.evaluation.features import Features, tokens_of
 from lenslrp.analysis.evaluation.image_files import read_images
 from lenslrp.analysis.evaluation.model_features import patches_of
-from lenslrp.analysis.evaluation.results import JOURNAL, PARQUET, Results
-from lenslrp.analysis.evaluation.spans import hit, ious
+from lenslrp.analysis.evaluation.results import CURVES, JOURNAL, PARQUET, Results
+from lenslrp.analysis.evaluation.spans import pointing_scores
 from lenslrp.analysis.evaluation.tasks import IMAGES, TASKS, Example, Task, Unfit, image_task
 from lenslrp.analysis.passes.problems import AttributionProblem, PassCount, resolve
-from lenslrp.analysis.passes.prompts import Numbers
 from lenslrp.errors import InputError, StorageError
 from lenslrp.fingerprints import describe_model
 
@@ -43,9 +51,19 @@ KEEP_FIRST = "+first"
 
 @dataclass(frozen=True)
 class Perturbation:
-    """How features go: what stands in their place, and whether the first token stays.
+    """How features are taken away: what replaces them, and whether the first token stays.
 
     As text: the baseline, and ``+first`` where the first token stays, such as ``"zero+first"``.
+
+    Attributes:
+        baseline: what replaces a feature: see ``baseline`` of `tokens_of`; for an image
+            ``"zero"`` (the mean colour of the processor's statistics) or ``"mean"`` (its own).
+        keep_first: never take the first token away, at which many models park attention that is
+            meant for nothing.
+
+    Examples:
+        >>> Perturbation.parse("mean+first")
+        Perturbation(baseline='mean', keep_first=True)
     """
 
     baseline: str = "zero"
@@ -53,13 +71,18 @@ class Perturbation:
 
     @classmethod
     def parse(cls, text: str) -> Perturbation:
+        """The inverse of ``str``."""
         return cls(text.removesuffix(KEEP_FIRST), text.endswith(KEEP_FIRST))
 
     def __str__(self) -> str:
         return self.baseline + (KEEP_FIRST if self.keep_first else "")
 
     def features(self, model: TransformerBridge, example: Example) -> Features:
-        """What of an example may be taken away in this way."""
+        """What of an example may be taken away in this way.
+
+        Raises:
+            InputError: an unknown baseline, or ``keep_first`` for an image.
+        """
         if example.prompt.pixels is not None:
             if self.keep_first:
                 raise InputError(f"an image has no first token to keep: {self.baseline!r}")
@@ -89,20 +112,18 @@ def evaluate(
     """Measure how faithful methods are on ``n`` examples of a task.
 
     Args:
-        task: a name in :data:`~lenslrp.analysis.evaluation.tasks.TASKS`, ``"images"``, or a task of
-        your own.
+        task: a name in `TASKS`, ``"images"``, or a task of your own.
         model: a ``TransformerBridge``.
-        methods: names in :data:`~lenslrp.analysis.attribution.methods.METHODS`, composites of
-            rules, or methods of your own.
+        methods: names in `METHODS`, composites of rules, or methods of your own (`Method`).
         n: how many examples; a later run with more goes on from there.
         folder: where results are kept. A run with other options needs a folder of its own.
         data: a ``.jsonl`` file, a ``datasets`` object or a list of dicts; which fields a record
             needs is ``TASKS[task].fields``. Read whole, and taken in an order drawn by ``seed``.
-            ``None`` for tasks that make their own. For ``"images"`` what
-            :func:`~lenslrp.analysis.evaluation.image_files.read_images` reads, a folder of files,
-        say.
+            ``None`` for tasks that make their own. For ``"images"`` a folder of image files, an
+            ``.npz`` file with ``images`` [n, height, width, 3] of bytes, or dicts with an
+            ``image``.
         seed: of the order of examples, of methods that draw random numbers, and of the bootstrap.
-        perturbations: see :class:`Perturbation`.
+        perturbations: see `Perturbation`.
         steps: of a curve.
         length: tokens of an example: exactly (``next_word``), or at most.
         half: ``"development"`` or ``"held-out"``, to choose a setting on one half of the texts and
@@ -111,17 +132,27 @@ def evaluate(
             (slow: ``beam * length^2`` forward passes an example).
         progress: a bar on standard error.
 
+    Returns:
+        Every number of every example; ``results.table("area")`` is the mean of a metric with its
+        95% bootstrap interval, for each method.
+
     Raises:
         InputError: an unknown name, no data, other options than those the folder was made with, or
             no example at all.
         StorageError: a damaged results file.
+
+    Examples:
+        ```python
+        results = evaluate("indirect_object", model, ["random", "attnlrp"], n=50, folder="io")
+        results.table("area")[["method", "mean", "low", "high"]]  # logits; chance is 0
+        ```
     """
     chosen = [as_method(method) for method in methods]
-    ways = [p if isinstance(p, Perturbation) else Perturbation.parse(p) for p in perturbations]
-    if not chosen or not ways or n < 1:
+    parsed = [p if isinstance(p, Perturbation) else Perturbation.parse(p) for p in perturbations]
+    if not chosen or not parsed or n < 1:
         raise InputError("give at least one method, one perturbation and one example")
-    if half is not None and half not in HALVES:
-        raise InputError(f"half is one of {', '.join(HALVES)} or None, not {half!r}")
+    if half is not None and half not in SPLITS:
+        raise InputError(f"half is one of {', '.join(SPLITS)} or None, not {half!r}")
     names = [method.name for method in chosen]
     if len(set(names)) < len(names):
         raise InputError(f"two methods have one name: {', '.join(names)}")
@@ -134,13 +165,13 @@ def evaluate(
         "task": task.name,
         "model": describe_model(model),
         "methods": names,
-        "perturbations": [str(way) for way in ways],
+        "perturbations": [str(perturbation) for perturbation in parsed],
         "steps": steps,
         "length": length,
         "seed": seed,
         "half": half,
         "beam": beam,
-        "records": identity({"all": [identity(record) for record in records]}),
+        "records": record_id({"all": [record_id(record) for record in records]}),
     }
     folder = Path(folder)
     if (folder / PARQUET).exists() and not (folder / JOURNAL).exists():
@@ -151,14 +182,14 @@ def evaluate(
     rows: list[Row] = []
     with resumed(folder / JOURNAL, settings) as (done, append):
         known = {row["example"]: row for row in done}
-        found = 0
+        measured = 0
         with tqdm(total=n, desc=task.name, unit="example", disable=not progress) as bar:
-            for row in _rows(task, model, records, known, append, chosen, ways, settings):
+            for row in _rows(task, model, records, known, append, chosen, parsed, settings):
                 rows.append(row)
                 if "unfit" not in row:
-                    found += 1
+                    measured += 1
                     bar.update()
-                if found == n:
+                if measured == n:
                     break
     results = Results.of(settings, rows, skipped)
     results.write(folder)
@@ -179,7 +210,7 @@ def _records(task: Task, data: Any, half: str | None, skipped: list[str]) -> Ite
         raise InputError(f"{task.name} needs data: records with {fields}")
     source = data if data is not None or task.records is None else task.records()
     for record in read_records(source, task.fields, skipped):
-        if half is None or half_of(str(record[task.split_by])) == half:
+        if half is None or split_of(str(record[task.split_by])) == half:
             yield record
 
 
@@ -190,24 +221,26 @@ def _rows(
     known: dict[str, Row],
     append: Any,
     methods: list[Method],
-    ways: list[Perturbation],
+    perturbations: list[Perturbation],
     settings: Row,
 ) -> Iterator[Row]:
     """One row a record, from the journal where it is there, in order."""
     warm = False
     for record in records:
-        name = identity(record)
+        name = record_id(record)
         if name not in known:
+            row: Row = {"example": name}
             try:
                 example = task.make(model, record, settings["length"])
             except Unfit as reason:
-                known[name] = {"example": name, "unfit": str(reason)}
+                row["unfit"] = str(reason)
             else:
                 if not warm:  # what the first pass of a process takes longer is no method's cost
-                    _plain(_question(model, example))
+                    _plain_seconds(_problem(model, example))
                     warm = True
-                known[name] = {"example": name} | _measured(model, example, methods, ways, settings)
-            append(known[name])
+                row |= _measured(model, example, methods, perturbations, settings)
+            known[name] = row
+            append(row)
         yield known[name]
 
 
@@ -215,76 +248,73 @@ def _measured(
     model: TransformerBridge,
     example: Example,
     methods: list[Method],
-    ways: list[Perturbation],
+    perturbations: list[Perturbation],
     settings: Row,
 ) -> Row:
     """Everything about one example, as it is stored."""
-    question = _question(model, example)
-    plain = _plain(question)
-    relevance, told = {}, {}
+    problem = _problem(model, example)
+    plain_seconds = _plain_seconds(problem)
+    relevance, measures = {}, {}
     for method in methods:
-        own = replace(question, passes=PassCount())
+        counted = replace(problem, passes=PassCount())
         start = time.perf_counter()
-        found = answer(method, own, seed=settings["seed"])
+        found = run_method(method, counted, seed=settings["seed"])
         seconds = time.perf_counter() - start
         values = found.tokens[0].detach().double().cpu().numpy()[: len(example.removable)]
         relevance[method.name] = values
-        told[method.name] = {
+        measures[method.name] = {
             "seconds": seconds,
             "forward": found.passes.forward,
             "backward": found.passes.backward,
         } | _pointing(values, example)
-    row: Row = {
-        "target": question.explained.text,
-        "value": float(question.explained.value[0]),
+    return {
+        "target": problem.explained.text,
+        "value": float(problem.explained.value[0]),
         "features": int(example.removable.sum()),
-        "plain_seconds": plain,
-        "methods": told,
-        "perturbed": {},
+        "plain_seconds": plain_seconds,
+        "methods": measures,
+        "perturbed": {
+            str(perturbation): _perturbed(
+                perturbation.features(model, example), relevance, settings
+            )
+            for perturbation in perturbations
+        },
     }
-    for way in ways:
-        features = way.features(model, example)
-        row["perturbed"][str(way)] = _perturbed(features, relevance, settings)
-    return row
 
 
 def _perturbed(features: Features, relevance: dict[str, Numbers], settings: Row) -> Row:
-    own = {name: features.of(values) for name, values in relevance.items()}
+    """For each method, the scores of its perturbation curve, and the curve."""
+    by_feature = {name: features.of(values) for name, values in relevance.items()}
     bounds = None if settings["beam"] is None else aopc_bounds(features, beam=settings["beam"])
-    told = {}
-    for name, curve in curves(features, own, steps=settings["steps"]).items():
-        told[name] = curve.scores() | {
-            field: getattr(curve, field).tolist()
-            for field in ("shares", "morf", "lerf", "morf_probability", "lerf_probability")
+    measures = {}
+    for name, curve in curves(features, by_feature, steps=settings["steps"]).items():
+        measures[name] = curve.scores() | {
+            field: getattr(curve, field).tolist() for field in ("shares", *CURVES)
         }
         if bounds is not None:
-            told[name]["naopc"] = normalised_aopc(aopc(features, own[name]), bounds)
-    return told
+            measures[name]["naopc"] = normalised_aopc(aopc(features, by_feature[name]), bounds)
+    return measures
 
 
 def _pointing(values: Numbers, example: Example) -> dict[str, float]:
-    """Whether relevance points at what decides, among the places that count."""
+    """Whether relevance points at what decides, among the tokens that may be taken away."""
     if example.key is None:
         return {}
-    some = example.removable
-    values, key = values[some], example.key[some]
-    told = {"hit": hit(values, key), "hit_at_3": hit(values, key, 3)}
-    told["iou"] = ious(values, key)["span length"]
-    if example.distractor is not None:
-        other: NDArray[np.bool_] = example.distractor[some]
-        told["above_distractor"] = float(values[key].max() > values[other].max())
-    return told
+    some, distractor = example.removable, example.distractor
+    return pointing_scores(
+        values[some], example.key[some], None if distractor is None else distractor[some]
+    )
 
 
-def _question(model: TransformerBridge, example: Example) -> AttributionProblem:
+def _problem(model: TransformerBridge, example: Example) -> AttributionProblem:
     prompt = example.prompt
     if prompt.pixels is not None:
         return resolve(model, target=prompt.target, pixel_values=prompt.pixels[None])
     return resolve(model, prompt.given, prompt.target)
 
 
-def _plain(question: AttributionProblem) -> float:
-    """Seconds of one plain forward and backward pass: the unit in which methods' costs are told."""
+def _plain_seconds(problem: AttributionProblem) -> float:
+    """Of one plain forward and backward pass: the unit in which methods' costs are given."""
     start = time.perf_counter()
-    question.gradients(question.inputs[None])
+    problem.gradients(problem.inputs[None])
     return time.perf_counter() - start

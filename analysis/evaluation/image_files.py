@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def read_images(model: TransformerBridge, source: Any, skipped: list[str]) -> dict[str, Tensor]:
@@ -37,13 +37,13 @@ def read_images(model: TransformerBridge, source: Any, skipped: list[str]) -> di
     require("PIL", "reading images")  # which transformers' processors need too
     process = _processor(model)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    found: dict[str, Tensor] = {}
+    pixels: dict[str, Tensor] = {}
     for name, image in _images(source):
         if isinstance(image, ValueError):
             skipped.append(f"{name}: {image}")
         else:
-            found[name] = process(images=[image], return_tensors="pt")["pixel_values"][0].to(dtype)
-    return found
+            pixels[name] = process(images=[image], return_tensors="pt")["pixel_values"][0].to(dtype)
+    return pixels
 
 
 def _processor(model: TransformerBridge) -> Any:
@@ -51,12 +51,12 @@ def _processor(model: TransformerBridge) -> Any:
 
     if model.processor is not None:
         return getattr(model.processor, "image_processor", model.processor)
-    place = str(getattr(model.original_model.config, "_name_or_path", ""))
+    source = str(getattr(model.original_model.config, "_name_or_path", ""))
     try:
-        return AutoImageProcessor.from_pretrained(place)
+        return AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"no image processor at {place!r}: load the model by name, set model.processor, or "
+            f"no image processor at {source!r}: load the model by name, set model.processor, or "
             "give evaluate an image_task with pixels of your own"
         ) from error
 
@@ -85,14 +85,14 @@ def _images(source: Any) -> Iterator[tuple[str, Any]]:
 def _folder(path: Path) -> Iterator[tuple[str, Any]]:
     from PIL import Image
 
-    files = [p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES]
+    files = [p for p in sorted(path.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]
     for file in files:
         try:
             with Image.open(file) as image:
-                found = _bytes(image)
+                pixels = _bytes(image)
         except (OSError, Image.DecompressionBombError) as error:
-            found = ValueError(f"no image: {error}"[:200])
-        yield file.name, found
+            pixels = ValueError(f"no image: {error}"[:200])
+        yield file.name, pixels
 
 
 def _arrays(path: Path) -> Iterator[tuple[str, Any]]:

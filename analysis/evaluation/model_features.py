@@ -1,4 +1,4 @@
-"""Other things that can be taken away: attention heads, MLP neurons, patches of an image.
+"""Other features that can be taken away: attention heads, MLP neurons, patches of an image.
 
 The latent version of a perturbation test: relevance at ``hook_z`` or ``mlp.hook_post`` says which
 heads and neurons the target needs, so switching them off in that order must show it. Features are
@@ -15,20 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lenslrp.analysis.common.statistics import Numbers
 from lenslrp.analysis.evaluation.features import TOKENS_PER_PASS, Features, Masks
 from lenslrp.analysis.passes.problems import resolve
 from lenslrp.analysis.passes.prompts import (
     ExplainedPrompt,
-    Numbers,
     Values,
     image_logits,
     prompt_logits,
-    read,
+    target_values,
 )
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import components, hook_points, layer_of
+from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.readers import select_names
+from lenslrp.hooks.structure import components, layer_of
 from lenslrp.inputs import is_encoder_decoder
 
 if TYPE_CHECKING:
@@ -38,7 +39,21 @@ IMAGES_PER_PASS = 16
 
 
 def heads_of(model: TransformerBridge, prompt: ExplainedPrompt) -> Features:
-    """Attention heads, [layer x head]: a head that is gone writes nothing at any position."""
+    """Attention heads, [layer x head]: a head that is gone writes nothing at any position.
+
+    Args:
+        model: a ``TransformerBridge`` of one stack.
+        prompt: from `as_prompt`.
+
+    Raises:
+        InputError: an encoder-decoder, or attention without heads at ``hook_z``.
+
+    Examples:
+        ```python
+        features = heads_of(model, prompt)  # size: layers * heads, in the order of R.heads()
+        curves(features, {"attnlrp": unit_relevance(R, "attn.hook_z")})
+        ```
+    """
     return _units(model, prompt, "attn.hook_z", 4)
 
 
@@ -51,8 +66,11 @@ def unit_relevance(cache: Any, name: str) -> Numbers:
     """Relevance of every unit, summed over positions: [layer x unit], as the features are.
 
     Args:
-        cache: a :class:`lenslrp.RelevanceCache` of one input, with the hook points read whole.
+        cache: a `lenslrp.RelevanceCache` of one input, with the hook points read whole.
         name: ``"attn.hook_z"`` or ``"mlp.hook_post"``.
+
+    Returns:
+        [layers * units], in units of the target.
     """
     if name == "attn.hook_z":
         heads: Numbers = cache.heads().to_numpy(dtype=np.float64).ravel()
@@ -76,18 +94,18 @@ def patches_of(
     """
     if prompt.pixels is None:
         raise InputError("this prompt has no image")
-    question = resolve(model, pixel_values=prompt.pixels[None], target=prompt.target)
-    assert question.grid is not None
-    instead = question.baseline(baseline)
+    problem = resolve(model, pixel_values=prompt.pixels[None], target=prompt.target)
+    assert problem.grid is not None
+    replacement = problem.baseline(baseline)
 
     def without(removed: Masks) -> Values:
-        found = []
-        for part in torch.from_numpy(removed).to(instead.device).split(IMAGES_PER_PASS):
-            images = torch.where(question.over_inputs(part), instead, question.inputs)
-            found.append(read(model, prompt, image_logits(model, images)))
-        return Values(*np.concatenate(found, axis=1))
+        values = []
+        for part in torch.from_numpy(removed).to(replacement.device).split(IMAGES_PER_PASS):
+            images = torch.where(problem.over_inputs(part), replacement, problem.inputs)
+            values.append(target_values(model, prompt, image_logits(model, images)))
+        return Values(*np.concatenate(values, axis=1))
 
-    return Features(np.arange(question.grid[0] * question.grid[1]), without)
+    return Features(np.arange(problem.grid[0] * problem.grid[1]), without)
 
 
 def _units(model: TransformerBridge, prompt: ExplainedPrompt, suffix: str, dims: int) -> Features:
@@ -107,15 +125,15 @@ def _units(model: TransformerBridge, prompt: ExplainedPrompt, suffix: str, dims:
     rows_at_once = max(1, TOKENS_PER_PASS // len(prompt.tokens))
 
     def without(removed: Masks) -> Values:
-        found = []
+        values = []
         for part in torch.from_numpy(removed).split(rows_at_once):
             edits = [
                 Edit(name, function=_switched_off(part[:, start : start + sizes[name]]))
                 for name, start in starts.items()
             ]
             logits = prompt_logits(model, prompt, len(part), edits=edits)
-            found.append(read(model, prompt, logits))
-        return Values(*np.concatenate(found, axis=1))
+            values.append(target_values(model, prompt, logits))
+        return Values(*np.concatenate(values, axis=1))
 
     return Features(np.arange(sum(sizes.values())), without)
 

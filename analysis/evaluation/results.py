@@ -1,4 +1,4 @@
-"""What an evaluation found: every number of every example, and the tables made of them."""
+"""The results of an evaluation: every number of every example, and the tables made of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lenslrp.analysis.common.statistics import bootstrap
+from lenslrp.analysis.evaluation.spans import POINTING
 from lenslrp.errors import InputError
 from lenslrp.files import whole
 
@@ -22,11 +23,12 @@ PARQUET = "results.parquet"
 
 REFERENCE = "attnlrp"
 CURVES = ("morf", "lerf", "morf_probability", "lerf_probability")
-POINTING = ("hit", "hit_at_3", "iou", "above_distractor")
-"""Measures that no perturbation has a part in."""
-METRICS = (
-    "area", "deletion", "insertion", "comprehensiveness", "sufficiency", "naopc", *POINTING
+EXAMPLE_COLUMNS = ("example", "target", "value", "features")
+OTHER_COLUMNS = (
+    *EXAMPLE_COLUMNS, "perturbation", "method", "shares", *CURVES, "seconds", "forward",
+    "backward", "cost",
 )  # fmt: skip
+"""Columns that are no metrics."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +37,16 @@ class Results:
 
     Attributes:
         settings: the options it was made with.
-        frame: one row an example, method and perturbation; see :meth:`to_dataframe`.
+        frame: one row an example, method and perturbation; see `to_dataframe`.
         skipped: names of input records that could not be read, and why.
-        unfit: records that made no example: reason -> how many.
+        unfit: records that make no example for this model: reason -> how many.
+
+    Examples:
+        ```python
+        results = Results.read("results/next_word")  # what evaluate wrote there
+        results.metrics()  # ["area", "deletion", "insertion", "comprehensiveness", "sufficiency"]
+        results.table("area", against="random")  # mean, interval and paired difference of each
+        ```
     """
 
     settings: dict[str, Any]
@@ -49,27 +58,27 @@ class Results:
     def of(
         cls, settings: dict[str, Any], rows: Iterable[dict[str, Any]], skipped: Iterable[str]
     ) -> Results:
-        """From the rows of a journal.
+        """From the rows of a journal, as `evaluate` writes them.
 
         Raises:
             InputError: no example among them.
         """
-        unfit: dict[str, int] = {}
+        left_out: dict[str, int] = {}
         flat = []
         for row in rows:
             if "unfit" in row:
-                unfit[row["unfit"]] = unfit.get(row["unfit"], 0) + 1
+                left_out[row["unfit"]] = left_out.get(row["unfit"], 0) + 1
                 continue
-            for way, methods in row["perturbed"].items():
+            for perturbation, methods in row["perturbed"].items():
                 for method, scores in methods.items():
-                    flat.append(_flat(row, way, method, scores))
+                    flat.append(_flat(row, perturbation, method, scores))
         if not flat:
-            reasons = ", ".join(f"{reason}: {n}" for reason, n in unfit.items()) or "no records"
+            reasons = ", ".join(f"{reason}: {n}" for reason, n in left_out.items()) or "no records"
             raise InputError(f"{settings['task']}: not one example ({reasons})")
-        return cls(settings, pd.DataFrame(flat), tuple(skipped), unfit)
+        return cls(settings, pd.DataFrame(flat), tuple(skipped), left_out)
 
     def write(self, folder: Path) -> None:
-        """One parquet file, what it was made with in its metadata."""
+        """Write one parquet file into ``folder``, the settings in its metadata."""
         frame = self.to_dataframe()
         frame.attrs = {
             "settings": self.settings, "skipped": list(self.skipped), "unfit": self.unfit
@@ -79,7 +88,7 @@ class Results:
 
     @classmethod
     def read(cls, folder: str | Path) -> Results:
-        """What :func:`~lenslrp.analysis.evaluation.harness.evaluate` left in its folder.
+        """The results that `evaluate` wrote into its folder.
 
         Raises:
             InputError: no finished run there.
@@ -88,37 +97,36 @@ class Results:
         if not path.exists():
             raise InputError(f"{path} does not exist: no run was finished in this folder")
         frame = pd.read_parquet(path)
-        told, frame.attrs = frame.attrs, {}
-        if "settings" not in told:
+        metadata, frame.attrs = frame.attrs, {}
+        if "settings" not in metadata:
             raise InputError(f"{path} does not say what it was made with: run evaluate again")
-        return cls(told["settings"], frame, tuple(told["skipped"]), told["unfit"])
+        return cls(metadata["settings"], frame, tuple(metadata["skipped"]), metadata["unfit"])
 
     @property
     def n(self) -> int:
-        """Examples."""
+        """How many examples there are."""
         return int(self.frame["example"].nunique())
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row an example, method and perturbation.
 
         Columns: ``example, target, value, features, perturbation, method``; the scores of
-        `PerturbationCurve` (areas in units of the
-        target); ``hit``, ``hit_at_3``, ``iou``, ``above_distractor`` where the answer is known;
-        ``naopc`` where asked for; ``seconds``, ``cost`` (relative to a plain forward and backward
-        pass of this example), ``forward``, ``backward`` (passes of one sequence); and the curves as
-        lists.
+        `PerturbationCurve` (areas in units of the target); ``hit``, ``hit_at_3``, ``iou``,
+        ``above_distractor`` where the answer is known; ``naopc`` with a beam; ``seconds``, ``cost``
+        (relative to a plain forward and backward pass of this example), ``forward``, ``backward``
+        (passes of one sequence); and the curves as lists.
         """
         return self.frame.copy()
 
     def metrics(self) -> list[str]:
-        """The measures that these results have."""
-        return [name for name in METRICS if name in self.frame]
+        """The metrics that these results have: names for `table`."""
+        return [name for name in self.frame if name not in OTHER_COLUMNS]
 
     def table(self, metric: str = "area", against: str | None = None) -> pd.DataFrame:
         """Mean, 95% bootstrap interval and paired difference from a method, for each method.
 
         Args:
-            metric: one of :meth:`metrics`.
+            metric: one of `metrics`.
             against: the method that the others are compared with; ``attnlrp``, or the first.
 
         Returns:
@@ -137,21 +145,30 @@ class Results:
         if other not in names:
             raise InputError(f"no method {other!r}; there are {', '.join(names)}")
         seed, rows = self.settings["seed"], []
-        ways = self.settings["perturbations"]
-        for way in ways[:1] if metric in POINTING else ways:
-            part = self.frame[self.frame["perturbation"] == way]
+        perturbations = self.settings["perturbations"]
+        for perturbation in perturbations[:1] if metric in POINTING else perturbations:
+            part = self.frame[self.frame["perturbation"] == perturbation]
             wide = part.pivot(index="example", columns="method", values=metric)
             for name in names:
-                both = wide[[name]].assign(other=wide[other]).dropna().to_numpy()
-                own = part[part["method"] == name]
-                nothing = (np.nan,) * 3
-                mean = bootstrap(both[:, 0], seed) if len(both) else nothing
-                lead = nothing
-                if len(both) and name != other:
-                    lead = bootstrap(both[:, 0] - both[:, 1], seed)
-                costs = [own["cost"].median(), own["forward"].mean(), own["backward"].mean()]
-                shown = "none" if metric in POINTING else way
-                rows.append([shown, name, len(both), *mean, *lead, *costs])
+                pairs = wide[[name]].assign(other=wide[other]).dropna().to_numpy()
+                mean = difference = (np.nan,) * 3
+                if len(pairs):
+                    mean = bootstrap(pairs[:, 0], seed)
+                if len(pairs) and name != other:
+                    difference = bootstrap(pairs[:, 0] - pairs[:, 1], seed)
+                costs = part.loc[part["method"] == name, ["cost", "forward", "backward"]]
+                rows.append(
+                    [
+                        "none" if metric in POINTING else perturbation,
+                        name,
+                        len(pairs),
+                        *mean,
+                        *difference,
+                        costs["cost"].median(),
+                        costs["forward"].mean(),
+                        costs["backward"].mean(),
+                    ]
+                )
         columns = ["perturbation", "method", "n", "mean", "low", "high", "difference",
                    "difference_low", "difference_high", "cost", "forward", "backward"]  # fmt: skip
         return pd.DataFrame(rows, columns=columns)
@@ -162,32 +179,35 @@ class Results:
         Args:
             perturbation: which; the first if not given.
             probability: the target's probability instead of its value.
+
+        Raises:
+            InputError: no such perturbation.
+            MissingExtraError: matplotlib is not installed.
         """
         from lenslrp.analysis.evaluation.figures import perturbation_curves
 
-        way = perturbation or self.settings["perturbations"][0]
-        if way not in self.settings["perturbations"]:
-            raise InputError(
-                f"no perturbation {way!r}; there are {', '.join(self.settings['perturbations'])}"
-            )
-        part = self.frame[self.frame["perturbation"] == way]
+        perturbation = perturbation or self.settings["perturbations"][0]
+        known = self.settings["perturbations"]
+        if perturbation not in known:
+            raise InputError(f"no perturbation {perturbation!r}; there are {', '.join(known)}")
+        part = self.frame[self.frame["perturbation"] == perturbation]
         grid = np.linspace(0, 1, self.settings["steps"] + 1)
         suffix = "_probability" if probability else ""
         means = {}
         for method in self.settings["methods"]:
-            own = part[part["method"] == method]
+            of_method = part[part["method"] == method]
             means[method] = [
                 np.mean(
                     [
                         np.interp(grid, shares, curve)
-                        for shares, curve in zip(own["shares"], own[way_ + suffix], strict=True)
+                        for shares, curve in zip(of_method["shares"], of_method[name], strict=True)
                     ],
                     axis=0,
                 )
-                for way_ in ("morf", "lerf")
+                for name in (f"morf{suffix}", f"lerf{suffix}")
             ]
         unit = "probability of the target" if probability else "target (logits)"
-        title = f"{self.settings['task']}, {way}, n = {self.n}"
+        title = f"{self.settings['task']}, {perturbation}, n = {self.n}"
         return perturbation_curves(grid, means, unit=unit, title=title)
 
     def __str__(self) -> str:
@@ -210,13 +230,15 @@ class Results:
         return REFERENCE if REFERENCE in names else str(names[0])
 
 
-def _flat(row: dict[str, Any], way: str, method: str, scores: dict[str, Any]) -> dict[str, Any]:
-    told = row["methods"][method]
+def _flat(
+    row: dict[str, Any], perturbation: str, method: str, scores: dict[str, Any]
+) -> dict[str, Any]:
+    measures = row["methods"][method]
     return {
-        **{name: row[name] for name in ("example", "target", "value", "features")},
-        "perturbation": way,
+        **{name: row[name] for name in EXAMPLE_COLUMNS},
+        "perturbation": perturbation,
         "method": method,
         **scores,
-        **told,
-        "cost": told["seconds"] / row["plain_seconds"],
+        **measures,
+        "cost": measures["seconds"] / row["plain_seconds"],
     }

@@ -2,10 +2,10 @@
 
 * **Randomisation** (Adebayo et al. 2018, "Sanity checks for saliency maps"): the weights of layers
   are randomised, and relevance must become another one. Cascading: from the last layer down, all
-  above stay random. Independent: one layer at a time. A map that survives shows the input, not the
-  model.
+  above stay random. Independent: one layer at a time. Relevance that survives shows the input, not
+  the model.
 * **An irrelevant change**: a sentence that does not matter is exchanged for another. The other
-  tokens mean what they meant, so their relevance should be what it was.
+  tokens mean the same as before, so their relevance should not change.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lenslrp.analysis.common.statistics import spearman
-from lenslrp.analysis.passes.prompts import Numbers
-from lenslrp.analysis.units.locations import stack_name
+from lenslrp.analysis.common.statistics import Numbers, spearman
+from lenslrp.analysis.units.locations import blocks_name
 from lenslrp.errors import InputError
 from lenslrp.hooks.turns import turn
 
@@ -47,6 +46,7 @@ def randomisation(
     put back, however the check ends.
 
     Args:
+        model: a ``TransformerBridge``; its weights are restored.
         relevance: computes the relevance of one input, for one fixed target; any shape. Or a dict
             of such, of several inputs and methods, which then share what is randomised.
         mode: ``"cascading"``: a layer and all above it; or ``"independent"``: that layer alone.
@@ -60,27 +60,32 @@ def randomisation(
 
     Raises:
         InputError: an unknown mode or layer.
+
+    Examples:
+        ```python
+        frame = randomisation(model, lambda: attribute("attnlrp", model, text, " Paris").tokens)
+        frame["spearman"]  # 1 at a layer: without it and all above, relevance is the same
+        ```
     """
     if mode not in MODES:
         raise InputError(f"mode is 'cascading' or 'independent', not {mode!r}")
-    blocks = list(getattr(model, stack_name(model)))
-    wanted = list(range(len(blocks))) if layers is None else sorted(set(layers))
-    for layer in wanted:
+    blocks = list(getattr(model, blocks_name(model)))
+    chosen = list(range(len(blocks))) if layers is None else sorted(set(layers))
+    for layer in chosen:
         if not 0 <= layer < len(blocks):
             raise InputError(f"layer is {layer}, but the model has layers 0 to {len(blocks) - 1}")
-    found = relevance()
-    several = isinstance(found, Mapping)
-    original, rows = _vectors(found), []
-    for layer in reversed(wanted):
-        gone = range(layer, len(blocks)) if mode == "cascading" else [layer]
-        with turn(model), shuffled([(k, blocks[k]) for k in gone], seed):
-            now = _vectors(relevance())
+    unchanged = relevance()
+    original, rows = _vectors(unchanged), []
+    for layer in reversed(chosen):
+        randomised = range(layer, len(blocks)) if mode == "cascading" else [layer]
+        with turn(model), shuffled([(k, blocks[k]) for k in randomised], seed):
+            changed = _vectors(relevance())
         for name, before in original.items():
-            after = now[name]
+            after = changed[name]
             pair = (spearman(before, after), spearman(np.abs(before), np.abs(after)))
             rows.append((name, layer, *pair))
     frame = pd.DataFrame(rows, columns=["name", "layer", "spearman", "spearman_abs"])
-    return frame if several else frame.drop(columns="name")
+    return frame if isinstance(unchanged, Mapping) else frame.drop(columns="name")
 
 
 @contextmanager
@@ -89,27 +94,27 @@ def shuffled(modules: Iterable[tuple[int, nn.Module]], seed: int) -> Iterator[No
 
     A module's shuffle depends on its number and the seed alone.
     """
-    kept: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
+    originals: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
     try:
         with torch.no_grad():
             for number, module in modules:
                 generator = torch.Generator().manual_seed(seed * 100_003 + number)
                 for weight in module.parameters():
-                    if id(weight) in kept:
+                    if id(weight) in originals:
                         continue
-                    kept[id(weight)] = (weight, weight.detach().clone())
+                    originals[id(weight)] = (weight, weight.detach().clone())
                     order = torch.randperm(weight.numel(), generator=generator)
                     weight.copy_(weight.reshape(-1)[order.to(weight.device)].view_as(weight))
         yield
     finally:
         with torch.no_grad():
-            for weight, value in kept.values():
+            for weight, value in originals.values():
                 weight.copy_(value)
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What an exchange of one sentence for another did to the relevance of the other tokens.
+    """How relevance of the other tokens changed when one sentence was exchanged for another.
 
     Attributes:
         shared: tokens before and after the sentence, which both texts have.
@@ -130,16 +135,27 @@ class Sensitivity:
 def sensitivity(
     explain: Callable[[str], tuple[list[int], Any, float]], before: str, after: str
 ) -> Sensitivity:
-    """Exchange one part of a text for another, and compare the relevance of the rest.
+    """Exchange one part of a text for another, and compare the relevance of the other tokens.
 
     Args:
         explain: from a text to its token ids, their relevance [pos], and the target's value.
-        before, after: two texts that differ in one place.
+        before: a text.
+        after: the text, different in one place.
 
     Raises:
         InputError: the texts are equal, or have no token in common.
+
+    Examples:
+        ```python
+        def explain(text):
+            _, R = lenslrp.run_with_relevance(model, text, " Paris")
+            return model.to_tokens(text)[0].tolist(), R.tokens[0], float(R.target.value[0])
+
+        question = "The capital of France is"
+        sensitivity(explain, f"It rains. {question}", f"I sing. {question}").spearman  # 1 is best
+        ```
     """
-    (ids, first, value), (other, second, now) = explain(before), explain(after)
+    (ids, first, value), (other, second, other_value) = explain(before), explain(after)
     if ids == other:
         raise InputError("the two texts are the same tokens: nothing was changed")
     short = min(len(ids), len(other))
@@ -156,7 +172,7 @@ def sensitivity(
         spearman(a, b),
         float(np.abs(a - b).sum() / np.abs(a).sum()),
         float(1 - np.abs(a).sum() / size),
-        float(now - value),
+        float(other_value - value),
     )
 
 
@@ -164,9 +180,9 @@ def _ends(values: Numbers, head: int, tail: int) -> Numbers:
     return np.concatenate([values[:head], values[len(values) - tail :]])
 
 
-def _vectors(found: Any) -> dict[Any, Numbers]:
-    """Every relevance by its key; a single one by none."""
-    named = found if isinstance(found, Mapping) else {None: found}
+def _vectors(relevance: Any) -> dict[Any, Numbers]:
+    """Every relevance by its key; a single one by ``None``."""
+    named = relevance if isinstance(relevance, Mapping) else {None: relevance}
     return {name: _vector(values) for name, values in named.items()}
 
 

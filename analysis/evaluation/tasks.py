@@ -1,8 +1,8 @@
-"""What explanations are tried on: each task makes examples of records, for a given model.
+"""Tasks to evaluate explanations on: each makes examples of records, for a given model.
 
-An example is a prompt, a target, the places that may be taken away, and, where the answer is known,
-the places that decide it. Only what the model gets right is kept where right and wrong exist: a
-wrong answer has no reason that a reader would know.
+An example is a prompt, a target, the tokens that may be taken away, and, where the answer is known,
+the tokens that decide it. Only what the model gets right is kept where right and wrong exist: for a
+wrong answer no reason is known.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lenslrp import targets
 from lenslrp.analysis.common.records import Record
 from lenslrp.analysis.common.templates import agreement, indirect_objects
 from lenslrp.analysis.evaluation.features import token_values
-from lenslrp.analysis.evaluation.spans import normalise, occurrences, overlap, token_spans
+from lenslrp.analysis.evaluation.spans import Mask, normalise, occurrences, overlap, token_spans
 from lenslrp.analysis.passes.problems import resolve
 from lenslrp.analysis.passes.prompts import ExplainedPrompt, as_prompt
 from lenslrp.errors import InputError
@@ -33,10 +32,8 @@ from lenslrp.text.tokenization import tokenize
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-Chosen = NDArray[np.bool_]
-
 REVIEW = "Review: {text}\nSentiment:"
-LABELS = {"positive": " positive", "negative": " negative"}
+SENTIMENTS = {"positive": " positive", "negative": " negative"}
 QUESTION = {
     # by whether there is a decoder of its own: Flan-T5 was tuned on such prompts; a small decoder
     # needs an example to see that the answer is short
@@ -54,31 +51,46 @@ class Example:
 
     Attributes:
         prompt: the input and the target.
-        removable: [pos] (or [patch]), which places perturbation may take away.
-        key: [pos], the places that decide the answer, where that is known.
-        distractor: [pos], the places that speak for the wrong answer, likewise.
+        removable: [pos] (or [patch]), what perturbation may take away.
+        key: [pos], the tokens that decide the answer, where that is known.
+        distractor: [pos], the tokens that are evidence for the wrong answer, likewise.
     """
 
     prompt: ExplainedPrompt
-    removable: Chosen
-    key: Chosen | None = None
-    distractor: Chosen | None = None
+    removable: Mask
+    key: Mask | None = None
+    distractor: Mask | None = None
 
 
 class Unfit(Exception):
-    """A record that makes no example for this model; the message is the reason."""
+    """Raised for a record that makes no example for this model; the message is the reason.
+
+    The record is skipped; `Results.unfit` counts the reasons.
+    """
 
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of example.
+    """A kind of example: how one is made of a record of data.
 
     Attributes:
-        name: its key in :data:`TASKS`.
+        name: its key in `TASKS`.
         fields: what a record must have.
-        make: model, record and length to an example; raises :class:`Unfit`.
+        make: takes a model, a record and a length in tokens; returns an `Example`, or raises
+            `Unfit` to skip the record.
         records: makes the records, where no data is needed.
-        split_by: the field whose hash decides on which half of the data a record is.
+        split_by: the field whose hash decides in which split, development or held-out, a record
+            is.
+
+    Examples:
+        ```python
+        def first_sentence(model, record, length):
+            prompt = as_prompt(model, record["text"].split(".")[0])
+            return Example(prompt, np.ones(len(prompt.tokens), dtype=bool))
+
+        task = Task("first_sentence", {"text": str}, first_sentence)
+        evaluate(task, model, ["attnlrp"], data=[{"text": "It rains. I sing."}], n=1, folder="r")
+        ```
     """
 
     name: str
@@ -100,21 +112,21 @@ def next_word(model: TransformerBridge, record: Record, length: int) -> Example:
 def sentiment(model: TransformerBridge, record: Record, length: int) -> Example:
     """The label of a review, as the difference of the two labels' logits; the review's tokens."""
     label = record["label"]
-    if label not in LABELS:
-        raise InputError(f"a review's label is one of {', '.join(LABELS)}, not {label!r}")
-    right, wrong = LABELS[label], next(v for k, v in LABELS.items() if k != label)
+    if label not in SENTIMENTS:
+        raise InputError(f"a review's label is one of {', '.join(SENTIMENTS)}, not {label!r}")
+    right, wrong = SENTIMENTS[label], next(v for k, v in SENTIMENTS.items() if k != label)
     start = REVIEW.index("{text}")
     text = REVIEW.format(text=record["text"])
-    example = _known(model, text, right, wrong, [(start, start + len(record["text"]))])
+    example = _two_answers(model, text, right, wrong, [(start, start + len(record["text"]))])
     if len(example.prompt.tokens) > length:
         raise Unfit(f"longer than {length} tokens")
     return example
 
 
 def known_answer(model: TransformerBridge, record: Record, length: int) -> Example:
-    """A sentence with a right and a wrong next token, and the words that speak for each."""
+    """A sentence with a right and a wrong next token, and the words that are evidence for each."""
     text = record["text"]
-    example = _known(model, text, record["answer"], record["rival"], [(0, len(text))])
+    example = _two_answers(model, text, record["answer"], record["rival"], [(0, len(text))])
     spans = token_spans(model.tokenizer, text, example.prompt.tokens.tolist())
     key = overlap(spans, occurrences(text, record["key"]))
     distractor = overlap(spans, occurrences(text, record["distractor"]))
@@ -134,12 +146,12 @@ def squad(model: TransformerBridge, record: Record, length: int) -> Example:
     ids = model.tokenizer(text)["input_ids"]
     if len(ids) > length:
         raise Unfit(f"longer than {length} tokens")
-    written = generate(model, ids)
-    answer = normalise(model.tokenizer.decode(written))
+    answer_ids = generate(model, ids)
+    answer = normalise(model.tokenizer.decode(answer_ids))
     references = {normalise(str(a.get("text", ""))): a for a in reversed(record["answers"])}
     if not answer or answer not in references:
         raise Unfit("answered otherwise")
-    prompt = as_prompt(model, torch.tensor(ids), targets.Sequence(written))
+    prompt = as_prompt(model, torch.tensor(ids), targets.Sequence(answer_ids))
     begin = template.index("{context}")
     start = begin + int(references[answer]["start"])
     spans = token_spans(model.tokenizer, text, ids)
@@ -175,10 +187,16 @@ def generate(model: TransformerBridge, ids: list[int]) -> list[int]:
 
 
 def image_task(images: Mapping[str, Tensor]) -> Task:
-    """The class that the model gives an image, and the image's patches.
+    """A task of images: the class that the model gives each, and the image's patches.
 
     Args:
         images: name -> [channel, height, width], as the model's own processor makes it.
+
+    Examples:
+        ```python
+        pixels = model.processor(images=[photo], return_tensors="pt")["pixel_values"][0]
+        evaluate(image_task({"photo": pixels}), model, ["attnlrp_gamma"], n=1, folder="photo")
+        ```
     """
 
     def digest(pixels: Tensor) -> str:
@@ -196,15 +214,15 @@ def image_task(images: Mapping[str, Tensor]) -> Task:
     return Task(IMAGES, {"image": str, "pixels": str}, make, records, split_by="pixels")
 
 
-def _known(
+def _two_answers(
     model: TransformerBridge, text: str, right: str, wrong: str, removable: Spans
 ) -> Example:
     for word in (right, wrong):
         if len(model.tokenizer.encode(word, add_special_tokens=False)) != 1:
             raise Unfit(f"{word!r} is more than one token")
     prompt = as_prompt(model, text, targets.LogitDiff(right, wrong))
-    nothing = np.zeros((1, len(prompt.tokens)), dtype=bool)
-    if token_values(model, [prompt], [nothing])[0].value[0] <= 0:
+    nothing_gone = np.zeros((1, len(prompt.tokens)), dtype=bool)
+    if token_values(model, [prompt], [nothing_gone])[0].value[0] <= 0:
         raise Unfit("answered otherwise")
     spans = token_spans(model.tokenizer, text, prompt.tokens.tolist())
     return Example(prompt, overlap(spans, removable))

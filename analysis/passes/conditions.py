@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from lenslrp.analysis.units.kinds import Head, Neuron, Unit
 from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
-from lenslrp.forward import undone
-from lenslrp.hooks.attach import Attached
-from lenslrp.hooks.components import components, hook_points, layer_of
+from lenslrp.graph_check import conditional
+from lenslrp.hooks.components import hook_points
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.readers import converted
+from lenslrp.hooks.structure import components, layer_of
 from lenslrp.hooks.turns import turn
-from lenslrp.remembered import conditional
+from lenslrp.running import undone
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -34,16 +35,24 @@ if TYPE_CHECKING:
 def through(model: TransformerBridge, units: Sequence[Unit]) -> Iterator[None]:
     """Inside the block, backward passes count relevance through ``units`` only.
 
-    Use it around :func:`lenslrp.run_with_relevance` with ``ledger=False``: what was cut is on
-    purpose not accounted for. At the condition's own hook point a reader still sees all units; take
-    the chosen ones there.
+    Concept relevance propagation (CRP; Achtibat et al. 2023, arXiv:2206.03208). Use it around
+    `lenslrp.run_with_relevance` with ``ledger=False``: what was cut is on purpose not accounted
+    for. At the condition's own hook point all units are still read; take the chosen ones there.
 
     Args:
         model: a ``TransformerBridge``.
-        units: :class:`Neuron` and :class:`Head` of decoder blocks.
+        units: `Neuron` and `Head` of decoder blocks. Units at one hook point are alternatives,
+            hook points are requirements.
 
     Raises:
         InputError: another kind of unit, or a block whose branches cannot be told apart.
+
+    Examples:
+        ```python
+        with through(model, [Head(5, 2)]):
+            _, R = lenslrp.run_with_relevance(model, prompt, ledger=False)
+        R.tokens  # [1, pos], in logits: what of the target passed through head 5.2
+        ```
     """
     chosen: dict[str, list[int]] = {}
     for unit in units:
@@ -72,10 +81,10 @@ class _StreamCut:
         if layer_of(self.hook) is None:
             raise InputError(f"{self.hook} is in no block: no condition can be put there")
         parts: dict[str, Any] = model.get_submodule(prefix)._modules
-        own = "ln2" if branch == "mlp" and "ln2" in parts else "ln1"
-        if parts.get(own) is None:
+        norm = "ln2" if branch == "mlp" and "ln2" in parts else "ln1"
+        if parts.get(norm) is None:
             raise InputError(f"{self.hook}: no norm stands before this branch, so no condition")
-        at.pre_hook(parts[own], self._before, with_kwargs=True)
+        at.pre_hook(parts[norm], self._before, with_kwargs=True)
         if "ln2" not in parts:  # one norm serves both branches: the other one must not pass
             other = parts["attn" if branch == "mlp" else "mlp"]
             at.hook(other.hook_out, _nothing)
@@ -84,17 +93,17 @@ class _StreamCut:
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.ran = True
-        place = next((i for i, x in enumerate(args) if isinstance(x, Tensor)), None)
-        x = args[place] if place is not None else kwargs.get("hidden_states")
+        index = next((i for i, x in enumerate(args) if isinstance(x, Tensor)), None)
+        x = args[index] if index is not None else kwargs.get("hidden_states")
         if not isinstance(x, Tensor) or not x.requires_grad:
             return None
-        came: list[Tensor] = []
+        through_branch: list[Tensor] = []
         view = x.view_as(x)
-        edit_gradient(view, came.append)
-        edit_gradient(x, lambda g: came.pop() if came else torch.zeros_like(g))
-        if place is None:
+        edit_gradient(view, through_branch.append)
+        edit_gradient(x, lambda g: through_branch.pop() if through_branch else torch.zeros_like(g))
+        if index is None:
             return args, {**kwargs, "hidden_states": view}
-        return (*args[:place], view, *args[place + 1 :]), kwargs
+        return (*args[:index], view, *args[index + 1 :]), kwargs
 
 
 def _nothing(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
@@ -117,10 +126,10 @@ def _only(indices: list[int], cut: _StreamCut) -> Any:
         conversion = getattr(module, "hook_conversion", None)
 
         def mask(g: Tensor) -> Tensor:
-            seen = converted(module, g)
-            keep = torch.zeros(seen.shape[-1 if conversion is None else 2], device=g.device)
+            by_unit = converted(module, g)
+            keep = torch.zeros(by_unit.shape[-1 if conversion is None else 2], device=g.device)
             keep[indices] = 1
-            kept = seen * (keep if conversion is None else keep[:, None]).to(g)
+            kept = by_unit * (keep if conversion is None else keep[:, None]).to(g)
             back: Tensor = kept if conversion is None else conversion.revert(kept)
             return back.reshape(g.shape)
 

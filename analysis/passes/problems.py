@@ -1,9 +1,9 @@
-"""One input and one target, as a function of what the model embedded: what every method is asked.
+"""One input and one target, as a function of what the model embedded: what every method resolves.
 
-A method of attribution asks how the target's value depends on the units of the input: token
+A method of attribution finds how the target's value depends on the units of the input: token
 embeddings (a unit is the whole vector), or patches of an image (a unit is all of its pixels). Here
-input and target are resolved exactly as :func:`lenslrp.run_with_relevance` resolves them; then the
-value can be asked for any number of changed inputs, in chunks of bounded memory, and every pass is
+input and target are resolved exactly as `lenslrp.run_with_relevance` resolves them; then the
+value can be had for any number of changed inputs, in chunks of bounded memory, and every pass is
 counted. The default target, the top logit, is that of the unchanged input throughout.
 """
 
@@ -19,34 +19,34 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lenslrp import media
+from lenslrp.batch import Batch
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
-from lenslrp.forward import architecture, columns_for, forward, outputs_of, parts_of
+from lenslrp.forward import columns_for, forward, outputs_of
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.install import require_bridge
 from lenslrp.hooks.readers import NamesFilter
-from lenslrp.inputs import Batch
 from lenslrp.leaves import Leaves
-from lenslrp.logits import Columns
+from lenslrp.logits import Columns, Outputs, Target
 from lenslrp.media import batch_size
+from lenslrp.running import architecture
 from lenslrp.sessions import Session
 from lenslrp.targets import (
     Activation,
     Explained,
     Logit,
-    Outputs,
     PerRow,
     Sequence,
-    Target,
     Top,
     as_target,
+    parts_of,
     require_latent,
 )
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-CHUNK = 16
+SEQUENCES_AT_ONCE = 16
 """How many sequences run through the model at once."""
 
 
@@ -60,7 +60,7 @@ class PassCount:
 
 @dataclass(eq=False)
 class AttributionProblem:
-    """What a method is asked; see :func:`resolve`.
+    """The value of a target as a function of an input; see `resolve`.
 
     Attributes:
         inputs: the embeddings of the tokens, [batch, pos, d_model], or an image's pixels,
@@ -71,7 +71,7 @@ class AttributionProblem:
         explained: the target's text, and its value for the unchanged input.
         units: what the units are called.
         grid: rows and columns of an image's patches, ``None`` for text.
-        given: the input as :func:`lenslrp.run_with_relevance` takes it.
+        input_keywords: the input, as keywords of `lenslrp.run_with_relevance`.
         columns: where the logits are that the target reads, if not everywhere.
         chunk: how many sequences run at once.
         passes: counted so far, for each row.
@@ -86,9 +86,9 @@ class AttributionProblem:
     explained: Explained
     units: list[list[str]]
     grid: tuple[int, int] | None
-    given: Mapping[str, Any]
+    input_keywords: Mapping[str, Any]
     columns: Columns | None = None
-    chunk: int = CHUNK
+    chunk: int = SEQUENCES_AT_ONCE
     passes: PassCount = field(default_factory=PassCount)
 
     @property
@@ -102,7 +102,7 @@ class AttributionProblem:
         """The target's value for changed inputs, on the autograd graph where they are on it.
 
         Args:
-            how: what else is done in each pass, as for :func:`lenslrp.forward.forward`.
+            how: what else is done in each pass, as for `lenslrp.forward.forward`.
         """
         return torch.cat([self._values(part, **how) for part in inputs.split(self.step)])
 
@@ -110,7 +110,7 @@ class AttributionProblem:
         """Relevance of the unchanged input under rules: one forward and one backward pass."""
         with Session(self.model, composite, ledger=False, logits="target", stays=False) as session:
             _, cache = session.run_with_relevance(
-                target=self.target, names_filter=names_filter, **self.given
+                target=self.target, names_filter=names_filter, **self.input_keywords
             )
         self.passes.forward += 1
         self.passes.backward += 1
@@ -118,13 +118,13 @@ class AttributionProblem:
 
     def gradients(self, inputs: Float[Tensor, "copies batch ..."]) -> Tensor:
         """The gradient of the value at changed inputs, of their shape."""
-        found = []
+        gradients = []
         for part in inputs.split(self.step):
             leaf = part.detach().clone().requires_grad_()
             with torch.enable_grad():
                 value = self._values(leaf).sum()
-            found.append(torch.autograd.grad(value, leaf)[0])
-        return torch.cat(found)
+            gradients.append(torch.autograd.grad(value, leaf)[0])
+        return torch.cat(gradients)
 
     @torch.no_grad()
     def ablated(
@@ -197,14 +197,14 @@ class AttributionProblem:
 
     def _values(self, inputs: Tensor, **how: Any) -> Tensor:
         copies, batch = inputs.shape[:2]
-        given = inputs.flatten(0, 1)
+        sequences = inputs.flatten(0, 1)
         changed, columns = self.prepared.repeated(copies), self.columns
         if changed.media:
-            changed = replace(changed, media={"pixel_values": given})
+            changed = replace(changed, media={"pixel_values": sequences})
         elif "inputs_embeds" in changed.kwargs:
-            changed.kwargs["inputs_embeds"] = given
+            changed.kwargs["inputs_embeds"] = sequences
         else:
-            how["embed"] = lambda _, out: given if out.shape == given.shape else None
+            how["embed"] = lambda _, out: sequences if out.shape == sequences.shape else None
         self.passes.forward += copies
         with forward(
             self.model, changed, capture_at=latent(self.target),
@@ -235,54 +235,61 @@ def resolve(
     inputs_embeds: Tensor | None = None,
     decoder_input: Any = None,
     pixel_values: Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk: int = SEQUENCES_AT_ONCE,
 ) -> AttributionProblem:
-    """Resolve an input and a target, with one forward pass that is not counted.
+    """Resolve an input and a target into a problem, with one forward pass that is not counted.
 
     Args:
-        model, input, target and the other keywords: as for :func:`lenslrp.run_with_relevance`. Of
-            an encoder-decoder, the units are the encoder's tokens.
+        model: a ``TransformerBridge``.
+        input: as for `lenslrp.run_with_relevance`, like the other keywords. Of an encoder-decoder,
+            the units are the encoder's tokens.
+        target: the same.
+        prepend_bos: the same.
+        attention_mask: the same.
+        inputs_embeds: the same.
+        decoder_input: the same.
+        pixel_values: the same.
         chunk: how many sequences may run at once; the batch itself always does.
 
     Raises:
         InputError: what cannot be explained; sound, and an image beside text, which
-            :func:`lenslrp.run_with_relevance` explains but the baselines do not.
+            `lenslrp.run_with_relevance` explains but the baselines do not.
     """
     require_bridge(model)
     if chunk < 1:
         raise InputError(f"chunk must be at least 1, not {chunk}")
     kind = architecture(model)
-    reads = media.main_input(model)
-    if reads not in ("input_ids", "pixel_values"):
-        raise InputError(f"baselines take text and images; {kind} reads {reads}")
-    image = reads == "pixel_values"
+    main_input = media.main_input(model)
+    if main_input not in ("input_ids", "pixel_values"):
+        raise InputError(f"baselines take text and images; {kind} reads {main_input}")
+    image = main_input == "pixel_values"
     if pixel_values is not None and not image:
-        raise InputError(f"baselines take text or an image, not both; {kind} reads {reads}")
+        raise InputError(f"baselines take text or an image, not both; {kind} reads {main_input}")
     if image and isinstance(input, Tensor) and input.is_floating_point():
         input, pixel_values = None, input
-    given = {
+    input_keywords = {
         "input": input, "prepend_bos": prepend_bos, "attention_mask": attention_mask,
         "inputs_embeds": inputs_embeds, "decoder_input": decoder_input,
         "pixel_values": pixel_values,
     }  # fmt: skip
     floats = {} if pixel_values is None else {"pixel_values": pixel_values}
     batch = batch_size(input, inputs_embeds, floats)
-    wanted = as_target(target, model.tokenizer, batch, media.labels_of(model))
-    prepared = media.prepare(
+    parsed = as_target(target, model.tokenizer, batch, media.labels_of(model))
+    prepared = media.prepare_batch(
         model,
         input,
         floats,
-        append=wanted.ids(model.tokenizer) if isinstance(wanted, Sequence) else [],
+        append=parsed.ids(model.tokenizer) if isinstance(parsed, Sequence) else [],
         prepend_bos=prepend_bos,
         attention_mask=attention_mask,
         inputs_embeds=inputs_embeds,
         decoder_input=decoder_input,
     )
     if not media.head_of(model):
-        require_latent(wanted, kind)
+        require_latent(parsed, kind)
     leaves = Leaves()
-    columns = columns_for(model, prepared, [wanted])
-    with forward(model, prepared, leaves=leaves, capture_at=latent(wanted), columns=columns) as run:
+    columns = columns_for(model, prepared, [parsed])
+    with forward(model, prepared, leaves=leaves, capture_at=latent(parsed), columns=columns) as run:
         outputs = run.outputs()
     grid = None
     if image:
@@ -301,14 +308,14 @@ def resolve(
             )
         inputs = (leaves.tokens[0] if inputs_embeds is None else inputs_embeds).detach()
         vectors, mask, units = inputs, prepared.mask, prepared.str_tokens(model.tokenizer)
-    value = wanted.values(outputs).detach()
+    value = parsed.values(outputs).detach()
     if not bool(value.isfinite().all()):
         raise InputError(f"the target is NaN or infinite: {value.tolist()}")
-    explained = Explained(wanted.text(outputs), value)
-    fixed = _fixed(wanted, outputs)
+    explained = Explained(parsed.text(outputs), value)
+    fixed = _fixed(parsed, outputs)
     return AttributionProblem(
-        model, prepared, inputs, vectors, mask, fixed, explained, units, grid, given, columns,
-        chunk,
+        model, prepared, inputs, vectors, mask, fixed, explained, units, grid, input_keywords,
+        columns, chunk,
     )  # fmt: skip
 
 
@@ -320,11 +327,11 @@ def latent(target: Target) -> list[str]:
 
 def _grid(leaves: Leaves, pixels: Tensor, kind: str) -> tuple[int, int]:
     """Rows and columns of an image's patches."""
-    places = leaves.seen[0].shape[2:] if leaves.seen and leaves.seen[0].ndim == 4 else ()
+    grid = leaves.seen[0].shape[2:] if leaves.seen and leaves.seen[0].ndim == 4 else ()
     sizes = pixels.shape[-2:]
-    if len(places) != 2 or any(n % m for n, m in zip(sizes, places, strict=True)):
+    if len(grid) != 2 or any(n % m for n, m in zip(sizes, grid, strict=True)):
         raise InputError(f"{kind} has no grid of patches that covers its image {list(sizes)}")
-    return int(places[0]), int(places[1])
+    return int(grid[0]), int(grid[1])
 
 
 def _fixed(target: Target, outputs: Outputs) -> Target:

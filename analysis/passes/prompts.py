@@ -1,8 +1,7 @@
-"""One input and one target, asked again and again: prompts as rows of batches.
+"""One input and one target, evaluated many times: prompts as rows of batches.
 
 Rows of several prompts share a forward pass, and only the targets' positions are unembedded. What
-is done to the rows meanwhile is the business of whoever asks
-(:mod:`lenslrp.analysis.evaluation.features`).
+is done to the rows meanwhile is up to the caller (`lenslrp.analysis.evaluation.features`).
 """
 
 from __future__ import annotations
@@ -11,22 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lenslrp import media, targets
+from lenslrp.analysis.common.statistics import Numbers
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.padding import require_padding
-from lenslrp.targets import Outputs, Target, as_target
+from lenslrp.logits import Outputs, Target
+from lenslrp.targets import as_target
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +40,7 @@ class Values:
 
 @dataclass(frozen=True, eq=False)
 class ExplainedPrompt:
-    """One input and what is explained of it; see :func:`as_prompt`.
+    """One input and what is explained of it; see `as_prompt`.
 
     Attributes:
         tokens: [pos] what the model (the encoder of an encoder-decoder) reads, the span of a
@@ -79,19 +76,30 @@ def as_prompt(
     """One input of ``model``, and a target that stays the same whatever is taken away.
 
     Args:
+        model: a ``TransformerBridge``.
         input: a string, or token ids [pos] or [1, pos].
-        target: as in :func:`lenslrp.run_with_relevance`; ``None`` is the logit of the token (or
+        target: as in `lenslrp.run_with_relevance`; ``None`` is the logit of the token (or
             class) that is the top one for the whole input.
+        prepend_bos: as in `lenslrp.run_with_relevance`.
         pixel_values: [1, channel, height, width] instead of ``input``.
+
+    Returns:
+        Token ids, target and positions, as `tokens_of` and `heads_of` take them.
 
     Raises:
         InputError: more than one input, or a target that has no value by itself in a row.
+
+    Examples:
+        ```python
+        prompt = as_prompt(model, "The capital of France is", " Paris")
+        prompt.length  # 5 tokens
+        ```
     """
-    wanted = as_target(target, model.tokenizer, 1, media.labels_of(model))
-    if isinstance(wanted, targets.Activation | targets.PerRow):
-        raise InputError(f"perturbation follows an output of the model, not {wanted}")
-    span = wanted.ids(model.tokenizer) if isinstance(wanted, targets.Sequence) else []
-    prepared = media.prepare(
+    parsed = as_target(target, model.tokenizer, 1, media.labels_of(model))
+    if isinstance(parsed, targets.Activation | targets.PerRow):
+        raise InputError(f"perturbation follows an output of the model, not {parsed}")
+    span = parsed.ids(model.tokenizer) if isinstance(parsed, targets.Sequence) else []
+    prepared = media.prepare_batch(
         model,
         input,
         {} if pixel_values is None else {"pixel_values": pixel_values},
@@ -101,25 +109,25 @@ def as_prompt(
     if pixel_values is not None:
         (pixels,) = prepared.media["pixel_values"]
         empty = torch.empty(0, dtype=torch.long)
-        prompt = ExplainedPrompt(empty, 0, wanted, (), pixels=pixels)
+        prompt = ExplainedPrompt(empty, 0, parsed, (), pixels=pixels)
     else:
         if len(prepared.tokens) != 1:
             raise InputError(f"give one input at a time, not {len(prepared.tokens)}")
         writer = prepared.written
         positions = tuple(writer.span(max(len(span), 1))[0].tolist())
-        place = getattr(wanted, "position", -1)
-        if place != -1:
-            positions = (writer.column(place),)
-            wanted = replace(wanted, position=-1)  # type: ignore[type-var]
+        position = getattr(parsed, "position", -1)
+        if position != -1:
+            positions = (writer.column(position),)
+            parsed = replace(parsed, position=-1)  # type: ignore[type-var]
         decoder = prepared.decoder.tokens[0] if prepared.decoder else None
         length = prepared.prompt_lengths[0]
-        prompt = ExplainedPrompt(prepared.tokens[0], length, wanted, positions, decoder)
-    if isinstance(wanted, targets.Top):
+        prompt = ExplainedPrompt(prepared.tokens[0], length, parsed, positions, decoder)
+    if isinstance(parsed, targets.Top):
         return replace(prompt, target=targets.Logit(_top(model, prompt)))
     return prompt
 
 
-def read(model: TransformerBridge, prompt: ExplainedPrompt, logits: Tensor) -> Numbers:
+def target_values(model: TransformerBridge, prompt: ExplainedPrompt, logits: Tensor) -> Numbers:
     """Value and probability [2, row] of the prompt's target.
 
     Args:
@@ -181,7 +189,7 @@ def batch_logits(
     have more; a classifier's [row, class].
 
     Args:
-        how: what else is done in the pass, as for :func:`lenslrp.forward.forward`.
+        how: what else is done in the pass, as for `lenslrp.forward.forward`.
     """
     if prompts[0].pixels is not None:
         return image_logits(model, torch.stack([p.pixels for p in prompts if p.pixels is not None]))

@@ -1,8 +1,7 @@
 """Directions of the residual stream: from a neuron, two sets of texts, relevance, or a token.
 
-Each is a :class:`~lenslrp.analysis.units.kinds.Direction`, to be read as a unit, steered along
-(:mod:`lenslrp.analysis.steering.operations`) or kept in a file
-(:mod:`lenslrp.analysis.steering.files`).
+Each is a `Direction` (`lenslrp.analysis.units.kinds`), to be read as a unit, steered along
+(`lenslrp.analysis.steering.operations`) or kept in a file (`lenslrp.analysis.steering.files`).
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.units.kinds import Direction, Head, Neuron, Unit
-from lenslrp.analysis.units.locations import known_hook, stack_name
+from lenslrp.analysis.units.locations import blocks_name, known_hook
 from lenslrp.analysis.units.unembedding import measure_gain, output_norm, unembedding
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.sites import widest
-from lenslrp.inputs import prepare
+from lenslrp.inputs import prepare_text
 from lenslrp.reductions import Deliver
 from lenslrp.sessions import Session
 from lenslrp.text.names import token_id
@@ -28,16 +27,19 @@ from lenslrp.text.names import token_id
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-BATCH = 16
+TEXTS_AT_ONCE = 16
 
 
 def written_by(model: TransformerBridge, unit: Unit, at: str | None = None) -> Direction:
-    """What a neuron (or a feature) adds to the stream for each unit of its activation: W_out's row.
+    """What a unit adds to the stream for each unit of its activation: of a neuron, W_out's row.
 
     Args:
         model: the bridge.
         unit: anything that writes one vector.
         at: a hook point of the residual stream; by default that after the neuron's block.
+
+    Returns:
+        A direction of length [d_model], named after the unit.
 
     Raises:
         InputError: a head, which writes a whole space; no such unit or hook point.
@@ -48,7 +50,7 @@ def written_by(model: TransformerBridge, unit: Unit, at: str | None = None) -> D
     if at is None:
         if not isinstance(unit, Neuron):
             raise InputError(f"{unit}: say at which hook point of the residual stream")
-        at = f"{stack_name(model, unit.side)}.{unit.layer}.hook_resid_post"
+        at = f"{blocks_name(model, unit.side)}.{unit.layer}.hook_resid_post"
     return Direction(known_hook(model, at), vector, name=f"written by {unit}")
 
 
@@ -61,14 +63,25 @@ def mean_difference(
     tokens: Literal["last", "all"] = "last",
     prepend_bos: bool | None = None,
 ) -> Direction:
-    """Mean activation over ``positive`` texts less that over ``negative`` ones.
+    """Mean activation over `positive` texts less that over `negative` ones.
 
     Args:
         model: the bridge.
         positive, negative: two sets of texts, alike but for what is to be steered.
         at: a hook point whose activations are [batch, pos, features].
-        tokens: each text by its last token, or by the mean over all.
-        prepend_bos: as in ``model.to_tokens``.
+        tokens: `"last"`: each text by its last token; `"all"`: by the mean over all.
+        prepend_bos: as in `model.to_tokens`.
+
+    Returns:
+        A direction of length [features], in units of the activations.
+
+    Raises:
+        InputError: no texts, no such hook point, or activations of another shape.
+
+    Examples:
+        >>> happy = mean_difference(gpt2, ["I am glad"], ["I am sad"], "blocks.6.hook_resid_post")
+        >>> happy.vector.shape
+        torch.Size([768])
     """
     if tokens not in ("last", "all"):
         raise InputError(f"tokens is 'last' or 'all', not {tokens!r}")
@@ -97,16 +110,30 @@ def relevance_direction(
 ) -> Direction:
     """What the stream holds where it matters: the relevance-weighted mean of normed activations.
 
-    ``v = sum_p R_p x_p / rms(x_p) / sum_p |R_p|`` over all tokens p of all texts, where ``R_p`` is
-    the AttnLRP relevance of the stream at p for the text's target, summed over features. States
-    count by their direction, as the norms that read them see them: otherwise the first token, whose
-    state is hundreds of times longer than any other in many models, would be all of the mean.
+    `v = sum_p R_p x_p / rms(x_p) / sum_p |R_p|` over all tokens p of all texts, where `R_p` is the
+    AttnLRP relevance (Achtibat et al. 2024) of the stream at p for the text's target, summed over
+    features. States count by their direction, as the norms that read them see them: otherwise the
+    first token, whose state is hundreds of times longer than any other in many models, would be all
+    of the mean.
 
     Args:
         model: the bridge.
-        texts, targets: one target a text, as in :func:`lenslrp.run_with_relevance`.
+        texts, targets: one target a text, as in `lenslrp.run_with_relevance`.
         at: a hook point of the residual stream.
-        prepend_bos: as in ``model.to_tokens``.
+        prepend_bos: as in `model.to_tokens`.
+
+    Returns:
+        A direction of length [d_model]; a weighted mean of vectors whose entries have a root mean
+        square of 1.
+
+    Raises:
+        InputError: no texts, or not one target a text; no such hook point.
+
+    Examples:
+        >>> place = relevance_direction(gpt2, ["Paris is in"], [Logit(" France")],
+        ...                             "blocks.6.hook_resid_post")
+        >>> place.vector.shape
+        torch.Size([768])
     """
     if not texts or len(texts) != len(targets):
         raise InputError(f"{len(texts)} texts and {len(targets)} targets: one target a text")
@@ -138,6 +165,12 @@ def unembedding_direction(
         token: of the vocabulary.
         at: a hook point of the residual stream.
         against: a token whose row is subtracted, so that the two are told apart.
+
+    Returns:
+        A direction of length [d_model].
+
+    Raises:
+        InputError: no such token or hook point, or a model that unembeds no tokens.
     """
     rows, _ = unembedding(model)
     ids = [token_id(model.tokenizer, t, len(rows)) for t in (token, against) if t is not None]
@@ -151,10 +184,20 @@ def unembedding_direction(
 def mean_activation(
     model: TransformerBridge, unit: Unit, texts: Sequence[str], *, prepend_bos: bool | None = None
 ) -> float:
-    """A unit's mean activation over all tokens of some texts: what ``Ablate`` may set it to."""
+    """A unit's mean activation over all tokens of some texts: what `Ablate` may set it to.
+
+    Args:
+        model: the bridge.
+        unit: a neuron, head, direction or feature.
+        texts: at least one.
+        prepend_bos: as in `model.to_tokens`.
+
+    Raises:
+        InputError: no texts, or no such unit.
+    """
     rows = states(model, texts, unit.hook(model), prepend_bos=prepend_bos)
-    found = torch.cat([unit.activation(row.to(_kept(model))) for row in rows])
-    return float(found.mean(dtype=widest(found)))
+    activations = torch.cat([unit.activation(row.to(_kept(model))) for row in rows])
+    return float(activations.mean(dtype=widest(activations)))
 
 
 @torch.no_grad()
@@ -169,13 +212,13 @@ def states(
     if isinstance(texts, str) or not texts:
         raise InputError("give a list of texts, at least one")
     at = known_hook(model, at)
-    for start in range(0, len(texts), BATCH):
-        some = list(texts[start : start + BATCH])
-        given = prepare(model, some, prepend_bos=prepend_bos)
-        seen: list[Tensor] = []
-        with forward(model, given, read={at: seen.append}, stop_after=at):
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        some = list(texts[start : start + TEXTS_AT_ONCE])
+        batch = prepare_text(model, some, prepend_bos=prepend_bos)
+        read: list[Tensor] = []
+        with forward(model, batch, read={at: read.append}, stop_after=at):
             pass
-        if seen[0].shape[:2] != given.tokens.shape:
-            raise InputError(f"{at} is {list(seen[0].shape)}, expected [batch, pos, ...]")
-        for row, mask in zip(seen[0], given.mask, strict=True):
+        if read[0].shape[:2] != batch.tokens.shape:
+            raise InputError(f"{at} is {list(read[0].shape)}, expected [batch, pos, ...]")
+        for row, mask in zip(read[0], batch.mask, strict=True):
             yield row[mask]

@@ -1,12 +1,12 @@
 """Steering in files: JSON with vectors in safetensors beside it; control vectors in GGUF.
 
-A specification names neurons and heads by their text (``blocks.5.mlp.hook_post[17]``) and
+A specification names neurons and heads by their text (`blocks.5.mlp.hook_post[17]`) and
 directions by theirs; the vectors lie under these names in a safetensors file of the same stem.
 
-GGUF control vectors are what llama.cpp (``--control-vector``) and repeng read: architecture
-``controlvector``, keys ``controlvector.model_hint`` and ``controlvector.layer_count``, and one
-float32 vector a layer called ``direction.N``, which is added to the output of block N (from 0) at
-every position: ``Add(direction, strength)`` at ``blocks.N.hook_resid_post``. llama.cpp refuses
+GGUF control vectors are what llama.cpp (`--control-vector`) and repeng read: architecture
+`controlvector`, keys `controlvector.model_hint` and `controlvector.layer_count`, and one
+float32 vector a layer called `direction.N`, which is added to the output of block N (from 0) at
+every position: `Add(direction, strength)` at `blocks.N.hook_resid_post`. llama.cpp refuses
 block 0. Only adding can be said in that format.
 """
 
@@ -44,7 +44,7 @@ from lenslrp.errors import InputError, StorageError
 from lenslrp.extras import require
 from lenslrp.files import whole
 
-SCHEMA = 1
+STEERING_SCHEMA = 1
 OPERATIONS: dict[str, type[Operation]] = {
     "scale": Scale,
     "add": Add,
@@ -69,59 +69,87 @@ def steering_to_json(steering: Steering) -> tuple[str, dict[str, Tensor]]:
     """
     vectors: dict[str, Tensor] = {}
     specification = {
-        "schema": SCHEMA,
+        "schema": STEERING_SCHEMA,
         "prompt": steering.prompt,
         "generation": steering.generation,
-        "operations": [_operation_said(each, vectors) for each in steering.operations],
+        "operations": [_operation_json(each, vectors) for each in steering.operations],
     }
     return json.dumps(specification), vectors
 
 
 def steering_from_json(text: str, vectors: Mapping[str, Tensor] | None = None) -> Steering:
-    """What :func:`steering_to_json` wrote.
+    """What `steering_to_json` wrote.
 
     Raises:
         InputError: not such a specification; the message says what is wrong in it.
     """
     try:
-        said = json.loads(text)
+        specification = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"no JSON: {error}") from error
-    if not isinstance(said, dict) or said.get("schema") != SCHEMA:
-        raise InputError(f"no steering specification of schema {SCHEMA}")
-    unknown = set(said) - {"schema", "prompt", "generation", "operations"}
-    if unknown or not isinstance(said.get("operations"), list):
+    if not isinstance(specification, dict) or specification.get("schema") != STEERING_SCHEMA:
+        raise InputError(f"no steering specification of schema {STEERING_SCHEMA}")
+    unknown = set(specification) - {"schema", "prompt", "generation", "operations"}
+    if unknown or not isinstance(specification.get("operations"), list):
         raise InputError(f"a specification has a list of operations and no {sorted(unknown)}")
-    operations = [_operation_read(each, vectors or {}) for each in said["operations"]]
-    return Steering(tuple(operations), said.get("prompt", "all"), said.get("generation", "all"))
+    operations = [_operation_from_json(each, vectors or {}) for each in specification["operations"]]
+    return Steering(
+        tuple(operations),
+        specification.get("prompt", "all"),
+        specification.get("generation", "all"),
+    )
 
 
 def save_steering(steering: Steering, path: str | Path) -> Path:
-    """Write ``path`` (JSON) and, where there are directions, the safetensors file beside it."""
+    """Write `path` (JSON) and, where there are directions, the safetensors file beside it.
+
+    Args:
+        steering: operations and where they act.
+        path: of the JSON file.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: a feature, whose coder is in a file of its own; two vectors of one name; a path
+            that ends with `.safetensors`.
+        StorageError: a file of that name that is not ours is in the way, or the disk is full.
+
+    Examples:
+        >>> path = save_steering(Steering((Scale(Neuron(17, 40), 0.0),)), "off.json")
+        >>> load_steering(path).operations[0].factor
+        0.0
+    """
     path = Path(path)
     if path.suffix == ".safetensors":
         raise InputError(f"{path.name} is for the specification; the vectors are written beside it")
     text, vectors = steering_to_json(steering)
     if vectors:  # first: a specification never stands without its vectors
         save_tensors(
-            path.with_suffix(".safetensors"), vectors, {"schema": str(SCHEMA)}, ours=b'"sha256"'
+            path.with_suffix(".safetensors"),
+            vectors,
+            {"schema": str(STEERING_SCHEMA)},
+            ours=b'"sha256"',
         )
     save_json(path, json.loads(text), ours=b'"operations"')
     return path
 
 
 def load_steering(path: str | Path) -> Steering:
-    """What :func:`save_steering` wrote.
+    """What `save_steering` wrote.
+
+    Args:
+        path: of the JSON file.
 
     Raises:
         StorageError: a file is missing or damaged.
         InputError: it says something that is no steering.
     """
     path = Path(path)
-    said = load_json(path)
+    specification = load_json(path)
     beside = path.with_suffix(".safetensors")
     vectors = load_tensors(beside)[0] if beside.exists() else {}
-    return steering_from_json(json.dumps(said), vectors)
+    return steering_from_json(json.dumps(specification), vectors)
 
 
 def save_control_vector(
@@ -131,12 +159,16 @@ def save_control_vector(
 
     Args:
         path: the file.
-        directions: at ``blocks.N.hook_resid_post``, or ``hook_resid_pre`` of the next block.
-        model_hint: Hugging Face's ``config.model_type``; readers warn where it is another.
+        directions: at `blocks.N.hook_resid_post`, or `hook_resid_pre` of the next block.
+        model_hint: Hugging Face's `config.model_type`; readers warn where it is another.
+
+    Returns:
+        `path`.
 
     Raises:
         InputError: another hook point, block 0, or two directions of one block.
-        MissingExtraError: the ``gguf`` package is not installed.
+        MissingExtraError: the `gguf` package is not installed.
+        StorageError: a file of that name that is not ours is in the way, or the disk is full.
     """
     path = Path(path)
     layers: dict[int, Direction] = {}
@@ -163,11 +195,17 @@ def save_control_vector(
 
 
 def load_control_vector(path: str | Path) -> tuple[Direction, ...]:
-    """The directions of a GGUF control vector, each at ``blocks.N.hook_resid_post``.
+    """The directions of a GGUF control vector, each at `blocks.N.hook_resid_post`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Directions in the order of the layers.
 
     Raises:
         StorageError: no such file, or no control vector.
-        MissingExtraError: the ``gguf`` package is not installed.
+        MissingExtraError: the `gguf` package is not installed.
     """
     path = Path(path)
     gguf = _gguf()
@@ -179,7 +217,7 @@ def load_control_vector(path: str | Path) -> tuple[Direction, ...]:
     kind = reader.get_field("general.architecture")
     if kind is None or kind.contents() != CONTROL:
         raise StorageError(f"{path} is a GGUF file, but no control vector")
-    found = {}
+    vectors = {}
     for tensor in reader.tensors:
         layer = re.fullmatch(r"direction\.(\d+)", tensor.name)
         if layer is None or tensor.data.dtype != np.float32 or tensor.data.ndim != 1:
@@ -187,10 +225,10 @@ def load_control_vector(path: str | Path) -> tuple[Direction, ...]:
                 f"{path}: {tensor.name} is {tensor.data.dtype} {list(tensor.data.shape)}; "
                 "a control vector holds float32 vectors called direction.N"
             )
-        found[int(layer[1])] = torch.from_numpy(np.array(tensor.data))
-    if not found:
+        vectors[int(layer[1])] = torch.from_numpy(np.array(tensor.data))
+    if not vectors:
         raise StorageError(f"{path} holds no directions")
-    return tuple(Direction(f"blocks.{n}.hook_resid_post", found[n]) for n in sorted(found))
+    return tuple(Direction(f"blocks.{n}.hook_resid_post", vectors[n]) for n in sorted(vectors))
 
 
 def _gguf() -> Any:
@@ -214,23 +252,23 @@ def _layer(direction: Direction) -> int:
     return layer
 
 
-def _operation_said(operation: Operation, vectors: dict[str, Tensor]) -> dict[str, Any]:
+def _operation_json(operation: Operation, vectors: dict[str, Tensor]) -> dict[str, Any]:
     kind = next((name for name, cls in OPERATIONS.items() if type(operation) is cls), None)
     if kind is None:
         raise InputError(f"{type(operation).__name__} has no name in a specification")
-    said: dict[str, Any] = {"operation": kind}
+    specification: dict[str, Any] = {"operation": kind}
     for field in dataclasses.fields(operation):
         value = getattr(operation, field.name)
         if isinstance(value, Unit):
-            value = _unit_said(value, vectors)
+            value = _unit_json(value, vectors)
         elif field.name == "directions":
-            value = [_unit_said(each, vectors) for each in value]
+            value = [_unit_json(each, vectors) for each in value]
         if value is not None:
-            said[field.name] = value
-    return said
+            specification[field.name] = value
+    return specification
 
 
-def _unit_said(unit: Unit, vectors: dict[str, Tensor]) -> str | dict[str, Any]:
+def _unit_json(unit: Unit, vectors: dict[str, Tensor]) -> str | dict[str, Any]:
     if isinstance(unit, Feature):
         raise InputError(
             f"{unit}: a feature's coder is in a file of its own; steer along "
@@ -245,11 +283,15 @@ def _unit_said(unit: Unit, vectors: dict[str, Tensor]) -> str | dict[str, Any]:
     return {"at": unit.at, "vector": key, "name": unit.name}
 
 
-def _operation_read(said: Any, vectors: Mapping[str, Tensor]) -> Operation:
-    kind = OPERATIONS.get(str(said.get("operation"))) if isinstance(said, dict) else None
+def _operation_from_json(specification: Any, vectors: Mapping[str, Tensor]) -> Operation:
+    kind = (
+        OPERATIONS.get(str(specification.get("operation")))
+        if isinstance(specification, dict)
+        else None
+    )
     if kind is None:
-        raise InputError(f"{said!r} is no operation; known: {', '.join(OPERATIONS)}")
-    attributes = {name: value for name, value in said.items() if name != "operation"}
+        raise InputError(f"{specification!r} is no operation; known: {', '.join(OPERATIONS)}")
+    attributes = {name: value for name, value in specification.items() if name != "operation"}
     known = {field.name: field for field in dataclasses.fields(kind)}
     unknown = set(attributes) - set(known)
     missing = {name for name, field in known.items() if field.default is dataclasses.MISSING} - set(
@@ -257,13 +299,14 @@ def _operation_read(said: Any, vectors: Mapping[str, Tensor]) -> Operation:
     )
     if unknown or missing:
         raise InputError(
-            f"{said['operation']} lacks {sorted(missing)} and does not know {sorted(unknown)}"
+            f"{specification['operation']} lacks {sorted(missing)} and does not know "
+            f"{sorted(unknown)}"
         )
     for name, value in attributes.items():
         if name == "unit":
-            attributes[name] = _unit_read(value, vectors)
+            attributes[name] = _unit_from_json(value, vectors)
         elif name == "directions":
-            attributes[name] = tuple(_unit_read(each, vectors) for each in value)
+            attributes[name] = tuple(_unit_from_json(each, vectors) for each in value)
         elif isinstance(value, list):
             attributes[name] = tuple(value)
         elif name in _NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -271,11 +314,13 @@ def _operation_read(said: Any, vectors: Mapping[str, Tensor]) -> Operation:
     return kind(**attributes)
 
 
-def _unit_read(said: Any, vectors: Mapping[str, Tensor]) -> Any:
-    if isinstance(said, str):
-        return parse_unit(said)
-    if not isinstance(said, dict) or set(said) != {"at", "vector", "name"}:
-        raise InputError(f"{said!r} is no unit: expected its text, or at, vector and name")
-    if said["vector"] not in vectors:
-        raise InputError(f"no vector is called {said['vector']!r}; there are {sorted(vectors)}")
-    return Direction(said["at"], vectors[said["vector"]], said["name"])
+def _unit_from_json(specification: Any, vectors: Mapping[str, Tensor]) -> Any:
+    if isinstance(specification, str):
+        return parse_unit(specification)
+    if not isinstance(specification, dict) or set(specification) != {"at", "vector", "name"}:
+        raise InputError(f"{specification!r} is no unit: expected its text, or at, vector and name")
+    if specification["vector"] not in vectors:
+        raise InputError(
+            f"no vector is called {specification['vector']!r}; there are {sorted(vectors)}"
+        )
+    return Direction(specification["at"], vectors[specification["vector"]], specification["name"])

@@ -1,23 +1,20 @@
 """Steering: units scaled, added to, set, bounded or projected out while a model reads and writes.
 
-    happy = mean_difference(model, glad, sad, "blocks.12.hook_resid_post")
-    operations = [Scale(Neuron(17, 40), 0.0), Add(happy, 4.0, units="resid_rms")]
-    with steer(model, operations, prompt=[-1], generation="all"):
-        text = model.generate("I think that", max_new_tokens=20)
+Example:
+    >>> happy = mean_difference(model, glad, sad, "blocks.12.hook_resid_post")
+    >>> operations = [Scale(Neuron(17, 40), 0.0), Add(happy, 4.0, units="resid_rms")]
+    >>> with steer(model, operations, prompt=[-1], generation="all"):
+    ...     text = model.generate("I think that", max_new_tokens=20)
 
-An operation moves the activation ``a`` of one unit (:mod:`lenslrp.analysis.units.kinds`), nothing
-else::
+An operation moves the activation `a` of one unit (`lenslrp.analysis.units.kinds`), nothing else:
+`x -> x + change(a) * step`, where `step` is the unit's own entry of a neuron's hook point,
+v / |v|^2 of a direction v, the decoder's row of a feature, or z / |z| of a head; so that the unit's
+activation (of a feature: what the decoder writes for it) is what the operation says. Operations act
+in the order in which they are given, each on what the one before left.
 
-    x -> x + change(a) * step        step: the unit's own entry of a neuron's hook point,
-                                     v / |v|^2 of a direction v, the decoder's row of a feature,
-                                     z / |z| of a head
-
-so that the unit's activation (of a feature: what the decoder writes for it) is what the operation
-says. Operations act in the order in which they are given, each on what the one before left.
-
-Positions are those of the text (:mod:`lenslrp.followed`), never of the pass: the same tokens
-are steered with a KV cache and without, in a padded batch and alone, in every generation and every
-plain forward pass anew. Padding is never touched.
+Positions are those of the text (`lenslrp.followed`), never of the pass: the same tokens are steered
+with a KV cache and without, in a padded batch and alone, in every generation and every plain
+forward pass anew. Padding is never touched.
 """
 
 from __future__ import annotations
@@ -44,11 +41,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
-    """Where an operation acts, if elsewhere than :func:`steer` says.
+    """Where an operation acts, if elsewhere than `steer` says.
 
     Attributes:
-        rows: of the batch that the model sees; ``None`` for all.
-        prompt, generation: as in :func:`steer`; ``None`` for what is said there.
+        rows: of the batch that the model sees; `None` for all.
+        prompt, generation: as in `steer`; `None` for what is said there.
     """
 
     rows: tuple[int, ...] | None = None
@@ -57,9 +54,9 @@ class Scope:
 
     def __post_init__(self) -> None:
         for what in ("prompt", "generation"):
-            given = getattr(self, what)
-            if given is not None:
-                object.__setattr__(self, what, positions(given, what))
+            chosen = getattr(self, what)
+            if chosen is not None:
+                object.__setattr__(self, what, positions(chosen, what))
         if self.rows is not None:
             object.__setattr__(self, "rows", tuple(self.rows))
 
@@ -68,17 +65,25 @@ class Operation(Scope):
     """What all operations can do."""
 
     def hook(self, model: TransformerBridge) -> str:
-        """The hook point where it acts."""
+        """The hook point where it acts.
+
+        Raises:
+            InputError: a unit that the model lacks or that cannot be moved.
+        """
         raise NotImplementedError
 
     def apply(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
-        """The new activations at n positions."""
+        """The new activations at n positions, [n, ...]."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Moving(Operation):
-    """An operation on one unit's activation."""
+    """An operation on one unit's activation.
+
+    Attributes:
+        unit: a neuron, head, direction or feature.
+    """
 
     unit: Unit
 
@@ -91,13 +96,22 @@ class Moving(Operation):
         return moved(self.unit, x, a, self.change(a, x))
 
     def change(self, a: Tensor, x: Tensor) -> Tensor:
-        """What is added to the activation ``a`` that was read from ``x``."""
+        """What is added to the activation `a` that was read from `x`."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Scale(Moving):
-    """The activation times ``factor``: 0 switches off, 1 changes nothing, to the last bit."""
+    """The activation times `factor`: 0 switches off, 1 changes nothing, to the last bit.
+
+    Attributes:
+        factor: of the activation.
+
+    Examples:
+        >>> neuron = Neuron(0, 1)
+        >>> Scale(neuron, 0.5).apply(torch.tensor([[1.0, 4.0, 2.0]]))
+        tensor([[1., 2., 2.]])
+    """
 
     factor: float
 
@@ -107,14 +121,22 @@ class Scale(Moving):
 
 @dataclass(frozen=True)
 class Add(Moving):
-    """``amount`` added; 0 changes nothing, to the last bit.
+    """`amount` added; 0 changes nothing, to the last bit.
 
     Attributes:
         amount: how much.
-        units: ``"raw"``: to the activation of a neuron, head or feature; of a direction, ``amount``
-            times its vector is added. ``"resid_rms"``, for directions and features: a step along
-            the vector, whatever its length, of ``amount`` times the root mean square of the entries
-            of ``x`` at that position. (The length of ``x`` is sqrt(d_model) times that.)
+        units: `"raw"`: to the activation of a neuron, head or feature; of a direction, `amount`
+            times its vector is added. `"resid_rms"`, for directions and features: a step along the
+            vector, whatever its length, of `amount` times the root mean square of the entries of
+            `x` at that position. (The length of `x` is sqrt(d_model) times that.)
+
+    Raises:
+        InputError: other units, or `"resid_rms"` of a unit whose hook point is not the stream.
+
+    Examples:
+        >>> direction = Direction("blocks.0.hook_resid_post", torch.tensor([0.0, 2.0]))
+        >>> Add(direction, 3.0).apply(torch.tensor([[1.0, 1.0]]))
+        tensor([[1., 7.]])
     """
 
     amount: float
@@ -142,7 +164,15 @@ class Add(Moving):
 
 @dataclass(frozen=True)
 class Ablate(Moving):
-    """The activation set to ``value``: 0, or the unit's mean over a text."""
+    """The activation set to `value`.
+
+    Attributes:
+        value: 0, or the unit's mean over a text (`mean_activation`).
+
+    Examples:
+        >>> Ablate(Neuron(0, 1), 5.0).apply(torch.tensor([[1.0, 4.0, 2.0]]))
+        tensor([[1., 5., 2.]])
+    """
 
     value: float = 0.0
 
@@ -152,7 +182,18 @@ class Ablate(Moving):
 
 @dataclass(frozen=True)
 class Clamp(Moving):
-    """The activation kept between ``low`` and ``high``; ``None`` leaves a side open."""
+    """The activation kept between `low` and `high`.
+
+    Attributes:
+        low, high: bounds of the activation; `None` leaves that end open.
+
+    Raises:
+        InputError: no bound, or `low` above `high`.
+
+    Examples:
+        >>> Clamp(Neuron(0, 1), high=3.0).apply(torch.tensor([[1.0, 4.0, 2.0]]))
+        tensor([[1., 3., 2.]])
+    """
 
     low: float | None = None
     high: float | None = None
@@ -170,7 +211,19 @@ class Clamp(Moving):
 
 @dataclass(frozen=True)
 class ProjectOut(Operation):
-    """What lies in the span of some directions of one hook point, removed."""
+    """What lies in the span of some directions of one hook point, removed (Arditi et al. 2024).
+
+    Attributes:
+        directions: one or several.
+
+    Raises:
+        InputError: no directions, or directions of several hook points.
+
+    Examples:
+        >>> direction = Direction("blocks.0.hook_resid_post", torch.tensor([0.0, 2.0]))
+        >>> ProjectOut((direction,)).apply(torch.tensor([[1.0, 1.0]]))
+        tensor([[1., 0.]])
+    """
 
     directions: tuple[Direction, ...]
 
@@ -208,12 +261,12 @@ class ProjectOut(Operation):
 
 @dataclass(frozen=True)
 class Steering:
-    """Operations, and where they act: what :func:`steer` takes and what files hold.
+    """Operations, and where they act: what `steer` takes and what files hold.
 
     Attributes:
         operations: in the order in which they act.
-        prompt: positions of the prompt: ``"all"``, ``"none"``, or integers; negative ones count
-            from its end, padding is not counted.
+        prompt: positions of the prompt: `"all"`, `"none"`, or integers; negative ones count from
+            its end, padding is not counted.
         generation: positions after the prompt, the first generated token being 0.
     """
 
@@ -237,20 +290,24 @@ def steer(
 ) -> Iterator[None]:
     """Steer every forward pass inside the context; leave nothing behind, however it ends.
 
-    Works with ``forward``, ``run_with_cache``, ``generate``, ``generate_stream``, ``hf_generate``
-    and :func:`lenslrp.run_with_relevance`, in batches padded on either side. A generation begins
-    with the first pass of these methods; outside them, a pass with a cache goes on with the text
-    whose cache it is given. A pass without is a prompt.
+    Works with `forward`, `run_with_cache`, `generate`, `generate_stream`, `hf_generate` and
+    `lenslrp.run_with_relevance`, in batches padded on either side. A generation begins with the
+    first pass of these methods; outside them, a pass with a cache goes on with the text whose cache
+    it is given. A pass without is a prompt.
 
     Args:
-        model: a ``TransformerBridge`` of a decoder.
-        operations: several, or a :class:`Steering`, whose positions then hold.
-        prompt, generation: see :class:`Steering`. Note that the *first* generated token is chosen
-            at the last position of the prompt: with ``prompt="none"`` it is that of the base model.
+        model: a `TransformerBridge` of a decoder.
+        operations: several, or a `Steering`, whose positions then hold.
+        prompt, generation: see `Steering`. Note that the *first* generated token is chosen at the
+            last position of the prompt: with `prompt="none"` it is that of the base model.
 
     Raises:
-        InputError: units that the model lacks or that cannot be moved; in the forward pass, rows
-            or positions out of range; at the end, a hook point that never fired.
+        InputError: units that the model lacks or that cannot be moved; in the forward pass, rows or
+            positions out of range; at the end, a hook point that never fired.
+
+    Examples:
+        >>> with steer(model, [Scale(Neuron(17, 40), 0.0)]):
+        ...     logits = model("I think that")
     """
     if not isinstance(operations, Steering):
         operations = Steering(tuple(operations), prompt, generation)
@@ -264,8 +321,8 @@ def steer(
         by_hook.setdefault(hook, []).append(operation)
     with follow(model) as passes:
         edits = [
-            Edit(hook, function=_changed(hook, own, operations, passes))
-            for hook, own in by_hook.items()
+            Edit(hook, function=_changed(hook, at_hook, operations, passes))
+            for hook, at_hook in by_hook.items()
         ]
         with edit_units(model, edits):
             yield
@@ -275,8 +332,8 @@ def _changed(
     hook: str, operations: list[Operation], steering: Steering, passes: TrackedPasses
 ) -> Callable[[Tensor], Tensor]:
     def chosen_by(what: str, operation: Operation) -> Positions:
-        own = getattr(operation, what)
-        return positions(getattr(steering, what) if own is None else own, what)
+        scope = getattr(operation, what)
+        return positions(getattr(steering, what) if scope is None else scope, what)
 
     places = [
         (chosen_by("prompt", each), chosen_by("generation", each), each.rows) for each in operations
@@ -300,7 +357,7 @@ def _changed(
 
 
 def moved(unit: Unit, x: Tensor, a: Tensor, change: Tensor) -> Tensor:
-    """``x``, in which ``unit`` has activation ``a``, with ``change`` added to it."""
+    """`x`, in which `unit` has activation `a`, with `change` added to it."""
     if isinstance(unit, Direction):
         vector = unit.vector.detach().to(x)
         return x + change[..., None] * (vector / vector.square().sum())
@@ -318,7 +375,7 @@ def moved(unit: Unit, x: Tensor, a: Tensor, change: Tensor) -> Tensor:
 
 
 def step_length(unit: Unit) -> float:
-    """How far ``x`` moves where a unit's activation changes by 1."""
+    """How far `x` moves where a unit's activation changes by 1."""
     if isinstance(unit, Direction):
         return 1 / float(unit.vector.detach().double().norm())
     if isinstance(unit, Feature):

@@ -1,7 +1,7 @@
 """What a sweep found: all numbers, their means beside the placebos', a figure.
 
 Every metric is a number for each prompt and condition. A metric of one's own is read from the texts
-with :meth:`SweepResult.scored`.
+with `SweepResult.scored`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lenslrp.analysis.common.statistics import bootstrap
-from lenslrp.analysis.views.figures import LIGHT, Theme, new_figure
+from lenslrp.analysis.views.drawing import LIGHT, Theme, new_figure
 from lenslrp.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _CONDITION = ("kind", "layer", "coefficient", "draw", "prompt", "text")
 
-LABELS = {
+METRIC_LABELS = {
     "target": "logit difference",
     "kl": "KL from base, nats",
     "nll": "nats a token under base",
@@ -38,7 +38,7 @@ class SweepResult:
     """All numbers of a sweep.
 
     Attributes:
-        frame: see :meth:`to_dataframe`.
+        frame: see `to_dataframe`.
         seed: of placebos and intervals.
     """
 
@@ -48,15 +48,14 @@ class SweepResult:
     def to_dataframe(self) -> pd.DataFrame:
         """One row a prompt and condition.
 
-        Columns: ``kind`` (``base``, ``steered``, ``random``, ``placebo``), ``layer``,
-        ``coefficient``, ``draw`` (of a placebo), ``prompt`` (its number), ``target`` (logits),
-        ``kl``, ``nll`` (nats), ``perplexity``, ``norm_ratio``, ``repetition``, ``text``, and what
-        :meth:`scored` added.
+        Columns: `kind` (`base`, `steered`, `random`, `placebo`), `layer`, `coefficient`, `draw` (of
+        a placebo), `prompt` (its number), `target` (logits), `kl`, `nll` (nats), `perplexity`,
+        `norm_ratio`, `repetition`, `text`, and what `scored` added.
         """
         return self.frame.copy()
 
     def metrics(self) -> list[str]:
-        """What can be averaged."""
+        """The columns that can be averaged."""
         return [name for name in self.frame if name not in _CONDITION]
 
     def scored(self, name: str, score: Callable[[str], float]) -> SweepResult:
@@ -64,11 +63,14 @@ class SweepResult:
 
         Args:
             name: what to call it.
-            score: a number for a text; 1 or 0 for what a text has or lacks, so that the mean is
-                the share of texts that have it.
+            score: a number for a text; 1 or 0 for what a text has or lacks, so that the mean is the
+                share of texts that have it.
 
         Raises:
             InputError: the name is taken.
+
+        Examples:
+            >>> result.scored("asks", lambda text: "?" in text).summary("asks")
         """
         if name in self.frame:
             raise InputError(f"there is a column {name!r} already: call the metric something else")
@@ -78,9 +80,14 @@ class SweepResult:
     def summary(self, metric: str = "target") -> pd.DataFrame:
         """Means over prompts with 95% bootstrap intervals, by layer and coefficient.
 
-        Columns, each with ``_low`` and ``_high``: ``change``, steered less base;
-        ``over_random`` and ``over_placebo``: steered less the mean of the draws, paired by prompt
-        (absent where none was drawn).
+        Args:
+            metric: one of `metrics`.
+
+        Returns:
+            Columns, each with `_low` and `_high`: `change`, steered less base; `over_random` and
+            `over_placebo`: steered less the mean of the draws, paired by prompt (absent where none
+                was
+            drawn). In units of the metric.
 
         Raises:
             InputError: no such metric.
@@ -89,16 +96,22 @@ class SweepResult:
         kinds = dict(list(self.frame.groupby("kind")))
         base = kinds["base"].set_index("prompt")[metric]
         rows = []
-        for (layer, coefficient), own in kinds["steered"].groupby(["layer", "coefficient"]):
-            steered = own.set_index("prompt")[metric]
-            row: dict[str, Any] = {"layer": layer, "coefficient": coefficient, "n": len(own)}
-            row |= self._told("change", steered - base)
+        for (layer, coefficient), steered_rows in kinds["steered"].groupby(
+            ["layer", "coefficient"]
+        ):
+            steered = steered_rows.set_index("prompt")[metric]
+            row: dict[str, Any] = {
+                "layer": layer,
+                "coefficient": coefficient,
+                "n": len(steered_rows),
+            }
+            row |= self._with_interval("change", steered - base)
             for kind in ("random", "placebo"):
                 if kind in kinds:
                     other = kinds[kind]
                     other = other[(other.layer == layer) & (other.coefficient == coefficient)]
                     mean = other.groupby("prompt")[metric].mean()
-                    row |= self._told(f"over_{kind}", steered - mean)
+                    row |= self._with_interval(f"over_{kind}", steered - mean)
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -136,29 +149,31 @@ class SweepResult:
         return figure
 
     def _panel(self, axes: Axes, metric: str, layer: int, theme: Theme) -> None:
-        own = self.frame[(self.frame.layer == layer) & (self.frame.kind != "base")]
-        strengths = sorted(own.coefficient.unique())
+        rows = self.frame[(self.frame.layer == layer) & (self.frame.kind != "base")]
+        strengths = sorted(rows.coefficient.unique())
         colours = {"steered": theme.positive, "placebo": theme.ink, "random": theme.muted}
         for kind, colour in colours.items():
-            part = own[own.kind == kind]
+            part = rows[rows.kind == kind]
             if part.empty:
                 continue
             prompts = part.groupby(["coefficient", "prompt"])[metric].mean()
-            told = np.array([bootstrap(prompts[c].to_numpy(), self.seed) for c in strengths])
-            axes.plot(told[:, 0], color=colour, marker="o", markersize=3, label=kind)
+            intervals = np.array([bootstrap(prompts[c].to_numpy(), self.seed) for c in strengths])
+            axes.plot(intervals[:, 0], color=colour, marker="o", markersize=3, label=kind)
             if kind == "steered":
-                axes.fill_between(range(len(told)), *told[:, 1:].T, color=colour, alpha=0.18, lw=0)
+                axes.fill_between(
+                    range(len(intervals)), *intervals[:, 1:].T, color=colour, alpha=0.18, lw=0
+                )
         base = self.frame.loc[self.frame.kind == "base", metric].mean()
         axes.axhline(base, color=theme.muted, linestyle="--", linewidth=1, label="base model")
         axes.set_xticks(range(len(strengths)), [f"{c:g}" for c in strengths])
         axes.set_xlabel("strength", color=theme.ink, fontsize=9)
-        axes.set_title(LABELS.get(metric, metric), loc="left", color=theme.ink, fontsize=10)
+        axes.set_title(METRIC_LABELS.get(metric, metric), loc="left", color=theme.ink, fontsize=10)
         axes.grid(color=theme.muted, alpha=0.25)
 
     def _require(self, metric: str) -> None:
         if metric not in self.metrics():
             raise InputError(f"metric is {metric!r}, expected one of {', '.join(self.metrics())}")
 
-    def _told(self, name: str, values: pd.Series) -> dict[str, float]:
+    def _with_interval(self, name: str, values: pd.Series) -> dict[str, float]:
         mean, low, high = bootstrap(values.to_numpy(dtype=np.float64), self.seed)
         return {name: mean, f"{name}_low": low, f"{name}_high": high}

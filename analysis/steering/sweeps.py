@@ -2,12 +2,12 @@
 
 One strength after another is tried on the same prompts, all prompts in one batch, and read by
 
-* ``target``: the logit difference that was steered for, at the end of the prompt;
-* ``kl``: KL(base || steered) of the next token there, in nats: what else changed;
-* ``perplexity`` of the steered text under the base model: exp of ``nll``, in nats a token;
-* ``norm_ratio``: the length of the residual stream behind the steered place, at the end of the
+* `target`: the logit difference that was steered for, at the end of the prompt;
+* `kl`: KL(base || steered) of the next token there, in nats: what else changed;
+* `perplexity` of the steered text under the base model: exp of `nll`, in nats a token;
+* `norm_ratio`: the length of the residual stream behind the steered place, at the end of the
   prompt, over its length in the base model;
-* ``repetition``: the share of the text's bigrams that it had before.
+* `repetition`: the share of the text's bigrams that it had before.
 
 A steering vector always does *something*; the question is what another one would have done. So each
 strength is also tried on other units, drawn anew for each seed:
@@ -15,14 +15,14 @@ strength is also tried on other units, drawn anew for each seed:
 ============ ================================================ =====================================
 kind         of a direction                                   of a neuron
 ============ ================================================ =====================================
-``random``   the operation on a random direction of the same  the operation on another neuron of
+`random`   the operation on a random direction of the same  the operation on another neuron of
              length, of no preferred orientation              the layer
-``placebo``  a step as long as the steered one, to the last   a change of another neuron that writes
+`placebo`  a step as long as the steered one, to the last   a change of another neuron that writes
              digit, along the difference of two states        a step as long as the steered one
              that the model has on these prompts
 ============ ================================================ =====================================
 
-So ``placebo`` differs from what is tested in nothing but where it points. Text is generated
+So `placebo` differs from what is tested in nothing but where it points. Text is generated
 greedily; the only chance is in the placebos, which the seed fixes.
 """
 
@@ -54,13 +54,13 @@ from lenslrp.analysis.steering.operations import (
 )
 from lenslrp.analysis.steering.result import SweepResult
 from lenslrp.analysis.units.kinds import Direction, Neuron, Unit
-from lenslrp.analysis.units.locations import stack_name
+from lenslrp.analysis.units.locations import blocks_name
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.forward import forward, reading
-from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.structure import layer_of
 from lenslrp.hooks.turns import turn
-from lenslrp.inputs import prepare
+from lenslrp.inputs import prepare_text
 from lenslrp.text.names import token_id
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ Tokens = str | int | Sequence[str | int]
 
 @dataclass(frozen=True)
 class Matched(Operation):
-    """What ``operation`` would have done to its unit, done to another: steps of the same length."""
+    """The change that `operation` makes to its unit, made to another: steps of the same length."""
 
     operation: Moving
     other: Unit
@@ -106,54 +106,65 @@ def sweep(
     """Steer with every coefficient, at every layer, and with placebos; see the module.
 
     Args:
-        model: a ``TransformerBridge`` of a decoder, with a tokenizer.
-        operation: on a neuron or a direction; or, with ``layers``, what makes one for a layer.
-        coefficients: the factors of a ``Scale``, amounts of an ``Add``, values of an ``Ablate``.
+        model: a `TransformerBridge` of a decoder, with a tokenizer.
+        operation: on a neuron or a direction; or, with `layers`, a function from layer to one.
+        coefficients: the factors of a `Scale`, amounts of an `Add`, values of an `Ablate`.
         prompts: texts; all go through the model as one batch.
         target: tokens that are steered for, tokens that are steered against: the target is the mean
             logit of the first less that of the second.
-        layers: where to try ``operation``.
-        prompt, generation: as in :func:`~lenslrp.analysis.steering.operations.steer`.
+        layers: where to try `operation`.
+        prompt, generation: as in `steer`.
         new_tokens: how long a text is generated.
         draws: how many random units and placebos for each coefficient; 0 for none.
         seed: of the draws.
-        prepend_bos: as in ``model.to_tokens``.
+        prepend_bos: as in `model.to_tokens`.
+
+    Returns:
+        One row a prompt and condition: `target` in logits, `kl` and `nll` in nats.
 
     Raises:
         InputError: an operation without a strength or on another unit; no prompts or coefficients.
+
+    Examples:
+        >>> result = sweep(model, Scale(Neuron(17, 40), 1.0), [0.0, 2.0], ["I think that"],
+        ...                target=(" good", " bad"))
+        >>> result.to_dataframe()["kind"].value_counts().to_dict()  # 2 draws for each coefficient
+        {'random': 4, 'placebo': 4, 'steered': 2, 'base': 1}
     """
     if not coefficients or new_tokens < 1 or draws < 0:
         raise InputError("a sweep needs coefficients, new_tokens >= 1 and draws >= 0")
     if callable(operation) == (layers is None):
         raise InputError("give layers with a function from layer to operation, and only then")
     batch = _Prompts.of(model, prompts, target, new_tokens, prepend_bos)
-    made = [operation(layer) for layer in layers or ()] if callable(operation) else [operation]
+    operations = (
+        [operation(layer) for layer in layers or ()] if callable(operation) else [operation]
+    )
     frames: list[pd.DataFrame] = []
-    for each in made:
+    for each in operations:
         if type(each) not in STRENGTHS or not isinstance(each.unit, Neuron | Direction):
             raise InputError(
                 f"{type(each).__name__} of {each.unit} has no strength to sweep; expected Scale, "
                 "Add or Ablate of a Neuron or Direction"
             )
         layer = layer_of(each.hook(model))
-        stream = f"{stack_name(model)}.{layer}.hook_resid_post"
+        stream = f"{blocks_name(model)}.{layer}.hook_resid_post"
         base = batch.read(model, stream)
         if not frames:
             frames.append(base.rows(base, kind="base", layer=layer))
         pairs = list(_controls(model, each, prompts, draws, seed, prepend_bos)) if draws else []
         for coefficient in coefficients:
             strength: dict[str, Any] = {STRENGTHS[type(each)]: float(coefficient)}
-            own = replace(each, **strength)
-            tried: list[tuple[str, float, Operation]] = [("steered", math.nan, own)]
+            strengthened = replace(each, **strength)
+            tried: list[tuple[str, float, Operation]] = [("steered", math.nan, strengthened)]
             for number, (random, placebo, factor) in enumerate(pairs):
-                tried.append(("random", number, replace(own, unit=random)))
-                tried.append(("placebo", number, Matched(own, placebo, factor)))
+                tried.append(("random", number, replace(strengthened, unit=random)))
+                tried.append(("placebo", number, Matched(strengthened, placebo, factor)))
             for kind, draw, what in tried:
                 steered = steer(model, [what], prompt=prompt, generation=generation)
                 with turn(model), steered:
-                    found = batch.read(model, stream)
-                told = {"kind": kind, "layer": layer, "coefficient": coefficient, "draw": draw}
-                frames.append(found.rows(base, **told))
+                    condition = batch.read(model, stream)
+                labels = {"kind": kind, "layer": layer, "coefficient": coefficient, "draw": draw}
+                frames.append(condition.rows(base, **labels))
     scored = pd.concat(frames, ignore_index=True)
     scored["nll"] = batch.surprise(model, np.stack(scored.pop("tokens").to_list()))
     scored["perplexity"] = np.exp(scored["nll"])
@@ -207,13 +218,15 @@ class _Prompts:
         new: int,
         bos: bool | None,
     ) -> _Prompts:
-        given = prepare(model, list(prompts), prepend_bos=bos)
-        ids = zip(given.tokens, given.mask, strict=True)
+        prepared = prepare_text(model, list(prompts), prepend_bos=bos)
+        ids = zip(prepared.tokens, prepared.mask, strict=True)
         left = Batch.of_rows([row[real].tolist() for row, real in ids], "left")
-        sides = [[side] if isinstance(side, str | int) else list(side) for side in target]
+        token_lists = [[side] if isinstance(side, str | int) else list(side) for side in target]
         vocabulary = int(model.cfg.d_vocab)
-        first, second = ([token_id(model.tokenizer, t, vocabulary) for t in own] for own in sides)
-        device = given.tokens.device
+        first, second = (
+            [token_id(model.tokenizer, t, vocabulary) for t in tokens] for tokens in token_lists
+        )
+        device = prepared.tokens.device
         return cls(left.tokens.to(device), left.mask.to(device), (first, second), new)
 
     @torch.no_grad()
@@ -224,7 +237,7 @@ class _Prompts:
             lengths.append(x[:, -1].float().norm(dim=-1).cpu())
 
         with reading(model, {stream: measure}):
-            made: Any = model.generate(
+            generated: Any = model.generate(
                 self.tokens,
                 attention_mask=self.mask.long(),
                 max_new_tokens=self.new,
@@ -233,8 +246,8 @@ class _Prompts:
                 verbose=False,
                 output_logits=True,
             )
-        logits = made.logits[0].double().cpu()
-        new = made.sequences[:, -self.new :].cpu()
+        logits = generated.logits[0].double().cpu()
+        new = generated.sequences[:, -self.new :].cpu()
         first, second = self.wanted
         target = logits[:, first].mean(dim=1) - logits[:, second].mean(dim=1)
         texts = [model.tokenizer.decode(row) for row in new]
@@ -252,15 +265,15 @@ class _Prompts:
             which, new = some[:, 0], some[:, 1:]
             mask = torch.cat([self.mask[which], torch.ones_like(new).bool()], dim=1)
             tokens = torch.cat([self.tokens[which], new], dim=1)
-            given = prepare(model, tokens, attention_mask=mask)
+            batch = prepare_text(model, tokens, attention_mask=mask)
             ends = torch.arange(mask.shape[1])[-self.new - 1 : -1].expand(len(some), -1)
-            with forward(model, given, columns=ends) as made:
-                assert made.logits is not None
-                logits = made.logits.float()
+            with forward(model, batch, columns=ends) as run:
+                assert run.logits is not None
+                logits = run.logits.float()
             losses = torch.nn.functional.cross_entropy(logits.mT, new, reduction="none")
             nats += losses.mean(dim=1).tolist()
-        found = dict(zip(unique, nats, strict=True))
-        return [found[row] for row in rows]
+        by_row = dict(zip(unique, nats, strict=True))
+        return [by_row[row] for row in rows]
 
 
 def _repetition(tokens: list[int]) -> float:
@@ -287,14 +300,14 @@ def _controls(
             yield others[0], others[1], length / float(others[1].writes(model)["out"].norm())
         return
     assert isinstance(unit, Direction)
-    seen = torch.cat([row[1:] for row in states(model, prompts, unit.at, prepend_bos=bos)])
-    if len(seen) < 2:
+    states_seen = torch.cat([row[1:] for row in states(model, prompts, unit.at, prepend_bos=bos)])
+    if len(states_seen) < 2:
         raise InputError("placebos are made of the prompts' states: give longer prompts or draws=0")
     for _ in range(draws):
-        noise = torch.from_numpy(rng.standard_normal(len(unit.vector))).to(seen)
-        a, b = rng.choice(len(seen), 2, replace=False)
-        made = [_as_long(v, unit) for v in (noise, seen[a] - seen[b])]
-        yield made[0], made[1], step_length(unit) / step_length(made[1])
+        noise = torch.from_numpy(rng.standard_normal(len(unit.vector))).to(states_seen)
+        a, b = rng.choice(len(states_seen), 2, replace=False)
+        directions = [_as_long(v, unit) for v in (noise, states_seen[a] - states_seen[b])]
+        yield directions[0], directions[1], step_length(unit) / step_length(directions[1])
 
 
 def _other(rng: np.random.Generator, index: int, size: int) -> int:

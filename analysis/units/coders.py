@@ -33,12 +33,25 @@ class SparseCoder:
 
     Attributes:
         hook: the hook point that it reads.
-        W_enc, b_enc: [d_in, features], [features].
-        W_dec, b_dec: [features, d_out], [d_out].
+        W_enc: [d_in, features].
+        b_enc: [features].
+        W_dec: [features, d_out].
+        b_dec: [d_out].
         threshold: [features], of a JumpReLU; None for a plain ReLU.
         k: keep only the k largest features of a position; None for all.
         subtract_b_dec: whether ``b_dec`` is subtracted from the input first.
         name: what its features are called, as in ``blocks.5.hook_resid_post[sae 40]``.
+
+    Raises:
+        InputError: weights whose shapes do not fit each other, or a ``k`` out of range.
+
+    Examples:
+        ```python
+        coder = SparseCoder.load("sae.safetensors", hook="blocks.5.hook_resid_post")
+        activations = coder.encode(residual)  # [batch, pos, d_in] -> [batch, pos, features]
+        coder.decode(activations)             # [batch, pos, d_out]
+        Feature(coder, 40)                    # one feature, as a unit
+        ```
     """
 
     hook: str
@@ -60,16 +73,20 @@ class SparseCoder:
             "threshold": (features,),
         }
         for name, shape in expected.items():
-            given = getattr(self, name)
-            if given is not None and tuple(given.shape) != shape:
-                raise InputError(f"{name} is {list(given.shape)}, expected {list(shape)}")
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise InputError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
         if self.subtract_b_dec and self.W_enc.shape[0] != self.b_dec.shape[0]:
             raise InputError("subtract_b_dec is for autoencoders; this coder's widths differ")
         if self.k is not None and not 1 <= self.k <= features:
             raise InputError(f"k is {self.k}, expected 1 to {features} (the features)")
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... features"]:
-        """The activations of all features. Differentiable."""
+        """The activations of all features. Differentiable.
+
+        Raises:
+            InputError: another width than the coder reads.
+        """
         if x.shape[-1] != self.W_enc.shape[0]:
             raise InputError(
                 f"{self.name} reads {self.W_enc.shape[0]} values a position, "
@@ -78,16 +95,16 @@ class SparseCoder:
         if self.subtract_b_dec:
             x = x - self.b_dec.to(x)
         pre = x @ self.W_enc.to(x) + self.b_enc.to(x)
-        found = torch.relu(pre)
+        activations = torch.relu(pre)
         if self.threshold is not None:
-            found = found * (pre > self.threshold.to(x))
+            activations = activations * (pre > self.threshold.to(x))
         if self.k is not None:
-            best = found.topk(self.k, dim=-1)
-            found = torch.zeros_like(found).scatter(-1, best.indices, best.values)
-        return found
+            best = activations.topk(self.k, dim=-1)
+            activations = torch.zeros_like(activations).scatter(-1, best.indices, best.values)
+        return activations
 
     def decode(self, activations: Float[Tensor, "... features"]) -> Float[Tensor, "... d_out"]:
-        """What the coder writes."""
+        """The sum of the vectors that the features write, and ``b_dec``."""
         return activations @ self.W_dec.to(activations) + self.b_dec.to(activations)
 
     @classmethod
@@ -101,6 +118,13 @@ class SparseCoder:
         name: str = "sae",
     ) -> SparseCoder:
         """Read ``W_enc, b_enc, W_dec, b_dec`` and, where present, ``threshold`` from safetensors.
+
+        Args:
+            path: the file.
+            hook: the hook point that the coder reads.
+            k: keep only the k largest features of a position; None for all.
+            subtract_b_dec: whether ``b_dec`` is subtracted from the input first.
+            name: what its features are called.
 
         Raises:
             InputError: no such file, not safetensors, tensors missing or of shapes that do not fit.

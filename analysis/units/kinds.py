@@ -2,23 +2,16 @@
 
 A unit is a small frozen value. It knows the hook point where it lives in a given bridge, how its
 activation is read from the tensor there, which vectors of the residual stream it reads and writes,
-and its text, which can be copied and turned back into the unit with :func:`parse_unit`::
-
-    Neuron(5, 17)               blocks.5.mlp.hook_post[17]
-    Neuron(5, 17, expert=3)     blocks.5.mlp.hook_expert_post[3, 17]
-    Head(5, 2)                  blocks.5.attn.hook_z[2]
-    Direction(hook, vector)     blocks.5.hook_resid_post[direction 1f0c3a9e]
-    Feature(coder, 40)          blocks.5.hook_resid_post[sae 40]
+and its text, such as ``blocks.5.mlp.hook_post[17]``, which `parse_unit` turns back into the unit.
 
 Reads and writes are the rows and columns of the weights as they stand, without norms; what they
-mean in the vocabulary is for :mod:`lenslrp.analysis.units.projection`.
+mean in the vocabulary is for `lenslrp.analysis.units.projection`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,22 +25,26 @@ from lenslrp.analysis.units.locations import (
     Vectors,
     batched_experts,
     block_of,
+    blocks_name,
     expert_reads,
     experts_down,
     known_hook,
     shared_name,
-    stack_name,
     weight,
 )
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.components import hook_points
+from lenslrp.hooks.structure import components
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+Routing = Int[Tensor, "batch pos slot"]
+"""Which expert is in which slot."""
+
 
 class Unit:
-    """What all units can do."""
+    """A part of a model that can be explained: the methods that all kinds have."""
 
     def hook(self, model: TransformerBridge) -> str:
         """The name of the hook point where it lives in ``model``.
@@ -57,25 +54,36 @@ class Unit:
         """
         raise NotImplementedError
 
-    def activation(
-        self,
-        value: Tensor,
-        routing: Int[Tensor, "batch pos slot"] | None = None,
-    ) -> Tensor:
-        """Its activation, [batch, pos], from the tensor at its hook point.
+    def activation(self, value: Tensor, routing: Routing | None = None) -> Tensor:
+        """Its activation, from the tensor at its hook point. Differentiable.
 
-        ``routing`` says which expert sits in which slot (``R.routing``), for experts' neurons.
-        Differentiable. A tensor that the model flattened over batch and positions (OPT's MLPs)
-        gives a flat result.
+        Args:
+            value: [batch, pos, ...]; one that the model flattened over batch and positions (OPT's
+                MLPs) gives a flat result.
+            routing: which expert is in which slot (``R.routing``), for experts' neurons.
+
+        Returns:
+            [batch, pos].
+
+        Raises:
+            InputError: a tensor of another shape than at the unit's hook point.
         """
         raise NotImplementedError
 
     def writes(self, model: TransformerBridge) -> Vectors:
-        """The vectors that it adds to the residual stream: under ``"out"``."""
+        """The vectors that it adds to the residual stream: ``"out"``, [vectors, d_model].
+
+        Raises:
+            InputError: the model has no such unit, or it writes something else.
+        """
         raise NotImplementedError
 
     def reads(self, model: TransformerBridge) -> Vectors:
-        """The vectors with which it multiplies its (normed) input."""
+        """The vectors with which it multiplies its (normed) input: name -> [vectors, d_model].
+
+        Raises:
+            InputError: the model has no such unit, or it reads something else.
+        """
         raise NotImplementedError
 
 
@@ -87,7 +95,11 @@ class Neuron(Unit):
         layer: block index, from 0.
         index: into the last axis of its hook.
         expert: of a mixture: which routed expert, or ``"shared"``.
-        side: of an encoder-decoder.
+        side: ``"encoder"`` or ``"decoder"``, of an encoder-decoder.
+
+    Examples:
+        >>> str(Neuron(5, 17, expert=3))  # of a mixture; of a dense MLP blocks.5.mlp.hook_post[17]
+        'blocks.5.mlp.hook_expert_post[3, 17]'
     """
 
     layer: int
@@ -97,18 +109,14 @@ class Neuron(Unit):
 
     def __str__(self) -> str:
         stack = "encoder_blocks" if self.side == "encoder" else "blocks"
-        return f"{stack}.{self.layer}.{self._end('shared_experts')}"
-
-    def _end(self, shared: str) -> str:
-        if self.expert is None:
-            return f"mlp.hook_post[{self.index}]"
-        if self.expert == "shared":
-            return f"mlp.{shared}.hook_post[{self.index}]"
-        return f"mlp.hook_expert_post[{self.expert}, {self.index}]"
+        if isinstance(self.expert, int):
+            return f"{stack}.{self.layer}.mlp.hook_expert_post[{self.expert}, {self.index}]"
+        shared = "" if self.expert is None else "shared_experts."
+        return f"{stack}.{self.layer}.mlp.{shared}hook_post[{self.index}]"
 
     def hook(self, model: TransformerBridge) -> str:
         self._weights(model)
-        path = f"{stack_name(model, self.side)}.{self.layer}.mlp"
+        path = f"{blocks_name(model, self.side)}.{self.layer}.mlp"
         if self.expert is None:
             return f"{path}.hook_post"
         if self.expert == "shared":
@@ -118,11 +126,7 @@ class Neuron(Unit):
             raise InputError(f"{self}: the experts of this architecture have no hook point")
         return name
 
-    def activation(
-        self,
-        value: Tensor,
-        routing: Int[Tensor, "batch pos slot"] | None = None,
-    ) -> Tensor:
+    def activation(self, value: Tensor, routing: Routing | None = None) -> Tensor:
         """0 where a position was not sent to the neuron's expert."""
         if isinstance(self.expert, int):
             if routing is None or value.ndim != 4:
@@ -152,31 +156,25 @@ class Neuron(Unit):
             return self._expert_weights(model)
         elif self.expert is not None:
             raise InputError(f"{self}: this block is no mixture of experts; leave expert out")
-        found = {k: weight(mlp, w) for k, w in (("gate", "W_gate"), ("in", "W_in"))}
+        matrices = {k: weight(mlp, w) for k, w in (("gate", "W_gate"), ("in", "W_in"))}
         out = weight(mlp, "W_out")
-        if out is None or found["in"] is None:
+        if out is None or matrices["in"] is None:
             raise InputError(f"{self}: {type(mlp).__name__} has no single W_in and W_out")
-        self._in_range("neuron", self.index, out.shape[0])
-        reads = {k: w[:, self.index][None] for k, w in found.items() if w is not None}
+        _require_index(self, "neuron", self.index, out.shape[0])
+        reads = {k: w[:, self.index][None] for k, w in matrices.items() if w is not None}
         return {**reads, "out": out[self.index][None]}
 
     def _expert_weights(self, model: TransformerBridge) -> Vectors:
         if self.expert is None:
             raise InputError(f"{self}: this block is a mixture of experts; give expert=")
-        experts = batched_experts(model, f"{stack_name(model, self.side)}.{self.layer}.mlp")
+        experts = batched_experts(model, f"{blocks_name(model, self.side)}.{self.layer}.mlp")
         if experts is None:
             raise InputError(f"{self}: the experts of this architecture are not batched matrices")
         down = experts_down(experts)
-        self._in_range("expert", int(self.expert), down.shape[0])
-        self._in_range("neuron", self.index, down.shape[1])
+        _require_index(self, "expert", int(self.expert), down.shape[0])
+        _require_index(self, "neuron", self.index, down.shape[1])
         reads = expert_reads(experts, int(self.expert), self.index, down.shape[1])
         return {**reads, "out": down[int(self.expert), self.index][None]}
-
-    def _in_range(self, what: str, index: int, size: int) -> None:
-        if not 0 <= index < size:
-            raise InputError(
-                f"{what} is {index}, but layer {self.layer} has {what}s 0 to {size - 1}"
-            )
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,13 @@ class Head(Unit):
         layer: block index, from 0.
         index: which (query) head.
         cross: of a decoder that attends to an encoder: the head that does.
-        side: of an encoder-decoder.
+        side: ``"encoder"`` or ``"decoder"``, of an encoder-decoder.
+
+    Examples:
+        >>> str(Head(5, 2))
+        'blocks.5.attn.hook_z[2]'
+        >>> Head(5, 2).writes(model)["out"].shape  # W_O of the head
+        torch.Size([64, 576])
     """
 
     layer: int
@@ -205,14 +209,11 @@ class Head(Unit):
     def hook(self, model: TransformerBridge) -> str:
         name, attention = self._attention(model)
         out = weight(attention, "W_O", dims=3)
-        self._in_range(int(model.cfg.n_heads) if out is None else out.shape[0])
-        return f"{stack_name(model, self.side)}.{self.layer}.{name}.hook_z"
+        size = int(model.cfg.n_heads) if out is None else out.shape[0]
+        _require_index(self, "head", self.index, size)
+        return f"{blocks_name(model, self.side)}.{self.layer}.{name}.hook_z"
 
-    def activation(
-        self,
-        value: Tensor,
-        routing: Int[Tensor, "batch pos slot"] | None = None,
-    ) -> Tensor:
+    def activation(self, value: Tensor, routing: Routing | None = None) -> Tensor:
         if value.ndim < 3 or not 0 <= self.index < value.shape[-2]:
             raise InputError(
                 f"{self}: hook_z is [batch, pos, head, d_head] with this head in it, "
@@ -232,15 +233,15 @@ class Head(Unit):
         """
         _, attention = self._attention(model)
         out = weight(attention, "W_O", dims=3)
-        found: Vectors = {}
+        vectors: Vectors = {}
         for name, matrix in (("q", "W_Q"), ("k", "W_K"), ("v", "W_V")):
             index = self.index
             value = weight(attention, matrix, dims=3)
             if out is not None and value is not None:
-                self._in_range(out.shape[0])
+                _require_index(self, "head", self.index, out.shape[0])
                 index //= out.shape[0] // value.shape[0]
-            found[name] = self._matrix(model, matrix, index).T
-        return found
+            vectors[name] = self._matrix(model, matrix, index).T
+        return vectors
 
     def _attention(self, model: TransformerBridge) -> tuple[str, Any]:
         block = block_of(model, self.layer, self.side)
@@ -258,22 +259,26 @@ class Head(Unit):
                 f"{self}: {type(attention).__name__} has no {name} of a single head "
                 "(latent attention, or a projection that is not a matrix)"
             )
-        self._in_range(heads.shape[0] if name in ("W_Q", "W_O") else self.index + 1)
+        size = heads.shape[0] if name in ("W_Q", "W_O") else self.index + 1
+        _require_index(self, "head", self.index, size)
         return heads[index]
-
-    def _in_range(self, size: int) -> None:
-        if not 0 <= self.index < size:
-            raise InputError(
-                f"head is {self.index}, but layer {self.layer} has heads 0 to {size - 1}"
-            )
 
 
 @dataclass(frozen=True, eq=False)
 class Direction(Unit):
-    """A direction of the residual stream, or of whatever flows at ``hook``.
+    """A direction of the residual stream, or of the activations at any hook point.
 
     Its activation is the dot product with ``vector``, as given: normalise it if you want a
     projection. It reads and writes the vector itself.
+
+    Attributes:
+        at: the hook point.
+        vector: [features], of the width of the activations there.
+        name: its name; without one, eight digits of the vector's SHA-256.
+
+    Examples:
+        >>> str(Direction("blocks.5.hook_resid_post", vector, "sentiment"))
+        'blocks.5.hook_resid_post[direction sentiment]'
     """
 
     at: str
@@ -289,11 +294,7 @@ class Direction(Unit):
     def hook(self, model: TransformerBridge) -> str:
         return known_hook(model, self.at)
 
-    def activation(
-        self,
-        value: Tensor,
-        routing: Int[Tensor, "batch pos slot"] | None = None,
-    ) -> Tensor:
+    def activation(self, value: Tensor, routing: Routing | None = None) -> Tensor:
         if value.shape[-1] != self.vector.shape[0]:
             raise InputError(
                 f"{self}: the direction has {self.vector.shape[0]} components, "
@@ -302,19 +303,29 @@ class Direction(Unit):
         return value @ self.vector.to(value)
 
     def writes(self, model: TransformerBridge) -> Vectors:
-        return {"out": self._residual(model)}
+        return {"out": _of_width(model, self, self.vector.detach())}
 
     def reads(self, model: TransformerBridge) -> Vectors:
-        return {"in": self._residual(model)}
-
-    def _residual(self, model: TransformerBridge) -> Tensor:
-        _require_width(model, self, self.vector.shape[0])
-        return self.vector.detach()[None]
+        return {"in": _of_width(model, self, self.vector.detach())}
 
 
 @dataclass(frozen=True)
 class Feature(Unit):
-    """One feature of a sparse autoencoder or transcoder (:class:`SparseCoder`)."""
+    """One feature of a sparse autoencoder or transcoder.
+
+    Its activation is the coder's; it reads a column of ``W_enc`` and writes a row of ``W_dec``.
+
+    Attributes:
+        coder: the `SparseCoder`.
+        index: which of its features.
+
+    Raises:
+        InputError: the coder has no such feature.
+
+    Examples:
+        >>> str(Feature(coder, 40))
+        'blocks.5.hook_resid_post[sae 40]'
+    """
 
     coder: SparseCoder
     index: int
@@ -330,44 +341,21 @@ class Feature(Unit):
     def hook(self, model: TransformerBridge) -> str:
         return known_hook(model, self.coder.hook)
 
-    def activation(
-        self,
-        value: Tensor,
-        routing: Int[Tensor, "batch pos slot"] | None = None,
-    ) -> Tensor:
+    def activation(self, value: Tensor, routing: Routing | None = None) -> Tensor:
         return self.coder.encode(value)[..., self.index]
 
     def writes(self, model: TransformerBridge) -> Vectors:
-        _require_width(model, self, self.coder.W_dec.shape[1])
-        return {"out": self.coder.W_dec[self.index][None]}
+        return {"out": _of_width(model, self, self.coder.W_dec[self.index])}
 
     def reads(self, model: TransformerBridge) -> Vectors:
-        _require_width(model, self, self.coder.W_enc.shape[0])
-        return {"in": self.coder.W_enc[:, self.index][None]}
+        return {"in": _of_width(model, self, self.coder.W_enc[:, self.index])}
 
 
-def _parsed_neuron(found: re.Match[str]) -> Neuron:
-    expert: int | Literal["shared"] | None = "shared" if found["shared"] else None
-    return Neuron(int(found["layer"]), int(found["index"]), expert, _side(found))
-
-
-def _parsed_expert(found: re.Match[str]) -> Neuron:
-    return Neuron(int(found["layer"]), int(found["index"]), int(found["expert"]), _side(found))
-
-
-def _parsed_head(found: re.Match[str]) -> Head:
-    return Head(int(found["layer"]), int(found["index"]), bool(found["cross"]), _side(found))
-
-
-def _side(found: re.Match[str]) -> Side:
-    return "encoder" if found["stack"] == "encoder_blocks" else "decoder"
-
-
-_BLOCK = r"(?P<stack>blocks|encoder_blocks|decoder_blocks)\.(?P<layer>\d+)\."
-_TEXTS: tuple[tuple[str, Callable[[re.Match[str]], Unit]], ...] = (
-    (r"mlp\.(?P<shared>shared_experts?\.)?hook_post\[(?P<index>\d+)\]", _parsed_neuron),
-    (r"mlp\.hook_expert_post\[(?P<expert>\d+), ?(?P<index>\d+)\]", _parsed_expert),
-    (r"(?:(?:self_)?attn|(?P<cross>cross_attn))\.hook_z\[(?P<index>\d+)\]", _parsed_head),
+_PATTERN = re.compile(
+    r"(?P<stack>blocks|encoder_blocks|decoder_blocks)\.(?P<layer>\d+)\."
+    r"(?:mlp\.(?P<shared>shared_experts?\.)?hook_post\[(?P<neuron>\d+)\]"
+    r"|mlp\.hook_expert_post\[(?P<expert>\d+), ?(?P<of_expert>\d+)\]"
+    r"|(?:(?:self_)?attn|(?P<cross>cross_attn))\.hook_z\[(?P<head>\d+)\])"
 )
 
 
@@ -376,18 +364,37 @@ def parse_unit(text: str) -> Unit:
 
     Raises:
         InputError: any other text; directions and features hold vectors, which no text does.
+
+    Examples:
+        >>> parse_unit("blocks.5.attn.hook_z[2]")
+        Head(layer=5, index=2, cross=False, side='decoder')
     """
-    for pattern, make in _TEXTS:
-        found = re.fullmatch(_BLOCK + pattern, text)
-        if found is not None:
-            return make(found)
-    raise InputError(
-        f"{text!r} is no neuron or head; expected, for example, blocks.5.mlp.hook_post[17], "
-        "blocks.5.mlp.hook_expert_post[3, 17] or blocks.5.attn.hook_z[2]"
-    )
+    match = _PATTERN.fullmatch(text)
+    if match is None:
+        raise InputError(
+            f"{text!r} is no neuron or head; expected, for example, blocks.5.mlp.hook_post[17], "
+            "blocks.5.mlp.hook_expert_post[3, 17] or blocks.5.attn.hook_z[2]"
+        )
+    layer, side = int(match["layer"]), _side(match["stack"])
+    if match["head"] is not None:
+        return Head(layer, int(match["head"]), bool(match["cross"]), side)
+    if match["expert"] is not None:
+        return Neuron(layer, int(match["of_expert"]), int(match["expert"]), side)
+    return Neuron(layer, int(match["neuron"]), "shared" if match["shared"] else None, side)
 
 
-def _require_width(model: TransformerBridge, unit: Unit, width: int) -> None:
+def _side(stack: str) -> Side:
+    return "encoder" if stack == "encoder_blocks" else "decoder"
+
+
+def _require_index(unit: Neuron | Head, what: str, index: int, size: int) -> None:
+    if not 0 <= index < size:
+        raise InputError(f"{what} is {index}, but layer {unit.layer} has {what}s 0 to {size - 1}")
+
+
+def _of_width(model: TransformerBridge, unit: Unit, vector: Tensor) -> Tensor:
+    """[1, d_model], a vector of the residual stream, or an error."""
     d_model = int(model.cfg.d_model)
-    if width != d_model:
-        raise InputError(f"{unit} has {width} components; the residual stream has {d_model}")
+    if len(vector) != d_model:
+        raise InputError(f"{unit} has {len(vector)} components; the residual stream has {d_model}")
+    return vector[None]

@@ -11,7 +11,7 @@ is the relevance lens. (A Jacobian lens, Gurnee et al. 2026, averages the plain 
 over later positions.) ``b_l`` is what the mean residual lacks, ``E[resid_final] - J_l E[resid_l]``;
 it counts for states, not for a unit's vector.
 
-How it is fitted is in :mod:`lenslrp.analysis.units.lens_fit`.
+How it is fitted is in `lenslrp.analysis.units.lens_fit`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lenslrp.analysis.units.locations import stack_name
+from lenslrp.analysis.units.locations import blocks_name
 from lenslrp.errors import InputError
 from lenslrp.files import whole
 from lenslrp.inputs import is_encoder_decoder
@@ -35,7 +35,7 @@ from lenslrp.inputs import is_encoder_decoder
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-FORMAT = "lenslrp.lens"
+LENS_FORMAT = "lenslrp.lens"
 VERSION = 1
 _FACTS = ("kind", "model", "composite", "layers", "positions", "seed")
 
@@ -48,13 +48,22 @@ class Lens:
         matrices: layer -> J, [d_model, d_model], acting on columns; the last layer has none, its
             map is the identity.
         biases: layer -> b, [d_model].
-        noise: layer -> relative distance of the lenses of two halves of the prompts, halved: the
+        noise: layer -> half the relative distance of the lenses of two splits of the prompts: the
             standard error of J, as a share of J, in the Frobenius norm.
         kind: ``"relevance"`` or ``"ridge"``.
         model: the name of the model that it was fitted on.
         composite: the rules under which it was fitted; empty for ridge.
         layers: how many blocks the model has.
         positions: over how many positions it was fitted.
+        seed: of the random vectors of the fit.
+
+    Examples:
+        ```python
+        lens = fit_relevance_lens(model, texts)
+        lens.state(5, residual)     # [pos, d_model] after block 5 -> the expected final residual
+        lens.transport(5, vectors)  # vectors that block 5 writes, as they arrive there
+        Lens.load(lens.save("lens.safetensors"), model)
+        ```
     """
 
     matrices: Mapping[int, Float[Tensor, "d_model d_model"]] = field(repr=False)
@@ -67,21 +76,31 @@ class Lens:
     positions: int
     seed: int
 
-    def carry(
+    def transport(
         self, layer: int, vectors: Float[Tensor, "*n d_model"]
     ) -> Float[Tensor, "*n d_model"]:
-        """A unit's vectors, written by block ``layer``, as they arrive at the final residual."""
-        matrix = self._of(layer)
+        """A unit's vectors, written by block ``layer``, as they arrive at the final residual.
+
+        Raises:
+            InputError: the lens has no such layer.
+        """
+        matrix = self._matrix(layer)
         return vectors if matrix is None else vectors @ matrix.to(vectors).mT
+
+    carry = transport  # its name in 0.1
 
     def state(
         self, layer: int, residual: Float[Tensor, "*n d_model"]
     ) -> Float[Tensor, "*n d_model"]:
-        """The final residual that the residual stream after block ``layer`` lets expect."""
-        carried = self.carry(layer, residual)
-        return carried if layer == self.layers - 1 else carried + self.biases[layer].to(carried)
+        """The final residual to expect from the residual stream after block ``layer``.
 
-    def _of(self, layer: int) -> Tensor | None:
+        Raises:
+            InputError: the lens has no such layer.
+        """
+        final = self.transport(layer, residual)
+        return final if layer == self.layers - 1 else final + self.biases[layer].to(final)
+
+    def _matrix(self, layer: int) -> Tensor | None:
         if layer == self.layers - 1:
             return None
         if layer not in self.matrices:
@@ -101,14 +120,14 @@ class Lens:
         tensors |= {f"bias.{k}": v.cpu().contiguous() for k, v in self.biases.items()}
         facts = {name: getattr(self, name) for name in _FACTS}
         facts["noise"] = {str(k): v for k, v in self.noise.items()}
-        manifest = {"format": FORMAT, "version": VERSION, **facts}
+        manifest = {"format": LENS_FORMAT, "version": VERSION, **facts}
         with whole(path, ours=b'"manifest"') as part:
             save_file(tensors, part, metadata={"manifest": json.dumps(manifest)})
         return path
 
     @classmethod
     def load(cls, path: str | Path, model: TransformerBridge | None = None) -> Lens:
-        """Read what :meth:`save` wrote.
+        """Read what `save` wrote.
 
         Args:
             model: refuse a lens of a model of another name or size than this one's.
@@ -148,40 +167,48 @@ class Lens:
         return lens
 
     def require(self, model: TransformerBridge) -> None:
-        """Refuse a model that is not the one it was fitted on, by name and size."""
+        """Refuse a model that is not the one it was fitted on, by name and size.
+
+        Raises:
+            InputError: another model.
+        """
         width = next(iter(self.biases.values())).shape[0]
-        given = (str(model.cfg.model_name), len(blocks_of(model)), int(model.cfg.d_model))
-        own = (self.model, self.layers, width)
-        if given != own:
+        actual = (str(model.cfg.model_name), len(blocks_of(model)), int(model.cfg.d_model))
+        fitted = (self.model, self.layers, width)
+        if actual != fitted:
             raise InputError(
-                f"the lens was fitted on {own[0]!r} ({own[1]} layers, d_model {own[2]}); this is "
-                f"{given[0]!r} ({given[1]} layers, d_model {given[2]})"
+                f"the lens was fitted on {fitted[0]!r} ({fitted[1]} layers, d_model {fitted[2]}); "
+                f"this is {actual[0]!r} ({actual[1]} layers, d_model {actual[2]})"
             )
 
 
 def blocks_of(model: TransformerBridge) -> Any:
-    """The blocks of a model of one stack."""
+    """The blocks of a model of one stack.
+
+    Raises:
+        InputError: an encoder-decoder.
+    """
     if is_encoder_decoder(model):
         raise InputError(
             "lenses are for models of one stack: in an encoder-decoder the final residual depends "
             "on the encoder too"
         )
-    return getattr(model, stack_name(model))
+    return getattr(model, blocks_name(model))
 
 
 def _manifest(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     try:
-        found = json.loads((metadata or {}).get("manifest", "null"))
+        manifest = json.loads((metadata or {}).get("manifest", "null"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is no lens: its manifest is not JSON") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise InputError(f"{path} is no lens: it has no {FORMAT} manifest")
-    if found.get("version") != VERSION:
+    if not isinstance(manifest, dict) or manifest.get("format") != LENS_FORMAT:
+        raise InputError(f"{path} is no lens: it has no {LENS_FORMAT} manifest")
+    if manifest.get("version") != VERSION:
         raise InputError(
-            f"{path} is a lens of version {found.get('version')!r}; this reads {VERSION}"
+            f"{path} is a lens of version {manifest.get('version')!r}; this reads {VERSION}"
         )
     kinds = {"layers": int, "positions": int, "seed": int, "noise": dict}
     for name in (*_FACTS, "noise"):
-        if not isinstance(found.get(name), kinds.get(name, str)):
+        if not isinstance(manifest.get(name), kinds.get(name, str)):
             raise InputError(f"{path}: the manifest has no {name}, or of a wrong type")
-    return found
+    return manifest

@@ -1,4 +1,4 @@
-"""Where the units of a bridge are: stacks and blocks, hook points, and the rows of weights.
+"""Where the units of a bridge are: encoder and decoder blocks, hook points, rows of weights.
 
 TransformerLens gives most weights in one convention (``W_in``: [d_model, neuron], ``W_out``:
 [neuron, d_model], ``W_Q``: [head, d_model, d_head]). Batched experts keep those of Hugging Face,
@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import components, hook_points
+from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.experts import mixtures
+from lenslrp.hooks.structure import components
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 Side = Literal["encoder", "decoder"]
-SIDES = ("encoder", "decoder")
 
 TRANSPOSED = frozenset({"Llama4TextExperts"})
 """Experts that keep [expert, in, out] without saying so by ``is_transposed``."""
@@ -32,9 +32,13 @@ Vectors = dict[str, Float[Tensor, "vectors d_model"]]
 """What is read or written, by name ("in", "gate", "q", ...): one row a vector."""
 
 
-def stack_name(model: TransformerBridge, side: Side = "decoder") -> str:
-    """What the blocks of this side are called: ``blocks``, ``encoder_blocks``, ..."""
-    if side not in SIDES:
+def blocks_name(model: TransformerBridge, side: Side = "decoder") -> str:
+    """The name of a model's blocks: ``blocks``, ``encoder_blocks`` or ``decoder_blocks``.
+
+    Raises:
+        InputError: an unknown side, or the encoder of a model without one.
+    """
+    if side not in get_args(Side):
         raise InputError(f"side is 'encoder' or 'decoder', not {side!r}")
     modules = getattr(model, "_modules", {})
     if f"{side}_blocks" in modules:
@@ -45,19 +49,23 @@ def stack_name(model: TransformerBridge, side: Side = "decoder") -> str:
 
 
 def block_of(model: TransformerBridge, layer: int, side: Side = "decoder") -> Any:
-    """Block ``layer`` of one side.
+    """Block ``layer`` of the encoder or the decoder.
 
     Raises:
         InputError: the layer is out of range.
     """
-    blocks = getattr(model, stack_name(model, side), ())
+    blocks = getattr(model, blocks_name(model, side), ())
     if not 0 <= layer < len(blocks):
         raise InputError(f"layer is {layer}, but the model has layers 0 to {len(blocks) - 1}")
     return blocks[layer]
 
 
 def known_hook(model: TransformerBridge, name: str) -> str:
-    """``name``, if it is a hook point of ``model``."""
+    """``name``, if it is a hook point of ``model``.
+
+    Raises:
+        InputError: it is none; the message names the nearest.
+    """
     names = hook_points(model, components(model))
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3)
@@ -77,7 +85,11 @@ def weight(component: Any, name: str, dims: int = 2) -> Tensor | None:
 
 
 def shared_name(mlp: Any) -> str:
-    """What the shared expert of a mixture is called."""
+    """The attribute that holds the shared expert of a mixture.
+
+    Raises:
+        InputError: it has none.
+    """
     for name in ("shared_experts", "shared_expert"):
         if getattr(mlp, "_modules", {}).get(name) is not None:
             return name
@@ -103,12 +115,13 @@ def expert_reads(experts: Any, expert: int, index: int, size: int) -> Vectors:
 
 def batched_experts(model: TransformerBridge, path: str) -> Any:
     """The module that holds the experts of the mixture at ``path``; None if it is not batched."""
-    found = [mixture for mixture in mixtures(components(model)) if mixture.path == path]
-    return found[0].batched_experts() if found else None
+    at_path = (mixture for mixture in mixtures(components(model)) if mixture.path == path)
+    mixture = next(at_path, None)
+    return None if mixture is None else mixture.batched_experts()
 
 
 def experts_down(experts: Any) -> Float[Tensor, "expert neuron d_model"]:
-    """What all neurons of all experts write."""
+    """The vectors that all neurons of all experts write."""
     down: Tensor = experts.down_proj.detach()
     return down if _transposed(experts) else down.mT
 

@@ -6,12 +6,12 @@ promoting concepts in the vocabulary space"), of Voita et al. 2023 for neurons a
 the residual stream into logits: that is what it **writes**. It multiplies the residual stream with
 a vector, and token embeddings are where the residual stream begins: that is what it **reads**.
 
-Norms stand in between. Their gain scales the components and their centring removes the mean, and
-both belong to the reading; their denominators are positive numbers for the whole vocabulary and
+Norms lie in between. Their gain scales the components and their centring removes the mean, and both
+belong to the reading; their denominators are positive numbers for the whole vocabulary and
 cannot change the order; biases are not part of what a unit writes. So scores are in logits up to
 one positive factor, unless a residual is given (``at=``): then they are differences of real
-logits, through the real norm and soft-cap. A relevance lens (:mod:`lenslrp.analysis.units.lens`)
-carries what is written over the layers in between.
+logits, through the real norm and soft-cap. A relevance lens (`lenslrp.analysis.units.lens`)
+transports what is written over the layers in between.
 
 A head reads and writes whole subspaces. Given what it attends to (``source=``), it writes one
 vector; without, the components of its OV and QK circuits are read one by one, largest singular
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -30,23 +30,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.units.kinds import Head, Neuron, Unit
-from lenslrp.analysis.units.locations import Side, block_of, stack_name
+from lenslrp.analysis.units.residual import (
+    as_read,
+    as_written,
+    head_reads,
+    head_writes,
+    require_decoder,
+)
 from lenslrp.analysis.units.unembedding import (
-    branch_norm,
+    dot_products,
     embedding,
-    final_norm,
-    input_norm,
     labels,
     measure_gain,
     output_norm,
-    readout,
-    scores,
     token_labels,
+    unembed,
     unembedding,
 )
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import layer_of
-from lenslrp.text.names import token_ids
+from lenslrp.hooks.structure import layer_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -63,7 +65,13 @@ class VocabularyScores:
         role: ``"writes"`` or ``"reads"``.
         name: which of its vectors: ``"out"``; ``"in"``, ``"gate"``; ``"q"``, ``"k"``, ``"v"``.
         scores: [d_vocab]; logits up to a positive factor, or logits where a residual was given.
+        label: row -> its token (or class) as text.
         strength: of a head's component, its singular value; 1 otherwise.
+
+    Examples:
+        ```python
+        writes(model, Neuron(5, 17)).top(3)  # a table with the columns id, token, score
+        ```
     """
 
     unit: str
@@ -74,11 +82,15 @@ class VocabularyScores:
     strength: float = 1.0
 
     def top(self, k: int = 10) -> pd.DataFrame:
-        """The ``k`` highest scores, best first: columns id, token, score."""
+        """The ``k`` highest scores, best first: columns id, token, score.
+
+        Raises:
+            InputError: ``k`` is not 1 to d_vocab.
+        """
         return self._table(k, largest=True)
 
     def bottom(self, k: int = 10) -> pd.DataFrame:
-        """The ``k`` lowest scores, lowest first."""
+        """The ``k`` lowest scores, lowest first; see `top`."""
         return self._table(k, largest=False)
 
     def _table(self, k: int, *, largest: bool) -> pd.DataFrame:
@@ -88,53 +100,6 @@ class VocabularyScores:
         ids = best.indices.tolist()
         return pd.DataFrame(
             {"id": ids, "token": [self.label(i) for i in ids], "score": best.values.tolist()}
-        )
-
-
-def _part(unit: Unit) -> tuple[int, str, Side] | None:
-    """Layer, part of the block, and side; None for directions and features."""
-    if isinstance(unit, Neuron):
-        return unit.layer, "mlp", unit.side
-    if isinstance(unit, Head):
-        return unit.layer, "cross_attn" if unit.cross else "attn", unit.side
-    return None
-
-
-def _like(vectors: Tensor) -> Tensor:
-    half = vectors.dtype in (torch.float16, torch.bfloat16)
-    return vectors.float() if half else vectors
-
-
-def as_written(model: TransformerBridge, unit: Unit, vectors: Tensor) -> Tensor:
-    """Vectors as they arrive in the residual stream: through the branch's own norm, if any."""
-    place, norm = _part(unit), None
-    if place is not None:
-        layer, part, side = place
-        norm = branch_norm(block_of(model, layer, side), part)
-    like = _like(vectors)
-    return like if norm is None else measure_gain(model, norm, vectors).forward(like)
-
-
-def as_read(model: TransformerBridge, unit: Unit, name: str, vectors: Tensor) -> Tensor:
-    """Vectors as they meet the residual stream: through the norm before the branch, if any."""
-    place, norm = _part(unit), None
-    if place is not None:
-        layer, part, side = place
-        if part == "cross_attn" and name in ("k", "v"):
-            norm = final_norm(model, "encoder")
-        else:
-            norm = input_norm(model, block_of(model, layer, side), side, part)
-    like = _like(vectors)
-    return like if norm is None else measure_gain(model, norm, vectors).backward(like)
-
-
-def require_decoder(model: TransformerBridge, unit: Unit) -> None:
-    unembedding(model)  # or say why not, before anything else
-    place = _part(unit)
-    if place is not None and stack_name(model, place[2]) == "encoder_blocks":
-        raise InputError(
-            f"{unit}: an encoder writes to cross-attention, not to the unembedding; "
-            "what it reads can be asked for"
         )
 
 
@@ -153,13 +118,13 @@ def project(
     """
     rows, _ = unembedding(model)
     if at is not None:
-        here = at.to(vectors)[None]
-        return readout(model, here + vectors) - readout(model, here)
+        state = at.to(vectors)[None]
+        return unembed(model, state + vectors) - unembed(model, state)
     norm = output_norm(model)
     if norm is not None:
         vectors = vectors.to(rows.device)
         vectors = measure_gain(model, norm, vectors).forward(vectors)
-    return scores(rows, vectors)
+    return dot_products(rows, vectors)
 
 
 @torch.no_grad()
@@ -175,16 +140,32 @@ def writes(
 ) -> VocabularyScores:
     """What ``unit`` writes to the vocabulary.
 
+    The projection of Geva et al. 2022 (arXiv:2203.14680) for neurons and of Dar et al. 2023
+    (arXiv:2209.02535) for heads.
+
     Args:
+        model: a ``TransformerBridge``.
+        unit: a `Neuron`, `Head`, `Direction` or `Feature` of the decoder.
         source: of a head: the token, or the residual vector, that it attends to; it then writes
             that one's image under its OV circuit.
         component: of a head without ``source``: which singular component of the OV circuit.
-        at: a residual vector before the final norm, see :func:`project`.
+        at: a residual vector before the final norm, from which the unit's vector is a step: then
+            scores are ``logits(at + vector) - logits(at)``.
         amount: how much of the vector is written, with ``at``.
-        lens: carry the vector to the final residual first.
+        lens: transport the vector to the final residual first.
+
+    Returns:
+        Scores [d_vocab], in logits up to one positive factor; with ``at``, in logits.
 
     Raises:
         InputError: the unit is not in the model, or the model has no vocabulary to read it in.
+
+    Examples:
+        ```python
+        writes(model, Neuron(5, 17)).top(5)                  # tokens it raises
+        writes(model, Head(5, 2), source=" Paris").top(5)    # what it writes when it sees " Paris"
+        writes(model, Neuron(5, 17), lens=lens).bottom(5)    # through the layers above
+        ```
     """
     require_decoder(model, unit)
     strength = 1.0
@@ -196,9 +177,9 @@ def writes(
         vector = unit.writes(model)["out"][0]
     vector = as_written(model, unit, vector[None])
     if lens is not None:
-        vector = lens.carry(_layer_of(unit), vector)
-    found = project(model, vector * amount, at=at)[0]
-    return VocabularyScores(str(unit), "writes", "out", found.cpu(), labels(model), strength)
+        vector = lens.transport(_layer_of(unit), vector)
+    scores = project(model, vector * amount, at=at)[0]
+    return VocabularyScores(str(unit), "writes", "out", scores.cpu(), labels(model), strength)
 
 
 @torch.no_grad()
@@ -211,21 +192,33 @@ def reads(
     which ``q`` and ``k`` are one component of QK (position apart: rotary embeddings are left out)
     and ``v`` one of OV.
 
+    Args:
+        model: a ``TransformerBridge``.
+        unit: a `Neuron`, `Head`, `Direction` or `Feature`.
+        component: of a head: which singular component of QK and OV.
+
+    Returns:
+        For each of its vectors, scores [d_vocab] up to one positive factor.
+
     Raises:
         InputError: the unit is not in the model, or the model reads no tokens.
+
+    Examples:
+        ```python
+        reads(model, Neuron(5, 17))["in"].top(5)  # tokens that it responds to most
+        ```
     """
     rows = embedding(model)
     if isinstance(unit, Head):
-        found = head_reads(model, unit, component)
+        vectors = head_reads(model, unit, component)
     else:
-        vectors = unit.reads(model)
-        found = {n: (as_read(model, unit, n, v)[0], 1.0) for n, v in vectors.items()}
+        vectors = {n: (as_read(model, unit, n, v)[0], 1.0) for n, v in unit.reads(model).items()}
     label = token_labels(model)
     return {
         name: VocabularyScores(
-            str(unit), "reads", name, scores(rows, vector[None])[0].cpu(), label, strength
+            str(unit), "reads", name, dot_products(rows, vector[None])[0].cpu(), label, strength
         )
-        for name, (vector, strength) in found.items()
+        for name, (vector, strength) in vectors.items()
     }
 
 
@@ -236,75 +229,29 @@ def _layer_of(unit: Unit) -> int:
     if layer is not None and hook.endswith("hook_resid_pre"):
         layer -= 1
     if layer is None or layer < 0:
-        raise InputError(f"{unit} is behind no block, so no lens says how it is carried on")
+        raise InputError(f"{unit} is behind no block, so no lens says how it is transported")
     return layer
-
-
-def head_writes(
-    model: TransformerBridge, head: Head, source: Any, component: int
-) -> tuple[Tensor, float]:
-    out = _like(head.writes(model)["out"])
-    value = as_read(model, head, "v", head.reads(model)["v"])
-    if source is None:
-        _, sizes, write = _components(value, out, component)
-        return write, sizes
-    if isinstance(source, str | int):
-        source = embedding(model)[_token(model, source)]
-    if source.shape[-1] != value.shape[1]:
-        raise InputError(f"source has {source.shape[-1]} values, expected {value.shape[1]}")
-    return (value @ source.to(value)) @ out, 1.0
-
-
-def head_reads(
-    model: TransformerBridge, head: Head, component: int
-) -> dict[str, tuple[Tensor, float]]:
-    vectors = {n: as_read(model, head, n, v) for n, v in head.reads(model).items()}
-    query, strength, key = _components(vectors["q"], vectors["k"], component)
-    value, size, _ = _components(vectors["v"], _like(head.writes(model)["out"]), component)
-    return {"q": (query, strength), "k": (key, strength), "v": (value, size)}
-
-
-def _components(
-    a: Float[Tensor, "d_head d_model"], b: Float[Tensor, "d_head d_model"], component: int
-) -> tuple[Tensor, float, Tensor]:
-    """One singular component of ``a.T @ b``, [d_model, d_model] but never formed.
-
-    Both signs of a pair of singular vectors are the same component; the one is chosen whose first
-    vector has its largest entry positive.
-    """
-    if not 0 <= component < len(a):
-        raise InputError(f"component is {component}, but the head has 0 to {len(a) - 1}")
-    left, lower = torch.linalg.qr(a.T)
-    right, upper = torch.linalg.qr(b.to(a).T)
-    u, sizes, v = torch.linalg.svd(lower @ upper.T)
-    first, second = left @ u[:, component], right @ v[component]
-    sign = first[first.abs().argmax()].sign()
-    return sign * first, float(sizes[component]), sign * second
-
-
-def _token(model: TransformerBridge, token: str | int) -> int:
-    size = len(embedding(model))
-    if isinstance(token, int):
-        if not 0 <= token < size:
-            raise InputError(f"token is {token}, expected 0 to {size - 1}")
-        return token
-    ids = token_ids(model.tokenizer, token)
-    if len(ids) != 1:
-        raise InputError(f"{token!r} is {len(ids)} tokens; a head attends to one")
-    return int(ids[0])
 
 
 @torch.no_grad()
 def cosines(model: TransformerBridge, unit: Unit) -> dict[str, float]:
-    """Cosines between what a unit reads and what it writes, both as the residual stream sees them.
+    """Cosines between what a unit reads and what it writes, both seen from the residual stream.
 
     Near 1 it strengthens what it finds, near -1 it removes it (Gurnee et al. 2024).
 
+    Args:
+        model: a ``TransformerBridge``.
+        unit: a `Neuron`, `Direction` or `Feature`.
+
     Returns:
-        ``"in,out"``, and for a gated MLP also ``"gate,out"`` and ``"gate,in"``.
+        ``"in,out"``, and for a gated MLP also ``"gate,out"`` and ``"gate,in"``; -1 to 1.
 
     Raises:
         InputError: for a head, which reads and writes subspaces.
+
+    Examples:
+        >>> cosines(model, Direction("blocks.5.hook_resid_post", vector))
+        {'in,out': 1.0}
     """
     if isinstance(unit, Head):
         raise InputError(f"{unit} reads and writes subspaces, between which there is no one angle")
@@ -323,6 +270,11 @@ def sign_cases(model: TransformerBridge, neuron: Neuron, k: int = 5) -> pd.DataF
     Where ``f`` dips below zero (SiLU, GELU), a negative gate flips the sign and writes little; a
     neuron means up to four things, of which the signs of its two inputs choose one.
 
+    Args:
+        model: a ``TransformerBridge``.
+        neuron: of a gated MLP.
+        k: how many tokens a cell lists.
+
     Returns:
         One row a case: the signs of gate, in and activation; the ``k`` tokens that push the gate
         and the input that way; the ``k`` tokens whose logits then rise.
@@ -330,22 +282,22 @@ def sign_cases(model: TransformerBridge, neuron: Neuron, k: int = 5) -> pd.DataF
     Raises:
         InputError: a neuron without a gate.
     """
-    read = reads(model, neuron)
-    if "gate" not in read:
+    scores = reads(model, neuron)
+    if "gate" not in scores:
         raise InputError(f"{neuron} has no gate; its sign is that of its activation")
-    write = writes(model, neuron)
+    written = writes(model, neuron)
 
-    def tokens(found: VocabularyScores, sign: int) -> list[str]:
-        return list((found.top(k) if sign > 0 else found.bottom(k))["token"])
+    def tokens(scores: VocabularyScores, sign: int) -> list[str]:
+        return list((scores.top(k) if sign > 0 else scores.bottom(k))["token"])
 
     records = [
         {
             "gate": "+" if gate > 0 else "-",
             "in": "+" if inner > 0 else "-",
             "activation": "+" if gate * inner > 0 else "-",
-            "reads gate": tokens(read["gate"], gate),
-            "reads in": tokens(read["in"], inner),
-            "writes": tokens(write, gate * inner),
+            "reads gate": tokens(scores["gate"], gate),
+            "reads in": tokens(scores["in"], inner),
+            "writes": tokens(written, gate * inner),
         }
         for gate in (1, -1)
         for inner in (1, -1)
@@ -357,5 +309,8 @@ def neuron_writes(model: TransformerBridge, layer: int, neuron: int, k: int = 5)
     """The ``k`` tokens whose logits an active MLP neuron raises most, best first.
 
     Short for ``writes(model, Neuron(layer, neuron)).top(k)["token"]``.
+
+    Raises:
+        InputError: as `writes`.
     """
     return list(writes(model, Neuron(layer, neuron)).top(k)["token"])

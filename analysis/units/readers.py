@@ -80,7 +80,7 @@ class DirectionReader:
 
 @dataclass(frozen=True, eq=False)
 class FeatureReader:
-    """FeatureReader of a sparse autoencoder."""
+    """Each feature of a sparse autoencoder is a unit."""
 
     coder: SparseCoder
     kind: str = "feature"
@@ -94,36 +94,37 @@ class FeatureReader:
 
 @dataclass(frozen=True, eq=False)
 class SearchedHook:
-    """Units that are searched: a readout at a hook point, or at that hook point of every block.
+    """Units that are searched: a reader at a hook point, or at that hook point of every block.
 
     Attributes:
-        name: what the user calls it: ``"mlp.hook_post"``, or a coder's name and hook.
+        name: the user's name for it: ``"mlp.hook_post"``, or a coder's name and hook.
         hook: a hook point's name, or its end, which stands for every block.
+        reader: reads the units' activations and relevance there.
         fingerprint: of its weights, empty for none.
     """
 
     name: str
     hook: str
-    readout: UnitReader
+    reader: UnitReader
     fingerprint: str = ""
 
 
-def sites_of(given: Sites) -> list[SearchedHook]:
-    """Sites from what a caller may give.
+def searched_hooks(sites: Sites) -> list[SearchedHook]:
+    """The units to search, from hook names, sparse coders and directions.
 
     Args:
-        given: hook names, :class:`SparseCoder`, :class:`Direction`, or a list of these.
-            DirectionReader at one hook point make one site.
+        sites: hook names, `SparseCoder`, `Direction`, or a list of these. The directions at one
+            hook point are searched together.
 
     Raises:
         InputError: nothing, something else, or one site twice.
     """
-    items: list[Any] = [given] if isinstance(given, str | SparseCoder | Direction) else list(given)
-    found: list[SearchedHook] = []
+    items: list[Any] = [sites] if isinstance(sites, str | SparseCoder | Direction) else list(sites)
+    searched: list[SearchedHook] = []
     directions: dict[str, list[Direction]] = {}
     for item in items:
         if isinstance(item, str):
-            found.append(
+            searched.append(
                 SearchedHook(
                     item, item, HeadReader() if item.endswith("hook_z") else ComponentReader()
                 )
@@ -136,7 +137,7 @@ def sites_of(given: Sites) -> list[SearchedHook]:
                 )
             weights = (item.W_enc, item.b_enc, item.W_dec, item.b_dec, item.threshold)
             mark = _fingerprint([w for w in weights if w is not None], f"{item.k}")
-            found.append(
+            searched.append(
                 SearchedHook(f"{item.hook}[{item.name}]", item.hook, FeatureReader(item), mark)
             )
         elif isinstance(item, Direction):
@@ -146,11 +147,11 @@ def sites_of(given: Sites) -> list[SearchedHook]:
                 "sites are hook names, sparse coders (SparseCoder) or directions (Direction), not "
                 f"{item!r}"
             )
-    for hook, some in directions.items():
-        vectors = torch.stack([d.vector.detach() for d in some])
+    for hook, together in directions.items():
+        vectors = torch.stack([d.vector.detach() for d in together])
         mark = _fingerprint([vectors])
-        found.append(SearchedHook(f"{hook}[directions]", hook, DirectionReader(vectors), mark))
-    names = [site.name for site in found]
+        searched.append(SearchedHook(f"{hook}[directions]", hook, DirectionReader(vectors), mark))
+    names = [site.name for site in searched]
     if not names or len(set(names)) < len(names):
         raise InputError(f"sites must be one or more different ones, not {names}")
     if any(name.endswith("hook_expert_post") for name in names):
@@ -158,7 +159,7 @@ def sites_of(given: Sites) -> list[SearchedHook]:
             "experts' neurons cannot be searched yet: a position reaches only some of them; search "
             "the mixture's output, or a dense layer"
         )
-    return found
+    return searched
 
 
 def _fingerprint(tensors: list[Tensor], extra: str = "") -> str:

@@ -6,7 +6,7 @@ convention the class stores them (Gemma keeps the gain less 1, others fold it aw
 
 TransformerLens' ``logit_readout`` reads states of a decoder; it refuses encoder-decoders and
 classifiers, runs the bridge's hook points, and unembeds with the whole vocabulary at once. So the
-readout here is its own; the tests hold the two equal where both apply.
+projection here is a different one; the tests hold the two equal where both apply.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lenslrp.analysis.units.locations import Side, stack_name
+from lenslrp.analysis.units.locations import Side, blocks_name
 from lenslrp.errors import InputError
-from lenslrp.hooks.components import original
+from lenslrp.hooks.structure import original
 from lenslrp.hooks.turns import turn
 from lenslrp.text.spelling import Speller
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-CHUNK = 16_384
+VOCABULARY_CHUNK = 16_384
 """Vocabulary rows a product: at d_model = 4096 in float32, 256 MiB at once."""
 
 BETWEEN = ("mlm_head", "prediction_head", "project_out", "hc_head", "sigma_map", "classifier_ln")
@@ -71,15 +71,15 @@ class Gain:
 
 @torch.no_grad()
 def measure_gain(model: nn.Module, norm: nn.Module, like: Tensor) -> Gain:
-    """The gain of one of a model's norms, [..., d_model]; ``like`` gives width and place.
+    """The gain of one of a model's norms, [..., d_model]; ``like`` gives width and device.
 
     Raises:
         InputError: the module is not linear at a fixed denominator, as norms are.
     """
     module: Any = original(norm) or norm
     width = like.shape[-1]
-    own = next(module.parameters(), like)  # a LayerNorm takes no other type than its weight's
-    signs = torch.ones(width, dtype=own.dtype, device=like.device)
+    weight = next(module.parameters(), like)  # a LayerNorm takes no other type than its weight's
+    signs = torch.ones(width, dtype=weight.dtype, device=like.device)
     signs[1::2] = -1
     if width % 2:  # zero mean all the same
         signs[-1] = -2
@@ -96,9 +96,8 @@ def measure_gain(model: nn.Module, norm: nn.Module, like: Tensor) -> Gain:
 
 
 def final_norm(model: TransformerBridge, side: Side = "decoder") -> nn.Module | None:
-    """The norm after the last block of this side; None without one (post-norm models)."""
-    stack = stack_name(model, side)
-    name = "ln_final" if stack == "blocks" else f"{side}_ln_final"
+    """The norm after the last block of encoder or decoder; None without one (post-norm models)."""
+    name = "ln_final" if blocks_name(model, side) == "blocks" else f"{side}_ln_final"
     return None if _between(model) else getattr(model, name, None)
 
 
@@ -114,7 +113,7 @@ def output_norm(model: TransformerBridge) -> nn.Module | None:
     """
     norm = final_norm(model)
     if norm is None:
-        last = getattr(model, stack_name(model))[-1]._modules
+        last = getattr(model, blocks_name(model))[-1]._modules
         norm = next((last[n] for n in ("ln3", "ln2", "ln1") if last.get(n) is not None), None)
     return norm
 
@@ -194,18 +193,20 @@ def embedding(model: TransformerBridge) -> Float[Tensor, "d_vocab d_model"]:
     return weight.detach()
 
 
-def scores(
+def dot_products(
     rows: Float[Tensor, "rows d_model"], vectors: Float[Tensor, "n d_model"]
 ) -> Float[Tensor, "n rows"]:
     """``vectors @ rows.T`` in chunks of rows, at least in float32."""
     vectors = vectors.to(rows.device)
     if vectors.dtype in (torch.float16, torch.bfloat16):
         vectors = vectors.float()
-    return torch.cat([vectors @ part.to(vectors).T for part in rows.split(CHUNK)], dim=-1)
+    return torch.cat(
+        [vectors @ part.to(vectors).T for part in rows.split(VOCABULARY_CHUNK)], dim=-1
+    )
 
 
 @torch.no_grad()
-def readout(
+def unembed(
     model: TransformerBridge, residual: Float[Tensor, "n d_model"]
 ) -> Float[Tensor, "n rows"]:
     """Logits of residual vectors: the real final norm, unembedding, bias and soft-cap."""
@@ -218,7 +219,7 @@ def readout(
             x = module(x[None])[0]
     if getattr(_config(model), SCALED.get(_name(model), "-"), False):
         x = x * rows.shape[1] ** -0.5
-    logits = scores(rows, x)
+    logits = dot_products(rows, x)
     if bias is not None:
         logits = logits + bias.to(logits)
     transform = getattr(model.adapter, "apply_output_logits_transform", None)
@@ -226,7 +227,7 @@ def readout(
 
 
 def labels(model: TransformerBridge) -> Callable[[int], str]:
-    """What the rows of the unembedding are called: tokens, or an image's classes."""
+    """The names of the unembedding's rows: tokens, or an image's classes."""
     if not hasattr(getattr(model, "unembed", None), "W_U"):
         names = getattr(_config(model), "id2label", None) or {}
         return lambda row: str(names.get(row, f"[{row}]"))

@@ -5,11 +5,11 @@ token colours. Used directly, it pings a web host at every display, shows nothin
 pages without a network, puts 1.3 MB of script into every cell, sets tokens as HTML (``<bos>``
 vanishes, ``</script>`` destroys the cell), goes blank at a NaN, scales each sign by itself and
 paints negative red. Here none of its Python runs. Its JavaScript bundle is read from the installed
-package and inlined, once a :class:`NotebookPage`; tokens are made inert and visible first; values
+package and inlined, once a `NotebookPage`; tokens are made inert and visible first; values
 that are not finite are left blank and counted; bounds are symmetric; positive is red.
 
 Views need JavaScript. Where it does not run (a sanitising viewer), the place of a view holds a
-text or, for tokens, the script-free heatmap of :mod:`lenslrp.views.heatmap`.
+text or, for tokens, the script-free heatmap of `lenslrp.views.heatmap`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from uuid import uuid4
 
 import torch
 
+from lenslrp.analysis.views.drawing import LIGHT
 from lenslrp.errors import InputError
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import token_heatmap
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     from lenslrp.cache import RelevanceCache
 
-_RED, _BLUE = "#b2182b", "#2166ac"
 _READY = "lenslrpCircuitsVis"
 
 
@@ -61,7 +61,7 @@ def _bundle() -> str:
     )
 
 
-# Drawn as soon as both the place (notebooks attach it late) and the bundle (whichever view of the
+# Drawn as soon as both the element (notebooks attach it late) and the bundle (whichever view of the
 # page holds it) are there.
 _DRAW = """<script>(function(){{var tries=0;function draw(){{
 if(!document.getElementById({id})){{if(tries++<200)setTimeout(draw,50);return;}}
@@ -118,10 +118,10 @@ class View:
     page: NotebookPage = field(default_factory=NotebookPage, repr=False)
 
     def _repr_html_(self) -> str:
-        place = f"lenslrp-cv-{uuid4().hex}"
+        element = f"lenslrp-cv-{uuid4().hex}"
         note = f'<div style="font-size:12px;color:#57606a">{escape(self.note)}</div>'
         draw = _DRAW.format(
-            id=_json(place),
+            id=_json(element),
             ready=_READY,
             component=_json(self.component),
             props=_json(self.props),
@@ -129,7 +129,7 @@ class View:
         # CircuitsVis draws dark on nothing; its own white card keeps it legible on dark pages.
         card = "background:#fff;color:#1b1f24;padding:12px;border-radius:8px;margin:8px 0"
         return (
-            f'<div style="{card}"><div id="{place}">{self.fallback}</div>'
+            f'<div style="{card}"><div id="{element}">{self.fallback}</div>'
             f"{note if self.note else ''}</div>{draw}"
             f"{_bundle() if self.page._holds_bundle(self) else ''}"
         )
@@ -139,10 +139,10 @@ class View:
 
     def __str__(self) -> str:
         """A complete HTML page that needs no network."""
-        alone = View(self.component, self.props, self.fallback, self.note)
+        standalone = View(self.component, self.props, self.fallback, self.note)
         return (
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>LensLRP</title>'
-            f"</head><body>{alone._repr_html_()}</body></html>"
+            f"</head><body>{standalone._repr_html_()}</body></html>"
         )
 
 
@@ -150,8 +150,8 @@ def _finite(values: Tensor) -> tuple[Any, float, str]:
     """``values`` as lists with None where not finite, their largest absolute value, and a note."""
     finite = torch.isfinite(values)
     bound = float(values[finite].abs().max()) if bool(finite.any()) else 0.0
-    lost = int((~finite).sum())
-    note = f"{lost} of {values.numel()} values are not finite and left blank. " if lost else ""
+    blank = int((~finite).sum())
+    note = f"{blank} of {values.numel()} values are not finite and left blank. " if blank else ""
 
     def lists(rows: Any) -> Any:
         if isinstance(rows, list):
@@ -217,8 +217,8 @@ def attention_heads(
         "attentionHeadNames": [visible(name) for name in names] if names is not None else None,
         "maxValue": bound,
         "minValue": -bound,
-        "positiveColor": _RED,
-        "negativeColor": _BLUE,
+        "positiveColor": LIGHT.positive,
+        "negativeColor": LIGHT.negative,
         "maskUpperTri": causal,
     }
     props = {name: value for name, value in props.items() if value is not None}
@@ -243,10 +243,23 @@ def attention_relevance(
             their sums.
         layer: which block.
         row: which row of the batch; its padding is left out.
-        scale, page: as for :func:`attention_heads`.
+        scale: value at the full colour; by default the largest absolute value of all heads.
+        page: the page that shares one bundle; by default the view holds its own.
+
+    Returns:
+        A view that displays itself in a notebook; ``str(view)`` is a complete HTML page.
 
     Raises:
-        InputError: patterns were not read, or reduced.
+        InputError: the patterns of this layer were not read, or were reduced.
+        ImportError: when the view is displayed and circuitsvis is missing.
+
+    Examples:
+        ```python
+        _, R = lenslrp.run_with_relevance(
+            model, prompt, names_filter="blocks.5.attn.hook_pattern"
+        )
+        attention_relevance(R, 5)
+        ```
     """
     patterns = R[f"blocks.{layer}.attn.hook_pattern"]
     if patterns.ndim != 4:
@@ -265,7 +278,7 @@ def colored_tokens(
     scale: float | None = None,
     page: NotebookPage | None = None,
 ) -> View:
-    """Tokens on a background of ``values`` [pos], with tooltips; see :func:`attention_heads`."""
+    """Tokens on a background of ``values`` [pos], with tooltips; see `attention_heads`."""
     row = _as_tensor("values", values, (1,), len(tokens))
     shown, largest, note = _finite(row)
     bound = _bound(largest, scale)
@@ -274,8 +287,8 @@ def colored_tokens(
         "values": shown,
         "maxValue": bound,
         "minValue": -bound,
-        "positiveColor": _RED,
-        "negativeColor": _BLUE,
+        "positiveColor": LIGHT.positive,
+        "negativeColor": LIGHT.negative,
     }
     fallback = token_heatmap(tokens, row.tolist(), scale=scale)
     note += f"Red positive, blue negative, full colour at {bound:.4g}."

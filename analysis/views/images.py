@@ -1,10 +1,10 @@
 """Relevance of an image drawn over it: per patch and per pixel, red for and blue against.
 
-Patches are the relevance at the patch embeddings, pixels what their convolution hands down, summed
-over channels; each panel has a linear scale of its own, symmetric around 0, and says what its
-largest value is. Relevance of single pixels has a heavy tail: their colours end at a quantile, and
-the legend says where. What learned tokens (CLS) and learned positions hold is written below: an
-image alone never shows it.
+Patches are the relevance at the patch embeddings, pixels what their convolution passes back to
+them, summed over channels; each panel has a linear scale of its own, symmetric around 0, and says
+what its largest value is. Relevance of single pixels has a heavy tail: their colours end at a
+quantile, and the legend says where. What learned tokens (CLS) and learned positions hold is written
+below: an image alone never shows it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lenslrp.analysis.views.figures import LIGHT, Theme, colour_bar, colour_map, new_figure
+from lenslrp.analysis.views.drawing import (
+    LIGHT,
+    Theme,
+    colour_bar,
+    colour_map,
+    new_figure,
+    require_row,
+)
 from lenslrp.errors import InputError
 from lenslrp.views.heatmap import signed
 
@@ -41,25 +48,26 @@ def image_map(
     """Patches and pixels of one image (or spectrogram), over the image where it is given.
 
     Args:
+        R: of an image.
+        row: which row of the batch.
         image: what the model saw, cropped as it saw it: an array [height, width] or
             [height, width, channel] of numbers from 0 to 1 or bytes, a tensor
             [channel, height, width], or a PIL image, of any resolution.
         of: ``"patches"``, ``"pixels"`` or both; by default what ``R`` has.
+        theme: `LIGHT` or `DARK`.
 
     Raises:
         InputError: ``R`` explains no image, has no such row, or ``image`` is no image.
     """
     panels = _panels(R, of)
-    batch = len(R.tokens)
-    if not -batch <= row < batch:
-        raise InputError(f"row is {row}, but R holds {batch} rows (0 to {batch - 1})")
+    require_row(R, row)
     picture = None if image is None else as_picture(image)
     width = 4.1 * len(panels) + 0.4
     figure, axes = new_figure(width, 4.6, theme, len(panels))
     figure.set_layout_engine("compressed")  # legends as high as the images
-    for place, (name, values) in zip(axes, panels.items(), strict=True):
+    for panel_axes, (name, values) in zip(axes, panels.items(), strict=True):
         name = "values" if name == "pixels" and R.pixels is None else name
-        _panel(figure, place, name, np.asarray(values[row].double().cpu()), picture, theme)
+        _panel(figure, panel_axes, name, np.asarray(values[row].double().cpu()), picture, theme)
     target = str(R.target).split("; ")[0]
     figure.suptitle(target, x=0.01, ha="left", color=theme.ink, fontsize=11, parse_math=False)
     below = textwrap.fill(elsewhere(R, row), width=int(_LETTERS * width))
@@ -69,23 +77,23 @@ def image_map(
 
 def _panels(R: RelevanceCache, of: str | tuple[str, ...] | None) -> dict[str, Any]:
     """What can be drawn: name -> relevance [batch, row, column]."""
-    found: dict[str, Any] = {}
+    available: dict[str, Any] = {}
     if R.patches is not None:
-        found["patches"] = R.patches
+        available["patches"] = R.patches
         if R.pixels is not None and R.pixels.ndim == 4:
-            found["pixels"] = R.pixels.sum(dim=1)
+            available["pixels"] = R.pixels.sum(dim=1)
         elif "input_values" in R.inputs:  # a spectrogram [batch, frame, mel]
-            found["pixels"] = R.inputs["input_values"].transpose(1, 2)
-    wanted = tuple(found) if of is None else (of,) if isinstance(of, str) else tuple(of)
-    missing = [name for name in wanted if name not in found]
-    if missing or not wanted:
+            available["pixels"] = R.inputs["input_values"].transpose(1, 2)
+    chosen = tuple(available) if of is None else (of,) if isinstance(of, str) else tuple(of)
+    missing = [name for name in chosen if name not in available]
+    if missing or not chosen:
         what = missing[0] if missing else "patches"
-        known = ", ".join(found) or "none: it explains no image"
+        known = ", ".join(available) or "none: it explains no image"
         raise InputError(
             f'R has no relevance of {what!r} to draw (it has {known}); plot("tokens") draws any '
             'sequence, and leaves="patches" forms no pixels'
         )
-    return {name: found[name] for name in wanted}
+    return {name: available[name] for name in chosen}
 
 
 def as_picture(image: Any) -> NDArray[Any]:
@@ -155,10 +163,10 @@ def elsewhere(R: RelevanceCache, row: int = 0) -> str:
     values = R.tokens[row].double()
     total = float(values.abs().sum()) or 1.0
     parts = [f"patches {float(R.patches[row].sum()):+.3g}"] if R.patches is not None else []
-    for place in range(0 if R.special is None else R.special.shape[1]):
-        value = float(values[place])
+    for position in range(0 if R.special is None else R.special.shape[1]):
+        value = float(values[position])
         share = abs(value) / total
-        parts.append(f"{R.str_tokens[row][place]} {value:+.3g} ({share:.0%} of all |relevance|)")
+        parts.append(f"{R.str_tokens[row][position]} {value:+.3g} ({share:.0%} of all |relevance|)")
     if R.positions is not None:
         parts.append(f"learned positions {float(R.positions[row].sum()):+.3g}")
     return "sums: " + ", ".join(parts)

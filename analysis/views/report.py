@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 from lenslrp.analysis.units.projection import neuron_writes
 from lenslrp.analysis.units.unembedding import unembedding
 from lenslrp.analysis.views import figures as plots
-from lenslrp.analysis.views.report_template import TEMPLATE
+from lenslrp.analysis.views.document import environment, html_document, section, write_document
+from lenslrp.analysis.views.drawing import DARK, LIGHT, Theme, require_row
+from lenslrp.analysis.views.images import image_map
+from lenslrp.analysis.views.report_template import STYLE, TEMPLATE
 from lenslrp.errors import InputError
 from lenslrp.extras import require
-from lenslrp.files import HTML, whole
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import colour_scale, signed, token_heatmap
 
@@ -64,25 +66,17 @@ def _image(figure: Figure) -> str:
 def _picture(draw: Callable[..., Figure], *args: Any, alt: str, **options: Any) -> dict[str, str]:
     """The figure in both themes, without its title: the page has a heading."""
 
-    def image(theme: plots.Theme) -> str:
+    def image(theme: Theme) -> str:
         figure = draw(*args, **options, theme=theme)
         figure.axes[0].set_title("", loc="left")
         return _image(figure)
 
     return {
-        "light": image(plots.LIGHT),
-        "dark": image(plots.DARK),
+        "light": image(LIGHT),
+        "dark": image(DARK),
         "alt": alt,
         "caption": "",
     }
-
-
-def section(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``make`` returns, or why it cannot: hook points that this R did not read."""
-    try:
-        return make()
-    except (InputError, KeyError) as error:
-        return {"absent": str(error.args[0]) if error.args else "its hook points were not read"}
 
 
 def _residual(R: RelevanceCache, row: int, dominated: bool) -> dict[str, Any]:
@@ -125,7 +119,7 @@ def _neurons(R: RelevanceCache, row: int, model: TransformerBridge | None) -> di
     relevance = _column(map(float, table["relevance"]))
     rows = []
     readable = model if _has_vocabulary(model) else None
-    for place, entry in enumerate(table.itertuples()):
+    for n, entry in enumerate(table.itertuples()):
         writes = []
         if readable is not None:
             writes = [
@@ -138,7 +132,7 @@ def _neurons(R: RelevanceCache, row: int, model: TransformerBridge | None) -> di
                 "token": visible(str(entry.token)),
                 "position": entry.position,
                 "sign": _sign(float(entry.relevance)),
-                "relevance": relevance[place],
+                "relevance": relevance[n],
                 "activation": "-" if math.isnan(entry.activation) else _signed(entry.activation),
                 "writes": writes,
             }
@@ -149,7 +143,7 @@ def _neurons(R: RelevanceCache, row: int, model: TransformerBridge | None) -> di
 def _ledger(R: RelevanceCache) -> dict[str, Any]:
     ledger = R.ledger()
     target = float(ledger.target)
-    values = [float(getattr(ledger, name)) for name, _ in plots.TERMS]
+    values = [float(getattr(ledger, name)) for name, _ in plots.LEDGER_TERMS]
     terms = [
         {
             "name": label,
@@ -157,7 +151,7 @@ def _ledger(R: RelevanceCache) -> dict[str, Any]:
             "value": _signed(value) if value else "0",
             "share": f"{value / target:.1%}" if target else "-",
         }
-        for (_, label), value in zip(plots.TERMS, values, strict=True)
+        for (_, label), value in zip(plots.LEDGER_TERMS, values, strict=True)
     ]
     alt = "Waterfall of the ledger: " + ", ".join(
         f"{term['name']} {term['value']}"
@@ -228,13 +222,6 @@ def _facts(R: RelevanceCache, row: int, values: list[float], ledger: Mapping[str
     return [*facts, ("composite", R.composite.name)]
 
 
-def environment() -> Any:
-    """Jinja2 with autoescape on."""
-    import jinja2
-
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-
-
 def require_report() -> None:
     """Refuse to write a report without figures.
 
@@ -244,12 +231,9 @@ def require_report() -> None:
     require("matplotlib", "an HTML report", "report")
 
 
-def _seen(R: RelevanceCache, row: int, image: Any) -> dict[str, str]:
+def _explained_image(R: RelevanceCache, row: int, image: Any) -> dict[str, str]:
     """The image that was explained, in both themes; its panels keep their titles."""
-    light, dark = (
-        _image(plots.image_map(R, row, image=image, theme=theme))
-        for theme in (plots.LIGHT, plots.DARK)
-    )
+    light, dark = (_image(image_map(R, row, image=image, theme=theme)) for theme in (LIGHT, DARK))
     alt = f"Relevance of {R.grid[0]} by {R.grid[1]} patches." if R.grid else ""
     return {"light": light, "dark": dark, "alt": alt, "caption": ""}
 
@@ -257,14 +241,12 @@ def _seen(R: RelevanceCache, row: int, image: Any) -> dict[str, str]:
 def report_html(
     R: RelevanceCache, *, model: TransformerBridge | None = None, row: int = 0, image: Any = None
 ) -> str:
-    """The page of :func:`write_report` as a string."""
+    """The page of `write_report` as a string."""
     require_report()
     template = environment().from_string(TEMPLATE)
     from markupsafe import Markup
 
-    batch = len(R.str_tokens)
-    if not -batch <= row < batch:
-        raise InputError(f"row is {row}, but R holds {batch} rows (0 to {batch - 1})")
+    require_row(R, row)
     tokens, mask = R.str_tokens[row], [bool(kept) for kept in R.attention_mask[row]]
     values = [float(value) for value in R.tokens[row]]
     scale = colour_scale(values, mask)
@@ -282,14 +264,13 @@ def report_html(
     text = visible(R.prompts[row])
     if R.grid is not None:
         text = f"an image of {R.grid[0]} x {R.grid[1]} patches"
-    page: str = template.render(
-        title=f"{visible(R.target.text)} · LensLRP",
+    body: str = template.render(
         target=visible(R.target.text),
         prompt=text,
         model_name=visible(R.model_name),
         facts=_facts(R, row, [v for v, kept in zip(values, mask, strict=True) if kept], ledger),
         heatmap=Markup(token_heatmap(tokens, values, attention_mask=mask, grid=R.grid)),
-        picture_of=None if R.grid is None else _seen(R, row, image),
+        picture_of=None if R.grid is None else _explained_image(R, row, image),
         rescaled=Markup(rescaled),
         residual=section(lambda: _residual(R, row, scale.dominated)),
         heads=section(lambda: _heads(R, row)),
@@ -299,7 +280,8 @@ def report_html(
         coverage=_coverage(R),
         provenance=_provenance(R),
     )
-    return page
+    title = f"{R.target.text} · LensLRP"
+    return html_document(title, body, style=STYLE, allow="; img-src data:")
 
 
 def write_report(
@@ -313,18 +295,24 @@ def write_report(
     """Write the report on one batch row of ``R`` and return where it is.
 
     Args:
-        R: the result of :func:`lenslrp.run_with_relevance`.
+        R: the result of `lenslrp.run_with_relevance`.
         path: the HTML file; replaced when the new one is complete.
         model: the bridge that was explained; with it, neurons show what they write.
         row: which batch row.
         image: what a vision model saw, to be drawn under the relevance (see ``R.plot("image")``).
 
+    Returns:
+        The path of the file: one page of HTML without scripts, figures inlined.
+
     Raises:
         InputError: when ``row`` is out of range or the folder of ``path`` does not exist.
         MissingExtraError: matplotlib is not installed.
+
+    Examples:
+        ```python
+        _, R = lenslrp.run_with_relevance(model, "The capital of France is", " Paris")
+        write_report(R, "paris.html", model=model)
+        ```
     """
-    path = Path(path)
     page = report_html(R, model=model, row=row, image=image)
-    with whole(path, ours=HTML) as part:
-        part.write_text(page, encoding="utf-8", errors="replace")
-    return path
+    return write_document(Path(path), page)

@@ -4,7 +4,7 @@ A string in a module rather than a data file, so that every way of installing th
 it. Rendered with autoescape on; only markup that this package made is passed as ``Markup``.
 """
 
-_STYLE = """
+STYLE = """
 :root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--fg:#1b1f24;--muted:#57606a;
 --line:#d8dee4;--accent:#0a58ca;--good:#1a7f37;--bad:#b2182b;--pos:#d62737;--neg:#2b78cd}
 @media (prefers-color-scheme:dark){:root{--bg:#0e1014;--card:#15181d;--fg:#e6e9ed;
@@ -61,23 +61,7 @@ footer{color:var(--muted);font-size:.85em;padding-top:4px;padding-bottom:40px}
 @media print{body{background:none}section{break-inside:avoid}}
 """
 
-# Nothing may load or run: escaping is the first wall, this policy the second.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
-
-TEMPLATE = (
-    """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="generator" content="LensLRP">
-<meta http-equiv="Content-Security-Policy" content=\""""
-    + _POLICY
-    + """">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ title }}</title>
-<style>"""
-    + _STYLE
-    + """</style></head>
-<body class="report">
+TEMPLATE = """<div class="report">
 {%- macro picture(figure) -%}
 <figure><picture><source media="(prefers-color-scheme: dark)" srcset="{{ figure.dark }}">
 <img src="{{ figure.light }}" alt="{{ figure.alt }}"></picture>
@@ -91,7 +75,7 @@ TEMPLATE = (
 <dd><bdi>{{ value }}</bdi></dd></div>{% endfor %}</dl></header>
 <main>
 <section aria-labelledby="tokens"><h2 id="tokens">Tokens</h2>
-<p class="what">How much each token of the prompt contributed to the target. Red speaks for it,
+<p class="what">How much each token of the prompt contributed to the target. Red is evidence for it,
 blue against it; hover over a token for its number.</p>
 {{ heatmap }}{{ rescaled }}</section>
 {% if picture_of %}
@@ -177,6 +161,4 @@ or is marked plain.</strong>
 </main>
 <footer>Relevance is activation times modified gradient, in units of the target. One self-contained
 file: no script, nothing loaded from elsewhere.</footer>
-</body></html>
-"""
-)
+</div>"""

@@ -29,19 +29,13 @@ from lenslrp.version import VERSION
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(given)
+    arguments_given = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments_given)
     # torch takes seconds to import: not before the command line is known to be right
-    from lenslrp.errors import (
-        CoverageError,
-        InputError,
-        LoadError,
-        MissingExtraError,
-        StorageError,
-    )
+    from lenslrp.errors import CoverageError, InputError, LoadError, MissingExtraError, StorageError
 
     try:
-        require_utf8(given)
+        require_utf8(arguments_given)
         return int(options.run(options))
     except (InputError, StorageError) as error:
         return _complain(error, BAD_INPUT)

@@ -182,8 +182,8 @@ def _build(options: argparse.Namespace) -> int:
     from lenslrp.errors import InputError
 
     names = ("sites", "criteria", "k", "context", "batch_size", "field", "target")
-    given = {name: getattr(options, name) for name in names}
-    given["composite"] = composite(options.composite)
+    chosen = {name: getattr(options, name) for name in names}
+    chosen["composite"] = composite(options.composite)
     spread = rank_and_world()[1] > 1
     if options.shard and spread:
         raise InputError(
@@ -193,12 +193,12 @@ def _build(options: argparse.Namespace) -> int:
         options.device = own_device()
     model = load_model(options)
     if options.shard:
-        job = prepare(model, options.corpus, options.path, **given)
+        job = prepare(model, options.corpus, options.path, **chosen)
         with using(job.work, shard_name(*options.shard)):
             print(scan_shard(job, *options.shard))
         return OK
     build = build_distributed if spread else NeuronDictionary.build
-    return _say(build(model, options.corpus, options.path, vocabulary=options.vocabulary, **given))
+    return _say(build(model, options.corpus, options.path, vocabulary=options.vocabulary, **chosen))
 
 
 def _say(dictionary: NeuronDictionary | None) -> int:
@@ -220,8 +220,8 @@ def _merge(options: argparse.Namespace) -> int:
     path = work / "plan.json"
     if not path.exists():
         raise StorageError(f"{work} has no plan.json: there are no shards to merge")
-    given = _options_of(Plan.from_json(load_json(path), path))
-    job = prepare(load_model(options), None, options.path, **given)
+    chosen = _options_of(Plan.from_json(load_json(path), path))
+    job = prepare(load_model(options), None, options.path, **chosen)
     shards = sorted(work.glob("shard-*.safetensors"))
     return _say(NeuronDictionary.merge(job, shards, vocabulary=options.vocabulary))
 
@@ -238,11 +238,11 @@ def _options_of(plan: Plan) -> dict[str, Any]:
     rules = {composite(name).name: composite(name) for name in COMPOSITES}
     name = None if plan.rules is None else plan.rules["name"]
     sites = [site for site, _ in plan.sites]
-    own = [site for site in sites if "[" in site]
-    own += [] if name is None or name in rules else [f"rules {name}"]
-    own += [] if plan.target in (None, *TARGETS) else [f"target {plan.target}"]
-    if own:
-        raise InputError(f"these shards were made in Python; merge them there: {'; '.join(own)}")
+    custom = [site for site in sites if "[" in site]
+    custom += [] if name is None or name in rules else [f"rules {name}"]
+    custom += [] if plan.target in (None, *TARGETS) else [f"target {plan.target}"]
+    if custom:
+        raise InputError(f"these shards were made in Python; merge them there: {'; '.join(custom)}")
     names = ("criteria", "k", "sample", "window", "skip_first", "attention", "seed")
     return {
         **{name: getattr(plan, name) for name in names},
@@ -291,21 +291,21 @@ def _search(options: argparse.Namespace) -> int:
 
     dictionary = NeuronDictionary.open(options.path)
     if options.by == "text":
-        found = dictionary.search_text(
+        results = dictionary.search_text(
             options.query, criterion=options.criterion, limit=options.limit
         )
     else:
         criterion = options.criterion or dictionary.plan.criteria[0]
-        found = dictionary.search_tokens(
+        results = dictionary.search_tokens(
             options.query, by=options.by, criterion=criterion, limit=options.limit
         )
     dictionary.close()
     if options.json:
-        print(json.dumps(records(found)))
-    elif found.empty:
+        print(json.dumps(records(results)))
+    elif results.empty:
         print("nothing found", file=sys.stderr)
     else:
-        console().print(_cited(found) if "window" in found else _table(found))
+        console().print(_cited(results) if "window" in results else _table(results))
     return OK
 
 
@@ -320,8 +320,8 @@ def _cited(frame: pd.DataFrame) -> Any:
     parts: list[Any] = []
     for row in frame.to_dict("records"):
         unit, place = f"{row['hook']}[{row['index']}]", f"document {row['doc']}"
-        said = f"{row['criterion']} {row['rank']}, {row['score']:.4g}, {place}"
-        parts.append(Text(f"{unit}  {said}, position {row['position']}"))
+        text = f"{row['criterion']} {row['rank']}, {row['score']:.4g}, {place}"
+        parts.append(Text(f"{unit}  {text}, position {row['position']}"))
         parts.append(Padding(Text(visible(row["window"].strip())), (0, 0, 0, 4)))
     return Group(*parts)
 

@@ -36,7 +36,8 @@ def add_evaluate(commands: Any) -> None:
         metavar="A,B,...",
         nargs="+",
         default=[DEFAULT_METHODS],
-        help=f"see docs/baselines.md; spaces part them as well (default: {DEFAULT_METHODS})",
+        help="see docs/reference/baselines.md; spaces part them as well "
+        f"(default: {DEFAULT_METHODS})",
     )
     command.add_argument("--n", type=int, default=20, help="examples (default: %(default)s)")
     command.add_argument(
@@ -87,17 +88,17 @@ def _run(options: argparse.Namespace) -> int:
         print(f"every number: {(options.folder / 'results.parquet').absolute()}")
         return OK
     tables = {m: json.loads(results.table(m).to_json(orient="records")) for m in results.metrics()}
-    told = {
+    summary = {
         "n": results.n,
         "settings": results.settings,
         "skipped": list(results.skipped),
         "unfit": results.unfit,
         "tables": tables,
     }
-    print(json.dumps(told))
+    print(json.dumps(summary))
     return OK
 
 
-def _parted(given: list[str]) -> list[str]:
+def _parted(value: list[str]) -> list[str]:
     """What was parted by spaces, by commas, or both."""
-    return [name for text in given for name in text.split(",")]
+    return [name for text in value for name in text.split(",")]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_REPORT = "lenslrp-report.html"
 
-NAMED = 20
+REASONS_SHOWN = 20
 """Lines that could not be explained and are named; the others are counted."""
 
 
@@ -110,11 +110,11 @@ def _explain_file(options: argparse.Namespace) -> int:
         total = sum(1 for line in lines_of(options.data) if line.strip())
     if share[1] > 1 and options.device is None:
         options.device = own_device()
-    some, others = itertools.tee(prompts_of(options.data, _target(options.target)))
-    made = explain_to(
+    counted, others = itertools.tee(prompts_of(options.data, _target(options.target)))
+    result = explain_to(
         options.out,
         load_model(options),
-        (prompt for prompt, _ in some),
+        (prompt for prompt, _ in counted),
         (target for _, target in others),
         composite=composite(options.composite),
         batch_size=options.batch_size,
@@ -122,12 +122,12 @@ def _explain_file(options: argparse.Namespace) -> int:
         progress=share[0] == 0,
         total=total,
     )
-    for index, why in made.skipped[:NAMED]:
+    for index, why in result.skipped[:REASONS_SHOWN]:
         print(f"lenslrp: line {index + 1}: {why}", file=sys.stderr)
-    if len(made.skipped) > NAMED:
-        print(f"lenslrp: and {len(made.skipped) - NAMED} more lines", file=sys.stderr)
-    print(made)
-    return BAD_INPUT if made.skipped else OK
+    if len(result.skipped) > REASONS_SHOWN:
+        print(f"lenslrp: and {len(result.skipped) - REASONS_SHOWN} more lines", file=sys.stderr)
+    print(result)
+    return BAD_INPUT if result.skipped else OK
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -149,7 +149,7 @@ def _explain(options: argparse.Namespace) -> int:
     return OK
 
 
-def _report_path(given: Path | None) -> tuple[Path | None, Exception | None]:
+def _report_path(requested: Path | None) -> tuple[Path | None, Exception | None]:
     """Where the report goes, or why it is not written: its extra is missing.
 
     Raises:
@@ -160,12 +160,12 @@ def _report_path(given: Path | None) -> tuple[Path | None, Exception | None]:
     from lenslrp.errors import MissingExtraError
     from lenslrp.files import HTML
 
-    path = given or Path(DEFAULT_REPORT)
+    path = requested or Path(DEFAULT_REPORT)
     check_writable("--report", path, HTML)
     try:
         require_report()
     except MissingExtraError as error:
-        if given is not None:
+        if requested is not None:
             raise
         return None, error
     return path, None

@@ -97,7 +97,7 @@ def check_writable(option: str, path: Path, ours: bytes) -> None:
     """Before the work, not after it: a file can be written there.
 
     Args:
-        ours: what a file that LensLRP made holds; see :func:`lenslrp.files.require_ours`.
+        ours: what a file that LensLRP made holds; see `lenslrp.files.require_ours`.
 
     Raises:
         InputError: a directory, in none, or in one that may not be written to.
@@ -120,9 +120,9 @@ def write_keeping(path: Path, write: Callable[[], object]) -> None:
     """Write a result; one that was there is kept under another name, and the user is told."""
     from lenslrp.files import replaced
 
-    kept = replaced(path, write)
-    if kept is not None:
-        print(f"lenslrp: the earlier {path.name} is kept as {kept}", file=sys.stderr)
+    renamed = replaced(path, write)
+    if renamed is not None:
+        print(f"lenslrp: the earlier {path.name} is kept as {renamed}", file=sys.stderr)
 
 
 def require_utf8(arguments: Sequence[str]) -> None:
@@ -137,8 +137,8 @@ def require_utf8(arguments: Sequence[str]) -> None:
         try:
             argument.encode()
         except UnicodeEncodeError:
-            given = os.fsencode(argument)
+            raw = os.fsencode(argument)
             raise InputError(
-                f"argument {number} is not UTF-8: {given[:60]!r}. Give text and names of files in "
+                f"argument {number} is not UTF-8: {raw[:60]!r}. Give text and names of files in "
                 "UTF-8"
             ) from None

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def read_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """What a directory or hub id holds, a model or an adapter of one.
 
-    ``options`` are those of :func:`lenslrp.models.checkpoints.read_checkpoint`.
+    ``options`` are those of `lenslrp.models.checkpoints.read_checkpoint`.
 
     Raises:
         LoadError: see there; or an adapter that cannot be put on its model.
@@ -48,12 +48,12 @@ def _adapter_settings(name: str, revision: str | None) -> dict[str, Any] | None:
     path = Path(name, "adapter_config.json")
     if not Path(name).is_dir():
         try:
-            found = find_adapter_config_file(name, revision=revision)
+            settings_path = find_adapter_config_file(name, revision=revision)
         except (OSError, ValueError):
             return None  # neither is there anything else; the configuration's error says more
-        if found is None:
+        if settings_path is None:
             return None
-        path = Path(found)
+        path = Path(settings_path)
     if not path.is_file():
         return None
     try:
@@ -83,7 +83,7 @@ def _with_adapter(
         raise LoadError(
             f"{name!r} has no adapter_model.safetensors: weights are read from safetensors only"
         )
-    own = read_tokenizer(name, options["revision"]) if folder.is_dir() else None
+    adapter_tokenizer = read_tokenizer(name, options["revision"]) if folder.is_dir() else None
     base, tokenizer = read_checkpoint(base_name, **{**options, "revision": None})
     try:
         adapted = peft.PeftModel.from_pretrained(base, name, revision=options["revision"])
@@ -97,9 +97,9 @@ def _with_adapter(
         )
     if folder.is_dir():
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            there = set(file.keys())
-        require_same(name, "an adapter", set(peft.get_peft_model_state_dict(adapted)), there)
-    return adapted.merge_and_unload(), own or tokenizer
+            keys = set(file.keys())
+        require_same(name, "an adapter", set(peft.get_peft_model_state_dict(adapted)), keys)
+    return adapted.merge_and_unload(), adapter_tokenizer or tokenizer
 
 
 def inside_adapter(model: TransformerBridge) -> Any:

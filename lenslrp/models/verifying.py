@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from lenslrp import media
+from lenslrp.batch import Batch
 from lenslrp.errors import FAILURES
 from lenslrp.forward import forward
 from lenslrp.inputs import Batch, decoder_reads_the_text
@@ -46,7 +47,7 @@ class Reference:
     Attributes:
         given: the keywords of its forward pass.
         output: its logits, or the hidden states of a model without a head; None if there are none.
-        kind: key in :data:`TOLERANCE`.
+        kind: key in `TOLERANCE`.
         reason: why there is no output.
         failed: because the model itself cannot make one.
     """
@@ -108,36 +109,36 @@ def reference(model: Any, run: Callable[..., Any] | None = None) -> Reference:
         return Reference({}, None, kind, "its weights have no values")
     if sum(p.numel() for p in model.parameters()) > LARGEST:
         return Reference({}, None, kind, f"it has more than {LARGEST:.0e} weights")
-    given = short_input(model)
+    inputs = short_input(model)
     try:
         with torch.no_grad(), _Narrowed() as narrowed:
-            output = output_of((run or model)(**given))
+            output = output_of((run or model)(**inputs))
     except FAILURES as error:
         reason = f"the model itself raises for a few random tokens: {_said(error)}"
-        return Reference(given, None, kind, reason, failed=True)
+        return Reference(inputs, None, kind, reason, failed=True)
     if kind == "float64" and narrowed.seen:
         kind += ", float32 inside"
-    return Reference(given, output, kind)
+    return Reference(inputs, output, kind)
 
 
 def compare(bridge: Any, expected: Reference) -> Agreement:
     """The same pass through the bridge."""
     if expected.output is None:
         return Agreement(None, reason=expected.reason, failed=expected.failed)
-    own = next(p for p in bridge.parameters() if p.is_floating_point())
-    given = {
-        name: value.to(own.device, own.dtype if value.is_floating_point() else None)
+    weight = next(p for p in bridge.parameters() if p.is_floating_point())
+    inputs = {
+        name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
         if isinstance(value, Tensor)
         else value
         for name, value in expected.given.items()
     }
     try:
-        with forward(bridge, _batch(given)) as run:
+        with forward(bridge, _batch(inputs)) as run:
             output = output_of((run.logits,))
     except FAILURES as error:
         reason = f"the bridge raises for what the model runs: {_said(error)}"
         return Agreement(None, reason=reason, failed=True)
-    kinds = (expected.kind, str(own.dtype).removeprefix("torch."))
+    kinds = (expected.kind, str(weight.dtype).removeprefix("torch."))
     tolerance = max(TOLERANCE.get(kind, 0.0) for kind in kinds)
     if tuple(output.shape) != tuple(expected.output.shape):
         reason = f"the output is {list(output.shape)}, the model's {list(expected.output.shape)}"
@@ -146,13 +147,13 @@ def compare(bridge: Any, expected: Reference) -> Agreement:
     return Agreement(difference(output, expected.output, by_position=wide), tolerance)
 
 
-def _batch(given: dict[str, Any]) -> Batch:
-    ids = given.pop("input_ids", None)
+def _batch(inputs: dict[str, Any]) -> Batch:
+    ids = inputs.pop("input_ids", None)
     if ids is not None:
-        return Batch(ids, torch.ones_like(ids, dtype=torch.bool), [ids.shape[1]], given)
-    rows = len(next(iter(given.values())))
+        return Batch(ids, torch.ones_like(ids, dtype=torch.bool), [ids.shape[1]], inputs)
+    rows = len(next(iter(inputs.values())))
     empty = torch.empty(rows, 0, dtype=torch.long)
-    return Batch(empty, empty.bool(), [0] * rows, media=given)
+    return Batch(empty, empty.bool(), [0] * rows, media=inputs)
 
 
 def difference(output: Tensor, expected: Tensor, *, by_position: bool = False) -> float:
@@ -169,9 +170,9 @@ def difference(output: Tensor, expected: Tensor, *, by_position: bool = False) -
 def output_of(result: Any) -> Tensor:
     """Logits or hidden states, as TransformerLens chooses them."""
     for name in ("logits", "last_hidden_state"):
-        found = getattr(result, name, None)
-        if isinstance(found, Tensor):
-            return found
+        output = getattr(result, name, None)
+        if isinstance(output, Tensor):
+            return output
     spans = span_logits(result)
     if spans is not None:
         return spans
@@ -192,34 +193,34 @@ def short_input(model: Any, seed: int = 0) -> dict[str, Any]:
         return dict(media.example(seen, seed))
     config = model.config
     text = config.get_text_config(decoder=True)
-    taken = special_ids(config.to_dict())
+    special = reserved_ids(config.to_dict())
     order = torch.randperm(int(text.vocab_size), generator=torch.Generator().manual_seed(seed))
-    free = [token for token in order[: LENGTH + len(taken)].tolist() if token not in taken]
+    free = [token for token in order[: LENGTH + len(special)].tolist() if token not in special]
     ids = torch.tensor([(free or order.tolist())[:LENGTH]], device=model.device)
     takes = inspect.signature(model.forward).parameters
-    given: dict[str, Any] = {"input_ids": ids}
+    inputs: dict[str, Any] = {"input_ids": ids}
     if decoder_reads_the_text(model):
         ids[0, -1] = config.eos_token_id  # where a classifier reads its answer
     elif getattr(config, "is_encoder_decoder", False):
         start = getattr(config, "decoder_start_token_id", None)
         written = ids[:, :3].clone()
         written[0, 0] = written[0, 0] if start is None else start
-        given["decoder_input_ids"] = written
+        inputs["decoder_input_ids"] = written
     if "use_cache" in takes:
-        given["use_cache"] = False
-    return given
+        inputs["use_cache"] = False
+    return inputs
 
 
-def special_ids(config: Mapping[Any, Any]) -> set[int]:
+def reserved_ids(config: Mapping[Any, Any]) -> set[int]:
     """The ids that a configuration gives a meaning: padding, places for images."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for name, value in config.items():
         if isinstance(value, Mapping):
-            found |= special_ids(value)
+            ids |= reserved_ids(value)
         elif str(name).endswith(("_token_id", "_token_index")):
             values = value if isinstance(value, list | tuple) else [value]
-            found |= {each for each in values if isinstance(each, int)}
-    return found
+            ids |= {each for each in values if isinstance(each, int)}
+    return ids
 
 
 class _Narrowed(TorchFunctionMode):

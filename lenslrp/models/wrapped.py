@@ -34,7 +34,7 @@ class Wrapped:
         bridge: the bridge.
         reference: what the model gave before; None if it was not asked.
         agreement: of the bridge with it, when it was loaded.
-        state: see :func:`_state`; empty if they were not compared.
+        state: see `_state`; empty if they were not compared.
     """
 
     bridge: TransformerBridge
@@ -49,9 +49,9 @@ def recall(model: Any) -> Wrapped | None:
     Raises:
         LoadError: it is inside a bridge that nobody remembers.
     """
-    found = vars(model).get(_KEY)
-    if isinstance(found, Wrapped):
-        return found
+    wrapped = vars(model).get(_KEY)
+    if isinstance(wrapped, Wrapped):
+        return wrapped
     if any(isinstance(module, GeneralizedComponent) for module in model.modules()):
         raise LoadError(
             f"this {type(model).__name__} is inside a TransformerBridge already, which replaced "
@@ -62,13 +62,13 @@ def recall(model: Any) -> Wrapped | None:
 
 def remember(model: Any, bridge: TransformerBridge, reference: Reference | None) -> Agreement:
     """Keep it on the model, past what ``nn.Module`` makes of attributes; compare the two."""
-    found = UNASKED if reference is None else compare(bridge, reference)
-    state = _state(model) if found.known else ()
-    vars(model)[_KEY] = Wrapped(bridge, reference, found, state)
-    return found
+    agreement = UNASKED if reference is None else compare(bridge, reference)
+    state = _state(model) if agreement.known else ()
+    vars(model)[_KEY] = Wrapped(bridge, reference, agreement, state)
+    return agreement
 
 
-def agreement(bridge: Any) -> Agreement:
+def agreement_of(bridge: Any) -> Agreement:
     """The short pass once more, through a bridge that may have been loaded long ago."""
     model = getattr(bridge, "original_model", None)
     known = vars(model).get(_KEY) if model is not None else None
@@ -109,12 +109,12 @@ def _refuse_to_save(*args: Any, **options: Any) -> None:
 
 def original_weights(model: Any, names: frozenset[str]) -> dict[str, Tensor]:
     """The weights and buffers of a wrapped model under the names that they had before."""
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        own = ".".join(part for part in name.split(".") if part != _INSIDE)
-        if own in names:
-            found.setdefault(own, value)
-    return found
+        path = ".".join(part for part in name.split(".") if part != _INSIDE)
+        if path in names:
+            weights.setdefault(path, value)
+    return weights
 
 
 def _state(model: Any) -> tuple[float, ...]:

@@ -27,10 +27,9 @@ def chat(
     add_generation_prompt: bool = True,
     **template_arguments: Any,
 ) -> Int[Tensor, "1 pos"]:
-    """Token ids of a conversation, for :func:`lenslrp.run_with_relevance`.
+    """Token ids of a conversation, for `lenslrp.run_with_relevance`.
 
-    ``run_with_relevance(model, chat(model, "What is the capital of France?"))`` explains the
-    first token of the reply.
+    What is explained by default is the first token of the reply.
 
     Args:
         model: a bridge whose tokenizer has a chat template.
@@ -44,6 +43,10 @@ def chat(
 
     Raises:
         InputError: no tokenizer, no chat template, no message, or a message the template refuses.
+
+    Examples:
+        >>> ids = lenslrp.chat(model, "What is the capital of France?")
+        >>> logits, R = lenslrp.run_with_relevance(model, ids)
     """
     tokenizer = model.tokenizer
     if tokenizer is None:

@@ -114,13 +114,13 @@ class Speller:
         What was put before and after it is spelled. A row that is not the text's is spelled whole.
 
         Args:
-            spelled: what :meth:`spell` made of ``ids``, where that is known.
+            spelled: what `spell` made of ``ids``, where that is known.
         """
         row = self.spell(ids) if spelled is None else spelled
-        found = standing(self.tokenizer, text, ids)
-        if found is None:
+        pieces = standing(self.tokenizer, text, ids)
+        if pieces is None:
             return row
-        start, stop, spans = found
+        start, stop, spans = pieces
         first = row.spans[start - 1][1] if start else 0
         last = row.spans[stop - 1][1]
         own, special = row.text[first:last], row.special[start:stop]
@@ -192,12 +192,12 @@ class Speller:
 
     def _run(self, before: Sequence[int], ids: Sequence[int]) -> list[bytes]:
         """The bytes of a run, with the space that a mark at the end of a word stands for."""
-        made = [self._raw(token) or b"" for token in ids]
+        raw = [self._raw(token) or b"" for token in ids]
         if not self._ends:
-            return made
+            return raw
         earlier = [None, *ids] if not before else [before[-1], *ids]
         ended = [last is not None and self._piece(last).endswith(self._ends) for last in earlier]
-        return [b" " + data if after else data for data, after in zip(made, ended, strict=False)]
+        return [b" " + data if after else data for data, after in zip(raw, ended, strict=False)]
 
     def _after(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """What decoding adds for ``ids`` after other tokens."""
@@ -219,13 +219,13 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
         added = getattr(tokenizer, "added_tokens_decoder", {})
     except NotImplementedError:  # mistral-common's, which lists all of them below
         added = {}
-    found = {index for index, token in added.items() if token.special}
-    found |= {i for i in getattr(tokenizer, "all_special_ids", ()) if i is not None}
+    ids = {index for index, token in added.items() if token.special}
+    ids |= {i for i in getattr(tokenizer, "all_special_ids", ()) if i is not None}
     unknown = getattr(tokenizer, "unk_token_id", None)
     names = ("bos", "eos", "pad", "cls", "sep", "mask")
     if unknown not in [getattr(tokenizer, f"{name}_token_id", None) for name in names]:
-        found.discard(unknown)
-    return frozenset(found)
+        ids.discard(unknown)
+    return frozenset(ids)
 
 
 def standing(tokenizer: Any, text: str, ids: Sequence[int]) -> tuple[int, int, Spans | None] | None:
@@ -235,11 +235,11 @@ def standing(tokenizer: Any, text: str, ids: Sequence[int]) -> tuple[int, int, S
     """
     keeps = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=keeps)
-    own, row = list(encoded["input_ids"]), list(ids)
-    for start in range(len(row) - len(own) + 1):
-        if own and row[start : start + len(own)] == own:
+    whole, row = list(encoded["input_ids"]), list(ids)
+    for start in range(len(row) - len(whole) + 1):
+        if whole and row[start : start + len(whole)] == whole:
             spans = [(int(a), int(b)) for a, b in encoded["offset_mapping"]] if keeps else None
-            return start, start + len(own), spans
+            return start, start + len(whole), spans
     return None
 
 

@@ -63,7 +63,7 @@ def tokenize(model: TransformerBridge, text: str, prepend_bos: bool | None = Non
     Args:
         model: a bridge.
         text: what is read.
-        prepend_bos: whether it begins with the token of :func:`beginning`. None: what the bridge
+        prepend_bos: whether it begins with the token of `beginning`. None: what the bridge
             was loaded with, by default as the tokenizer itself does it.
 
     Raises:
@@ -73,22 +73,22 @@ def tokenize(model: TransformerBridge, text: str, prepend_bos: bool | None = Non
     if tokenizer is None:
         raise InputError("this model has no tokenizer: give a token tensor [batch, pos]")
     wanted = model.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
-    own = [int(token) for token in tokenizer(text)["input_ids"]]
-    there = bool(model.cfg.tokenizer_prepends_bos)
+    ids = [int(token) for token in tokenizer(text)["input_ids"]]
+    prepended = bool(model.cfg.tokenizer_prepends_bos)
     token = beginning(tokenizer)
-    if wanted and not there:
+    if wanted and not prepended:
         if token is None:
             raise InputError(
                 "prepend_bos: this model's tokenizer has no beginning-of-sequence token; write the "
                 "token that you mean at the start of the text"
             )
-        own.insert(0, token)
-    elif there and not wanted:
-        own = own[1:]
-    if own[:2] == [token, token] and text.startswith(tokenizer.convert_ids_to_tokens(token)):
+        ids.insert(0, token)
+    elif prepended and not wanted:
+        ids = ids[1:]
+    if ids[:2] == [token, token] and text.startswith(tokenizer.convert_ids_to_tokens(token)):
         warnings.warn(
             f"the text begins with {tokenizer.decode([token])!r} and gets another one before it; "
             "leave it out of the text, or give prepend_bos=False",
             stacklevel=2,
         )
-    return own
+    return ids

@@ -54,14 +54,14 @@ def read_row(
     places = [place for place, real in enumerate(mask) if real]
     real = [ids[place] for place in places]
     spelled = speller.spell(real)
-    own_pieces = dict(zip(places, pieces(spelled), strict=True))
-    shown = [own_pieces.get(i) or speller.token(token) for i, token in enumerate(ids)]
-    found = words(spelled if text is None else speller.read(real, text, spelled))
+    by_place = dict(zip(places, pieces(spelled), strict=True))
+    shown = [by_place.get(i) or speller.token(token) for i, token in enumerate(ids)]
+    spelled_words = words(spelled if text is None else speller.read(real, text, spelled))
     prompt = text
     if prompt is None:
         prompt = (spelled if length == len(real) else speller.spell(real[:length])).text
-    own = [Word(word.text, [places[i] for i in word.positions]) for word in found]
-    return Row(shown, own, prompt)
+    row_words = [Word(word.text, [places[i] for i in word.positions]) for word in spelled_words]
+    return Row(shown, row_words, prompt)
 
 
 def row_of_names(names: Sequence[str], mask: Sequence[bool] | None = None) -> Row:
@@ -73,19 +73,19 @@ def row_of_names(names: Sequence[str], mask: Sequence[bool] | None = None) -> Ro
 def pieces(row: Spelling) -> list[str]:
     """What each token shows of its row; empty where it holds no character.
 
-    Joined, without :data:`CONTINUED`, they are the text.
+    Joined, without `CONTINUED`, they are the text.
     """
-    stops, shown, found = _clusters(row), 0, []
+    stops, shown, names = _clusters(row), 0, []
     for start, stop in row.spans:
         if start == stop:
-            found.append("")
+            names.append("")
         elif stop <= shown:
-            found.append(CONTINUED)
+            names.append(CONTINUED)
         else:
             end = stops[bisect_left(stops, stop)]
-            found.append((CONTINUED if start < shown else "") + row.text[shown:end])
+            names.append((CONTINUED if start < shown else "") + row.text[shown:end])
             shown = end
-    return found
+    return names
 
 
 def piece_at(shown: Sequence[str], place: int) -> str:
@@ -105,18 +105,18 @@ def words(row: Spelling) -> list[Word]:
     stops = _clusters(row)
     bounds = {match.start() for match in _BOUNDARY.finditer(row.text)} & {0, *stops}
     begins: list[int] = []
-    found: list[list[int]] = []
+    runs: list[list[int]] = []
     reach = 0
     for index, (start, stop) in enumerate(row.spans):
         alone = row.special[index] or (index > 0 and row.special[index - 1])
-        if not found or alone or _parts(row.text, begins[-1], reach, start, stop, bounds):
-            begins.append(start if found and row.special[index] else reach)
-            found.append([])
-        found[-1].append(index)
+        if not runs or alone or _parts(row.text, begins[-1], reach, start, stop, bounds):
+            begins.append(start if runs and row.special[index] else reach)
+            runs.append([])
+        runs[-1].append(index)
         if stop > start:
             reach = max(reach, stops[bisect_left(stops, stop)])
     ends = [*begins[1:], len(row.text)]
-    return [Word(row.text[a:b], tokens) for a, b, tokens in zip(begins, ends, found, strict=True)]
+    return [Word(row.text[a:b], tokens) for a, b, tokens in zip(begins, ends, runs, strict=True)]
 
 
 def _parts(text: str, begin: int, reach: int, start: int, stop: int, bounds: set[int]) -> bool:

@@ -5,7 +5,7 @@ against it, one symmetric linear scale around 0. Colours are translucent and sit
 so the same tile is legible on a light and a dark page and survives a viewer that drops style
 sheets; one that drops inline styles too (GitHub's) shows the number after each token instead.
 Tokens are text: escaped, isolated from the direction of their neighbours, invisible characters
-made visible (:mod:`lenslrp.text.visible_text`).
+made visible (`lenslrp.text.visible_text`).
 
 The first token often soaks up relevance (the attention sink). It is always drawn. The legend
 says when it dominates, and ``without_first=True`` takes the scale from the other tokens.
@@ -36,19 +36,25 @@ _LIGHT = "--llrp-bg:#fff;--llrp-fg:#1b1f24;--llrp-muted:#57606a;--llrp-line:#d8d
 _DARK = "--llrp-bg:#15181d;--llrp-fg:#e6e9ed;--llrp-muted:#9aa4b0;--llrp-line:#343b45"
 
 
-def card(name: str) -> str:
-    """The style rules of a card of class ``name``, light or dark as the page or the system is.
+def themed(name: str, light: str, dark: str, rest: str = "") -> str:
+    """The rules of a class `name`, light or dark as the page or the system is.
 
     Background and text always change together: a page that stays light under a dark system theme
     (an exported notebook) shows a dark card, never light text on white.
     """
-    return f""".{name}{{{_LIGHT};background:var(--llrp-bg);color:var(--llrp-fg);\
-border:1px solid var(--llrp-line);border-radius:8px;padding:12px 16px;max-width:72em}}
-@media (prefers-color-scheme:dark){{.{name}{{{_DARK}}}}}
+    return f""".{name}{{{light}{rest}}}
+@media (prefers-color-scheme:dark){{.{name}{{{dark}}}}}
 [data-jp-theme-light="true"] .{name},.vscode-light .{name},\
-html[theme="light"] .{name}{{{_LIGHT}}}
+html[theme="light"] .{name}{{{light}}}
 [data-jp-theme-light="false"] .{name},.vscode-dark .{name},\
-html[theme="dark"] .{name}{{{_DARK}}}"""
+html[theme="dark"] .{name}{{{dark}}}"""
+
+
+def card(name: str) -> str:
+    """The style rules of a card of class `name`."""
+    rest = """;background:var(--llrp-bg);color:var(--llrp-fg);\
+border:1px solid var(--llrp-line);border-radius:8px;padding:12px 16px;max-width:72em"""
+    return themed(name, _LIGHT, _DARK, rest)
 
 
 _STYLE = f"""<style>
@@ -127,15 +133,15 @@ def colour_scale(
     shown = [index for index, kept in enumerate(mask) if kept]
     first = shown[0] if shown else None
     size = {index: abs(values[index]) for index in shown if math.isfinite(values[index])}
-    rest = max((size[index] for index in size if index != first), default=0.0)
+    others = max((size[index] for index in size if index != first), default=0.0)
     head = size.get(first, 0.0) if first is not None else 0.0
-    skip = without_first and rest > 0
-    limit = scale if scale is not None else (rest if skip else max(rest, head))
+    skip = without_first and others > 0
+    limit = scale if scale is not None else (others if skip else max(others, head))
     return ColourScale(
         limit=limit,
         largest=max(size, key=size.__getitem__, default=None),
         first=first,
-        dominated=rest > 0 and head > _DOMINATES * rest,
+        dominated=others > 0 and head > _DOMINATES * others,
         clipped=tuple(index for index in size if size[index] > limit * (1 + 1e-9)),
         without_first=skip and scale is None,
     )
@@ -280,12 +286,12 @@ def _notes(values: Sequence[float], s: ColourScale) -> list[str]:
 def _table(tokens: Sequence[str], values: Sequence[float], mask: Sequence[bool]) -> str:
     shown = [position for position, kept in enumerate(mask) if kept]
     ranked = sorted(shown, key=lambda p: -abs(values[p]) if math.isfinite(values[p]) else -math.inf)
-    some = ranked[:_TABLE_ROWS]
-    summary = "Values" if len(some) == len(shown) else f"The {len(some)} largest values"
+    largest = ranked[:_TABLE_ROWS]
+    summary = "Values" if len(largest) == len(shown) else f"The {len(largest)} largest values"
     rows = "".join(
         f"<tr><td>{sum(mask[:position])}</td><td>{token_html(tokens[position])}</td>"
         f"<td>{values[position]:+.6g}</td></tr>"
-        for position in some
+        for position in largest
     )
     return (
         '<details style="margin-top:.5em;font-size:.9em">'

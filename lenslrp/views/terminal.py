@@ -1,10 +1,10 @@
 """Token relevance in a terminal: coloured tokens where there is colour, signed numbers where not.
 
-The same scale and signs as the HTML heatmap (:mod:`lenslrp.views.heatmap`): red speaks for the
+The same scale and signs as the HTML heatmap (`lenslrp.views.heatmap`): red speaks for the
 target, blue against it. Below the text, the tokens with the largest relevance as a table with bars,
 so that a log file or a terminal without colour tells as much. Token text reaches the terminal only
-as :class:`rich.text.Text` (no console markup) with control characters replaced
-(:mod:`lenslrp.text.visible_text`), so a prompt can neither colour, clear nor drive the screen.
+as `rich.text.Text` (no console markup) with control characters replaced
+(`lenslrp.text.visible_text`), so a prompt can neither colour, clear nor drive the screen.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def render(
     """One batch row of ``R`` as a rich renderable: ``rich.print(render(R))``.
 
     Args:
-        R: the result of :func:`lenslrp.run_with_relevance`.
+        R: the result of `lenslrp.run_with_relevance`.
         row: which batch row. Padding is left out and counted.
         without_first: take the colour scale from the tokens after the first, which stays.
         k: how many of the largest tokens to list.

@@ -1,7 +1,7 @@
 """TransformerLens' modes: how each is switched on, and what it does to relevance.
 
 ``python -m tests.conformance.modes`` measures every mode on every family and writes the table of
-``docs/modes.md``; ``test_modes.py`` holds the table to what it says.
+``docs/reference/modes.md``; ``test_modes.py`` holds the table to what it says.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lenslrp.targets import Logit, LogitDiff
 from tests.conformance import zoo
 from tests.conformance.families import FAMILIES, make, tokens
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "modes.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reference" / "modes.md"
 START, END = "<!-- measured: python -m tests.conformance.modes -->", "<!-- end -->"
 
 FOLD_ONLY = {

@@ -1,7 +1,7 @@
 """The zoo: a tiny random model of every architecture that TransformerLens registers.
 
 What each does is measured by ``python -m tests.conformance.zoo``, which writes
-``docs/architectures.md``; the tests hold every row of that table to what it says.
+``docs/reference/architectures.md``; the tests hold every row of that table to what it says.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from transformer_lens.utilities.attn_implementation import force_eager_attention
 
 import lenslrp
 from lenslrp import media
-from lenslrp.hooks.components import components
-from lenslrp.hooks.embeddings import embeddings
-from lenslrp.hooks.sites import TERMS
-from lenslrp.inputs import prepare
+from lenslrp.hooks.leaf_modules import embeddings
+from lenslrp.hooks.sites import LEDGER_TERMS
+from lenslrp.hooks.structure import components
+from lenslrp.inputs import prepare_text
 from lenslrp.models.verifying import difference, output_of, short_input
 from lenslrp.targets import Activation
 from lenslrp.text.tokenization import give_tokenizer
@@ -318,7 +318,7 @@ def same_ids(model: Any) -> bool:
     for tokenizer in tokenizers():
         expected = [tokenizer(text)["input_ids"]]
         give_tokenizer(model, tokenizer)
-        read = prepare(
+        read = prepare_text(
             model, text, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
         )
         if not read.tokens.tolist() == model.to_tokens(text).tolist() == expected:
@@ -411,7 +411,7 @@ def parts(model: nn.Module) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class Row:
-    """One architecture in ``docs/architectures.md``."""
+    """One architecture in ``docs/reference/architectures.md``."""
 
     name: str
     attention: str
@@ -462,7 +462,7 @@ def _with_media(model: Any, name: str) -> str:
 
 def miss(ledger: Any) -> float:
     """What a ledger misses, relative to its largest entry."""
-    terms = (getattr(ledger, term) for term in ("target", "leaves", *TERMS))
+    terms = (getattr(ledger, term) for term in ("target", "leaves", *LEDGER_TERMS))
     return float(abs(ledger.target - ledger.accounted) / max(abs(term) for term in terms))
 
 
@@ -473,13 +473,13 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:120]}"
 
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reference" / "architectures.md"
 
 HEAD = """# Architectures
 
 What LensLRP does with each of the {total} architecture names that TransformerLens registers and the
 tested transformers has: a tiny random model of each, in float64. Written by
-`python -m tests.conformance.zoo`; `tests/conformance/test_zoo.py` holds every row to it.
+`python -m tests.conformance.zoo`; `tests/conformance/models/test_zoo.py` holds every row to it.
 
 - **covered** ({covered}): under AttnLRP and CP-LRP every operation on the path has its rule and the
   ledger closes; the number is its worst relative error (at most 1e-9; "float32 inside": softmax,
@@ -497,7 +497,7 @@ wrapped, relative to the largest, in float64 (at most 1e-9; "float32 inside": Hu
 rotary tables, norms or sinks in float32, 1e-6), for a few tokens, an image or a sound; and whether
 a text becomes the ids that Hugging Face's tokenizer gives, for tokenizers with BOS, with EOS, with
 a template such as `[CLS] $A [SEP]` or `[gMASK]<sop> $A`, and without any. `lenslrp.load` makes the
-same comparison with every model that it loads ([loading](loading.md)), and refuses what
+same comparison with every model that it loads ([loading](../how-to/loading.md)), and refuses what
 TransformerLens computes in another way or not at all:
 {differing}.
 

@@ -356,28 +356,27 @@ BLOCKS = {"llama": _llama_block, "gpt2": _gpt2_block, "vit": _vit_block}
 LAYERS = 2
 
 
-def run_host(host: Host, given: Tensor, world: World) -> tuple[Tensor, list[Tensor]]:
+def run_host(host: Host, inputs: Tensor, world: World) -> tuple[Tensor, list[Tensor]]:
     """Logits [batch, pos or 1, vocabulary], and the leaves, the tokens (patches) first.
 
-    ``given`` are token ids [batch, pos], or pixels [batch, channel, row, column] for a ViT. A ViT's
+    ``inputs`` are token ids [batch, pos], or pixels [batch, channel, row, column] for a ViT, whose
     first leaf is its class token before the embedded patches.
     """
     tensors = host.tensors
     if host.kind == "llama":
-        leaves = [tensors["model.embed_tokens.weight"][given]]
+        leaves = [tensors["model.embed_tokens.weight"][inputs]]
     elif host.kind == "gpt2":
         leaves = [
-            tensors["transformer.wte.weight"][given],
-            tensors["transformer.wpe.weight"][: given.shape[1]][None],
+            tensors["transformer.wte.weight"][inputs],
+            tensors["transformer.wpe.weight"][: inputs.shape[1]][None],
         ]
     else:
         root = "vit.embeddings"
-        weight, bias = (
-            tensors[f"{root}.patch_embeddings.projection.{part}"] for part in ("weight", "bias")
-        )
-        patches = F.conv2d(given, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+        projection = f"{root}.patch_embeddings.projection"
+        weight, bias = tensors[f"{projection}.weight"], tensors[f"{projection}.bias"]
+        patches = F.conv2d(inputs, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
         leaves = [
-            torch.cat([tensors[f"{root}.cls_token"].expand(len(given), -1, -1), patches], dim=1),
+            torch.cat([tensors[f"{root}.cls_token"].expand(len(inputs), -1, -1), patches], dim=1),
             tensors[f"{root}.position_embeddings"],
         ]
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
@@ -386,15 +385,12 @@ def run_host(host: Host, given: Tensor, world: World) -> tuple[Tensor, list[Tens
     for i in range(LAYERS):
         x = BLOCKS[host.kind](host, world, i, x)
     x = world.at("ln_final.hook_in", x)
-    if host.kind == "llama":
 
-        def final(x: Tensor) -> Tensor:
+    def final(x: Tensor) -> Tensor:
+        if host.kind == "llama":
             return world.rms_norm(x, tensors["model.norm.weight"], host.eps)
-    else:
         name = "transformer.ln_f" if host.kind == "gpt2" else "vit.layernorm"
-
-        def final(x: Tensor) -> Tensor:
-            return world.layer_norm(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"], host.eps)
+        return world.layer_norm(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"], host.eps)
 
     x = world.at("ln_final.hook_out", world.run("ln_final", 0, final, x))
     if host.kind == "vit":

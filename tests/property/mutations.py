@@ -22,9 +22,9 @@ import pytest
 import torch
 from torch import nn
 
-from lenslrp import passes
-from lenslrp.hooks import assignment, checks, components, coverage, norms, observing
-from lenslrp.hooks.attach import Attached
+from lenslrp import graph_check, passes
+from lenslrp.hooks import assignment, checks, components, graph_walk, norms, observing
+from lenslrp.hooks.handles import Attached
 from tests.property.generate import generate
 from tests.property.judge import Verdict, judge
 
@@ -32,54 +32,62 @@ Patch = pytest.MonkeyPatch
 
 
 def copy_slices_are_linear(patch: Patch) -> None:
-    patch.setattr(coverage, "LINEAR", coverage.LINEAR | {"CopySlices"})
+    patch.setattr(graph_walk, "LINEAR_NODES", graph_walk.LINEAR_NODES | {"CopySlices"})
 
 
 def written_products_are_linear(patch: Patch) -> None:
-    patch.setattr(observing, "LINEAR_WRITES", observing.LINEAR_WRITES | {"mul_", "__imul__"})
-    patch.setattr(observing, "SCALINGS", frozenset())
+    patch.setattr(
+        observing,
+        "LINEAR_IN_PLACE_FUNCTIONS",
+        observing.LINEAR_IN_PLACE_FUNCTIONS | {"mul_", "__imul__"},
+    )
+    patch.setattr(observing, "SCALING_FUNCTIONS", frozenset())
 
 
 def python_functions_are_accepted(patch: Patch) -> None:
-    wants = coverage._wants
+    wants = graph_walk._wants
 
     def accepting(node: Any, *rest: Any) -> str:
         python = isinstance(node, torch.autograd.function.BackwardCFunction)
         return "" if python else wants(node, *rest)
 
-    patch.setattr(coverage, "_wants", accepting)
+    patch.setattr(graph_walk, "_wants", accepting)
 
 
 def products_have_one_factor(patch: Patch) -> None:
-    patch.setattr(coverage, "_factors", lambda node, name: 1)
+    patch.setattr(graph_walk, "_factors", lambda node, name: 1)
 
 
 def quotients_are_linear(patch: Patch) -> None:
-    patch.setattr(coverage, "QUOTIENT", frozenset())
-    patch.setattr(coverage, "LINEAR", coverage.LINEAR | {"Div"})
+    patch.setattr(graph_walk, "QUOTIENT_NODES", frozenset())
+    patch.setattr(graph_walk, "LINEAR_NODES", graph_walk.LINEAR_NODES | {"Div"})
 
 
 def functions_are_linear(patch: Patch) -> None:
-    patch.setattr(coverage, "LINEAR", coverage.LINEAR | {"Sigmoid", "Exp", "Erf", "Cos", "Sin"})
+    patch.setattr(
+        graph_walk,
+        "LINEAR_NODES",
+        graph_walk.LINEAR_NODES | {"Sigmoid", "Exp", "Erf", "Cos", "Sin"},
+    )
 
 
 def clips_are_linear(patch: Patch) -> None:
-    patch.setattr(coverage, "_clips", lambda node: False)
+    patch.setattr(graph_walk, "_clips", lambda node: False)
 
 
 def rules_off_the_path_are_ignored(patch: Patch) -> None:
-    patch.setattr(passes, "_pools", lambda site: True)
+    patch.setattr(graph_check, "_pools", lambda site: True)
 
 
 def _walk(patch: Patch, change: Callable[[Any], None]) -> None:
-    walk = coverage.walk
+    walk = graph_walk.walk
 
     def walking(*args: Any, **kwargs: Any) -> Any:
         found = walk(*args, **kwargs)
         change(found)
         return found
 
-    patch.setattr(coverage, "walk", walking)
+    patch.setattr(graph_walk, "walk", walking)
 
 
 def misplaced_rules_are_ignored(patch: Patch) -> None:
@@ -103,7 +111,7 @@ def nothing_need_balance(patch: Patch) -> None:
 
 
 def norms_are_believed(patch: Patch) -> None:
-    patch.setattr(checks, "is_norm", lambda *_: True)
+    patch.setattr(checks, "norm_form", lambda *_: "exact")
 
 
 def activations_are_believed(patch: Patch) -> None:
@@ -114,7 +122,7 @@ def classes_are_matched_by_inheritance(patch: Patch) -> None:
     """A sub-class counts as its base, and its values are not looked at."""
 
     def inherited(module: nn.Module) -> Any:
-        known = {*components.KNOWN_ACTIVATIONS, *norms.LAYER_NORMS}
+        known = {*components.ACTIVATION_FORWARDS, *norms.LAYER_NORMS}
         forwards = [getattr(base, "forward", None) for base in type(module).__mro__]
         return next((forward for forward in forwards if forward in known), forwards[0])
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 import lenslrp
 from lenslrp.models.embedded import ensure_cached
-from lenslrp.models.wrapped import agreement
+from lenslrp.models.wrapped import agreement_of
 from lenslrp.text.tokenization import tokenize
 
 pytestmark = pytest.mark.real
@@ -41,7 +41,7 @@ def test_ids_and_outputs_are_those_of_hugging_face(name):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = lenslrp.load(name, device="cpu")
     assert tokenize(model, PROMPT) == tokenizer(PROMPT)["input_ids"]
-    found = agreement(model)
+    found = agreement_of(model)
     assert found.difference is not None
     assert found.difference <= 1e-6
 

@@ -7,14 +7,13 @@ of it do so with equal weights. So under a constant router relevance must be the
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import lenslrp
-from tests.conftest import ROOT
+from benchmarks.gallery import upcycled
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -30,16 +29,9 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture
-def upcycled(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script in benchmarks/ that makes the mixture."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("upcycled")
-
-
 @pytest.mark.parametrize("split", [False, True], ids=["copies", "halves"])
 def test_a_constant_router_gives_the_dense_relevance(
-    smollm2: TransformerBridge, upcycled: Any, split: bool
+    smollm2: TransformerBridge, split: bool
 ) -> None:
     mixed = upcycled.mixtral(smollm2, halves=split)
     for prompt in PROMPTS:
@@ -62,9 +54,7 @@ def test_a_constant_router_gives_the_dense_relevance(
         torch.testing.assert_close(whole, D["blocks.3.mlp.hook_post"], rtol=1e-3, atol=1e-4 * size)
 
 
-def test_a_uniform_router_takes_half_of_the_mixture(
-    smollm2: TransformerBridge, upcycled: Any
-) -> None:
+def test_a_uniform_router_takes_half_of_the_mixture(smollm2: TransformerBridge) -> None:
     R = lenslrp.run_with_relevance(upcycled.mixtral(smollm2), PROMPTS[0])[1]
     out, weight = R["blocks.3.mlp.hook_out"], R["blocks.3.mlp.gate.hook_expert_weights"]
     assert float(weight.sum()) == pytest.approx(float(out.sum()) / 2, rel=1e-3)

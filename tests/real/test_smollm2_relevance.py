@@ -1,8 +1,8 @@
 """On real weights: does it point at what a person would point at, and in every dtype alike?
 
-The prompts are the eight most robust of ``benchmarks/keyword_prompts.json``, whose key words were
-written before any relevance was looked at (``benchmarks/keywords.py --per-prompt`` ranks them), and
-the tower.
+The prompts are the eight most robust of ``benchmarks/faithfulness/keyword_prompts.json``, whose key
+words were written before any relevance was looked at (``benchmarks/faithfulness/keywords.py
+--per-prompt`` ranks them), and the tower.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 pytestmark = pytest.mark.real
-PROMPTS = json.loads((ROOT / "benchmarks" / "keyword_prompts.json").read_text())["prompts"]
+PROMPTS = json.loads((ROOT / "benchmarks" / "faithfulness" / "keyword_prompts.json").read_text())[
+    "prompts"
+]
 ROBUST = [44, 43, 11, 10, 49, 40, 48, 45]
 EIFFEL = PROMPTS[0]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +10,17 @@ import pytest
 import torch
 
 import lenslrp
-from tests.conftest import ROOT
+from benchmarks.vision import cifar, cifar_head
 
 pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
-def cifar(request: pytest.FixtureRequest) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("cifar")
+def model() -> Any:
+    return cifar_head.classifier()
 
 
-@pytest.fixture(scope="module")
-def model(cifar: Any) -> Any:
-    return importlib.import_module("cifar_head").classifier()
-
-
-def test_most_held_out_airplanes_are_known(model: Any, cifar: Any, shared_data: Path) -> None:
+def test_most_held_out_airplanes_are_known(model: Any, shared_data: Path) -> None:
     """By chance it would be two of the twenty; that file has no other class."""
     images = cifar.read(shared_data / "cifar10_subset.npz")
     airplanes = cifar.split(images, held_out=True, per_class=20)
@@ -41,9 +33,7 @@ def test_most_held_out_airplanes_are_known(model: Any, cifar: Any, shared_data: 
 @pytest.mark.parametrize(
     "composite", [lenslrp.AttnLRPViT(), lenslrp.AttnLRP(), lenslrp.CPLRP()], ids=lambda c: c.name
 )
-def test_the_books_balance_and_classes_are_targets_by_name(
-    model: Any, cifar: Any, composite: Any
-) -> None:
+def test_the_books_balance_and_classes_are_targets_by_name(model: Any, composite: Any) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (1, 4, 4, 3), dtype=np.uint8)  # coloured squares, no photograph
     logits, cache = lenslrp.run_with_relevance(
@@ -57,6 +47,6 @@ def test_the_books_balance_and_classes_are_targets_by_name(
     assert cache.patches is not None and cache.patches.shape == (1, 16, 16)
     assert cache.pixels is not None and cache.pixels.shape == (1, 3, 224, 224)
     assert abs(cache.ledger().error) < 1e-4
-    sums = importlib.import_module("cifar_head").summed_pixels(cache)
+    sums = cifar_head.summed_pixels(cache)
     corner = cache.pixels[0, :, 14:28, 28:42].sum()
     torch.testing.assert_close(sums[0, 1, 2], corner, rtol=1e-4, atol=1e-6)

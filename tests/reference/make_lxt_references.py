@@ -1,4 +1,4 @@
-"""Make the stored LXT references that `tests/conformance/test_lxt_parity.py` compares with.
+"""Make the stored LXT references that `tests/conformance/hooks/test_lxt_parity.py` compares with.
 
 For a tiny random model of each family, LXT 2.1 (its AttnLRP map, `lxt.efficient`) computes the
 relevance of the input tokens for the top logit of the last position: input x gradient, with the

@@ -1,4 +1,4 @@
-"""Make the stored zennit references that `tests/unit/test_convolution.py` compares with.
+"""Make the stored zennit references that `tests/unit/hooks/test_convolution.py` compares with.
 
 zennit 0.5.1 (Anders et al., 2106.13200) computes the relevance of the inputs of linear layers and
 convolutions under its `Gamma`, `ZPlus` and `AlphaBeta` rules. Its `Gamma` is the generalised one,

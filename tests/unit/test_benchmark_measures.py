@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.cost import measure, overhead
+from benchmarks.faithfulness import examples, sanity, squad
+from benchmarks.vision import cifar, patch_flipping
 from lenslrp.analysis.attribution.methods import attribute
 from lenslrp.analysis.evaluation.features import tokens_of
 from lenslrp.analysis.passes.prompts import as_prompt
-from tests.conftest import ROOT
 from tests.unit.tiny import TOKENS, tiny
 
 
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a script of benchmarks/ as it finds its neighbours when it is run."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module
-
-
-def test_random_top_1_is_the_exact_expectation(benchmark: Any) -> None:
-    squad = benchmark("squad")
+def test_random_top_1_is_the_exact_expectation() -> None:
     offsets = [(i, i + 1) for i in range(10)]
     item = squad.Item(
         "q", "cd", True, True, offsets, (2, 4), {"AttnLRP": [float(i) for i in range(10)]}
@@ -36,24 +29,23 @@ def test_random_top_1_is_the_exact_expectation(benchmark: Any) -> None:
     assert judged["AttnLRP"]["top-1"] == 0.0
 
 
-def test_flipped_patches_are_whole_and_in_order(benchmark: Any) -> None:
-    flipping = benchmark("patch_flipping")
+def test_flipped_patches_are_whole_and_in_order() -> None:
     image, baseline = torch.ones(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
-    steps = flipping.flipped(image, baseline, np.array([5, 0, *range(1, 5), *range(6, 16)]), [1, 2])
+    steps = patch_flipping.flipped(
+        image, baseline, np.array([5, 0, *range(1, 5), *range(6, 16)]), [1, 2]
+    )
     assert steps.shape == (2, 3, 8, 8)
     assert steps[0].sum() == 3 * (64 - 4)
     assert (steps[0][:, 2:4, 2:4] == 0).all()
     assert (steps[1][:, :2, :2] == 0).all()
 
 
-def test_area_is_between_lerf_and_morf(benchmark: Any) -> None:
-    flipping = benchmark("patch_flipping")
-    assert flipping.area([[4.0, 0.0, 0.0], [4.0, 4.0, 0.0]]) == pytest.approx(2.0)
-    assert flipping.area([[4.0, 4.0, 0.0], [4.0, 0.0, 0.0]]) == pytest.approx(-2.0)
+def test_area_is_between_lerf_and_morf() -> None:
+    assert patch_flipping.area([[4.0, 0.0, 0.0], [4.0, 4.0, 0.0]]) == pytest.approx(2.0)
+    assert patch_flipping.area([[4.0, 4.0, 0.0], [4.0, 0.0, 0.0]]) == pytest.approx(-2.0)
 
 
-def test_curves_follow_the_target_and_share_their_ends(benchmark: Any) -> None:
-    flipping = benchmark("patch_flipping")
+def test_curves_follow_the_target_and_share_their_ends() -> None:
 
     class Mean:  # the logit of class 1 is the sum of the first channel of patch 0
         dtype = torch.float32
@@ -64,14 +56,17 @@ def test_curves_follow_the_target_and_share_their_ends(benchmark: Any) -> None:
 
     image, baseline = torch.ones(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
     maps = {"right": np.eye(1, 16).reshape(4, 4), "wrong": -np.eye(1, 16).reshape(4, 4)}
-    found = flipping.curves(Mean(), image, baseline, maps, 1, steps=4, batch=3)
+    found = patch_flipping.curves(Mean(), image, baseline, maps, 1, steps=4, batch=3)
     assert found["right"] == [[1.0, 0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0, 0.0]]
     assert found["wrong"] == [[1.0, 1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]]
-    assert flipping.area(found["right"]) == -flipping.area(found["wrong"]) == pytest.approx(0.75)
+    assert (
+        patch_flipping.area(found["right"])
+        == -patch_flipping.area(found["wrong"])
+        == pytest.approx(0.75)
+    )
 
 
-def test_the_split_goes_by_content_not_by_order(benchmark: Any) -> None:
-    cifar = benchmark("cifar")
+def test_the_split_goes_by_content_not_by_order() -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (400, 4, 4, 3), dtype=np.uint8)
     images = cifar.Images(pixels, rng.integers(0, 10, 400))
@@ -90,16 +85,14 @@ def test_the_split_goes_by_content_not_by_order(benchmark: Any) -> None:
     assert np.bincount(few.labels).max() == 2
 
 
-def test_images_are_normalised_for_the_backbone(benchmark: Any) -> None:
-    cifar = benchmark("cifar")
+def test_images_are_normalised_for_the_backbone() -> None:
     prepared = cifar.prepare(np.full((1, 32, 32, 3), (255, 128, 0), np.uint8))
     assert prepared.shape == (1, 3, 224, 224)
     expected = [(1 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, -0.406 / 0.225]
     np.testing.assert_allclose(prepared[0, :, 100, 7].numpy(), expected, rtol=1e-5)
 
 
-def test_every_format_gives_the_same_images(benchmark: Any, tmp_path: Path) -> None:
-    cifar = benchmark("cifar")
+def test_every_format_gives_the_same_images(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8), np.array([3, 1, 0, 9, 3])
     np.savez(tmp_path / "a.npz", images=pixels, labels=labels, names=np.array(cifar.NAMES))
@@ -112,27 +105,27 @@ def test_every_format_gives_the_same_images(benchmark: Any, tmp_path: Path) -> N
         cifar.read(tmp_path / "a.txt")
 
 
-def test_a_table_takes_its_place_beside_the_others(benchmark: Any, tmp_path: Path) -> None:
-    keep, path = benchmark("examples").keep, tmp_path / "new" / "sanity.json"
-    keep(path, "one", [{"method": "random", "n": 3, "mean": 0.123456}], "sanity.py one", seed=0)
-    keep(path, "two", [], "sanity.py two")
-    keep(path, "one", [{"method": "random", "n": 4, "mean": -1.0}], "sanity.py one", seed=1)
+def test_a_table_takes_its_place_beside_the_others(tmp_path: Path) -> None:
+    keep, path = examples.keep, tmp_path / "new" / "sanity.json"
+    keep(path, "one", [{"method": "random", "n": 3, "mean": 0.123456}], "sanity one", seed=0)
+    keep(path, "two", [], "sanity two")
+    keep(path, "one", [{"method": "random", "n": 4, "mean": -1.0}], "sanity one", seed=1)
     assert json.loads(path.read_text(encoding="utf-8")) == {
         "one": {
-            "command": "python benchmarks/sanity.py one",
+            "command": "python -m benchmarks.faithfulness.sanity one",
             "seed": 1,
             "rows": [{"method": "random", "n": 4, "mean": -1.0}],
         },
-        "two": {"command": "python benchmarks/sanity.py two", "rows": []},
+        "two": {"command": "python -m benchmarks.faithfulness.sanity two", "rows": []},
     }
-    keep(path, "two", [{"mean": 0.123456}], "sanity.py two")
+    keep(path, "two", [{"mean": 0.123456}], "sanity two")
     assert json.loads(path.read_text(encoding="utf-8"))["two"]["rows"] == [{"mean": 0.1235}]
 
 
-def test_differences_from_attnlrp_are_paired(benchmark: Any) -> None:
+def test_differences_from_attnlrp_are_paired() -> None:
     own = np.array([1.0, 5.0, 9.0])
     columns = {"attnlrp": own, "cp_lrp": own + 2, "few": own[:2] - 1}
-    attnlrp, cp, few = benchmark("sanity").leads(columns, 0, "share_")
+    attnlrp, cp, few = sanity.leads(columns, 0, "share_")
     assert attnlrp == {"method": "attnlrp", "n": 3, "share_mean": 5.0} | {
         key: attnlrp[key] for key in ("share_low", "share_high")
     }
@@ -141,32 +134,27 @@ def test_differences_from_attnlrp_are_paired(benchmark: Any) -> None:
     assert (few["n"], [few[name] for name in names]) == (2, [-1.0, -1.0, -1.0])
 
 
-def test_relevance_of_many_prompts_is_that_of_each(benchmark: Any) -> None:
+def test_relevance_of_many_prompts_is_that_of_each() -> None:
     model = tiny("native", n_layers=2)
     rows = [TOKENS[0], TOKENS[0].flip(0), TOKENS[0][:3]]
     prompts = [as_prompt(model, row) for row in rows]
-    for prompt, found in zip(
-        prompts, benchmark("examples").relevance("attnlrp", model, prompts), strict=True
-    ):
+    for prompt, found in zip(prompts, examples.relevance("attnlrp", model, prompts), strict=True):
         alone = attribute("attnlrp", model, prompt.given, prompt.target).tokens[0]
         np.testing.assert_allclose(found, alone.numpy(), rtol=1e-9)
 
 
-def test_every_set_of_a_short_prompt_has_its_own_value(benchmark: Any) -> None:
+def test_every_set_of_a_short_prompt_has_its_own_value() -> None:
     model = tiny("native", n_layers=2)
     prompts = [as_prompt(model, TOKENS[0][:3]), as_prompt(model, TOKENS[1][:4])]
     masks = np.random.default_rng(0).random((5, 4)) < 0.5
-    for prompt, features in zip(
-        prompts, benchmark("sanity").every_set(model, prompts), strict=True
-    ):
+    for prompt, features in zip(prompts, sanity.every_set(model, prompts), strict=True):
         asked = masks[:, : prompt.length]
         found, expected = features.without(asked), tokens_of(model, prompt).without(asked)
         np.testing.assert_allclose(found.value, expected.value, rtol=1e-9)
         np.testing.assert_allclose(found.probability, expected.probability, rtol=1e-9)
 
 
-def test_an_interrupted_run_measures_the_rounds_that_are_left(benchmark: Any) -> None:
-    overhead = benchmark("overhead")
+def test_an_interrupted_run_measures_the_rounds_that_are_left() -> None:
     calls: list[str] = []
     kept: list[dict[str, Any]] = [
         {"length": 12, "seconds": {"a": [1.0, 0.0], "b": [2.0, 0.0]}},
@@ -190,9 +178,8 @@ def test_an_interrupted_run_measures_the_rounds_that_are_left(benchmark: Any) ->
 
 
 def test_costs_of_passes_that_explain_something_else_are_refused(
-    benchmark: Any, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    overhead = benchmark("overhead")
     ours, same = torch.tensor([[1.0, -4.0]]), torch.tensor([[1.0002, -4.0]])
     overhead.require_agreement(12, {"ours": ours, "theirs": same})
     assert "differs from theirs's by (of its largest): ours 5e-05" in capsys.readouterr().out
@@ -201,8 +188,7 @@ def test_costs_of_passes_that_explain_something_else_are_refused(
             overhead.require_agreement(12, {"ours": ours, "theirs": other})
 
 
-def test_peak_memory_is_that_of_one_pass(benchmark: Any) -> None:
-    measure = benchmark("cost_measure")
+def test_peak_memory_is_that_of_one_pass() -> None:
 
     def run(tokens: torch.Tensor) -> torch.Tensor:
         torch.ones(4 * 2**18)  # 4 MiB, freed before the next ones are taken

@@ -1,4 +1,4 @@
-"""Documentation is executed: every Python block of README.md and docs/*.md, in order.
+"""Documentation is executed: every Python block of README.md and the pages below docs, in order.
 
 The blocks of one file share one namespace, as a reader would type them. A block is skipped when the
 line before its fence is ``<!-- no-run -->``. Line numbers in a traceback are those of the page.
@@ -17,13 +17,11 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
+
 README = ROOT / "README.md"
-RUN = [path for path in (README, *sorted((ROOT / "docs").glob("*.md"))) if path.is_file()]
-WEIGHTS = {  # need a package file, fetched once
-    README,
-    *(ROOT / "docs" / f"{page}.md" for page in ("evaluation", "flan_t5")),
-}
+RUN = [path for path in (README, *sorted((ROOT / "docs").rglob("*.md"))) if path.is_file()]
+EMBEDDED_MODEL = re.compile(r'lenslrp\.load\("(?:smollm2|flan-t5-small|vit-s14)')
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 PAGES = [
     *RUN,
@@ -89,6 +87,11 @@ def read(page: Path) -> str:
     return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
 
 
+def needs_weights(page: Path) -> bool:
+    """Whether its blocks load a model that arrives as a package file, fetched once."""
+    return EMBEDDED_MODEL.search(page.read_text(encoding="utf-8")) is not None
+
+
 def prose(text: str) -> str:
     """A page without its fenced blocks."""
     kept, inside = [], False
@@ -129,9 +132,13 @@ def test_an_open_fence_is_refused() -> None:
         blocks("text\n```python\na = 1\n")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")  # asked by peft
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(p, id=name(p), marks=[pytest.mark.real] if p in WEIGHTS else []) for p in RUN],
+    [
+        pytest.param(p, id=name(p), marks=[pytest.mark.real] if needs_weights(p) else [])
+        for p in RUN
+    ],
 )
 def test_every_python_block_runs(
     page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -154,10 +161,10 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
     assert broken == []
 
 
-@pytest.mark.parametrize("index", ["docs/README.md", "tutorials/README.md"])
+@pytest.mark.parametrize("index", ["docs/README.md", "docs/tutorials/README.md"])
 def test_the_index_leads_to_everything(index: str) -> None:
     page = ROOT / index
-    wanted = {*TUTORIALS, *((ROOT / "docs").glob("*.md") if index.startswith("docs") else ())}
+    wanted = {*TUTORIALS, *(RUN[1:] if index == "docs/README.md" else ())}
     linked = {(page.parent / link["file"]).resolve() for link in LINK.finditer(prose(read(page)))}
     assert {name(path) for path in wanted - linked - {page}} == set()
 
@@ -175,7 +182,28 @@ def test_pictures_are_small_and_have_a_dark_twin_where_they_say_so() -> None:
 def test_the_page_that_a_coverage_error_refers_to_has_that_heading() -> None:
     from lenslrp.hooks.coverage import gap_message
 
-    found = re.search(r"\((docs/[\w.]+), '([^']+)'\)", gap_message([], "Model"))
+    found = re.search(r"\((docs/[\w./-]+), '([^']+)'\)", gap_message([], "Model"))
     assert found is not None
     page, heading = found.groups()
     assert f"## {heading}\n" in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_api_reference_has_every_public_name() -> None:
+    import lenslrp.analysis
+    import lenslrp.hooks
+
+    pages = sorted((ROOT / "docs" / "reference" / "api").rglob("*.md"))
+    shown = re.findall(r"^::: ([\w.]+)", "\n".join(map(read, pages)), flags=re.MULTILINE)
+    public = {
+        f"{package.__name__}.{name}"
+        for package in (lenslrp, lenslrp.hooks, lenslrp.analysis)
+        for name in package.__all__
+    }
+    assert {*shown} == public
+
+
+def test_every_page_is_in_the_site_s_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("nav:\n")[-1]
+    pages = [*RUN[1:], *(ROOT / "docs" / "tutorials" / f"{p.stem}.md" for p in TUTORIALS)]
+    wanted = {page.relative_to(ROOT / "docs").as_posix() for page in pages}
+    assert {*re.findall(r"[\w/-]+\.md", navigation)} == wanted

@@ -24,7 +24,8 @@ from lenslrp import analysis
 from lenslrp.analysis.dictionary import launch
 from lenslrp.analysis.evaluation import image_files
 from lenslrp.analysis.evaluation.figures import perturbation_curves
-from lenslrp.analysis.views.figures import LIGHT, new_figure, plot
+from lenslrp.analysis.views.drawing import LIGHT, new_figure
+from lenslrp.analysis.views.figures import plot
 from lenslrp.analysis.views.report import report_html, write_report
 from lenslrp.cli import commands as cli
 from lenslrp.extras import EXTRAS, require
@@ -38,7 +39,7 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "transformer_lens": "transformer-lens",
 }
-CALLED_LATER = {"_actors", "_figure_class", "_font", "colour_map", "_image", "_folder"}
+CALLED_LATER = {"_actors", "_figure_class", "installed_fonts", "colour_map", "_image", "_folder"}
 """Functions that are called only when their callers have asked."""
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from docs.import_graph import modules
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
 
 ENGINE = {
     f"lenslrp/{name}.py"
-    for name in ("sessions", "forward", "passes", "leaves", "logits", "edits", "run")
+    for name in (
+        *("sessions", "held_rules", "run", "forward", "running", "passes"),
+        *("leaves", "logits", "edits"),
+    )
 }
 """The files that run the model, beside those of ``hooks/``."""
 

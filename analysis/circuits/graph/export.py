@@ -1,13 +1,13 @@
 """An attribution graph as Neuronpedia's graph JSON.
 
-The schema is that of Neuronpedia (``apps/webapp/app/api/graph/graph-schema.json`` in
+The schema is that of Neuronpedia (`apps/webapp/app/api/graph/graph-schema.json` in
 github.com/hijohnnylin/neuronpedia), the conventions for ids and types those of circuit-tracer
-(``circuit_tracer/frontend/graph_models.py`` in github.com/safety-research/circuit-tracer):
-``layer_feature_position`` with ``E`` for tokens, the layer above the last for the target,
-``feature`` a pairing of layer and index, ``influence`` the cumulative share up to a node.
+(`circuit_tracer/frontend/graph_models.py` in github.com/safety-research/circuit-tracer):
+`layer_feature_position` with `E` for tokens, the layer above the last for the target,
+`feature` a pairing of layer and index, `influence` the cumulative share up to a node.
 
 Its viewers know features of transcoders and of attention, embeddings and logits. Neurons and heads
-are given those types, and named in ``clerp`` for what they are. What a graph keeps as ``rest`` or
+are given those types, and named in `clerp` for what they are. What a graph keeps as `rest` or as
 absorbed has no place there; the description says how much of the target it is.
 """
 
@@ -26,7 +26,7 @@ from lenslrp.version import VERSION
 if TYPE_CHECKING:
     from lenslrp.analysis.circuits.graph.graphs import AttributionGraph
 
-TYPES = {
+VIEWER_TYPES = {
     "token": "embedding",
     "neuron": "cross layer transcoder",
     "mlp": "cross layer transcoder",
@@ -50,7 +50,7 @@ def to_neuronpedia(graph: AttributionGraph, *, slug: str, model_id: str | None) 
     reached[order] = np.cumsum(influence[order]) / influence.sum()
     records = graph.nodes.assign(reached=reached).to_dict("records")
     nodes = [_node(record, graph) for record in records]
-    ids = {record["id"]: made["node_id"] for record, made in zip(records, nodes, strict=True)}
+    ids = {record["id"]: node["node_id"] for record, node in zip(records, nodes, strict=True)}
     settings = dict(graph.settings)
     last = records[-1]
     entered = float(graph.edges.loc[graph.edges["target"] == "target", "relevance"].sum())
@@ -116,7 +116,7 @@ def _node(node: dict[str, Any], graph: AttributionGraph) -> dict[str, Any]:
         "feature": feature,
         "layer": shown,
         "ctx_idx": place,
-        "feature_type": TYPES[kind],
+        "feature_type": VIEWER_TYPES[kind],
         "token_prob": graph.probability if target else 0.0,
         "is_target_logit": target,
         "run_idx": 0,
@@ -131,8 +131,8 @@ def _node(node: dict[str, Any], graph: AttributionGraph) -> dict[str, Any]:
 def write_neuronpedia(
     graph: AttributionGraph, path: Path, *, slug: str, model_id: str | None
 ) -> Path:
-    """Write :func:`to_neuronpedia` at ``path``."""
-    made = to_neuronpedia(graph, slug=slug, model_id=model_id)
+    """Write `to_neuronpedia` at `path`."""
+    graph_json = to_neuronpedia(graph, slug=slug, model_id=model_id)
     with whole(path, ours=b'"name": "LensLRP"') as temporary:
-        temporary.write_text(json.dumps(made, allow_nan=False, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(graph_json, allow_nan=False, indent=1), encoding="utf-8")
     return path

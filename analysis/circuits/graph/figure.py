@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lenslrp.analysis.circuits.graph.layout import HEIGHT, WIDTH, lay_out
-from lenslrp.analysis.views.figures import LIGHT, Theme, _font, _short, colour_map, new_figure
+from lenslrp.analysis.views.drawing import (
+    LIGHT,
+    Theme,
+    colour_map,
+    installed_fonts,
+    new_figure,
+    short_label,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +49,7 @@ def graph_figure(graph: AttributionGraph, theme: Theme | None = None) -> Figure:
             )
         )
     others = graph.nodes.loc[graph.nodes["kind"] != "target", "relevance"]
-    scale, colours, font = float(others.abs().max()) or 1.0, colour_map(theme), _font()
+    scale, colours, font = float(others.abs().max()) or 1.0, colour_map(theme), installed_fonts()
     for node in graph.nodes.to_dict("records"):
         x, y = layout.places[node["id"]]
         size = 0.0 if node["kind"] in ("token", "target") else HEIGHT * 0.45
@@ -58,7 +65,7 @@ def graph_figure(graph: AttributionGraph, theme: Theme | None = None) -> Figure:
                 linewidth=0.6,
             )
         )
-        label = _short(node["label"])
+        label = short_label(node["label"])
         axes.text(x, y, label, ha="center", va="center", color=theme.ink, fontsize=7,
                   parse_math=False, **font)  # fmt: skip
     for name, y in layout.rows:

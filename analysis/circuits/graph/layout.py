@@ -50,7 +50,7 @@ class Layout:
 
 
 def lay_out(nodes: pd.DataFrame) -> Layout:
-    """Places for the rows of ``AttributionGraph.nodes``."""
+    """Places for the rows of `AttributionGraph.nodes`."""
     keys = [
         (layer, _ORDER.get(kind, 2))
         for layer, kind in zip(nodes["layer"], nodes["kind"], strict=True)

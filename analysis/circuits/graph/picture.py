@@ -2,7 +2,7 @@
 
 Text comes from the prompt and is text: escaped in the SVG, and never in the script, which knows
 nodes and edges by their numbers only. Where scripts do not run, the picture stands still and its
-tooltips (``title`` elements) remain.
+tooltips (`title` elements) remain.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenslrp.analysis.circuits.graph.layout import HEIGHT, WIDTH, lay_out
-from lenslrp.files import HTML, whole
+from lenslrp.analysis.views.document import html_document, write_document
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import card, rgba, signed, token_html
 
@@ -27,7 +27,7 @@ WIDEST = 9.0
 _LONGEST = 11
 _LISTED = 25
 
-_STYLE = f"""<style>
+GRAPH_STYLE = f"""<style>
 {card("lenslrp-graph")}
 .lenslrp-graph svg{{width:100%;height:auto;max-height:85vh;touch-action:none;cursor:grab}}
 .lenslrp-graph text{{font:11px system-ui,sans-serif;fill:var(--llrp-fg);pointer-events:none}}
@@ -46,7 +46,7 @@ background:none;border:0;border-bottom:1px solid var(--llrp-line)}}
 </style>"""
 
 # Zoom at the pointer, drag, double click to see it all again; a node pointed at shows its edges.
-_SCRIPT = """<script>(function(){var tries=0;function start(){
+ZOOM_SCRIPT = """<script>(function(){var tries=0;function start(){
 var svg=document.getElementById("ID");if(!svg){if(tries++<200)setTimeout(start,50);return;}
 if(svg.dataset.ready)return;svg.dataset.ready="1";
 var all=svg.getAttribute("viewBox").split(" ").map(Number),box=all.slice(),held=null;
@@ -129,17 +129,17 @@ def _node(
         f'height="{HEIGHT:.0f}" rx="{round_:.0f}"'
     )
     token = visible(graph.str_tokens[node["position"]])
-    said = [visible(node["label"]), f"position {node['position']} ({token})",
+    lines = [visible(node["label"]), f"position {node['position']} ({token})",
             f"relevance {node['relevance']:+.4g}"]  # fmt: skip
     if math.isfinite(node["activation"]):
-        said.append(f"activation {node['activation']:+.4g}")
+        lines.append(f"activation {node['activation']:+.4g}")
     if node["kind"] != "token":
-        lost = node["relevance"] - node["rest"] - _entered(graph, node["id"])
-        said.append(f"from edges {_entered(graph, node['id']):+.4g}")
-        said.append(f"from what is not shown {node['rest']:+.4g}, absorbed {lost:+.4g}")
+        absorbed = node["relevance"] - node["rest"] - _entered(graph, node["id"])
+        lines.append(f"from edges {_entered(graph, node['id']):+.4g}")
+        lines.append(f"from what is not shown {node['rest']:+.4g}, absorbed {absorbed:+.4g}")
     return (
         f'<g data-n="{number}"><rect {box}/><rect class="tint" {box} '
-        f'style="fill:{rgba(fraction)}"/><title>{escape(" · ".join(said))}</title>'
+        f'style="fill:{rgba(fraction)}"/><title>{escape(" · ".join(lines))}</title>'
         f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">'
         f"{escape(_short(node['label']))}</text></g>"
     )
@@ -155,20 +155,22 @@ def graph_html(graph: AttributionGraph) -> str:
     name = svg.split('"', 2)[1]
     last = graph.nodes.iloc[-1]
     value = float(graph.explained.value[0])
-    rest = float(last["rest"])
+    residual = float(last["rest"])
     entered = _entered(graph, last["id"])
     note = (
         f"{len(graph.nodes)} nodes and {len(graph.edges)} edges of {graph.chosen[0]} chosen among "
         f"{graph.chosen[1]:,} ({graph.settings['composite']}). The target's {value:.4g} is "
-        f"{entered:+.4g} along the edges shown, {rest:+.4g} from what is not shown, "
-        f"{value - entered - rest:+.4g} absorbed. Red and solid speaks for it, blue and dashed "
-        "against; width by relevance. Wheel to zoom, drag to move, double click to see all."
+        f"{entered:+.4g} along the edges shown, {residual:+.4g} from what is not shown, "
+        f"{value - entered - residual:+.4g} absorbed. Red and solid is positive evidence, "
+        "blue and dashed negative; width by relevance. Wheel to zoom, drag to move, double click "
+        "to see all."
     )
     return (
-        f'<div class="lenslrp-graph">{_STYLE}<div style="font-weight:600;margin-bottom:.4em"><bdi>'
+        f'<div class="lenslrp-graph">{GRAPH_STYLE}'
+        '<div style="font-weight:600;margin-bottom:.4em"><bdi>'
         f"{escape(visible(str(graph.explained)))}</bdi></div>{svg}"
         f'<div class="note" style="font-size:.85em">{escape(note)}</div>{_table(graph)}</div>'
-        f"{_SCRIPT.replace('ID', name, 1)}"
+        f"{ZOOM_SCRIPT.replace('ID', name, 1)}"
     )
 
 
@@ -186,15 +188,10 @@ def _table(graph: AttributionGraph) -> str:
     )
 
 
-def write_page(graph: AttributionGraph, path: Path) -> str:
-    """A whole page at ``path``; returns it."""
-    title = escape(visible(str(graph.explained)))
-    page = (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="generator" content="LensLRP">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{title}</title></head><body>{graph_html(graph)}</body></html>\n"
+def write_graph_page(graph: AttributionGraph, path: Path) -> str:
+    """A whole page at `path`; returns it."""
+    page = html_document(
+        str(graph.explained), graph_html(graph), allow="; script-src 'unsafe-inline'"
     )
-    with whole(path, ours=HTML) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_document(path, page)
     return page

@@ -14,34 +14,34 @@ Matrix = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 
-def influences(amounts: Matrix, sinks: Vector) -> Vector:
+def influences(weights: Matrix, absorbed: Vector) -> Vector:
     """What share of the target's influence passes through each node.
 
     The target, which is last, has 1; every node hands its own down its edges in proportion to their
-    size, less the share of its ``sinks`` (what was absorbed, and what came from elsewhere).
+    size, less the share that no edge explains (absorbed, or from nodes that are not shown).
 
     Args:
-        amounts: [downstream, upstream], numbered so that edges go from lower to higher.
-        sinks: [node], sizes.
+        weights: relevance [downstream, upstream], numbered so that edges go from lower to higher.
+        absorbed: [node], the size of what no edge explains.
     """
-    weights = _weights(amounts, sinks)
-    found = np.zeros(len(weights))
-    found[-1] = 1.0
-    for node in range(len(weights) - 1, -1, -1):
-        found += found[node] * weights[node]
-    return found
+    parts = _normalised(weights, absorbed)
+    influence = np.zeros(len(parts))
+    influence[-1] = 1.0
+    for node in range(len(parts) - 1, -1, -1):
+        influence += influence[node] * parts[node]
+    return influence
 
 
-def _weights(amounts: Matrix, sinks: Vector) -> Matrix:
+def _normalised(weights: Matrix, absorbed: Vector) -> Matrix:
     """[downstream, upstream], each edge's part of all that ends at its downstream node."""
-    sizes = np.abs(amounts)
-    ends = np.maximum(sizes.sum(axis=1) + sinks, np.finfo(float).tiny)
-    weights: Matrix = sizes / ends[:, None]
-    return weights
+    sizes = np.abs(weights)
+    ends = np.maximum(sizes.sum(axis=1) + absorbed, np.finfo(float).tiny)
+    parts: Matrix = sizes / ends[:, None]
+    return parts
 
 
 def _most(scores: Vector, share: float) -> Mask:
-    """The fewest entries that hold ``share`` of the sum."""
+    """The fewest entries that hold `share` of the sum."""
     flat = scores.ravel()
     order = np.argsort(-flat, kind="stable")
     sums = np.cumsum(flat[order])
@@ -51,26 +51,26 @@ def _most(scores: Vector, share: float) -> Mask:
     return (kept & (flat > 0)).reshape(scores.shape)
 
 
-def influential(amounts: Matrix, sinks: Vector, fixed: Mask, share: float) -> Mask:
-    """[node], True for those that stay: ``fixed`` ones (tokens, the target), and of the others the
-    fewest that hold ``share`` of their influence."""
-    return fixed | _most(np.where(fixed, 0.0, influences(amounts, sinks)), share)
+def influential(weights: Matrix, absorbed: Vector, fixed: Mask, share: float) -> Mask:
+    """[node], True for those that stay: `fixed` ones (tokens, the target), and of the others the
+    fewest that hold `share` of their influence."""
+    return fixed | _most(np.where(fixed, 0.0, influences(weights, absorbed)), share)
 
 
 def strongest(
-    amounts: Matrix, sinks: Vector, fixed: Mask, share: float
+    weights: Matrix, absorbed: Vector, fixed: Mask, share: float
 ) -> tuple[Mask, Mask, Vector]:
     """Edges [downstream, upstream] and nodes [node] that stay, and all nodes' influence.
 
-    The fewest edges that hold ``share`` of the influence which goes along all of them. A node that
+    The fewest edges that hold `share` of the influence which goes along all of them. A node that
     is left without an edge into it, or out of it, goes as well, with its other edges.
     """
-    influence = influences(amounts, sinks)
-    edges = _most(_weights(amounts, sinks) * influence[:, None], share)
-    stays = np.ones(len(amounts), dtype=bool)
+    influence = influences(weights, absorbed)
+    edges = _most(_normalised(weights, absorbed) * influence[:, None], share)
+    stays = np.ones(len(weights), dtype=bool)
     while True:
-        loose = stays & ~fixed & ~(edges.any(axis=0) & edges.any(axis=1))
-        if not loose.any():
+        unconnected = stays & ~fixed & ~(edges.any(axis=0) & edges.any(axis=1))
+        if not unconnected.any():
             return edges, stays, influence
-        stays = stays & ~loose
+        stays = stays & ~unconnected
         edges &= stays[:, None] & stays[None, :]

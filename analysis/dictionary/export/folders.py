@@ -1,15 +1,15 @@
 """A dictionary for other readers: Neuronpedia's bulk layout, and standalone HTML pages.
 
 The layout is what Neuronpedia's importer reads (github.com/hijohnnylin/neuronpedia): one folder a
-source, with ``model.jsonl``, ``release.jsonl``, ``sourceset.jsonl`` and ``source.jsonl`` beside
-``features/batch-*.jsonl.gz`` and ``activations/batch-*.jsonl.gz``
-(``apps/webapp/app/api/admin/import/route.ts``). The fields are the columns of ``Model``,
-``SourceRelease``, ``SourceSet``, ``Source``, ``Neuron`` and ``Activation`` in
-``apps/webapp/prisma/schema.prisma``; batches hold 1,024 units, as in
-``utils/neuronpedia-utils/neuronpedia_utils/export-data.py``; ``creatorId`` is the user that
-``apps/webapp/prisma/seed.ts`` makes for what is imported. In ``binMin``, ``binMax`` and
-``binContains``, -1 marks the largest activations, as SAEDashboard's converter writes them
-(``sae_dashboard/neuronpedia/neuronpedia_converter.py``).
+source, with `model.jsonl`, `release.jsonl`, `sourceset.jsonl` and `source.jsonl` beside
+`features/batch-*.jsonl.gz` and `activations/batch-*.jsonl.gz`
+(`apps/webapp/app/api/admin/import/route.ts`). The fields are the columns of `Model`,
+`SourceRelease`, `SourceSet`, `Source`, `Neuron` and `Activation` in
+`apps/webapp/prisma/schema.prisma`; batches hold 1,024 units, as in
+`utils/neuronpedia-utils/neuronpedia_utils/export-data.py`; `creatorId` is the user that
+`apps/webapp/prisma/seed.ts` makes for what is imported. In `binMin`, `binMax` and
+`binContains`, -1 marks the largest activations, as SAEDashboard's converter writes them
+(`sae_dashboard/neuronpedia/neuronpedia_converter.py`).
 
 Neuronpedia has no place for relevance beside activation, so relevance becomes a source of its own.
 
@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lenslrp.analysis.dictionary.pages.page import page_html
-from lenslrp.analysis.dictionary.pages.template import DOCUMENT, INDEX, STYLE
+from lenslrp.analysis.dictionary.pages.template import AROUND, INDEX, UNIT_STYLE
 from lenslrp.analysis.dictionary.plan import Place
 from lenslrp.analysis.dictionary.unit import Page
-from lenslrp.analysis.views.report import environment
+from lenslrp.analysis.views.document import environment, html_document, write_document
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import HTML, make_folder, remove_leftovers, require_ours, slug, whole
 from lenslrp.text.visible_text import visible
@@ -47,13 +47,13 @@ if TYPE_CHECKING:
 
     from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 
-BATCH = 1024
+UNITS_IN_FILE = 1024
 """Units in a file."""
 
 CREATOR = "clkht01d40000jv08hvalcvly"
 """The user that Neuronpedia's seed makes, to whom what is imported belongs."""
 
-KINDS = {"activation": "actmax", "relevance": "relmax"}
+SOURCE_KINDS = {"activation": "actmax", "relevance": "relmax"}
 """What a source shows, and by which criterion its best examples are chosen."""
 
 
@@ -67,10 +67,10 @@ def export_neuronpedia(
 ) -> list[Path]:
     """Write a dictionary in the layout that Neuronpedia imports.
 
-    For each hook point ``folder/<model>/<layer>-<source set>-<site>``, and the same with
-    ``-relevance`` where relevance was searched. The examples are the largest (``actmax``,
-    ``relmax``) and, for activation, those at the deciles; values are those of the window. What the
-    unit writes to the vocabulary becomes ``pos_str`` and ``neg_str``.
+    For each hook point `folder/<model>/<layer>-<source set>-<site>`, and the same with `-relevance`
+    where relevance was searched. The examples are the largest (`actmax`, `relmax`) and, for
+    activation, those at the deciles; values are those of the window. What the unit writes to the
+    vocabulary becomes `pos_str` and `neg_str`.
 
     Args:
         dictionary: an open one.
@@ -84,12 +84,16 @@ def export_neuronpedia(
 
     Raises:
         StorageError: the disk is full, or a file that no export made is in the way.
+
+    Examples:
+        >>> export_neuronpedia(dictionary, "out")[0]  # GPT-2, sites: mlp.hook_post
+        PosixPath('out/gpt2/0-lenslrp-mlp-hook_post')
     """
     about = dictionary.plan.model["name"] or dictionary.plan.model["architecture"]
     model = slug(model_id or str(about)).replace(".", "-").lower()
-    made = []
+    sources = []
     for place in dictionary.plan.places:
-        for kind, criterion in KINDS.items():
+        for kind, criterion in SOURCE_KINDS.items():
             if criterion not in dictionary.plan.criteria:
                 continue
             end = "" if kind == "activation" else f"-{kind}"
@@ -101,25 +105,25 @@ def export_neuronpedia(
             ids["layer"] = source
             for number, pages in enumerate(_batched(dictionary.pages(place))):
                 _write_batch(path, number, pages, kind, {**ids, "sourceSetName": name})
-            made.append(path)
-    return made
+            sources.append(path)
+    return sources
 
 
 def _site(place: Place) -> str:
-    """A hook point without its layer: ``mlp.hook_post``."""
+    """A hook point without its layer: `mlp.hook_post`."""
     return re.sub(r"^(\w*blocks)\.\d+\.", "", place.site if "[" in place.site else place.hook)
 
 
 def _batched(pages: Iterator[Page]) -> Iterator[Iterator[Page]]:
     while (first := next(pages, None)) is not None:
-        yield itertools.chain([first], itertools.islice(pages, BATCH - 1))
+        yield itertools.chain([first], itertools.islice(pages, UNITS_IN_FILE - 1))
 
 
 def _write_metadata(
     path: Path, dictionary: NeuronDictionary, place: Place, ids: dict[str, str]
 ) -> None:
     plan = dictionary.plan
-    own = {"creatorId": ids["creatorId"], "visibility": "PUBLIC"}
+    rights = {"creatorId": ids["creatorId"], "visibility": "PUBLIC"}
     mlps = [p.size for p in plan.places if p.hook.endswith("mlp.hook_post")]
     layers = [p.layer for p in plan.places if p.layer is not None]
     title = f"LensLRP: {place.kind}s at {_site(place)}"
@@ -131,14 +135,14 @@ def _write_metadata(
             "layers": max(layers, default=0) + 1,
             "neuronsPerLayer": max(mlps, default=0),
             "owner": "",
-            **own,
+            **rights,
         },
         "release": {
             "name": "lenslrp",
             "description": "Units with the sentences in which they are active and relevant.",
             "creatorName": "LensLRP",
             "urls": [],
-            **own,
+            **rights,
         },
         "sourceset": {
             "modelId": ids["modelId"],
@@ -147,7 +151,7 @@ def _write_metadata(
             "creatorName": "LensLRP",
             "releaseName": "lenslrp",
             "urls": [],
-            **own,
+            **rights,
         },
         "source": {
             "id": ids["source"],
@@ -157,7 +161,7 @@ def _write_metadata(
             "num_prompts": plan.corpus["documents"],
             "num_tokens_in_prompt": int(plan.corpus["cut"]["context"]),
             "notes": f"{place.hook}; plan {dictionary.manifest['plan_sha256']}",
-            **own,
+            **rights,
         },
     }
     _require_own_source(path)
@@ -197,10 +201,10 @@ def _write_batch(
         _zipped(activations) as activation_file,
     ):
         for page in pages:
-            own = {**ids, "index": str(page.index)}
-            feature_file.write(_line(_feature(page, kind, own)).encode())
-            own.pop("sourceSetName")
-            for record in _activations(page, kind, own):
+            unit_ids = {**ids, "index": str(page.index)}
+            feature_file.write(_line(_feature(page, kind, unit_ids)).encode())
+            unit_ids.pop("sourceSetName")
+            for record in _activations(page, kind, unit_ids):
                 activation_file.write(_line(record).encode())
 
 
@@ -216,7 +220,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _feature(page: Page, kind: str, ids: dict[str, str]) -> dict[str, Any]:
-    best = page.examples(KINDS[kind])["score"]
+    best = page.examples(SOURCE_KINDS[kind])["score"]
     histogram = page.histogram(kind)
     written = _written(page)
     lists = {side: written[written["side"] == side] for side in ("top", "bottom")}
@@ -249,7 +253,7 @@ def _written(page: Page) -> pd.DataFrame:
 def _activations(page: Page, kind: str, ids: dict[str, str]) -> Iterator[dict[str, Any]]:
     """The best examples, and for activation those at the deciles, each in its interval."""
     column = f"{kind}s"
-    groups = [KINDS[kind]]
+    groups = [SOURCE_KINDS[kind]]
     if kind == "activation" and "deciles" in page.criteria:
         groups.append("deciles")
     for criterion in groups:
@@ -294,20 +298,24 @@ def export_html(
     Args:
         dictionary: an open one.
         folder: is made where it does not exist. Pages of an earlier export are replaced.
-        units: keys, as for ``dictionary[key]``.
-        model, options: of :func:`lenslrp.analysis.dictionary.pages.page.page_html`.
+        units: keys, as for `dictionary[key]`.
+        model, options: of `lenslrp.analysis.dictionary.pages.page.page_html`.
 
     Returns:
-        ``folder/index.html``.
+        `folder/index.html`.
 
     Raises:
         InputError: no such unit, or no units.
         StorageError: a file of one of these names that is not ours is in the way.
+
+    Examples:
+        >>> export_html(dictionary, "site", [(5, 17), (5, 18)])
+        PosixPath('site/index.html')
     """
     from markupsafe import Markup
 
-    found = [dictionary.unit_number(key) for key in units]
-    pages = {dictionary.name(place.first + i): (place, i) for place, i in found}
+    located = [dictionary.unit_number(key) for key in units]
+    pages = {dictionary.name(place.first + i): (place, i) for place, i in located}
     if not pages:
         raise InputError("no units to export")
     path = make_folder(Path(folder))
@@ -318,8 +326,7 @@ def export_html(
     for name, href in links.items():
         page = dictionary.page(*pages[name])
         html = page_html(page, model=model, links={**links, "": "index.html"}, **options)
-        with whole(path / href, ours=HTML) as part:
-            part.write_text(html, encoding="utf-8", errors="replace")
+        write_document(path / href, html)
         rows.append({"name": visible(name), "href": href, **_summary(page)})
     title = f"{len(rows)} units of {dictionary.plan.model['name']}"
     what = (
@@ -327,20 +334,18 @@ def export_html(
         f"{dictionary.plan.corpus['name']}. "
         "Active: share of tokens above 0. Tokens are those at the hits of the best examples."
     )
-    jinja = environment()
-    body = jinja.from_string(INDEX).render(
-        style=Markup(STYLE), title=visible(title), what=visible(what), rows=rows
+    body = (
+        environment()
+        .from_string(INDEX)
+        .render(style=Markup(UNIT_STYLE), title=visible(title), what=visible(what), rows=rows)
     )
-    html = jinja.from_string(DOCUMENT).render(title=visible(title), body=Markup(body))
-    with whole(path / "index.html", ours=HTML) as part:
-        part.write_text(html, encoding="utf-8", errors="replace")
-    return path / "index.html"
+    return write_document(path / "index.html", html_document(title, body, style=AROUND))
 
 
 def _summary(page: Page) -> dict[str, Any]:
     """A unit's row in the index."""
     hits = {}
-    for criterion in KINDS.values():
+    for criterion in SOURCE_KINDS.values():
         frame = page.examples(criterion) if criterion in page.criteria else pd.DataFrame()
         tokens = [
             piece_at(row["tokens"], row["position"] - row["start"])

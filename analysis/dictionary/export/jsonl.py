@@ -27,14 +27,14 @@ JSONL = b'{"unit": '
 def export_jsonl(
     dictionary: NeuronDictionary, path: str | Path, units: Iterable[Any] | None = None
 ) -> Path:
-    """Write one JSON object a unit: ``unit, kind, hook, layer, index``, ``statistics``,
-    ``vocabulary`` (records of :meth:`Page.vocabulary`; empty where it has none) and ``examples``
-    (records of :meth:`Page.examples`, with their ``criterion``). NaN and infinities become null.
+    """Write one JSON object a unit: `unit, kind, hook, layer, index`, `statistics`,
+    `vocabulary` (records of `Page.vocabulary`; empty where it has none) and `examples`
+    (records of `Page.examples`, with their `criterion`). NaN and infinities become null.
 
     Args:
         dictionary: an open one.
         path: the file.
-        units: keys, as for ``dictionary[key]``; None for all.
+        units: keys, as for `dictionary[key]`; None for all.
 
     Raises:
         InputError: no such unit.

@@ -43,15 +43,16 @@ class NamingExample:
 
     @property
     def text(self) -> str:
+        """The window as one string."""
         return joined(self.tokens)
 
     def peaks(self, share: float = 0.5) -> list[int]:
-        """Where the activation is at least ``share`` of its maximum (in absolute value)."""
+        """Where the activation is at least `share` of its maximum (in absolute value)."""
         size = [abs(a) for a in self.activations]
         return [i for i, a in enumerate(size) if a > 0 and a >= share * max(size)]
 
     def marked(self, positions: Iterable[int]) -> str:
-        """The text with tokens at ``positions`` between ``<<`` and ``>>``."""
+        """The text with tokens at `positions` between `<<` and `>>`."""
         chosen = set(positions)
         return "".join(
             f"{MARK[0]}{token}{MARK[1]}" if i in chosen else token
@@ -64,10 +65,12 @@ class Provider(Protocol):
     """Whatever explains a unit and judges texts by an explanation."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What it is called in results."""
+        ...
 
     def explain(self, examples: Sequence[NamingExample], writes: Sequence[str]) -> str:
-        """What the examples have in common; ``writes`` are the tokens that the unit promotes."""
+        """What the examples have in common; `writes` are the tokens that the unit promotes."""
         ...
 
     def detect(self, explanation: str, texts: Sequence[str]) -> list[float]:
@@ -113,16 +116,28 @@ def name_unit(
 ) -> Name:
     """Explain a unit from some of its examples and score the explanation on the rest.
 
+    Detection and fuzzing are of Paulo et al. (2024).
+
     Args:
         provider: who explains and judges.
         examples: windows in which the unit fires.
         others: windows in which it does not (random ones).
         writes: the tokens that it promotes, if the provider may know them.
-        held_out: share of the examples that is kept for scoring; all of ``others`` is.
+        held_out: share of the examples that is kept for scoring; all of `others` is.
         seed: of the split, of the wrong marks and of the bootstrap.
+
+    Returns:
+        The explanation, and its areas under the ROC curve (0.5 is chance).
 
     Raises:
         InputError: fewer than two examples on either side, or a share outside (0, 1).
+
+    Examples:
+        >>> fires = [NamingExample((" a", " cat"), (0.0, 1.0))] * 4
+        >>> silent = [NamingExample((" a", " dog"), (0.0, 0.0))] * 4
+        >>> name = name_unit(TokenRule(), fires, silent)
+        >>> name.explanation, name.detection.area
+        ('fires on: cat', 1.0)
     """
     if len(examples) < 2 or len(others) < 2:
         raise InputError(

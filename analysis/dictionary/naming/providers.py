@@ -1,7 +1,7 @@
 """Providers of names for units that run anywhere: a list of tokens, and a language model of yours.
 
 What a provider is, and how its names are scored, is in
-:mod:`lenslrp.analysis.dictionary.naming.names`.
+`lenslrp.analysis.dictionary.naming.names`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lenslrp.analysis.dictionary.naming.names import MARK, NamingExample
+from lenslrp.batch import Batch
 from lenslrp.forward import forward
-from lenslrp.inputs import Batch
 from lenslrp.text.tokenization import tokenize
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class TokenRule:
     name: str = "token-rule"
 
     def explain(self, examples: Sequence[NamingExample], writes: Sequence[str]) -> str:
+        """The tokens on which the unit fires more than elsewhere, as a list."""
         at, elsewhere = Counter[str](), Counter[str]()
         for example in examples:
             peaks = set(example.peaks())
@@ -48,10 +49,12 @@ class TokenRule:
         return "fires on: " + "; ".join([t for t in common if t][: self.tokens])
 
     def detect(self, explanation: str, texts: Sequence[str]) -> list[float]:
+        """How many of the listed tokens are in each text."""
         rule = self._rule(explanation)
         return [float(sum(token in text.lower() for token in rule)) for text in texts]
 
     def fuzz(self, explanation: str, marked: Sequence[str]) -> list[float]:
+        """Which share of the marked tokens is listed."""
         rule = self._rule(explanation)
         judged = []
         for text in marked:
@@ -92,15 +95,18 @@ class LanguageModel:
     name: str = "language-model"
 
     def explain(self, examples: Sequence[NamingExample], writes: Sequence[str]) -> str:
+        """The candidate under which the shown examples gain most, in nats."""
         texts = [example.text for example in examples[: self.shown]]
         candidates = [self._topic(texts), ", ".join(token.strip() for token in writes)]
         gains = {c: sum(self.detect(c, texts)) for c in candidates if c}
         return max(gains, key=gains.__getitem__, default="")
 
     def detect(self, explanation: str, texts: Sequence[str]) -> list[float]:
+        """Nats that each text gains by the explanation as its topic."""
         return self._gains(explanation, [[(text, True)] for text in texts])
 
     def fuzz(self, explanation: str, marked: Sequence[str]) -> list[float]:
+        """Nats that the marked tokens of each text gain."""
         return self._gains(explanation, [_pieces(text) for text in marked])
 
     def _topic(self, texts: Sequence[str]) -> str:
@@ -131,17 +137,17 @@ class LanguageModel:
 
     def _gains(self, explanation: str, texts: Sequence[Sequence[tuple[str, bool]]]) -> list[float]:
         """Nats that the counted pieces of each text gain by the explanation as their topic."""
-        given, neutral = (
+        explained, neutral = (
             self._likelihoods(f"Topic: {topic}\nText:", texts)
             for topic in (explanation, "anything")
         )
-        return [a - b for a, b in zip(given, neutral, strict=True)]
+        return [a - b for a, b in zip(explained, neutral, strict=True)]
 
     def _likelihoods(self, before: str, texts: Sequence[Sequence[tuple[str, bool]]]) -> list[float]:
-        """Log-probability of the counted pieces of each text after ``before``, in nats."""
+        """Log-probability of the counted pieces of each text after `before`, in nats."""
         start = tokenize(self.model, before)
         encode = partial(self.model.tokenizer.encode, add_special_tokens=False)
-        found: list[float] = []
+        likelihoods: list[float] = []
         for first in range(0, len(texts), self.batch_size):
             rows, counted = [], []
             for text in texts[first : first + self.batch_size]:
@@ -153,8 +159,8 @@ class LanguageModel:
             weight = torch.nn.utils.rnn.pad_sequence(counted, batch_first=True)
             logits = self._logits(tokens)[:, :-1].float().cpu()
             chosen = logits.gather(2, tokens[:, 1:, None])[..., 0] - logits.logsumexp(dim=2)
-            found += (chosen * weight[:, 1:]).sum(dim=1).tolist()
-        return found
+            likelihoods += (chosen * weight[:, 1:]).sum(dim=1).tolist()
+        return likelihoods
 
 
 def _pieces(marked: str) -> list[tuple[str, bool]]:

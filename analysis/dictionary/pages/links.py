@@ -3,7 +3,7 @@
 Three questions that a dictionary alone cannot answer, put to the model over a unit's own examples:
 
 * **upstream**: relevance of earlier neurons and heads for the unit's activation at its ActMax hits
-  (``targets.Activation``): one forward and one backward pass for all examples together;
+  (`targets.Activation`): one forward and one backward pass for all examples together;
 * **downstream**: the unit is switched off at its RelMax hits, and later neurons and heads are read
   at the same positions with and without it: two forward passes;
 * **clamping**: the unit is scaled by 0 and by 2 in the whole document, and the logit that its
@@ -27,7 +27,7 @@ from lenslrp.analysis.dictionary.unit import ExampleRows, Page
 from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.forward import forward, reading
-from lenslrp.hooks.components import layer_of
+from lenslrp.hooks.structure import layer_of
 from lenslrp.reductions import over_positions
 from lenslrp.sessions import Session
 
@@ -60,12 +60,12 @@ def _ranked(
     The median, so that no unit is listed for a single example.
     """
     records = []
-    for hook, found in values.items():
-        middle = found.quantile(0.5, dim=0)
+    for hook, by_example in values.items():
+        middle = by_example.quantile(0.5, dim=0)
         best = middle.abs().topk(min(limit, len(middle))).indices
         for unit in best.tolist():
-            same = int((found[:, unit].sign() == middle[unit].sign()).sum())
-            records.append((f"{hook}[{unit}]", float(middle[unit]), same, len(found)))
+            same = int((by_example[:, unit].sign() == middle[unit].sign()).sum())
+            records.append((f"{hook}[{unit}]", float(middle[unit]), same, len(by_example)))
     records = sorted((r for r in records if r[1]), key=lambda record: -abs(record[1]))
     return pd.DataFrame(records[:limit], columns=["name", column, "same_sign", "examples"])
 
@@ -80,8 +80,8 @@ def upstream(model: TransformerBridge, page: Page, *, k: int = 8, limit: int = 1
         limit: how many units.
 
     Returns:
-        ``name``; ``relevance`` (summed over positions, median over examples, in units of the
-        activation); ``same_sign`` (in how many examples it has that sign); ``examples``; ``share``
+        `name`; `relevance` (summed over positions, median over examples, in units of the
+        activation); `same_sign` (in how many examples it has that sign); `examples`; `share`
         (of the median activation at the hits).
 
     Raises:
@@ -90,15 +90,15 @@ def upstream(model: TransformerBridge, page: Page, *, k: int = 8, limit: int = 1
     _require_component(page, "neuron")
     rows = ExampleRows.of(page, page.examples("actmax").head(k))
     with Session(model, ledger=False, logits="target", stays=False) as session:
-        _, found = session.run_with_relevance(
+        _, cache = session.run_with_relevance(
             rows.batch.tokens,
             rows.activations(page),
             names_filter=lambda name: LINKED.fullmatch(name) is not None and _before(name, page),
             reduce={"mlp.hook_post": over_positions, "attn.hook_z": _over_heads},
             attention_mask=rows.batch.mask,
         )
-    activation = float(found.target.value.float().quantile(0.5))
-    values = {name: found[name].float().cpu() for name in found if found[name].ndim == 2}
+    activation = float(cache.target.value.float().quantile(0.5))
+    values = {name: cache[name].float().cpu() for name in cache if cache[name].ndim == 2}
     frame = _ranked(values, limit, "relevance")
     return frame.assign(share=frame["relevance"] / activation if activation else float("nan"))
 
@@ -108,12 +108,12 @@ def downstream(
 ) -> pd.DataFrame:
     """Later units that change most when this one is switched off at its RelMax hits.
 
-    Arguments as for :func:`upstream`.
+    Arguments as for `upstream`.
 
     Returns:
-        ``name``; ``change`` (with the unit minus without it, at the position of the hit, median
+        `name`; `change` (with the unit minus without it, at the position of the hit, median
         over examples, in standard deviations of the other unit over all tokens of these examples; a
-        head is measured by the length of its value mixture); ``same_sign``; ``examples``.
+        head is measured by the length of its value mixture); `same_sign`; `examples`.
 
     Raises:
         InputError: neither neuron nor head, RelMax was not searched, or nothing comes later.
@@ -171,11 +171,11 @@ def clamped(model: TransformerBridge, page: Page, *, k: int = 8) -> pd.DataFrame
     """The logit that RelMax explained, when this unit is scaled by 0 and by 2.
 
     Args:
-        model, page, k: as for :func:`upstream`, over RelMax examples.
+        model, page, k: as for `upstream`, over RelMax examples.
 
     Returns:
-        ``rank``; ``token`` (id) and ``position`` of the target; ``logit`` as it is; ``off``,
-        ``doubled`` and ``placebo``: changes of it, in logits; ``score``: the unit's relevance at
+        `rank`; `token` (id) and `position` of the target; `logit` as it is; `off`,
+        `doubled` and `placebo`: changes of it, in logits; `score`: the unit's relevance at
         its hit.
 
     Raises:

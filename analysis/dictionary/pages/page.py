@@ -1,10 +1,9 @@
 """One unit's page: identity, vocabulary, behaviour, sentences, relations, clamping, provenance.
 
 The page is HTML without a script, in which nothing is loaded: a fragment for a notebook
-(:func:`fragment`, which a :class:`~lenslrp.analysis.dictionary.unit.Page` shows there by itself) or
-a file of its own (:func:`write_page`). Everything from texts, tokens and manifests is escaped by
-Jinja2. Parts that only the model can tell (attribution, upstream and downstream units, clamping)
-are there when it is given, and say so in one line when it is not.
+(`fragment`, which a `Page` shows there by itself) or a file (`write_page`). Everything from texts,
+tokens and manifests is escaped by Jinja2. Parts that only the model can tell (attribution, upstream
+and downstream units, clamping) are there when it is given, and say so in one line when it is not.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from lenslrp.analysis.dictionary.pages.tables import (
     tokens_table,
     unit_table,
 )
-from lenslrp.analysis.dictionary.pages.template import DOCUMENT, PAGE, STYLE
+from lenslrp.analysis.dictionary.pages.template import AROUND, PAGE, UNIT_STYLE
+from lenslrp.analysis.dictionary.schemas import MOMENTS, kinds
 from lenslrp.analysis.dictionary.unit import Page
 from lenslrp.analysis.units.kinds import Neuron
 from lenslrp.analysis.units.projection import cosines, sign_cases, writes
-from lenslrp.analysis.views.report import environment, section
+from lenslrp.analysis.views.document import environment, html_document, section, write_document
 from lenslrp.errors import InputError
-from lenslrp.files import HTML, whole
 from lenslrp.text.visible_text import visible
 
 if TYPE_CHECKING:
@@ -57,39 +56,49 @@ def page_html(
     """The page as a standalone HTML document.
 
     Args:
-        page: of a dictionary, ``dictionary[5, 17]``.
+        page: of a dictionary, `dictionary[5, 17]`.
         model: the bridge that the dictionary was built from: adds attribution, upstream and
             downstream units, and what clamping the unit does. About a dozen forward and five
-            backward passes over ``attributed`` documents.
-        attributed: over how many examples of each criterion the model is asked; 0 for none.
+            backward passes over `attributed` documents.
+        attributed: over how many examples of each criterion the model is run; 0 for none.
         examples: how many of each criterion are shown.
         lens: a relevance lens, through which what the unit writes is read too; needs the model.
-        links: name of a unit -> address of its page; ``""`` -> the index.
+        links: name of a unit -> address of its page; `""` -> the index.
+
+    Returns:
+        The document, with everything from the dictionary escaped.
 
     Raises:
-        InputError: ``model`` is not the one that the dictionary was built from.
+        InputError: `model` is not the one that the dictionary was built from.
     """
-    from markupsafe import Markup
-
     body = fragment(
         page, model=model, attributed=attributed, examples=examples, lens=lens, links=links
     )
-    title = f"{page.name} · {page.dictionary.plan.model['name']}"
-    document: str = (
-        environment().from_string(DOCUMENT).render(title=visible(title), body=Markup(body))
-    )
-    return document
+    return html_document(f"{page.name} · {page.dictionary.plan.model['name']}", body, style=AROUND)
 
 
 def write_page(
     page: Page, path: str | Path, *, model: TransformerBridge | None = None, **options: Any
 ) -> Path:
-    """Write :func:`page_html` to ``path``, whole or not at all, and return where it is."""
-    path = Path(path)
-    html = page_html(page, model=model, **options)
-    with whole(path, ours=HTML) as part:
-        part.write_text(html, encoding="utf-8", errors="replace")
-    return path
+    """Write `page_html` to `path`, whole or not at all.
+
+    Args:
+        page: of a dictionary, `dictionary[5, 17]`.
+        path: the HTML file.
+        model, options: as for `page_html`.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: as `page_html`.
+        StorageError: a file of that name that is not ours is in the way, or the disk is full.
+
+    Examples:
+        >>> write_page(dictionary[5, 17], "unit.html", model=model)
+        PosixPath('unit.html')
+    """
+    return write_document(Path(path), page_html(page, model=model, **options))
 
 
 def fragment(
@@ -101,18 +110,18 @@ def fragment(
     lens: Lens | None = None,
     links: Mapping[str, str] | None = None,
 ) -> str:
-    """The page as one ``<div>``, for a notebook; arguments as for :func:`page_html`."""
+    """The page as one `<div>`, for a notebook; arguments as for `page_html`."""
     from markupsafe import Markup
 
     if model is not None:
         require_same_model(page, model)
-    asked = model if attributed else None
+    asked_model = model if attributed else None
     plan = page.dictionary.plan
     html: str = (
         environment()
         .from_string(PAGE)
         .render(
-            style=Markup(STYLE),
+            style=Markup(UNIT_STYLE),
             model_name=visible(str(plan.model["name"])),
             name=page.name,
             links=dict(links or {}),
@@ -120,13 +129,13 @@ def fragment(
             facts=_facts(page),
             vocabulary=section(lambda: _vocabulary(page, model, lens)),
             sampled=int(page.histogram().counts.sum()),
-            histograms=[bars(page.histogram(kind), kind) for kind in _kinds(page)],
+            histograms=[bars(page.histogram(kind), kind) for kind in kinds(page.dictionary.plan)],
             moments=_moments(page),
             angles=section(lambda: _angles(page, model)),
-            sentences=_sentences(page, asked, attributed, examples),
+            sentences=_sentences(page, asked_model, attributed, examples),
             similar=_similar(page),
-            related=_links(page, asked, attributed),
-            clamp=section(lambda: _clamp(page, asked, attributed)),
+            related=_links(page, asked_model, attributed),
+            clamp=section(lambda: _clamp(page, asked_model, attributed)),
             provenance=_provenance(page),
         )
     )
@@ -147,10 +156,6 @@ def require_same_model(page: Page, model: TransformerBridge) -> None:
             f"the dictionary was built from {mine['name']!r} in {mine['dtype']}; given is "
             f"{other['name']!r} in {other['dtype']}, with other weights"
         )
-
-
-def _kinds(page: Page) -> tuple[str, ...]:
-    return ("activation", "relevance") if page.dictionary.plan.relevance else ("activation",)
 
 
 def _identity(page: Page) -> str:
@@ -177,26 +182,25 @@ def _facts(page: Page) -> list[tuple[str, str]]:
 
 
 def _vocabulary(page: Page, model: TransformerBridge | None, lens: Lens | None) -> dict[str, Any]:
-    found: dict[str, list[pd.DataFrame]] = {}
+    lists_of: dict[str, list[pd.DataFrame]] = {}
     for (role, name, _), frame in page.vocabulary().groupby(
         ["role", "name", "side"], sort=False, observed=True
     ):
-        found.setdefault("writes" if role == "writes" else f"reads: {name}", []).append(frame)
+        lists_of.setdefault("writes" if role == "writes" else f"reads: {name}", []).append(frame)
     if lens is not None and model is not None:
-        carried = writes(model, page.unit, lens=lens)
-        found["writes, through the lens"] = [carried.top(10), carried.bottom(10)]
-    return {"parts": [tokens_table(lists, title) for title, lists in found.items()]}
+        through_lens = writes(model, page.unit, lens=lens)
+        lists_of["writes, through the lens"] = [through_lens.top(10), through_lens.bottom(10)]
+    return {"parts": [tokens_table(lists, title) for title, lists in lists_of.items()]}
 
 
 def _moments(page: Page) -> dict[str, Any]:
-    names = ("mean", "std", "skew", "kurtosis", "min", "max", "density")
-    columns = [column(""), *(column(name, number=True) for name in names)]
+    columns = [column(""), *(column(name, number=True) for name in MOMENTS)]
     rows = []
-    for kind in _kinds(page):
-        values = [page.statistics[f"{kind}_{name}"] for name in names]
+    for kind in kinds(page.dictionary.plan):
+        values = [page.statistics[f"{kind}_{name}"] for name in MOMENTS]
         shown = [
             text(f"{v:.1%}" if n == "density" else f"{v:.3g}")
-            for n, v in zip(names, values, strict=True)
+            for n, v in zip(MOMENTS, values, strict=True)
         ]
         rows.append([text(kind), *shown])
     return {"columns": columns, "rows": rows}
@@ -206,11 +210,11 @@ def _angles(page: Page, model: TransformerBridge | None) -> dict[str, Any]:
     if model is None:
         raise InputError(f"cosines between what it reads and writes: {NEEDS_MODEL}")
     unit = page.unit
-    found = [
+    cosines_of = [
         (pair.replace(",", ", "), f"{value:+.2f}") for pair, value in cosines(model, unit).items()
     ]
-    if not isinstance(unit, Neuron) or len(found) == 1:
-        return {"cosines": found, "cases": None}
+    if not isinstance(unit, Neuron) or len(cosines_of) == 1:
+        return {"cosines": cosines_of, "cases": None}
     cases = sign_cases(model, unit)
     columns = [column(title) for title in cases.columns]
     rows = [
@@ -220,7 +224,7 @@ def _angles(page: Page, model: TransformerBridge | None) -> dict[str, Any]:
         ]
         for row in cases.itertuples(index=False)
     ]
-    return {"cosines": found, "cases": {"columns": columns, "rows": rows}}
+    return {"cosines": cosines_of, "cases": {"columns": columns, "rows": rows}}
 
 
 def _sentences(
@@ -235,8 +239,8 @@ def _sentences(
             for name in set(SEARCHED) & set(frames):
                 shown = min(attributed, len(frames[name]))
                 values = list(page.attributed(model, name, shown)["attributions"])
-                rest = [np.empty(0, np.float32)] * (len(frames[name]) - shown)
-                frames[name] = frames[name].assign(attributions=[*values, *rest])
+                empty = [np.empty(0, np.float32)] * (len(frames[name]) - shown)
+                frames[name] = frames[name].assign(attributions=[*values, *empty])
         except InputError as error:
             absent = str(error)
     return {**sentences(page, frames, totals), "absent": absent}
@@ -245,7 +249,7 @@ def _sentences(
 def _similar(page: Page) -> list[dict[str, Any]]:
     dictionary = page.dictionary
     parts = []
-    for kind in _kinds(page):
+    for kind in kinds(page.dictionary.plan):
         sampled = int(page.histogram(kind).counts.sum())
         chance = math.sqrt(2 * math.log(max(2, len(dictionary))) / sampled)
         frame = dictionary.similar(page.name, 8, kind=kind)
@@ -265,7 +269,7 @@ def _similar(page: Page) -> list[dict[str, Any]]:
 
 
 def _links(page: Page, model: TransformerBridge | None, k: int) -> list[dict[str, Any]]:
-    kinds: list[tuple[str, str, Callable[..., pd.DataFrame], str, str]] = [
+    directions: list[tuple[str, str, Callable[..., pd.DataFrame], str, str]] = [
         (
             "Upstream: what made it fire",
             "relevance",
@@ -285,7 +289,7 @@ def _links(page: Page, model: TransformerBridge | None, k: int) -> list[dict[str
         ),
     ]
     parts: list[dict[str, Any]] = []
-    for title, heading, compute, value, what in kinds:
+    for title, heading, compute, value, what in directions:
         if model is None:
             parts.append({"title": title, "absent": NEEDS_MODEL, "what": ""})
             continue
@@ -327,10 +331,10 @@ def _clamp(page: Page, model: TransformerBridge | None, k: int) -> dict[str, Any
 
 
 def _provenance(page: Page) -> list[tuple[str, str]]:
-    found = []
+    entries = []
     for name, value in page.provenance.items():
         parts = value.items() if isinstance(value, Mapping) else [("", value)]
         for key, part in parts:
             label = f"{name}: {key}" if key else name
-            found.append((label, visible(str(part))))
-    return found
+            entries.append((label, visible(str(part))))
+    return entries

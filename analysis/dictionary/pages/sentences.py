@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lenslrp.analysis.dictionary.plan import CRITERIA
+from lenslrp.analysis.dictionary.plan import TOP_CRITERIA
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import rgba, signed
 
@@ -29,7 +29,10 @@ TITLES: Mapping[str, tuple[str, str]] = {
     "actmax": ("ActMax", "the documents in which it is most active."),
     "actmin": ("ActMin", "the documents in which it is least active, or most negative."),
     "relmax": ("RelMax", "the documents in which it mattered most for the target."),
-    "relmin": ("RelMin", "the documents in which it spoke most against the target."),
+    "relmin": (
+        "RelMin",
+        "the documents in which it was the strongest negative evidence for the target.",
+    ),
     "deciles": (
         "Deciles",
         "ten documents at the deciles of its largest activations over a sample, lowest first.",
@@ -48,10 +51,10 @@ class Scales:
     def of(cls, frames: Mapping[str, pd.DataFrame], first: int) -> Scales:
         """The median of the examples' largest sizes, of the extreme criterion where it is largest.
 
-        So one hit does not fade all others. Positions before ``first`` were not searched and do
+        So one hit does not fade all others. Positions before `first` were not searched and do
         not count.
         """
-        extreme = [frame for name, frame in frames.items() if name in CRITERIA]
+        extreme = [frame for name, frame in frames.items() if name in TOP_CRITERIA]
         limits = {}
         for kind, column in COLUMNS.items():
             sizes = [
@@ -92,7 +95,7 @@ def _largest(row: NDArray[np.float32], skipped: int) -> float:
 
 
 def running(token: str) -> str:
-    """A token as part of a running text: like ``visible``, but a single space stays a space."""
+    """A token as part of a running text: like `visible`, but a single space stays a space."""
     if token == " ":
         return token
     shown = visible(token)
@@ -106,7 +109,7 @@ def running(token: str) -> str:
 def sentences(
     page: Page, frames: Mapping[str, pd.DataFrame], totals: Mapping[str, int]
 ) -> dict[str, Any]:
-    """What the template shows of the examples in ``frames``, of ``totals`` there are."""
+    """What the template shows of the examples in `frames`, of `totals` there are."""
     plan = page.dictionary.plan
     scales = Scales.of(frames, int(plan.skip_first))
     tabs = []

@@ -1,6 +1,6 @@
 """Tables and bars of a unit's page, as its template takes them.
 
-A table has ``columns`` (title, and whether its cells are numbers or names of units) and ``rows`` of
+A table has `columns` (title, and whether its cells are numbers or names of units) and `rows` of
 cells: a text with the class that colours it, or a list of tokens.
 """
 
@@ -18,7 +18,7 @@ from lenslrp.views.heatmap import signed
 
 
 def column(title: str, **kinds: bool) -> dict[str, Any]:
-    """A column of a table: ``number`` or ``unit`` where its cells are."""
+    """A column of a table: `number` or `unit` where its cells are."""
     return {"title": title, "number": False, "unit": False, **kinds}
 
 
@@ -28,12 +28,12 @@ def text(value: Any, look: str = "") -> dict[str, Any]:
 
 def numbers(values: Iterable[float], *, coloured: bool = True) -> list[dict[str, Any]]:
     """Cells of one column: the digits that its largest value needs, and the colour of the sign."""
-    given = [float(v) for v in values]
-    limit = max((abs(v) for v in given if math.isfinite(v)), default=0.0)
-    looks = ["pos" if v > 0 else "neg" if v < 0 else "" for v in given]
+    floats = [float(v) for v in values]
+    limit = max((abs(v) for v in floats if math.isfinite(v)), default=0.0)
+    looks = ["pos" if v > 0 else "neg" if v < 0 else "" for v in floats]
     return [
         text("-" if math.isnan(v) else signed(v, limit), look if coloured else "")
-        for v, look in zip(given, looks, strict=True)
+        for v, look in zip(floats, looks, strict=True)
     ]
 
 

@@ -1,28 +1,25 @@
 """The Jinja2 templates of a unit's page and of an index of pages: no script, no remote asset.
 
-Every style rule names the page's own class, so that the page can be shown inside a notebook; ``§``
+Every style rule names the page's own class, so that the page can be shown inside a notebook; `§`
 stands for that class. Tabs are radio buttons: the panel after the checked one is shown. Where
-styles are dropped, or a browser does not know ``:has``, all panels are shown one after another.
-Rendered with autoescape on; only markup that this package made is passed as ``Markup``.
+styles are dropped, or a browser does not know `:has`, all panels are shown one after another.
+Rendered with autoescape on; only markup that this package made is passed as `Markup`.
 """
 
-_LIGHT = (
+from lenslrp.views.heatmap import themed
+
+LIGHT_VARIABLES = (
     "--bg:#fff;--card:#fff;--fg:#1b1f24;--muted:#57606a;--line:#d8dee4;--accent:#0a58ca;"
-    "--pos:#b2182b;--neg:#1f62ad;--bar:#8fa3b8"
+    "--pos:#b2182b;--neg:#1f62ad;--bar:#8fa3b8;color-scheme:light"
 )
-_DARK = (
+DARK_VARIABLES = (
     "--bg:#0e1014;--card:#15181d;--fg:#e6e9ed;--muted:#9aa4b0;--line:#2f363f;--accent:#79b8ff;"
-    "--pos:#ff7b86;--neg:#79b8ff;--bar:#5d6f83"
+    "--pos:#ff7b86;--neg:#79b8ff;--bar:#5d6f83;color-scheme:dark"
 )
 
 # Background and text change together, as in the heatmap: dark text never meets a dark page.
-STYLE = f"""
-.lenslrp-unit{{{_LIGHT};color-scheme:light}}
-@media (prefers-color-scheme:dark){{.lenslrp-unit{{{_DARK};color-scheme:dark}}}}
-[data-jp-theme-light="true"] .lenslrp-unit,.vscode-light .lenslrp-unit,\
-html[theme="light"] .lenslrp-unit{{{_LIGHT};color-scheme:light}}
-[data-jp-theme-light="false"] .lenslrp-unit,.vscode-dark .lenslrp-unit,\
-html[theme="dark"] .lenslrp-unit{{{_DARK};color-scheme:dark}}
+UNIT_STYLE = f"""
+{themed("lenslrp-unit", LIGHT_VARIABLES, DARK_VARIABLES)}
 .lenslrp-unit{{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,-apple-system,\
 "Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;padding:16px;text-align:left;\
 overflow-wrap:anywhere}}
@@ -110,25 +107,12 @@ font-size:.86em;color:var(--muted)}}
 @media print{{§ .panel{{display:block!important}}}}
 """
 # Named thrice, a rule is more specific than a notebook's own for its tables and lists.
-STYLE = STYLE.replace("§", ".lenslrp-unit" * 3)
+UNIT_STYLE = UNIT_STYLE.replace("§", ".lenslrp-unit" * 3)
 
-# Nothing may load, run or be sent: escaping is the first wall, this policy the second.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-
-DOCUMENT = (
-    """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="generator" content="LensLRP">
-<meta http-equiv="Content-Security-Policy" content=\""""
-    + _POLICY
-    + """">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ title }}</title>
-<style>html{background:#fff}@media (prefers-color-scheme:dark){html{background:#0e1014}}\
-body{margin:0}</style></head>
-<body>{{ body }}</body></html>
-"""
+# Of the page around it, where it is a page of its own.
+AROUND = (
+    "html{background:#fff}@media (prefers-color-scheme:dark){html{background:#0e1014}}"
+    "body{margin:0}"
 )
 
 PAGE = """<div class="lenslrp-unit"><style>{{ style }}</style><div class="wide">

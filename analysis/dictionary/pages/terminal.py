@@ -1,30 +1,30 @@
 """One unit's page in a terminal: identity, vocabulary, statistics, sentences.
 
-The short form of :mod:`lenslrp.analysis.dictionary.pages.page`. Text from the dictionary reaches
-the terminal only as :class:`rich.text.Text` with control characters replaced (see
-:mod:`lenslrp.views.terminal`).
+The short form of `lenslrp.analysis.dictionary.pages.page`. Text from the dictionary reaches
+the terminal only as `rich.text.Text` with control characters replaced (see
+`lenslrp.views.terminal`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import pandas as pd
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lenslrp.analysis.dictionary.schemas import MOMENTS, kinds
 from lenslrp.analysis.dictionary.unit import Page
 from lenslrp.errors import InputError
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import ColourScale, colour_scale, signed
 from lenslrp.views.terminal import Heat
 
-MOMENTS = ("mean", "std", "skew", "kurtosis", "min", "max", "density")
-
 
 def render_unit(page: Page, criteria: Sequence[str] = ("actmax",), k: int = 5) -> RenderableType:
-    """A page as a rich renderable: ``rich.print(render_unit(dictionary[5, 17]))``.
+    """A page as a rich renderable: `rich.print(render_unit(dictionary[5, 17]))`.
 
     Args:
         page: of a dictionary.
@@ -47,8 +47,8 @@ def render_unit(page: Page, criteria: Sequence[str] = ("actmax",), k: int = 5) -
 def _table(*columns: str, numbers: bool = False) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for index, name in enumerate(columns):
-        side = "right" if numbers and index else "left"
-        table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if numbers and index else "left"
+        table.add_column(name, justify=justify, overflow="fold")
     return table
 
 
@@ -71,14 +71,13 @@ def _tokens(some: pd.DataFrame) -> Text:
 
 def _statistics(page: Page) -> RenderableType:
     table = _table("over sampled tokens", *MOMENTS, numbers=True)
-    for kind in ("activation", "relevance"):
-        if f"{kind}_mean" in page.statistics:
-            table.add_row(kind, *(f"{page.statistics[f'{kind}_{name}']:.4g}" for name in MOMENTS))
+    for kind in kinds(page.dictionary.plan):
+        table.add_row(kind, *(f"{page.statistics[f'{kind}_{name}']:.4g}" for name in MOMENTS))
     return table
 
 
 def _examples(page: Page, criterion: str, k: int) -> Iterator[RenderableType]:
-    """The first ``k``, on one scale: relevance where that was searched, activation otherwise."""
+    """The first `k`, on one scale: relevance where that was searched, activation otherwise."""
     kind = "relevance" if criterion.startswith("rel") else "activation"
     frame = page.examples(criterion).head(k)
     values = [

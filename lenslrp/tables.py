@@ -1,0 +1,223 @@
+"""Tables of a relevance cache: of tokens and words, heads, experts, layers and single units."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lenslrp.batch import Batch
+from lenslrp.errors import InputError
+from lenslrp.hooks.structure import layer_of
+
+if TYPE_CHECKING:
+    from lenslrp.cache import RelevanceCache
+
+
+def token_table(cache: RelevanceCache) -> pd.DataFrame:
+    """See `RelevanceCache.to_dataframe`."""
+    grid, written = cache.grid, cache.decoder_tokens
+    text = _tokens(cache.batch, cache.str_tokens, cache.token_ids, cache.tokens, cache.positions)
+    sides = {"encoder" if written is not None else "text": text}
+    if grid is not None:
+        rows, columns = grid
+        _place(text, columns, text["position"] - (cache.tokens.shape[1] - rows * columns))
+    elif cache.patches is not None and len(cache.patches) == len(cache.tokens):
+        sides["image"] = _image(cache.patches)
+    if written is not None and cache.decoder_str_tokens is not None:
+        ids = cache.decoder_token_ids
+        sides["decoder"] = _tokens(
+            cache.batch.written,
+            cache.decoder_str_tokens,
+            torch.full_like(written, -1).long() if ids is None else ids,
+            written,
+            cache.decoder_positions,
+        )
+    frame = text
+    if len(sides) > 1:
+        frame = pd.concat([part.assign(side=side) for side, part in sides.items()])
+        frame = frame.sort_values("row", kind="stable", ignore_index=True)
+        frame.insert(1, "side", frame.pop("side"))
+    row = frame["row"].to_numpy()
+    prompts = cache.prompts or ["".join(pieces) for pieces in cache.str_tokens]
+    frame.insert(1, "prompt", [prompts[i] for i in row])
+    targets = [cache.target.of(i) for i in range(len(prompts))]
+    return frame.assign(target=[targets[i] for i in row], value=_numpy(cache.target.value)[row])
+
+
+def _tokens(
+    text: Batch, pieces: list[list[str]], ids: Tensor, relevance: Tensor, positions: Tensor | None
+) -> pd.DataFrame:
+    """The real tokens of one sequence in every row."""
+    at = row, column = _numpy(text.mask).nonzero()
+    frame = pd.DataFrame(
+        {
+            "row": row,
+            "position": _numpy(text.positions)[at],
+            "token": [pieces[i][j] for i, j in zip(row, column, strict=True)],
+            "token_id": _numpy(ids)[at],
+            "relevance": _numpy(relevance)[at],
+        }
+    )
+    if positions is not None and positions.shape == relevance.shape:
+        frame["positional"] = _numpy(positions)[at]
+    return frame
+
+
+def _image(patches: Tensor) -> pd.DataFrame:
+    """The patches of an image that stands beside text, row by row."""
+    images, rows, columns = patches.shape
+    place = np.tile(np.arange(rows * columns), images)
+    frame = pd.DataFrame(
+        {
+            "row": np.repeat(np.arange(images), rows * columns),
+            "position": place,
+            "token": [f"{i // columns},{i % columns}" for i in place],
+            "token_id": -1,
+            "relevance": _numpy(patches).ravel(),
+        }
+    )
+    _place(frame, columns, frame["position"])
+    return frame
+
+
+def _place(frame: pd.DataFrame, columns: int, place: pd.Series) -> None:
+    """Where in the grid a token is, by its number among the patches; nowhere if negative."""
+    inside = place >= 0
+    frame["patch_row"] = (place // columns).where(inside).astype("Int64")
+    frame["patch_column"] = (place % columns).where(inside).astype("Int64")
+
+
+def _numpy(x: Tensor) -> Any:
+    x = x.detach().cpu()
+    return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
+
+
+def head_table(cache: RelevanceCache, row: int) -> pd.DataFrame:
+    """See `RelevanceCache.heads`."""
+    rows = {}
+    for layer, _, z in _blocks(cache, "attn.hook_z"):
+        if z.ndim == 4:  # batch pos head d_head
+            z = z.sum(dim=-1)
+        if z.ndim != 3:
+            raise InputError(f"hook_z was reduced to {list(z.shape)}: no heads are left in it")
+        rows[layer] = z[row].sum(dim=0).tolist()
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    return frame.rename_axis(index="layer", columns="head")
+
+
+def expert_table(cache: RelevanceCache, row: int) -> pd.DataFrame:
+    """See `RelevanceCache.experts`."""
+    rows = {}
+    for layer, _, value in _blocks(cache, "mlp.hook_expert_post"):
+        if value.ndim != 4:
+            raise InputError(f"hook_expert_post was reduced to {list(value.shape)}")
+        chosen = _chosen(cache, layer)[row]
+        sums = value.new_zeros(cache.n_experts)
+        rows[layer] = sums.index_add(0, chosen.flatten(), value[row].sum(-1).flatten()).tolist()
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    return frame.rename_axis(index="layer", columns="expert")
+
+
+def residual_table(cache: RelevanceCache, row: int) -> pd.DataFrame:
+    """See `RelevanceCache.residual`."""
+    pre = _blocks(cache, "hook_resid_pre")
+    _, last, final = _blocks(cache, "hook_resid_post")[-1]
+    rows: dict[int | str, list[float]] = {}
+    flat: list[tuple[int | str, str, Tensor]] = [*pre, ("final", last, final)]
+    for layer, name, x in flat:
+        sums = x.sum(dim=-1) if x.ndim == 3 else x
+        rows[layer] = sums[row, cache.batch.of(name, sums).mask[row].to(x.device)].tolist()
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    return frame.rename_axis(index="layer", columns="position")
+
+
+def top_table(cache: RelevanceCache, hook: str, k: int, row: int) -> pd.DataFrame:
+    """See `RelevanceCache.top`."""
+    if k < 1:
+        raise InputError(f"k must be at least 1, not {k}")
+    activations = {
+        layer_of(name): x for name, x in cache.activations.items() if name.endswith(hook)
+    }
+    records: list[dict[str, Any]] = []
+    for layer, name, value in _blocks(cache, hook):
+        text, tokens = _text_at(cache, name, value)
+        positions = text.positions[row].tolist()
+        experts = value.ndim == 4 and hook.endswith("hook_expert_post")
+        if value.ndim != 3 and not experts:
+            raise InputError(
+                f"{hook} has shape {list(value.shape)}; top() needs [batch, pos, features]"
+            )
+        flat, shape = value[row].flatten(), value.shape[1:]
+        best = flat.abs().topk(min(k, flat.numel())).indices
+        for index in torch.stack(torch.unravel_index(best.cpu(), shape), dim=1).tolist():
+            if positions[index[0]] < 0:
+                continue
+            record = {
+                "layer": layer,
+                "position": positions[index[0]],
+                "token": tokens[row][index[0]],
+                "neuron": index[-1],
+                "relevance": float(value[(row, *index)]),
+                "activation": float(activations[layer][(row, *index)])
+                if layer in activations
+                else float("nan"),
+            }
+            if experts:
+                record["expert"] = int(_chosen(cache, layer)[row, index[0], index[1]])
+            records.append(record)
+    records.sort(key=lambda record: -abs(record["relevance"]))
+    return pd.DataFrame(records[:k])
+
+
+def word_table(cache: RelevanceCache, row: int, *, decoder: bool) -> pd.DataFrame:
+    """See `RelevanceCache.words`."""
+    words, relevance = cache.words_, cache.tokens
+    if decoder:
+        if cache.decoder_tokens is None:
+            raise InputError("decoder=True is for encoder-decoders; this model has one text")
+        words, relevance = cache.decoder_words_, cache.decoder_tokens
+    if not words:
+        raise InputError("this relevance was saved without its words; explain the text again")
+    values = relevance[row].tolist()
+    places = (cache.batch.written if decoder else cache.batch).positions[row].tolist()
+    return pd.DataFrame(
+        [
+            (
+                word.text,
+                math.fsum(values[i] for i in word.positions),
+                [places[i] for i in word.positions],
+            )
+            for word in words[row]
+        ],
+        columns=["word", "relevance", "positions"],
+    )
+
+
+def _text_at(cache: RelevanceCache, name: str, x: Tensor) -> tuple[Batch, list[list[str]]]:
+    """The text whose tokens a hook point's ``x`` holds: where they are, and what they are."""
+    text = cache.batch.of(name, x)
+    if text is cache.batch:
+        return text, cache.str_tokens
+    if text is cache.batch.decoder and cache.decoder_str_tokens is not None:
+        return text, cache.decoder_str_tokens
+    return text, [[str(place) for place in range(x.shape[1])]] * len(x)
+
+
+def _blocks(cache: RelevanceCache, hook: str) -> list[tuple[int, str, Tensor]]:
+    blocks = []
+    for name, value in cache.values.items():
+        layer = layer_of(name)
+        if layer is not None and name.split(f".{layer}.", 1)[-1] == hook:
+            blocks.append((layer, name, value.to_dense() if value.is_sparse else value))
+    if not blocks:
+        raise InputError(f"{hook!r} was not read in any block; ask for it in names_filter")
+    return sorted(blocks, key=lambda item: item[0])
+
+
+def _chosen(cache: RelevanceCache, layer: int) -> Tensor:
+    return next(v for name, v in cache.routing.items() if layer_of(name) == layer)
