@@ -75,12 +75,11 @@ def _with_decoder(
         if start is None:
             raise InputError("this model names no decoder start token: give decoder_input as ids")
         texts = [decoder_input] * batch if isinstance(decoder_input, str) else decoder_input
-        own = not texts and decoder_reads_the_text(model.original_model)
         words = [token_ids(model.tokenizer, text) for text in texts] if texts else [[]] * batch
+        if not texts and decoder_reads_the_text(model.original_model):
+            rows_read = zip(encoder.tokens, encoder.mask, strict=True)
+            words = [row[keep].tolist()[:-1] for row, keep in rows_read]
         rows = [[int(start), *ids] for ids in words]
-        if own:
-            read = zip(given.tokens, given.mask, strict=True)
-            rows = [[int(start), *row[keep].tolist()[:-1]] for row, keep in read]
     if len(rows) != batch:
         raise InputError(f"{len(rows)} rows for the decoder, {batch} for the encoder")
     lengths = [len(row) for row in rows]

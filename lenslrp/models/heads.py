@@ -49,8 +49,8 @@ def offered() -> Mapping[str, type[ArchitectureAdapter]]:
     native = dict(SUPPORTED_ARCHITECTURES)
     added = {name: made for name, made in encoders(native).items() if name not in native}
     families = {**native, **added}
-    for kind, language_model in _families(families):
-        for name in _names(HEADS, kind):
+    for kind, language_model in families(families):
+        for name in class_names(HEADS, kind):
             if name not in families and hasattr(transformers, name):
                 added.setdefault(name, _derive(name, language_model, families[language_model]))
     return added
@@ -63,18 +63,18 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _families(adapters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def families(adapters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Model types, each with its language model that has an adapter."""
     from transformers.models.auto import modeling_auto as auto
 
     kinds = dict.fromkeys(kind for table in LANGUAGE_MODELS for kind in getattr(auto, table))
     for kind in kinds:
-        known = [name for name in _names(LANGUAGE_MODELS, kind) if name in adapters]
+        known = [name for name in class_names(LANGUAGE_MODELS, kind) if name in adapters]
         if known:
             yield kind, known[0]
 
 
-def _names(tables: tuple[str, ...], kind: str) -> Iterator[str]:
+def class_names(tables: tuple[str, ...], kind: str) -> Iterator[str]:
     from transformers.models.auto import modeling_auto as auto
 
     for table in tables:

@@ -23,7 +23,7 @@ from lenslrp import media
 from lenslrp.batch import Batch
 from lenslrp.errors import FAILURES
 from lenslrp.forward import forward
-from lenslrp.inputs import Batch, decoder_reads_the_text
+from lenslrp.inputs import decoder_reads_the_text
 from lenslrp.models.heads import span_logits
 
 LENGTH = 6  #: tokens of the short pass
