@@ -222,6 +222,7 @@ def _components(layout: Layout, config: Any) -> dict[str, Any]:
             config=config,
             submodules={key: gc.LinearBridge(name=path) for key, path in projections.items()},
             maintain_native_attention=True,
+            fused_qkv="qkv" in projections,
         ),
         "mlp": gc.MLPBridge(
             name=mlp or None,

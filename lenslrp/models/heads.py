@@ -48,11 +48,11 @@ def offered() -> Mapping[str, type[ArchitectureAdapter]]:
 
     native = dict(SUPPORTED_ARCHITECTURES)
     added = {name: made for name, made in encoders(native).items() if name not in native}
-    families = {**native, **added}
-    for kind, language_model in families(families):
+    adapters = {**native, **added}
+    for kind, language_model in families(adapters):
         for name in class_names(HEADS, kind):
-            if name not in families and hasattr(transformers, name):
-                added.setdefault(name, _derive(name, language_model, families[language_model]))
+            if name not in adapters and hasattr(transformers, name):
+                added.setdefault(name, _derive(name, language_model, adapters[language_model]))
     return added
 
 
@@ -61,6 +61,9 @@ def __getattr__(name: str) -> Any:
     if not name.startswith("_") and name in offered():
         return offered()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+LABELLED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
 def families(adapters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -89,7 +92,8 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
 
     def prepare_model(self: Any, hf_model: nn.Module) -> None:
         base.prepare_model(self, _AsFamily(hf_model, family))
-        self.component_mapping = mapping(self.component_mapping, hf_model, family, self.cfg)
+        bare = not name.endswith(LABELLED)
+        self.component_mapping = mapping(self.component_mapping, hf_model, family, self.cfg, bare)
         self.cfg.output_logits_soft_cap = None  # a language model's
         if name.endswith("ForQuestionAnswering"):
             _join_spans(hf_model)
@@ -146,7 +150,7 @@ def _base(model: Any) -> tuple[str, nn.Module]:
 
 
 def mapping(
-    components: Mapping[str, Any], model: nn.Module, family: str, config: Any
+    components: Mapping[str, Any], model: nn.Module, family: str, config: Any, bare: bool
 ) -> dict[str, Any]:
     """The component mapping of a model with a head.
 
@@ -155,6 +159,7 @@ def mapping(
         model: the model, of any head or none.
         family: the name under which the language model has its base model.
         config: the bridge's.
+        bare: whether it has no head.
     """
     from transformer_lens.model_bridge.generalized_components import (
         LinearBridge,
@@ -174,11 +179,10 @@ def mapping(
             component = copy.copy(component)
             component.name = f"{place}{nested}"
             made[key] = component
-    outside = {
-        path: module
-        for path, module in inside.items()
-        if place and f"{path}." != place and not path.startswith(place)
-    }
+    if bare:
+        return made
+    trunk = {component.name.split(".")[0] for component in made.values()}
+    outside = {path: module for path, module in inside.items() if path.split(".")[0] not in trunk}
     linear = [path for path, module in outside.items() if isinstance(module, nn.Linear)]
     for path in linear:
         if path == linear[-1]:
