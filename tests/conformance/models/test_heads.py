@@ -18,7 +18,7 @@ from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_AR
 
 import lenslrp
 from lenslrp.models import heads
-from lenslrp.targets import Activation, Logit
+from lenslrp.targets import Activation, Logit, LogitDiff
 from tests.conformance import zoo_configs
 from tests.conformance.models.test_zoo import COVERED
 from tests.conformance.zoo import FLOAT32, FORWARD_FLOAT32
@@ -149,6 +149,49 @@ def test_a_head_is_transformers(name: str) -> None:
 @pytest.mark.parametrize("family", ENCODERS)
 def test_an_encoder_is_transformers(family: str, head: str) -> None:
     check(encoder(family, head), 1e-9)
+
+
+def test_classes_are_named() -> None:
+    model = encoder("Electra", "ForTokenClassification")
+    model.config.id2label = {0: "O", 1: "PER", 2: "LOC"}
+    tokens, _ = rows(model.config)
+    bridge = lenslrp.load(model)
+    logits, R = lenslrp.run_with_relevance(bridge, tokens[:1], LogitDiff("PER", "LOC", position=3))
+    assert str(R.target).startswith("logit difference 'PER' - 'LOC' at position 3")
+    torch.testing.assert_close(R.target.value[0], logits[0, 3, 1] - logits[0, 3, 2])
+    with pytest.raises(lenslrp.InputError, match="nearest: O, PER, LOC"):
+        lenslrp.run_with_relevance(bridge, tokens[:1], Logit("PERSON", position=3))
+
+
+def test_the_ends_of_a_span_are_named() -> None:
+    model = encoder("Electra", "ForQuestionAnswering")
+    tokens, _ = rows(model.config)
+    output = model(input_ids=tokens[:1])
+    bridge = lenslrp.load(model)
+    for name, expected in (("start", output.start_logits), ("end", output.end_logits)):
+        _, R = lenslrp.run_with_relevance(bridge, tokens[:1], Logit(name, position=3))
+        torch.testing.assert_close(R.target.value[0], expected[0, 3].detach())
+
+
+def test_a_regression_head() -> None:
+    cls = hf.ElectraForSequenceClassification
+    config = encoder("Electra", "ForSequenceClassification").config
+    config.num_labels = 1
+    bridge = lenslrp.load(cls(config).double().eval())
+    logits, R = lenslrp.run_with_relevance(bridge, rows(config)[0][:1], None)
+    assert logits.shape == (1, 1)
+    torch.testing.assert_close(R.target.value, logits[:, 0])
+
+
+def test_padding_on_either_side_of_a_decoder() -> None:
+    """A classifier of a decoder reads the last token that is no padding."""
+    config = zoo_configs.config("LlamaForCausalLM")
+    bridge = lenslrp.load(made("LlamaForSequenceClassification", config).float())
+    tokens, mask = rows(config)
+    _, right = lenslrp.run_with_relevance(bridge, tokens, Logit(1), attention_mask=mask)
+    tokens[1], mask[1] = tokens[1].roll(2), mask[1].roll(2)
+    _, left = lenslrp.run_with_relevance(bridge, tokens, Logit(1), attention_mask=mask)
+    torch.testing.assert_close(left.tokens[1, 2:], right.tokens[1, :4], rtol=1e-4, atol=1e-6)
 
 
 def test_albert_runs_in_layers_of_their_own() -> None:
