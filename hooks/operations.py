@@ -62,9 +62,9 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     "LagunaAttention": ATTENTION_GATE_SPEC,
     "Lfm2MLP": GATED_MLP_SPEC,
     "Lfm2MoeMLP": GATED_MLP_SPEC,
-    "ModernBertDecoderMLP": GATED_MLP_SPEC,
+    "DistilBertForSequenceClassification": FUNCTIONAL_SPEC,
+    **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
     "MuseGlimmerTextAttention": ATTENTION_GATE_SPEC,
-    "RobertaLMHead": FUNCTIONAL_SPEC,
     # Two gates around a convolution over three positions.
     **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_SPEC),
     # Towers that activate the output of their first convolutions.
@@ -89,6 +89,9 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     ),
 }
 """Classes of transformers whose own code multiplies or activates."""
+
+HEAD_SUFFIXES = ("ClassificationHead", "LMHead", "Pooler")
+"""How classes of transformers are called that activate what a head of a few linear layers reads."""
 
 GATED_MLP_CHILDREN = {"gate_proj", "up_proj", "down_proj"}
 """The sub-modules by which a gated MLP is known, whatever its class."""
@@ -327,6 +330,8 @@ def declared_operations(module: nn.Module) -> Operations | None:
     known = OPERATIONS_BY_CLASS.get(kind.__name__)
     if known is None and kind.__name__.endswith("Attention"):
         return ATTENTION_SPEC if kind.__module__.startswith("transformers.") else None
+    if known is None and kind.__name__.endswith(HEAD_SUFFIXES):
+        return FUNCTIONAL_SPEC if kind.__module__.startswith("transformers.") else None
     if known is None and module._modules.keys() >= GATED_MLP_CHILDREN:
         return GATED_MLP_SPEC
     return known

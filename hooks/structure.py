@@ -151,11 +151,11 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inner = getattr(model, "original_model", None)
     if isinstance(inner, nn.Module):
         named += [
-            (f"original_model.{name}", module) for name, module in inner.named_modules() if name
+            (f"original_model.{name}".rstrip("."), module) for name, module in inner.named_modules()
         ]
     named.sort(
         key=lambda item: (
-            item[0].startswith("original_model."),
+            item[0].startswith("original_model"),
             item[0].count("_original_component"),
             "original_" in item[0],
         )

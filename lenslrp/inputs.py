@@ -51,6 +51,16 @@ def is_encoder_decoder(model: TransformerBridge) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
+def decoder_reads_the_text(model: Any) -> bool:
+    """Whether an encoder-decoder's decoder reads what its encoder does, shifted by one token.
+
+    So do classifiers and question answerers, which write nothing (Lewis et al. 2020,
+    arXiv:1910.13461).
+    """
+    heads = ("ForSequenceClassification", "ForQuestionAnswering")
+    return bool(model.config.is_encoder_decoder) and type(model).__name__.endswith(heads)
+
+
 def _with_decoder(
     model: TransformerBridge, encoder: Batch, decoder_input: Any, append: list[int]
 ) -> Batch:
@@ -66,6 +76,9 @@ def _with_decoder(
             raise InputError("this model names no decoder start token: give decoder_input as ids")
         texts = [decoder_input] * batch if isinstance(decoder_input, str) else decoder_input
         words = [token_ids(model.tokenizer, text) for text in texts] if texts else [[]] * batch
+        if not texts and decoder_reads_the_text(model.original_model):
+            rows_read = zip(encoder.tokens, encoder.mask, strict=True)
+            words = [row[keep].tolist()[:-1] for row, keep in rows_read]
         rows = [[int(start), *ids] for ids in words]
     if len(rows) != batch:
         raise InputError(f"{len(rows)} rows for the decoder, {batch} for the encoder")

@@ -223,8 +223,11 @@ def head_of(model: TransformerBridge) -> bool:
 
 
 def labels_of(model: TransformerBridge) -> dict[int, str] | None:
-    """Names of a classifier's classes, ``None`` for other models."""
-    if "Classification" not in type(model.original_model).__name__:
+    """Names of a classifier's classes and of a span's ends, ``None`` for other models."""
+    kind = type(model.original_model).__name__
+    if kind.endswith("ForQuestionAnswering"):
+        return {0: "start", 1: "end"}
+    if "Classification" not in kind:
         return None
     names = getattr(model.original_model.config, "id2label", None) or {}
     return {int(index): str(text) for index, text in names.items()}

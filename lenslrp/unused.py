@@ -35,7 +35,7 @@ from lenslrp.hooks.sites import has_values
 from lenslrp.hooks.state import users_hooks
 from lenslrp.hooks.structure import components, unchanged
 from lenslrp.hooks.turns import in_force
-from lenslrp.inputs import is_encoder_decoder
+from lenslrp.inputs import decoder_reads_the_text, is_encoder_decoder
 from lenslrp.leaves import Leaves, cut_inputs
 from lenslrp.running import frozen, run_model, undone
 
@@ -94,7 +94,8 @@ def unused(
         if prepared is None:
             seen = _any_input(model)
         else:  # hooks of a user's own may fit this one shape
-            seen = prepared if next(_foreign(model), None) else _short(prepared)
+            whole = next(_foreign(model), None) or decoder_reads_the_text(model.original_model)
+            seen = prepared if whole else _short(prepared)
         by_setting[key] = _look(model, seen, rules, quiet=prepared is None)
     return by_setting[key]
 

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from lenslrp.errors import FAILURES, LoadError, first_line
 from lenslrp.models.embedded import EMBEDDED
+from lenslrp.models.heads import offered
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -71,6 +72,8 @@ def supported_architectures() -> dict[str, Any]:
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 
     ArchitectureAdapterFactory.discover_entry_points()
+    for name, adapter in offered().items():  # where LensLRP is not installed, or an older one is
+        ArchitectureAdapterFactory._adapters.setdefault(name, adapter)
     return dict(ArchitectureAdapterFactory._adapters)
 
 

@@ -23,6 +23,8 @@ from lenslrp import media
 from lenslrp.batch import Batch
 from lenslrp.errors import FAILURES
 from lenslrp.forward import forward
+from lenslrp.inputs import decoder_reads_the_text
+from lenslrp.models.heads import span_logits
 
 LENGTH = 6  #: tokens of the short pass
 LARGEST = 40_000_000_000  #: weights; above, a pass costs too much to be made unasked
@@ -171,6 +173,9 @@ def output_of(result: Any) -> Tensor:
         output = getattr(result, name, None)
         if isinstance(output, Tensor):
             return output
+    spans = span_logits(result)
+    if spans is not None:
+        return spans
     first = result[0] if isinstance(result, tuple) else result
     if not isinstance(first, Tensor):
         raise TypeError(f"no tensor comes out of it, but {type(first).__name__}")
@@ -194,7 +199,9 @@ def short_input(model: Any, seed: int = 0) -> dict[str, Any]:
     ids = torch.tensor([(free or order.tolist())[:LENGTH]], device=model.device)
     takes = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"input_ids": ids}
-    if getattr(config, "is_encoder_decoder", False):
+    if decoder_reads_the_text(model):
+        ids[0, -1] = config.eos_token_id  # where a classifier reads its answer
+    elif getattr(config, "is_encoder_decoder", False):
         start = getattr(config, "decoder_start_token_id", None)
         written = ids[:, :3].clone()
         written[0, 0] = written[0, 0] if start is None else start
