@@ -2,7 +2,8 @@
 
 The classes are found by looking through transformers: bare models, classifiers of sequences, tokens
 and images, question answering, multiple choice, CLIP, Whisper. Each is saved with its own random
-weights and loaded by directory, with and without an adapter registered for its class.
+weights and loaded by directory: with a derived adapter it is the checkpoint, without one it is
+refused.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from torch import Tensor
 from transformer_lens.factories.architecture_adapter_factory import (
     SUPPORTED_ARCHITECTURES,
     ArchitectureAdapterFactory,
@@ -23,6 +25,7 @@ from transformer_lens.model_bridge.generalized_components import UnembeddingBrid
 
 import lenslrp
 from lenslrp.errors import LoadError
+from lenslrp.models.heads import offered
 from tests.conformance.families import randomise, tokens
 from tests.conformance.zoo_configs import CHANGES, tiny
 
@@ -85,8 +88,39 @@ def test_there_are_many() -> None:
     assert len(NAMES) >= 100
 
 
+def output_of(model: Any, text: Tensor, **options: Any) -> Tensor:
+    with torch.no_grad():
+        output = model(text, **options)
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    found: Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return found
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name in offered()])
+def test_a_derived_adapter_keeps_the_checkpoints_own_head(
+    name: str, tmp_path: Path, no_network: None
+) -> None:
+    model = build(name)
+    if not getattr(model.config, "pad_token_id", None):
+        model.config.pad_token_id = 0
+    text = tokens(1, 6)
+    if model.config.is_encoder_decoder:
+        text[0, -1] = model.config.eos_token_id
+    model.save_pretrained(tmp_path)
+    reloaded = getattr(hf, name).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    options = {"decoder_input_ids": text} if name == "T5Model" else {}
+    expected = output_of(reloaded, text, **options)
+    bridge = lenslrp.load(str(tmp_path), device="cpu")
+    assert type(bridge.original_model) is getattr(hf, name)
+    with torch.no_grad():
+        found = bridge(text, return_type="logits", use_cache=False, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in offered()])
 def test_none_gets_a_head_that_is_not_its_own(name: str, tmp_path: Path, no_network: None) -> None:
     build(name).save_pretrained(tmp_path)
     with pytest.raises(LoadError, match=f"no adapter for {name}; nearest: "):

@@ -15,9 +15,11 @@ import torch
 import transformers as hf
 from torch import Tensor
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 import lenslrp
 from lenslrp.models import heads
+from lenslrp.models.checkpoints import supported_architectures
 from lenslrp.targets import Activation, Logit, LogitDiff
 from tests.conformance import zoo_configs
 from tests.conformance.models.test_zoo import COVERED
@@ -216,3 +218,15 @@ def test_entry_points_are_the_table() -> None:
     listed = project["entry-points"]["transformer_lens.architectures"]
     assert listed == {name: f"lenslrp.models.heads:{name}" for name in sorted(heads.offered())}
     assert heads.LlamaForSequenceClassification is heads.offered()["LlamaForSequenceClassification"]
+
+
+def test_plain_transformer_lens_takes_them() -> None:
+    model = encoder("Electra", "ForSequenceClassification").float()
+    tokens, _ = rows(model.config)
+    with torch.no_grad():
+        expected = model(tokens).logits
+    supported_architectures()  # as the entry points do in an installed environment
+    name = "ElectraForSequenceClassification"
+    bridge = build_bridge_from_module(model, name, hf_config=model.config)
+    with torch.no_grad():
+        torch.testing.assert_close(bridge(tokens, return_type="logits"), expected)
