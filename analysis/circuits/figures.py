@@ -75,12 +75,7 @@ def faithfulness_curves(
     axes.axhline(1, color=theme.muted, linewidth=0.8, linestyle="--")
     axes.axhline(0, color=theme.muted, linewidth=0.8)
     axes.set_xscale("log")
-    _names(
-        axes,
-        theme,
-        title=title,
-        x="share of heads and of neurons kept",
-        y="share of the logit difference",
-    )
+    x, y = "share of heads and of neurons kept", "share of the logit difference"
+    _names(axes, theme, title=title, x=x, y=y)
     axes.legend(frameon=False, fontsize=8, labelcolor=theme.ink)
     return figure
