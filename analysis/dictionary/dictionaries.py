@@ -278,8 +278,7 @@ class NeuronDictionary:
 
         Returns:
             Columns `unit, hook, index, criterion, rank, score, doc, position`; scores are
-                activations, or
-            relevances in units of the target.
+            activations, or relevances in units of the target.
 
         Raises:
             InputError: a criterion that was not searched.

@@ -38,8 +38,7 @@ def search_text(
 
     Returns:
         `unit, hook, index, criterion, rank, score, doc, position, window`: best ranks first, then
-            the
-        best match.
+        the best match.
 
     Raises:
         InputError: an empty query, or an unknown criterion.
@@ -79,10 +78,8 @@ def search_tokens(
 
     Returns:
         For hits `unit, hook, index, share`: the share of the unit's examples whose hit is at the
-            token,
-        largest first. Otherwise `unit, hook, index, name, side, rank, token, score`: best ranks
-            first,
-        then the largest scores.
+        token, largest first. Otherwise `unit, hook, index, name, side, rank, token, score`: best
+        ranks first, then the largest scores.
 
     Raises:
         InputError: another `by`, an unknown criterion, or a dictionary without such lists.

@@ -99,14 +99,11 @@ class Page:
 
         Returns:
             Columns `rank`; `score` (of the hit); `doc`; `position` (of the hit, in the document);
-                `start`
-            (of the window, likewise); `tokens` (the window as text); `activations` and, where it
-                was
-            searched, `relevances` [window] of this unit at each token; `target`, `target_position`
-                and
-            `target_value`: the token that relevance explains, the position at which it is
-                predicted, and
-            its logit (None, -1 and NaN without one); `source` (number of the text in the corpus).
+            `start` (of the window, likewise); `tokens` (the window as text); `activations` and,
+            where it was searched, `relevances` [window] of this unit at each token; `target`,
+            `target_position` and `target_value`: the token that relevance explains, the position at
+            which it is predicted, and its logit (None, -1 and NaN without one); `source` (number of
+            the text in the corpus).
 
         Raises:
             InputError: a criterion that was not searched.

@@ -84,19 +84,19 @@ def steering_from_json(text: str, vectors: Mapping[str, Tensor] | None = None) -
         InputError: not such a specification; the message says what is wrong in it.
     """
     try:
-        specification = json.loads(text)
+        spec = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"no JSON: {error}") from error
-    if not isinstance(specification, dict) or specification.get("schema") != STEERING_SCHEMA:
+    if not isinstance(spec, dict) or spec.get("schema") != STEERING_SCHEMA:
         raise InputError(f"no steering specification of schema {STEERING_SCHEMA}")
-    unknown = set(specification) - {"schema", "prompt", "generation", "operations"}
-    if unknown or not isinstance(specification.get("operations"), list):
+    unknown = set(spec) - {"schema", "prompt", "generation", "operations"}
+    if unknown or not isinstance(spec.get("operations"), list):
         raise InputError(f"a specification has a list of operations and no {sorted(unknown)}")
-    operations = [_operation_from_json(each, vectors or {}) for each in specification["operations"]]
+    operations = [_operation_from_json(each, vectors or {}) for each in spec["operations"]]
     return Steering(
         tuple(operations),
-        specification.get("prompt", "all"),
-        specification.get("generation", "all"),
+        spec.get("prompt", "all"),
+        spec.get("generation", "all"),
     )
 
 
@@ -146,10 +146,10 @@ def load_steering(path: str | Path) -> Steering:
         InputError: it says something that is no steering.
     """
     path = Path(path)
-    specification = load_json(path)
+    spec = load_json(path)
     beside = path.with_suffix(".safetensors")
     vectors = load_tensors(beside)[0] if beside.exists() else {}
-    return steering_from_json(json.dumps(specification), vectors)
+    return steering_from_json(json.dumps(spec), vectors)
 
 
 def save_control_vector(
@@ -256,7 +256,7 @@ def _operation_json(operation: Operation, vectors: dict[str, Tensor]) -> dict[st
     kind = next((name for name, cls in OPERATIONS.items() if type(operation) is cls), None)
     if kind is None:
         raise InputError(f"{type(operation).__name__} has no name in a specification")
-    specification: dict[str, Any] = {"operation": kind}
+    spec: dict[str, Any] = {"operation": kind}
     for field in dataclasses.fields(operation):
         value = getattr(operation, field.name)
         if isinstance(value, Unit):
@@ -264,8 +264,8 @@ def _operation_json(operation: Operation, vectors: dict[str, Tensor]) -> dict[st
         elif field.name == "directions":
             value = [_unit_json(each, vectors) for each in value]
         if value is not None:
-            specification[field.name] = value
-    return specification
+            spec[field.name] = value
+    return spec
 
 
 def _unit_json(unit: Unit, vectors: dict[str, Tensor]) -> str | dict[str, Any]:
@@ -283,15 +283,11 @@ def _unit_json(unit: Unit, vectors: dict[str, Tensor]) -> str | dict[str, Any]:
     return {"at": unit.at, "vector": key, "name": unit.name}
 
 
-def _operation_from_json(specification: Any, vectors: Mapping[str, Tensor]) -> Operation:
-    kind = (
-        OPERATIONS.get(str(specification.get("operation")))
-        if isinstance(specification, dict)
-        else None
-    )
+def _operation_from_json(spec: Any, vectors: Mapping[str, Tensor]) -> Operation:
+    kind = OPERATIONS.get(str(spec.get("operation"))) if isinstance(spec, dict) else None
     if kind is None:
-        raise InputError(f"{specification!r} is no operation; known: {', '.join(OPERATIONS)}")
-    attributes = {name: value for name, value in specification.items() if name != "operation"}
+        raise InputError(f"{spec!r} is no operation; known: {', '.join(OPERATIONS)}")
+    attributes = {name: value for name, value in spec.items() if name != "operation"}
     known = {field.name: field for field in dataclasses.fields(kind)}
     unknown = set(attributes) - set(known)
     missing = {name for name, field in known.items() if field.default is dataclasses.MISSING} - set(
@@ -299,8 +295,7 @@ def _operation_from_json(specification: Any, vectors: Mapping[str, Tensor]) -> O
     )
     if unknown or missing:
         raise InputError(
-            f"{specification['operation']} lacks {sorted(missing)} and does not know "
-            f"{sorted(unknown)}"
+            f"{spec['operation']} lacks {sorted(missing)} and does not know {sorted(unknown)}"
         )
     for name, value in attributes.items():
         if name == "unit":
@@ -314,13 +309,11 @@ def _operation_from_json(specification: Any, vectors: Mapping[str, Tensor]) -> O
     return kind(**attributes)
 
 
-def _unit_from_json(specification: Any, vectors: Mapping[str, Tensor]) -> Any:
-    if isinstance(specification, str):
-        return parse_unit(specification)
-    if not isinstance(specification, dict) or set(specification) != {"at", "vector", "name"}:
-        raise InputError(f"{specification!r} is no unit: expected its text, or at, vector and name")
-    if specification["vector"] not in vectors:
-        raise InputError(
-            f"no vector is called {specification['vector']!r}; there are {sorted(vectors)}"
-        )
-    return Direction(specification["at"], vectors[specification["vector"]], specification["name"])
+def _unit_from_json(spec: Any, vectors: Mapping[str, Tensor]) -> Any:
+    if isinstance(spec, str):
+        return parse_unit(spec)
+    if not isinstance(spec, dict) or set(spec) != {"at", "vector", "name"}:
+        raise InputError(f"{spec!r} is no unit: expected its text, or at, vector and name")
+    if spec["vector"] not in vectors:
+        raise InputError(f"no vector is called {spec['vector']!r}; there are {sorted(vectors)}")
+    return Direction(spec["at"], vectors[spec["vector"]], spec["name"])

@@ -86,8 +86,7 @@ class SweepResult:
         Returns:
             Columns, each with `_low` and `_high`: `change`, steered less base; `over_random` and
             `over_placebo`: steered less the mean of the draws, paired by prompt (absent where none
-                was
-            drawn). In units of the metric.
+            was drawn). In units of the metric.
 
         Raises:
             InputError: no such metric.
@@ -96,15 +95,9 @@ class SweepResult:
         kinds = dict(list(self.frame.groupby("kind")))
         base = kinds["base"].set_index("prompt")[metric]
         rows = []
-        for (layer, coefficient), steered_rows in kinds["steered"].groupby(
-            ["layer", "coefficient"]
-        ):
-            steered = steered_rows.set_index("prompt")[metric]
-            row: dict[str, Any] = {
-                "layer": layer,
-                "coefficient": coefficient,
-                "n": len(steered_rows),
-            }
+        for (layer, coefficient), rows_at in kinds["steered"].groupby(["layer", "coefficient"]):
+            steered = rows_at.set_index("prompt")[metric]
+            row: dict[str, Any] = {"layer": layer, "coefficient": coefficient, "n": len(rows_at)}
             row |= self._with_interval("change", steered - base)
             for kind in ("random", "placebo"):
                 if kind in kinds:
@@ -157,12 +150,11 @@ class SweepResult:
             if part.empty:
                 continue
             prompts = part.groupby(["coefficient", "prompt"])[metric].mean()
-            intervals = np.array([bootstrap(prompts[c].to_numpy(), self.seed) for c in strengths])
-            axes.plot(intervals[:, 0], color=colour, marker="o", markersize=3, label=kind)
+            means = np.array([bootstrap(prompts[c].to_numpy(), self.seed) for c in strengths])
+            axes.plot(means[:, 0], color=colour, marker="o", markersize=3, label=kind)
             if kind == "steered":
-                axes.fill_between(
-                    range(len(intervals)), *intervals[:, 1:].T, color=colour, alpha=0.18, lw=0
-                )
+                low, high = means[:, 1:].T
+                axes.fill_between(range(len(means)), low, high, color=colour, alpha=0.18, lw=0)
         base = self.frame.loc[self.frame.kind == "base", metric].mean()
         axes.axhline(base, color=theme.muted, linestyle="--", linewidth=1, label="base model")
         axes.set_xticks(range(len(strengths)), [f"{c:g}" for c in strengths])

@@ -145,7 +145,7 @@ def test_batches_are_bounded_and_bytes_are_repeatable(
     built: NeuronDictionary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = export_neuronpedia(built, tmp_path / "whole")[2]
-    monkeypatch.setattr(exports, "BATCH", 10)
+    monkeypatch.setattr(exports, "UNITS_IN_FILE", 10)
     cut = export_neuronpedia(built, tmp_path / "cut")[2]
     assert len(list((cut / "features").iterdir())) == 3
     assert [len(lines(cut / "features" / f"batch-{i}.jsonl.gz")) for i in range(3)] == [10, 10, 4]
