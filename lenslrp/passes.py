@@ -226,7 +226,7 @@ class Pass(RuledForward):
         if ledger.imbalance <= BALANCED[dtype] and not changed:
             return ""
         note = (
-            f"the books do not balance: {ledger.target - ledger.accounted:+.4g} of "
+            f"the ledger does not balance: {ledger.target - ledger.accounted:+.4g} of "
             f"{ledger.target:.4g} is not accounted for. Something adds a constant on the path, "
             "changes a gradient, or computes what LensLRP does not know; see R.ledger().table "
             "(with strict=False) for the layer"

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="check that every operation of a model has a rule",
-        description="Which rule sits where, what has none, and whether the books balance on a "
+        description="Which rule sits where, what has none, and whether the ledger balances on a "
         "random prompt. Exit code 1 if anything is uncovered or does not balance.",
     )
     doctor.set_defaults(run=_doctor)

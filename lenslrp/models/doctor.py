@@ -92,7 +92,7 @@ class Diagnosis:
         if self.gap is not None:
             parts.append(Text(f"  {self.gap}", style="red"))
         parts.append(_verdict("the forward pass is untouched", self.forward_equal))
-        balance = f"the books balance: they miss {self.ledger.imbalance:.1e} of their largest entry"
+        balance = f"the ledger balances: it misses {self.ledger.imbalance:.1e} of its largest entry"
         parts.append(_verdict(balance + f" (tolerance {self.tolerance:g})", self.balanced))
         parts.extend(Text(f"  {line}") for line in str(self.ledger).splitlines())
         parts.append(_verdict("this model can be explained", self.ok))

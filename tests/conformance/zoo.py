@@ -443,7 +443,7 @@ def measure(name: str) -> Row:
     except Exception as error:  # noqa: BLE001
         return Row(name, *kinds, "untested", f"not run: {_first_line(error)}")
     if worst > tolerance(name):
-        return Row(name, *kinds, "WRONG", f"the books miss {worst:.1e}")
+        return Row(name, *kinds, "WRONG", f"the ledger misses {worst:.1e}")
     inside = ", float32 inside" if name in FLOAT32 else ""
     inside += _with_media(model, name)
     apart = "; logits equal with frozen weights" if name in ROUNDS else ""

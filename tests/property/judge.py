@@ -31,7 +31,7 @@ REASONS = (
     (r"never ran", "a rule whose operation never ran"),
     (r"is not on the path to the target", "the graph is cut"),
     (r"never fired", "a rule that never fired"),
-    (r"do(?:es)? not balance", "the books do not balance"),
+    (r"do(?:es)? not balance", "the ledger does not balance"),
     (r"does not return its input", "not the norm that was declared"),
 )
 

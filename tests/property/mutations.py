@@ -171,7 +171,7 @@ MUTATIONS: dict[str, tuple[Callable[[Patch], None], str]] = {
         "without its operation|beside|uniform at",
     ),
     "a product's share may reach what is beside it": (shares_may_leak, "beside|uniform at"),
-    "the books need not balance": (nothing_need_balance, "balance"),
+    "the ledger need not balance": (nothing_need_balance, "balance"),
     "norms are believed to be what their class says": (norms_are_believed, "norm|Sqrt|Pow"),
     "declared functions are believed to be element-wise": (activations_are_believed, "map each"),
     "activations are matched by inheritance": (classes_are_matched_by_inheritance, "^$|no rule"),
@@ -179,7 +179,7 @@ MUTATIONS: dict[str, tuple[Callable[[Patch], None], str]] = {
 }
 """What is broken: how, and for what reason its programs are refused (or "", right) otherwise."""
 
-BALANCE = "the books need not balance"
+BALANCE = "the ledger need not balance"
 """The second guard behind every other: what coverage lets through seldom balances."""
 
 

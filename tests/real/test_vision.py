@@ -33,7 +33,7 @@ def test_most_held_out_airplanes_are_known(model: Any, shared_data: Path) -> Non
 @pytest.mark.parametrize(
     "composite", [lenslrp.AttnLRPViT(), lenslrp.AttnLRP(), lenslrp.CPLRP()], ids=lambda c: c.name
 )
-def test_the_books_balance_and_classes_are_targets_by_name(model: Any, composite: Any) -> None:
+def test_the_ledger_balances_and_classes_are_targets_by_name(model: Any, composite: Any) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (1, 4, 4, 3), dtype=np.uint8)  # coloured squares, no photograph
     logits, cache = lenslrp.run_with_relevance(

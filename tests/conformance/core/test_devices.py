@@ -76,7 +76,7 @@ def values(x: Any) -> Any:
 @pytest.mark.parametrize("back", [True, False], ids=["output moved back", "output left"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi"])
 def test_two_devices_give_what_one_gives(family: str, back: bool) -> None:
-    """Every value equal to the last bit, on the device of its own layer; the books closed."""
+    """Every value equal to the last bit, on the device of its own layer; the ledger closed."""
     single = make(family)
     expected = {
         name: lenslrp.run_with_relevance(single, tokens(), target, **options)

@@ -1,7 +1,7 @@
 """Images and sound: pixels, patches and learned tokens as leaves, where a model reads no text.
 
-Hugging Face computes ViT's softmax in float32, so those books close to 1e-6; the speech models' to
-1e-9.
+Hugging Face computes ViT's softmax in float32, so those ledgers close to 1e-6; those of speech
+models close to 1e-9.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def given_at(cache: Any) -> torch.Tensor:
 @models(*NAMES)
 @pytest.mark.parametrize("composite", list(TABLES))
 @pytest.mark.parametrize("leaves", media.LEAVES)
-def test_the_books_balance(model: Any, composite: str, leaves: str) -> None:
+def test_the_ledger_balances(model: Any, composite: str, leaves: str) -> None:
     _, cache = explain(model, TABLES[composite](), leaves=leaves)
     ledger = cache.ledger()
     assert abs(ledger.error) <= 5 * tolerance(model), str(ledger)
@@ -323,11 +323,11 @@ def test_a_forgotten_group_norm_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_forgotten_positions_unbalance_the_books(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaf_modules, "POSITION_NAMES", ())
-    with pytest.raises(lenslrp.CoverageError, match="the books do not balance"):
+    with pytest.raises(lenslrp.CoverageError, match="the ledger does not balance"):
         explain(zoo.build("DeiTForImageClassification"), lenslrp.CPLRP())
 
 
-@pytest.mark.filterwarnings("ignore:the books do not balance:UserWarning")
+@pytest.mark.filterwarnings("ignore:the ledger does not balance:UserWarning")
 @pytest.mark.parametrize(
     ("name", "role"),
     [

@@ -1,4 +1,4 @@
-"""The books balance: leaves and every term add up to the target, for every family and composite.
+"""The ledger balances: leaves and every term add up to the target, for every family and composite.
 
 In float64 to 1e-9 relative; this includes the families whose norms and softmax Hugging Face
 computes in float32, because terms are measured from the values that were really used. In float32
@@ -128,7 +128,7 @@ def build(name: str, composite: str) -> Any:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:the books do not balance:UserWarning")
+@pytest.mark.filterwarnings("ignore:the ledger does not balance:UserWarning")
 @pytest.mark.parametrize(("family", "term", "composite"), BREAKS)
 def test_breaking_one_site_breaks_the_balance(
     family: str, term: str, composite: str, monkeypatch: pytest.MonkeyPatch

@@ -1,7 +1,7 @@
 """Attention that the bridge leaves to Hugging Face: encoders, OPT, encoder-decoders.
 
 The same promises as for attention that TransformerLens computes itself: the forward pass is
-untouched, the books balance, CP conserves, scores and patterns are readable, all is undone.
+untouched, the ledger balances, CP conserves, scores and patterns are readable, all is undone.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_the_forward_pass_is_untouched(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("composite", list(COMPOSITES))
-def test_the_books_balance(name: str, composite: str) -> None:
+def test_the_ledger_balances(name: str, composite: str) -> None:
     model = make(name)
     _, cache = lenslrp.run_with_relevance(
         model, tokens(), 5, COMPOSITES[composite](), **decoder(model)

@@ -270,7 +270,7 @@ def test_experts_that_see_every_token() -> None:
 
 
 def test_a_neuron_of_an_expert_as_target(mixtral: Any) -> None:
-    """Its activation is explained, and the books balance from there."""
+    """Its activation is explained, and the ledger balances from there."""
     target = lenslrp.targets.Activation(POST, (1, 3), position=-2)
     R = lenslrp.run_with_relevance(mixtral, tokens(), target)[1]
     values = explain(mixtral, lenslrp.AttnLRP()).activations[POST][:, -2, 1, 3]
@@ -348,9 +348,9 @@ def test_constants_that_are_not_booked_unbalance(
 ) -> None:
     model = zoo.build("GptOssForCausalLM")
     monkeypatch.setattr(operations.OperationIntercept, kind, bare)
-    with pytest.raises(lenslrp.CoverageError, match="the books do not balance"):
+    with pytest.raises(lenslrp.CoverageError, match="the ledger does not balance"):
         explain(model, lenslrp.AttnLRP(), names_filter=[])
-    with pytest.warns(UserWarning, match="the books do not balance"):
+    with pytest.warns(UserWarning, match="the ledger does not balance"):
         R = explain(model, lenslrp.AttnLRP(), names_filter=[], strict=False)
     assert abs(R.ledger().error) > 1e-3
 

@@ -1,7 +1,7 @@
 """TransformerLens' modes: each is handled or refused by a message that names it.
 
 Handled means: the logits of the same bridge in the same mode, to the last bit; everything covered;
-the books closed to 1e-9; CP-LRP without biases conserving; the mode's own hook points readable.
+the ledger closed to 1e-9; CP-LRP without biases conserving; the mode's own hook points readable.
 """
 
 from __future__ import annotations

@@ -298,7 +298,7 @@ def explain(target: Any, **options: Any) -> lenslrp.RelevanceCache:
     ],
     ids=lambda target: type(target).__name__,
 )
-def test_the_books_balance_for_every_target(target: targets.Target) -> None:
+def test_the_ledger_balances_for_every_target(target: targets.Target) -> None:
     kept = explain(target)
     assert abs(kept.ledger().error) < 1e-9
     assert kept.ledger().target == pytest.approx(float(kept.target.value.sum()), rel=1e-12)

@@ -121,7 +121,7 @@ def test_a_dict_literal_is_a_composite_over_attnlrp() -> None:
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_the_books_balance_for_tables_of_the_users_own(family: str, rules: Any) -> None:
+def test_the_ledger_balances_for_tables_of_the_users_own(family: str, rules: Any) -> None:
     kept = explain(rules, family)
     assert abs(kept.ledger().error) < 1e-6
     assert kept.coverage.ok

@@ -333,7 +333,7 @@ def test_a_native_hook_is_on_the_graph(what: str, hook: str) -> None:
 
     reference = with_mlp(written)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # in the MLP's own code, nobody books what is added
+        warnings.simplefilter("ignore")  # in the MLP's own code, nobody accounts for what is added
         expected = explain(reference, strict=False, names_filter=[]).tokens
     assert torch.equal(logits, reference(TOKENS))
     torch.testing.assert_close(found.tokens, expected, rtol=1e-12, atol=1e-14)
@@ -576,9 +576,9 @@ def test_an_imbalance_is_refused_in_every_type(
     off = {torch.float64: 1e-3, torch.float32: 2e-2}.get(dtype, 1.0)
     hooks = [("blocks.1.hook_resid_pre", lambda g, hook: g * (1 + off))]
     with model.hooks(bwd_hooks=hooks):
-        with pytest.raises(CoverageError, match="the books do not balance"):
+        with pytest.raises(CoverageError, match="the ledger does not balance"):
             explain(model, ledger=ledger)
-        with pytest.warns(UserWarning, match="the books do not balance"):
+        with pytest.warns(UserWarning, match="the ledger does not balance"):
             kept = explain(model, ledger=ledger, strict=False)
     assert not kept.coverage.ok
     assert "do not balance" in str(kept.coverage)
@@ -592,7 +592,7 @@ def test_without_a_ledger_a_graph_that_is_new_is_balanced_first() -> None:
     mlp = model.blocks[1].mlp.original_component
     run = mlp.forward
     mlp.forward = lambda x: run(x) + 3.0
-    with pytest.raises(CoverageError, match="the books do not balance"):
+    with pytest.raises(CoverageError, match="the ledger does not balance"):
         explain(model, ledger=False)
     del mlp.forward
     with pytest.raises(InputError, match="ledger"):

@@ -227,11 +227,11 @@ def test_a_backward_hook_that_cuts_the_gradient_unbalances_the_books() -> None:
     model = tiny("llama")
     hooks = [("blocks.1.hook_mlp_out", lambda g, hook: torch.zeros_like(g))]
     with model.hooks(bwd_hooks=hooks):
-        with pytest.raises(lenslrp.CoverageError, match="books do not balance"):
+        with pytest.raises(lenslrp.CoverageError, match="ledger does not balance"):
             explain(model)
-        with pytest.warns(UserWarning, match="books do not balance"):
+        with pytest.warns(UserWarning, match="ledger does not balance"):
             kept = explain(model, strict=False)
-    assert "books do not balance" in kept.coverage.notes[0]
+    assert "ledger does not balance" in kept.coverage.notes[0]
     assert not kept.coverage.balanced
     assert not kept.coverage.ok
     assert not kept["blocks.1.mlp.hook_post"].any()
