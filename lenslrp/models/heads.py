@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from functools import cache, wraps
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,9 +50,10 @@ def offered() -> Mapping[str, type[ArchitectureAdapter]]:
     native = dict(SUPPORTED_ARCHITECTURES)
     added = {name: made for name, made in encoders(native).items() if name not in native}
     adapters = {**native, **added}
+    known = set(dir(transformers))  # looking a class up would import its family
     for kind, language_model in families(adapters):
         for name in class_names(HEADS, kind):
-            if name not in adapters and hasattr(transformers, name):
+            if name not in adapters and name in known:
                 added.setdefault(name, _derive(name, language_model, adapters[language_model]))
     return added
 
@@ -86,11 +88,10 @@ def class_names(tables: tuple[str, ...], kind: str) -> Iterator[str]:
 
 
 def _derive(name: str, language_model: str, base: Any) -> Any:
-    import transformers
-
-    family = getattr(transformers, language_model).base_model_prefix
-
     def prepare_model(self: Any, hf_model: nn.Module) -> None:
+        import transformers
+
+        family = getattr(transformers, language_model).base_model_prefix
         base.prepare_model(self, _AsFamily(hf_model, family))
         bare = not name.endswith(LABELLED)
         self.component_mapping = mapping(self.component_mapping, hf_model, family, self.cfg, bare)
@@ -112,15 +113,15 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
 
 def _join_spans(model: Any) -> None:
     """Let a question answerer's output have ``logits``, [batch, pos, 2]: of start and of end."""
-    forward = model.forward
+    forward = type(model).forward
 
     @wraps(forward)
-    def joined(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
+    def joined(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
         output["logits"] = span_logits(output)
         return output
 
-    model.forward = joined
+    model.forward = MethodType(joined, model)  # of a copy of the model, the copy's
 
 
 def span_logits(output: Any) -> Tensor | None:
