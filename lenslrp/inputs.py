@@ -58,7 +58,8 @@ def decoder_reads_the_text(model: Any) -> bool:
     arXiv:1910.13461).
     """
     heads = ("ForSequenceClassification", "ForQuestionAnswering")
-    return bool(model.config.is_encoder_decoder) and type(model).__name__.endswith(heads)
+    written = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(written) and type(model).__name__.endswith(heads)
 
 
 def _with_decoder(

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 
 @dataclass(frozen=True)
-class Layout:
+class EncoderLayout:
     """Where an encoder keeps its parts: paths in the language model, in a block, in a branch.
 
     Attributes:
@@ -52,8 +52,8 @@ _BERT_ATTENTION = (
 _BERT_MLP = ("", "intermediate.dense", "output.dense")
 _BERT_NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
 
-LAYOUTS: dict[str, Layout] = {
-    "ElectraForMaskedLM": Layout(
+LAYOUTS: dict[str, EncoderLayout] = {
+    "ElectraForMaskedLM": EncoderLayout(
         blocks="electra.encoder.layer",
         embeddings=_embeddings("electra", token_type_embed="token_type_embeddings"),
         norms={
@@ -69,7 +69,7 @@ LAYOUTS: dict[str, Layout] = {
         mlp=_BERT_MLP,
         norm_of=_BERT_NORMS,
     ),
-    "DistilBertForMaskedLM": Layout(
+    "DistilBertForMaskedLM": EncoderLayout(
         blocks="distilbert.transformer.layer",
         embeddings=_embeddings("distilbert"),
         norms={"embed_ln": "distilbert.embeddings.LayerNorm", "ln_final": "vocab_layer_norm"},
@@ -79,7 +79,7 @@ LAYOUTS: dict[str, Layout] = {
         mlp=("ffn", "lin1", "lin2"),
         norm_of=("sa_layer_norm", "output_layer_norm"),
     ),
-    "MPNetForMaskedLM": Layout(
+    "MPNetForMaskedLM": EncoderLayout(
         blocks="mpnet.encoder.layer",
         embeddings=_embeddings("mpnet"),
         norms={"embed_ln": "mpnet.embeddings.LayerNorm", "ln_final": "lm_head.layer_norm"},
@@ -89,7 +89,7 @@ LAYOUTS: dict[str, Layout] = {
         mlp=_BERT_MLP,
         norm_of=("attention.LayerNorm", "output.LayerNorm"),
     ),
-    "DebertaV2ForMaskedLM": Layout(
+    "DebertaV2ForMaskedLM": EncoderLayout(
         blocks="deberta.encoder.layer",
         embeddings=_embeddings("deberta", token_type_embed="token_type_embeddings"),
         norms={
@@ -110,7 +110,7 @@ LAYOUTS: dict[str, Layout] = {
         mlp=_BERT_MLP,
         norm_of=_BERT_NORMS,
     ),
-    "AlbertForMaskedLM": Layout(
+    "AlbertForMaskedLM": EncoderLayout(
         blocks="albert.encoder.albert_layer_groups",
         embeddings=_embeddings("albert", token_type_embed="token_type_embeddings"),
         norms={"embed_ln": "albert.embeddings.LayerNorm", "ln_final": "predictions.LayerNorm"},
@@ -124,7 +124,7 @@ LAYOUTS: dict[str, Layout] = {
         norm_of=("attention.LayerNorm", "full_layer_layer_norm"),
     ),
 }
-LAYOUTS["ModernBertForMaskedLM"] = Layout(
+LAYOUTS["ModernBertForMaskedLM"] = EncoderLayout(
     blocks="model.layers",
     embeddings={"embed": "model.embeddings.tok_embeddings"},
     norms={
@@ -153,7 +153,7 @@ def encoders(adapters: dict[str, Any]) -> dict[str, Any]:
     return {**made, **{name: _adapter(name, layout, adapters) for name, layout in LAYOUTS.items()}}
 
 
-def _adapter(name: str, layout: Layout, adapters: dict[str, Any]) -> Any:
+def _adapter(name: str, layout: EncoderLayout, adapters: dict[str, Any]) -> Any:
     bert = adapters["BertForMaskedLM"]
 
     def init(self: Any, cfg: Any) -> None:
@@ -203,7 +203,7 @@ def _in_turn(self: Any, hidden_states: Any, attention_mask: Any = None, **kwargs
     return BaseModelOutput(last_hidden_state=hidden_states)
 
 
-def _components(layout: Layout, config: Any) -> dict[str, Any]:
+def _components(layout: EncoderLayout, config: Any) -> dict[str, Any]:
     from transformer_lens.model_bridge import generalized_components as gc
 
     def norm(path: str) -> Any:

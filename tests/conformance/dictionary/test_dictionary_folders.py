@@ -50,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "PATIENCE", 0.1)
+    monkeypatch.setattr(work, "LOCK_PATIENCE", 0.1)
 
 
 def notes(folder: Path) -> None:
