@@ -391,7 +391,7 @@ def test_a_gradient_that_a_hook_changes_is_no_constant(changes: Callable[..., An
     model = tiny("llama")
     with model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", hook)]):
         if changes is double:
-            with pytest.raises(CoverageError, match="do not balance"):
+            with pytest.raises(CoverageError, match="does not balance"):
                 explain(model)
         else:
             assert torch.equal(explain(model).tokens, explain(tiny("llama")).tokens)
@@ -581,7 +581,7 @@ def test_an_imbalance_is_refused_in_every_type(
         with pytest.warns(UserWarning, match="the ledger does not balance"):
             kept = explain(model, ledger=ledger, strict=False)
     assert not kept.coverage.ok
-    assert "do not balance" in str(kept.coverage)
+    assert "does not balance" in str(kept.coverage)
     assert torch.equal(explain(model, ledger=ledger).tokens, balanced.tokens)
 
 
