@@ -36,6 +36,8 @@ HEADS = (
 )
 """The tables of transformers that say which class a family has with which head."""
 
+LABELLED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
 
 @cache
 def offered() -> Mapping[str, type[ArchitectureAdapter]]:
@@ -63,9 +65,6 @@ def __getattr__(name: str) -> Any:
     if not name.startswith("_") and name in offered():
         return offered()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-LABELLED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
 def families(adapters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

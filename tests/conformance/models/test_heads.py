@@ -20,10 +20,10 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 import lenslrp
 from lenslrp.models import heads
 from lenslrp.models.checkpoints import supported_architectures
+from lenslrp.models.wrapped import agreement_of
 from lenslrp.targets import Activation, Logit, LogitDiff
 from tests.conformance import zoo_configs
 from tests.conformance.models.test_zoo import COVERED
-from tests.conformance.zoo import FLOAT32, FORWARD_FLOAT32
 from tests.conftest import ROOT
 
 SIZE = 16
@@ -108,11 +108,13 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def check(model: Any, tolerance: float) -> None:
+def check(model: Any, tolerance: float | None = None) -> None:
+    """``tolerance``: as the comparison before wrapping has it, which sees what is in float32."""
     tokens, mask = rows(model.config)
     with torch.no_grad():
         expected = logits_of(model(input_ids=tokens, attention_mask=mask))
     bridge = lenslrp.load(model)
+    tolerance = tolerance or agreement_of(bridge).tolerance
     bare = "unembed" not in dict(bridge.named_children())
 
     def explain(tokens: Tensor, mask: Tensor) -> Any:
@@ -141,10 +143,9 @@ def test_a_head_is_transformers(name: str) -> None:
     model = made(name, zoo_configs.config(language_model))
     if name in REFUSED:
         with pytest.raises(lenslrp.LensLRPError, match=REFUSED[name]):
-            check(model, 1e-6)
+            check(model)
         return
-    inexact = language_model in FLOAT32 or language_model in FORWARD_FLOAT32
-    check(model, 1e-6 if inexact else 1e-7)
+    check(model)
 
 
 @pytest.mark.parametrize("head", HEADS)
