@@ -123,26 +123,25 @@ LAYOUTS: dict[str, EncoderLayout] = {
         mlp=("", "ffn", "ffn_output"),
         norm_of=("attention.LayerNorm", "full_layer_layer_norm"),
     ),
+    "ModernBertForMaskedLM": EncoderLayout(
+        blocks="model.layers",
+        embeddings={"embed": "model.embeddings.tok_embeddings"},
+        norms={
+            "embed_ln": "model.embeddings.norm",
+            "encoder_ln": "model.final_norm",
+            "ln_final": "head.norm",
+        },
+        linear={"mlm_head": "head.dense"},
+        unembed="decoder",
+        attention=("attn", {"qkv": "Wqkv", "o": "Wo"}),
+        mlp=("mlp", "Wi", "Wo"),
+        norm_of=("attn_norm", "mlp_norm"),
+    ),
 }
-LAYOUTS["ModernBertForMaskedLM"] = EncoderLayout(
-    blocks="model.layers",
-    embeddings={"embed": "model.embeddings.tok_embeddings"},
-    norms={
-        "embed_ln": "model.embeddings.norm",
-        "encoder_ln": "model.final_norm",
-        "ln_final": "head.norm",
-    },
-    linear={"mlm_head": "head.dense"},
-    unembed="decoder",
-    attention=("attn", {"qkv": "Wqkv", "o": "Wo"}),
-    mlp=("mlp", "Wi", "Wo"),
-    norm_of=("attn_norm", "mlp_norm"),
-)
 
 SAME_AS = {
     "XLMRobertaForMaskedLM": "RobertaForMaskedLM",
     "CamembertForMaskedLM": "RobertaForMaskedLM",
-    "XmodForMaskedLM": "RobertaForMaskedLM",
 }
 """Families whose modules have the names of another's."""
 
