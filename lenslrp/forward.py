@@ -111,7 +111,8 @@ def outputs_of(
 ) -> Outputs:
     """What targets are computed from."""
     labels = media.labels_of(model)
-    return Outputs(logits, batch, model.tokenizer, activation, labels, columns)
+    own = getattr(model, "sentence_embedding", None)
+    return Outputs(logits, batch, model.tokenizer, activation, labels, columns, own)
 
 
 def columns_for(

@@ -32,7 +32,7 @@ from lenslrp.out_of_memory import explained_oom
 from lenslrp.passes import Pass, under_rules
 from lenslrp.reductions import Reduce, check_reduce
 from lenslrp.running import architecture, read_at
-from lenslrp.targets import parts_of, require_latent
+from lenslrp.targets import parts_of, require_readable
 from lenslrp.unused import unused, withdraw
 
 if TYPE_CHECKING:
@@ -267,9 +267,8 @@ class Session:
             )
             media.check_kwargs(model, model_kwargs or {}, prepared)
             prepared.kwargs.update(model_kwargs or {})
-            if not media.head_of(model):
-                for item in parsed:
-                    require_latent(item, architecture(model))
+            for item in parsed:
+                require_readable(item, architecture(model), head=media.head_of(model))
             return self._run(prepared, parsed, names_filter, reduce, logits, leaves, read or {})
 
     def _run(

@@ -32,12 +32,15 @@ from lenslrp.latent import Activation as Activation
 from lenslrp.logits import Outputs as Outputs
 from lenslrp.logits import Target as Target
 from lenslrp.logits import columns_read, shown
+from lenslrp.sentences import Embedding as Embedding
+from lenslrp.sentences import SentenceEmbedding as SentenceEmbedding
+from lenslrp.sentences import Similarity as Similarity
 from lenslrp.text.names import Token, token_ids
 from lenslrp.text.spelling import Speller
 
 __all__ = [
-    "Activation", "Contrastive", "Custom", "Explained", "LogProb", "Logit", "LogitDiff", "Outputs",
-    "PerRow", "Sequence", "Target", "Top",
+    "Activation", "Contrastive", "Custom", "Embedding", "Explained", "LogProb", "Logit",
+    "LogitDiff", "Outputs", "PerRow", "SentenceEmbedding", "Sequence", "Similarity", "Target", "Top",
 ]  # fmt: skip
 
 
@@ -336,17 +339,26 @@ class Explained:
         return f"{self.text} = {values}"
 
 
-def require_latent(target: Target, architecture: str) -> None:
-    """Refuse targets on logits for a model that has none.
+def require_readable(target: Target, architecture: str, *, head: bool) -> None:
+    """Refuse targets on logits for a model that has none, and on hidden states for one with a head.
 
     Raises:
         InputError: naming the targets that such a model has.
     """
-    if not all(isinstance(part, Activation | Custom) for part in parts_of(target)):
+    parts = parts_of(target)
+    if head and any(isinstance(part, Embedding | Similarity) for part in parts):
+        raise InputError(
+            f"{architecture} has a head: its output is logits, and a text's vector is made of "
+            "hidden states. Load the model without its head, with transformers.AutoModel"
+        )
+    if not head and not all(
+        isinstance(part, Activation | Custom | Embedding | Similarity) for part in parts
+    ):
         raise InputError(
             f"{architecture} has no head: its output is hidden states, not logits. Explain one of "
-            "its units with targets.Activation(hook, unit, position), or a function of its output "
-            "with targets.Custom(fn)"
+            "its units with targets.Activation(hook, unit, position), a text's vector with "
+            "targets.Embedding and targets.Similarity, or a function of its output with "
+            "targets.Custom(fn)"
         )
 
 

@@ -40,7 +40,7 @@ from lenslrp.targets import (
     Top,
     as_target,
     parts_of,
-    require_latent,
+    require_readable,
 )
 
 if TYPE_CHECKING:
@@ -285,8 +285,7 @@ def resolve(
         inputs_embeds=inputs_embeds,
         decoder_input=decoder_input,
     )
-    if not media.head_of(model):
-        require_latent(parsed, kind)
+    require_readable(parsed, kind, head=media.head_of(model))
     leaves = Leaves()
     columns = columns_for(model, prepared, [parsed])
     with forward(model, prepared, leaves=leaves, capture_at=latent(parsed), columns=columns) as run:
@@ -335,10 +334,13 @@ def _grid(leaves: Leaves, pixels: Tensor, kind: str) -> tuple[int, int]:
 
 
 def _fixed(target: Target, outputs: Outputs) -> Target:
-    """The target with the top logit's token as it is for the unchanged input."""
+    """The target with what it depends on as it is for the unchanged input: the top token, the other
+    text of a pair."""
     if isinstance(target, PerRow):
         rows = enumerate(target.targets)
         return PerRow(tuple(_fixed(part, outputs.row(row)) for row, part in rows))
+    if isinstance(target, Similarity):
+        return PerRow(target.of_rows(outputs))
     if not isinstance(target, Top):
         return target
     best = outputs.rows_at(target.position).argmax(dim=1).tolist()
