@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lenslrp.errors import InputError
+from lenslrp.hooks.sites import widened
 from lenslrp.logits import Outputs
 
 Measure = Literal["cosine", "dot"]
@@ -106,9 +107,9 @@ class SentenceEmbedding:
             if name == "max":
                 parts.append(x.masked_fill(~mask[:, :, None], -torch.inf).max(dim=1).values)
             else:
-                weights = WEIGHTS[name](number, length).to(x.dtype)
+                weights = WEIGHTS[name](number, length)
                 real = x.masked_fill(~mask[:, :, None], 0)
-                parts.append((weights[:, :, None] * real).sum(dim=1))
+                parts.append((weights[:, :, None] * widened(real)).sum(dim=1).to(x.dtype))
         vectors = torch.cat(parts, dim=-1)
         return vectors / norms(vectors) if self.normalise else vectors
 
@@ -118,15 +119,16 @@ def norms(vectors: Float[Tensor, "batch d"]) -> Float[Tensor, "batch 1"]:
     return vectors.detach().norm(dim=-1, keepdim=True)
 
 
-def require_measure(measure: str) -> None:
+def require_measure(measure: Measure) -> Measure:
     if measure not in get_args(Measure):
         raise InputError(f"measure is one of {', '.join(get_args(Measure))}, not {measure!r}")
+    return measure
 
 
 def embedding_of(
-    outputs: Outputs, pooling: str | SentenceEmbedding | None
+    own: SentenceEmbedding | None, pooling: str | SentenceEmbedding | None
 ) -> SentenceEmbedding:
-    """What a target says of pooling, else what the checkpoint says.
+    """What a target says of pooling, else what the checkpoint says (``own``).
 
     Raises:
         InputError: neither says it, or the checkpoint does what is not explained.
@@ -135,7 +137,6 @@ def embedding_of(
         return pooling
     if pooling is not None:
         return SentenceEmbedding(pooling)
-    own = outputs.embedding
     choices = f"name one in the target: pooling= one of {', '.join(POOLINGS)}"
     if own is None:
         raise InputError(f"this model does not say how its texts are pooled; {choices}")
@@ -171,7 +172,7 @@ class Embedding:
         Raises:
             InputError: a component that the vector does not have, or see `SentenceEmbedding`.
         """
-        vectors = embedding_of(outputs, self.pooling).vectors(outputs)
+        vectors = embedding_of(outputs.embedding, self.pooling).vectors(outputs)
         size = vectors.shape[1]
         if isinstance(self.component, bool) or not isinstance(self.component, int):
             raise InputError(f"component must be an integer, not {self.component!r}")
@@ -181,7 +182,7 @@ class Embedding:
 
     def text(self, outputs: Outputs) -> str:
         """What a cache says was explained."""
-        embedding = embedding_of(outputs, self.pooling)
+        embedding = embedding_of(outputs.embedding, self.pooling)
         return f"component {self.component} of the embedding ({embedding})"
 
 
@@ -215,12 +216,18 @@ class Similarity:
             InputError: rows that are no pairs, a vector of another size, or see
                 `SentenceEmbedding`.
         """
-        embedding = embedding_of(outputs, self.pooling)
+        embedding = embedding_of(outputs.embedding, self.pooling)
         vectors = embedding.vectors(outputs)
         others = self.others(vectors)
-        if self._measure(embedding) == "cosine":
-            vectors, others = vectors / norms(vectors), others / norms(others)
-        return (vectors * others).sum(dim=-1)
+        return (vectors * others).sum(dim=-1) * self.scale(embedding, vectors, others)
+
+    def scale(
+        self, embedding: SentenceEmbedding, vectors: Tensor, others: Tensor
+    ) -> Float[Tensor, " #batch"] | float:
+        """What the product of two vectors is multiplied by, a constant."""
+        if self._measure(embedding) == "dot":
+            return 1.0
+        return 1 / (norms(vectors) * norms(others))[:, 0]
 
     def others(self, vectors: Float[Tensor, "batch d"]) -> Float[Tensor, "#batch d"]:
         """What each row is compared with, a constant."""
@@ -239,18 +246,16 @@ class Similarity:
 
     def of_rows(self, outputs: Outputs) -> tuple[Similarity, ...]:
         """The same as a target of each row by itself."""
-        vectors = embedding_of(outputs, self.pooling).vectors(outputs)
+        vectors = embedding_of(outputs.embedding, self.pooling).vectors(outputs)
         others = self.others(vectors).expand_as(vectors)
         return tuple(Similarity(other, self.pooling, self.measure) for other in others)
 
     def text(self, outputs: Outputs) -> str:
         """What a cache says was explained."""
-        embedding = embedding_of(outputs, self.pooling)
+        embedding = embedding_of(outputs.embedding, self.pooling)
         kind = {"cosine": "cosine similarity to", "dot": "dot product with"}
         to = "the other text" if self.other is None else "a vector"
         return f"{kind[self._measure(embedding)]} {to} ({embedding})"
 
-    def _measure(self, embedding: SentenceEmbedding) -> str:
-        measure = self.measure or embedding.measure
-        require_measure(measure)
-        return measure
+    def _measure(self, embedding: SentenceEmbedding) -> Measure:
+        return require_measure(self.measure or embedding.measure)

@@ -32,6 +32,7 @@ from lenslrp.models.checkpoints import (
     to_device,
 )
 from lenslrp.models.embedded import EMBEDDED, ensure_cached
+from lenslrp.models.sentence_files import read_sentence_embedding
 from lenslrp.models.verifying import Agreement, reference
 from lenslrp.models.wrapped import Wrapped, keep_names, recall, remember
 from lenslrp.quiet import quiet_transformers
@@ -156,6 +157,8 @@ def _by_name(
         model, tokenizer = read_model(name, **options)
     bridge = _from_memory(model, tokenizer, dtype or torch.float32, None, verify, name=name)
     _give_processor(bridge, revision)
+    if name not in EMBEDDED:
+        bridge.sentence_embedding = read_sentence_embedding(name, revision, tokenizer)
     return bridge
 
 
