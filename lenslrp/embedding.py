@@ -1,4 +1,4 @@
-"""The vectors of texts, as `lenslrp.targets.Embedding` and `lenslrp.targets.Similarity` see them."""
+"""The vectors of texts, as the targets ``Embedding`` and ``Similarity`` see them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp import media
-from lenslrp.forward import forward
+from lenslrp.forward import forward, require_readable
 from lenslrp.hooks.install import require_bridge
 from lenslrp.leaves import Leaves
-from lenslrp.running import architecture
-from lenslrp.sentences import SentenceEmbedding, embedding_of
-from lenslrp.targets import Embedding, require_readable
+from lenslrp.sentences import Embedding, SentenceEmbedding, embedding_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -51,7 +49,7 @@ def embed(
         ... )  # each document's similarity to the query, in its own row
     """
     require_bridge(model)
-    require_readable(Embedding(0), architecture(model), head=media.head_of(model))
+    require_readable(model, Embedding(0))
     floats = media.floats_given(pixel_values, None, None)
     batch = media.prepare_batch(
         model, input, floats, prepend_bos=prepend_bos, attention_mask=attention_mask

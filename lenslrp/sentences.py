@@ -1,23 +1,23 @@
 """A text as one vector, and how alike two texts are: targets on the hidden states of a bare model.
 
-Pooling is linear in the hidden states: weights of tokens that do not depend on them (``"max"`` picks
-a token for each feature). A norm that a vector is divided by is a normalisation, whose denominator
-is constant (Achtibat et al., AttnLRP, ICML 2024, Prop. 3.4). A similarity is then linear in each
-text's vector, given the other's: each of the two is explained with the other constant, so that its
-relevance accounts for the whole similarity. Shared between the two, as the uniform rule shares a
-product (Prop. 3.2), all of it would be half of that. The same relevance by pairs of tokens is BiLRP
-(Eberle et al., TPAMI 2020): `lenslrp.analysis.bilrp`.
+Pooling is linear in the hidden states: weights of tokens that do not depend on them (``"max"``
+picks a token for each feature). A norm that a vector is divided by has a constant denominator
+(Achtibat et al., AttnLRP, ICML 2024, Prop. 3.4). A similarity is then linear in each text's vector,
+given the other's: each of the two is explained with the other constant, so that its relevance
+accounts for the whole similarity. Shared between the two, as the uniform rule shares a product
+(Prop. 3.2), all of it would be half of that. The same relevance by pairs of tokens is BiLRP (Eberle
+et al., TPAMI 2020): `lenslrp.analysis.bilrp`.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.errors import InputError
@@ -26,16 +26,15 @@ from lenslrp.logits import Outputs
 
 Measure = Literal["cosine", "dot"]
 
-Numbers = Int[Tensor, "batch pos"]  # of tokens: 1, 2, ... in each row, 0 at padding
-
-WEIGHTS: Mapping[str, Callable[[Numbers, Int[Tensor, "batch 1"]], Tensor]] = {
+WEIGHTS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": lambda number, length: (number > 0) / length,
-    "cls": lambda number, length: number == 1,
+    "cls": lambda number, _: number == 1,
     "last": lambda number, length: number == length,
     "mean_sqrt_len": lambda number, length: (number > 0) / length.sqrt(),
-    "weighted_mean": lambda number, length: number / number.sum(dim=1, keepdim=True),
+    "weighted_mean": lambda number, _: number / number.sum(dim=1, keepdim=True),
 }
-"""The weight of each token [batch, pos], of its number and the row's length."""
+"""The weight of each token [batch, pos]: of its number, 1, 2, ... in each row and 0 at padding, and
+of the row's length [batch, 1]."""
 
 POOLINGS = (*WEIGHTS, "max")
 
@@ -95,28 +94,29 @@ class SentenceEmbedding:
                 f"the output is {list(x.shape)}: no hidden states of {mask.shape[1]} tokens in "
                 f"{len(mask)} rows, so there is nothing to pool"
             )
-        length = mask.sum(dim=1, keepdim=True)
-        if self.longest is not None and int(length.max()) > self.longest:
+        longest = max(outputs.batch.written.lengths)
+        if self.longest is not None and longest > self.longest:
             raise InputError(
-                f"a text has {int(length.max())} tokens, and this model's own embedding reads the "
+                f"a text has {longest} tokens, and this model's own embedding reads the "
                 f"first {self.longest}: cut it, or name the pooling in the target"
             )
-        number = mask.long().cumsum(dim=1) * mask
+        real = widened(x.masked_fill(~mask[:, :, None], 0))
+        number = (mask.long().cumsum(dim=1) * mask).to(real.dtype)
         parts = []
         for name in self.pooling:
             if name == "max":
                 parts.append(x.masked_fill(~mask[:, :, None], -torch.inf).max(dim=1).values)
             else:
-                weights = WEIGHTS[name](number, length)
-                real = x.masked_fill(~mask[:, :, None], 0)
-                parts.append((weights[:, :, None] * widened(real)).sum(dim=1).to(x.dtype))
+                weights = WEIGHTS[name](number, number.amax(dim=1, keepdim=True))
+                parts.append((weights[:, :, None] * real).sum(dim=1).to(x.dtype))
         vectors = torch.cat(parts, dim=-1)
         return vectors / norms(vectors) if self.normalise else vectors
 
 
 def norms(vectors: Float[Tensor, "batch d"]) -> Float[Tensor, "batch 1"]:
     """The norm of each, a constant."""
-    return vectors.detach().norm(dim=-1, keepdim=True)
+    length: Tensor = vectors.detach().norm(dim=-1, keepdim=True)
+    return length
 
 
 def require_measure(measure: Measure) -> Measure:
@@ -238,7 +238,8 @@ class Similarity:
                     "themselves: give two texts in one batch, or other=, the vector of "
                     "lenslrp.embed"
                 )
-            return vectors.detach().unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+            pairs: Tensor = vectors.detach().unflatten(0, (-1, 2))
+            return pairs.flip(1).flatten(0, 1)
         if not isinstance(self.other, Tensor) or self.other.shape != vectors.shape[1:]:
             got = list(self.other.shape) if isinstance(self.other, Tensor) else self.other
             raise InputError(f"other must be a vector [{vectors.shape[1]}], not {got}")

@@ -40,7 +40,8 @@ from lenslrp.text.spelling import Speller
 
 __all__ = [
     "Activation", "Contrastive", "Custom", "Embedding", "Explained", "LogProb", "Logit",
-    "LogitDiff", "Outputs", "PerRow", "SentenceEmbedding", "Sequence", "Similarity", "Target", "Top",
+    "LogitDiff", "Outputs", "PerRow", "SentenceEmbedding", "Sequence", "Similarity", "Target",
+    "Top",
 ]  # fmt: skip
 
 
@@ -337,29 +338,6 @@ class Explained:
     def __str__(self) -> str:
         values = ", ".join(f"{v:.4g}" for v in self.value.tolist())
         return f"{self.text} = {values}"
-
-
-def require_readable(target: Target, architecture: str, *, head: bool) -> None:
-    """Refuse targets on logits for a model that has none, and on hidden states for one with a head.
-
-    Raises:
-        InputError: naming the targets that such a model has.
-    """
-    parts = parts_of(target)
-    if head and any(isinstance(part, Embedding | Similarity) for part in parts):
-        raise InputError(
-            f"{architecture} has a head: its output is logits, and a text's vector is made of "
-            "hidden states. Load the model without its head, with transformers.AutoModel"
-        )
-    if not head and not all(
-        isinstance(part, Activation | Custom | Embedding | Similarity) for part in parts
-    ):
-        raise InputError(
-            f"{architecture} has no head: its output is hidden states, not logits. Explain one of "
-            "its units with targets.Activation(hook, unit, position), a text's vector with "
-            "targets.Embedding and targets.Similarity, or a function of its output with "
-            "targets.Custom(fn)"
-        )
 
 
 def as_target(

@@ -1,10 +1,10 @@
 """BiLRP: why two texts are alike, as relevance of pairs of their tokens.
 
 A similarity is a product of two vectors, y = sum_m a_m b_m. Each component is explained in its own
-text, and the pairs are R_ij = sum_m R_i(a_m) R_j(b_m) (Eberle et al., "Building and Interpreting Deep
-Similarity Models", TPAMI 2020, Eq. 7; Vasileiou and Eberle, NAACL 2024, for transformers). Under
-rules that conserve each component, the sum over j is the relevance of token i for the similarity
-with the other text constant (`lenslrp.targets.Similarity`), and the sum over all pairs is y.
+text, and the pairs are R_ij = sum_m R_i(a_m) R_j(b_m) (Eberle et al., "Building and Interpreting
+Deep Similarity Models", TPAMI 2020). Under rules that conserve each component, the sum over j is
+the relevance of token i for the similarity with the other text constant
+(`lenslrp.targets.Similarity`), and the sum over all pairs is y.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from lenslrp.cache import RelevanceCache
+
 
 @dataclass(frozen=True, eq=False)
 class TokenPairs:
@@ -176,11 +177,13 @@ def bilrp(
         parts = [_by_component(explained, text, own, len(first[0]), batch_size) for text in (a, b)]
     scale = Similarity(measure=measure).scale(own, first, second)
     return TokenPairs(
-        parts[0].T @ parts[1] * scale,
-        *(R.str_tokens[0] for R in whole),
-        float(whole[0].target.value),
-        whole[0].target.text.replace("a vector", "the other text"),
-        *(R.words_[0] for R in whole),
+        matrix=parts[0].T @ parts[1] * scale,
+        a=whole[0].str_tokens[0],
+        b=whole[1].str_tokens[0],
+        value=float(whole[0].target.value),
+        target=f"{measure or own.measure} similarity ({own})",
+        words_a=whole[0].words_[0],
+        words_b=whole[1].words_[0],
     )
 
 

@@ -22,7 +22,7 @@ from lenslrp import media
 from lenslrp.batch import Batch
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
-from lenslrp.forward import columns_for, forward, outputs_of
+from lenslrp.forward import columns_for, forward, outputs_of, require_readable
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.install import require_bridge
 from lenslrp.hooks.readers import NamesFilter
@@ -37,10 +37,10 @@ from lenslrp.targets import (
     Logit,
     PerRow,
     Sequence,
+    Similarity,
     Top,
     as_target,
     parts_of,
-    require_readable,
 )
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ def resolve(
         inputs_embeds=inputs_embeds,
         decoder_input=decoder_input,
     )
-    require_readable(parsed, kind, head=media.head_of(model))
+    require_readable(model, parsed)
     leaves = Leaves()
     columns = columns_for(model, prepared, [parsed])
     with forward(model, prepared, leaves=leaves, capture_at=latent(parsed), columns=columns) as run:
@@ -334,8 +334,7 @@ def _grid(leaves: Leaves, pixels: Tensor, kind: str) -> tuple[int, int]:
 
 
 def _fixed(target: Target, outputs: Outputs) -> Target:
-    """The target with what it depends on as it is for the unchanged input: the top token, the other
-    text of a pair."""
+    """The target with the top logit's token, or the other text's vector, of the unchanged input."""
     if isinstance(target, PerRow):
         rows = enumerate(target.targets)
         return PerRow(tuple(_fixed(part, outputs.row(row)) for row, part in rows))

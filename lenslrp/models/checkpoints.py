@@ -218,8 +218,9 @@ def _own_class(name: str, config: Any) -> type[PreTrainedModel]:
 
 def _without_head(cls: type[PreTrainedModel], config: Any) -> type[PreTrainedModel]:
     """The bare model of a class that a checkpoint of sentence-transformers names."""
-    bare = transformers.MODEL_MAPPING.get(type(config), cls)
-    return bare[0] if isinstance(bare, tuple | list) else bare
+    bare: Any = transformers.MODEL_MAPPING.get(type(config), cls)
+    found: type[PreTrainedModel] = bare[0] if isinstance(bare, tuple | list) else bare
+    return found
 
 
 def _prepare_loading(architecture: str, config: Any, name: str, dtype: torch.dtype) -> None:

@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from lenslrp.errors import LoadError, first_line
-from lenslrp.sentences import SentenceEmbedding
+from lenslrp.sentences import Measure, SentenceEmbedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,10 +74,10 @@ def read_sentence_embedding(
         reasons.append(f"the prompt {prompt!r} is put before every text")
     if text.get("do_lower_case") and not _lowers(tokenizer):
         reasons.append("texts are put in lower case first")
-    measure = general.get("similarity_fn_name") or "cosine"
-    if measure not in ("cosine", "dot"):
-        reasons.append(f"vectors are compared by {measure!r}")
-        measure = "cosine"
+    compared = general.get("similarity_fn_name") or "cosine"
+    measure: Measure = "dot" if compared == "dot" else "cosine"
+    if compared != measure:
+        reasons.append(f"vectors are compared by {compared!r}")
     why = f"{name!r} does what is not explained: {'; '.join(reasons)}" if reasons else ""
     return SentenceEmbedding(
         pooling or "mean", normalise, measure, text.get("max_seq_length"), refused=why
