@@ -9,6 +9,7 @@ the same.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,15 @@ POOLING_NAMES = {
 }  # fmt: skip
 """sentence-transformers' names, in the order in which it puts several poolings after each other:
 what follows ``pooling_mode_`` in its settings, or what ``pooling_mode`` says."""
+
+
+def copy_sentence_model(files: list[Path], folder: Path) -> None:
+    """The files of such a checkpoint as they are; the first lies at its top."""
+    top = files[0].parent
+    for file in files:
+        place = folder / file.relative_to(top)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)
 
 
 def is_sentence_model(name: str, revision: str | None) -> bool:
@@ -101,7 +111,8 @@ def _kind(name: str, module: dict[str, Any]) -> str:
 
 def _lowers(tokenizer: PreTrainedTokenizerBase | None) -> bool:
     """Whether a tokenizer puts text in lower case itself."""
-    return tokenizer is not None and tokenizer("ÀB").input_ids == tokenizer("àb").input_ids
+    normaliser = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return normaliser is not None and normaliser.normalize_str("ÀB").islower()
 
 
 def _poolings(settings: dict[str, Any]) -> tuple[str, ...]:
