@@ -5,11 +5,14 @@ text, and the pairs are R_ij = sum_m R_i(a_m) R_j(b_m) (Eberle et al., "Building
 Deep Similarity Models", TPAMI 2020). Under rules that conserve each component, the sum over j is
 the relevance of token i for the similarity with the other text constant
 (`lenslrp.targets.Similarity`), and the sum over all pairs is y.
+
+Relevance is linear in what is explained, so R_ij is what token i gets when sum_m R_j(b_m) a_m is: a
+backward pass for each component of one text's vector, and one for each of its tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -128,9 +131,9 @@ def bilrp(
 ) -> TokenPairs:
     """Relevance of pairs of tokens for the similarity of two texts.
 
-    Takes a backward pass for each component of each vector, ``batch_size`` of them at once. To
-    learn the relevance of tokens alone, one backward pass is enough: explain
-    `lenslrp.targets.Similarity`.
+    Takes a backward pass for each component of the second text's vector, and one for each of its
+    tokens, ``batch_size`` of them at once. To learn the relevance of tokens alone, one backward
+    pass is enough: explain `lenslrp.targets.Similarity`.
 
     Args:
         model: a ``TransformerBridge`` of a model without a head.
@@ -170,35 +173,31 @@ def bilrp(
         def explained(text: Any, target: Any) -> RelevanceCache:
             return session.run_with_relevance(text, target, [], prepend_bos=prepend_bos)[1]
 
-        whole = [
-            explained(text, Similarity(other[0], own, measure))
-            for text, other in ((a, second), (b, first))
-        ]
-        parts = [_by_component(explained, text, own, len(first[0]), batch_size) for text in (a, b)]
-    scale = Similarity(measure=measure).scale(own, first, second)
+        def by_target(text: Any, targets: Sequence[Any]) -> Float[Tensor, "target pos"]:
+            parts = []
+            for at in range(0, len(targets), batch_size):
+                some = list(targets[at : at + batch_size])
+                R = explained(_copies(text, len(some)), some)
+                parts.append(R.tokens if R.positions is None else R.tokens + R.positions)
+            return torch.cat(parts)
+
+        of_a = explained(a, Similarity(second[0], own, measure))
+        of_b = explained(b, Similarity(first[0], own, measure))
+        components = by_target(b, [Embedding(m, own) for m in range(second.shape[1])])
+        weights = components.T * Similarity(measure=measure).scale(own, first, second)
+        matrix = by_target(a, [Similarity(weight, own, "dot") for weight in weights]).T
     return TokenPairs(
-        matrix=parts[0].T @ parts[1] * scale,
-        a=whole[0].str_tokens[0],
-        b=whole[1].str_tokens[0],
-        value=float(whole[0].target.value),
+        matrix=matrix,
+        a=of_a.str_tokens[0],
+        b=of_b.str_tokens[0],
+        value=float(of_a.target.value),
         target=f"{measure or own.measure} similarity ({own})",
-        words_a=whole[0].words_[0],
-        words_b=whole[1].words_[0],
+        words_a=of_a.words_[0],
+        words_b=of_b.words_[0],
     )
 
 
-def _by_component(
-    explained: Callable[[Any, Any], RelevanceCache],
-    text: Any,
-    embedding: SentenceEmbedding,
-    size: int,
-    batch_size: int,
-) -> Float[Tensor, "size pos"]:
-    """Relevance of a text's tokens for each component of its vector."""
-    parts = []
-    for some in torch.arange(size).split(batch_size):
-        targets = [Embedding(component, embedding) for component in some.tolist()]
-        given = text.expand(len(some), -1) if isinstance(text, Tensor) else [text] * len(some)
-        R = explained(given, targets)
-        parts.append(R.tokens if R.positions is None else R.tokens + R.positions)
-    return torch.cat(parts)
+def _copies(text: Any, number: int) -> Any:
+    if isinstance(text, Tensor):
+        return text.expand(number, *text.shape[1:])
+    return [text] * number

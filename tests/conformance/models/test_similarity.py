@@ -236,6 +236,9 @@ def test_images_are_compared_as_well() -> None:
         cosine = torch.nn.functional.cosine_similarity(vectors[0], vectors[1], dim=0)
         torch.testing.assert_close(R.target.value, cosine.expand(2))
         assert abs(R.ledger().error) < 1e-9
+        pairs = bilrp(bridge, pixels[:1], pixels[1:], pooling)
+        assert pairs.matrix.shape == (5, 5) and pairs.a[1:3] == ["0,0", "0,1"]
+        assert pairs.value == pytest.approx(float(cosine))
 
 
 def test_baselines_take_it() -> None:
