@@ -39,6 +39,37 @@ of the row's length [batch, 1]."""
 POOLINGS = (*WEIGHTS, "max")
 
 
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "Identity": lambda x: x,
+    "Tanh": torch.tanh,
+}
+"""Of a dense layer, by the name of torch's module; each is 0 at 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class DenseLayer:
+    """A linear layer behind the pooling, and its activation, under the epsilon and identity rules.
+
+    What its bias keeps is ``nonlinear_target`` in the ledger: it belongs to the target.
+
+    Args:
+        weight: [out, in].
+        bias: [out], if there is one.
+        activation: a name in `ACTIVATIONS`.
+    """
+
+    weight: Float[Tensor, "out in"]
+    bias: Float[Tensor, " out"] | None = None
+    activation: str = "Identity"
+
+    def __call__(self, x: Float[Tensor, "batch in"]) -> Float[Tensor, "batch out"]:
+        bias = None if self.bias is None else self.bias.to(x)
+        z = torch.nn.functional.linear(x, self.weight.to(x), bias)
+        constant = z.detach()
+        ratio = ACTIVATIONS[self.activation](constant) / torch.where(constant == 0, 1, constant)
+        return z * torch.where(constant == 0, 1, ratio)
+
+
 @dataclass(frozen=True)
 class SentenceEmbedding:
     """How the hidden states of a text become its vector; sentence-transformers' modules by name.
@@ -48,7 +79,8 @@ class SentenceEmbedding:
             them), ``"last"``, ``"max"``, ``"mean_sqrt_len"`` (the sum divided by the root of their
             number) and ``"weighted_mean"`` (by position, counted from 1); or several, whose vectors
             are put after each other.
-        normalise: divide the vector by its norm.
+        dense: layers that the vector passes through.
+        normalise: divide the vector by its norm, at last.
         measure: how two vectors are compared.
         longest: how many tokens of a text are read, ``None`` for all.
         refused: what a checkpoint does besides, that is not explained.
@@ -60,6 +92,7 @@ class SentenceEmbedding:
     pooling: str | tuple[str, ...]
     normalise: bool = False
     measure: Measure = "cosine"
+    dense: tuple[DenseLayer, ...] = ()
     longest: int | None = None
     refused: str = ""
 
@@ -74,7 +107,8 @@ class SentenceEmbedding:
         require_measure(self.measure)
 
     def __str__(self) -> str:
-        return f"{' and '.join(self.pooling)} pooling"
+        layers = ", a dense layer" * len(self.dense)
+        return f"{' and '.join(self.pooling)} pooling{layers}"
 
     def vectors(self, outputs: Outputs) -> Float[Tensor, "batch d"]:
         """The vector of each row, on the graph.
@@ -110,6 +144,8 @@ class SentenceEmbedding:
                 weights = WEIGHTS[name](number, number.amax(dim=1, keepdim=True))
                 parts.append((weights[:, :, None] * real).sum(dim=1).to(x.dtype))
         vectors = torch.cat(parts, dim=-1)
+        for layer in self.dense:
+            vectors = layer(vectors)
         return vectors / norms(vectors) if self.normalise else vectors
 
 

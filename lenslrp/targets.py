@@ -32,6 +32,7 @@ from lenslrp.latent import Activation as Activation
 from lenslrp.logits import Outputs as Outputs
 from lenslrp.logits import Target as Target
 from lenslrp.logits import columns_read, shown
+from lenslrp.sentences import DenseLayer as DenseLayer
 from lenslrp.sentences import Embedding as Embedding
 from lenslrp.sentences import SentenceEmbedding as SentenceEmbedding
 from lenslrp.sentences import Similarity as Similarity
@@ -39,9 +40,9 @@ from lenslrp.text.names import Token, token_ids
 from lenslrp.text.spelling import Speller
 
 __all__ = [
-    "Activation", "Contrastive", "Custom", "Embedding", "Explained", "LogProb", "Logit",
-    "LogitDiff", "Outputs", "PerRow", "SentenceEmbedding", "Sequence", "Similarity", "Target",
-    "Top",
+    "Activation", "Contrastive", "Custom", "DenseLayer", "Embedding", "Explained", "LogProb",
+    "Logit", "LogitDiff", "Outputs", "PerRow", "SentenceEmbedding", "Sequence", "Similarity",
+    "Target", "Top",
 ]  # fmt: skip
 
 

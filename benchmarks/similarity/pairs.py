@@ -1,13 +1,13 @@
 """Which pairs of words make two sentences alike, and is it they that do?
 
     python -m benchmarks.similarity.pairs measure   # benchmarks/results/similarity.json; resumable
-    python -m benchmarks.similarity.pairs write     # the tables of docs/reference/results/similarity.md
+    python -m benchmarks.similarity.pairs write     # tables of docs/reference/results/similarity.md
 
 Twenty pairs of sentences, chosen before any of them was explained (`sentences.json`), and
-all-MiniLM-L6-v2. BiLRP gives each pair of words its relevance for the cosine. The intervention takes
-a word out of each sentence (deletes its tokens, or masks them) and asks how far the cosine falls:
-for the pair of words with the largest relevance, and for every other pair. Special tokens and
-punctuation are no words.
+all-MiniLM-L6-v2. BiLRP gives each pair of words its relevance for the cosine. The intervention
+takes a word out of each sentence (deletes its tokens, or masks them) and asks how far the cosine
+falls: for the pair of words with the largest relevance, and for every other pair. Special tokens
+and punctuation are no words.
 """
 
 from __future__ import annotations

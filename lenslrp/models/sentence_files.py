@@ -13,10 +13,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers.utils.hub import cached_file
 
 from lenslrp.errors import LoadError, first_line
-from lenslrp.sentences import Measure, SentenceEmbedding
+from lenslrp.sentences import ACTIVATIONS, DenseLayer, Measure, SentenceEmbedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +67,8 @@ def read_sentence_embedding(
     text = _settings(name, revision, "sentence_bert_config.json") or {}
     general = _settings(name, revision, "config_sentence_transformers.json") or {}
     pooling: tuple[str, ...] = ()
-    normalise, reasons = False, []
+    normalise, reasons = False, list[str]()
+    dense = list[DenseLayer]()
     for place, module in enumerate(modules):
         kind = _kind(name, module)
         if kind == "Pooling" and place == 1:
@@ -73,6 +76,10 @@ def read_sentence_embedding(
             pooling = _poolings(_settings(name, revision, file) or {})
             if not pooling:
                 reasons.append(f"{file} names no pooling that is explained")
+        elif kind == "Dense" and pooling and not normalise:
+            layer = _dense(name, revision, str(module.get("path")))
+            reasons += [layer] if isinstance(layer, str) else []
+            dense += [layer] if isinstance(layer, DenseLayer) else []
         elif kind == "Normalize" and pooling:
             normalise = True
         elif (kind, place) != ("Transformer", 0):
@@ -90,7 +97,7 @@ def read_sentence_embedding(
         reasons.append(f"vectors are compared by {compared!r}")
     why = f"{name!r} does what is not explained: {'; '.join(reasons)}" if reasons else ""
     return SentenceEmbedding(
-        pooling or "mean", normalise, measure, text.get("max_seq_length"), refused=why
+        pooling or "mean", normalise, measure, tuple(dense), text.get("max_seq_length"), why
     )
 
 
@@ -129,21 +136,46 @@ def _poolings(settings: dict[str, Any]) -> tuple[str, ...]:
     return tuple(POOLING_NAMES[each] for each in modes)
 
 
+def _dense(name: str, revision: str | None, folder: str) -> DenseLayer | str:
+    """A module Dense, or why it is not explained."""
+    settings = _settings(name, revision, f"{folder}/config.json") or {}
+    activation = str(settings.get("activation_function", "Tanh")).rpartition(".")[2]
+    if activation not in ACTIVATIONS:
+        return f"its module Dense has the activation {activation}"
+    ends = {settings.get(f"module_{end}_name") for end in ("input", "output")}
+    if settings.get("use_residual") or ends - {None, "sentence_embedding"}:
+        return "its module Dense is more than a layer behind the pooling"
+    path = _path(name, revision, f"{folder}/model.safetensors")
+    if path is None:
+        return f"{folder} has no model.safetensors: weights are read from safetensors only"
+    try:
+        weights = load_file(path)
+        return DenseLayer(weights["linear.weight"], weights.get("linear.bias"), activation)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise LoadError(f"the weights of {name}/{folder} cannot be read: {error!r}") from error
+
+
 def _settings(name: str, revision: str | None, file: str) -> Any:
     """What a JSON file of a checkpoint holds, ``None`` where it has none.
 
     Raises:
         LoadError: it is no JSON.
     """
+    path = _path(name, revision, file)
+    if path is None:
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{file} of {name!r} cannot be read: {first_line(error)}") from error
+
+
+def _path(name: str, revision: str | None, file: str) -> Path | None:
+    """A file of a checkpoint, ``None`` where it has none."""
     path = cached_file(
         name, file, revision=revision or "main",
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
     )  # fmt: skip
-    if path is None:
-        return None
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{file} of {name!r} cannot be read: {first_line(error)}") from error
+    return None if path is None else Path(path)

@@ -16,7 +16,7 @@ from torch import Tensor
 import lenslrp
 from lenslrp.analysis import attribute, bilrp
 from lenslrp.sentences import POOLINGS
-from lenslrp.targets import Custom, Embedding, Logit, SentenceEmbedding, Similarity
+from lenslrp.targets import Custom, DenseLayer, Embedding, Logit, SentenceEmbedding, Similarity
 from tests.conformance import zoo_configs
 from tests.conformance.models.test_heads import made, rows
 from tests.oracles.explicit_bert import BertWeights, run
@@ -125,6 +125,31 @@ def test_every_pooling(pooling: str) -> None:
     _, R = lenslrp.run_with_relevance(bridge, tokens, Embedding(20, both), attention_mask=mask)
     torch.testing.assert_close(R.target.value, joint[:, 20])
     assert abs(R.ledger().error) < 1e-9 and abs(R.ledger().nonlinear_target) < 1e-9
+
+
+@pytest.mark.parametrize("activation", ["Identity", "Tanh"])
+def test_a_dense_layer(activation: str) -> None:
+    """By the epsilon and the identity rule; what the bias keeps is the target's own."""
+    tokens, _ = rows(bare("BertModel").config)
+    bridge = lenslrp.load(bare("BertModel", biases=False))
+    torch.manual_seed(3)
+    weight, bias = torch.randn(5, 16).double(), torch.randn(5).double()
+    mean = lenslrp.embed(bridge, tokens, "mean")
+    z = mean @ weight.T + bias
+    y = z.tanh() if activation == "Tanh" else z
+    for kept in (bias, None):
+        embedding = SentenceEmbedding("mean", dense=(DenseLayer(weight, kept, activation),))
+        _, R = lenslrp.run_with_relevance(bridge, tokens, Embedding(2, embedding), lenslrp.CPLRP())
+        assert R.positions is not None
+        total = (R.tokens + R.positions).sum(dim=1)
+        assert abs(R.ledger().error) < 1e-9
+        if kept is None:
+            torch.testing.assert_close(total, R.target.value)
+        else:
+            torch.testing.assert_close(R.target.value, y[:, 2])
+            share = bias[2] / z[:, 2] * y[:, 2]
+            torch.testing.assert_close(total, y[:, 2] - share)
+            assert R.ledger().nonlinear_target == pytest.approx(float(share.sum()))
 
 
 def test_padding_on_the_left() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer
 
 import lenslrp
@@ -49,6 +50,8 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
             "sentence_bert_config.json": changed.get("text", {"max_seq_length": 8}),
             "config_sentence_transformers.json": changed.get("general", {"prompts": {}}),
         }
+        if "dense" in changed:
+            files["2_Dense/config.json"] = changed["dense"]
         for name, content in files.items():
             path = tmp_path / name
             path.parent.mkdir(exist_ok=True)
@@ -96,6 +99,27 @@ def test_a_checkpoint_s_own_embedding(checkpoint: Checkpoint) -> None:
     assert lenslrp.embed(bridge, "a cat sat sat sat sat sat", "cls").shape == (1, 16)
 
 
+@pytest.mark.parametrize("activation", ["Tanh", "Identity"])
+def test_a_dense_layer_behind_the_pooling(checkpoint: Checkpoint, activation: str) -> None:
+    kinds = ["Transformer", "Pooling", "Dense", "Normalize"]
+    folder = checkpoint(kinds=kinds, dense={"activation_function": f"torch.nn.{activation}"})
+    weight, bias = torch.randn(5, 16), torch.randn(5)
+    file = folder / "2_Dense" / "model.safetensors"
+    save_file({"linear.weight": weight, "linear.bias": bias}, file)
+    bridge = lenslrp.load(folder, device="cpu")
+    mean = lenslrp.embed(bridge, TEXTS, "mean")
+    vectors = mean @ weight.T + bias
+    vectors = vectors.tanh() if activation == "Tanh" else vectors
+    vectors /= vectors.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(lenslrp.embed(bridge, TEXTS), vectors)
+    _, R = lenslrp.run_with_relevance(bridge, TEXTS, Similarity())
+    torch.testing.assert_close(R.target.value, (vectors[0] @ vectors[1]).expand(2))
+    assert R.target.text == "cosine similarity to the other text (mean pooling, a dense layer)"
+    file.write_bytes(b"damaged")
+    with pytest.raises(lenslrp.LoadError, match="weights of .*2_Dense cannot be read"):
+        lenslrp.load(folder, device="cpu")
+
+
 def test_the_bare_model_is_loaded(checkpoint: Checkpoint) -> None:
     """all-mpnet-base-v2 and others name a class with a head, whose weights they do not have."""
     folder = checkpoint(head=True)
@@ -117,7 +141,19 @@ def test_a_model_that_keeps_its_head(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"kinds": ["Transformer", "Pooling", "Dense"]}, "it has a module Dense"),
+        ({"kinds": ["Transformer", "Pooling", "Normalize", "Dense"]}, "it has a module Dense"),
+        ({"kinds": ["Transformer", "Pooling", "Dense"]}, "2_Dense has no model.safetensors"),
+        (
+            {
+                "kinds": ["Transformer", "Pooling", "Dense"],
+                "dense": {"activation_function": "torch.nn.modules.activation.GELU"},
+            },
+            "its module Dense has the activation GELU",
+        ),
+        (
+            {"kinds": ["Transformer", "Pooling", "Dense"], "dense": {"use_residual": True}},
+            "its module Dense is more than a layer",
+        ),
         ({"kinds": ["Transformer", "WeightedLayerPooling", "Pooling"]}, "WeightedLayerPooling"),
         ({"kinds": ["Transformer"]}, "it has no module Pooling"),
         ({"pooling": {"pooling_mode_new": True}}, "names no pooling that is explained"),
