@@ -4,10 +4,10 @@
     python -m benchmarks.similarity.pairs write     # tables of docs/reference/results/similarity.md
 
 Twenty pairs of sentences, chosen before any of them was explained (`sentences.json`), and
-all-MiniLM-L6-v2. BiLRP gives each pair of words its relevance for the cosine. The intervention
-takes a word out of each sentence (deletes its tokens, or masks them) and asks how far the cosine
-falls: for the pair of words with the largest relevance, and for every other pair. Special tokens
-and punctuation are no words.
+all-MiniLM-L6-v2. BiLRP gives each pair of words its relevance for the cosine, and one backward pass
+each word its relevance with the other sentence constant. The interventions delete a word's tokens,
+or mask them: in both sentences (a pair of words), or in one of them. Special tokens and punctuation
+are no words.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from transformers import AutoModel
 import lenslrp
 from benchmarks import RESULTS, ROOT
 from lenslrp.analysis import TokenPairs, bilrp
-from lenslrp.analysis.common.statistics import bootstrap
+from lenslrp.analysis.common.statistics import interval, spearman
 from lenslrp.models.embedded import ensure_cached
+from lenslrp.targets import Similarity
 from lenslrp.text.words import Word
 
 MODEL = "all-minilm-l6-v2"
@@ -65,57 +66,48 @@ def reference(texts: Sequence[str]) -> Tensor:
 
 
 def without(model: Any, text: str, words: Sequence[Word], way: str) -> Tensor:
-    """[word, d]: the vector of a text without each of some words."""
-    tokenizer = model.tokenizer
-    ids = torch.tensor(tokenizer(text).input_ids)
-    vectors = []
+    """[1 + word, d]: the vector of a text as it is, and without each of some words."""
+    ids = torch.tensor(model.tokenizer(text).input_ids)
+    vectors = [lenslrp.embed(model, ids[None])[0]]
     for word in words:
         if way == "masked":
             changed = ids.clone()
-            changed[word.positions] = tokenizer.mask_token_id
+            changed[word.positions] = model.tokenizer.mask_token_id
         else:
             changed = ids[[i for i in range(len(ids)) if i not in word.positions]]
         vectors.append(lenslrp.embed(model, changed[None])[0])
     return torch.stack(vectors)
 
 
-def falls(model: Any, pairs: TokenPairs, texts: Sequence[str], way: str) -> Tensor:
-    """[a, b]: how far the cosine falls without a word of each sentence, for all pairs of words."""
-    sides = zip(texts, (pairs.words_a, pairs.words_b), strict=True)
-    a, b = (without(model, text, [w for w in words if is_word(w)], way) for text, words in sides)
-    return pairs.value - a @ b.T
+def kept(tokens: TokenPairs) -> tuple[list[Word], list[Word]]:
+    a, b = ([word for word in side if is_word(word)] for side in (tokens.words_a, tokens.words_b))
+    return a, b
 
 
-def ranked(matrix: Tensor, fall: Tensor) -> dict[str, Any]:
-    """Of the most relevant pair: its fall, the mean of the others', the share that it exceeds."""
-    best = int(matrix.argmax())
-    others = fall.flatten()[torch.arange(fall.numel()) != best]
-    top = float(fall.flatten()[best])
-    below = (others < top).double() + (others == top) / 2
-    return {
-        "top": top,
-        "mean": float(others.mean()),
-        "share": float(below.mean()),
-        "correlation": float(np.corrcoef(matrix.flatten(), fall.flatten())[0, 1]),
-    }
+def cosines(model: Any, tokens: TokenPairs, texts: Sequence[str], way: str) -> list[list[float]]:
+    """[1 + a, 1 + b]: the cosine of the sentences, the first of each as they are."""
+    sides = zip(texts, kept(tokens), strict=True)
+    a, b = (without(model, text, words, way) for text, words in sides)
+    found: list[list[float]] = (a @ b.T).tolist()
+    return found
 
 
-def measured(model: Any, texts: Sequence[str], composite: lenslrp.Composite) -> dict[str, Any]:
-    """What rules say of two sentences, and what the interventions say of that."""
+def measured(
+    model: Any, texts: Sequence[str], composite: lenslrp.Composite
+) -> tuple[TokenPairs, dict[str, Any]]:
+    """What rules say of two sentences: relevance of pairs of words, and of words."""
     tokens = bilrp(model, *texts, composite=composite, batch_size=96)
-    kept = [[i for i, word in enumerate(words) if is_word(word)]
-            for words in (tokens.words_a, tokens.words_b)]  # fmt: skip
-    words = tokens.words()
-    matrix = words.matrix[kept[0]][:, kept[1]]
-    a, b = ([side[i].strip() for i in some]
-            for side, some in zip((words.a, words.b), kept, strict=True))  # fmt: skip
-    places = [divmod(i, len(b)) for i in matrix.flatten().argsort(descending=True).tolist()]
-    return {
+    _, R = lenslrp.run_with_relevance(model, list(texts), Similarity(), composite, [])
+    assert R.positions is not None
+    a, b = kept(tokens)
+    single = [[float((R.tokens + R.positions)[row, word.positions].sum()) for word in words]
+              for row, words in enumerate((a, b))]  # fmt: skip
+    matrix = [[float(tokens.matrix[i.positions][:, j.positions].sum()) for j in b] for i in a]
+    return tokens, {
         "value": tokens.value,
         "sum": float(tokens.matrix.sum()),
-        "words": float(matrix.sum()),
-        "largest": [(a[i], b[j], float(matrix[i, j])) for i, j in places[:3]],
-        **{way: ranked(matrix, falls(model, tokens, texts, way)) for way in WAYS},
+        "matrix": matrix,
+        "single": single,
     }
 
 
@@ -127,13 +119,54 @@ def measure(names: Sequence[str]) -> None:
     if not rows:
         for kind, *texts in sentences():
             a, b = reference(texts)
-            rows.append({"kind": kind, "a": texts[0], "b": texts[1], "cosine": float(a @ b)})
+            rows.append({"kind": kind, "texts": texts, "cosine": float(a @ b)})
     for name in names:
-        for row in rows:
-            if name not in row:
-                row[name] = measured(model, (row["a"], row["b"]), COMPOSITES[name])
-                KEPT.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-                print(name, row["kind"], f"{row['cosine']:.3f}", row[name]["largest"], flush=True)
+        for row in (row for row in rows if name not in row):
+            tokens, row[name] = measured(model, row["texts"], COMPOSITES[name])
+            row["words"] = [[word.text.strip() for word in side] for side in kept(tokens)]
+            for way in WAYS:
+                if way not in row:
+                    row[way] = cosines(model, tokens, row["texts"], way)
+            KEPT.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+            print(name, row["kind"], f"{row['cosine']:.3f}", largest(row, name)[:3], flush=True)
+
+
+def largest(row: dict[str, Any], name: str) -> list[tuple[str, str, float]]:
+    """Pairs of words, the most relevant first."""
+    a, b = row["words"]
+    pairs = [(x, y, value) for x, values in zip(a, row[name]["matrix"], strict=True)
+             for y, value in zip(b, values, strict=True)]  # fmt: skip
+    return sorted(pairs, key=lambda pair: -pair[2])
+
+
+def effects(row: dict[str, Any], way: str) -> dict[str, np.ndarray]:
+    """What the interventions do to the cosine.
+
+    ``both``: how far it falls without a word of each sentence, [a, b]. ``interaction``: how much
+    less that is than without the one and without the other together, [a, b]; 0 for words that
+    have nothing to do with each other. ``one``: how far it falls without one word, [a + b].
+    """
+    table = np.array(row[way])
+    a, b = table[0, 0] - table[1:, 0], table[0, 0] - table[0, 1:]
+    both = table[0, 0] - table[1:, 1:]
+    interaction = a[:, None] + b[None] - both
+    return {"both": both, "interaction": interaction, "one": np.concatenate([a, b])}
+
+
+def compared(row: dict[str, Any], name: str, way: str, effect: str) -> dict[str, float]:
+    """The effect at what is most relevant, beside the mean of the others."""
+    relevance = np.array(row[name]["matrix"]).ravel()
+    if effect == "one":
+        relevance = np.concatenate(row[name]["single"])
+    found = effects(row, way)[effect].ravel()
+    best = int(relevance.argmax())
+    others = np.delete(found, best)
+    return {
+        "top": float(found[best]),
+        "mean": float(others.mean()),
+        "share": float((others < found[best]).mean() + (others == found[best]).mean() / 2),
+        "correlation": spearman(relevance, found),
+    }
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -142,64 +175,62 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def pair_table(rows: Sequence[dict[str, Any]]) -> str:
-    return markdown(
-        ["", "sentences", "cosine", "pairs of words, with AttnLRP's relevance",
-         "falls without the first", "others", "exceeds"],
-        [
-            [
-                row["kind"],
-                f"{row['a']}<br>{row['b']}",
-                f"{row['cosine']:.2f}",
-                ", ".join(f"{a} - {b} {value:+.2f}" for a, b, value in row["AttnLRP"]["largest"]),
-                f"{row['AttnLRP']['deleted']['top']:+.2f}",
-                f"{row['AttnLRP']['deleted']['mean']:+.2f}",
-                f"{row['AttnLRP']['deleted']['share']:.0%}",
-            ]
-            for row in rows
-        ],
-    )  # fmt: skip
+    lines = []
+    for row in rows:
+        both, one = (
+            compared(row, "AttnLRP", "deleted", effect) for effect in ("interaction", "one")
+        )
+        pairs = [f"{a} - {b} {value:+.2f}" for a, b, value in largest(row, "AttnLRP")[:3]]
+        lines.append(
+            [row["kind"], "<br>".join(row["texts"]), f"{row['cosine']:.2f}", "<br>".join(pairs),
+             *(f"{each['top']:+.2f} ({each['mean']:+.2f})" for each in (both, one))]
+        )  # fmt: skip
+    columns = ["", "sentences", "cosine", "pairs of words", "interaction", "without the word"]
+    return markdown(columns, lines)
 
 
-def check_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Over all pairs of sentences, by composite and intervention."""
+def check_table(rows: Sequence[dict[str, Any]], effect: str) -> str:
+    """Over all pairs of sentences, by rules and intervention."""
     lines = []
     for name in COMPOSITES:
         for way in WAYS:
-            found = [row[name][way] for row in rows if name in row]
+            found = [compared(row, name, way, effect) for row in rows]
             more = sum(each["top"] > each["mean"] for each in found)
-            first = sum(each["share"] == 1 for each in found)
-            cells = []
-            for values in (
+            most = sum(each["share"] == 1 for each in found)
+            values = (
                 [each["top"] - each["mean"] for each in found],
                 [each["share"] for each in found],
                 [each["correlation"] for each in found],
-            ):
-                mean, low, high = bootstrap(np.array(values), 0)
-                cells.append(f"{mean:.2f} ({low:.2f} to {high:.2f})")
-            lines.append([name, way, f"{more} of {len(rows)}", f"{first} of {len(rows)}", *cells])
+            )
+            cells = [interval(np.array(each), 0) for each in values]
+            lines.append([name, way, f"{more} of {len(rows)}", f"{most} of {len(rows)}", *cells])
     return markdown(
-        ["rules", "words", "falls more than at a random pair", "most of all pairs",
-         "how much more", "share of pairs exceeded", "correlation with relevance"], lines,
+        ["rules", "words are", "more than the mean of the others", "the most of all",
+         "how much more", "share of the others below it", "rank correlation"], lines,
     )  # fmt: skip
 
 
 def sum_table(rows: Sequence[dict[str, Any]]) -> str:
-    """How much of the cosine is at pairs of tokens, and how much of that at pairs of words."""
+    """How much of the cosine is at pairs of tokens, and at pairs of words; quartiles."""
+    alike = [row for row in rows if row["cosine"] > 0.1]
     lines = []
     for name in COMPOSITES:
+        sums = ([row[name]["sum"] for row in alike],
+                [np.sum(row[name]["matrix"]) for row in alike])  # fmt: skip
         cells = []
-        for key in ("sum", "words"):
-            low, middle, high = np.percentile([row[name][key] / row["cosine"] for row in rows
-                                               if row["cosine"] > 0.1], [25, 50, 75])  # fmt: skip
+        for each in sums:
+            shares = np.array(each) / [row["cosine"] for row in alike]
+            low, middle, high = np.percentile(shares, [25, 50, 75])
             cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
         lines.append([name, *cells])
-    return markdown(["rules", "all pairs of tokens", "of them, pairs of words"], lines)
+    return markdown(["rules", "all pairs of tokens", "pairs of words"], lines)
 
 
 def write() -> None:
     rows = json.loads(KEPT.read_text(encoding="utf-8"))
     page = PAGE.read_text(encoding="utf-8")
-    tables = {"pairs": pair_table(rows), "check": check_table(rows), "sums": sum_table(rows)}
+    tables = {"pairs": pair_table(rows), "sums": sum_table(rows)}
+    tables |= {effect: check_table(rows, effect) for effect in ("both", "interaction", "one")}
     for name, table in tables.items():
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
         before, rest = page.split(begin, 1)
