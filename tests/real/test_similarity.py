@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2: the similarity is that of transformers, and the words that make it are named."""
+"""all-MiniLM-L6-v2: similarities are those of transformers, the words that make them are named."""
 
 from __future__ import annotations
 
