@@ -42,7 +42,8 @@ from lenslrp.logits import (
     unembed_at,
 )
 from lenslrp.running import UNCAPPED, architecture, capture, frozen, read_at, run_model, undone
-from lenslrp.targets import Sequence, as_target, parts_of
+from lenslrp.sentences import Embedding, Similarity
+from lenslrp.targets import Custom, Sequence, as_target, parts_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -111,7 +112,8 @@ def outputs_of(
 ) -> Outputs:
     """What targets are computed from."""
     labels = media.labels_of(model)
-    return Outputs(logits, batch, model.tokenizer, activation, labels, columns)
+    own = getattr(model, "sentence_embedding", None)
+    return Outputs(logits, batch, model.tokenizer, activation, labels, columns, own)
 
 
 def columns_for(
@@ -155,6 +157,29 @@ def targets_for(
     if spans and len(parsed) > 1:
         raise InputError("a Sequence target extends the prompt: explain it in a run of its own")
     return parsed, spans[0] if spans else []
+
+
+def require_readable(model: TransformerBridge, target: Target) -> None:
+    """Refuse targets on logits for a model without a head, and on hidden states for one with it.
+
+    Raises:
+        InputError: naming the targets that such a model has.
+    """
+    parts, kind = parts_of(target), architecture(model)
+    of_text = (Embedding, Similarity)
+    if media.head_of(model):
+        if any(isinstance(part, of_text) for part in parts):
+            raise InputError(
+                f"{kind} has a head: its output is logits, and a text's vector is made of hidden "
+                "states. Load the model without its head, with transformers.AutoModel"
+            )
+    elif not all(isinstance(part, (Activation, Custom, *of_text)) for part in parts):
+        raise InputError(
+            f"{kind} has no head: its output is hidden states, not logits. Explain one of its "
+            "units with targets.Activation(hook, unit, position), a text's vector with "
+            "targets.Embedding and targets.Similarity, or a function of its output with "
+            "targets.Custom(fn)"
+        )
 
 
 def _none(hook: str) -> Tensor:
