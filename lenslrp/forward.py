@@ -124,10 +124,18 @@ def columns_for(
     Raises:
         InputError: a position outside a row.
     """
+    if _head_of_columns(model) is None:
+        return None
+    return columns_of(targets, outputs_of(model, batch, torch.empty(0, 0, 0), _none))
+
+
+def _head_of_columns(model: TransformerBridge) -> nn.Module | None:
+    """What can unembed chosen columns alone; ``None`` where a hook, or a classifier's pooling of
+    the logits, sees them all."""
     unembed = head_component(model)
     if unembed is None or is_hooked(model, unembed) or media.labels_of(model) is not None:
         return None
-    return columns_of(targets, outputs_of(model, batch, torch.empty(0, 0, 0), _none))
+    return unembed
 
 
 def targets_for(
@@ -244,8 +252,8 @@ def forward(
             read_at(at, points, stop_after, _stop)
         if at_nodes is not None:
             at_nodes(at, run)
-        unembed = head_component(model)
-        if columns is not None and unembed is not None and not is_hooked(model, unembed):
+        unembed = _head_of_columns(model)
+        if columns is not None and unembed is not None:
             picked = unembed_at(at, unembed, columns, batch.written.tokens.shape[1])
         with suppress(_Stop):
             run.logits = run_model(model, batch, leaves, inputs)
