@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lenslrp.models.encoders import encoders
+from lenslrp.models.images import image_models
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
@@ -50,7 +51,8 @@ def offered() -> Mapping[str, type[ArchitectureAdapter]]:
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
     native = dict(SUPPORTED_ARCHITECTURES)
-    added = {name: made for name, made in encoders(native).items() if name not in native}
+    own = {**encoders(native), **image_models(native)}
+    added = {name: made for name, made in own.items() if name not in native}
     adapters = {**native, **added}
     known = set(dir(transformers))  # looking a class up would import its family
     for kind, language_model in families(adapters):
