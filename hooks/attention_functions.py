@@ -60,6 +60,29 @@ class Scores(torch.autograd.Function):
         return (down if ctx.share == 1 else down * ctx.share), None, None, None
 
 
+class LearnedQueries(torch.autograd.Function):
+    """At queries @ keys where the queries are a weight: linear in the keys, which get all of it.
+
+    Undoes the share that :class:`Scores` has given to the keys, and what it has reported of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, share: float, site: Site) -> Tensor:
+        set_site(ctx, site)
+        ctx.share = share
+        if site.accounts is not None:
+            ctx.save_for_backward(scores)
+        return same(scores, site.copies)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        whole = g / ctx.share
+        if ctx.site.accounts is not None:
+            left = 1 - 2 * ctx.share
+            ctx.site.report("plain", -left * row_sums(ctx.saved_tensors[0], whole))
+        return whole, None, None
+
+
 class Pattern(torch.autograd.Function):
     """At the attention pattern: marks the softmax, reports its relevance, applies GIM's rule."""
 

@@ -61,7 +61,19 @@ def prepare_batch(
                 raise InputError(f"{what} goes with tokens, and {kind} reads {main_input(model)}")
         return prepare_media(model, text, media)
     prepared = prepare_text(model, text, **tokens)
+    if is_pair(model.original_model):
+        _require_pairs(model, prepared, media)
     return replace(prepared, media=check_media(model, media)) if media else prepared
+
+
+def _require_pairs(model: TransformerBridge, prepared: Batch, media: Mapping[str, Tensor]) -> None:
+    kind, texts = type(model.original_model).__name__, len(prepared.tokens)
+    images = len(media["pixel_values"]) if "pixel_values" in media else 0
+    if images != texts:
+        raise InputError(
+            f"{kind} compares the image and the text of each row, and there are {images} images "
+            f"(pixel_values=) and {texts} texts; repeat an image for several texts, or a text"
+        )
 
 
 def prepare_media(model: TransformerBridge, floats: Any, media: Mapping[str, Tensor]) -> Batch:
@@ -148,8 +160,9 @@ def _sizes(model: TransformerBridge, name: str) -> tuple[int, ...]:
     """The sizes after the batch that a configuration asks for; 0 for any."""
     config = model.original_model.config
     if name == "pixel_values":
-        if main_input(model) != name:  # a tower reads them, in a layout of its own
+        if main_input(model) != name and not is_pair(model.original_model):  # a tower reads them, in a layout of its own
             return (0, 0, 0)
+        config = getattr(config, "vision_config", config)
         size = getattr(config, "image_size", 0)
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         return (int(getattr(config, "num_channels", 0)), int(height), int(width))
@@ -160,7 +173,7 @@ def _sizes(model: TransformerBridge, name: str) -> tuple[int, ...]:
 
 
 def _require_shape(model: TransformerBridge, name: str, value: Tensor) -> None:
-    if main_input(model) != name:
+    if main_input(model) != name and not is_pair(model.original_model):
         if value.numel() == 0:
             raise InputError(f"{name} is empty: {list(value.shape)}")
         return
@@ -218,15 +231,23 @@ def grid(patches: Tensor) -> Tensor | None:
 
 def head_of(model: TransformerBridge) -> bool:
     """Whether the model's output is logits, and not the hidden states of a bare encoder."""
-    bare = type(model.original_model).__name__.endswith("Model")
+    inner = model.original_model
+    bare = type(inner).__name__.endswith(("Model", "WithProjection")) and not is_pair(inner)
     return not bare or "unembed.hook_out" in model.hook_dict
 
 
+def is_pair(inner: Any) -> bool:
+    """Whether a model of transformers compares an image with a text (CLIP, SigLIP)."""
+    return hasattr(inner, "logit_scale") and hasattr(inner, "get_image_features")
+
+
 def labels_of(model: TransformerBridge) -> dict[int, str] | None:
-    """Names of a classifier's classes and of a span's ends, ``None`` for other models."""
+    """Names of the logits of a classifier, of a span's ends, or of a pair; ``None`` for others."""
     kind = type(model.original_model).__name__
     if kind.endswith("ForQuestionAnswering"):
         return {0: "start", 1: "end"}
+    if is_pair(model.original_model):
+        return {0: "similarity"}
     if "Classification" not in kind:
         return None
     names = getattr(model.original_model.config, "id2label", None) or {}
@@ -234,8 +255,8 @@ def labels_of(model: TransformerBridge) -> dict[int, str] | None:
 
 
 def example(model: TransformerBridge, seed: int = 0, batch: int = 1) -> dict[str, Tensor]:
-    """Random numbers of a shape that a model which reads no text accepts."""
-    name = main_input(model)
+    """Random numbers of a shape that a model accepts which reads no text, or an image beside it."""
+    name = "pixel_values" if is_pair(model.original_model) else main_input(model)
     sizes = _sizes(model, name)
     if sizes == (0,):  # a waveform: enough samples for some frames
         steps = [int(step) for step in getattr(model.original_model.config, "conv_stride", [1])]

@@ -1,20 +1,58 @@
 """Adapters for vision transformers, and for pairs of a vision and a text tower, by their parts.
 
-transformers gives the parts of these families few different names. :data:`PARTS` says which; what a
-model has is looked up in the model itself, so that a family is one line of :data:`KINDS`. A tower
-is a list of blocks of attention and MLP, each behind its norm. What lies outside the lists becomes
-components too: the module that makes a sequence of an image, norms, linear layers, and the one that
-gives the logits, ``unembed``. In a model of two towers their names begin with ``vision_`` and
-``text_``.
+transformers gives the parts of these families few different names. :data:`PARTS` says which, and
+what a model has is looked up in the model, so that a family is one line of :data:`KINDS`. A stack
+is a list of blocks, of attention and MLP, each behind its norm. What lies outside the stacks has
+components too: the module that makes a sequence of an image, norms, linear layers, attention
+pooling, and what gives the logits, ``unembed``. Where there are two towers, names begin with
+``vision_`` and ``text_``; where there are several stages (Swin), with ``stage0_``.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
+
+from lenslrp.media import is_pair
+from lenslrp.models.outputs import give_logits
+from lenslrp.models.pooling import open_pooling
+
+KINDS = (
+    "beit",
+    "clip",
+    "clip_text_model",
+    "clip_vision_model",
+    "data2vec-vision",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "ijepa",
+    "metaclip_2",
+    "siglip",
+    "siglip_text_model",
+    "siglip_vision_model",
+    "swin",
+    "vit_msn",
+)
+"""Families, as transformers calls their kind of model."""
+
+HEADS = ("MODEL_MAPPING_NAMES", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES")
+"""The tables of transformers that say which classes a kind of model has."""
+
+UNLISTED = (
+    "CLIPTextModelWithProjection",
+    "CLIPVisionModelWithProjection",
+    "MetaClip2TextModel",
+    "MetaClip2TextModelWithProjection",
+    "MetaClip2VisionModel",
+    "MetaClip2VisionModelWithProjection",
+    "SiglipTextModel",
+)
+"""Classes of these families that the tables may leave out."""
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "ln1": ("layernorm_before", "norm1", "layer_norm1"),
@@ -32,48 +70,32 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 """What the bridge calls a part of a block -> its paths in transformers, the first that is there."""
 
 OUTSIDE: Mapping[str, str] = {
+    "embeddings": "embed",
+    "embeddings.token_embedding": "embed",
+    "embeddings.position_embedding": "pos_embed",
+    "pre_layrnorm": "embed_ln",
     "layernorm": "ln_final",
     "norm": "ln_final",
     "post_layernorm": "ln_final",
     "final_layer_norm": "ln_final",
-    "pre_layrnorm": "embed_ln",
-    "embeddings.token_embedding": "embed",
-    "embeddings.position_embedding": "pos_embed",
-    "embeddings": "embed",
+    "pooler.layernorm": "pooler",
+    "head": "pooler",
     "classifier": "unembed",
 }
-"""Paths outside the blocks -> what the bridge calls them; others keep their own name."""
+"""Paths in a tower outside its stacks -> what the bridge calls them; others keep their own name."""
 
-HEADS = ("MODEL_MAPPING_NAMES", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES")
-"""The tables of transformers that say which classes a kind of model has."""
 
-KINDS = (
-    "clip",
-    "clip_text_model",
-    "clip_vision_model",
-    "data2vec-vision",
-    "dinov2",
-    "dinov2_with_registers",
-    "dinov3_vit",
-    "ijepa",
-    "vit_msn",
-)
-
-PROJECTED = ("CLIPTextModelWithProjection", "CLIPVisionModelWithProjection")
-"""Classes of these kinds that no table of transformers has."""
+HEAD_COUNTS = ("num_heads", "num_attention_heads")
+"""What transformers calls the number of heads in an attention."""
 
 
 def image_models(adapters: Mapping[str, Any]) -> dict[str, Any]:
-    """Adapters for the classes of these kinds, by class name."""
+    """Adapters for the classes of these families, by class name."""
     from transformers.models.auto import modeling_auto as auto
 
-    made = {}
-    for kind in KINDS:
-        for table in HEADS:
-            name = getattr(auto, table).get(kind)
-            if name is not None:
-                made[name] = _adapter(name)
-    return {**made, **{name: _adapter(name) for name in PROJECTED}}
+    listed = [getattr(auto, table).get(kind) for kind in KINDS for table in HEADS]
+    names = dict.fromkeys(name for name in (*listed, *UNLISTED) if name is not None)
+    return {name: _adapter(name) for name in names}
 
 
 def _adapter(name: str) -> Any:
@@ -89,8 +111,13 @@ def _adapter(name: str) -> Any:
     def prepare_model(self: Any, hf_model: Any) -> None:
         reads_images = hf_model.main_input_name == "pixel_values"
         self.cfg.is_visual_model = reads_images
-        self.cfg.is_multimodal = not reads_images and "image" in hf_model.input_modalities
+        self.cfg.is_multimodal = is_pair(hf_model)
+        for module in hf_model.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                open_pooling(module)
         self.component_mapping = mapping(hf_model, self.cfg)
+        if name.endswith("WithProjection") or is_pair(hf_model):
+            give_logits(hf_model)
 
     return type(
         f"{name}Adapter",
@@ -106,20 +133,22 @@ def _adapter(name: str) -> Any:
 
 
 def mapping(model: nn.Module, config: Any) -> dict[str, Any]:
-    """The component mapping of a model; where it has one tower, ``config`` gets its sizes."""
-    stacks = dict(_stacks(model))
-    several = len(stacks) > 1
-    made: dict[str, Any] = {}
+    """The component mapping of a model; ``config`` gets the sizes of its first, or last, stack."""
+    stacks, made = dict(_stacks(model)), {}
     for path, blocks in stacks.items():
-        sizes = copy.copy(config) if several else config
-        _measure(sizes, blocks)
-        made[f"{_prefix(path, several)}blocks"] = _block(path, blocks[0], sizes)
-    within = tuple(f"{path}." for path in stacks)
-    for path, module in model.named_modules():
-        if path and not path.startswith(within):
-            component = _outside(path, module, config)
+        _measure(config, blocks)
+        made[f"{_prefix(path, stacks)}blocks"] = _block(path, blocks[0], copy.copy(config))
+    if is_pair(model):
+        _measure(config, stacks["text_model.encoder.layers"])
+    config.n_layers = len(next(iter(stacks.values())))
+    within = list(stacks)
+    inside = dict(model.named_modules())
+    for path, module in inside.items():
+        if path and not path.startswith(tuple(f"{place}." for place in within)):
+            component = _outside(path, module, inside, config)
             if component is not None:
-                made[_name(path, several)] = component
+                within.append(path)
+                made[_name(path, stacks, inside)] = component
     return made
 
 
@@ -138,46 +167,60 @@ def _path(module: nn.Module, part: str) -> str | None:
 
 
 def _measure(config: Any, blocks: nn.ModuleList) -> None:
-    """Set the sizes of one tower."""
+    """Set the sizes of one stack."""
     attention: Any = blocks[0].get_submodule(str(_path(blocks[0], "attn")))
-    d_model = attention.get_submodule(str(_path(attention, "q"))).in_features
-    heads = next(
-        getattr(part, name)
-        for part in attention.modules()
-        for name in ("num_heads", "num_attention_heads")
-        if hasattr(part, name)
-    )
-    config.n_layers, config.n_heads = len(blocks), heads
-    config.d_model, config.d_head = d_model, d_model // heads
+    for part in attention.modules():
+        if "Sdpa" in type(part).__name__:
+            raise ValueError(
+                f"{type(part).__name__} runs a fused kernel: load the model with "
+                'attn_implementation="eager"'
+            )
+    sizes = [getattr(part, key, None) for part in attention.modules() for key in HEAD_COUNTS]
+    config.n_layers, config.n_heads = len(blocks), next(size for size in sizes if size)
+    config.d_model = attention.get_submodule(str(_path(attention, "q"))).in_features
+    config.d_head = config.d_model // config.n_heads
 
 
 def _block(path: str, block: nn.Module, config: Any) -> Any:
     from transformer_lens.model_bridge import generalized_components as gc
 
-    attention, mlp = str(_path(block, "attn")), _path(block, "mlp")
-    inner = block if mlp is None else block.get_submodule(mlp)
-    layers = {key: _path(inner, key) for key in ("gate", "in", "out")}
-    projections = {key: _path(block.get_submodule(attention), key) for key in "qkvo"}
+    place = _path(block, "mlp")
     ends = {"hook_mlp_out": "mlp.out.hook_out", "hook_mlp_in": "mlp.in.hook_in"}
     return gc.BlockBridge(
         name=path,
-        hook_alias_overrides={} if mlp else ends,
+        hook_alias_overrides={} if place else ends,
         submodules={
             "ln1": _norm(str(_path(block, "ln1")), config),
             "ln2": _norm(str(_path(block, "ln2")), config),
-            "attn": gc.AttentionBridge(
-                name=attention,
-                config=config,
-                submodules={k: gc.LinearBridge(name=p) for k, p in projections.items() if p},
-                maintain_native_attention=True,
-            ),
-            "mlp": gc.MLPBridge(
-                name=mlp,
-                config=config,
-                submodules={k: gc.LinearBridge(name=p) for k, p in layers.items() if p},
-            ),
+            "attn": _attention(block, str(_path(block, "attn")), config),
+            "mlp": _mlp(block, place, config),
         },
     )
+
+
+def _attention(block: nn.Module, place: str, config: Any) -> Any:
+    from transformer_lens.model_bridge import generalized_components as gc
+
+    return gc.AttentionBridge(
+        name=place,
+        config=config,
+        submodules=_linear(block.get_submodule(place), "q", "k", "v", "o"),
+        maintain_native_attention=True,
+    )
+
+
+def _mlp(block: nn.Module, place: str | None, config: Any) -> Any:
+    from transformer_lens.model_bridge import generalized_components as gc
+
+    inner = block if place is None else block.get_submodule(place)
+    return gc.MLPBridge(name=place, config=config, submodules=_linear(inner, "gate", "in", "out"))
+
+
+def _linear(module: nn.Module, *parts: str) -> dict[str, Any]:
+    from transformer_lens.model_bridge import generalized_components as gc
+
+    places = {part: _path(module, part) for part in parts}
+    return {part: gc.LinearBridge(name=path) for part, path in places.items() if path}
 
 
 def _norm(path: str, config: Any) -> Any:
@@ -186,34 +229,46 @@ def _norm(path: str, config: Any) -> Any:
     return gc.NormalizationBridge(name=path, config=config, use_native_layernorm_autograd=True)
 
 
-def _outside(path: str, module: nn.Module, config: Any) -> Any:
-    """The component of a module that is in no block, ``None`` where it gets none."""
+def _outside(path: str, module: nn.Module, inside: Mapping[str, nn.Module], config: Any) -> Any:
+    """The component of a module that is in no stack, ``None`` where it gets none."""
     from transformer_lens.model_bridge import generalized_components as gc
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-    named = path.rpartition("embeddings.")[2]
-    if isinstance(module, nn.Embedding):
-        if named == "token_embedding":
-            return gc.EmbeddingBridge(name=path)
-        return None
-    if path.endswith("embeddings") and any(isinstance(m, nn.Conv2d) for m in module.modules()):
+    kinds = {type(part) for part in module.modules()}
+    if path.endswith("token_embedding"):
+        return gc.EmbeddingBridge(name=path)
+    if path.endswith("position_embedding"):  # of a text; an image's are inside its embeddings
+        return gc.PosEmbedBridge(name=path)
+    if path.endswith("embeddings") and nn.Conv2d in kinds:
         return GeneralizedComponent(name=path)
+    if nn.MultiheadAttention in (type(part) for part in module.children()):
+        parts = {
+            "attn": _attention(module, "attention", config),
+            "ln": _norm("layernorm", config),
+            "mlp": _mlp(module, "mlp", config),
+        }
+        return GeneralizedComponent(name=path, submodules=parts)
     if isinstance(module, nn.LayerNorm):
         return _norm(path, config)
     if isinstance(module, nn.Linear):
-        kind = gc.UnembeddingBridge if path == "classifier" else gc.LinearBridge
-        return kind(name=path)
+        return (gc.UnembeddingBridge if path == "classifier" else gc.LinearBridge)(name=path)
     return None
 
 
-def _prefix(path: str, several: bool) -> str:
-    """What the names of a tower begin with."""
-    return f"{path.split('_')[0]}_" if several else ""
+def _prefix(path: str, stacks: Mapping[str, Any]) -> str:
+    """What the names of a tower or stage begin with, where there are several."""
+    if len(stacks) == 1:
+        return ""
+    tower, stage = re.match(r"(vision|text)_model", path), re.search(r"encoder\.layers\.(\d+)", path)
+    return f"{tower[1]}_" if tower else f"stage{stage[1]}_" if stage else ""
 
 
-def _name(path: str, several: bool) -> str:
-    """What the bridge calls a module outside the blocks."""
-    for known, name in OUTSIDE.items():
-        if path == known or path.endswith(f".{known}"):
-            return f"{_prefix(path, several)}{name}" if name != "unembed" else name
-    return path.replace(".", "_")
+def _name(path: str, stacks: Mapping[str, Any], inside: Mapping[str, nn.Module]) -> str:
+    """What the bridge calls a module outside the stacks."""
+    owners = [each.removesuffix("embeddings") for each in inside if each.endswith("embeddings")]
+    tower = max((owner for owner in owners if path.startswith(owner)), key=len, default="")
+    name = path.removeprefix(tower)
+    known = OUTSIDE.get(name, name.replace(".", "_"))
+    if name == "post_layernorm" and f"{tower}pre_layrnorm" in inside:
+        known = "pooler"  # CLIP's, of the CLS token alone
+    return _prefix(path, stacks) + known
