@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
-from lenslrp.hooks import functions as F
-from lenslrp.hooks.attention_functions import LearnedQueries
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.sites import Site, row_sums
 from lenslrp.hooks.structure import original
@@ -108,7 +106,6 @@ class HookableAttention(ScoreMeter):
     ) -> None:
         super().__init__(qk, share)
         self.attn, self.at_product = attn, at_product
-        self.learned = isinstance(original(attn), nn.MultiheadAttention)  # pooling: a weight asks
         self.pattern: Tensor | None = None
         self.passed_on: list[Tensor] = []  # the pattern after casts and dropout
         self.multiplied = False
@@ -125,8 +122,6 @@ class HookableAttention(ScoreMeter):
                 return self.pattern
             if name in SUM_FUNCTIONS:
                 return self.metered(func(*args, **kwargs), args)
-            if name in MATRIX_PRODUCT_FUNCTIONS and self.learned and self.qk is not None:
-                return F.apply(LearnedQueries, func(*args, **kwargs), self.share, self.qk)
         elif not self.multiplied and name in MATRIX_PRODUCT_FUNCTIONS and self._multiplies(args):
             self.multiplied = True
             return self.at_product(func(*args, **kwargs))

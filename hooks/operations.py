@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import wraps
 from typing import Any
 
 import torch
@@ -262,7 +261,8 @@ class OperationIntercept(Intercept):
         return y
 
     def meter_part(self, y: Tensor, part: Tensor, dim: int, start: int) -> None:
-        site, size = self.sites["linear"], part.shape[dim]
+        site = self.sites["linear"]
+        size = part.shape[dim]
         y.register_hook(lambda g: site.report("biases", row_sums(part, g.narrow(dim, start, size))))
 
     def linear(self, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -320,6 +320,7 @@ def _from_leak(x: Tensor, steps: int = 3) -> bool:
 
 
 def has_declared_class(module: nn.Module) -> bool:
+    """Whether a module's class is in :data:`OPERATIONS_BY_CLASS`."""
     return type(module).__name__ in OPERATIONS_BY_CLASS
 
 
@@ -391,7 +392,6 @@ def attach_operations(
             at.hook(part, leave, always_call=True)
     run = module.forward
 
-    @wraps(run)  # what it takes is asked of it
     def forward(*args: Any, **kwargs: Any) -> Any:
         depth[0] = 0
         with mode(sites, spec, depth, **options):

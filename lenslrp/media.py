@@ -105,7 +105,7 @@ def check_media(model: TransformerBridge, media: Mapping[str, Tensor]) -> dict[s
     Raises:
         InputError: naming what does not fit.
     """
-    takes = inspect.signature(model.original_model.forward).parameters
+    takes = _takes(model)
     kind = type(model.original_model).__name__
     weight = next(p for p in model.parameters() if p.is_floating_point())
     checked = {}
@@ -138,7 +138,7 @@ def check_kwargs(model: TransformerBridge, kwargs: Mapping[str, Any], prepared: 
     """
     if not kwargs:
         return
-    takes = inspect.signature(model.original_model.forward).parameters
+    takes = _takes(model)
     kind = type(model.original_model).__name__
     for name, value in kwargs.items():
         if name not in takes:
@@ -147,6 +147,11 @@ def check_kwargs(model: TransformerBridge, kwargs: Mapping[str, Any], prepared: 
             raise InputError(f"{name} has a keyword of its own, or is set here; leave it out")
         if isinstance(value, Tensor) and value.requires_grad:
             raise InputError(f"{name} would be a leaf of its own: give it without a gradient")
+
+
+def _takes(model: TransformerBridge) -> list[str]:
+    """What the model's forward pass takes: its class's, which rules on an instance do not hide."""
+    return list(inspect.signature(type(model.original_model).forward).parameters)[1:]
 
 
 def _wanted(model: TransformerBridge, name: str) -> str:

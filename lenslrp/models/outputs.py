@@ -21,13 +21,16 @@ def named_logits(output: Any) -> Tensor | None:
 
     Returns:
         Of a question answerer [batch, pos, 2], start and end; of a pair of towers [batch, 1], each
-        image with the text of its own row; of a tower with a projection [batch, d], its embedding.
+        image with the text of its own row ([image, text] where they are not as many); of a tower
+        with a projection [batch, d], its embedding.
     """
     if getattr(output, "start_logits", None) is not None:
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
     if getattr(output, "logits_per_image", None) is not None:
         similarity: Tensor = output.logits_per_image
-        return similarity.diagonal()[:, None]
+        row = torch.arange(len(similarity), device=similarity.device)
+        paired = similarity.shape == (len(row), len(row))
+        return similarity[row, row][:, None] if paired else similarity
     return next((x for name in EMBEDDINGS if (x := getattr(output, name, None)) is not None), None)
 
 
