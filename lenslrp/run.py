@@ -125,7 +125,7 @@ def run_with_relevance(
     """Logits, and the relevance of every hook point for a target; mirrors ``run_with_cache``.
 
     Layer-wise relevance propagation (Bach et al., PLOS ONE 2015) through a transformer: AttnLRP
-    (Achtibat et al., ICML 2024) if no other composite is given. Rules act in the backward pass; the
+    (Achtibat et al., ICML 2024) if no other composite is given, with its gamma rules for images. Rules act in the backward pass; the
     forward pass is the model's own.
 
     Args:
@@ -134,7 +134,8 @@ def run_with_relevance(
         target: a token (string or id), a `lenslrp.targets` object, a list of one per row, or
             ``None`` for the top logit at the last position. A string of several tokens is
             teacher-forced as a ``Sequence``.
-        composite: the rules; ``AttnLRP()`` if not given.
+        composite: the rules. If not given, `lenslrp.recommended` of the model: ``AttnLRPViT()``
+            where it reads images and no text, else ``AttnLRP()``. ``R.composite`` says which.
         names_filter: as in ``run_with_cache``: ``None`` for all on the path, a name, names, or a
             predicate. ``"mlp.hook_post"`` stands for that hook in every block; ``[]`` for none.
         prepend_bos: for strings; ``None`` is the model's own default.

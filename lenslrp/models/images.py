@@ -100,6 +100,7 @@ def image_models(adapters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _adapter(name: str) -> Any:
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
     def init(self: Any, cfg: Any) -> None:
         ArchitectureAdapter.__init__(self, cfg)
@@ -119,6 +120,11 @@ def _adapter(name: str) -> Any:
         if name.endswith("WithProjection") or is_pair(hf_model):
             give_logits(hf_model)
 
+    def setup_hook_compatibility(self: Any, bridge: Any) -> None:
+        for module in bridge.modules():
+            if isinstance(module, AttentionBridge):  # in every stack, and in attention pooling
+                module.setup_hook_compatibility()
+
     return type(
         f"{name}Adapter",
         (ArchitectureAdapter,),
@@ -126,6 +132,7 @@ def _adapter(name: str) -> Any:
             "__doc__": f"{name}, by the names of its parts.",
             "__init__": init,
             "prepare_model": prepare_model,
+            "setup_hook_compatibility": setup_hook_compatibility,
             "supports_generation": False,
             "supports_causal_loss": False,
         },
