@@ -15,6 +15,7 @@ from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.inputs import prepare_text
 from lenslrp.leaves import Leaves
+from lenslrp.pictures import pixels_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -38,8 +39,21 @@ def reads_no_text(model: TransformerBridge) -> bool:
     return main_input(model) in LAYOUTS
 
 
-def floats_given(*floats: Tensor | None) -> dict[str, Tensor]:
-    """The float inputs that are not ``None``, by name, in the order of ``LAYOUTS``."""
+def floats_given(model: TransformerBridge, pictures: Any, *others: Tensor | None) -> dict[str, Tensor]:
+    """The float inputs that are not ``None``, by name, in the order of ``LAYOUTS``.
+
+    Raises:
+        InputError: pictures that are none, see `lenslrp.pictures.pixels_of`.
+    """
+    if pictures is not None and not isinstance(pictures, Tensor):
+        takes = _takes(model)
+        if "pixel_values" not in takes:
+            raise InputError(
+                f"{type(model.original_model).__name__} takes no pixel_values; it takes "
+                f"{', '.join(name for name in (*LAYOUTS, 'input_ids') if name in takes)}"
+            )
+        pictures = pixels_of(model, pictures)
+    floats = (pictures, *others)
     return {name: x for name, x in zip(LAYOUTS, floats, strict=True) if x is not None}
 
 
@@ -155,14 +169,27 @@ def _takes(model: TransformerBridge) -> list[str]:
 
 
 def _wanted(model: TransformerBridge, name: str) -> str:
-    sizes = _sizes(model, name)
+    sizes = _asked(model, name)
     axes = LAYOUTS[name].split(", ") if len(sizes) != 2 else ["batch", "frame", "mel"]
     shown = [axes[0], *(f"{a}={s}" if s else a for a, s in zip(axes[1:], sizes, strict=True))]
     return f"{name} [{', '.join(shown)}]"
 
 
+def _asked(model: TransformerBridge, name: str) -> tuple[int, ...]:
+    """The sizes after the batch that a model takes no other of; 0 for any.
+
+    Embeddings interpolate their positions for an image of another size: always (DINOv2), or if
+    they are told to (ViT).
+    """
+    sizes = _sizes(model, name)
+    kinds = {type(part) for part in model.original_model.modules()}
+    embed = [kind for kind in kinds if kind.__name__.endswith("Embeddings")]
+    told = any("interpolate_pos_encoding" in inspect.signature(k.forward).parameters for k in embed)
+    return sizes if told or name != "pixel_values" else (*sizes[:1], 0, 0)
+
+
 def _sizes(model: TransformerBridge, name: str) -> tuple[int, ...]:
-    """The sizes after the batch that a configuration asks for; 0 for any."""
+    """The sizes after the batch that a configuration has; 0 where it has none."""
     config = model.original_model.config
     if name == "pixel_values":
         if main_input(model) != name and not is_pair(model.original_model):  # a tower reads them, in a layout of its own
@@ -182,7 +209,7 @@ def _require_shape(model: TransformerBridge, name: str, value: Tensor) -> None:
         if value.numel() == 0:
             raise InputError(f"{name} is empty: {list(value.shape)}")
         return
-    sizes = _sizes(model, name)
+    sizes = _asked(model, name)
     fits = value.ndim == len(sizes) + 1 and value.numel() > 0
     if fits and all(size in (0, got) for size, got in zip(sizes, value.shape[1:], strict=True)):
         return
@@ -227,6 +254,22 @@ def sequence(special: list[Tensor], patches: Tensor) -> Tensor:
     """Relevance of learned tokens and of patches as one sequence: [batch, pos, d_model]."""
     rows = patches.flatten(2).transpose(1, 2) if patches.ndim == 4 else patches
     return torch.cat([*special, rows], dim=1)
+
+
+def beside(tokens: Tensor, positions: Tensor | None, special: list[Tensor]) -> Tensor | None:
+    """Relevance of positions as [batch, pos] of the sequence: registers have none, and get 0.
+
+    Args:
+        tokens: of the sequence, [batch, pos, d_model].
+        positions: [batch, position].
+        special: of the learned tokens, those without a position last.
+    """
+    if positions is None or positions.shape[1] == tokens.shape[1] or not special:
+        return positions
+    without = tokens.shape[1] - positions.shape[1]
+    first = sum(part.shape[1] for part in special) - without
+    none = positions.new_zeros(len(positions), without)
+    return torch.cat([positions[:, :first], none, positions[:, first:]], dim=1)
 
 
 def grid(patches: Tensor) -> Tensor | None:

@@ -38,7 +38,7 @@ def relevance_for_targets(
     attention_mask: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     decoder_input: Any = None,
-    pixel_values: Tensor | None = None,
+    pixel_values: Any = None,
     input_values: Tensor | None = None,
     input_features: Tensor | None = None,
     leaves: str = "pixels",
@@ -116,7 +116,7 @@ def run_with_relevance(
     attention_mask: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     decoder_input: Any = None,
-    pixel_values: Tensor | None = None,
+    pixel_values: Any = None,
     input_values: Tensor | None = None,
     input_features: Tensor | None = None,
     leaves: str = "pixels",
@@ -155,7 +155,8 @@ def run_with_relevance(
             strings (its start token is put before them), or a token tensor [batch, pos] as it is;
             the start token alone by default. Targets are then positions of the decoder.
         pixel_values: [batch, channel, height, width], an image as the model's own processor makes
-            it. Beside ``input`` where the model reads both.
+            it; or a PIL image, the path of a file, or a list of these, which it is run on. Beside
+            ``input`` where the model reads both.
         input_values: [batch, sample] of a waveform, or [batch, frame, mel] of a spectrogram.
         input_features: likewise, for models that call them so.
         leaves: ``"pixels"``: relevance ends at what was given (pixels, samples) and patches are

@@ -238,7 +238,7 @@ class Session:
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_input: Any = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Any = None,
         input_values: Tensor | None = None,
         input_features: Tensor | None = None,
         leaves: str = "pixels",
@@ -253,7 +253,7 @@ class Session:
         if leaves not in media.LEAVES:
             raise InputError(f"leaves must be one of {media.LEAVES}, not {leaves!r}")
         with self._held.calling():
-            floats = media.floats_given(pixel_values, input_values, input_features)
+            floats = media.floats_given(model, pixel_values, input_values, input_features)
             batch = media.batch_size(text, inputs_embeds, floats)
             parsed, span = targets_for(model, targets, batch)
             prepared = media.prepare_batch(
