@@ -99,7 +99,8 @@ def _numpy(x: Tensor) -> Any:
 
 def head_table(cache: RelevanceCache, row: int) -> pd.DataFrame:
     """See `RelevanceCache.heads`."""
-    rows, batch = {}, len(cache.tokens)
+    rows: dict[int | str, list[float]] = {}
+    batch = len(cache.tokens)
     for block in _blocks(cache, "attn.hook_z"):
         z = block.value
         if z.ndim == 4:  # batch pos head d_head
@@ -108,13 +109,12 @@ def head_table(cache: RelevanceCache, row: int) -> pd.DataFrame:
         if z.ndim != 3 or len(z) != each * batch:
             raise InputError(f"hook_z was reduced to {list(z.shape)}: no heads are left in it")
         rows[block.label] = z[row * each : (row + 1) * each].sum(dim=(0, 1)).tolist()
-    frame = pd.DataFrame.from_dict(rows, orient="index")
-    return frame.rename_axis(index="layer", columns="head")
+    return _frame(rows, "head")
 
 
 def expert_table(cache: RelevanceCache, row: int) -> pd.DataFrame:
     """See `RelevanceCache.experts`."""
-    rows = {}
+    rows: dict[int | str, list[float]] = {}
     for block in _blocks(cache, "mlp.hook_expert_post"):
         value = block.value
         if value.ndim != 4:
@@ -122,8 +122,7 @@ def expert_table(cache: RelevanceCache, row: int) -> pd.DataFrame:
         chosen = _chosen(cache, block)[row]
         sums = value.new_zeros(cache.n_experts)
         rows[block.label] = sums.index_add(0, chosen.flatten(), value[row].sum(-1).flatten()).tolist()
-    frame = pd.DataFrame.from_dict(rows, orient="index")
-    return frame.rename_axis(index="layer", columns="expert")
+    return _frame(rows, "expert")
 
 
 def residual_table(cache: RelevanceCache, row: int) -> pd.DataFrame:
@@ -140,8 +139,7 @@ def residual_table(cache: RelevanceCache, row: int) -> pd.DataFrame:
         sums = x.sum(dim=-1) if x.ndim == 3 else x
         real = cache.batch.of(block.name, sums).mask[row].to(x.device)
         rows[block.label] = sums[row, real].tolist()
-    frame = pd.DataFrame.from_dict(rows, orient="index")
-    return frame.rename_axis(index="layer", columns="position")
+    return _frame(rows, "position")
 
 
 def top_table(cache: RelevanceCache, hook: str, k: int, row: int) -> pd.DataFrame:
@@ -216,6 +214,12 @@ def _text_at(cache: RelevanceCache, name: str, x: Tensor) -> tuple[Batch, list[l
     if text is cache.batch.decoder and cache.decoder_str_tokens is not None:
         return text, cache.decoder_str_tokens
     return text, [[str(place) for place in range(x.shape[1])]] * len(x)
+
+
+def _frame(rows: dict[int | str, list[float]], columns: str) -> pd.DataFrame:
+    """A row for each layer; a shorter one (of another stack) ends with NaN."""
+    frame = pd.DataFrame([pd.Series(values) for values in rows.values()], index=list(rows))
+    return frame.rename_axis(index="layer", columns=columns)
 
 
 class _Block(NamedTuple):

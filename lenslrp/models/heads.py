@@ -43,8 +43,8 @@ LABELLED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionA
 def offered() -> Mapping[str, type[ArchitectureAdapter]]:
     """Adapters by class name, beside those that TransformerLens has.
 
-    They are those of encoders that it has none for, and of every head of every family with an
-    adapter. ``pyproject.toml`` lists them as entry points, by which TransformerLens finds them.
+    They are those of encoders and image models that it has none for, and of every head of every
+    family with an adapter. ``pyproject.toml`` lists them as entry points, by which TransformerLens finds them.
     """
     import transformers
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES

@@ -270,7 +270,7 @@ def test_image_and_text_share_their_similarity(name: str, composite: Any) -> Non
     for handle in handles:
         handle.remove()
     image, text = (seen[hook] for hook in hooks)
-    scale = float(model.original_model.logit_scale.exp())
+    scale = float(model.original_model.logit_scale.detach().exp())
     for row in range(2):
         lengths = float(image[row].pow(2).sum().sqrt()), float(text[row].pow(2).sum().sqrt())
         for i in range(image.shape[1]):
@@ -278,7 +278,7 @@ def test_image_and_text_share_their_similarity(name: str, composite: Any) -> Non
             for hook in hooks:
                 torch.testing.assert_close(R[hook][row, i], product / 2, rtol=1e-9, atol=1e-12)
     shared = sum(float(R[hook].sum()) for hook in hooks)
-    constant = float(getattr(model.original_model, "logit_bias", torch.zeros(1)))
+    constant = float(getattr(model.original_model, "logit_bias", torch.zeros(1)).detach())
     assert shared + 2 * constant == pytest.approx(float(R.target.value.sum()), rel=1e-9)
 
 
@@ -295,15 +295,12 @@ def test_attention_pooling_by_an_explicit_pass(composite: str) -> None:
         for hook in (*names[:2], "pooler.attn.hook_q")
     ]
     target = Activation("pooler.attn.hook_out", 3)
-    _, R = explain(model, COMPOSITES[composite](), names_filter=names, target=target)
+    _, R = explain(
+        model, COMPOSITES[composite](), names_filter=lambda hook: hook in names, target=target
+    )
     for handle in handles:
         handle.remove()
-    q, k, v = (
-        seen[f"pooler.attn.hook_{key}"].unflatten(-1, (2, 8)).flatten(2, -2).unflatten(2, (-1,))
-        if seen[f"pooler.attn.hook_{key}"].ndim == 3
-        else seen[f"pooler.attn.hook_{key}"]
-        for key in "qkv"
-    )
+    q, k, v = (seen[f"pooler.attn.hook_{key}"].unflatten(-1, (2, 8)) for key in "qkv")
     weight = model.original_model.head.attention.out_proj.weight[3].detach().unflatten(0, (2, 8))
     half = 0.5 if composite == "AttnLRP" else 1.0
     for row in range(2):
@@ -336,3 +333,150 @@ def test_attention_pooling_is_saved_as_it_was(tmp_path: Any) -> None:
     with torch.no_grad():
         expected = made("SiglipVisionModel")(pixels).pooler_output
         torch.testing.assert_close(again.eval()(pixels).pooler_output, expected)
+
+
+# ------------------------------------------------------------------- texts
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", [*TEXTS, *PAIRS])
+def test_padded_texts_are_as_they_are_alone(name: str, side: str) -> None:
+    """In float32: in float64 transformers' softmax is NaN where all that a token sees is padding."""
+    model = lenslrp.load(made(name).float())
+    read = {key: x if x.dtype is torch.long else x.float() for key, x in given(model).items()}
+    tokens, mask = read["input"], torch.ones(2, 6, dtype=torch.long)
+    end = int(tokens[0, -1])
+    row = [7, 9, end]
+    columns = slice(3, 6) if side == "left" else slice(0, 3)
+    tokens[1], mask[1] = end, 0
+    tokens[1, columns], mask[1, columns] = torch.tensor(row), 1
+    target = Custom(lambda output: output.flatten(1)[:, -1])
+    if media.is_pair(model.original_model):
+        target = Logit("similarity")
+    elif "Projection" not in name:
+        target = Activation(last(model), 5, -1)
+    if name.startswith("Siglip") and side == "right":
+        with pytest.raises(lenslrp.InputError, match="reads a text at its last column"):
+            explain(model, target=target, attention_mask=mask, **read)
+        return
+    logits, R = explain(model, target=target, attention_mask=mask, **read)
+    apart = {key: x[1:] for key, x in read.items()}
+    apart["input"] = torch.tensor([row])
+    expected, alone = explain(model, target=target, **apart)
+    if logits.ndim == 2:
+        torch.testing.assert_close(logits[1], expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(R.tokens[1, columns], alone.tokens[0], rtol=1e-3, atol=1e-4)
+    assert float(R.tokens[1][mask[1] == 0].abs().max()) == 0
+    if R.patches is not None:
+        torch.testing.assert_close(R.patches[1], alone.patches[0], rtol=1e-3, atol=1e-4)
+    assert R[1].str_tokens == alone.str_tokens
+
+
+def test_a_text_without_its_end_is_pooled_as_it_is_alone() -> None:
+    """CLIP finds no EOS and takes the first token, also where padding is made of EOS."""
+    model = bridge("CLIPTextModelWithProjection")
+    tokens, mask = torch.tensor([[5, 6, 7, 3], [5, 6, 3, 3]]), torch.tensor([[1] * 4, [1, 1, 0, 0]])
+    target = Custom(lambda output: output[:, 4])
+    logits, R = explain(model, input=tokens, target=target, attention_mask=mask)
+    expected, alone = explain(model, input=tokens[1:, :2], target=target)
+    torch.testing.assert_close(logits[1:], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(R.tokens[1:, :2], alone.tokens, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------- what is read, and named
+
+
+def test_each_text_has_its_image() -> None:
+    model = bridge("CLIPModel")
+    read = given(model)
+    with pytest.raises(lenslrp.InputError, match=r"there are 1 images .* and 2 texts; repeat"):
+        explain(model, input=read["input"], pixel_values=read["pixel_values"][:1])
+    with pytest.raises(lenslrp.InputError, match="there are 0 images"):
+        explain(model, input=read["input"])
+    _, R = explain(model, target="similarity", names_filter=None, **read)
+    assert str(R.target).startswith("logit of 'similarity' = ")
+    assert R.tokens.shape == (2, 6) and R.patches.shape == (2, 2, 2)
+    assert set(R.to_dataframe()["side"]) == {"text", "image"}
+
+
+def test_tables_name_the_stack_where_there_are_several() -> None:
+    _, R = explain(bridge("CLIPModel"), names_filter=None)
+    blocks = [f"{tower}_blocks.{layer}" for tower in ("vision", "text") for layer in (0, 1)]
+    assert list(R.heads().index) == blocks
+    assert list(R.residual().index) == [*blocks, "vision_blocks.final", "text_blocks.final"]
+    for name in blocks:
+        torch.testing.assert_close(
+            R.residual().loc[name].dropna().to_list(),
+            R[f"{name}.hook_resid_pre"][0].sum(-1).tolist(),
+        )
+    assert set(R.top(k=1000)["stack"]) == {"vision_blocks", "text_blocks"}
+    best = R.top(k=1).iloc[0]
+    hook = f"{best.stack}.{best.layer}.mlp.hook_post"
+    assert R[hook][0, best.position, best.neuron] == pytest.approx(best.relevance)
+
+
+def test_heads_of_windows_are_summed() -> None:
+    _, R = explain(bridge("SwinModel"), names_filter=None)
+    z = R["stage0_blocks.1.attn.hook_z"]  # 4 windows of 4 x 4 patches for each of two images
+    assert z.shape == (8, 16, 2, 4)
+    for row in range(2):
+        expected = z[4 * row : 4 * row + 4].sum(dim=(0, 1, 3)).tolist()
+        assert R.heads(row).loc["stage0_blocks.1"].dropna().to_list() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel"])
+@pytest.mark.parametrize("leaves", media.LEAVES)
+def test_images_of_another_size(name: str, leaves: str) -> None:
+    """Positions are interpolated: the leaves are those that were added, one for each token."""
+    model = bridge(name)
+    pixels = torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(5)).double()
+    with torch.no_grad():
+        expected = made(name)(pixels).last_hidden_state
+    for composite in (lenslrp.AttnLRP(), lenslrp.AttnLRPViT()):
+        logits, R = explain(model, composite, pixel_values=pixels, leaves=leaves)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+        assert abs(R.ledger().error) <= 1e-9
+        assert R.patches.shape == (2, 3, 4)
+        assert R.positions is None or R.positions.shape == R.tokens.shape
+        _, alone = explain(model, composite, pixel_values=pixels[1:], leaves=leaves)
+        torch.testing.assert_close(R.tokens[1], alone.tokens[0])
+    assert "interpolate_pos_encoding" not in vars(model.embed.original_component)
+
+
+def test_registers_have_no_position() -> None:
+    model = bridge("Dinov2WithRegistersModel")
+    _, R = explain(model)
+    assert R.str_tokens[0] == ["[CLS]", "[REG]", "[REG]", "0,0", "0,1", "1,0", "1,1"]
+    assert R.positions[:, 1:3].abs().max() == 0
+    assert float(R.positions[:, [0, 3, 4, 5, 6]].abs().min()) > 0
+    at_leaves = R.pixels.sum() + R.special.sum() + R.positions.sum()
+    assert float(at_leaves) == pytest.approx(R.ledger().leaves)
+
+
+def test_an_image_of_a_size_that_is_not_read_is_refused() -> None:
+    with pytest.raises(lenslrp.InputError, match=r"height=8, width=8\], not \[1, 3, 12, 12\]"):
+        explain(bridge("CLIPVisionModel"), pixel_values=torch.zeros(1, 3, 12, 12).double())
+
+
+def test_an_embedding_has_no_logits() -> None:
+    model = bridge("CLIPVisionModelWithProjection")
+    with pytest.raises(lenslrp.InputError, match="hidden states or an embedding, not logits"):
+        explain(model, target=3)
+    direction = torch.randn(12, generator=torch.Generator().manual_seed(2)).double()
+    _, R = explain(model, target=Custom(lambda embedding: embedding @ direction, "direction"))
+    assert abs(R.ledger().error) <= 1e-6
+
+
+def test_what_computes_by_a_kernel_is_refused() -> None:
+    config = hf.Data2VecVisionConfig(**IMAGE, attn_implementation="sdpa")
+    with pytest.raises(lenslrp.LoadError, match="Data2VecVisionSdpaSelfAttention runs a fused"):
+        lenslrp.load(hf.Data2VecVisionModel(config).eval())
+
+
+@pytest.mark.parametrize("name", ["Swinv2Model", "Siglip2Model", "ViTMAEModel", "ConvNextModel"])
+def test_other_families_are_refused_by_name(name: str) -> None:
+    cls = getattr(hf, name)
+    with torch.device("meta"):
+        model = cls(cls.config_class())
+    with pytest.raises(lenslrp.LoadError, match=f"no adapter for {name}"):
+        lenslrp.load(model)
