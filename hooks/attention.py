@@ -176,7 +176,9 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
         attach_score_meter(at, attn, sites["attention_qk"], q_share)
     elif not isinstance(inner, native.NativeAttention):
         attach_hookable_attention(at, attn, at_product, sites["attention_qk"], q_share)
-    share = None if isinstance(inner, nn.MultiheadAttention) else q_share  # pooling: learned queries
+    share = (
+        None if isinstance(inner, nn.MultiheadAttention) else q_share
+    )  # pooling: learned queries
     replaces = isinstance(roles["softmax"], SoftmaxRule)
     needs_scores = replaces or isinstance(roles["softmax"], SoftmaxTemperature)
     stash: list[Tensor] = []

@@ -18,8 +18,8 @@ class Scores(torch.autograd.Function):
 
     Reports the relevance of the scores (the softmax site's output side is :class:`Pattern`), undoes
     the soft-cap's tanh' and gives queries and keys their share; ``None`` where the queries are a
-    weight, so that the scores are linear in the keys, which get all of it. Without a softmax site, what the
-    softmax is given is measured elsewhere, behind hooks of the user's.
+    weight, so that the scores are linear in the keys, which get all of it. Without a softmax site,
+    what the softmax is given is measured elsewhere, behind hooks of the user's.
     """
 
     @staticmethod

@@ -207,7 +207,7 @@ def _cut_constants(at: Attached, leaves: Leaves, place: MediaEmbedder) -> None:
         leaves.patch_positions[:] = [*kept, leaf(rows, images[-1])]
         return leaves.patch_positions[-1]
 
-    between = getattr(owner, "interpolate_pos_encoding", None)
+    between: Any = getattr(owner, "interpolate_pos_encoding", None)
     if between is not None and any(owner._parameters.get(n) is not None for n in place.positions):
         at.attribute(owner, "interpolate_pos_encoding", interpolated)
     at.pre_hook(owner, before, with_kwargs=True)

@@ -39,7 +39,9 @@ def reads_no_text(model: TransformerBridge) -> bool:
     return main_input(model) in LAYOUTS
 
 
-def floats_given(model: TransformerBridge, pictures: Any, *others: Tensor | None) -> dict[str, Tensor]:
+def floats_given(
+    model: TransformerBridge, pictures: Any, *others: Tensor | None
+) -> dict[str, Tensor]:
     """The float inputs that are not ``None``, by name, in the order of ``LAYOUTS``.
 
     Raises:
@@ -192,7 +194,9 @@ def _sizes(model: TransformerBridge, name: str) -> tuple[int, ...]:
     """The sizes after the batch that a configuration has; 0 where it has none."""
     config = model.original_model.config
     if name == "pixel_values":
-        if main_input(model) != name and not is_pair(model.original_model):  # a tower reads them, in a layout of its own
+        if main_input(model) != name and not is_pair(
+            model.original_model
+        ):  # a tower reads them, in a layout of its own
             return (0, 0, 0)
         config = getattr(config, "vision_config", config)
         size = getattr(config, "image_size", 0)

@@ -125,8 +125,8 @@ def run_with_relevance(
     """Logits, and the relevance of every hook point for a target; mirrors ``run_with_cache``.
 
     Layer-wise relevance propagation (Bach et al., PLOS ONE 2015) through a transformer: AttnLRP
-    (Achtibat et al., ICML 2024) if no other composite is given, with its gamma rules for images. Rules act in the backward pass; the
-    forward pass is the model's own.
+    (Achtibat et al., ICML 2024) if no other composite is given, with its gamma rules for images.
+    Rules act in the backward pass; the forward pass is the model's own.
 
     Args:
         model: a ``TransformerBridge``, in eval mode.

@@ -121,7 +121,9 @@ def expert_table(cache: RelevanceCache, row: int) -> pd.DataFrame:
             raise InputError(f"hook_expert_post was reduced to {list(value.shape)}")
         chosen = _chosen(cache, block)[row]
         sums = value.new_zeros(cache.n_experts)
-        rows[block.label] = sums.index_add(0, chosen.flatten(), value[row].sum(-1).flatten()).tolist()
+        rows[block.label] = sums.index_add(
+            0, chosen.flatten(), value[row].sum(-1).flatten()
+        ).tolist()
     return _frame(rows, "expert")
 
 

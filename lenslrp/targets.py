@@ -344,9 +344,9 @@ def require_latent(target: Target, architecture: str) -> None:
     """
     if not all(isinstance(part, Activation | Custom) for part in parts_of(target)):
         raise InputError(
-            f"{architecture} has no head: its output is hidden states or an embedding, not logits. Explain one of "
-            "its units with targets.Activation(hook, unit, position), or a function of its output "
-            "with targets.Custom(fn)"
+            f"{architecture} has no head: its output is hidden states or an embedding, not logits. "
+            "Explain one of its units with targets.Activation(hook, unit, position), or a function "
+            "of its output with targets.Custom(fn)"
         )
 
 

@@ -44,7 +44,8 @@ def offered() -> Mapping[str, type[ArchitectureAdapter]]:
     """Adapters by class name, beside those that TransformerLens has.
 
     They are those of encoders and image models that it has none for, and of every head of every
-    family with an adapter. ``pyproject.toml`` lists them as entry points, by which TransformerLens finds them.
+    family with an adapter. ``pyproject.toml`` lists them as entry points, by which
+    TransformerLens finds them.
     """
     import transformers
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES

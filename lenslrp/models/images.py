@@ -162,9 +162,9 @@ def mapping(model: nn.Module, config: Any) -> dict[str, Any]:
 def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     """Every list of blocks: what is in it has attention and two norms."""
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            if all(_path(module[0], part) for part in ("attn", "ln1", "ln2")):
-                yield path, module
+        first = module[0] if isinstance(module, nn.ModuleList) and len(module) else None
+        if first is not None and all(_path(first, part) for part in ("attn", "ln1", "ln2")):
+            yield path, module
 
 
 def _path(module: nn.Module, part: str) -> str | None:
@@ -266,7 +266,10 @@ def _prefix(path: str, stacks: Mapping[str, Any]) -> str:
     """What the names of a tower or stage begin with, where there are several."""
     if len(stacks) == 1:
         return ""
-    tower, stage = re.match(r"(vision|text)_model", path), re.search(r"encoder\.layers\.(\d+)", path)
+    tower, stage = (
+        re.match(r"(vision|text)_model", path),
+        re.search(r"encoder\.layers\.(\d+)", path),
+    )
     return f"{tower[1]}_" if tower else f"stage{stage[1]}_" if stage else ""
 
 

@@ -26,20 +26,22 @@ def open_pooling(attention: nn.MultiheadAttention) -> None:
         raise ValueError("this attention pooling has keys of another size, or more than its inputs")
     biases = (None,) * 3 if bias is None else bias.detach().chunk(3)
     for key, w, b in zip("qkv", weight.detach().chunk(3), biases, strict=True):
-        layer = nn.Linear(*w.T.shape, bias=b is not None, device="meta")
+        layer = nn.Linear(w.shape[1], w.shape[0], bias=b is not None, device="meta")
         layer.weight = nn.Parameter(w, requires_grad=weight.requires_grad)
         if b is not None:
             layer.bias = nn.Parameter(b, requires_grad=weight.requires_grad)
         setattr(attention, f"{key}_proj", layer)
-    attention.forward = MethodType(_attend, attention)
+    vars(attention)["forward"] = MethodType(_attend, attention)
 
 
 def _attend(self: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        split: Tensor = x.unflatten(-1, (self.num_heads, -1))
+        return split.transpose(1, 2)
 
     q, k, v = heads(self.q_proj(query)), heads(self.k_proj(key)), heads(self.v_proj(value))
     scores = torch.matmul(q * math.sqrt(1.0 / q.shape[-1]), k.transpose(-2, -1))
     pattern = torch.softmax(scores, dim=-1)
     z = torch.matmul(pattern, v).transpose(1, 2).flatten(2)
-    return self.out_proj(z), pattern
+    out: Tensor = self.out_proj(z)
+    return out, pattern

@@ -78,7 +78,7 @@ def test_of_a_pair_the_image_processor_is_used() -> None:
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    ("given", "message"),
     [
         ("missing.png", r"missing\.png cannot be read as an image"),
         (3, "the path of an image file or a list of these, not int"),

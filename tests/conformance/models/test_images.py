@@ -235,7 +235,9 @@ def test_rows_are_independent(name: str) -> None:
     read = given(model)
     _, both = explain(model, names_filter=None, **read)
     for row in range(2):
-        _, alone = explain(model, names_filter=None, **{k: x[row : row + 1] for k, x in read.items()})
+        _, alone = explain(
+            model, names_filter=None, **{k: x[row : row + 1] for k, x in read.items()}
+        )
         for part in ("tokens", "positions", "special", "patches", "pixels", "patch_positions"):
             if getattr(both, part) is not None:
                 torch.testing.assert_close(getattr(both, part)[row], getattr(alone, part)[0])
@@ -341,7 +343,7 @@ def test_attention_pooling_is_saved_as_it_was(tmp_path: Any) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", [*TEXTS, *PAIRS])
 def test_padded_texts_are_as_they_are_alone(name: str, side: str) -> None:
-    """In float32: in float64 transformers' softmax is NaN where all that a token sees is padding."""
+    """In float32: in float64 transformers' softmax is NaN where a token sees nothing else."""
     model = lenslrp.load(made(name).float())
     read = {key: x if x.dtype is torch.long else x.float() for key, x in given(model).items()}
     tokens, mask = read["input"], torch.ones(2, 6, dtype=torch.long)
