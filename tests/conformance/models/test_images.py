@@ -69,7 +69,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "SiglipTextModel": TEXT,
     "SiglipVisionModel": IMAGE,
     "SwinForImageClassification": {**SWIN, "use_absolute_embeddings": True},
-    "SwinModel": SWIN,
+    "SwinModel": {**SWIN, "num_heads": (2, 4)},
     "ViTMSNForImageClassification": IMAGE,
     "ViTMSNModel": IMAGE,
 }
