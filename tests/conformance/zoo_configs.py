@@ -91,10 +91,8 @@ STAGES: dict[str, Any] = {
 
 CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("SwinForImageClassification", "SwinModel"), STAGES),
-    **dict.fromkeys(
-        ("Data2VecVisionForImageClassification", "Data2VecVisionModel"),
-        {"attn_implementation": "eager"},
-    ),
+    "Data2VecVisionForImageClassification": {"attn_implementation": "eager"},
+    "Data2VecVisionModel": {"attn_implementation": "eager"},
     "AlbertForMaskedLM": {"embedding_size": 12},
     "ElectraForMaskedLM": {"embedding_size": 12},
     "DistilBertForMaskedLM": {"dim": 16, "hidden_dim": 24},

@@ -20,7 +20,7 @@ from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.structure import components
 from lenslrp.models.images import image_models
 from lenslrp.models.wrapped import agreement_of
-from lenslrp.targets import Activation, Custom, Logit
+from lenslrp.targets import Activation, Custom, Logit, Similarity
 from tests.conformance.zoo import Widened
 from tests.unit.tiny import changes, snapshot
 
@@ -467,6 +467,22 @@ def test_an_embedding_has_no_logits() -> None:
     direction = torch.randn(12, generator=torch.Generator().manual_seed(2)).double()
     _, R = explain(model, target=Custom(lambda embedding: embedding @ direction, "direction"))
     assert abs(R.ledger().error) <= 1e-6
+
+
+def test_two_images_are_compared_by_their_hidden_states() -> None:
+    model = bridge("Dinov2Model")
+    pixels = media.example(model, batch=2)["pixel_values"]
+    with torch.no_grad():
+        first, second = made("Dinov2Model")(pixels).last_hidden_state[:, 0]
+    cosine = float(torch.cosine_similarity(first, second, dim=0))
+    _, R = explain(model, target=Similarity(pooling="cls"), pixel_values=pixels)
+    assert R.target.value.tolist() == pytest.approx([cosine, cosine])
+    assert abs(R.ledger().error) <= 1e-9
+    vector = lenslrp.embed(model, pooling="cls", pixel_values=pixels)[1]
+    _, one = explain(model, target=Similarity(vector, "cls"), pixel_values=pixels[:1])
+    torch.testing.assert_close(one.pixels[0], R.pixels[0])
+    with pytest.raises(lenslrp.InputError, match=r"the output is \[2, 12\]: no hidden states"):
+        explain(bridge("CLIPTextModelWithProjection"), target=Similarity(pooling="cls"))
 
 
 def test_what_computes_by_a_kernel_is_refused() -> None:
