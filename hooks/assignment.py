@@ -52,6 +52,7 @@ from lenslrp.hooks.operations import (
 )
 from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
 from lenslrp.hooks.sharding import is_sharded
+from lenslrp.hooks.similarity import SIMILARITY_CLASSES, attach_similarity
 from lenslrp.hooks.structure import (
     NamedModules,
     check_once,
@@ -244,6 +245,9 @@ class _Decision:
             yield Assignment(path, module, "norm", rules["norm"], attach=attach_unbridged_norm)
         elif known_forward(module) in ACTIVATION_FORWARDS:
             yield self.activation(path, module, rules["activation"], share, False)
+        elif type(module).__name__ in SIMILARITY_CLASSES:
+            rule = rules["attention_qk"]
+            yield Assignment(path, module, "attention_qk", rule, attach=attach_similarity)
         elif isinstance(module, native.NativeMLP | native.NativeGatedMLP):
             yield Assignment(
                 path, module, "activation", rules["activation"], share,
@@ -340,8 +344,8 @@ def _ruled_weights(
                     f"{path}: {composite[role].name} reads its weight, which FSDP gathers for the "
                     f"pass only: use epsilon for its role ({role!r}), or load the model whole"
                 )
-            # On the meta device no tensor has an address.
-            addresses.update((m.data_ptr(), path) for m in matrices if not m.is_meta)
+            # On the meta device no tensor has an address, and neither has one without numbers.
+            addresses.update((m.data_ptr(), path) for m in matrices if m.numel() and not m.is_meta)
     return addresses
 
 

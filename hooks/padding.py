@@ -20,6 +20,9 @@ from lenslrp.hooks.structure import components
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+POOLS_LAST = "SiglipTextModel"
+"""A text tower that pools at the last column, and was trained on texts of one length."""
+
 MIXES_COLUMNS = "ShortConv"
 """How classes end that mix neighbouring columns, padding or not (LFM2)."""
 
@@ -43,11 +46,22 @@ def require_padding(model: TransformerBridge, mask: Tensor) -> None:
             f"{kind}: TransformerLens' attention for it takes a padding mask otherwise than "
             "Hugging Face's, so padded rows would be wrong; give rows of equal length, or one each"
         )
+    if reads_last(model) and bool((~mask[:, -1:]).any()):
+        raise InputError(
+            f"{kind} reads a text at its last column, so a row that is padded on the right is not "
+            "what it is alone; put the padding on the left, or, as it was trained, give the "
+            "padding tokens without a mask"
+        )
     if is_left(mask) and not takes_left(model):
         raise InputError(
             f"{kind} goes by columns, so a row that is padded on the left is not what it is alone; "
             "put the padding on the right"
         )
+
+
+def reads_last(model: TransformerBridge) -> bool:
+    """Whether a text is pooled at the last column, padding or not."""
+    return any(type(part).__name__ == POOLS_LAST for part in model.original_model.modules())
 
 
 def takes_left(model: TransformerBridge) -> bool:
@@ -71,9 +85,23 @@ def counting(inner: nn.Module) -> int | None:
 
 
 def masked_ids(model: TransformerBridge, tokens: Tensor, mask: Tensor) -> Tensor:
-    """``tokens`` with the padding token where padding is, for a model that counts by it."""
-    padding = None if bool(mask.all()) else counting(model.original_model)
+    """``tokens`` with the padding token where padding is, for a model that counts by it.
+
+    One that pools a text at its end (CLIP's), the first of these tokens or the largest number,
+    finds neither in what is put there.
+    """
+    if bool(mask.all()):
+        return tokens
+    padding, end = counting(model.original_model), _pools_at(model.original_model)
+    if padding is None and end is not None:
+        padding = int(end == 0)
     return tokens if padding is None else tokens.masked_fill(~mask.to(tokens.device), padding)
+
+
+def _pools_at(inner: nn.Module) -> int | None:
+    """The token at which a text tower pools, ``None`` for other models."""
+    ends = (vars(part).get("eos_token_id") for part in inner.modules())
+    return next((int(end) for end in ends if isinstance(end, int)), None)
 
 
 def position_ids(model: TransformerBridge, mask: Tensor) -> Tensor | None:

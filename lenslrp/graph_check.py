@@ -272,7 +272,7 @@ def _pools(site: Site) -> bool:
 
     Where the graph is cut on the way to it, what lies below is found missing as well.
     """
-    return "pooler" in site.hook.split(".")
+    return any(part.endswith("pooler") for part in site.hook.split("."))
 
 
 def _order(root: Tensor) -> float:

@@ -12,7 +12,13 @@ from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
 from lenslrp.batch import Batch as Batch
 from lenslrp.errors import InputError
-from lenslrp.hooks.padding import masked_ids, position_ids, require_padding, takes_left
+from lenslrp.hooks.padding import (
+    masked_ids,
+    position_ids,
+    reads_last,
+    require_padding,
+    takes_left,
+)
 from lenslrp.hooks.structure import components_where
 from lenslrp.text.names import token_ids
 from lenslrp.text.tokenization import tokenize
@@ -211,6 +217,7 @@ def pad_rows(model: TransformerBridge, rows: list[list[int]]) -> tuple[Tensor, T
 def _padding_side(model: TransformerBridge) -> str:
     """Where texts are padded: on the tokenizer's side, if the model takes it."""
     side = getattr(model.tokenizer, "padding_side", None) or "right"
+    side = "left" if reads_last(model) else side
     return side if takes_left(model) else "right"
 
 

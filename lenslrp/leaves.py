@@ -195,6 +195,21 @@ def _cut_constants(at: Attached, leaves: Leaves, place: MediaEmbedder) -> None:
         leaves.patch_positions.append(copy)
         return copy
 
+    def interpolated(*args: Any, **kwargs: Any) -> Tensor:
+        """Positions of an image of another size: what is made of the table, and not the table."""
+        shadows = {name: owner.__dict__.pop(name, None) for name in place.positions}
+        try:
+            rows = between(*args, **kwargs)
+        finally:
+            owner.__dict__.update((name, x) for name, x in shadows.items() if x is not None)
+        tables = [id(x) for x in shadows.values()]
+        kept = [x for x in leaves.patch_positions if id(x) not in tables]
+        leaves.patch_positions[:] = [*kept, leaf(rows, images[-1])]
+        return leaves.patch_positions[-1]
+
+    between: Any = getattr(owner, "interpolate_pos_encoding", None)
+    if between is not None and any(owner._parameters.get(n) is not None for n in place.positions):
+        at.attribute(owner, "interpolate_pos_encoding", interpolated)
     at.pre_hook(owner, before, with_kwargs=True)
     at.hook(owner, restore)
     at.undo.append(restore)

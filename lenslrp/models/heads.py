@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from functools import cache, wraps
-from types import MethodType
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lenslrp.models.encoders import encoders
+from lenslrp.models.images import image_models
+from lenslrp.models.outputs import give_logits
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
@@ -44,14 +44,16 @@ LABELLED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionA
 def offered() -> Mapping[str, type[ArchitectureAdapter]]:
     """Adapters by class name, beside those that TransformerLens has.
 
-    They are those of encoders that it has none for, and of every head of every family with an
-    adapter. ``pyproject.toml`` lists them as entry points, by which TransformerLens finds them.
+    They are those of encoders and image models that it has none for, and of every head of every
+    family with an adapter. ``pyproject.toml`` lists them as entry points, by which
+    TransformerLens finds them.
     """
     import transformers
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
     native = dict(SUPPORTED_ARCHITECTURES)
-    added = {name: made for name, made in encoders(native).items() if name not in native}
+    own = {**encoders(native), **image_models(native)}
+    added = {name: made for name, made in own.items() if name not in native}
     adapters = {**native, **added}
     known = set(dir(transformers))  # looking a class up would import its family
     for kind, language_model in families(adapters):
@@ -99,7 +101,7 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
         self.component_mapping = mapping(self.component_mapping, hf_model, family, self.cfg, bare)
         self.cfg.output_logits_soft_cap = None  # a language model's
         if name.endswith("ForQuestionAnswering"):
-            _join_spans(hf_model)
+            give_logits(hf_model)
 
     return type(
         f"{name}Adapter",
@@ -112,26 +114,6 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
             "supports_causal_loss": False,
         },
     )
-
-
-def _join_spans(model: Any) -> None:
-    """Let a question answerer's output have ``logits``, [batch, pos, 2]: of start and of end."""
-    forward = type(model).forward
-
-    @wraps(forward)
-    def joined(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = forward(self, *args, **kwargs)
-        output["logits"] = span_logits(output)
-        return output
-
-    model.forward = MethodType(joined, model)  # of a copy of the model, the copy's
-
-
-def span_logits(output: Any) -> Tensor | None:
-    """[batch, pos, 2]: the logits of start and end of a question answerer's output."""
-    if getattr(output, "start_logits", None) is None:
-        return None
-    return torch.stack([output.start_logits, output.end_logits], dim=-1)
 
 
 class _AsFamily:

@@ -24,7 +24,7 @@ from lenslrp.batch import Batch
 from lenslrp.errors import FAILURES
 from lenslrp.forward import forward
 from lenslrp.inputs import decoder_reads_the_text
-from lenslrp.models.heads import span_logits
+from lenslrp.models.outputs import named_logits
 
 LENGTH = 6  #: tokens of the short pass
 LARGEST = 40_000_000_000  #: weights; above, a pass costs too much to be made unasked
@@ -169,13 +169,13 @@ def difference(output: Tensor, expected: Tensor, *, by_position: bool = False) -
 
 def output_of(result: Any) -> Tensor:
     """Logits or hidden states, as TransformerLens chooses them."""
-    for name in ("logits", "last_hidden_state"):
-        output = getattr(result, name, None)
+    for output in (
+        getattr(result, "logits", None),
+        named_logits(result),
+        getattr(result, "last_hidden_state", None),
+    ):
         if isinstance(output, Tensor):
             return output
-    spans = span_logits(result)
-    if spans is not None:
-        return spans
     first = result[0] if isinstance(result, tuple) else result
     if not isinstance(first, Tensor):
         raise TypeError(f"no tensor comes out of it, but {type(first).__name__}")
@@ -206,6 +206,8 @@ def short_input(model: Any, seed: int = 0) -> dict[str, Any]:
         written = ids[:, :3].clone()
         written[0, 0] = written[0, 0] if start is None else start
         inputs["decoder_input_ids"] = written
+    if media.is_pair(model):
+        inputs.update(media.example(seen, seed))
     if "use_cache" in takes:
         inputs["use_cache"] = False
     return inputs
