@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lenslrp.models.encoders import encoders
+from lenslrp.models.sounds import sounds
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
@@ -27,16 +28,19 @@ LANGUAGE_MODELS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_CTC_MAPPING_NAMES",
 )
 HEADS = (
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_MAPPING_NAMES",
 )
 """The tables of transformers that say which class a family has with which head."""
 
-LABELLED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+LABELLED = ("Classification", "ForQuestionAnswering")
 
 
 @cache
@@ -50,7 +54,8 @@ def offered() -> Mapping[str, type[ArchitectureAdapter]]:
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
     native = dict(SUPPORTED_ARCHITECTURES)
-    added = {name: made for name, made in encoders(native).items() if name not in native}
+    made = {**encoders(native), **sounds(native)}
+    added = {name: adapter for name, adapter in made.items() if name not in native}
     adapters = {**native, **added}
     known = set(dir(transformers))  # looking a class up would import its family
     for kind, language_model in families(adapters):
