@@ -38,7 +38,10 @@ POSITION_NAMES = ("position_embeddings", "position_embedding", "pos_embed", "pos
 """Parameters, or embeddings, that are added to every token of an image."""
 
 FRAME_COMPONENT = "feat_proj"
-"""The bridge's component whose linear layer makes the frames of a waveform."""
+"""The bridge's component whose linear layer, or convolution, makes the frames of a sound."""
+
+FRAMING = (nn.Linear, nn.Conv1d)
+"""The layers that make frames."""
 
 WAVE_COMPONENT = "audio_feature_extractor"
 """The bridge's component with the convolutions before it."""
@@ -96,7 +99,8 @@ class MediaEmbedder:
 
     Attributes:
         projection: the patch convolution, whose output is [batch, d_model, row, column], or the
-            linear layer behind a stack of convolutions, whose output is [batch, frame, d_model].
+            linear layer behind a stack of convolutions, whose output is [batch, frame, d_model];
+            or the last of a few convolutions, whose output is [batch, d_model, frame].
         owner: the module whose own parameters the constants are, if there are any.
         special: attribute -> how its tokens are called.
         positions: attributes added to the tokens: parameters, or ``nn.Embedding`` children.
@@ -123,7 +127,7 @@ def media_embedders(parts: NamedModules) -> list[MediaEmbedder]:
     for path, module in parts:
         inner: Any = original(module) if path == FRAME_COMPONENT else None
         if isinstance(inner, nn.Module):
-            frames = next((m for m in inner.modules() if isinstance(m, nn.Linear)), None)
+            frames = next((m for m in inner.modules() if isinstance(m, FRAMING)), None)
             if frames is not None:
                 places[id(frames)] = MediaEmbedder(frames, None, {}, ())
     if not places:  # positions that are rotations, and no token but the patches

@@ -69,7 +69,8 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_SPEC),
     # Towers that activate the output of their first convolutions.
     **dict.fromkeys(
-        ("AudioFlamingo3Encoder", "GlmAsrEncoder", "Qwen2AudioEncoder"), FUNCTIONAL_SPEC
+        ("AudioFlamingo3Encoder", "GlmAsrEncoder", "Qwen2AudioEncoder", "WhisperEncoder"),
+        FUNCTIONAL_SPEC,
     ),
     # Towers that add learned positions, or a learned token for the image or the end of its rows.
     **dict.fromkeys(

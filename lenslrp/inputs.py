@@ -43,7 +43,7 @@ def prepare_text(
         model, text, append=[] if two_stacks else append, prepend_bos=prepend_bos,
         attention_mask=attention_mask, inputs_embeds=inputs_embeds,
     )  # fmt: skip
-    return _with_decoder(model, texts, decoder_input, append) if two_stacks else texts
+    return with_decoder(model, texts, decoder_input, append) if two_stacks else texts
 
 
 def is_encoder_decoder(model: TransformerBridge) -> bool:
@@ -62,7 +62,7 @@ def decoder_reads_the_text(model: Any) -> bool:
     return bool(written) and type(model).__name__.endswith(heads)
 
 
-def _with_decoder(
+def with_decoder(
     model: TransformerBridge, encoder: Batch, decoder_input: Any, append: list[int]
 ) -> Batch:
     """The decoder's rows: its start token and the words given, or a token tensor as it is."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
-from lenslrp.inputs import prepare_text
+from lenslrp.inputs import is_encoder_decoder, prepare_text, with_decoder
 from lenslrp.leaves import Leaves
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ LAYOUTS: Mapping[str, str] = {
 """The inputs that are numbers and not tokens: name -> what a tensor's axes are."""
 
 LEAVES = ("pixels", "patches")
+WRITTEN = ("append", "decoder_input")
+"""Keywords of `lenslrp.inputs.prepare_text` that are of a decoder."""
 
 
 def main_input(model: TransformerBridge) -> str:
@@ -54,12 +56,17 @@ def prepare_batch(
         InputError: see there, `prepare_media` and `check_media`.
     """
     if reads_no_text(model):
-        for name in ("append", "attention_mask", "inputs_embeds", "decoder_input"):
+        writes = is_encoder_decoder(model)
+        of_text = ("attention_mask", "inputs_embeds", *(() if writes else WRITTEN))
+        for name in of_text:
             if tokens.get(name) is not None and len(tokens[name]):
                 what = "a Sequence target" if name == "append" else name
                 kind = type(model.original_model).__name__
                 raise InputError(f"{what} goes with tokens, and {kind} reads {main_input(model)}")
-        return prepare_media(model, text, media)
+        batch = prepare_media(model, text, media)
+        if not writes:
+            return batch
+        return with_decoder(model, batch, tokens.get("decoder_input"), tokens.get("append") or [])
     prepared = prepare_text(model, text, **tokens)
     return replace(prepared, media=check_media(model, media)) if media else prepared
 
@@ -139,7 +146,8 @@ def check_kwargs(model: TransformerBridge, kwargs: Mapping[str, Any], prepared: 
 
 def _wanted(model: TransformerBridge, name: str) -> str:
     sizes = _sizes(model, name)
-    axes = LAYOUTS[name].split(", ") if len(sizes) != 2 else ["batch", "frame", "mel"]
+    spectrogram = name == "input_values" and len(sizes) == 2
+    axes = ["batch", "frame", "mel"] if spectrogram else LAYOUTS[name].split(", ")
     shown = [axes[0], *(f"{a}={s}" if s else a for a, s in zip(axes[1:], sizes, strict=True))]
     return f"{name} [{', '.join(shown)}]"
 
@@ -156,7 +164,9 @@ def _sizes(model: TransformerBridge, name: str) -> tuple[int, ...]:
     mel = getattr(config, "num_mel_bins", None)
     if name == "input_values" and mel is not None:  # a spectrogram
         return (int(getattr(config, "max_length", 0)), int(mel))
-    return (0, 0) if name == "input_features" else (0,)
+    if name == "input_features":
+        return (int(mel or 0), 2 * int(getattr(config, "max_source_positions", 0)))
+    return (0,)
 
 
 def _require_shape(model: TransformerBridge, name: str, value: Tensor) -> None:

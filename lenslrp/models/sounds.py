@@ -6,7 +6,12 @@ positions by a convolution, and blocks of attention and MLP (Baevski et al. 2020
 
 from __future__ import annotations
 
+from functools import wraps
+from inspect import signature
+from types import MethodType
 from typing import Any
+
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 SAME_AS = {
     "UniSpeechForCTC": "Wav2Vec2ForCTC",
@@ -19,7 +24,51 @@ SAME_AS = {
 
 def sounds(adapters: dict[str, Any]) -> dict[str, Any]:
     """Adapters for the recognisers of these families, from which those of other heads derive."""
-    return {name: _adapter(name, adapters[other]) for name, other in SAME_AS.items()}
+    made = {name: _adapter(name, adapters[other]) for name, other in SAME_AS.items()}
+    return {**made, "WhisperForConditionalGeneration": _whisper(adapters)}
+
+
+def _whisper(adapters: dict[str, Any]) -> Any:
+    """Whisper is Pegasus with two convolutions in the place of its encoder's embedding."""
+    pegasus = adapters["PegasusForConditionalGeneration"]
+
+    def init(self: Any, cfg: Any) -> None:
+        pegasus.__init__(self, cfg)
+        self.cfg.is_audio_model = True
+        made = self.component_mapping
+        del made["embed"]
+        made["unembed"].name = "proj_out"
+        self.component_mapping = {
+            "audio_feature_extractor": GeneralizedComponent(name="model.encoder.conv1"),
+            "feat_proj": GeneralizedComponent(name="model.encoder.conv2"),
+            **made,
+        }
+
+    def setup_hook_compatibility(self: Any, bridge: Any) -> None:
+        pegasus.setup_hook_compatibility(self, bridge)
+        model = bridge.original_model
+        forward = type(model).forward
+        takes_text = "decoder_input_ids" in signature(forward).parameters
+        model.config.is_encoder_decoder = takes_text
+
+        @wraps(forward)
+        def named(self: Any, *args: Any, input_values: Any = None, **kwargs: Any) -> Any:
+            if input_values is not None:
+                kwargs["input_features"] = input_values
+            return forward(self, *args, **kwargs)
+
+        model.forward = MethodType(named, model)
+
+    return type(
+        "WhisperForConditionalGenerationAdapter",
+        (pegasus,),
+        {
+            "__init__": init,
+            "setup_hook_compatibility": setup_hook_compatibility,
+            "require_symmetric_layers": False,
+            "n_layers_from": "decoder",
+        },
+    )
 
 
 def _adapter(name: str, base: Any) -> Any:
