@@ -98,6 +98,11 @@ def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) 
     at.meter(module, lambda y: measure_bias(y, layer.bias, site, dim))  # FSDP gathers it
 
 
+def attach_position_gate(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
+    """A gate on a bias of the scores is a constant, so that the bias is one."""
+    at.hook(module, lambda _, args, y: y.detach())
+
+
 def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role: str) -> None:
     """A linear layer or a convolution: under epsilon its bias; otherwise the rule in its place."""
     rule = ctx.composite[role]

@@ -225,10 +225,15 @@ def _as_tensor(text: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor
         raise InputError(
             f"a token tensor is integers [batch, pos], not {ids.dtype} {list(ids.shape)}"
         )
-    return tokens, _as_mask(attention_mask, tokens)
+    return tokens, as_mask(attention_mask, tokens)
 
 
-def _as_mask(attention_mask: Any, tokens: Tensor) -> Tensor:
+def as_mask(attention_mask: Any, tokens: Tensor, name: str = "tokens") -> Tensor:
+    """[batch, pos], True where a token, or a sample of a sound, is real.
+
+    Raises:
+        InputError: it does not fit ``tokens``, which the message calls ``name``, or has gaps.
+    """
     if attention_mask is None:
         return torch.ones_like(tokens, dtype=torch.bool)
     if not isinstance(attention_mask, Tensor):
@@ -237,7 +242,7 @@ def _as_mask(attention_mask: Any, tokens: Tensor) -> Tensor:
         )
     if attention_mask.shape != tokens.shape:
         raise InputError(
-            f"attention_mask {list(attention_mask.shape)} does not fit tokens {list(tokens.shape)}"
+            f"attention_mask {list(attention_mask.shape)} does not fit {name} {list(tokens.shape)}"
         )
     mask = attention_mask.to(tokens.device).bool()
     edges = mask.int().diff(dim=1).abs().sum(dim=1)
@@ -307,7 +312,7 @@ def _from_embeddings(
     mask = torch.ones_like(tokens, dtype=torch.bool)
     kwargs: dict[str, Any] = {"inputs_embeds": embeds}
     if attention_mask is not None:
-        mask = _as_mask(attention_mask, tokens)
+        mask = as_mask(attention_mask, tokens)
         require_padding(model, mask)
         kwargs["attention_mask"] = attention_mask
         places = position_ids(model, mask)

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
-from lenslrp.inputs import is_encoder_decoder, prepare_text, with_decoder
+from lenslrp.inputs import as_mask, is_encoder_decoder, prepare_text, with_decoder
 from lenslrp.leaves import Leaves
 
 if TYPE_CHECKING:
@@ -57,13 +57,13 @@ def prepare_batch(
     """
     if reads_no_text(model):
         writes = is_encoder_decoder(model)
-        of_text = ("attention_mask", "inputs_embeds", *(() if writes else WRITTEN))
-        for name in of_text:
+        masked = () if masks_frames(model) else ("attention_mask",)
+        for name in (*masked, "inputs_embeds", *(() if writes else WRITTEN)):
             if tokens.get(name) is not None and len(tokens[name]):
                 what = "a Sequence target" if name == "append" else name
                 kind = type(model.original_model).__name__
                 raise InputError(f"{what} goes with tokens, and {kind} reads {main_input(model)}")
-        batch = prepare_media(model, text, media)
+        batch = prepare_media(model, text, media, tokens.get("attention_mask"))
         if not writes:
             return batch
         return with_decoder(model, batch, tokens.get("decoder_input"), tokens.get("append") or [])
@@ -71,7 +71,17 @@ def prepare_batch(
     return replace(prepared, media=check_media(model, media)) if media else prepared
 
 
-def prepare_media(model: TransformerBridge, floats: Any, media: Mapping[str, Tensor]) -> Batch:
+def masks_frames(model: TransformerBridge) -> bool:
+    """Whether a model takes a mask of a waveform's samples, and makes one of its frames of it."""
+    return hasattr(model.original_model, "_get_feature_vector_attention_mask")
+
+
+def prepare_media(
+    model: TransformerBridge,
+    floats: Any,
+    media: Mapping[str, Tensor],
+    attention_mask: Tensor | None = None,
+) -> Batch:
     """The batch of a model that reads an image or a sound and no text.
 
     Raises:
@@ -91,7 +101,29 @@ def prepare_media(model: TransformerBridge, floats: Any, media: Mapping[str, Ten
     checked = check_media(model, media)
     batch = len(checked[name])
     empty = torch.zeros(batch, 0, dtype=torch.long, device=checked[name].device)
-    return Batch(empty, empty.bool(), [0] * batch, media=checked)
+    kwargs = {} if attention_mask is None else _mask(model, attention_mask, checked[name])
+    return Batch(empty, empty.bool(), [0] * batch, kwargs, media=checked)
+
+
+def _mask(model: TransformerBridge, attention_mask: Any, values: Tensor) -> dict[str, Tensor]:
+    """The mask of a batch of sounds, where it makes a row what it is alone."""
+    mask = as_mask(attention_mask, values, main_input(model))
+    if bool(mask.all()):
+        return {}
+    kind: Any = type(model.original_model).__name__
+    if bool((~mask[:, :1]).any()):
+        raise InputError(f"{kind}: put the padding on the right of a sound")
+    over_time = [m for m in model.original_model.modules() if isinstance(m, nn.GroupNorm)]
+    if over_time:
+        raise InputError(
+            f"{kind}: its feature encoder normalises over the whole length of a sound (group norm),"
+            " so a padded row is not what it is alone; give sounds of one length, or one each"
+        )
+    inner: Any = model.original_model
+    frames = inner._get_feat_extract_output_lengths(mask.sum(dim=1))
+    if bool((frames < 1).any()):
+        raise InputError(f"row {int(frames.argmin())} is too short: {kind} makes no frame of it")
+    return {"attention_mask": mask.long()}
 
 
 def check_media(model: TransformerBridge, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -200,7 +232,7 @@ def batch_size(text: Any, inputs_embeds: Tensor | None, floats: dict[str, Tensor
     return len(text) if isinstance(text, list) else 1
 
 
-def with_sequence(prepared: Batch, leaves: Leaves) -> Batch:
+def with_sequence(model: TransformerBridge, prepared: Batch, leaves: Leaves) -> Batch:
     """After the forward pass: how many tokens an image or a sound became, and their names."""
     seen = (leaves.patches or leaves.seen)[0]
     batch = len(seen)
@@ -212,6 +244,10 @@ def with_sequence(prepared: Batch, leaves: Leaves) -> Batch:
         names += [str(frame) for frame in range(places[0])]
     tokens = torch.arange(len(names), device=seen.device).expand(batch, -1)
     mask = torch.ones_like(tokens, dtype=torch.bool)
+    if "attention_mask" in prepared.kwargs:
+        inner: Any = model.original_model
+        samples = prepared.kwargs["attention_mask"]
+        mask = inner._get_feature_vector_attention_mask(len(names), samples)
     return replace(prepared, tokens=tokens, mask=mask, prompt_lengths=[0] * batch, names=names)
 
 

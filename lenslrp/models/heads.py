@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lenslrp.models.encoders import encoders
-from lenslrp.models.sounds import sounds
+from lenslrp.models.sounds import sounds, sum_at_hook_points
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
@@ -104,12 +104,18 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
         if name.endswith("ForQuestionAnswering"):
             _join_spans(hf_model)
 
+    def setup_hook_compatibility(self: Any, bridge: Any) -> None:
+        if hasattr(base, "setup_hook_compatibility"):
+            base.setup_hook_compatibility(self, bridge)
+        sum_at_hook_points(bridge)
+
     return type(
         f"{name}Adapter",
         (base,),
         {
             "__doc__": f"{name}, derived from the adapter of {language_model}.",
             "prepare_model": prepare_model,
+            "setup_hook_compatibility": setup_hook_compatibility,
             "supports_generation": False,
             "supports_causal_loss": False,
         },

@@ -11,13 +11,18 @@ from inspect import signature
 from types import MethodType
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge.generalized_components import BlockBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformers import PreTrainedModel
 
 SAME_AS = {
     "UniSpeechForCTC": "Wav2Vec2ForCTC",
     "UniSpeechSatForCTC": "Wav2Vec2ForCTC",
     "Data2VecAudioForCTC": "Wav2Vec2ForCTC",
     "SEWForCTC": "Wav2Vec2ForCTC",
+    "WavLMForCTC": "Wav2Vec2ForCTC",
 }
 """Families whose modules have the names of another's."""
 
@@ -26,6 +31,34 @@ def sounds(adapters: dict[str, Any]) -> dict[str, Any]:
     """Adapters for the recognisers of these families, from which those of other heads derive."""
     made = {name: _adapter(name, adapters[other]) for name, other in SAME_AS.items()}
     return {**made, "WhisperForConditionalGeneration": _whisper(adapters)}
+
+
+def sum_at_hook_points(bridge: Any) -> None:
+    """Let a head that sums the hidden states of all layers read them at the blocks' hook points.
+
+    transformers takes them from the layers inside the blocks, past what is edited, or read, there.
+    """
+    from transformers.utils import output_capturing
+
+    def record(x: Any) -> None:
+        collected = output_capturing._active_collector.get()
+        if collected is not None and "hidden_states" in collected:
+            collected["hidden_states"].append(x[0] if isinstance(x, tuple) else x)
+
+    if not hasattr(bridge.original_model, "layer_weights"):
+        return
+    blocks = [part for part in bridge.modules() if isinstance(part, BlockBridge)]
+    for block in blocks:
+        hooks = block.original_component._forward_hooks
+        for key in [k for k, hook in hooks.items() if hook.__module__ == output_capturing.__name__]:
+            del hooks[key]
+        block.register_forward_hook(lambda _, args, out: record(out))
+    blocks[0].original_component.register_forward_pre_hook(lambda _, args: record(args))
+    for part in bridge.original_model.modules():
+        if isinstance(part, PreTrainedModel):
+            part._output_capturing_hooks_installed = True
+        if type(part).__name__.endswith("EncoderStableLayerNorm"):
+            bridge.adapter.unread = {"embed_ln"}  # what is summed is what its blocks return
 
 
 def _whisper(adapters: dict[str, Any]) -> Any:
@@ -81,7 +114,29 @@ def _adapter(name: str, base: Any) -> Any:
         for component in self.component_mapping.values():
             component.name = str(component.name).replace(f"{other}.", f"{family}.")
 
+        for module in hf_model.modules():
+            if hasattr(module, "torch_multi_head_self_attention"):
+                module.torch_multi_head_self_attention = MethodType(_attend, module)
+
     return type(f"{name}Adapter", (base,), {"prepare_model": prepare_model})
+
+
+def _attend(
+    self: Any, hidden_states: Tensor, attention_mask: Tensor | None, gated_position_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """WavLM's attention by its projections, whose hook points fire; torch's function passes by them."""
+    batch, length, _ = hidden_states.shape
+    q, k, v = (
+        project(hidden_states).view(batch, length, self.num_heads, -1).transpose(1, 2)
+        for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    scores = torch.matmul(q * self.scaling, k.transpose(2, 3))
+    scores = scores + gated_position_bias.view(scores.shape)
+    if attention_mask is not None:
+        scores = scores.masked_fill(attention_mask.ne(1)[:, None, None], float("-inf"))
+    pattern = torch.softmax(scores, dim=-1)
+    z = torch.matmul(pattern, v).transpose(1, 2).reshape(batch, length, -1)
+    return self.out_proj(z), pattern
 
 
 class _Renamed:
