@@ -40,8 +40,11 @@ POSITION_NAMES = ("position_embeddings", "position_embedding", "pos_embed", "pos
 FRAME_COMPONENT = "feat_proj"
 """The bridge's component whose linear layer, or convolution, makes the frames of a sound."""
 
+FRAME_NORM = "feat_ln"
+"""The bridge's component of a norm before it, where that is no part of it (SEW)."""
+
 FRAMING = (nn.Linear, nn.Conv1d)
-"""The layers that make frames."""
+"""The layers that make frames; where a component has none, it makes them itself."""
 
 WAVE_COMPONENT = "audio_feature_extractor"
 """The bridge's component with the convolutions before it."""
@@ -127,9 +130,8 @@ def media_embedders(parts: NamedModules) -> list[MediaEmbedder]:
     for path, module in parts:
         inner: Any = original(module) if path == FRAME_COMPONENT else None
         if isinstance(inner, nn.Module):
-            frames = next((m for m in inner.modules() if isinstance(m, FRAMING)), None)
-            if frames is not None:
-                places[id(frames)] = MediaEmbedder(frames, None, {}, ())
+            frames = next((m for m in inner.modules() if isinstance(m, FRAMING)), inner)
+            places[id(frames)] = MediaEmbedder(frames, None, {}, ())
     if not places:  # positions that are rotations, and no token but the patches
         patches = next((m for _, m in parts if isinstance(m, nn.Conv2d)), None)
         if patches is not None:
@@ -141,7 +143,7 @@ def sites_before_sequence(parts: NamedModules, sites: Iterable[Site]) -> list[Si
     """The sites of what runs before there are patches or frames, the layer that makes them too."""
     inside = {id(m) for place in media_embedders(parts) for m in place.projection.modules()}
     for path, module in parts:
-        if path in (FRAME_COMPONENT, WAVE_COMPONENT):
+        if path in (FRAME_COMPONENT, FRAME_NORM, WAVE_COMPONENT):
             inside |= {id(m) for m in module.modules()}
     paths = {path for path, module in parts if id(module) in inside}
     return [site for site in sites if site.hook in paths]

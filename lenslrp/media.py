@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
+from lenslrp.hooks.padding import require_sound_padding
 from lenslrp.inputs import as_mask, is_encoder_decoder, prepare_text, with_decoder
 from lenslrp.leaves import Leaves
 
@@ -98,6 +99,11 @@ def prepare_media(
         raise InputError(f"{kind} reads {_wanted(model, name)}, not {got}: give {name}=")
     if name not in media:
         raise InputError(f"{kind} reads {_wanted(model, name)}: give {name}=")
+    if getattr(model.original_model.config, "add_adapter", False):
+        raise InputError(
+            f"{kind} with add_adapter=True: its adapter makes fewer outputs than there are frames, "
+            "so a position would mean two things; it is not covered"
+        )
     checked = check_media(model, media)
     batch = len(checked[name])
     empty = torch.zeros(batch, 0, dtype=torch.long, device=checked[name].device)
@@ -110,18 +116,11 @@ def _mask(model: TransformerBridge, attention_mask: Any, values: Tensor) -> dict
     mask = as_mask(attention_mask, values, main_input(model))
     if bool(mask.all()):
         return {}
-    kind: Any = type(model.original_model).__name__
-    if bool((~mask[:, :1]).any()):
-        raise InputError(f"{kind}: put the padding on the right of a sound")
-    over_time = [m for m in model.original_model.modules() if isinstance(m, nn.GroupNorm)]
-    if over_time:
-        raise InputError(
-            f"{kind}: its feature encoder normalises over the whole length of a sound (group norm),"
-            " so a padded row is not what it is alone; give sounds of one length, or one each"
-        )
+    require_sound_padding(model, mask)
     inner: Any = model.original_model
     frames = inner._get_feat_extract_output_lengths(mask.sum(dim=1))
     if bool((frames < 1).any()):
+        kind = type(inner).__name__
         raise InputError(f"row {int(frames.argmin())} is too short: {kind} makes no frame of it")
     return {"attention_mask": mask.long()}
 

@@ -154,7 +154,8 @@ class Pass(RuledForward):
         if tokens is None:  # no text: the patches are the sequence
             assert patches is not None
             tokens = media.sequence(at["special"], patches)
-            positions, patch_positions = patch_positions, None
+            if patch_positions is not None:
+                positions, patch_positions = patch_positions, None
         special = torch.cat(at["special"], dim=1).sum(dim=-1) if at["special"] else None
         decoder = self.batch.decoder
         rows = self.batch.rows(self.model.tokenizer)

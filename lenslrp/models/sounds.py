@@ -12,10 +12,14 @@ from types import MethodType
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformer_lens.model_bridge.generalized_components import BlockBridge
+from transformer_lens.model_bridge.generalized_components import BlockBridge, UnembeddingBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers import PreTrainedModel
+
+from lenslrp.hooks.components import LAYER_WEIGHTS
+from lenslrp.hooks.leaf_modules import FRAME_COMPONENT, FRAME_NORM, WAVE_COMPONENT
 
 SAME_AS = {
     "UniSpeechForCTC": "Wav2Vec2ForCTC",
@@ -45,7 +49,7 @@ def sum_at_hook_points(bridge: Any) -> None:
         if collected is not None and "hidden_states" in collected:
             collected["hidden_states"].append(x[0] if isinstance(x, tuple) else x)
 
-    if not hasattr(bridge.original_model, "layer_weights"):
+    if not hasattr(bridge.original_model, LAYER_WEIGHTS):
         return
     blocks = [part for part in bridge.modules() if isinstance(part, BlockBridge)]
     for block in blocks:
@@ -72,8 +76,8 @@ def _whisper(adapters: dict[str, Any]) -> Any:
         del made["embed"]
         made["unembed"].name = "proj_out"
         self.component_mapping = {
-            "audio_feature_extractor": GeneralizedComponent(name="model.encoder.conv1"),
-            "feat_proj": GeneralizedComponent(name="model.encoder.conv2"),
+            WAVE_COMPONENT: GeneralizedComponent(name="model.encoder.conv1"),
+            FRAME_COMPONENT: GeneralizedComponent(name="model.encoder.conv2"),
             **made,
         }
 
@@ -106,14 +110,18 @@ def _whisper(adapters: dict[str, Any]) -> Any:
 
 def _adapter(name: str, base: Any) -> Any:
     def prepare_model(self: Any, hf_model: Any) -> None:
-        import transformers
-
         family = getattr(transformers, name).base_model_prefix
-        other = "wav2vec2"
-        base.prepare_model(self, _Renamed(hf_model, family, other))
-        for component in self.component_mapping.values():
-            component.name = str(component.name).replace(f"{other}.", f"{family}.")
-
+        inner = getattr(hf_model, family, hf_model)
+        place = f"{family}." if inner is not hf_model else ""
+        made = self.component_mapping = self._build_component_mapping(prefix=place)
+        if hasattr(hf_model, "lm_head"):
+            made["unembed"] = UnembeddingBridge(name="lm_head")
+        if hasattr(
+            inner, "layer_norm"
+        ):  # SEW's projection has no norm of its own, or there is none
+            projects = hasattr(inner, "feature_projection")
+            key = FRAME_NORM if projects else FRAME_COMPONENT
+            made[key] = GeneralizedComponent(name=f"{place}layer_norm")
         for module in hf_model.modules():
             if hasattr(module, "torch_multi_head_self_attention"):
                 module.torch_multi_head_self_attention = MethodType(_attend, module)
@@ -137,13 +145,3 @@ def _attend(
     pattern = torch.softmax(scores, dim=-1)
     z = torch.matmul(pattern, v).transpose(1, 2).reshape(batch, length, -1)
     return self.out_proj(z), pattern
-
-
-class _Renamed:
-    def __init__(self, model: Any, family: str, other: str) -> None:
-        self._model = model
-        if hasattr(model, family):
-            setattr(self, other, getattr(model, family))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
