@@ -16,6 +16,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks.padding import require_sound_padding
 from lenslrp.inputs import as_mask, is_encoder_decoder, prepare_text, with_decoder
 from lenslrp.leaves import Leaves
+from lenslrp.recordings import features_of, is_recording
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -27,6 +28,7 @@ LAYOUTS: Mapping[str, str] = {
 }
 """The inputs that are numbers and not tokens: name -> what a tensor's axes are."""
 
+SOUNDS = ("input_values", "input_features")
 LEAVES = ("pixels", "patches")
 WRITTEN = ("append", "decoder_input")
 """Keywords of `lenslrp.inputs.prepare_text` that are of a decoder."""
@@ -57,6 +59,11 @@ def prepare_batch(
         InputError: see there, `prepare_media` and `check_media`.
     """
     if reads_no_text(model):
+        if is_recording(text) and main_input(model) in SOUNDS and not media:
+            media, mask = features_of(model, main_input(model), text)
+            text = None
+            if mask is not None:
+                tokens = {**tokens, "attention_mask": mask}
         writes = is_encoder_decoder(model)
         masked = () if masks_frames(model) else ("attention_mask",)
         for name in (*masked, "inputs_embeds", *(() if writes else WRITTEN)):

@@ -37,6 +37,45 @@ def sounds(adapters: dict[str, Any]) -> dict[str, Any]:
     return {**made, "WhisperForConditionalGeneration": _whisper(adapters)}
 
 
+def _adapter(name: str, base: Any) -> Any:
+    def prepare_model(self: Any, hf_model: Any) -> None:
+        family = getattr(transformers, name).base_model_prefix
+        inner = getattr(hf_model, family, hf_model)
+        place = f"{family}." if inner is not hf_model else ""
+        made = self.component_mapping = self._build_component_mapping(prefix=place)
+        if hasattr(hf_model, "lm_head"):
+            made["unembed"] = UnembeddingBridge(name="lm_head")
+        if hasattr(
+            inner, "layer_norm"
+        ):  # SEW's projection has no norm of its own, or there is none
+            projects = hasattr(inner, "feature_projection")
+            key = FRAME_NORM if projects else FRAME_COMPONENT
+            made[key] = GeneralizedComponent(name=f"{place}layer_norm")
+        for module in hf_model.modules():
+            if hasattr(module, "torch_multi_head_self_attention"):
+                module.torch_multi_head_self_attention = MethodType(_attend, module)
+
+    return type(f"{name}Adapter", (base,), {"prepare_model": prepare_model})
+
+
+def _attend(
+    self: Any, hidden_states: Tensor, attention_mask: Tensor | None, gated_position_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """WavLM's attention by its projections, past which torch's function goes: hook points fire."""
+    batch, length, _ = hidden_states.shape
+    q, k, v = (
+        project(hidden_states).view(batch, length, self.num_heads, -1).transpose(1, 2)
+        for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    scores = torch.matmul(q * self.scaling, k.transpose(2, 3))
+    scores = scores + gated_position_bias.view(scores.shape)
+    if attention_mask is not None:
+        scores = scores.masked_fill(attention_mask.ne(1)[:, None, None], float("-inf"))
+    pattern = torch.softmax(scores, dim=-1)
+    z = torch.matmul(pattern, v).transpose(1, 2).reshape(batch, length, -1)
+    return self.out_proj(z), pattern
+
+
 def sum_at_hook_points(bridge: Any) -> None:
     """Let a head that sums the hidden states of all layers read them at the blocks' hook points.
 
@@ -106,42 +145,3 @@ def _whisper(adapters: dict[str, Any]) -> Any:
             "n_layers_from": "decoder",
         },
     )
-
-
-def _adapter(name: str, base: Any) -> Any:
-    def prepare_model(self: Any, hf_model: Any) -> None:
-        family = getattr(transformers, name).base_model_prefix
-        inner = getattr(hf_model, family, hf_model)
-        place = f"{family}." if inner is not hf_model else ""
-        made = self.component_mapping = self._build_component_mapping(prefix=place)
-        if hasattr(hf_model, "lm_head"):
-            made["unembed"] = UnembeddingBridge(name="lm_head")
-        if hasattr(
-            inner, "layer_norm"
-        ):  # SEW's projection has no norm of its own, or there is none
-            projects = hasattr(inner, "feature_projection")
-            key = FRAME_NORM if projects else FRAME_COMPONENT
-            made[key] = GeneralizedComponent(name=f"{place}layer_norm")
-        for module in hf_model.modules():
-            if hasattr(module, "torch_multi_head_self_attention"):
-                module.torch_multi_head_self_attention = MethodType(_attend, module)
-
-    return type(f"{name}Adapter", (base,), {"prepare_model": prepare_model})
-
-
-def _attend(
-    self: Any, hidden_states: Tensor, attention_mask: Tensor | None, gated_position_bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """WavLM's attention by its projections, whose hook points fire; torch's function passes by them."""
-    batch, length, _ = hidden_states.shape
-    q, k, v = (
-        project(hidden_states).view(batch, length, self.num_heads, -1).transpose(1, 2)
-        for project in (self.q_proj, self.k_proj, self.v_proj)
-    )
-    scores = torch.matmul(q * self.scaling, k.transpose(2, 3))
-    scores = scores + gated_position_bias.view(scores.shape)
-    if attention_mask is not None:
-        scores = scores.masked_fill(attention_mask.ne(1)[:, None, None], float("-inf"))
-    pattern = torch.softmax(scores, dim=-1)
-    z = torch.matmul(pattern, v).transpose(1, 2).reshape(batch, length, -1)
-    return self.out_proj(z), pattern

@@ -18,7 +18,7 @@ import lenslrp
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.structure import components
 from lenslrp.models import heads
-from lenslrp.targets import Activation, Logit, LogitDiff
+from lenslrp.targets import Activation, Logit
 from tests.conformance.families import randomise
 from tests.unit.tiny import changes, snapshot
 
@@ -206,7 +206,7 @@ def test_a_padded_sound_is_what_it_is_alone(name: str, setting: str) -> None:
         logits, R = explain(bridge, composite, input_values=values, attention_mask=mask)
         if logits.shape == expected.shape:
             torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
-        alone, A = explain(bridge, composite, input_values=values[1:, : LENGTHS[1]])
+        _, A = explain(bridge, composite, input_values=values[1:, : LENGTHS[1]])
         frames = A.tokens.shape[1]
         assert R.attention_mask.sum(dim=1).tolist() == [R.tokens.shape[1], frames]
         torch.testing.assert_close(R.tokens[1:, :frames], A.tokens, rtol=1e-9, atol=1e-12)
@@ -285,8 +285,10 @@ def test_a_sum_over_layers_is_read_at_the_blocks(name: str, setting: str) -> Non
 
     layers = base.encoder.layers
     handles = [layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
-    for layer in layers:
-        handles.append(layer.register_forward_hook(lambda _, args, out: seen.append(first(out))))
+    handles += [
+        layer.register_forward_hook(lambda _, args, out: seen.append(first(out)))
+        for layer in layers
+    ]
     expected = output_of(model(**given))
     for handle in handles:
         handle.remove()
