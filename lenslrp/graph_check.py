@@ -11,7 +11,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -227,7 +227,7 @@ class RuledForward(Forward):
         of_encoder = bool(latent) and all(reads_the_encoder(hook) for hook in latent)
         # A stack that did not run at all (the vision tower of a text prompt) was not called for.
         ran = {_stack(s) for s in sites if s.forward}
-        unread = getattr(getattr(self.model, "adapter", None), "unread", frozenset())
+        unread: Collection[str] = getattr(getattr(self.model, "adapter", None), "unread", ())
         idle = [s for s in sites if s.forward == 0 and not s.optional and _stack(s) in ran]
         lost = [
             s

@@ -91,15 +91,16 @@ def sum_at_hook_points(bridge: Any) -> None:
     if not hasattr(bridge.original_model, LAYER_WEIGHTS):
         return
     blocks = [part for part in bridge.modules() if isinstance(part, BlockBridge)]
-    for block in blocks:
-        hooks = block.original_component._forward_hooks
+    layers: list[Any] = [block.original_component for block in blocks]
+    for block, layer in zip(blocks, layers, strict=True):
+        hooks = layer._forward_hooks
         for key in [k for k, hook in hooks.items() if hook.__module__ == output_capturing.__name__]:
             del hooks[key]
         block.register_forward_hook(lambda _, args, out: record(out))
-    blocks[0].original_component.register_forward_pre_hook(lambda _, args: record(args))
+    layers[0].register_forward_pre_hook(lambda _, args: record(args))
     for part in bridge.original_model.modules():
         if isinstance(part, PreTrainedModel):
-            part._output_capturing_hooks_installed = True
+            vars(part)["_output_capturing_hooks_installed"] = True
         if type(part).__name__.endswith("EncoderStableLayerNorm"):
             bridge.adapter.unread = {"embed_ln"}  # what is summed is what its blocks return
 
@@ -141,6 +142,7 @@ def _whisper(adapters: dict[str, Any]) -> Any:
         {
             "__init__": init,
             "setup_hook_compatibility": setup_hook_compatibility,
+            "supports_generation": False,  # of a text; the model's own generate reads sounds
             "require_symmetric_layers": False,
             "n_layers_from": "decoder",
         },
