@@ -69,7 +69,7 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_SPEC),
     # Towers that activate the output of their first convolutions.
     **dict.fromkeys(("AudioFlamingo3Encoder", "GlmAsrEncoder"), FUNCTIONAL_SPEC),
-    **dict.fromkeys(("Qwen2AudioEncoder", "WhisperEncoder"), FUNCTIONAL_SPEC),
+    **dict.fromkeys(("Qwen2AudioEncoder", "TDNNLayer", "WhisperEncoder"), FUNCTIONAL_SPEC),
     # Towers that add learned positions, or a learned token for the image or the end of its rows.
     **dict.fromkeys(
         (

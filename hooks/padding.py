@@ -72,6 +72,8 @@ def require_sound_padding(model: TransformerBridge, mask: Tensor) -> None:
         why = "its feature encoder normalises over the whole length of a sound (group norm)"
     elif kind.startswith(MIXES_FRAMES):
         why = "it convolves or pools frames after the padding has become numbers"
+    elif kind.endswith("ForXVector"):
+        why = "transformers counts the frames of its last layers without their dilation"
     if why:
         raise InputError(
             f"{kind}: {why}, so a padded row is not what it is alone; give sounds of one length, "

@@ -37,11 +37,12 @@ HEADS = (
     "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
     "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_XVECTOR_MAPPING_NAMES",
     "MODEL_MAPPING_NAMES",
 )
 """The tables of transformers that say which class a family has with which head."""
 
-LABELLED = ("Classification", "ForQuestionAnswering")
+LABELLED = ("Classification", "ForQuestionAnswering", "ForXVector")
 
 
 @cache

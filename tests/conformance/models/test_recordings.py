@@ -13,7 +13,17 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import lenslrp
-from tests.conformance.models.test_sounds import FRAMES, MEL, SETTINGS, made
+from tests.conformance.models.test_sounds import (
+    FRAMES,
+    MEL,
+    NAMES,
+    SETTINGS,
+    explain,
+    made,
+    output_of,
+    sounds,
+)
+from tests.conformance.models.test_sounds import written as spoken
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:At least one mel filter")
 
@@ -155,3 +165,18 @@ def test_what_ast_would_cut_is_refused() -> None:
     assert R.inputs["input_values"].shape == (1, 24, 8)
     with pytest.raises(lenslrp.InputError, match=f"ASTFeatureExtractor reads {longest}"):
         lenslrp.run_with_relevance(bridge, sound(longest + 1), 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_class_from_its_directory(name: str, tmp_path: Path, no_network: None) -> None:
+    model = made(name, mask_time_prob=0.05).float()
+    given = {key: value.float() for key, value in sounds(model).items()}
+    with torch.no_grad():
+        expected = output_of(model(**given, **spoken(name, "decoder_input_ids")))
+    model.save_pretrained(tmp_path)
+    bridge = lenslrp.load(tmp_path, device="cpu")
+    assert type(bridge.original_model) is getattr(hf, name)
+    logits, R = explain(bridge, **given)
+    if "unembed" in dict(bridge.named_children()):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert R.coverage.ok

@@ -25,7 +25,9 @@ from tests.unit.tiny import changes, snapshot
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:Support for mismatched")
 
 FAMILIES = ("Data2VecAudio", "Hubert", "SEW", "UniSpeech", "UniSpeechSat", "Wav2Vec2", "WavLM")
-HEADS = ("ForCTC", "ForSequenceClassification", "ForAudioFrameClassification", "Model")
+HEADS = (
+    "ForCTC", "ForSequenceClassification", "ForAudioFrameClassification", "ForXVector", "Model",
+)  # fmt: skip
 ENCODERS = sorted(
     f"{family}{head}" for family in FAMILIES for head in HEADS if hasattr(hf, f"{family}{head}")
 )
@@ -47,6 +49,7 @@ def config(name: str, **settings: Any) -> Any:
         "num_attention_heads": 2, "conv_dim": (8, 12), "conv_kernel": (4, 3), "conv_stride": (2, 2),
         "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "conv_pos_kernel_size": 5,
         "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 10, "num_labels": 3,
+        "tdnn_dim": (6, 6), "tdnn_kernel": (3, 2), "tdnn_dilation": (1, 2), "xvector_output_dim": 5,
         "num_buckets": 8, "max_bucket_distance": 16, "squeeze_factor": 2,
     }  # fmt: skip
     whisper = {
@@ -96,7 +99,8 @@ def target_of(bridge: Any) -> Any:
 
 def logits_have_positions(bridge: Any) -> bool:
     kind = type(bridge.original_model).__name__
-    return not kind.endswith(("ForSequenceClassification", "ForAudioClassification"))
+    pooled = ("ForSequenceClassification", "ForAudioClassification", "ForXVector")
+    return not kind.endswith(pooled)
 
 
 def last_residual(bridge: Any) -> str:
@@ -183,7 +187,8 @@ def test_every_offered_model_of_sounds_is_here() -> None:
 # ------------------------------------------------------------------- padding
 
 LENGTHS = (64, 41)
-ALONE = [name for name in ENCODERS if not name.startswith(("Data2Vec", "SEW"))]
+MIXED = ("Data2Vec", "SEW")
+ALONE = [n for n in ENCODERS if not n.startswith(MIXED) and not n.endswith("ForXVector")]
 
 
 def padded(model: Any) -> tuple[Tensor, Tensor]:
@@ -228,6 +233,7 @@ def test_a_padded_sound_is_what_it_is_alone(name: str, setting: str) -> None:
         ("HubertForCTC", "group", "normalises over the whole length of a sound"),
         ("Data2VecAudioForCTC", "layer", "convolves or pools frames"),
         ("SEWForSequenceClassification", "layer", "convolves or pools frames"),
+        ("WavLMForXVector", "layer", "without their dilation"),
     ],
 )
 def test_padding_that_changes_a_row_is_refused(name: str, setting: str, why: str) -> None:
@@ -244,6 +250,13 @@ def test_padding_that_changes_a_row_is_refused(name: str, setting: str, why: str
         explain(bridge, input_values=values, attention_mask=mask)
     logits, _ = explain(bridge, input_values=values, attention_mask=torch.ones_like(mask))
     torch.testing.assert_close(logits[0], output_of(bridge.original_model(values))[0])
+
+
+def test_an_adapter_behind_the_encoder_is_refused() -> None:
+    sizes = {"output_hidden_size": 16, "adapter_kernel_size": 3}
+    bridge = lenslrp.load(made("Wav2Vec2ForCTC", add_adapter=True, **sizes))
+    with pytest.raises(lenslrp.InputError, match="fewer outputs than there are frames"):
+        explain(bridge)
 
 
 def test_masks_that_fit_no_sound_are_refused() -> None:

@@ -122,47 +122,77 @@ def test_whisper() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_wavlm() -> None:
-    """Its gates are constants; the bias that they scale takes what is added to the scores."""
-    model = made("WavLMForSequenceClassification", feat_extract_norm="layer", conv_bias=True)
-    convolution = model.wavlm.encoder.pos_conv_embed.conv
-    w: Weights = {key: value.clone() for key, value in model.state_dict().items()}
-    wave = sounds(model)["input_values"].requires_grad_()
+def encode(w: Weights, model: Any, wave: Tensor, bias: Callable[[int, Tensor], Any]) -> Tensor:
+    """The hidden states of a speech encoder; ``bias``: what a layer adds to its scores."""
+    family = model.base_model_prefix
+    convolution = getattr(model, family).encoder.pos_conv_embed.conv
     x = wave[:, None]
     for layer in range(2):
-        path = f"wavlm.feature_extractor.conv_layers.{layer}"
+        path = f"{family}.feature_extractor.conv_layers.{layer}"
         x = convolve(w, f"{path}.conv", x, 2).transpose(1, 2)
         x = act(norm(w, f"{path}.layer_norm", x)).transpose(1, 2)
-    frames = norm(w, "wavlm.feature_projection.layer_norm", x.transpose(1, 2))
-    frames = linear(w, "wavlm.feature_projection.projection", frames)
+    frames = norm(w, f"{family}.feature_projection.layer_norm", x.transpose(1, 2))
+    frames = linear(w, f"{family}.feature_projection.projection", frames)
     places = functional.conv1d(
         frames.transpose(1, 2), convolution.weight.detach(), convolution.bias.detach(),
         padding=convolution.padding[0], groups=convolution.groups,
     )[..., :-1]  # fmt: skip
-    x = norm(w, "wavlm.encoder.layer_norm", frames + act(places).transpose(1, 2))
-    first = model.wavlm.encoder.layers[0].attention
-    bias = first.compute_bias(x.shape[1], x.shape[1]).detach()
+    x = norm(w, f"{family}.encoder.layer_norm", frames + act(places).transpose(1, 2))
     for layer in range(2):
-        path = f"wavlm.encoder.layers.{layer}"
-        gated = x.detach().unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        name = f"{path}.attention.gru_rel_pos_linear"
-        sums = gated @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-        a, b = torch.sigmoid(sums.unflatten(-1, (2, 4)).sum(dim=-1)).split(1, dim=-1)
-        gate = a * (b * w[f"{path}.attention.gru_rel_pos_const"] - 1) + 2
-        x = x + attend(w, f"{path}.attention", x, None, gate * bias)
+        path = f"{family}.encoder.layers.{layer}"
+        x = x + attend(w, f"{path}.attention", x, None, bias(layer, x))
         x = norm(w, f"{path}.layer_norm", x)
         inside = act(linear(w, f"{path}.feed_forward.intermediate_dense", x))
         x = x + linear(w, f"{path}.feed_forward.output_dense", inside)
         x = norm(w, f"{path}.final_layer_norm", x)
-    pooled = linear(w, "projector", x).mean(dim=1, keepdim=True)
-    logits = linear(w, "classifier", pooled)[:, 0]
-    (gradient,) = torch.autograd.grad(logits[:, 2].sum(), wave)
+    return x
 
+
+def compare(model: Any, wave: Tensor, logits: Tensor) -> Any:
+    (gradient,) = torch.autograd.grad(logits[:, 2].sum(), wave)
     expected = (wave * gradient).detach()
-    _, R = lenslrp.run_with_relevance(
-        lenslrp.load(model), input_values=sounds(model)["input_values"], target=2
-    )
+    _, R = lenslrp.run_with_relevance(lenslrp.load(model), input_values=wave.detach(), target=2)
     torch.testing.assert_close(R.target.value, logits[:, 2].detach(), rtol=1e-9, atol=1e-12)
     assert float(expected.abs().max()) > 1e-6
     torch.testing.assert_close(R.inputs["input_values"], expected, rtol=1e-9, atol=1e-12)
+    return R
+
+
+def test_wavlm() -> None:
+    """Its gates are constants; the bias that they scale takes what is added to the scores."""
+    model = made("WavLMForSequenceClassification", feat_extract_norm="layer", conv_bias=True)
+    w: Weights = {key: value.clone() for key, value in model.state_dict().items()}
+    first = model.wavlm.encoder.layers[0].attention
+
+    def bias(layer: int, x: Tensor) -> Tensor:
+        path = f"wavlm.encoder.layers.{layer}.attention"
+        heads = x.detach().unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        name = f"{path}.gru_rel_pos_linear"
+        sums = heads @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+        a, b = torch.sigmoid(sums.unflatten(-1, (2, 4)).sum(dim=-1)).split(1, dim=-1)
+        gate = a * (b * w[f"{path}.gru_rel_pos_const"] - 1) + 2
+        return gate * first.compute_bias(x.shape[1], x.shape[1]).detach()
+
+    wave = sounds(model)["input_values"].requires_grad_()
+    x = encode(w, model, wave, bias)
+    pooled = linear(w, "projector", x).mean(dim=1, keepdim=True)
+    R = compare(model, wave, linear(w, "classifier", pooled)[:, 0])
     assert abs(R.ledger().positional) > 1e-9
+
+
+def test_a_speaker_vector() -> None:
+    """Pooling by mean and standard deviation: ``y = sum c c / ((n - 1) y)``, half to each c."""
+    model = made("Wav2Vec2ForXVector", feat_extract_norm="layer", conv_bias=True)
+    w: Weights = {key: value.clone() for key, value in model.state_dict().items()}
+    wave = sounds(model)["input_values"].requires_grad_()
+    x = linear(w, "projector", encode(w, model, wave, lambda layer, x: 0.0))
+    for layer, (size, spread) in enumerate(((3, 1), (2, 2))):
+        windows = [x[:, i * spread : x.shape[1] - (size - 1 - i) * spread] for i in range(size)]
+        y = linear(w, f"tdnn.{layer}.kernel", torch.cat(windows, dim=-1))
+        x = y * (y > 0)
+    centred = x - x.mean(dim=1, keepdim=True)
+    squares = half(torch.mul, centred, centred).sum(dim=1)
+    constant = (x.shape[1] - 1) * x.std(dim=1).detach()
+    deviation = squares / constant.clamp_min(1e-300)  # a channel that is nowhere active has none
+    pooled = torch.cat([x.mean(dim=1), deviation], dim=-1)[:, None]
+    compare(model, wave, linear(w, "classifier", linear(w, "feature_extractor", pooled))[:, 0])
