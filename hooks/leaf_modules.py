@@ -47,7 +47,7 @@ FRAMING = (nn.Linear, nn.Conv1d)
 """The layers that make frames; where a component has none, it makes them itself."""
 
 WAVE_COMPONENT = "audio_feature_extractor"
-"""The bridge's component with the convolutions before it."""
+"""How the bridge's components with the convolutions before it begin."""
 
 
 INPUT_PARAMETERS = frozenset({*SPECIAL_TOKENS, *POSITION_NAMES})
@@ -143,7 +143,7 @@ def sites_before_sequence(parts: NamedModules, sites: Iterable[Site]) -> list[Si
     """The sites of what runs before there are patches or frames, the layer that makes them too."""
     inside = {id(m) for place in media_embedders(parts) for m in place.projection.modules()}
     for path, module in parts:
-        if path in (FRAME_COMPONENT, FRAME_NORM, WAVE_COMPONENT):
+        if path.startswith((FRAME_COMPONENT, FRAME_NORM, WAVE_COMPONENT)) and "." not in path:
             inside |= {id(m) for m in module.modules()}
     paths = {path for path, module in parts if id(module) in inside}
     return [site for site in sites if site.hook in paths]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
@@ -292,8 +292,8 @@ def example(model: TransformerBridge, seed: int = 0, batch: int = 1) -> dict[str
     name = main_input(model)
     sizes = _sizes(model, name)
     if sizes == (0,):  # a waveform: enough samples for some frames
-        steps = [int(step) for step in getattr(model.original_model.config, "conv_stride", [1])]
-        sizes = (math.prod(steps) * 16,)
+        layers = [part for part in model.original_model.modules() if isinstance(part, nn.Conv1d)]
+        sizes = (math.prod(layer.stride[0] for layer in layers) * 16,)
     weight = next(p for p in model.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(batch, *sizes, generator=generator)

@@ -34,7 +34,12 @@ SAME_AS = {
 def sounds(adapters: dict[str, Any]) -> dict[str, Any]:
     """Adapters for the recognisers of these families, from which those of other heads derive."""
     made = {name: _adapter(name, adapters[other]) for name, other in SAME_AS.items()}
-    return {**made, "WhisperForConditionalGeneration": _whisper(adapters)}
+    pegasus = adapters["PegasusForConditionalGeneration"]
+    return {
+        **made,
+        "MoonshineForConditionalGeneration": _moonshine(pegasus),
+        "WhisperForConditionalGeneration": _whisper(pegasus),
+    }
 
 
 def _adapter(name: str, base: Any) -> Any:
@@ -105,9 +110,57 @@ def sum_at_hook_points(bridge: Any) -> None:
             bridge.adapter.unread = {"embed_ln"}  # what is summed is what its blocks return
 
 
-def _whisper(adapters: dict[str, Any]) -> Any:
+UNLIKE = {
+    "require_symmetric_layers": False,
+    "n_layers_from": "decoder",
+    "supports_generation": False,  # of a text; the model's own generate reads sounds
+}
+"""What sets a recogniser with a decoder apart from the family of BART."""
+
+
+def _moonshine(pegasus: Any) -> Any:
+    """Moonshine has rotary positions, Llama's names for the parts of a block, and gates."""
+
+    def init(self: Any, cfg: Any) -> None:
+        pegasus.__init__(self, cfg)
+        self.cfg.is_audio_model = True
+        made = self.component_mapping
+        for key in ("embed", "pos_embed", "decoder_pos_embed"):
+            del made[key]
+        made["unembed"].name = "proj_out"
+        made["decoder_ln_final"].name = "model.decoder.norm"
+        norms = {
+            "encoder_blocks": ("input_layernorm", "post_attention_layernorm"),
+            "decoder_blocks": ("input_layernorm", "post_attention_layernorm", "final_layernorm"),
+        }
+        for stack, names in norms.items():
+            parts = made[stack].submodules
+            for index, name in enumerate(names):
+                parts[f"ln{index + 1}"].name = name
+            parts["mlp"].name = "mlp"
+            for key in parts.keys() & {"attn", "self_attn", "cross_attn"}:
+                parts[key].submodules["o"].name = "o_proj"
+        front = {
+            WAVE_COMPONENT: "conv1",
+            FRAME_NORM: "groupnorm",
+            f"{WAVE_COMPONENT}_2": "conv2",
+            FRAME_COMPONENT: "conv3",
+        }
+        self.component_mapping = {
+            **{
+                key: GeneralizedComponent(name=f"model.encoder.{path}")
+                for key, path in front.items()
+            },
+            **made,
+        }
+
+    return type(
+        "MoonshineForConditionalGenerationAdapter", (pegasus,), {"__init__": init, **UNLIKE}
+    )
+
+
+def _whisper(pegasus: Any) -> Any:
     """Whisper is Pegasus with two convolutions in the place of its encoder's embedding."""
-    pegasus = adapters["PegasusForConditionalGeneration"]
 
     def init(self: Any, cfg: Any) -> None:
         pegasus.__init__(self, cfg)
@@ -142,8 +195,6 @@ def _whisper(adapters: dict[str, Any]) -> Any:
         {
             "__init__": init,
             "setup_hook_compatibility": setup_hook_compatibility,
-            "supports_generation": False,  # of a text; the model's own generate reads sounds
-            "require_symmetric_layers": False,
-            "n_layers_from": "decoder",
+            **UNLIKE,
         },
     )
