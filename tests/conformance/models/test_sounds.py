@@ -63,7 +63,8 @@ def config(name: str, **settings: Any) -> Any:
     }  # fmt: skip
     moonshine = {
         "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24,
-        "encoder_num_hidden_layers": 3, "decoder_num_hidden_layers": 2, "encoder_num_attention_heads": 2,
+        "encoder_num_hidden_layers": 3, "decoder_num_hidden_layers": 2,
+        "encoder_num_attention_heads": 2,
         "decoder_num_attention_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
         "decoder_start_token_id": 3,
     }  # fmt: skip
