@@ -92,6 +92,7 @@ FLOAT32 = frozenset(
         "MixtralForCausalLM",
         "ModernBertForMaskedLM",
         "ModernBertDecoderForCausalLM",
+        "MoonshineForConditionalGeneration",
         "MuseGlimmerForConditionalGeneration",
         "NanoChatForCausalLM",
         "OPTForCausalLM",
@@ -131,6 +132,9 @@ ROUNDS = frozenset({"LEDForConditionalGeneration", "LongT5ForConditionalGenerati
 """Logits under rules that are equal to the bit to those of a model whose weights need no gradient,
 and to rounding to others: torch multiplies a tensor that is not contiguous (theirs before ``o``) in
 another way by a weight that needs none. Rules freeze the weights."""
+
+GATED = "WavLM"
+"""How families begin whose position gates are constants: Gradient x Input refuses them by name."""
 
 CONSTANTS = ("bias", "_init")
 """How parameters that are added end, besides ``bias`` itself (experts, HRM's initial state)."""
@@ -329,7 +333,8 @@ def apart(name: str) -> dict[str, float]:
     found = {}
     for kind, inputs in given.items():
         with torch.no_grad(), default_type(model):
-            output = bridge(inputs.pop("input_ids", None), return_type="logits", **inputs)
+            first = inputs.pop("input_ids", inputs.pop("input_features", None))
+            output = bridge(first, return_type="logits", **inputs)
         found[kind] = difference(output, expected[kind])
     return found
 
