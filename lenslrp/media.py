@@ -114,22 +114,22 @@ def prepare_media(
     checked = check_media(model, media)
     batch = len(checked[name])
     empty = torch.zeros(batch, 0, dtype=torch.long, device=checked[name].device)
-    kwargs = {} if attention_mask is None else _mask(model, attention_mask, checked[name])
-    return Batch(empty, empty.bool(), [0] * batch, kwargs, media=checked)
+    mask = None if attention_mask is None else as_mask(attention_mask, checked[name], name)
+    if mask is None or bool(mask.all()):
+        return Batch(empty, empty.bool(), [0] * batch, media=checked)
+    kwargs, frames = {"attention_mask": mask.long()}, _frames(model, mask)
+    return Batch(empty, empty.bool(), frames, kwargs, media=checked)
 
 
-def _mask(model: TransformerBridge, attention_mask: Any, values: Tensor) -> dict[str, Tensor]:
-    """The mask of a batch of sounds, where it makes a row what it is alone."""
-    mask = as_mask(attention_mask, values, main_input(model))
-    if bool(mask.all()):
-        return {}
+def _frames(model: TransformerBridge, mask: Tensor) -> list[int]:
+    """How many frames are made of each row of a batch of sounds, under its mask."""
     require_sound_padding(model, mask)
     inner: Any = model.original_model
-    frames = inner._get_feat_extract_output_lengths(mask.sum(dim=1))
-    if bool((frames < 1).any()):
-        kind = type(inner).__name__
-        raise InputError(f"row {int(frames.argmin())} is too short: {kind} makes no frame of it")
-    return {"attention_mask": mask.long()}
+    frames: list[int] = inner._get_feat_extract_output_lengths(mask.sum(dim=1)).tolist()
+    if min(frames) < 1:
+        row, kind = frames.index(min(frames)), type(inner).__name__
+        raise InputError(f"row {row} is too short: {kind} makes no frame of it")
+    return frames
 
 
 def check_media(model: TransformerBridge, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -238,7 +238,7 @@ def batch_size(text: Any, inputs_embeds: Tensor | None, floats: dict[str, Tensor
     return len(text) if isinstance(text, list) else 1
 
 
-def with_sequence(model: TransformerBridge, prepared: Batch, leaves: Leaves) -> Batch:
+def with_sequence(prepared: Batch, leaves: Leaves) -> Batch:
     """After the forward pass: how many tokens an image or a sound became, and their names."""
     seen = (leaves.patches or leaves.seen)[0]
     batch = len(seen)
@@ -250,10 +250,9 @@ def with_sequence(model: TransformerBridge, prepared: Batch, leaves: Leaves) -> 
         names += [str(frame) for frame in range(places[0])]
     tokens = torch.arange(len(names), device=seen.device).expand(batch, -1)
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    if "attention_mask" in prepared.kwargs:
-        inner: Any = model.original_model
-        samples = prepared.kwargs["attention_mask"]
-        mask = inner._get_feature_vector_attention_mask(len(names), samples)
+    if any(prepared.prompt_lengths):  # under a mask
+        frames = torch.tensor(prepared.prompt_lengths, device=seen.device)
+        mask = torch.arange(len(names), device=seen.device) < frames[:, None]
     return replace(prepared, tokens=tokens, mask=mask, prompt_lengths=[0] * batch, names=names)
 
 

@@ -387,5 +387,5 @@ def under_rules(
         if picked:
             run.columns = columns
         if media.reads_no_text(model):
-            run.batch = media.with_sequence(model, batch, run.leaves)
+            run.batch = media.with_sequence(batch, run.leaves)
         yield run

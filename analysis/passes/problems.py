@@ -293,7 +293,7 @@ def resolve(
     grid = None
     if image:
         inputs = prepared.media["pixel_values"]
-        seen = media.with_sequence(model, prepared, leaves) if leaves.seen else prepared
+        seen = media.with_sequence(prepared, leaves) if leaves.seen else prepared
         prepared = replace(seen, media=prepared.media)
         grid = _grid(leaves, inputs, kind)
         vectors = leaves.seen[0].flatten(2).transpose(1, 2)
