@@ -39,7 +39,7 @@ from lenslrp.hooks.components import (
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.convolution import CONVOLUTION_CLASSES
 from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures
-from lenslrp.hooks.leaf_modules import embeddings
+from lenslrp.hooks.leaf_modules import embeddings, relative_positions
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.norms import attach_norm, attach_registered_norm, attach_unbridged_norm, is_norm
 from lenslrp.hooks.operations import (
@@ -170,7 +170,8 @@ def assign(
                 gates[id(inner)] = share
     decide = _Decision(composite, gates, roles, wrapped)
     embedded = embeddings(modules)
-    inside = _answered_for(modules, composite, embedded)
+    of_positions = relative_positions(modules)
+    inside = _answered_for(modules, composite, embedded) | of_positions
     linear = {id(original(m)) for _, m in modules if isinstance(m, LinearBridge)}
     rows: list[Assignment] = []
     for path, module in modules:
@@ -188,6 +189,7 @@ def assign(
         )
         for mixture in mixture_blocks
     )  # fmt: skip
+    roles.update(dict.fromkeys(of_positions, ""))
     weights = _ruled_weights(modules, composite, roles, operations_of)
     return Assignments(rows, queries, weights, wrapped, embedded)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformer_lens.model_bridge.generalized_components import AttentionBridge
@@ -122,6 +123,8 @@ class HookableAttention(ScoreMeter):
                 return self.pattern
             if name in SUM_FUNCTIONS:
                 return self.metered(func(*args, **kwargs), args)
+            if name in MATRIX_PRODUCT_FUNCTIONS:
+                return self.with_positions(func, args, kwargs)
         elif not self.multiplied and name in MATRIX_PRODUCT_FUNCTIONS and self._multiplies(args):
             self.multiplied = True
             return self.at_product(func(*args, **kwargs))
@@ -130,6 +133,29 @@ class HookableAttention(ScoreMeter):
         if follows_pattern and isinstance(out, Tensor) and out.shape == args[0].shape:
             self.passed_on.append(out)
         return out
+
+    def with_positions(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A product of queries or keys with a constant, a term of the scores beside Q@K^T.
+
+        The constant (embeddings of relative positions) is a factor like any other: put on the
+        graph, where it gets its share, which the ledger has as ``positional``.
+        """
+        tensors = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
+        constants = [i for i in tensors if not args[i].requires_grad and args[i].ndim > 2]
+        if (
+            self.qk is None
+            or len(tensors) != 2
+            or len(constants) != 1
+            or not torch.is_grad_enabled()
+        ):
+            return func(*args, **kwargs)
+        factors, site = list(args), self.qk
+        factors[constants[0]] = args[constants[0]].detach().requires_grad_()
+        y = func(*factors, **kwargs)
+        if site.accounts is not None:
+            kept = y.detach()
+            y.register_hook(lambda g: site.report("positional", row_sums(kept, g)))
+        return y
 
     def is_pattern(self, value: Any) -> bool:
         """Whether a value is the pattern, as it is or cast."""

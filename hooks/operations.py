@@ -62,7 +62,7 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     "LagunaAttention": ATTENTION_GATE_SPEC,
     "Lfm2MLP": GATED_MLP_SPEC,
     "Lfm2MoeMLP": GATED_MLP_SPEC,
-    "DistilBertForSequenceClassification": FUNCTIONAL_SPEC,
+    **dict.fromkeys(("ConvLayer", "DistilBertForSequenceClassification"), FUNCTIONAL_SPEC),
     **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
     "MuseGlimmerTextAttention": ATTENTION_GATE_SPEC,
     # Two gates around a convolution over three positions.

@@ -163,6 +163,8 @@ def _adapter(name: str, layout: EncoderLayout, adapters: dict[str, Any]) -> Any:
     def prepare_model(self: Any, hf_model: Any) -> None:
         if name == "AlbertForMaskedLM":
             _unroll(hf_model.albert.encoder)
+        if name == "DebertaV2ForMaskedLM":
+            _part_positions(hf_model.deberta.encoder)
         for key in (*layout.linear, *layout.norms, *layout.embeddings):
             if not _has(hf_model, self.component_mapping[key].name):
                 del self.component_mapping[key]  # another head, or settings without it
@@ -188,11 +190,25 @@ def _unroll(encoder: Any) -> None:
         for i in range(config.num_hidden_layers)
         for layer in groups[i * config.num_hidden_groups // config.num_hidden_layers].albert_layers
     ]
-    encoder.albert_layer_groups = nn.ModuleList(
-        copy.deepcopy(layer, {id(weight): weight for weight in layer.parameters()})
-        for layer in order
-    )
+    encoder.albert_layer_groups = nn.ModuleList(map(_with_same_weights, order))
     encoder.forward = MethodType(_in_turn, encoder)
+
+
+def _with_same_weights(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module, {id(weight): weight for weight in module.parameters()})
+
+
+def _part_positions(encoder: Any) -> None:
+    """Project DeBERTa's relative positions by modules of their own, which share their weights.
+
+    With ``share_att_key`` those of queries and keys run on the tokens and then on the positions.
+    """
+    for layer in encoder.layer:
+        attention = layer.attention.self
+        if attention.relative_attention and attention.share_att_key:
+            attention.pos_key_proj = _with_same_weights(attention.key_proj)
+            attention.pos_query_proj = _with_same_weights(attention.query_proj)
+            attention.share_att_key = False
 
 
 def _in_turn(self: Any, hidden_states: Any, attention_mask: Any = None, **kwargs: Any) -> Any:

@@ -30,12 +30,17 @@ SIZE = 16
 ENCODERS: dict[str, dict[str, Any]] = {
     "Albert": {"embedding_size": 12},
     "Camembert": {},
+    "DebertaV2": {
+        "type_vocab_size": 0, "relative_attention": True, "position_biased_input": False,
+        "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 4,
+        "norm_rel_ebd": "layer_norm",
+    },
     "DistilBert": {"dim": SIZE, "hidden_dim": 24, "n_layers": 2, "n_heads": 2},
     "Electra": {"embedding_size": 12},
     "MPNet": {},
     "ModernBert": {},
     "XLMRoberta": {},
-}
+}  # fmt: skip
 NAMES = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 HEADS = (*NAMES, "ForQuestionAnswering", "Model")
 REFUSED = {
