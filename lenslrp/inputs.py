@@ -265,8 +265,14 @@ def _tables(model: TransformerBridge, decoder: bool) -> Iterator[int]:
         table = getattr(module, "embed_positions", None)  # of sines (GPT-J, CodeGen)
         if isinstance(module, PosEmbedBridge) and "relative" not in str(module.name):
             if path.startswith("decoder") == decoder:
-                inner = module.original_component
-                rows = len(getattr(inner, "weight", ())) - int(getattr(inner, "offset", 0))
+                inner: Any = module.original_component
+                if hasattr(inner, "make_weights"):  # sines that grow with the text (M2M-100)
+                    continue
+                padding = getattr(inner, "padding_idx", None)  # places begin behind its row (MPNet)
+                reserved = int(getattr(inner, "offset", 0)) + (
+                    0 if padding is None else padding + 1
+                )
+                rows = len(getattr(inner, "weight", ())) - reserved
                 yield min(model.cfg.n_ctx, rows) if rows > 0 else model.cfg.n_ctx
         elif isinstance(table, Tensor):
             yield len(table)
