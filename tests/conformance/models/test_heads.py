@@ -21,7 +21,7 @@ import lenslrp
 from lenslrp.models import heads
 from lenslrp.models.checkpoints import supported_architectures
 from lenslrp.models.wrapped import agreement_of
-from lenslrp.targets import Activation, Logit, LogitDiff
+from lenslrp.targets import Activation, Logit, LogitDiff, Sum
 from tests.conformance import zoo_configs
 from tests.conformance.models.test_zoo import COVERED
 from tests.conftest import ROOT
@@ -179,6 +179,24 @@ def test_the_ends_of_a_span_are_named() -> None:
     for name, expected in (("start", output.start_logits), ("end", output.end_logits)):
         _, R = lenslrp.run_with_relevance(bridge, tokens[:1], Logit(name, position=3))
         torch.testing.assert_close(R.target.value[0], expected[0, 3].detach())
+
+
+def test_a_span_is_the_sum_of_its_ends() -> None:
+    """Relevance of the sum is the sum of both ends' relevance, of a padded row too."""
+    model = encoder("Electra", "ForQuestionAnswering")
+    tokens, mask = rows(model.config)
+    output = model(input_ids=tokens, attention_mask=mask)
+    bridge = lenslrp.load(model)
+    ends = Logit("start", 1), Logit("end", 3)
+    caches = lenslrp.relevance_for_targets(
+        bridge, tokens, [Sum(ends), *ends], attention_mask=mask, logits="target"
+    )
+    span, start, end = caches
+    expected = output.start_logits[:, 1] + output.end_logits[:, 3]
+    torch.testing.assert_close(span.target.value, expected.detach())
+    torch.testing.assert_close(span.tokens, start.tokens + end.tokens, rtol=0, atol=1e-12)
+    assert abs(span.ledger().error) < 1e-9
+    assert str(span.target).startswith("logit of 'start' at position 1 + logit of 'end' at ")
 
 
 def test_a_regression_head() -> None:
