@@ -139,6 +139,7 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     if second == 0:
         raise InputError("an attention_av rule must give the values a share")
     z = ctx.site(f"{path}.o.hook_in", attn, "attention_av")
+    biases = ctx.site(path, attn, "linear", Epsilon())
     at.sites.append(z)
     ruled: list[bool] = []  # the product inside a delegated module has had its rule
 
@@ -159,7 +160,7 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     if first == 0:
         at.hook(attn.hook_pattern, lambda _, args, y: y.detach())
         if not isinstance(inner, native.NativeAttention):
-            attach_hookable_attention(at, attn, at_product, None, 1.0)
+            attach_hookable_attention(at, attn, at_product, None, 1.0, biases)
         return
     sites = {
         "attention_qk": ctx.site(f"{path}.hook_attn_scores", attn, "attention_qk"),
@@ -175,7 +176,7 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     if isinstance(attn, ALiBiJointQKVAttentionBridge | BloomAttentionBridge) and ctx.accounts:
         attach_score_meter(at, attn, sites["attention_qk"], q_share)
     elif not isinstance(inner, native.NativeAttention):
-        attach_hookable_attention(at, attn, at_product, sites["attention_qk"], q_share)
+        attach_hookable_attention(at, attn, at_product, sites["attention_qk"], q_share, biases)
     replaces = isinstance(roles["softmax"], SoftmaxRule)
     needs_scores = replaces or isinstance(roles["softmax"], SoftmaxTemperature)
     stash: list[Tensor] = []

@@ -45,7 +45,6 @@ WAVE_COMPONENT = "audio_feature_extractor"
 
 OF_POSITIONS = {
     "DisentangledSelfAttention": ("pos_key_proj", "pos_query_proj", "pos_proj", "pos_q_proj"),
-    "DebertaEncoder": ("LayerNorm",),
     "DebertaV2Encoder": ("LayerNorm",),
 }
 """Class -> children that read nothing but a table of relative positions."""

@@ -52,6 +52,27 @@ _BERT_ATTENTION = (
 _BERT_MLP = ("", "intermediate.dense", "output.dense")
 _BERT_NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
 
+
+def _deberta(**projections: str) -> EncoderLayout:
+    """DeBERTa's layout; both versions of it differ in how they project."""
+    return EncoderLayout(
+        blocks="deberta.encoder.layer",
+        embeddings=_embeddings("deberta", token_type_embed="token_type_embeddings"),
+        norms={
+            "embed_ln": "deberta.embeddings.LayerNorm",
+            "ln_final": "cls.predictions.transform.LayerNorm",
+        },
+        linear={
+            "embed_project": "deberta.embeddings.embed_proj",
+            "mlm_head": "cls.predictions.transform.dense",
+        },
+        unembed="cls.predictions.decoder",
+        attention=("attention", {**projections, "o": "output.dense"}),
+        mlp=_BERT_MLP,
+        norm_of=_BERT_NORMS,
+    )
+
+
 LAYOUTS: dict[str, EncoderLayout] = {
     "ElectraForMaskedLM": EncoderLayout(
         blocks="electra.encoder.layer",
@@ -89,27 +110,8 @@ LAYOUTS: dict[str, EncoderLayout] = {
         mlp=_BERT_MLP,
         norm_of=("attention.LayerNorm", "output.LayerNorm"),
     ),
-    "DebertaV2ForMaskedLM": EncoderLayout(
-        blocks="deberta.encoder.layer",
-        embeddings=_embeddings("deberta", token_type_embed="token_type_embeddings"),
-        norms={
-            "embed_ln": "deberta.embeddings.LayerNorm",
-            "ln_final": "cls.predictions.transform.LayerNorm",
-        },
-        linear={"mlm_head": "cls.predictions.transform.dense"},
-        unembed="cls.predictions.decoder",
-        attention=(
-            "attention",
-            {
-                "q": "self.query_proj",
-                "k": "self.key_proj",
-                "v": "self.value_proj",
-                "o": "output.dense",
-            },
-        ),
-        mlp=_BERT_MLP,
-        norm_of=_BERT_NORMS,
-    ),
+    "DebertaForMaskedLM": _deberta(qkv="self.in_proj"),
+    "DebertaV2ForMaskedLM": _deberta(q="self.query_proj", k="self.key_proj", v="self.value_proj"),
     "AlbertForMaskedLM": EncoderLayout(
         blocks="albert.encoder.albert_layer_groups",
         embeddings=_embeddings("albert", token_type_embed="token_type_embeddings"),

@@ -179,64 +179,79 @@ def disentangled_scores(
         q, k: [batch, head, pos, d].
         position_k, position_q: [1, head, distance, d], ``None`` where there is no such term.
     """
-    config, terms = e.config, 1 + (position_k is not None) + (position_q is not None)
-    n, longest = q.shape[2], config.max_relative_positions
-    longest = config.max_position_embeddings if longest < 1 else longest
-    buckets = getattr(config, "position_buckets", -1)
-    span = buckets if buckets > 0 else longest
+    terms = 1 + (position_k is not None) + (position_q is not None)
+    longest, buckets = _longest(e), getattr(e.config, "position_buckets", -1)
     scale = float(torch.tensor(float(terms * q.shape[-1])).sqrt())  # in float32
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
-        return product(torch.mul, a, b).sum(dim=-1)
+        return product(torch.mul, a, b.expand_as(a)).sum(dim=-1)
 
     rows = []
-    for i in range(n):
+    for i in range(q.shape[2]):
         row = []
-        for j in range(n):
-            place = min(max(bucket(i - j, buckets, longest) + span, 0), 2 * span - 1)
+        for j in range(q.shape[2]):
             score = dot(q[:, :, i], k[:, :, j])
-            if position_k is not None:
-                score = score + dot(q[:, :, i], position_k[:, :, place].expand_as(q[:, :, i]))
-            if position_q is not None:
-                score = score + dot(k[:, :, j], position_q[:, :, place].expand_as(k[:, :, j]))
+            for content, positions in ((q[:, :, i], position_k), (k[:, :, j], position_q)):
+                if positions is not None:
+                    span = positions.shape[2] // 2
+                    place = min(max(bucket(i - j, buckets, longest) + span, 0), 2 * span - 1)
+                    score = score + dot(content, positions[:, :, place])
             row.append(score / scale)
         rows.append(torch.stack(row, dim=-1))
     return torch.stack(rows, dim=-2)
 
 
-def deberta_v2(e: Explicit, tokens: Tensor) -> Tensor:
-    """Hidden states of DeBERTa v2 and v3 (He et al. 2021, arXiv:2006.03654), without padding."""
-    config, base = e.config, "deberta"
-    x = first = bert_embeddings(e, tokens, base, 0)
+def _longest(e: Explicit) -> int:
+    longest = int(getattr(e.config, "max_relative_positions", -1))
+    return longest if longest > 0 else int(e.config.max_position_embeddings)
+
+
+def deberta(e: Explicit, tokens: Tensor) -> Tensor:
+    """Hidden states of DeBERTa (He et al. 2021, arXiv:2006.03654), v1 to v3, without padding."""
+    x = first = bert_embeddings(e, tokens, "deberta", 0)
     visible = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool)
-    for i in range(config.num_hidden_layers):
-        path = f"{base}.encoder.layer.{i}"
-        q, k, v = (
-            e.keep(
-                f"blocks.{i}.attn.{name[0]}.hook_out", e.linear(x, f"{path}.attention.self.{name}")
-            )
-            for name in ("query_proj", "key_proj", "value_proj")
-        )
-        at_k, at_q = (_positions(e, path, term, i) for term in ("c2p", "p2c"))
-        scores = disentangled_scores(e, e.heads(q), e.heads(k), at_k, at_q)
-        z = e.attend(scores, e.heads(v), visible, f"blocks.{i}.attn")
+    for i in range(e.config.num_hidden_layers):
+        path, name = f"deberta.encoder.layer.{i}", f"blocks.{i}.attn"
+        q, k, v = _queries_keys_values(e, x, f"{path}.attention.self", name)
+        at_k = _positions(e, f"{path}.attention.self", "c2p", i, len(x[0]))
+        at_q = _positions(e, f"{path}.attention.self", "p2c", i, len(x[0]))
+        z = e.attend(disentangled_scores(e, q, k, at_k, at_q), v, visible, name)
         x = bert_block(e, x, path, e.linear(z, f"{path}.attention.output.dense"))
-        if i == 0 and getattr(config, "conv_kernel_size", 0) > 0:
+        if i == 0 and getattr(e.config, "conv_kernel_size", 0) > 0:
             x = _convolved(e, first, x)
     return x
 
 
-def _positions(e: Explicit, path: str, term: str, layer: int) -> Tensor | None:
+def _queries_keys_values(e: Explicit, x: Tensor, path: str, name: str) -> list[Tensor]:
+    """[batch, head, pos, d] each; v1 has them in one projection, head by head."""
+    if f"{path}.in_proj.weight" in e.w:
+        joint = e.keep(f"{name}.qkv.hook_out", e.linear(x, f"{path}.in_proj"))
+        q, k, v = e.heads(joint).chunk(3, dim=-1)
+        biases = [e.heads(e.w[f"{path}.{part}_bias"][None, None]) for part in ("q", "v")]
+        return [q + biases[0], k, v + biases[1]]
+    parts = ("query_proj", "key_proj", "value_proj")
+    return [
+        e.heads(e.keep(f"{name}.{part[0]}.hook_out", e.linear(x, f"{path}.{part}")))
+        for part in parts
+    ]
+
+
+def _positions(e: Explicit, path: str, term: str, layer: int, length: int) -> Tensor | None:
     """Keys (for ``c2p``) or queries of relative positions: a leaf, [1, head, distance, d]."""
-    if not e.config.relative_attention or term not in e.config.pos_att_type:
+    config, first = e.config, f"{path}.in_proj.weight" in e.w
+    if not config.relative_attention or term not in config.pos_att_type:
         return None
     table = e.w["deberta.encoder.rel_embeddings.weight"]
-    if getattr(e.config, "norm_rel_ebd", "none") == "layer_norm":
-        table = e.layer_norm(table, "deberta.encoder.LayerNorm", e.config.layer_norm_eps)
+    if getattr(config, "norm_rel_ebd", "none") == "layer_norm":
+        table = e.layer_norm(table, "deberta.encoder.LayerNorm", config.layer_norm_eps)
     kind = "key" if term == "c2p" else "query"
-    own = "" if getattr(e.config, "share_att_key", False) else "pos_"
-    projected = e.linear(table, f"{path}.attention.self.{own}{kind}_proj")
-    return e.heads(e.leaf(f"{term}.{layer}", projected)[None])
+    own = "" if getattr(config, "share_att_key", False) else "pos_"
+    projection = f"{own}{kind}_proj"
+    if first:  # only as far as the text goes
+        span = min(length, _longest(e))
+        table = table[_longest(e) - span : _longest(e) + span]
+        projection = "pos_proj" if term == "c2p" else "pos_q_proj"
+    return e.heads(e.leaf(f"{term}.{layer}", e.linear(table, f"{path}.{projection}"))[None])
 
 
 def _convolved(e: Explicit, embedded: Tensor, x: Tensor) -> Tensor:

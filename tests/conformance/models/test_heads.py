@@ -30,6 +30,10 @@ SIZE = 16
 ENCODERS: dict[str, dict[str, Any]] = {
     "Albert": {"embedding_size": 12},
     "Camembert": {},
+    "Deberta": {
+        "type_vocab_size": 0, "relative_attention": True, "position_biased_input": False,
+        "pos_att_type": ["p2c", "c2p"], "talking_head": True,
+    },
     "DebertaV2": {
         "type_vocab_size": 0, "relative_attention": True, "position_biased_input": False,
         "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 4,
