@@ -26,7 +26,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources.native import model as native
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attention import attach_attention, gates_its_output
+from lenslrp.hooks.attention import attach_attention, calls_the_module, gates_its_output
 from lenslrp.hooks.checks import known_forward
 from lenslrp.hooks.components import (
     ACTIVATION_FORWARDS,
@@ -157,7 +157,8 @@ def assign(
             for key in ("q", "k", "v", "o"):
                 roles[id(_wrapped(module, key))] = "projection"
             # The bridge splits a joint projection and calls its parts, unless it delegates.
-            roles[id(_wrapped(module, "qkv"))] = "projection" if attention == "fused" else ""
+            called = attention == "fused" or calls_the_module(module)
+            roles[id(_wrapped(module, "qkv"))] = "projection" if called else ""
         if isinstance(module, JointGateUpMLPBridge):
             roles[id(_wrapped(module, "gate_up"))] = ""
             roles[id(getattr(original(module), module.fused_attr, None))] = ""

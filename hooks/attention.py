@@ -87,9 +87,13 @@ def passes_over(attn: AttentionBridge) -> bool:
 
     TransformerLens goes by the architecture, and never calls the module that a user has put there.
     """
-    inner = original(attn)
-    itself = "forward" not in attn.__dict__ and type(attn).forward is not AttentionBridge.forward
-    return itself and type(inner).forward.__module__.partition(".")[0] not in SUPPORTED_PACKAGES
+    package = type(original(attn)).forward.__module__.partition(".")[0]
+    return not calls_the_module(attn) and package not in SUPPORTED_PACKAGES
+
+
+def calls_the_module(attn: AttentionBridge) -> bool:
+    """Whether the bridge has an attention computed by the module that it wraps."""
+    return "forward" in attn.__dict__ or type(attn).forward is AttentionBridge.forward
 
 
 def own_attention(model: nn.Module) -> list[AttentionBridge]:

@@ -18,6 +18,7 @@ from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_AR
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 import lenslrp
+from lenslrp.hooks import Composite, Gamma
 from lenslrp.models import heads
 from lenslrp.models.checkpoints import supported_architectures
 from lenslrp.models.wrapped import agreement_of
@@ -88,14 +89,14 @@ def made(name: str, config: Any) -> Any:
     return model
 
 
-def encoder(family: str, head: str) -> Any:
+def encoder(family: str, head: str, **changes: Any) -> Any:
     cls = getattr(hf, f"{family}{head}")
     sizes = {
         "vocab_size": 60, "hidden_size": SIZE, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 2, "max_position_embeddings": 32, "type_vocab_size": 2,
         **dict.fromkeys(("pad_token_id", "cls_token_id", "sep_token_id"), 0),
     }  # fmt: skip
-    return made(cls.__name__, cls.config_class(**{**sizes, **ENCODERS[family]}))
+    return made(cls.__name__, cls.config_class(**{**sizes, **ENCODERS[family], **changes}))
 
 
 def rows(config: Any) -> tuple[Tensor, Tensor]:
@@ -201,6 +202,23 @@ def test_a_span_is_the_sum_of_its_ends() -> None:
     torch.testing.assert_close(span.tokens, start.tokens + end.tokens, rtol=0, atol=1e-12)
     assert abs(span.ledger().error) < 1e-9
     assert str(span.target).startswith("logit of 'start' at position 1 + logit of 'end' at ")
+
+
+@pytest.mark.parametrize("family", ["Deberta", "ModernBert"])
+def test_a_joint_projection_has_the_rule_of_projections(family: str) -> None:
+    """Where the module is called, and not the parts that TransformerLens splits others into."""
+    model = encoder(family, "ForSequenceClassification", attention_bias=True)
+    bridge = lenslrp.load(model)
+    tokens, mask = rows(model.config)
+    gamma = Composite("gamma", {**lenslrp.AttnLRP().rules, "projection": Gamma(0.5)})
+    for composite in (lenslrp.AttnLRP(), gamma):
+        _, R = lenslrp.run_with_relevance(
+            bridge, tokens, Logit(1), composite=composite, attention_mask=mask
+        )
+        assert abs(R.ledger().error) < 1e-9
+    sites = R.coverage.sites
+    ruled = sites[(sites.role == "projection") & (sites.rule == "gamma") & sites.fired].hook
+    assert {f"blocks.{layer}.attn.{key}" for layer in (0, 1) for key in ("qkv", "o")} <= set(ruled)
 
 
 def test_a_regression_head() -> None:
