@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -62,25 +64,44 @@ def decoder_reads_the_text(model: Any) -> bool:
     return bool(written) and type(model).__name__.endswith(heads)
 
 
+def text_of_decoder(model: Any, row: list[int]) -> list[int]:
+    """What such a decoder is given of a text: all but its last token, behind a start token.
+
+    mBART's start token is the text's last one, which names a language (Liu et al. 2020,
+    arXiv:2001.08210).
+
+    Raises:
+        InputError: the configuration names no start token.
+    """
+    modules = (sys.modules[cls.__module__] for cls in type(model).__mro__)
+    shift = next((m.shift_tokens_right for m in modules if hasattr(m, "shift_tokens_right")), None)
+    if shift and "decoder_start_token_id" not in inspect.signature(shift).parameters:
+        return [row[-1], *row[:-1]]
+    return [_start_token(model), *row[:-1]]
+
+
+def _start_token(model: Any) -> int:
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:
+        raise InputError("this model names no decoder start token: give decoder_input as ids")
+    return int(start)
+
+
 def _with_decoder(
     model: TransformerBridge, encoder: Batch, decoder_input: Any, append: list[int]
 ) -> Batch:
     """The decoder's rows: its start token and the words given, or a token tensor as it is."""
-    batch = len(encoder.tokens)
-    config = model.original_model.config
-    start = getattr(config, "decoder_start_token_id", None)
+    batch, inner = len(encoder.tokens), model.original_model
     if isinstance(decoder_input, Tensor) or (decoder_input and not _is_text(decoder_input)):
         tokens, mask = _as_tensor(decoder_input, None)
         rows = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
+    elif not decoder_input and decoder_reads_the_text(inner):
+        read = zip(encoder.tokens, encoder.mask, strict=True)
+        rows = [text_of_decoder(inner, row[keep].tolist()) for row, keep in read]
     else:
-        if start is None:
-            raise InputError("this model names no decoder start token: give decoder_input as ids")
         texts = [decoder_input] * batch if isinstance(decoder_input, str) else decoder_input
         words = [token_ids(model.tokenizer, text) for text in texts] if texts else [[]] * batch
-        if not texts and decoder_reads_the_text(model.original_model):
-            rows_read = zip(encoder.tokens, encoder.mask, strict=True)
-            words = [row[keep].tolist()[:-1] for row, keep in rows_read]
-        rows = [[int(start), *ids] for ids in words]
+        rows = [[_start_token(inner), *ids] for ids in words]
     if len(rows) != batch:
         raise InputError(f"{len(rows)} rows for the decoder, {batch} for the encoder")
     lengths = [len(row) for row in rows]

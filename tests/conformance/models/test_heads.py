@@ -54,8 +54,6 @@ REFUSED = {
     "T5GemmaForTokenClassification": "refused after a short pass",
     "T5Gemma2ForSequenceClassification": "refused after a short pass",
     "T5Gemma2ForTokenClassification": "refused after a short pass",
-    "MBartForSequenceClassification": "outputs are apart",
-    "MBartForQuestionAnswering": "outputs are apart",
 }
 """What is refused, and a part of the reason."""
 
