@@ -7,11 +7,12 @@ token; others (BART, Pegasus) count columns and cannot be told otherwise.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.utilities.position_ids import accepts_mask_derived_position_ids
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.leaf_modules import embeddings
@@ -38,10 +39,16 @@ def require_padding(model: TransformerBridge, mask: Tensor) -> None:
     kind = type(getattr(model, "original_model", model)).__name__
     if bool(mask.all()):
         return
-    if kind.startswith("OpenAIGPT"):
+    if is_left(mask) and not takes_mask(model):
         raise InputError(
             f"{kind}: TransformerLens' attention for it takes a padding mask otherwise than "
-            "Hugging Face's, so padded rows would be wrong; give rows of equal length, or one each"
+            "Hugging Face's, so a row that is padded on the left would be wrong; put the padding "
+            "on the right"
+        )
+    if is_left(mask) and reads_first_column(model.original_model):
+        raise InputError(
+            f"{kind} reads the first column of its text, which is padding in a row that is padded "
+            "on the left; put the padding on the right"
         )
     if is_left(mask) and not takes_left(model):
         raise InputError(
@@ -50,15 +57,38 @@ def require_padding(model: TransformerBridge, mask: Tensor) -> None:
         )
 
 
+def takes_mask(model: TransformerBridge) -> bool:
+    """Whether a padding mask has the effect that it has on the model itself.
+
+    OpenAI GPT's has not. With padding on the right it needs none: no token sees what follows it.
+    """
+    return not type(getattr(model, "original_model", model)).__name__.startswith("OpenAIGPT")
+
+
 def takes_left(model: TransformerBridge) -> bool:
     """Whether rows padded on the left can have the positions that they have alone."""
     inner = model.original_model
-    if any(type(module).__name__.endswith(MIXES_COLUMNS) for module in inner.modules()):
+    mixes = any(type(module).__name__.endswith(MIXES_COLUMNS) for module in inner.modules())
+    if mixes or not takes_mask(model) or reads_first_column(inner):
         return False
     config = getattr(inner, "config", None)
     if not getattr(config, "is_encoder_decoder", False) or counting(inner) is not None:
         return True
     return not any(position for _, position in embeddings(components(model)))
+
+
+def reads_first_column(inner: nn.Module) -> bool:
+    """Whether an encoder's head, or its pooler, reads its first token, wherever padding is."""
+    config: Any = getattr(inner, "config", None)
+    masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if not masked or config.is_encoder_decoder or _mean(config):
+        return False
+    pools = any(type(module).__name__.endswith("Pooler") for module in inner.modules())
+    return pools or type(inner).__name__.endswith("ForSequenceClassification")
+
+
+def _mean(config: Any) -> bool:
+    return getattr(config, "classifier_pooling", "cls") == "mean"
 
 
 def counting(inner: nn.Module) -> int | None:

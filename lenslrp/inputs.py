@@ -14,7 +14,13 @@ from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
 from lenslrp.batch import Batch as Batch
 from lenslrp.errors import InputError
-from lenslrp.hooks.padding import masked_ids, position_ids, require_padding, takes_left
+from lenslrp.hooks.padding import (
+    masked_ids,
+    position_ids,
+    require_padding,
+    takes_left,
+    takes_mask,
+)
 from lenslrp.hooks.structure import components_where
 from lenslrp.text.names import token_ids
 from lenslrp.text.tokenization import tokenize
@@ -167,7 +173,7 @@ def prepare_side(
     tokens = masked_ids(model, tokens, mask)
     device = _device(model)
     kwargs: dict[str, Any] = {}
-    if not bool(mask.all()):
+    if not bool(mask.all()) and takes_mask(model):
         kwargs["attention_mask"] = mask.long().to(device)
     return Batch(tokens.to(device), mask.to(device), lengths, kwargs, texts=texts)
 
@@ -336,7 +342,8 @@ def _from_embeddings(
     if attention_mask is not None:
         mask = _as_mask(attention_mask, tokens)
         require_padding(model, mask)
-        kwargs["attention_mask"] = attention_mask
+        if takes_mask(model):
+            kwargs["attention_mask"] = attention_mask
         places = position_ids(model, mask)
         if places is not None:
             kwargs["position_ids"] = places

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.mpnet import modeling_mpnet
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,10 @@ def _adapter(name: str, layout: EncoderLayout, adapters: dict[str, Any]) -> Any:
     def prepare_model(self: Any, hf_model: Any) -> None:
         if name == "AlbertForMaskedLM":
             _unroll(hf_model.albert.encoder)
+        if name == "MPNetForMaskedLM":
+            # As a method, as in RoBERTa: by it one knows that positions are counted from padding.
+            count = modeling_mpnet.create_position_ids_from_input_ids
+            hf_model.mpnet.embeddings.create_position_ids_from_input_ids = count
         if name == "DebertaV2ForMaskedLM":
             _part_positions(hf_model.deberta.encoder)
         for key in (*layout.linear, *layout.norms, *layout.embeddings):

@@ -49,7 +49,6 @@ ENCODERS: dict[str, dict[str, Any]] = {
 NAMES = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 HEADS = (*NAMES, "ForQuestionAnswering", "Model")
 REFUSED = {
-    "OpenAIGPTForSequenceClassification": "takes a padding mask otherwise",
     "T5GemmaForSequenceClassification": "refused after a short pass",
     "T5GemmaForTokenClassification": "refused after a short pass",
     "T5Gemma2ForSequenceClassification": "refused after a short pass",
@@ -238,6 +237,21 @@ def test_padding_on_either_side_of_a_decoder() -> None:
     tokens[1], mask[1] = tokens[1].roll(2), mask[1].roll(2)
     _, left = lenslrp.run_with_relevance(bridge, tokens, Logit(1), attention_mask=mask)
     torch.testing.assert_close(left.tokens[1, 2:], right.tokens[1, :4], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_an_encoder_and_padding_on_the_left(family: str) -> None:
+    """A tagger's row is what it is alone; a head that reads the first column refuses it."""
+    tagger = lenslrp.load(encoder(family, "ForTokenClassification"))
+    tokens, mask = torch.randint(5, 18, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    tokens[1, :2], mask[1, :2] = 0, 0
+    wanted = Logit(1, position=2)
+    _, R = lenslrp.run_with_relevance(tagger, tokens, wanted, attention_mask=mask)
+    _, alone = lenslrp.run_with_relevance(tagger, tokens[1:, 2:], wanted)
+    torch.testing.assert_close(R.tokens[1, 2:], alone.tokens[0], rtol=0, atol=1e-9)
+    classifier = lenslrp.load(encoder(family, "ForSequenceClassification"))
+    with pytest.raises(lenslrp.InputError, match="reads the first column of its text"):
+        lenslrp.run_with_relevance(classifier, tokens, Logit(1), attention_mask=mask)
 
 
 def test_albert_runs_in_layers_of_their_own() -> None:

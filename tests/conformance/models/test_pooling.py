@@ -127,6 +127,17 @@ def test_the_mean_over_real_tokens(pooling: str) -> None:
     check(model, logits, 1e-6, softmax_dtype=torch.float32)
 
 
+def test_a_mean_is_the_same_on_either_side_of_padding() -> None:
+    cls = hf.ModernBertForSequenceClassification
+    ends = dict.fromkeys(("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id"), 2)
+    bridge = lenslrp.load(made(cls, classifier_pooling="mean", **ends))
+    tokens, mask = padded()
+    _, right = lenslrp.run_with_relevance(bridge, tokens, Logit(LABEL), attention_mask=mask)
+    tokens[1], mask[1] = tokens[1].roll(2), mask[1].roll(2)
+    _, left = lenslrp.run_with_relevance(bridge, tokens, Logit(LABEL), attention_mask=mask)
+    torch.testing.assert_close(left.tokens[1].roll(-2), right.tokens[1], rtol=0, atol=1e-6)
+
+
 def test_the_end_of_the_sentence() -> None:
     """BART's: the decoder's state at EOS, which reads the text once more, shifted by one."""
 
