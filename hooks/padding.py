@@ -39,6 +39,11 @@ def require_padding(model: TransformerBridge, mask: Tensor) -> None:
     kind = type(getattr(model, "original_model", model)).__name__
     if bool(mask.all()):
         return
+    if kind.startswith("T5Gemma") and kind.endswith("ForSequenceClassification"):
+        raise InputError(
+            f"{kind} reads one token more of a row with padding behind it than of the row alone; "
+            "give rows of equal length, or one each"
+        )
     if is_left(mask) and not takes_mask(model):
         raise InputError(
             f"{kind}: TransformerLens' attention for it takes a padding mask otherwise than "
@@ -54,6 +59,22 @@ def require_padding(model: TransformerBridge, mask: Tensor) -> None:
         raise InputError(
             f"{kind} goes by columns, so a row that is padded on the left is not what it is alone; "
             "put the padding on the right"
+        )
+
+
+def require_ends(model: TransformerBridge, mask: Tensor) -> None:
+    """Refuse padded embeddings of which a decoder's classifier would read the padding.
+
+    Raises:
+        InputError: saying which side is right.
+    """
+    inner: Any = model.original_model
+    kind, config = type(inner).__name__, inner.config
+    classifies = kind.endswith("ForSequenceClassification") and not _of_encoder(config)
+    if classifies and not bool(mask[:, -1:].all()):
+        raise InputError(
+            f"{kind} finds the last token of a row by its ids, and reads the last column of "
+            "embeddings: put the padding on the left, or give tokens"
         )
 
 
@@ -80,15 +101,16 @@ def takes_left(model: TransformerBridge) -> bool:
 def reads_first_column(inner: nn.Module) -> bool:
     """Whether an encoder's head, or its pooler, reads its first token, wherever padding is."""
     config: Any = getattr(inner, "config", None)
-    masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if not masked or config.is_encoder_decoder or _mean(config):
+    if not _of_encoder(config) or getattr(config, "classifier_pooling", "cls") == "mean":
         return False
     pools = any(type(module).__name__.endswith("Pooler") for module in inner.modules())
     return pools or type(inner).__name__.endswith("ForSequenceClassification")
 
 
-def _mean(config: Any) -> bool:
-    return getattr(config, "classifier_pooling", "cls") == "mean"
+def _of_encoder(config: Any) -> bool:
+    """Whether a family's language model fills in masked tokens, in one stack."""
+    masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return masked and not config.is_encoder_decoder
 
 
 def counting(inner: nn.Module) -> int | None:

@@ -17,6 +17,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks.padding import (
     masked_ids,
     position_ids,
+    require_ends,
     require_padding,
     takes_left,
     takes_mask,
@@ -62,28 +63,33 @@ def is_encoder_decoder(model: TransformerBridge) -> bool:
 def decoder_reads_the_text(model: Any) -> bool:
     """Whether an encoder-decoder's decoder reads what its encoder does, shifted by one token.
 
-    So do classifiers and question answerers, which write nothing (Lewis et al. 2020,
+    So do classifiers, taggers and question answerers, which write nothing (Lewis et al. 2020,
     arXiv:1910.13461).
     """
-    heads = ("ForSequenceClassification", "ForQuestionAnswering")
+    heads = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
     written = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return bool(written) and type(model).__name__.endswith(heads)
+    takes = inspect.signature(model.forward).parameters
+    return bool(written) and type(model).__name__.endswith(heads) and "decoder_input_ids" in takes
 
 
 def text_of_decoder(model: Any, row: list[int]) -> list[int]:
-    """What such a decoder is given of a text: all but its last token, behind a start token.
+    """What such a decoder is given of a text, by the model's own code: it shifted by one token.
 
-    mBART's start token is the text's last one, which names a language (Liu et al. 2020,
-    arXiv:2001.08210).
-
-    Raises:
-        InputError: the configuration names no start token.
+    The start token goes by the family; mBART's is the text's last token, which names a language.
     """
+    text, config = torch.tensor([row]), model.config
     modules = (sys.modules[cls.__module__] for cls in type(model).__mro__)
-    shift = next((m.shift_tokens_right for m in modules if hasattr(m, "shift_tokens_right")), None)
-    if shift and "decoder_start_token_id" not in inspect.signature(shift).parameters:
-        return [row[-1], *row[:-1]]
-    return [_start_token(model), *row[:-1]]
+    shifts = (getattr(module, "shift_tokens_right", None) for module in modules)
+    if (shift := next(filter(None, shifts), None)) is not None:  # BART's kin
+        takes = inspect.signature(shift).parameters
+        start = [config.decoder_start_token_id] if "decoder_start_token_id" in takes else []
+        shifted: Tensor = shift(text, config.pad_token_id, *start)
+    elif hasattr(model, "_shift_right"):  # T5's
+        shifted = model._shift_right(text)
+    else:
+        shifted = model.prepare_decoder_input_ids_from_labels(text)
+    ids: list[int] = shifted[0].tolist()
+    return ids
 
 
 def _start_token(model: Any) -> int:
@@ -342,6 +348,7 @@ def _from_embeddings(
     if attention_mask is not None:
         mask = _as_mask(attention_mask, tokens)
         require_padding(model, mask)
+        require_ends(model, mask)
         if takes_mask(model):
             kwargs["attention_mask"] = attention_mask
         places = position_ids(model, mask)

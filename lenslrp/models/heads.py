@@ -10,6 +10,7 @@ one that gives the logits ``unembed``.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from functools import cache, wraps
 from types import MethodType
@@ -87,7 +88,7 @@ def class_names(tables: tuple[str, ...], kind: str) -> Iterator[str]:
 
 
 def _derive(name: str, language_model: str, base: Any) -> Any:
-    def prepare_model(self: Any, hf_model: nn.Module) -> None:
+    def prepare_model(self: Any, hf_model: Any) -> None:
         import transformers
 
         family = getattr(transformers, language_model).base_model_prefix
@@ -97,6 +98,9 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
         self.cfg.output_logits_soft_cap = None  # a language model's
         if name.endswith("ForQuestionAnswering"):
             _join_spans(hf_model)
+        takes = inspect.signature(type(hf_model).forward).parameters
+        if hf_model.config.is_encoder_decoder and "use_cache" not in takes:
+            _without_cache(hf_model)
 
     return type(
         f"{name}Adapter",
@@ -121,6 +125,17 @@ def _join_spans(model: Any) -> None:
         return output
 
     model.forward = MethodType(joined, model)  # of a copy of the model, the copy's
+
+
+def _without_cache(model: Any) -> None:
+    """Let a head that has its base model run without a cache not be told so as well (T5Gemma)."""
+    forward = type(model).forward
+
+    @wraps(forward)
+    def run(self: Any, *args: Any, use_cache: bool = False, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    model.forward = MethodType(run, model)
 
 
 def span_logits(output: Any) -> Tensor | None:

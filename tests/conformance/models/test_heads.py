@@ -48,13 +48,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 NAMES = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 HEADS = (*NAMES, "ForQuestionAnswering", "Model")
-REFUSED = {
-    "T5GemmaForSequenceClassification": "refused after a short pass",
-    "T5GemmaForTokenClassification": "refused after a short pass",
-    "T5Gemma2ForSequenceClassification": "refused after a short pass",
-    "T5Gemma2ForTokenClassification": "refused after a short pass",
-}
-"""What is refused, and a part of the reason."""
+ONE_LENGTH = {"T5GemmaForSequenceClassification", "T5Gemma2ForSequenceClassification"}
+"""Heads that transformers has read one token more of a row with padding behind it."""
 
 
 @cache
@@ -144,13 +139,27 @@ def check(model: Any, tolerance: float | None = None) -> None:
     assert R.tokens.abs().max() > 1e-9
 
 
+def check_alone(model: Any) -> None:
+    """A classifier's row without padding."""
+    tokens, _ = rows(model.config)
+    with torch.no_grad():
+        expected = model(input_ids=tokens[:1]).logits
+    bridge = lenslrp.load(model)
+    logits, R = lenslrp.run_with_relevance(bridge, tokens[:1], Logit(1))
+    tolerance = agreement_of(bridge).tolerance
+    torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
+    assert abs(R.ledger().error) < tolerance
+    assert min(R.tokens.abs().max(), R.decoder_tokens.abs().max()) > 1e-9
+
+
 @pytest.mark.parametrize("name", sorted(families()))
 def test_a_head_is_transformers(name: str) -> None:
     language_model = families()[name]
     model = made(name, zoo_configs.config(language_model))
-    if name in REFUSED:
-        with pytest.raises(lenslrp.LensLRPError, match=REFUSED[name]):
+    if name in ONE_LENGTH:
+        with pytest.raises(lenslrp.InputError, match="reads one token more of a row with padding"):
             check(model)
+        check_alone(made(name, zoo_configs.config(language_model)))
         return
     check(model)
 
@@ -252,6 +261,19 @@ def test_an_encoder_and_padding_on_the_left(family: str) -> None:
     classifier = lenslrp.load(encoder(family, "ForSequenceClassification"))
     with pytest.raises(lenslrp.InputError, match="reads the first column of its text"):
         lenslrp.run_with_relevance(classifier, tokens, Logit(1), attention_mask=mask)
+
+
+def test_a_decoders_classifier_and_padded_embeddings() -> None:
+    """It finds a row's end by ids: without them it reads the last column."""
+    bridge = lenslrp.load(
+        made("LlamaForSequenceClassification", zoo_configs.config("LlamaForCausalLM"))
+    )
+    embeds, mask = torch.randn(2, 6, 16, dtype=torch.float64), torch.ones(2, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    with pytest.raises(lenslrp.InputError, match="put the padding on the left, or give tokens"):
+        lenslrp.run_with_relevance(
+            bridge, None, Logit(1), inputs_embeds=embeds, attention_mask=mask
+        )
 
 
 def test_albert_runs_in_layers_of_their_own() -> None:
