@@ -60,9 +60,9 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     "JetMoeAttention": Operations("router", leaks=(), attention=False),  # experts for its heads
     "JetMoeTopKGating": ROUTER_SPEC,
     "LagunaAttention": ATTENTION_GATE_SPEC,
-    "Lfm2MLP": GATED_MLP_SPEC,
-    "Lfm2MoeMLP": GATED_MLP_SPEC,
-    **dict.fromkeys(("ConvLayer", "DistilBertForSequenceClassification"), FUNCTIONAL_SPEC),
+    **dict.fromkeys(("Lfm2MLP", "Lfm2MoeMLP"), GATED_MLP_SPEC),
+    **dict.fromkeys(("ConvLayer", "DistilBertForMultipleChoice"), FUNCTIONAL_SPEC),
+    "DistilBertForSequenceClassification": FUNCTIONAL_SPEC,
     **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
     "MuseGlimmerTextAttention": ATTENTION_GATE_SPEC,
     # Two gates around a convolution over three positions.

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MIXES_COLUMNS = "ShortConv"
 """How classes end that mix neighbouring columns, padding or not (LFM2)."""
 
+OF_A_ROW = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+"""How classes end whose output is of a row, and not of each of its tokens."""
+
 
 def is_left(mask: Tensor) -> bool:
     """Whether any row has padding before its first token."""
@@ -104,7 +107,7 @@ def reads_first_column(inner: nn.Module) -> bool:
     if not _of_encoder(config) or getattr(config, "classifier_pooling", "cls") == "mean":
         return False
     pools = any(type(module).__name__.endswith("Pooler") for module in inner.modules())
-    return pools or type(inner).__name__.endswith("ForSequenceClassification")
+    return pools or type(inner).__name__.endswith(OF_A_ROW)
 
 
 def _of_encoder(config: Any) -> bool:

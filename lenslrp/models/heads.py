@@ -33,11 +33,20 @@ HEADS = (
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
+    "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES",
     "MODEL_MAPPING_NAMES",
 )
 """The tables of transformers that say which class a family has with which head."""
 
-LABELLED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+CHOICE = "ForMultipleChoice"
+LABELLED = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForNextSentencePrediction",
+    CHOICE,
+)
 
 
 @cache
@@ -98,6 +107,8 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
         self.cfg.output_logits_soft_cap = None  # a language model's
         if name.endswith("ForQuestionAnswering"):
             _join_spans(hf_model)
+        if name.endswith(CHOICE):
+            _score_rows(hf_model)
         takes = inspect.signature(type(hf_model).forward).parameters
         if hf_model.config.is_encoder_decoder and "use_cache" not in takes:
             _without_cache(hf_model)
@@ -125,6 +136,26 @@ def _join_spans(model: Any) -> None:
         return output
 
     model.forward = MethodType(joined, model)  # of a copy of the model, the copy's
+
+
+def _score_rows(model: Any) -> None:
+    """Let each row of tokens [batch, pos] be one choice, its score the only logit: [batch, 1].
+
+    Choices [batch, choice, pos] are taken as ever. They do not see each other: a choice's score is
+    of its own tokens alone.
+    """
+    forward = type(model).forward
+    signature = inspect.signature(forward)
+
+    @wraps(forward)
+    def scored(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
+        for name, value in given.arguments.items():
+            if isinstance(value, Tensor) and value.ndim == (3 if name == "inputs_embeds" else 2):
+                given.arguments[name] = value[:, None]
+        return forward(*given.args, **given.kwargs)
+
+    model.forward = MethodType(scored, model)
 
 
 def _without_cache(model: Any) -> None:

@@ -24,7 +24,7 @@ from lenslrp.batch import Batch
 from lenslrp.errors import FAILURES
 from lenslrp.forward import forward
 from lenslrp.inputs import decoder_reads_the_text, text_of_decoder
-from lenslrp.models.heads import span_logits
+from lenslrp.models.heads import CHOICE, span_logits
 
 LENGTH = 6  #: tokens of the short pass
 LARGEST = 40_000_000_000  #: weights; above, a pass costs too much to be made unasked
@@ -109,10 +109,12 @@ def reference(model: Any, run: Callable[..., Any] | None = None) -> Reference:
         return Reference({}, None, kind, "its weights have no values")
     if sum(p.numel() for p in model.parameters()) > LARGEST:
         return Reference({}, None, kind, f"it has more than {LARGEST:.0e} weights")
-    inputs = short_input(model)
+    inputs = given = short_input(model)
+    if type(model).__name__.endswith(CHOICE):  # which takes several, [batch, choice, pos]
+        given = {**inputs, "input_ids": inputs["input_ids"][:, None]}
     try:
         with torch.no_grad(), _Narrowed() as narrowed:
-            output = output_of((run or model)(**inputs))
+            output = output_of((run or model)(**given))
     except FAILURES as error:
         reason = f"the model itself raises for a few random tokens: {_said(error)}"
         return Reference(inputs, None, kind, reason, failed=True)

@@ -88,7 +88,7 @@ def encoder(family: str, head: str, **changes: Any) -> Any:
         "num_attention_heads": 2, "max_position_embeddings": 32, "type_vocab_size": 2,
         **dict.fromkeys(("pad_token_id", "cls_token_id", "sep_token_id"), 0),
     }  # fmt: skip
-    return made(cls.__name__, cls.config_class(**{**sizes, **ENCODERS[family], **changes}))
+    return made(cls.__name__, cls.config_class(**{**sizes, **ENCODERS.get(family, {}), **changes}))
 
 
 def rows(config: Any) -> tuple[Tensor, Tensor]:
@@ -168,6 +168,42 @@ def test_a_head_is_transformers(name: str) -> None:
 @pytest.mark.parametrize("family", ENCODERS)
 def test_an_encoder_is_transformers(family: str, head: str) -> None:
     check(encoder(family, head), 1e-9)
+
+
+OF_PAIRS = sorted(name for name in heads.offered() if name.endswith(heads.CHOICE))
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_a_choice_is_a_row(name: str) -> None:
+    """Choices do not see each other: a row's score, and its relevance, are those among others."""
+    model = encoder(name.removesuffix(heads.CHOICE), heads.CHOICE)
+    tokens, mask = rows(model.config)
+    with torch.no_grad():
+        expected = model(input_ids=tokens[None], attention_mask=mask[None]).logits
+    bridge = lenslrp.load(model)
+    logits, R = lenslrp.run_with_relevance(bridge, tokens, "score", attention_mask=mask)
+    torch.testing.assert_close(logits, expected.T, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        among = bridge(tokens[None], attention_mask=mask[None], return_type="logits")
+    torch.testing.assert_close(among, expected, rtol=0, atol=1e-6)
+    assert str(R.target).startswith("logit of 'score' = ")
+    assert abs(R.ledger().error) < agreement_of(bridge).tolerance
+    _, alone = lenslrp.run_with_relevance(bridge, tokens[1:, :4], None)
+    torch.testing.assert_close(R.tokens[1, :4], alone.tokens[0], rtol=0, atol=1e-6)
+    assert R.tokens.abs().max() > 1e-6
+
+
+def test_the_next_sentence() -> None:
+    model = encoder("Bert", "ForNextSentencePrediction")
+    tokens, mask = rows(model.config)
+    with torch.no_grad():
+        expected = model(input_ids=tokens, attention_mask=mask).logits
+    bridge = lenslrp.load(model)
+    wanted = LogitDiff("next", "random")
+    logits, R = lenslrp.run_with_relevance(bridge, tokens, wanted, attention_mask=mask)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(R.target.value, expected[:, 0] - expected[:, 1])
+    assert abs(R.ledger().error) < 1e-9
 
 
 def test_classes_are_named() -> None:
