@@ -102,12 +102,11 @@ def takes_left(model: TransformerBridge) -> bool:
 
 
 def reads_first_column(inner: nn.Module) -> bool:
-    """Whether an encoder's head, or its pooler, reads its first token, wherever padding is."""
+    """Whether an encoder's head reads the first token of a row, wherever its padding is."""
     config: Any = getattr(inner, "config", None)
     if not _of_encoder(config) or getattr(config, "classifier_pooling", "cls") == "mean":
         return False
-    pools = any(type(module).__name__.endswith("Pooler") for module in inner.modules())
-    return pools or type(inner).__name__.endswith(OF_A_ROW)
+    return type(inner).__name__.endswith(OF_A_ROW)
 
 
 def _of_encoder(config: Any) -> bool:
