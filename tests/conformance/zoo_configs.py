@@ -84,9 +84,17 @@ HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 DEEP = {"text_config": MROPE, "vision_config": {"deepstack_visual_indexes": [0]}}
 
+DISENTANGLED = {
+    "relative_attention": True,
+    "pos_att_type": ["c2p", "p2c"],
+    "position_biased_input": False,
+}
+
 CHANGES: dict[str, dict[str, Any]] = {
     "AlbertForMaskedLM": {"embedding_size": 12},
     "ElectraForMaskedLM": {"embedding_size": 12},
+    "DebertaForMaskedLM": DISENTANGLED,
+    "DebertaV2ForMaskedLM": {**DISENTANGLED, "share_att_key": True, "conv_kernel_size": 3},
     "DistilBertForMaskedLM": {"dim": 16, "hidden_dim": 24},
     **dict.fromkeys(("ViTForImageClassification", "ViTModel"), IMAGE),
     **dict.fromkeys(("DeiTForImageClassification", "DeiTModel"), IMAGE),
