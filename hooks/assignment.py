@@ -50,6 +50,7 @@ from lenslrp.hooks.operations import (
     declared_operations,
     has_declared_class,
 )
+from lenslrp.hooks.packed import is_packed_linear
 from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
 from lenslrp.hooks.sharding import is_sharded
 from lenslrp.hooks.structure import (
@@ -324,6 +325,8 @@ def _ruled_weights(
         # A parametrised weight is a new tensor at every call.
         if isinstance(module, nn.Embedding) or parametrize.is_parametrized(module):
             continue
+        if is_packed_linear(module):
+            continue  # no operation on the graph reads it
         if isinstance(module, LINEAR_CLASSES):
             role, matrices = roles.get(id(module), _linear_role(module)), [layer.weight]
         elif operations_of.get(id(module)) == ROUTER_SPEC:

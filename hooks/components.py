@@ -35,6 +35,7 @@ from lenslrp.hooks.experts import ExpertPoint, expert_points
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.leaf_modules import PER_LAYER_EMBEDDING
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
+from lenslrp.hooks.packed import attach_unpacked, is_packed_linear
 from lenslrp.hooks.rule_types import Plain, product_shares
 from lenslrp.hooks.structure import NamedModules, layer_of, original
 
@@ -101,16 +102,15 @@ def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) 
 def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role: str) -> None:
     """A linear layer or a convolution: under epsilon its bias; otherwise the rule in its place."""
     rule = ctx.composite[role]
-    if not isinstance(rule, LinearRule):
+    ruled = isinstance(rule, LinearRule)
+    convolves = isinstance(module, CONVOLUTION_CLASSES)
+    plain = convolves or known_forward(module) in PLAIN_FORWARDS
+    if is_packed_linear(module) or not isinstance(module, LINEAR_CLASSES) or (ruled and not plain):
+        attach_unpacked(at, ctx, path, module, role, rule)
+        return
+    if not ruled:
         attach_bias_meter(at, ctx, path, module)
         return
-    convolves = isinstance(module, CONVOLUTION_CLASSES)
-    if not convolves and known_forward(module) not in PLAIN_FORWARDS:
-        raise InputError(
-            f"{path} is a {type(module).__name__}, whose weight the {rule.name} rule cannot read "
-            "(quantised, or with something added to it): use epsilon for its role "
-            f"({role!r}), or load the model with plain linear layers"
-        )
     site = ctx.site(path, module, role)
     site.cut = ctx.cuts(path)
     at.sites.append(site)

@@ -195,6 +195,51 @@ class Linear(torch.autograd.Function):
         return gx, None, None, None, None, None
 
 
+class Unpacked(torch.autograd.Function):
+    """A linear layer whose weight is there in the backward pass only: see `lenslrp.hooks.packed`.
+
+    ``weight(x)`` gives it, [out, in]. Where the values are needed (``keeps``), what the layer
+    loses by rounding is the ``stabiliser`` term.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        weight: Callable[[Tensor], Tensor],
+        bias: Tensor | None,
+        rule: Any,
+        keeps: bool,
+        site: Site,
+    ) -> Tensor:
+        set_site(ctx, site)
+        ctx.weight, ctx.bias, ctx.rule, ctx.keeps = weight, bias, rule, keeps
+        ctx.size = x.shape[-1]
+        kept = (kept_input(x, site), y) if keeps else (EMPTY, EMPTY)
+        ctx.save_for_backward(*kept)
+        return same(y, site.copies)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
+        site, bias = ctx.site, ctx.bias
+        site.backward += 1
+        x, y = ctx.saved_tensors
+        weight = ctx.weight(g.new_empty(0, ctx.size))
+        if isinstance(ctx.rule, LinearRule):
+            gx, bias_share = ctx.rule.backward(g, x, weight, bias)
+        else:
+            gx, bias_share = g @ weight, None if bias is None else g * bias
+        if ctx.keeps and site.accounts is not None:
+            lost = row_sums(y, g) - row_sums(x, gx)
+            if bias_share is not None:
+                absorbed = row_sums(bias_share, torch.ones_like(bias_share))
+                site.report("biases", absorbed)
+                lost = lost - absorbed
+            site.report("stabiliser", lost)
+        return gx, None, None, None, None, None, None
+
+
 class ProductOutput(torch.autograd.Function):
     """At the output of a product of two factors: the gradient that the second gets.
 

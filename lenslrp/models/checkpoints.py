@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from lenslrp.errors import FAILURES, LoadError, first_line
 from lenslrp.models.embedded import EMBEDDED
 from lenslrp.models.heads import offered
+from lenslrp.models.quantised import require_package
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -128,6 +129,7 @@ def read_checkpoint(
     device: torch.device | None,
     revision: str | None,
     n_devices: int | None,
+    quantization_config: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model of the checkpoint's own class, and its tokenizer if it has one.
 
@@ -140,6 +142,7 @@ def read_checkpoint(
     cls = _own_class(name, config)
     architecture = require_architecture(cls)
     _prepare_loading(architecture, config, name, dtype)
+    require_package(quantization_config, config, name)
     options: dict[str, Any] = {
         "config": config,
         "dtype": dtype,
@@ -149,6 +152,10 @@ def read_checkpoint(
         "output_loading_info": True,
         **_placement(n_devices),
     }
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+        if device is not None and device.type != "cpu":  # it is packed where it will be
+            options["device_map"] = {"": device}
     model = _with_all_weights(name, cls, options)
     if n_devices is None and device is not None:
         model = to_device(model, device)

@@ -32,6 +32,7 @@ from lenslrp.models.checkpoints import (
     to_device,
 )
 from lenslrp.models.embedded import EMBEDDED, ensure_cached
+from lenslrp.models.quantised import keep_unpackable, require_its_type
 from lenslrp.models.verifying import Agreement, reference
 from lenslrp.models.wrapped import Wrapped, keep_names, recall, remember
 from lenslrp.quiet import quiet_transformers
@@ -55,6 +56,7 @@ def load(
     n_devices: int | None = None,
     prepend_bos: bool | None = None,
     verify: bool = True,
+    quantization_config: Any = None,
 ) -> TransformerBridge:
     """A model ready for `lenslrp.run_with_relevance`, in evaluation mode.
 
@@ -77,6 +79,9 @@ def load(
         verify: compare one short pass of the bridge with the model as it was before
             (`lenslrp.models.verifying`), and refuse a bridge that computes something else.
             False leaves out the two passes; models of more than 4e10 weights are not compared.
+        quantization_config: how transformers quantises a named model while it reads it
+            (``BitsAndBytesConfig``, ``TorchAoConfig``); ``dtype`` is that of the rest. Weights of
+            linear layers stay packed.
 
     Returns:
         A bridge; its hook points have TransformerLens' names.
@@ -98,15 +103,22 @@ def load(
             revision=revision,
             n_devices=n_devices,
             prepend_bos=prepend_bos,
+            quantization_config=quantization_config,
         )
         return model
     place = None if device is None else require_device(device)
     if isinstance(model, str | Path):
         _refuse("a named model brings its own tokenizer", tokenizer=tokenizer)
-        bridge = _by_name(str(model), dtype, place, revision, n_devices, verify)
+        bridge = _by_name(
+            str(model), dtype, place, revision, n_devices, verify, quantization_config
+        )
     else:
         inner = _require_model(model)
-        _refuse("the model is in memory already", revision=revision)
+        _refuse(
+            "the model is in memory already",
+            revision=revision,
+            quantization_config=quantization_config,
+        )
         if n_devices is not None:
             _refuse("n_devices chooses the devices", device=device)
         bridge = _from_memory(inner, tokenizer, dtype, place, verify, n_devices, outer=model)
@@ -131,6 +143,7 @@ def _by_name(
     revision: str | None,
     n_devices: int | None,
     verify: bool,
+    quantization_config: Any,
 ) -> TransformerBridge:
     from transformer_lens.utilities.devices import get_device
 
@@ -142,6 +155,7 @@ def _by_name(
         "device": None if place is None else torch.device(place),
         "revision": revision,
         "n_devices": n_devices,
+        "quantization_config": quantization_config,
     }
     if name in EMBEDDED:
         _refuse("an embedded model has one pinned version", revision=revision)
@@ -202,6 +216,9 @@ def _from_memory(
     architecture = require_architecture(type(model))
     if device is not None:
         to_device(model, device)
+    if name is None:
+        require_its_type(model, dtype)
+    keep_unpackable(model)
     if dtype is not None:
         maybe_cast_floating_params(model, dtype)
     if n_devices is not None:
