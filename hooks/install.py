@@ -216,8 +216,8 @@ def require_bridge(model: TransformerBridge) -> None:
             raise InputError(
                 f"{_name_of(model, parameter)} is quantised ({parameter.dtype}"
                 f"{'' if kind == 'Parameter' else f', {kind}'}) and belongs to a "
-                f"{type(module).__name__}: rules can read packed weights of linear layers only; "
-                "load the model with this one in float32, bfloat16 or float16"
+                f"{type(module).__name__}; rules unpack weights of linear layers only, and those "
+                "that a package unpacks: load the model in float32, bfloat16 or float16"
             )
     offloaded = [name for name, module in parts if _is_offloaded(module)]
     if offloaded:

@@ -60,10 +60,11 @@ def stored_numbers(weight: Tensor) -> Tensor:
 
 
 def is_packed_linear(layer: nn.Module) -> bool:
-    """Whether a layer is a linear one with a packed weight."""
+    """Whether a layer is a linear one with a packed weight, and can say how it is unpacked."""
     if not isinstance(layer, nn.Linear | Conv1D):
         return False
-    return is_packed(layer.weight) or type(layer).__module__.startswith(PACKING_PACKAGES)
+    unpacks = type(layer.weight).dequantize is not Tensor.dequantize
+    return unpacks or type(layer).__module__.startswith(PACKING_PACKAGES)
 
 
 def rounds_its_input(layer: nn.Module) -> bool:
