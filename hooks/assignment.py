@@ -26,6 +26,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources.native import model as native
 
 from lenslrp.errors import InputError
+from lenslrp.hooks.adapted import attach_adapted, is_adapted
 from lenslrp.hooks.attention import attach_attention, gates_its_output
 from lenslrp.hooks.checks import known_forward
 from lenslrp.hooks.components import (
@@ -169,6 +170,10 @@ def assign(
             share = gate_share(composite)
             for inner in [*original(module).children(), *module.children(), original(module)]:
                 gates[id(inner)] = share
+    for _, module in modules:
+        if is_adapted(module):
+            role = roles.get(id(module), _linear_role(module))
+            roles.update(dict.fromkeys(map(id, module.modules()), role))
     decide = _Decision(composite, gates, roles, wrapped)
     embedded = embeddings(modules)
     inside = _answered_for(modules, composite, embedded)
@@ -178,7 +183,7 @@ def assign(
         if id(module) in inside:
             continue
         rows.extend(decide.row(path, module))
-        if id(module) in linear and not isinstance(module, LINEAR_CLASSES):
+        if id(module) in linear and not (isinstance(module, LINEAR_CLASSES) or is_adapted(module)):
             rows.extend(decide.linear(path, module))
         if id(module) in operations_of and id(module) not in mixing:
             rows.append(decide.operations(path, module, operations_of[id(module)]))
@@ -201,6 +206,8 @@ def _answered_for(
     for inner, _ in embedded:
         inside.update(id(part) for part in inner.modules() if part is not inner)
     for _, module in modules:
+        if is_adapted(module):
+            inside.update(id(part) for part in module.modules() if part is not module)
         if isinstance(composite.modules.get(type(module)), Identity | Normalisation | Plain):
             inside.update(id(part) for part in module.modules() if part is not module)
         if isinstance(module, NormalizationBridge) and isinstance(composite["norm"], Plain):
@@ -252,15 +259,19 @@ class _Decision:
             )  # fmt: skip
         elif isinstance(module, LINEAR_CLASSES):
             yield from self.linear(path, module)
+        elif is_adapted(module):
+            yield from self.linear(path, module, attach_adapted)
 
-    def linear(self, path: str, module: nn.Module) -> Iterator[Assignment]:
+    def linear(
+        self, path: str, module: nn.Module, attach: Callable[..., None] = attach_linear
+    ) -> Iterator[Assignment]:
         """A linear layer or a convolution, unless its parts are called instead."""
         role = self.roles.get(id(module), _linear_role(module))
         if role:
             rule = self.composite[role]
             if not isinstance(rule, LinearRule):  # the weight of an expert, too
                 rule = Epsilon()
-            yield Assignment(path, module, role, rule, attach=attach_linear, options=(role,))
+            yield Assignment(path, module, role, rule, attach=attach, options=(role,))
 
     def activation(
         self, path: str, module: nn.Module, rule: Any, share: float, declared: bool

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
+from lenslrp.hooks.adapted import adapter_points
 from lenslrp.hooks.checks import elementwise, known_forward
 from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.context import Context
@@ -224,8 +225,8 @@ def watched_blocks(parts: NamedModules) -> dict[int, nn.Module]:
 
 
 def hook_points(model: TransformerBridge, parts: NamedModules) -> dict[str, nn.Module]:
-    """Every hook point by name: the bridge's own, and those at the neurons of experts."""
-    return {**model.hook_dict, **expert_points(parts)}
+    """Every hook point by name: the bridge's own, and those at neurons of experts and adapters."""
+    return {**model.hook_dict, **expert_points(parts), **adapter_points(parts)}
 
 
 __all__ = ["BlockBridge", "ExpertPoint", "UnembeddingBridge", "hook_points"]

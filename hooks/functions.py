@@ -211,17 +211,18 @@ class Unpacked(torch.autograd.Function):
         bias: Tensor | None,
         rule: Any,
         keeps: bool,
+        meters: bool,
         site: Site,
     ) -> Tensor:
         set_site(ctx, site)
-        ctx.weight, ctx.bias, ctx.rule, ctx.keeps = weight, bias, rule, keeps
+        ctx.weight, ctx.bias, ctx.rule, ctx.keeps, ctx.meters = weight, bias, rule, keeps, meters
         ctx.size = x.shape[-1]
         kept = (kept_input(x, site), y) if keeps else (EMPTY, EMPTY)
         ctx.save_for_backward(*kept)
         return same(y, site.copies)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, *tuple[None, ...]]:
         site, bias = ctx.site, ctx.bias
         site.backward += 1
         x, y = ctx.saved_tensors
@@ -234,10 +235,25 @@ class Unpacked(torch.autograd.Function):
             lost = row_sums(y, g) - row_sums(x, gx)
             if bias_share is not None:
                 absorbed = row_sums(bias_share, torch.ones_like(bias_share))
-                site.report("biases", absorbed)
                 lost = lost - absorbed
+                if ctx.meters:
+                    site.report("biases", absorbed)
             site.report("stabiliser", lost)
-        return gx, None, None, None, None, None, None
+        return gx, None, None, None, None, None, None, None
+
+
+class Rejoined(torch.autograd.Function):
+    """The sum of two parts, whose value the layer that made them has given already (``y``)."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, y: Tensor | None, site: Site) -> Tensor:
+        set_site(ctx, site)
+        return a + b if y is None else same(y, site.copies)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        ctx.site.backward += 1
+        return g, g, None, None
 
 
 class ProductOutput(torch.autograd.Function):

@@ -80,9 +80,18 @@ def rounds_its_input(layer: nn.Module) -> bool:
 
 
 def attach_unpacked(
-    at: Attached, ctx: Context, path: str, layer: nn.Module, role: str, rule: Any
+    at: Attached,
+    ctx: Context,
+    path: str,
+    layer: nn.Module,
+    role: str,
+    rule: Any,
+    *,
+    meters: bool = True,
 ) -> None:
     """Put a rule in the place of a linear layer whose weight has to be unpacked for it.
+
+    ``meters``: account for the bias under epsilon; otherwise the layer around it does.
 
     Raises (when the layer runs):
         InputError: the layer is not linear.
@@ -101,8 +110,8 @@ def attach_unpacked(
         rounded = packed.rounds(x, y)
         keeps = ruled or (rounded and site.accounts is not None)
         bias = packed.bias(x)
-        out = F.apply(F.Unpacked, x, y, packed.weight, bias, rule, keeps, site)
-        if not keeps and site.accounts is not None:
+        out = F.apply(F.Unpacked, x, y, packed.weight, bias, rule, keeps, meters, site)
+        if meters and not keeps and site.accounts is not None:
             measure_bias(out, bias, site)
         return out
 
@@ -129,7 +138,7 @@ class PackedLayer:
         """What it gives for an input of zeros, [out]; ``None`` where it has no bias."""
         if self.known:
             bias: Tensor | None = self.layer.bias
-            return None if bias is None else bias.detach()
+            return None if bias is None else bias.detach().to(x.dtype)
         with torch.no_grad():
             return self.run(x.new_zeros(1, x.shape[-1]))[0]
 
