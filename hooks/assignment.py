@@ -40,6 +40,7 @@ from lenslrp.hooks.components import (
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.convolution import CONVOLUTION_CLASSES
 from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures
+from lenslrp.hooks.joint import JointRows
 from lenslrp.hooks.leaf_modules import embeddings
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.norms import attach_norm, attach_registered_norm, attach_unbridged_norm, is_norm
@@ -159,10 +160,13 @@ def assign(
             for key in ("q", "k", "v", "o"):
                 roles[id(_wrapped(module, key))] = "projection"
             # The bridge splits a joint projection and calls its parts, unless it delegates.
-            roles[id(_wrapped(module, "qkv"))] = "projection" if attention == "fused" else ""
+            whole = attention == "fused" or isinstance(_wrapped(module, "v"), JointRows)
+            roles[id(_wrapped(module, "qkv"))] = "projection" if whole else ""
         if isinstance(module, JointGateUpMLPBridge):
-            roles[id(_wrapped(module, "gate_up"))] = ""
-            roles[id(getattr(original(module), module.fused_attr, None))] = ""
+            role = "linear" if isinstance(_wrapped(module, "gate"), JointRows) else ""
+            fused = getattr(original(module), module.fused_attr, None)
+            for joint in (_wrapped(module, "gate_up"), fused, original(fused)):
+                roles[id(joint)] = role
         spec = operations_of.get(id(module))
         if spec is not None and spec.gated:  # its activation feeds a gated product
             gates.update((id(inner), gate_share(composite)) for inner in module.children())
@@ -267,7 +271,7 @@ class _Decision:
     ) -> Iterator[Assignment]:
         """A linear layer or a convolution, unless its parts are called instead."""
         role = self.roles.get(id(module), _linear_role(module))
-        if role:
+        if role and not isinstance(module, JointRows):
             rule = self.composite[role]
             if not isinstance(rule, LinearRule):  # the weight of an expert, too
                 rule = Epsilon()

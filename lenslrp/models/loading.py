@@ -32,6 +32,7 @@ from lenslrp.models.checkpoints import (
     to_device,
 )
 from lenslrp.models.embedded import EMBEDDED, ensure_cached
+from lenslrp.models.joint_layers import split_by_rows
 from lenslrp.models.quantised import keep_unpackable, require_its_type
 from lenslrp.models.verifying import Agreement, reference
 from lenslrp.models.wrapped import Wrapped, keep_names, recall, remember
@@ -279,6 +280,7 @@ def _wrap(model: PreTrainedModel, architecture: str, name: str) -> TransformerBr
     def prepare(adapter: Any) -> None:
         if hasattr(transformers, architecture):  # others' own code was prepared when it was loaded
             adapter.prepare_loading(name, {"config": copy.deepcopy(model.config)})
+        split_by_rows(adapter)
 
     try:
         bridge = build_bridge_from_module(
