@@ -95,12 +95,12 @@ def _constant(run: Callable[[Tensor], Tensor], base: Any, y: Tensor) -> Tensor:
 
 
 def attach_adapter_point(
-    at: Attached, ctx: Context, path: str, layer: nn.Module, base: nn.Module, ruled: bool
+    at: Attached, ctx: Context, path: str, layer: nn.Module, base: Any, ruled: bool
 ) -> None:
     """Pass what adapters add through their hook point, where that has hooks."""
     point = _points.setdefault(layer, AdapterPoint())
     site = ctx.site(f"{path}.hook_adapter", layer, "linear", Epsilon())
-    own: dict[str, Tensor] = {}  # what the base layer gave for the layer's own input
+    own: dict[str, Any] = {}  # what the base layer gave for the layer's own input
 
     def begin(_: nn.Module, args: tuple[Any, ...]) -> None:
         own.clear()
@@ -109,15 +109,19 @@ def attach_adapter_point(
 
     def note(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         if "x" in own and own["x"].data_ptr() == args[0].data_ptr():
-            own.setdefault("y", y)
+            own.setdefault("y", (y, y._version))
 
     def shown(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
         if "x" not in own:
             return y
-        x, without = own.pop("x"), own.pop("y", None)
-        if without is None:  # IA3 scales what it gives the base layer
+        x, (without, version) = own.pop("x"), own.pop("y", (None, 0))
+        # IA3 scales what it gives the base layer; AdaLoRA writes to what it gets of it.
+        if without is None or without._version != version:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not ruled):
                 without = base(x)
+        without = without.view_as(without)  # apart from what the layer makes of it
+        if ctx.accounts is not None:
+            measure_bias(without, base.bias, site)
         added = y - without
         changed = point(added)
         same = torch.equal(changed, added)

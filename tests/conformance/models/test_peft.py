@@ -347,6 +347,7 @@ def test_an_adapters_directory(name: str, tmp_path: Path) -> None:
     ],
     ids=["prefix", "prompt", "p-tuning", "norms", "adaption prompt"],
 )
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
 def test_what_no_bridge_has_is_refused_by_name(settings: Any, message: str) -> None:
     model = peft.get_peft_model(base_model(FAMILIES["llama"]), settings())
     kind = type(model.peft_config["default"]).__name__
@@ -359,4 +360,4 @@ def test_units_are_not_read_off_a_weight_that_an_adapter_adds_to() -> None:
     with pytest.raises(InputError, match=r"weights, and those of a Linear .* adapters merged"):
         Neuron(0, 3).writes(bridge)
     merged = lenslrp.load(lora("llama").merge_and_unload())
-    assert Neuron(0, 3).writes(merged)["out"].shape == (16,)
+    assert Neuron(0, 3).writes(merged)["out"].shape[-1] == 16
