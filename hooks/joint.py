@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lenslrp.hooks.adapted import base_of
 from lenslrp.hooks.packed import is_packed_linear
@@ -42,8 +43,9 @@ def stand_in(joint: nn.Module) -> nn.Module:
     What is split from it says which rows are whose.
     """
     base: Any = base_of(joint) or joint
-    transposed = hasattr(base, "nf")
-    out, into = (base.nf, base.nx) if transposed else (base.out_features, base.in_features)
+    # bitsandbytes' layers say what they were made of.
+    transposed = isinstance(base, Conv1D) or getattr(base, "source_cls", None) is Conv1D
+    out, into = (base.nf, base.nx) if hasattr(base, "nf") else (base.out_features, base.in_features)
     rows = torch.arange(out, dtype=torch.float32)
     made: Any = type("StandIn", (nn.Module,), {})()
     weight = rows.expand(into, out) if transposed else rows[:, None].expand(out, into)

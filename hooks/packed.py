@@ -97,11 +97,10 @@ def attach_unpacked(
         InputError: the layer is not linear.
     """
     site = ctx.site(path, layer, role, rule)
-    site.cut = ctx.cuts(path)
+    site.cut = ctx.cuts(path.removesuffix(".base_layer"))
     at.sites.append(site)
-    known = any(
-        type(of).__module__.startswith(PACKING_PACKAGES)
-        for of in (layer, getattr(layer, "weight", None))
+    known = is_packed_linear(layer) and any(
+        type(of).__module__.startswith(PACKING_PACKAGES) for of in (layer, layer.weight)
     )
     packed = PackedLayer(path, layer, layer.forward, known)
     ruled = isinstance(rule, LinearRule)
@@ -177,7 +176,7 @@ class PackedLayer:
 
     def _agrees(self, x: Tensor) -> bool:
         """Whether the layer computes with the weight that its package unpacks."""
-        weight = _unpacked(self.layer, x.dtype) if self.known else None
+        weight = _unpacked(self.layer, x.dtype) if is_packed_linear(self.layer) else None
         if weight is None or weight.shape[-1] != x.shape[-1]:
             return False
         size = x.shape[-1]

@@ -70,7 +70,16 @@ def keep_unpackable(model: PreTrainedModel) -> None:
 
     On some CPUs the first pass without gradients packs their weights anew, for a kernel of
     inference that computes in bfloat16 and has no backward pass.
+
+    Raises:
+        LoadError: that has happened: bitsandbytes' way back gets the scales wrong.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise LoadError(
+                f"{name} has run without gradients on this CPU, where bitsandbytes packs 4-bit "
+                "weights anew for inference, and cannot undo it: load the model before it runs"
+            )
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

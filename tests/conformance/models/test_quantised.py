@@ -17,7 +17,9 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers.pytorch_utils import Conv1D
 
 import lenslrp
 from lenslrp import InputError, LoadError
@@ -86,9 +88,6 @@ WEIGHTS_ONLY: dict[str, Callable[[], Any]] = {
     "nf4, scales quantised": lambda: BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     ),
-    "nf4, kept in float16": lambda: BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.float16
-    ),
     "torchao int8": lambda: TorchAoConfig(ao.Int8WeightOnlyConfig()),
     "torchao int4": lambda: TorchAoConfig(
         ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(32))
@@ -128,16 +127,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in FAMILIES}
 
 
-class StraightThrough(nn.Module):
+class StraightThrough(nn.Linear):
     """The values of a packed layer, and the gradient of its unpacked weight."""
 
-    def __init__(self, layer: nn.Module, plain: nn.Module) -> None:
-        super().__init__()
-        self.__dict__.update(layer=layer, plain=plain)
-
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.plain(x)
-        return y + (self.layer(x) - y).detach()
+        y = super().forward(x)
+        return y + (self.__dict__["layer"](x) - y).detach()
 
 
 def packed_layers(model: Any) -> dict[str, Any]:
@@ -148,12 +143,18 @@ def packed_layers(model: Any) -> dict[str, Any]:
     }
 
 
-def unpacked(layer: Any) -> nn.Linear:
+def unpacked(layer: Any) -> Any:
     """A plain layer with the weight that a packed one computes with."""
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    transposed = getattr(layer, "source_cls", None) is Conv1D
+    plain: Any = (
+        Conv1D(layer.out_features, layer.in_features)
+        if transposed
+        else nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    )
     with torch.no_grad():
         units = torch.eye(layer.in_features)
-        plain.weight.copy_((layer(units) - layer(torch.zeros_like(units[:1]))).T)
+        columns = layer(units) - layer(torch.zeros_like(units[:1]))
+        plain.weight.copy_(columns if transposed else columns.T)
         if layer.bias is not None:
             plain.bias.copy_(layer.bias)
     return plain
@@ -175,8 +176,10 @@ def references(folder: Path, config: Any) -> tuple[Any, Any]:
         for name, layer in packed_layers(model).items():
             owner, _, key = name.rpartition(".")
             plain = unpacked(layer)
-            inside = StraightThrough(layer, plain) if through else plain
-            setattr(model.get_submodule(owner), key, inside)
+            if through:
+                plain.__class__ = StraightThrough
+                plain.__dict__["layer"] = layer
+            setattr(model.get_submodule(owner), key, plain)
         made.append(model)
     return made[0], made[1]
 
@@ -185,17 +188,24 @@ def cosine(a: Any, b: Any) -> float:
     return float(cosine_similarity(a.tokens.double().flatten(), b.tokens.double().flatten(), dim=0))
 
 
-@pytest.mark.parametrize("kind", WEIGHTS_ONLY)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *(("llama", kind) for kind in WEIGHTS_ONLY),
+        *((family, "nf4") for family in FAMILIES if family != "llama"),
+        *((family, "torchao int8") for family in ("mixtral", "bert", "phi3")),  # no Conv1D
+    ],
+)
 def test_packed_weights(family: str, kind: str, folders: dict[str, Path]) -> None:
-    if family != "llama" and kind not in ("nf4", "torchao int8"):
-        pytest.skip("the other families run with one kind of each package")
     config = WEIGHTS_ONLY[kind]
     bridge = lenslrp.load(folders[family], device="cpu", quantization_config=config())
     count = len(packed_layers(bridge.original_model))
     assert count >= (8 if family in ("phi3", "gpt2", "mixtral") else 12)
     assert lenslrp.examine(bridge).agreement.difference < 1e-4
     plain = lenslrp.load(references(folders[family], config())[0])
+    if family == "mixtral":  # gamma needs experts one by one
+        for model in (bridge, plain):
+            model.original_model.set_experts_implementation("eager")
     for composite in COMPOSITES:
         _, found = lenslrp.run_with_relevance(bridge, TOKENS, 1, composite)
         _, expected = lenslrp.run_with_relevance(plain, TOKENS, 1, composite)
@@ -223,8 +233,9 @@ def test_layers_that_round_their_input(kind: str, folders: dict[str, Path]) -> N
     assert len(packed_layers(bridge.original_model)) == len(layers)
     exact = lenslrp.load(through, verify=False)
     _, found = lenslrp.run_with_relevance(bridge, TOKENS, 1)
-    _, expected = lenslrp.run_with_relevance(exact, TOKENS, 1, ledger=False)
-    assert cosine(found, expected) > 0.99999
+    with pytest.warns(match="does not balance"):  # its rounding is nobody's
+        _, expected = lenslrp.run_with_relevance(exact, TOKENS, 1, strict=False)
+    assert cosine(found, expected) > 0.9999
 
 
 def test_one_weight_is_unpacked_at_a_time(
@@ -248,26 +259,34 @@ def test_one_weight_is_unpacked_at_a_time(
 
 
 def test_a_model_in_memory(folders: dict[str, Path]) -> None:
-    """Also one that has run: on some CPUs bitsandbytes has packed its weights for inference."""
+    """Not one whose weights bitsandbytes has packed anew for inference, as it does on some CPUs."""
     config = WEIGHTS_ONLY["nf4"]
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, "intermediate_size": 128}))
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(5)
-    folder = folders["llama"].parent / "wide"
-    model.save_pretrained(folder)
-    plain = lenslrp.load(references(folder, config())[0])
-    _, expected = lenslrp.run_with_relevance(plain, TOKENS, 1)
+    folder = folders["llama"].parent / "wide"  # that kernel takes multiples of 64
+    torch.manual_seed(0)
+    sizes = {**GROUPED, "intermediate_size": 128}
+    hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)).save_pretrained(folder)
+    _, expected = lenslrp.run_with_relevance(
+        lenslrp.load(references(folder, config())[0]), TOKENS, 1
+    )
+    _, found = lenslrp.run_with_relevance(
+        lenslrp.load(quantised_model(folder, config())), TOKENS, 1
+    )
+    assert cosine(found, expected) > 0.9999
+    with pytest.raises(LoadError, match=r"is quantised, .*float32: load it from its files"):
+        lenslrp.load(quantised_model(folder, config()), dtype=torch.bfloat16)
+    if not bitsandbytes.functional.has_avx512bf16():
+        pytest.skip("bitsandbytes packs weights anew only on CPUs with AVX512-BF16")
     ran = quantised_model(folder, config())
     with torch.no_grad():
         ran(TOKENS)
-    for each in (quantised_model(folder, config()), ran):
-        bridge = lenslrp.load(each)
-        _, found = lenslrp.run_with_relevance(bridge, TOKENS, 1)
-        assert cosine(found, expected) > 0.999
-        assert abs(found.ledger().error) < 2e-5
-        with pytest.raises(LoadError, match=r"is quantised, .* float32: load it from its files"):
-            lenslrp.load(quantised_model(folder, config()), dtype=torch.bfloat16)
+    with pytest.raises(LoadError, match=r"q_proj has run without gradients .* before it runs"):
+        lenslrp.load(ran)
+    bridge = build_bridge_from_module(
+        ran, "LlamaForCausalLM", hf_config=ran.config, device="cpu", model_name="wide"
+    )
+    _, found = lenslrp.run_with_relevance(bridge.eval(), TOKENS, 1)
+    assert cosine(found, expected) > 0.999
+    assert abs(found.ledger().error) < 2e-5
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -333,6 +352,9 @@ def test_what_is_refused_says_so(folders: dict[str, Path], monkeypatch: pytest.M
         Neuron(0, 3).writes(bridge)
     with pytest.raises(LoadError, match=r"quantization_config cannot be given here: the model is"):
         lenslrp.load(_llama(), quantization_config=config)
+    kept = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.float16)
+    with pytest.raises(LoadError, match=r"TransformerLens computes something else"):
+        lenslrp.load(folders["llama"], device="cpu", quantization_config=kept)
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(LoadError, match=r"bitsandbytes.*lenslrp\[quantised\]"):
         lenslrp.load(folders["llama"], quantization_config=config)
