@@ -164,7 +164,7 @@ def assign(
             roles[id(_wrapped(module, "qkv"))] = "projection" if whole else ""
         if isinstance(module, JointGateUpMLPBridge):
             role = "linear" if isinstance(_wrapped(module, "gate"), JointRows) else ""
-            fused = getattr(original(module), module.fused_attr, None)
+            fused: Any = getattr(original(module), module.fused_attr, None)
             for joint in (_wrapped(module, "gate_up"), fused, original(fused)):
                 roles[id(joint)] = role
         spec = operations_of.get(id(module))

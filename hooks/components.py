@@ -103,13 +103,12 @@ def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) 
 def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role: str) -> None:
     """A linear layer or a convolution: under epsilon its bias; otherwise the rule in its place."""
     rule = ctx.composite[role]
-    ruled = isinstance(rule, LinearRule)
     convolves = isinstance(module, CONVOLUTION_CLASSES)
-    plain = convolves or known_forward(module) in PLAIN_FORWARDS
-    if is_packed_linear(module) or not isinstance(module, LINEAR_CLASSES) or (ruled and not plain):
+    plain = convolves or known_forward(module) in PLAIN_FORWARDS or not isinstance(rule, LinearRule)
+    if is_packed_linear(module) or not isinstance(module, LINEAR_CLASSES) or not plain:
         attach_unpacked(at, ctx, path, module, role, rule)
         return
-    if not ruled:
+    if not isinstance(rule, LinearRule):
         attach_bias_meter(at, ctx, path, module)
         return
     site = ctx.site(path, module, role)

@@ -228,17 +228,14 @@ class Unpacked(torch.autograd.Function):
         x, y = ctx.saved_tensors
         weight = ctx.weight(g.new_empty(0, ctx.size))
         if isinstance(ctx.rule, LinearRule):
-            gx, bias_share = ctx.rule.backward(g, x, weight, bias)
+            gx, share = ctx.rule.backward(g, x, weight, bias)
         else:
-            gx, bias_share = g @ weight, None if bias is None else g * bias
+            gx, share = g @ weight, g * (0 if bias is None else bias)
         if ctx.keeps and site.accounts is not None:
-            lost = row_sums(y, g) - row_sums(x, gx)
-            if bias_share is not None:
-                absorbed = row_sums(bias_share, torch.ones_like(bias_share))
-                lost = lost - absorbed
-                if ctx.meters:
-                    site.report("biases", absorbed)
-            site.report("stabiliser", lost)
+            absorbed = row_sums(share, torch.ones_like(share))
+            if ctx.meters:
+                site.report("biases", absorbed)
+            site.report("stabiliser", row_sums(y, g) - row_sums(x, gx) - absorbed)
         return gx, None, None, None, None, None, None, None
 
 

@@ -28,13 +28,19 @@ class JointRows(nn.Module):
         self.register_buffer("rows", rows, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.joint(x)
+        joint: Any = self.joint
+        y: Tensor = joint(x)
         return y.index_select(-1, self.rows.to(y.device))
 
 
 def splits(joint: Any) -> bool:
     """Whether a joint layer has a plain weight, which can be split."""
     return base_of(joint) is None and not is_packed_linear(joint)
+
+
+class _StandIn(nn.Module):
+    weight: nn.Parameter
+    bias: nn.Parameter
 
 
 def stand_in(joint: nn.Module) -> nn.Module:
@@ -47,11 +53,10 @@ def stand_in(joint: nn.Module) -> nn.Module:
     transposed = isinstance(base, Conv1D) or getattr(base, "source_cls", None) is Conv1D
     out, into = (base.nf, base.nx) if hasattr(base, "nf") else (base.out_features, base.in_features)
     rows = torch.arange(out, dtype=torch.float32)
-    made: Any = type("StandIn", (nn.Module,), {})()
+    made = _StandIn()
     weight = rows.expand(into, out) if transposed else rows[:, None].expand(out, into)
     made.weight = nn.Parameter(weight, requires_grad=False)
     made.bias = nn.Parameter(rows.clone(), requires_grad=False)
-    made.in_features, made.out_features, made.nx, made.nf = into, out, into, out
     return made
 
 

@@ -144,8 +144,9 @@ class PackedLayer:
     def weight(self, x: Tensor) -> Tensor:
         """[out, in], in the type of an input ``x`` [..., in]."""
         with torch.no_grad():
-            if _forms[self.layer].unpacks:
-                return _unpacked(self.layer, x.dtype).to(x.dtype)
+            weight = _unpacked(self.layer, x.dtype) if _forms[self.layer].unpacks else None
+            if weight is not None:
+                return weight.to(x.dtype)
             return self._columns(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
 
     def rounds(self, x: Tensor, y: Tensor) -> bool:

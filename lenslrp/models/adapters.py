@@ -27,7 +27,6 @@ from lenslrp.models.checkpoints import (
 from lenslrp.models.quantised import is_quantised
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedTokenizerBase
 
 
@@ -120,7 +119,7 @@ def _with_adapter(
     return model, adapter_tokenizer or tokenizer
 
 
-def inside_adapter(model: TransformerBridge) -> Any:
+def inside_adapter(model: Any) -> Any:
     """The model that a PeftModel adapts, its adapters in place; any other model as it is.
 
     Raises:

@@ -82,4 +82,4 @@ def keep_unpackable(model: PreTrainedModel) -> None:
                 "weights anew for inference, and cannot undo it: load the model before it runs"
             )
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False
