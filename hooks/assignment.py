@@ -50,6 +50,13 @@ from lenslrp.hooks.operations import (
     declared_operations,
     has_declared_class,
 )
+from lenslrp.hooks.recurrence import (
+    attach_gated_norm,
+    attach_recurrence,
+    is_gated_norm,
+    mixer_roles,
+    mixers,
+)
 from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
 from lenslrp.hooks.sharding import is_sharded
 from lenslrp.hooks.structure import (
@@ -145,10 +152,13 @@ def assign(
     roles: dict[int, str] = {}
     mixture_blocks = mixtures(modules)
     mixing = {id(part) for mixture in mixture_blocks for part, _ in mixture.specs()}
+    recurrent = {id(mixer) for _, mixer in mixers(modules)}
     operations_of = _raw_modules(modules, mixture_blocks, composite)
+    operations_of = {key: spec for key, spec in operations_of.items() if key not in recurrent}
     wrapped = {id(original(m)) for _, m in modules if isinstance(m, NormalizationBridge)}
     roles.update(dict.fromkeys(mixing, ""))  # intercepted where they run
     roles.update(_router_roles(modules, mixture_blocks, operations_of))
+    roles.update(mixer_roles(modules))
     queries: set[str] = set()
     for path, module in modules:
         if "cross_attn" in module._modules and "ln2" in module._modules:
@@ -181,6 +191,9 @@ def assign(
             rows.extend(decide.linear(path, module))
         if id(module) in operations_of and id(module) not in mixing:
             rows.append(decide.operations(path, module, operations_of[id(module)]))
+        if id(module) in recurrent and type(module) not in composite.modules:
+            options = (path, module, "recurrence", composite["recurrence"])
+            rows.append(Assignment(*options, attach=attach_recurrence))
     rows.extend(
         Assignment(
             mixture.path, mixture.block, "router", composite["router"],
@@ -240,9 +253,13 @@ class _Decision:
         elif isinstance(module, GatedMLPBridge) and original(module) is not None:
             if _computes_itself(rules, module) and not has_declared_class(original(module)):
                 yield Assignment(path, module, "gate", rules["gate"], attach=attach_gated_mlp)
+        elif is_gated_norm(module):
+            yield Assignment(path, module, "norm", rules["norm"], attach=attach_gated_norm)
         elif id(module) not in self.wrapped and is_norm(module):
             yield Assignment(path, module, "norm", rules["norm"], attach=attach_unbridged_norm)
         elif known_forward(module) in ACTIVATION_FORWARDS:
+            if self.roles.get(id(module)) == "":
+                return
             yield self.activation(path, module, rules["activation"], share, False)
         elif isinstance(module, native.NativeMLP | native.NativeGatedMLP):
             yield Assignment(

@@ -17,6 +17,9 @@ from lenslrp.hooks.structure import layer_of
 FEEDS_PATTERN = re.compile(r"[._](q|k|qk)(_(layer)?norm|_a_layernorm|_[ab]_proj)?$")
 """Names of components that feed queries and keys, and nothing else."""
 
+FEEDS_OPERATOR = re.compile(r"\.(dt|b|c)_layernorm$")
+"""Names of norms that feed the operator of a recurrent mixer, and nothing else."""
+
 
 @dataclass(frozen=True)
 class Context:
@@ -43,7 +46,7 @@ class Context:
     @cached_property
     def _constant(self) -> dict[str, bool]:
         """By role, whether the first factor of a product is taken for a constant."""
-        roles = ("attention_av", "attention_gate", "gate")
+        roles = ("attention_av", "attention_gate", "gate", "recurrence")
         return {role: product_shares(self.composite[role])[0] == 0 for role in roles}
 
     def cuts(self, path: str) -> bool:
@@ -53,6 +56,8 @@ class Context:
             return True
         if path in self.queries or FEEDS_PATTERN.search(path):
             return constant["attention_av"]
+        if FEEDS_OPERATOR.search(path):
+            return constant["recurrence"]
         if path.endswith((".gate", ".dense_gate")):
             return constant["attention_gate" if path.endswith(".attn.gate") else "gate"]
         return False

@@ -57,7 +57,7 @@ BILINEAR_NODES = frozenset(
         r"\w+",
         """
         Addbmm Addcmul Addmm Addmv Baddbmm Bmm Convolution ConvolutionOverrideable Dot Einsum
-        GroupedMm Linear Matmul MkldnnLinear Mm Mul Mv Outer
+        GroupedMm LinalgSolveTriangular Linear Matmul MkldnnLinear Mm Mul Mv Outer
         """,
     )
 )

@@ -65,23 +65,24 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     "DistilBertForSequenceClassification": FUNCTIONAL_SPEC,
     **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
     "MuseGlimmerTextAttention": ATTENTION_GATE_SPEC,
-    # Two gates around a convolution over three positions.
-    **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_SPEC),
-    # Towers that activate the output of their first convolutions.
-    **dict.fromkeys(
-        ("AudioFlamingo3Encoder", "GlmAsrEncoder", "Qwen2AudioEncoder"), FUNCTIONAL_SPEC
-    ),
-    # Towers that add learned positions, or a learned token for the image or the end of its rows.
+    "RecurrentGemmaRecurrentBlock": Operations("recurrence_gate", leaks=(), attention=False),
+    "RwkvFeedForward": ATTENTION_GATE_SPEC,  # receptance, a sigmoid on the output
+    **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_SPEC),  # gates around it
+    # Towers that activate the output of their first convolutions; that add learned positions, or a
+    # learned token for the image or the end of its rows.
     **dict.fromkeys(
         (
+            "AudioFlamingo3Encoder",
             "Florence2MultiModalProjector",
             "Gemma4UnifiedVisionEmbedder",
             "Gemma4VisionPatchEmbedder",
             "Glm4vVisionEmbeddings",
+            "GlmAsrEncoder",
             "Llama4VisionModel",
             "LlavaNextModel",
             "LlavaOnevisionModel",
             "MuseGlimmerVisionPatchEmbedder",
+            "Qwen2AudioEncoder",
             "Qwen3VLMoeVisionModel",
             "Qwen3VLVisionModel",
         ),
@@ -136,7 +137,8 @@ class OperationIntercept(Intercept):
         if name in PRODUCT_FUNCTIONS and _count_on_graph(args) == 2:
             a, b = args[0], args[1]
             return self.product(a, b)
-        if name in ACTIVATION_FUNCTIONS and _on_graph(args[0]):
+        squared = name == "square" and _comes_from_activation(args[0])  # ReLU, squared
+        if squared or (name in ACTIVATION_FUNCTIONS and _on_graph(args[0])):
             return self.activation(lambda x: func(x, *args[1:], **kwargs), args[0])
         if name in self.spec.leaks and name in LEAKING_FUNCTIONS and args and _on_graph(args[0]):
             return self.leak(lambda x: func(x, *args[1:], **kwargs), args[0])

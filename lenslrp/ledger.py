@@ -3,8 +3,8 @@
 Relevance is conserved from layer to layer (Bach et al., PLOS ONE 2015), apart from what a rule
 absorbs on purpose: biases and stabilisers, and the softmax rule's own term (Achtibat et al., ICML
 2024). Each is reported where it happens:
-``target = leaves + biases + softmax + positional + stabiliser + plain + nonlinear_target``. No term
-is a remainder; ``error`` is what the account misses.
+``target = leaves + biases + softmax + recurrence + positional + stabiliser + plain +
+nonlinear_target``. No term is a remainder; ``error`` is what the account misses.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Ledger:
         leaves: relevance that arrived at token (and position) embeddings.
         biases: what biases absorbed.
         softmax: what the softmax rule leaked, R(pattern) - R(scores) summed over layers.
+        recurrence: what the operators of recurrent mixers leaked, where they get a share.
         positional: what positional terms took.
         stabiliser: what stabilisers and saturated soft-caps took.
         plain: what operations marked plain lost (negative: gained).
@@ -59,6 +60,7 @@ class Ledger:
     leaves: float
     biases: float
     softmax: float
+    recurrence: float
     positional: float
     stabiliser: float
     plain: float
