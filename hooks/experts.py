@@ -116,7 +116,19 @@ def mixtures(parts: NamedModules) -> list[Mixture]:
         mixture = Mixture(path, inner)
         if mixture.parts() and not EXPERT_CLASSES.search(type(inner).__name__):
             mixtures.append(mixture)
-    return mixtures
+    bridged = {id(mixture.block) for mixture in mixtures}
+    unbridged = ((path, m) for path, m in parts if id(m) not in bridged and _is_mixture(m))
+    return mixtures + [Mixture(path, module) for path, module in unbridged]
+
+
+def _is_mixture(module: nn.Module) -> bool:
+    """Whether a module of transformers routes and calls experts; NemotronH's has no bridge."""
+    kinds = [type(child).__name__ for child in module.children()]
+    return (
+        type(module).__module__.startswith("transformers.")
+        and any(ROUTER_CLASSES.search(kind) for kind in kinds)
+        and any(EXPERT_CLASSES.search(kind) for kind in kinds)
+    )
 
 
 def expert_points(parts: NamedModules) -> dict[str, nn.Module]:

@@ -54,16 +54,15 @@ ATTENTION_SPEC = Operations(leaks=("softmax",))
 
 OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     "AfmoeAttention": ATTENTION_GATE_SPEC,
+    **dict.fromkeys(("Lfm2MLP", "Lfm2MoeMLP", "Zamba2MLP"), GATED_MLP_SPEC),
+    **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
     "BitNetMLP": GATED_MLP_SPEC,  # a norm between the product and the last projection
     "Gemma4TextDecoderLayer": GATED_MLP_SPEC,  # gates an embedding of its own for each layer
     "HrmTextModel": FUNCTIONAL_SPEC,  # adds a learned initial state
     "JetMoeAttention": Operations("router", leaks=(), attention=False),  # experts for its heads
     "JetMoeTopKGating": ROUTER_SPEC,
     "LagunaAttention": ATTENTION_GATE_SPEC,
-    "Lfm2MLP": GATED_MLP_SPEC,
-    "Lfm2MoeMLP": GATED_MLP_SPEC,
     "DistilBertForSequenceClassification": FUNCTIONAL_SPEC,
-    **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
     "MuseGlimmerTextAttention": ATTENTION_GATE_SPEC,
     "RecurrentGemmaRecurrentBlock": Operations("recurrence_gate", leaks=(), attention=False),
     "RwkvFeedForward": ATTENTION_GATE_SPEC,  # receptance, a sigmoid on the output
@@ -330,10 +329,11 @@ def declared_operations(module: nn.Module) -> Operations | None:
     """Which raw operations of a module have rules, by its class or its sub-modules."""
     kind = type(module)
     known = OPERATIONS_BY_CLASS.get(kind.__name__)
-    if known is None and kind.__name__.endswith("Attention"):
-        return ATTENTION_SPEC if kind.__module__.startswith("transformers.") else None
-    if known is None and kind.__name__.endswith(HEAD_SUFFIXES):
-        return FUNCTIONAL_SPEC if kind.__module__.startswith("transformers.") else None
+    if known is None and kind.__module__.startswith("transformers."):
+        if kind.__name__.endswith("Attention"):
+            return ATTENTION_SPEC
+        if kind.__name__.endswith(HEAD_SUFFIXES):
+            return FUNCTIONAL_SPEC
     if known is None and module._modules.keys() >= GATED_MLP_CHILDREN:
         return GATED_MLP_SPEC
     return known
