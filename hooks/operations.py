@@ -58,25 +58,23 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
     "BitNetMLP": GATED_MLP_SPEC,  # a norm between the product and the last projection
     "Gemma4TextDecoderLayer": GATED_MLP_SPEC,  # gates an embedding of its own for each layer
-    "HrmTextModel": FUNCTIONAL_SPEC,  # adds a learned initial state
     "JetMoeAttention": Operations("router", leaks=(), attention=False),  # experts for its heads
     "JetMoeTopKGating": ROUTER_SPEC,
-    "LagunaAttention": ATTENTION_GATE_SPEC,
-    "DistilBertForSequenceClassification": FUNCTIONAL_SPEC,
-    "MuseGlimmerTextAttention": ATTENTION_GATE_SPEC,
+    **dict.fromkeys(("LagunaAttention", "MuseGlimmerTextAttention"), ATTENTION_GATE_SPEC),
     "RecurrentGemmaRecurrentBlock": Operations("recurrence_gate", leaks=(), attention=False),
     "RwkvFeedForward": ATTENTION_GATE_SPEC,  # receptance, a sigmoid on the output
-    **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_SPEC),  # gates around it
-    # Towers that activate the output of their first convolutions; that add learned positions, or a
-    # learned token for the image or the end of its rows.
+    **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_SPEC),  # two gates
+    # Towers that activate what their convolutions give, or add learned positions or tokens.
     **dict.fromkeys(
         (
             "AudioFlamingo3Encoder",
+            "DistilBertForSequenceClassification",
             "Florence2MultiModalProjector",
             "Gemma4UnifiedVisionEmbedder",
             "Gemma4VisionPatchEmbedder",
             "Glm4vVisionEmbeddings",
             "GlmAsrEncoder",
+            "HrmTextModel",  # a learned initial state
             "Llama4VisionModel",
             "LlavaNextModel",
             "LlavaOnevisionModel",

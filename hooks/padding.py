@@ -20,8 +20,8 @@ from lenslrp.hooks.structure import components
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-MIXES_COLUMNS = "ShortConv"
-"""How classes end that mix neighbouring columns, padding or not (LFM2)."""
+MIXES_COLUMNS = ("ShortConv", "RwkvSelfAttention", "RecurrentGemmaRecurrentBlock")
+"""How classes end that mix columns, padding or not (LFM2, RWKV, RG-LRU)."""
 
 
 def is_left(mask: Tensor) -> bool:
