@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import resource
+import sys
 import textwrap
 import warnings
 from collections import Counter
@@ -55,6 +56,7 @@ FLOAT32 = frozenset(
     {
         "ASTForAudioClassification",
         "AfmoeForCausalLM",
+        "BambaForCausalLM",
         "CodeGenForCausalLM",
         "Cohere2ForCausalLM",
         "CohereForCausalLM",
@@ -64,6 +66,8 @@ FLOAT32 = frozenset(
         "DeiTModel",
         "Ernie4_5ForCausalLM",
         "Ernie4_5_MoeForCausalLM",
+        "FalconH1ForCausalLM",
+        "FalconMambaForCausalLM",
         "FlexOlmoForCausalLM",
         "GPTJForCausalLM",
         "GPTNeoForCausalLM",
@@ -77,32 +81,45 @@ FLOAT32 = frozenset(
         "GlmForCausalLM",
         "GlmMoeDsaForCausalLM",
         "GraniteMoeForCausalLM",
+        "GraniteMoeHybridForCausalLM",
+        "JambaForCausalLM",
         "JetMoeForCausalLM",
         "LEDForConditionalGeneration",
         "LagunaForCausalLM",
         "Llama4ForCausalLM",
         "Llama4ForConditionalGeneration",
         "LongT5ForConditionalGeneration",
+        "Mamba2ForCausalLM",
+        "MambaForCausalLM",
         "MiniMaxM2ForCausalLM",
         "MixtralForCausalLM",
         "ModernBertDecoderForCausalLM",
         "MuseGlimmerForConditionalGeneration",
         "NanoChatForCausalLM",
+        "NemotronHForCausalLM",
         "OPTForCausalLM",
+        "OlmoHybridForCausalLM",
         "OlmoeForCausalLM",
         "Qwen2MoeForCausalLM",
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen3MoeForCausalLM",
+        "Qwen3NextForCausalLM",
         "Qwen3VLForConditionalGeneration",
         "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3_5MoeForConditionalGeneration",
+        "RecurrentGemmaForCausalLM",
         "SwitchTransformersForConditionalGeneration",
         "T5Gemma2ForConditionalGeneration",
         "T5GemmaForConditionalGeneration",
         "ViTForImageClassification",
         "ViTModel",
+        "Zamba2ForCausalLM",
     }
 )
-"""Softmax, router or rotary tables in float32 whatever the model's type: 1e-6 where the rest close
+"""Softmax, router, scan or rotary tables in float32 whatever the model's type: 1e-6 where the rest close
 to 1e-9. With every float32 replaced by float64 (:class:`Widened`) they close to 1e-12."""
 
 
@@ -483,8 +500,8 @@ tested transformers has: a tiny random model of each, in float64. Written by
 
 - **covered** ({covered}): under AttnLRP and CP-LRP every operation on the path has its rule and the
   ledger closes; the number is its worst relative error (at most 1e-9; "float32 inside": softmax,
-  router or rotary tables are computed in float32 whatever the type, 1e-6). The tests add: logits
-  equal to the bit, CP-LRP conserving at every residual hook without biases, every live hook
+  router, scan or rotary tables are computed in float32 whatever the type, 1e-6). The tests add:
+  logits equal to the bit, CP-LRP conserving at every residual hook without biases, every live hook
   readable, all undone; for "with an image" (a sound), the same number where the text has one in it
   and relevance ends at its values as well, relative to the ledger's largest entry.
 - **refused** ({refused}): a `CoverageError` names the operation and the component; the first of
@@ -534,16 +551,18 @@ def read() -> list[Row]:
     return [Row(*(cell.strip() for cell in row)) for row in rows]
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
+    """Write the table anew, or the rows of some names."""
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     limit = 6 << 30  # a tower that nobody made small would take all memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    rows = [measure(name) for name in tqdm(registered(), disable=None)]
-    DOCUMENT.write_text(write(rows), encoding="utf-8")
+    rows = {row.name: row for row in read()} if names else {}
+    rows |= {name: measure(name) for name in tqdm(names or registered(), disable=None)}
+    DOCUMENT.write_text(write([rows[name] for name in registered()]), encoding="utf-8")
 
 
 __all__ = ["CHANGES", "IMAGE", "LAYERS", "SIZES", "config"]
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
