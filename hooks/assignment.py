@@ -39,6 +39,7 @@ from lenslrp.hooks.components import (
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.convolution import CONVOLUTION_CLASSES
 from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures
+from lenslrp.hooks.gated_norms import attach_gated_norm, is_gated_norm
 from lenslrp.hooks.leaf_modules import embeddings
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.norms import attach_norm, attach_registered_norm, attach_unbridged_norm, is_norm
@@ -50,13 +51,7 @@ from lenslrp.hooks.operations import (
     declared_operations,
     has_declared_class,
 )
-from lenslrp.hooks.recurrence import (
-    attach_gated_norm,
-    attach_recurrence,
-    is_gated_norm,
-    mixer_roles,
-    mixers,
-)
+from lenslrp.hooks.recurrence import attach_recurrence, mixer_roles, mixers
 from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
 from lenslrp.hooks.sharding import is_sharded
 from lenslrp.hooks.structure import (

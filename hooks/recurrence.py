@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformer_lens.model_bridge.generalized_components import GatedDeltaNetBridge
+from transformer_lens.model_bridge.generalized_components.gated_delta_net import GatedDeltaNetBridge
 from transformers.utils.import_utils import is_mambapy_available
 
 from lenslrp.errors import CoverageError, InputError
@@ -104,11 +104,21 @@ def mixers(parts: NamedModules) -> NamedModules:
 
 
 def mixer_roles(parts: NamedModules) -> dict[int, str]:
-    """What roles the parts of mixers have, by id: "" for those that never run as modules."""
+    """What roles the parts of mixers have, by id: "" for those that never run as modules.
+
+    Raises:
+        CoverageError: TransformerLens would compute the scan itself.
+    """
     roles: dict[int, str] = {}
+    for path, module in parts:
+        if getattr(module, "eager_scan", False):
+            raise CoverageError(
+                f"{path}: with eager_scan=True TransformerLens computes a scan of its own, which "
+                "has no rule and is the model's to rounding only; set eager_scan=False"
+            )
     for _, mixer in mixers(parts):
         inner = original(mixer) if isinstance(mixer, GatedDeltaNetBridge) else mixer
-        for name, child in inner._modules.items():
+        for name, child in inner.named_children():
             if name in OPERATOR_PARTS:
                 roles.update((id(part), "recurrence") for part in child.modules())
             elif name == "act":  # its function is called by name
@@ -162,7 +172,7 @@ class RecurrenceIntercept(OperationIntercept):
         self.recurrence, self.convolution = recurrence, convolution
         self.constant = product_shares(recurrence.rule)[0] == 0
         self.scanning = False
-        self.gate: Tensor | None = None
+        self.gate: Tensor | None = None  # what was activated last
         running[:] = [self]
 
     def scan(self, function: Callable[..., Any], given: inspect.BoundArguments, form: Scan) -> Any:
@@ -177,7 +187,7 @@ class RecurrenceIntercept(OperationIntercept):
             x = arguments[name]
             if x.requires_grad:
                 arguments[name] = x.detach() if self.constant else enter(x, first, self.recurrence)
-        self.scanning, self.gate = True, None
+        self.scanning = True
         out = function(*given.args, **given.kwargs)
         if not self.scanning:  # it gated its output itself
             return out
@@ -189,8 +199,7 @@ class RecurrenceIntercept(OperationIntercept):
     def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.scanning:
             if name == "silu" and args[0].requires_grad:
-                self.gate = self.activation(func, args[0])
-                return self.gate
+                return self.activation(func, args[0])
             if name in PRODUCT_FUNCTIONS and any(x is self.gate for x in args[:2]):
                 self.scanning = False
                 scanned, gate = args[:2] if args[1] is self.gate else args[1::-1]
@@ -204,10 +213,21 @@ class RecurrenceIntercept(OperationIntercept):
             return out
         return super().intercept(func, name, args, kwargs)
 
+    def activation(self, act: Callable[..., Tensor], x: Tensor, **options: Any) -> Tensor:
+        self.gate = super().activation(act, x, **options)
+        return self.gate
+
+    def product(self, a: Tensor, b: Tensor, multiply: Callable[..., Tensor] = torch.mul) -> Tensor:
+        """A gate's, whose factor has just been activated; any other is no product that we know."""
+        if any(x is self.gate for x in (a, b)):
+            return super().product(a, b, multiply)
+        return multiply(a, b)
+
     def leak(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """A sigmoid or softplus of the operator, which a constant operator leaves off the path."""
         if self.spec is not MIXER_SPEC:
-            return super().leak(function, *inputs)
+            self.gate = super().leak(function, *inputs)
+            return self.gate
         if self.constant:
             return function(*inputs)
         return leave(function(*(enter(x, 1.0, self.recurrence) for x in inputs)), self.recurrence)
@@ -236,7 +256,7 @@ def attach_recurrence(at: Attached, ctx: Context, path: str, module: nn.Module) 
     """Give a mixer's scan its rule, and the operations around it theirs.
 
     Raises:
-        CoverageError: a fused kernel would run, or TransformerLens' own scan.
+        CoverageError: a fused kernel would run.
         InputError: a rule that gives the values no share.
     """
     site = ctx.site(path, module, "recurrence")
@@ -299,7 +319,8 @@ class SigmoidIntercept(Intercept):
 
 
 def attach_scan_module(at: Attached, module: nn.Module, site: Site) -> None:
-    """A module that computes values and operator from one input."""
+    """A module that computes values and operator from one input, and keeps its last state."""
+    at.attribute(module, "recurrent_states", getattr(module, "recurrent_states", None))
     first, second = product_shares(site.rule)
 
     def call(run: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -342,52 +363,3 @@ def _kernel_of(function: Any) -> str:
             return module.split(".")[0] or type(kept).__module__
         function = getattr(function, "__wrapped__", None)
     return ""
-
-
-class GatedNormIntercept(OperationIntercept):
-    """Intercepts a norm that multiplies by a gate before or after it divides.
-
-    Args:
-        norm: the site of the norm.
-    """
-
-    def __init__(self, *args: Any, norm: Site) -> None:
-        super().__init__(*args)
-        self.norm, self.plain = norm, isinstance(norm.rule, Plain)
-        self.squaring = False
-        self.scale: Tensor | None = None
-        self.sites["activation"].cut = product_shares(self.sites["recurrence_gate"].rule)[0] == 0
-
-    def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name == "pow" and args[0].requires_grad:
-            self.squaring = True
-            x = F.apply(F.RegionInput, args[0], "plain", self.norm) if self.plain else args[0]
-            return func(x, *args[1:], **kwargs)
-        if name == "rsqrt" and self.squaring:
-            self.squaring = False
-            scale = func(*args, **kwargs)
-            if self.plain:
-                self.scale = F.apply(F.RegionOutput, scale, None, "plain", self.norm)
-            else:
-                self.scale = scale.detach()  # constant ([A] Prop. 3.4)
-            return self.scale
-        if name in PRODUCT_FUNCTIONS and any(x is self.scale for x in args[:2]):
-            y = func(*args, **kwargs)
-            if self.plain:
-                return F.apply(F.ProductOutput, y, 1.0, 1.0, self.norm)
-            return F.apply(F.Mark, y, self.norm)
-        return func(*args, **kwargs) if self.squaring else super().intercept(func, name, args, kwargs)
-
-
-def is_gated_norm(module: nn.Module) -> bool:
-    """Whether a module normalises and gates, as those behind a scan do."""
-    cls = type(module)
-    return cls.__module__.startswith("transformers.") and cls.__name__.endswith("RMSNormGated")
-
-
-def attach_gated_norm(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
-    """A norm with a gate: a normalisation and a product of two factors."""
-    site = ctx.site(path, module, "norm")
-    at.sites.append(site)
-    spec = Operations("recurrence_gate", leaks=(), attention=False)
-    attach_operations(at, ctx, path, module, spec, mode=GatedNormIntercept, norm=site)

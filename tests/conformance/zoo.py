@@ -119,8 +119,8 @@ FLOAT32 = frozenset(
         "Zamba2ForCausalLM",
     }
 )
-"""Softmax, router, scan or rotary tables in float32 whatever the model's type: 1e-6 where the rest close
-to 1e-9. With every float32 replaced by float64 (:class:`Widened`) they close to 1e-12."""
+"""Softmax, router, scan or rotary tables in float32 whatever the model's type: 1e-6 where the rest
+close to 1e-9. With every float32 replaced by float64 (:class:`Widened`) they close to 1e-12."""
 
 
 class Widened(TorchFunctionMode):

@@ -79,6 +79,7 @@ SPEECH: dict[str, Any] = {
 }
 SOUND = {"patch_size": 4, "frequency_stride": 3, "time_stride": 3, "max_length": 12}
 
+CHUNKS = {"chunk_size": 4, "mamba_chunk_size": 4}  # more than one for a prompt of seven tokens
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 DEEP = {"text_config": MROPE, "vision_config": {"deepstack_visual_indexes": [0]}}
@@ -92,7 +93,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "Wav2Vec2ForCTC": {**SPEECH, "feat_extract_norm": "layer", "do_stable_layer_norm": True},
     "Wav2Vec2ForPreTraining": {**SPEECH, "conv_bias": True},
     "Wav2Vec2Model": {**SPEECH, "conv_bias": True},
-    "BambaForCausalLM": {"attn_layer_indices": [1]},
+    "BambaForCausalLM": {"attn_layer_indices": [1], **CHUNKS},
     "CodeGenForCausalLM": {"num_attention_heads": 4},  # its weights are laid out for four devices
     "DeepseekV2ForCausalLM": {
         "head_dim": DROP,
@@ -107,7 +108,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 32},
     },
     "FalconForCausalLM": {"head_dim": DROP},
-    "FalconH1ForCausalLM": {"mamba_d_ssm": 32},
+    "FalconH1ForCausalLM": {"mamba_d_ssm": 32, **CHUNKS},
     "Florence2ForConditionalGeneration": {
         "vision_config": {
             "depths": [1, 1],
@@ -141,17 +142,18 @@ CHANGES: dict[str, dict[str, Any]] = {
         },
     },
     "Glm4vForConditionalGeneration": {"text_config": MROPE},
-    "GraniteMoeHybridForCausalLM": {**HYBRID, "position_embedding_type": "rope"},
+    "GraniteMoeHybridForCausalLM": {**HYBRID, "position_embedding_type": "rope", **CHUNKS},
     "HunYuanDenseV1ForCausalLM": {"head_dim": 8},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"], "conv_bias": True},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "Mamba2ForCausalLM": {"num_heads": 4, "n_groups": 1},
+    "Mamba2ForCausalLM": {"num_heads": 4, "n_groups": 1, **CHUNKS},
     "GlmAsrForConditionalGeneration": {"audio_config": {"intermediate_size": 64}},
     "MuseGlimmerForConditionalGeneration": {"out_hidden_size": 64},
     "Llama4ForConditionalGeneration": {"vision_config": {"intermediate_size": 64}},
     "LlavaNextForConditionalGeneration": {"image_grid_pinpoints": [[8, 8]]},
     "LlavaOnevisionForConditionalGeneration": {"image_grid_pinpoints": [[8, 8]]},
+    "NemotronHForCausalLM": CHUNKS,
     "NemotronForCausalLM": {"num_key_value_heads": 2, "head_dim": 8},
     "Qwen2_5_VLForConditionalGeneration": {"text_config": MROPE},
     "Qwen3VLForConditionalGeneration": DEEP,
@@ -168,6 +170,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "YoutuForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
     "Zamba2ForCausalLM": {
+        **CHUNKS,
         "layers_block_type": ["linear_attention", "hybrid"],
         "n_mamba_heads": 2,
         "mamba_headdim": 16,

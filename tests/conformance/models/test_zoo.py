@@ -70,7 +70,11 @@ def test_covered(name: str) -> None:
         assert torch.equal(ruled, logits) or name in zoo.ROUNDS
         assert cache.coverage.uncovered == []
         ledger = cache.ledger()
-        assert abs(ledger.error) <= zoo.tolerance(name), str(ledger)
+        # Plain gradients through a scan in float32 are much larger than the target: rounding
+        # goes by the largest entry.
+        plain = composite == lenslrp.GradientTimesInput()
+        missed = ledger.imbalance if plain else abs(ledger.error)
+        assert missed <= zoo.tolerance(name), str(ledger)
         entries = (ledger.target, ledger.leaves, *(getattr(ledger, term) for term in LEDGER_TERMS))
         near = zoo.tolerance(name) * max(1.0, *(abs(entry) for entry in entries))
         rows = ledger.table["error"]
