@@ -52,13 +52,15 @@ class Scan:
     Attributes:
         values: what the function is linear in.
         operator: what makes the linear operator.
+        skip: a constant weight that the values are multiplied by past the state, all theirs.
     """
 
     values: str
     operator: tuple[str, ...]
+    skip: str = ""
 
 
-SELECTIVE = Scan("hidden_states", ("dt", "B", "C"))
+SELECTIVE = Scan("hidden_states", ("dt", "B", "C"), skip="D")
 DELTA_RULE = Scan("value", ("query", "key", "g", "beta"))
 
 SCANS: Mapping[str, Scan] = {
@@ -172,6 +174,7 @@ class RecurrenceIntercept(OperationIntercept):
         self.recurrence, self.convolution = recurrence, convolution
         self.constant = product_shares(recurrence.rule)[0] == 0
         self.scanning = False
+        self.skip: Tensor | None = None
         self.gate: Tensor | None = None  # what was activated last
         running[:] = [self]
 
@@ -187,7 +190,7 @@ class RecurrenceIntercept(OperationIntercept):
             x = arguments[name]
             if x.requires_grad:
                 arguments[name] = x.detach() if self.constant else enter(x, first, self.recurrence)
-        self.scanning = True
+        self.scanning, self.skip = True, arguments.get(form.skip)
         out = function(*given.args, **given.kwargs)
         if not self.scanning:  # it gated its output itself
             return out
@@ -205,13 +208,22 @@ class RecurrenceIntercept(OperationIntercept):
                 scanned, gate = args[:2] if args[1] is self.gate else args[1::-1]
                 return self.product(leave(scanned, self.recurrence), gate)
             if not self.constant:
-                return func(*args, **kwargs)
+                return func(*self.skipped(name, args), **kwargs)
         if name in CONVOLUTION_FUNCTIONS:
             out = func(*args, **kwargs)
             bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
             measure_bias(out, bias, self.convolution, 1 - out.ndim)
             return out
         return super().intercept(func, name, args, kwargs)
+
+    def skipped(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The factors of a product with the weight of the skip: values get all of its gradient."""
+        second = product_shares(self.recurrence.rule)[1]
+        if name not in PRODUCT_FUNCTIONS or not any(_is_of(x, self.skip) for x in args):
+            return args
+        return tuple(
+            F.shared(x, 1 / second, self.recurrence) if x.requires_grad else x for x in args
+        )
 
     def activation(self, act: Callable[..., Tensor], x: Tensor, **options: Any) -> Tensor:
         self.gate = super().activation(act, x, **options)
@@ -231,6 +243,11 @@ class RecurrenceIntercept(OperationIntercept):
         if self.constant:
             return function(*inputs)
         return leave(function(*(enter(x, 1.0, self.recurrence) for x in inputs)), self.recurrence)
+
+
+def _is_of(x: Any, whole: Tensor | None) -> bool:
+    """Whether a tensor is another, or a view of it."""
+    return whole is not None and isinstance(x, Tensor) and (x is whole or x._base is whole)
 
 
 def enter(x: Tensor, share: float, site: Site) -> Tensor:
