@@ -169,6 +169,9 @@ def assign(
         spec = operations_of.get(id(module))
         if spec is not None and spec.gated:  # its activation feeds a gated product
             gates.update((id(inner), gate_share(composite)) for inner in module.children())
+        if spec is not None and spec.product == "recurrence_gate":
+            if product_shares(composite["recurrence_gate"])[0] == 0:
+                gates.update((id(inner), 0.0) for inner in module.children())
         if isinstance(module, GatedMLPBridge) and _computes_itself(composite, module):
             share = gate_share(composite)
             for inner in [*original(module).children(), *module.children(), original(module)]:

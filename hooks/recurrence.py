@@ -164,7 +164,7 @@ class RecurrenceIntercept(OperationIntercept):
 
     Args:
         recurrence, convolution: the sites of the scan and of the short convolution.
-        running: holds the interception that runs.
+        running: holds this while it runs.
     """
 
     def __init__(
@@ -176,7 +176,13 @@ class RecurrenceIntercept(OperationIntercept):
         self.scanning = False
         self.skip: Tensor | None = None
         self.gate: Tensor | None = None  # what was activated last
+        self.running = running
         running[:] = [self]
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self.gate = self.skip = None  # no graph outlives its pass here
+        self.running.clear()
 
     def scan(self, function: Callable[..., Any], given: inspect.BoundArguments, form: Scan) -> Any:
         """What a scan returns, under its rule."""

@@ -149,12 +149,15 @@ def mamba2(mixer: Any, u: Tensor, start: Start) -> Explained:
     decay = torch.exp(step * rate).expand_as(spread(written))
     skip = mixer.D.detach().repeat_interleave(head)
     scanned, explain = selective(values, decay, step * spread(written), spread(read), skip)
-    gated = scanned * functional.silu(z)
-    norm = mixer.norm
-    if getattr(norm, "norm_before_gate", False):
-        raise NotImplementedError("FalconH1 with mamba_norm_before_gate")
+    first, last, norm = scanned, scanned * functional.silu(z), mixer.norm
     if hasattr(norm, "weight"):
-        gated = normalised(gated, weight_of(norm), norm.variance_epsilon, mixer.n_groups)
+        before = getattr(norm, "norm_before_gate", False)
+        first, last = (
+            normalised(x, weight_of(norm), norm.variance_epsilon, mixer.n_groups)
+            for x in (first, last)
+        )
+        last = first * functional.silu(z) if before else last
+    gated = last
     y = functional.linear(gated, weight_of(mixer.out_proj), bias_of(mixer.out_proj))
     R = linear(start(y), gated, y, weight_of(mixer.out_proj)) / 2
     on_c = torch.zeros_like(c)
