@@ -163,7 +163,7 @@ def mamba2(mixer: Any, u: Tensor, start: Start) -> Explained:
     on_c = torch.zeros_like(c)
     on_c[..., : mixer.intermediate_size] = explain(R)
     on_x = convolution(on_c, x, c, taps)
-    whole = torch.cat([R, on_x, torch.zeros_like(step[..., :: head, 0])], -1)
+    whole = torch.cat([R, on_x, torch.zeros_like(step[..., ::head, 0])], -1)
     return y, linear(whole, u_scaled, projected, weight_of(mixer.in_proj))
 
 

@@ -56,9 +56,9 @@ def noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def compare(name: str, length: int, tolerance: float) -> None:
+def compare(name: str, tolerance: float, length: int = 7, **changes: Any) -> None:
     kind, twin = TWINS[name]
-    model = zoo.build(name)
+    model = zoo.wrap(name, zoo.plain(name, changes=changes))
     mixer = mixer_of(model, kind)
     u = noise(2, length, model.cfg.d_model, seed=3)
     g = noise(2, length, model.cfg.d_model, seed=4)
@@ -76,13 +76,47 @@ def compare(name: str, length: int, tolerance: float) -> None:
 
 @pytest.mark.parametrize("name", list(TWINS))
 def test_a_mixer_is_its_twin(name: str) -> None:
-    compare(name, 7, 3e-6)
+    compare(name, 3e-6)
 
 
 @pytest.mark.parametrize("name", list(TWINS))
 def test_what_float32_rounds_is_all_that_is_apart(name: str) -> None:
     with zoo.Widened():
-        compare(name, 7, 1e-9)
+        compare(name, 1e-9)
+
+
+VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("FalconH1ForCausalLM", {"mamba_rms_norm": True, "mamba_norm_before_gate": True}),
+    ("FalconH1ForCausalLM", {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
+    ("Mamba2ForCausalLM", {"n_groups": 2, "time_step_limit": (0.0, 0.5)}),
+    ("MambaForCausalLM", {"use_conv_bias": False, "use_bias": True}),
+    ("OlmoHybridForCausalLM", {"linear_allow_neg_eigval": True}),
+    ("Qwen3NextForCausalLM", {"linear_num_value_heads": 4, "linear_num_key_heads": 2}),
+    ("Qwen3_5ForCausalLM", {"linear_num_value_heads": 4, "linear_num_key_heads": 2}),
+    ("RwkvForCausalLM", {"num_hidden_layers": 5, "rescale_every": 2}),
+    (
+        "Zamba2ForCausalLM",  # two layers share one transformer
+        {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    ),
+)
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS)
+@pytest.mark.parametrize("choice", ["constant", "uniform"])
+def test_other_settings(name: str, changes: dict[str, Any], choice: Any) -> None:
+    with zoo.Widened():
+        compare(name, 1e-9, **changes)
+    model = zoo.wrap(name, zoo.plain(name, changes=changes))
+    logits = zoo.plain_logits(model)
+    ruled, cache = zoo.explain(model, lenslrp.AttnLRP(recurrence=choice), [])
+    assert torch.equal(ruled, logits)
+    assert abs(cache.ledger().error) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["Mamba2ForCausalLM", "Qwen3NextForCausalLM"])
+def test_several_chunks(name: str) -> None:
+    with zoo.Widened():
+        compare(name, 1e-9, length=70)
 
 
 def half(x: Tensor) -> Tensor:
@@ -97,9 +131,7 @@ def silu(x: Tensor) -> Tensor:
 def uniform_mamba(mixer: Any, u: Tensor) -> Tensor:
     """Mamba's mixer under the uniform rule, as a function whose gradient is the rule's."""
     x, z = (u @ mixer.in_proj.weight.T).chunk(2, dim=-1)
-    values = silu(
-        explicit.convolved(x, explicit.weight_of(mixer.conv1d)[:, 0], mixer.conv1d.bias)
-    )
+    values = silu(explicit.convolved(x, explicit.weight_of(mixer.conv1d)[:, 0], mixer.conv1d.bias))
     sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
     step, written, read = (values @ mixer.x_proj.weight.T).split(sizes, dim=-1)
     step = torch.nn.functional.softplus(step @ mixer.dt_proj.weight.T + mixer.dt_proj.bias)
@@ -125,7 +157,6 @@ def test_uniform_gives_half_to_values_and_half_to_the_operator_once() -> None:
         uniform_mamba(mixer, leaf).backward(g)
         grads.append(leaf.grad)
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
-
 
 
 def whole_mamba(model: Any, ids: Tensor, token: int) -> Tensor:

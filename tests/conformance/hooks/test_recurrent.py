@@ -143,7 +143,9 @@ def test_what_the_operator_leaks_is_a_term_of_its_own(name: str) -> None:
 
 
 def test_a_short_convolution_has_no_rule_but_epsilon() -> None:
-    with pytest.raises(lenslrp.InputError, match="'short_convolution' takes a rule of kind Epsilon"):
+    with pytest.raises(
+        lenslrp.InputError, match="'short_convolution' takes a rule of kind Epsilon"
+    ):
         lenslrp.hooks.Composite("mine", {"short_convolution": lenslrp.hooks.Gamma(0.1)})
 
 
@@ -276,7 +278,9 @@ def test_a_kernel_of_another_package_is_refused_by_name(
 
     model = zoo.build("MambaForCausalLM")
     monkeypatch.setattr(modeling_mamba, "mamba_selective_scan", kernel)
-    with pytest.raises(lenslrp.CoverageError, match=r"blocks\.0\.mixer: mamba_selective_scan of Mam"):
+    with pytest.raises(
+        lenslrp.CoverageError, match=r"blocks\.0\.mixer: mamba_selective_scan of Mam"
+    ):
         explain(model)
 
 
