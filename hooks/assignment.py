@@ -51,8 +51,9 @@ from lenslrp.hooks.operations import (
     declared_operations,
     has_declared_class,
 )
-from lenslrp.hooks.recurrence import attach_recurrence, mixer_roles, mixers
+from lenslrp.hooks.recurrence import attach_recurrence
 from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
+from lenslrp.hooks.scans import mixer_roles, mixers
 from lenslrp.hooks.sharding import is_sharded
 from lenslrp.hooks.structure import (
     NamedModules,
@@ -169,9 +170,9 @@ def assign(
         spec = operations_of.get(id(module))
         if spec is not None and spec.gated:  # its activation feeds a gated product
             gates.update((id(inner), gate_share(composite)) for inner in module.children())
-        if spec is not None and spec.product == "recurrence_gate":
-            if product_shares(composite["recurrence_gate"])[0] == 0:
-                gates.update((id(inner), 0.0) for inner in module.children())
+        gated = product_shares(composite["recurrence_gate"])[0] != 0
+        if spec is not None and spec.product == "recurrence_gate" and not gated:
+            gates.update((id(inner), 0.0) for inner in module.children())
         if isinstance(module, GatedMLPBridge) and _computes_itself(composite, module):
             share = gate_share(composite)
             for inner in [*original(module).children(), *module.children(), original(module)]:

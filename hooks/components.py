@@ -36,6 +36,8 @@ from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.leaf_modules import PER_LAYER_EMBEDDING
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.rule_types import Plain, product_shares
+from lenslrp.hooks.scan_points import scan_points
+from lenslrp.hooks.scans import mixers
 from lenslrp.hooks.structure import NamedModules, layer_of, original
 
 if TYPE_CHECKING:
@@ -224,8 +226,8 @@ def watched_blocks(parts: NamedModules) -> dict[int, nn.Module]:
 
 
 def hook_points(model: TransformerBridge, parts: NamedModules) -> dict[str, nn.Module]:
-    """Every hook point by name: the bridge's own, and those at the neurons of experts."""
-    return {**model.hook_dict, **expert_points(parts)}
+    """Every hook point by name: the bridge's own, those of experts, and those of scans."""
+    return {**model.hook_dict, **expert_points(parts), **scan_points(mixers(parts))}
 
 
 __all__ = ["BlockBridge", "ExpertPoint", "UnembeddingBridge", "hook_points"]

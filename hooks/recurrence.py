@@ -7,8 +7,8 @@ conserves relevance. Under the uniform rule values and operator get half each, o
 scan: at every step, a value would be damped by 2 to the power of its distance. Within the operator
 the gradient is the plain one; what it does not conserve is the ledger's ``recurrence`` term.
 
-The scans are functions of transformers' modelling files. While rules are attached, a mixer's own
-``forward`` runs with other functions behind those names (:func:`with_functions`), which hand the
+The scans are functions of transformers' modelling files (:mod:`lenslrp.hooks.scans`). While rules
+are attached, a mixer's own ``forward`` runs with other functions behind those names, which hand the
 model's own function its arguments apart from the graph, or in a region; the arithmetic is the
 model's, call by call. What a mixer computes around its scan (a short convolution, activations, a
 gate) is intercepted as in other modules (:mod:`lenslrp.hooks.operations`).
@@ -17,17 +17,17 @@ gate) is intercepted as in other modules (:mod:`lenslrp.hooks.operations`).
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import CellType, FunctionType, MethodType
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components.gated_delta_net import GatedDeltaNetBridge
-from transformers.utils.import_utils import is_mambapy_available
 
-from lenslrp.errors import CoverageError, InputError
+from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.context import Context
@@ -41,52 +41,17 @@ from lenslrp.hooks.operations import (
     attach_operations,
 )
 from lenslrp.hooks.rule_types import Operations, Plain, product_shares
-from lenslrp.hooks.sites import Site
-from lenslrp.hooks.structure import NamedModules, original
-
-
-@dataclass(frozen=True)
-class Scan:
-    """The arguments of a function that carries a state from token to token.
-
-    Attributes:
-        values: what the function is linear in.
-        operator: what makes the linear operator.
-        skip: a constant weight that the values are multiplied by past the state, all theirs.
-    """
-
-    values: str
-    operator: tuple[str, ...]
-    skip: str = ""
-
-
-SELECTIVE = Scan("hidden_states", ("dt", "B", "C"), skip="D")
-DELTA_RULE = Scan("value", ("query", "key", "g", "beta"))
-
-SCANS: Mapping[str, Scan] = {
-    "mamba_selective_scan": SELECTIVE,
-    "mamba_selective_state_update": SELECTIVE,
-    "mamba2_chunk_scan": SELECTIVE,
-    "mamba2_selective_state_update": SELECTIVE,
-    "torch_chunk_gated_delta_rule": DELTA_RULE,
-    "torch_recurrent_gated_delta_rule": DELTA_RULE,
-    "rwkv_linear_attention": Scan("value", ("key",)),
-}
-"""The scans of transformers' modelling files; a module whose ``forward`` calls one is a mixer."""
-
-DELTA_ATTRIBUTE = "chunk_gated_delta_rule"
-"""Where TransformerLens looks first for the scan of a gated delta net that it computes itself."""
-
-SCAN_MODULES = frozenset({"RecurrentGemmaRglru"})
-"""Modules whose sigmoids, gates inside the state update, make the operator on their input."""
-
-OPERATOR_PARTS = frozenset(
-    {
-        *("x_proj", "dt_proj", "dt_layernorm", "b_layernorm", "c_layernorm"),
-        *("in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj", "q_proj", "k_proj", "key"),
-    }
+from lenslrp.hooks.scan_points import ScanPoints, mapped, points_of, shown
+from lenslrp.hooks.scans import (
+    DELTA_ATTRIBUTE,
+    SCAN_MODULES,
+    SCANS,
+    Scan,
+    require_torch_scan,
+    with_functions,
 )
-"""Sub-modules of mixers that feed nothing but the operator."""
+from lenslrp.hooks.sites import Site
+from lenslrp.hooks.structure import original
 
 MIXER_SPEC = Operations("recurrence_gate", leaks=("sigmoid", "softplus"), attention=False)
 MIXER_SPECS: Mapping[str, Operations] = {
@@ -95,83 +60,26 @@ MIXER_SPECS: Mapping[str, Operations] = {
 }
 
 
-def mixers(parts: NamedModules) -> NamedModules:
-    """The modules of a model that scan, under the component that runs their code."""
-    bridged = {id(original(m)) for _, m in parts if isinstance(m, GatedDeltaNetBridge)}
-    return [
-        (path, module)
-        for path, module in parts
-        if (isinstance(module, GatedDeltaNetBridge) or _scans(module)) and id(module) not in bridged
-    ]
-
-
-def mixer_roles(parts: NamedModules) -> dict[int, str]:
-    """What roles the parts of mixers have, by id: "" for those that never run as modules.
-
-    Raises:
-        CoverageError: TransformerLens would compute the scan itself.
-    """
-    roles: dict[int, str] = {}
-    for path, module in parts:
-        if getattr(module, "eager_scan", False):
-            raise CoverageError(
-                f"{path}: with eager_scan=True TransformerLens computes a scan of its own, which "
-                "has no rule and is the model's to rounding only; set eager_scan=False"
-            )
-    for _, mixer in mixers(parts):
-        inner = original(mixer) if isinstance(mixer, GatedDeltaNetBridge) else mixer
-        for name, child in inner.named_children():
-            if name in OPERATOR_PARTS:
-                roles.update((id(part), "recurrence") for part in child.modules())
-            elif name == "act":  # its function is called by name
-                roles[id(child)] = ""
-    for _, module in parts:
-        if _scans(module) or any(type(m).__name__ in SCAN_MODULES for m in module.children()):
-            convolutions = (m for m in module.modules() if isinstance(m, nn.Conv1d))
-            roles.update((id(part), "short_convolution") for part in convolutions)
-    return roles
-
-
-def _scans(module: nn.Module) -> bool:
-    cls = type(module)
-    if cls.__name__ in SCAN_MODULES:
-        return True
-    return cls.__module__.startswith("transformers.") and bool(_names(cls.forward) & SCANS.keys())
-
-
-def _names(function: Callable[..., Any]) -> set[str]:
-    """The global names that a function refers to, past its decorators."""
-    return set(getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ()))
-
-
-def with_functions(function: FunctionType, functions: Mapping[str, Any]) -> FunctionType:
-    """The same code with other functions behind some of its global names, past its decorators."""
-    known, cells = {**function.__globals__, **functions}, function.__closure__ or ()
-    inner = function.__dict__.get("__wrapped__")
-    if inner is not None:
-        ruled = CellType(with_functions(inner, functions))
-        known = function.__globals__
-        cells = tuple(ruled if cell.cell_contents is inner else cell for cell in cells)
-    same = FunctionType(
-        function.__code__, known, function.__name__, function.__defaults__, cells or None
-    )
-    same.__kwdefaults__ = function.__kwdefaults__
-    return same
-
-
 class RecurrenceIntercept(OperationIntercept):
     """Intercepts what one mixer computes around its scan, and gives the scan its rule.
 
     Args:
         recurrence, convolution: the sites of the scan and of the short convolution.
+        points: the mixer's hook points.
         running: holds this while it runs.
     """
 
     def __init__(
-        self, *args: Any, recurrence: Site, convolution: Site, running: list[RecurrenceIntercept]
+        self,
+        *args: Any,
+        recurrence: Site,
+        convolution: Site,
+        points: ScanPoints,
+        running: list[RecurrenceIntercept],
     ) -> None:
         super().__init__(*args)
-        self.recurrence, self.convolution = recurrence, convolution
+        self.recurrence, self.convolution, self.points = recurrence, convolution, points
+        self.left: Callable[[Tensor], Tensor] = torch.clone  # at the output of the scan that runs
         self.constant = product_shares(recurrence.rule)[0] == 0
         self.scanning = False
         self.skip: Tensor | None = None
@@ -180,30 +88,35 @@ class RecurrenceIntercept(OperationIntercept):
         running[:] = [self]
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self.gate = self.skip = None  # no graph outlives its pass here
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self.gate, self.skip, self.left = None, None, torch.clone  # no graph outlives its pass here
         self.running.clear()
 
     def scan(self, function: Callable[..., Any], given: inspect.BoundArguments, form: Scan) -> Any:
         """What a scan returns, under its rule."""
-        values, arguments = given.arguments[form.values], given.arguments
+        arguments, site = given.arguments, self.recurrence
+        values = arguments[form.values]
         if not values.requires_grad:
             return function(*given.args, **given.kwargs)
-        first, second = product_shares(self.recurrence.rule)
-        if not self.constant:
-            arguments[form.values] = enter(values, second, self.recurrence)
+        values = shown(self.points.values, values, form.axis)
+        first, second = product_shares(site.rule)
+        arguments[form.values] = values if self.constant else enter(values, second, site)
         for name in form.operator:
             x = arguments[name]
             if x.requires_grad:
-                arguments[name] = x.detach() if self.constant else enter(x, first, self.recurrence)
-        self.scanning, self.skip = True, arguments.get(form.skip)
+                arguments[name] = x.detach() if self.constant else enter(x, first, site)
+        again = partial(scanned_again, function, detached(given), form, second)
+
+        def left(y: Tensor) -> Tensor:
+            y = mapped(self.points.map, leave(y, site), values, values, again, site, form.axis)
+            return shown(self.points.out, y, form.axis)
+
+        self.left, self.scanning, self.skip = left, True, arguments.get(form.skip)
         out = function(*given.args, **given.kwargs)
         if not self.scanning:  # it gated its output itself
             return out
         self.scanning = False
-        if isinstance(out, tuple):
-            return (leave(out[0], self.recurrence), *out[1:])
-        return leave(out, self.recurrence)
+        return (left(out[0]), *out[1:]) if isinstance(out, tuple) else left(out)
 
     def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.scanning:
@@ -212,7 +125,7 @@ class RecurrenceIntercept(OperationIntercept):
             if name in PRODUCT_FUNCTIONS and any(x is self.gate for x in args[:2]):
                 self.scanning = False
                 scanned, gate = args[:2] if args[1] is self.gate else args[1::-1]
-                return self.product(leave(scanned, self.recurrence), gate)
+                return self.product(self.left(scanned), gate)
             if not self.constant:
                 return func(*self.skipped(name, args), **kwargs)
         if name in CONVOLUTION_FUNCTIONS:
@@ -251,6 +164,41 @@ class RecurrenceIntercept(OperationIntercept):
         return leave(function(*(enter(x, 1.0, self.recurrence) for x in inputs)), self.recurrence)
 
 
+def detached(given: inspect.BoundArguments) -> inspect.BoundArguments:
+    """The same arguments, apart from the graph."""
+    apart = {
+        name: x.detach() if isinstance(x, Tensor) else x for name, x in given.arguments.items()
+    }
+    return inspect.BoundArguments(given.signature, OrderedDict(apart))
+
+
+def scanned_again(
+    function: Callable[..., Any],
+    given: inspect.BoundArguments,
+    form: Scan,
+    share: float,
+    values: Tensor,
+) -> Tensor:
+    """The scan of other values by the same operator, before the gate, with the share of the values.
+
+    What passes by the skip is all theirs.
+    """
+
+    def scan(**changed: Any) -> Tensor:
+        arguments = {**given.arguments, form.values: values, **changed}
+        if form.gate in arguments:
+            arguments[form.gate] = None
+        again = inspect.BoundArguments(given.signature, OrderedDict(arguments))
+        out = function(*again.args, **again.kwargs)
+        y: Tensor = out[0] if isinstance(out, tuple) else out
+        return y
+
+    whole = scan()
+    if share == 1 or form.skip not in given.arguments:
+        return whole * share
+    return whole + scan(**{form.skip: None}) * (share - 1)
+
+
 def _is_of(x: Any, whole: Tensor | None) -> bool:
     """Whether a tensor is another, or a view of it."""
     return whole is not None and isinstance(x, Tensor) and (x is whole or x._base is whole)
@@ -286,8 +234,9 @@ def attach_recurrence(at: Attached, ctx: Context, path: str, module: nn.Module) 
     if product_shares(site.rule)[1] == 0:
         raise InputError("a recurrence rule must give the values a share; this one has second=0")
     at.sites.append(site)
+    points = points_of(module)
     if type(module).__name__ in SCAN_MODULES:
-        attach_scan_module(at, module, site)
+        attach_scan_module(at, module, site, points)
         return
     mixer: Any = original(module) if isinstance(module, GatedDeltaNetBridge) else module
     require_torch_scan(path, mixer)
@@ -323,6 +272,7 @@ def attach_recurrence(at: Attached, ctx: Context, path: str, module: nn.Module) 
         mode=RecurrenceIntercept,
         recurrence=site,
         convolution=convolution,
+        points=points,
         running=running,
     )
 
@@ -341,48 +291,32 @@ class SigmoidIntercept(Intercept):
         return func(*args, **kwargs)
 
 
-def attach_scan_module(at: Attached, module: nn.Module, site: Site) -> None:
+def attach_scan_module(at: Attached, module: Any, site: Site, points: ScanPoints) -> None:
     """A module that computes values and operator from one input, and keeps its last state."""
     at.attribute(module, "recurrent_states", getattr(module, "recurrent_states", None))
     first, second = product_shares(site.rule)
+    scan = module._rnn_scan
+    given: dict[str, Any] = {}
+
+    def noted(**arguments: Any) -> Any:
+        given.update(arguments)
+        return scan(**arguments)
 
     def call(run: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return run(x, *args, **kwargs)
+        x = shown(points.values, x)
         with SigmoidIntercept(site):
-            return leave(run(enter(x, second, site) if first else x, *args, **kwargs), site)
+            y = leave(run(enter(x, second, site) if first else x, *args, **kwargs), site)
+        admitted = given["hidden_states"]
+        operator = {k: v.detach() if isinstance(v, Tensor) else v for k, v in given.items()}
+        given.clear()
 
+        def again(values: Tensor) -> Tensor:
+            out: Tensor = scan(**{**operator, "hidden_states": values})[0]
+            return out * second
+
+        return shown(points.out, mapped(points.map, y, x, admitted, again, site))
+
+    at.attribute(module, "_rnn_scan", noted)
     at.around(module, call)
-
-
-def require_torch_scan(path: str, mixer: Any) -> None:
-    """Refuse scans of another package: their backward pass has one gradient, calculus's.
-
-    Raises:
-        CoverageError: naming the function and the package.
-    """
-    known = inspect.unwrap(type(mixer).forward).__globals__
-    for name in sorted(_names(type(mixer).forward) & known.keys()):
-        package = _kernel_of(known[name])
-        if package:
-            raise CoverageError(
-                f"{path}: {name} of {type(mixer).__name__} would be computed by {package}, whose "
-                "kernel has one backward pass, without rules; uninstall it, so that transformers "
-                "computes the same in torch"
-            )
-    if getattr(mixer, "use_mambapy", False) and is_mambapy_available():
-        raise CoverageError(
-            f"{path}: the scan of {type(mixer).__name__} would be computed by mambapy, which has "
-            "a backward pass of its own; set use_mambapy=False in the model's configuration"
-        )
-
-
-def _kernel_of(function: Any) -> str:
-    """The package whose code runs behind a function of transformers, "" for transformers' own."""
-    while isinstance(function, FunctionType):
-        kept = inspect.getclosurevars(function).nonlocals.get("implementation")
-        module = getattr(kept, "__module__", None) or ""
-        if kept is not None and not module.startswith("transformers."):
-            return module.split(".")[0] or type(kept).__module__
-        function = getattr(function, "__wrapped__", None)
-    return ""

@@ -194,3 +194,40 @@ def test_tokens_of_a_whole_mamba(widened: bool) -> None:
         expected = whole_mamba(model, tokens(), 5)
     tolerance = 1e-9 if widened else 1e-6
     torch.testing.assert_close(cache.tokens, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_map_of_a_scan() -> None:
+    """Each entry: the value at one position is scanned alone."""
+    model = zoo.build("MambaForCausalLM")
+    hooks = ("hook_scan_map", "hook_scan_out", "hook_scan_in")
+    kept: dict[str, Tensor] = {}
+    with zoo.Widened():
+        _, cache = zoo.explain(model, lenslrp.AttnLRP(), [f"blocks.0.mixer.{h}" for h in hooks])
+        handle = model.blocks[0].mixer.in_proj.hook_in.register_forward_hook(
+            lambda _, args, x: kept.update(u=x.detach())
+        )
+        zoo.plain_logits(model)
+        handle.remove()
+    mixer, u = mixer_of(model, "MambaMixer"), kept["u"]
+    with torch.no_grad():
+        x, _ = (u @ mixer.in_proj.weight.T).chunk(2, dim=-1)
+        c = explicit.convolved(x, explicit.weight_of(mixer.conv1d)[:, 0], mixer.conv1d.bias)
+        values = torch.nn.functional.silu(c)
+        sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
+        step, written, read = (values @ mixer.x_proj.weight.T).split(sizes, dim=-1)
+        step = torch.nn.functional.softplus(step @ mixer.dt_proj.weight.T + mixer.dt_proj.bias)
+        decay = torch.exp(step[..., None] * -mixer.A_log.exp())
+        operator = (step[..., None] * written[:, :, None], read[:, :, None].expand_as(decay))
+
+        def scan(part: Tensor) -> Tensor:
+            return explicit.selective(part, decay, *operator, mixer.D)[0]
+
+        ratio = cache["blocks.0.mixer.hook_scan_out"] / scan(values)
+        columns = []
+        for s in range(u.shape[1]):
+            alone = torch.zeros_like(values)
+            alone[:, s] = values[:, s]
+            columns.append((scan(alone) * ratio).sum(-1))
+    expected = torch.stack(columns, -1)[:, None]
+    close = {"rtol": 1e-6, "atol": 1e-6}  # the map is formed in the scan's own float32
+    torch.testing.assert_close(cache["blocks.0.mixer.hook_scan_map"], expected, **close)

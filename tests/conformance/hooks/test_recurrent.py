@@ -17,7 +17,16 @@ from torch import Tensor
 from transformers.integrations import use_kernel_func_from_hub_with_fallback
 
 import lenslrp
-from lenslrp.hooks import CONSTANT, UNIFORM, Plain, Product, gated_norms, recurrence
+from lenslrp.hooks import (
+    CONSTANT,
+    UNIFORM,
+    Plain,
+    Product,
+    gated_norms,
+    recurrence,
+    scan_points,
+    scans,
+)
 from lenslrp.hooks.assignment import assign
 from lenslrp.hooks.structure import components
 from lenslrp.targets import Activation
@@ -149,6 +158,37 @@ def test_a_short_convolution_has_no_rule_but_epsilon() -> None:
         lenslrp.hooks.Composite("mine", {"short_convolution": lenslrp.hooks.Gamma(0.1)})
 
 
+def scan_hooks(model: Any) -> dict[str, str]:
+    """The names of the points of the first scan, by their ends."""
+    path, _ = scans.mixers(components(model))[0]
+    return {end: f"{path}.hook_scan_{end}" for end in ("in", "out", "map")}
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("choice", ["constant", "uniform"])
+def test_the_map_of_a_scan_adds_up(name: str, choice: Any) -> None:
+    model = zoo.build(name)
+    logits = zoo.plain_logits(model)
+    hooks = scan_hooks(model)
+    composite = lenslrp.AttnLRP(recurrence=choice)
+    ruled, cache = zoo.explain(model, composite, list(hooks.values()))
+    assert torch.equal(ruled, logits)
+    relevance = {end: cache[hook] for end, hook in hooks.items()}
+    by_head = {end: scan_points.by_head(relevance[end], 1) for end in ("in", "out")}
+    the_map = relevance["map"]
+    assert the_map.shape == (*by_head["out"].shape, tokens().shape[1])
+    assert not the_map.triu(1).any()
+    near = {"rtol": 1e-5, "atol": 1e-6}
+    if choice == "constant":
+        torch.testing.assert_close(the_map.sum(-1), by_head["out"], **near)
+    if choice == "constant" or name != "RecurrentGemmaForCausalLM":  # whose operator reads it too
+        torch.testing.assert_close(the_map.sum(-2), by_head["in"], **near)
+    _, others = zoo.explain(model, composite)
+    assert hooks["out"] in others
+    assert hooks["map"] not in others  # a scan for each position: on request
+    torch.testing.assert_close(others.tokens, cache.tokens)
+
+
 @pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "OlmoHybridForCausalLM"])
 def test_a_prompt_of_several_chunks(name: str) -> None:
     """Delta nets scan 64 positions at once."""
@@ -173,7 +213,7 @@ def test_a_prompt_of_one_token(name: str) -> None:
 def test_forgetting_any_one_rule_is_noticed(name: str, choice: str) -> None:
     model = zoo.build(name)
     composite = lenslrp.AttnLRP(recurrence="uniform" if choice == "uniform" else "constant")
-    recurrent = {path for path, _ in recurrence.mixers(components(model))}
+    recurrent = {path for path, _ in scans.mixers(components(model))}
     recurrent |= {p for p, m in components(model) if gated_norms.is_gated_norm(m)}
     recurrent |= {p for p, m in components(model) if type(m).__name__ == "RwkvFeedForward"}
     recurrent |= {p for p, m in components(model) if "RecurrentBlock" in type(m).__name__}
@@ -286,7 +326,7 @@ def test_a_kernel_of_another_package_is_refused_by_name(
 
 def test_mambapy_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.build("MambaForCausalLM")
-    monkeypatch.setattr(recurrence, "is_mambapy_available", lambda: True)
+    monkeypatch.setattr(scans, "is_mambapy_available", lambda: True)
     explain(model)  # not used
     model.original_model.backbone.layers[0].mixer.use_mambapy = True
     with pytest.raises(lenslrp.CoverageError, match="computed by mambapy"):
@@ -311,7 +351,7 @@ def test_a_mixer_behind_accelerates_hooks() -> None:
     hooks = pytest.importorskip("accelerate.hooks")
     model = zoo.build("MambaForCausalLM")
     expected = explain(model).tokens
-    for _, mixer in recurrence.mixers(components(model)):
+    for _, mixer in scans.mixers(components(model)):
         hooks.add_hook_to_module(mixer, hooks.AlignDevicesHook(execution_device="cpu"))
     assert torch.equal(explain(model).tokens, expected)
 
@@ -332,7 +372,7 @@ def test_a_function_with_other_functions_behind_its_names() -> None:
     def one() -> int:
         return 1
 
-    ruled = recurrence.with_functions(_calls_helper, {"_helper": one})
+    ruled = scans.with_functions(_calls_helper, {"_helper": one})
     assert (_calls_helper(), ruled(), ruled(offset=10)) == (2, 2, 11)
 
 
