@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 from lenslrp.former import FormerModule
 
 if TYPE_CHECKING:
-    from lenslrp.analysis.attribution import METHODS, Attribution, Method, attribute
+    from lenslrp.analysis.attribution import (
+        METHODS,
+        Attribution,
+        Method,
+        TokenPairs,
+        attribute,
+        bilrp,
+    )
     from lenslrp.analysis.circuits import (
         TARGET,
         AttributionGraph,
@@ -120,7 +127,7 @@ _ROOMS = {
         "parse_unit", "reads", "sign_cases", "writes",
     ),
     "passes": ("Edit", "as_prompt", "edit_units", "through"),
-    "attribution": ("METHODS", "Attribution", "Method", "attribute"),
+    "attribution": ("METHODS", "Attribution", "Method", "TokenPairs", "attribute", "bilrp"),
     "evaluation": (
         "TASKS", "Example", "Perturbation", "Results", "Task", "Unfit", "aopc", "aopc_bounds",
         "curves", "evaluate", "heads_of", "image_task", "normalised_aopc", "perturbation_curves",
@@ -179,6 +186,7 @@ __all__ = [
     "Steering",
     "SweepResult",
     "Task",
+    "TokenPairs",
     "TokenRule",
     "Unfit",
     "Unit",
@@ -190,6 +198,7 @@ __all__ = [
     "attention_relevance",
     "attribute",
     "attribution_graph",
+    "bilrp",
     "build_distributed",
     "build_with_ray",
     "compare_lenses",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lenslrp import targets
     from lenslrp.cache import RelevanceCache
     from lenslrp.defaults import recommended
+    from lenslrp.embedding import embed
     from lenslrp.errors import (
         CoverageError,
         InputError,
@@ -49,6 +50,7 @@ _HOMES = {
     "cache": ("RelevanceCache",),
     "text.conversation": ("chat",),
     "defaults": ("recommended",),
+    "embedding": ("embed",),
     "models.doctor": ("examine",),
     "errors": (
         "CoverageError",
@@ -98,6 +100,7 @@ __all__ = [
     "StorageError",
     "TopK",
     "chat",
+    "embed",
     "examine",
     "explain_to",
     "load",

@@ -42,7 +42,8 @@ from lenslrp.logits import (
     unembed_at,
 )
 from lenslrp.running import UNCAPPED, architecture, capture, frozen, read_at, run_model, undone
-from lenslrp.targets import Sequence, as_target, parts_of
+from lenslrp.sentences import Embedding, Similarity
+from lenslrp.targets import Custom, Sequence, as_target, parts_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -111,7 +112,8 @@ def outputs_of(
 ) -> Outputs:
     """What targets are computed from."""
     labels = media.labels_of(model)
-    return Outputs(logits, batch, model.tokenizer, activation, labels, columns)
+    own = getattr(model, "sentence_embedding", None)
+    return Outputs(logits, batch, model.tokenizer, activation, labels, columns, own)
 
 
 def columns_for(
@@ -122,10 +124,18 @@ def columns_for(
     Raises:
         InputError: a position outside a row.
     """
+    if _head_of_columns(model) is None:
+        return None
+    return columns_of(targets, outputs_of(model, batch, torch.empty(0, 0, 0), _none))
+
+
+def _head_of_columns(model: TransformerBridge) -> nn.Module | None:
+    """What can unembed chosen columns alone; ``None`` where a hook, or a classifier's pooling of
+    the logits, sees them all."""
     unembed = head_component(model)
     if unembed is None or is_hooked(model, unembed) or media.labels_of(model) is not None:
         return None
-    return columns_of(targets, outputs_of(model, batch, torch.empty(0, 0, 0), _none))
+    return unembed
 
 
 def targets_for(
@@ -147,6 +157,29 @@ def targets_for(
     if spans and len(parsed) > 1:
         raise InputError("a Sequence target extends the prompt: explain it in a run of its own")
     return parsed, spans[0] if spans else []
+
+
+def require_readable(model: TransformerBridge, target: Target) -> None:
+    """Refuse targets on logits for a model without a head, and on hidden states for one with it.
+
+    Raises:
+        InputError: naming the targets that such a model has.
+    """
+    parts, kind = parts_of(target), architecture(model)
+    of_text = (Embedding, Similarity)
+    if media.head_of(model):
+        if any(isinstance(part, of_text) for part in parts):
+            raise InputError(
+                f"{kind} has a head: its output is logits, and a text's vector is made of hidden "
+                "states. Load the model without its head, with transformers.AutoModel"
+            )
+    elif not all(isinstance(part, (Activation, Custom, *of_text)) for part in parts):
+        raise InputError(
+            f"{kind} has no head: its output is hidden states, not logits. Explain one of its "
+            "units with targets.Activation(hook, unit, position), a text's vector with "
+            "targets.Embedding and targets.Similarity, or a function of its output with "
+            "targets.Custom(fn)"
+        )
 
 
 def _none(hook: str) -> Tensor:
@@ -226,8 +259,8 @@ def forward(
             read_at(at, points, stop_after, _stop)
         if at_nodes is not None:
             at_nodes(at, run)
-        unembed = head_component(model)
-        if columns is not None and unembed is not None and not is_hooked(model, unembed):
+        unembed = _head_of_columns(model)
+        if columns is not None and unembed is not None:
             picked = unembed_at(at, unembed, columns, batch.written.tokens.shape[1])
         with suppress(_Stop):
             run.logits = run_model(model, batch, leaves, inputs)

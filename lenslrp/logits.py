@@ -26,6 +26,8 @@ from lenslrp.text.spelling import str_token
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+    from lenslrp.sentences import SentenceEmbedding
+
 LOGITS = ("all", "target")
 
 Columns = Int[Tensor, "batch n"]
@@ -50,6 +52,8 @@ class Outputs:
         labels: names of a classifier's classes, ``None`` for other models. Its logits are
             [batch, class] and have no positions.
         columns: where the logits are, if they are not at every position.
+        embedding: how the checkpoint makes one vector of a text, where it says so. A bare model's
+            ``logits`` are its hidden states.
     """
 
     logits: Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch class"]
@@ -58,6 +62,7 @@ class Outputs:
     activation: Callable[[str], Tensor]
     labels: dict[int, str] | None = None
     columns: Int[Tensor, "batch n"] | None = None
+    embedding: SentenceEmbedding | None = None
 
     def token(self, token: Token) -> int:
         """The column of a token, or of a class, in the logits.

@@ -16,7 +16,7 @@ from lenslrp.batch import Batch
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
 from lenslrp.explaining import WINDOW, explain
-from lenslrp.forward import columns_for, targets_for
+from lenslrp.forward import columns_for, require_readable, targets_for
 from lenslrp.graph_check import RunAgain, is_conditional, remembered, require_on_path, warn_of
 from lenslrp.held_rules import HeldRules
 from lenslrp.hooks import coverage as cover
@@ -32,7 +32,7 @@ from lenslrp.out_of_memory import explained_oom
 from lenslrp.passes import Pass, under_rules
 from lenslrp.reductions import Reduce, check_reduce
 from lenslrp.running import architecture, read_at
-from lenslrp.targets import parts_of, require_latent
+from lenslrp.targets import parts_of
 from lenslrp.unused import unused, withdraw
 
 if TYPE_CHECKING:
@@ -267,9 +267,8 @@ class Session:
             )
             media.check_kwargs(model, model_kwargs or {}, prepared)
             prepared.kwargs.update(model_kwargs or {})
-            if not media.head_of(model):
-                for item in parsed:
-                    require_latent(item, architecture(model))
+            for item in parsed:
+                require_readable(model, item)
             return self._run(prepared, parsed, names_filter, reduce, logits, leaves, read or {})
 
     def _run(

@@ -32,12 +32,17 @@ from lenslrp.latent import Activation as Activation
 from lenslrp.logits import Outputs as Outputs
 from lenslrp.logits import Target as Target
 from lenslrp.logits import columns_read, shown
+from lenslrp.sentences import DenseLayer as DenseLayer
+from lenslrp.sentences import Embedding as Embedding
+from lenslrp.sentences import SentenceEmbedding as SentenceEmbedding
+from lenslrp.sentences import Similarity as Similarity
 from lenslrp.text.names import Token, token_ids
 from lenslrp.text.spelling import Speller
 
 __all__ = [
-    "Activation", "Contrastive", "Custom", "Explained", "LogProb", "Logit", "LogitDiff", "Outputs",
-    "PerRow", "Sequence", "Target", "Top",
+    "Activation", "Contrastive", "Custom", "DenseLayer", "Embedding", "Explained", "LogProb",
+    "Logit", "LogitDiff", "Outputs", "PerRow", "SentenceEmbedding", "Sequence", "Similarity",
+    "Target", "Top",
 ]  # fmt: skip
 
 
@@ -334,20 +339,6 @@ class Explained:
     def __str__(self) -> str:
         values = ", ".join(f"{v:.4g}" for v in self.value.tolist())
         return f"{self.text} = {values}"
-
-
-def require_latent(target: Target, architecture: str) -> None:
-    """Refuse targets on logits for a model that has none.
-
-    Raises:
-        InputError: naming the targets that such a model has.
-    """
-    if not all(isinstance(part, Activation | Custom) for part in parts_of(target)):
-        raise InputError(
-            f"{architecture} has no head: its output is hidden states, not logits. Explain one of "
-            "its units with targets.Activation(hook, unit, position), or a function of its output "
-            "with targets.Custom(fn)"
-        )
 
 
 def as_target(

@@ -1,5 +1,6 @@
-"""AttnLRP and the methods it is compared with, behind one interface."""
+"""AttnLRP and the methods it is compared with, behind one interface; pairs of tokens."""
 
 from lenslrp.analysis.attribution.methods import METHODS, Attribution, Method, attribute
+from lenslrp.analysis.attribution.pairs_of_tokens import TokenPairs, bilrp
 
-__all__ = ["METHODS", "Attribution", "Method", "attribute"]
+__all__ = ["METHODS", "Attribution", "Method", "TokenPairs", "attribute", "bilrp"]

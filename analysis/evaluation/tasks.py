@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,10 +22,11 @@ from lenslrp.analysis.common.templates import agreement, indirect_objects
 from lenslrp.analysis.evaluation.features import token_values
 from lenslrp.analysis.evaluation.spans import Mask, normalise, occurrences, overlap, token_spans
 from lenslrp.analysis.passes.problems import resolve
-from lenslrp.analysis.passes.prompts import ExplainedPrompt, as_prompt
+from lenslrp.analysis.passes.prompts import ExplainedPrompt, as_prompt, prompt_logits
 from lenslrp.errors import InputError
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import is_encoder_decoder
+from lenslrp.media import labels_of
 from lenslrp.text.spelling import Spans
 from lenslrp.text.tokenization import tokenize
 
@@ -121,6 +122,32 @@ def sentiment(model: TransformerBridge, record: Record, length: int) -> Example:
     if len(example.prompt.tokens) > length:
         raise Unfit(f"longer than {length} tokens")
     return example
+
+
+def classification(model: TransformerBridge, record: Record, length: int) -> Example:
+    """The label that a classifier gives a text, if it is right; the text's own tokens.
+
+    The target is the logit of the label less that of the next likely one.
+    """
+    labels = labels_of(model)
+    if labels is None or len(labels) < 2 or not _classifies_texts(model):
+        raise InputError("the task classification needs a classifier of texts, of two classes")
+    if record["label"] not in labels.values():
+        known = ", ".join(labels.values())
+        raise InputError(f"a text's label is one of {known}, not {record['label']!r}")
+    prompt = as_prompt(model, record["text"])
+    if len(prompt.tokens) > length:
+        raise Unfit(f"longer than {length} tokens")
+    first, second = prompt_logits(model, prompt)[0].ravel().topk(2).indices.tolist()
+    if labels[first] != record["label"]:
+        raise Unfit("answered otherwise")
+    prompt = replace(prompt, target=targets.LogitDiff(first, second))
+    special = set(model.tokenizer.all_special_ids)
+    return Example(prompt, np.array([int(token) not in special for token in prompt.tokens]))
+
+
+def _classifies_texts(model: TransformerBridge) -> bool:
+    return type(model.original_model).__name__.endswith("ForSequenceClassification")
 
 
 def known_answer(model: TransformerBridge, record: Record, length: int) -> Example:
@@ -233,6 +260,7 @@ TASKS: dict[str, Task] = {
     for task in (
         Task("next_word", {"text": str}, next_word),
         Task("sentiment", {"text": str, "label": str}, sentiment),
+        Task("classification", {"text": str, "label": str}, classification),
         Task(
             "squad",
             {"context": str, "question": str, "answers": list},

@@ -22,7 +22,7 @@ from lenslrp import media
 from lenslrp.batch import Batch
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
-from lenslrp.forward import columns_for, forward, outputs_of
+from lenslrp.forward import columns_for, forward, outputs_of, require_readable
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.install import require_bridge
 from lenslrp.hooks.readers import NamesFilter
@@ -37,10 +37,10 @@ from lenslrp.targets import (
     Logit,
     PerRow,
     Sequence,
+    Similarity,
     Top,
     as_target,
     parts_of,
-    require_latent,
 )
 
 if TYPE_CHECKING:
@@ -285,8 +285,7 @@ def resolve(
         inputs_embeds=inputs_embeds,
         decoder_input=decoder_input,
     )
-    if not media.head_of(model):
-        require_latent(parsed, kind)
+    require_readable(model, parsed)
     leaves = Leaves()
     columns = columns_for(model, prepared, [parsed])
     with forward(model, prepared, leaves=leaves, capture_at=latent(parsed), columns=columns) as run:
@@ -335,10 +334,12 @@ def _grid(leaves: Leaves, pixels: Tensor, kind: str) -> tuple[int, int]:
 
 
 def _fixed(target: Target, outputs: Outputs) -> Target:
-    """The target with the top logit's token as it is for the unchanged input."""
+    """The target with the top logit's token, or the other text's vector, of the unchanged input."""
     if isinstance(target, PerRow):
         rows = enumerate(target.targets)
         return PerRow(tuple(_fixed(part, outputs.row(row)) for row, part in rows))
+    if isinstance(target, Similarity):
+        return PerRow(target.of_rows(outputs))
     if not isinstance(target, Top):
         return target
     best = outputs.rows_at(target.position).argmax(dim=1).tolist()

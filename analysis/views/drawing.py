@@ -127,11 +127,19 @@ def short_label(token: str) -> str:
 
 def label_token_columns(axes: Axes, tokens: Sequence[str]) -> None:
     """Name the columns by position and token, every n-th one where there are many."""
+    axes.set_xticks(*_token_ticks(tokens), rotation=90, parse_math=False, **installed_fonts())
+
+
+def label_token_rows(axes: Axes, tokens: Sequence[str]) -> None:
+    """The same of rows."""
+    axes.set_yticks(*_token_ticks(tokens), parse_math=False, **installed_fonts())
+
+
+def _token_ticks(tokens: Sequence[str]) -> tuple[list[int], list[str]]:
     step = -(-len(tokens) // _MOST_LABELS) if tokens else 1
     ticks = list(range(0, len(tokens), step))
     # The mark keeps the number behind a right-to-left token.
-    labels = [f"{short_label(tokens[tick])}\u200e  {tick}" for tick in ticks]
-    axes.set_xticks(ticks, labels, rotation=90, parse_math=False, **installed_fonts())
+    return ticks, [f"{short_label(tokens[tick])}\u200e  {tick}" for tick in ticks]
 
 
 def colour_map(theme: Theme) -> Any:

@@ -27,6 +27,7 @@ from lenslrp.analysis import (
     NeuronDictionary,
     SweepResult,
     attribution_graph,
+    bilrp,
     score_nodes,
     template_pairs,
 )
@@ -121,7 +122,14 @@ def graph() -> Picture:
     return lambda theme: found.draw(theme=theme)
 
 
-DRAWN = (report, difference, photograph, neuron, circuit, graph, steering)
+def similarity() -> Picture:
+    """The pairs of words of docs/how-to/similarity.md."""
+    encoder = lenslrp.load("all-minilm-l6-v2", device="cpu")
+    pairs = bilrp(encoder, "A cat sat on the mat.", "The kitten is resting on a rug.").words()
+    return lambda theme: pairs.plot(theme=theme)
+
+
+DRAWN = (report, difference, photograph, neuron, circuit, graph, similarity, steering)
 PICTURES = {f.__name__: f for f in DRAWN}
 
 

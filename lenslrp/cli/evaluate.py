@@ -9,7 +9,15 @@ from typing import Any
 
 from lenslrp.cli.options import DEFAULT_MODEL, OK, add_model_options, load_model
 
-TASKS = ("next_word", "sentiment", "squad", "indirect_object", "agreement", "images")
+TASKS = (
+    "next_word",
+    "sentiment",
+    "classification",
+    "squad",
+    "indirect_object",
+    "agreement",
+    "images",
+)
 DEFAULT_METHODS = "random,gradient_x_input,cp_lrp,attnlrp"
 
 
@@ -27,9 +35,9 @@ def add_evaluate(commands: Any) -> None:
         "--data",
         metavar="FILE",
         type=Path,
-        help="jsonl, one record a line; next_word needs 'text', sentiment 'text' and 'label', "
-        "squad 'context', 'question' and 'answers'; images takes a folder of files or an .npz "
-        "with 'images'; the others need none",
+        help="jsonl, one record a line; next_word needs 'text', sentiment and classification "
+        "'text' and 'label', squad 'context', 'question' and 'answers'; images takes a folder of "
+        "files or an .npz with 'images'; the others need none",
     )
     command.add_argument(
         "--methods",

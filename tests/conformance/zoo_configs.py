@@ -10,9 +10,10 @@ from typing import Any
 
 import transformers as hf
 
+from lenslrp.models import heads
 from tests.conformance.families import VOCABULARY
 
-LAYERS = 2
+LAYERS, LABELS = 2, 6
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     **dict.fromkeys(("image_token_id", "image_token_index"), VOCABULARY),
@@ -85,6 +86,9 @@ MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_s
 DEEP = {"text_config": MROPE, "vision_config": {"deepstack_visual_indexes": [0]}}
 
 CHANGES: dict[str, dict[str, Any]] = {
+    "AlbertForMaskedLM": {"embedding_size": 12},
+    "ElectraForMaskedLM": {"embedding_size": 12},
+    "DistilBertForMaskedLM": {"dim": 16, "hidden_dim": 24},
     **dict.fromkeys(("ViTForImageClassification", "ViTModel"), IMAGE),
     **dict.fromkeys(("DeiTForImageClassification", "DeiTModel"), IMAGE),
     "ASTForAudioClassification": {**SOUND, "num_mel_bins": 8},
@@ -170,7 +174,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "YoutuForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
     "Zamba2ForCausalLM": {
-        **CHUNKS,
         "layers_block_type": ["linear_attention", "hybrid"],
         "n_mamba_heads": 2,
         "mamba_headdim": 16,
@@ -193,14 +196,25 @@ LOADED_AS = {"BloomModel": "BloomForCausalLM", "Wav2Vec2ForPreTraining": "Wav2Ve
 """Names that checkpoints carry and TransformerLens loads as another class."""
 
 
+def family(name: str) -> str:
+    """The language model from whose adapter that of a head is derived; else the name itself."""
+    return str(getattr(heads.offered().get(name), "language_model", name))
+
+
 def config(name: str, changes: dict[str, Any] | None = None) -> Any:
     """The configuration of a tiny model, with changes of its own."""
+    made = _config(name, {**CHANGES.get(family(name), {}), **(changes or {})})
+    if name in heads.offered():
+        made.num_labels = 2 if name.endswith("ForQuestionAnswering") else LABELS
+    return made
+
+
+def _config(name: str, changes: dict[str, Any]) -> Any:
     cls = getattr(hf, name).config_class
     towers = {"vision_config", "audio_config"} & set(getattr(cls, "sub_configs", ()))
-    changes = {**CHANGES.get(name, {}), **(changes or {})}
     made = tiny(cls(), cls, changes, VOCABULARY + 7 if towers else VOCABULARY)
-    if name in STAND_INS:  # past the configuration's own check of its type
-        made.__dict__["vision_config"] = hf.SiglipVisionConfig(**STAND_INS[name])
+    if family(name) in STAND_INS:  # past the configuration's own check of its type
+        made.__dict__["vision_config"] = hf.SiglipVisionConfig(**STAND_INS[family(name)])
     return made
 
 

@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 
 README = ROOT / "README.md"
 RUN = [path for path in (README, *sorted((ROOT / "docs").rglob("*.md"))) if path.is_file()]
-EMBEDDED_MODEL = re.compile(r'lenslrp\.load\("(?:smollm2|flan-t5-small|vit-s14)')
+EMBEDDED_MODEL = re.compile(r'lenslrp\.load\("(?:smollm2|flan-t5-small|vit-s14|all-minilm)')
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 PAGES = [
     *RUN,

@@ -1,0 +1,1 @@
+"""Why sentences are alike: pairs of words, checked by intervention."""
