@@ -292,8 +292,7 @@ class SigmoidIntercept(Intercept):
 
 
 def attach_scan_module(at: Attached, module: Any, site: Site, points: ScanPoints) -> None:
-    """A module that computes values and operator from one input, and keeps its last state."""
-    at.attribute(module, "recurrent_states", getattr(module, "recurrent_states", None))
+    """A module that computes values and operator from one input."""
     first, second = product_shares(site.rule)
     scan = module._rnn_scan
     given: dict[str, Any] = {}

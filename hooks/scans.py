@@ -55,6 +55,9 @@ DELTA_ATTRIBUTE = "chunk_gated_delta_rule"
 SCAN_MODULES = frozenset({"RecurrentGemmaRglru"})
 """Modules whose sigmoids, gates inside the state update, make the operator on their input."""
 
+KEPT_STATES = frozenset({"recurrent_states", "conv1d_state"})
+"""Attributes in which a module of transformers keeps the state of its last pass (RecurrentGemma)."""
+
 OPERATOR_PARTS = frozenset(
     {
         *("x_proj", "dt_proj", "dt_layernorm", "b_layernorm", "c_layernorm"),
