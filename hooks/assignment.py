@@ -35,10 +35,11 @@ from lenslrp.hooks.components import (
     attach_gated_mlp,
     attach_linear,
     attach_native_activation,
+    attach_position_gate,
 )
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.convolution import CONVOLUTION_CLASSES
-from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures
+from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures, router_roles
 from lenslrp.hooks.gated_norms import attach_gated_norm, is_gated_norm
 from lenslrp.hooks.leaf_modules import embeddings
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
@@ -55,6 +56,7 @@ from lenslrp.hooks.recurrence import attach_recurrence
 from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
 from lenslrp.hooks.scans import mixer_roles, mixers
 from lenslrp.hooks.sharding import is_sharded
+from lenslrp.hooks.similarity import SIMILARITY_CLASSES, attach_similarity
 from lenslrp.hooks.structure import (
     NamedModules,
     check_once,
@@ -65,6 +67,9 @@ from lenslrp.hooks.structure import (
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+POSITION_GATE = "gru_rel_pos_linear"
+"""The layer from whose output WavLM makes the gates on its position bias."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ def assign(
     operations_of = {key: spec for key, spec in operations_of.items() if key not in recurrent}
     wrapped = {id(original(m)) for _, m in modules if isinstance(m, NormalizationBridge)}
     roles.update(dict.fromkeys(mixing, ""))  # intercepted where they run
-    roles.update(_router_roles(modules, mixture_blocks, operations_of))
+    roles.update(router_roles(modules, mixture_blocks, operations_of))
     roles.update(mixer_roles(modules))
     queries: set[str] = set()
     for path, module in modules:
@@ -162,6 +167,8 @@ def assign(
         if isinstance(module, AttentionBridge):
             for key in ("q", "k", "v", "o"):
                 roles[id(_wrapped(module, key))] = "projection"
+            if product_shares(composite["attention_gate"])[0] == 0:
+                roles[id(getattr(original(module), POSITION_GATE, None))] = "attention_gate"
             # The bridge splits a joint projection and calls its parts, unless it delegates.
             roles[id(_wrapped(module, "qkv"))] = "projection" if attention == "fused" else ""
         if isinstance(module, JointGateUpMLPBridge):
@@ -260,6 +267,9 @@ class _Decision:
             if self.roles.get(id(module)) == "":
                 return
             yield self.activation(path, module, rules["activation"], share, False)
+        elif type(module).__name__ in SIMILARITY_CLASSES:
+            rule = rules["attention_qk"]
+            yield Assignment(path, module, "attention_qk", rule, attach=attach_similarity)
         elif isinstance(module, native.NativeMLP | native.NativeGatedMLP):
             yield Assignment(
                 path, module, "activation", rules["activation"], share,
@@ -271,7 +281,10 @@ class _Decision:
     def linear(self, path: str, module: nn.Module) -> Iterator[Assignment]:
         """A linear layer or a convolution, unless its parts are called instead."""
         role = self.roles.get(id(module), _linear_role(module))
-        if role:
+        if role == "attention_gate":
+            rule = self.composite[role]
+            yield Assignment(path, module, role, rule, attach=attach_position_gate)
+        elif role:
             rule = self.composite[role]
             if not isinstance(rule, LinearRule):  # the weight of an expert, too
                 rule = Epsilon()
@@ -356,8 +369,8 @@ def _ruled_weights(
                     f"{path}: {composite[role].name} reads its weight, which FSDP gathers for the "
                     f"pass only: use epsilon for its role ({role!r}), or load the model whole"
                 )
-            # On the meta device no tensor has an address.
-            addresses.update((m.data_ptr(), path) for m in matrices if not m.is_meta)
+            # On the meta device no tensor has an address, and neither has one without numbers.
+            addresses.update((m.data_ptr(), path) for m in matrices if m.numel() and not m.is_meta)
     return addresses
 
 
@@ -371,22 +384,6 @@ def _attended(parts: NamedModules) -> set[int]:
     """What lies inside attention that has a bridge."""
     attentions = [original(m) for _, m in parts if isinstance(m, AttentionBridge)]
     return {id(part) for module in attentions if module is not None for part in module.modules()}
-
-
-def _router_roles(
-    parts: NamedModules, mixed: list[Mixture], operations_of: dict[int, Operations]
-) -> dict[int, str]:
-    """Linear layers that weigh experts: they keep the epsilon rule, whatever that of the others."""
-    roles: dict[int, str] = {}
-    for _, module in parts:
-        if operations_of.get(id(module)) == ROUTER_SPEC:
-            roles.update((id(inner), "router") for inner in module.modules())
-            roles[id(module)] = ""
-    for mixture in mixed:  # the weight of a shared expert: one number a position
-        for inner in mixture.block.modules():
-            if isinstance(inner, nn.Linear) and inner.out_features == 1:
-                roles[id(inner)] = "router"
-    return roles
 
 
 def _linear_role(module: nn.Module) -> str:

@@ -131,6 +131,22 @@ def _is_mixture(module: nn.Module) -> bool:
     )
 
 
+def router_roles(
+    parts: NamedModules, mixed: list[Mixture], operations_of: dict[int, Operations]
+) -> dict[int, str]:
+    """Linear layers that weigh experts: they keep the epsilon rule, whatever that of the others."""
+    roles: dict[int, str] = {}
+    for _, module in parts:
+        if operations_of.get(id(module)) == ROUTER_SPEC:
+            roles.update((id(inner), "router") for inner in module.modules())
+            roles[id(module)] = ""
+    for mixture in mixed:  # the weight of a shared expert: one number a position
+        for inner in mixture.block.modules():
+            if isinstance(inner, nn.Linear) and inner.out_features == 1:
+                roles[id(inner)] = "router"
+    return roles
+
+
 def expert_points(parts: NamedModules) -> dict[str, nn.Module]:
     """Hook points at the neurons of experts: name -> hook point, the same ones at every call."""
     points: dict[str, nn.Module] = {}

@@ -55,6 +55,7 @@ ATTENTION_SPEC = Operations(leaks=("softmax",))
 OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     "AfmoeAttention": ATTENTION_GATE_SPEC,
     **dict.fromkeys(("Lfm2MLP", "Lfm2MoeMLP", "Zamba2MLP"), GATED_MLP_SPEC),
+    "MoonshineDecoderMLP": GATED_MLP_SPEC,
     **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
     "BitNetMLP": GATED_MLP_SPEC,  # a norm between the product and the last projection
     "Gemma4TextDecoderLayer": GATED_MLP_SPEC,  # gates an embedding of its own for each layer
@@ -65,20 +66,19 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     "RwkvFeedForward": ATTENTION_GATE_SPEC,  # receptance, a sigmoid on the output
     **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_SPEC),  # two gates
     # Towers that activate what their convolutions give, or add learned positions or tokens.
+    **dict.fromkeys(("MoonshineEncoder", "TDNNLayer", "WhisperEncoder"), FUNCTIONAL_SPEC),
     **dict.fromkeys(
         (
-            "AudioFlamingo3Encoder",
+            *("AudioFlamingo3Encoder", "GlmAsrEncoder", "Qwen2AudioEncoder"),
             "DistilBertForSequenceClassification",
             "Florence2MultiModalProjector",
             "Gemma4UnifiedVisionEmbedder",
             "Gemma4VisionPatchEmbedder",
             "Glm4vVisionEmbeddings",
-            "GlmAsrEncoder",
             "HrmTextModel",  # a learned initial state
             "Llama4VisionModel",
             *("LlavaNextModel", "LlavaOnevisionModel"),
             "MuseGlimmerVisionPatchEmbedder",
-            "Qwen2AudioEncoder",
             "Qwen3VLMoeVisionModel",
             "Qwen3VLVisionModel",
             *("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel"),

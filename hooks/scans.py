@@ -56,7 +56,7 @@ SCAN_MODULES = frozenset({"RecurrentGemmaRglru"})
 """Modules whose sigmoids, gates inside the state update, make the operator on their input."""
 
 KEPT_STATES = frozenset({"recurrent_states", "conv1d_state"})
-"""Attributes in which a module of transformers keeps the state of its last pass (RecurrentGemma)."""
+"""Attributes in which a module keeps the state of its last pass (RecurrentGemma)."""
 
 OPERATOR_PARTS = frozenset(
     {

@@ -89,7 +89,6 @@ def load_parts(path: Path) -> dict[str, Any]:
     ledger = None
     if info["ledger"] is not None:
         numbers = {k: v for k, v in info["ledger"].items() if k != "error"}
-        numbers = {"recurrence": 0.0, **numbers}  # files of 0.1 have no such term
         ledger = Ledger(**numbers, table=_frame(info["ledger_table"]).rename_axis(index="layer"))
 
     def part(prefix: str) -> dict[str, Tensor]:

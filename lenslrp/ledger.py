@@ -48,24 +48,24 @@ class Ledger:
         leaves: relevance that arrived at token (and position) embeddings.
         biases: what biases absorbed.
         softmax: what the softmax rule leaked, R(pattern) - R(scores) summed over layers.
-        recurrence: what the operators of recurrent mixers leaked, where they get a share.
         positional: what positional terms took.
         stabiliser: what stabilisers and saturated soft-caps took.
         plain: what operations marked plain lost (negative: gained).
         nonlinear_target: what a target that is not linear in the logits adds.
         table: the same per layer; ``resid_out = resid_in + terms`` in each row, and its error.
+        recurrence: what the operators of recurrent mixers leaked, where they get a share.
     """
 
     target: float
     leaves: float
     biases: float
     softmax: float
-    recurrence: float
     positional: float
     stabiliser: float
     plain: float
     nonlinear_target: float
     table: pd.DataFrame
+    recurrence: float = 0.0
 
     @property
     def accounted(self) -> float:
