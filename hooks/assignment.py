@@ -40,7 +40,8 @@ from lenslrp.hooks.components import (
 )
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.convolution import CONVOLUTION_CLASSES
-from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures
+from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures, router_roles
+from lenslrp.hooks.gated_norms import attach_gated_norm, is_gated_norm
 from lenslrp.hooks.joint import JointRows
 from lenslrp.hooks.leaf_modules import embeddings, relative_positions
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
@@ -54,7 +55,9 @@ from lenslrp.hooks.operations import (
     has_declared_class,
 )
 from lenslrp.hooks.packed import is_packed_linear
+from lenslrp.hooks.recurrence import attach_recurrence
 from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
+from lenslrp.hooks.scans import mixer_roles, mixers
 from lenslrp.hooks.sharding import is_sharded
 from lenslrp.hooks.similarity import SIMILARITY_CLASSES, attach_similarity
 from lenslrp.hooks.structure import (
@@ -153,10 +156,13 @@ def assign(
     roles: dict[int, str] = {}
     mixture_blocks = mixtures(modules)
     mixing = {id(part) for mixture in mixture_blocks for part, _ in mixture.specs()}
+    recurrent = {id(mixer) for _, mixer in mixers(modules)}
     operations_of = _raw_modules(modules, mixture_blocks, composite)
+    operations_of = {key: spec for key, spec in operations_of.items() if key not in recurrent}
     wrapped = {id(original(m)) for _, m in modules if isinstance(m, NormalizationBridge)}
     roles.update(dict.fromkeys(mixing, ""))  # intercepted where they run
-    roles.update(_router_roles(modules, mixture_blocks, operations_of))
+    roles.update(router_roles(modules, mixture_blocks, operations_of))
+    roles.update(mixer_roles(modules))
     queries: set[str] = set()
     for path, module in modules:
         if "cross_attn" in module._modules and "ln2" in module._modules:
@@ -178,6 +184,9 @@ def assign(
         spec = operations_of.get(id(module))
         if spec is not None and spec.gated:  # its activation feeds a gated product
             gates.update((id(inner), gate_share(composite)) for inner in module.children())
+        gated = product_shares(composite["recurrence_gate"])[0] != 0
+        if spec is not None and spec.product == "recurrence_gate" and not gated:
+            gates.update((id(inner), 0.0) for inner in module.children())
         if isinstance(module, GatedMLPBridge) and _computes_itself(composite, module):
             share = gate_share(composite)
             for inner in [*original(module).children(), *module.children(), original(module)]:
@@ -200,6 +209,9 @@ def assign(
             rows.extend(decide.linear(path, module))
         if id(module) in operations_of and id(module) not in mixing:
             rows.append(decide.operations(path, module, operations_of[id(module)]))
+        if id(module) in recurrent and type(module) not in composite.modules:
+            options = (path, module, "recurrence", composite["recurrence"])
+            rows.append(Assignment(*options, attach=attach_recurrence))
     rows.extend(
         Assignment(
             mixture.path, mixture.block, "router", composite["router"],
@@ -262,9 +274,13 @@ class _Decision:
         elif isinstance(module, GatedMLPBridge) and original(module) is not None:
             if _computes_itself(rules, module) and not has_declared_class(original(module)):
                 yield Assignment(path, module, "gate", rules["gate"], attach=attach_gated_mlp)
+        elif is_gated_norm(module):
+            yield Assignment(path, module, "norm", rules["norm"], attach=attach_gated_norm)
         elif id(module) not in self.wrapped and is_norm(module):
             yield Assignment(path, module, "norm", rules["norm"], attach=attach_unbridged_norm)
         elif known_forward(module) in ACTIVATION_FORWARDS:
+            if self.roles.get(id(module)) == "":
+                return
             yield self.activation(path, module, rules["activation"], share, False)
         elif type(module).__name__ in SIMILARITY_CLASSES:
             rule = rules["attention_qk"]
@@ -389,22 +405,6 @@ def _attended(parts: NamedModules) -> set[int]:
     """What lies inside attention that has a bridge."""
     attentions = [original(m) for _, m in parts if isinstance(m, AttentionBridge)]
     return {id(part) for module in attentions if module is not None for part in module.modules()}
-
-
-def _router_roles(
-    parts: NamedModules, mixed: list[Mixture], operations_of: dict[int, Operations]
-) -> dict[int, str]:
-    """Linear layers that weigh experts: they keep the epsilon rule, whatever that of the others."""
-    roles: dict[int, str] = {}
-    for _, module in parts:
-        if operations_of.get(id(module)) == ROUTER_SPEC:
-            roles.update((id(inner), "router") for inner in module.modules())
-            roles[id(module)] = ""
-    for mixture in mixed:  # the weight of a shared expert: one number a position
-        for inner in mixture.block.modules():
-            if isinstance(inner, nn.Linear) and inner.out_features == 1:
-                roles[id(inner)] = "router"
-    return roles
 
 
 def _linear_role(module: nn.Module) -> str:

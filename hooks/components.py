@@ -38,6 +38,8 @@ from lenslrp.hooks.leaf_modules import PER_LAYER_EMBEDDING
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.packed import attach_unpacked, is_packed_linear
 from lenslrp.hooks.rule_types import Plain, product_shares
+from lenslrp.hooks.scan_points import scan_points
+from lenslrp.hooks.scans import mixers
 from lenslrp.hooks.structure import NamedModules, layer_of, original
 
 if TYPE_CHECKING:
@@ -234,8 +236,9 @@ def watched_blocks(parts: NamedModules) -> dict[int, nn.Module]:
 
 
 def hook_points(model: TransformerBridge, parts: NamedModules) -> dict[str, nn.Module]:
-    """Every hook point by name: the bridge's own, and those at neurons of experts and adapters."""
-    return {**model.hook_dict, **expert_points(parts), **adapter_points(parts)}
+    """Every hook point by name: the bridge's own, those of experts, adapters and scans."""
+    own = {**model.hook_dict, **expert_points(parts)}
+    return {**own, **adapter_points(parts), **scan_points(mixers(parts))}
 
 
 __all__ = ["BlockBridge", "ExpertPoint", "UnembeddingBridge", "hook_points"]
