@@ -58,9 +58,9 @@ def families() -> dict[str, str]:
     for kind, language_model in heads.families(native):
         if language_model in COVERED:
             for name in heads.class_names(heads.HEADS, kind):
-                if name not in native and name.endswith(HEADS[1:4]) and hasattr(hf, name):
-                    if getattr(hf, name).main_input_name == "input_ids":
-                        found.setdefault(name, language_model)
+                known = name not in native and name.endswith(HEADS[1:4]) and hasattr(hf, name)
+                if known and getattr(hf, name).main_input_name == "input_ids":
+                    found.setdefault(name, language_model)
     return found
 
 
