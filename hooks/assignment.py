@@ -35,6 +35,7 @@ from lenslrp.hooks.components import (
     attach_gated_mlp,
     attach_linear,
     attach_native_activation,
+    attach_position_gate,
 )
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.convolution import CONVOLUTION_CLASSES
@@ -63,6 +64,9 @@ from lenslrp.hooks.structure import (
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+POSITION_GATE = "gru_rel_pos_linear"
+"""The layer from whose output WavLM makes the gates on its position bias."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,8 @@ def assign(
         if isinstance(module, AttentionBridge):
             for key in ("q", "k", "v", "o"):
                 roles[id(_wrapped(module, key))] = "projection"
+            if product_shares(composite["attention_gate"])[0] == 0:
+                roles[id(getattr(original(module), POSITION_GATE, None))] = "attention_gate"
             # The bridge splits a joint projection and calls its parts, unless it delegates.
             roles[id(_wrapped(module, "qkv"))] = "projection" if attention == "fused" else ""
         if isinstance(module, JointGateUpMLPBridge):
@@ -259,7 +265,10 @@ class _Decision:
     def linear(self, path: str, module: nn.Module) -> Iterator[Assignment]:
         """A linear layer or a convolution, unless its parts are called instead."""
         role = self.roles.get(id(module), _linear_role(module))
-        if role:
+        if role == "attention_gate":
+            rule = self.composite[role]
+            yield Assignment(path, module, role, rule, attach=attach_position_gate)
+        elif role:
             rule = self.composite[role]
             if not isinstance(rule, LinearRule):  # the weight of an expert, too
                 rule = Epsilon()

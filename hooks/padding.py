@@ -27,6 +27,10 @@ MIXES_COLUMNS = "ShortConv"
 """How classes end that mix neighbouring columns, padding or not (LFM2)."""
 
 
+MIXES_FRAMES = ("Data2VecAudio", "SEW")
+"""Families that stack convolutions over frames, or pool them: padding reaches real frames."""
+
+
 def is_left(mask: Tensor) -> bool:
     """Whether any row has padding before its first token."""
     return bool((~mask[:, :1]).any())
@@ -62,6 +66,33 @@ def require_padding(model: TransformerBridge, mask: Tensor) -> None:
 def reads_last(model: TransformerBridge) -> bool:
     """Whether a text is pooled at the last column, padding or not."""
     return any(type(part).__name__ == POOLS_LAST for part in model.original_model.modules())
+
+
+def require_sound_padding(model: TransformerBridge, mask: Tensor) -> None:
+    """Refuse padding under which a sound would not be what it is alone.
+
+    Args:
+        mask: [batch, sample], False at padding.
+
+    Raises:
+        InputError: saying why.
+    """
+    inner = model.original_model
+    kind = type(inner).__name__
+    if is_left(mask):
+        raise InputError(f"{kind}: put the padding on the right of a sound")
+    why = ""
+    if any(isinstance(module, nn.GroupNorm) for module in inner.modules()):
+        why = "its feature encoder normalises over the whole length of a sound (group norm)"
+    elif kind.startswith(MIXES_FRAMES):
+        why = "it convolves or pools frames after the padding has become numbers"
+    elif kind.endswith("ForXVector"):
+        why = "transformers counts the frames of its last layers without their dilation"
+    if why:
+        raise InputError(
+            f"{kind}: {why}, so a padded row is not what it is alone; give sounds of one length, "
+            "or one each"
+        )
 
 
 def takes_left(model: TransformerBridge) -> bool:

@@ -25,7 +25,9 @@ from lenslrp.text.words import Row, read_row, row_of_names
 PAIRED = ("hook_pattern", "hook_attn_scores", "hook_cross_pattern")
 """Hook points of [batch, head, query, key]."""
 
-_OF_THE_ENCODER = re.compile(r"^(encoder_|embed\.|pos_embed\.|token_type_embed\.|rotary_emb\.)")
+_OF_THE_ENCODER = re.compile(
+    r"^(encoder_|(embed|pos_embed|token_type_embed|rotary_emb|audio_feature_extractor|feat_proj)\.)"
+)
 _READ_FROM_IT = re.compile(r"\.cross_attn\.(k|v|hook_k|hook_v|hook_rot_k)(\.|$)")
 
 

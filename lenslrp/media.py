@@ -9,13 +9,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
-from lenslrp.inputs import prepare_text
+from lenslrp.hooks.padding import require_sound_padding
+from lenslrp.inputs import as_mask, is_encoder_decoder, prepare_text, with_decoder
 from lenslrp.leaves import Leaves
 from lenslrp.pictures import pixels_of
+from lenslrp.recordings import features_of, is_recording
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -27,7 +29,10 @@ LAYOUTS: Mapping[str, str] = {
 }
 """The inputs that are numbers and not tokens: name -> what a tensor's axes are."""
 
+SOUNDS = ("input_values", "input_features")
 LEAVES = ("pixels", "patches")
+WRITTEN = ("append", "decoder_input")
+"""Keywords of `lenslrp.inputs.prepare_text` that are of a decoder."""
 
 
 def main_input(model: TransformerBridge) -> str:
@@ -70,12 +75,22 @@ def prepare_batch(
         InputError: see there, `prepare_media` and `check_media`.
     """
     if reads_no_text(model):
-        for name in ("append", "attention_mask", "inputs_embeds", "decoder_input"):
+        if is_recording(text) and main_input(model) in SOUNDS and not media:
+            media, mask = features_of(model, main_input(model), text)
+            text = None
+            if mask is not None:
+                tokens = {**tokens, "attention_mask": mask}
+        writes = is_encoder_decoder(model)
+        masked = () if masks_frames(model) else ("attention_mask",)
+        for name in (*masked, "inputs_embeds", *(() if writes else WRITTEN)):
             if tokens.get(name) is not None and len(tokens[name]):
                 what = "a Sequence target" if name == "append" else name
                 kind = type(model.original_model).__name__
                 raise InputError(f"{what} goes with tokens, and {kind} reads {main_input(model)}")
-        return prepare_media(model, text, media)
+        batch = prepare_media(model, text, media, tokens.get("attention_mask"))
+        if not writes:
+            return batch
+        return with_decoder(model, batch, tokens.get("decoder_input"), tokens.get("append") or [])
     prepared = prepare_text(model, text, **tokens)
     if is_pair(model.original_model):
         _require_pairs(model, prepared, media)
@@ -92,7 +107,17 @@ def _require_pairs(model: TransformerBridge, prepared: Batch, media: Mapping[str
         )
 
 
-def prepare_media(model: TransformerBridge, floats: Any, media: Mapping[str, Tensor]) -> Batch:
+def masks_frames(model: TransformerBridge) -> bool:
+    """Whether a model takes a mask of a waveform's samples, and makes one of its frames of it."""
+    return hasattr(model.original_model, "_get_feature_vector_attention_mask")
+
+
+def prepare_media(
+    model: TransformerBridge,
+    floats: Any,
+    media: Mapping[str, Tensor],
+    attention_mask: Tensor | None = None,
+) -> Batch:
     """The batch of a model that reads an image or a sound and no text.
 
     Raises:
@@ -109,10 +134,30 @@ def prepare_media(model: TransformerBridge, floats: Any, media: Mapping[str, Ten
         raise InputError(f"{kind} reads {_wanted(model, name)}, not {got}: give {name}=")
     if name not in media:
         raise InputError(f"{kind} reads {_wanted(model, name)}: give {name}=")
+    if getattr(model.original_model.config, "add_adapter", False):
+        raise InputError(
+            f"{kind} with add_adapter=True: its adapter makes fewer outputs than there are frames, "
+            "so a position would mean two things; it is not covered"
+        )
     checked = check_media(model, media)
     batch = len(checked[name])
     empty = torch.zeros(batch, 0, dtype=torch.long, device=checked[name].device)
-    return Batch(empty, empty.bool(), [0] * batch, media=checked)
+    mask = None if attention_mask is None else as_mask(attention_mask, checked[name], name)
+    if mask is None or bool(mask.all()):
+        return Batch(empty, empty.bool(), [0] * batch, media=checked)
+    kwargs, frames = {"attention_mask": mask.long()}, _frames(model, mask)
+    return Batch(empty, empty.bool(), frames, kwargs, media=checked)
+
+
+def _frames(model: TransformerBridge, mask: Tensor) -> list[int]:
+    """How many frames are made of each row of a batch of sounds, under its mask."""
+    require_sound_padding(model, mask)
+    inner: Any = model.original_model
+    frames: list[int] = inner._get_feat_extract_output_lengths(mask.sum(dim=1)).tolist()
+    if min(frames) < 1:
+        row, kind = frames.index(min(frames)), type(inner).__name__
+        raise InputError(f"row {row} is too short: {kind} makes no frame of it")
+    return frames
 
 
 def check_media(model: TransformerBridge, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -172,7 +217,8 @@ def _takes(model: TransformerBridge) -> list[str]:
 
 def _wanted(model: TransformerBridge, name: str) -> str:
     sizes = _asked(model, name)
-    axes = LAYOUTS[name].split(", ") if len(sizes) != 2 else ["batch", "frame", "mel"]
+    spectrogram = name == "input_values" and len(sizes) == 2
+    axes = ["batch", "frame", "mel"] if spectrogram else LAYOUTS[name].split(", ")
     shown = [axes[0], *(f"{a}={s}" if s else a for a, s in zip(axes[1:], sizes, strict=True))]
     return f"{name} [{', '.join(shown)}]"
 
@@ -205,7 +251,9 @@ def _sizes(model: TransformerBridge, name: str) -> tuple[int, ...]:
     mel = getattr(config, "num_mel_bins", None)
     if name == "input_values" and mel is not None:  # a spectrogram
         return (int(getattr(config, "max_length", 0)), int(mel))
-    return (0, 0) if name == "input_features" else (0,)
+    if name == "input_features":
+        return (int(mel or 0), 2 * int(getattr(config, "max_source_positions", 0)))
+    return (0,)
 
 
 def _require_shape(model: TransformerBridge, name: str, value: Tensor) -> None:
@@ -251,6 +299,9 @@ def with_sequence(prepared: Batch, leaves: Leaves) -> Batch:
         names += [str(frame) for frame in range(places[0])]
     tokens = torch.arange(len(names), device=seen.device).expand(batch, -1)
     mask = torch.ones_like(tokens, dtype=torch.bool)
+    if any(prepared.prompt_lengths):  # under a mask
+        frames = torch.tensor(prepared.prompt_lengths, device=seen.device)
+        mask = torch.arange(len(names), device=seen.device) < frames[:, None]
     return replace(prepared, tokens=tokens, mask=mask, prompt_lengths=[0] * batch, names=names)
 
 
@@ -300,6 +351,8 @@ def labels_of(model: TransformerBridge) -> dict[int, str] | None:
         return {0: "start", 1: "end"}
     if is_pair(model.original_model):
         return {0: "similarity"}
+    if kind.endswith("ForXVector"):
+        return {}  # numbers without names
     if "Classification" not in kind:
         return None
     names = getattr(model.original_model.config, "id2label", None) or {}
@@ -311,8 +364,8 @@ def example(model: TransformerBridge, seed: int = 0, batch: int = 1) -> dict[str
     name = "pixel_values" if is_pair(model.original_model) else main_input(model)
     sizes = _sizes(model, name)
     if sizes == (0,):  # a waveform: enough samples for some frames
-        steps = [int(step) for step in getattr(model.original_model.config, "conv_stride", [1])]
-        sizes = (math.prod(steps) * 16,)
+        layers = [part for part in model.original_model.modules() if isinstance(part, nn.Conv1d)]
+        sizes = (math.prod(layer.stride[0] for layer in layers) * 16,)
     weight = next(p for p in model.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(batch, *sizes, generator=generator)

@@ -130,7 +130,9 @@ def run_with_relevance(
 
     Args:
         model: a ``TransformerBridge``, in eval mode.
-        input: a string, strings, or a token tensor [batch, pos].
+        input: a string, strings, or a token tensor [batch, pos]. For a model that reads sounds, a
+            recording or a list of them: samples [sample], or the path of a wav file, of which its
+            ``processor`` makes numbers.
         target: a token (string or id), a `lenslrp.targets` object, a list of one per row, or
             ``None`` for the top logit at the last position. A string of several tokens is
             teacher-forced as a ``Sequence``.
@@ -149,7 +151,8 @@ def run_with_relevance(
             are returned as [batch, n, vocab] and equal the others to rounding. Where a target, a
             hook at the unembedding or a name under ``unembed`` in ``names_filter`` needs them all,
             they are computed.
-        attention_mask: [batch, pos], for token tensors with padding on one side.
+        attention_mask: [batch, pos], for token tensors with padding on one side; [batch, sample]
+            for waveforms.
         inputs_embeds: [batch, pos, d_model] instead of ``input``; they are then the leaves.
         decoder_input: what the decoder of an encoder-decoder has written so far: a string or
             strings (its start token is put before them), or a token tensor [batch, pos] as it is;

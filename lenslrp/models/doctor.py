@@ -163,7 +163,8 @@ def examine(
     if media.reads_no_text(model):
         inputs = media.example(model, seed)
         if not media.head_of(model):
-            target = Activation(f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", 0)
+            residual = [name for name in model.hook_dict if name.endswith("hook_resid_post")]
+            target = Activation(residual[-1], 0)
     else:
         inputs = {
             "input": torch.randint(0, int(model.cfg.d_vocab), (1, length), generator=generator)

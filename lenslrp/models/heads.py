@@ -19,6 +19,7 @@ from torch import nn
 from lenslrp.models.encoders import encoders
 from lenslrp.models.images import image_models
 from lenslrp.models.outputs import give_logits
+from lenslrp.models.sounds import sounds, sum_at_hook_points
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
@@ -28,16 +29,21 @@ LANGUAGE_MODELS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_CTC_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
 )
 HEADS = (
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_XVECTOR_MAPPING_NAMES",
     "MODEL_MAPPING_NAMES",
 )
 """The tables of transformers that say which class a family has with which head."""
 
-LABELLED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+LABELLED = ("Classification", "ForQuestionAnswering", "ForXVector")
 
 
 @cache
@@ -52,7 +58,7 @@ def offered() -> Mapping[str, type[ArchitectureAdapter]]:
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
     native = dict(SUPPORTED_ARCHITECTURES)
-    own = {**encoders(native), **image_models(native)}
+    own = {**encoders(native), **image_models(native), **sounds(native)}
     added = {name: made for name, made in own.items() if name not in native}
     adapters = {**native, **added}
     known = set(dir(transformers))  # looking a class up would import its family
@@ -103,6 +109,11 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
         if name.endswith("ForQuestionAnswering"):
             give_logits(hf_model)
 
+    def setup_hook_compatibility(self: Any, bridge: Any) -> None:
+        if hasattr(base, "setup_hook_compatibility"):
+            base.setup_hook_compatibility(self, bridge)
+        sum_at_hook_points(bridge)
+
     return type(
         f"{name}Adapter",
         (base,),
@@ -110,6 +121,7 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
             "__doc__": f"{name}, derived from the adapter of {language_model}.",
             "language_model": language_model,
             "prepare_model": prepare_model,
+            "setup_hook_compatibility": setup_hook_compatibility,
             "supports_generation": False,
             "supports_causal_loss": False,
         },

@@ -151,9 +151,10 @@ def _batch(inputs: dict[str, Any]) -> Batch:
     ids = inputs.pop("input_ids", None)
     if ids is not None:
         return Batch(ids, torch.ones_like(ids, dtype=torch.bool), [ids.shape[1]], inputs)
-    rows = len(next(iter(inputs.values())))
+    floats = {name: inputs.pop(name) for name in media.LAYOUTS if name in inputs}
+    rows = len(next(iter(floats.values())))
     empty = torch.empty(rows, 0, dtype=torch.long)
-    return Batch(empty, empty.bool(), [0] * rows, media=inputs)
+    return Batch(empty, empty.bool(), [0] * rows, inputs, media=floats)
 
 
 def difference(output: Tensor, expected: Tensor, *, by_position: bool = False) -> float:
@@ -189,16 +190,17 @@ def _said(error: BaseException) -> str:
 def short_input(model: Any, seed: int = 0) -> dict[str, Any]:
     """A few random tokens, or a random image or sound for a model that reads no text."""
     seen: Any = SimpleNamespace(original_model=model, parameters=model.parameters)
-    if media.reads_no_text(seen):
-        return dict(media.example(seen, seed))
+    takes = inspect.signature(model.forward).parameters
+    floats = dict(media.example(seen, seed)) if media.reads_no_text(seen) else {}
+    if floats and "decoder_input_ids" not in takes:
+        return floats
     config = model.config
     text = config.get_text_config(decoder=True)
     special = reserved_ids(config.to_dict())
     order = torch.randperm(int(text.vocab_size), generator=torch.Generator().manual_seed(seed))
     free = [token for token in order[: LENGTH + len(special)].tolist() if token not in special]
     ids = torch.tensor([(free or order.tolist())[:LENGTH]], device=model.device)
-    takes = inspect.signature(model.forward).parameters
-    inputs: dict[str, Any] = {"input_ids": ids}
+    inputs: dict[str, Any] = floats or {"input_ids": ids}
     if decoder_reads_the_text(model):
         ids[0, -1] = config.eos_token_id  # where a classifier reads its answer
     elif getattr(config, "is_encoder_decoder", False):

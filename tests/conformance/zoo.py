@@ -41,6 +41,7 @@ from lenslrp.inputs import decoder_reads_the_text, prepare_text
 from lenslrp.models import heads
 from lenslrp.models.images import image_models
 from lenslrp.models.verifying import difference, output_of, short_input
+from lenslrp.running import run_model
 from lenslrp.targets import Activation
 from lenslrp.text.tokenization import give_tokenizer
 from tests.conformance import zoo_media
@@ -95,6 +96,7 @@ FLOAT32 = frozenset(
         "MixtralForCausalLM",
         "ModernBertForMaskedLM",
         "ModernBertDecoderForCausalLM",
+        "MoonshineForConditionalGeneration",
         "MuseGlimmerForConditionalGeneration",
         "NanoChatForCausalLM",
         "OPTForCausalLM",
@@ -134,6 +136,9 @@ ROUNDS = frozenset({"LEDForConditionalGeneration", "LongT5ForConditionalGenerati
 """Logits under rules that are equal to the bit to those of a model whose weights need no gradient,
 and to rounding to others: torch multiplies a tensor that is not contiguous (theirs before ``o``) in
 another way by a weight that needs none. Rules freeze the weights."""
+
+GATED = "WavLM"
+"""How families begin whose position gates are constants: Gradient x Input refuses them by name."""
 
 CONSTANTS = ("bias", "_init")
 """How parameters that are added end, besides ``bias`` itself (experts, HRM's initial state)."""
@@ -283,8 +288,9 @@ def plain_logits(model: Any) -> Tensor:
     """The model's own logits, without any rule."""
     extra = {**decoder(model, "decoder_input_ids"), **image_beside(model)}
     if media.reads_no_text(model):
+        batch = media.prepare_batch(model, None, media.example(model, batch=2))
         with torch.no_grad():
-            outputs: Tensor = model(None, **media.example(model, batch=2))
+            outputs: Tensor = run_model(model, batch, None, batch.media)
         return outputs
     with torch.no_grad(), default_type(model):
         logits: Tensor = model(prompt(model), **extra)
@@ -337,7 +343,8 @@ def apart(name: str) -> dict[str, float]:
     found = {}
     for kind, inputs in given.items():
         with torch.no_grad(), default_type(model):
-            output = bridge(inputs.pop("input_ids", None), return_type="logits", **inputs)
+            first = inputs.pop("input_ids", inputs.pop("input_features", None))
+            output = bridge(first, return_type="logits", **inputs)
         found[kind] = difference(output, expected[kind])
     return found
 
