@@ -26,7 +26,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources.native import model as native
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attention import attach_attention, gates_its_output
+from lenslrp.hooks.attention import attach_attention, calls_the_module, gates_its_output
 from lenslrp.hooks.checks import known_forward
 from lenslrp.hooks.components import (
     ACTIVATION_FORWARDS,
@@ -40,7 +40,7 @@ from lenslrp.hooks.components import (
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.convolution import CONVOLUTION_CLASSES
 from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures
-from lenslrp.hooks.leaf_modules import embeddings
+from lenslrp.hooks.leaf_modules import embeddings, relative_positions
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.norms import attach_norm, attach_registered_norm, attach_unbridged_norm, is_norm
 from lenslrp.hooks.operations import (
@@ -164,7 +164,8 @@ def assign(
             if product_shares(composite["attention_gate"])[0] == 0:
                 roles[id(getattr(original(module), POSITION_GATE, None))] = "attention_gate"
             # The bridge splits a joint projection and calls its parts, unless it delegates.
-            roles[id(_wrapped(module, "qkv"))] = "projection" if attention == "fused" else ""
+            called = attention == "fused" or calls_the_module(module)
+            roles[id(_wrapped(module, "qkv"))] = "projection" if called else ""
         if isinstance(module, JointGateUpMLPBridge):
             roles[id(_wrapped(module, "gate_up"))] = ""
             roles[id(getattr(original(module), module.fused_attr, None))] = ""
@@ -177,7 +178,8 @@ def assign(
                 gates[id(inner)] = share
     decide = _Decision(composite, gates, roles, wrapped)
     embedded = embeddings(modules)
-    inside = _answered_for(modules, composite, embedded)
+    of_positions = relative_positions(modules)
+    inside = _answered_for(modules, composite, embedded) | of_positions
     linear = {id(original(m)) for _, m in modules if isinstance(m, LinearBridge)}
     rows: list[Assignment] = []
     for path, module in modules:
@@ -195,6 +197,7 @@ def assign(
         )
         for mixture in mixture_blocks
     )  # fmt: skip
+    roles.update(dict.fromkeys(of_positions, ""))
     weights = _ruled_weights(modules, composite, roles, operations_of)
     return Assignments(rows, queries, weights, wrapped, embedded)
 

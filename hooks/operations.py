@@ -61,6 +61,7 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     "JetMoeTopKGating": ROUTER_SPEC,
     "LagunaAttention": ATTENTION_GATE_SPEC,
     **dict.fromkeys(("Lfm2MLP", "Lfm2MoeMLP", "MoonshineDecoderMLP"), GATED_MLP_SPEC),
+    **dict.fromkeys(("ConvLayer", "DistilBertForMultipleChoice"), FUNCTIONAL_SPEC),
     "DistilBertForSequenceClassification": FUNCTIONAL_SPEC,
     **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
     "MuseGlimmerTextAttention": ATTENTION_GATE_SPEC,

@@ -23,7 +23,8 @@ from lenslrp import media
 from lenslrp.batch import Batch
 from lenslrp.errors import FAILURES
 from lenslrp.forward import forward
-from lenslrp.inputs import decoder_reads_the_text
+from lenslrp.inputs import decoder_reads_the_text, text_of_decoder
+from lenslrp.models.heads import CHOICE
 from lenslrp.models.outputs import named_logits
 
 LENGTH = 6  #: tokens of the short pass
@@ -109,10 +110,12 @@ def reference(model: Any, run: Callable[..., Any] | None = None) -> Reference:
         return Reference({}, None, kind, "its weights have no values")
     if sum(p.numel() for p in model.parameters()) > LARGEST:
         return Reference({}, None, kind, f"it has more than {LARGEST:.0e} weights")
-    inputs = short_input(model)
+    inputs = given = short_input(model)
+    if type(model).__name__.endswith(CHOICE):  # which takes several, [batch, choice, pos]
+        given = {**inputs, "input_ids": inputs["input_ids"][:, None]}
     try:
         with torch.no_grad(), _Narrowed() as narrowed:
-            output = output_of((run or model)(**inputs))
+            output = output_of((run or model)(**given))
     except FAILURES as error:
         reason = f"the model itself raises for a few random tokens: {_said(error)}"
         return Reference(inputs, None, kind, reason, failed=True)
@@ -132,6 +135,9 @@ def compare(bridge: Any, expected: Reference) -> Agreement:
         else value
         for name, value in expected.given.items()
     }
+    if decoder_reads_the_text(bridge.original_model):  # the model shifts it by itself
+        written = text_of_decoder(bridge.original_model, inputs["input_ids"][0].tolist())
+        inputs["decoder_input_ids"] = torch.tensor([written], device=weight.device)
     try:
         with forward(bridge, _batch(inputs)) as run:
             output = output_of((run.logits,))
