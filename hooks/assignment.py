@@ -26,8 +26,12 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources.native import model as native
 
 from lenslrp.errors import InputError
+<<<<<<< HEAD
 from lenslrp.hooks.adapted import attach_adapted, is_adapted
 from lenslrp.hooks.attention import attach_attention, gates_its_output
+=======
+from lenslrp.hooks.attention import attach_attention, calls_the_module, gates_its_output
+>>>>>>> main
 from lenslrp.hooks.checks import known_forward
 from lenslrp.hooks.components import (
     ACTIVATION_FORWARDS,
@@ -36,12 +40,17 @@ from lenslrp.hooks.components import (
     attach_gated_mlp,
     attach_linear,
     attach_native_activation,
+    attach_position_gate,
 )
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.convolution import CONVOLUTION_CLASSES
 from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures
+<<<<<<< HEAD
 from lenslrp.hooks.joint import JointRows
 from lenslrp.hooks.leaf_modules import embeddings
+=======
+from lenslrp.hooks.leaf_modules import embeddings, relative_positions
+>>>>>>> main
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.norms import attach_norm, attach_registered_norm, attach_unbridged_norm, is_norm
 from lenslrp.hooks.operations import (
@@ -55,6 +64,7 @@ from lenslrp.hooks.operations import (
 from lenslrp.hooks.packed import is_packed_linear
 from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
 from lenslrp.hooks.sharding import is_sharded
+from lenslrp.hooks.similarity import SIMILARITY_CLASSES, attach_similarity
 from lenslrp.hooks.structure import (
     NamedModules,
     check_once,
@@ -65,6 +75,9 @@ from lenslrp.hooks.structure import (
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+POSITION_GATE = "gru_rel_pos_linear"
+"""The layer from whose output WavLM makes the gates on its position bias."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +172,16 @@ def assign(
         if isinstance(module, AttentionBridge):
             for key in ("q", "k", "v", "o"):
                 roles[id(_wrapped(module, key))] = "projection"
+            if product_shares(composite["attention_gate"])[0] == 0:
+                roles[id(getattr(original(module), POSITION_GATE, None))] = "attention_gate"
             # The bridge splits a joint projection and calls its parts, unless it delegates.
+<<<<<<< HEAD
             whole = attention == "fused" or isinstance(_wrapped(module, "v"), JointRows)
             roles[id(_wrapped(module, "qkv"))] = "projection" if whole else ""
+=======
+            called = attention == "fused" or calls_the_module(module)
+            roles[id(_wrapped(module, "qkv"))] = "projection" if called else ""
+>>>>>>> main
         if isinstance(module, JointGateUpMLPBridge):
             role = "linear" if isinstance(_wrapped(module, "gate"), JointRows) else ""
             fused: Any = getattr(original(module), module.fused_attr, None)
@@ -180,7 +200,8 @@ def assign(
             roles.update(dict.fromkeys(map(id, module.modules()), role))
     decide = _Decision(composite, gates, roles, wrapped)
     embedded = embeddings(modules)
-    inside = _answered_for(modules, composite, embedded)
+    of_positions = relative_positions(modules)
+    inside = _answered_for(modules, composite, embedded) | of_positions
     linear = {id(original(m)) for _, m in modules if isinstance(m, LinearBridge)}
     rows: list[Assignment] = []
     for path, module in modules:
@@ -198,6 +219,7 @@ def assign(
         )
         for mixture in mixture_blocks
     )  # fmt: skip
+    roles.update(dict.fromkeys(of_positions, ""))
     weights = _ruled_weights(modules, composite, roles, operations_of)
     return Assignments(rows, queries, weights, wrapped, embedded)
 
@@ -256,6 +278,9 @@ class _Decision:
             yield Assignment(path, module, "norm", rules["norm"], attach=attach_unbridged_norm)
         elif known_forward(module) in ACTIVATION_FORWARDS:
             yield self.activation(path, module, rules["activation"], share, False)
+        elif type(module).__name__ in SIMILARITY_CLASSES:
+            rule = rules["attention_qk"]
+            yield Assignment(path, module, "attention_qk", rule, attach=attach_similarity)
         elif isinstance(module, native.NativeMLP | native.NativeGatedMLP):
             yield Assignment(
                 path, module, "activation", rules["activation"], share,
@@ -271,7 +296,14 @@ class _Decision:
     ) -> Iterator[Assignment]:
         """A linear layer or a convolution, unless its parts are called instead."""
         role = self.roles.get(id(module), _linear_role(module))
+<<<<<<< HEAD
         if role and not isinstance(module, JointRows):
+=======
+        if role == "attention_gate":
+            rule = self.composite[role]
+            yield Assignment(path, module, role, rule, attach=attach_position_gate)
+        elif role:
+>>>>>>> main
             rule = self.composite[role]
             if not isinstance(rule, LinearRule):  # the weight of an expert, too
                 rule = Epsilon()
@@ -358,8 +390,8 @@ def _ruled_weights(
                     f"{path}: {composite[role].name} reads its weight, which FSDP gathers for the "
                     f"pass only: use epsilon for its role ({role!r}), or load the model whole"
                 )
-            # On the meta device no tensor has an address.
-            addresses.update((m.data_ptr(), path) for m in matrices if not m.is_meta)
+            # On the meta device no tensor has an address, and neither has one without numbers.
+            addresses.update((m.data_ptr(), path) for m in matrices if m.numel() and not m.is_meta)
     return addresses
 
 
