@@ -31,14 +31,9 @@ from lenslrp.batch import Batch
 from lenslrp.defaults import recommended
 from lenslrp.errors import InputError
 from lenslrp.hooks import coverage as cover
-<<<<<<< HEAD
-from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
+from lenslrp.hooks.composites import Composite, as_composite
 from lenslrp.hooks.install import relevance_rules
 from lenslrp.hooks.packed import FLOATING
-=======
-from lenslrp.hooks.composites import Composite, as_composite
-from lenslrp.hooks.install import FLOATING, relevance_rules
->>>>>>> main
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rule_types import Rule
 from lenslrp.hooks.sites import Accounts

@@ -23,15 +23,10 @@ from lenslrp import media
 from lenslrp.batch import Batch
 from lenslrp.errors import FAILURES
 from lenslrp.forward import forward
-<<<<<<< HEAD
-from lenslrp.inputs import decoder_reads_the_text
-from lenslrp.models.heads import span_logits
-from lenslrp.models.quantised import rounds
-=======
 from lenslrp.inputs import decoder_reads_the_text, text_of_decoder
 from lenslrp.models.heads import CHOICE
 from lenslrp.models.outputs import named_logits
->>>>>>> main
+from lenslrp.models.quantised import rounds
 
 LENGTH = 6  #: tokens of the short pass
 LARGEST = 40_000_000_000  #: weights; above, a pass costs too much to be made unasked
