@@ -35,6 +35,7 @@ from lenslrp.hooks.components import (
     attach_gated_mlp,
     attach_linear,
     attach_native_activation,
+    attach_position_gate,
 )
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.convolution import CONVOLUTION_CLASSES
@@ -52,6 +53,7 @@ from lenslrp.hooks.operations import (
 )
 from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
 from lenslrp.hooks.sharding import is_sharded
+from lenslrp.hooks.similarity import SIMILARITY_CLASSES, attach_similarity
 from lenslrp.hooks.structure import (
     NamedModules,
     check_once,
@@ -62,6 +64,9 @@ from lenslrp.hooks.structure import (
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+POSITION_GATE = "gru_rel_pos_linear"
+"""The layer from whose output WavLM makes the gates on its position bias."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,8 @@ def assign(
         if isinstance(module, AttentionBridge):
             for key in ("q", "k", "v", "o"):
                 roles[id(_wrapped(module, key))] = "projection"
+            if product_shares(composite["attention_gate"])[0] == 0:
+                roles[id(getattr(original(module), POSITION_GATE, None))] = "attention_gate"
             # The bridge splits a joint projection and calls its parts, unless it delegates.
             called = attention == "fused" or calls_the_module(module)
             roles[id(_wrapped(module, "qkv"))] = "projection" if called else ""
@@ -247,6 +254,9 @@ class _Decision:
             yield Assignment(path, module, "norm", rules["norm"], attach=attach_unbridged_norm)
         elif known_forward(module) in ACTIVATION_FORWARDS:
             yield self.activation(path, module, rules["activation"], share, False)
+        elif type(module).__name__ in SIMILARITY_CLASSES:
+            rule = rules["attention_qk"]
+            yield Assignment(path, module, "attention_qk", rule, attach=attach_similarity)
         elif isinstance(module, native.NativeMLP | native.NativeGatedMLP):
             yield Assignment(
                 path, module, "activation", rules["activation"], share,
@@ -258,7 +268,10 @@ class _Decision:
     def linear(self, path: str, module: nn.Module) -> Iterator[Assignment]:
         """A linear layer or a convolution, unless its parts are called instead."""
         role = self.roles.get(id(module), _linear_role(module))
-        if role:
+        if role == "attention_gate":
+            rule = self.composite[role]
+            yield Assignment(path, module, role, rule, attach=attach_position_gate)
+        elif role:
             rule = self.composite[role]
             if not isinstance(rule, LinearRule):  # the weight of an expert, too
                 rule = Epsilon()
@@ -343,8 +356,8 @@ def _ruled_weights(
                     f"{path}: {composite[role].name} reads its weight, which FSDP gathers for the "
                     f"pass only: use epsilon for its role ({role!r}), or load the model whole"
                 )
-            # On the meta device no tensor has an address.
-            addresses.update((m.data_ptr(), path) for m in matrices if not m.is_meta)
+            # On the meta device no tensor has an address, and neither has one without numbers.
+            addresses.update((m.data_ptr(), path) for m in matrices if m.numel() and not m.is_meta)
     return addresses
 
 

@@ -181,6 +181,9 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
         attach_score_meter(at, attn, sites["attention_qk"], q_share)
     elif not isinstance(inner, native.NativeAttention):
         attach_hookable_attention(at, attn, at_product, sites["attention_qk"], q_share, biases)
+    share = (
+        None if isinstance(inner, nn.MultiheadAttention) else q_share
+    )  # pooling: learned queries
     replaces = isinstance(roles["softmax"], SoftmaxRule)
     needs_scores = replaces or isinstance(roles["softmax"], SoftmaxTemperature)
     stash: list[Tensor] = []
@@ -188,7 +191,7 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     with_rule = {role: site for role, site in sites.items() if not (edited and role == "softmax")}
 
     def at_scores(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> Tensor:
-        return F.apply(Scores, scores, q_share, cap, with_rule)
+        return F.apply(Scores, scores, share, cap, with_rule)
 
     def leaves(x: Tensor, g: Tensor) -> None:
         if sites["softmax"].backward:  # not where relevance starts at a score

@@ -17,17 +17,19 @@ class Scores(torch.autograd.Function):
     """At the attention scores, after mask and soft-cap, before the softmax.
 
     Reports the relevance of the scores (the softmax site's output side is :class:`Pattern`), undoes
-    the soft-cap's tanh' and gives queries and keys their share. Without a softmax site, what the
-    softmax is given is measured elsewhere, behind hooks of the user's.
+    the soft-cap's tanh' and gives queries and keys their share; ``None`` where the queries are a
+    weight, so that the scores are linear in the keys, which get all of it. Without a softmax site,
+    what the softmax is given is measured elsewhere, behind hooks of the user's.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, share: float, cap: float | None, sites: dict[str, Site]
+        ctx: Any, scores: Tensor, share: float | None, cap: float | None, sites: dict[str, Site]
     ) -> Tensor:
-        opens = ("product", "tanh") if cap is not None and "softcap" in sites else ("product",)
-        set_site(ctx, sites["attention_qk"], opens=opens)
-        ctx.sites, ctx.share, ctx.cap = sites, share, cap
+        opens = ("tanh",) if cap is not None and "softcap" in sites else ()
+        set_site(ctx, sites["attention_qk"], opens=opens if share is None else ("product", *opens))
+        ctx.sites, ctx.cap = sites, cap
+        ctx.share, ctx.left = (1, 0) if share is None else (share, 1 - 2 * share)
         if "softcap" in sites:
             sites["softcap"].forward += 1
         capped = cap is not None and sites["softcap"].rule.name != "plain"
@@ -56,7 +58,7 @@ class Scores(torch.autograd.Function):
                 passed = row_sums(x, down.to(x.dtype) * slope)
                 name = "stabiliser" if ctx.capped else "plain"
                 softcap.report(name, relevance - passed)
-            qk.report("plain", (1 - 2 * ctx.share) * passed)
+            qk.report("plain", ctx.left * passed)
         return (down if ctx.share == 1 else down * ctx.share), None, None, None
 
 

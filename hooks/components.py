@@ -41,6 +41,9 @@ from lenslrp.hooks.structure import NamedModules, layer_of, original
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+LAYER_WEIGHTS = "layer_weights"
+"""The parameter by which a head weighs the hidden states of all layers."""
+
 ACTIVATION_CLASSES: tuple[type, ...] = (
     nn.SiLU,
     nn.GELU,
@@ -96,6 +99,11 @@ def attach_bias_meter(at: Attached, ctx: Context, path: str, module: nn.Module) 
         role, dim = "convolution", 1 - layer.weight.ndim  # the channels, before the places
     site = ctx.site(path, module, role, Epsilon())
     at.meter(module, lambda y: measure_bias(y, layer.bias, site, dim))  # FSDP gathers it
+
+
+def attach_position_gate(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
+    """A gate on a bias of the scores is a constant, so that the bias is one."""
+    at.hook(module, lambda _, args, y: y.detach())
 
 
 def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role: str) -> None:
@@ -214,10 +222,13 @@ def watched_blocks(parts: NamedModules) -> dict[int, nn.Module]:
     """The blocks by layer, where a block's number says what flows through it.
 
     None in two stacks (an encoder and a decoder, HRM's cycles), or where blocks have a second
-    entrance (Gemma 4's embedding per layer) or are gone round (DeBERTa's convolution).
+    entrance (Gemma 4's embedding per layer) or exit (a head that sums all layers), or are gone
+    round (DeBERTa's convolution).
     """
     stacks = {path.split(".")[0] for path, _ in parts if re.fullmatch(r"\w*blocks\.\d+", path)}
-    if len(stacks) > 1 or any(path.endswith(PER_LAYER_EMBEDDING) for path, _ in parts):
+    entered = any(path.endswith(PER_LAYER_EMBEDDING) for path, _ in parts)
+    left = any(LAYER_WEIGHTS in module._parameters for _, module in parts)
+    if len(stacks) > 1 or entered or left:
         return {}
     if any(type(module).__name__ == "ConvLayer" for _, module in parts):
         return {}

@@ -63,6 +63,10 @@ BILINEAR_NODES = frozenset(
 )
 """Linear while only one factor is on the graph; with two they are a product and need a rule."""
 
+DEVIATION_NODES = frozenset({"Std"})
+"""``y = sum c c / ((n - 1) y)``: with half to each c and a constant denominator ([A] Prop. 3.2 and
+3.4) the rule is the gradient of calculus, and conserves."""
+
 QUOTIENT_NODES = frozenset({"Div", "Addcdiv"})
 SOFTMAX_NODES = frozenset({"Softmax", "LogSoftmax"})
 CLIP_NODES = frozenset({"Clamp", "ClampMin", "ClampMax"})
@@ -241,7 +245,7 @@ def _wants(node: Any, name: str, writes: Mapping[int, str]) -> str:
     """
     if isinstance(node, torch.autograd.function.BackwardCFunction):  # written in Python, any name
         return "?" if _is_foreign(node) else ""
-    if name in LINEAR_NODES or name.startswith("MkldnnReorder"):
+    if name in LINEAR_NODES | DEVIATION_NODES or name.startswith("MkldnnReorder"):
         return ""
     if name in VIEW_WRITES:
         hidden = writes.get(id(node), "an unknown write into a view")

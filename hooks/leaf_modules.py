@@ -38,10 +38,16 @@ POSITION_NAMES = ("position_embeddings", "position_embedding", "pos_embed", "pos
 """Parameters, or embeddings, that are added to every token of an image."""
 
 FRAME_COMPONENT = "feat_proj"
-"""The bridge's component whose linear layer makes the frames of a waveform."""
+"""The bridge's component whose linear layer, or convolution, makes the frames of a sound."""
+
+FRAME_NORM = "feat_ln"
+"""The bridge's component of a norm before it, where that is no part of it (SEW)."""
+
+FRAMING = (nn.Linear, nn.Conv1d)
+"""The layers that make frames; where a component has none, it makes them itself."""
 
 WAVE_COMPONENT = "audio_feature_extractor"
-"""The bridge's component with the convolutions before it."""
+"""How the bridge's components with the convolutions before it begin."""
 
 OF_POSITIONS = {
     "DisentangledSelfAttention": ("pos_key_proj", "pos_query_proj", "pos_proj", "pos_q_proj"),
@@ -114,7 +120,8 @@ class MediaEmbedder:
 
     Attributes:
         projection: the patch convolution, whose output is [batch, d_model, row, column], or the
-            linear layer behind a stack of convolutions, whose output is [batch, frame, d_model].
+            linear layer behind a stack of convolutions, whose output is [batch, frame, d_model];
+            or the last of a few convolutions, whose output is [batch, d_model, frame].
         owner: the module whose own parameters the constants are, if there are any.
         special: attribute -> how its tokens are called.
         positions: attributes added to the tokens: parameters, or ``nn.Embedding`` children.
@@ -141,9 +148,8 @@ def media_embedders(parts: NamedModules) -> list[MediaEmbedder]:
     for path, module in parts:
         inner: Any = original(module) if path == FRAME_COMPONENT else None
         if isinstance(inner, nn.Module):
-            frames = next((m for m in inner.modules() if isinstance(m, nn.Linear)), None)
-            if frames is not None:
-                places[id(frames)] = MediaEmbedder(frames, None, {}, ())
+            frames = next((m for m in inner.modules() if isinstance(m, FRAMING)), inner)
+            places[id(frames)] = MediaEmbedder(frames, None, {}, ())
     if not places:  # positions that are rotations, and no token but the patches
         patches = next((m for _, m in parts if isinstance(m, nn.Conv2d)), None)
         if patches is not None:
@@ -155,7 +161,7 @@ def sites_before_sequence(parts: NamedModules, sites: Iterable[Site]) -> list[Si
     """The sites of what runs before there are patches or frames, the layer that makes them too."""
     inside = {id(m) for place in media_embedders(parts) for m in place.projection.modules()}
     for path, module in parts:
-        if path in (FRAME_COMPONENT, WAVE_COMPONENT):
+        if path.startswith((FRAME_COMPONENT, FRAME_NORM, WAVE_COMPONENT)) and "." not in path:
             inside |= {id(m) for m in module.modules()}
     paths = {path for path, module in parts if id(module) in inside}
     return [site for site in sites if site.hook in paths]

@@ -60,7 +60,7 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     "JetMoeAttention": Operations("router", leaks=(), attention=False),  # experts for its heads
     "JetMoeTopKGating": ROUTER_SPEC,
     "LagunaAttention": ATTENTION_GATE_SPEC,
-    **dict.fromkeys(("Lfm2MLP", "Lfm2MoeMLP"), GATED_MLP_SPEC),
+    **dict.fromkeys(("Lfm2MLP", "Lfm2MoeMLP", "MoonshineDecoderMLP"), GATED_MLP_SPEC),
     **dict.fromkeys(("ConvLayer", "DistilBertForMultipleChoice"), FUNCTIONAL_SPEC),
     "DistilBertForSequenceClassification": FUNCTIONAL_SPEC,
     **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
@@ -68,9 +68,9 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     # Two gates around a convolution over three positions.
     **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_SPEC),
     # Towers that activate the output of their first convolutions.
-    **dict.fromkeys(
-        ("AudioFlamingo3Encoder", "GlmAsrEncoder", "Qwen2AudioEncoder"), FUNCTIONAL_SPEC
-    ),
+    **dict.fromkeys(("AudioFlamingo3Encoder", "GlmAsrEncoder"), FUNCTIONAL_SPEC),
+    **dict.fromkeys(("MoonshineEncoder", "Qwen2AudioEncoder"), FUNCTIONAL_SPEC),
+    **dict.fromkeys(("TDNNLayer", "WhisperEncoder"), FUNCTIONAL_SPEC),
     # Towers that add learned positions, or a learned token for the image or the end of its rows.
     **dict.fromkeys(
         (

@@ -21,11 +21,18 @@ from lenslrp.hooks.structure import components
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+POOLS_LAST = "SiglipTextModel"
+"""A text tower that pools at the last column, and was trained on texts of one length."""
+
 MIXES_COLUMNS = "ShortConv"
 """How classes end that mix neighbouring columns, padding or not (LFM2)."""
 
 OF_A_ROW = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
 """How classes end whose output is of a row, and not of each of its tokens."""
+
+
+MIXES_FRAMES = ("Data2VecAudio", "SEW")
+"""Families that stack convolutions over frames, or pool them: padding reaches real frames."""
 
 
 def is_left(mask: Tensor) -> bool:
@@ -58,6 +65,12 @@ def require_padding(model: TransformerBridge, mask: Tensor) -> None:
             f"{kind} reads the first column of its text, which is padding in a row that is padded "
             "on the left; put the padding on the right"
         )
+    if reads_last(model) and bool((~mask[:, -1:]).any()):
+        raise InputError(
+            f"{kind} reads a text at its last column, so a row that is padded on the right is not "
+            "what it is alone; put the padding on the left, or, as it was trained, give the "
+            "padding tokens without a mask"
+        )
     if is_left(mask) and not takes_left(model):
         raise InputError(
             f"{kind} goes by columns, so a row that is padded on the left is not what it is alone; "
@@ -87,6 +100,38 @@ def takes_mask(model: TransformerBridge) -> bool:
     OpenAI GPT's has not. With padding on the right it needs none: no token sees what follows it.
     """
     return not type(getattr(model, "original_model", model)).__name__.startswith("OpenAIGPT")
+
+
+def reads_last(model: TransformerBridge) -> bool:
+    """Whether a text is pooled at the last column, padding or not."""
+    return any(type(part).__name__ == POOLS_LAST for part in model.original_model.modules())
+
+
+def require_sound_padding(model: TransformerBridge, mask: Tensor) -> None:
+    """Refuse padding under which a sound would not be what it is alone.
+
+    Args:
+        mask: [batch, sample], False at padding.
+
+    Raises:
+        InputError: saying why.
+    """
+    inner = model.original_model
+    kind = type(inner).__name__
+    if is_left(mask):
+        raise InputError(f"{kind}: put the padding on the right of a sound")
+    why = ""
+    if any(isinstance(module, nn.GroupNorm) for module in inner.modules()):
+        why = "its feature encoder normalises over the whole length of a sound (group norm)"
+    elif kind.startswith(MIXES_FRAMES):
+        why = "it convolves or pools frames after the padding has become numbers"
+    elif kind.endswith("ForXVector"):
+        why = "transformers counts the frames of its last layers without their dilation"
+    if why:
+        raise InputError(
+            f"{kind}: {why}, so a padded row is not what it is alone; give sounds of one length, "
+            "or one each"
+        )
 
 
 def takes_left(model: TransformerBridge) -> bool:
@@ -125,9 +170,23 @@ def counting(inner: nn.Module) -> int | None:
 
 
 def masked_ids(model: TransformerBridge, tokens: Tensor, mask: Tensor) -> Tensor:
-    """``tokens`` with the padding token where padding is, for a model that counts by it."""
-    padding = None if bool(mask.all()) else counting(model.original_model)
+    """``tokens`` with the padding token where padding is, for a model that counts by it.
+
+    One that pools a text at its end (CLIP's), the first of these tokens or the largest number,
+    finds neither in what is put there.
+    """
+    if bool(mask.all()):
+        return tokens
+    padding, end = counting(model.original_model), _pools_at(model.original_model)
+    if padding is None and end is not None:
+        padding = int(end == 0)
     return tokens if padding is None else tokens.masked_fill(~mask.to(tokens.device), padding)
+
+
+def _pools_at(inner: nn.Module) -> int | None:
+    """The token at which a text tower pools, ``None`` for other models."""
+    ends = (vars(part).get("eos_token_id") for part in inner.modules())
+    return next((int(end) for end in ends if isinstance(end, int)), None)
 
 
 def position_ids(model: TransformerBridge, mask: Tensor) -> Tensor | None:

@@ -25,8 +25,20 @@ from lenslrp.text.words import Row, read_row, row_of_names
 PAIRED = ("hook_pattern", "hook_attn_scores", "hook_cross_pattern")
 """Hook points of [batch, head, query, key]."""
 
-_OF_THE_ENCODER = re.compile(r"^(encoder_|embed\.|pos_embed\.|token_type_embed\.|rotary_emb\.)")
+_OF_THE_ENCODER = re.compile(
+    r"^(encoder_|(embed|pos_embed|token_type_embed|rotary_emb|audio_feature_extractor|feat_proj)\.)"
+)
 _READ_FROM_IT = re.compile(r"\.cross_attn\.(k|v|hook_k|hook_v|hook_rot_k)(\.|$)")
+
+
+def reads_an_image(hook: str) -> bool:
+    """Whether a hook point is in the vision tower of a model that reads text as well."""
+    return hook.startswith("vision_")
+
+
+def in_windows(hook: str) -> bool:
+    """Whether a hook point may hold a row for each window of an image, one image after another."""
+    return hook.startswith("stage")
 
 
 def reads_the_encoder(hook: str, *, keys: bool = False) -> bool:
@@ -223,4 +235,5 @@ class Batch:
         if self.decoder is not None and not reads_the_encoder(hook, keys=axis == 3):
             texts.reverse()
         fits = [text for text in texts if text.mask.shape[1] == x.shape[axis]]
+        fits = [] if reads_an_image(hook) else fits
         return fits[0] if fits else Batch.of_mask(torch.ones(len(x), x.shape[axis]).bool())

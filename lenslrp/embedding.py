@@ -24,7 +24,7 @@ def embed(
     *,
     prepend_bos: bool | None = None,
     attention_mask: Tensor | None = None,
-    pixel_values: Tensor | None = None,
+    pixel_values: Any = None,
 ) -> Float[Tensor, "batch d"]:
     """The vectors of texts: hidden states of a bare model, pooled.
 
@@ -50,7 +50,7 @@ def embed(
     """
     require_bridge(model)
     require_readable(model, Embedding(0))
-    floats = media.floats_given(pixel_values, None, None)
+    floats = media.floats_given(model, pixel_values, None, None)
     batch = media.prepare_batch(
         model, input, floats, prepend_bos=prepend_bos, attention_mask=attention_mask
     )

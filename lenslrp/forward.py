@@ -43,7 +43,7 @@ from lenslrp.logits import (
 )
 from lenslrp.running import UNCAPPED, architecture, capture, frozen, read_at, run_model, undone
 from lenslrp.sentences import Embedding, Similarity
-from lenslrp.targets import Custom, Sequence, as_target, parts_of
+from lenslrp.targets import Sequence, as_target, parts_of, require_latent
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -165,20 +165,13 @@ def require_readable(model: TransformerBridge, target: Target) -> None:
     Raises:
         InputError: naming the targets that such a model has.
     """
-    parts, kind = parts_of(target), architecture(model)
-    of_text = (Embedding, Similarity)
-    if media.head_of(model):
-        if any(isinstance(part, of_text) for part in parts):
-            raise InputError(
-                f"{kind} has a head: its output is logits, and a text's vector is made of hidden "
-                "states. Load the model without its head, with transformers.AutoModel"
-            )
-    elif not all(isinstance(part, (Activation, Custom, *of_text)) for part in parts):
+    kind = architecture(model)
+    if not media.head_of(model):
+        require_latent(target, kind)
+    elif any(isinstance(part, Embedding | Similarity) for part in parts_of(target)):
         raise InputError(
-            f"{kind} has no head: its output is hidden states, not logits. Explain one of its "
-            "units with targets.Activation(hook, unit, position), a text's vector with "
-            "targets.Embedding and targets.Similarity, or a function of its output with "
-            "targets.Custom(fn)"
+            f"{kind} has a head: its output is logits, and a text's vector is made of hidden "
+            "states. Load the model without its head, with transformers.AutoModel"
         )
 
 

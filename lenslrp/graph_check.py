@@ -11,7 +11,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -227,6 +227,7 @@ class RuledForward(Forward):
         of_encoder = bool(latent) and all(reads_the_encoder(hook) for hook in latent)
         # A stack that did not run at all (the vision tower of a text prompt) was not called for.
         ran = {_stack(s) for s in sites if s.forward}
+        unread: Collection[str] = getattr(getattr(self.model, "adapter", None), "unread", ())
         idle = [s for s in sites if s.forward == 0 and not s.optional and _stack(s) in ran]
         lost = [
             s
@@ -235,6 +236,7 @@ class RuledForward(Forward):
             and not (s.cut or s.passed_over)
             and id(s) not in graph.sites
             and not _pools(s)
+            and s.hook not in unread
             and not self._above_features(s, graph.sites)
             and (not latent or (s.layer is not None and s.layer < below and s.order < started))
             and not (of_encoder and s.hook.startswith("decoder_"))
@@ -272,7 +274,7 @@ def _pools(site: Site) -> bool:
 
     Where the graph is cut on the way to it, what lies below is found missing as well.
     """
-    return "pooler" in site.hook.split(".")
+    return any(part.endswith("pooler") for part in site.hook.split("."))
 
 
 def _order(root: Tensor) -> float:

@@ -17,6 +17,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks.padding import (
     masked_ids,
     position_ids,
+    reads_last,
     require_ends,
     require_padding,
     takes_left,
@@ -52,7 +53,7 @@ def prepare_text(
         model, text, append=[] if two_stacks else append, prepend_bos=prepend_bos,
         attention_mask=attention_mask, inputs_embeds=inputs_embeds,
     )  # fmt: skip
-    return _with_decoder(model, texts, decoder_input, append) if two_stacks else texts
+    return with_decoder(model, texts, decoder_input, append) if two_stacks else texts
 
 
 def is_encoder_decoder(model: TransformerBridge) -> bool:
@@ -99,7 +100,7 @@ def _start_token(model: Any) -> int:
     return int(start)
 
 
-def _with_decoder(
+def with_decoder(
     model: TransformerBridge, encoder: Batch, decoder_input: Any, append: list[int]
 ) -> Batch:
     """The decoder's rows: its start token and the words given, or a token tensor as it is."""
@@ -244,6 +245,7 @@ def pad_rows(model: TransformerBridge, rows: list[list[int]]) -> tuple[Tensor, T
 def _padding_side(model: TransformerBridge) -> str:
     """Where texts are padded: on the tokenizer's side, if the model takes it."""
     side = getattr(model.tokenizer, "padding_side", None) or "right"
+    side = "left" if reads_last(model) else side
     return side if takes_left(model) else "right"
 
 
@@ -258,10 +260,15 @@ def _as_tensor(text: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor
         raise InputError(
             f"a token tensor is integers [batch, pos], not {ids.dtype} {list(ids.shape)}"
         )
-    return tokens, _as_mask(attention_mask, tokens)
+    return tokens, as_mask(attention_mask, tokens)
 
 
-def _as_mask(attention_mask: Any, tokens: Tensor) -> Tensor:
+def as_mask(attention_mask: Any, tokens: Tensor, name: str = "tokens") -> Tensor:
+    """[batch, pos], True where a token, or a sample of a sound, is real.
+
+    Raises:
+        InputError: it does not fit ``tokens``, which the message calls ``name``, or has gaps.
+    """
     if attention_mask is None:
         return torch.ones_like(tokens, dtype=torch.bool)
     if not isinstance(attention_mask, Tensor):
@@ -270,7 +277,7 @@ def _as_mask(attention_mask: Any, tokens: Tensor) -> Tensor:
         )
     if attention_mask.shape != tokens.shape:
         raise InputError(
-            f"attention_mask {list(attention_mask.shape)} does not fit tokens {list(tokens.shape)}"
+            f"attention_mask {list(attention_mask.shape)} does not fit {name} {list(tokens.shape)}"
         )
     mask = attention_mask.to(tokens.device).bool()
     edges = mask.int().diff(dim=1).abs().sum(dim=1)
@@ -346,7 +353,7 @@ def _from_embeddings(
     mask = torch.ones_like(tokens, dtype=torch.bool)
     kwargs: dict[str, Any] = {"inputs_embeds": embeds}
     if attention_mask is not None:
-        mask = _as_mask(attention_mask, tokens)
+        mask = as_mask(attention_mask, tokens)
         require_padding(model, mask)
         require_ends(model, mask)
         if takes_mask(model):

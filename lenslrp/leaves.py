@@ -75,6 +75,7 @@ def cut_leaves(
     adds by itself (LED fills up its last window with padding) are no input, and no leaves.
     """
     batch, two_stacks = len(prepared.tokens), prepared.decoder is not None
+    read = prepared.tokens.shape[1]  # none of them where an encoder reads a sound
     sides = [prepared.tokens.shape, *([prepared.decoder.tokens.shape] if prepared.decoder else ())]
     for inner, position in embedded:
 
@@ -82,7 +83,7 @@ def cut_leaves(
             _: nn.Module, args: tuple[Any, ...], out: Tensor, position: bool = position
         ) -> Tensor:
             group = leaves.positions if position else leaves.tokens
-            if two_stacks and (leaves.decoder_tokens if position else leaves.tokens):
+            if two_stacks and (leaves.decoder_tokens if position else leaves.tokens or not read):
                 group = leaves.decoder_positions if position else leaves.decoder_tokens
             leaf = out.detach()
             if not position and leaf.ndim == 3 and leaf.shape[:2] not in sides:
@@ -137,22 +138,31 @@ def cut_media(
 
 
 def _cut_patches(leaves: Leaves) -> Callable[..., Tensor]:
-    def cut(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        leaf = out.detach().clone().requires_grad_()
+    def cut(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        leaf = _rows_last(module, out.detach()).clone().requires_grad_()
         leaves.patches.append(leaf)
-        return leaf
+        return _rows_last(module, leaf)
 
     return cut
+
+
+def _rows_last(module: nn.Module, x: Tensor) -> Tensor:
+    """[batch, frame, d_model] of a convolution's [batch, d_model, frame], and the way back."""
+    return x.transpose(1, 2) if isinstance(module, nn.Conv1d) else x
 
 
 def _read(leaves: Leaves) -> Callable[..., None]:
     """Keep the relevance of patches as the backward pass goes by."""
 
-    def read(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        place, kept = len(leaves.seen), out.detach()
+    def read(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        place, kept = len(leaves.seen), _rows_last(module, out.detach())
         leaves.seen.append(kept)
+
+        def passing(g: Tensor) -> None:
+            leaves.passing[place] = _rows_last(module, g.detach())
+
         if out.requires_grad:
-            out.register_hook(lambda g: leaves.passing.__setitem__(place, g.detach()))
+            out.register_hook(passing)
 
     return read
 
@@ -195,6 +205,21 @@ def _cut_constants(at: Attached, leaves: Leaves, place: MediaEmbedder) -> None:
         leaves.patch_positions.append(copy)
         return copy
 
+    def interpolated(*args: Any, **kwargs: Any) -> Tensor:
+        """Positions of an image of another size: what is made of the table, and not the table."""
+        shadows = {name: owner.__dict__.pop(name, None) for name in place.positions}
+        try:
+            rows = between(*args, **kwargs)
+        finally:
+            owner.__dict__.update((name, x) for name, x in shadows.items() if x is not None)
+        tables = [id(x) for x in shadows.values()]
+        kept = [x for x in leaves.patch_positions if id(x) not in tables]
+        leaves.patch_positions[:] = [*kept, leaf(rows, images[-1])]
+        return leaves.patch_positions[-1]
+
+    between: Any = getattr(owner, "interpolate_pos_encoding", None)
+    if between is not None and any(owner._parameters.get(n) is not None for n in place.positions):
+        at.attribute(owner, "interpolate_pos_encoding", interpolated)
     at.pre_hook(owner, before, with_kwargs=True)
     at.hook(owner, restore)
     at.undo.append(restore)

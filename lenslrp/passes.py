@@ -154,7 +154,9 @@ class Pass(RuledForward):
         if tokens is None:  # no text: the patches are the sequence
             assert patches is not None
             tokens = media.sequence(at["special"], patches)
-            positions, patch_positions = patch_positions, None
+            if patch_positions is not None:
+                beside = media.beside(tokens, patch_positions, at["special"])
+                positions, patch_positions = beside, None
         special = torch.cat(at["special"], dim=1).sum(dim=-1) if at["special"] else None
         decoder = self.batch.decoder
         rows = self.batch.rows(self.model.tokenizer)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from lenslrp.batch import PAIRED, Batch, reads_the_encoder
+from lenslrp.batch import PAIRED, Batch, in_windows, reads_an_image, reads_the_encoder
 from lenslrp.errors import InputError
 from lenslrp.targets import Explained
 from lenslrp.text.words import Word
@@ -77,9 +77,12 @@ class _Columns:
         return [Word(word.text, [self.positions[p] for p in word.positions]) for word in words]
 
 
-def _one(x: Tensor, row: int) -> Tensor:
-    """A copy of a row, so that one that is kept does not keep its batch; sparse stays sparse."""
-    return x.index_select(0, torch.tensor([row], device=x.device))
+def _one(x: Tensor, row: int, each: int = 1) -> Tensor:
+    """A copy of a row, so that one that is kept does not keep its batch; sparse stays sparse.
+
+    ``each``: how many rows of ``x`` are of one of the batch.
+    """
+    return x.index_select(0, torch.arange(row * each, (row + 1) * each, device=x.device))
 
 
 def _row(batch: RelevanceCache, row: int) -> RelevanceCache:
@@ -93,7 +96,9 @@ def _row(batch: RelevanceCache, row: int) -> RelevanceCache:
             value = getattr(batch, name)
             changes[name] = None if value is None else span.cut(_one(value, row), 1)
     images = {name: getattr(batch, name) for name in IMAGE} | batch.inputs
-    shared = {k for k, v in batch.values.items() if len(v) != len(batch.tokens)}
+    rows = len(batch.tokens)
+    windows = {k: len(v) // rows for k, v in batch.values.items() if in_windows(k)}
+    shared = {k for k, v in batch.values.items() if len(v) != windows.get(k, 1) * rows}
     lost = sorted({k for k, v in images.items() if v is not None and len(v) != len(batch.tokens)})
     kept: dict[str, Any] = {
         k: None if v is None or k in lost else _one(v, row) for k, v in images.items()
@@ -103,7 +108,9 @@ def _row(batch: RelevanceCache, row: int) -> RelevanceCache:
         notes.append(f"of the whole batch and not of a row: {', '.join([*sorted(shared), *lost])}")
 
     def cut(name: str, value: Tensor) -> Tensor:
-        value = _one(value, row)
+        value = _one(value, row, windows.get(name, 1))
+        if reads_an_image(name) or name in windows:
+            return value
         for axis in position_axes(name, value.ndim, batch.reduced.get(name, "")):
             of_encoder = reads_the_encoder(name, keys=axis == 3)
             value = (columns if of_encoder else written).cut(value, axis)

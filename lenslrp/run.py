@@ -38,7 +38,7 @@ def relevance_for_targets(
     attention_mask: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     decoder_input: Any = None,
-    pixel_values: Tensor | None = None,
+    pixel_values: Any = None,
     input_values: Tensor | None = None,
     input_features: Tensor | None = None,
     leaves: str = "pixels",
@@ -116,7 +116,7 @@ def run_with_relevance(
     attention_mask: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     decoder_input: Any = None,
-    pixel_values: Tensor | None = None,
+    pixel_values: Any = None,
     input_values: Tensor | None = None,
     input_features: Tensor | None = None,
     leaves: str = "pixels",
@@ -125,16 +125,19 @@ def run_with_relevance(
     """Logits, and the relevance of every hook point for a target; mirrors ``run_with_cache``.
 
     Layer-wise relevance propagation (Bach et al., PLOS ONE 2015) through a transformer: AttnLRP
-    (Achtibat et al., ICML 2024) if no other composite is given. Rules act in the backward pass; the
-    forward pass is the model's own.
+    (Achtibat et al., ICML 2024) if no other composite is given, with its gamma rules for images.
+    Rules act in the backward pass; the forward pass is the model's own.
 
     Args:
         model: a ``TransformerBridge``, in eval mode.
-        input: a string, strings, or a token tensor [batch, pos].
+        input: a string, strings, or a token tensor [batch, pos]. For a model that reads sounds, a
+            recording or a list of them: samples [sample], or the path of a wav file, of which its
+            ``processor`` makes numbers.
         target: a token (string or id), a `lenslrp.targets` object, a list of one per row, or
             ``None`` for the top logit at the last position. A string of several tokens is
             teacher-forced as a ``Sequence``.
-        composite: the rules; ``AttnLRP()`` if not given.
+        composite: the rules. If not given, `lenslrp.recommended` of the model: ``AttnLRPViT()``
+            where it reads images and no text, else ``AttnLRP()``. ``R.composite`` says which.
         names_filter: as in ``run_with_cache``: ``None`` for all on the path, a name, names, or a
             predicate. ``"mlp.hook_post"`` stands for that hook in every block; ``[]`` for none.
         prepend_bos: for strings; ``None`` is the model's own default.
@@ -148,13 +151,15 @@ def run_with_relevance(
             are returned as [batch, n, vocab] and equal the others to rounding. Where a target, a
             hook at the unembedding or a name under ``unembed`` in ``names_filter`` needs them all,
             they are computed.
-        attention_mask: [batch, pos], for token tensors with padding on one side.
+        attention_mask: [batch, pos], for token tensors with padding on one side; [batch, sample]
+            for waveforms.
         inputs_embeds: [batch, pos, d_model] instead of ``input``; they are then the leaves.
         decoder_input: what the decoder of an encoder-decoder has written so far: a string or
             strings (its start token is put before them), or a token tensor [batch, pos] as it is;
             the start token alone by default. Targets are then positions of the decoder.
         pixel_values: [batch, channel, height, width], an image as the model's own processor makes
-            it. Beside ``input`` where the model reads both.
+            it; or a PIL image, the path of a file, or a list of these, which it is run on. Beside
+            ``input`` where the model reads both.
         input_values: [batch, sample] of a waveform, or [batch, frame, mel] of a spectrogram.
         input_features: likewise, for models that call them so.
         leaves: ``"pixels"``: relevance ends at what was given (pixels, samples) and patches are

@@ -56,7 +56,12 @@ def run_model(
         CoverageError: no token embedding that is known has run.
     """
     if media.reads_no_text(model):
-        only: Tensor = model(None, return_type="logits", **inputs)
+        first = {name: x for name, x in inputs.items() if name == "input_features"}
+        rest = {name: x for name, x in inputs.items() if name not in first}
+        cached = {} if batch.decoder is None else {"use_cache": False}
+        only: Tensor = model(
+            *(first.values() or (None,)), return_type="logits", **cached, **batch.kwargs, **rest
+        )
         return only
     # A key-value cache is of no use here, and a checkpointed block would fill it twice.
     kwargs = {"use_cache": False, **batch.kwargs, **inputs}

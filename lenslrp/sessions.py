@@ -14,13 +14,14 @@ from torch import Tensor
 from lenslrp import media
 from lenslrp.batch import Batch
 from lenslrp.cache import RelevanceCache
+from lenslrp.defaults import recommended
 from lenslrp.errors import InputError
 from lenslrp.explaining import WINDOW, explain
 from lenslrp.forward import columns_for, require_readable, targets_for
 from lenslrp.graph_check import RunAgain, is_conditional, remembered, require_on_path, warn_of
 from lenslrp.held_rules import HeldRules
 from lenslrp.hooks import coverage as cover
-from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
+from lenslrp.hooks.composites import Composite, as_composite
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.install import require_attention
 from lenslrp.hooks.observing import Observer
@@ -83,7 +84,7 @@ class Session:
         require_attention(attention)
         require_logits(logits)
         self.model = model
-        self.composite = as_composite(AttnLRP() if composite is None else composite)
+        self.composite = as_composite(recommended(model) if composite is None else composite)
         self.attention, self.checkpoint = attention, checkpoint
         self.ledger, self.strict, self.logits = ledger, strict, logits
         self._held = HeldRules(model, self.composite, attention, ledger=ledger, stays=stays)
@@ -237,7 +238,7 @@ class Session:
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_input: Any = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Any = None,
         input_values: Tensor | None = None,
         input_features: Tensor | None = None,
         leaves: str = "pixels",
@@ -252,7 +253,7 @@ class Session:
         if leaves not in media.LEAVES:
             raise InputError(f"leaves must be one of {media.LEAVES}, not {leaves!r}")
         with self._held.calling():
-            floats = media.floats_given(pixel_values, input_values, input_features)
+            floats = media.floats_given(model, pixel_values, input_values, input_features)
             batch = media.batch_size(text, inputs_embeds, floats)
             parsed, span = targets_for(model, targets, batch)
             prepared = media.prepare_batch(
@@ -370,7 +371,7 @@ def session(
 
     Args:
         model: a ``TransformerBridge``, in eval mode.
-        composite: the rules; ``AttnLRP()`` if not given.
+        composite: the rules; `lenslrp.recommended` of the model if not given.
         attention: ``"bridge"``, or ``"fused"`` for torch's fused kernel (no patterns, no scores).
         checkpoint: recompute each block in the backward pass, for long inputs.
         ledger: account for the whole target; ``False`` saves a few per cent.

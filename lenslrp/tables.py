@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from lenslrp.batch import Batch
+from lenslrp.batch import Batch, in_windows
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import layer_of
 
@@ -99,52 +99,61 @@ def _numpy(x: Tensor) -> Any:
 
 def head_table(cache: RelevanceCache, row: int) -> pd.DataFrame:
     """See `RelevanceCache.heads`."""
-    rows = {}
-    for layer, _, z in _blocks(cache, "attn.hook_z"):
+    rows: dict[int | str, list[float]] = {}
+    batch = len(cache.tokens)
+    for block in _blocks(cache, "attn.hook_z"):
+        z = block.value
         if z.ndim == 4:  # batch pos head d_head
             z = z.sum(dim=-1)
-        if z.ndim != 3:
+        each = len(z) // batch if in_windows(block.name) else 1
+        if z.ndim != 3 or len(z) != each * batch:
             raise InputError(f"hook_z was reduced to {list(z.shape)}: no heads are left in it")
-        rows[layer] = z[row].sum(dim=0).tolist()
-    frame = pd.DataFrame.from_dict(rows, orient="index")
-    return frame.rename_axis(index="layer", columns="head")
+        rows[block.label] = z[row * each : (row + 1) * each].sum(dim=(0, 1)).tolist()
+    return _frame(rows, "head")
 
 
 def expert_table(cache: RelevanceCache, row: int) -> pd.DataFrame:
     """See `RelevanceCache.experts`."""
-    rows = {}
-    for layer, _, value in _blocks(cache, "mlp.hook_expert_post"):
+    rows: dict[int | str, list[float]] = {}
+    for block in _blocks(cache, "mlp.hook_expert_post"):
+        value = block.value
         if value.ndim != 4:
             raise InputError(f"hook_expert_post was reduced to {list(value.shape)}")
-        chosen = _chosen(cache, layer)[row]
+        chosen = _chosen(cache, block)[row]
         sums = value.new_zeros(cache.n_experts)
-        rows[layer] = sums.index_add(0, chosen.flatten(), value[row].sum(-1).flatten()).tolist()
-    frame = pd.DataFrame.from_dict(rows, orient="index")
-    return frame.rename_axis(index="layer", columns="expert")
+        rows[block.label] = sums.index_add(
+            0, chosen.flatten(), value[row].sum(-1).flatten()
+        ).tolist()
+    return _frame(rows, "expert")
 
 
 def residual_table(cache: RelevanceCache, row: int) -> pd.DataFrame:
     """See `RelevanceCache.residual`."""
-    pre = _blocks(cache, "hook_resid_pre")
-    _, last, final = _blocks(cache, "hook_resid_post")[-1]
     rows: dict[int | str, list[float]] = {}
-    flat: list[tuple[int | str, str, Tensor]] = [*pre, ("final", last, final)]
-    for layer, name, x in flat:
+    pre, post = _blocks(cache, "hook_resid_pre"), _blocks(cache, "hook_resid_post")
+    last = {block.stack: block for block in post}
+    if len(last) == 1:
+        ends = [last[post[-1].stack]._replace(label="final")]
+    else:
+        ends = [block._replace(label=f"{stack}.final") for stack, block in last.items()]
+    for block in [*pre, *ends]:
+        x = block.value
         sums = x.sum(dim=-1) if x.ndim == 3 else x
-        rows[layer] = sums[row, cache.batch.of(name, sums).mask[row].to(x.device)].tolist()
-    frame = pd.DataFrame.from_dict(rows, orient="index")
-    return frame.rename_axis(index="layer", columns="position")
+        real = cache.batch.of(block.name, sums).mask[row].to(x.device)
+        rows[block.label] = sums[row, real].tolist()
+    return _frame(rows, "position")
 
 
 def top_table(cache: RelevanceCache, hook: str, k: int, row: int) -> pd.DataFrame:
     """See `RelevanceCache.top`."""
     if k < 1:
         raise InputError(f"k must be at least 1, not {k}")
-    activations = {
-        layer_of(name): x for name, x in cache.activations.items() if name.endswith(hook)
-    }
+    activations = cache.activations
     records: list[dict[str, Any]] = []
-    for layer, name, value in _blocks(cache, hook):
+    blocks = _blocks(cache, hook)
+    several = len({block.stack for block in blocks}) > 1
+    for block in blocks:
+        name, value = block.name, block.value
         text, tokens = _text_at(cache, name, value)
         positions = text.positions[row].tolist()
         experts = value.ndim == 4 and hook.endswith("hook_expert_post")
@@ -158,17 +167,18 @@ def top_table(cache: RelevanceCache, hook: str, k: int, row: int) -> pd.DataFram
             if positions[index[0]] < 0:
                 continue
             record = {
-                "layer": layer,
+                **({"stack": block.stack} if several else {}),
+                "layer": block.layer,
                 "position": positions[index[0]],
                 "token": tokens[row][index[0]],
                 "neuron": index[-1],
                 "relevance": float(value[(row, *index)]),
-                "activation": float(activations[layer][(row, *index)])
-                if layer in activations
+                "activation": float(activations[name][(row, *index)])
+                if name in activations
                 else float("nan"),
             }
             if experts:
-                record["expert"] = int(_chosen(cache, layer)[row, index[0], index[1]])
+                record["expert"] = int(_chosen(cache, block)[row, index[0], index[1]])
             records.append(record)
     records.sort(key=lambda record: -abs(record["relevance"]))
     return pd.DataFrame(records[:k])
@@ -208,16 +218,38 @@ def _text_at(cache: RelevanceCache, name: str, x: Tensor) -> tuple[Batch, list[l
     return text, [[str(place) for place in range(x.shape[1])]] * len(x)
 
 
-def _blocks(cache: RelevanceCache, hook: str) -> list[tuple[int, str, Tensor]]:
+def _frame(rows: dict[int | str, list[float]], columns: str) -> pd.DataFrame:
+    """A row for each layer; a shorter one (of another stack) ends with NaN."""
+    frame = pd.DataFrame([pd.Series(values) for values in rows.values()], index=list(rows))
+    return frame.rename_axis(index="layer", columns=columns)
+
+
+class _Block(NamedTuple):
+    """What was read in one block."""
+
+    layer: int
+    stack: str  #: ``blocks``, ``vision_blocks``
+    name: str
+    value: Tensor
+    label: int | str  #: the layer, with its stack where there are several
+
+
+def _blocks(cache: RelevanceCache, hook: str) -> list[_Block]:
+    """The values at a hook of every block, a stack after the other."""
     blocks = []
     for name, value in cache.values.items():
         layer = layer_of(name)
         if layer is not None and name.split(f".{layer}.", 1)[-1] == hook:
-            blocks.append((layer, name, value.to_dense() if value.is_sparse else value))
+            whole = value.to_dense() if value.is_sparse else value
+            blocks.append(_Block(layer, name.split(f".{layer}.", 1)[0], name, whole, layer))
     if not blocks:
         raise InputError(f"{hook!r} was not read in any block; ask for it in names_filter")
-    return sorted(blocks, key=lambda item: item[0])
+    stacks = list(dict.fromkeys(block.stack for block in reversed(blocks)))  # read backwards
+    if len(stacks) > 1:
+        blocks = [block._replace(label=f"{block.stack}.{block.layer}") for block in blocks]
+    return sorted(blocks, key=lambda block: (stacks.index(block.stack), block.layer))
 
 
-def _chosen(cache: RelevanceCache, layer: int) -> Tensor:
-    return next(v for name, v in cache.routing.items() if layer_of(name) == layer)
+def _chosen(cache: RelevanceCache, block: _Block) -> Tensor:
+    place = f"{block.stack}.{block.layer}."
+    return next(chosen for path, chosen in cache.routing.items() if path.startswith(place))

@@ -312,6 +312,22 @@ class Explained:
         return f"{self.text} = {values}"
 
 
+def require_latent(target: Target, architecture: str) -> None:
+    """Refuse targets on logits for a model that has none.
+
+    Raises:
+        InputError: naming the targets that such a model has.
+    """
+    of_states = (Activation, Custom, Embedding, Similarity)
+    if not all(isinstance(part, of_states) for part in parts_of(target)):
+        raise InputError(
+            f"{architecture} has no head: its output is hidden states or an embedding, not logits. "
+            f"{architecture} has no head: its output is hidden states or an embedding, not logits."
+            "with targets.Embedding and targets.Similarity, or a function of its output with "
+            "targets.Custom(fn)"
+        )
+
+
 def as_target(
     target: Any, tokenizer: Any, batch: int, labels: dict[int, str] | None = None
 ) -> Target:

@@ -10,6 +10,7 @@ import numpy as np
 
 from lenslrp.errors import InputError
 from lenslrp.extras import require
+from lenslrp.pictures import image_processor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ def read_images(model: TransformerBridge, source: Any, skipped: list[str]) -> di
         MissingExtraError: Pillow is not installed.
     """
     require("PIL", "reading images")  # which transformers' processors need too
-    process = _processor(model)
+    process = image_processor(model)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     pixels: dict[str, Tensor] = {}
     for name, image in _images(source):
@@ -44,21 +45,6 @@ def read_images(model: TransformerBridge, source: Any, skipped: list[str]) -> di
         else:
             pixels[name] = process(images=[image], return_tensors="pt")["pixel_values"][0].to(dtype)
     return pixels
-
-
-def _processor(model: TransformerBridge) -> Any:
-    from transformers import AutoImageProcessor
-
-    if model.processor is not None:
-        return getattr(model.processor, "image_processor", model.processor)
-    source = str(getattr(model.original_model.config, "_name_or_path", ""))
-    try:
-        return AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no image processor at {source!r}: load the model by name, set model.processor, or "
-            "give evaluate an image_task with pixels of your own"
-        ) from error
 
 
 def _images(source: Any) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 DEFAULT_MODEL = "smollm2-135m"
-COMPOSITES = ("AttnLRP", "CPLRP", "GradientTimesInput", "RelP", "GIM")
+COMPOSITES = ("AttnLRP", "AttnLRPViT", "CPLRP", "GradientTimesInput", "RelP", "GIM")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 OK, NOT_COVERED, BAD_INPUT = 0, 1, 2
 
@@ -37,8 +37,7 @@ def add_model_options(
         command.add_argument(
             "--composite",
             choices=COMPOSITES,
-            default="AttnLRP",
-            help="rules (default: %(default)s)",
+            help="rules (default: AttnLRP; AttnLRPViT for a model that reads images)",
         )
     command.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)"
@@ -79,11 +78,11 @@ def own_device() -> str | None:
     return f"cuda:{int(local) % torch.cuda.device_count()}"
 
 
-def composite(name: str) -> Any:
-    """Rules by the name that the command line gives them."""
+def composite(name: str | None) -> Any:
+    """Rules by the name that the command line gives them; ``None`` for those of the model."""
     from lenslrp.hooks import composites
 
-    return getattr(composites, name)()
+    return None if name is None else getattr(composites, name)()
 
 
 def console() -> Console:

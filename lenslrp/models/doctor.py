@@ -24,10 +24,11 @@ from torch import Tensor
 
 from lenslrp import media
 from lenslrp.cache import RelevanceCache
+from lenslrp.defaults import recommended
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.assignment import assign
-from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
+from lenslrp.hooks.composites import Composite, as_composite
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.hooks.rule_types import Rule
 from lenslrp.latent import Activation
@@ -140,7 +141,7 @@ def examine(
 
     Args:
         model: a ``TransformerBridge`` in eval mode.
-        composite: ``AttnLRP()`` if not given.
+        composite: `lenslrp.recommended` of the model if not given.
         length: tokens of the random prompt.
         seed: of the random prompt.
 
@@ -162,12 +163,13 @@ def examine(
     if media.reads_no_text(model):
         inputs = media.example(model, seed)
         if not media.head_of(model):
-            target = Activation(f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", 0)
+            residual = [name for name in model.hook_dict if name.endswith("hook_resid_post")]
+            target = Activation(residual[-1], 0)
     else:
         inputs = {
             "input": torch.randint(0, int(model.cfg.d_vocab), (1, length), generator=generator)
         }
-    table = AttnLRP() if composite is None else composite
+    table = recommended(model) if composite is None else composite
     gap = None
 
     def explained(*, strict: bool) -> tuple[Tensor, RelevanceCache]:

@@ -16,10 +16,12 @@ from functools import cache, wraps
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from lenslrp.models.encoders import encoders
+from lenslrp.models.images import image_models
+from lenslrp.models.outputs import give_logits
+from lenslrp.models.sounds import sounds, sum_at_hook_points
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
@@ -29,6 +31,8 @@ LANGUAGE_MODELS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_CTC_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
 )
 HEADS = (
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -36,16 +40,19 @@ HEADS = (
     "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
     "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
     "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_XVECTOR_MAPPING_NAMES",
     "MODEL_MAPPING_NAMES",
 )
 """The tables of transformers that say which class a family has with which head."""
 
 CHOICE = "ForMultipleChoice"
 LABELLED = (
-    "ForSequenceClassification",
-    "ForTokenClassification",
+    "Classification",
     "ForQuestionAnswering",
     "ForNextSentencePrediction",
+    "ForXVector",
     CHOICE,
 )
 
@@ -54,14 +61,16 @@ LABELLED = (
 def offered() -> Mapping[str, type[ArchitectureAdapter]]:
     """Adapters by class name, beside those that TransformerLens has.
 
-    They are those of encoders that it has none for, and of every head of every family with an
-    adapter. ``pyproject.toml`` lists them as entry points, by which TransformerLens finds them.
+    They are those of encoders and image models that it has none for, and of every head of every
+    family with an adapter. ``pyproject.toml`` lists them as entry points, by which
+    TransformerLens finds them.
     """
     import transformers
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
     native = dict(SUPPORTED_ARCHITECTURES)
-    added = {name: made for name, made in encoders(native).items() if name not in native}
+    own = {**encoders(native), **image_models(native), **sounds(native)}
+    added = {name: made for name, made in own.items() if name not in native}
     adapters = {**native, **added}
     known = set(dir(transformers))  # looking a class up would import its family
     for kind, language_model in families(adapters):
@@ -109,12 +118,17 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
         self.component_mapping = mapping(self.component_mapping, hf_model, family, self.cfg, bare)
         self.cfg.output_logits_soft_cap = None  # a language model's
         if name.endswith("ForQuestionAnswering"):
-            _join_spans(hf_model)
+            give_logits(hf_model)
         if name.endswith(CHOICE):
             _score_rows(hf_model)
         takes = inspect.signature(type(hf_model).forward).parameters
         if hf_model.config.is_encoder_decoder and "use_cache" not in takes:
             _without_cache(hf_model)
+
+    def setup_hook_compatibility(self: Any, bridge: Any) -> None:
+        if hasattr(base, "setup_hook_compatibility"):
+            base.setup_hook_compatibility(self, bridge)
+        sum_at_hook_points(bridge)
 
     return type(
         f"{name}Adapter",
@@ -123,23 +137,11 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
             "__doc__": f"{name}, derived from the adapter of {language_model}.",
             "language_model": language_model,
             "prepare_model": prepare_model,
+            "setup_hook_compatibility": setup_hook_compatibility,
             "supports_generation": False,
             "supports_causal_loss": False,
         },
     )
-
-
-def _join_spans(model: Any) -> None:
-    """Let a question answerer's output have ``logits``, [batch, pos, 2]: of start and of end."""
-    forward = type(model).forward
-
-    @wraps(forward)
-    def joined(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = forward(self, *args, **kwargs)
-        output["logits"] = span_logits(output)
-        return output
-
-    model.forward = MethodType(joined, model)  # of a copy of the model, the copy's
 
 
 def _score_rows(model: Any) -> None:
@@ -171,13 +173,6 @@ def _without_cache(model: Any) -> None:
         return forward(self, *args, **kwargs)
 
     model.forward = MethodType(run, model)
-
-
-def span_logits(output: Any) -> Tensor | None:
-    """[batch, pos, 2]: the logits of start and end of a question answerer's output."""
-    if getattr(output, "start_logits", None) is None:
-        return None
-    return torch.stack([output.start_logits, output.end_logits], dim=-1)
 
 
 class _AsFamily:

@@ -271,7 +271,7 @@ def _wrap(model: PreTrainedModel, architecture: str, name: str) -> TransformerBr
         bridge = build_bridge_from_module(
             model,
             architecture,
-            hf_config=model.config,
+            hf_config=_bridged_config(model.config),
             device=model.device,
             model_name=name,
             post_adapter_hook=prepare,
@@ -286,6 +286,15 @@ def _wrap(model: PreTrainedModel, architecture: str, name: str) -> TransformerBr
         bridge.cfg.device = str(find_embedding_device(model) or bridge.cfg.device)
         bridge.cfg.n_devices = count_unique_devices(model)
     return bridge
+
+
+def _bridged_config(config: Any) -> Any:
+    """TransformerLens takes the heads of several stages as a list, as a checkpoint has them."""
+    heads = getattr(config, "num_attention_heads", None)
+    if isinstance(heads, tuple):
+        config = copy.deepcopy(config)
+        config.num_attention_heads = list(heads)
+    return config
 
 
 def _require_agreement(bridge: TransformerBridge, agreement: Agreement) -> None:

@@ -28,9 +28,10 @@ from torch.utils.flop_counter import flop_registry
 from transformers.initialization import no_init_weights
 
 from lenslrp.batch import Batch
+from lenslrp.defaults import recommended
 from lenslrp.errors import InputError
 from lenslrp.hooks import coverage as cover
-from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
+from lenslrp.hooks.composites import Composite, as_composite
 from lenslrp.hooks.install import FLOATING, relevance_rules
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rule_types import Rule
@@ -105,7 +106,7 @@ def survey(
 
     Args:
         config: a Hugging Face configuration, such as ``transformers.LlamaConfig()``.
-        composite: ``AttnLRP()`` if not given.
+        composite: `lenslrp.recommended` of the model if not given.
         architecture: name of the model's class; the configuration's own, or its causal language
             model, if not given.
         length: tokens of the input.
@@ -134,12 +135,12 @@ def survey(
     if dtype not in FLOATING:
         raise InputError(f"dtype must be one of {', '.join(map(str, FLOATING))}, not {dtype}")
     require_logits(logits)
-    table = as_composite(AttnLRP() if composite is None else composite)
     cls = _class_of(config, architecture)
     with FakeTensorMode():
         built = _built(cls, config, dtype)
         weights = list(built.parameters())  # before a bridge splits some of them
         model = load(built, verify=False)
+        table = as_composite(recommended(model) if composite is None else composite)
         prepared = _batch(model, batch, length, inputs or {}, dtype)
         columns = None
         if logits == "target" and head_component(model) is not None:

@@ -24,7 +24,8 @@ from lenslrp.batch import Batch
 from lenslrp.errors import FAILURES
 from lenslrp.forward import forward
 from lenslrp.inputs import decoder_reads_the_text, text_of_decoder
-from lenslrp.models.heads import CHOICE, span_logits
+from lenslrp.models.heads import CHOICE
+from lenslrp.models.outputs import named_logits
 
 LENGTH = 6  #: tokens of the short pass
 LARGEST = 40_000_000_000  #: weights; above, a pass costs too much to be made unasked
@@ -156,9 +157,10 @@ def _batch(inputs: dict[str, Any]) -> Batch:
     ids = inputs.pop("input_ids", None)
     if ids is not None:
         return Batch(ids, torch.ones_like(ids, dtype=torch.bool), [ids.shape[1]], inputs)
-    rows = len(next(iter(inputs.values())))
+    floats = {name: inputs.pop(name) for name in media.LAYOUTS if name in inputs}
+    rows = len(next(iter(floats.values())))
     empty = torch.empty(rows, 0, dtype=torch.long)
-    return Batch(empty, empty.bool(), [0] * rows, media=inputs)
+    return Batch(empty, empty.bool(), [0] * rows, inputs, media=floats)
 
 
 def difference(output: Tensor, expected: Tensor, *, by_position: bool = False) -> float:
@@ -174,13 +176,13 @@ def difference(output: Tensor, expected: Tensor, *, by_position: bool = False) -
 
 def output_of(result: Any) -> Tensor:
     """Logits or hidden states, as TransformerLens chooses them."""
-    for name in ("logits", "last_hidden_state"):
-        output = getattr(result, name, None)
+    for output in (
+        getattr(result, "logits", None),
+        named_logits(result),
+        getattr(result, "last_hidden_state", None),
+    ):
         if isinstance(output, Tensor):
             return output
-    spans = span_logits(result)
-    if spans is not None:
-        return spans
     first = result[0] if isinstance(result, tuple) else result
     if not isinstance(first, Tensor):
         raise TypeError(f"no tensor comes out of it, but {type(first).__name__}")
@@ -194,16 +196,17 @@ def _said(error: BaseException) -> str:
 def short_input(model: Any, seed: int = 0) -> dict[str, Any]:
     """A few random tokens, or a random image or sound for a model that reads no text."""
     seen: Any = SimpleNamespace(original_model=model, parameters=model.parameters)
-    if media.reads_no_text(seen):
-        return dict(media.example(seen, seed))
+    takes = inspect.signature(model.forward).parameters
+    floats = dict(media.example(seen, seed)) if media.reads_no_text(seen) else {}
+    if floats and "decoder_input_ids" not in takes:
+        return floats
     config = model.config
     text = config.get_text_config(decoder=True)
     special = reserved_ids(config.to_dict())
     order = torch.randperm(int(text.vocab_size), generator=torch.Generator().manual_seed(seed))
     free = [token for token in order[: LENGTH + len(special)].tolist() if token not in special]
     ids = torch.tensor([(free or order.tolist())[:LENGTH]], device=model.device)
-    takes = inspect.signature(model.forward).parameters
-    inputs: dict[str, Any] = {"input_ids": ids}
+    inputs: dict[str, Any] = floats or {"input_ids": ids}
     if decoder_reads_the_text(model):
         ids[0, -1] = config.eos_token_id  # where a classifier reads its answer
     elif getattr(config, "is_encoder_decoder", False):
@@ -211,6 +214,8 @@ def short_input(model: Any, seed: int = 0) -> dict[str, Any]:
         written = ids[:, :3].clone()
         written[0, 0] = written[0, 0] if start is None else start
         inputs["decoder_input_ids"] = written
+    if media.is_pair(model):
+        inputs.update(media.example(seen, seed))
     if "use_cache" in takes:
         inputs["use_cache"] = False
     return inputs

@@ -39,7 +39,9 @@ from lenslrp.hooks.sites import LEDGER_TERMS
 from lenslrp.hooks.structure import components
 from lenslrp.inputs import decoder_reads_the_text, prepare_text, text_of_decoder
 from lenslrp.models import heads
+from lenslrp.models.images import image_models
 from lenslrp.models.verifying import difference, output_of, short_input
+from lenslrp.running import run_model
 from lenslrp.targets import Activation
 from lenslrp.text.tokenization import give_tokenizer
 from tests.conformance import zoo_media
@@ -55,10 +57,13 @@ from tests.conformance.zoo_configs import (
     family,
 )
 
+SOFTMAX_FLOAT32 = ("Beit", "CLIP", "IJepa", "MetaClip2", "Siglip", "Swin", "ViTMSN")
+
 FLOAT32 = frozenset(
     {
         "ASTForAudioClassification",
         "AfmoeForCausalLM",
+        *(name for name in image_models({}) if name.startswith(SOFTMAX_FLOAT32)),
         "CodeGenForCausalLM",
         "Cohere2ForCausalLM",
         "CohereForCausalLM",
@@ -91,6 +96,7 @@ FLOAT32 = frozenset(
         "MixtralForCausalLM",
         "ModernBertForMaskedLM",
         "ModernBertDecoderForCausalLM",
+        "MoonshineForConditionalGeneration",
         "MuseGlimmerForConditionalGeneration",
         "NanoChatForCausalLM",
         "OPTForCausalLM",
@@ -130,6 +136,9 @@ ROUNDS = frozenset({"LEDForConditionalGeneration", "LongT5ForConditionalGenerati
 """Logits under rules that are equal to the bit to those of a model whose weights need no gradient,
 and to rounding to others: torch multiplies a tensor that is not contiguous (theirs before ``o``) in
 another way by a weight that needs none. Rules freeze the weights."""
+
+GATED = "WavLM"
+"""How families begin whose position gates are constants: Gradient x Input refuses them by name."""
 
 CONSTANTS = ("bias", "_init")
 """How parameters that are added end, besides ``bias`` itself (experts, HRM's initial state)."""
@@ -247,12 +256,17 @@ def explain(model: Any, composite: Any, names_filter: Any = None) -> tuple[Tenso
             model, None, target, composite, names_filter, **media.example(model, batch=2)
         )
         return seen
-    extra = decoder(model, "decoder_input")
+    extra = {**decoder(model, "decoder_input"), **image_beside(model)}
     with default_type(model):
         result: tuple[Tensor, Any] = lenslrp.run_with_relevance(
             model, prompt(model), target, composite, names_filter, **extra
         )
     return result
+
+
+def image_beside(model: Any) -> dict[str, Tensor]:
+    """The images that are compared with a text, where a model does that."""
+    return media.example(model, batch=2) if media.is_pair(model.original_model) else {}
 
 
 def explain_media(model: Any, name: str, composite: Any, names_filter: Any = ()) -> Any:
@@ -265,8 +279,9 @@ def explain_media(model: Any, name: str, composite: Any, names_filter: Any = ())
 
 
 def last_residual(model: Any) -> str:
-    if media.reads_no_text(model):
-        return f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    single = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    if media.reads_no_text(model) and single in model.hook_dict:
+        return single
     kind = type(model.original_model).__name__
     if kind in ("DeepseekV4Model", "Gemma3nModel"):  # whose residual streams are many
         return "ln_final.hook_out"
@@ -278,10 +293,11 @@ def last_residual(model: Any) -> str:
 
 def plain_logits(model: Any) -> Tensor:
     """The model's own logits, without any rule."""
-    extra = decoder(model, "decoder_input_ids")
+    extra = {**decoder(model, "decoder_input_ids"), **image_beside(model)}
     if media.reads_no_text(model):
+        batch = media.prepare_batch(model, None, media.example(model, batch=2))
         with torch.no_grad():
-            outputs: Tensor = model(None, **media.example(model, batch=2))
+            outputs: Tensor = run_model(model, batch, None, batch.media)
         return outputs
     with torch.no_grad(), default_type(model):
         logits: Tensor = model(prompt(model), **extra)
@@ -302,7 +318,7 @@ def plain_leaves(model: Any) -> tuple[list[Tensor], Tensor]:
         leaves.append(out.detach().clone().requires_grad_())
         return leaves[-1]
 
-    extra = decoder(model, "decoder_input_ids")
+    extra = {**decoder(model, "decoder_input_ids"), **image_beside(model)}
     handles = [inner.register_forward_hook(cut) for inner, _ in embeddings(components(model))]
     if capped(model):
         point = model.unembed.hook_out
@@ -340,7 +356,8 @@ def apart(name: str) -> dict[str, float]:
         if decoder_reads_the_text(bridge.original_model):
             inputs["decoder_input_ids"] = shifted(bridge.original_model, inputs["input_ids"])
         with torch.no_grad(), default_type(model):
-            output = bridge(inputs.pop("input_ids", None), return_type="logits", **inputs)
+            first = inputs.pop("input_ids", inputs.pop("input_features", None))
+            output = bridge(first, return_type="logits", **inputs)
         found[kind] = difference(output, expected[kind])
     return found
 

@@ -77,6 +77,10 @@ SPEECH: dict[str, Any] = {
     "num_feat_extract_layers": 3,
     "num_conv_pos_embeddings": 4,
     "num_conv_pos_embedding_groups": 2,
+    "tdnn_dim": (6, 6),
+    "tdnn_kernel": (3, 2),
+    "tdnn_dilation": (1, 2),
+    "xvector_output_dim": 8,
 }
 SOUND = {"patch_size": 4, "frequency_stride": 3, "time_stride": 3, "max_length": 12}
 
@@ -89,8 +93,15 @@ DISENTANGLED = {
     "pos_att_type": ["c2p", "p2c"],
     "position_biased_input": False,
 }
+STAGES: dict[str, Any] = {
+    "image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4],
+    "window_size": 4,
+}  # fmt: skip
 
 CHANGES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("SwinForImageClassification", "SwinModel"), STAGES),
+    "Data2VecVisionForImageClassification": {"attn_implementation": "eager"},
+    "Data2VecVisionModel": {"attn_implementation": "eager"},
     "AlbertForMaskedLM": {"embedding_size": 12},
     "ElectraForMaskedLM": {"embedding_size": 12},
     "DebertaForMaskedLM": DISENTANGLED,
@@ -104,6 +115,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "Wav2Vec2ForCTC": {**SPEECH, "feat_extract_norm": "layer", "do_stable_layer_norm": True},
     "Wav2Vec2ForPreTraining": {**SPEECH, "conv_bias": True},
     "Wav2Vec2Model": {**SPEECH, "conv_bias": True},
+    **dict.fromkeys(("UniSpeechForCTC", "UniSpeechSatForCTC", "SEWForCTC"), SPEECH),
+    **dict.fromkeys(("Data2VecAudioForCTC", "WavLMForCTC"), SPEECH),
+    "MoonshineForConditionalGeneration": {
+        **dict.fromkeys(("encoder_num_hidden_layers", "decoder_num_hidden_layers"), LAYERS),
+        **dict.fromkeys(("encoder_num_attention_heads", "decoder_num_attention_heads"), 2),
+    },
     "BambaForCausalLM": {"attn_layer_indices": [1]},
     "CodeGenForCausalLM": {"num_attention_heads": 4},  # its weights are laid out for four devices
     "DeepseekV2ForCausalLM": {

@@ -267,7 +267,7 @@ def test_a_pooled_unit_is_explained_through_the_pooler(model: Any) -> None:
 
 def test_gamma_on_patches_alone_changes_pixels_and_nothing_above() -> None:
     model = zoo.build("ViTForImageClassification")
-    _, plain = explain(model)
+    _, plain = explain(model, lenslrp.AttnLRP())
     _, gamma = explain(model, {"convolution": Gamma(0.25)})
     torch.testing.assert_close(plain.patches, gamma.patches)
     assert float((plain.pixels - gamma.pixels).abs().max()) > 1e-3

@@ -1,7 +1,7 @@
 """Directories of classes that TransformerLens does not have: none gets a head that is not its own.
 
 The classes are found by looking through transformers: bare models, classifiers of sequences, tokens
-and images, question answering, multiple choice, CLIP, Whisper. Each is saved with its own random
+and images, question answering, multiple choice, CLIP, sounds. Each is saved with its own random
 weights and loaded by directory: with a derived adapter it is the checkpoint, without one it is
 refused.
 """
@@ -46,8 +46,8 @@ STEMS = (
 )  # fmt: skip
 OTHERS = (
     "CLIPModel", "CLIPTextModel", "CLIPVisionModel", "SiglipModel", "Dinov2Model",
-    "Dinov2ForImageClassification", "BeitForImageClassification", "WhisperForConditionalGeneration",
-    "WhisperModel", "Wav2Vec2ForSequenceClassification", "HubertForSequenceClassification",
+    "Dinov2ForImageClassification", "BeitForImageClassification", "Wav2Vec2ConformerModel",
+    "Speech2TextForConditionalGeneration", "SpeechT5ForSpeechToText",
     "T5EncoderModel", "BertForPreTraining", "BertForNextSentencePrediction",
     "ElectraForPreTraining", "DistilBertForMaskedLM", "AlbertForMaskedLM", "MPNetForMaskedLM",
     "ViTForMaskedImageModeling", "GPT2DoubleHeadsModel",
