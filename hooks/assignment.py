@@ -26,6 +26,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources.native import model as native
 
 from lenslrp.errors import InputError
+from lenslrp.hooks.adapted import attach_adapted, is_adapted
 from lenslrp.hooks.attention import attach_attention, calls_the_module, gates_its_output
 from lenslrp.hooks.checks import known_forward
 from lenslrp.hooks.components import (
@@ -40,6 +41,7 @@ from lenslrp.hooks.components import (
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.convolution import CONVOLUTION_CLASSES
 from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures
+from lenslrp.hooks.joint import JointRows
 from lenslrp.hooks.leaf_modules import embeddings, relative_positions
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.norms import attach_norm, attach_registered_norm, attach_unbridged_norm, is_norm
@@ -51,6 +53,7 @@ from lenslrp.hooks.operations import (
     declared_operations,
     has_declared_class,
 )
+from lenslrp.hooks.packed import is_packed_linear
 from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
 from lenslrp.hooks.sharding import is_sharded
 from lenslrp.hooks.similarity import SIMILARITY_CLASSES, attach_similarity
@@ -164,11 +167,14 @@ def assign(
             if product_shares(composite["attention_gate"])[0] == 0:
                 roles[id(getattr(original(module), POSITION_GATE, None))] = "attention_gate"
             # The bridge splits a joint projection and calls its parts, unless it delegates.
-            called = attention == "fused" or calls_the_module(module)
-            roles[id(_wrapped(module, "qkv"))] = "projection" if called else ""
+            whole = attention == "fused" or calls_the_module(module)
+            whole = whole or isinstance(_wrapped(module, "v"), JointRows)
+            roles[id(_wrapped(module, "qkv"))] = "projection" if whole else ""
         if isinstance(module, JointGateUpMLPBridge):
-            roles[id(_wrapped(module, "gate_up"))] = ""
-            roles[id(getattr(original(module), module.fused_attr, None))] = ""
+            role = "linear" if isinstance(_wrapped(module, "gate"), JointRows) else ""
+            fused: Any = getattr(original(module), module.fused_attr, None)
+            for joint in (_wrapped(module, "gate_up"), fused, original(fused)):
+                roles[id(joint)] = role
         spec = operations_of.get(id(module))
         if spec is not None and spec.gated:  # its activation feeds a gated product
             gates.update((id(inner), gate_share(composite)) for inner in module.children())
@@ -176,6 +182,10 @@ def assign(
             share = gate_share(composite)
             for inner in [*original(module).children(), *module.children(), original(module)]:
                 gates[id(inner)] = share
+    for _, module in modules:
+        if is_adapted(module):
+            role = roles.get(id(module), _linear_role(module))
+            roles.update(dict.fromkeys(map(id, module.modules()), role))
     decide = _Decision(composite, gates, roles, wrapped)
     embedded = embeddings(modules)
     of_positions = relative_positions(modules)
@@ -186,7 +196,7 @@ def assign(
         if id(module) in inside:
             continue
         rows.extend(decide.row(path, module))
-        if id(module) in linear and not isinstance(module, LINEAR_CLASSES):
+        if id(module) in linear and not (isinstance(module, LINEAR_CLASSES) or is_adapted(module)):
             rows.extend(decide.linear(path, module))
         if id(module) in operations_of and id(module) not in mixing:
             rows.append(decide.operations(path, module, operations_of[id(module)]))
@@ -210,6 +220,8 @@ def _answered_for(
     for inner, _ in embedded:
         inside.update(id(part) for part in inner.modules() if part is not inner)
     for _, module in modules:
+        if is_adapted(module):
+            inside.update(id(part) for part in module.modules() if part is not module)
         if isinstance(composite.modules.get(type(module)), Identity | Normalisation | Plain):
             inside.update(id(part) for part in module.modules() if part is not module)
         if isinstance(module, NormalizationBridge) and isinstance(composite["norm"], Plain):
@@ -262,20 +274,24 @@ class _Decision:
                 path, module, "activation", rules["activation"], share,
                 attach_native_activation, (share,),
             )  # fmt: skip
+        elif is_adapted(module):
+            yield from self.linear(path, module, attach_adapted)
         elif isinstance(module, LINEAR_CLASSES):
             yield from self.linear(path, module)
 
-    def linear(self, path: str, module: nn.Module) -> Iterator[Assignment]:
+    def linear(
+        self, path: str, module: nn.Module, attach: Callable[..., None] = attach_linear
+    ) -> Iterator[Assignment]:
         """A linear layer or a convolution, unless its parts are called instead."""
         role = self.roles.get(id(module), _linear_role(module))
         if role == "attention_gate":
             rule = self.composite[role]
             yield Assignment(path, module, role, rule, attach=attach_position_gate)
-        elif role:
+        elif role and not isinstance(module, JointRows):
             rule = self.composite[role]
             if not isinstance(rule, LinearRule):  # the weight of an expert, too
                 rule = Epsilon()
-            yield Assignment(path, module, role, rule, attach=attach_linear, options=(role,))
+            yield Assignment(path, module, role, rule, attach=attach, options=(role,))
 
     def activation(
         self, path: str, module: nn.Module, rule: Any, share: float, declared: bool
@@ -340,6 +356,8 @@ def _ruled_weights(
         # A parametrised weight is a new tensor at every call.
         if isinstance(module, nn.Embedding) or parametrize.is_parametrized(module):
             continue
+        if is_packed_linear(module):
+            continue  # no operation on the graph reads it
         if isinstance(module, LINEAR_CLASSES):
             role, matrices = roles.get(id(module), _linear_role(module)), [layer.weight]
         elif operations_of.get(id(module)) == ROUTER_SPEC:

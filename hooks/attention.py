@@ -181,9 +181,8 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
         attach_score_meter(at, attn, sites["attention_qk"], q_share)
     elif not isinstance(inner, native.NativeAttention):
         attach_hookable_attention(at, attn, at_product, sites["attention_qk"], q_share, biases)
-    share = (
-        None if isinstance(inner, nn.MultiheadAttention) else q_share
-    )  # pooling: learned queries
+    # pooling has learned queries
+    share = None if isinstance(inner, nn.MultiheadAttention) else q_share
     replaces = isinstance(roles["softmax"], SoftmaxRule)
     needs_scores = replaces or isinstance(roles["softmax"], SoftmaxTemperature)
     stash: list[Tensor] = []

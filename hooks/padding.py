@@ -78,30 +78,6 @@ def require_padding(model: TransformerBridge, mask: Tensor) -> None:
         )
 
 
-def require_ends(model: TransformerBridge, mask: Tensor) -> None:
-    """Refuse padded embeddings of which a decoder's classifier would read the padding.
-
-    Raises:
-        InputError: saying which side is right.
-    """
-    inner: Any = model.original_model
-    kind, config = type(inner).__name__, inner.config
-    classifies = kind.endswith("ForSequenceClassification") and not _of_encoder(config)
-    if classifies and not bool(mask[:, -1:].all()):
-        raise InputError(
-            f"{kind} finds the last token of a row by its ids, and reads the last column of "
-            "embeddings: put the padding on the left, or give tokens"
-        )
-
-
-def takes_mask(model: TransformerBridge) -> bool:
-    """Whether a padding mask has the effect that it has on the model itself.
-
-    OpenAI GPT's has not. With padding on the right it needs none: no token sees what follows it.
-    """
-    return not type(getattr(model, "original_model", model)).__name__.startswith("OpenAIGPT")
-
-
 def reads_last(model: TransformerBridge) -> bool:
     """Whether a text is pooled at the last column, padding or not."""
     return any(type(part).__name__ == POOLS_LAST for part in model.original_model.modules())
@@ -132,6 +108,30 @@ def require_sound_padding(model: TransformerBridge, mask: Tensor) -> None:
             f"{kind}: {why}, so a padded row is not what it is alone; give sounds of one length, "
             "or one each"
         )
+
+
+def require_ends(model: TransformerBridge, mask: Tensor) -> None:
+    """Refuse padded embeddings of which a decoder's classifier would read the padding.
+
+    Raises:
+        InputError: saying which side is right.
+    """
+    inner: Any = model.original_model
+    kind, config = type(inner).__name__, inner.config
+    classifies = kind.endswith("ForSequenceClassification") and not _of_encoder(config)
+    if classifies and not bool(mask[:, -1:].all()):
+        raise InputError(
+            f"{kind} finds the last token of a row by its ids, and reads the last column of "
+            "embeddings: put the padding on the left, or give tokens"
+        )
+
+
+def takes_mask(model: TransformerBridge) -> bool:
+    """Whether a padding mask has the effect that it has on the model itself.
+
+    OpenAI GPT's has not. With padding on the right it needs none: no token sees what follows it.
+    """
+    return not type(getattr(model, "original_model", model)).__name__.startswith("OpenAIGPT")
 
 
 def takes_left(model: TransformerBridge) -> bool:

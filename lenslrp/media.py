@@ -349,14 +349,14 @@ def labels_of(model: TransformerBridge) -> dict[int, str] | None:
     kind = type(model.original_model).__name__
     if kind.endswith("ForQuestionAnswering"):
         return {0: "start", 1: "end"}
-    if kind.endswith("ForNextSentencePrediction"):
-        return {0: "next", 1: "random"}
-    if kind.endswith("ForMultipleChoice"):
-        return {0: "score"}
     if is_pair(model.original_model):
         return {0: "similarity"}
     if kind.endswith("ForXVector"):
         return {}  # numbers without names
+    if kind.endswith("ForNextSentencePrediction"):
+        return {0: "next", 1: "random"}
+    if kind.endswith("ForMultipleChoice"):
+        return {0: "score"}
     if "Classification" not in kind:
         return None
     names = getattr(model.original_model.config, "id2label", None) or {}

@@ -322,9 +322,9 @@ def require_latent(target: Target, architecture: str) -> None:
     if not all(isinstance(part, of_states) for part in parts_of(target)):
         raise InputError(
             f"{architecture} has no head: its output is hidden states or an embedding, not logits. "
-            f"{architecture} has no head: its output is hidden states or an embedding, not logits."
-            "with targets.Embedding and targets.Similarity, or a function of its output with "
-            "targets.Custom(fn)"
+            "Explain one of its units with targets.Activation(hook, unit, position), a text's "
+            "vector with targets.Embedding and targets.Similarity, or a function of its output "
+            "with targets.Custom(fn)"
         )
 
 

@@ -12,15 +12,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping
-from functools import cache, wraps
-from types import MethodType
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lenslrp.models.encoders import encoders
 from lenslrp.models.images import image_models
-from lenslrp.models.outputs import give_logits
+from lenslrp.models.outputs import give_logits, score_rows, without_cache
 from lenslrp.models.sounds import sounds, sum_at_hook_points
 
 if TYPE_CHECKING:
@@ -38,11 +37,11 @@ HEADS = (
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
-    "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
-    "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES",
     "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_AUDIO_XVECTOR_MAPPING_NAMES",
+    "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
+    "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES",
     "MODEL_MAPPING_NAMES",
 )
 """The tables of transformers that say which class a family has with which head."""
@@ -51,8 +50,8 @@ CHOICE = "ForMultipleChoice"
 LABELLED = (
     "Classification",
     "ForQuestionAnswering",
-    "ForNextSentencePrediction",
     "ForXVector",
+    "ForNextSentencePrediction",
     CHOICE,
 )
 
@@ -120,10 +119,10 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
         if name.endswith("ForQuestionAnswering"):
             give_logits(hf_model)
         if name.endswith(CHOICE):
-            _score_rows(hf_model)
+            score_rows(hf_model)
         takes = inspect.signature(type(hf_model).forward).parameters
         if hf_model.config.is_encoder_decoder and "use_cache" not in takes:
-            _without_cache(hf_model)
+            without_cache(hf_model)
 
     def setup_hook_compatibility(self: Any, bridge: Any) -> None:
         if hasattr(base, "setup_hook_compatibility"):
@@ -142,37 +141,6 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
             "supports_causal_loss": False,
         },
     )
-
-
-def _score_rows(model: Any) -> None:
-    """Let each row of tokens [batch, pos] be one choice, its score the only logit: [batch, 1].
-
-    Choices [batch, choice, pos] are taken as ever. They do not see each other: a choice's score is
-    of its own tokens alone.
-    """
-    forward = type(model).forward
-    signature = inspect.signature(forward)
-
-    @wraps(forward)
-    def scored(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(self, *args, **kwargs)
-        for name, value in given.arguments.items():
-            if isinstance(value, Tensor) and value.ndim == (3 if name == "inputs_embeds" else 2):
-                given.arguments[name] = value[:, None]
-        return forward(*given.args, **given.kwargs)
-
-    model.forward = MethodType(scored, model)
-
-
-def _without_cache(model: Any) -> None:
-    """Let a head that has its base model run without a cache not be told so as well (T5Gemma)."""
-    forward = type(model).forward
-
-    @wraps(forward)
-    def run(self: Any, *args: Any, use_cache: bool = False, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
-
-    model.forward = MethodType(run, model)
 
 
 class _AsFamily:

@@ -88,15 +88,15 @@ HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 DEEP = {"text_config": MROPE, "vision_config": {"deepstack_visual_indexes": [0]}}
 
+STAGES: dict[str, Any] = {
+    "image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4],
+    "window_size": 4,
+}  # fmt: skip
 DISENTANGLED = {
     "relative_attention": True,
     "pos_att_type": ["c2p", "p2c"],
     "position_biased_input": False,
 }
-STAGES: dict[str, Any] = {
-    "image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4],
-    "window_size": 4,
-}  # fmt: skip
 
 CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("SwinForImageClassification", "SwinModel"), STAGES),
