@@ -224,12 +224,15 @@ def watched_blocks(parts: NamedModules) -> dict[int, nn.Module]:
     """The blocks by layer, where a block's number says what flows through it.
 
     None in two stacks (an encoder and a decoder, HRM's cycles), or where blocks have a second
-    entrance (Gemma 4's embedding per layer) or exit (a head that sums all layers).
+    entrance (Gemma 4's embedding per layer) or exit (a head that sums all layers), or are gone
+    round (DeBERTa's convolution).
     """
     stacks = {path.split(".")[0] for path, _ in parts if re.fullmatch(r"\w*blocks\.\d+", path)}
     entered = any(path.endswith(PER_LAYER_EMBEDDING) for path, _ in parts)
     left = any(LAYER_WEIGHTS in module._parameters for _, module in parts)
     if len(stacks) > 1 or entered or left:
+        return {}
+    if any(type(module).__name__ == "ConvLayer" for _, module in parts):
         return {}
     blocks = {layer_of(path + "."): m for path, m in parts if isinstance(m, BlockBridge)}
     return {layer: block for layer, block in blocks.items() if layer is not None}
