@@ -3,7 +3,7 @@
 :func:`assign` looks at a model and changes nothing; its table has a row for everything that is
 attached. A new architecture is rows in that table: a class in one of the lists that it goes by
 (:data:`~lenslrp.hooks.components.ACTIVATION_CLASSES`, :data:`~lenslrp.hooks.norms.NAMED_NORMS`,
-:data:`~lenslrp.hooks.operations.OPERATIONS_BY_CLASS`), or a branch of :class:`_Decision`.
+:data:`~lenslrp.hooks.declared.OPERATIONS_BY_CLASS`), or a branch of :class:`_Decision`.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from lenslrp.hooks.components import (
     attach_position_gate,
 )
 from lenslrp.hooks.composites import Composite
+from lenslrp.hooks.declared import (
+    ATTENTION_GATE_SPEC,
+    ATTENTION_SPEC,
+    declared_operations,
+    has_declared_class,
+)
 from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures, router_roles
 from lenslrp.hooks.gated_norms import attach_gated_norm, is_gated_norm
 from lenslrp.hooks.joint import JointRows
 from lenslrp.hooks.leaf_modules import embeddings, relative_positions
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.norms import attach_norm, attach_registered_norm, attach_unbridged_norm, is_norm
-from lenslrp.hooks.operations import (
-    ATTENTION_GATE_SPEC,
-    ATTENTION_SPEC,
-    attach_operations,
-    declared_operations,
-    has_declared_class,
-)
+from lenslrp.hooks.operations import attach_operations
 from lenslrp.hooks.recurrence import attach_recurrence
 from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
 from lenslrp.hooks.ruled_weights import attended_parts, linear_role, ruled_weights

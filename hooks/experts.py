@@ -29,15 +29,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.context import Context
+from lenslrp.hooks.declared import GATED_MLP_SPEC, ROUTER_SPEC
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.linear_rules import LinearRule
-from lenslrp.hooks.operations import (
-    GATED_MLP_SPEC,
-    PRODUCT_FUNCTIONS,
-    ROUTER_SPEC,
-    OperationIntercept,
-    attach_operations,
-)
+from lenslrp.hooks.operations import PRODUCT_FUNCTIONS, OperationIntercept, attach_operations
 from lenslrp.hooks.rule_types import Operations
 from lenslrp.hooks.structure import NamedModules, original
 

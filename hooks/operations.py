@@ -2,8 +2,8 @@
 
 Mixtures of experts, routers and gated modules multiply, activate and normalise in plain Python,
 with no hook point between. While a module that is *declared* runs (by :mod:`lenslrp.hooks.experts`,
-by :func:`declared_operations`, or by a user's ``composite.extended({Class: Operations()})``), each
-such operation is intercepted where it happens:
+by :mod:`lenslrp.hooks.declared`, or by a user's ``composite.extended({Class: Operations()})``),
+each such operation is intercepted where it happens:
 
 * a product of two factors that both carry relevance: a share to each ([A] Prop. 3.2-3.3), by the
   role ``router`` where one factor is a single number for each position, by the module's own role
@@ -33,6 +33,7 @@ from lenslrp.hooks import functions as F
 from lenslrp.hooks.attention_functions import Pattern
 from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.context import Context
+from lenslrp.hooks.declared import ROUTER_SPEC
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.intercept import MATRIX_PRODUCT_FUNCTIONS, SUM_FUNCTIONS, Intercept
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
@@ -44,57 +45,6 @@ from lenslrp.hooks.rule_types import (
     product_shares,
 )
 from lenslrp.hooks.sites import Site, row_sums
-
-ATTENTION_GATE_SPEC = Operations("attention_gate", leaks=("sigmoid", "softplus"), attention=False)
-ROUTER_SPEC = Operations("router", attention=False)
-GATED_MLP_SPEC = Operations(gated=True, leaks=(), attention=False)
-FUNCTIONAL_SPEC = Operations(leaks=(), attention=False)
-ATTENTION_SPEC = Operations(leaks=("softmax",))
-"""Attention that the bridge has no component for, in the towers that read images and sounds."""
-
-OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
-    "AfmoeAttention": ATTENTION_GATE_SPEC,
-    **dict.fromkeys(("Lfm2MLP", "Lfm2MoeMLP", "Zamba2MLP"), GATED_MLP_SPEC),
-    "MoonshineDecoderMLP": GATED_MLP_SPEC,
-    **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
-    "BitNetMLP": GATED_MLP_SPEC,  # a norm between the product and the last projection
-    "Gemma4TextDecoderLayer": GATED_MLP_SPEC,  # gates an embedding of its own for each layer
-    "JetMoeAttention": Operations("router", leaks=(), attention=False),  # experts for its heads
-    "JetMoeTopKGating": ROUTER_SPEC,
-    **dict.fromkeys(("LagunaAttention", "MuseGlimmerTextAttention"), ATTENTION_GATE_SPEC),
-    "RecurrentGemmaRecurrentBlock": Operations("recurrence_gate", leaks=(), attention=False),
-    "RwkvFeedForward": ATTENTION_GATE_SPEC,  # receptance, a sigmoid on the output
-    **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_SPEC),  # two gates
-    # Towers that activate what their convolutions give, or add learned positions or tokens.
-    **dict.fromkeys(
-        ("ConvLayer", "MoonshineEncoder", "TDNNLayer", "WhisperEncoder"), FUNCTIONAL_SPEC
-    ),
-    **dict.fromkeys(
-        (
-            *("AudioFlamingo3Encoder", "GlmAsrEncoder", "Qwen2AudioEncoder"),
-            *("DistilBertForMultipleChoice", "DistilBertForSequenceClassification"),
-            "Florence2MultiModalProjector",
-            "Gemma4UnifiedVisionEmbedder",
-            "Gemma4VisionPatchEmbedder",
-            "Glm4vVisionEmbeddings",
-            "HrmTextModel",  # a learned initial state
-            "Llama4VisionModel",
-            *("LlavaNextModel", "LlavaOnevisionModel"),
-            "MuseGlimmerVisionPatchEmbedder",
-            "Qwen3VLMoeVisionModel",
-            "Qwen3VLVisionModel",
-            *("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel"),
-        ),
-        FUNCTIONAL_SPEC,
-    ),
-}
-"""Classes of transformers whose own code multiplies or activates."""
-
-HEAD_SUFFIXES = ("ClassificationHead", "LMHead", "Pooler")
-"""How classes of transformers are called that activate what a head of a few linear layers reads."""
-
-GATED_MLP_CHILDREN = {"gate_proj", "up_proj", "down_proj"}
-"""The sub-modules by which a gated MLP is known, whatever its class."""
 
 ACTIVATION_FUNCTIONS = frozenset(
     {"silu", "gelu", "relu", "leaky_relu", "elu", "tanh", "mish", "hardswish"}
@@ -318,25 +268,6 @@ def _from_leak(x: Tensor, steps: int = 3) -> bool:
             return bool(node.site.role == "softmax")  # type: ignore[attr-defined]
         node = node.next_functions[0][0] if node.next_functions else None
     return False
-
-
-def has_declared_class(module: nn.Module) -> bool:
-    """Whether a module's class is in :data:`OPERATIONS_BY_CLASS`."""
-    return type(module).__name__ in OPERATIONS_BY_CLASS
-
-
-def declared_operations(module: nn.Module) -> Operations | None:
-    """Which raw operations of a module have rules, by its class or its sub-modules."""
-    kind = type(module)
-    known = OPERATIONS_BY_CLASS.get(kind.__name__)
-    if known is None and kind.__module__.startswith("transformers."):
-        if kind.__name__.endswith("Attention"):
-            return ATTENTION_SPEC
-        if kind.__name__.endswith(HEAD_SUFFIXES):
-            return FUNCTIONAL_SPEC
-    if known is None and module._modules.keys() >= GATED_MLP_CHILDREN:
-        return GATED_MLP_SPEC
-    return known
 
 
 def sites_of(ctx: Context, path: str, module: nn.Module, spec: Operations) -> dict[str, Site]:

@@ -12,8 +12,8 @@ from lenslrp.errors import InputError
 from lenslrp.hooks.components import LINEAR_CLASSES
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.convolution import CONVOLUTION_CLASSES
+from lenslrp.hooks.declared import ROUTER_SPEC
 from lenslrp.hooks.linear_rules import LinearRule
-from lenslrp.hooks.operations import ROUTER_SPEC
 from lenslrp.hooks.packed import is_packed_linear
 from lenslrp.hooks.rule_types import Operations
 from lenslrp.hooks.sharding import is_sharded
