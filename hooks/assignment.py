@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import nn
-from torch.nn.utils import parametrize
 from transformer_lens.model_bridge.generalized_components import (
     AttentionBridge,
     GatedMLPBridge,
@@ -26,7 +25,8 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources.native import model as native
 
 from lenslrp.errors import InputError
-from lenslrp.hooks.attention import attach_attention, gates_its_output
+from lenslrp.hooks.adapted import attach_adapted, is_adapted
+from lenslrp.hooks.attention import attach_attention, calls_the_module, gates_its_output
 from lenslrp.hooks.checks import known_forward
 from lenslrp.hooks.components import (
     ACTIVATION_FORWARDS,
@@ -38,24 +38,23 @@ from lenslrp.hooks.components import (
     attach_position_gate,
 )
 from lenslrp.hooks.composites import Composite
-from lenslrp.hooks.convolution import CONVOLUTION_CLASSES
 from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures, router_roles
 from lenslrp.hooks.gated_norms import attach_gated_norm, is_gated_norm
-from lenslrp.hooks.leaf_modules import embeddings
+from lenslrp.hooks.joint import JointRows
+from lenslrp.hooks.leaf_modules import embeddings, relative_positions
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.norms import attach_norm, attach_registered_norm, attach_unbridged_norm, is_norm
 from lenslrp.hooks.operations import (
     ATTENTION_GATE_SPEC,
     ATTENTION_SPEC,
-    ROUTER_SPEC,
     attach_operations,
     declared_operations,
     has_declared_class,
 )
 from lenslrp.hooks.recurrence import attach_recurrence
 from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
+from lenslrp.hooks.ruled_weights import attended_modules, linear_role, ruled_weights
 from lenslrp.hooks.scans import mixer_roles, mixers
-from lenslrp.hooks.sharding import is_sharded
 from lenslrp.hooks.similarity import SIMILARITY_CLASSES, attach_similarity
 from lenslrp.hooks.structure import (
     NamedModules,
@@ -170,10 +169,14 @@ def assign(
             if product_shares(composite["attention_gate"])[0] == 0:
                 roles[id(getattr(original(module), POSITION_GATE, None))] = "attention_gate"
             # The bridge splits a joint projection and calls its parts, unless it delegates.
-            roles[id(_wrapped(module, "qkv"))] = "projection" if attention == "fused" else ""
+            whole = attention == "fused" or calls_the_module(module)
+            whole = whole or isinstance(_wrapped(module, "v"), JointRows)
+            roles[id(_wrapped(module, "qkv"))] = "projection" if whole else ""
         if isinstance(module, JointGateUpMLPBridge):
-            roles[id(_wrapped(module, "gate_up"))] = ""
-            roles[id(getattr(original(module), module.fused_attr, None))] = ""
+            role = "linear" if isinstance(_wrapped(module, "gate"), JointRows) else ""
+            fused: Any = getattr(original(module), module.fused_attr, None)
+            for joint in (_wrapped(module, "gate_up"), fused, original(fused)):
+                roles[id(joint)] = role
         spec = operations_of.get(id(module))
         if spec is not None and spec.gated:  # its activation feeds a gated product
             gates.update((id(inner), gate_share(composite)) for inner in module.children())
@@ -184,16 +187,21 @@ def assign(
             share = gate_share(composite)
             for inner in [*original(module).children(), *module.children(), original(module)]:
                 gates[id(inner)] = share
+    for _, module in modules:
+        if is_adapted(module):
+            role = roles.get(id(module), linear_role(module))
+            roles.update(dict.fromkeys(map(id, module.modules()), role))
     decide = _Decision(composite, gates, roles, wrapped)
     embedded = embeddings(modules)
-    inside = _answered_for(modules, composite, embedded)
+    of_positions = relative_positions(modules)
+    inside = _answered_for(modules, composite, embedded) | of_positions
     linear = {id(original(m)) for _, m in modules if isinstance(m, LinearBridge)}
     rows: list[Assignment] = []
     for path, module in modules:
         if id(module) in inside:
             continue
         rows.extend(decide.row(path, module))
-        if id(module) in linear and not isinstance(module, LINEAR_CLASSES):
+        if id(module) in linear and not (isinstance(module, LINEAR_CLASSES) or is_adapted(module)):
             rows.extend(decide.linear(path, module))
         if id(module) in operations_of and id(module) not in mixing:
             rows.append(decide.operations(path, module, operations_of[id(module)]))
@@ -207,7 +215,8 @@ def assign(
         )
         for mixture in mixture_blocks
     )  # fmt: skip
-    weights = _ruled_weights(modules, composite, roles, operations_of)
+    roles.update(dict.fromkeys(of_positions, ""))
+    weights = ruled_weights(modules, composite, roles, operations_of)
     return Assignments(rows, queries, weights, wrapped, embedded)
 
 
@@ -219,6 +228,8 @@ def _answered_for(
     for inner, _ in embedded:
         inside.update(id(part) for part in inner.modules() if part is not inner)
     for _, module in modules:
+        if is_adapted(module):
+            inside.update(id(part) for part in module.modules() if part is not module)
         if isinstance(composite.modules.get(type(module)), Identity | Normalisation | Plain):
             inside.update(id(part) for part in module.modules() if part is not module)
         if isinstance(module, NormalizationBridge) and isinstance(composite["norm"], Plain):
@@ -275,20 +286,24 @@ class _Decision:
                 path, module, "activation", rules["activation"], share,
                 attach_native_activation, (share,),
             )  # fmt: skip
+        elif is_adapted(module):
+            yield from self.linear(path, module, attach_adapted)
         elif isinstance(module, LINEAR_CLASSES):
             yield from self.linear(path, module)
 
-    def linear(self, path: str, module: nn.Module) -> Iterator[Assignment]:
+    def linear(
+        self, path: str, module: nn.Module, attach: Callable[..., None] = attach_linear
+    ) -> Iterator[Assignment]:
         """A linear layer or a convolution, unless its parts are called instead."""
-        role = self.roles.get(id(module), _linear_role(module))
+        role = self.roles.get(id(module), linear_role(module))
         if role == "attention_gate":
             rule = self.composite[role]
             yield Assignment(path, module, role, rule, attach=attach_position_gate)
-        elif role:
+        elif role and not isinstance(module, JointRows):
             rule = self.composite[role]
             if not isinstance(rule, LinearRule):  # the weight of an expert, too
                 rule = Epsilon()
-            yield Assignment(path, module, role, rule, attach=attach_linear, options=(role,))
+            yield Assignment(path, module, role, rule, attach=attach, options=(role,))
 
     def activation(
         self, path: str, module: nn.Module, rule: Any, share: float, declared: bool
@@ -318,7 +333,7 @@ def _raw_modules(
     gated = (GatedMLPBridge, JointGateUpMLPBridge)
     bridged = {id(original(module)) for _, module in parts if isinstance(module, gated)}
     operations_of = {id(part): spec for mixture in mixed for part, spec in mixture.specs()}
-    attended = _attended(parts)
+    attended = attended_modules(parts)
     for _, module in parts:
         if gates_its_output(module):
             operations_of[id(module)] = ATTENTION_GATE_SPEC
@@ -333,61 +348,10 @@ def _raw_modules(
     return operations_of
 
 
-def _ruled_weights(
-    parts: NamedModules,
-    composite: Composite,
-    roles: dict[int, str],
-    operations_of: dict[int, Operations],
-) -> dict[int, str]:
-    """Addresses of weights whose products have a rule other than epsilon, and where they are.
-
-    Batched experts, say, keep theirs as parameters of their own, one matrix after another.
-    """
-    addresses: dict[int, str] = {}
-    if not any(isinstance(rule, LinearRule) for rule in composite.rules.values()):
-        return addresses
-    ruled: dict[str, bool] = {}
-    attended = _attended(parts)
-    for path, module in parts:
-        layer: Any = module
-        # A parametrised weight is a new tensor at every call.
-        if isinstance(module, nn.Embedding) or parametrize.is_parametrized(module):
-            continue
-        if isinstance(module, LINEAR_CLASSES):
-            role, matrices = roles.get(id(module), _linear_role(module)), [layer.weight]
-        elif operations_of.get(id(module)) == ROUTER_SPEC:
-            continue
-        else:
-            role = "projection" if id(module) in attended else "linear"
-            weights = [w for w in module._parameters.values() if w is not None]
-            matrices = [m for w in weights if w.ndim in (2, 3) for m in (w if w.ndim == 3 else [w])]
-        if role not in ruled:  # a check of a protocol is slow, and roles are few
-            ruled[role] = bool(role) and isinstance(composite[role], LinearRule)
-        if ruled[role]:
-            if any(is_sharded(m) for m in matrices):
-                raise InputError(
-                    f"{path}: {composite[role].name} reads its weight, which FSDP gathers for the "
-                    f"pass only: use epsilon for its role ({role!r}), or load the model whole"
-                )
-            # On the meta device no tensor has an address, and neither has one without numbers.
-            addresses.update((m.data_ptr(), path) for m in matrices if m.numel() and not m.is_meta)
-    return addresses
-
-
 def _computes_itself(composite: Composite, mlp: GatedMLPBridge) -> bool:
     """Whether a gated MLP has its rules from its bridge: its class is not declared."""
     inner = original(mlp)
     return inner is not None and type(inner) not in composite.modules
-
-
-def _attended(parts: NamedModules) -> set[int]:
-    """What lies inside attention that has a bridge."""
-    attentions = [original(m) for _, m in parts if isinstance(m, AttentionBridge)]
-    return {id(part) for module in attentions if module is not None for part in module.modules()}
-
-
-def _linear_role(module: nn.Module) -> str:
-    return "convolution" if isinstance(module, CONVOLUTION_CLASSES) else "linear"
 
 
 def _wrapped(module: nn.Module, key: str) -> Any:

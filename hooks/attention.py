@@ -87,9 +87,13 @@ def passes_over(attn: AttentionBridge) -> bool:
 
     TransformerLens goes by the architecture, and never calls the module that a user has put there.
     """
-    inner = original(attn)
-    itself = "forward" not in attn.__dict__ and type(attn).forward is not AttentionBridge.forward
-    return itself and type(inner).forward.__module__.partition(".")[0] not in SUPPORTED_PACKAGES
+    package = type(original(attn)).forward.__module__.partition(".")[0]
+    return not calls_the_module(attn) and package not in SUPPORTED_PACKAGES
+
+
+def calls_the_module(attn: AttentionBridge) -> bool:
+    """Whether the bridge has an attention computed by the module that it wraps."""
+    return "forward" in attn.__dict__ or type(attn).forward is AttentionBridge.forward
 
 
 def own_attention(model: nn.Module) -> list[AttentionBridge]:
@@ -139,6 +143,7 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     if second == 0:
         raise InputError("an attention_av rule must give the values a share")
     z = ctx.site(f"{path}.o.hook_in", attn, "attention_av")
+    biases = ctx.site(path, attn, "linear", Epsilon())
     at.sites.append(z)
     ruled: list[bool] = []  # the product inside a delegated module has had its rule
 
@@ -159,7 +164,7 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     if first == 0:
         at.hook(attn.hook_pattern, lambda _, args, y: y.detach())
         if not isinstance(inner, native.NativeAttention):
-            attach_hookable_attention(at, attn, at_product, None, 1.0)
+            attach_hookable_attention(at, attn, at_product, None, 1.0, biases)
         return
     sites = {
         "attention_qk": ctx.site(f"{path}.hook_attn_scores", attn, "attention_qk"),
@@ -175,10 +180,9 @@ def attach_attention(at: Attached, ctx: Context, path: str, attn: AttentionBridg
     if isinstance(attn, ALiBiJointQKVAttentionBridge | BloomAttentionBridge) and ctx.accounts:
         attach_score_meter(at, attn, sites["attention_qk"], q_share)
     elif not isinstance(inner, native.NativeAttention):
-        attach_hookable_attention(at, attn, at_product, sites["attention_qk"], q_share)
-    share = (
-        None if isinstance(inner, nn.MultiheadAttention) else q_share
-    )  # pooling: learned queries
+        attach_hookable_attention(at, attn, at_product, sites["attention_qk"], q_share, biases)
+    # pooling has learned queries
+    share = None if isinstance(inner, nn.MultiheadAttention) else q_share
     replaces = isinstance(roles["softmax"], SoftmaxRule)
     needs_scores = replaces or isinstance(roles["softmax"], SoftmaxTemperature)
     stash: list[Tensor] = []

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lenslrp.errors import InputError
 from lenslrp.hooks import functions as F
+from lenslrp.hooks.adapted import adapter_points
 from lenslrp.hooks.checks import elementwise, known_forward
 from lenslrp.hooks.constants import measure_bias
 from lenslrp.hooks.context import Context
@@ -35,6 +36,7 @@ from lenslrp.hooks.experts import ExpertPoint, expert_points
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.leaf_modules import PER_LAYER_EMBEDDING
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
+from lenslrp.hooks.packed import attach_unpacked, is_packed_linear
 from lenslrp.hooks.rule_types import Plain, product_shares
 from lenslrp.hooks.scan_points import scan_points
 from lenslrp.hooks.scans import mixers
@@ -111,16 +113,14 @@ def attach_position_gate(at: Attached, ctx: Context, path: str, module: nn.Modul
 def attach_linear(at: Attached, ctx: Context, path: str, module: nn.Module, role: str) -> None:
     """A linear layer or a convolution: under epsilon its bias; otherwise the rule in its place."""
     rule = ctx.composite[role]
+    convolves = isinstance(module, CONVOLUTION_CLASSES)
+    plain = convolves or known_forward(module) in PLAIN_FORWARDS or not isinstance(rule, LinearRule)
+    if is_packed_linear(module) or not isinstance(module, LINEAR_CLASSES) or not plain:
+        attach_unpacked(at, ctx, path, module, role, rule)
+        return
     if not isinstance(rule, LinearRule):
         attach_bias_meter(at, ctx, path, module)
         return
-    convolves = isinstance(module, CONVOLUTION_CLASSES)
-    if not convolves and known_forward(module) not in PLAIN_FORWARDS:
-        raise InputError(
-            f"{path} is a {type(module).__name__}, whose weight the {rule.name} rule cannot read "
-            "(quantised, or with something added to it): use epsilon for its role "
-            f"({role!r}), or load the model with plain linear layers"
-        )
     site = ctx.site(path, module, role)
     site.cut = ctx.cuts(path)
     at.sites.append(site)
@@ -236,8 +236,9 @@ def watched_blocks(parts: NamedModules) -> dict[int, nn.Module]:
 
 
 def hook_points(model: TransformerBridge, parts: NamedModules) -> dict[str, nn.Module]:
-    """Every hook point by name: the bridge's own, those of experts, and those of scans."""
-    return {**model.hook_dict, **expert_points(parts), **scan_points(mixers(parts))}
+    """Every hook point by name: the bridge's own, those of experts, adapters and scans."""
+    inside = {**expert_points(parts), **adapter_points(parts), **scan_points(mixers(parts))}
+    return {**model.hook_dict, **inside}
 
 
 __all__ = ["BlockBridge", "ExpertPoint", "UnembeddingBridge", "hook_points"]

@@ -195,6 +195,64 @@ class Linear(torch.autograd.Function):
         return gx, None, None, None, None, None
 
 
+class Unpacked(torch.autograd.Function):
+    """A linear layer whose weight is there in the backward pass only: see `lenslrp.hooks.packed`.
+
+    ``weight(x)`` gives it, [out, in]. Where the values are needed (``keeps``), what the layer
+    loses by rounding is the ``stabiliser`` term.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        weight: Callable[[Tensor], Tensor],
+        bias: Tensor | None,
+        rule: Any,
+        keeps: bool,
+        meters: bool,
+        site: Site,
+    ) -> Tensor:
+        set_site(ctx, site)
+        ctx.weight, ctx.bias, ctx.rule, ctx.keeps, ctx.meters = weight, bias, rule, keeps, meters
+        ctx.size = x.shape[-1]
+        kept = (kept_input(x, site), y) if keeps else (EMPTY, EMPTY)
+        ctx.save_for_backward(*kept)
+        return same(y, site.copies)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, *tuple[None, ...]]:
+        site, bias = ctx.site, ctx.bias
+        site.backward += 1
+        x, y = ctx.saved_tensors
+        weight = ctx.weight(g.new_empty(0, ctx.size))
+        if isinstance(ctx.rule, LinearRule):
+            gx, share = ctx.rule.backward(g, x, weight, bias)
+        else:
+            gx, share = g @ weight, g * (0 if bias is None else bias)
+        if ctx.keeps and site.accounts is not None:
+            absorbed = row_sums(share, torch.ones_like(share))
+            if ctx.meters:
+                site.report("biases", absorbed)
+            site.report("stabiliser", row_sums(y, g) - row_sums(x, gx) - absorbed)
+        return gx, None, None, None, None, None, None, None
+
+
+class Rejoined(torch.autograd.Function):
+    """The sum of two parts, whose value the layer that made them has given already (``y``)."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, y: Tensor | None, site: Site) -> Tensor:
+        set_site(ctx, site)
+        return a + b if y is None else same(y, site.copies)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        ctx.site.backward += 1
+        return g, g, None, None
+
+
 class ProductOutput(torch.autograd.Function):
     """At the output of a product of two factors: the gradient that the second gets.
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from lenslrp.errors import CoverageError, InputError
@@ -25,6 +24,7 @@ from lenslrp.hooks.context import Context
 from lenslrp.hooks.coverage import gap_message, require_fired, require_in_place
 from lenslrp.hooks.graph_walk import walk
 from lenslrp.hooks.handles import Attached, Holder, Undo, raise_failed, undo_all
+from lenslrp.hooks.packed import is_packed, is_packed_linear
 from lenslrp.hooks.readers import Readers, owners
 from lenslrp.hooks.rule_types import Rule
 from lenslrp.hooks.sharding import require_whole, reshard
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 ATTENTION_MODES = ("bridge", "fused")
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Rules:
@@ -204,25 +203,21 @@ def require_bridge(model: TransformerBridge) -> None:
         )
     parts = components(model)
     require_whole(model)
-    for parameter in (
-        w for _, module in parts for w in module._parameters.values() if w is not None
-    ):
+    owned = [(m, w) for _, m in parts for w in m._parameters.values() if w is not None]
+    for module, parameter in owned:
         if parameter.is_inference():
             raise InputError(
                 f"{_name_of(model, parameter)} was made under "
                 "torch.inference_mode(), and autograd can use no such weight: load (or move, or "
                 "convert) the model outside it; torch.no_grad() is fine"
             )
-        if parameter.dtype not in FLOATING:
+        if is_packed(parameter) and not is_packed_linear(module):
+            kind = type(parameter).__name__
             raise InputError(
-                f"{_name_of(model, parameter)} is quantised ({parameter.dtype}); the "
-                "rules cannot read it: load the model in float32, bfloat16 or float16"
-            )
-        if type(parameter).dequantize is not torch.Tensor.dequantize:  # a subclass that unpacks
-            raise InputError(
-                f"{_name_of(model, parameter)} is quantised "
-                f"({type(parameter).__name__}); the rules cannot read it: load the model in "
-                "float32, bfloat16 or float16"
+                f"{_name_of(model, parameter)} is quantised ({parameter.dtype}"
+                f"{'' if kind == 'Parameter' else f', {kind}'}) and belongs to a "
+                f"{type(module).__name__}; rules unpack weights of linear layers only, and those "
+                "that a package unpacks: load the model in float32, bfloat16 or float16"
             )
     offloaded = [name for name, module in parts if _is_offloaded(module)]
     if offloaded:

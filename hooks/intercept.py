@@ -7,7 +7,8 @@ gets its rule. The arithmetic stays the module's, call by call, so the forward p
 whatever the family.
 
 Constants that the module adds to the scores (a relative-position bias, ALiBi) take relevance with
-them: the ``positional`` term of the ledger, measured where they are added.
+them: the ``positional`` term of the ledger, measured where they are added. So do constants that
+queries or keys are multiplied with (DeBERTa's embeddings of relative positions).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformer_lens.model_bridge.generalized_components import AttentionBridge
@@ -71,13 +73,9 @@ class ScoreMeter(Intercept):
 
     def metered(self, y: Any, args: tuple[Any, ...]) -> Any:
         """Account for what a constant addend of the scores takes, when the gradient arrives."""
-        site, share = self.qk, self.share
-        if site is None or site.accounts is None or not isinstance(y, Tensor) or y.ndim < 3:
+        site, share, addend = self.qk, self.share, constant_addend(y, args)
+        if site is None or site.accounts is None or addend is None:
             return y
-        addends = [a.detach() for a in args if isinstance(a, Tensor) and not a.requires_grad]
-        if len(addends) != 1 or not y.requires_grad:
-            return y
-        addend = addends[0]
 
         def measure(g: Tensor) -> None:
             absorbed = row_sums(addend.expand(g.shape).to(g.dtype), g) / share
@@ -89,12 +87,21 @@ class ScoreMeter(Intercept):
         return y
 
 
+def constant_addend(y: Any, args: tuple[Any, ...]) -> Tensor | None:
+    """What is added to something on the graph, where it is not on the graph itself."""
+    if not isinstance(y, Tensor) or y.ndim < 3 or not y.requires_grad:
+        return None
+    addends = [a.detach() for a in args if isinstance(a, Tensor) and not a.requires_grad]
+    return addends[0] if len(addends) == 1 else None
+
+
 class HookableAttention(ScoreMeter):
-    """Intercepts the softmax of one attention module, the sums before it and the product after it.
+    """Intercepts the softmax of one attention module, what makes its scores and what follows it.
 
     Args:
         attn: whose hook points to call.
         at_product: gives the output of pattern @ values its rule.
+        biases: accounts for what is added to queries, keys and values.
     """
 
     def __init__(
@@ -103,9 +110,11 @@ class HookableAttention(ScoreMeter):
         at_product: Callable[[Tensor], Tensor],
         qk: Site | None,
         share: float,
+        biases: Site,
     ) -> None:
         super().__init__(qk, share)
-        self.attn, self.at_product = attn, at_product
+        self.attn, self.at_product, self.biases = attn, at_product, biases
+        self.has_scores = False
         self.pattern: Tensor | None = None
         self.passed_on: list[Tensor] = []  # the pattern after casts and dropout
         self.multiplied = False
@@ -121,7 +130,10 @@ class HookableAttention(ScoreMeter):
                 self.passed_on.append(self.pattern)
                 return self.pattern
             if name in SUM_FUNCTIONS:
-                return self.metered(func(*args, **kwargs), args)
+                out = func(*args, **kwargs)
+                return self.metered(out, args) if self.has_scores else self.biased(out, args)
+            if name in MATRIX_PRODUCT_FUNCTIONS:
+                return self.term(func, args, kwargs)
         elif not self.multiplied and name in MATRIX_PRODUCT_FUNCTIONS and self._multiplies(args):
             self.multiplied = True
             return self.at_product(func(*args, **kwargs))
@@ -130,6 +142,35 @@ class HookableAttention(ScoreMeter):
         if follows_pattern and isinstance(out, Tensor) and out.shape == args[0].shape:
             self.passed_on.append(out)
         return out
+
+    def biased(self, y: Any, args: tuple[Any, ...]) -> Any:
+        """Account for a constant added to queries, keys or values: a bias (DeBERTa's)."""
+        site, addend = self.biases, constant_addend(y, args)
+        if site.accounts is not None and addend is not None:
+            y.register_hook(lambda g: site.report("biases", row_sums(addend.expand(g.shape), g)))
+        return y
+
+    def term(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A product before the softmax: Q@K^T, or a term of the scores beside it.
+
+        The other factor of such a term is a constant, embeddings of relative positions. It is a
+        factor like any other: put on the graph, where it gets its share, which is `positional`.
+        """
+        tensors = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
+        constants = [i for i in tensors if not args[i].requires_grad]
+        if len(tensors) != 2 or not torch.is_grad_enabled() or len(constants) == 2:
+            return func(*args, **kwargs)
+        if not constants:
+            self.has_scores = True
+        if not constants or self.qk is None or args[constants[0]].ndim < 3:  # a weight
+            return func(*args, **kwargs)
+        factors, site = list(args), self.qk
+        factors[constants[0]] = args[constants[0]].detach().requires_grad_()
+        y = func(*factors, **kwargs)
+        if site.accounts is not None:
+            kept = y.detach()
+            y.register_hook(lambda g: site.report("positional", row_sums(kept, g)))
+        return y
 
     def is_pattern(self, value: Any) -> bool:
         """Whether a value is the pattern, as it is or cast."""
@@ -160,6 +201,7 @@ def attach_hookable_attention(
     at_product: Callable[[Tensor], Tensor],
     qk: Site | None,
     share: float,
+    biases: Site,
 ) -> None:
     """Run the wrapped attention module, wherever the bridge calls it, as hookable attention."""
     inner = original(attn)
@@ -168,7 +210,7 @@ def attach_hookable_attention(
     run = inner.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with HookableAttention(attn, at_product, qk, share) as mode:
+        with HookableAttention(attn, at_product, qk, share, biases) as mode:
             out = run(*args, **kwargs)
         if mode.pattern is None or not isinstance(out, tuple):
             return out

@@ -49,6 +49,11 @@ FRAMING = (nn.Linear, nn.Conv1d)
 WAVE_COMPONENT = "audio_feature_extractor"
 """How the bridge's components with the convolutions before it begin."""
 
+OF_POSITIONS = {
+    "DisentangledSelfAttention": ("pos_key_proj", "pos_query_proj", "pos_proj", "pos_q_proj"),
+    "DebertaV2Encoder": ("LayerNorm",),
+}
+"""Class -> children that read nothing but a table of relative positions."""
 
 INPUT_PARAMETERS = frozenset({*SPECIAL_TOKENS, *POSITION_NAMES})
 
@@ -83,6 +88,19 @@ def embeddings(parts: NamedModules) -> list[tuple[nn.Module, bool]]:
             if _same_table(module, weight):
                 found.setdefault(id(module), (module, position))
     return list(found.values())
+
+
+def relative_positions(parts: NamedModules) -> set[int]:
+    """Modules, by id, that read relative positions alone: what they give is a constant.
+
+    Where it is a factor of the scores, it takes its share (`HookableAttention`).
+    """
+    return {
+        id(module._modules[name])
+        for _, module in parts
+        for name in OF_POSITIONS.get(type(module).__name__, ())
+        if name in module._modules
+    }
 
 
 def _same_table(module: nn.Embedding, b: Any) -> bool:

@@ -35,6 +35,7 @@ NAMED_NORMS: Mapping[str, Normalisation] = {
     "LongT5LayerNorm": Normalisation(),
     "SwitchTransformersLayerNorm": Normalisation(),
     "Llama4TextL2Norm": Normalisation(),
+    "DebertaLayerNorm": Normalisation(centred=True),
     "OlmoLayerNorm": Normalisation(centred=True),
     "NemotronLayerNorm1P": Normalisation(centred=True),
 }

@@ -66,11 +66,11 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     "RwkvFeedForward": ATTENTION_GATE_SPEC,  # receptance, a sigmoid on the output
     **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_SPEC),  # two gates
     # Towers that activate what their convolutions give, or add learned positions or tokens.
-    **dict.fromkeys(("MoonshineEncoder", "TDNNLayer", "WhisperEncoder"), FUNCTIONAL_SPEC),
     **dict.fromkeys(
         (
             *("AudioFlamingo3Encoder", "GlmAsrEncoder", "Qwen2AudioEncoder"),
-            "DistilBertForSequenceClassification",
+            *("DistilBertForMultipleChoice", "DistilBertForSequenceClassification"),
+            *("ConvLayer", "MoonshineEncoder", "TDNNLayer", "WhisperEncoder"),
             "Florence2MultiModalProjector",
             "Gemma4UnifiedVisionEmbedder",
             "Gemma4VisionPatchEmbedder",

@@ -7,11 +7,12 @@ token; others (BART, Pegasus) count columns and cannot be told otherwise.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.utilities.position_ids import accepts_mask_derived_position_ids
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.leaf_modules import embeddings
@@ -25,6 +26,9 @@ POOLS_LAST = "SiglipTextModel"
 
 MIXES_COLUMNS = ("ShortConv", "RwkvSelfAttention", "RecurrentGemmaRecurrentBlock")
 """How classes end that mix columns, padding or not (LFM2, RWKV, RG-LRU)."""
+
+OF_A_ROW = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+"""How classes end whose output is of a row, and not of each of its tokens."""
 
 
 MIXES_FRAMES = ("Data2VecAudio", "SEW")
@@ -45,10 +49,21 @@ def require_padding(model: TransformerBridge, mask: Tensor) -> None:
     kind = type(getattr(model, "original_model", model)).__name__
     if bool(mask.all()):
         return
-    if kind.startswith("OpenAIGPT"):
+    if kind.startswith("T5Gemma") and kind.endswith("ForSequenceClassification"):
+        raise InputError(
+            f"{kind} reads one token more of a row with padding behind it than of the row alone; "
+            "give rows of equal length, or one each"
+        )
+    if is_left(mask) and not takes_mask(model):
         raise InputError(
             f"{kind}: TransformerLens' attention for it takes a padding mask otherwise than "
-            "Hugging Face's, so padded rows would be wrong; give rows of equal length, or one each"
+            "Hugging Face's, so a row that is padded on the left would be wrong; put the padding "
+            "on the right"
+        )
+    if is_left(mask) and reads_first_column(model.original_model):
+        raise InputError(
+            f"{kind} reads the first column of its text, which is padding in a row that is padded "
+            "on the left; put the padding on the right"
         )
     if reads_last(model) and bool((~mask[:, -1:]).any()):
         raise InputError(
@@ -95,15 +110,54 @@ def require_sound_padding(model: TransformerBridge, mask: Tensor) -> None:
         )
 
 
+def require_ends(model: TransformerBridge, mask: Tensor) -> None:
+    """Refuse padded embeddings of which a decoder's classifier would read the padding.
+
+    Raises:
+        InputError: saying which side is right.
+    """
+    inner: Any = model.original_model
+    kind, config = type(inner).__name__, inner.config
+    classifies = kind.endswith("ForSequenceClassification") and not _of_encoder(config)
+    if classifies and not bool(mask[:, -1:].all()):
+        raise InputError(
+            f"{kind} finds the last token of a row by its ids, and reads the last column of "
+            "embeddings: put the padding on the left, or give tokens"
+        )
+
+
+def takes_mask(model: TransformerBridge) -> bool:
+    """Whether a padding mask has the effect that it has on the model itself.
+
+    OpenAI GPT's has not. With padding on the right it needs none: no token sees what follows it.
+    """
+    return not type(getattr(model, "original_model", model)).__name__.startswith("OpenAIGPT")
+
+
 def takes_left(model: TransformerBridge) -> bool:
     """Whether rows padded on the left can have the positions that they have alone."""
     inner = model.original_model
-    if any(type(module).__name__.endswith(MIXES_COLUMNS) for module in inner.modules()):
+    mixes = any(type(module).__name__.endswith(MIXES_COLUMNS) for module in inner.modules())
+    if mixes or not takes_mask(model) or reads_first_column(inner):
         return False
     config = getattr(inner, "config", None)
     if not getattr(config, "is_encoder_decoder", False) or counting(inner) is not None:
         return True
     return not any(position for _, position in embeddings(components(model)))
+
+
+def reads_first_column(inner: nn.Module) -> bool:
+    """Whether an encoder's head reads the first token of a row, wherever its padding is."""
+    config: Any = getattr(inner, "config", None)
+    if not _of_encoder(config) or getattr(config, "classifier_pooling", "cls") == "mean":
+        return False
+    return type(inner).__name__.endswith(OF_A_ROW)
+
+
+def _of_encoder(config: Any) -> bool:
+    """Whether a family's language model fills in masked tokens, in one stack."""
+    masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return masked and not config.is_encoder_decoder
 
 
 def counting(inner: nn.Module) -> int | None:

@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from lenslrp import media
 from lenslrp import targets as kinds
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
-from lenslrp.hooks.padding import require_padding
 from lenslrp.inputs import pad_rows, require_ids, token_row
 from lenslrp.logits import Target
 from lenslrp.targets import as_target
@@ -63,12 +61,10 @@ class Batches:
     Attributes:
         size: prompts, or None where ``tokens`` decide.
         tokens: of a batch, padding included.
-        padded: whether rows of different lengths may share one.
     """
 
     size: int | None
     tokens: int
-    padded: bool
 
     @classmethod
     def of(cls, model: TransformerBridge, size: int | None) -> Batches:
@@ -76,12 +72,7 @@ class Batches:
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise InputError(f"batch_size is a number of prompts from 1 or None, not {size!r}")
         kind = next(model.parameters()).device.type
-        padded = True
-        try:
-            require_padding(model, torch.tensor([[True, True], [True, False]]))
-        except InputError:
-            padded = False
-        return cls(size, BATCH_TOKENS.get(kind, BATCH_TOKENS_ELSEWHERE), padded)
+        return cls(size, BATCH_TOKENS.get(kind, BATCH_TOKENS_ELSEWHERE))
 
     def __str__(self) -> str:
         return f"{self.tokens} tokens" if self.size is None else f"{self.size} prompts"
@@ -90,8 +81,7 @@ class Batches:
         """Batches of prompts of like length, the one with the first prompt first."""
         groups: dict[Any, list[QueuedPrompt]] = {}
         for prompt in prompts:
-            alike = None if self.padded else prompt.length
-            groups.setdefault((prompt.together, alike), []).append(prompt)
+            groups.setdefault(prompt.together, []).append(prompt)
         cut: list[list[QueuedPrompt]] = []
         for group in groups.values():
             batch: list[QueuedPrompt] = []
@@ -129,8 +119,7 @@ def explain(
         targets: ``None``, one target for all inputs, or an iterable of one for each. Targets of
             several tokens (a `lenslrp.targets.Sequence`, a string of several) share a batch
             with others of the same tokens alone, since they are appended to their prompts.
-        batch_size: prompts of a batch; ``None`` goes by tokens. A model that cannot be padded gets
-            prompts of one length together.
+        batch_size: prompts of a batch; ``None`` goes by tokens.
         prepend_bos: as for `lenslrp.run_with_relevance`; give ``run`` the same.
         window: inputs that are taken, and sorted by length, at a time. Caches of a window wait
             until it is their turn: with hook points read, a smaller one takes less memory.

@@ -8,12 +8,14 @@ from lenslrp.errors import MissingExtraError
 
 EXTRAS = {
     "PIL": "evaluate",
+    "bitsandbytes": "quantised",
     "captum": "evaluate",
     "gguf": "demo",
     "matplotlib": "plot",
     "onnx": "demo",
     "peft": "peft",
     "ray": "ray",
+    "torchao": "quantised",
 }
 """Package, as it is imported, to the extra that brings it."""
 

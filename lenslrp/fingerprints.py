@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.composites import Composite
+from lenslrp.hooks.packed import stored_numbers
 from lenslrp.running import architecture
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def describe_model(model: TransformerBridge) -> dict[str, Any]:
     config = getattr(getattr(model, "original_model", None), "config", None)
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
+        flat = stored_numbers(parameter).reshape(-1)
         step = max(1, len(flat) // 1024)
         sample = flat[::step].float().cpu().contiguous().numpy()
         digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}".encode())

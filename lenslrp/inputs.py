@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,8 +18,10 @@ from lenslrp.hooks.padding import (
     masked_ids,
     position_ids,
     reads_last,
+    require_ends,
     require_padding,
     takes_left,
+    takes_mask,
 )
 from lenslrp.hooks.structure import components_where
 from lenslrp.text.names import token_ids
@@ -60,33 +64,57 @@ def is_encoder_decoder(model: TransformerBridge) -> bool:
 def decoder_reads_the_text(model: Any) -> bool:
     """Whether an encoder-decoder's decoder reads what its encoder does, shifted by one token.
 
-    So do classifiers and question answerers, which write nothing (Lewis et al. 2020,
+    So do classifiers, taggers and question answerers, which write nothing (Lewis et al. 2020,
     arXiv:1910.13461).
     """
-    heads = ("ForSequenceClassification", "ForQuestionAnswering")
+    heads = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
     written = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return bool(written) and type(model).__name__.endswith(heads)
+    takes = inspect.signature(model.forward).parameters
+    return bool(written) and type(model).__name__.endswith(heads) and "decoder_input_ids" in takes
+
+
+def text_of_decoder(model: Any, row: list[int]) -> list[int]:
+    """What such a decoder is given of a text, by the model's own code: it shifted by one token.
+
+    The start token goes by the family; mBART's is the text's last token, which names a language.
+    """
+    text, config = torch.tensor([row]), model.config
+    modules = (sys.modules[cls.__module__] for cls in type(model).__mro__)
+    shifts = (getattr(module, "shift_tokens_right", None) for module in modules)
+    if (shift := next(filter(None, shifts), None)) is not None:  # BART's kin
+        takes = inspect.signature(shift).parameters
+        start = [config.decoder_start_token_id] if "decoder_start_token_id" in takes else []
+        shifted: Tensor = shift(text, config.pad_token_id, *start)
+    elif hasattr(model, "_shift_right"):  # T5's
+        shifted = model._shift_right(text)
+    else:
+        shifted = model.prepare_decoder_input_ids_from_labels(text)
+    ids: list[int] = shifted[0].tolist()
+    return ids
+
+
+def _start_token(model: Any) -> int:
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:
+        raise InputError("this model names no decoder start token: give decoder_input as ids")
+    return int(start)
 
 
 def with_decoder(
     model: TransformerBridge, encoder: Batch, decoder_input: Any, append: list[int]
 ) -> Batch:
     """The decoder's rows: its start token and the words given, or a token tensor as it is."""
-    batch = len(encoder.tokens)
-    config = model.original_model.config
-    start = getattr(config, "decoder_start_token_id", None)
+    batch, inner = len(encoder.tokens), model.original_model
     if isinstance(decoder_input, Tensor) or (decoder_input and not _is_text(decoder_input)):
         tokens, mask = _as_tensor(decoder_input, None)
         rows = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
+    elif not decoder_input and decoder_reads_the_text(inner):
+        read = zip(encoder.tokens, encoder.mask, strict=True)
+        rows = [text_of_decoder(inner, row[keep].tolist()) for row, keep in read]
     else:
-        if start is None:
-            raise InputError("this model names no decoder start token: give decoder_input as ids")
         texts = [decoder_input] * batch if isinstance(decoder_input, str) else decoder_input
         words = [token_ids(model.tokenizer, text) for text in texts] if texts else [[]] * batch
-        if not texts and decoder_reads_the_text(model.original_model):
-            rows_read = zip(encoder.tokens, encoder.mask, strict=True)
-            words = [row[keep].tolist()[:-1] for row, keep in rows_read]
-        rows = [[int(start), *ids] for ids in words]
+        rows = [[_start_token(inner), *ids] for ids in words]
     if len(rows) != batch:
         raise InputError(f"{len(rows)} rows for the decoder, {batch} for the encoder")
     lengths = [len(row) for row in rows]
@@ -152,7 +180,7 @@ def prepare_side(
     tokens = masked_ids(model, tokens, mask)
     device = _device(model)
     kwargs: dict[str, Any] = {}
-    if not bool(mask.all()):
+    if not bool(mask.all()) and takes_mask(model):
         kwargs["attention_mask"] = mask.long().to(device)
     return Batch(tokens.to(device), mask.to(device), lengths, kwargs, texts=texts)
 
@@ -277,8 +305,14 @@ def _tables(model: TransformerBridge, decoder: bool) -> Iterator[int]:
         table = getattr(module, "embed_positions", None)  # of sines (GPT-J, CodeGen)
         if isinstance(module, PosEmbedBridge) and "relative" not in str(module.name):
             if path.startswith("decoder") == decoder:
-                inner = module.original_component
-                rows = len(getattr(inner, "weight", ())) - int(getattr(inner, "offset", 0))
+                inner: Any = module.original_component
+                if hasattr(inner, "make_weights"):  # sines that grow with the text (M2M-100)
+                    continue
+                padding = getattr(inner, "padding_idx", None)  # places begin behind its row (MPNet)
+                reserved = int(getattr(inner, "offset", 0)) + (
+                    0 if padding is None else padding + 1
+                )
+                rows = len(getattr(inner, "weight", ())) - reserved
                 yield min(model.cfg.n_ctx, rows) if rows > 0 else model.cfg.n_ctx
         elif isinstance(table, Tensor):
             yield len(table)
@@ -321,7 +355,9 @@ def _from_embeddings(
     if attention_mask is not None:
         mask = as_mask(attention_mask, tokens)
         require_padding(model, mask)
-        kwargs["attention_mask"] = attention_mask
+        require_ends(model, mask)
+        if takes_mask(model):
+            kwargs["attention_mask"] = attention_mask
         places = position_ids(model, mask)
         if places is not None:
             kwargs["position_ids"] = places

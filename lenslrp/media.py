@@ -353,6 +353,10 @@ def labels_of(model: TransformerBridge) -> dict[int, str] | None:
         return {0: "similarity"}
     if kind.endswith("ForXVector"):
         return {}  # numbers without names
+    if kind.endswith("ForNextSentencePrediction"):
+        return {0: "next", 1: "random"}
+    if kind.endswith("ForMultipleChoice"):
+        return {0: "score"}
     if "Classification" not in kind:
         return None
     names = getattr(model.original_model.config, "id2label", None) or {}

@@ -27,11 +27,14 @@ from torch import Tensor
 
 from lenslrp.batch import PAIRED as PAIRED
 from lenslrp.batch import reads_the_encoder as reads_the_encoder
+from lenslrp.combined import PerRow as PerRow
+from lenslrp.combined import Sum as Sum
+from lenslrp.combined import parts_of as parts_of
 from lenslrp.errors import InputError
 from lenslrp.latent import Activation as Activation
 from lenslrp.logits import Outputs as Outputs
 from lenslrp.logits import Target as Target
-from lenslrp.logits import columns_read, shown
+from lenslrp.logits import shown
 from lenslrp.sentences import DenseLayer as DenseLayer
 from lenslrp.sentences import Embedding as Embedding
 from lenslrp.sentences import SentenceEmbedding as SentenceEmbedding
@@ -42,7 +45,7 @@ from lenslrp.text.spelling import Speller
 __all__ = [
     "Activation", "Contrastive", "Custom", "DenseLayer", "Embedding", "Explained", "LogProb",
     "Logit", "LogitDiff", "Outputs", "PerRow", "SentenceEmbedding", "Sequence", "Similarity",
-    "Target", "Top",
+    "Sum", "Target", "Top",
 ]  # fmt: skip
 
 
@@ -279,38 +282,6 @@ class Custom:
 
 
 @dataclass(frozen=True)
-class PerRow:
-    """One target for each batch row, which sees that row only; a list of targets becomes one.
-
-    Args:
-        targets: one for each row.
-    """
-
-    targets: tuple[Target, ...]
-
-    def values(self, outputs: Outputs) -> Float[Tensor, " batch"]:
-        """Each target's value in its own row."""
-        values = [target.values(outputs.row(row))[0] for row, target in enumerate(self.targets)]
-        return torch.stack([value.to(values[0].device) for value in values])
-
-    def columns(self, outputs: Outputs) -> Int[Tensor, "batch n"] | None:
-        """Where its parts read the logits; ``None`` where one of them reads them all."""
-        rows = [columns_read(part, outputs.row(row)) for row, part in enumerate(self.targets)]
-        if any(row is None for row in rows):
-            return None
-        return torch.cat([row for row in rows if row is not None])
-
-    def text(self, outputs: Outputs) -> str:
-        """What a cache says was explained."""
-        return "; ".join(t.text(outputs.row(row)) for row, t in enumerate(self.targets))
-
-
-def parts_of(target: Target) -> tuple[Target, ...]:
-    """The targets of the single rows; a target for all rows is its own only part."""
-    return target.targets if isinstance(target, PerRow) else (target,)
-
-
-@dataclass(frozen=True)
 class Explained:
     """What exactly was explained: its text, and its value in each batch row.
 
@@ -351,9 +322,9 @@ def require_latent(target: Target, architecture: str) -> None:
     if not all(isinstance(part, of_states) for part in parts_of(target)):
         raise InputError(
             f"{architecture} has no head: its output is hidden states or an embedding, not logits. "
-            f"{architecture} has no head: its output is hidden states or an embedding, not logits."
-            "with targets.Embedding and targets.Similarity, or a function of its output with "
-            "targets.Custom(fn)"
+            "Explain one of its units with targets.Activation(hook, unit, position), a text's "
+            "vector with targets.Embedding and targets.Similarity, or a function of its output "
+            "with targets.Custom(fn)"
         )
 
 

@@ -17,6 +17,7 @@ os.environ["MPLBACKEND"] = "Agg"
 import numpy as np
 import pytest
 import torch
+import transformers.modeling_utils  # noqa: F401 - the hook below compiles anew what it imports
 from jaxtyping import install_import_hook
 
 # The models are tiny and the workers several: more threads than cores only wait for one another.

@@ -16,8 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.errors import InputError
+from lenslrp.hooks.adapted import has_adapter
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.experts import mixtures
+from lenslrp.hooks.packed import is_packed_linear
 from lenslrp.hooks.structure import components
 
 if TYPE_CHECKING:
@@ -73,8 +75,28 @@ def known_hook(model: TransformerBridge, name: str) -> str:
     return name
 
 
+def require_plain_weights(component: Any) -> None:
+    """Refuse to read weights that are packed, or that an adapter adds to.
+
+    Raises:
+        InputError: naming the kind of layer.
+    """
+    for module in getattr(component, "modules", tuple)():
+        if is_packed_linear(module) or has_adapter(module):
+            raise InputError(
+                f"what a unit reads and writes is in weights, and those of a "
+                f"{type(module).__name__} are packed, or not all that it computes with: load the "
+                "model without quantization_config, and its adapters merged"
+            )
+
+
 def weight(component: Any, name: str, dims: int = 2) -> Tensor | None:
-    """A weight in TransformerLens' convention, None where the component has no such matrix."""
+    """A weight in TransformerLens' convention, None where the component has no such matrix.
+
+    Raises:
+        InputError: weights of the component are packed, or have an adapter.
+    """
+    require_plain_weights(component)
     value = None
     # Attention of other geometry refuses with errors of TransformerLens' own or NotImplementedError
     with contextlib.suppress(AttributeError, NotImplementedError, ValueError, RuntimeError):

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lenslrp.analysis.units.locations import Side, blocks_name
+from lenslrp.analysis.units.locations import Side, blocks_name, require_plain_weights
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import original
 from lenslrp.hooks.turns import turn
@@ -166,6 +166,7 @@ def unembedding(model: TransformerBridge) -> tuple[Float[Tensor, "rows d_model"]
     config = _config(model)
     if getattr(config, "do_stable_layer_norm", False) and final_norm(model) is None:
         raise InputError(f"{_name(model)}: the bridge does not know the model's final norm")
+    require_plain_weights(unembed)
     weight = unembed.W_U.T if hasattr(unembed, "W_U") else unembed.weight
     if weight.ndim != 2 or weight.shape[1] != model.cfg.d_model:
         raise InputError(
@@ -182,6 +183,7 @@ def embedding(model: TransformerBridge) -> Float[Tensor, "d_vocab d_model"]:
     Raises:
         InputError: the model reads no tokens, or embeds them at another width.
     """
+    require_plain_weights(getattr(model, "embed", None))
     weight = getattr(getattr(model, "embed", None), "W_E", None)
     if not isinstance(weight, Tensor):
         raise InputError(f"{_name(model)} embeds no tokens, so nothing that it reads is one")

@@ -5,14 +5,17 @@
     python -m benchmarks.cost.memory count --model llama-3-8b --lengths 32768 --dtypes bfloat16 \
         --attention fused --checkpoint yes --logits target
     python -m benchmarks.cost.memory measure --lengths 4096 --attention bridge --read all
+    python -m benchmarks.cost.memory packed  # SmolLM2 in 4 and 8 bits beside float32, 5 minutes
 
 ``peaks`` is what torch allocates in one pass of each case of ``bridge.py``, above what was
 held before it (``measure.py``). ``count`` is ``lenslrp.survey``: the whole pass on tensors
 without storage, every allocation counted. ``measure`` runs the pass in a process of its own and
 asks the system for its high-water mark, so it contains Python, torch and the weights. The models of
 the last two are Llamas of the sizes of SmolLM2-135M, LLaMA 2 7B or Llama 3 8B, with random weights;
-truncated where fewer layers are asked for. One logit at the last position is explained, AttnLRP,
-ledger on. Tables are markdown on standard output.
+truncated where fewer layers are asked for. ``packed`` loads and explains the real SmolLM2, packed
+and not, in a process each: bytes of the weights, what torch allocates above them in a pass, and
+the high-water marks of loading and of all, less that of a process that has only imported. One
+logit at the last position is explained, AttnLRP, ledger on. Tables are markdown on standard output.
 """
 
 from __future__ import annotations
@@ -180,6 +183,63 @@ def measure_here(shape: Shape, case: dict[str, Any]) -> dict[str, float]:
     }
 
 
+PACKED: dict[str, tuple[torch.dtype, dict[str, Any] | None]] = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "nf4, the rest float32": (torch.float32, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+    "nf4, the rest bfloat16": (
+        torch.bfloat16, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    ),
+    "int8, the rest float32": (torch.float32, {"load_in_8bit": True}),
+}  # fmt: skip
+"""Types of the weights that are not packed, and how bitsandbytes packs those of linear layers."""
+
+
+def measure_packed(kind: str, length: int) -> dict[str, float]:
+    """Weights, peak of a pass and high-water marks of this process, MiB."""
+    from transformers import BitsAndBytesConfig
+
+    dtype, settings = PACKED[kind]
+    config = None if settings is None else BitsAndBytesConfig(**settings)
+    imported = high_water()
+    model = lenslrp.load(
+        "smollm2-135m", dtype=dtype, device="cpu", verify=False, quantization_config=config
+    )
+    loaded = high_water()
+    weights = {w.data_ptr(): w.nbytes for w in model.original_model.parameters()}
+    tokens = make_tokens(SMOLLM2, length)
+    with ExitStack() as stack:
+        run = relevance_pass(model, CASES["target-tokens"], stack)
+        run(tokens)
+        peak = peak_mib(run, tokens)
+    marks = {"loading": loaded - imported, "all": high_water() - imported}
+    return {
+        "weights": sum(weights.values()) / MIB,
+        "peak": peak,
+        **{name: gib * GIB / MIB for name, gib in marks.items()},
+    }
+
+
+def print_packed(options: argparse.Namespace) -> None:
+    print(
+        "| weights | tokens | weights MiB | peak of a pass besides MiB | together | to float32 "
+        "| high water of loading MiB | of all MiB |\n" + "|---" * 8 + "|"
+    )
+    first: dict[int, float] = {}
+    for kind, length in itertools.product(PACKED, options.lengths):
+        command = [*ONE, "--packed", kind, "--lengths", str(length)]
+        environment = {**os.environ, **MMAP}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        both = found["weights"] + found["peak"]
+        ratio = both / first.setdefault(length, both)
+        cells = [f"{found['weights']:.0f}", f"{found['peak']:.0f}", f"{both:.0f}", f"{ratio:.2f}"]
+        cells += [f"{found[name]:.0f}" for name in ("loading", "all")]
+        print(f"| {kind} | {length} | {' | '.join(cells)} |", flush=True)
+
+
 def high_water() -> float:
     """GiB, as Linux counts them (in KiB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -216,7 +276,7 @@ def print_measured(options: argparse.Namespace) -> None:
 def main() -> None:
     """Parse the options and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("peaks", "count", "measure", "one"))
+    parser.add_argument("what", choices=("peaks", "count", "measure", "packed", "one"))
     parser.add_argument("--model", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--layers", type=int, nargs="+", help="default: the model's")
     parser.add_argument(
@@ -232,15 +292,21 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="of peaks")
     parser.add_argument("--malloc", nargs="+", choices=("default", "mmap"), default=["mmap"])
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--packed", choices=PACKED, help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = SHAPES[options.model]
     options.layers = options.layers or [shape.layers]
     peaks = options.what == "peaks"
-    options.lengths = options.lengths or ([256, 1024] if peaks else [512, 1024, 2048, 4096])
+    lengths = {"peaks": [256, 1024], "packed": [256]}.get(options.what, [512, 1024, 2048, 4096])
+    options.lengths = options.lengths or lengths
     options.dtypes = options.dtypes or (list(DTYPES) if peaks else ["float32"])
     if peaks:
         torch.set_num_threads(1)
         print_peaks(options)
+    elif options.what == "packed":
+        print_packed(options)
+    elif options.packed:
+        print(json.dumps(measure_packed(options.packed, options.lengths[0])))
     elif options.what == "one":
         print(json.dumps(measure_here(shape, json.loads(options.case))))
     elif options.what == "count":

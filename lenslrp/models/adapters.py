@@ -1,13 +1,14 @@
 """Adapters of PEFT: read with the model that they are for, or taken off one in memory.
 
-An adapter in a directory is merged into the weights of its base model, which nobody else has. In
-memory the model that is adapted is wrapped with the adapters in place, so that nothing of the
-user's is merged.
+An adapter in a directory is merged into the weights of its base model, which nobody else has,
+unless they are packed: what is merged would be rounded to what they can hold. In memory the model
+that is adapted is wrapped with the adapters in place, so that nothing of the user's is merged.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +24,30 @@ from lenslrp.models.checkpoints import (
     read_tokenizer,
     require_same,
 )
+from lenslrp.models.quantised import is_quantised
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedTokenizerBase
 
 
-def read_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+IN_PLACE: Mapping[str, str] = {
+    "ADAPTION_PROMPT": "adds learned keys and values to attention",
+    "LN_TUNING": "replaces norms (merge it: merge_and_unload)",
+    "POLY": "mixes adapters by a task that each input names",
+    "XLORA": "mixes adapters by a forward pass of its own",
+}
+"""Kinds of adapter that cannot stay in place, and what they do that no bridge has."""
+
+
+def read_model(
+    name: str, *, merge_adapter: bool = True, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """What a directory or hub id holds, a model or an adapter of one.
 
-    ``options`` are those of `lenslrp.models.checkpoints.read_checkpoint`.
+    Args:
+        name: the directory or id.
+        merge_adapter: merge an adapter into weights that are not packed.
+        options: those of `lenslrp.models.checkpoints.read_checkpoint`.
 
     Raises:
         LoadError: see there; or an adapter that cannot be put on its model.
@@ -40,7 +55,7 @@ def read_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTo
     settings = _adapter_settings(name, options["revision"])
     if settings is None:
         return read_checkpoint(name, **options)
-    return _with_adapter(name, settings, **options)
+    return _with_adapter(name, settings, merge_adapter, **options)
 
 
 def _adapter_settings(name: str, revision: str | None) -> dict[str, Any] | None:
@@ -68,9 +83,9 @@ def _adapter_settings(name: str, revision: str | None) -> dict[str, Any] | None:
 
 
 def _with_adapter(
-    name: str, settings: dict[str, Any], **options: Any
+    name: str, settings: dict[str, Any], merge: bool, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The base model with the adapter merged into its weights."""
+    """The base model with the adapter merged into its weights, or in place."""
     base_name = str(settings["base_model_name_or_path"])
     try:
         require("peft", f"{name!r}, an adapter of {base_name!r},")
@@ -99,10 +114,12 @@ def _with_adapter(
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             keys = set(file.keys())
         require_same(name, "an adapter", set(peft.get_peft_model_state_dict(adapted)), keys)
-    return adapted.merge_and_unload(), adapter_tokenizer or tokenizer
+    merges = merge and not is_quantised(base)
+    model = adapted.merge_and_unload() if merges else inside_adapter(adapted.eval())
+    return model, adapter_tokenizer or tokenizer
 
 
-def inside_adapter(model: TransformerBridge) -> Any:
+def inside_adapter(model: Any) -> Any:
     """The model that a PeftModel adapts, its adapters in place; any other model as it is.
 
     Raises:
@@ -111,9 +128,13 @@ def inside_adapter(model: TransformerBridge) -> Any:
     if not any(cls.__name__ == "PeftModel" for cls in type(model).__mro__):
         return model
     for name, settings in model.peft_config.items():
+        kind = str(getattr(getattr(settings, "peft_type", None), "value", ""))
+        does = IN_PLACE.get(kind)
         if getattr(settings, "is_prompt_learning", False):
+            does = "puts learned tokens before the input"
+        if does is not None:
             raise LoadError(
-                f"the adapter {name!r} ({type(settings).__name__}) puts learned tokens before the "
-                "input, which no bridge has; give the model that it adapts"
+                f"the adapter {name!r} ({type(settings).__name__}) {does}, which no bridge has; "
+                "give the model that it adapts"
             )
     return model.get_base_model()

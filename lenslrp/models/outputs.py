@@ -1,4 +1,4 @@
-"""What stands for logits where a model's output has none by that name.
+"""How a model is called, and what stands for logits where its output has none by that name.
 
 A question answerer gives the logits of start and end apart; a tower with a projection gives an
 embedding; a pair of towers gives the similarity of every image with every text.
@@ -6,6 +6,7 @@ embedding; a pair of towers gives the similarity of every image with every text.
 
 from __future__ import annotations
 
+import inspect
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -45,3 +46,34 @@ def give_logits(model: Any) -> None:
         return output
 
     model.forward = MethodType(joined, model)  # of a copy of the model, the copy's
+
+
+def score_rows(model: Any) -> None:
+    """Let each row of tokens [batch, pos] be one choice, its score the only logit: [batch, 1].
+
+    Choices [batch, choice, pos] are taken as ever. They do not see each other: a choice's score is
+    of its own tokens alone.
+    """
+    forward = type(model).forward
+    signature = inspect.signature(forward)
+
+    @wraps(forward)
+    def scored(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
+        for name, value in given.arguments.items():
+            if isinstance(value, Tensor) and value.ndim == (3 if name == "inputs_embeds" else 2):
+                given.arguments[name] = value[:, None]
+        return forward(*given.args, **given.kwargs)
+
+    model.forward = MethodType(scored, model)
+
+
+def without_cache(model: Any) -> None:
+    """Let a head that has its base model run without a cache not be told so as well (T5Gemma)."""
+    forward = type(model).forward
+
+    @wraps(forward)
+    def run(self: Any, *args: Any, use_cache: bool = False, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    model.forward = MethodType(run, model)

@@ -32,7 +32,8 @@ from lenslrp.defaults import recommended
 from lenslrp.errors import InputError
 from lenslrp.hooks import coverage as cover
 from lenslrp.hooks.composites import Composite, as_composite
-from lenslrp.hooks.install import FLOATING, relevance_rules
+from lenslrp.hooks.install import relevance_rules
+from lenslrp.hooks.packed import FLOATING
 from lenslrp.hooks.readers import NamesFilter, Readers, select_names
 from lenslrp.hooks.rule_types import Rule
 from lenslrp.hooks.sites import Accounts

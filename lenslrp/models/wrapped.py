@@ -16,6 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from lenslrp.errors import LoadError
+from lenslrp.hooks.packed import is_packed
 from lenslrp.models.verifying import Agreement, Reference, compare
 
 if TYPE_CHECKING:
@@ -122,6 +123,6 @@ def _state(model: Any) -> tuple[float, ...]:
     weights = [
         w.detach().flatten()
         for w in model.parameters()
-        if w.is_floating_point() and w.device.type != "meta"
+        if w.is_floating_point() and w.device.type != "meta" and not is_packed(w)
     ]
     return tuple(float(w[:: max(1, w.numel() // 16)].double().sum()) for w in weights)

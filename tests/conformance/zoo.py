@@ -37,7 +37,7 @@ from lenslrp import media
 from lenslrp.hooks.leaf_modules import embeddings
 from lenslrp.hooks.sites import LEDGER_TERMS
 from lenslrp.hooks.structure import components
-from lenslrp.inputs import decoder_reads_the_text, prepare_text
+from lenslrp.inputs import decoder_reads_the_text, prepare_text, text_of_decoder
 from lenslrp.models import heads
 from lenslrp.models.images import image_models
 from lenslrp.models.verifying import difference, output_of, short_input
@@ -229,9 +229,16 @@ def two_stacks(model: Any) -> bool:
 
 def decoder(model: Any, key: str) -> dict[str, Tensor]:
     """What the decoder has written so far, for a model that has one, under the name it takes."""
-    if not two_stacks(model) or decoder_reads_the_text(model.original_model):
+    if not two_stacks(model):
         return {}
+    if decoder_reads_the_text(model.original_model):
+        return {key: shifted(model.original_model, prompt(model))} if key.endswith("_ids") else {}
     return {key: tokens(2, 4, seed=8)}
+
+
+def shifted(model: Any, ids: Tensor) -> Tensor:
+    """What a decoder that reads the text is given of it."""
+    return torch.tensor([text_of_decoder(model, row) for row in ids.tolist()])
 
 
 def prompt(model: Any) -> Tensor:
@@ -353,11 +360,17 @@ def apart(name: str) -> dict[str, float]:
             {"decoder_input_ids": tokens(2, 4, seed=8)} if "decoder_input_ids" in given[""] else {}
         )
         given[media_kind(name)] = {"input_ids": row, **floats, **others, **extra}
+    rows = given[""]
+    if name.endswith(heads.CHOICE):  # each row among several, [batch, choice, pos]
+        rows = {**rows, "input_ids": rows["input_ids"][:, None]}
     with torch.no_grad(), default_type(model):
-        expected = {kind: output_of(model(**inputs)) for kind, inputs in given.items()}
+        outputs = {kind: model(**inputs) for kind, inputs in {**given, "": rows}.items()}
+        expected = {kind: output_of(output) for kind, output in outputs.items()}
     bridge = wrap(name, model)
     found = {}
     for kind, inputs in given.items():
+        if decoder_reads_the_text(bridge.original_model):
+            inputs["decoder_input_ids"] = shifted(bridge.original_model, inputs["input_ids"])
         with torch.no_grad(), default_type(model):
             first = inputs.pop("input_ids", inputs.pop("input_features", None))
             output = bridge(first, return_type="logits", **inputs)

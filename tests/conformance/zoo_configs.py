@@ -93,6 +93,11 @@ STAGES: dict[str, Any] = {
     "image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4],
     "window_size": 4,
 }  # fmt: skip
+DISENTANGLED = {
+    "relative_attention": True,
+    "pos_att_type": ["c2p", "p2c"],
+    "position_biased_input": False,
+}
 
 CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("SwinForImageClassification", "SwinModel"), STAGES),
@@ -100,6 +105,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "Data2VecVisionModel": {"attn_implementation": "eager"},
     "AlbertForMaskedLM": {"embedding_size": 12},
     "ElectraForMaskedLM": {"embedding_size": 12},
+    "DebertaForMaskedLM": DISENTANGLED,
+    "DebertaV2ForMaskedLM": {**DISENTANGLED, "share_att_key": True, "conv_kernel_size": 3},
     "DistilBertForMaskedLM": {"dim": 16, "hidden_dim": 24},
     **dict.fromkeys(("ViTForImageClassification", "ViTModel"), IMAGE),
     **dict.fromkeys(("DeiTForImageClassification", "DeiTModel"), IMAGE),

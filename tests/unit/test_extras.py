@@ -39,7 +39,10 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "transformer_lens": "transformer-lens",
 }
-CALLED_LATER = {"_actors", "_figure_class", "installed_fonts", "colour_map", "_image", "_folder"}
+CALLED_LATER = {
+    "_actors", "_figure_class", "installed_fonts", "colour_map", "_image", "_folder",
+    "_unpacked",  # a weight that is the package's own
+}  # fmt: skip
 """Functions that are called only when their callers have asked."""
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from huggingface_hub import constants
 from torch import Tensor
 from transformer_lens.factories.architecture_adapter_factory import (
     SUPPORTED_ARCHITECTURES,
@@ -28,6 +29,7 @@ from lenslrp.errors import LoadError
 from lenslrp.models.heads import offered
 from tests.conformance.families import randomise, tokens
 from tests.conformance.zoo_configs import CHANGES, tiny
+from tests.unit.tiny_tokenizers import LINES, word_level
 
 KINDS = (
     "ForSequenceClassification",
@@ -111,7 +113,8 @@ def test_a_derived_adapter_keeps_the_checkpoints_own_head(
     model.save_pretrained(tmp_path)
     reloaded = getattr(hf, name).from_pretrained(tmp_path, attn_implementation="eager").eval()
     options = {"decoder_input_ids": text} if name == "T5Model" else {}
-    expected = output_of(reloaded, text, **options)
+    given = text[:, None] if name.endswith("ForMultipleChoice") else text
+    expected = output_of(reloaded, given, **options)
     bridge = lenslrp.load(str(tmp_path), device="cpu")
     assert type(bridge.original_model) is getattr(hf, name)
     with torch.no_grad():
@@ -162,3 +165,56 @@ def test_the_classes_are_of_every_kind() -> None:
     for kind in KINDS:
         assert sum(name.endswith(kind) for name in NAMES) >= 8, kind
     assert all(inspect.isclass(getattr(hf, name)) for name in NAMES)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def as_the_hub_lays_it(cache: Path, repository: str, files: Path, ref: str) -> None:
+    """A repository in the hub's cache: blobs, a snapshot of links to them, and a name for it."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / COMMIT
+    for part in (folder / "refs", folder / "blobs", snapshot):
+        part.mkdir(parents=True)
+    (folder / "refs" / ref).write_text(COMMIT)
+    for index, file in enumerate(sorted(files.iterdir())):
+        blob = folder / "blobs" / f"{index:040x}"
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", blob.name))
+
+
+@pytest.mark.parametrize("ref", ["main", "v1.0"])
+def test_a_hub_id_is_its_directory_and_the_model_in_memory(
+    ref: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
+) -> None:
+    """Without a network: what the hub's cache holds, at the revision that was asked for."""
+    model = build("ElectraForSequenceClassification")
+    model.config.id2label = {0: "bad", 1: "good"}
+    files, cache = tmp_path / "files", tmp_path / "cache"
+    model.save_pretrained(files)
+    word_level().save_pretrained(files)
+    as_the_hub_lays_it(cache, "somebody/tiny-electra", files, ref)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    revision = None if ref == "main" else ref
+    bridges = (
+        lenslrp.load(str(files), device="cpu"),
+        lenslrp.load("somebody/tiny-electra", device="cpu", revision=revision),
+        lenslrp.load(model, tokenizer=word_level(), device="cpu"),
+    )
+    target = lenslrp.targets.LogitDiff("good", "bad")
+    runs = [lenslrp.run_with_relevance(bridge, LINES[0], target) for bridge in bridges]
+    for (logits, R), bridge in zip(runs, bridges, strict=True):
+        assert type(bridge.original_model) is hf.ElectraForSequenceClassification
+        assert torch.equal(logits, runs[0][0])
+        assert torch.equal(R.tokens, runs[0][1].tokens)
+        assert R.str_tokens == runs[0][1].str_tokens
+        assert R.ledger().to_dict() == runs[0][1].ledger().to_dict()
+    assert runs[0][1].tokens.abs().max() > 1e-6
+
+
+def test_a_hub_id_that_is_not_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(LoadError, match="the Hugging Face hub did not give it"):
+        lenslrp.load("somebody/tiny-electra")

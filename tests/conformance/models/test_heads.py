@@ -18,10 +18,11 @@ from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_AR
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 import lenslrp
+from lenslrp.hooks import Composite, Gamma
 from lenslrp.models import heads
 from lenslrp.models.checkpoints import supported_architectures
 from lenslrp.models.wrapped import agreement_of
-from lenslrp.targets import Activation, Logit, LogitDiff
+from lenslrp.targets import Activation, Logit, LogitDiff, Sum
 from tests.conformance import zoo_configs
 from tests.conformance.models.test_zoo import COVERED
 from tests.conftest import ROOT
@@ -30,24 +31,25 @@ SIZE = 16
 ENCODERS: dict[str, dict[str, Any]] = {
     "Albert": {"embedding_size": 12},
     "Camembert": {},
+    "Deberta": {
+        "type_vocab_size": 0, "relative_attention": True, "position_biased_input": False,
+        "pos_att_type": ["p2c", "c2p"], "talking_head": True,
+    },
+    "DebertaV2": {
+        "type_vocab_size": 0, "relative_attention": True, "position_biased_input": False,
+        "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 4,
+        "norm_rel_ebd": "layer_norm",
+    },
     "DistilBert": {"dim": SIZE, "hidden_dim": 24, "n_layers": 2, "n_heads": 2},
     "Electra": {"embedding_size": 12},
     "MPNet": {},
     "ModernBert": {},
     "XLMRoberta": {},
-}
+}  # fmt: skip
 NAMES = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 HEADS = (*NAMES, "ForQuestionAnswering", "Model")
-REFUSED = {
-    "OpenAIGPTForSequenceClassification": "takes a padding mask otherwise",
-    "T5GemmaForSequenceClassification": "refused after a short pass",
-    "T5GemmaForTokenClassification": "refused after a short pass",
-    "T5Gemma2ForSequenceClassification": "refused after a short pass",
-    "T5Gemma2ForTokenClassification": "refused after a short pass",
-    "MBartForSequenceClassification": "outputs are apart",
-    "MBartForQuestionAnswering": "outputs are apart",
-}
-"""What is refused, and a part of the reason."""
+ONE_LENGTH = {"T5GemmaForSequenceClassification", "T5Gemma2ForSequenceClassification"}
+"""Heads that transformers has read one token more of a row with padding behind it."""
 
 
 @cache
@@ -79,14 +81,14 @@ def made(name: str, config: Any) -> Any:
     return model
 
 
-def encoder(family: str, head: str) -> Any:
+def encoder(family: str, head: str, **changes: Any) -> Any:
     cls = getattr(hf, f"{family}{head}")
     sizes = {
         "vocab_size": 60, "hidden_size": SIZE, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 2, "max_position_embeddings": 32, "type_vocab_size": 2,
         **dict.fromkeys(("pad_token_id", "cls_token_id", "sep_token_id"), 0),
     }  # fmt: skip
-    return made(cls.__name__, cls.config_class(**{**sizes, **ENCODERS[family]}))
+    return made(cls.__name__, cls.config_class(**{**sizes, **ENCODERS.get(family, {}), **changes}))
 
 
 def rows(config: Any) -> tuple[Tensor, Tensor]:
@@ -137,13 +139,27 @@ def check(model: Any, tolerance: float | None = None) -> None:
     assert R.tokens.abs().max() > 1e-9
 
 
+def check_alone(model: Any) -> None:
+    """A classifier's row without padding."""
+    tokens, _ = rows(model.config)
+    with torch.no_grad():
+        expected = model(input_ids=tokens[:1]).logits
+    bridge = lenslrp.load(model)
+    logits, R = lenslrp.run_with_relevance(bridge, tokens[:1], Logit(1))
+    tolerance = agreement_of(bridge).tolerance
+    torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
+    assert abs(R.ledger().error) < tolerance
+    assert min(R.tokens.abs().max(), R.decoder_tokens.abs().max()) > 1e-9
+
+
 @pytest.mark.parametrize("name", sorted(families()))
 def test_a_head_is_transformers(name: str) -> None:
     language_model = families()[name]
     model = made(name, zoo_configs.config(language_model))
-    if name in REFUSED:
-        with pytest.raises(lenslrp.LensLRPError, match=REFUSED[name]):
+    if name in ONE_LENGTH:
+        with pytest.raises(lenslrp.InputError, match="reads one token more of a row with padding"):
             check(model)
+        check_alone(made(name, zoo_configs.config(language_model)))
         return
     check(model)
 
@@ -152,6 +168,42 @@ def test_a_head_is_transformers(name: str) -> None:
 @pytest.mark.parametrize("family", ENCODERS)
 def test_an_encoder_is_transformers(family: str, head: str) -> None:
     check(encoder(family, head), 1e-9)
+
+
+OF_PAIRS = sorted(name for name in heads.offered() if name.endswith(heads.CHOICE))
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_a_choice_is_a_row(name: str) -> None:
+    """Choices do not see each other: a row's score, and its relevance, are those among others."""
+    model = encoder(name.removesuffix(heads.CHOICE), heads.CHOICE)
+    tokens, mask = rows(model.config)
+    with torch.no_grad():
+        expected = model(input_ids=tokens[None], attention_mask=mask[None]).logits
+    bridge = lenslrp.load(model)
+    logits, R = lenslrp.run_with_relevance(bridge, tokens, "score", attention_mask=mask)
+    torch.testing.assert_close(logits, expected.T, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        among = bridge(tokens[None], attention_mask=mask[None], return_type="logits")
+    torch.testing.assert_close(among, expected, rtol=0, atol=1e-6)
+    assert str(R.target).startswith("logit of 'score' = ")
+    assert abs(R.ledger().error) < agreement_of(bridge).tolerance
+    _, alone = lenslrp.run_with_relevance(bridge, tokens[1:, :4], None)
+    torch.testing.assert_close(R.tokens[1, :4], alone.tokens[0], rtol=0, atol=1e-6)
+    assert R.tokens.abs().max() > 1e-6
+
+
+def test_the_next_sentence() -> None:
+    model = encoder("Bert", "ForNextSentencePrediction")
+    tokens, mask = rows(model.config)
+    with torch.no_grad():
+        expected = model(input_ids=tokens, attention_mask=mask).logits
+    bridge = lenslrp.load(model)
+    wanted = LogitDiff("next", "random")
+    logits, R = lenslrp.run_with_relevance(bridge, tokens, wanted, attention_mask=mask)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(R.target.value, expected[:, 0] - expected[:, 1])
+    assert abs(R.ledger().error) < 1e-9
 
 
 def test_classes_are_named() -> None:
@@ -176,6 +228,41 @@ def test_the_ends_of_a_span_are_named() -> None:
         torch.testing.assert_close(R.target.value[0], expected[0, 3].detach())
 
 
+def test_a_span_is_the_sum_of_its_ends() -> None:
+    """Relevance of the sum is the sum of both ends' relevance, of a padded row too."""
+    model = encoder("Electra", "ForQuestionAnswering")
+    tokens, mask = rows(model.config)
+    output = model(input_ids=tokens, attention_mask=mask)
+    bridge = lenslrp.load(model)
+    ends = Logit("start", 1), Logit("end", 3)
+    caches = lenslrp.relevance_for_targets(
+        bridge, tokens, [Sum(ends), *ends], attention_mask=mask, logits="target"
+    )
+    span, start, end = caches
+    expected = output.start_logits[:, 1] + output.end_logits[:, 3]
+    torch.testing.assert_close(span.target.value, expected.detach())
+    torch.testing.assert_close(span.tokens, start.tokens + end.tokens, rtol=0, atol=1e-12)
+    assert abs(span.ledger().error) < 1e-9
+    assert str(span.target).startswith("logit of 'start' at position 1 + logit of 'end' at ")
+
+
+@pytest.mark.parametrize("family", ["Deberta", "ModernBert"])
+def test_a_joint_projection_has_the_rule_of_projections(family: str) -> None:
+    """Where the module is called, and not the parts that TransformerLens splits others into."""
+    model = encoder(family, "ForSequenceClassification", attention_bias=True)
+    bridge = lenslrp.load(model)
+    tokens, mask = rows(model.config)
+    gamma = Composite("gamma", {**lenslrp.AttnLRP().rules, "projection": Gamma(0.5)})
+    for composite in (lenslrp.AttnLRP(), gamma):
+        _, R = lenslrp.run_with_relevance(
+            bridge, tokens, Logit(1), composite=composite, attention_mask=mask
+        )
+        assert abs(R.ledger().error) < 1e-9
+    sites = R.coverage.sites
+    ruled = sites[(sites.role == "projection") & (sites.rule == "gamma") & sites.fired].hook
+    assert {f"blocks.{layer}.attn.{key}" for layer in (0, 1) for key in ("qkv", "o")} <= set(ruled)
+
+
 def test_a_regression_head() -> None:
     cls = hf.ElectraForSequenceClassification
     config = encoder("Electra", "ForSequenceClassification").config
@@ -195,6 +282,34 @@ def test_padding_on_either_side_of_a_decoder() -> None:
     tokens[1], mask[1] = tokens[1].roll(2), mask[1].roll(2)
     _, left = lenslrp.run_with_relevance(bridge, tokens, Logit(1), attention_mask=mask)
     torch.testing.assert_close(left.tokens[1, 2:], right.tokens[1, :4], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_an_encoder_and_padding_on_the_left(family: str) -> None:
+    """A tagger's row is what it is alone; a head that reads the first column refuses it."""
+    tagger = lenslrp.load(encoder(family, "ForTokenClassification"))
+    tokens, mask = torch.randint(5, 18, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    tokens[1, :2], mask[1, :2] = 0, 0
+    wanted = Logit(1, position=2)
+    _, R = lenslrp.run_with_relevance(tagger, tokens, wanted, attention_mask=mask)
+    _, alone = lenslrp.run_with_relevance(tagger, tokens[1:, 2:], wanted)
+    torch.testing.assert_close(R.tokens[1, 2:], alone.tokens[0], rtol=0, atol=1e-9)
+    classifier = lenslrp.load(encoder(family, "ForSequenceClassification"))
+    with pytest.raises(lenslrp.InputError, match="reads the first column of its text"):
+        lenslrp.run_with_relevance(classifier, tokens, Logit(1), attention_mask=mask)
+
+
+def test_a_decoders_classifier_and_padded_embeddings() -> None:
+    """It finds a row's end by ids: without them it reads the last column."""
+    bridge = lenslrp.load(
+        made("LlamaForSequenceClassification", zoo_configs.config("LlamaForCausalLM"))
+    )
+    embeds, mask = torch.randn(2, 6, 16, dtype=torch.float64), torch.ones(2, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    with pytest.raises(lenslrp.InputError, match="put the padding on the left, or give tokens"):
+        lenslrp.run_with_relevance(
+            bridge, None, Logit(1), inputs_embeds=embeds, attention_mask=mask
+        )
 
 
 def test_albert_runs_in_layers_of_their_own() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 
 import lenslrp
 from lenslrp.explaining import Batches, QueuedPrompt, explain, input_windows
@@ -169,23 +168,9 @@ def cut(batches: Batches, *lengths: int) -> list[list[int]]:
 
 
 def test_batches_go_by_tokens_with_their_padding() -> None:
-    assert cut(Batches(None, 12, True), 6, 3, 3, 5, 7, 20) == [[5, 6], [3, 3], [7], [20]]
-    assert cut(Batches(None, 12, True), 4, 4, 4, 4) == [[4, 4, 4], [4]]
-    assert cut(Batches(2, 12, True), 20, 3, 30) == [[3, 20], [30]]
-
-
-def test_what_cannot_be_padded_shares_a_batch_with_its_length_alone() -> None:
-    assert cut(Batches(None, 100, False), 6, 3, 6, 3, 3) == [[6, 6], [3, 3, 3]]
-    gpt = hf.OpenAIGPTLMHeadModel(
-        hf.OpenAIGPTConfig(vocab_size=23, n_embd=16, n_layer=1, n_head=2, n_positions=32)
-    )
-    gpt1 = lenslrp.load(gpt.double().eval())
-    assert not Batches.of(gpt1, None).padded
-    prompts = [[3, 4, 5], [6, 7], [8, 9, 10]]
-    with lenslrp.session(gpt1) as session:
-        spy = Spy(session)
-        alike(list(explain(spy, gpt1, prompts, 5)), gpt1, prompts, [5] * 3)
-    assert spy.batches == [[prompts[0], prompts[2]], [prompts[1]]]
+    assert cut(Batches(None, 12), 6, 3, 3, 5, 7, 20) == [[5, 6], [3, 3], [7], [20]]
+    assert cut(Batches(None, 12), 4, 4, 4, 4) == [[4, 4, 4], [4]]
+    assert cut(Batches(2, 12), 20, 3, 30) == [[3, 20], [30]]
 
 
 def test_inputs_are_read_as_they_are_needed(session: Any) -> None:

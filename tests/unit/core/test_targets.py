@@ -22,6 +22,7 @@ from lenslrp.targets import (
     LogProb,
     PerRow,
     Sequence,
+    Sum,
     Top,
     as_target,
 )
@@ -392,3 +393,30 @@ def test_the_label_of_a_batch_has_one_name_a_row() -> None:
     twice = lenslrp.run_with_relevance(tiny("llama"), TOKENS[:1].repeat(2, 1))[1].target
     names, values = str(twice).split(" at position -1 = ")
     assert len(names.split(", ")) == len(values.split(", ")) == 2
+
+
+def test_a_sum_of_targets() -> None:
+    out = outputs()
+    total = Sum((Logit("d", 1), LogitDiff(3, 4), LogProb(2, 0)))
+    values = total.values(out)
+    expected = rows(out, [1, 3, 1])[:, 5]
+    expected = expected + rows(out, LAST)[:, 3] - rows(out, LAST)[:, 4]
+    expected = expected + rows(out, FIRST).log_softmax(dim=-1)[:, 2]
+    torch.testing.assert_close(values, expected)
+    assert total.columns(out).tolist() == [[1, 4, 0], [3, 4, 2], [1, 3, 0]]
+    assert total.text(out).startswith("logit of 'd' at position 1 + logit difference ")
+    mixed = PerRow((total, Logit(5), Sum((Logit(1, 0), Logit(1, 1)))))
+    columns = mixed.columns(out)
+    assert columns is not None
+    assert columns.tolist() == [[1, 4, 0], [4, 4, 4], [0, 1, 1]]
+    torch.testing.assert_close(mixed.values(out)[0], values[0])
+
+
+@pytest.mark.parametrize(
+    "wrong", [Activation("z", 0), Custom(len), Sequence([1, 2]), PerRow((Logit(1),)), 7, Logit]
+)
+def test_a_sum_is_of_logits_at_positions(wrong: Any) -> None:
+    with pytest.raises(InputError, match="a Sum is of targets on logits at a position, not "):
+        Sum((Logit(1), wrong))
+    with pytest.raises(InputError, match="a Sum is of two targets or more, not "):
+        Sum((Logit(1),))

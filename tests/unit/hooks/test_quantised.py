@@ -1,8 +1,9 @@
 """Quantised weights: right, or refused by the name of the module.
 
-The modules are made up after those that users meet: integer weights in a parameter (bitsandbytes),
-packed integers in a buffer (GPTQ, AWQ), a tensor subclass that unpacks (torchao), a kernel of its
-own. (int8, uint8 and float8 parameters are in test_bad_input.py.)
+The modules are made up after those that users meet: packed integers in a buffer (GPTQ, AWQ), a
+tensor subclass that unpacks (torchao), a kernel of its own, something added to a weight. The
+packages themselves are in tests/conformance/models/test_quantised.py; packed parameters that belong
+to no linear layer are in test_bad_input.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lenslrp
-from lenslrp.hooks import Gamma
+from lenslrp.hooks import ZPLUS, Gamma
 from tests.unit.tiny import SIZES, TOKENS, changes, snapshot
 
 
@@ -102,59 +103,85 @@ def rounded(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-def test_dequantised_at_every_call_is_right() -> None:
-    """Under epsilon rules: the relevance of the float model with the same weights, books closed."""
-    model, plain = llama(QuantLinear), llama(rounded)
+COMPOSITES: dict[str, Any] = {
+    "AttnLRP": lenslrp.AttnLRP(),
+    "CPLRP": lenslrp.CPLRP(),
+    "GradientTimesInput": lenslrp.GradientTimesInput(),
+    "gamma": {"linear": Gamma(0.1), "projection": Gamma(0.3)},
+    "gamma in MLPs": {"linear": Gamma(0.1)},
+    "z+": {"linear": ZPLUS, "projection": ZPLUS},
+}
+
+
+def require_equal(model: Any, plain: Any, composite: Any) -> None:
+    """The relevance of the float model with the same weights, and a ledger that closes."""
+    logits, found = lenslrp.run_with_relevance(model, TOKENS, 5, composite)
+    reference, expected = lenslrp.run_with_relevance(plain, TOKENS, 5, composite)
+    torch.testing.assert_close(logits, reference, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.tokens, expected.tokens, rtol=1e-9, atol=1e-9)
+    assert abs(found.ledger().error) < 1e-9
+    assert found.ledger().biases == pytest.approx(expected.ledger().biases, rel=1e-9)
+
+
+@pytest.mark.parametrize("composite", COMPOSITES.values(), ids=COMPOSITES)
+@pytest.mark.parametrize("kind", [QuantLinear, KernelLinear])
+def test_dequantised_at_every_call_is_right(kind: Any, composite: Any) -> None:
+    model, plain = llama(kind), llama(rounded)
     model(TOKENS)  # TransformerLens sets some attributes at the first pass
     before = snapshot(model)
-    for composite in (lenslrp.AttnLRP(), lenslrp.CPLRP(), lenslrp.GradientTimesInput()):
-        logits, found = lenslrp.run_with_relevance(model, TOKENS, 5, composite)
-        reference, expected = lenslrp.run_with_relevance(plain, TOKENS, 5, composite)
-        torch.testing.assert_close(logits, reference, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(found.tokens, expected.tokens, rtol=1e-9, atol=1e-9)
-        assert abs(found.ledger().error) < 1e-9
-        assert found.ledger().biases == pytest.approx(expected.ledger().biases, rel=1e-9)
+    require_equal(model, plain, composite)
     assert changes(before, model) == []
 
 
-@pytest.mark.parametrize(
-    ("role", "first"), [("projection", r"blocks\.0\.attn\.q"), ("linear", r"blocks\.0\.mlp\.\w+")]
-)
-@pytest.mark.parametrize("kind", [QuantLinear, KernelLinear])
-def test_rules_that_read_weights_refuse_it_by_name(role: str, first: str, kind: Any) -> None:
-    model = llama(kind)
-    before = snapshot(model)
-    message = rf"{first} is a {kind.__name__}, whose weight the gamma rule cannot read .*'{role}'"
-    with pytest.raises(lenslrp.InputError, match=message):
-        lenslrp.run_with_relevance(model, TOKENS, 5, {role: Gamma(0.1)})
-    assert changes(before, model) == []
-
-
-def test_a_kernel_of_its_own_is_refused_by_name() -> None:
-    with pytest.raises(lenslrp.CoverageError, match=r"no rule for _Kernel.*\(KernelLinear\)"):
-        lenslrp.run_with_relevance(llama(KernelLinear), TOKENS, 5)
-
-
-def test_a_linear_layer_with_a_forward_of_its_own() -> None:
-    """Under gamma its weight is not all that it does."""
-
+@pytest.mark.parametrize("composite", COMPOSITES.values(), ids=COMPOSITES)
+def test_something_added_to_a_weight_is_part_of_it(composite: Any) -> None:
     def adapted(linear: nn.Linear) -> nn.Linear:
         made = AdaptedLinear(linear.in_features, linear.out_features).double()
         made.load_state_dict(linear.state_dict())
         return made
 
-    model = llama(adapted)
-    _, found = lenslrp.run_with_relevance(model, TOKENS, 5)
-    assert abs(found.ledger().error) < 1e-9
-    with pytest.raises(lenslrp.InputError, match="is a AdaptedLinear, whose weight the gamma"):
-        lenslrp.run_with_relevance(model, TOKENS, 5, {"linear": Gamma(0.1)})
+    def merged(linear: nn.Linear) -> nn.Linear:
+        with torch.no_grad():
+            linear.weight.add_(0.5)
+        return linear
+
+    require_equal(llama(adapted), llama(merged), composite)
 
 
-def test_a_tensor_that_unpacks_is_refused_by_name() -> None:
+@pytest.mark.parametrize(("role", "first"), [("projection", r"attn\.q"), ("linear", r"mlp\.\w+")])
+def test_what_is_not_linear_is_refused_by_name(role: str, first: str) -> None:
+    class Clipped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.clamp(-0.05, 0.05))
+
+    def clipped(linear: nn.Linear) -> nn.Linear:
+        made = Clipped(linear.in_features, linear.out_features).double()
+        made.load_state_dict(linear.state_dict())
+        return made
+
+    model = llama(clipped)
+    before = snapshot(model)
+    message = rf"blocks\.0\.{first} is a Clipped, which does not compute x W\^T \+ b"
+    with pytest.raises(lenslrp.InputError, match=message):
+        lenslrp.run_with_relevance(model, TOKENS, 5, {role: Gamma(0.1)})
+    assert changes(before, model) == []
+    with pytest.raises(lenslrp.CoverageError, match=r"no rule for Clamp.*\(Clipped\)"):
+        lenslrp.run_with_relevance(model, TOKENS, 5)
+
+
+@pytest.mark.parametrize("composite", COMPOSITES.values(), ids=COMPOSITES)
+def test_a_tensor_that_unpacks_is_right(composite: Any) -> None:
     def packed(linear: nn.Linear) -> nn.Linear:
         linear.weight = nn.Parameter(Packed(linear.weight.data), requires_grad=False)
         return linear
 
-    message = r"layers\.0\.\w+\.\w+\.weight is quantised \(Packed\); .* load the model in float32"
+    require_equal(llama(packed), llama(lambda linear: linear), composite)
+
+
+def test_a_packed_weight_of_another_module_is_refused_by_name() -> None:
+    model = llama(lambda linear: linear)
+    embedding = model.original_model.model.embed_tokens.original_component
+    embedding.weight = nn.Parameter(Packed(embedding.weight.data), requires_grad=False)
+    message = r"embed_tokens\.weight is quantised .*Packed.* belongs to a Embedding; .* float32"
     with pytest.raises(lenslrp.InputError, match=message):
-        lenslrp.run_with_relevance(llama(packed), TOKENS, 5)
+        lenslrp.run_with_relevance(model, TOKENS, 5)
