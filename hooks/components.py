@@ -240,8 +240,8 @@ def watched_blocks(parts: NamedModules) -> dict[int, nn.Module]:
 
 def hook_points(model: TransformerBridge, parts: NamedModules) -> dict[str, nn.Module]:
     """Every hook point by name: the bridge's own, those of experts, adapters and scans."""
-    own = {**model.hook_dict, **expert_points(parts)}
-    return {**own, **adapter_points(parts), **scan_points(mixers(parts))}
+    inside = {**expert_points(parts), **adapter_points(parts), **scan_points(mixers(parts))}
+    return {**model.hook_dict, **inside}
 
 
 __all__ = ["BlockBridge", "ExpertPoint", "UnembeddingBridge", "hook_points"]

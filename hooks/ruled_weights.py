@@ -1,4 +1,4 @@
-"""Weights whose products have a rule other than epsilon, by which the graph walk finds them."""
+"""Weights whose products have a rule other than epsilon: a graph that reaches them has a gap."""
 
 from __future__ import annotations
 
@@ -70,4 +70,5 @@ def attended_parts(parts: NamedModules) -> set[int]:
 
 
 def linear_role(module: nn.Module) -> str:
+    """The role of a linear layer that has no other."""
     return "convolution" if isinstance(module, CONVOLUTION_CLASSES) else "linear"
