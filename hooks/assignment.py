@@ -38,7 +38,8 @@ from lenslrp.hooks.components import (
     attach_position_gate,
 )
 from lenslrp.hooks.composites import Composite
-from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures
+from lenslrp.hooks.experts import Mixture, attach_mixture, mixtures, router_roles
+from lenslrp.hooks.gated_norms import attach_gated_norm, is_gated_norm
 from lenslrp.hooks.joint import JointRows
 from lenslrp.hooks.leaf_modules import embeddings, relative_positions
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
@@ -46,13 +47,14 @@ from lenslrp.hooks.norms import attach_norm, attach_registered_norm, attach_unbr
 from lenslrp.hooks.operations import (
     ATTENTION_GATE_SPEC,
     ATTENTION_SPEC,
-    ROUTER_SPEC,
     attach_operations,
     declared_operations,
     has_declared_class,
 )
+from lenslrp.hooks.recurrence import attach_recurrence
 from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain, product_shares
 from lenslrp.hooks.ruled_weights import attended_parts, linear_role, ruled_weights
+from lenslrp.hooks.scans import mixer_roles, mixers
 from lenslrp.hooks.similarity import SIMILARITY_CLASSES, attach_similarity
 from lenslrp.hooks.structure import (
     NamedModules,
@@ -150,10 +152,13 @@ def assign(
     roles: dict[int, str] = {}
     mixture_blocks = mixtures(modules)
     mixing = {id(part) for mixture in mixture_blocks for part, _ in mixture.specs()}
+    recurrent = {id(mixer) for _, mixer in mixers(modules)}
     operations_of = _raw_modules(modules, mixture_blocks, composite)
+    operations_of = {key: spec for key, spec in operations_of.items() if key not in recurrent}
     wrapped = {id(original(m)) for _, m in modules if isinstance(m, NormalizationBridge)}
     roles.update(dict.fromkeys(mixing, ""))  # intercepted where they run
-    roles.update(_router_roles(modules, mixture_blocks, operations_of))
+    roles.update(router_roles(modules, mixture_blocks, operations_of))
+    roles.update(mixer_roles(modules))
     queries: set[str] = set()
     for path, module in modules:
         if "cross_attn" in module._modules and "ln2" in module._modules:
@@ -164,9 +169,9 @@ def assign(
             if product_shares(composite["attention_gate"])[0] == 0:
                 roles[id(getattr(original(module), POSITION_GATE, None))] = "attention_gate"
             # The bridge splits a joint projection and calls its parts, unless it delegates.
-            called = attention == "fused" or calls_the_module(module)
-            called = called or isinstance(_wrapped(module, "v"), JointRows)
-            roles[id(_wrapped(module, "qkv"))] = "projection" if called else ""
+            whole = attention == "fused" or calls_the_module(module)
+            whole = whole or isinstance(_wrapped(module, "v"), JointRows)
+            roles[id(_wrapped(module, "qkv"))] = "projection" if whole else ""
         if isinstance(module, JointGateUpMLPBridge):
             role = "linear" if isinstance(_wrapped(module, "gate"), JointRows) else ""
             fused: Any = getattr(original(module), module.fused_attr, None)
@@ -175,6 +180,9 @@ def assign(
         spec = operations_of.get(id(module))
         if spec is not None and spec.gated:  # its activation feeds a gated product
             gates.update((id(inner), gate_share(composite)) for inner in module.children())
+        gated = product_shares(composite["recurrence_gate"])[0] != 0
+        if spec is not None and spec.product == "recurrence_gate" and not gated:
+            gates.update((id(inner), 0.0) for inner in module.children())
         if isinstance(module, GatedMLPBridge) and _computes_itself(composite, module):
             share = gate_share(composite)
             for inner in [*original(module).children(), *module.children(), original(module)]:
@@ -197,6 +205,9 @@ def assign(
             rows.extend(decide.linear(path, module))
         if id(module) in operations_of and id(module) not in mixing:
             rows.append(decide.operations(path, module, operations_of[id(module)]))
+        if id(module) in recurrent and type(module) not in composite.modules:
+            options = (path, module, "recurrence", composite["recurrence"])
+            rows.append(Assignment(*options, attach=attach_recurrence))
     rows.extend(
         Assignment(
             mixture.path, mixture.block, "router", composite["router"],
@@ -259,9 +270,13 @@ class _Decision:
         elif isinstance(module, GatedMLPBridge) and original(module) is not None:
             if _computes_itself(rules, module) and not has_declared_class(original(module)):
                 yield Assignment(path, module, "gate", rules["gate"], attach=attach_gated_mlp)
+        elif is_gated_norm(module):
+            yield Assignment(path, module, "norm", rules["norm"], attach=attach_gated_norm)
         elif id(module) not in self.wrapped and is_norm(module):
             yield Assignment(path, module, "norm", rules["norm"], attach=attach_unbridged_norm)
         elif known_forward(module) in ACTIVATION_FORWARDS:
+            if self.roles.get(id(module)) == "":
+                return
             yield self.activation(path, module, rules["activation"], share, False)
         elif type(module).__name__ in SIMILARITY_CLASSES:
             rule = rules["attention_qk"]
@@ -337,22 +352,6 @@ def _computes_itself(composite: Composite, mlp: GatedMLPBridge) -> bool:
     """Whether a gated MLP has its rules from its bridge: its class is not declared."""
     inner = original(mlp)
     return inner is not None and type(inner) not in composite.modules
-
-
-def _router_roles(
-    parts: NamedModules, mixed: list[Mixture], operations_of: dict[int, Operations]
-) -> dict[int, str]:
-    """Linear layers that weigh experts: they keep the epsilon rule, whatever that of the others."""
-    roles: dict[int, str] = {}
-    for _, module in parts:
-        if operations_of.get(id(module)) == ROUTER_SPEC:
-            roles.update((id(inner), "router") for inner in module.modules())
-            roles[id(module)] = ""
-    for mixture in mixed:  # the weight of a shared expert: one number a position
-        for inner in mixture.block.modules():
-            if isinstance(inner, nn.Linear) and inner.out_features == 1:
-                roles[id(inner)] = "router"
-    return roles
 
 
 def _wrapped(module: nn.Module, key: str) -> Any:

@@ -17,6 +17,7 @@ from lenslrp.hooks.leaf_modules import (
     media_embedders,
     sites_before_sequence,
 )
+from lenslrp.hooks.scans import KEPT_STATES
 from lenslrp.hooks.structure import NamedModules
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def attach_all(
     for _, module in modules:
         if hasattr(module, "L_bp_cycles_padded"):
             attach_all_cycles(at, module)
+        for name in KEPT_STATES & module.__dict__.keys():  # with a graph, under rules
+            at.attribute(module, name, module.__dict__[name])
     for row in assigned.rows:
         attach_row(at, ctx, row)
     for place in media_embedders(modules):

@@ -38,6 +38,8 @@ from lenslrp.hooks.leaf_modules import PER_LAYER_EMBEDDING
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.packed import attach_unpacked, is_packed_linear
 from lenslrp.hooks.rule_types import Plain, product_shares
+from lenslrp.hooks.scan_points import scan_points
+from lenslrp.hooks.scans import mixers
 from lenslrp.hooks.structure import NamedModules, layer_of, original
 
 if TYPE_CHECKING:
@@ -222,20 +224,24 @@ def watched_blocks(parts: NamedModules) -> dict[int, nn.Module]:
     """The blocks by layer, where a block's number says what flows through it.
 
     None in two stacks (an encoder and a decoder, HRM's cycles), or where blocks have a second
-    entrance (Gemma 4's embedding per layer) or exit (a head that sums all layers).
+    entrance (Gemma 4's embedding per layer) or exit (a head that sums all layers), or are gone
+    round (DeBERTa's convolution).
     """
     stacks = {path.split(".")[0] for path, _ in parts if re.fullmatch(r"\w*blocks\.\d+", path)}
     entered = any(path.endswith(PER_LAYER_EMBEDDING) for path, _ in parts)
     left = any(LAYER_WEIGHTS in module._parameters for _, module in parts)
     if len(stacks) > 1 or entered or left:
         return {}
+    if any(type(module).__name__ == "ConvLayer" for _, module in parts):
+        return {}
     blocks = {layer_of(path + "."): m for path, m in parts if isinstance(m, BlockBridge)}
     return {layer: block for layer, block in blocks.items() if layer is not None}
 
 
 def hook_points(model: TransformerBridge, parts: NamedModules) -> dict[str, nn.Module]:
-    """Every hook point by name: the bridge's own, and those at neurons of experts and adapters."""
-    return {**model.hook_dict, **expert_points(parts), **adapter_points(parts)}
+    """Every hook point by name: the bridge's own, those of experts, adapters and scans."""
+    own = {**model.hook_dict, **expert_points(parts)}
+    return {**own, **adapter_points(parts), **scan_points(mixers(parts))}
 
 
 __all__ = ["BlockBridge", "ExpertPoint", "UnembeddingBridge", "hook_points"]

@@ -44,6 +44,9 @@ ROLES: Mapping[str, tuple[type, ...]] = {
     "projection": (Epsilon, LinearRule),
     "convolution": (Epsilon, LinearRule),
     "router": (Product, Plain),
+    "recurrence": (Product, Plain),
+    "recurrence_gate": (Product, Plain),
+    "short_convolution": (Epsilon,),
     "position": (Epsilon,),
 }
 """Every role that an operation can have, and the kinds of rule that can govern it."""
@@ -64,6 +67,9 @@ ATTNLRP: Mapping[str, Rule] = {
     "projection": Epsilon(),
     "convolution": Epsilon(),
     "router": UNIFORM,
+    "recurrence": CONSTANT,
+    "recurrence_gate": UNIFORM,
+    "short_convolution": Epsilon(),
     "position": Epsilon(),
 }
 
@@ -141,7 +147,14 @@ def _choose_product(choice: str, choices: Mapping[str, Product], keyword: str) -
     return choices[choice]
 
 
-def AttnLRP(*, router: Literal["uniform", "constant"] = "uniform") -> Composite:
+SHARES: Mapping[str, Product] = {"uniform": UNIFORM, "constant": CONSTANT}
+
+
+def AttnLRP(
+    *,
+    router: Literal["uniform", "constant"] = "uniform",
+    recurrence: Literal["uniform", "constant"] = "constant",
+) -> Composite:
     """AttnLRP (Achtibat et al. 2024, 2402.05602): the default.
 
     Epsilon for linear layers (Eq. 8), identity for activations (Eq. 9), half to each factor of a
@@ -151,12 +164,19 @@ def AttnLRP(*, router: Literal["uniform", "constant"] = "uniform") -> Composite:
     Args:
         router: ``"uniform"``: half of an expert's relevance to its router's weight;
             ``"constant"``: all to the expert.
+        recurrence: ``"constant"``: what a recurrent mixer computes to carry its state (decays,
+            keys, queries, steps) is constant, and its values get all; ``"uniform"``: half to each.
 
     Raises:
         InputError: another choice.
     """
-    shares = {"uniform": UNIFORM, "constant": CONSTANT}
-    return Composite("AttnLRP", {"router": _choose_product(router, shares, "router")})
+    return Composite(
+        "AttnLRP",
+        {
+            "router": _choose_product(router, SHARES, "router"),
+            "recurrence": _choose_product(recurrence, SHARES, "recurrence"),
+        },
+    )
 
 
 def CPLRP(
@@ -166,7 +186,8 @@ def CPLRP(
 ) -> Composite:
     """CP-LRP (Ali et al. 2022, 2202.07304): the pattern is constant, values get everything.
 
-    The rest is AttnLRP. Queries, keys and what feeds them get no relevance.
+    The rest is AttnLRP. Queries, keys and what feeds them get no relevance, nor does what a
+    recurrent mixer computes to carry its state.
 
     Args:
         gate: ``"uniform"``: half to gate and ``up``; ``"up"``: everything through ``up`` and
@@ -181,7 +202,8 @@ def CPLRP(
         {
             "attention_av": CONSTANT,
             "gate": _choose_product(gate, {"uniform": UNIFORM, "up": CONSTANT}, "gate"),
-            "router": _choose_product(router, {"uniform": UNIFORM, "constant": CONSTANT}, "router"),
+            "router": _choose_product(router, SHARES, "router"),
+            "recurrence": CONSTANT,
         },
     )
 

@@ -17,6 +17,14 @@ from lenslrp.hooks.structure import layer_of
 FEEDS_PATTERN = re.compile(r"[._](q|k|qk)(_(layer)?norm|_a_layernorm|_[ab]_proj)?$")
 """Names of components that feed queries and keys, and nothing else."""
 
+FEEDS_CONSTANT = {
+    "recurrence": re.compile(r"\.(dt|b|c)_layernorm$"),
+    "recurrence_gate": re.compile(r"(\.linear_y|\.linear_attn\.(in_proj_z|g_proj))$"),
+    "attention_gate": re.compile(r"(\.receptance|\.attn\.gate)$"),
+    "gate": re.compile(r"(?<!\.attn)\.gate$|\.dense_gate$"),
+}
+"""By the role of a product, names of components that feed its first factor, and nothing else."""
+
 
 @dataclass(frozen=True)
 class Context:
@@ -43,7 +51,7 @@ class Context:
     @cached_property
     def _constant(self) -> dict[str, bool]:
         """By role, whether the first factor of a product is taken for a constant."""
-        roles = ("attention_av", "attention_gate", "gate")
+        roles = ("attention_av", *FEEDS_CONSTANT)
         return {role: product_shares(self.composite[role])[0] == 0 for role in roles}
 
     def cuts(self, path: str) -> bool:
@@ -53,6 +61,4 @@ class Context:
             return True
         if path in self.queries or FEEDS_PATTERN.search(path):
             return constant["attention_av"]
-        if path.endswith((".gate", ".dense_gate")):
-            return constant["attention_gate" if path.endswith(".attn.gate") else "gate"]
-        return False
+        return any(constant[role] and name.search(path) for role, name in FEEDS_CONSTANT.items())

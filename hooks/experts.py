@@ -116,7 +116,35 @@ def mixtures(parts: NamedModules) -> list[Mixture]:
         mixture = Mixture(path, inner)
         if mixture.parts() and not EXPERT_CLASSES.search(type(inner).__name__):
             mixtures.append(mixture)
-    return mixtures
+    bridged = {id(mixture.block) for mixture in mixtures}
+    unbridged = ((path, m) for path, m in parts if id(m) not in bridged and _is_mixture(m))
+    return mixtures + [Mixture(path, module) for path, module in unbridged]
+
+
+def _is_mixture(module: nn.Module) -> bool:
+    """Whether a module of transformers routes and calls experts; NemotronH's has no bridge."""
+    kinds = [type(child).__name__ for child in module.children()]
+    return (
+        type(module).__module__.startswith("transformers.")
+        and any(ROUTER_CLASSES.search(kind) for kind in kinds)
+        and any(EXPERT_CLASSES.search(kind) for kind in kinds)
+    )
+
+
+def router_roles(
+    parts: NamedModules, mixed: list[Mixture], operations_of: dict[int, Operations]
+) -> dict[int, str]:
+    """Linear layers that weigh experts: they keep the epsilon rule, whatever that of the others."""
+    roles: dict[int, str] = {}
+    for _, module in parts:
+        if operations_of.get(id(module)) == ROUTER_SPEC:
+            roles.update((id(inner), "router") for inner in module.modules())
+            roles[id(module)] = ""
+    for mixture in mixed:  # the weight of a shared expert: one number a position
+        for inner in mixture.block.modules():
+            if isinstance(inner, nn.Linear) and inner.out_features == 1:
+                roles[id(inner)] = "router"
+    return roles
 
 
 def expert_points(parts: NamedModules) -> dict[str, nn.Module]:

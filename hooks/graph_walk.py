@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.nn.modules._functions import BackwardHookFunction
 from transformer_lens.model_bridge.generalized_components.base import _ScaledHookGradient
 
-from lenslrp.hooks import attention_functions, functions
+from lenslrp.hooks import attention_functions, functions, recurrence_functions
 from lenslrp.hooks.observing import VIEW_WRITES
 from lenslrp.hooks.sharding import is_gathering
 from lenslrp.hooks.sites import Site, has_values
 
 RULE_FUNCTIONS = frozenset(
     kind
-    for module in (functions, attention_functions)
+    for module in (functions, attention_functions, recurrence_functions)
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, torch.autograd.Function)
 )
@@ -57,7 +57,7 @@ BILINEAR_NODES = frozenset(
         r"\w+",
         """
         Addbmm Addcmul Addmm Addmv Baddbmm Bmm Convolution ConvolutionOverrideable Dot Einsum
-        GroupedMm Linear Matmul MkldnnLinear Mm Mul Mv Outer
+        GroupedMm LinalgSolveTriangular Linear Matmul MkldnnLinear Mm Mul Mv Outer
         """,
     )
 )

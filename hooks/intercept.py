@@ -115,6 +115,7 @@ class HookableAttention(ScoreMeter):
         super().__init__(qk, share)
         self.attn, self.at_product, self.biases = attn, at_product, biases
         self.has_scores = False
+        self.learned = isinstance(original(attn), nn.MultiheadAttention)  # queries, when pooling
         self.pattern: Tensor | None = None
         self.passed_on: list[Tensor] = []  # the pattern after casts and dropout
         self.multiplied = False
@@ -132,7 +133,7 @@ class HookableAttention(ScoreMeter):
             if name in SUM_FUNCTIONS:
                 out = func(*args, **kwargs)
                 return self.metered(out, args) if self.has_scores else self.biased(out, args)
-            if name in MATRIX_PRODUCT_FUNCTIONS:
+            if name in MATRIX_PRODUCT_FUNCTIONS and not self.learned:
                 return self.term(func, args, kwargs)
         elif not self.multiplied and name in MATRIX_PRODUCT_FUNCTIONS and self._multiplies(args):
             self.multiplied = True

@@ -54,36 +54,36 @@ ATTENTION_SPEC = Operations(leaks=("softmax",))
 
 OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     "AfmoeAttention": ATTENTION_GATE_SPEC,
+    **dict.fromkeys(("Lfm2MLP", "Lfm2MoeMLP", "Zamba2MLP"), GATED_MLP_SPEC),
+    "MoonshineDecoderMLP": GATED_MLP_SPEC,
+    **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
     "BitNetMLP": GATED_MLP_SPEC,  # a norm between the product and the last projection
     "Gemma4TextDecoderLayer": GATED_MLP_SPEC,  # gates an embedding of its own for each layer
-    "HrmTextModel": FUNCTIONAL_SPEC,  # adds a learned initial state
     "JetMoeAttention": Operations("router", leaks=(), attention=False),  # experts for its heads
     "JetMoeTopKGating": ROUTER_SPEC,
-    "LagunaAttention": ATTENTION_GATE_SPEC,
-    **dict.fromkeys(("Lfm2MLP", "Lfm2MoeMLP", "MoonshineDecoderMLP"), GATED_MLP_SPEC),
-    **dict.fromkeys(("ConvLayer", "DistilBertForMultipleChoice"), FUNCTIONAL_SPEC),
-    "DistilBertForSequenceClassification": FUNCTIONAL_SPEC,
-    **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
-    "MuseGlimmerTextAttention": ATTENTION_GATE_SPEC,
-    # Two gates around a convolution over three positions.
-    **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_SPEC),
-    # Towers that activate the output of their first convolutions.
-    **dict.fromkeys(("AudioFlamingo3Encoder", "GlmAsrEncoder"), FUNCTIONAL_SPEC),
-    **dict.fromkeys(("MoonshineEncoder", "Qwen2AudioEncoder"), FUNCTIONAL_SPEC),
-    **dict.fromkeys(("TDNNLayer", "WhisperEncoder"), FUNCTIONAL_SPEC),
-    # Towers that add learned positions, or a learned token for the image or the end of its rows.
+    **dict.fromkeys(("LagunaAttention", "MuseGlimmerTextAttention"), ATTENTION_GATE_SPEC),
+    "RecurrentGemmaRecurrentBlock": Operations("recurrence_gate", leaks=(), attention=False),
+    "RwkvFeedForward": ATTENTION_GATE_SPEC,  # receptance, a sigmoid on the output
+    **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), FUNCTIONAL_SPEC),  # two gates
+    # Towers that activate what their convolutions give, or add learned positions or tokens.
+    **dict.fromkeys(
+        ("ConvLayer", "MoonshineEncoder", "TDNNLayer", "WhisperEncoder"), FUNCTIONAL_SPEC
+    ),
     **dict.fromkeys(
         (
+            *("AudioFlamingo3Encoder", "GlmAsrEncoder", "Qwen2AudioEncoder"),
+            *("DistilBertForMultipleChoice", "DistilBertForSequenceClassification"),
             "Florence2MultiModalProjector",
             "Gemma4UnifiedVisionEmbedder",
             "Gemma4VisionPatchEmbedder",
             "Glm4vVisionEmbeddings",
+            "HrmTextModel",  # a learned initial state
             "Llama4VisionModel",
-            "LlavaNextModel",
-            "LlavaOnevisionModel",
+            *("LlavaNextModel", "LlavaOnevisionModel"),
             "MuseGlimmerVisionPatchEmbedder",
             "Qwen3VLMoeVisionModel",
             "Qwen3VLVisionModel",
+            *("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel"),
         ),
         FUNCTIONAL_SPEC,
     ),
@@ -136,7 +136,8 @@ class OperationIntercept(Intercept):
         if name in PRODUCT_FUNCTIONS and _count_on_graph(args) == 2:
             a, b = args[0], args[1]
             return self.product(a, b)
-        if name in ACTIVATION_FUNCTIONS and _on_graph(args[0]):
+        squared = name == "square" and _comes_from_activation(args[0])  # ReLU, squared
+        if squared or (name in ACTIVATION_FUNCTIONS and _on_graph(args[0])):
             return self.activation(lambda x: func(x, *args[1:], **kwargs), args[0])
         if name in self.spec.leaks and name in LEAKING_FUNCTIONS and args and _on_graph(args[0]):
             return self.leak(lambda x: func(x, *args[1:], **kwargs), args[0])
@@ -328,10 +329,11 @@ def declared_operations(module: nn.Module) -> Operations | None:
     """Which raw operations of a module have rules, by its class or its sub-modules."""
     kind = type(module)
     known = OPERATIONS_BY_CLASS.get(kind.__name__)
-    if known is None and kind.__name__.endswith("Attention"):
-        return ATTENTION_SPEC if kind.__module__.startswith("transformers.") else None
-    if known is None and kind.__name__.endswith(HEAD_SUFFIXES):
-        return FUNCTIONAL_SPEC if kind.__module__.startswith("transformers.") else None
+    if known is None and kind.__module__.startswith("transformers."):
+        if kind.__name__.endswith("Attention"):
+            return ATTENTION_SPEC
+        if kind.__name__.endswith(HEAD_SUFFIXES):
+            return FUNCTIONAL_SPEC
     if known is None and module._modules.keys() >= GATED_MLP_CHILDREN:
         return GATED_MLP_SPEC
     return known

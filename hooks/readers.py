@@ -39,6 +39,9 @@ WHEN_HOOKED = ("hook_attn_out", "hook_mlp_out", "hook_result", "hook_embed", "em
 """Points that TransformerLens calls only where they have hooks of its own kind: what Granite adds
 to the residual stream is multiplied by a constant after the module that made it."""
 
+ON_REQUEST = "hook_scan_map"
+"""A point that costs a scan for each position, and is not read unless it is asked for."""
+
 TOTAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
 
@@ -116,7 +119,7 @@ def select_names(available: Iterable[str], names_filter: NamesFilter) -> tuple[l
     """
     names = list(available)
     if names_filter is None:
-        return names, False
+        return [name for name in names if not name.endswith(ON_REQUEST)], False
     if callable(names_filter):
         return [name for name in names if names_filter(name)], False
     if not isinstance(names_filter, str | Iterable):

@@ -17,7 +17,7 @@ from lenslrp.hooks.rule_types import Rule
 PRODUCTS_AT_ONCE = 1 << 18
 """How many products are formed at once; with float32, 1 MiB: they stay in the processor's cache."""
 
-LEDGER_TERMS = ("biases", "softmax", "positional", "stabiliser", "plain")
+LEDGER_TERMS = ("biases", "softmax", "recurrence", "positional", "stabiliser", "plain")
 """What an operation can take out of the relevance that passes through it."""
 
 

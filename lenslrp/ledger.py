@@ -3,8 +3,8 @@
 Relevance is conserved from layer to layer (Bach et al., PLOS ONE 2015), apart from what a rule
 absorbs on purpose: biases and stabilisers, and the softmax rule's own term (Achtibat et al., ICML
 2024). Each is reported where it happens:
-``target = leaves + biases + softmax + positional + stabiliser + plain + nonlinear_target``. No term
-is a remainder; ``error`` is what the account misses.
+``target = leaves + biases + softmax + recurrence + positional + stabiliser + plain +
+nonlinear_target``. No term is a remainder; ``error`` is what the account misses.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Ledger:
         plain: what operations marked plain lost (negative: gained).
         nonlinear_target: what a target that is not linear in the logits adds.
         table: the same per layer; ``resid_out = resid_in + terms`` in each row, and its error.
+        recurrence: what the operators of recurrent mixers leaked, where they get a share.
     """
 
     target: float
@@ -64,6 +65,7 @@ class Ledger:
     plain: float
     nonlinear_target: float
     table: pd.DataFrame
+    recurrence: float = 0.0
 
     @property
     def accounted(self) -> float:

@@ -37,6 +37,7 @@ LEDGER_TERMS = (
     ("leaves", "leaves (tokens)"),
     ("biases", "biases"),
     ("softmax", "softmax"),
+    ("recurrence", "recurrence"),
     ("positional", "positional"),
     ("stabiliser", "stabiliser"),
     ("plain", "plain operations"),

@@ -186,7 +186,7 @@ def _show(relevance: RelevanceCache, report: Path | None) -> None:
 
 def _ledger(relevance: RelevanceCache) -> dict[str, float]:
     ledger = relevance.ledger()
-    terms = ("leaves", "biases", "softmax", "positional", "stabiliser", "plain")
+    terms = ("leaves", "biases", "softmax", "recurrence", "positional", "stabiliser", "plain")
     names = ("target", *terms, "nonlinear_target", "error")
     return {name: float(getattr(ledger, name)) for name in names}
 

@@ -64,6 +64,7 @@ FLOAT32 = frozenset(
         "ASTForAudioClassification",
         "AfmoeForCausalLM",
         *(name for name in image_models({}) if name.startswith(SOFTMAX_FLOAT32)),
+        "BambaForCausalLM",
         "CodeGenForCausalLM",
         "Cohere2ForCausalLM",
         "CohereForCausalLM",
@@ -73,6 +74,8 @@ FLOAT32 = frozenset(
         "DeiTModel",
         "Ernie4_5ForCausalLM",
         "Ernie4_5_MoeForCausalLM",
+        "FalconH1ForCausalLM",
+        "FalconMambaForCausalLM",
         "FlexOlmoForCausalLM",
         "GPTJForCausalLM",
         "GPTNeoForCausalLM",
@@ -86,12 +89,16 @@ FLOAT32 = frozenset(
         "GlmForCausalLM",
         "GlmMoeDsaForCausalLM",
         "GraniteMoeForCausalLM",
+        "GraniteMoeHybridForCausalLM",
+        "JambaForCausalLM",
         "JetMoeForCausalLM",
         "LEDForConditionalGeneration",
         "LagunaForCausalLM",
         "Llama4ForCausalLM",
         "Llama4ForConditionalGeneration",
         "LongT5ForConditionalGeneration",
+        "Mamba2ForCausalLM",
+        "MambaForCausalLM",
         "MiniMaxM2ForCausalLM",
         "MixtralForCausalLM",
         "ModernBertForMaskedLM",
@@ -99,22 +106,31 @@ FLOAT32 = frozenset(
         "MoonshineForConditionalGeneration",
         "MuseGlimmerForConditionalGeneration",
         "NanoChatForCausalLM",
+        "NemotronHForCausalLM",
         "OPTForCausalLM",
+        "OlmoHybridForCausalLM",
         "OlmoeForCausalLM",
         "Qwen2MoeForCausalLM",
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen3MoeForCausalLM",
+        "Qwen3NextForCausalLM",
         "Qwen3VLForConditionalGeneration",
         "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3_5MoeForConditionalGeneration",
+        "RecurrentGemmaForCausalLM",
         "SwitchTransformersForConditionalGeneration",
         "T5Gemma2ForConditionalGeneration",
         "T5GemmaForConditionalGeneration",
         "ViTForImageClassification",
         "ViTModel",
+        "Zamba2ForCausalLM",
     }
 )
-"""Softmax, router or rotary tables in float32 whatever the model's type: 1e-6 where the rest close
-to 1e-9. With every float32 replaced by float64 (:class:`Widened`) they close to 1e-12."""
+"""Softmax, router, scan or rotary tables in float32 whatever the model's type: 1e-6 where the rest
+close to 1e-9. With every float32 replaced by float64 (:class:`Widened`) they close to 1e-12."""
 
 
 class Widened(TorchFunctionMode):
@@ -558,8 +574,8 @@ random model of each, in float64. Written by `python -m tests.conformance.zoo`;
 
 - **covered** ({covered}): under AttnLRP and CP-LRP every operation on the path has its rule and the
   ledger closes; the number is its worst relative error (at most 1e-9; "float32 inside": softmax,
-  router or rotary tables are computed in float32 whatever the type, 1e-6). The tests add: logits
-  equal to the bit, CP-LRP conserving at every residual hook without biases, every live hook
+  router, scan or rotary tables are computed in float32 whatever the type, 1e-6). The tests add:
+  logits equal to the bit, CP-LRP conserving at every residual hook without biases, every live hook
   readable, all undone; for "with an image" (a sound), the same number where the text has one in it
   and relevance ends at its values as well, relative to the ledger's largest entry.
 - **refused** ({refused}): no relevance is returned. A `CoverageError` names the operation and the
@@ -635,6 +651,7 @@ def read() -> list[Row]:
 
 
 def main() -> None:
+    """Write the table anew, or the rows of the names that are given."""
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     limit = 6 << 30  # a tower that nobody made small would take all memory

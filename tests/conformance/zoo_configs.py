@@ -84,6 +84,7 @@ SPEECH: dict[str, Any] = {
 }
 SOUND = {"patch_size": 4, "frequency_stride": 3, "time_stride": 3, "max_length": 12}
 
+CHUNKS = {"chunk_size": 4, "mamba_chunk_size": 4}  # more than one for a prompt of seven tokens
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 DEEP = {"text_config": MROPE, "vision_config": {"deepstack_visual_indexes": [0]}}
@@ -121,7 +122,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("encoder_num_hidden_layers", "decoder_num_hidden_layers"), LAYERS),
         **dict.fromkeys(("encoder_num_attention_heads", "decoder_num_attention_heads"), 2),
     },
-    "BambaForCausalLM": {"attn_layer_indices": [1]},
+    "BambaForCausalLM": {"attn_layer_indices": [1], **CHUNKS},
     "CodeGenForCausalLM": {"num_attention_heads": 4},  # its weights are laid out for four devices
     "DeepseekV2ForCausalLM": {
         "head_dim": DROP,
@@ -136,7 +137,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 32},
     },
     "FalconForCausalLM": {"head_dim": DROP},
-    "FalconH1ForCausalLM": {"mamba_d_ssm": 32},
+    "FalconH1ForCausalLM": {"mamba_d_ssm": 32, **CHUNKS},
     "Florence2ForConditionalGeneration": {
         "vision_config": {
             "depths": [1, 1],
@@ -170,17 +171,18 @@ CHANGES: dict[str, dict[str, Any]] = {
         },
     },
     "Glm4vForConditionalGeneration": {"text_config": MROPE},
-    "GraniteMoeHybridForCausalLM": {**HYBRID, "position_embedding_type": "rope"},
+    "GraniteMoeHybridForCausalLM": {**HYBRID, "position_embedding_type": "rope", **CHUNKS},
     "HunYuanDenseV1ForCausalLM": {"head_dim": 8},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"], "conv_bias": True},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "Mamba2ForCausalLM": {"num_heads": 4, "n_groups": 1},
+    "Mamba2ForCausalLM": {"num_heads": 4, "n_groups": 1, **CHUNKS},
     "GlmAsrForConditionalGeneration": {"audio_config": {"intermediate_size": 64}},
     "MuseGlimmerForConditionalGeneration": {"out_hidden_size": 64},
     "Llama4ForConditionalGeneration": {"vision_config": {"intermediate_size": 64}},
     "LlavaNextForConditionalGeneration": {"image_grid_pinpoints": [[8, 8]]},
     "LlavaOnevisionForConditionalGeneration": {"image_grid_pinpoints": [[8, 8]]},
+    "NemotronHForCausalLM": CHUNKS,
     "NemotronForCausalLM": {"num_key_value_heads": 2, "head_dim": 8},
     "Qwen2_5_VLForConditionalGeneration": {"text_config": MROPE},
     "Qwen3VLForConditionalGeneration": DEEP,

@@ -72,6 +72,8 @@ MEDIA: dict[str, tuple[int, Callable[[], Given]]] = {
     "Qwen2_5_VLForConditionalGeneration": (1, _patches),
     "Qwen3VLForConditionalGeneration": (1, _patches),
     "Qwen3VLMoeForConditionalGeneration": (1, _patches),
+    "Qwen3_5ForConditionalGeneration": (1, _patches),
+    "Qwen3_5MoeForConditionalGeneration": (1, _patches),
     "Qwen2AudioForConditionalGeneration": (4, lambda: _sound(16, "feature_attention_mask")),
     "AudioFlamingo3ForConditionalGeneration": (4, lambda: _sound(16, "input_features_mask")),
     "MusicFlamingoForConditionalGeneration": (4, lambda: _sound(16, "input_features_mask")),

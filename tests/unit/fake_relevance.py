@@ -111,8 +111,8 @@ class FakeRelevance:
             index=range(self.layers),
         )
         return SimpleNamespace(
-            target=17.4, leaves=12.3, biases=0.0, softmax=4.32, positional=0.0, stabiliser=1e-9,
-            plain=0.0, nonlinear_target=0.78, error=3.1e-8, table=table,
+            target=17.4, leaves=12.3, biases=0.0, softmax=4.32, recurrence=0.0, positional=0.0,
+            stabiliser=1e-9, plain=0.0, nonlinear_target=0.78, error=3.1e-8, table=table,
         )  # fmt: skip
 
     @property

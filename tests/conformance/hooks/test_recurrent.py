@@ -1,37 +1,59 @@
-"""Recurrent and hybrid families: refused by name, with the component and its layer."""
+"""Recurrent and hybrid families: rules at every scan, gate and short convolution, or a refusal.
+
+The rules themselves are held in test_recurrence_explicit.py, ledger, forward pass, conservation and
+undoing of every family in tests/conformance/models/test_zoo.py.
+"""
 
 from __future__ import annotations
 
-import re
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from transformers.integrations import use_kernel_func_from_hub_with_fallback
 
 import lenslrp
+from lenslrp.hooks import (
+    CONSTANT,
+    UNIFORM,
+    Plain,
+    Product,
+    gated_norms,
+    recurrence,
+    scan_points,
+    scans,
+)
+from lenslrp.hooks.assignment import assign
+from lenslrp.hooks.structure import components
 from lenslrp.targets import Activation
 from tests.conformance import zoo
 from tests.conformance.families import tokens
+from tests.conformance.hooks.test_mutation import mutate, sites
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 MIXERS = {
-    "BambaForCausalLM": "blocks.0.mixer (BambaMixer)",
-    "FalconH1ForCausalLM": "blocks.0.mamba (FalconH1Mixer)",
-    "FalconMambaForCausalLM": "blocks.0.mixer (FalconMambaMixer)",
-    "GraniteMoeHybridForCausalLM": "blocks.0.mixer (GraniteMoeHybridMambaLayer)",
-    "JambaForCausalLM": "blocks.0.mixer (JambaMambaMixer)",
-    "Mamba2ForCausalLM": "blocks.0.mixer (Mamba2Mixer)",
-    "MambaForCausalLM": "blocks.0.mixer (MambaMixer)",
-    "NemotronHForCausalLM": "blocks.0.mixer (NemotronHMamba2Mixer)",
-    "OlmoHybridForCausalLM": "blocks.0.linear_attn (OlmoHybridGatedDeltaNet)",
-    "Qwen3NextForCausalLM": "blocks.0.linear_attn (Qwen3NextGatedDeltaNet)",
-    "Qwen3_5ForCausalLM": "blocks.0.linear_attn (Qwen3_5GatedDeltaNet)",
-    "Qwen3_5ForConditionalGeneration": "blocks.0.linear_attn (Qwen3_5GatedDeltaNet)",
-    "Qwen3_5MoeForCausalLM": "blocks.0.linear_attn (Qwen3_5MoeGatedDeltaNet)",
-    "Qwen3_5MoeForConditionalGeneration": "blocks.0.linear_attn (Qwen3_5MoeGatedDeltaNet)",
-    "RecurrentGemmaForCausalLM": "blocks.0.temporal_block (RecurrentGemmaRecurrentBlock)",
-    "RwkvForCausalLM": "blocks.0.time_mix (RwkvSelfAttention)",
-    "Zamba2ForCausalLM": "blocks.0.mixer (Zamba2MambaMixer)",
+    "BambaForCausalLM": "BambaMixer",
+    "FalconH1ForCausalLM": "FalconH1Mixer",
+    "FalconMambaForCausalLM": "FalconMambaMixer",
+    "GraniteMoeHybridForCausalLM": "GraniteMoeHybridMambaLayer",
+    "JambaForCausalLM": "JambaMambaMixer",
+    "Mamba2ForCausalLM": "Mamba2Mixer",
+    "MambaForCausalLM": "MambaMixer",
+    "NemotronHForCausalLM": "NemotronHMamba2Mixer",
+    "OlmoHybridForCausalLM": "OlmoHybridGatedDeltaNet",
+    "Qwen3NextForCausalLM": "GatedDeltaNetBridge",
+    "Qwen3_5ForCausalLM": "GatedDeltaNetBridge",
+    "Qwen3_5ForConditionalGeneration": "GatedDeltaNetBridge",
+    "Qwen3_5MoeForCausalLM": "GatedDeltaNetBridge",
+    "Qwen3_5MoeForConditionalGeneration": "GatedDeltaNetBridge",
+    "RecurrentGemmaForCausalLM": "RecurrentGemmaRglru",
+    "RwkvForCausalLM": "RwkvSelfAttention",
+    "Zamba2ForCausalLM": "Zamba2MambaMixer",
 }
 HYBRIDS = {  # a hook of the attention in their second layer
     "BambaForCausalLM": "blocks.1.attn.hook_z",
@@ -41,6 +63,16 @@ HYBRIDS = {  # a hook of the attention in their second layer
     "Qwen3NextForCausalLM": "blocks.1.attn.hook_z",
     "Qwen3_5ForCausalLM": "blocks.1.attn.hook_z",
 }
+ONE_OF_EACH = (  # of each kind of scan, and of what stands around it
+    "MambaForCausalLM",
+    "Mamba2ForCausalLM",
+    "FalconH1ForCausalLM",
+    "Qwen3NextForCausalLM",
+    "OlmoHybridForCausalLM",
+    "RecurrentGemmaForCausalLM",
+    "RwkvForCausalLM",
+)
+ROLES = {"recurrence", "recurrence_gate", "attention_gate", "norm", "activation"}
 
 
 def explain(model: Any, target: Any = 5, names_filter: Any = (), **keywords: Any) -> Any:
@@ -50,34 +82,316 @@ def explain(model: Any, target: Any = 5, names_filter: Any = (), **keywords: Any
 
 
 @pytest.mark.parametrize("name", list(MIXERS))
-@pytest.mark.parametrize("composite", [lenslrp.AttnLRP, lenslrp.CPLRP])
-def test_a_recurrent_mixer_is_refused_by_name(name: str, composite: Any) -> None:
-    with pytest.raises(lenslrp.CoverageError) as caught:
-        explain(zoo.build(name), composite=composite())
-    message = str(caught.value)
-    assert message.startswith(f"{name}: no rule for the recurrent mixer {MIXERS[name]}")
+def test_every_scan_has_its_rule(name: str) -> None:
+    model = zoo.build(name)
+    table = assign(model, lenslrp.AttnLRP()).table()
+    scans = table[table.component == MIXERS[name]]
+    assert len(scans)
+    assert set(scans.role) == {"recurrence"}
+    assert set(scans.rule) == {"constant"}
+    assert "short_convolution" in set(table.role) or name == "RwkvForCausalLM"
+    fired = explain(model).coverage.sites
+    assert fired[fired.role == "recurrence"].fired.all()
 
 
 def test_every_recurrent_family_of_the_zoo_is_here() -> None:
-    refused = [
-        row.name for row in zoo.read() if row.result == "refused" and "recurrent" in row.detail
-    ]
-    assert refused == sorted(MIXERS)
+    found = []
+    for name in zoo.registered():
+        config = zoo.config(name)
+        text = getattr(config, "text_config", None) or config
+        kinds = str(getattr(text, "layer_types", "")) + str(getattr(text, "block_types", ""))
+        if any(word in kinds for word in ("mamba", "linear_attention", "recurrent", "hybrid")):
+            found.append(name)
+    assert set(found) <= set(MIXERS)
 
 
 @pytest.mark.parametrize("name", list(HYBRIDS))
-def test_the_attention_of_a_hybrid_is_not_given_silently(name: str) -> None:
+def test_the_attention_of_a_hybrid_is_readable_and_a_target(name: str) -> None:
     model = zoo.build(name)
-    with pytest.raises(lenslrp.CoverageError, match="attention layers of a hybrid"):
-        explain(model, names_filter=[HYBRIDS[name]])
-    # Nor as a target: its relevance would pass the mixer of the layer below.
-    with pytest.raises(lenslrp.CoverageError, match=re.escape(MIXERS[name])):
-        explain(model, target=Activation(HYBRIDS[name], (0, 1)))
+    cache = explain(model, names_filter=[HYBRIDS[name]])
+    assert float(cache[HYBRIDS[name]].abs().sum()) > 0
+    cache = explain(model, target=Activation(HYBRIDS[name], (0, 1)))
+    assert abs(cache.ledger().error) < 1e-5
 
 
-def test_plain_gradients_are_given_on_request_and_say_so() -> None:
-    model = zoo.build("BambaForCausalLM")
-    with pytest.warns(UserWarning, match="no rule for"):
-        cache = explain(model, names_filter=[HYBRIDS["BambaForCausalLM"]], strict=False)
-    assert cache.coverage.uncovered
-    assert not cache.coverage.ok
+CHOICES: dict[str, Any] = {
+    "uniform": lenslrp.AttnLRP(recurrence="uniform"),
+    "recurrence plain": {"recurrence": Plain()},
+    "unequal shares": {"recurrence": Product(0.3, 0.5, "mine")},
+    "gate constant": {"recurrence_gate": CONSTANT},
+    "gate unequal": {"recurrence_gate": Product(0.1, 0.9, "mine")},
+    "gate plain, norm plain": {"recurrence_gate": Plain(), "norm": Plain()},
+    "sigmoid gate uniform": {"attention_gate": UNIFORM},
+    "ViT": lenslrp.AttnLRPViT(),
+    "RelP": lenslrp.RelP(),
+    "GIM": lenslrp.GIM(),
+}
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("choice", list(CHOICES))
+def test_the_account_closes_under_other_rules(name: str, choice: str) -> None:
+    model = zoo.build(name)
+    logits = zoo.plain_logits(model)
+    with zoo.Widened():
+        _, cache = zoo.explain(model, CHOICES[choice], [])
+    assert cache.ledger().imbalance < 1e-11, str(cache.ledger())
+    assert torch.equal(zoo.explain(model, CHOICES[choice], [])[0], logits)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_what_the_operator_leaks_is_a_term_of_its_own(name: str) -> None:
+    model = zoo.build(name)
+    assert explain(model).ledger().recurrence == 0
+    uniform = explain(model, composite=lenslrp.AttnLRP(recurrence="uniform"))
+    assert abs(uniform.ledger().recurrence) > 1e-3
+    with pytest.raises(lenslrp.InputError, match="uniform, constant"):
+        lenslrp.AttnLRP(recurrence="half")  # type: ignore[arg-type]
+    with pytest.raises(lenslrp.InputError, match="the values a share"):
+        explain(model, composite={"recurrence": Product(1.0, 0.0, "none")})
+
+
+def test_a_short_convolution_has_no_rule_but_epsilon() -> None:
+    with pytest.raises(
+        lenslrp.InputError, match="'short_convolution' takes a rule of kind Epsilon"
+    ):
+        lenslrp.hooks.Composite("mine", {"short_convolution": lenslrp.hooks.Gamma(0.1)})
+
+
+def scan_hooks(model: Any) -> dict[str, str]:
+    """The names of the points of the first scan, by their ends."""
+    path, _ = scans.mixers(components(model))[0]
+    return {end: f"{path}.hook_scan_{end}" for end in ("in", "out", "map")}
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("choice", ["constant", "uniform"])
+def test_the_map_of_a_scan_adds_up(name: str, choice: Any) -> None:
+    model = zoo.build(name)
+    logits = zoo.plain_logits(model)
+    hooks = scan_hooks(model)
+    composite = lenslrp.AttnLRP(recurrence=choice)
+    ruled, cache = zoo.explain(model, composite, list(hooks.values()))
+    assert torch.equal(ruled, logits)
+    relevance = {end: cache[hook] for end, hook in hooks.items()}
+    by_head = {end: scan_points.by_head(relevance[end], 1) for end in ("in", "out")}
+    the_map = relevance["map"]
+    assert the_map.shape == (*by_head["out"].shape, tokens().shape[1])
+    assert not the_map.triu(1).any()
+    near = {"rtol": 1e-5, "atol": 1e-6}
+    if choice == "constant":
+        torch.testing.assert_close(the_map.sum(-1), by_head["out"], **near)
+    if choice == "constant" or name != "RecurrentGemmaForCausalLM":  # whose operator reads it too
+        torch.testing.assert_close(the_map.sum(-2), by_head["in"], **near)
+    _, others = zoo.explain(model, composite)
+    assert hooks["out"] in others
+    assert hooks["map"] not in others  # a scan for each position: on request
+    torch.testing.assert_close(others.tokens, cache.tokens)
+
+
+@pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "OlmoHybridForCausalLM"])
+def test_a_prompt_of_several_chunks(name: str) -> None:
+    """Delta nets scan 64 positions at once."""
+    model = zoo.build(name)
+    prompt = tokens(1, 130, seed=5)
+    with torch.no_grad():
+        expected = model(prompt, use_cache=False)
+    logits, cache = lenslrp.run_with_relevance(model, prompt, 5, lenslrp.CPLRP(), names_filter=[])
+    assert torch.equal(logits, expected)
+    assert abs(cache.ledger().error) < 1e-6
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_prompt_of_one_token(name: str) -> None:
+    model = zoo.build(name)
+    _, cache = lenslrp.run_with_relevance(model, tokens(1, 1), 5, names_filter=[])
+    assert cache.ledger().imbalance < 1e-6
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("choice", ["AttnLRP", "uniform"])
+def test_forgetting_any_one_rule_is_noticed(name: str, choice: str) -> None:
+    model = zoo.build(name)
+    composite = lenslrp.AttnLRP(recurrence="uniform" if choice == "uniform" else "constant")
+    recurrent = {path for path, _ in scans.mixers(components(model))}
+    recurrent |= {p for p, m in components(model) if gated_norms.is_gated_norm(m)}
+    recurrent |= {p for p, m in components(model) if type(m).__name__ == "RwkvFeedForward"}
+    recurrent |= {p for p, m in components(model) if "RecurrentBlock" in type(m).__name__}
+    keys = [key for key in sites(model, composite) if key[0] in recurrent and key[1] in ROLES]
+    assert keys
+    for key in keys:
+        assert "no rule for" in mutate(model, composite, key), key
+
+
+def unruled(patch: pytest.MonkeyPatch) -> None:
+    """The scan is called as it is."""
+    patch.setattr(
+        recurrence.RecurrenceIntercept,
+        "scan",
+        lambda self, function, given, form: function(*given.args, **given.kwargs),
+    )
+
+
+def ungated(patch: pytest.MonkeyPatch) -> None:
+    """The product with the gate is no product."""
+    patch.setattr(
+        recurrence.RecurrenceIntercept, "product", lambda self, a, b, multiply=torch.mul: a * b
+    )
+
+
+def unactivated(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        recurrence.RecurrenceIntercept, "activation", lambda self, act, x, **options: act(x)
+    )
+
+
+def open_region(patch: pytest.MonkeyPatch) -> None:
+    """What goes into a scan is not measured."""
+    patch.setattr(recurrence, "enter", lambda x, share, site: x)
+
+
+def closed_region(patch: pytest.MonkeyPatch) -> None:
+    """What comes out of a scan is not measured."""
+    patch.setattr(recurrence, "leave", lambda y, site: y)
+
+
+def live_scale(patch: pytest.MonkeyPatch) -> None:
+    """A gated norm's denominator stays on the graph."""
+    patch.setattr(
+        gated_norms.GatedNormIntercept,
+        "intercept",
+        lambda self, func, name, args, kwargs: func(*args, **kwargs),
+    )
+
+
+DAMAGES: tuple[tuple[Callable[[pytest.MonkeyPatch], None], str, str], ...] = (
+    (unruled, "MambaForCausalLM", "constant"),
+    (unruled, "Mamba2ForCausalLM", "constant"),
+    (unruled, "Qwen3NextForCausalLM", "constant"),
+    (unruled, "RwkvForCausalLM", "constant"),
+    (unruled, "MambaForCausalLM", "uniform"),
+    (ungated, "FalconH1ForCausalLM", "constant"),
+    (unactivated, "MambaForCausalLM", "constant"),
+    (open_region, "MambaForCausalLM", "uniform"),
+    (open_region, "RecurrentGemmaForCausalLM", "uniform"),
+    (closed_region, "Mamba2ForCausalLM", "uniform"),
+    (closed_region, "Mamba2ForCausalLM", "constant"),
+    (live_scale, "Mamba2ForCausalLM", "constant"),
+    (live_scale, "Qwen3NextForCausalLM", "constant"),
+)
+
+
+@pytest.mark.parametrize(("damage", "name", "choice"), DAMAGES)
+def test_a_part_of_a_rule_that_is_forgotten_is_noticed(
+    damage: Callable[[pytest.MonkeyPatch], None], name: str, choice: Any
+) -> None:
+    model = zoo.build(name)
+    with pytest.MonkeyPatch.context() as patch:
+        damage(patch)
+        with pytest.raises(lenslrp.CoverageError):
+            explain(model, composite=lenslrp.AttnLRP(recurrence=choice))
+
+
+@pytest.fixture
+def kernel() -> Iterator[Callable[..., Tensor]]:
+    """A scan of another package, as transformers finds it when that package is installed."""
+    package = ModuleType("fast_scans")
+
+    def fast_scan(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    fast_scan.__module__ = "fast_scans.kernels"
+    package.fast_scan = fast_scan  # type: ignore[attr-defined]
+    sys.modules["fast_scans"] = package
+    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+
+    yield use_kernel_func_from_hub_with_fallback("fast_scan", "fast_scans")(
+        mamba_selective_scan.__wrapped__
+    )
+    del sys.modules["fast_scans"]
+
+
+def test_a_kernel_of_another_package_is_refused_by_name(
+    kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.mamba import modeling_mamba
+
+    model = zoo.build("MambaForCausalLM")
+    monkeypatch.setattr(modeling_mamba, "mamba_selective_scan", kernel)
+    with pytest.raises(
+        lenslrp.CoverageError, match=r"blocks\.0\.mixer: mamba_selective_scan of Mam"
+    ):
+        explain(model)
+
+
+def test_mambapy_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.build("MambaForCausalLM")
+    monkeypatch.setattr(scans, "is_mambapy_available", lambda: True)
+    explain(model)  # not used
+    model.original_model.backbone.layers[0].mixer.use_mambapy = True
+    with pytest.raises(lenslrp.CoverageError, match="computed by mambapy"):
+        explain(model)
+
+
+@pytest.mark.parametrize("name", ["MambaForCausalLM", "Qwen3NextForCausalLM"])
+def test_a_scan_of_transformer_lens_is_refused_by_name(name: str) -> None:
+    model = zoo.build(name)
+    mixer = next(m for _, m in components(model) if hasattr(m, "eager_scan"))
+    mixer.eager_scan = True
+    with pytest.raises(lenslrp.CoverageError, match="set eager_scan=False"):
+        explain(model)
+    mixer.eager_scan = False
+    with lenslrp.session(model) as s:
+        mixer.eager_scan = True  # after the rules were attached
+        with pytest.raises(lenslrp.CoverageError):
+            s.run_with_relevance(tokens(), 5)
+
+
+def test_a_mixer_behind_accelerates_hooks() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = zoo.build("MambaForCausalLM")
+    expected = explain(model).tokens
+    for _, mixer in scans.mixers(components(model)):
+        hooks.add_hook_to_module(mixer, hooks.AlignDevicesHook(execution_device="cpu"))
+    assert torch.equal(explain(model).tokens, expected)
+
+
+def test_functions_of_a_modelling_file_stay_what_they_are() -> None:
+    from transformers.models.mamba import modeling_mamba
+
+    scan, forward = modeling_mamba.mamba_selective_scan, modeling_mamba.MambaMixer.forward
+    model = zoo.build("MambaForCausalLM")
+    with lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
+        assert modeling_mamba.mamba_selective_scan is scan
+        assert modeling_mamba.MambaMixer.forward is forward
+        other = zoo.build("MambaForCausalLM")
+        assert torch.equal(other(tokens(), use_cache=False), model(tokens(), use_cache=False))
+
+
+def test_a_function_with_other_functions_behind_its_names() -> None:
+    def one() -> int:
+        return 1
+
+    ruled = scans.with_functions(_calls_helper, {"_helper": one})
+    assert (_calls_helper(), ruled(), ruled(offset=10)) == (2, 2, 11)
+
+
+def _helper() -> int:
+    return 1
+
+
+def _calls_helper(offset: int = 1) -> int:
+    return _helper() + offset
+
+
+@pytest.mark.parametrize("name", ["RecurrentGemmaForCausalLM", "RwkvForCausalLM"])
+def test_what_has_no_padding_mask_is_padded_on_the_right(name: str) -> None:
+    model = zoo.build(name)
+    alone = explain(model).tokens
+    ids = torch.nn.functional.pad(tokens(), (0, 2))
+    mask = torch.nn.functional.pad(torch.ones_like(tokens()), (0, 2))
+    _, cache = lenslrp.run_with_relevance(model, ids, 5, names_filter=[], attention_mask=mask)
+    torch.testing.assert_close(cache.tokens[:, :-2], alone, rtol=1e-6, atol=1e-6)
+    ids, mask = ids.roll(2, 1), mask.roll(2, 1)
+    with pytest.raises(lenslrp.InputError, match="put the padding on the right"):
+        lenslrp.run_with_relevance(model, ids, 5, names_filter=[], attention_mask=mask)

@@ -54,13 +54,14 @@ ONE_LENGTH = {"T5GemmaForSequenceClassification", "T5Gemma2ForSequenceClassifica
 
 @cache
 def families() -> dict[str, str]:
-    """Every derived head of a covered family, and the family's language model."""
+    """Every derived head of a covered family that reads text, and its language model."""
     found: dict[str, str] = {}
     native = dict(SUPPORTED_ARCHITECTURES)
     for kind, language_model in heads.families(native):
         if language_model in COVERED:
             for name in heads.class_names(heads.HEADS, kind):
-                if name not in native and name.endswith(HEADS[1:4]) and hasattr(hf, name):
+                known = name not in native and name.endswith(HEADS[1:4]) and hasattr(hf, name)
+                if known and getattr(hf, name).main_input_name == "input_ids":
                     found.setdefault(name, language_model)
     return found
 

@@ -14,6 +14,7 @@ from lenslrp import media
 from lenslrp.hooks import UNIFORM, Plain
 from lenslrp.hooks.components import attach_all_cycles, hook_points
 from lenslrp.hooks.handles import Attached
+from lenslrp.hooks.readers import ON_REQUEST
 from lenslrp.hooks.sites import LEDGER_TERMS
 from lenslrp.hooks.structure import components
 from tests.conformance import zoo
@@ -78,7 +79,11 @@ def test_covered(name: str) -> None:
         assert torch.equal(ruled, logits) or family(name) in zoo.ROUNDS
         assert cache.coverage.uncovered == []
         ledger = cache.ledger()
-        assert abs(ledger.error) <= zoo.tolerance(name), str(ledger)
+        # Plain gradients through a scan in float32 are much larger than the target: rounding
+        # goes by the largest entry.
+        plain = composite == lenslrp.GradientTimesInput()
+        missed = ledger.imbalance if plain else abs(ledger.error)
+        assert missed <= zoo.tolerance(name), str(ledger)
         entries = (ledger.target, ledger.leaves, *(getattr(ledger, term) for term in LEDGER_TERMS))
         near = zoo.tolerance(name) * max(1.0, *(abs(entry) for entry in entries))
         rows = ledger.table["error"]
@@ -88,7 +93,9 @@ def test_covered(name: str) -> None:
             rows = pd.Series([rows.sum()])
         assert float(rows.abs().max()) <= near, str(ledger.table)
         read = {hook for hook in cache if bool(torch.isfinite(cache[hook]).all())}
-        points = set(hook_points(model, components(model)))
+        points = {
+            name for name in hook_points(model, components(model)) if not name.endswith(ON_REQUEST)
+        }
         assert read | set(cache.coverage.off_path) == points
         assert read
     assert changes(before, model) == []

@@ -43,12 +43,16 @@ ATTNLRP: dict[str, Any] = {
     "projection": Epsilon(),
     "convolution": Epsilon(),
     "router": UNIFORM,
+    "recurrence": CONSTANT,
+    "recurrence_gate": UNIFORM,
+    "short_convolution": Epsilon(),
     "position": Epsilon(),
 }
 PLAIN = dict.fromkeys([role for role, kinds in ROLES.items() if Plain in kinds], Plain())
 TABLES: list[tuple[Composite, dict[str, Any]]] = [
     (lenslrp.AttnLRP(), {}),
     (lenslrp.AttnLRP(router="constant"), {"router": CONSTANT}),
+    (lenslrp.AttnLRP(recurrence="uniform"), {"recurrence": UNIFORM}),
     (lenslrp.CPLRP(), {"attention_av": CONSTANT, "router": CONSTANT}),
     (lenslrp.CPLRP(gate="up"), {"attention_av": CONSTANT, "router": CONSTANT, "gate": CONSTANT}),
     (lenslrp.CPLRP(router="uniform"), {"attention_av": CONSTANT}),
