@@ -54,8 +54,7 @@ ATTENTION_SPEC = Operations(leaks=("softmax",))
 
 OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     "AfmoeAttention": ATTENTION_GATE_SPEC,
-    **dict.fromkeys(("Lfm2MLP", "Lfm2MoeMLP", "Zamba2MLP"), GATED_MLP_SPEC),
-    "MoonshineDecoderMLP": GATED_MLP_SPEC,
+    **dict.fromkeys(("Lfm2MLP", "Lfm2MoeMLP", "MoonshineDecoderMLP", "Zamba2MLP"), GATED_MLP_SPEC),
     **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
     "BitNetMLP": GATED_MLP_SPEC,  # a norm between the product and the last projection
     "Gemma4TextDecoderLayer": GATED_MLP_SPEC,  # gates an embedding of its own for each layer
@@ -81,8 +80,7 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
             "Llama4VisionModel",
             *("LlavaNextModel", "LlavaOnevisionModel"),
             "MuseGlimmerVisionPatchEmbedder",
-            "Qwen3VLMoeVisionModel",
-            "Qwen3VLVisionModel",
+            *("Qwen3VLMoeVisionModel", "Qwen3VLVisionModel"),
             *("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel"),
         ),
         FUNCTIONAL_SPEC,
