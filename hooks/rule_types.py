@@ -184,11 +184,13 @@ class Operations:
     Attributes:
         product: the role of an element-wise product of two factors: ``"gate"``,
             ``"attention_gate"`` or ``"router"``. A factor of one number for each position makes it
-            ``"router"``, unless it gates an attention (Laguna gates each head by one number).
+            that of ``weights``, unless it gates an attention (Laguna gates each head by one).
         gated: functional activations feed such a product (and get a gate's share).
-        leaks: which of softmax, sigmoid, softplus and division (``"div"``) have the plain gradient,
-            with what it leaks reported as ``softmax``.
+        leaks: which of softmax, sigmoid, softplus, sqrt and division (``"div"``) have the plain
+            gradient, with what it leaks reported as ``softmax``.
         attention: matrix products of two factors are attention's.
+        weights: the role of a product with one number for each position: ``"router"``, or
+            ``"recurrence"`` where the numbers mix several residual streams.
 
     Examples:
         >>> from lenslrp.hooks import AttnLRP
@@ -198,8 +200,9 @@ class Operations:
 
     product: str = "gate"
     gated: bool = False
-    leaks: tuple[str, ...] = ("softmax", "sigmoid", "softplus", "div")
+    leaks: tuple[str, ...] = ("softmax", "sigmoid", "softplus", "sqrt", "div")
     attention: bool = True
+    weights: str = "router"
     name: str = "operations"
 
 
