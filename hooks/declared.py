@@ -16,7 +16,7 @@ ATTENTION_GATE_SPEC = Operations("attention_gate", leaks=("sigmoid", "softplus")
 ROUTER_SPEC = Operations("router", attention=False)
 GATED_MLP_SPEC = Operations(gated=True, leaks=(), attention=False)
 FUNCTIONAL_SPEC = Operations(leaks=(), attention=False)
-STREAMS_SPEC = Operations(leaks=("softmax", "sigmoid", "div"), attention=False, weights="recurrence")
+STREAMS_SPEC = Operations(leaks=("softmax", "sigmoid", "div"), attention=False, streams=-2)
 """What mixes several residual streams by weights that it computes from them."""
 POOLING_SPEC = Operations("attention_av", leaks=("softmax",), attention=False)
 """A sum over positions, weighted by a softmax: a pattern for each feature."""
@@ -33,7 +33,7 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     ),
     **dict.fromkeys(("DeepseekV4CSACompressor", "DeepseekV4HCACompressor"), POOLING_SPEC),
     "DeepseekV4MLP": GATED_MLP_SPEC,  # which clips both factors
-    "Gemma3nTextDecoderLayer": replace(STREAMS_SPEC, gated=True),  # gates an embedding as well
+    "Gemma3nTextDecoderLayer": replace(STREAMS_SPEC, gated=True, streams=0),  # and gates an embedding
     "Gemma3nTextMLP": GATED_MLP_SPEC,  # a threshold before its activation
     "BitNetMLP": GATED_MLP_SPEC,  # a norm between the product and the last projection
     "Gemma4TextDecoderLayer": GATED_MLP_SPEC,  # gates an embedding of its own for each layer

@@ -89,7 +89,7 @@ class OperationIntercept(Intercept):
             return self.written(func, name, args, kwargs)
         if name in PRODUCT_FUNCTIONS and _count_on_graph(args) == 2:
             a, b = args[0], args[1]
-            return self.product(a, b)
+            return self.product(a, b, torch.mul)
         squared = name == "square" and _comes_from_activation(args[0])  # ReLU, squared
         if squared or (name in ACTIVATION_FUNCTIONS and _on_graph(args[0])):
             return self.activation(lambda x: func(x, *args[1:], **kwargs), args[0])
@@ -102,7 +102,7 @@ class OperationIntercept(Intercept):
         if name == "einsum" and _count_on_graph(args) == 2 and not _contracts(args[0]):
             return self.product(args[1], args[2], lambda a, b: func(args[0], a, b))
         if name in MATRIX_PRODUCT_FUNCTIONS and _count_on_graph(args) == 2:
-            if self.spec.weights == "recurrence":
+            if self.spec.streams is not None:
                 return self.mixed(*args, func)
             if self.spec.attention:
                 return self.matrix_product(func, args, kwargs)
@@ -174,6 +174,9 @@ class OperationIntercept(Intercept):
         y = multiply(*factors)
         if first == 0:
             return F.apply(F.Mark, y, site)
+        if self.spec.streams == 0 and multiply is torch.mul and role == self.spec.weights:
+            y = y.movedim(0, -2)  # a ledger goes by rows
+            return F.apply(F.ProductOutput, y, first, second, site).movedim(-2, 0)
         return F.apply(F.ProductOutput, y, first, second, site)
 
     def activation(
@@ -310,7 +313,7 @@ def sites_of(ctx: Context, path: str, module: nn.Module, spec: Operations) -> di
     if spec.attention:
         roles |= {"attention_qk", "attention_av"}
     sites = {role: ctx.site(path, module, role) for role in sorted(roles)}
-    if spec == ROUTER_SPEC or spec.weights == "recurrence":  # what weighs has no weighted rule
+    if spec == ROUTER_SPEC or spec.streams is not None:  # what weighs has no weighted rule
         sites["linear"].rule = Epsilon()
     # GIM's temperature is for attention; a router's softmax keeps its plain gradient.
     sites["softmax"] = ctx.site(path, module, "softmax", None if spec.attention else Softmax())
@@ -318,7 +321,7 @@ def sites_of(ctx: Context, path: str, module: nn.Module, spec: Operations) -> di
     above = spec.weights if spec.product == "gate" else spec.product
     above = "attention_av" if spec.attention else above
     sites["softmax"].cut = product_shares(ctx.composite[above])[0] == 0
-    if spec.weights == "recurrence":  # and nothing else is activated there
+    if spec.streams is not None:  # and nothing else is activated there
         sites["activation"].cut = sites["softmax"].cut
     if spec.attention:  # queries and keys feed the pattern
         sites["attention_qk"].cut = sites["softmax"].cut

@@ -184,13 +184,13 @@ class Operations:
     Attributes:
         product: the role of an element-wise product of two factors: ``"gate"``,
             ``"attention_gate"`` or ``"router"``. A factor of one number for each position makes it
-            that of ``weights``, unless it gates an attention (Laguna gates each head by one).
+            ``"router"``, unless it gates an attention (Laguna gates each head by one number).
         gated: functional activations feed such a product (and get a gate's share).
         leaks: which of softmax, sigmoid, softplus, sqrt and division (``"div"``) have the plain
             gradient, with what it leaks reported as ``softmax``.
         attention: matrix products of two factors are attention's.
-        weights: the role of a product with one number for each position: ``"router"``, or
-            ``"recurrence"`` where the numbers mix several residual streams.
+        streams: the axis of several residual streams that the module mixes, by weights that are
+            one number for each position and stream; the role of such a product is ``"recurrence"``.
 
     Examples:
         >>> from lenslrp.hooks import AttnLRP
@@ -202,8 +202,13 @@ class Operations:
     gated: bool = False
     leaks: tuple[str, ...] = ("softmax", "sigmoid", "softplus", "sqrt", "div")
     attention: bool = True
-    weights: str = "router"
+    streams: int | None = None
     name: str = "operations"
+
+    @property
+    def weights(self) -> str:
+        """The role of a product with one number for each position."""
+        return "router" if self.streams is None else "recurrence"
 
 
 @dataclass(frozen=True)
