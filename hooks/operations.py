@@ -237,6 +237,8 @@ class OperationIntercept(Intercept):
         """Constants (learned tokens) that are concatenated report the relevance that they take."""
         site, start = self.sites["linear"], 0
         for part in tensors:
+            if not part.numel():  # a cache that is empty yet, of one axis
+                continue
             size = part.shape[dim]
             if site.accounts is not None and y.requires_grad and not part.requires_grad:
                 self.meter_part(y, part.detach(), dim, start)
@@ -321,8 +323,9 @@ def sites_of(ctx: Context, path: str, module: nn.Module, spec: Operations) -> di
     above = spec.weights if spec.product == "gate" else spec.product
     above = "attention_av" if spec.attention else above
     sites["softmax"].cut = product_shares(ctx.composite[above])[0] == 0
-    if spec.streams is not None:  # and nothing else is activated there
-        sites["activation"].cut = sites["softmax"].cut
+    fed = spec.weights if spec.streams is not None else "gate" if spec.gated else None
+    if fed:  # what is activated feeds a constant factor
+        sites["activation"].cut = product_shares(ctx.composite[fed])[0] == 0
     if spec.attention:  # queries and keys feed the pattern
         sites["attention_qk"].cut = sites["softmax"].cut
     for site in sites.values():
@@ -346,9 +349,9 @@ def attach_operations(
         spec: which kinds of operation have a rule.
         mode, options: a sub-class of :class:`OperationIntercept` and what it takes besides.
     """
+    sites = sites_of(ctx, path, module, spec)
     if any(type(child).__module__ in ACTIVATION_MODULES for child in module.children()):
         spec = replace(spec, gated=False)  # the gate is what that module activates
-    sites = sites_of(ctx, path, module, spec)
     at.sites.extend(site for role, site in sites.items() if role != "linear")
     if isinstance(sites["linear"].rule, LinearRule):
         at.sites.append(sites["linear"])

@@ -83,11 +83,13 @@ def rotations(rotary: Any, kind: str, places: Tensor, size: int) -> Tensor:
     return matrix
 
 
-def compressed(c: Any, x: Tensor) -> tuple[Tensor, Back]:
+def compressed(c: Any, x: Tensor, *, uniform: bool = False) -> tuple[Tensor, Back]:
     """The entries of compressed attention [batch, entry, d_head], and how they hand relevance back.
 
     Each is a sum over the positions of a window, of the window before it too where a token has two
-    series, weighted by a softmax for each feature.
+    series, weighted by a softmax for each feature: constants, or with half of the relevance
+    (``uniform``), which the softmax hands on as ``R_i = x_i (R_i - s_i sum_j R_j)`` ([A] Prop.
+    3.1), and of which the position bias in x keeps its share.
     """
     rate, size, (batch, length, _) = c.compress_rate, c.head_dim, x.shape
     series = c.kv_proj.out_features // size
@@ -119,8 +121,14 @@ def compressed(c: Any, x: Tensor) -> tuple[Tensor, Back]:
 
     def back(R: Tensor) -> Tensor:
         unturned = normed(pooled, c.kv_norm) * torch.einsum("eij,bei->bej", turn, divide(R, entries))
-        on_values = torch.einsum("betsf,btsf,bef->btsf", weights, by_series, divide(unturned, pooled))
-        return linear(on_values.flatten(2), x, c.kv_proj.weight)
+        parts = weights * by_series[:, None] * divide(unturned, pooled)[:, :, None, None]
+        if not uniform:
+            return linear(parts.sum(1).flatten(2), x, c.kv_proj.weight)
+        on_pattern = parts / 2
+        slopes = on_pattern - weights * on_pattern.sum((2, 3), keepdim=True)
+        on_scores = scores * slopes.sum(1).flatten(2)
+        on_values = (parts / 2).sum(1).flatten(2)
+        return linear(on_values, x, c.kv_proj.weight) + linear(on_scores, x, c.gate_proj.weight)
 
     return entries, back
 
