@@ -120,8 +120,8 @@ def require_ends(model: TransformerBridge, mask: Tensor) -> None:
         InputError: saying which side is right.
     """
     inner: Any = model.original_model
-    kind, config = type(inner).__name__, inner.config
-    classifies = kind.endswith("ForSequenceClassification") and not _of_encoder(config)
+    kind = type(inner).__name__
+    classifies = kind.endswith("ForSequenceClassification") and not _of_encoder(inner.config)
     if classifies and not bool(mask[:, -1:].all()):
         raise InputError(
             f"{kind} finds the last token of a row by its ids, and reads the last column of "
