@@ -13,7 +13,9 @@ from torch import nn
 from lenslrp.hooks.rule_types import Operations
 
 ATTENTION_GATE_SPEC = Operations("attention_gate", leaks=("sigmoid", "softplus"), attention=False)
-ROUTER_SPEC = Operations("router", attention=False)
+ROUTER_SPEC = Operations(
+    "router", leaks=("softmax", "sigmoid", "softplus", "sqrt", "div"), attention=False
+)
 GATED_MLP_SPEC = Operations(gated=True, leaks=(), attention=False)
 FUNCTIONAL_SPEC = Operations(leaks=(), attention=False)
 STREAMS_SPEC = Operations(leaks=("softmax", "sigmoid", "div"), attention=False, streams=-2)
@@ -33,7 +35,9 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     ),
     **dict.fromkeys(("DeepseekV4CSACompressor", "DeepseekV4HCACompressor"), POOLING_SPEC),
     "DeepseekV4MLP": GATED_MLP_SPEC,  # which clips both factors
-    "Gemma3nTextDecoderLayer": replace(STREAMS_SPEC, gated=True, streams=0),  # and gates an embedding
+    "Gemma3nTextDecoderLayer": replace(
+        STREAMS_SPEC, gated=True, streams=0
+    ),  # and gates an embedding
     "Gemma3nTextMLP": GATED_MLP_SPEC,  # a threshold before its activation
     "BitNetMLP": GATED_MLP_SPEC,  # a norm between the product and the last projection
     "Gemma4TextDecoderLayer": GATED_MLP_SPEC,  # gates an embedding of its own for each layer

@@ -6,9 +6,9 @@ by :mod:`lenslrp.hooks.declared`, or by a user's ``composite.extended({Class: Op
 each such operation is intercepted where it happens:
 
 * a product of two factors that both carry relevance: a share to each ([A] Prop. 3.2-3.3), by the
-  role ``router`` where one factor is a single number for each position, by the module's own role
-  otherwise;
-* an element-wise activation: the identity rule ([A] Eq. 9);
+  role ``router`` where one factor is a single number for each position (``recurrence`` where the
+  numbers mix residual streams), by the module's own role otherwise;
+* an element-wise activation, or a clip that leaves 0 as it is: the identity rule ([A] Eq. 9);
 * a softmax, sigmoid, softplus or division of a router or gate: the plain gradient, whose leak is
   the ledger's ``softmax`` term;
 * a matrix product of two factors: the rules for the products of attention;
@@ -102,8 +102,8 @@ class OperationIntercept(Intercept):
         if name == "einsum" and _count_on_graph(args) == 2 and not _contracts(args[0]):
             return self.product(args[1], args[2], lambda a, b: func(args[0], a, b))
         if name in MATRIX_PRODUCT_FUNCTIONS and _count_on_graph(args) == 2:
-            if self.spec.streams is not None:
-                return self.mixed(*args, func)
+            if self.spec.streams is not None and name != "einsum":
+                return self.mixed(args[0], args[1], func)
             if self.spec.attention:
                 return self.matrix_product(func, args, kwargs)
         out = func(*args, **kwargs)

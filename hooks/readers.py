@@ -82,7 +82,7 @@ def hidden_states_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor
 STACKS: WeakSet[nn.Module] = WeakSet()
 """Hook points where several residual streams are the first axis (Gemma 3n), [stream, batch, ...].
 
-LensLRP reads them as [batch, pos, stream, d_model], as DeepSeek V4 has its own: a batch comes first.
+LensLRP reads them as [batch, pos, stream, d_model], as DeepSeek V4 has its own: rows come first.
 """
 
 

@@ -200,7 +200,7 @@ class Operations:
 
     product: str = "gate"
     gated: bool = False
-    leaks: tuple[str, ...] = ("softmax", "sigmoid", "softplus", "sqrt", "div")
+    leaks: tuple[str, ...] = ("softmax", "sigmoid", "softplus", "div")
     attention: bool = True
     streams: int | None = None
     name: str = "operations"

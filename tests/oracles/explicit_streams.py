@@ -120,7 +120,9 @@ def compressed(c: Any, x: Tensor, *, uniform: bool = False) -> tuple[Tensor, Bac
     entries = torch.einsum("eij,bej->bei", turn, normed(pooled, c.kv_norm))
 
     def back(R: Tensor) -> Tensor:
-        unturned = normed(pooled, c.kv_norm) * torch.einsum("eij,bei->bej", turn, divide(R, entries))
+        unturned = normed(pooled, c.kv_norm) * torch.einsum(
+            "eij,bei->bej", turn, divide(R, entries)
+        )
         parts = weights * by_series[:, None] * divide(unturned, pooled)[:, :, None, None]
         if not uniform:
             return linear(parts.sum(1).flatten(2), x, c.kv_proj.weight)
@@ -200,9 +202,7 @@ def mixture(m: Any, x: Tensor, ids: Tensor) -> tuple[Tensor, Back]:
         parts.append(y * (weights * (chosen == i)).sum(-1, keepdim=True))
         backs.append(back)
     s = m.shared_experts
-    y, back = gated(
-        s.gate_proj.weight, s.up_proj.weight, s.down_proj.weight, functional.silu, x
-    )
+    y, back = gated(s.gate_proj.weight, s.up_proj.weight, s.down_proj.weight, functional.silu, x)
     parts.append(y)
     backs.append(back)
 
@@ -265,7 +265,7 @@ def modalities(altup: Any, x: Tensor) -> Tensor:
     return torch.tanh(routed)
 
 
-def half_turned(a: Any, rotary: Any, kind: str, x: Tensor) -> Tensor:
+def half_turned(rotary: Any, kind: str, x: Tensor) -> Tensor:
     """Rotary embedding, feature i with i + d/2, of [batch, pos, head, d]."""
     angles = torch.arange(x.shape[1]).double()[:, None] * getattr(rotary, f"{kind}_inv_freq")
     cos, sin = (f(angles)[None, :, None] for f in (torch.cos, torch.sin))
@@ -276,11 +276,9 @@ def half_turned(a: Any, rotary: Any, kind: str, x: Tensor) -> Tensor:
 def plain_attention(a: Any, rotary: Any, x: Tensor) -> tuple[Tensor, Back]:
     """Attention with norms on queries, keys and values; its pattern is a constant."""
     kind, size = a.layer_type, a.head_dim
-    q, k, v = (
-        (x @ p.weight.T).unflatten(-1, (-1, size)) for p in (a.q_proj, a.k_proj, a.v_proj)
-    )
+    q, k, v = ((x @ p.weight.T).unflatten(-1, (-1, size)) for p in (a.q_proj, a.k_proj, a.v_proj))
     q, k, v = normed(q, a.q_norm), normed(k, a.k_norm), normed(v, a.v_norm)
-    q, k = half_turned(a, rotary, kind, q), half_turned(a, rotary, kind, k)
+    q, k = half_turned(rotary, kind, q), half_turned(rotary, kind, k)
     group = q.shape[2] // k.shape[2]
     keys, values = (t.repeat_interleave(group, 2) for t in (k, v))
     future = torch.full((x.shape[1],) * 2, -math.inf, dtype=x.dtype).triu(1)
@@ -331,7 +329,7 @@ def altup_layer(
     streams and to it.
     """
     n, altup, root = streams.shape[2], layer.altup, math.sqrt(2)
-    own = (modalities(altup, streams[:, :, 0]) @ altup.prediction_coefs.weight.T)
+    own = modalities(altup, streams[:, :, 0]) @ altup.prediction_coefs.weight.T
     weights = own.unflatten(-1, (n, n)).mT + torch.eye(n, dtype=streams.dtype)
     predicted = mixed(streams, weights)
     active = predicted[:, :, 0]
@@ -378,7 +376,7 @@ def altup_layer(
 
 
 def joined(model: Any, streams: Tensor) -> tuple[Tensor, Back]:
-    """Gemma 3n's streams made one: each other one projected, as large as the first, and the mean."""
+    """Gemma 3n's streams made one: the mean of the first and the others, projected to its size."""
 
     def size(x: Tensor) -> Tensor:
         return x.square().mean(-1, keepdim=True).sqrt()
