@@ -89,7 +89,7 @@ class OperationIntercept(Intercept):
             return self.written(func, name, args, kwargs)
         if name in PRODUCT_FUNCTIONS and _count_on_graph(args) == 2:
             a, b = args[0], args[1]
-            return self.product(a, b, torch.mul)
+            return self.product(a, b)
         squared = name == "square" and _comes_from_activation(args[0])  # ReLU, squared
         if squared or (name in ACTIVATION_FUNCTIONS and _on_graph(args[0])):
             return self.activation(lambda x: func(x, *args[1:], **kwargs), args[0])

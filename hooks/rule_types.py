@@ -202,8 +202,8 @@ class Operations:
     gated: bool = False
     leaks: tuple[str, ...] = ("softmax", "sigmoid", "softplus", "div")
     attention: bool = True
-    streams: int | None = None
     name: str = "operations"
+    streams: int | None = None
 
     @property
     def weights(self) -> str:
