@@ -56,6 +56,7 @@ from lenslrp.hooks.rule_types import Identity, Normalisation, Operations, Plain,
 from lenslrp.hooks.ruled_weights import attended_parts, linear_role, ruled_weights
 from lenslrp.hooks.scans import mixer_roles, mixers
 from lenslrp.hooks.similarity import SIMILARITY_CLASSES, attach_similarity
+from lenslrp.hooks.streams import SCALED_STREAMS_CLASSES, attach_magnitudes, mixing_roles
 from lenslrp.hooks.structure import (
     NamedModules,
     check_once,
@@ -159,6 +160,7 @@ def assign(
     roles.update(dict.fromkeys(mixing, ""))  # intercepted where they run
     roles.update(router_roles(modules, mixture_blocks, operations_of))
     roles.update(mixer_roles(modules))
+    roles.update(mixing_roles(modules))
     queries: set[str] = set()
     for path, module in modules:
         if "cross_attn" in module._modules and "ln2" in module._modules:
@@ -278,6 +280,8 @@ class _Decision:
             if self.roles.get(id(module)) == "":
                 return
             yield self.activation(path, module, rules["activation"], share, False)
+        elif type(module).__name__ in SCALED_STREAMS_CLASSES:
+            yield Assignment(path, module, "norm", rules["norm"], attach=attach_magnitudes)
         elif type(module).__name__ in SIMILARITY_CLASSES:
             rule = rules["attention_qk"]
             yield Assignment(path, module, "attention_qk", rule, attach=attach_similarity)

@@ -37,6 +37,7 @@ from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.leaf_modules import PER_LAYER_EMBEDDING
 from lenslrp.hooks.linear_rules import Epsilon, LinearRule
 from lenslrp.hooks.packed import attach_unpacked, is_packed_linear
+from lenslrp.hooks.readers import STACKS, stacks
 from lenslrp.hooks.rule_types import Plain, product_shares
 from lenslrp.hooks.scan_points import scan_points
 from lenslrp.hooks.scans import mixers
@@ -240,6 +241,7 @@ def watched_blocks(parts: NamedModules) -> dict[int, nn.Module]:
 
 def hook_points(model: TransformerBridge, parts: NamedModules) -> dict[str, nn.Module]:
     """Every hook point by name: the bridge's own, those of experts, adapters and scans."""
+    STACKS.update(stacks(module for _, module in parts))
     inside = {**expert_points(parts), **adapter_points(parts), **scan_points(mixers(parts))}
     return {**model.hook_dict, **inside}
 

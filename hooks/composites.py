@@ -166,6 +166,7 @@ def AttnLRP(
             ``"constant"``: all to the expert.
         recurrence: ``"constant"``: what a recurrent mixer computes to carry its state (decays,
             keys, queries, steps) is constant, and its values get all; ``"uniform"``: half to each.
+            Likewise of weights that mix several residual streams, and of the streams.
 
     Raises:
         InputError: another choice.
@@ -187,7 +188,7 @@ def CPLRP(
     """CP-LRP (Ali et al. 2022, 2202.07304): the pattern is constant, values get everything.
 
     The rest is AttnLRP. Queries, keys and what feeds them get no relevance, nor does what a
-    recurrent mixer computes to carry its state.
+    recurrent mixer computes to carry its state, or a layer to mix its residual streams.
 
     Args:
         gate: ``"uniform"``: half to gate and ``up``; ``"up"``: everything through ``up`` and

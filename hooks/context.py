@@ -14,11 +14,14 @@ from lenslrp.hooks.rule_types import product_shares
 from lenslrp.hooks.sites import Accounts, Site
 from lenslrp.hooks.structure import layer_of
 
-FEEDS_PATTERN = re.compile(r"[._](q|k|qk)(_(layer)?norm|_a_layernorm|_[ab]_proj)?$")
+FEEDS_PATTERN = re.compile(r"[._](q|k|qk)(_(layer)?norm|_a_layernorm|_[ab]_(proj|norm))?$")
 """Names of components that feed queries and keys, and nothing else."""
 
 FEEDS_CONSTANT = {
-    "recurrence": re.compile(r"\.(dt|b|c)_layernorm$"),
+    "recurrence": re.compile(
+        r"(\.(dt|b|c)_layernorm|(hc|hc_head)\.input_norm"
+        r"|\.altup.*\.(router_norm|modality_router|prediction_coefs|correction_coefs))$"
+    ),
     "recurrence_gate": re.compile(r"(\.linear_y|\.linear_attn\.(in_proj_z|g_proj))$"),
     "attention_gate": re.compile(r"(\.receptance|\.attn\.gate)$"),
     "gate": re.compile(r"(?<!\.attn)\.gate$|\.dense_gate$"),

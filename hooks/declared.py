@@ -6,15 +6,22 @@ The rules are attached by :mod:`lenslrp.hooks.operations`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
 from lenslrp.hooks.rule_types import Operations
 
 ATTENTION_GATE_SPEC = Operations("attention_gate", leaks=("sigmoid", "softplus"), attention=False)
-ROUTER_SPEC = Operations("router", attention=False)
+ROUTER_SPEC = Operations(
+    "router", leaks=("softmax", "sigmoid", "softplus", "sqrt", "div"), attention=False
+)
 GATED_MLP_SPEC = Operations(gated=True, leaks=(), attention=False)
 FUNCTIONAL_SPEC = Operations(leaks=(), attention=False)
+STREAMS_SPEC = Operations(leaks=("softmax", "sigmoid", "div"), attention=False, streams=-2)
+"""What mixes several residual streams by weights that it computes from them."""
+POOLING_SPEC = Operations("attention_av", leaks=("softmax",), attention=False)
+"""A sum over positions, weighted by a softmax: a pattern for each feature."""
 ATTENTION_SPEC = Operations(leaks=("softmax",))
 """Attention that the bridge has no component for, in the towers that read images and sounds."""
 
@@ -23,6 +30,15 @@ OPERATIONS_BY_CLASS: Mapping[str, Operations] = {
     **dict.fromkeys(("Lfm2MLP", "Lfm2MoeMLP", "Zamba2MLP"), GATED_MLP_SPEC),
     "MoonshineDecoderMLP": GATED_MLP_SPEC,
     **dict.fromkeys(("ModernBertDecoderMLP", "ModernBertMLP"), GATED_MLP_SPEC),
+    **dict.fromkeys(
+        ("DeepseekV4DecoderLayer", "DeepseekV4HyperConnection", "DeepseekV4HyperHead"), STREAMS_SPEC
+    ),
+    **dict.fromkeys(("DeepseekV4CSACompressor", "DeepseekV4HCACompressor"), POOLING_SPEC),
+    "DeepseekV4MLP": GATED_MLP_SPEC,  # which clips both factors
+    "Gemma3nTextDecoderLayer": replace(
+        STREAMS_SPEC, gated=True, streams=0
+    ),  # and gates an embedding
+    "Gemma3nTextMLP": GATED_MLP_SPEC,  # a threshold before its activation
     "BitNetMLP": GATED_MLP_SPEC,  # a norm between the product and the last projection
     "Gemma4TextDecoderLayer": GATED_MLP_SPEC,  # gates an embedding of its own for each layer
     "JetMoeAttention": Operations("router", leaks=(), attention=False),  # experts for its heads

@@ -22,8 +22,14 @@ from lenslrp.hooks.structure import NamedModules, original
 SINUSOIDAL_SUFFIX = "SinusoidalPositionalEmbedding"
 """How transformers' classes for positions without a weight end."""
 
-PER_LAYER_EMBEDDING = "model.embed_tokens_per_layer"
-"""Gemma 4 embeds the tokens once more for every layer, without a bridge."""
+PER_LAYER_EMBEDDING = ".embed_tokens_per_layer"
+"""Gemma 3n and 4 embed the tokens once more for every layer, without a bridge."""
+
+MORE_EMBEDDINGS = (
+    PER_LAYER_EMBEDDING,
+    *("embed_vision.embedding", "embed_audio.embedding"),
+)
+"""Embeddings without a bridge: Gemma 3n has others for the ids that surround images and sounds."""
 
 SPECIAL_TOKENS = {
     "cls_token": "[CLS]",
@@ -69,7 +75,7 @@ def embeddings(parts: NamedModules) -> list[tuple[nn.Module, bool]]:
     for path, module in parts:
         if not isinstance(module, EmbeddingBridge | PosEmbedBridge):
             position = type(module).__name__.endswith(SINUSOIDAL_SUFFIX)  # XGLM's has no bridge
-            if position or path.endswith(PER_LAYER_EMBEDDING):
+            if position or path.endswith(MORE_EMBEDDINGS):
                 found.setdefault(id(module), (module, position))
             continue
         inner = original(module)

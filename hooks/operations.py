@@ -6,9 +6,9 @@ by :mod:`lenslrp.hooks.declared`, or by a user's ``composite.extended({Class: Op
 each such operation is intercepted where it happens:
 
 * a product of two factors that both carry relevance: a share to each ([A] Prop. 3.2-3.3), by the
-  role ``router`` where one factor is a single number for each position, by the module's own role
-  otherwise;
-* an element-wise activation: the identity rule ([A] Eq. 9);
+  role ``router`` where one factor is a single number for each position (``recurrence`` where the
+  numbers mix residual streams), by the module's own role otherwise;
+* an element-wise activation, or a clip that leaves 0 as it is: the identity rule ([A] Eq. 9);
 * a softmax, sigmoid, softplus or division of a router or gate: the plain gradient, whose leak is
   the ledger's ``softmax`` term;
 * a matrix product of two factors: the rules for the products of attention;
@@ -49,6 +49,7 @@ from lenslrp.hooks.sites import Site, row_sums
 ACTIVATION_FUNCTIONS = frozenset(
     {"silu", "gelu", "relu", "leaky_relu", "elu", "tanh", "mish", "hardswish"}
 )
+ACTIVATION_MODULES = frozenset({"torch.nn.modules.activation", "transformers.activations"})
 PRODUCT_FUNCTIONS = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
 DIVISIONS = frozenset({"div", "__truediv__", "true_divide"})
 IN_PLACE_FUNCTIONS = {
@@ -60,7 +61,10 @@ IN_PLACE_FUNCTIONS = {
 DIFFERENCE_FUNCTIONS = frozenset({"sub", "__sub__", "sub_", "__isub__"})
 CONVOLUTION_FUNCTIONS = frozenset({"conv1d", "conv2d"})
 JOIN_FUNCTIONS = frozenset({"cat", "concat", "concatenate"})
-LEAKING_FUNCTIONS = frozenset({"softmax", "sigmoid", "softplus"})
+LEAKING_FUNCTIONS = frozenset({"softmax", "sigmoid", "softplus", "sqrt"})
+CLIPS = frozenset({"clamp"})
+OWN_CODE = frozenset({"SqrtSoftplusActivation"})
+"""Classes of sub-modules that are but a function, which is no activation: 0 is not 0 there."""
 
 
 class OperationIntercept(Intercept):
@@ -89,14 +93,19 @@ class OperationIntercept(Intercept):
         squared = name == "square" and _comes_from_activation(args[0])  # ReLU, squared
         if squared or (name in ACTIVATION_FUNCTIONS and _on_graph(args[0])):
             return self.activation(lambda x: func(x, *args[1:], **kwargs), args[0])
+        if name in CLIPS and self.spec.product == "gate" and _clips_around_zero(*args, **kwargs):
+            return self.activation(lambda x: func(x, *args[1:], **kwargs), args[0], gate=False)
         if name in self.spec.leaks and name in LEAKING_FUNCTIONS and args and _on_graph(args[0]):
             return self.leak(lambda x: func(x, *args[1:], **kwargs), args[0])
         if name in DIVISIONS and "div" in self.spec.leaks and len(args) == 2 and _on_graph(args[1]):
             return self.leak(torch.div, *args)
         if name == "einsum" and _count_on_graph(args) == 2 and not _contracts(args[0]):
             return self.product(args[1], args[2], lambda a, b: func(args[0], a, b))
-        if name in MATRIX_PRODUCT_FUNCTIONS and self.spec.attention and _count_on_graph(args) == 2:
-            return self.matrix_product(func, args, kwargs)
+        if name in MATRIX_PRODUCT_FUNCTIONS and _count_on_graph(args) == 2:
+            if self.spec.streams is not None and name != "einsum":
+                return self.mixed(args[0], args[1], func)
+            if self.spec.attention:
+                return self.matrix_product(func, args, kwargs)
         out = func(*args, **kwargs)
         if name in SUM_FUNCTIONS or name in DIFFERENCE_FUNCTIONS:
             return self.sum(out, args, -1.0 if name in DIFFERENCE_FUNCTIONS else 1.0)
@@ -130,14 +139,34 @@ class OperationIntercept(Intercept):
         """A share to each factor; a router's weight, one number a position, is the first."""
         narrow = [x.shape[-1] == 1 for x in (a, b)] if a.ndim and b.ndim else [False, False]
         routes = narrow[0] != narrow[1] and self.spec.product != "attention_gate"
-        role = "router" if routes else self.spec.product
+        role = self.spec.weights if routes else self.spec.product
+        at_first = 1 if narrow[1] and not narrow[0] else 0
+        if role != self.spec.weights:
+            gates = [i for i, x in enumerate((a, b)) if _comes_from_activation(x) or _from_leak(x)]
+            at_first = next(iter(gates), 0)
+        return self.split(role, [a, b], at_first, multiply)
+
+    def mixed(self, a: Tensor, b: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """A matrix product of weights, one for each two streams, and the streams."""
+        square = [x.shape[-1] == x.shape[-2] for x in (a, b)]
+        if square[0] == square[1]:
+            raise InputError(
+                f"{self.sites['recurrence'].hook}: as many residual streams as features, so that "
+                f"the weights that mix them cannot be told from them ({tuple(a.shape)} times "
+                f"{tuple(b.shape)})"
+            )
+        return self.split("recurrence", [a, b], square.index(True), multiply)
+
+    def split(
+        self,
+        role: str,
+        factors: list[Tensor],
+        at_first: int,
+        multiply: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """A product under the rule of its role; ``at_first``: which factor is the first."""
         site = self.sites[role]
         first, second = product_shares(site.rule)
-        at_first = 1 if narrow[1] and not narrow[0] else 0
-        factors = [a, b]
-        if role != "router":
-            gates = [i for i, x in enumerate(factors) if _comes_from_activation(x) or _from_leak(x)]
-            at_first = next(iter(gates), 0)
         if not (
             role == "gate" and _comes_from_activation(factors[at_first])
         ):  # which has its share already
@@ -145,6 +174,9 @@ class OperationIntercept(Intercept):
         y = multiply(*factors)
         if first == 0:
             return F.apply(F.Mark, y, site)
+        if self.spec.streams == 0 and multiply is torch.mul and role == self.spec.weights:
+            y = y.movedim(0, -2)  # a ledger goes by rows
+            return F.apply(F.ProductOutput, y, first, second, site).movedim(-2, 0)
         return F.apply(F.ProductOutput, y, first, second, site)
 
     def activation(
@@ -205,6 +237,8 @@ class OperationIntercept(Intercept):
         """Constants (learned tokens) that are concatenated report the relevance that they take."""
         site, start = self.sites["linear"], 0
         for part in tensors:
+            if not part.numel():  # a cache that is empty yet, of one axis
+                continue
             size = part.shape[dim]
             if site.accounts is not None and y.requires_grad and not part.requires_grad:
                 self.meter_part(y, part.detach(), dim, start)
@@ -247,6 +281,11 @@ def _contracts(equation: Any) -> bool:
     return not arrow or bool(set(inputs) - set(output) - set(",."))
 
 
+def _clips_around_zero(x: Any, min: Any = None, max: Any = None) -> bool:
+    """Whether a clip leaves 0 as it is, as the identity rule asks."""
+    return _on_graph(x) and (min is None or min <= 0) and (max is None or max >= 0)
+
+
 def _node(x: Tensor) -> Any:
     return getattr(x.grad_fn, "_forward_cls", None)
 
@@ -272,18 +311,21 @@ def _from_leak(x: Tensor, steps: int = 3) -> bool:
 
 def sites_of(ctx: Context, path: str, module: nn.Module, spec: Operations) -> dict[str, Site]:
     """One site a role. Which of them the module needs is seen when it runs."""
-    roles = {spec.product, "gate", "activation", "router", "linear"}
+    roles = {spec.product, "gate", "activation", spec.weights, "linear"}
     if spec.attention:
         roles |= {"attention_qk", "attention_av"}
     sites = {role: ctx.site(path, module, role) for role in sorted(roles)}
-    if spec == ROUTER_SPEC:  # what chooses has no weighted rule
+    if spec == ROUTER_SPEC or spec.streams is not None:  # what weighs has no weighted rule
         sites["linear"].rule = Epsilon()
     # GIM's temperature is for attention; a router's softmax keeps its plain gradient.
     sites["softmax"] = ctx.site(path, module, "softmax", None if spec.attention else Softmax())
     # What a softmax or sigmoid feeds; under a constant factor nothing passes it.
-    above = "router" if spec.product == "gate" else spec.product
+    above = spec.weights if spec.product == "gate" else spec.product
     above = "attention_av" if spec.attention else above
     sites["softmax"].cut = product_shares(ctx.composite[above])[0] == 0
+    fed = spec.weights if spec.streams is not None else "gate" if spec.gated else None
+    if fed:  # what is activated feeds a constant factor
+        sites["activation"].cut = product_shares(ctx.composite[fed])[0] == 0
     if spec.attention:  # queries and keys feed the pattern
         sites["attention_qk"].cut = sites["softmax"].cut
     for site in sites.values():
@@ -308,6 +350,8 @@ def attach_operations(
         mode, options: a sub-class of :class:`OperationIntercept` and what it takes besides.
     """
     sites = sites_of(ctx, path, module, spec)
+    if any(type(child).__module__ in ACTIVATION_MODULES for child in module.children()):
+        spec = replace(spec, gated=False)  # the gate is what that module activates
     at.sites.extend(site for role, site in sites.items() if role != "linear")
     if isinstance(sites["linear"].rule, LinearRule):
         at.sites.append(sites["linear"])
@@ -320,7 +364,7 @@ def attach_operations(
         depth[0] -= 1
 
     for part in module.modules():
-        if part is not module:
+        if part is not module and type(part).__name__ not in OWN_CODE:
             at.pre_hook(part, enter)
             at.hook(part, leave, always_call=True)
     run = module.forward

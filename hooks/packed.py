@@ -161,6 +161,8 @@ class PackedLayer:
         form = _forms.get(self.layer)
         if self.known and form is not None and form.state == state:
             return form.rounds
+        if getattr(self.layer, "out_features", y.shape[-1]) != y.shape[-1]:
+            raise self._refusal()  # a layer of groups, each with a weight of its own
         with torch.no_grad():
             x, y = x.detach(), y.detach()
             _forms[self.layer] = form = _Form(state, self._agrees(x))
@@ -168,12 +170,15 @@ class PackedLayer:
             product = x @ weight.T if bias is None else x @ weight.T + bias.to(x.dtype)
             exact = _apart(product, y) <= TOLERANCE[y.dtype]
         if not exact and not self.known:
-            raise InputError(
-                f"{self.path} is a {type(self.layer).__name__}, which does not compute x W^T + b: "
-                "no rule for linear layers holds for it"
-            )
+            raise self._refusal()
         form.rounds = not exact
         return form.rounds
+
+    def _refusal(self) -> InputError:
+        return InputError(
+            f"{self.path} is a {type(self.layer).__name__}, which does not compute x W^T + b: "
+            "no rule for linear layers holds for it"
+        )
 
     def _agrees(self, x: Tensor) -> bool:
         """Whether the layer computes with the weight that its package unpacks."""

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 POOLS_LAST = "SiglipTextModel"
 """A text tower that pools at the last column, and was trained on texts of one length."""
 
-MIXES_COLUMNS = ("ShortConv", "RwkvSelfAttention", "RecurrentGemmaRecurrentBlock")
-"""How classes end that mix columns, padding or not (LFM2, RWKV, RG-LRU)."""
+MIXES_COLUMNS = (
+    *("ShortConv", "RwkvSelfAttention", "RecurrentGemmaRecurrentBlock"),
+    *("DeepseekV4CSACompressor", "DeepseekV4HCACompressor"),
+)
+"""How classes end that mix columns, padding or not (LFM2, RWKV, RG-LRU, DeepSeek V4)."""
 
 OF_A_ROW = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
 """How classes end whose output is of a row, and not of each of its tokens."""

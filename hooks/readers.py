@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint, LensHandle
+from transformer_lens.model_bridge.generalized_components import AltUpBlockBridge
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.functions import Read, apply, same
@@ -77,14 +79,38 @@ def hidden_states_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor
     return next((v for v in values if isinstance(v, Tensor)), None)
 
 
+STACKS: WeakSet[nn.Module] = WeakSet()
+"""Hook points where several residual streams are the first axis (Gemma 3n), [stream, batch, ...].
+
+LensLRP reads them as [batch, pos, stream, d_model], as DeepSeek V4 has its own: rows come first.
+"""
+
+
+def stacks(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """The hook points of :data:`STACKS` among those of a model's modules."""
+    blocks = [module for module in modules if isinstance(module, AltUpBlockBridge)]
+    return {point for block in blocks for point in (block.hook_in, block.hook_out)}
+
+
 def converted(point: Any, x: Tensor) -> Tensor:
-    """A hook point's tensor in the form in which TransformerLens shows it to hooks."""
+    """A hook point's tensor in the form in which TransformerLens shows it to hooks, rows first."""
+    if point in STACKS:
+        return x.movedim(0, -2)
     conversion = getattr(point, "hook_conversion", None)
     if conversion is None:
         return x
     shown: Tensor = conversion.convert(x)
     forget(point)
     return shown
+
+
+def reverted(point: Any, x: Tensor) -> Tensor:
+    """The inverse of :func:`converted`."""
+    if point in STACKS:
+        return x.movedim(-2, 0)
+    conversion = getattr(point, "hook_conversion", None)
+    back: Tensor = x if conversion is None else conversion.revert(x)
+    return back
 
 
 def forget(point: Any) -> None:

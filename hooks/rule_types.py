@@ -186,9 +186,11 @@ class Operations:
             ``"attention_gate"`` or ``"router"``. A factor of one number for each position makes it
             ``"router"``, unless it gates an attention (Laguna gates each head by one number).
         gated: functional activations feed such a product (and get a gate's share).
-        leaks: which of softmax, sigmoid, softplus and division (``"div"``) have the plain gradient,
-            with what it leaks reported as ``softmax``.
+        leaks: which of softmax, sigmoid, softplus, sqrt and division (``"div"``) have the plain
+            gradient, with what it leaks reported as ``softmax``.
         attention: matrix products of two factors are attention's.
+        streams: the axis of several residual streams that the module mixes, by weights that are
+            one number for each position and stream; the role of such a product is ``"recurrence"``.
 
     Examples:
         >>> from lenslrp.hooks import AttnLRP
@@ -201,6 +203,12 @@ class Operations:
     leaks: tuple[str, ...] = ("softmax", "sigmoid", "softplus", "div")
     attention: bool = True
     name: str = "operations"
+    streams: int | None = None
+
+    @property
+    def weights(self) -> str:
+        """The role of a product with one number for each position."""
+        return "router" if self.streams is None else "recurrence"
 
 
 @dataclass(frozen=True)

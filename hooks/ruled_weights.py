@@ -45,7 +45,9 @@ def ruled_weights(
             continue  # no operation on the graph reads it
         if isinstance(module, LINEAR_CLASSES):
             role, matrices = roles.get(id(module), linear_role(module)), [layer.weight]
-        elif operations_of.get(id(module)) == ROUTER_SPEC:
+        elif (spec := operations_of.get(id(module))) is not None and (
+            spec == ROUTER_SPEC or spec.streams is not None
+        ):
             continue
         else:
             role = "projection" if id(module) in attended else "linear"

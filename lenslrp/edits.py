@@ -31,7 +31,7 @@ from torch import Tensor
 from lenslrp.batch import PAIRED
 from lenslrp.errors import InputError
 from lenslrp.followed import TrackedPass, TrackedPasses, follow
-from lenslrp.hooks.readers import forget, is_total, owners
+from lenslrp.hooks.readers import forget, is_total, owners, stacks
 from lenslrp.hooks.turns import in_force
 from lenslrp.unused import require_used, why_unused
 
@@ -92,7 +92,13 @@ def edit_units(model: TransformerBridge, edits: Iterable[Edit]) -> Iterator[None
             the end of the context, a hook point that never fired, so that nothing was done there.
     """
     by_hook: dict[str, list[Edit]] = {}
+    stacked = stacks(model.modules())
     for edit in edits:
+        if edit.function is None and model.hook_dict.get(edit.hook) in stacked:
+            raise InputError(
+                f"{edit.hook} is [stream, batch, pos, d_model], several residual streams: edit the "
+                "active one at hook_resid_pre or hook_resid_post, or all of them by a function"
+            )
         by_hook.setdefault(edit.hook, []).append(edit)
     anywhere = all(edit.positions is None for hook_edits in by_hook.values() for edit in hook_edits)
     with ExitStack() as stack:

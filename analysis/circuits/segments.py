@@ -29,7 +29,7 @@ from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.handles import Attached
-from lenslrp.hooks.readers import converted
+from lenslrp.hooks.readers import converted, reverted
 from lenslrp.hooks.structure import components
 from lenslrp.logits import Target
 from lenslrp.passes import Pass
@@ -185,8 +185,7 @@ class SegmentedPass:
         """The inverse of `_units`."""
         kind = COMPONENTS[self.hooks[hook]].kind
         x = units if kind == "head" else units.squeeze(-2 if kind == "whole" else -1)
-        conversion = getattr(self.points[hook], "hook_conversion", None)
-        return (x if conversion is None else conversion.revert(x)).reshape(self.outputs[hook].shape)
+        return reverted(self.points[hook], x).reshape(self.outputs[hook].shape)
 
 
 def _beside(features: Tensor, x: Tensor) -> Tensor:

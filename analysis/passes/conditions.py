@@ -22,7 +22,7 @@ from lenslrp.errors import InputError
 from lenslrp.graph_check import conditional
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.handles import Attached
-from lenslrp.hooks.readers import converted
+from lenslrp.hooks.readers import converted, reverted
 from lenslrp.hooks.structure import components, layer_of
 from lenslrp.hooks.turns import turn
 from lenslrp.running import undone
@@ -130,8 +130,7 @@ def _only(indices: list[int], cut: _StreamCut) -> Any:
             keep = torch.zeros(by_unit.shape[-1 if conversion is None else 2], device=g.device)
             keep[indices] = 1
             kept = by_unit * (keep if conversion is None else keep[:, None]).to(g)
-            back: Tensor = kept if conversion is None else conversion.revert(kept)
-            return back.reshape(g.shape)
+            return reverted(module, kept).reshape(g.shape)
 
         edit_gradient(out, mask)
 

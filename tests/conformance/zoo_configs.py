@@ -132,6 +132,16 @@ CHANGES: dict[str, dict[str, Any]] = {
         "topk_group": 1,
     },
     "DeepseekV3ForCausalLM": {"head_dim": DROP, "qk_rope_head_dim": 4},
+    "DeepseekV4ForCausalLM": {
+        "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 3},
+        "mlp_layer_types": ["hash_moe", "moe"],
+        **dict.fromkeys(("index_n_heads", "index_topk", "o_groups"), 2),
+        **dict.fromkeys(("index_head_dim", "o_lora_rank"), 8),
+        **dict.fromkeys(("hc_mult", "hc_sinkhorn_iters"), 3),
+        "partial_rotary_factor": 0.5,
+        "qk_rope_head_dim": DROP,
+    },
     "Emu3ForConditionalGeneration": {
         "vocabulary_map": {"<|extra_200|>": 3, "<image>": 4},
         "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 32},

@@ -304,7 +304,7 @@ def test_keys_that_are_not_all_tokens_are_refused() -> None:
 
 
 def test_tokens_that_are_embedded_twice_are_refused() -> None:
-    model = zoo.build("Gemma3nForConditionalGeneration")
+    model = zoo.build("Gemma4ForCausalLM")
     with pytest.raises(InputError, match="embeds its tokens in 2 places"):
         attribute("occlusion", model, TOKENS)
 
