@@ -379,7 +379,7 @@ def under_rules(
         if at_nodes is not None:
             at_nodes(at, run)
         if checkpoint:
-            checkpoint_blocks(at, parts)
+            checkpoint_blocks(at, model, parts)
         if has_values(batch.written.mask):
             assert batch.written.lengths is not None  # read before anything runs on a device
         run.first_node = sequence_number()

@@ -210,8 +210,14 @@ def measuring(roots: list[Tensor]) -> Iterator[dict[int, Tensor]]:
             handle.remove()
 
 
-def checkpoint_blocks(at: Attached, parts: NamedModules) -> None:
-    """Recompute each block in the backward pass (non-reentrant; identical relevance)."""
+def checkpoint_blocks(at: Attached, model: TransformerBridge, parts: NamedModules) -> None:
+    """Recompute each block in the backward pass (non-reentrant; identical relevance).
+
+    Heads that take no ``use_cache`` have their base model fill a cache, which would happen twice.
+    """
+    for module in model.original_model.modules():
+        if getattr(config := getattr(module, "config", None), "use_cache", False):
+            at.setting(config, "use_cache", False)
     for _, module in parts:
         if isinstance(module, BlockBridge):
             at.attribute(
