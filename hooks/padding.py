@@ -122,7 +122,7 @@ def require_ends(model: TransformerBridge, mask: Tensor, tokens: Tensor | None =
     """
     inner: Any = model.original_model
     kind, config = type(inner).__name__, inner.config
-    if not kind.endswith("ForSequenceClassification") or _of_encoder(config):
+    if not kind.endswith("ForSequenceClassification") or of_encoder(config):
         return
     if config.is_encoder_decoder:
         end = _end_token(inner)
@@ -176,12 +176,12 @@ def takes_left(model: TransformerBridge) -> bool:
 def reads_first_column(inner: nn.Module) -> bool:
     """Whether an encoder's head reads the first token of a row, wherever its padding is."""
     config: Any = getattr(inner, "config", None)
-    if not _of_encoder(config) or getattr(config, "classifier_pooling", "cls") == "mean":
+    if not of_encoder(config) or getattr(config, "classifier_pooling", "cls") == "mean":
         return False
     return type(inner).__name__.endswith(OF_A_ROW)
 
 
-def _of_encoder(config: Any) -> bool:
+def of_encoder(config: Any) -> bool:
     """Whether a family's language model fills in masked tokens, in one stack."""
     masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return masked and not config.is_encoder_decoder

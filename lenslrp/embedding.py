@@ -64,8 +64,8 @@ def embed(
     broken = (~vectors.isfinite()).any(dim=1).nonzero()[:, 0].tolist()
     if broken:
         raise InputError(
-            f"the vectors of rows {broken} are NaN or infinite: activations overflowed, or the type "
-            f"({vectors.dtype}) has no number for a column that sees nothing but padding; pad on "
-            "the right, or give rows of one length"
+            f"the vectors of rows {broken} are NaN or infinite ({vectors.dtype}): activations "
+            "overflowed, or, in float64, a column sees nothing but padding on the left; pad on the "
+            "right, or give rows of one length"
         )
     return vectors

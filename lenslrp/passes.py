@@ -30,6 +30,7 @@ from lenslrp.hooks.readers import Readers
 from lenslrp.hooks.rule_types import product_shares
 from lenslrp.hooks.sharding import gather
 from lenslrp.hooks.sites import has_values, row_sums, widened
+from lenslrp.hooks.structure import position_axis
 from lenslrp.latent import Activation
 from lenslrp.leaves import cut_inputs
 from lenslrp.ledger import BALANCED, Ledger, make_ledger, read_sums
@@ -165,6 +166,12 @@ class Pass(RuledForward):
         return RelevanceCache(
             values=values_read,
             reduced=reduction_names(self.readers.reducers, values_read),
+            position_axes={
+                name: axis
+                for name in values_read
+                if not name.endswith(PAIRED)
+                and (axis := position_axis(self.rules.points.get(name))) != 1
+            },
             activations=dict(self.readers.activations),
             # Gemma 4 has embeddings of another width besides; LED has positions for its padding.
             tokens=tokens.sum(dim=-1)
@@ -197,6 +204,8 @@ class Pass(RuledForward):
         )
 
     def _activation(self, hook: str) -> Tensor:
+        if hook.endswith("hook_scan_map"):
+            raise InputError(f"{hook} is what relevance made of a scan: no relevance starts there")
         x = self.captured.get(hook)
         constant = hook.endswith(PAIRED) and product_shares(self.rules.composite["attention_av"])
         if x is None or not x.requires_grad or (constant and constant[0] == 0):

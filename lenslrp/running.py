@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from lenslrp import media
-from lenslrp.batch import Batch
+from lenslrp.batch import PAIRED, Batch
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks.components import BlockBridge, UnembeddingBridge
 from lenslrp.hooks.experts import ExpertPoint
 from lenslrp.hooks.handles import Attached, raise_failed, undo_all
 from lenslrp.hooks.readers import converted, hidden_states_of, is_total, listen, select_names
 from lenslrp.hooks.sites import Accounts, row_sums
-from lenslrp.hooks.structure import NamedModules
+from lenslrp.hooks.structure import NamedModules, position_axis
 from lenslrp.hooks.turns import turn
 from lenslrp.leaves import Leaves
 
@@ -133,6 +133,7 @@ def capture(
             if not isinstance(x, Tensor):
                 raise InputError(f"{name} holds a {type(x).__name__} and no activations")
             x = converted(point, x)
+            x = x if name.endswith(PAIRED) else x.movedim(position_axis(point), 1)
             before = captured.get(name)
             if before is None:
                 captured[name] = x
