@@ -30,7 +30,6 @@ from lenslrp.hooks.readers import Readers
 from lenslrp.hooks.rule_types import product_shares
 from lenslrp.hooks.sharding import gather
 from lenslrp.hooks.sites import has_values, row_sums, widened
-from lenslrp.hooks.structure import position_axis
 from lenslrp.latent import Activation
 from lenslrp.leaves import cut_inputs
 from lenslrp.ledger import BALANCED, Ledger, make_ledger, read_sums
@@ -38,6 +37,7 @@ from lenslrp.logits import Columns, Target, head_component, spread, unembed_at
 from lenslrp.reductions import reduction_names
 from lenslrp.running import (
     architecture,
+    axes_behind,
     capture,
     checkpoint_blocks,
     keep_uncapped,
@@ -166,12 +166,7 @@ class Pass(RuledForward):
         return RelevanceCache(
             values=values_read,
             reduced=reduction_names(self.readers.reducers, values_read),
-            position_axes={
-                name: axis
-                for name in values_read
-                if not name.endswith(PAIRED)
-                and (axis := position_axis(self.rules.points.get(name))) != 1
-            },
+            position_axes=axes_behind(self.rules.points, values_read),
             activations=dict(self.readers.activations),
             # Gemma 4 has embeddings of another width besides; LED has positions for its padding.
             tokens=tokens.sum(dim=-1)

@@ -6,7 +6,7 @@ measured as it goes by, and all that was attached is undone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -104,6 +104,12 @@ def read_at(
         call(converted(point, x))
 
     listen(at, points[name], [name], hook)
+
+
+def axes_behind(points: Mapping[str, Any], names: Iterable[str]) -> dict[str, int]:
+    """The axis of positions at each of some hook points where it is behind the second."""
+    axes = {name: position_axis(points.get(name)) for name in names if not name.endswith(PAIRED)}
+    return {name: axis for name, axis in axes.items() if axis != 1}
 
 
 def refuse(points: Mapping[str, nn.Module], name: str) -> NoReturn:
