@@ -121,10 +121,10 @@ def require_ends(model: TransformerBridge, mask: Tensor, tokens: Tensor | None =
         InputError: saying what is right.
     """
     inner: Any = model.original_model
-    kind, config = type(inner).__name__, inner.config
-    if not kind.endswith("ForSequenceClassification") or of_encoder(config):
+    kind = type(inner).__name__
+    if not kind.endswith("ForSequenceClassification") or of_encoder(inner.config):
         return
-    if config.is_encoder_decoder:
+    if inner.config.is_encoder_decoder:
         end = _end_token(inner)
         ends = None if tokens is None or end is None else ((tokens == end) & mask).sum(dim=1)
         if ends is not None and (int(ends.min()) == 0 or len(set(ends.tolist())) > 1):
@@ -223,7 +223,7 @@ def _padding_token(inner: Any) -> int | None:
 def _end_token(inner: Any) -> int | None:
     """The token at which a text is pooled, ``None`` where it is not pooled by one."""
     ends = [vars(part).get("eos_token_id") for part in inner.modules()]  # of text towers
-    if inner.config.is_encoder_decoder and type(inner).__name__.endswith(OF_A_ROW):
+    if type(inner).__name__.endswith(OF_A_ROW) and inner.config.is_encoder_decoder:
         ends.append(inner.config.eos_token_id)
     return next((int(end) for end in ends if isinstance(end, int)), None)
 

@@ -17,6 +17,7 @@ from lenslrp.hooks.linear_rules import LinearRule
 from lenslrp.hooks.packed import is_packed_linear
 from lenslrp.hooks.rule_types import Operations
 from lenslrp.hooks.sharding import is_sharded
+from lenslrp.hooks.sites import has_values
 from lenslrp.hooks.structure import NamedModules, original
 
 
@@ -58,8 +59,8 @@ def ruled_weights(
                     f"{path}: {composite[role].name} reads its weight, which FSDP gathers for the "
                     f"pass only: use epsilon for its role ({role!r}), or load the model whole"
                 )
-            # On the meta device no tensor has an address, and neither has one without numbers.
-            addresses.update((m.data_ptr(), path) for m in matrices if m.numel() and not m.is_meta)
+            held = [m for m in matrices if m.numel() and has_values(m)]  # others have no address
+            addresses.update((m.data_ptr(), path) for m in held)
     return addresses
 
 

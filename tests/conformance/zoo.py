@@ -372,7 +372,8 @@ def apart(name: str) -> dict[str, float]:
         if decoder_reads_the_text(bridge.original_model):
             inputs["decoder_input_ids"] = shifted(bridge.original_model, inputs["input_ids"])
         with torch.no_grad(), default_type(model):
-            first = inputs.pop("input_ids", inputs.pop("input_features", None))
+            read = "input_ids" if "input_ids" in inputs else "input_features"
+            first = inputs.pop(read, None)
             output = bridge(first, return_type="logits", **inputs)
         found[kind] = difference(output, expected[kind])
     return found

@@ -455,7 +455,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "ViTForImageClassification",
         {"pixel_values": [[1.0]]},
-        "pixel_values must be a tensor, not list",
+        "pixel_values is a tensor, a PIL image, .* not list",
     ),
     (
         "ViTForImageClassification",

@@ -7,6 +7,7 @@ from torch import nn
 
 import lenslrp
 from lenslrp.hooks.assignment import Assignment, assign
+from lenslrp.hooks.components import attach_position_gate
 from lenslrp.hooks.linear_rules import Epsilon
 from lenslrp.hooks.sites import Site
 from lenslrp.hooks.structure import original
@@ -40,7 +41,8 @@ def test_what_is_attached_is_what_the_table_says(name: str) -> None:
                 continue  # nothing is normalised there, or one norm has a second name
             norms.add(id(inner) if inner is not None else id(row))
             own = [site for site in sites if belongs(site, row)]
-            if not isinstance(row.rule, Epsilon):  # whose gradient is the layer's own
+            constant = row.attach is attach_position_gate  # no relevance, and no node
+            if not isinstance(row.rule, Epsilon) and not constant:  # whose gradient is the layer's
                 assert own, row
             assert all(site.rule == composite[site.role] for site in own if not site.optional)
 

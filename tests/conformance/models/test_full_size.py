@@ -108,7 +108,7 @@ TABLE: dict[str, Size] = {
 @pytest.mark.parametrize("name", list(TABLE))
 def test_structure(name: str) -> None:
     size = TABLE[name]
-    found = lenslrp.survey(size.config, **size.options)
+    found = lenslrp.survey(size.config, lenslrp.AttnLRP(), **size.options)
     counts = found.coverage.sites.groupby("role").size().to_dict()
     assert counts == size.sites
     assert found.coverage.ok

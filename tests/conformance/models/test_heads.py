@@ -24,7 +24,7 @@ from lenslrp.models import heads
 from lenslrp.models.checkpoints import supported_architectures
 from lenslrp.models.wrapped import agreement_of
 from lenslrp.targets import Activation, Contrastive, Logit, LogitDiff, PerRow, Sequence, Sum
-from tests.conformance import zoo_configs
+from tests.conformance import zoo, zoo_configs
 from tests.conformance.models.test_zoo import COVERED
 from tests.conftest import ROOT
 
@@ -117,7 +117,7 @@ def check(model: Any, tolerance: float | None = None) -> None:
     tokens, mask = rows(model.config)
     with torch.no_grad():
         expected = logits_of(model(input_ids=tokens, attention_mask=mask))
-    bridge = lenslrp.load(model)
+    bridge = zoo.wrap(type(model).__name__, model)
     tolerance = tolerance or agreement_of(bridge).tolerance
     bare = "unembed" not in dict(bridge.named_children())
 

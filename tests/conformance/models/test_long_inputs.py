@@ -18,7 +18,7 @@ from tests.conformance import zoo_configs
 from tests.conformance.models.test_heads import ENCODERS, encoder, made
 
 LONG = 60
-UNLIMITED = ("DebertaV2", "M2M100", "ModernBert", "T5")
+UNLIMITED = ("Deberta", "M2M100", "ModernBert", "T5")
 """Rotations, relative positions, sines that are made as needed."""
 
 HEADS = ("ForMaskedLM", "ForTokenClassification", "Model")
