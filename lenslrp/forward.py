@@ -42,7 +42,16 @@ from lenslrp.logits import (
     is_hooked,
     unembed_at,
 )
-from lenslrp.running import UNCAPPED, architecture, capture, frozen, read_at, run_model, undone
+from lenslrp.running import (
+    UNCAPPED,
+    architecture,
+    capture,
+    frozen,
+    positions_second,
+    read_at,
+    run_model,
+    undone,
+)
 from lenslrp.sentences import Embedding, Similarity
 from lenslrp.targets import Sequence, as_target, parts_of, require_latent
 
@@ -96,7 +105,7 @@ class Forward:
         return outputs_of(self.model, self.batch, logits, self._activation, self.columns)
 
     def _activation(self, hook: str) -> Tensor:
-        return self.captured[hook]
+        return positions_second(self.model, hook, self.captured[hook])
 
     def _before_softcap(self) -> Tensor:
         """The tensor at which a backward pass from the logits starts."""

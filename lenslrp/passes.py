@@ -42,6 +42,7 @@ from lenslrp.running import (
     checkpoint_blocks,
     keep_uncapped,
     measuring,
+    positions_second,
     run_model,
     undone,
     watch_blocks,
@@ -218,7 +219,7 @@ class Pass(RuledForward):
                 f"with values, and values {constant[1]:g}: {hook} can be explained where "
                 "attention_av shares evenly"
             )
-        return x
+        return positions_second(self.model, hook, x)
 
     def _unbalanced(self, ledger: Ledger | None, dtype: torch.dtype, facts: GraphFacts) -> str:
         """What to say where the account does not add up; raised if strict.

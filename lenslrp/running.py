@@ -106,6 +106,11 @@ def read_at(
     listen(at, points[name], [name], hook)
 
 
+def positions_second(model: TransformerBridge, name: str, x: Tensor) -> Tensor:
+    """The tensor at a hook point, [batch, pos, ...], where its positions stand behind heads."""
+    return x.movedim(axis, 1) if (axis := axes_behind(model.hook_dict, [name]).get(name)) else x
+
+
 def axes_behind(points: Mapping[str, Any], names: Iterable[str]) -> dict[str, int]:
     """The axis of positions at each of some hook points where it is behind the second."""
     axes = {name: position_axis(points.get(name)) for name in names if not name.endswith(PAIRED)}
@@ -139,7 +144,6 @@ def capture(
             if not isinstance(x, Tensor):
                 raise InputError(f"{name} holds a {type(x).__name__} and no activations")
             x = converted(point, x)
-            x = x if name.endswith(PAIRED) else x.movedim(position_axis(point), 1)
             before = captured.get(name)
             if before is None:
                 captured[name] = x
