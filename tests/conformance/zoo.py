@@ -288,10 +288,9 @@ def image_beside(model: Any) -> dict[str, Tensor]:
 def explain_media(model: Any, name: str, composite: Any, names_filter: Any = ()) -> Any:
     """The same, of text with a picture or a sound in it: logits and relevance."""
     row, floats, others = zoo_media.example(name, next(model.parameters()).dtype)
-    extra = decoder(model, "decoder_input")
-    return lenslrp.run_with_relevance(
-        model, row, 5, composite, names_filter, model_kwargs=others, **floats, **extra
-    )
+    given = {**floats, **decoder(model, "decoder_input"), "model_kwargs": others}
+    target = target_of(model)
+    return lenslrp.run_with_relevance(model, row, target, composite, names_filter, **given)
 
 
 def last_residual(model: Any) -> str:
@@ -354,7 +353,7 @@ def apart(name: str) -> dict[str, float]:
     """
     model = plain(name)
     given = {"": short_input(model)}
-    if name in zoo_media.MEDIA:
+    if zoo_media.reads(name):
         row, floats, others = zoo_media.example(name)
         extra = (
             {"decoder_input_ids": tokens(2, 4, seed=8)} if "decoder_input_ids" in given[""] else {}
@@ -541,8 +540,8 @@ def measure(name: str) -> Row:
 
 def _with_media(model: Any, name: str) -> str:
     """What is added to the detail of a family that reads pictures or sounds beside text."""
-    if name not in zoo_media.MEDIA:
-        return zoo_media.TEXT_ONLY.get(name, "")
+    if not zoo_media.reads(name):
+        return zoo_media.TEXT_ONLY.get(family(name), "")
     kind = media_kind(name)
     composites = (lenslrp.AttnLRP(), lenslrp.CPLRP())
     ledgers = [explain_media(model, name, composite)[1].ledger() for composite in composites]

@@ -6,13 +6,16 @@ picture of two by two patches is measured by its own code, so it stands in the t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers as hf
 from torch import Tensor
 
 from tests.conformance.families import VOCABULARY, tokens
+from tests.conformance.zoo_configs import family
 
 PLACE = VOCABULARY  #: the first of the ids that no text has
 ROWS = 2
@@ -79,7 +82,7 @@ MEDIA: dict[str, tuple[int, Callable[[], Given]]] = {
     "MusicFlamingoForConditionalGeneration": (4, lambda: _sound(16, "input_features_mask")),
     "GlmAsrForConditionalGeneration": (2, lambda: _sound(16, "input_features_mask")),
 }
-"""Name -> how many tokens the picture or sound is worth, and what makes it."""
+"""Family -> how many tokens the picture or sound is worth, and what makes it."""
 
 TEXT_ONLY = {"Emu3ForConditionalGeneration": "; an image is tokens, made by a codebook"}
 """What stands in the table for the others."""
@@ -87,9 +90,19 @@ TEXT_ONLY = {"Emu3ForConditionalGeneration": "; an image is tokens, made by a co
 KEYWORDS = ("pixel_values", "input_values", "input_features")
 
 
+def takes_media(name: str) -> bool:
+    """Whether a class's forward pass takes what this module makes."""
+    return bool({*KEYWORDS} & {*inspect.signature(getattr(hf, name).forward).parameters})
+
+
+def reads(name: str) -> bool:
+    """Whether there is a picture or a sound for a class."""
+    return family(name) in MEDIA and takes_media(name)
+
+
 def example(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Given, Given]:
     """Tokens with places for the features, the floats, and what else the forward pass takes."""
-    places, make = MEDIA[name]
+    places, make = MEDIA[family(name)]
     text = tokens(ROWS, 7)
     row = torch.cat([text[:, :2], torch.full((ROWS, places), PLACE), text[:, 2:]], dim=1)
     given = make()

@@ -204,7 +204,6 @@ def test_a_hub_id_is_its_directory_and_the_model_in_memory(
     runs = [lenslrp.run_with_relevance(bridge, LINES[0], target) for bridge in bridges]
     for (logits, R), bridge in zip(runs, bridges, strict=True):
         assert type(bridge.original_model) is hf.ElectraForSequenceClassification
-        # Memory lies otherwise.
         torch.testing.assert_close(logits, runs[0][0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(R.tokens, runs[0][1].tokens, rtol=1e-5, atol=1e-6)
         assert R.str_tokens == runs[0][1].str_tokens
