@@ -113,20 +113,43 @@ def require_sound_padding(model: TransformerBridge, mask: Tensor) -> None:
         )
 
 
-def require_ends(model: TransformerBridge, mask: Tensor) -> None:
-    """Refuse padded embeddings of which a decoder's classifier would read the padding.
+def require_ends(model: TransformerBridge, mask: Tensor, tokens: Tensor | None = None) -> None:
+    """Refuse rows of which a classifier would read padding, or nothing: it finds an end by ids.
+
+    Args:
+        mask: [batch, pos], False at padding.
+        tokens: [batch, pos]; ``None`` where embeddings are given.
 
     Raises:
-        InputError: saying which side is right.
+        InputError: saying what is right.
     """
     inner: Any = model.original_model
     kind = type(inner).__name__
-    classifies = kind.endswith("ForSequenceClassification") and not _of_encoder(inner.config)
-    if classifies and not bool(mask[:, -1:].all()):
+    if not kind.endswith("ForSequenceClassification") or of_encoder(inner.config):
+        return
+    if inner.config.is_encoder_decoder:
+        end = _end_token(inner)
+        ends = None if tokens is None or end is None else ((tokens == end) & mask).sum(dim=1)
+        if ends is not None and (int(ends.min()) == 0 or len(set(ends.tolist())) > 1):
+            raise InputError(
+                f"{kind} reads a text at its last end token ({end}), of which each row must have "
+                f"as many, one at least; these have {ends.tolist()}"
+            )
+        return
+    padding = _padding_token(inner)
+    if padding is None and len(mask) > 1:
+        raise InputError(
+            f"{kind} has no padding token, by which it finds the end of each of several rows: give "
+            "one row, or set config.pad_token_id"
+        )
+    if (tokens is None or padding is None) and not bool(mask[:, -1:].all()):
         raise InputError(
             f"{kind} finds the last token of a row by its ids, and reads the last column of "
-            "embeddings: put the padding on the left, or give tokens"
+            "embeddings, or where it has no padding token: put the padding on the left, or give "
+            "tokens and a config.pad_token_id"
         )
+    if tokens is not None and is_left(mask) and bool(((tokens == padding) | ~mask).all(1).any()):
+        raise InputError(f"a row has nothing but the padding token ({padding}) of {kind}")
 
 
 def takes_mask(model: TransformerBridge) -> bool:
@@ -144,7 +167,11 @@ def takes_left(model: TransformerBridge) -> bool:
     if mixes or not takes_mask(model) or reads_first_column(inner):
         return False
     config = getattr(inner, "config", None)
-    if not getattr(config, "is_encoder_decoder", False) or counting(inner) is not None:
+    if not getattr(config, "is_encoder_decoder", False):
+        return True
+    if type(inner).__name__.endswith(OF_A_ROW):
+        return False  # its decoder's text begins in the first column, and is read by the encoder's
+    if counting(inner) is not None:
         return True
     return not any(position for _, position in embeddings(components(model)))
 
@@ -152,12 +179,12 @@ def takes_left(model: TransformerBridge) -> bool:
 def reads_first_column(inner: nn.Module) -> bool:
     """Whether an encoder's head reads the first token of a row, wherever its padding is."""
     config: Any = getattr(inner, "config", None)
-    if not _of_encoder(config) or getattr(config, "classifier_pooling", "cls") == "mean":
+    if not of_encoder(config) or getattr(config, "classifier_pooling", "cls") == "mean":
         return False
     return type(inner).__name__.endswith(OF_A_ROW)
 
 
-def _of_encoder(config: Any) -> bool:
+def of_encoder(config: Any) -> bool:
     """Whether a family's language model fills in masked tokens, in one stack."""
     masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return masked and not config.is_encoder_decoder
@@ -173,22 +200,34 @@ def counting(inner: nn.Module) -> int | None:
 
 
 def masked_ids(model: TransformerBridge, tokens: Tensor, mask: Tensor) -> Tensor:
-    """``tokens`` with the padding token where padding is, for a model that counts by it.
+    """``tokens`` with the padding token where padding is, for a model that goes by it.
 
-    One that pools a text at its end (CLIP's), the first of these tokens or the largest number,
-    finds neither in what is put there.
+    Some count their positions by it, and a decoder's classifier finds the end of a row by it. One
+    that pools a text at its end token finds none in what is put there; nor does one that pools at
+    the largest number (CLIP's towers).
     """
     if bool(mask.all()):
         return tokens
-    padding, end = counting(model.original_model), _pools_at(model.original_model)
+    inner = model.original_model
+    padding, end = counting(inner), _end_token(inner)
     if padding is None and end is not None:
         padding = int(end == 0)
+    if padding is None and type(inner).__name__.endswith("ForSequenceClassification"):
+        padding = _padding_token(inner)
     return tokens if padding is None else tokens.masked_fill(~mask.to(tokens.device), padding)
 
 
-def _pools_at(inner: nn.Module) -> int | None:
-    """The token at which a text tower pools, ``None`` for other models."""
-    ends = (vars(part).get("eos_token_id") for part in inner.modules())
+def _padding_token(inner: Any) -> int | None:
+    """The token by which transformers' classifiers of decoders know padding."""
+    padding: int | None = inner.config.get_text_config().pad_token_id
+    return padding
+
+
+def _end_token(inner: Any) -> int | None:
+    """The token at which a text is pooled, ``None`` where it is not pooled by one."""
+    ends = [vars(part).get("eos_token_id") for part in inner.modules()]  # of text towers
+    if type(inner).__name__.endswith(OF_A_ROW) and inner.config.is_encoder_decoder:
+        ends.append(inner.config.eos_token_id)
     return next((int(end) for end in ends if isinstance(end, int)), None)
 
 

@@ -64,6 +64,15 @@ def components(model: nn.Module) -> NamedModules:
     return parts
 
 
+def position_axis(point: Any) -> int:
+    """Which axis of the tensor at a hook point is the positions', by what TransformerLens says.
+
+    It is the second, but where heads or channels come first (q and k behind their norm, MLA).
+    """
+    axis: int | None = getattr(point, "pos_dim", None)
+    return 1 if axis is None or axis < 1 else axis
+
+
 def components_where(
     model: nn.Module, name: str, holds: Callable[[nn.Module], bool]
 ) -> NamedModules:

@@ -22,7 +22,7 @@ from lenslrp.errors import InputError
 from lenslrp.text.spelling import Speller
 from lenslrp.text.words import Row, read_row, row_of_names
 
-PAIRED = ("hook_pattern", "hook_attn_scores", "hook_cross_pattern")
+PAIRED = ("hook_pattern", "hook_attn_scores", "hook_cross_pattern", "hook_scan_map")
 """Hook points of [batch, head, query, key]."""
 
 _OF_THE_ENCODER = re.compile(

@@ -75,6 +75,8 @@ class RelevanceCache:
         coverage: which rule sat where, what it did not cover, and what is off the path.
         reduced: how the value at a hook point was reduced, where it was: ``"sum"``,
             ``"sum_positions"`` or ``"custom"``.
+        position_axes: which axis of the value at a hook point is the positions', where it is not
+            the second: [batch, head, pos, d_head] behind some norms of queries and keys.
         words_: what `words` reads, for each row.
         decoder_words_: likewise, of the decoder.
         ledger_: what `ledger` returns; ``None`` where there is none.
@@ -109,6 +111,7 @@ class RelevanceCache:
     decoder_token_ids: Int[Tensor, "batch written"] | None = None
     decoder_attention_mask: Bool[Tensor, "batch written"] | None = None
     reduced: dict[str, str] = field(default_factory=dict, repr=False)
+    position_axes: dict[str, int] = field(default_factory=dict, repr=False)
 
     @property
     def pixels(self) -> Tensor | None:

@@ -58,6 +58,7 @@ def save_cache(cache: RelevanceCache, path: Path) -> Path:
         "model_name": cache.model_name,
         "dtype": cache.dtype,
         "reduced": cache.reduced,
+        "position_axes": cache.position_axes,
         "sites": _as_json(coverage.sites),
         "uncovered": coverage.uncovered,
         "off_path": coverage.off_path,
@@ -120,6 +121,7 @@ def load_parts(path: Path) -> dict[str, Any]:
         "dtype": info["dtype"],
         "n_experts": info.get("n_experts", 0),
         "reduced": info.get("reduced", {}),
+        "position_axes": info.get("position_axes", {}),
     }
 
 

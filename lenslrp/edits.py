@@ -32,6 +32,7 @@ from lenslrp.batch import PAIRED
 from lenslrp.errors import InputError
 from lenslrp.followed import TrackedPass, TrackedPasses, follow
 from lenslrp.hooks.readers import forget, is_total, owners, stacks
+from lenslrp.hooks.structure import position_axis
 from lenslrp.hooks.turns import in_force
 from lenslrp.unused import require_used, why_unused
 
@@ -106,7 +107,7 @@ def edit_units(model: TransformerBridge, edits: Iterable[Edit]) -> Iterator[None
         changes: dict[str, list[Change]] = {}
         for name, hook_edits in by_hook.items():
             of_units = [edit for edit in hook_edits if edit.function is None]
-            changes[name] = [_apply(name, of_units, passes)] if of_units else []
+            changes[name] = [_apply(model, name, of_units, passes)] if of_units else []
             changes[name] += [edit.function for edit in hook_edits if edit.function is not None]
         stack.enter_context(_put_through(model, changes))
         yield
@@ -204,7 +205,8 @@ def require_on_stream(model: TransformerBridge, hook: str, points: Mapping[str, 
         )
 
 
-def _apply(name: str, edits: list[Edit], passes: TrackedPasses) -> Change:
+def _apply(model: TransformerBridge, name: str, edits: list[Edit], passes: TrackedPasses) -> Change:
+    axis = position_axis(model.hook_dict.get(name))
     tables: dict[Any, tuple[Tensor, ...]] = {}  # by batch size and length, or of the last pass
     anywhere = all(edit.positions is None for edit in edits)
 
@@ -214,13 +216,14 @@ def _apply(name: str, edits: list[Edit], passes: TrackedPasses) -> Change:
                 f"{name} has shape {list(x.shape)}; edits need [batch, pos, unit] or "
                 "[batch, pos, head, d_head]"
             )
+        x = x.movedim(axis, 1)
         key = x.shape[:2] if anywhere else (passes.now, x.shape[:2])
         if key not in tables:
             tables.clear()
             tables[key] = _table(name, edits, x, passes)
         rows, columns, units, scale, shift = tables[key]
         place = (rows, columns, units)
-        return x.index_put(place, x[place] * scale + shift)
+        return x.index_put(place, x[place] * scale + shift).movedim(1, axis)
 
     return change
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp import media
+from lenslrp.errors import InputError
 from lenslrp.forward import forward, require_readable
 from lenslrp.hooks.install import require_bridge
 from lenslrp.leaves import Leaves
@@ -59,4 +60,12 @@ def embed(
         if media.reads_no_text(model):
             run.batch = media.with_sequence(batch, leaves)
         outputs = run.outputs()
-        return embedding_of(outputs.embedding, pooling).vectors(outputs).detach()
+        vectors = embedding_of(outputs.embedding, pooling).vectors(outputs).detach()
+    broken = (~vectors.isfinite()).any(dim=1).nonzero()[:, 0].tolist()
+    if broken:
+        raise InputError(
+            f"the vectors of rows {broken} are NaN or infinite ({vectors.dtype}): activations "
+            "overflowed, or, in float64, a column sees nothing but padding on the left; pad on the "
+            "right, or give rows of one length"
+        )
+    return vectors

@@ -29,6 +29,7 @@ from lenslrp.hooks.readers import (
 )
 from lenslrp.hooks.structure import NamedModules, components, layer_of, unchanged
 from lenslrp.hooks.turns import turn
+from lenslrp.inputs import is_encoder_decoder
 from lenslrp.latent import Activation
 from lenslrp.leaves import Leaves, cut_inputs
 from lenslrp.logits import (
@@ -41,7 +42,16 @@ from lenslrp.logits import (
     is_hooked,
     unembed_at,
 )
-from lenslrp.running import UNCAPPED, architecture, capture, frozen, read_at, run_model, undone
+from lenslrp.running import (
+    UNCAPPED,
+    architecture,
+    capture,
+    frozen,
+    positions_second,
+    read_at,
+    run_model,
+    undone,
+)
 from lenslrp.sentences import Embedding, Similarity
 from lenslrp.targets import Sequence, as_target, parts_of, require_latent
 
@@ -95,7 +105,7 @@ class Forward:
         return outputs_of(self.model, self.batch, logits, self._activation, self.columns)
 
     def _activation(self, hook: str) -> Tensor:
-        return self.captured[hook]
+        return positions_second(self.model, hook, self.captured[hook])
 
     def _before_softcap(self) -> Tensor:
         """The tensor at which a backward pass from the logits starts."""
@@ -131,8 +141,10 @@ def columns_for(
 
 def _head_of_columns(model: TransformerBridge) -> nn.Module | None:
     """What can unembed chosen columns alone; ``None`` where a hook, or a classifier's pooling of
-    the logits, sees them all."""
+    the logits, sees them all, and where the columns are frames, which the pass makes."""
     unembed = head_component(model)
+    if media.reads_no_text(model) and not is_encoder_decoder(model):
+        return None
     if unembed is None or is_hooked(model, unembed) or media.labels_of(model) is not None:
         return None
     return unembed

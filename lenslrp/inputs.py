@@ -177,6 +177,7 @@ def prepare_side(
         tokens, mask = padded.tokens, padded.mask
     _require_room(model, tokens.shape[1])
     require_padding(model, mask)
+    require_ends(model, mask, tokens)
     tokens = masked_ids(model, tokens, mask)
     device = _device(model)
     kwargs: dict[str, Any] = {}
@@ -252,7 +253,7 @@ def _padding_side(model: TransformerBridge) -> str:
 def _as_tensor(text: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     try:
         tokens = torch.as_tensor(text)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError("input must be strings or a token tensor [batch, pos]") from error
     ids = tokens
     tokens = tokens[None] if tokens.ndim == 1 else tokens
@@ -355,12 +356,12 @@ def _from_embeddings(
     if attention_mask is not None:
         mask = as_mask(attention_mask, tokens)
         require_padding(model, mask)
-        require_ends(model, mask)
         if takes_mask(model):
             kwargs["attention_mask"] = attention_mask
         places = position_ids(model, mask)
         if places is not None:
             kwargs["position_ids"] = places
+    require_ends(model, mask)
     return Batch(tokens, mask, mask.sum(dim=1).tolist(), kwargs)
 
 

@@ -37,10 +37,12 @@ from lenslrp.logits import Columns, Target, head_component, spread, unembed_at
 from lenslrp.reductions import reduction_names
 from lenslrp.running import (
     architecture,
+    axes_behind,
     capture,
     checkpoint_blocks,
     keep_uncapped,
     measuring,
+    positions_second,
     run_model,
     undone,
     watch_blocks,
@@ -165,6 +167,7 @@ class Pass(RuledForward):
         return RelevanceCache(
             values=values_read,
             reduced=reduction_names(self.readers.reducers, values_read),
+            position_axes=axes_behind(self.rules.points, values_read),
             activations=dict(self.readers.activations),
             # Gemma 4 has embeddings of another width besides; LED has positions for its padding.
             tokens=tokens.sum(dim=-1)
@@ -197,6 +200,8 @@ class Pass(RuledForward):
         )
 
     def _activation(self, hook: str) -> Tensor:
+        if hook.endswith("hook_scan_map"):
+            raise InputError(f"{hook} is what relevance made of a scan: no relevance starts there")
         x = self.captured.get(hook)
         constant = hook.endswith(PAIRED) and product_shares(self.rules.composite["attention_av"])
         if x is None or not x.requires_grad or (constant and constant[0] == 0):
@@ -214,7 +219,7 @@ class Pass(RuledForward):
                 f"with values, and values {constant[1]:g}: {hook} can be explained where "
                 "attention_av shares evenly"
             )
-        return x
+        return positions_second(self.model, hook, x)
 
     def _unbalanced(self, ledger: Ledger | None, dtype: torch.dtype, facts: GraphFacts) -> str:
         """What to say where the account does not add up; raised if strict.
@@ -379,7 +384,7 @@ def under_rules(
         if at_nodes is not None:
             at_nodes(at, run)
         if checkpoint:
-            checkpoint_blocks(at, parts)
+            checkpoint_blocks(at, model, parts)
         if has_values(batch.written.mask):
             assert batch.written.lengths is not None  # read before anything runs on a device
         run.first_node = sequence_number()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lenslrp.batch import PAIRED, Batch, in_windows, reads_an_image, reads_the_encoder
 from lenslrp.errors import InputError
+from lenslrp.hooks.leaf_modules import WAVE_COMPONENT
 from lenslrp.targets import Explained
 from lenslrp.text.words import Word
 
@@ -111,7 +112,8 @@ def _row(batch: RelevanceCache, row: int) -> RelevanceCache:
         value = _one(value, row, windows.get(name, 1))
         if reads_an_image(name) or name in windows:
             return value
-        for axis in position_axes(name, value.ndim, batch.reduced.get(name, "")):
+        own, reduced = batch.position_axes.get(name, 1), batch.reduced.get(name, "")
+        for axis in position_axes(name, value.ndim, reduced, own):
             of_encoder = reads_the_encoder(name, keys=axis == 3)
             value = (columns if of_encoder else written).cut(value, axis)
         return value
@@ -139,20 +141,23 @@ def _row(batch: RelevanceCache, row: int) -> RelevanceCache:
     )
 
 
-def position_axes(name: str, ndim: int, reduced: str) -> tuple[int, ...]:
+def position_axes(name: str, ndim: int, reduced: str, own: int = 1) -> tuple[int, ...]:
     """Which axes of the value at a hook point are positions.
 
     Args:
-        name: of the hook point; patterns and scores are [batch, head, query, key], what is pooled
-            is [batch, feature], everything else [batch, pos, ...].
+        name: of the hook point; patterns, scores and maps of scans are [batch, head, query, key],
+            what is pooled is [batch, feature], everything else [batch, pos, ...].
         ndim: how many axes the value has.
         reduced: how it was reduced, by `lenslrp.reductions.reduction_names`.
+        own: the axis where it is not reduced.
     """
     if reduced == "sum_positions":  # the sum over axis 1: of a pattern, over its heads
         return (1, 2) if name.endswith(PAIRED) and ndim == 3 else ()
     if reduced == "custom":
         return ()
     full = ndim + (reduced == "sum")
+    if name.startswith(WAVE_COMPONENT):  # of samples, or [batch, channel, frame]
+        return (2,) if ndim == 3 else ()
     if name.endswith(PAIRED) and full == 4:
         return (2, 3)[: ndim - 2]
-    return (1,) if full > 2 else ()
+    return (own,) if full > 2 else ()

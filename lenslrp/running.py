@@ -6,7 +6,7 @@ measured as it goes by, and all that was attached is undone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from lenslrp import media
-from lenslrp.batch import Batch
+from lenslrp.batch import PAIRED, Batch
 from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks.components import BlockBridge, UnembeddingBridge
 from lenslrp.hooks.experts import ExpertPoint
 from lenslrp.hooks.handles import Attached, raise_failed, undo_all
 from lenslrp.hooks.readers import converted, hidden_states_of, is_total, listen, select_names
 from lenslrp.hooks.sites import Accounts, row_sums
-from lenslrp.hooks.structure import NamedModules
+from lenslrp.hooks.structure import NamedModules, position_axis
 from lenslrp.hooks.turns import turn
 from lenslrp.leaves import Leaves
 
@@ -104,6 +104,17 @@ def read_at(
         call(converted(point, x))
 
     listen(at, points[name], [name], hook)
+
+
+def positions_second(model: TransformerBridge, name: str, x: Tensor) -> Tensor:
+    """The tensor at a hook point, [batch, pos, ...], where its positions stand behind heads."""
+    return x.movedim(axis, 1) if (axis := axes_behind(model.hook_dict, [name]).get(name)) else x
+
+
+def axes_behind(points: Mapping[str, Any], names: Iterable[str]) -> dict[str, int]:
+    """The axis of positions at each of some hook points where it is behind the second."""
+    axes = {name: position_axis(points.get(name)) for name in names if not name.endswith(PAIRED)}
+    return {name: axis for name, axis in axes.items() if axis != 1}
 
 
 def refuse(points: Mapping[str, nn.Module], name: str) -> NoReturn:
@@ -210,8 +221,14 @@ def measuring(roots: list[Tensor]) -> Iterator[dict[int, Tensor]]:
             handle.remove()
 
 
-def checkpoint_blocks(at: Attached, parts: NamedModules) -> None:
-    """Recompute each block in the backward pass (non-reentrant; identical relevance)."""
+def checkpoint_blocks(at: Attached, model: TransformerBridge, parts: NamedModules) -> None:
+    """Recompute each block in the backward pass (non-reentrant; identical relevance).
+
+    Heads that take no ``use_cache`` have their base model fill a cache, which would happen twice.
+    """
+    for module in model.original_model.modules():
+        if getattr(config := getattr(module, "config", None), "use_cache", False):
+            at.setting(config, "use_cache", False)
     for _, module in parts:
         if isinstance(module, BlockBridge):
             at.attribute(

@@ -97,6 +97,8 @@ class SentenceEmbedding:
     refused: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pooling, str | tuple | list) or not self.pooling:
+            raise InputError(f"pooling is one of {', '.join(POOLINGS)}, not {self.pooling!r}")
         names = (self.pooling,) if isinstance(self.pooling, str) else tuple(self.pooling)
         object.__setattr__(self, "pooling", names)
         for name in names:

@@ -157,7 +157,7 @@ def top_table(cache: RelevanceCache, hook: str, k: int, row: int) -> pd.DataFram
         text, tokens = _text_at(cache, name, value)
         positions = text.positions[row].tolist()
         experts = value.ndim == 4 and hook.endswith("hook_expert_post")
-        if value.ndim != 3 and not experts:
+        if (value.ndim != 3 and not experts) or name in cache.position_axes:
             raise InputError(
                 f"{hook} has shape {list(value.shape)}; top() needs [batch, pos, features]"
             )

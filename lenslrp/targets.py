@@ -147,6 +147,8 @@ class Contrastive(_AtPosition):
         logit = rows[:, token]
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int | None):
             raise InputError(f"top_k is a number of other tokens or None, not {self.top_k!r}")
+        if rows.shape[1] == 1:
+            raise InputError("this model has one logit, and no others to set it against")
         if self.top_k is None:
             return logit - (rows.sum(dim=1) - logit) / (rows.shape[1] - 1)
         if not 1 <= self.top_k < rows.shape[1]:
@@ -347,6 +349,7 @@ def as_target(
         return Logit(target) if len(ids) == 1 else Sequence(target)
     if isinstance(target, int) and not isinstance(target, bool):
         return Logit(target)
+    target = target.targets if isinstance(target, PerRow) else target
     if isinstance(target, SequenceABC) or (isinstance(target, Tensor) and target.ndim == 1):
         items = [t.item() if isinstance(t, Tensor) else t for t in target]
         nested = [t for t in items if isinstance(t, SequenceABC) and not isinstance(t, str)]
@@ -359,6 +362,11 @@ def as_target(
             raise InputError("targets of several tokens cannot be mixed in one batch; run each row")
         return PerRow(parts)
     if isinstance(target, Target) and not isinstance(target, type):
+        if labels is not None and isinstance(target, Sequence):
+            raise InputError(
+                "a Sequence is of tokens that follow a text, and this model's logits are of "
+                "classes: give a class, or targets.Sum of several"
+            )
         return target
     raise InputError(
         f"target must be a token (string or id), a Target, a list of one per row or None; got "

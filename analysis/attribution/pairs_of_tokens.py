@@ -163,6 +163,7 @@ def bilrp(
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, not {batch_size}")
+    a, b = _one_text(a), _one_text(b)
     own = embedding_of(getattr(model, "sentence_embedding", None), pooling)
     first, second = (embed(model, text, own, prepend_bos=prepend_bos) for text in (a, b))
     for vectors in (first, second):
@@ -195,6 +196,14 @@ def bilrp(
         words_a=of_a.words_[0],
         words_b=of_b.words_[0],
     )
+
+
+def _one_text(text: Any) -> Any:
+    """A text that is given as a batch of one, or as ids [pos], in the form that can be repeated."""
+    if isinstance(text, Tensor):
+        return text[None] if text.ndim == 1 else text
+    several = isinstance(text, list | tuple) and not (text and isinstance(text[0], int))
+    return text[0] if several and len(text) == 1 else text
 
 
 def _copies(text: Any, number: int) -> Any:

@@ -25,6 +25,7 @@ from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.logits import Outputs
+from lenslrp.media import labels_of
 from lenslrp.text.names import Token, token_id
 from lenslrp.text.tokenization import tokenize
 
@@ -165,6 +166,8 @@ class Pairs:
         """
         if is_encoder_decoder(model):
             raise InputError("pairs are for decoders: an encoder-decoder has two inputs")
+        if labels_of(model) is not None:
+            raise InputError("pairs are of next tokens, and this model gives classes")
         counts = [len(some) for some in (clean, corrupt, answers, rivals)]
         if len(set(counts)) > 1 or counts[0] == 0:
             raise InputError(f"a pair has one of each; got {counts} prompts, answers and rivals")

@@ -29,7 +29,7 @@ from lenslrp.hooks.install import require_bridge
 from lenslrp.hooks.rule_types import Rule
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.logits import Target
-from lenslrp.media import reads_no_text
+from lenslrp.media import labels_of, reads_no_text
 from lenslrp.text.tokenization import beginning
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ def _target_text(model: TransformerBridge, target: Any) -> str:
                 f"target is one of {', '.join(CORPUS_TARGETS)} or a lenslrp.targets object, "
                 f"not {target!r}"
             )
-        if getattr(model.cfg, "attention_dir", "causal") == "bidirectional":
+        bidirectional = getattr(model.cfg, "attention_dir", "causal") == "bidirectional"
+        if bidirectional or labels_of(model) is not None:
             raise InputError(
                 f"target={target!r} is the next token, and this model predicts none; give a "
                 "lenslrp.targets object"

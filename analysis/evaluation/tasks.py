@@ -103,6 +103,8 @@ class Task:
 
 def next_word(model: TransformerBridge, record: Record, length: int) -> Example:
     """The model's own next token after the first ``length`` tokens of a text."""
+    if labels_of(model) is not None:
+        raise InputError("the task next_word needs a language model, and this one gives classes")
     ids = torch.tensor(tokenize(model, record["text"]))
     if len(ids) < length:
         raise Unfit(f"shorter than {length} tokens")

@@ -18,7 +18,7 @@ from lenslrp.analysis.common.statistics import Numbers
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
-from lenslrp.hooks.padding import require_padding
+from lenslrp.hooks.padding import masked_ids, require_ends, require_padding
 from lenslrp.logits import Outputs, Target
 from lenslrp.targets import as_target
 
@@ -196,7 +196,9 @@ def batch_logits(
     device = next(model.parameters()).device
     batch = Batch.of_rows([prompt.tokens for prompt in prompts])
     require_padding(model, batch.mask)
-    tokens, mask = batch.tokens.to(device), batch.mask.to(device)
+    require_ends(model, batch.mask, batch.tokens)
+    tokens = masked_ids(model, batch.tokens, batch.mask).to(device)
+    mask = batch.mask.to(device)
     kwargs = {} if bool(mask.all()) else {"attention_mask": mask.long()}
     batch = replace(batch, tokens=tokens, mask=mask, kwargs=kwargs)
     written = [prompt.decoder for prompt in prompts if prompt.decoder is not None]

@@ -61,6 +61,7 @@ from lenslrp.forward import forward, reading
 from lenslrp.hooks.structure import layer_of
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import prepare_text
+from lenslrp.media import labels_of
 from lenslrp.text.names import token_id
 
 if TYPE_CHECKING:
@@ -218,6 +219,8 @@ class _Prompts:
         new: int,
         bos: bool | None,
     ) -> _Prompts:
+        if labels_of(model) is not None:
+            raise InputError("a sweep looks at next tokens, and this model gives classes")
         prepared = prepare_text(model, list(prompts), prepend_bos=bos)
         ids = zip(prepared.tokens, prepared.mask, strict=True)
         left = Batch.of_rows([row[real].tolist() for row, real in ids], "left")

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from lenslrp.analysis.units.locations import Side, blocks_name, require_plain_weights
 from lenslrp.errors import InputError
+from lenslrp.hooks.padding import OF_A_ROW, of_encoder
 from lenslrp.hooks.structure import original
 from lenslrp.hooks.turns import turn
+from lenslrp.media import labels_of
 from lenslrp.text.spelling import Speller
 
 if TYPE_CHECKING:
@@ -103,7 +105,16 @@ def final_norm(model: TransformerBridge, side: Side = "decoder") -> nn.Module | 
 
 def _between(model: TransformerBridge) -> str | None:
     modules = getattr(model, "_modules", {})
-    return next((name for name in BETWEEN if modules.get(name) is not None), None)
+    known = next((name for name in BETWEEN if modules.get(name) is not None), None)
+    if known is not None or labels_of(model) is None:
+        return known
+    config = _config(model)
+    if _name(model).endswith(OF_A_ROW) and (of_encoder(config) or config.is_encoder_decoder):
+        return "what makes one vector of a text"
+    parts = getattr(model.adapter, "component_mapping", None) or {}
+    roots = {key: str(part.name).split(".")[0] for key, part in parts.items()}
+    trunk = {root for key, root in roots.items() if key.endswith("blocks")}
+    return next((k for k, root in roots.items() if k != "unembed" and root not in trunk), None)
 
 
 def output_norm(model: TransformerBridge) -> nn.Module | None:
@@ -147,7 +158,7 @@ def _number(block: Any, part: str) -> int:
 def unembedding(model: TransformerBridge) -> tuple[Float[Tensor, "rows d_model"], Tensor | None]:
     """The rows that turn a normed residual into logits (W_U transposed), and their bias.
 
-    For an image classifier these are the classes.
+    For a classifier these are the classes.
 
     Raises:
         InputError: the model has none, or something not linear stands before it.
@@ -229,10 +240,10 @@ def unembed(
 
 
 def labels(model: TransformerBridge) -> Callable[[int], str]:
-    """The names of the unembedding's rows: tokens, or an image's classes."""
-    if not hasattr(getattr(model, "unembed", None), "W_U"):
-        names = getattr(_config(model), "id2label", None) or {}
-        return lambda row: str(names.get(row, f"[{row}]"))
+    """The names of the unembedding's rows: tokens, or a classifier's classes."""
+    names = labels_of(model)
+    if names is not None:
+        return lambda row: names.get(row, f"[{row}]")
     return token_labels(model)
 
 

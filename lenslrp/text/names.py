@@ -54,20 +54,29 @@ def class_id(labels: dict[int, str], name: Token, classes: int) -> int:
     """A class of a classifier from its label, one of the label's synonyms, or its number.
 
     Raises:
-        InputError: no class is called that, with the nearest labels; or a number out of range.
+        InputError: no class is called that, with the nearest labels, or several are; or a number
+            out of range.
     """
     if isinstance(name, str):
-        called = {text: index for index, text in labels.items()}
+        called: dict[str, set[int]] = {}
+        for index, text in labels.items():
+            called.setdefault(text, set()).add(index)
+        whole = set(called)
         for index, text in labels.items():  # "tabby, tabby cat"
-            for synonym in text.split(","):
-                called.setdefault(synonym.strip(), index)
+            for synonym in {synonym.strip() for synonym in text.split(",")} - whole:
+                called.setdefault(synonym, set()).add(index)
         if name not in called:
             lower = {text.lower(): text for text in called}
             near = difflib.get_close_matches(name.lower(), lower, n=3) or list(lower)[:3]
             raise InputError(
                 f"no class is called {name!r}; nearest: {', '.join(lower[n] for n in near)}"
             )
-        return called[name]
+        if len(called[name]) > 1:
+            raise InputError(
+                f"classes {', '.join(map(str, sorted(called[name])))} are all called {name!r}: "
+                "give a number"
+            )
+        return min(called[name])
     if isinstance(name, bool) or not isinstance(name, int):
         raise InputError(f"a class is a label or an integer, not {name!r}")
     if not 0 <= name < classes:

@@ -84,7 +84,10 @@ MEDIA: dict[str, tuple[int, Callable[[], Given]]] = {
 }
 """Family -> how many tokens the picture or sound is worth, and what makes it."""
 
-TEXT_ONLY = {"Emu3ForConditionalGeneration": "; an image is tokens, made by a codebook"}
+TEXT_ONLY = {
+    "Emu3ForConditionalGeneration": "; an image is tokens, made by a codebook",
+    "Gemma3nForConditionalGeneration": "; with text alone: TransformerLens refuses its images",
+}
 """What stands in the table for the others."""
 
 KEYWORDS = ("pixel_values", "input_values", "input_features")

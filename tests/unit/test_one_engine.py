@@ -30,6 +30,9 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("analysis/steering/sweeps.py", "_Prompts.read"): (
         "generation: TransformerLens' loop writes the continuations that are read"
     ),
+    ("lenslrp/models/sounds.py", "sum_at_hook_points"): (
+        "loading: transformers' own record of its layers' outputs, moved to the blocks' hook points"
+    ),
     ("lenslrp/followed.py", "follow"): (
         "generation: says which tokens its passes are of, whoever runs them; it runs none itself"
     ),

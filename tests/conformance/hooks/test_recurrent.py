@@ -395,3 +395,16 @@ def test_what_has_no_padding_mask_is_padded_on_the_right(name: str) -> None:
     ids, mask = ids.roll(2, 1), mask.roll(2, 1)
     with pytest.raises(lenslrp.InputError, match="put the padding on the right"):
         lenslrp.run_with_relevance(model, ids, 5, names_filter=[], attention_mask=mask)
+
+
+def test_the_map_of_a_padded_row_is_that_of_the_row_alone() -> None:
+    """Also where there are as many heads as positions."""
+    model, name = zoo.build("Mamba2ForCausalLM"), "blocks.0.mixer.hook_scan_map"
+    text, mask = torch.randint(5, 18, (2, 4)), torch.ones(2, 4, dtype=torch.long)
+    mask[1, 3:] = 0
+    _, R = lenslrp.run_with_relevance(model, text, 5, names_filter=[name], attention_mask=mask)
+    _, alone = lenslrp.run_with_relevance(model, text[1:, :3], 5, names_filter=[name])
+    assert R[name].shape == (2, 4, 4, 4)
+    torch.testing.assert_close(R.rows[1][name], alone[name], rtol=1e-5, atol=1e-7)
+    with pytest.raises(lenslrp.InputError, match="no relevance starts there"):
+        explain(model, target=Activation(name, (0, 1)))

@@ -18,11 +18,12 @@ from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_AR
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 import lenslrp
+from lenslrp.analysis import Neuron, writes
 from lenslrp.hooks import Composite, Gamma
 from lenslrp.models import heads
 from lenslrp.models.checkpoints import supported_architectures
 from lenslrp.models.wrapped import agreement_of
-from lenslrp.targets import Activation, Logit, LogitDiff, Sum
+from lenslrp.targets import Activation, Contrastive, Logit, LogitDiff, PerRow, Sequence, Sum
 from tests.conformance import zoo, zoo_configs
 from tests.conformance.models.test_zoo import COVERED
 from tests.conftest import ROOT
@@ -311,6 +312,112 @@ def test_a_decoders_classifier_and_padded_embeddings() -> None:
         lenslrp.run_with_relevance(
             bridge, None, Logit(1), inputs_embeds=embeds, attention_mask=mask
         )
+
+
+def decoders_classifier(**settings: Any) -> Any:
+    config = zoo_configs.config("LlamaForCausalLM")
+    model = made("LlamaForSequenceClassification", config)
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    return lenslrp.load(model)
+
+
+def test_a_row_ends_where_its_mask_does() -> None:
+    """Whatever token is under the mask: transformers finds the end by its own padding token."""
+    bridge = decoders_classifier()
+    tokens, mask = rows(bridge.original_model.config)
+    logits, R = lenslrp.run_with_relevance(bridge, tokens, Logit(1), attention_mask=mask)
+    tokens[1, 4:] = 9
+    other, S = lenslrp.run_with_relevance(bridge, tokens, Logit(1), attention_mask=mask)
+    alone, A = lenslrp.run_with_relevance(bridge, tokens[1:, :4], Logit(1))
+    torch.testing.assert_close(other, logits, rtol=0, atol=0)
+    torch.testing.assert_close(other[1:], alone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(S.tokens[1:, :4], A.tokens, rtol=0, atol=1e-6)
+    torch.testing.assert_close(S.tokens, R.tokens, rtol=0, atol=0)
+
+
+def test_a_decoders_classifier_without_a_padding_token() -> None:
+    bridge = decoders_classifier(pad_token_id=None)
+    tokens, mask = rows(bridge.original_model.config)
+    with pytest.raises(lenslrp.InputError, match="has no padding token, by which it finds the end"):
+        lenslrp.run_with_relevance(bridge, tokens, Logit(1))
+    with pytest.raises(lenslrp.InputError, match="or where it has no padding token"):
+        lenslrp.run_with_relevance(bridge, tokens[1:], Logit(1), attention_mask=mask[1:])
+    with lenslrp.session(bridge) as session:  # refuses the batch, and takes each row by itself
+        found = list(session.explain([tokens[0].tolist(), tokens[1, :4].tolist()], Logit(1)))
+        _, A = session.run_with_relevance(tokens[1:, :4], Logit(1))
+    torch.testing.assert_close(found[1].tokens, A.tokens, rtol=0, atol=1e-9)
+
+
+def test_the_end_token_of_an_encoder_decoders_classifier() -> None:
+    """It is read at the end token, by the column that it has in the encoder's text."""
+    bridge = lenslrp.load(
+        made("T5ForSequenceClassification", zoo_configs.config("T5ForConditionalGeneration"))
+    )
+    config = bridge.original_model.config
+    tokens, mask = rows(config)
+    end = config.eos_token_id
+    _, A = lenslrp.run_with_relevance(bridge, tokens[1:, :4], Logit(1))
+    tokens[1, 4:] = end  # padding, and no end
+    _, R = lenslrp.run_with_relevance(bridge, tokens, Logit(1), attention_mask=mask)
+    torch.testing.assert_close(R.tokens[1:, :4], A.tokens, rtol=0, atol=1e-6)
+    with pytest.raises(lenslrp.InputError, match=r"one at least; these have \[1, 0\]"):
+        lenslrp.run_with_relevance(bridge, torch.tensor([[7, end], [7, 9]]), Logit(1))
+    tokens[1], mask[1] = tokens[1].roll(2), mask[1].roll(2)
+    with pytest.raises(lenslrp.InputError, match="put the padding on the right"):
+        lenslrp.run_with_relevance(bridge, tokens, Logit(1), attention_mask=mask)
+
+
+def test_a_head_that_fills_a_cache_is_recomputed() -> None:
+    """GPT-J's question answerer takes no use_cache."""
+    bridge = lenslrp.load(made("GPTJForQuestionAnswering", zoo_configs.config("GPTJForCausalLM")))
+    tokens, _ = rows(bridge.original_model.config)
+    wanted = Logit("start", position=2)
+    _, R = lenslrp.run_with_relevance(bridge, tokens[:1], wanted)
+    _, C = lenslrp.run_with_relevance(bridge, tokens[:1], wanted, checkpoint=True)
+    torch.testing.assert_close(C.tokens, R.tokens, rtol=0, atol=1e-12)
+    assert bridge.original_model.config.use_cache
+
+
+def test_targets_that_a_classifier_does_not_have() -> None:
+    model = encoder("Electra", "ForSequenceClassification")
+    model.config.id2label = {0: "crane", 1: "crane", 2: "maillot, tank suit"}
+    tokens, _ = rows(model.config)
+    bridge = lenslrp.load(model)
+    for wanted, message in (
+        ("crane", "classes 0, 1 are all called 'crane'"),
+        (Sequence([1, 2]), "a Sequence is of tokens that follow a text"),
+        (PerRow((Logit(0),)), "1 targets for a batch of 2"),
+    ):
+        with pytest.raises(lenslrp.InputError, match=message):
+            lenslrp.run_with_relevance(bridge, tokens, wanted)
+    _, R = lenslrp.run_with_relevance(bridge, tokens, "tank suit")
+    torch.testing.assert_close(R.target.value, bridge(tokens, return_type="logits")[:, 2].detach())
+    tagger = lenslrp.load(encoder("Electra", "ForTokenClassification"))
+    with pytest.raises(lenslrp.InputError, match="a Sequence is of tokens that follow a text"):
+        lenslrp.run_with_relevance(tagger, tokens, Sequence([1, 2]))
+
+
+def test_a_single_logit_has_no_others() -> None:
+    config = encoder("Electra", "ForSequenceClassification").config
+    config.num_labels = 1
+    bridge = lenslrp.load(hf.ElectraForSequenceClassification(config).eval())
+    with pytest.raises(lenslrp.InputError, match="has one logit, and no others"):
+        lenslrp.run_with_relevance(bridge, rows(config)[0], Contrastive(0))
+
+
+def test_what_units_write_in_a_classifier() -> None:
+    """Rows of its unembedding are classes; a head that makes one vector of a text is refused."""
+    tagger = encoder("Bert", "ForTokenClassification")
+    tagger.config.id2label = {0: "O", 1: "PER", 2: "LOC"}
+    scores = writes(lenslrp.load(tagger), Neuron(1, 3))
+    assert set(scores.top(3)["token"]) == {"O", "PER", "LOC"}
+    for family in ("Bert", "Electra"):
+        bridge = lenslrp.load(encoder(family, "ForSequenceClassification"))
+        with pytest.raises(lenslrp.InputError, match="what makes one vector of a text"):
+            writes(bridge, Neuron(1, 3))
+    with pytest.raises(lenslrp.InputError, match=r"a head of its own \(head_"):
+        writes(lenslrp.load(encoder("ModernBert", "ForTokenClassification")), Neuron(1, 3))
 
 
 def test_albert_runs_in_layers_of_their_own() -> None:

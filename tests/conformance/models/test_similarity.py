@@ -319,3 +319,22 @@ def test_a_custom_target_on_hidden_states_stays() -> None:
     _, R = lenslrp.run_with_relevance(bridge, tokens, Custom(lambda x: x.mean(dim=1)[:, 3]))
     _, E = lenslrp.run_with_relevance(bridge, tokens, Embedding(3, "mean"))
     torch.testing.assert_close(R.tokens, E.tokens)
+
+
+def test_what_is_no_pooling_and_texts_in_other_forms() -> None:
+    encoder = lenslrp.load(bare("BertModel"))
+    for pooling in (3, (), ("mean", "avg")):
+        with pytest.raises(lenslrp.InputError, match="pooling is one of"):
+            SentenceEmbedding(pooling)  # type: ignore[arg-type]
+    tokens = torch.tensor([[7, 9, 4]])
+    expected = bilrp(encoder, tokens, [5, 6], "mean").matrix
+    for text in (tokens[0], [7, 9, 4], [[7, 9, 4]]):
+        torch.testing.assert_close(bilrp(encoder, text, [[5, 6]], "mean").matrix, expected)
+
+
+def test_vectors_of_nothing_but_padding_are_refused() -> None:
+    """In float64 the softmax of a column that sees nothing is NaN."""
+    decoder = lenslrp.load(bare("LlamaModel"))
+    tokens, mask = torch.tensor([[7, 9, 4], [0, 8, 5]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    with pytest.raises(lenslrp.InputError, match=r"vectors of rows \[1\] are NaN"):
+        lenslrp.embed(decoder, tokens, "mean", attention_mask=mask)

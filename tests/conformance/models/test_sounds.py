@@ -351,3 +351,14 @@ def test_a_sum_over_layers_is_read_at_the_blocks(name: str, setting: str) -> Non
     hooks = [f"{stem}.0.hook_resid_pre", *(f"{stem}.{i}.hook_resid_post" for i in range(2))]
     for hook, x, g in zip(hooks, seen, gradients, strict=False):
         torch.testing.assert_close(G[hook], (x * g).detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_logits_at_the_target_alone_of_frames() -> None:
+    """Which frame a position names is known when the pass has made them."""
+    model = lenslrp.load(made("Wav2Vec2ForCTC"))
+    given = sounds(model.original_model)
+    wanted = Logit(3, position=-1)
+    logits, R = lenslrp.run_with_relevance(model, target=wanted, **given)
+    same, T = lenslrp.run_with_relevance(model, target=wanted, logits="target", **given)
+    torch.testing.assert_close(same, logits)
+    torch.testing.assert_close(T.tokens, R.tokens)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lenslrp
+from lenslrp.edits import Edit, edit_units
 from lenslrp.reductions import OverFeatures
 from lenslrp.rows import position_axes
 from lenslrp.targets import Activation, Custom, LogitDiff
@@ -234,6 +235,9 @@ def test_a_batch_is_saved_with_its_rows(model: Any, tmp_path: Path) -> None:
         ("blocks.0.attn.hook_pattern", 4, "", (2, 3)),
         ("blocks.0.attn.hook_pattern", 3, "sum", (2,)),
         ("blocks.0.attn.hook_attn_scores", 3, "sum_positions", (1, 2)),
+        ("blocks.0.mixer.hook_scan_map", 4, "", (2, 3)),
+        ("audio_feature_extractor.hook_out", 3, "", (2,)),
+        ("audio_feature_extractor.hook_in", 2, "", ()),
         ("pooler.hook_out", 2, "", ()),
         ("blocks.0.attn.hook_z", 4, "custom", ()),
     ],
@@ -314,3 +318,32 @@ def test_rows_of_custom_and_latent_targets(model: Any) -> None:
         model, TOKENS, Custom(lambda x: x[:, -1, :3].sum(1), "three"), names_filter=[]
     )
     assert R[1].target.text == "three function of the logits"
+
+
+HEADS_FIRST = {
+    "Qwen3ForCausalLM": "blocks.1.attn.hook_q_normed",
+    "DeepseekV3ForCausalLM": "blocks.1.attn.hook_q",
+}
+
+
+@pytest.mark.parametrize("name", HEADS_FIRST)
+def test_positions_that_stand_behind_heads(name: str, tmp_path: Path) -> None:
+    """[batch, head, pos, d_head], and as many heads as positions: rows, targets, edits, files."""
+    model, hook = zoo.build(name), HEADS_FIRST[name]
+    tokens, mask = torch.tensor([[7, 9], [11, 0]]), torch.tensor([[1, 1], [1, 0]])
+    _, R = lenslrp.run_with_relevance(model, tokens, 5, names_filter=[hook], attention_mask=mask)
+    _, alone = lenslrp.run_with_relevance(model, tokens[1:, :1], 5, names_filter=[hook])
+    saved = lenslrp.RelevanceCache.load(R.save(tmp_path / "cache.safetensors"))
+    for cache in (R, saved):
+        torch.testing.assert_close(cache.rows[1][hook], alone[hook], **CLOSE)
+    with pytest.raises(lenslrp.InputError, match=r"top\(\) needs"):
+        R.top(hook.split(".", 2)[2])
+
+    _, seen = model.run_with_cache(tokens[:1], names_filter=[hook])
+    _, A = lenslrp.run_with_relevance(model, tokens[:1], Activation(hook, (1, 3), 0))
+    torch.testing.assert_close(A.target.value[0], seen[hook][0, 1, 0, 3], **CLOSE)
+    with edit_units(model, [Edit(hook, units=(1,), scale=0.0, positions=(0,))]):
+        _, changed = model.run_with_cache(tokens[:1], names_filter=[hook])
+    expected = seen[hook].clone()
+    expected[0, 1, 0] = 0
+    torch.testing.assert_close(changed[hook], expected, **CLOSE)

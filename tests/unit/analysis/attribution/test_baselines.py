@@ -180,7 +180,10 @@ def test_an_images_units_are_its_patches() -> None:
         "1,2",
     ]
     assert found.patches is not None and found.patches.shape == (2, 2, 3)
-    _, cache = lenslrp.run_with_relevance(pair.bridge, target=[5, 7], names_filter=[], **pair.given)
+    rules = lenslrp.AttnLRP()  # a model of images has others by default
+    _, cache = lenslrp.run_with_relevance(
+        pair.bridge, target=[5, 7], composite=rules, names_filter=[], **pair.given
+    )
     assert found.pixels is not None and torch.equal(found.pixels, cache.pixels)
     torch.testing.assert_close(found.patches[:, 1, 2], cache.pixels[..., 4:, 8:].sum((1, 2, 3)))
     assert pair.explain("atman").pixels is None

@@ -32,7 +32,7 @@ def speaker(*missing: str) -> Any:
     cfg = SimpleNamespace(
         d_vocab=len(tokenizer), default_prepend_bos=False, tokenizer_prepends_bos=False
     )
-    return SimpleNamespace(tokenizer=tokenizer, cfg=cfg)
+    return SimpleNamespace(tokenizer=tokenizer, cfg=cfg, original_model=None)
 
 
 def test_pairs_from_texts() -> None:
