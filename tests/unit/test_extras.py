@@ -160,7 +160,7 @@ def test_a_missing_package_names_its_extra(
     assert list(tmp_path.iterdir()) == []  # nothing was begun
 
 
-@pytest.mark.parametrize("name", embedded.EMBEDDED)
+@pytest.mark.parametrize("name", [n for n, model in embedded.EMBEDDED.items() if model.package])
 def test_an_embedded_model_is_not_fetched_when_it_could_not_be_read(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_network: None
 ) -> None:

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     BertConfig,
-    BertForMultipleChoice,
+    BertForPreTraining,
     BloomConfig,
     BloomModel,
     LlamaConfig,
@@ -94,9 +94,9 @@ def test_class_decides_the_architecture_not_the_family_default(tokenizer, no_net
         num_attention_heads=2,
         intermediate_size=24,
     )
-    message = "no adapter for BertForMultipleChoice; nearest: .*Bert"
+    message = "no adapter for BertForPreTraining; nearest: .*Bert"
     with pytest.raises(LoadError, match=message):
-        load(BertForMultipleChoice(config), tokenizer=tokenizer)
+        load(BertForPreTraining(config), tokenizer=tokenizer)
 
 
 def test_tokens_added_in_memory_are_kept_and_the_users_tokenizer_is_not_touched(no_network):
