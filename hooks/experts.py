@@ -118,12 +118,11 @@ def mixtures(parts: NamedModules) -> list[Mixture]:
 
 def _is_mixture(module: nn.Module) -> bool:
     """Whether a module of transformers routes and calls experts; NemotronH's has no bridge."""
+    if not type(module).__module__.startswith("transformers."):
+        return False
     kinds = [type(child).__name__ for child in module.children()]
-    return (
-        type(module).__module__.startswith("transformers.")
-        and any(ROUTER_CLASSES.search(kind) for kind in kinds)
-        and any(EXPERT_CLASSES.search(kind) for kind in kinds)
-    )
+    routes = any(ROUTER_CLASSES.search(kind) for kind in kinds)
+    return routes and any(EXPERT_CLASSES.search(kind) for kind in kinds)
 
 
 def router_roles(

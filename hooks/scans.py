@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from types import CellType, FunctionType
 from typing import Any
 
@@ -86,7 +87,7 @@ def mixer_roles(parts: NamedModules) -> dict[int, str]:
     """
     roles: dict[int, str] = {}
     for path, module in parts:
-        if getattr(module, "eager_scan", False):
+        if vars(module).get("eager_scan", False):
             raise CoverageError(
                 f"{path}: with eager_scan=True TransformerLens computes a scan of its own, which "
                 "has no rule and is the model's to rounding only; set eager_scan=False"
@@ -98,8 +99,9 @@ def mixer_roles(parts: NamedModules) -> dict[int, str]:
                 roles.update((id(part), "recurrence") for part in child.modules())
             elif name == "act":  # its function is called by name
                 roles[id(child)] = ""
+    called = any(type(module).__name__ in SCAN_MODULES for _, module in parts)
     for _, module in parts:
-        if scans_itself(module) or any(type(m).__name__ in SCAN_MODULES for m in module.children()):
+        if scans_itself(module) or (called and _calls_a_scan(module)):
             convolutions = (m for m in module.modules() if isinstance(m, nn.Conv1d))
             roles.update((id(part), "short_convolution") for part in convolutions)
     return roles
@@ -110,7 +112,16 @@ def scans_itself(module: nn.Module) -> bool:
     cls = type(module)
     if cls.__name__ in SCAN_MODULES:
         return True
-    return cls.__module__.startswith("transformers.") and bool(_names(cls.forward) & SCANS.keys())
+    return cls.__module__.startswith("transformers.") and _scans(cls.forward)
+
+
+def _calls_a_scan(module: nn.Module) -> bool:
+    return any(type(child).__name__ in SCAN_MODULES for child in module.children())
+
+
+@cache
+def _scans(function: Callable[..., Any]) -> bool:
+    return bool(_names(function) & SCANS.keys())
 
 
 def _names(function: Callable[..., Any]) -> set[str]:
