@@ -489,7 +489,10 @@ def test_what_cannot_be_read_is_refused(name: str, options: dict[str, Any], matc
         ({"target": 2}, "class 2 does not exist: they go from 0 to 1"),
         ({"target": Logit(0, position=3)}, "a classifier's logits have no positions; 3 was given"),
         ({"leaves": "words"}, r"leaves must be one of \('pixels', 'patches'\), not 'words'"),
-        ({"target": lenslrp.targets.Sequence([1, 0])}, "a Sequence (target goes with|is of) tokens"),
+        (
+            {"target": lenslrp.targets.Sequence([1, 0])},
+            "a Sequence is of tokens that follow a text, and this model",
+        ),
         ({"attention_mask": torch.ones(2, 5)}, "attention_mask goes with tokens"),
         ({"attention": "fused"}, "no Hugging Face attention to delegate to"),
     ],
