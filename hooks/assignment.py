@@ -153,15 +153,17 @@ def assign(
     roles: dict[int, str] = {}
     mixture_blocks = mixtures(modules)
     mixing = {id(part) for mixture in mixture_blocks for part, _ in mixture.specs()}
-    recurrent = {id(mixer) for _, mixer in mixers(modules)}
+    recurrence = mixers(modules)
+    recurrent = {id(mixer) for _, mixer in recurrence}
     operations_of = _raw_modules(modules, mixture_blocks, composite)
     operations_of = {key: spec for key, spec in operations_of.items() if key not in recurrent}
     wrapped = {id(original(m)) for _, m in modules if isinstance(m, NormalizationBridge)}
     roles.update(dict.fromkeys(mixing, ""))  # intercepted where they run
     roles.update(router_roles(modules, mixture_blocks, operations_of))
-    roles.update(mixer_roles(modules))
+    roles.update(mixer_roles(modules, recurrence))
     roles.update(mixing_roles(modules))
     queries: set[str] = set()
+    gated = product_shares(composite["recurrence_gate"])[0] != 0
     for path, module in modules:
         if "cross_attn" in module._modules and "ln2" in module._modules:
             queries.add(f"{path}.ln2")  # before cross-attention, whose keys are the encoder's
@@ -182,7 +184,6 @@ def assign(
         spec = operations_of.get(id(module))
         if spec is not None and spec.gated:  # its activation feeds a gated product
             gates.update((id(inner), gate_share(composite)) for inner in module.children())
-        gated = product_shares(composite["recurrence_gate"])[0] != 0
         if spec is not None and spec.product == "recurrence_gate" and not gated:
             gates.update((id(inner), 0.0) for inner in module.children())
         if isinstance(module, GatedMLPBridge) and _computes_itself(composite, module):

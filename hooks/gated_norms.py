@@ -14,21 +14,17 @@ from torch import Tensor, nn
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.context import Context
 from lenslrp.hooks.handles import Attached
-from lenslrp.hooks.operations import PRODUCT_FUNCTIONS, OperationIntercept, attach_operations
-from lenslrp.hooks.rule_types import Operations, Plain, product_shares
+from lenslrp.hooks.norming import NormingIntercept, attach_norming
+from lenslrp.hooks.operations import PRODUCT_FUNCTIONS
+from lenslrp.hooks.rule_types import Operations, product_shares
 from lenslrp.hooks.sites import Site
 
 
-class GatedNormIntercept(OperationIntercept):
-    """Intercepts a norm that multiplies by a gate before or after it divides.
-
-    Args:
-        norm: the site of the norm.
-    """
+class GatedNormIntercept(NormingIntercept):
+    """Intercepts a norm that multiplies by a gate before or after it divides."""
 
     def __init__(self, *args: Any, norm: Site) -> None:
-        super().__init__(*args)
-        self.norm, self.plain = norm, isinstance(norm.rule, Plain)
+        super().__init__(*args, norm=norm)
         self.squaring = False
         self.scale: Tensor | None = None
         self.sites["activation"].cut = product_shares(self.sites["recurrence_gate"].rule)[0] == 0
@@ -64,7 +60,5 @@ def is_gated_norm(module: nn.Module) -> bool:
 
 def attach_gated_norm(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
     """A norm with a gate: a normalisation and a product of two factors."""
-    site = ctx.site(path, module, "norm")
-    at.sites.append(site)
     spec = Operations("recurrence_gate", leaks=(), attention=False)
-    attach_operations(at, ctx, path, module, spec, mode=GatedNormIntercept, norm=site)
+    attach_norming(at, ctx, path, module, spec, GatedNormIntercept)

@@ -85,23 +85,23 @@ class OperationIntercept(Intercept):
         return self.depth[0] == 0 and torch.is_grad_enabled()
 
     def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args and _on_graph(args[0]) and (name in IN_PLACE_FUNCTIONS or kwargs.get("inplace")):
+        if args and on_graph(args[0]) and (name in IN_PLACE_FUNCTIONS or kwargs.get("inplace")):
             return self.written(func, name, args, kwargs)
-        if name in PRODUCT_FUNCTIONS and _count_on_graph(args) == 2:
+        if name in PRODUCT_FUNCTIONS and count_on_graph(args) == 2:
             a, b = args[0], args[1]
             return self.product(a, b)
         squared = name == "square" and _comes_from_activation(args[0])  # ReLU, squared
-        if squared or (name in ACTIVATION_FUNCTIONS and _on_graph(args[0])):
+        if squared or (name in ACTIVATION_FUNCTIONS and on_graph(args[0])):
             return self.activation(lambda x: func(x, *args[1:], **kwargs), args[0])
         if name in CLIPS and self.spec.product == "gate" and _clips_around_zero(*args, **kwargs):
             return self.activation(lambda x: func(x, *args[1:], **kwargs), args[0], gate=False)
-        if name in self.spec.leaks and name in LEAKING_FUNCTIONS and args and _on_graph(args[0]):
+        if name in self.spec.leaks and name in LEAKING_FUNCTIONS and args and on_graph(args[0]):
             return self.leak(lambda x: func(x, *args[1:], **kwargs), args[0])
-        if name in DIVISIONS and "div" in self.spec.leaks and len(args) == 2 and _on_graph(args[1]):
+        if name in DIVISIONS and "div" in self.spec.leaks and len(args) == 2 and on_graph(args[1]):
             return self.leak(torch.div, *args)
-        if name == "einsum" and _count_on_graph(args) == 2 and not _contracts(args[0]):
+        if name == "einsum" and count_on_graph(args) == 2 and not _contracts(args[0]):
             return self.product(args[1], args[2], lambda a, b: func(args[0], a, b))
-        if name in MATRIX_PRODUCT_FUNCTIONS and _count_on_graph(args) == 2:
+        if name in MATRIX_PRODUCT_FUNCTIONS and count_on_graph(args) == 2:
             if self.spec.streams is not None and name != "einsum":
                 return self.mixed(args[0], args[1], func)
             if self.spec.attention:
@@ -109,7 +109,7 @@ class OperationIntercept(Intercept):
         out = func(*args, **kwargs)
         if name in SUM_FUNCTIONS or name in DIFFERENCE_FUNCTIONS:
             return self.sum(out, args, -1.0 if name in DIFFERENCE_FUNCTIONS else 1.0)
-        if name in ("matmul", "__matmul__") and _on_graph(args[0]) and args[1].ndim == 2:
+        if name in ("matmul", "__matmul__") and on_graph(args[0]) and args[1].ndim == 2:
             return self.weighted(out, args[0], args[1].T, None)
         if name == "linear":
             return self.linear(out, args, kwargs)
@@ -195,7 +195,7 @@ class OperationIntercept(Intercept):
         site = self.sites["softmax"]
         if isinstance(site.rule, SoftmaxRule):
             raise InputError(f"{site.hook}: {site.rule.name} needs an attention with hook_pattern")
-        inside = [F.apply(F.RegionInput, x, "softmax", site) if _on_graph(x) else x for x in inputs]
+        inside = [F.apply(F.RegionInput, x, "softmax", site) if on_graph(x) else x for x in inputs]
         y = function(*inside)
         if isinstance(site.rule, SoftmaxTemperature) and len(inputs) == 1:
             scores = inputs[0].detach()
@@ -204,12 +204,12 @@ class OperationIntercept(Intercept):
 
     def matrix_product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Pattern times values if a factor comes from a softmax, queries times keys otherwise."""
-        on_graph = [i for i, x in enumerate(args) if _on_graph(x)]
-        pattern = [i for i in on_graph if _from_leak(args[i])]
+        carrying = [i for i, x in enumerate(args) if on_graph(x)]
+        pattern = [i for i in carrying if _from_leak(args[i])]
         site = self.sites["attention_av" if pattern else "attention_qk"]
         first, second = product_shares(site.rule)
         factors = list(args)
-        first_at = (pattern or on_graph)[0]
+        first_at = (pattern or carrying)[0]
         factors[first_at] = F.shared(factors[first_at], first / second, site)
         y = func(*factors, **kwargs)
         if first == 0:
@@ -222,7 +222,7 @@ class OperationIntercept(Intercept):
         if site.accounts is None or not (isinstance(y, Tensor) and y.requires_grad):
             return y
         constants = [
-            (i, c) for i, c in enumerate(args[:2]) if not _on_graph(c) and not isinstance(c, bool)
+            (i, c) for i, c in enumerate(args[:2]) if not on_graph(c) and not isinstance(c, bool)
         ]
         if len(constants) == 1:
             index, constant = constants[0]
@@ -261,18 +261,18 @@ class OperationIntercept(Intercept):
     def weighted(self, y: Tensor, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         """A product with a weight under a rule other than epsilon; ``y`` as it is otherwise."""
         site = self.sites["linear"]
-        if not isinstance(site.rule, LinearRule) or not _on_graph(x) or _on_graph(weight):
+        if not isinstance(site.rule, LinearRule) or not on_graph(x) or on_graph(weight):
             return y
         # `y` was computed on the graph, which the rule's own node takes the place of.
         return F.apply(F.Linear, x, y.detach(), weight, bias, site.rule, site)
 
 
-def _on_graph(x: Any) -> bool:
+def on_graph(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
-def _count_on_graph(args: tuple[Any, ...]) -> int:
-    return sum(_on_graph(x) for x in args)
+def count_on_graph(args: tuple[Any, ...]) -> int:
+    return sum(on_graph(x) for x in args)
 
 
 def _contracts(equation: Any) -> bool:
@@ -283,7 +283,7 @@ def _contracts(equation: Any) -> bool:
 
 def _clips_around_zero(x: Any, min: Any = None, max: Any = None) -> bool:
     """Whether a clip leaves 0 as it is, as the identity rule asks."""
-    return _on_graph(x) and (min is None or min <= 0) and (max is None or max >= 0)
+    return on_graph(x) and (min is None or min <= 0) and (max is None or max >= 0)
 
 
 def _node(x: Tensor) -> Any:

@@ -44,38 +44,41 @@ PROBES = 8
 Run = Callable[[Tensor], Tensor]
 
 
+def unpacks_itself(weight: Tensor) -> bool:
+    """Whether a weight is a tensor of another class, which knows what it stands for."""
+    return type(weight).dequantize is not Tensor.dequantize
+
+
 def is_packed(weight: Any) -> bool:
     """Whether the numbers of a weight are not those that it stands for."""
     return isinstance(weight, Tensor) and (
         weight.dtype not in FLOATING
         or hasattr(weight, "quant_state")  # bitsandbytes may keep 4-bit numbers in a float type
-        or type(weight).dequantize is not Tensor.dequantize
+        or unpacks_itself(weight)
     )
 
 
 def stored_numbers(weight: Tensor) -> Tensor:
     """What tells a weight from another: its numbers, unpacked where a tensor unpacks itself."""
-    unpacks = type(weight).dequantize is not Tensor.dequantize
-    return weight.dequantize() if unpacks else weight.detach()
+    return weight.dequantize() if unpacks_itself(weight) else weight.detach()
 
 
 def is_packed_linear(layer: nn.Module) -> bool:
     """Whether a layer is a linear one with a packed weight, and can say how it is unpacked."""
     if not isinstance(layer, nn.Linear | Conv1D):
         return False
-    unpacks = type(layer.weight).dequantize is not Tensor.dequantize
-    return unpacks or type(layer).__module__.startswith(PACKING_PACKAGES)
+    return unpacks_itself(layer.weight) or type(layer).__module__.startswith(PACKING_PACKAGES)
 
 
 def rounds_its_input(layer: nn.Module) -> bool:
     """Whether a packed layer computes in fewer digits than its input has."""
-    state = getattr(getattr(layer, "weight", None), "quant_state", None)
-    inner: Any = getattr(layer, "weight", None)
+    weight: Any = getattr(layer, "weight", None)
+    state = getattr(weight, "quant_state", None)
     return (
         type(layer).__name__ == "Linear8bitLt"
         or getattr(layer, "compute_dtype", None) in (torch.bfloat16, torch.float16)
         or bool(getattr(state, "packing_format_for_cpu", False))
-        or getattr(inner, "act_quant_kwargs", None) is not None
+        or getattr(weight, "act_quant_kwargs", None) is not None
     )
 
 
@@ -246,7 +249,7 @@ def _unpacked(layer: Any, dtype: torch.dtype) -> Tensor | None:
             return None
         eight_bits: Tensor = int8_vectorwise_dequant(packed, scale)
         return eight_bits
-    if type(weight).dequantize is not Tensor.dequantize:
+    if unpacks_itself(weight):
         unpacked: Tensor = weight.dequantize()
         return unpacked
     return None

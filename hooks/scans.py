@@ -79,8 +79,11 @@ def mixers(parts: NamedModules) -> NamedModules:
     ]
 
 
-def mixer_roles(parts: NamedModules) -> dict[int, str]:
+def mixer_roles(parts: NamedModules, recurrent: NamedModules) -> dict[int, str]:
     """What roles the parts of mixers have, by id: "" for those that never run as modules.
+
+    Args:
+        recurrent: the :func:`mixers` among them.
 
     Raises:
         CoverageError: TransformerLens would compute the scan itself.
@@ -92,7 +95,7 @@ def mixer_roles(parts: NamedModules) -> dict[int, str]:
                 f"{path}: with eager_scan=True TransformerLens computes a scan of its own, which "
                 "has no rule and is the model's to rounding only; set eager_scan=False"
             )
-    for _, mixer in mixers(parts):
+    for _, mixer in recurrent:
         inner = original(mixer) if isinstance(mixer, GatedDeltaNetBridge) else mixer
         for name, child in inner.named_children():
             if name in OPERATOR_PARTS:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lenslrp.hooks import functions as F
 from lenslrp.hooks.context import Context
 from lenslrp.hooks.handles import Attached
-from lenslrp.hooks.operations import DIVISIONS, OperationIntercept, attach_operations
-from lenslrp.hooks.rule_types import Operations, Plain
-from lenslrp.hooks.sites import Site
+from lenslrp.hooks.norming import NormingIntercept, attach_norming
+from lenslrp.hooks.operations import DIVISIONS, count_on_graph
+from lenslrp.hooks.rule_types import Operations
 
 SIMILARITY_CLASSES = frozenset({"CLIPModel", "MetaClip2Model", "SiglipModel"})
 """Classes of transformers whose own code compares the embeddings of two towers."""
@@ -28,28 +28,14 @@ LENGTH_FUNCTIONS = frozenset({"pow", "norm", *DIVISIONS})
 SPEC = Operations(leaks=())
 
 
-class SimilarityIntercept(OperationIntercept):
-    """Intercepts the raw operations of a pair of towers, lengths among them.
-
-    Args:
-        norm: the site of the lengths.
-    """
-
-    def __init__(self, *args: Any, norm: Site) -> None:
-        super().__init__(*args)
-        self.norm = norm
+class SimilarityIntercept(NormingIntercept):
+    """Intercepts the raw operations of a pair of towers, lengths among them."""
 
     def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        carries = [isinstance(x, Tensor) and x.requires_grad for x in args]
-        if name not in LENGTH_FUNCTIONS or not any(carries):
+        if name not in LENGTH_FUNCTIONS or not count_on_graph(args):
             return super().intercept(func, name, args, kwargs)
-        if isinstance(self.norm.rule, Plain):
-            term, site = "plain", self.norm
-            inside = [
-                F.apply(F.RegionInput, x, term, site) if carried else x
-                for x, carried in zip(args, carries, strict=True)
-            ]
-            return F.apply(F.RegionOutput, func(*inside, **kwargs), None, term, site)
+        if self.plain:
+            return self.measured(func, *args, **kwargs)
         if name in DIVISIONS:
             return F.apply(F.Mark, func(args[0], args[1].detach()), self.norm)
         return func(args[0].detach(), *args[1:], **kwargs)
@@ -57,6 +43,4 @@ class SimilarityIntercept(OperationIntercept):
 
 def attach_similarity(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
     """The rules of a pair's own operations."""
-    norm = ctx.site(path, module, "norm")
-    at.sites.append(norm)
-    attach_operations(at, ctx, path, module, SPEC, mode=SimilarityIntercept, norm=norm)
+    attach_norming(at, ctx, path, module, SPEC, SimilarityIntercept)

@@ -22,9 +22,8 @@ from lenslrp.hooks import functions as F
 from lenslrp.hooks.context import Context
 from lenslrp.hooks.declared import STREAMS_SPEC
 from lenslrp.hooks.handles import Attached
-from lenslrp.hooks.operations import DIVISIONS, OperationIntercept, attach_operations
-from lenslrp.hooks.rule_types import Plain
-from lenslrp.hooks.sites import Site
+from lenslrp.hooks.norming import NormingIntercept, attach_norming
+from lenslrp.hooks.operations import DIVISIONS, count_on_graph
 from lenslrp.hooks.structure import NamedModules
 
 SCALED_STREAMS_CLASSES = frozenset({"Gemma3nTextModel"})
@@ -36,16 +35,8 @@ MIXING_CLASSES = frozenset({"Gemma3nTextAltUp"})
 POWERS = frozenset({"pow", "__pow__", "sqrt"})
 
 
-class MagnitudeIntercept(OperationIntercept):
-    """Intercepts the magnitudes of streams: constants, or plain operations under a plain norm.
-
-    Args:
-        norm: the site of the magnitudes.
-    """
-
-    def __init__(self, *args: Any, norm: Site) -> None:
-        super().__init__(*args)
-        self.norm, self.plain = norm, isinstance(norm.rule, Plain)
+class MagnitudeIntercept(NormingIntercept):
+    """Intercepts the magnitudes of streams: constants, or plain operations under a plain norm."""
 
     def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in POWERS and args[0].requires_grad:
@@ -53,30 +44,14 @@ class MagnitudeIntercept(OperationIntercept):
         if name in DIVISIONS and isinstance(args[1], torch.Tensor) and args[0].requires_grad:
             y = self.measured(func, *args) if self.plain else func(*args)
             return y if self.plain else F.apply(F.Mark, y, self.norm)
-        if self.plain and name in ("mul", "__mul__") and _both_on_graph(*args):
+        if self.plain and name in ("mul", "__mul__") and count_on_graph(args) == 2:
             return self.measured(func, *args)
         return super().intercept(func, name, args, kwargs)
-
-    def measured(self, func: Any, *args: Any) -> torch.Tensor:
-        """One operation with its plain gradient."""
-        inside = [
-            F.apply(F.RegionInput, x, "plain", self.norm)
-            if isinstance(x, torch.Tensor) and x.requires_grad
-            else x
-            for x in args
-        ]
-        return F.apply(F.RegionOutput, func(*inside), None, "plain", self.norm)
-
-
-def _both_on_graph(*args: Any) -> bool:
-    return all(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
 
 
 def attach_magnitudes(at: Attached, ctx: Context, path: str, module: nn.Module) -> None:
     """Give the magnitudes that a model's own code computes the rule of a norm's denominator."""
-    site = ctx.site(path, module, "norm")
-    at.sites.append(site)
-    attach_operations(at, ctx, path, module, STREAMS_SPEC, mode=MagnitudeIntercept, norm=site)
+    attach_norming(at, ctx, path, module, STREAMS_SPEC, MagnitudeIntercept)
 
 
 def mixing_roles(parts: NamedModules) -> dict[int, str]:

@@ -264,7 +264,7 @@ def forward(
             read_at(at, points, stop_after, _stop)
         if at_nodes is not None:
             at_nodes(at, run)
-        unembed = _head_of_columns(model)
+        unembed = None if columns is None else _head_of_columns(model)
         if columns is not None and unembed is not None:
             picked = unembed_at(at, unembed, columns, batch.written.tokens.shape[1])
         with suppress(_Stop):

@@ -137,7 +137,7 @@ def classification(model: TransformerBridge, record: Record, length: int) -> Exa
     if record["label"] not in labels.values():
         known = ", ".join(labels.values())
         raise InputError(f"a text's label is one of {known}, not {record['label']!r}")
-    prompt = as_prompt(model, record["text"])
+    prompt = as_prompt(model, record["text"], record["label"])
     if len(prompt.tokens) > length:
         raise Unfit(f"longer than {length} tokens")
     first, second = prompt_logits(model, prompt)[0].ravel().topk(2).indices.tolist()

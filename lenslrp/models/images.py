@@ -266,10 +266,8 @@ def _prefix(path: str, stacks: Mapping[str, Any]) -> str:
     """What the names of a tower or stage begin with, where there are several."""
     if len(stacks) == 1:
         return ""
-    tower, stage = (
-        re.match(r"(vision|text)_model", path),
-        re.search(r"encoder\.layers\.(\d+)", path),
-    )
+    tower = re.match(r"(vision|text)_model", path)
+    stage = re.search(r"encoder\.layers\.(\d+)", path)
     return f"{tower[1]}_" if tower else f"stage{stage[1]}_" if stage else ""
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from lenslrp import media
 from lenslrp.batch import Batch
 from lenslrp.errors import FAILURES
 from lenslrp.forward import forward
+from lenslrp.hooks.sites import has_values
 from lenslrp.inputs import decoder_reads_the_text, text_of_decoder
 from lenslrp.models.heads import CHOICE
 from lenslrp.models.outputs import named_logits
@@ -109,7 +109,7 @@ def reference(model: Any, run: Callable[..., Any] | None = None) -> Reference:
     kind = str(weight.dtype).removeprefix("torch.") if weight is not None else "none"
     if weight is None or kind not in TOLERANCE:
         return Reference({}, None, kind, f"its weights are {kind}")
-    if weight.device.type == "meta" or isinstance(weight, FakeTensor):
+    if not has_values(weight):
         return Reference({}, None, kind, "its weights have no values")
     if sum(p.numel() for p in model.parameters()) > LARGEST:
         return Reference({}, None, kind, f"it has more than {LARGEST:.0e} weights")

@@ -105,12 +105,12 @@ def test_a_derived_adapter_keeps_the_checkpoints_own_head(
     reloaded = getattr(hf, name).from_pretrained(tmp_path, attn_implementation="eager").eval()
     options: dict[str, Any] = {"decoder_input_ids": text} if name == "T5Model" else {}
     given: Any = text[:, None] if name.endswith("ForMultipleChoice") else text
-    if "pixel_values" in inspect.signature(reloaded.forward).parameters:
+    takes = inspect.signature(reloaded.forward).parameters
+    if "pixel_values" in takes:
         options = short_input(reloaded)
         text = given = options.pop("input_ids", None)
     else:
         options["use_cache"] = False
-    takes = inspect.signature(reloaded.forward).parameters
     own = {key: value for key, value in options.items() if key in takes}
     with torch.no_grad():
         expected = output_of(reloaded(**own, **({} if given is None else {"input_ids": given})))
