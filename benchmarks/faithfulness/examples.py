@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import lenslrp
-from lenslrp.analysis.attribution.methods import attribute
+from lenslrp.analysis.attribution.methods import Method, attribute
 from lenslrp.analysis.common.records import in_order, read_records
 from lenslrp.analysis.common.statistics import bootstrap
 from lenslrp.analysis.evaluation.tasks import TASKS, Example, Unfit
@@ -62,7 +62,7 @@ def examples(
 
 
 def relevance(
-    method: str, model: Any, prompts: Sequence[ExplainedPrompt], seed: int = 0
+    method: str | Method, model: Any, prompts: Sequence[ExplainedPrompt], seed: int = 0
 ) -> list[Numbers]:
     """Token relevance [pos] of each prompt; those of one length run together."""
     found: dict[int, Numbers] = {}

@@ -1,0 +1,124 @@
+"""What `rules.py` prints of its rows: leads, every method, maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lenslrp.analysis.common.journal import Row
+from lenslrp.analysis.common.statistics import Numbers, bootstrap, interval
+
+Score = Callable[[Row, str], Any]
+SEED = 0
+"""Of the bootstrap."""
+
+
+def hits(row: Row, method: str, at: str = "source") -> Numbers:
+    """[n] 1 where the most relevant token is the source of the answer (or its key), else 0."""
+    return np.array(row["first"][method], dtype=float) == np.array(row[at], dtype=float)
+
+
+def areas(row: Row, method: str) -> Numbers:
+    """[n] between LeRF and MoRF, in logits."""
+    return np.array(row["area"][method])
+
+
+def map_at(row: Row, hook: str, at: str) -> Numbers:
+    """[n] 1 where a layer's map is largest at the source of the answer (or at its key), else 0."""
+    return np.array(row["map"][hook], dtype=float) == np.array(row[at], dtype=float)
+
+
+def map_at_best(row: Row) -> Numbers:
+    """[n] 1 where it is largest at either, in the layer that is so most on the other half."""
+    by_layer = np.stack([
+        map_at(row, hook, "source") | map_at(row, hook, "key") for hook in row["map"]
+    ]).astype(float)  # fmt: skip
+    halves = np.array_split(np.arange(by_layer.shape[1]), 2)
+    return np.concatenate([
+        by_layer[by_layer[:, other].mean(axis=1).argmax(), half]
+        for half, other in zip(halves, halves[::-1], strict=True)
+    ])  # fmt: skip
+
+
+def joined(rows: Sequence[Row], score: Score, *given: str) -> Numbers:
+    """A score of the prompts of all seeds."""
+    return np.concatenate([np.asarray(score(row, *given), dtype=float) for row in rows])
+
+
+def lead(rows: Sequence[Row], score: Score, first: str, second: str) -> Numbers:
+    """Paired: of the second method over the first."""
+    return joined(rows, score, second) - joined(rows, score, first)
+
+
+def verdict(groups: Iterable[Sequence[Row]], score: Score, first: str, second: str) -> list[int]:
+    """How often the second's lead over the first is above 0, and below, with its whole interval."""
+    intervals = [bootstrap(lead(rows, score, first, second), SEED)[1:] for rows in groups]
+    return [sum(low > 0 for low, _ in intervals), sum(high < 0 for _, high in intervals)]
+
+
+def print_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+    print(flush=True)
+
+
+Groups = dict[tuple[str, str], list[Row]]
+
+
+def by_model_and_task(rows: Iterable[Row]) -> Groups:
+    groups: Groups = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["task"]), []).append(row)
+    return groups
+
+
+def leads(groups: Groups, first: str, second: str) -> None:
+    """The two, hit and area, and the second's lead: over all prompts, and for each seed."""
+    head = ["model", "task", "n"]
+    for name in ("hits", "area"):
+        head += [f"{name}: {first}", second, "lead", "of each seed"]
+    lines = []
+    for (model, task), rows in groups.items():
+        cells = [model, task, str(len(joined(rows, areas, first)))]
+        for score in (hits, areas):
+            if score is hits and rows[0]["source"][0] is None:
+                cells += ["-"] * 4
+                continue
+            cells += [f"{joined(rows, score, way).mean():.2f}" for way in (first, second)]
+            cells.append(interval(lead(rows, score, first, second), SEED, "+"))
+            cells.append(
+                ", ".join(f"{lead([row], score, first, second).mean():+.2f}" for row in rows)
+            )
+        lines.append(cells)
+    print_table(head, lines)
+
+
+def methods(groups: Groups, names: Sequence[str], score: Score, *given: str) -> None:
+    """A score of every method, with its interval."""
+    lines = []
+    for (model, task), rows in groups.items():
+        scores = [joined(rows, score, name, *given) for name in names]
+        if score is areas or rows[0][(*given, "source")[0]][0] is not None:
+            lines.append([model, task, *(interval(values, SEED) for values in scores)])
+    print_table(["model", "task", *names], lines)
+
+
+def maps(groups: Groups) -> None:
+    """How often the map points at the source or its key, at the best layer, and at each."""
+    lines = []
+    for (model, task), rows in groups.items():
+        if not rows[0]["map"]:
+            continue
+        marks = 1 + (rows[0]["key"][0] is not None)
+        chance = np.concatenate([marks / (np.array(row["end"]) - 1) for row in rows]).mean()
+        each = [
+            f"{hook.split('.')[1]}: {joined(rows, map_at, hook, 'source').mean():.2f}"
+            + (f" and {joined(rows, map_at, hook, 'key').mean():.2f}" if marks == 2 else "")
+            for hook in sorted(rows[0]["map"])
+        ]
+        best = interval(joined(rows, map_at_best), SEED)
+        lines.append([model, task, best, f"{chance:.2f}", "; ".join(each)])
+    print_table(["model", "task", "best layer", "chance", "each layer: source and key"], lines)
