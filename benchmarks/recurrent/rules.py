@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import lenslrp
 from benchmarks import DATA
-from benchmarks.faithfulness.examples import PARAGRAPHS, Numbers, relevance
+from benchmarks.faithfulness.examples import PARAGRAPHS, Numbers, batches, relevance
 from benchmarks.recurrent import tables
 from benchmarks.recurrent.models import FOLDER, MODELS, STEPS, answered, trained
 from benchmarks.recurrent.tasks import Sequence, Task, read_corpus, tasks, training
@@ -83,20 +83,21 @@ def largest(values: Numbers) -> int:
     return int(values.argmax())
 
 
-def map_rows(bridge: Any, prompts: list[ExplainedPrompt]) -> dict[str, list[Numbers]]:
-    """Each recurrent layer's map, in the row of the question, over all tokens before it."""
-    rows: dict[str, list[Numbers]] = {}
-    for prompt in prompts:
+def map_rows(bridge: Any, prompts: list[ExplainedPrompt]) -> dict[str, dict[int, Numbers]]:
+    """Each recurrent layer's map: for each prompt, the row of the question [pos before it]."""
+    found: dict[str, dict[int, Numbers]] = {}
+    for batch, tokens, target in batches(prompts):
         _, R = lenslrp.run_with_relevance(
             bridge,
-            prompt.given,
-            prompt.target,
+            tokens,
+            target,
             lenslrp.AttnLRP(recurrence="constant"),
             lambda name: name.endswith("hook_scan_map"),
         )
         for name in R:
-            rows.setdefault(name, []).append(R[name][0, :, -1, :-1].sum(dim=0).double().numpy())
-    return rows
+            rows = R[name][:, :, -1, :-1].sum(dim=1).double().numpy()
+            found.setdefault(name, {}).update(zip(batch, rows, strict=True))
+    return found
 
 
 def measured(model: Any, bridge: Any, task: Task, seed: int, n: int) -> Row:
@@ -121,7 +122,7 @@ def measured(model: Any, bridge: Any, task: Task, seed: int, n: int) -> Row:
             for name, rows in found.items()
         },
         "map": {
-            name: [largest(row) for row in rows]
+            name: [largest(rows[i]) for i in range(len(prompts))]
             for name, rows in (map_rows(bridge, prompts) if known else {}).items()
         },
     }

@@ -14,6 +14,9 @@ Score = Callable[[Row, str], Any]
 SEED = 0
 """Of the bootstrap."""
 
+WINDOW = 4
+"""How many positions, up to its own, the short convolution reads: of all three mixers."""
+
 
 def hits(row: Row, method: str, at: str = "source") -> Numbers:
     """[n] 1 where the most relevant token is the source of the answer (or its key), else 0."""
@@ -25,16 +28,37 @@ def areas(row: Row, method: str) -> Numbers:
     return np.array(row["area"][method])
 
 
-def map_at(row: Row, hook: str, at: str) -> Numbers:
-    """[n] 1 where a layer's map is largest at the source of the answer (or at its key), else 0."""
-    return np.array(row["map"][hook], dtype=float) == np.array(row[at], dtype=float)
+def map_hits(row: Row, hook: str, near: str) -> Numbers:
+    """[n] 1 where a layer's map is largest at the source of the answer or its key, or within reach.
+
+    Args:
+        near: ``"source"``, ``"key"``, ``"either"`` of them, or ``"reach"``: at a position whose
+            short convolution reads the source.
+    """
+    found, source, key = (np.array(x, dtype=float) for x in (row["map"][hook], *_marks(row)))
+    return {
+        "source": found == source,
+        "key": found == key,
+        "either": (found == source) | (found == key),
+        "reach": (found >= source) & (found < source + WINDOW),
+    }[near].astype(float)
 
 
-def map_at_best(row: Row) -> Numbers:
-    """[n] 1 where it is largest at either, in the layer that is so most on the other half."""
-    by_layer = np.stack([
-        map_at(row, hook, "source") | map_at(row, hook, "key") for hook in row["map"]
-    ]).astype(float)  # fmt: skip
+def map_chance(row: Row, near: str) -> Numbers:
+    """[n] `map_hits` of a map whose largest entry is anywhere."""
+    (source, key), before = _marks(row), np.array(row["end"]) - 1
+    if near == "reach":
+        return np.minimum(WINDOW, before - np.array(source)) / before
+    return (2 if near == "either" and key[0] is not None else 1) / before
+
+
+def _marks(row: Row) -> tuple[list[int], list[int | None]]:
+    return row["source"], row["key"]
+
+
+def map_at_best(row: Row, near: str) -> Numbers:
+    """[n] `map_hits` of the layer that has most of them on the other half of the prompts."""
+    by_layer = np.stack([map_hits(row, hook, near) for hook in sorted(row["map"])])
     halves = np.array_split(np.arange(by_layer.shape[1]), 2)
     return np.concatenate([
         by_layer[by_layer[:, other].mean(axis=1).argmax(), half]
@@ -112,13 +136,16 @@ def maps(groups: Groups) -> None:
     for (model, task), rows in groups.items():
         if not rows[0]["map"]:
             continue
-        marks = 1 + (rows[0]["key"][0] is not None)
-        chance = np.concatenate([marks / (np.array(row["end"]) - 1) for row in rows]).mean()
-        each = [
-            f"{hook.split('.')[1]}: {joined(rows, map_at, hook, 'source').mean():.2f}"
-            + (f" and {joined(rows, map_at, hook, 'key').mean():.2f}" if marks == 2 else "")
-            for hook in sorted(rows[0]["map"])
-        ]
-        best = interval(joined(rows, map_at_best), SEED)
-        lines.append([model, task, best, f"{chance:.2f}", "; ".join(each)])
-    print_table(["model", "task", "best layer", "chance", "each layer: source and key"], lines)
+        cells = [model, task]
+        for near in ("either", "reach"):
+            cells.append(interval(joined(rows, map_at_best, near), SEED))
+            cells.append(f"{joined(rows, map_chance, near).mean():.2f}")
+        for near in ("source", "key", "reach"):
+            means = [joined(rows, map_hits, hook, near).mean() for hook in sorted(rows[0]["map"])]
+            cells.append(", ".join(f"{mean:.2f}" for mean in means))
+        lines.append(cells)
+    print_table(
+        ["model", "task", "source or key, best layer", "chance", "reads the source, best layer",
+         "chance", "source, each layer", "key", "reads the source"],
+        lines,
+    )  # fmt: skip
