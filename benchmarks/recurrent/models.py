@@ -50,7 +50,14 @@ def delta_net() -> Any:
         linear_value_head_dim=32,
         layer_types=["linear_attention", "linear_attention", "full_attention"],
     )
-    return transformers.Qwen3_5ForCausalLM(config)
+    model = transformers.Qwen3_5ForCausalLM(config)
+    # transformers starts at a bias of 1, with which a state is forgotten within a token; these are
+    # the steps that Mamba2 starts with, .001 to .1.
+    for name, parameter in model.named_parameters():
+        if name.endswith("dt_bias"):
+            steps = 10 ** torch.empty_like(parameter).uniform_(-3, -1)
+            parameter.data = steps + torch.log(-torch.expm1(-steps))
+    return model
 
 
 def rg_lru() -> Any:

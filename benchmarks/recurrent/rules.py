@@ -1,6 +1,7 @@
 """Should a scan's operator be constant or get half? Small models, tasks with a known source.
 
     python -m benchmarks.recurrent.rules [--n 80] [--seeds 0 1 2]
+    python -m benchmarks.recurrent.rules --look Mamba2               # maps of four prompts
 
 A Mamba2, a gated delta net beside attention (Qwen3.5), an RG-LRU beside attention (RecurrentGemma)
 and a transformer (Llama), three layers of width 64, are each trained from nothing on all tasks of
@@ -40,7 +41,15 @@ from benchmarks import DATA
 from benchmarks.faithfulness.examples import PARAGRAPHS, Numbers, batches, relevance
 from benchmarks.recurrent import tables
 from benchmarks.recurrent.models import FOLDER, MODELS, STEPS, answered, trained
-from benchmarks.recurrent.tasks import Sequence, Task, read_corpus, tasks, training
+from benchmarks.recurrent.tasks import (
+    Sequence,
+    Task,
+    read_corpus,
+    recall,
+    shown,
+    tasks,
+    training,
+)
 from lenslrp.analysis.attribution.methods import METHODS, Method, as_method
 from lenslrp.analysis.common.journal import Row, resumed
 from lenslrp.analysis.evaluation.faithfulness import curves
@@ -78,11 +87,6 @@ def explained(
     return [drawn[i] for i in kept], prompts, float(np.mean(right))
 
 
-def largest(values: Numbers) -> int:
-    """The position of the largest value; the first of equal ones."""
-    return int(values.argmax())
-
-
 def map_rows(bridge: Any, prompts: list[ExplainedPrompt]) -> dict[str, dict[int, Numbers]]:
     """Each recurrent layer's map: for each prompt, the row of the question [pos before it]."""
     found: dict[str, dict[int, Numbers]] = {}
@@ -118,11 +122,11 @@ def measured(model: Any, bridge: Any, task: Task, seed: int, n: int) -> Row:
         "key": [s.key for s in sequences],
         "area": areas,
         "first": {
-            name: [largest(row[: s.context]) for row, s in zip(rows, sequences, strict=True)]
+            name: [int(row[: s.context].argmax()) for row, s in zip(rows, sequences, strict=True)]
             for name, rows in found.items()
         },
         "map": {
-            name: [largest(rows[i]) for i in range(len(prompts))]
+            name: [int(rows[i].argmax()) for i in range(len(prompts))]
             for name, rows in (map_rows(bridge, prompts) if known else {}).items()
         },
     }
@@ -150,11 +154,53 @@ def all_rows(
     return [found[name, task, seed] for name in MODELS for task in known for seed in seeds]
 
 
+def report(rows: list[Row]) -> None:
+    """Print all tables, and what was decided beforehand to count."""
+    print(f"Right answers of each seed, of {DRAWN} (text: the next character)\n")
+    lines = [
+        [*group, ", ".join(f"{row['accuracy']:.2f}" for row in some)]
+        for group, some in tables.by_model_and_task(rows).items()
+    ]
+    tables.print_table(["model", "task", "seeds"], lines)
+    counted = tables.by_model_and_task(
+        row for row in rows if row["task"] == "text" or row["accuracy"] >= SOLVED
+    )
+    tables.leads(counted, CONSTANT, UNIFORM)
+    recurrent = {group: some for group, some in counted.items() if group[0] != "Llama"}
+    pointing = [some for (_, task), some in recurrent.items() if task != "text"]
+    for name, score, groups in (
+        ("hits", tables.hits, pointing),
+        ("areas", tables.areas, [*recurrent.values()]),
+    ):
+        above, below = tables.verdict(groups, score, CONSTANT, UNIFORM)
+        print(f"{name}: uniform is better in {above} and worse in {below} of {len(groups)}")
+    print("\nHits at the source")
+    tables.methods(counted, list(COMPARED), tables.hits, "source")
+    print("Hits at the key")
+    tables.methods(counted, list(COMPARED), tables.hits, "key")
+    print("Areas, logits")
+    tables.methods(counted, list(COMPARED), tables.areas)
+    print("Where the map is largest in the row of the question")
+    tables.maps(counted)
+
+
+def look(model: Any, n: int) -> None:
+    """Print the row of the question of each layer's map, of some prompts of recall."""
+    bridge = lenslrp.load(model, device="cpu")
+    sequences, prompts, _ = explained(model, bridge, recall, 0, n)
+    found = map_rows(bridge, prompts)
+    for i, sequence in enumerate(sequences):
+        print(f"source {sequence.source}, key {sequence.key}")
+        rows = [[hook, *(f"{x:.2f}" for x in found[hook][i])] for hook in sorted(found)]
+        tables.print_table(["map", *map(shown, sequence.tokens[: sequence.end - 1])], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA / PARAGRAPHS, help="paragraphs of text")
     parser.add_argument("--n", type=int, default=80, help="prompts of each model, task and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--look", choices=MODELS, help="print maps of a model of the first seed")
     options = parser.parse_args()
     torch.set_num_threads(1)
     texts: tuple[str | None, str | None] = None, None
@@ -162,34 +208,11 @@ def main() -> None:
         texts = read_corpus(options.data)
     else:
         print(f"Without the task text: {options.data} does not exist.\n")
-    rows = all_rows(tasks(texts[1]), training(texts[0]), options.seeds, options.n)
-    every = tables.by_model_and_task(rows)
-    print(f"Right answers of each seed, of {DRAWN} (text: the next character)\n")
-    tables.print_table(
-        ["model", "task", "seeds"],
-        ([*group, ", ".join(f"{row['accuracy']:.2f}" for row in some)]
-         for group, some in every.items()),
-    )  # fmt: skip
-    counted = tables.by_model_and_task(
-        row for row in rows if row["source"][:1] == [None] or row["accuracy"] >= SOLVED
-    )
-    tables.leads(counted, CONSTANT, UNIFORM)
-    recurrent = [some for (model, _), some in counted.items() if model != "Llama"]
-    pointing = [some for some in recurrent if some[0]["source"][0] is not None]
-    for name, score, groups in (
-        ("hits", tables.hits, pointing),
-        ("areas", tables.areas, recurrent),
-    ):
-        above, below = tables.verdict(groups, score, CONSTANT, UNIFORM)
-        print(f"{name}: uniform is better in {above} and worse in {below} of {len(groups)}")
-    print("\nHits at the source")
-    tables.methods(counted, list(COMPARED), tables.hits)
-    print("Hits at the key")
-    tables.methods(counted, list(COMPARED), tables.hits, "key")
-    print("Areas, logits")
-    tables.methods(counted, list(COMPARED), tables.areas)
-    print("The map's largest entry in the question's row")
-    tables.maps(counted)
+    easier = training(texts[0])
+    if options.look:
+        look(trained(options.look, options.seeds[0], easier), 4)
+    else:
+        report(all_rows(tasks(texts[1]), easier, options.seeds, options.n))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
 from lenslrp.analysis.common.journal import Row
 from lenslrp.analysis.common.statistics import Numbers, bootstrap, interval
 
-Score = Callable[[Row, str], Any]
+Score = Callable[..., Numbers]
 SEED = 0
 """Of the bootstrap."""
 
@@ -20,7 +19,7 @@ WINDOW = 4
 
 def hits(row: Row, method: str, at: str = "source") -> Numbers:
     """[n] 1 where the most relevant token is the source of the answer (or its key), else 0."""
-    return np.array(row["first"][method], dtype=float) == np.array(row[at], dtype=float)
+    return (np.array(row["first"][method]) == np.array(row[at], dtype=float)).astype(float)
 
 
 def areas(row: Row, method: str) -> Numbers:
@@ -35,7 +34,8 @@ def map_hits(row: Row, hook: str, near: str) -> Numbers:
         near: ``"source"``, ``"key"``, ``"either"`` of them, or ``"reach"``: at a position whose
             short convolution reads the source.
     """
-    found, source, key = (np.array(x, dtype=float) for x in (row["map"][hook], *_marks(row)))
+    found = np.array(row["map"][hook])
+    source, key = (np.array(row[at], dtype=float) for at in ("source", "key"))
     return {
         "source": found == source,
         "key": found == key,
@@ -46,14 +46,10 @@ def map_hits(row: Row, hook: str, near: str) -> Numbers:
 
 def map_chance(row: Row, near: str) -> Numbers:
     """[n] `map_hits` of a map whose largest entry is anywhere."""
-    (source, key), before = _marks(row), np.array(row["end"]) - 1
+    before = np.array(row["end"]) - 1
     if near == "reach":
-        return np.minimum(WINDOW, before - np.array(source)) / before
-    return (2 if near == "either" and key[0] is not None else 1) / before
-
-
-def _marks(row: Row) -> tuple[list[int], list[int | None]]:
-    return row["source"], row["key"]
+        return np.minimum(WINDOW, before - np.array(row["source"])) / before
+    return (2 if near == "either" and row["key"][0] is not None else 1) / before
 
 
 def map_at_best(row: Row, near: str) -> Numbers:
@@ -68,7 +64,7 @@ def map_at_best(row: Row, near: str) -> Numbers:
 
 def joined(rows: Sequence[Row], score: Score, *given: str) -> Numbers:
     """A score of the prompts of all seeds."""
-    return np.concatenate([np.asarray(score(row, *given), dtype=float) for row in rows])
+    return np.concatenate([score(row, *given) for row in rows])
 
 
 def lead(rows: Sequence[Row], score: Score, first: str, second: str) -> Numbers:
@@ -120,13 +116,14 @@ def leads(groups: Groups, first: str, second: str) -> None:
     print_table(head, lines)
 
 
-def methods(groups: Groups, names: Sequence[str], score: Score, *given: str) -> None:
-    """A score of every method, with its interval."""
+def methods(groups: Groups, names: Sequence[str], score: Score, *at: str) -> None:
+    """A score of every method, with its interval, of the tasks where ``at`` is known."""
     lines = []
     for (model, task), rows in groups.items():
-        scores = [joined(rows, score, name, *given) for name in names]
-        if score is areas or rows[0][(*given, "source")[0]][0] is not None:
-            lines.append([model, task, *(interval(values, SEED) for values in scores)])
+        if any(rows[0][mark][0] is None for mark in at):
+            continue
+        scores = [interval(joined(rows, score, name, *at), SEED) for name in names]
+        lines.append([model, task, *scores])
     print_table(["model", "task", *names], lines)
 
 

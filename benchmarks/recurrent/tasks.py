@@ -120,6 +120,14 @@ def read_corpus(path: Path) -> tuple[str, str]:
     return " ".join(training), " ".join(kept[::10])
 
 
+def shown(token: int) -> str:
+    """A key or value, such as ``k3``; other tokens by their number."""
+    for letter, kind in (("k", KEYS), ("v", VALUES)):
+        if token in kind:
+            return f"{letter}{token - kind.start}"
+    return str(token)
+
+
 def tasks(corpus: str | None) -> dict[str, Task]:
     """By name; text only where there is a corpus."""
     known: dict[str, Task] = {"recall": recall, "copying": copying}
