@@ -114,7 +114,7 @@ def measured(model: Any, bridge: Any, task: Task, seed: int, n: int) -> Row:
         by_name = {name: features.of(rows[i]) for name, rows in found.items()}
         for name, curve in curves(features, by_name, steps=CURVE_STEPS).items():
             areas[name].append(curve.area)
-    known = sequences[0].source is not None
+    known = all(s.source is not None for s in sequences)
     return {
         "accuracy": accuracy,
         "end": [s.end for s in sequences],
