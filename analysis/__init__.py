@@ -99,6 +99,7 @@ if TYPE_CHECKING:
         written_by,
     )
     from lenslrp.analysis.units import (
+        CrossLayerCoder,
         Direction,
         Feature,
         Head,
@@ -122,9 +123,9 @@ if TYPE_CHECKING:
 _ROOMS = {
     "common": ("agreement", "indirect_objects"),
     "units": (
-        "Direction", "Feature", "Head", "Lens", "Neuron", "SparseCoder", "Unit", "VocabularyScores",
-        "compare_lenses", "cosines", "fit_relevance_lens", "fit_ridge_lens", "neuron_writes",
-        "parse_unit", "reads", "sign_cases", "writes",
+        "CrossLayerCoder", "Direction", "Feature", "Head", "Lens", "Neuron", "SparseCoder", "Unit",
+        "VocabularyScores", "compare_lenses", "cosines", "fit_relevance_lens", "fit_ridge_lens",
+        "neuron_writes", "parse_unit", "reads", "sign_cases", "writes",
     ),
     "passes": ("Edit", "as_prompt", "edit_units", "through"),
     "attribution": ("METHODS", "Attribution", "Method", "TokenPairs", "attribute", "bilrp"),
@@ -163,6 +164,7 @@ __all__ = [
     "AttributionGraph",
     "Circuit",
     "Clamp",
+    "CrossLayerCoder",
     "Direction",
     "EdgeScores",
     "Edit",

@@ -151,10 +151,10 @@ def test_coders_write_with_their_skip_and_their_scale() -> None:
     a = (x / scale @ W["W_enc"] + W["b_enc"]).relu()
     torch.testing.assert_close(rescaled.encode(x), a)
     torch.testing.assert_close(rescaled.decode(a, x), scale * (a @ W["W_dec"] + W["b_dec"]))
-    torch.testing.assert_close(
-        coder(heads=4).reconstruct(x.unflatten(-1, (4, 4))),
-        coder().reconstruct(x).unflatten(-1, (4, 4)),
-    )
+    z = x.unflatten(-1, (4, 4))
+    torch.testing.assert_close(coder(heads="all").reconstruct(z), coder().reconstruct(x))
+    with pytest.raises(InputError, match="sae reads head 4, blocks.0.hook_resid_post has 4"):
+        coder(heads=4).encode(z)
     with pytest.raises(InputError, match="normalization is 'l2', expected one of none, constant"):
         coder(normalization="l2")
 
