@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from lenslrp.analysis.attribution import (
         METHODS,
         Attribution,
+        FeatureRelevance,
         Method,
         TokenPairs,
         attribute,
         bilrp,
+        feature_relevance,
     )
     from lenslrp.analysis.circuits import (
         TARGET,
@@ -128,7 +130,10 @@ _ROOMS = {
         "neuron_writes", "parse_unit", "reads", "sign_cases", "writes",
     ),
     "passes": ("Edit", "as_prompt", "edit_units", "through"),
-    "attribution": ("METHODS", "Attribution", "Method", "TokenPairs", "attribute", "bilrp"),
+    "attribution": (
+        "METHODS", "Attribution", "FeatureRelevance", "Method", "TokenPairs", "attribute", "bilrp",
+        "feature_relevance",
+    ),
     "evaluation": (
         "TASKS", "Example", "Perturbation", "Results", "Task", "Unfit", "aopc", "aopc_bounds",
         "curves", "evaluate", "heads_of", "image_task", "normalised_aopc", "perturbation_curves",
@@ -170,6 +175,7 @@ __all__ = [
     "Edit",
     "Example",
     "Feature",
+    "FeatureRelevance",
     "Head",
     "LanguageModel",
     "Lens",
@@ -214,6 +220,7 @@ __all__ = [
     "export_neuronpedia",
     "faithfulness_curve",
     "faithfulness_curves",
+    "feature_relevance",
     "fit_relevance_lens",
     "fit_ridge_lens",
     "head_scores",

@@ -118,7 +118,7 @@ class SparseCoder:
         """Whether it is an autoencoder: it writes what it read."""
         return self.hook_out is None and self.W_dec.shape[1] == self.W_enc.shape[0]
 
-    def read(self, x: Tensor) -> Float[Tensor, "... d_in"]:
+    def flat(self, x: Tensor) -> Float[Tensor, "... d_in"]:
         """The part of the tensor at a hook point that the coder reads or writes: heads joined.
 
         Raises:
@@ -143,16 +143,15 @@ class SparseCoder:
         Raises:
             InputError: another width than the coder reads.
         """
-        x = self.read(x)
+        x = self.flat(x)
         if x.shape[-1] != self.W_enc.shape[0]:
             raise InputError(
                 f"{self.name} reads {self.W_enc.shape[0]} values a position, "
                 f"{self.hook} has {x.shape[-1]}"
             )
         if self.normalization != "none":
-            mean, scale = self._mean_and_scale(x)
-            eps = LAYER_NORM_EPS if self.normalization == "layer_norm" else 0.0
-            x = (x - mean) / (scale + eps)
+            mean, scale = self.normalizer(x)
+            x = (x - mean) / scale
         if self.subtract_b_dec:
             x = x - self.b_dec.to(x)
         pre = x @ self.W_enc.to(x) + self.b_enc.to(x)
@@ -178,26 +177,21 @@ class SparseCoder:
             InputError: no ``x`` where it is needed.
         """
         y = activations @ self.W_dec.to(activations) + self.b_dec.to(activations)
-        if self.W_skip is None and not self._rescales:
+        if self.W_skip is None and not self.rescales:
             return y
         if x is None:
             raise InputError(
                 f"{self.name} has a skip connection or a normalization: give x, what it read"
             )
-        x = self.read(x)
-        if self._rescales:
-            mean, scale = self._mean_and_scale(x)
+        x = self.flat(x)
+        if self.rescales:
+            mean, scale = self.denormalizer(x)
             y = y * scale + mean
         return y if self.W_skip is None else y + x @ self.W_skip.to(x)
 
     def reconstruct(self, x: Tensor) -> Float[Tensor, "... d_out"]:
         """What the coder writes where it reads ``x``, as at ``hook``: `decode` of `encode`."""
         return self.decode(self.encode(x), x)
-
-    def scale(self, x: Tensor) -> Float[Tensor, "... 1"]:
-        """How many times its row of ``W_dec`` a feature of activation 1 writes, where ``x`` is."""
-        x = self.read(x)
-        return self._mean_and_scale(x)[1] if self._rescales else torch.ones_like(x[..., :1])
 
     def moved(self, x: Tensor, index: int, change: Tensor) -> Tensor:
         """An autoencoder's ``x`` with ``change`` added to a feature's activation, the error kept.
@@ -207,7 +201,8 @@ class SparseCoder:
             index: which feature.
             change: one value a position.
         """
-        step = change[..., None] * self.scale(x) * self.W_dec[index].to(x)
+        _, scale = self.denormalizer(self.flat(x))
+        step = change[..., None] * scale * self.W_dec[index].to(x)
         if self.heads is None or self.heads == "all":
             return x + step.reshape(x.shape)
         y = x.clone()
@@ -215,15 +210,35 @@ class SparseCoder:
         return y
 
     @property
-    def _rescales(self) -> bool:
-        """A normalization is undone where the coder writes back, not where a transcoder writes."""
+    def rescales(self) -> bool:
+        """Whether it undoes its normalization where it writes: a transcoder does not."""
         return self.normalization != "none" and self.hook_out is None
 
-    def _mean_and_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def normalizer(
+        self, x: Float[Tensor, "... d_in"]
+    ) -> tuple[Float[Tensor, "... 1"], Float[Tensor, "... 1"]]:
+        """Of each position (`flat`) the mean that is subtracted and the scale that is divided by.
+
+        Both are constants: without a gradient.
+        """
+        mean, scale = self._mean_and_scale(x, self.normalization)
+        return mean, scale + LAYER_NORM_EPS if self.normalization == "layer_norm" else scale
+
+    def denormalizer(
+        self, x: Float[Tensor, "... d_in"]
+    ) -> tuple[Float[Tensor, "... 1"], Float[Tensor, "... 1"]]:
+        """Of each position (`flat`), the mean and the scale of what is written."""
+        return self._mean_and_scale(x, self.normalization if self.rescales else "none")
+
+    @staticmethod
+    def _mean_and_scale(x: Tensor, normalization: str) -> tuple[Tensor, Tensor]:
         x = x.detach()
-        if self.normalization == "layer_norm":
+        if normalization == "layer_norm":
             return x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True)
-        return torch.zeros_like(x[..., :1]), x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        zero = torch.zeros_like(x[..., :1])
+        if normalization == "none":
+            return zero, zero + 1
+        return zero, x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
 
     @classmethod
     def load(

@@ -226,7 +226,7 @@ def renamed(file: str) -> Callable[[Path], None]:
         ("standard", changed(one=1, two=2), "cfg.json has one, two, which are not understood"),
         ("standard", changed(normalize_activations="covariance_whitening"), "covariance_whitening"),
         ("standard", changed(normalize_activations="constant_scalar_rescale"), "is 'constant_scal"),
-        ("standard", changed(normalize_activations="expected_average_only_in"), "give norm_scaling"),
+        ("standard", changed(normalize_activations="expected_average_only_in"), "give norm_sc"),
         ("standard", changed(activation_fn="tanh-relu"), "activation_fn is 'tanh-relu', which is"),
         ("standard", changed(reshape_activations="flat"), "reshape_activations is 'flat', which"),
         ("standard", changed(dtype="int8"), "dtype is 'int8', which is not understood"),
