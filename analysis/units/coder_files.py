@@ -3,6 +3,7 @@
 | at the path | layout |
 |---|---|
 | ``cfg.json`` and ``sae_weights.safetensors`` | SAELens |
+| ``cfg.json`` and ``sae.safetensors`` | sparsify |
 | ``params.npz`` | Gemma Scope |
 | ``params.safetensors`` and ``config.json`` | Gemma Scope 2 |
 | ``layer_L.safetensors`` beside ``config.yaml`` | circuit-tracer, see `coder_sets` |
@@ -35,10 +36,12 @@ from lenslrp.errors import InputError, first_line
 REQUIRED = {"W_enc": 2, "b_enc": 1, "W_dec": 2, "b_dec": 1}
 """Tensors that every coder has, and their axes."""
 
+FILES = (WEIGHTS, "sae.safetensors", "params.npz", "params.safetensors")
+"""That a folder of one coder holds one of."""
+
 REFUSED = {
     "W_enc_0.safetensors": "a cross-layer transcoder: CrossLayerCoder.load reads it",
     "layer_0.safetensors": "a set of transcoders: SparseCoder.load_set reads it, or give one file",
-    "sae.safetensors": "sparsify's layout, which is not read",
     "hyperparams.json": "Llama Scope's layout, which is not read",
     "latest_ckpt.safetensors": "a temporal coder, which reads other positions too and is not read",
     "ae.pt": "dictionary_learning's layout, a pickle; nothing is unpickled here",
@@ -63,6 +66,16 @@ HOOKS_OF_TRANSFORMERS: Mapping[str, str] = {
 
 KEYS_OF_GEMMA_SCOPE_2 = {"architecture", "hf_hook_point_in", "hf_hook_point_out", "model_name",
                          "width", "l0", "type", "affine_connection"}  # fmt: skip
+
+KEYS_OF_SPARSIFY = {"d_in", "num_latents", "expansion_factor", "normalize_decoder", "multi_topk",
+                    "k", "activation", "transcode", "skip_connection", "signed"}  # fmt: skip
+
+HOOKS_OF_SPARSIFY: Mapping[tuple[str, bool], Fields] = {
+    ("", False): {"hook": "blocks.{}.hook_resid_post"},
+    ("mlp", False): {"hook": "blocks.{}.mlp.hook_out"},
+    ("mlp", True): {"hook": "blocks.{}.mlp.hook_in", "hook_out": "blocks.{}.mlp.hook_out"},
+}
+"""By the module inside ``layers.L``, the folder's name, and whether it is a transcoder."""
 
 KEYS_OF_CIRCUIT_TRACER = {"model_name", "model_kind", "feature_input_hook", "feature_output_hook",
                           "transcoders", "scan", "repo_id", "revision", "subfolder"}  # fmt: skip
@@ -89,7 +102,7 @@ def read_coder(path: str | Path, given: Given) -> Fields:
     path = local(path)
     if path.is_dir():
         names = {file.name for file in path.iterdir()}
-        known = [name for name in (WEIGHTS, "params.npz", "params.safetensors") if name in names]
+        known = [name for name in FILES if name in names]
         if not known:
             reasons = [reason for name, reason in REFUSED.items() if name in names]
             held = ", ".join(sorted(names)[:8]) or "nothing"
@@ -105,6 +118,8 @@ def read_coder(path: str | Path, given: Given) -> Fields:
         tensors = tensors_of(path)
         if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
             fields = read_saelens(path.parent, tensors, given.norm_scaling_factor)
+        elif path.name == "sae.safetensors" and (path.parent / CONFIG).is_file():
+            fields = _sparsify(path, tensors)
         elif "w_enc" in tensors:
             fields = _gemma_scope_2(path, tensors)
         elif (path.parent / "config.yaml").is_file():
@@ -224,6 +239,27 @@ def gemma_scope(path: Path) -> Fields:
         return fields
     hooks = HOOKS_OF_GEMMA_SCOPE[kind[1]]
     return fields | {key: text.format(layer[1]) for key, text in hooks.items()}
+
+
+def _sparsify(path: Path, tensors: Mapping[str, Tensor]) -> Fields:
+    """EleutherAI's folders, named for the module whose output, or whose two ends, they read."""
+    config_path = path.parent / CONFIG
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    unknown = sorted(set(config) - KEYS_OF_SPARSIFY)
+    if unknown:
+        raise InputError(f"{config_path} has {', '.join(unknown)}, not understood")
+    if config.get("signed") or config.get("activation", "topk") != "topk" or "k" not in config:
+        raise InputError(
+            f"{config_path}: signed or groupmax activations are not understood, topk is"
+        )
+    names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
+    fields = checked(path, {names.get(n, n): tensor for n, tensor in tensors.items()}, "W_skip")
+    fields["W_enc"] = fields["W_enc"].T.contiguous()
+    transcodes = bool(config.get("transcode"))
+    fields |= {"k": config["k"], "subtract_b_dec": not transcodes}
+    module = re.fullmatch(r"(?:model\.)?layers\.(\d+)\.?(.*)", path.parent.name)
+    hooks = {} if module is None else HOOKS_OF_SPARSIFY.get((module[2], transcodes), {})
+    return fields | {key: text.format(module and module[1]) for key, text in hooks.items()}
 
 
 def transcoder(path: Path) -> Fields:

@@ -1,13 +1,14 @@
 """Make the stored references that `tests/conformance/analysis/test_coder_layouts.py` compares with.
 
 Tiny random sparse coders of every architecture that SAELens constructs, of circuit-tracer's
-transcoders and of Gemma Scope's files, as these tools write them, with what the tools encode and
-write for random input. Neither is installed beside TransformerLens 4, so this script runs in an
-environment of its own, stands alone, and its results are committed:
+transcoders, of sparsify and of Gemma Scope's files, as these tools write them, with what the tools
+encode and write for random input. They are not installed beside TransformerLens 4, so this script
+runs in an environment of its own, stands alone, and its results are committed:
 
     python -m venv coder-env
-    coder-env/bin/pip install sae-lens==6.54.12
-    coder-env/bin/pip install --no-deps circuit-tracer==0.5.0
+    coder-env/bin/pip install sae-lens==6.54.12 schedulefree natsort
+    coder-env/bin/pip install --no-deps circuit-tracer==0.5.0 eai-sparsify==1.3.3
+    export SPARSIFY_DISABLE_TRITON=1
     coder-env/bin/python tests/reference/make_coder_references.py            # write
     coder-env/bin/python tests/reference/make_coder_references.py --check    # compare
 
@@ -41,10 +42,11 @@ from circuit_tracer.transcoder.single_layer_transcoder import (
     load_relu_transcoder,
 )
 from safetensors.torch import load_file, save_file
+from sparsify import SparseCoder, SparseCoderConfig
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
-NEEDED = {"sae-lens": "6.54.12", "circuit-tracer": "0.5.0"}
+NEEDED = {"sae-lens": "6.54.12", "circuit-tracer": "0.5.0", "eai-sparsify": "1.3.3"}
 D_IN, D_OUT, FEATURES, LAYERS = 8, 6, 12, 3
 NORM_SCALING_FACTOR = 0.4
 
@@ -249,6 +251,22 @@ def gemma_scope_2(folder: Path) -> Reference:
         return {"x": x, "activations": read.encode(x), "written": read(x)}
 
 
+def sparsify(transcode: bool) -> Case:
+    def make(folder: Path) -> Reference:
+        config = SparseCoderConfig(
+            num_latents=FEATURES, k=3, transcode=transcode, skip_connection=transcode
+        )
+        randomise(SparseCoder(D_IN, config)).save_to_disk(folder)
+        read = SparseCoder.load_from_disk(folder)
+        x = inputs(5, D_IN)
+        with torch.no_grad():
+            best = read.encode(x)
+            activations = torch.zeros(5, FEATURES).scatter(-1, best.top_indices, best.top_acts)
+            return {"x": x, "activations": activations, "written": read(x).sae_out}
+
+    return make
+
+
 STANDARD = (sae_lens.StandardSAE, sae_lens.StandardSAEConfig)
 TOPK = (sae_lens.TopKSAE, sae_lens.TopKSAEConfig)
 BATCHTOPK = (sae_lens.BatchTopKTrainingSAE, sae_lens.BatchTopKTrainingSAEConfig)
@@ -293,6 +311,8 @@ CASES: dict[str, Case] = {
     "circuit-tracer jumprelu": per_layer(jump=True),
     "circuit-tracer across layers": across_layers("relu"),
     "circuit-tracer across layers jumprelu": across_layers("jump_relu"),
+    "sparsify": sparsify(transcode=False),
+    "sparsify transcoder": sparsify(transcode=True),
     "gemma scope": gemma_scope,
     "gemma scope 2": gemma_scope_2,
 }

@@ -1,6 +1,6 @@
 """Published layouts of sparse coders: read, they compute what the tools that wrote them compute.
 
-The references are of SAELens and circuit-tracer themselves (`tests/reference/`).
+The references are of SAELens, circuit-tracer and sparsify themselves (`tests/reference/`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def given(case: str) -> dict[str, Any]:
     """What the files of a case do not say."""
     if "expected_average_only_in" in case:
         return {"norm_scaling_factor": 0.4}
-    return {"hook": HOOK} if case == "gemma scope" else {}
+    out = {"hook_out": "blocks.1.hook_mlp_out"} if case == "sparsify transcoder" else {}
+    told = case not in ("gemma scope", "sparsify", "sparsify transcoder")
+    return {} if told else {"hook": HOOK, **out}
 
 
 def close(actual: Tensor, case: str, what: str, layer: int | None = None) -> None:
@@ -70,16 +72,30 @@ def test_one_coder_computes_what_its_tool_computes(case: str, tmp_path: Path) ->
     close(coder.encode(x), case, "activations")
     close(coder.reconstruct(x), case, "written")
     assert 0 < (coder.encode(x) != 0).float().mean() < 0.8  # both happen: on and off
+    if case == "gemma scope 2":
+        assert (coder.hook, coder.hook_out) == ("blocks.4.mlp.hook_in", "blocks.4.hook_mlp_out")
     assert (coder.hook_out is not None) == ("transcoder" in case or case == "gemma scope 2")
 
 
-@pytest.mark.parametrize("case", ONE)
+@pytest.mark.parametrize("case", [case for case in ONE if case != "sparsify transcoder"])
 def test_what_is_saved_is_read_back_equal(case: str, tmp_path: Path) -> None:
     coder = SparseCoder.load(unpacked(case, tmp_path / "a"), **given(case))
     again = SparseCoder.load(coder.save(tmp_path / "b"))
     for field in fields(SparseCoder):
         one, other = getattr(coder, field.name), getattr(again, field.name)
         assert torch.equal(one, other) if isinstance(one, Tensor) else one == other, field.name
+
+
+def test_sparsify_says_its_hook_points_by_the_folders_name(tmp_path: Path) -> None:
+    for case, name, hooks in (
+        ("sparsify", "layers.7", ("blocks.7.hook_resid_post", None)),
+        ("sparsify", "model.layers.7.mlp", ("blocks.7.mlp.hook_out", None)),
+        ("sparsify transcoder", "layers.7.mlp", ("blocks.7.mlp.hook_in", "blocks.7.mlp.hook_out")),
+    ):
+        coder = SparseCoder.load(unpacked(case, tmp_path / name))
+        assert (coder.hook, coder.hook_out) == hooks
+    with pytest.raises(InputError, match="does not say which hook point it reads: give hook="):
+        SparseCoder.load(unpacked("sparsify", tmp_path / "embed_tokens"))
 
 
 @pytest.mark.parametrize("case", SETS)
@@ -241,7 +257,9 @@ def renamed(file: str) -> Callable[[Path], None]:
         ("transcoder", changed(hook_head_index_out=1), "hook_head_index_out is 1, which is not"),
         ("standard", renamed("ae.pt"), "dictionary_learning's layout, a pickle; nothing is"),
         ("standard", renamed("hyperparams.json"), "is Llama Scope's layout, which is not read"),
-        ("standard", renamed("sae.safetensors"), "is sparsify's layout, which is not read"),
+        ("sparsify", changed(signed=True), "signed or groupmax activations are not understood"),
+        ("sparsify", changed(activation="groupmax"), "signed or groupmax activations are not"),
+        ("sparsify", changed(novelty=1), "cfg.json has novelty, not understood"),
         ("standard", renamed("latest_ckpt.safetensors"), "is a temporal coder, which reads other"),
         ("standard", renamed("README.md"), "holds no coder: it has README.md"),
     ],
