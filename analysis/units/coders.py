@@ -297,6 +297,6 @@ class SparseCoder:
 
         Raises:
             InputError: SAELens has no such coder (a transcoder that keeps the k largest).
-            StorageError: the files cannot be written.
+            StorageError: the files cannot be written, or other ones are there.
         """
         return write_saelens(self, Path(folder))

@@ -34,6 +34,9 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VERSION = "6.0.0"
 """Of SAELens: the layout that is written."""
 
+MAKER = {"made_by": "LensLRP"}
+"""In the files that are written: others are not replaced."""
+
 ARCHITECTURES: Mapping[str, tuple[str, ...]] = {
     "standard": ("b_enc",),
     "gated": ("b_gate", "b_mag", "r_mag"),
@@ -313,6 +316,7 @@ def write_saelens(coder: SparseCoder, folder: Path) -> Path:
         "normalize_activations": coder.normalization,
         "reshape_activations": "hook_z" if coder.heads == "all" else "none",
         "metadata": {
+            **MAKER,
             "sae_lens_version": VERSION,
             "hook_name": coder.hook,
             "hook_name_out": coder.hook_out,
@@ -322,8 +326,9 @@ def write_saelens(coder: SparseCoder, folder: Path) -> Path:
     config |= {} if coder.k is None else {"k": coder.k}
     config |= {} if coder.hook_out is None else {"d_out": coder.W_dec.shape[1]}
     folder.mkdir(parents=True, exist_ok=True)
-    with whole(folder / WEIGHTS) as path:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    with whole(folder / CONFIG) as path:
+    mark = MAKER["made_by"].encode()
+    with whole(folder / WEIGHTS, ours=mark) as path:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata=MAKER)
+    with whole(folder / CONFIG, ours=mark) as path:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lenslrp.analysis import CrossLayerCoder, SparseCoder
-from lenslrp.errors import InputError
+from lenslrp.errors import InputError, StorageError
 
 REFERENCE = Path(__file__).parents[2] / "reference"
 STORED = load_file(REFERENCE / "sparse_coders.safetensors")
@@ -354,3 +354,6 @@ def test_what_saelens_has_no_layout_for_is_not_written(tmp_path: Path) -> None:
             SparseCoder("x", **weights, **more).save(tmp_path)
     head = SparseCoder("blocks.0.attn.hook_z", **weights, heads=1)
     assert SparseCoder.load(head.save(tmp_path / "head")).heads == 1
+    assert head.save(tmp_path / "head") == tmp_path / "head"  # its own files are replaced
+    with pytest.raises(StorageError, match="exists and was not made by LensLRP"):
+        head.save(unpacked("standard", tmp_path / "others"))

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from lenslrp.analysis import Direction, Feature, Head, Neuron, SparseCoder, parse_unit
+from lenslrp.analysis.units.readers import searched_hooks
 from lenslrp.errors import InputError
 from tests.conformance import zoo
 
@@ -157,6 +158,19 @@ def test_coders_write_with_their_skip_and_their_scale() -> None:
         coder(heads=4).encode(z)
     with pytest.raises(InputError, match="normalization is 'l2', expected one of none, constant"):
         coder(normalization="l2")
+
+
+def test_a_feature_is_searched_with_its_coders_scale() -> None:
+    x, g = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    marks = set()
+    for changes in ({}, {"normalization": "layer_norm"}, {"subtract_b_dec": True}, {"k": 2}):
+        one = coder(**changes)
+        [site] = searched_hooks(one)
+        scale = x.std(dim=-1, keepdim=True) if "normalization" in changes else 1.0
+        expected = scale * one.encode(x) * (g @ one.W_dec.T)
+        torch.testing.assert_close(site.reader.relevance(x, g), expected)
+        marks.add(site.fingerprint)
+    assert len(marks) == 4  # a search is not resumed with another function of the same weights
 
 
 def test_a_feature_reads_its_encoder_and_writes_its_decoder() -> None:
