@@ -26,9 +26,9 @@ _STYLE = f"""<style>
 {card("lenslrp-card")}
 .lenslrp-card table{{border-collapse:collapse;font-size:.92em;margin:.5em 0 0;color:inherit;\
 background:none;font-variant-numeric:tabular-nums}}
-.lenslrp-card th,.lenslrp-card td{{text-align:left;padding:.2em 1em .2em 0;border:0;\
+.lenslrp-card th,.lenslrp-card td{{text-align:left;padding:.2em .6em;border:0;\
 border-bottom:1px solid var(--llrp-line);background:none;color:inherit;white-space:nowrap}}
-.lenslrp-card td.long{{white-space:normal;min-width:16em}}
+.lenslrp-card td.long{{white-space:normal;min-width:11em}}
 .lenslrp-card th.n,.lenslrp-card td.n{{text-align:right}}
 .lenslrp-card th,.lenslrp-card dt,.lenslrp-card .lenslrp-note{{color:var(--llrp-muted)}}
 .lenslrp-card dl{{display:flex;flex-wrap:wrap;gap:.3em 2em;margin:.5em 0 0}}
@@ -114,7 +114,7 @@ def _table(frame: pd.DataFrame, coloured: Collection[str]) -> str:
                 else ""
                 for v in values
             ]
-        look = ' class="n"' if number else ' class="long"' if max(map(len, cells)) > 60 else ""
+        look = ' class="n"' if number else ' class="long"' if max(map(len, cells)) > 20 else ""
         columns.append([f"<th{look}>{_text(str(name))}</th>"] + [
             f"<td{look}{colour}>{_text(cell)}</td>"
             for cell, colour in zip(cells, looks, strict=True)
