@@ -179,6 +179,10 @@ def test_a_feature_reads_its_encoder_and_writes_its_decoder() -> None:
     assert str(feature) == "blocks.0.hook_resid_post[sae 4]"
     assert torch.equal(feature.reads(model)["in"][0], feature.coder.W_enc[:, 4])
     assert torch.equal(feature.writes(model)["out"][0], feature.coder.W_dec[4])
+    with pytest.raises(
+        InputError, match="is of heads' values, which are not the residual stream's"
+    ):
+        Feature(coder(heads="all"), 4).writes(model)
     with pytest.raises(InputError, match="feature is 9, but sae has 0 to 8"):
         Feature(coder(), 9)
 
