@@ -118,8 +118,8 @@ class FeatureRelevance:
         return text.positions[row].tolist(), spelled[row]
 
     def __repr__(self) -> str:
-        sums = self.to_dataframe()[["features", "bias", "skip", "error"]].sum()
-        parts = ", ".join(f"{name} {value:.3f}" for name, value in sums.items())
+        named = ((name, getattr(self, name)) for name in ("features", "bias", "skip", "error"))
+        parts = ", ".join(f"{name} {float(part.sum()):.3f}" for name, part in named)
         return f"FeatureRelevance({self.coder.name}, {self.cache.target.text}: {parts})"
 
     def _repr_html_(self) -> str:

@@ -15,8 +15,8 @@ does not have are refused too.
 
 from __future__ import annotations
 
-import json
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lenslrp.analysis.units.saelens import CONFIG, WEIGHTS, Fields, read_saelens
+from lenslrp.analysis.units.saelens import CONFIG, WEIGHTS, Fields, json_of, read_saelens
 from lenslrp.errors import InputError, first_line
 
 REQUIRED = {"W_enc": 2, "b_enc": 1, "W_dec": 2, "b_dec": 1}
@@ -135,6 +135,10 @@ def read_coder(path: str | Path, given: Given) -> Fields:
     fields |= {key: getattr(given, key) for key in ("hook", "hook_out") if getattr(given, key)}
     if not fields.get("hook"):
         raise InputError(f"{path} does not say which hook point it reads: give hook=")
+    if fields.pop("transcodes", False) and not fields.get("hook_out"):
+        raise InputError(
+            f"{path} is a transcoder's and does not say which hook point it writes: give hook_out="
+        )
     return fields
 
 
@@ -154,10 +158,10 @@ def local(path: str | Path) -> Path:
     if match is None:
         raise InputError(f"no file {path}")
     inside = match["inside"]
-    patterns = None
-    if inside is not None:
-        beside = str(Path(inside).parent / "config.*")
-        patterns = [inside, f"{inside}/*", beside]
+    if inside is None:
+        patterns = ["*.safetensors", "*.npz", CONFIG, "config.*"]
+    else:
+        patterns = [inside, f"{inside}/*", str(Path(inside).parent / "config.*")]
     try:
         root = snapshot_download(match["repo"], revision=match["revision"], allow_patterns=patterns)
     except (OSError, ValueError) as error:
@@ -227,8 +231,11 @@ def gemma_scope(path: Path) -> Fields:
     Raises:
         InputError: tensors that are missing or not understood, or a coder of token embeddings.
     """
-    with np.load(path, allow_pickle=False) as file:
-        tensors = {name: torch.from_numpy(file[name]) for name in file.files}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            tensors = {name: torch.from_numpy(file[name]) for name in file.files}
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is not an .npz of numbers: {first_line(error)}") from error
     fields = checked(path, tensors, "threshold")
     where = path.as_posix()
     kind = re.search(r"gemma-scope-[\w.-]+-(res|mlp|att|transcoders)/", where)
@@ -244,7 +251,7 @@ def gemma_scope(path: Path) -> Fields:
 def _sparsify(path: Path, tensors: Mapping[str, Tensor]) -> Fields:
     """EleutherAI's folders, named for the module whose output, or whose two ends, they read."""
     config_path = path.parent / CONFIG
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config = json_of(config_path)
     unknown = sorted(set(config) - KEYS_OF_SPARSIFY)
     if unknown:
         raise InputError(f"{config_path} has {', '.join(unknown)}, not understood")
@@ -256,7 +263,7 @@ def _sparsify(path: Path, tensors: Mapping[str, Tensor]) -> Fields:
     fields = checked(path, {names.get(n, n): tensor for n, tensor in tensors.items()}, "W_skip")
     fields["W_enc"] = fields["W_enc"].T.contiguous()
     transcodes = bool(config.get("transcode"))
-    fields |= {"k": config["k"], "subtract_b_dec": not transcodes}
+    fields |= {"k": config["k"], "subtract_b_dec": not transcodes, "transcodes": transcodes}
     module = re.fullmatch(r"(?:model\.)?layers\.(\d+)\.?(.*)", path.parent.name)
     hooks = {} if module is None else HOOKS_OF_SPARSIFY.get((module[2], transcodes), {})
     return fields | {key: text.format(module and module[1]) for key, text in hooks.items()}
@@ -334,7 +341,7 @@ def _gemma_scope_2(path: Path, tensors: Mapping[str, Tensor]) -> Fields:
     config_path = path.parent / "config.json"
     if not config_path.is_file():
         return fields
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config = json_of(config_path)
     unknown = sorted(set(config) - KEYS_OF_GEMMA_SCOPE_2)
     if unknown:
         raise InputError(f"{config_path} has {', '.join(unknown)}, not understood")

@@ -81,14 +81,13 @@ def _files(path: str | Path, kind: str, pattern: str) -> tuple[Path, list[Path]]
     if config.get("model_kind", kind) != kind:
         raise InputError(f"{folder / 'config.yaml'}: model_kind is {config['model_kind']!r}, "
                          f"expected {kind!r}")  # fmt: skip
-    listed = config.get("transcoders")
-    if listed is None:
+    listed = config.get("transcoders") or []
+    if any(not isinstance(one, str) for one in listed):
+        raise InputError(f"{folder / 'config.yaml'}: transcoders is a list of files, a layer each")
+    files = [local(one if "://" in one else folder / one) for one in listed]
+    if not files:
         count = len(list(folder.glob(pattern.format("*"))))
         files = [folder / pattern.format(layer) for layer in range(count)]
-    else:  # before circuit-tracer 0.2 each was a mapping with its layer
-        if isinstance(listed[0], dict):
-            listed = [one["filepath"] for one in sorted(listed, key=lambda one: one["layer"])]
-        files = [local(one if "://" in one else folder / one) for one in listed]
     if not files:
         raise InputError(f"{folder} holds no {pattern.format('L')}, nor does config.yaml list any")
     return folder, files

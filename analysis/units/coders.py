@@ -104,6 +104,8 @@ class SparseCoder:
             raise InputError("subtract_b_dec is for autoencoders; this coder's widths differ")
         if self.k is not None and not 1 <= self.k <= features:
             raise InputError(f"k is {self.k}, expected 1 to {features} (the features)")
+        if self.W_skip is not None and self.hook_out is None:
+            raise InputError("W_skip is of transcoders: give hook_out, the hook point it writes")
         if self.normalization not in NORMALIZATIONS:
             known = ", ".join(NORMALIZATIONS)
             raise InputError(f"normalization is {self.normalization!r}, expected one of {known}")

@@ -119,7 +119,7 @@ class Config:
 def read_saelens(
     folder: Path, tensors: Mapping[str, Tensor], norm_scaling_factor: float | None
 ) -> Fields:
-    """The arguments of the `SparseCoder` that a folder holds.
+    """The arguments of the `SparseCoder` that a folder holds, and whether it ``transcodes``.
 
     Args:
         folder: with ``cfg.json``.
@@ -140,9 +140,7 @@ def read_saelens(
         raise config.refuse("apply_b_dec_to_input", True, "a transcoder's b_dec is of its output")
     normalization = _normalization(config, transcoder, norm_scaling_factor)
     k, rescale = config.take("k"), bool(config.take("rescale_acts_by_decoder_norm", False))
-    fields: Fields = {**_hooks(config), "subtract_b_dec": subtract}
-    if transcoder and fields["hook_out"] is None:
-        raise InputError(f"{config.path} is of a transcoder and has no hook_name_out")
+    fields: Fields = {**_hooks(config), "subtract_b_dec": subtract, "transcodes": transcoder}
     sizes = {key: config.take(key) for key in ("d_in", "d_sae", "d_out")}
     if config.left:
         raise InputError(
@@ -173,17 +171,27 @@ def read_saelens(
     return fields
 
 
-def _config(path: Path) -> Config:
-    """Today's keys of a ``cfg.json``: those before version 6 are renamed, defaults filled in."""
+def json_of(path: Path) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        InputError: something else in it.
+    """
     try:
-        cfg = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(cfg, dict):
+    if not isinstance(found, dict):
         raise InputError(f"{path} is not an object of JSON")
+    return found
+
+
+def _config(path: Path) -> Config:
+    """Today's keys of a ``cfg.json``: those before version 6 are renamed, defaults filled in."""
+    cfg = json_of(path)
     metadata = cfg.pop("metadata", None) or {}
     version = metadata.get("sae_lens_version") or cfg.get("sae_lens_version") or "0"
-    if not str(version).startswith(tuple("6789")):
+    if int(re.sub(r"\D.*", "", str(version)) or 0) < 6:
         cfg = {RENAMED.get(key, key): value for key, value in cfg.items()}
         if "hook_z" in (cfg.get("hook_name") or ""):
             cfg.setdefault("reshape_activations", "hook_z")
@@ -288,15 +296,15 @@ def _tensors(path: Path, architecture: str, given: Mapping[str, Tensor]) -> Fiel
 
 def write_saelens(coder: SparseCoder, folder: Path) -> Path:
     """See `SparseCoder.save`."""
-    limited, transcoder = coder.k is not None, coder.hook_out is not None
-    if (limited and (transcoder or coder.threshold is not None)) or (
-        (transcoder and coder.subtract_b_dec) or (not transcoder and coder.W_skip is not None)
+    transcodes = coder.hook_out is not None
+    if (coder.k is not None and (transcodes or coder.threshold is not None)) or (
+        transcodes and coder.subtract_b_dec
     ):
         raise InputError(
-            f"SAELens has no layout for {coder.name}: k beside a threshold or of a transcoder, "
-            "subtract_b_dec of a transcoder, or W_skip without hook_out"
+            f"SAELens has no layout for {coder.name}: k beside a threshold or of a transcoder, or "
+            "subtract_b_dec of a transcoder"
         )
-    if coder.hook_out is None:
+    if not transcodes:
         architecture = "standard" if coder.threshold is None else "jumprelu"
         architecture = architecture if coder.k is None else "topk"
     else:

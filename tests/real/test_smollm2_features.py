@@ -142,6 +142,21 @@ def test_relevance_under_the_plain_gradient_is_what_steering_does(
         assert logits[1.0] == plain
 
 
+def test_rows_of_a_padded_batch_are_as_alone(
+    model: TransformerBridge, coders: list[SparseCoder]
+) -> None:
+    prompts = [PROMPT, "Bread is baked from flour, water and"]
+    batch = feature_relevance(model, prompts, [" Paris", " salt"], coders[1])[0]
+    for row, (prompt, target) in enumerate(zip(prompts, [" Paris", " salt"], strict=True)):
+        alone = feature_relevance(model, prompt, target, coders[1])[0]
+        found, expected = batch.to_dataframe(row), alone.to_dataframe()
+        assert list(found["token"]) == list(expected["token"])
+        assert (found["position"] == expected["position"]).all()
+        for part in ("features", "bias", "error", "total"):
+            assert found[part].to_numpy() == pytest.approx(expected[part].to_numpy(), abs=1e-4)
+        assert batch.top(3, row)["token"].tolist() == alone.top(3)["token"].tolist()
+
+
 def test_what_has_no_features_is_refused(
     model: TransformerBridge, coders: list[SparseCoder]
 ) -> None:

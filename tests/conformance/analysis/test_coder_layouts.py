@@ -96,6 +96,9 @@ def test_sparsify_says_its_hook_points_by_the_folders_name(tmp_path: Path) -> No
         assert (coder.hook, coder.hook_out) == hooks
     with pytest.raises(InputError, match="does not say which hook point it reads: give hook="):
         SparseCoder.load(unpacked("sparsify", tmp_path / "embed_tokens"))
+    elsewhere = unpacked("sparsify transcoder", tmp_path / "layers.7.attn")
+    with pytest.raises(InputError, match="does not say which hook point it writes: give hook_out="):
+        SparseCoder.load(elsewhere, hook="blocks.7.attn.hook_in")
 
 
 @pytest.mark.parametrize("case", SETS)
@@ -215,6 +218,10 @@ def changed(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def not_json(folder: Path) -> None:
+    (folder / "cfg.json").write_text("{")
+
+
 def with_tensor(name: str, tensor: Tensor) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "sae_weights.safetensors"
@@ -253,8 +260,9 @@ def renamed(file: str) -> Callable[[Path], None]:
         ("topk", changed(k=None), "k is None, which is not understood: how many features"),
         ("before 6 topk", changed(activation_fn_kwargs={"k": 3, "signed": True}), "'signed': True"),
         ("transcoder", changed(apply_b_dec_to_input=True), "a transcoder's b_dec is of its output"),
-        ("transcoder", changed(metadata={"sae_lens_version": "6", "hook_name": "x"}), "no hook"),
+        ("transcoder", changed(metadata={"sae_lens_version": "6", "hook_name": "x"}), "hook_out="),
         ("transcoder", changed(hook_head_index_out=1), "hook_head_index_out is 1, which is not"),
+        ("standard", not_json, "cfg.json is not JSON"),
         ("standard", renamed("ae.pt"), "dictionary_learning's layout, a pickle; nothing is"),
         ("standard", renamed("hyperparams.json"), "is Llama Scope's layout, which is not read"),
         ("sparsify", changed(signed=True), "signed or groupmax activations are not understood"),
@@ -290,6 +298,7 @@ def test_other_layouts_refuse_what_they_do_not_know(tmp_path: Path) -> None:
         ("novelty: 1", "config.yaml has novelty, not understood"),
         ("model_kind: transcoder_set", "does not say feature_input_hook and feature_output_hook"),
         ("model_kind: [", "config.yaml cannot be read"),
+        ("transcoders: [{layer: 0}]", "transcoders is a list of files, a layer each"),
         ("model_kind: cross_layer_transcoder", "model_kind is 'cross_layer_transcoder', expected"),
     ):
         (tracer / "config.yaml").write_text(text)
@@ -303,6 +312,9 @@ def test_other_layouts_refuse_what_they_do_not_know(tmp_path: Path) -> None:
         InputError, match="a threshold is below 0, where features would be negative"
     ):
         SparseCoder.load_set(tracer)
+    (tmp_path / "params.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match="params.npz is not an .npz of numbers"):
+        SparseCoder.load(tmp_path / "params.npz", hook="x")
     embedding = unpacked("gemma scope", tmp_path / "gemma-scope-2b-pt-res" / "embedding" / "w")
     with pytest.raises(InputError, match="coders of the token embeddings are not read"):
         SparseCoder.load(embedding, hook="hook_embed")
@@ -348,7 +360,6 @@ def test_what_saelens_has_no_layout_for_is_not_written(tmp_path: Path) -> None:
         {"k": 2, "hook_out": "y"},
         {"k": 2, "threshold": torch.ones(6)},
         {"subtract_b_dec": True, "hook_out": "y"},
-        {"W_skip": torch.ones(4, 4)},
     ):
         with pytest.raises(InputError, match="SAELens has no layout for sae"):
             SparseCoder("x", **weights, **more).save(tmp_path)

@@ -156,6 +156,8 @@ def test_coders_write_with_their_skip_and_their_scale() -> None:
     torch.testing.assert_close(coder(heads="all").reconstruct(z), coder().reconstruct(x))
     with pytest.raises(InputError, match="sae reads head 4, blocks.0.hook_resid_post has 4"):
         coder(heads=4).encode(z)
+    with pytest.raises(InputError, match="W_skip is of transcoders: give hook_out"):
+        coder(W_skip=skip)
     with pytest.raises(InputError, match="normalization is 'l2', expected one of none, constant"):
         coder(normalization="l2")
 
