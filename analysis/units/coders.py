@@ -140,7 +140,7 @@ class SparseCoder:
         """The activations of all features. Differentiable; a normalization's scale is constant.
 
         Args:
-            x: as at ``hook``.
+            x: as at ``hook``. The result is of its type or the weights', whichever is wider.
 
         Raises:
             InputError: another width than the coder reads.
@@ -151,6 +151,7 @@ class SparseCoder:
                 f"{self.name} reads {self.W_enc.shape[0]} values a position, "
                 f"{self.hook} has {x.shape[-1]}"
             )
+        x = x.to(torch.promote_types(x.dtype, self.W_enc.dtype))
         if self.normalization != "none":
             mean, scale = self.normalizer(x)
             x = (x - mean) / scale
@@ -204,7 +205,7 @@ class SparseCoder:
             change: one value a position.
         """
         _, scale = self.denormalizer(self.flat(x))
-        step = change[..., None] * scale * self.W_dec[index].to(x)
+        step = (change[..., None] * scale * self.W_dec[index].to(change)).to(x)
         if self.heads is None or self.heads == "all":
             return x + step.reshape(x.shape)
         y = x.clone()

@@ -138,11 +138,9 @@ def searched_hooks(sites: Sites) -> list[SearchedHook]:
                     "features can be explained one by one, not searched"
                 )
             weights = (item.W_enc, item.b_enc, item.W_dec, item.b_dec, item.threshold)
-            told = {"b_dec": item.subtract_b_dec, "norm": item.normalization, "heads": item.heads}
-            unusual = [f" {k}={v}" for k, v in told.items() if v not in (False, "none", None)]
-            mark = _fingerprint(
-                [w for w in weights if w is not None], f"{item.k}{''.join(unusual)}"
-            )
+            how = (item.subtract_b_dec, item.normalization, item.heads)
+            extra = f"{item.k}" if how == (False, "none", None) else f"{item.k} {how}"
+            mark = _fingerprint([w for w in weights if w is not None], extra)
             searched.append(
                 SearchedHook(f"{item.hook}[{item.name}]", item.hook, FeatureReader(item), mark)
             )

@@ -135,6 +135,9 @@ def test_features_encode_as_their_coder_says() -> None:
     )
     torch.testing.assert_close(plain.decode(few), few @ plain.W_dec + plain.b_dec)
     assert torch.equal(Feature(plain, 4).activation(x), plain.encode(x)[..., 4])
+    half = x.bfloat16()  # a model in half precision does not round the coder's weights
+    assert torch.equal(jump.encode(half), jump.encode(half.float()))
+    assert jump.moved(half, 4, torch.ones(2, 5)).dtype == torch.bfloat16
 
 
 def test_coders_write_with_their_skip_and_their_scale() -> None:
