@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         bilrp,
     )
     from lenslrp.analysis.circuits import (
+        METRICS,
         TARGET,
         AttributionGraph,
         Circuit,

@@ -10,15 +10,17 @@ al. 2022), and subject-verb agreement, where the subject changes its number.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lenslrp.analysis.circuits.metrics import Metric, MetricFunction, logit_difference
+from lenslrp.analysis.circuits.readings import Reading, batch_of, metric_values
+from lenslrp.analysis.circuits.rows import PairRows
 from lenslrp.analysis.common.records import Record
 from lenslrp.analysis.common.templates import NOUNS, agreement, indirect_objects
 from lenslrp.batch import Batch
@@ -32,74 +34,30 @@ from lenslrp.text.tokenization import tokenize
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+PAIRS_AT_ONCE = 32
+"""How many pairs run at once."""
+
 PATCH_DIRECTIONS = ("denoising", "noising")
 """Clean activations patched into the corrupted run, or corrupted ones into the clean run."""
 
 
+_Side = TypeVar("_Side")
+
+
 @dataclass(frozen=True, eq=False)
-class Pairs:
-    """A batch of pairs; the two prompts of a pair have the same number of tokens.
+class Pairs(PairRows):
+    """A batch of pairs; see `from_texts`.
 
     Attributes:
         clean, corrupt: [pair, pos] token ids, padded on the right.
-        mask: [pair, pos], True where a token is real.
-        answers: [pair] token ids, what the clean prompts call for.
-        rivals: [pair] token ids, what the corrupted prompts call for: the incorrect answers.
+        mask: [pair, pos], True where a token is real: of both runs, or of the clean one where they
+            have different lengths.
+        answers: [pair] token ids, what the clean prompts call for; [pair, token] where some are of
+            several tokens, with -1 behind the shorter ones.
+        rivals: likewise, what the corrupted prompts call for: the incorrect answers.
+        corrupt_mask, counterpart: where lengths differ, the mask of the corrupted prompts, and for
+            each clean column [pair, pos] the corrupted one that corresponds to it, or -1.
     """
-
-    clean: Int[Tensor, "pair pos"]
-    corrupt: Int[Tensor, "pair pos"]
-    mask: Bool[Tensor, "pair pos"]
-    answers: Int[Tensor, " pair"]
-    rivals: Int[Tensor, " pair"]
-
-    @cached_property
-    def batch(self) -> Batch:
-        """The lengths of the rows, and where in each a position is."""
-        return Batch.of_mask(self.mask)
-
-    def __len__(self) -> int:
-        return len(self.answers)
-
-    def __getitem__(self, rows: slice | Tensor) -> Pairs:
-        """Some of the pairs, without the padding that they do not need."""
-        mask = self.mask[rows]
-        length = max(Batch.of_mask(mask).lengths, default=0)
-        return Pairs(
-            self.clean[rows, :length],
-            self.corrupt[rows, :length],
-            mask[:, :length],
-            self.answers[rows],
-            self.rivals[rows],
-        )
-
-    def chunks(self, size: int) -> Iterator[Pairs]:
-        """The pairs, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self[start : start + size]
-
-    def padded(
-        self, scores: Float[Tensor, "... pos unit"], only: Iterable[Any] = ()
-    ) -> Float[Tensor, "... longest unit"]:
-        """Scores of some of the pairs, by position, with the padding of all of them.
-
-        The padding is 0, or NaN where a node of `only` counts from the end.
-        """
-        missing = any((node.position or 0) < 0 for node in only)
-        beyond = (0, 0, 0, self.mask.shape[1] - scores.shape[-2])
-        return torch.nn.functional.pad(scores, beyond, value=torch.nan if missing else 0.0)
-
-    def put(self, scores: Float[Tensor, "pair pos"], position: int, values: Tensor) -> None:
-        """Write a value a pair at a position; a negative one counts from each prompt's end."""
-        if position < 0:
-            scores[self.batch.place(position)] = values
-        elif position < scores.shape[1]:
-            scores[:, position] = values
-
-    def repeated(self, copies: int) -> Pairs:
-        """The batch `copies` times, one after the other."""
-        mine = (self.clean, self.corrupt, self.mask, self.answers, self.rivals)
-        return Pairs(*(x.repeat(copies, *[1] * (x.ndim - 1)) for x in mine))
 
     def logit_difference(
         self, logits: Float[Tensor, "pair pos_or_one vocab"]
@@ -108,11 +66,17 @@ class Pairs:
 
         Args:
             logits: [pair, pos, vocab], or [pair, 1, vocab] of the last token only.
+
+        Raises:
+            InputError: answers of several tokens.
         """
-        rows = torch.arange(len(self), device=logits.device)
-        last = logits[:, 0] if logits.shape[1] == 1 else self.batch.picked(logits, -1)
-        answers, incorrect = self.answers.to(last.device), self.rivals.to(last.device)
-        return last[rows, answers] - last[rows, incorrect]
+        if self.answers.ndim == 2:
+            raise InputError(
+                "answers of several tokens have no logits at one token: their metrics are those of "
+                "score_nodes, score_edges and verify"
+            )
+        last = logits if logits.shape[1] == 1 else self.batch.picked(logits, -1)[:, None]
+        return logit_difference(last, self)
 
     gap = logit_difference  # its name in 0.1
 
@@ -127,6 +91,45 @@ class Pairs:
     def text(self, outputs: Outputs) -> str:
         """The target in words."""
         return "logit of the answer minus logit of the incorrect answer at the last token"
+
+    def measured(
+        self,
+        model: TransformerBridge,
+        metric: str | Metric | MetricFunction = "logit_difference",
+        *,
+        side: str = "clean",
+        chunk: int = PAIRS_AT_ONCE,
+    ) -> Float[Tensor, " pair"]:
+        """The metric of every pair in one of the two runs, by a forward pass.
+
+        Args:
+            model: a `TransformerBridge`.
+            metric: as for `score_nodes`.
+            side: `"clean"` or `"corrupt"`.
+            chunk: how many pairs run at once.
+
+        Raises:
+            InputError: no such metric.
+        """
+        reading = Reading.of(self, metric)
+        values = []
+        for part in reading.chunks(chunk):
+            rows = part.beside_clean(model).seen_from(side)
+            batch = batch_of(model, getattr(rows, side), rows)
+            values.append(metric_values(model, batch, rows))
+        return reading.folded(torch.cat(values))
+
+    def correct(self, model: TransformerBridge, *, both: bool = False) -> Bool[Tensor, " pair"]:
+        """Whether the clean run prefers the answer to the incorrect one, pair by pair.
+
+        Accuracy is its mean, and `pairs[pairs.correct(model)]` are the pairs that the model does.
+
+        Args:
+            model: a `TransformerBridge`.
+            both: and the corrupted run the incorrect answer to the answer.
+        """
+        correct = self.measured(model) > 0
+        return correct & (self.measured(model, side="corrupt") < 0) if both else correct
 
     @classmethod
     def from_texts(
@@ -198,7 +201,7 @@ class Pairs:
         )
 
 
-def ordered(direction: str, corrupt: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+def ordered(direction: str, corrupt: _Side, clean: _Side) -> tuple[_Side, _Side]:
     """Which run is the base, and which the other one, whose activations are patched in.
 
     Takes the corrupted and the clean one and returns base and other; and back: base and other as

@@ -330,7 +330,7 @@ def test_what_cannot_be_asked_is_refused_by_name() -> None:
         with pytest.raises(InputError, match=text):
             score_edges(model, pairs, **given)
 
-    refuses("one of relevance, attribution, exact, not 'guess'", method="guess")
+    refuses("one of relevance, attribution, integrated, exact, not 'guess'", method="guess")
     refuses("one of denoising, noising, not 'both'", direction="both")
     refuses("composite is for method='relevance'", method="attribution", composite=RelP())
     refuses("only says which edges", method="exact")

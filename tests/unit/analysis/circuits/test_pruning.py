@@ -14,13 +14,13 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslrp import InputError
+from lenslrp.analysis.circuits.curves import faithfulness_curve
 from lenslrp.analysis.circuits.figures import faithfulness_curves, head_scores
 from lenslrp.analysis.circuits.nodes import Node
 from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.circuits.pruning import (
     Circuit,
     completeness,
-    faithfulness_curve,
     mean_activations,
     minimality,
     prune,
@@ -205,7 +205,7 @@ def test_verify_says_where_there_is_no_task() -> None:
 
 
 def test_a_task_that_is_done_is_passed_over_in_silence() -> None:
-    model, pairs, scores = scored()
+    model, pairs = tiny("llama"), some_pairs()
     rows, last = torch.arange(len(pairs)), pairs.mask.sum(dim=1) - 1
     with torch.no_grad():
         clean, corrupt = (model(side)[rows, last] for side in (pairs.clean, pairs.corrupt))
@@ -215,4 +215,5 @@ def test_a_task_that_is_done_is_passed_over_in_silence() -> None:
     done = replace(pairs, answers=answers, rivals=rivals)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert verify(model, done, [prune(scores, 0.5)]).solved == 1
+        circuit = prune(score_nodes(model, done), 0.5)
+        assert verify(model, done, [circuit]).solved == 1
