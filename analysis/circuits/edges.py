@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import pandas as pd
 import torch
@@ -38,6 +38,7 @@ from lenslrp.analysis.circuits.edge_methods import (
     exact_scores,
     integrated_scores,
 )
+from lenslrp.analysis.circuits.files import Saved
 from lenslrp.analysis.circuits.metrics import Metric, MetricFunction
 from lenslrp.analysis.circuits.node_methods import answered, require_slope
 from lenslrp.analysis.circuits.nodes import (
@@ -72,7 +73,7 @@ SEQUENCES_AT_ONCE = 64
 
 
 @dataclass(frozen=True, eq=False)
-class EdgeScores:
+class EdgeScores(Saved):
     """What each edge does to a metric, estimated or exact, in the metric's unit.
 
     Attributes:
@@ -87,6 +88,11 @@ class EdgeScores:
         correct: [pair], whether the clean run prefers the answer to the incorrect one.
         metric: its name.
     """
+
+    made_from: ClassVar = {
+        "passes": lambda count: PassCount(**count),
+        "into": lambda nodes: tuple(Node(**node) for node in nodes),
+    }
 
     method: str
     direction: str

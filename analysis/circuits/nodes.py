@@ -229,7 +229,9 @@ class Runs:
         batch = batch_of(self.model, tokens, pairs)
         return read_units(self.model, batch, pairs, self.hooks, **options)
 
-    def exchanged(self, other: Units, base: Units) -> Units:
+    def exchanged(
+        self, other: Float[Tensor, "pair pos_other unit feature"], base: Units
+    ) -> Units:
         """Activations of the other run at the base run's positions.
 
         A token that nothing in the other run corresponds to keeps those that it has.

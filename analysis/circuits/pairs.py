@@ -1,4 +1,4 @@
-"""Clean and corrupted prompts of equal length that call for opposite answers.
+"""Clean and corrupted prompts that call for opposite answers.
 
 A circuit is found by what differs between two runs: the clean prompt calls for an answer, the
 corrupted one, changed in one word, for another, which is incorrect for the clean prompt. What is
@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lenslrp.analysis.circuits.alignment import counterparts
+from lenslrp.analysis.circuits.files import Saved
 from lenslrp.analysis.circuits.metrics import Metric, MetricFunction, logit_difference
 from lenslrp.analysis.circuits.readings import Reading, batch_of, metric_values
 from lenslrp.analysis.circuits.rows import PairRows
@@ -28,7 +30,7 @@ from lenslrp.errors import InputError
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.logits import Outputs
 from lenslrp.media import labels_of
-from lenslrp.text.names import Token, token_id
+from lenslrp.text.names import Token, token_id, token_ids
 from lenslrp.text.tokenization import tokenize
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ _Side = TypeVar("_Side")
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs(PairRows):
+class Pairs(Saved, PairRows):
     """A batch of pairs; see `from_texts`.
 
     Attributes:
@@ -141,6 +143,8 @@ class Pairs(PairRows):
         rivals: Sequence[Token],
         *,
         prepend_bos: bool | None = None,
+        align: str | None = None,
+        several_tokens: bool = False,
     ) -> Pairs:
         """Pairs from prompts.
 
@@ -150,11 +154,15 @@ class Pairs(PairRows):
             answers, rivals: the answer and the incorrect answer of each pair: single tokens, as
                 strings (with their space) or ids.
             prepend_bos: `None` is the model's own default.
+            align: which tokens correspond where the prompts of a pair have different numbers of
+                them: `"span"` (one stretch differs; in it, from its end) or `"words"` (word by
+                word; in a word, from its end). `None` refuses such pairs.
+            several_tokens: take answers of several tokens, which are teacher-forced.
 
         Raises:
             InputError: lists of different lengths, none at all, a pair whose prompts differ in
-                length or not at all, an answer that is not one token or is the incorrect one, an
-                encoder-decoder.
+                length (and `align` does not say how) or not at all, an answer that is not one
+                token or is the incorrect one, an encoder-decoder.
 
         Examples:
             >>> pairs = Pairs.from_texts(
@@ -175,30 +183,51 @@ class Pairs(PairRows):
         if len(set(counts)) > 1 or counts[0] == 0:
             raise InputError(f"a pair has one of each; got {counts} prompts, answers and rivals")
         rows = [[tokenize(model, t, prepend_bos) for t in texts] for texts in (clean, corrupt)]
+        places = []
         for index, (a, b) in enumerate(zip(*rows, strict=True)):
-            if len(a) != len(b):
-                raise InputError(
-                    f"pair {index}: the prompts have {len(a)} and {len(b)} tokens, and must have "
-                    "the same number, so that positions correspond"
-                )
+            try:
+                places.append(counterparts(a, b, align, model.tokenizer))
+            except InputError as error:
+                raise InputError(f"pair {index}: {error}") from error
             if a == b:
                 raise InputError(f"pair {index}: the two prompts are the same: {clean[index]!r}")
-        vocabulary, tokenizer = int(model.cfg.d_vocab), model.tokenizer
-        ids = [[token_id(tokenizer, t, vocabulary) for t in tokens] for tokens in (answers, rivals)]
+        ids = [
+            [_answer(model, token, several_tokens) for token in tokens]
+            for tokens in (answers, rivals)
+        ]
         for index, (answer, incorrect) in enumerate(zip(*ids, strict=True)):
             if answer == incorrect:
                 raise InputError(
                     f"pair {index}: {answers[index]!r} is both the answer and the incorrect one, "
                     "whose logits do not differ"
                 )
-        clean_batch, corrupted_batch = (Batch.of_rows(side) for side in rows)
+        sides = [Batch.of_rows(side) for side in rows]
+        both = Batch.of_rows([*ids[0], *ids[1]], pad=-1).tokens
+        both = both[:, 0] if both.shape[1] == 1 else both
+        aligned = {}
+        if not torch.equal(sides[0].mask, sides[1].mask):
+            aligned = {
+                "corrupt_mask": sides[1].mask,
+                "counterpart": Batch.of_rows(places, pad=-1).tokens,
+            }
         return cls(
-            clean_batch.tokens,
-            corrupted_batch.tokens,
-            clean_batch.mask,
-            torch.tensor(ids[0]),
-            torch.tensor(ids[1]),
+            sides[0].tokens, sides[1].tokens, sides[0].mask, *both.split(len(rows[0])), **aligned
         )
+
+
+def _answer(model: TransformerBridge, token: Token, several_tokens: bool) -> list[int]:
+    """The ids of an answer.
+
+    Raises:
+        InputError: several tokens that were not asked for, or no token.
+    """
+    ids = token_ids(model.tokenizer, token) if isinstance(token, str) else []
+    if len(ids) > 1 and not several_tokens:
+        raise InputError(
+            f"{token!r} is {len(ids)} tokens: give one token, or several_tokens=True for the "
+            "log-probability of all of them"
+        )
+    return ids if len(ids) > 1 else [token_id(model.tokenizer, token, int(model.cfg.d_vocab))]
 
 
 def ordered(direction: str, corrupt: _Side, clean: _Side) -> tuple[_Side, _Side]:

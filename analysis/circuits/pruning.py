@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lenslrp.analysis.circuits.ablation import ablated, mean_activations
+from lenslrp.analysis.circuits.files import Saved
 from lenslrp.analysis.circuits.metrics import Metric, MetricFunction
 from lenslrp.analysis.circuits.nodes import Node, read_units
 from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Circuit:
+class Circuit(Saved):
     """Some of the nodes of some component classes.
 
     Attributes:
@@ -181,7 +182,7 @@ def _numbers(
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
+class Verdict(Saved):
     """What circuits do when all else is ablated; a metric, [pair] each.
 
     Attributes:

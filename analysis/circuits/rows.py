@@ -34,11 +34,11 @@ class PairRows:
 
     clean: Int[Tensor, "pair pos"]
     corrupt: Int[Tensor, "pair pos_corrupt"]
-    mask: Bool[Tensor, "pair pos"]
+    mask: Bool[Tensor, "pair seen"]
     answers: Int[Tensor, " pair"] | Int[Tensor, "pair token"]
     rivals: Int[Tensor, " pair"] | Int[Tensor, "pair token"]
     corrupt_mask: Bool[Tensor, "pair pos_corrupt"] | None = None
-    counterpart: Int[Tensor, "pair pos"] | None = None
+    counterpart: Int[Tensor, "pair seen"] | None = None
 
     @cached_property
     def batch(self) -> Batch:

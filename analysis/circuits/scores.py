@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lenslrp.analysis.circuits.files import Saved
 from lenslrp.analysis.circuits.metrics import Metric, MetricFunction
 from lenslrp.analysis.circuits.node_methods import NODE_METHODS, Scorer, answered, require_slope
 from lenslrp.analysis.circuits.nodes import (
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class NodeScores:
+class NodeScores(Saved):
     """What each node does to a metric, estimated or exact, in the metric's unit.
 
     Attributes:
@@ -66,6 +67,8 @@ class NodeScores:
         correct: [pair], whether the clean run prefers the answer to the incorrect one.
         metric: its name.
     """
+
+    made_from: ClassVar = {"passes": lambda count: PassCount(**count)}
 
     method: str
     direction: str
