@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs, batch_of
 from lenslrp.analysis.circuits.nodes import COMPONENTS, Units, as_units, read_units
 from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs
-from lenslrp.analysis.circuits.readings import Reading, batch_of
 from lenslrp.edits import Edit
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def mean_activations(
     """
     sums: dict[str, Tensor] = {}
     tokens_seen = 0
-    for part in Reading.of(pairs, "logit_difference").chunks(chunk):
+    for part in MeasuredPairs.of(pairs, "logit_difference").chunks(chunk):
         for side in ("clean", "corrupt"):
             rows = part.seen_from(side)
             batch = batch_of(model, getattr(rows, side), rows)

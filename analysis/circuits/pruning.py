@@ -23,11 +23,12 @@ from torch import Tensor
 
 from lenslrp.analysis.circuits.ablation import ablated, mean_activations
 from lenslrp.analysis.circuits.files import Saved
+from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs, batch_of, metric_values
 from lenslrp.analysis.circuits.metrics import Metric, MetricFunction
+from lenslrp.analysis.circuits.node_methods import answered
 from lenslrp.analysis.circuits.nodes import Node, read_units
 from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs
-from lenslrp.analysis.circuits.readings import Reading, batch_of, metric_values
-from lenslrp.analysis.circuits.scores import NodeScores, answered
+from lenslrp.analysis.circuits.scores import NodeScores
 from lenslrp.analysis.circuits.solved import TaskWarning, warn_of_failures
 from lenslrp.analysis.common.statistics import RESAMPLES
 from lenslrp.analysis.passes.problems import PassCount
@@ -152,7 +153,8 @@ def prune(
         hooks = [hook for hook, other in scores.components.items() if other == name]
         parts = kept.split([scores.values[hook].shape[-1] for hook in hooks])
         keep.update(zip(hooks, parts, strict=True))
-    warn_of_failures(scores.correct)
+    if scores.correct is not None:
+        warn_of_failures(scores.correct)
     placed = {hook: name for hook, name in scores.components.items() if hook in keep}
     return Circuit(placed, {hook: keep[hook] for hook in placed})
 
@@ -167,17 +169,17 @@ def _numbers(
     Raises:
         InputError: shares or numbers out of range, or not of these classes.
     """
-    given = share if nodes is None else nodes
+    given: Any = share if nodes is None else nodes
     amounts = given if isinstance(given, Mapping) else dict.fromkeys(sizes, given)
+    most = dict.fromkeys(sizes, 1) if nodes is None else sizes
+    if set(amounts) != set(sizes) or not all(0 <= amounts[n] <= most[n] for n in sizes):
+        if nodes is None:
+            names = ", ".join(sizes)
+            raise InputError(f"share must be from 0 to 1 for each of {names}, not {share!r}")
+        limits = ", ".join(f"{size} of {name}" for name, size in sizes.items())
+        raise InputError(f"nodes must be from 0 to {limits}, not {nodes!r}")
     if nodes is None:
-        if set(amounts) != set(sizes) or not all(0 <= s <= 1 for s in amounts.values()):
-            raise InputError(
-                f"share must be from 0 to 1 for each of {', '.join(sizes)}, not {share!r}"
-            )
         return {name: int(amounts[name] * size) for name, size in sizes.items()}
-    if set(amounts) != set(sizes) or not all(0 <= amounts[n] <= s for n, s in sizes.items()):
-        most = ", ".join(f"{size} of {name}" for name, size in sizes.items())
-        raise InputError(f"nodes must be from 0 to {most}, not {nodes!r}")
     return dict(amounts)
 
 
@@ -275,8 +277,8 @@ def verify(
         means = {hook: mean[None, None] for hook, mean in by_unit.items()}
     elif reference is not None:
         raise InputError("reference is what means are taken over: it goes with ablation='mean'")
-    reading = Reading.of(pairs, metric)
-    if ablation == "corrupt" and reading.counterpart is not None:
+    measured = MeasuredPairs.of(pairs, metric)
+    if ablation == "corrupt" and measured.counterpart is not None:
         raise InputError(
             "the prompts of these pairs have different numbers of tokens, so not every token of "
             "the clean run has activations in the corrupted one: give ablation='mean'"
@@ -284,7 +286,7 @@ def verify(
     nothing = {hook: torch.zeros_like(keep) for hook, keep in circuits[0].keep.items()}
     clean, floor, kept = [], [], []
     with unchanged(model):
-        for part in reading.chunks(chunk):
+        for part in measured.chunks(chunk):
             part = part.beside_clean(model)
             batch, instead = batch_of(model, part.clean, part), means
             run = partial(metric_values, model, batch, part)
@@ -297,9 +299,9 @@ def verify(
                 floor.append(run(edits=ablated(components, nothing, instead)))
             tried = [run(edits=ablated(components, each.keep, instead)) for each in circuits]
             kept.append(torch.stack(tried, dim=1))
-    whole, base, gaps = (reading.folded(torch.cat(rows)) for rows in (clean, floor, kept))
-    correct = answered(model, pairs, reading.metric, whole, PassCount())
-    verdict = Verdict(whole, base, gaps.T, correct, reading.metric.name)
+    whole, base, gaps = (measured.folded(torch.cat(rows)) for rows in (clean, floor, kept))
+    correct = answered(model, pairs, measured.metric, whole, PassCount())
+    verdict = Verdict(whole, base, gaps.T, correct, measured.metric.name)
     _require_task(verdict)
     return verdict
 
