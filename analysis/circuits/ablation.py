@@ -7,11 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs, batch_of
-from lenslrp.analysis.circuits.nodes import COMPONENTS, Units, as_units, read_units
+from lenslrp.analysis.circuits.nodes import COMPONENTS, as_units, read_units
 from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs
 from lenslrp.edits import Edit
 
@@ -45,8 +45,8 @@ def mean_activations(
 
 def ablated(
     components: Mapping[str, str],
-    keep: Mapping[str, Bool[Tensor, " unit"]],
-    instead: Mapping[str, Units],
+    keep: Mapping[str, Tensor],
+    instead: Mapping[str, Tensor],
 ) -> list[Edit]:
     """Every node outside a circuit, set to what `instead` holds.
 
