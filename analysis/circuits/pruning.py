@@ -131,6 +131,8 @@ def prune(
     if (share is None) == (nodes is None):
         raise InputError("give a share of the nodes or a number of nodes")
     names = list(dict.fromkeys(scores.components.values() if components is None else components))
+    if not names:
+        raise InputError("a circuit is of one component class or more; no components were given")
     means = {name: scores.of(name).mean(dim=0).cpu() for name in names}
     for name, mean in means.items():
         if bool(mean.isnan().any()):
