@@ -1,8 +1,8 @@
 """What passes along each edge of a circuit: from one node's output straight to another's.
 
-The effect of an edge `u -> d` is what a metric gains when `d`, and it alone, is computed from `u` as
-`u` is in the other run: along the residual stream and through norms, past every other node. As for
-nodes (`lenslrp.analysis.circuits.scores`) it is estimated by activation difference times
+The effect of an edge `u -> d` is what a metric gains when `d`, and it alone, is computed from `u`
+as `u` is in the other run: along the residual stream and through norms, past every other node. As
+for nodes (`lenslrp.analysis.circuits.scores`) it is estimated by activation difference times
 coefficient, or measured:
 
 * **relevance patching** and **attribution patching** (Syed et al. 2023): the coefficient is that of
