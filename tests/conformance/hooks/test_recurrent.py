@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -206,6 +207,92 @@ def test_a_prompt_of_one_token(name: str) -> None:
     model = zoo.build(name)
     _, cache = lenslrp.run_with_relevance(model, tokens(1, 1), 5, names_filter=[])
     assert cache.ledger().imbalance < 1e-6
+
+
+def call_on(model: Any, ids: Tensor, **cache: Any) -> Tensor:
+    """Logits of the last of ``ids``, called as generation does; ``cache`` as the model takes it."""
+    place = torch.full((len(ids), 1), ids.shape[1] - 1)
+    places = (
+        {"position_ids": place} if "RecurrentGemma" in type(model.original_model).__name__ else {}
+    )
+    out = model.original_model(ids[:, -1:], use_cache=True, **places, **cache)
+    return out.logits[:, -1]
+
+
+@pytest.mark.parametrize("name", list(MIXERS))
+@pytest.mark.parametrize("left", [1, 2])
+def test_going_on_from_a_cache_is_refused_by_name(name: str, left: int) -> None:
+    """transformers scans a single token with other functions, from a state that has no graph."""
+    model, ids = zoo.build(name), tokens()
+    with torch.no_grad():
+        out = model.original_model(ids[:, :-left], use_cache=True)
+    given = {k: out[k] for k in ("cache_params", "past_key_values", "state") if k in out}
+    path = scans.mixers(components(model))[0][0]
+    said = rf"{path}: \w+ is given a cache, and what it holds of earlier tokens is out of reach of "
+    with pytest.raises(lenslrp.InputError, match=said):
+        if given:
+            lenslrp.run_with_relevance(model, ids[:, -left:], 5, model_kwargs=given)
+        else:  # RecurrentGemma, which keeps its state itself
+            with lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
+                call_on(model, ids)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_generating_under_rules_goes_on_from_a_cache(name: str) -> None:
+    model, ids = zoo.build(name), tokens()
+    logits = []
+    for rules in (nullcontext(), lenslrp.relevance_rules(model, lenslrp.AttnLRP())):
+        with torch.no_grad(), rules:
+            out = model.original_model(ids[:, :-1], use_cache=True)
+            given = {k: out[k] for k in ("cache_params", "past_key_values", "state") if k in out}
+            logits.append(call_on(model, ids, **given))
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("name", [*MIXERS, "DeepseekV4ForCausalLM"])
+def test_recomputing_each_block_changes_nothing(name: str) -> None:
+    model = zoo.build(name)
+    composite = lenslrp.AttnLRP(recurrence="uniform")
+    kept, again = (
+        lenslrp.run_with_relevance(model, tokens(), 5, composite, checkpoint=checkpoint)
+        for checkpoint in (False, True)
+    )
+    assert torch.equal(kept[0], again[0])
+    assert list(kept[1].keys()) == list(again[1].keys())
+    assert all(torch.equal(kept[1][hook], again[1][hook]) for hook in kept[1].keys())
+    assert again[1].ledger().table.equals(kept[1].ledger().table)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_recomputing_each_block_holds_less(name: str) -> None:
+    name = name.replace("Qwen3Next", "Qwen3_5")  # torch's grouped product asks for larger experts
+
+    def held(checkpoint: bool) -> int:
+        return lenslrp.survey(
+            zoo.config(name), length=16, dtype=torch.bfloat16, checkpoint=checkpoint,
+            names_filter=[], logits="target",
+        ).held  # fmt: skip
+
+    assert held(True) < 0.4 * held(False)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("choice", ["constant", "uniform"])
+def test_a_session_runs_each_pass_once(name: str, choice: Any) -> None:
+    """Writes into views, which scans are full of, are told by the rules: nobody has to observe."""
+    model = zoo.build(name)
+    with lenslrp.session(model, lenslrp.AttnLRP(recurrence=choice)) as s:
+        s.run_with_relevance(tokens(), 5)
+        passes: list[int] = []
+        handle = model.original_model.register_forward_hook(lambda *_: passes.append(0))
+        s.run_with_relevance(tokens(seed=1), 5)
+        handle.remove()
+    assert len(passes) == 1
+    last: list[Tensor] = []  # below a soft-cap on the logits
+    model.ln_final.hook_out.register_forward_hook(lambda _, args, y: last.append(y))
+    with lenslrp.relevance_rules(model, lenslrp.AttnLRP(recurrence=choice)) as rules:
+        model(tokens(), use_cache=False)
+        rules.verify(*last)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
