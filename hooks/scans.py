@@ -191,7 +191,7 @@ def require_whole_text(
 
 
 def _goes_on(mixer: Any, bridged: bool, args: tuple[Any, ...], kwargs: Any) -> bool:
-    """Whether a mixer is given the state of earlier tokens, or a cache that leads past the rules."""
+    """Whether a mixer is given the state of earlier tokens, or a cache that leads past rules."""
     if type(mixer).__name__ in SCAN_MODULES:  # keeps the state itself; a text begins at 0
         return mixer.recurrent_states is not None and bool(args[1][:, 0].any())
     given = inspect.signature(type(mixer).forward).bind_partial(mixer, *args, **kwargs).arguments

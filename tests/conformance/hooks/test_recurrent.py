@@ -6,6 +6,7 @@ undoing of every family in tests/conformance/models/test_zoo.py.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -33,7 +34,7 @@ from lenslrp.hooks.structure import components
 from lenslrp.targets import Activation
 from tests.conformance import zoo
 from tests.conformance.families import tokens
-from tests.conformance.hooks.test_mutation import mutate, sites
+from tests.conformance.hooks.test_mutation import Key, mutate, sites
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -73,6 +74,7 @@ ONE_OF_EACH = (  # of each kind of scan, and of what stands around it
     "RecurrentGemmaForCausalLM",
     "RwkvForCausalLM",
 )
+STREAMS = ("DeepseekV4ForCausalLM", "Gemma3nForConditionalGeneration")
 ROLES = {"recurrence", "recurrence_gate", "attention_gate", "norm", "activation"}
 
 
@@ -229,12 +231,13 @@ def test_going_on_from_a_cache_is_refused_by_name(name: str, left: int) -> None:
     given = {k: out[k] for k in ("cache_params", "past_key_values", "state") if k in out}
     path = scans.mixers(components(model))[0][0]
     said = rf"{path}: \w+ is given a cache, and what it holds of earlier tokens is out of reach of "
-    with pytest.raises(lenslrp.InputError, match=said):
-        if given:
+    if given:
+        with pytest.raises(lenslrp.InputError, match=said):
             lenslrp.run_with_relevance(model, ids[:, -left:], 5, model_kwargs=given)
-        else:  # RecurrentGemma, which keeps its state itself
-            with lenslrp.relevance_rules(model, lenslrp.AttnLRP()):
-                call_on(model, ids)
+        return
+    rules = lenslrp.relevance_rules(model, lenslrp.AttnLRP())
+    with rules, pytest.raises(lenslrp.InputError, match=said):  # RecurrentGemma keeps its state
+        call_on(model, ids)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -259,7 +262,7 @@ def test_recomputing_each_block_changes_nothing(name: str) -> None:
     )
     assert torch.equal(kept[0], again[0])
     assert list(kept[1].keys()) == list(again[1].keys())
-    assert all(torch.equal(kept[1][hook], again[1][hook]) for hook in kept[1].keys())
+    assert all(torch.equal(kept[1][hook], again[1][hook]) for hook in kept[1])
     assert again[1].ledger().table.equals(kept[1].ledger().table)
 
 
@@ -295,16 +298,29 @@ def test_a_session_runs_each_pass_once(name: str, choice: Any) -> None:
         rules.verify(*last)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-@pytest.mark.parametrize("choice", ["AttnLRP", "uniform"])
-def test_forgetting_any_one_rule_is_noticed(name: str, choice: str) -> None:
+def recurrent_sites(model: Any, composite: Any) -> list[Key]:
+    """Where rules of recurrent mixers sit, of what stands around them, and of mixed streams."""
+    parts = components(model)
+    recurrent = {path for path, _ in scans.mixers(parts)}
+    recurrent |= {p for p, m in parts if gated_norms.is_gated_norm(m)}
+    recurrent |= {p for p, m in parts if type(m).__name__ == "RwkvFeedForward"}
+    recurrent |= {p for p, m in parts if "RecurrentBlock" in type(m).__name__}
+    return [
+        (hook, role)
+        for hook, role in sites(model, composite)
+        if (hook in recurrent and role in ROLES) or role == "recurrence"
+    ]
+
+
+CHOSEN = ("constant", "uniform")
+
+
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, *STREAMS])
+@pytest.mark.parametrize("choice", CHOSEN)
+def test_forgetting_any_one_rule_is_noticed(name: str, choice: Any) -> None:
     model = zoo.build(name)
-    composite = lenslrp.AttnLRP(recurrence="uniform" if choice == "uniform" else "constant")
-    recurrent = {path for path, _ in scans.mixers(components(model))}
-    recurrent |= {p for p, m in components(model) if gated_norms.is_gated_norm(m)}
-    recurrent |= {p for p, m in components(model) if type(m).__name__ == "RwkvFeedForward"}
-    recurrent |= {p for p, m in components(model) if "RecurrentBlock" in type(m).__name__}
-    keys = [key for key in sites(model, composite) if key[0] in recurrent and key[1] in ROLES]
+    composite = lenslrp.AttnLRP(recurrence=choice)
+    keys = recurrent_sites(model, composite)
     assert keys
     for key in keys:
         assert "no rule for" in mutate(model, composite, key), key
@@ -327,6 +343,7 @@ def ungated(patch: pytest.MonkeyPatch) -> None:
 
 
 def unactivated(patch: pytest.MonkeyPatch) -> None:
+    """An activation around the scan is called as it is."""
     patch.setattr(
         recurrence.RecurrenceIntercept, "activation", lambda self, act, x, **options: act(x)
     )
@@ -351,6 +368,11 @@ def live_scale(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def unmetered(patch: pytest.MonkeyPatch) -> None:
+    """What the bias of the short convolution takes is not measured."""
+    patch.setattr(recurrence, "measure_bias", lambda *args: None)
+
+
 DAMAGES: tuple[tuple[Callable[[pytest.MonkeyPatch], None], str, str], ...] = (
     (unruled, "MambaForCausalLM", "constant"),
     (unruled, "Mamba2ForCausalLM", "constant"),
@@ -363,20 +385,27 @@ DAMAGES: tuple[tuple[Callable[[pytest.MonkeyPatch], None], str, str], ...] = (
     (open_region, "RecurrentGemmaForCausalLM", "uniform"),
     (closed_region, "Mamba2ForCausalLM", "uniform"),
     (closed_region, "Mamba2ForCausalLM", "constant"),
+    (unmetered, "MambaForCausalLM", "constant"),
     (live_scale, "Mamba2ForCausalLM", "constant"),
     (live_scale, "Qwen3NextForCausalLM", "constant"),
 )
+
+
+def noticed(damage: Callable[[pytest.MonkeyPatch], None], name: str, choice: Any) -> str:
+    """What a run says where a part of a rule is forgotten; fails if it says nothing."""
+    model = zoo.build(name)
+    with pytest.MonkeyPatch.context() as patch:
+        damage(patch)
+        with pytest.raises(lenslrp.CoverageError) as caught:
+            explain(model, composite=lenslrp.AttnLRP(recurrence=choice))
+    return str(caught.value).split(". ")[0].partition(": ")[2]
 
 
 @pytest.mark.parametrize(("damage", "name", "choice"), DAMAGES)
 def test_a_part_of_a_rule_that_is_forgotten_is_noticed(
     damage: Callable[[pytest.MonkeyPatch], None], name: str, choice: Any
 ) -> None:
-    model = zoo.build(name)
-    with pytest.MonkeyPatch.context() as patch:
-        damage(patch)
-        with pytest.raises(lenslrp.CoverageError):
-            explain(model, composite=lenslrp.AttnLRP(recurrence=choice))
+    assert noticed(damage, name, choice)
 
 
 @pytest.fixture
@@ -495,3 +524,23 @@ def test_the_map_of_a_padded_row_is_that_of_the_row_alone() -> None:
     torch.testing.assert_close(R.rows[1][name], alone[name], rtol=1e-5, atol=1e-7)
     with pytest.raises(lenslrp.InputError, match="no relevance starts there"):
         explain(model, target=Activation(name, (0, 1)))
+
+
+def main() -> None:
+    """The tables of recurrent mixers and streams for docs/reference/mutation.md."""
+    print("| model | recurrence | rule forgotten at | role | noticed as |")
+    print("|---|---|---|---|---|")
+    for name, choice in itertools.product((*ONE_OF_EACH, *STREAMS), CHOSEN):
+        model, composite = zoo.build(name), lenslrp.AttnLRP(recurrence=choice)
+        for hook, role in recurrent_sites(model, composite):
+            said = mutate(model, composite, (hook, role)).partition(": ")[2]
+            print(f"| {name} | {choice} | `{hook}` | {role} | {said} |")
+    print("\n| what is forgotten | model | recurrence | noticed as |")
+    print("|---|---|---|---|")
+    for damage, name, choice in DAMAGES:
+        what = str(damage.__doc__).rstrip(".")
+        print(f"| {what} | {name} | {choice} | {noticed(damage, name, choice)} |")
+
+
+if __name__ == "__main__":
+    main()
