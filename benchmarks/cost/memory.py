@@ -11,9 +11,9 @@
 ``peaks`` is what torch allocates in one pass of each case of ``bridge.py``, above what was
 held before it (``measure.py``). ``count`` is ``lenslrp.survey``: the whole pass on tensors
 without storage, every allocation counted. ``measure`` runs the pass in a process of its own and
-asks the system for its high-water mark, so it contains Python, torch and the weights. The models of
-`count` and `measure` are Llamas of the sizes of SmolLM2-135M, LLaMA 2 7B or Llama 3 8B, with random weights;
-truncated where fewer layers are asked for. ``packed`` loads and explains the real SmolLM2, packed
+asks the system for its high-water mark, so it contains Python, torch and the weights. Their models
+are Llamas of the sizes of SmolLM2-135M, LLaMA 2 7B or Llama 3 8B, with random weights; truncated
+where fewer layers are asked for. ``packed`` loads and explains the real SmolLM2, packed
 and not, in a process each: bytes of the weights, what torch allocates above them in a pass, and
 the high-water marks of loading and of all, less that of a process that has only imported. One
 logit at the last position is explained, AttnLRP, ledger on. Tables are markdown on standard output.

@@ -279,7 +279,7 @@ def test_recomputing_each_block_holds_less(name: str) -> None:
     assert held(True) < 0.4 * held(False)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, *STREAMS])
 @pytest.mark.parametrize("choice", ["constant", "uniform"])
 def test_a_session_runs_each_pass_once(name: str, choice: Any) -> None:
     """Writes into views, which scans are full of, are told by the rules: nobody has to observe."""
