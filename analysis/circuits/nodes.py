@@ -13,18 +13,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
 from lenslrp.analysis.circuits.pairs import Pairs, ordered
 from lenslrp.analysis.passes.problems import PassCount
+from lenslrp.analysis.units.locations import require_one_meaning
 from lenslrp.batch import Batch
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.components import hook_points
-from lenslrp.hooks.readers import select_names
-from lenslrp.hooks.structure import components, layer_of
+from lenslrp.hooks.readers import SCAN_HOOKS, select_names
+from lenslrp.hooks.scans import mixers
+from lenslrp.hooks.structure import components, layer_of, original
 from lenslrp.inputs import prepare_text
 from lenslrp.reductions import Deliver
 from lenslrp.unused import require_used
@@ -38,10 +42,15 @@ Units = Float[Tensor, "pair pos unit feature"]
 
 @dataclass(frozen=True)
 class Component:
-    """A class of nodes: the end of their hook point's name, and what one node of it is."""
+    """A class of nodes: the end of their hook point's name, and what one node of it is.
+
+    Attributes:
+        also: the end of another's, where layers of other kinds have theirs.
+    """
 
     hook: str
     kind: Kind
+    also: str = ""
 
 
 COMPONENTS: Mapping[str, Component] = {
@@ -49,14 +58,20 @@ COMPONENTS: Mapping[str, Component] = {
     "residual": Component("hook_resid_pre", "whole"),
     "attention": Component("hook_attn_out", "whole"),
     "mlp": Component("hook_mlp_out", "whole"),
-    "heads": Component("attn.hook_z", "head"),
+    "heads": Component("attn.hook_z", "head", also="hook_scan_out"),
     "neurons": Component("mlp.hook_post", "entry"),
     "q": Component("attn.hook_q", "head"),
     "k": Component("attn.hook_k", "head"),
     "v": Component("attn.hook_v", "head"),
+    "recurrent": Component("hook_scan_out", "head"),
+    "channels": Component("hook_scan_in", "entry"),
 }
 """Name -> component. To patch a head's query is to patch what it reads through its query matrix;
-`k` and `v` of grouped queries have one node a group."""
+`k` and `v` of grouped queries have one node a group.
+
+`heads` are those of attention and of recurrent mixers; with `recurrent` beside them, those of
+attention. The head of a mixer without heads is its whole scan. `channels` are the values that a
+scan takes up, one number each (of mixers with heads, one head's after another's)."""
 
 
 @dataclass(frozen=True, order=True)
@@ -94,6 +109,8 @@ def as_units(kind: Kind, x: Tensor, hook: str) -> Units:
     Raises:
         InputError: a tensor of another shape (some MLPs flatten batch and positions into one).
     """
+    if hook.endswith(SCAN_HOOKS) and x.ndim == (3 if kind == "head" else 4):
+        x = x.unsqueeze(-2) if kind == "head" else x.flatten(2)
     if x.ndim != (4 if kind == "head" else 3):
         shape = "[batch, pos, head, d_head]" if kind == "head" else "[batch, pos, feature]"
         raise InputError(f"{hook} is {list(x.shape)}; nodes need {shape}")
@@ -109,13 +126,55 @@ def place_components(model: TransformerBridge, names: Sequence[str]) -> dict[str
     unknown = [name for name in names if name not in COMPONENTS]
     if unknown or not names or isinstance(names, str):
         raise InputError(f"components are some of {', '.join(COMPONENTS)}, not {names!r}")
-    points = hook_points(model, list(components(model)))
+    parts = components(model)
+    points = hook_points(model, parts)
     placed = {}
-    for name in names:
-        for hook in select_names(points, COMPONENTS[name].hook)[0]:
-            placed[hook] = name
+    for name in sorted(names, key="heads".__ne__):  # what others name is theirs
+        hooks = _hooks_of(COMPONENTS[name], points)
+        if not hooks:
+            there = [other for other, one in COMPONENTS.items() if _hooks_of(one, points)]
+            raise InputError(
+                f"no hook point {COMPONENTS[name].hook!r} in this model, which has no {name!r}: "
+                f"choose from {', '.join(there)}"
+            )
+        placed |= dict.fromkeys(hooks, name)
+    if "heads" in names:
+        require_readable_heads(model)
+    for hook in placed:
+        require_one_meaning(points, hook)
     require_used(model, placed)
     return placed
+
+
+def _hooks_of(component: Component, points: Mapping[str, Any]) -> list[str]:
+    """The hook points of a class of nodes, layer by layer."""
+    ends = [f".{end}" for end in (component.hook, component.also) if end]
+    ends = [end for end in ends if any(f".{name}".endswith(end) for name in points)]
+    hooks = [name for end in ends for name in select_names(points, end[1:])[0]]
+    return sorted(hooks, key=lambda name: layer_of(name) or 0)
+
+
+def require_readable_heads(model: TransformerBridge) -> None:
+    """Refuse a hybrid whose attention TransformerLens has no hook points for: half its heads.
+
+    Raises:
+        InputError: naming the layers.
+    """
+    parts = components(model)
+    recurrent = {id(module) for _, module in mixers(parts)}
+    if not recurrent:
+        return
+    bridged = {id(original(module)) for _, module in parts if isinstance(module, AttentionBridge)}
+    hidden = [
+        path
+        for path, module in parts
+        if type(module).__name__.endswith("Attention") and id(module) not in recurrent | bridged
+    ]
+    if hidden:
+        raise InputError(
+            f"the attention at {', '.join(hidden[:4])} has no hook_z here, so that the heads of "
+            "this model are not all to be had; components=['recurrent'] are those of its mixers"
+        )
 
 
 def require_positions(nodes: Iterable[Node], pairs: Pairs) -> None:
@@ -193,7 +252,7 @@ def patched(node: Node, component: str, units: Units, pairs: Pairs) -> Edit:
     at = node.place(pairs)
 
     def put(x: Tensor) -> Tensor:
-        y = x.clone()
+        y = x.clone(memory_format=torch.contiguous_format)  # so that its units are a view
         as_units(COMPONENTS[component].kind, y, node.hook)[at] = units[at]
         return y
 

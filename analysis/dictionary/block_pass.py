@@ -23,6 +23,7 @@ from lenslrp.analysis.dictionary.plan import Place, Plan
 from lenslrp.analysis.dictionary.topk import Spans, priorities
 from lenslrp.analysis.passes.conditions import through as only_through
 from lenslrp.analysis.units.kinds import Unit
+from lenslrp.analysis.units.locations import require_one_meaning
 from lenslrp.analysis.units.readers import SearchedHook, UnitReader
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
@@ -250,11 +251,7 @@ def find_places(
     points = hook_points(model, components(model))
     wanted = [(site, name) for site in sites for name in select_names(points, site.hook)[0]]
     for _, name in wanted:
-        if name.endswith("hook_post") and points[name] is points.get(f"{name[:-4]}out"):
-            raise InputError(
-                f"{name} is another name of {name[:-4]}out here: a mixture of experts has no one "
-                "set of neurons; search its output by that name, or a dense layer"
-            )
+        require_one_meaning(points, name)
     sizes: dict[tuple[str, str], int] = {}
     block = Block(0, torch.zeros(1, dtype=torch.int64), tokens, torch.ones_like(tokens).bool())
 

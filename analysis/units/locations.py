@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from jaxtyping import Float
@@ -73,6 +74,19 @@ def known_hook(model: TransformerBridge, name: str) -> str:
         near = difflib.get_close_matches(name, names, n=3)
         raise InputError(f"no hook point {name!r} in this model; nearest: {', '.join(near)}")
     return name
+
+
+def require_one_meaning(points: Mapping[str, Any], name: str) -> None:
+    """Refuse a hook point of neurons that is the output of a mixture by another name.
+
+    Raises:
+        InputError: naming the output.
+    """
+    if name.endswith("hook_post") and points[name] is points.get(f"{name[:-4]}out"):
+        raise InputError(
+            f"{name} is another name of {name[:-4]}out here: a mixture of experts has no one "
+            "set of neurons; take its output by that name, or a dense layer"
+        )
 
 
 def require_plain_weights(component: Any) -> None:
