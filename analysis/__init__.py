@@ -99,11 +99,13 @@ if TYPE_CHECKING:
         written_by,
     )
     from lenslrp.analysis.units import (
+        Channel,
         Direction,
         Feature,
         Head,
         Lens,
         Neuron,
+        RecurrentHead,
         SparseCoder,
         Unit,
         VocabularyScores,
@@ -122,9 +124,9 @@ if TYPE_CHECKING:
 _ROOMS = {
     "common": ("agreement", "indirect_objects"),
     "units": (
-        "Direction", "Feature", "Head", "Lens", "Neuron", "SparseCoder", "Unit", "VocabularyScores",
-        "compare_lenses", "cosines", "fit_relevance_lens", "fit_ridge_lens", "neuron_writes",
-        "parse_unit", "reads", "sign_cases", "writes",
+        "Channel", "Direction", "Feature", "Head", "Lens", "Neuron", "RecurrentHead", "SparseCoder",
+        "Unit", "VocabularyScores", "compare_lenses", "cosines", "fit_relevance_lens",
+        "fit_ridge_lens", "neuron_writes", "parse_unit", "reads", "sign_cases", "writes",
     ),
     "passes": ("Edit", "as_prompt", "edit_units", "through"),
     "attribution": ("METHODS", "Attribution", "Method", "TokenPairs", "attribute", "bilrp"),
@@ -161,6 +163,7 @@ __all__ = [
     "Add",
     "Attribution",
     "AttributionGraph",
+    "Channel",
     "Circuit",
     "Clamp",
     "Direction",
@@ -180,6 +183,7 @@ __all__ = [
     "Pairs",
     "Perturbation",
     "ProjectOut",
+    "RecurrentHead",
     "Results",
     "Scale",
     "SparseCoder",

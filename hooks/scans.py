@@ -30,14 +30,14 @@ class Scan:
         operator: what makes the linear operator.
         skip: a constant weight that the values are multiplied by past the state, all theirs.
         gate: what the function multiplies its output by.
-        axis: of the positions.
+        axis: of the positions; ``None`` where there is one, without an axis.
     """
 
     values: str
     operator: tuple[str, ...]
     skip: str = ""
     gate: str = ""
-    axis: int = 1
+    axis: int | None = 1
 
 
 SELECTIVE = Scan("hidden_states", ("dt", "B", "C"), skip="D", gate="z")
@@ -49,6 +49,16 @@ SCANS: Mapping[str, Scan] = {
     "rwkv_linear_attention": Scan("value", ("key",)),
 }
 """The scans of transformers' modelling files; a module whose ``forward`` calls one is a mixer."""
+
+STEPS: Mapping[str, Scan] = {
+    "mamba_selective_state_update": replace(SELECTIVE, axis=None),
+    "mamba2_selective_state_update": replace(SELECTIVE, axis=None),
+    "torch_recurrent_gated_delta_rule": SCANS["torch_chunk_gated_delta_rule"],
+}
+"""What goes on from a cached state by one position. Rules have nothing to say of it."""
+
+WITH_HEADS = frozenset({"mamba2_chunk_scan", "torch_chunk_gated_delta_rule"})
+"""The scans whose values are [batch, pos, head, channel]."""
 
 DELTA_ATTRIBUTE = "chunk_gated_delta_rule"
 """Where TransformerLens looks first for the scan of a gated delta net that it computes itself."""
@@ -108,6 +118,17 @@ def mixer_roles(parts: NamedModules, recurrent: NamedModules) -> dict[int, str]:
             convolutions = (m for m in module.modules() if isinstance(m, nn.Conv1d))
             roles.update((id(part), "short_convolution") for part in convolutions)
     return roles
+
+
+def heads_of(mixer: Any) -> int | None:
+    """How many heads a mixer scans with; ``None`` where every channel has a scan of its own.
+
+    Args:
+        mixer: the module that has the weights.
+    """
+    if not _names(type(mixer).forward) & WITH_HEADS:
+        return None
+    return int(getattr(mixer, "num_v_heads", None) or mixer.num_heads)
 
 
 def scans_itself(module: nn.Module) -> bool:

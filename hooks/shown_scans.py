@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.gated_delta_net import GatedDeltaNetBridge
 
 from lenslrp.errors import InputError
@@ -25,6 +26,7 @@ from lenslrp.hooks.scans import (
     DELTA_ATTRIBUTE,
     SCAN_MODULES,
     SCANS,
+    STEPS,
     Scan,
     mixers,
     with_functions,
@@ -82,27 +84,27 @@ def attach_scans(at: Attached, path: str, mixer: Any) -> None:
     inner: Any = original(mixer) if isinstance(mixer, GatedDeltaNetBridge) else mixer
     known = inspect.unwrap(type(inner).forward).__globals__
 
-    def handed(name: str) -> Callable[..., Any]:
-        function, form = known[name], SCANS[name]
+    def handed(name: str, form: Scan) -> Callable[..., Any]:
+        function = known[name]
         signature = inspect.signature(function)
 
         def scan(*args: Any, **kwargs: Any) -> Any:
             scanned.append(True)
             given = signature.bind(*args, **kwargs)
-            return (points.ruled or plain_scan)(function, given, form, points)
+            ruled = points.ruled if name in SCANS else None
+            return (ruled or plain_scan)(function, given, form, points)
 
         return scan
 
-    functions = {name: handed(name) for name in SCANS.keys() & known.keys()}
+    forms = {**SCANS, **STEPS}
+    functions = {name: handed(name, forms[name]) for name in forms.keys() & known.keys()}
     if inner is not mixer:
         at.attribute(inner, DELTA_ATTRIBUTE, functions[f"torch_{DELTA_ATTRIBUTE}"])
-        at.around(mixer, around)
-        return
     # Where accelerate moves the inputs, the model's own forward is the one that it calls.
-    name = "_old_forward" if "_old_forward" in mixer.__dict__ else "forward"
-    run = getattr(mixer, name)
-    at.attribute(mixer, name, MethodType(with_functions(run.__func__, functions), mixer))
-    at.around(mixer, around, name)
+    name = "_old_forward" if "_old_forward" in inner.__dict__ else "forward"
+    run = getattr(inner, name)
+    at.attribute(inner, name, MethodType(with_functions(run.__func__, functions), inner))
+    at.around(mixer, around, name if inner is mixer else "forward")
 
 
 def plain_scan(
@@ -110,13 +112,17 @@ def plain_scan(
 ) -> Any:
     """What a scan returns, as the model computes it, past the hook points."""
     arguments = given.arguments
-    arguments[form.values] = shown(points.values, arguments[form.values], form.axis)
+    arguments[form.values] = _seen(points.values, arguments[form.values], form.axis)
     gate = arguments.get(form.gate) if points.out._forward_hooks else None
     if gate is not None:
         arguments[form.gate] = None
     out = function(*given.args, **given.kwargs)
     y, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
-    y = shown(points.out, y, form.axis)
+    y = _seen(points.out, y, form.axis)
     if gate is not None:
         y = y * functional.silu(gate)
     return y if rest is None else (y, *rest)
+
+
+def _seen(point: HookPoint, x: Tensor, axis: int | None) -> Tensor:
+    return shown(point, x[:, None])[:, 0] if axis is None else shown(point, x, axis)

@@ -56,10 +56,10 @@ class AttributionGraph:
     Attributes:
         nodes: one row a node, in the order in which the model computes them: `id`, `kind`
             (`"token"`, `"head"`, `"recurrent head"`, `"neuron"`, ..., `"target"`), `layer` (-1 for
-            tokens, the number of layers for the target), `position`, `unit`, `label`, `relevance` and `activation` (a
-            head's: the length of its vector), `influence` on the target (0 to 1), `rest` (the
-            residual: relevance from nodes and edges that are not shown) and, for each term of the
-            ledger, what was absorbed.
+            tokens, the number of layers for the target), `position`, `unit`, `label`, `relevance`
+            and `activation` (a head's: the length of its vector), `influence` on the target (0 to
+            1), `rest` (the residual: relevance from nodes and edges that are not shown) and, for
+            each term of the ledger, what was absorbed.
         edges: `source`, `target` (ids) and `relevance`, in units of the target.
         str_tokens, token_ids: the prompt's tokens.
         explained: the target and its value.
