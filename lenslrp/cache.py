@@ -162,16 +162,21 @@ class RelevanceCache:
         )
 
     def heads(self, row: int = 0) -> pd.DataFrame:
-        """Relevance of every attention head: `attn.hook_z`, summed over positions and features.
+        """Relevance of every head, summed over positions and features.
+
+        Of attention at `attn.hook_z`; of recurrent mixers at `hook_scan_out`, whose rows are named
+        after the layer and the mixer (`"3.mixer"`). A mixer without heads has one column, the sum
+        over its channels. What was read of these is in the table: attention that TransformerLens
+        has no hook points for (RecurrentGemma's) is not.
 
         Args:
             row: which prompt of the batch.
 
         Returns:
-            [layer, head], in the target's unit (logits for a logit).
+            [layer, head], in the target's unit (logits for a logit); NaN where a layer has fewer.
 
         Raises:
-            InputError: `attn.hook_z` was not read, or was reduced over the heads.
+            InputError: neither was read, or was reduced over the heads.
 
         Examples:
             >>> R.heads().shape  # a model of 30 layers with 9 heads each

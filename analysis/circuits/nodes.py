@@ -16,19 +16,21 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
 from lenslrp.analysis.circuits.pairs import Pairs, ordered
 from lenslrp.analysis.passes.problems import PassCount
-from lenslrp.analysis.units.locations import require_one_meaning
+from lenslrp.analysis.units.locations import (
+    head_hooks,
+    require_one_meaning,
+    require_readable_heads,
+)
 from lenslrp.batch import Batch
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.readers import SCAN_HOOKS, select_names
-from lenslrp.hooks.scans import mixers
-from lenslrp.hooks.structure import components, layer_of, original
+from lenslrp.hooks.structure import components, layer_of
 from lenslrp.inputs import prepare_text
 from lenslrp.reductions import Deliver
 from lenslrp.unused import require_used
@@ -42,15 +44,10 @@ Units = Float[Tensor, "pair pos unit feature"]
 
 @dataclass(frozen=True)
 class Component:
-    """A class of nodes: the end of their hook point's name, and what one node of it is.
-
-    Attributes:
-        also: the end of another's, where layers of other kinds have theirs.
-    """
+    """A class of nodes: the end of their hook point's name, and what one node of it is."""
 
     hook: str
     kind: Kind
-    also: str = ""
 
 
 COMPONENTS: Mapping[str, Component] = {
@@ -58,7 +55,7 @@ COMPONENTS: Mapping[str, Component] = {
     "residual": Component("hook_resid_pre", "whole"),
     "attention": Component("hook_attn_out", "whole"),
     "mlp": Component("hook_mlp_out", "whole"),
-    "heads": Component("attn.hook_z", "head", also="hook_scan_out"),
+    "heads": Component("attn.hook_z", "head"),
     "neurons": Component("mlp.hook_post", "entry"),
     "q": Component("attn.hook_q", "head"),
     "k": Component("attn.hook_k", "head"),
@@ -130,51 +127,29 @@ def place_components(model: TransformerBridge, names: Sequence[str]) -> dict[str
     points = hook_points(model, parts)
     placed = {}
     for name in sorted(names, key="heads".__ne__):  # what others name is theirs
-        hooks = _hooks_of(COMPONENTS[name], points)
+        hooks = _hooks_of(name, points)
         if not hooks:
-            there = [other for other, one in COMPONENTS.items() if _hooks_of(one, points)]
+            there = [other for other in COMPONENTS if _hooks_of(other, points)]
             raise InputError(
                 f"no hook point {COMPONENTS[name].hook!r} in this model, which has no {name!r}: "
                 f"choose from {', '.join(there)}"
             )
         placed |= dict.fromkeys(hooks, name)
     if "heads" in names:
-        require_readable_heads(model)
+        require_readable_heads(parts)
     for hook in placed:
         require_one_meaning(points, hook)
     require_used(model, placed)
     return placed
 
 
-def _hooks_of(component: Component, points: Mapping[str, Any]) -> list[str]:
+def _hooks_of(name: str, points: Mapping[str, Any]) -> list[str]:
     """The hook points of a class of nodes, layer by layer."""
-    ends = [f".{end}" for end in (component.hook, component.also) if end]
-    ends = [end for end in ends if any(f".{name}".endswith(end) for name in points)]
-    hooks = [name for end in ends for name in select_names(points, end[1:])[0]]
-    return sorted(hooks, key=lambda name: layer_of(name) or 0)
-
-
-def require_readable_heads(model: TransformerBridge) -> None:
-    """Refuse a hybrid whose attention TransformerLens has no hook points for: half its heads.
-
-    Raises:
-        InputError: naming the layers.
-    """
-    parts = components(model)
-    recurrent = {id(module) for _, module in mixers(parts)}
-    if not recurrent:
-        return
-    bridged = {id(original(module)) for _, module in parts if isinstance(module, AttentionBridge)}
-    hidden = [
-        path
-        for path, module in parts
-        if type(module).__name__.endswith("Attention") and id(module) not in recurrent | bridged
-    ]
-    if hidden:
-        raise InputError(
-            f"the attention at {', '.join(hidden[:4])} has no hook_z here, so that the heads of "
-            "this model are not all to be had; components=['recurrent'] are those of its mixers"
-        )
+    end = f".{COMPONENTS[name].hook}"
+    if name == "heads":
+        return head_hooks(points)
+    known = any(f".{point}".endswith(end) for point in points)
+    return select_names(points, end[1:])[0] if known else []
 
 
 def require_positions(nodes: Iterable[Node], pairs: Pairs) -> None:

@@ -258,6 +258,12 @@ def find_places(
     def read(name: str, x: Tensor) -> None:
         x = unflattened(x, block)
         for site in reads[name]:
+            if name.endswith("hook_scan_out") and x.ndim == 3:
+                raise InputError(
+                    f"{name}: a mixer without heads; search hook_scan_in, its channels"
+                )
+            if name.endswith("hook_scan_in") and x.ndim == 4:
+                raise InputError(f"{name} has heads; search them at hook_scan_out")
             if x.shape[:2] != tokens.shape or x.ndim != (4 if site.reader.kind == "head" else 3):
                 raise InputError(
                     f"{name} is {list(x.shape)}; units are searched at hook points of shape "

@@ -367,14 +367,12 @@ def moved(unit: Unit, x: Tensor, a: Tensor, change: Tensor) -> Tensor:
     assert isinstance(unit, Neuron | Channel | Head | RecurrentHead)
     y = x.clone()
     if isinstance(unit, Neuron | Channel):
-        head = getattr(unit, "head", None)
-        (y if head is None else y[..., head, :])[..., unit.index] = a + change
+        unit.activation(y).copy_(a + change)  # a view
         return y
     some = a > 0  # a head that writes nothing has no direction to be lengthened in
     ratio = torch.where(some, (a + change) / torch.where(some, a, 1.0), 1.0).detach()
-    if unit.index is None:  # the whole scan
-        return x * ratio[..., None]
-    y[..., unit.index, :] = x[..., unit.index, :] * ratio[..., None]
+    at = (...,) if unit.index is None else (..., unit.index, slice(None))
+    y[at] = x[at] * ratio[..., None]
     return y
 
 

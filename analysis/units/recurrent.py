@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 OUTPUTS = ("out_proj", "linear_out", "o_proj", "output")
-"""What the layer that writes to the residual stream is called, in a mixer or the block around it."""
+"""What a layer is called that writes to the residual stream, in a mixer or the block around it."""
 
 
 @dataclass(frozen=True)
