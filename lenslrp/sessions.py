@@ -294,9 +294,15 @@ class Session:
         memory = remembered(model, state.hooks)
         observes = state.hooked or memory.cuts is None
 
+        heard = set[str]()  # by passes that are run again: what is read is the same
+
+        def hear(name: str, x: Tensor) -> None:
+            heard.add(name)
+            read[name](x)
+
         def reading(at: Attached, _: Pass) -> None:
-            for name, call in read.items():
-                read_at(at, points, name, call)
+            for name in read.keys() - heard:
+                read_at(at, points, name, lambda x, name=name: hear(name, x))
 
         choices = {
             "composite": self.composite, "names_filter": names_filter, "reduce": reduce,
