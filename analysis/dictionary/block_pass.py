@@ -259,9 +259,7 @@ def find_places(
         x = unflattened(x, block)
         for site in reads[name]:
             if name.endswith("hook_scan_out") and x.ndim == 3:
-                raise InputError(
-                    f"{name}: a mixer without heads; search hook_scan_in, its channels"
-                )
+                raise InputError(f"{name} has no heads; search the channels at hook_scan_in")
             if name.endswith("hook_scan_in") and x.ndim == 4:
                 raise InputError(f"{name} has heads; search them at hook_scan_out")
             if x.shape[:2] != tokens.shape or x.ndim != (4 if site.reader.kind == "head" else 3):

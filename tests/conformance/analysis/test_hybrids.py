@@ -229,7 +229,7 @@ ZEROED = dict(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_an_ablated_head_is_one_whose_output_is_zero(name: str) -> None:
+def test_an_ablated_head_is_one_whose_output_is_zero(name: str, float64: None) -> None:
     model = zoo.build(name)
     unit, _ = first_units(model)
     plain = model(tokens(), use_cache=False)
@@ -330,9 +330,11 @@ def test_a_state_from_elsewhere_does_not_say_its_length() -> None:
 def test_estimates_are_exact_to_first_order(name: str) -> None:
     """Two words that are nearly the same: the model is linear between the runs."""
     model, pairs = zoo.build(name), some_pairs()
+    if name == "RecurrentGemmaForCausalLM":  # coefficients are taken before the final soft-cap
+        model.original_model.config.logits_soft_cap = 1e6
     embedding = model.embed.weight.data
     noise = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for clean, corrupt in zip(CLEAN[CLEAN != CORRUPT], CORRUPT[CLEAN != CORRUPT], strict=True):
+    for clean, corrupt in ((5, 6), (7, 9), (9, 8)):
         embedding[corrupt] = embedding[clean] + 1e-5 * noise
     shared: dict[str, Any] = {"components": ["recurrent"], "by_position": True}
     with zoo.Widened():
@@ -363,7 +365,13 @@ def test_circuits_end_to_end(name: str) -> None:
     )
     assert bool(measured.score(*best[0]).isfinite().all())
     graph = attribution_graph(
-        model, CLEAN[:1], targets.Logit(5), components=["recurrent", "channels"], k=12
+        model,
+        CLEAN[:1],
+        targets.Logit(5),
+        components=["recurrent", "channels"],
+        k=12,
+        node_share=1.0,
+        edge_share=1.0,
     )
     assert graph.error < 1e-5
     assert {"recurrent head", "channel"} & set(graph.nodes["kind"])
@@ -396,7 +404,7 @@ def test_heads_of_a_hybrid_are_those_of_all_layers() -> None:
     row = torch.tensor(CLEAN[:1])
     features = heads_of(model, as_prompt(model, row, 5))
     _, one = lenslrp.run_with_relevance(model, row, 5)
-    assert len(features.groups) == len(unit_relevance(one, "attn.hook_z")) == 4
+    assert features.size == len(unit_relevance(one, "attn.hook_z")) == 4
 
 
 def test_a_mixer_without_heads_is_one_row_and_one_node() -> None:
@@ -420,7 +428,7 @@ def test_maps_are_where_patterns_are() -> None:
     view = attention_relevance(R, 1, row=1)
     heads = [name.partition(":")[0] for name in view.props["attentionHeadNames"]]
     assert heads == ["1.0", "1.1", *(f"1.mamba.{head}" for head in range(4))]
-    shown = torch.tensor(view.props["attention"])
+    shown = torch.tensor(view.props["attention"], dtype=torch.float64)
     torch.testing.assert_close(shown[2:], R["blocks.1.mamba.hook_scan_map"][1].double())
     _, alone = lenslrp.run_with_relevance(model, tokens(), 5, names_filter="hook_scan_map")
     assert len(attention_relevance(alone, 0).props["attention"]) == 4
