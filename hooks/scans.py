@@ -30,14 +30,16 @@ class Scan:
         operator: what makes the linear operator.
         skip: a constant weight that the values are multiplied by past the state, all theirs.
         gate: what the function multiplies its output by.
-        axis: of the positions; ``None`` where there is one, without an axis.
+        axis: of the positions.
+        single: there is one position, without an axis.
     """
 
     values: str
     operator: tuple[str, ...]
     skip: str = ""
     gate: str = ""
-    axis: int | None = 1
+    axis: int = 1
+    single: bool = False
 
 
 SELECTIVE = Scan("hidden_states", ("dt", "B", "C"), skip="D", gate="z")
@@ -51,8 +53,8 @@ SCANS: Mapping[str, Scan] = {
 """The scans of transformers' modelling files; a module whose ``forward`` calls one is a mixer."""
 
 STEPS: Mapping[str, Scan] = {
-    "mamba_selective_state_update": replace(SELECTIVE, axis=None),
-    "mamba2_selective_state_update": replace(SELECTIVE, axis=None),
+    "mamba_selective_state_update": replace(SELECTIVE, single=True),
+    "mamba2_selective_state_update": replace(SELECTIVE, single=True),
     "torch_recurrent_gated_delta_rule": SCANS["torch_chunk_gated_delta_rule"],
 }
 """What goes on from a cached state by one position. Rules have nothing to say of it."""

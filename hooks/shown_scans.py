@@ -112,17 +112,17 @@ def plain_scan(
 ) -> Any:
     """What a scan returns, as the model computes it, past the hook points."""
     arguments = given.arguments
-    arguments[form.values] = _seen(points.values, arguments[form.values], form.axis)
+    arguments[form.values] = _seen(points.values, arguments[form.values], form)
     gate = arguments.get(form.gate) if points.out._forward_hooks else None
     if gate is not None:
         arguments[form.gate] = None
     out = function(*given.args, **given.kwargs)
     y, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
-    y = _seen(points.out, y, form.axis)
+    y = _seen(points.out, y, form)
     if gate is not None:
         y = y * functional.silu(gate)
     return y if rest is None else (y, *rest)
 
 
-def _seen(point: HookPoint, x: Tensor, axis: int | None) -> Tensor:
-    return shown(point, x[:, None])[:, 0] if axis is None else shown(point, x, axis)
+def _seen(point: HookPoint, x: Tensor, form: Scan) -> Tensor:
+    return shown(point, x[:, None])[:, 0] if form.single else shown(point, x, form.axis)

@@ -124,7 +124,7 @@ def _put_through(
 ) -> Iterator[None]:
     parts = components(model)
     scans = scan_points(mixers(parts))
-    points = {**model.hook_dict, **scans}
+    points: dict[str, Any] = {**model.hook_dict, **scans}
     for name in changes:
         if name not in points:
             near = difflib.get_close_matches(name, points, n=3)

@@ -125,7 +125,7 @@ def place_components(model: TransformerBridge, names: Sequence[str]) -> dict[str
         raise InputError(f"components are some of {', '.join(COMPONENTS)}, not {names!r}")
     parts = components(model)
     points = hook_points(model, parts)
-    placed = {}
+    placed: dict[str, str] = {}
     for name in sorted(names, key="heads".__ne__):  # what others name is theirs
         hooks = _hooks_of(name, points)
         if not hooks:

@@ -170,7 +170,10 @@ def test_what_cannot_be_drawn_is_refused_by_name() -> None:
             attribution_graph(model, **{"input": TOKENS, "target": Logit(5), **given})
 
     refuses("one prompt; 2 were given", input=TOKENS.repeat(2, 1))
-    refuses("components are some of heads, neurons, attention, mlp, recurrent, channels, not", components=["residual"])
+    refuses(
+        "components are some of heads, neurons, attention, mlp, recurrent, channels, not",
+        components=["residual"],
+    )
     refuses("k and rows must be at least 1, not 0 and 8", k=0)
     refuses("share must be above 0 and at most 1, not 0", share=0.0)
     refuses("node_share must be above 0 and at most 1, not 2", node_share=2.0)
