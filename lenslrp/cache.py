@@ -166,12 +166,7 @@ class RelevanceCache:
         )
 
     def heads(self, row: int = 0) -> pd.DataFrame:
-        """Relevance of every head, summed over positions and features.
-
-        Of attention at `attn.hook_z`; of recurrent mixers at `hook_scan_out`, whose rows are named
-        after the layer and the mixer (`"3.mixer"`). A mixer without heads has one column, the sum
-        over its channels. What was read of these is in the table: attention that TransformerLens
-        has no hook points for (RecurrentGemma's) is not.
+        """Relevance of heads: `attn.hook_z`, and recurrent mixers' `hook_scan_out` (`"3.mixer"`).
 
         Args:
             row: which prompt of the batch.
