@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -172,40 +173,28 @@ def test_the_state_is_of_backward_passes_alone() -> None:
             lenslrp.run_with_relevance(model, tokens(), targets.Activation(name, 0))
 
 
-# Without anything of the library's: the model's own functions, with one head's output zeroed.
+def _with_function(
+    module: Any, name: str, zero: Callable[[Tensor], None]
+) -> Callable[[pytest.MonkeyPatch], None]:
+    """The model's own scan with something zeroed in its output, in the first layer alone."""
 
-
-def _mamba(monkeypatch: pytest.MonkeyPatch) -> None:
-    scan = modeling_mamba.mamba_selective_scan
-
-    def zeroed(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        out = scan(x, *args, **kwargs)
-        done = monkeypatch_calls(monkeypatch)
-        return torch.zeros_like(out) if done == 1 else out
-
-    monkeypatch.setattr(modeling_mamba, "mamba_selective_scan", zeroed)
-
-
-def monkeypatch_calls(holder: Any) -> int:
-    holder.calls = getattr(holder, "calls", 0) + 1
-    return int(holder.calls)
-
-
-def _with_heads(module: Any, name: str) -> Callable[[pytest.MonkeyPatch], None]:
-    def zero(monkeypatch: pytest.MonkeyPatch) -> None:
-        scan = getattr(module, name)
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        scan, calls = getattr(module, name), count()
 
         def zeroed(*args: Any, **kwargs: Any) -> Any:
             out = scan(*args, **kwargs)
-            y, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
-            if monkeypatch_calls(monkeypatch) == 1:
-                y = y.clone()
-                y[:, :, 1] = 0
+            y, rest = (out[0].clone(), out[1:]) if isinstance(out, tuple) else (out.clone(), None)
+            if next(calls) == 0:
+                zero(y)
             return y if rest is None else (y, *rest)
 
         monkeypatch.setattr(module, name, zeroed)
 
-    return zero
+    return patch
+
+
+def _second_head(y: Tensor) -> None:
+    y[:, :, 1] = 0
 
 
 def _rg_lru(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,18 +203,15 @@ def _rg_lru(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cls, "forward", lambda self, *args: torch.zeros_like(run(self, *args)))
 
 
-ZEROED = dict(
-    zip(
-        FAMILIES,
-        (
-            _mamba,
-            _with_heads(modeling_mamba2, "mamba2_chunk_scan"),
-            _with_heads(modeling_qwen3_next, "torch_chunk_gated_delta_rule"),
-            _rg_lru,
-        ),
-        strict=True,
-    )
-)
+ZEROED = {
+    "MambaForCausalLM": _with_function(modeling_mamba, "mamba_selective_scan", Tensor.zero_),
+    "Mamba2ForCausalLM": _with_function(modeling_mamba2, "mamba2_chunk_scan", _second_head),
+    "Qwen3NextForCausalLM": _with_function(
+        modeling_qwen3_next, "torch_chunk_gated_delta_rule", _second_head
+    ),
+    "RecurrentGemmaForCausalLM": _rg_lru,
+}
+"""Without anything of the library's."""
 
 
 @pytest.mark.parametrize("name", FAMILIES)
