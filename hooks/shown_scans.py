@@ -20,7 +20,7 @@ from transformer_lens.model_bridge.generalized_components.gated_delta_net import
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.handles import Attached
-from lenslrp.hooks.readers import ON_REQUEST
+from lenslrp.hooks.readers import ON_REQUEST, SCAN_HOOKS
 from lenslrp.hooks.scan_points import ScanPoints, points_of, scan_points, shown
 from lenslrp.hooks.scans import (
     DELTA_ATTRIBUTE,
@@ -40,7 +40,8 @@ def show_scans(at: Attached, parts: NamedModules, names: Collection[str]) -> Non
     Raises:
         InputError: one that is made in a backward pass under rules, which no pass calls.
     """
-    for path, mixer in mixers(parts):
+    names = [name for name in names if name.endswith(SCAN_HOOKS)]
+    for path, mixer in mixers(parts) if names else ():
         wanted = [name for name in scan_points([(path, mixer)]) if name in names]
         for name in wanted:
             if name.endswith(ON_REQUEST):
