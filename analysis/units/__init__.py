@@ -1,6 +1,7 @@
 """Units (neurons, heads, channels, directions, features), and what they mean in words."""
 
 from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.analysis.units.cross_layer import CrossLayerCoder
 from lenslrp.analysis.units.kinds import Direction, Feature, Head, Neuron, Unit
 from lenslrp.analysis.units.lens import Lens
 from lenslrp.analysis.units.lens_fit import compare_lenses, fit_relevance_lens, fit_ridge_lens
@@ -17,6 +18,7 @@ from lenslrp.analysis.units.recurrent import Channel, RecurrentHead
 
 __all__ = [
     "Channel",
+    "CrossLayerCoder",
     "Direction",
     "Feature",
     "Head",
