@@ -9,7 +9,7 @@ Example:
 An operation moves the activation `a` of one unit (`lenslrp.analysis.units.kinds`), nothing else:
 `x -> x + change(a) * step`, where `step` is a neuron's or channel's own entry, v / |v|^2 of a
 direction v, z / |z| of a head, or a feature's decoder row times its coder's scale; so that the
-activation (a feature's: what its decoder writes) is what it says. Each acts on what was left before.
+activation (a feature's: what its decoder writes) is what it says. Each acts on what was left.
 
 Positions are those of the text (`lenslrp.followed`), never of the pass: the same tokens are steered
 with a KV cache and without, in a padded batch and alone, in every generation and every plain
