@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lenslrp.analysis.circuits.pruning import FaithfulnessCurve
+from lenslrp.analysis.circuits.curves import FaithfulnessCurve
 from lenslrp.analysis.circuits.scores import NodeScores
 from lenslrp.analysis.views.drawing import (
     LIGHT,
@@ -31,7 +31,7 @@ def head_scores(scores: NodeScores, *, component: str = "heads", theme: Theme = 
     """Mean score over pairs (and sum over positions) of every head, layer (upwards) x head.
 
     Args:
-        scores: of nodes, in logits.
+        scores: of nodes.
         component: such as `"heads"`, `"q"`, `"k"`, `"v"`; a layer with fewer units ends early.
         theme: colours.
 
@@ -48,8 +48,9 @@ def head_scores(scores: NodeScores, *, component: str = "heads", theme: Theme = 
     rows, columns = values.shape
     figure, axes = one_panel(min(2.6 + 0.42 * columns, 13), min(1.6 + 0.24 * rows, 11), theme)
     draw_grid(
-        figure, axes, values, largest_magnitude(values), theme, "gain in logit difference, logits"
-    )
+        figure, axes, values, largest_magnitude(values), theme,
+        f"gain in {scores.metric.replace('_', ' ')}",
+    )  # fmt: skip
     axes.set_xticks(range(columns))
     label_layer_rows(
         axes,
