@@ -105,12 +105,14 @@ if TYPE_CHECKING:
         written_by,
     )
     from lenslrp.analysis.units import (
+        Channel,
         CrossLayerCoder,
         Direction,
         Feature,
         Head,
         Lens,
         Neuron,
+        RecurrentHead,
         SparseCoder,
         Unit,
         VocabularyScores,
@@ -129,9 +131,10 @@ if TYPE_CHECKING:
 _ROOMS = {
     "common": ("agreement", "indirect_objects"),
     "units": (
-        "CrossLayerCoder", "Direction", "Feature", "Head", "Lens", "Neuron", "SparseCoder", "Unit",
-        "VocabularyScores", "compare_lenses", "cosines", "fit_relevance_lens", "fit_ridge_lens",
-        "neuron_writes", "parse_unit", "reads", "sign_cases", "writes",
+        "Channel", "CrossLayerCoder", "Direction", "Feature", "Head", "Lens", "Neuron",
+        "RecurrentHead", "SparseCoder", "Unit", "VocabularyScores", "compare_lenses", "cosines",
+        "fit_relevance_lens", "fit_ridge_lens", "neuron_writes", "parse_unit", "reads",
+        "sign_cases", "writes",
     ),
     "passes": ("Edit", "as_prompt", "edit_units", "through"),
     "attribution": (
@@ -172,6 +175,7 @@ __all__ = [
     "Add",
     "Attribution",
     "AttributionGraph",
+    "Channel",
     "Circuit",
     "Clamp",
     "CrossLayerCoder",
@@ -194,6 +198,7 @@ __all__ = [
     "Pairs",
     "Perturbation",
     "ProjectOut",
+    "RecurrentHead",
     "Results",
     "Scale",
     "SparseCoder",

@@ -32,6 +32,7 @@ class Scan:
         skip: a constant weight that the values are multiplied by past the state, all theirs.
         gate: what the function multiplies its output by.
         axis: of the positions.
+        single: there is one position, without an axis.
     """
 
     values: str
@@ -39,6 +40,7 @@ class Scan:
     skip: str = ""
     gate: str = ""
     axis: int = 1
+    single: bool = False
 
 
 SELECTIVE = Scan("hidden_states", ("dt", "B", "C"), skip="D", gate="z")
@@ -50,6 +52,16 @@ SCANS: Mapping[str, Scan] = {
     "rwkv_linear_attention": Scan("value", ("key",)),
 }
 """The scans of transformers' modelling files; a module whose ``forward`` calls one is a mixer."""
+
+STEPS: Mapping[str, Scan] = {
+    "mamba_selective_state_update": replace(SELECTIVE, single=True),
+    "mamba2_selective_state_update": replace(SELECTIVE, single=True),
+    "torch_recurrent_gated_delta_rule": SCANS["torch_chunk_gated_delta_rule"],
+}
+"""What goes on from a cached state by one position. Rules have nothing to say of it."""
+
+WITH_HEADS = frozenset({"mamba2_chunk_scan", "torch_chunk_gated_delta_rule"})
+"""The scans whose values are [batch, pos, head, channel]."""
 
 DELTA_ATTRIBUTE = "chunk_gated_delta_rule"
 """Where TransformerLens looks first for the scan of a gated delta net that it computes itself."""
@@ -109,6 +121,17 @@ def mixer_roles(parts: NamedModules, recurrent: NamedModules) -> dict[int, str]:
             convolutions = (m for m in module.modules() if isinstance(m, nn.Conv1d))
             roles.update((id(part), "short_convolution") for part in convolutions)
     return roles
+
+
+def heads_of(mixer: Any) -> int | None:
+    """How many heads a mixer scans with; ``None`` where every channel has a scan of its own.
+
+    Args:
+        mixer: the module that has the weights.
+    """
+    if not _names(type(mixer).forward) & WITH_HEADS:
+        return None
+    return int(getattr(mixer, "num_v_heads", None) or mixer.num_heads)
 
 
 def scans_itself(module: nn.Module) -> bool:

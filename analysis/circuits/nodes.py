@@ -21,11 +21,16 @@ from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs, batch_of, me
 from lenslrp.analysis.circuits.pairs import ordered
 from lenslrp.analysis.circuits.rows import PairRows
 from lenslrp.analysis.passes.problems import PassCount
+from lenslrp.analysis.units.locations import (
+    head_hooks,
+    require_one_meaning,
+    require_readable_heads,
+)
 from lenslrp.batch import Batch
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import hook_points
-from lenslrp.hooks.readers import select_names
+from lenslrp.hooks.readers import SCAN_HOOKS, select_names
 from lenslrp.hooks.structure import components, layer_of
 from lenslrp.logits import Target, at_columns
 from lenslrp.reductions import Deliver
@@ -56,9 +61,15 @@ COMPONENTS: Mapping[str, Component] = {
     "q": Component("attn.hook_q", "head"),
     "k": Component("attn.hook_k", "head"),
     "v": Component("attn.hook_v", "head"),
+    "recurrent": Component("hook_scan_out", "head"),
+    "channels": Component("hook_scan_in", "entry"),
 }
 """Name -> component. To patch a head's query is to patch what it reads through its query matrix;
-`k` and `v` of grouped queries have one node a group."""
+`k` and `v` of grouped queries have one node a group.
+
+`heads` are those of attention and of recurrent mixers; with `recurrent` beside them, those of
+attention. The head of a mixer without heads is its whole scan. `channels` are the values that a
+scan takes up, one number each (of mixers with heads, one head's after another's)."""
 
 
 @dataclass(frozen=True, order=True)
@@ -96,6 +107,8 @@ def as_units(kind: Kind, x: Tensor, hook: str) -> Units:
     Raises:
         InputError: a tensor of another shape (some MLPs flatten batch and positions into one).
     """
+    if hook.endswith(SCAN_HOOKS) and x.ndim == (3 if kind == "head" else 4):
+        x = x.unsqueeze(-2) if kind == "head" else x.flatten(2)
     if x.ndim != (4 if kind == "head" else 3):
         shape = "[batch, pos, head, d_head]" if kind == "head" else "[batch, pos, feature]"
         raise InputError(f"{hook} is {list(x.shape)}; nodes need {shape}")
@@ -111,13 +124,33 @@ def place_components(model: TransformerBridge, names: Sequence[str]) -> dict[str
     unknown = [name for name in names if name not in COMPONENTS]
     if unknown or not names or isinstance(names, str):
         raise InputError(f"components are some of {', '.join(COMPONENTS)}, not {names!r}")
-    points = hook_points(model, list(components(model)))
-    placed = {}
-    for name in names:
-        for hook in select_names(points, COMPONENTS[name].hook)[0]:
-            placed[hook] = name
+    parts = components(model)
+    points = hook_points(model, parts)
+    placed: dict[str, str] = {}
+    for name in sorted(names, key="heads".__ne__):  # what others name is theirs
+        hooks = _hooks_of(name, points)
+        if not hooks:
+            there = [other for other in COMPONENTS if _hooks_of(other, points)]
+            raise InputError(
+                f"no hook point {COMPONENTS[name].hook!r} in this model, which has no {name!r}: "
+                f"choose from {', '.join(there)}"
+            )
+        placed |= dict.fromkeys(hooks, name)
+    if "heads" in names:
+        require_readable_heads(parts)
+    for hook in placed:
+        require_one_meaning(points, hook)
     require_used(model, placed)
     return placed
+
+
+def _hooks_of(name: str, points: Mapping[str, Any]) -> list[str]:
+    """The hook points of a class of nodes, layer by layer."""
+    end = f".{COMPONENTS[name].hook}"
+    if name == "heads":
+        return head_hooks(points)
+    known = any(f".{point}".endswith(end) for point in points)
+    return select_names(points, end[1:])[0] if known else []
 
 
 def require_positions(nodes: Iterable[Node], pairs: MeasuredPairs) -> None:
@@ -186,7 +219,7 @@ def patched(node: Node, component: str, units: Units, pairs: PairRows) -> Edit:
     at = node.place(pairs)
 
     def put(x: Tensor) -> Tensor:
-        y = x.clone()
+        y = x.clone(memory_format=torch.contiguous_format)  # so that its units are a view
         as_units(COMPONENTS[component].kind, y, node.hook)[at] = units[at]
         return y
 

@@ -91,7 +91,7 @@ def _hold(
 ) -> Tensor:
     """Record what a hook point would become, and go on with its base values."""
     become[name] = as_units(kind, x, name).clone()
-    held = x.clone()
+    held = x.clone(memory_format=torch.contiguous_format)  # so that its units are a view
     units = as_units(kind, held, name)
     units.copy_(base[name])
     if name == up.hook:
