@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from lenslrp.analysis.attribution import (
         METHODS,
         Attribution,
+        Hop,
+        Hops,
         Method,
         TokenPairs,
         attribute,
         bilrp,
+        explain_hops,
     )
     from lenslrp.analysis.circuits import (
         TARGET,
@@ -127,7 +130,10 @@ _ROOMS = {
         "parse_unit", "reads", "sign_cases", "writes",
     ),
     "passes": ("Edit", "as_prompt", "edit_units", "through"),
-    "attribution": ("METHODS", "Attribution", "Method", "TokenPairs", "attribute", "bilrp"),
+    "attribution": (
+        "METHODS", "Attribution", "Hop", "Hops", "Method", "TokenPairs", "attribute", "bilrp",
+        "explain_hops",
+    ),
     "evaluation": (
         "TASKS", "Example", "Perturbation", "Results", "Task", "Unfit", "aopc", "aopc_bounds",
         "curves", "evaluate", "heads_of", "image_task", "normalised_aopc", "perturbation_curves",
@@ -169,6 +175,8 @@ __all__ = [
     "Example",
     "Feature",
     "Head",
+    "Hop",
+    "Hops",
     "LanguageModel",
     "Lens",
     "Method",
@@ -207,6 +215,7 @@ __all__ = [
     "curves",
     "edit_units",
     "evaluate",
+    "explain_hops",
     "explain_with_ray",
     "export_html",
     "export_neuronpedia",
