@@ -69,6 +69,7 @@ if TYPE_CHECKING:
         Unfit,
         aopc,
         aopc_bounds,
+        check_hops,
         curves,
         evaluate,
         heads_of,
@@ -136,8 +137,8 @@ _ROOMS = {
     ),
     "evaluation": (
         "TASKS", "Example", "Perturbation", "Results", "Task", "Unfit", "aopc", "aopc_bounds",
-        "curves", "evaluate", "heads_of", "image_task", "normalised_aopc", "perturbation_curves",
-        "randomisation", "sensitivity", "tokens_of", "unit_relevance",
+        "check_hops", "curves", "evaluate", "heads_of", "image_task", "normalised_aopc",
+        "perturbation_curves", "randomisation", "sensitivity", "tokens_of", "unit_relevance",
     ),
     "circuits": (
         "TARGET", "AttributionGraph", "Circuit", "EdgeScores", "Node", "NodeScores", "Pairs",
@@ -209,6 +210,7 @@ __all__ = [
     "bilrp",
     "build_distributed",
     "build_with_ray",
+    "check_hops",
     "compare_lenses",
     "completeness",
     "cosines",

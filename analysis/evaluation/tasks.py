@@ -24,11 +24,11 @@ from lenslrp.analysis.evaluation.spans import Mask, normalise, occurrences, over
 from lenslrp.analysis.passes.problems import resolve
 from lenslrp.analysis.passes.prompts import ExplainedPrompt, as_prompt, prompt_logits
 from lenslrp.errors import InputError
-from lenslrp.hooks.turns import turn
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.media import labels_of
 from lenslrp.text.spelling import Spans
 from lenslrp.text.tokenization import tokenize
+from lenslrp.writing import greedy
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -144,6 +144,56 @@ def classification(model: TransformerBridge, record: Record, length: int) -> Exa
     if labels[first] != record["label"]:
         raise Unfit("answered otherwise")
     prompt = replace(prompt, target=targets.LogitDiff(first, second))
+    special = set(model.tokenizer.all_special_ids)
+    return Example(prompt, np.array([int(token) not in special for token in prompt.tokens]))
+
+
+def _classifies_texts(model: TransformerBridge) -> bool:
+    return type(model.original_model).__name__.endswith("ForSequenceClassification")
+
+
+def known_answer(model: TransformerBridge, record: Record, length: int) -> Example:
+    """A sentence with a right and a wrong next token, and the words that are evidence for each."""
+    text = record["text"]
+    example = _two_answers(model, text, record["answer"], record["rival"], [(0, len(text))])
+    spans = token_spans(model.tokenizer, text, example.prompt.tokens.tolist())
+    key = overlap(spans, occurrences(text, record["key"]))
+    distractor = overlap(spans, occurrences(text, record["distractor"]))
+    if not key.any() or not distractor.any():
+        raise Unfit(f"{record['key']!r} or {record['distractor']!r} is not in the text")
+    return Example(example.prompt, np.ones(len(spans), dtype=bool), key, distractor)
+
+
+def squad(model: TransformerBridge, record: Record, length: int) -> Example:
+    """The answer that the model writes to a question about a paragraph, if it is right.
+
+    The target is the sum of the answer's logits, the paragraph's tokens may be taken away, and
+    those of the answer in it are the key.
+    """
+    template = QUESTION[is_encoder_decoder(model)]
+    text = template.format(context=record["context"], question=record["question"])
+    ids = model.tokenizer(text)["input_ids"]
+    if len(ids) > length:
+        raise Unfit(f"longer than {length} tokens")
+    answer_ids = generate(model, ids)
+    answer = normalise(model.tokenizer.decode(answer_ids))
+    references = {normalise(str(a.get("text", ""))): a for a in reversed(record["answers"])}
+    if not answer or answer not in references:
+        raise Unfit("answered otherwise")
+    prompt = as_prompt(model, torch.tensor(ids), targets.Sequence(answer_ids))
+    begin = template.index("{context}")
+    start = begin + int(references[answer]["start"])
+    spans = token_spans(model.tokenizer, text, ids)
+    removable = overlap(spans, [(begin, begin + len(record["context"]))])
+    key = overlap(spans, [(start, start + len(references[answer]["text"]))])
+    return Example(prompt, removable, key)
+
+
+def generate(model: TransformerBridge, ids: list[int]) -> list[int]:
+    """What the model writes greedily: up to its end, or to the end of its first line of text."""
+    written = greedy(model, ids, LONGEST_ANSWER)
+    if not is_encoder_decoder(model):
+        written = written[len(ids) :]
     special = set(model.tokenizer.all_special_ids)
     return Example(prompt, np.array([int(token) not in special for token in prompt.tokens]))
 
