@@ -84,7 +84,9 @@ class Generation:
 
     def __repr__(self) -> str:
         rows, text = len(self.values), "".join(self.written)
-        return f"Generation({rows} tokens after {self.start}, {self.of}, {self.composite}: {text!r})"
+        return (
+            f"Generation({rows} tokens after {self.start}, {self.of}, {self.composite}: {text!r})"
+        )
 
     def positions(self, span: Span) -> range:
         """The positions of a span: (from, to before), or of a text that occurs once.
@@ -319,9 +321,7 @@ def explain_generation(
         logits="target", stays=False,
     ) as session:  # fmt: skip
         rules = session.composite.name
-        caches = session.relevance_for_targets(
-            targets=targets, names_filter=[], **writing.inputs
-        )
+        caches = session.relevance_for_targets(targets=targets, names_filter=[], **writing.inputs)
     relevance = torch.stack([writing.relevance(cache) for cache in caches])
     behind = torch.ones_like(relevance, dtype=torch.bool).triu(writing.start)
     if bool(relevance[behind].any()):
@@ -329,9 +329,11 @@ def explain_generation(
             f"{architecture(model)} reads tokens behind the one that it writes: its rows are not "
             "those of a generation; explain each prefix with lenslrp.run_with_relevance"
         )
-    values, logits, log_probs = zip(*(target.notes[target.position] for target in targets), strict=True)
+    values, logits, log_probs = zip(
+        *(target.notes[target.position] for target in targets), strict=True
+    )
     shown, words = writing.text(model.tokenizer)
-    numbers = {"dtype": relevance.dtype, "device": relevance.device}
+    numbers: dict[str, Any] = {"dtype": relevance.dtype, "device": relevance.device}
     places = [(cache.positions, cache.decoder_positions) for cache in caches]
     positional = [sum(float(x.sum()) for x in both if x is not None) for both in places]
     return Generation(

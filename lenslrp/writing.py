@@ -19,7 +19,7 @@ from torch import Tensor
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
 from lenslrp.hooks.turns import turn
-from lenslrp.inputs import is_encoder_decoder, prepare_text, require_ids
+from lenslrp.inputs import prepare_text, require_ids
 from lenslrp.logits import Outputs, Target
 from lenslrp.running import architecture
 from lenslrp.targets import Contrastive, Logit, LogProb
@@ -168,7 +168,9 @@ def write(
     if text is None:
         written = greedy(model, ids, max_new_tokens)[len(begun or ids) :]
     else:
-        written = token_ids(model.tokenizer, text) if isinstance(text, str) else list(map(int, text))
+        written = (
+            token_ids(model.tokenizer, text) if isinstance(text, str) else list(map(int, text))
+        )
         require_ids(model, [written], "the continuation")
     return Writing(ids, begun, written)
 
@@ -183,10 +185,15 @@ def greedy(model: TransformerBridge, ids: list[int], max_new_tokens: int) -> lis
     Raises:
         InputError: ``max_new_tokens`` below 1.
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+    if (
+        isinstance(max_new_tokens, bool)
+        or not isinstance(max_new_tokens, int)
+        or max_new_tokens < 1
+    ):
         raise InputError(f"max_new_tokens is a number from 1, not {max_new_tokens!r}")
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
-    tokenizer, original_model = model.tokenizer, model.original_model
+    tokenizer = model.tokenizer
+    original_model: Any = model.original_model
     pad = next(
         (i for i in (getattr(tokenizer, "pad_token_id", None),
                      getattr(tokenizer, "eos_token_id", None)) if i is not None),

@@ -263,9 +263,7 @@ def explain_hops(
             _, cache = session.run_with_relevance(
                 target=target, names_filter=_is_head, reduce="sum", **writing.inputs
             )
-            values = torch.tensor(
-                [t.notes[t.position][0] for t in targets], dtype=torch.float64
-            )
+            values = torch.tensor([t.notes[t.position][0] for t in targets], dtype=torch.float64)
             relevance = writing.relevance(cache).cpu()
             hops.append(Hop(weights * values, relevance, _heads(cache), cache.ledger()))
             left = relevance[start:].double()

@@ -63,19 +63,21 @@ def check_hops(
     others = sorted({*range(1, hops.start)} - {*traced})
     random = np.random.default_rng(seed)
     drawn = [random.choice(others, k, replace=False).tolist() for _ in range(draws)]
-    best = parse_unit(hops.hops[0].heads["head"][0])
-    assert isinstance(best, Head)
-    n_heads = int(model.cfg.n_heads)
-    layer = best.layer * n_heads
-    rivals = [[layer + h] for h in range(n_heads) if h != best.index]
+    heads = [head for head in map(parse_unit, hops.hops[0].heads["head"]) if isinstance(head, Head)]
+    best, order = heads[0], sorted(heads, key=lambda head: (head.layer, head.index))
+    rivals = [
+        [place]
+        for place, head in enumerate(order)
+        if head.layer == best.layer and head.index != best.index
+    ]
     shown = ", ".join(repr(hops.str_tokens[place]) for place in traced)
     removed = ["", shown, f"{k} others, {draws} draws", str(best), f"{len(rivals)} of its layer"]
     table = {}
     for name, (before, span) in scored.items():
         prompt = as_prompt(model, torch.tensor(before), targets.Sequence(span))
-        heads, tokens = heads_of(model, prompt), tokens_of(model, prompt)
+        parts, tokens = heads_of(model, prompt), tokens_of(model, prompt)
         (whole, of_traced), of_drawn = np.split(_without(tokens, [[], traced, *drawn]), [2])
-        (of_head,), of_rivals = np.split(_without(heads, [[layer + best.index], *rivals]), [1])
+        (of_head,), of_rivals = np.split(_without(parts, [[order.index(best)], *rivals]), [1])
         table[name] = np.exp([whole, of_traced, of_drawn.mean(), of_head, of_rivals.mean()])
     index = ["nothing", "traced tokens", "other tokens", "top head", "other heads"]
     return pd.DataFrame({"removed": removed, **table}, index=index)

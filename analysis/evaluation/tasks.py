@@ -195,66 +195,6 @@ def generate(model: TransformerBridge, ids: list[int]) -> list[int]:
     if not is_encoder_decoder(model):
         written = written[len(ids) :]
     special = set(model.tokenizer.all_special_ids)
-    return Example(prompt, np.array([int(token) not in special for token in prompt.tokens]))
-
-
-def _classifies_texts(model: TransformerBridge) -> bool:
-    return type(model.original_model).__name__.endswith("ForSequenceClassification")
-
-
-def known_answer(model: TransformerBridge, record: Record, length: int) -> Example:
-    """A sentence with a right and a wrong next token, and the words that are evidence for each."""
-    text = record["text"]
-    example = _two_answers(model, text, record["answer"], record["rival"], [(0, len(text))])
-    spans = token_spans(model.tokenizer, text, example.prompt.tokens.tolist())
-    key = overlap(spans, occurrences(text, record["key"]))
-    distractor = overlap(spans, occurrences(text, record["distractor"]))
-    if not key.any() or not distractor.any():
-        raise Unfit(f"{record['key']!r} or {record['distractor']!r} is not in the text")
-    return Example(example.prompt, np.ones(len(spans), dtype=bool), key, distractor)
-
-
-def squad(model: TransformerBridge, record: Record, length: int) -> Example:
-    """The answer that the model writes to a question about a paragraph, if it is right.
-
-    The target is the sum of the answer's logits, the paragraph's tokens may be taken away, and
-    those of the answer in it are the key.
-    """
-    template = QUESTION[is_encoder_decoder(model)]
-    text = template.format(context=record["context"], question=record["question"])
-    ids = model.tokenizer(text)["input_ids"]
-    if len(ids) > length:
-        raise Unfit(f"longer than {length} tokens")
-    answer_ids = generate(model, ids)
-    answer = normalise(model.tokenizer.decode(answer_ids))
-    references = {normalise(str(a.get("text", ""))): a for a in reversed(record["answers"])}
-    if not answer or answer not in references:
-        raise Unfit("answered otherwise")
-    prompt = as_prompt(model, torch.tensor(ids), targets.Sequence(answer_ids))
-    begin = template.index("{context}")
-    start = begin + int(references[answer]["start"])
-    spans = token_spans(model.tokenizer, text, ids)
-    removable = overlap(spans, [(begin, begin + len(record["context"]))])
-    key = overlap(spans, [(start, start + len(references[answer]["text"]))])
-    return Example(prompt, removable, key)
-
-
-@torch.no_grad()
-def generate(model: TransformerBridge, ids: list[int]) -> list[int]:
-    """What the model writes greedily: up to its end, or to the end of its first line of text."""
-    tokens = torch.tensor([ids], device=next(model.parameters()).device)
-    with turn(model):
-        original_model: Any = model.original_model
-        written = original_model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=LONGEST_ANSWER,
-            do_sample=False,
-            pad_token_id=model.tokenizer.pad_token_id or model.tokenizer.eos_token_id,
-        )[0].tolist()
-    if not is_encoder_decoder(model):
-        written = written[len(ids) :]
-    special = set(model.tokenizer.all_special_ids)
     answer: list[int] = []
     for token in written:
         begun = bool(model.tokenizer.decode(answer).strip()) if answer else False

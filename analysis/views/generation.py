@@ -21,8 +21,8 @@ _BODY = """<div class="report"><header class="top">
 contributed to its {{ of }}. The line divides what was read from what was written. Hover over a cell
 for its number.</p>{{ matrix }}</section>
 <section aria-labelledby="ledger"><h2 id="ledger">Ledger</h2>
-<p class="what">Where each row's value went: what reached the tokens, what the softmax rule took, and
-what the other terms did.</p>
+<p class="what">Where each row's value went: what reached the tokens, what the softmax rule took,
+and what the other terms did.</p>
 <div class="scroll"><table class="data"><thead><tr><th scope="col">token</th>
 {%- for name in columns %}<th scope="col" class="n">{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for token, cells in rows %}<tr><td><span class="tok">{{ token }}</span></td>

@@ -22,8 +22,9 @@ right for the animal and for the city. Decided before the relevance of these exa
 
 The hops are at most three. `--flashtrace` adds the package of that name (0.1.1), where it is
 installed: one hop and three, its answer span and reasoning span set to the answer and the thought.
-Each example is appended to `--results` (a file that git ignores; FlashTrace's to one beside it) when
-it is done, so an interrupted run goes on where it was. 95% bootstrap intervals over examples; leads are paired.
+Each example is appended to `--results` (a file that git ignores; FlashTrace's to one beside it)
+when it is done, so an interrupted run goes on where it was. 95% bootstrap intervals over examples;
+leads are paired.
 """
 
 from __future__ import annotations
@@ -221,10 +222,9 @@ def main() -> None:
                     append({"number": number, "relevance": done[number]})
         rows = {number: {**row, **done[number]} for number, row in rows.items()}
     judged = [shares(model, example(number), row) for number, row in rows.items()]
-    tried = max(rows) + 1
     print(
-        f"{len(rows)} of {tried} solved; shares of positive relevance at the prompt's "
-        f"tokens, 95% bootstrap intervals, {RESAMPLES} resamples, seed {options.seed}\n"
+        f"{len(rows)} solved examples; shares of positive relevance at the prompt's tokens, 95% "
+        f" bootstrap intervals, {RESAMPLES} resamples, seed {options.seed}\n"
     )
     names = list(judged[0]["chance"])
     print("| method | " + " | ".join(names) + " | lead over one hop (chain) |")

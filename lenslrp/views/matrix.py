@@ -56,10 +56,8 @@ def matrix_heatmap(
         max((abs(row[c]) for row in numbers if c < len(row) and math.isfinite(row[c])), default=0.0)
         for c in range(len(columns))
     ]
-    colours = colour_scale(
-        largest, [True] * len(largest), scale=scale, without_first=without_first
-    )
-    edges = {edge: ";border-left:2px solid var(--llrp-muted)" for edge in borders}
+    colours = colour_scale(largest, [True] * len(largest), scale=scale, without_first=without_first)
+    edges = dict.fromkeys(borders, ";border-left:2px solid var(--llrp-muted)")
     shown = [f"\u2068{visible(token)}\u2069" for token in columns]
     heads = "".join(
         f'<th scope="col" style="{_HEAD};vertical-align:bottom{edges.get(c, "")}" '

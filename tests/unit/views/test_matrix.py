@@ -32,9 +32,9 @@ def test_tokens_are_text_whatever_they_contain():
 def test_one_scale_holds_for_all_rows():
     assert opacities(draw()) == pytest.approx([0.7, 0.7 / 9, 0.7 / 3, 0.35 / 9, 1.4 / 9], abs=1e-3)
     page = Page(draw())
-    assert "One scale for all rows. The first position outweighs" in page.text.replace("  ", " ") or (
-        "The first position outweighs" in page.text
-    )
+    assert "One scale for all rows. The first position outweighs" in page.text.replace(
+        "  ", " "
+    ) or ("The first position outweighs" in page.text)
 
 
 def test_the_first_position_can_be_left_out_of_the_scale():

@@ -87,7 +87,9 @@ def traced() -> Hops:
 
 def test_tables_and_pictures_say_the_same() -> None:
     H = traced()
-    assert repr(H).startswith("Hops(") and "'e' to 4 tokens, AttnLRP" in repr(H).replace("' e", "'e")
+    assert repr(H).startswith("Hops(") and "'e' to 4 tokens, AttnLRP" in repr(H).replace(
+        "' e", "'e"
+    )
     best = H.top(1).iloc[0]
     assert best["relevance"] == pytest.approx(float(H.prompt[best["position"]]))
     assert abs(best["relevance"]) == pytest.approx(float(H.prompt.abs().max()))
@@ -105,14 +107,14 @@ def test_the_check_takes_the_traced_tokens_away() -> None:
         "nothing", "traced tokens", "other tokens", "top head", "other heads"
     ]  # fmt: skip
     ids = torch.tensor([H.writing.ids])
-    log_probs = model(ids)[0].log_softmax(-1)
+    log_probs = model(ids)[0].detach().log_softmax(-1)
     rows = [float(log_probs[H.start - 1 + i, t]) for i, t in enumerate(H.writing.written)]
     assert table.loc["nothing", "answer"] == pytest.approx(np.exp(rows[-1]))
     assert table.loc["nothing", "written"] == pytest.approx(np.exp(sum(rows)))
     place = 1 + int(H.prompt[1:].argmax())
     hook = ("hook_embed", lambda x, hook: x.index_fill(1, torch.tensor([place]), 0.0))
     with model.hooks(fwd_hooks=[hook]):
-        without = model(ids)[0].log_softmax(-1)[-2, H.writing.written[-1]]
+        without = model(ids)[0].detach().log_softmax(-1)[-2, H.writing.written[-1]]
     assert table.loc["traced tokens", "answer"] == pytest.approx(float(without.exp()))
     with pytest.raises(InputError, match="k is from 1 to 2, and draws from 1"):
         check_hops(model, H, k=3)
