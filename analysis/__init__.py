@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lenslrp.analysis.attribution import (
         METHODS,
         Attribution,
+        FeatureRelevance,
         Hop,
         Hops,
         Method,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         attribute,
         bilrp,
         explain_hops,
+        feature_relevance,
     )
     from lenslrp.analysis.circuits import (
         TARGET,
@@ -103,6 +105,7 @@ if TYPE_CHECKING:
         written_by,
     )
     from lenslrp.analysis.units import (
+        CrossLayerCoder,
         Direction,
         Feature,
         Head,
@@ -126,14 +129,14 @@ if TYPE_CHECKING:
 _ROOMS = {
     "common": ("agreement", "indirect_objects"),
     "units": (
-        "Direction", "Feature", "Head", "Lens", "Neuron", "SparseCoder", "Unit", "VocabularyScores",
-        "compare_lenses", "cosines", "fit_relevance_lens", "fit_ridge_lens", "neuron_writes",
-        "parse_unit", "reads", "sign_cases", "writes",
+        "CrossLayerCoder", "Direction", "Feature", "Head", "Lens", "Neuron", "SparseCoder", "Unit",
+        "VocabularyScores", "compare_lenses", "cosines", "fit_relevance_lens", "fit_ridge_lens",
+        "neuron_writes", "parse_unit", "reads", "sign_cases", "writes",
     ),
     "passes": ("Edit", "as_prompt", "edit_units", "through"),
     "attribution": (
-        "METHODS", "Attribution", "Hop", "Hops", "Method", "TokenPairs", "attribute", "bilrp",
-        "explain_hops",
+        "METHODS", "Attribution", "FeatureRelevance", "Hop", "Hops", "Method", "TokenPairs",
+        "attribute", "bilrp", "explain_hops", "feature_relevance",
     ),
     "evaluation": (
         "TASKS", "Example", "Perturbation", "Results", "Task", "Unfit", "aopc", "aopc_bounds",
@@ -170,11 +173,13 @@ __all__ = [
     "AttributionGraph",
     "Circuit",
     "Clamp",
+    "CrossLayerCoder",
     "Direction",
     "EdgeScores",
     "Edit",
     "Example",
     "Feature",
+    "FeatureRelevance",
     "Head",
     "Hop",
     "Hops",
@@ -223,6 +228,7 @@ __all__ = [
     "export_neuronpedia",
     "faithfulness_curve",
     "faithfulness_curves",
+    "feature_relevance",
     "fit_relevance_lens",
     "fit_ridge_lens",
     "head_scores",

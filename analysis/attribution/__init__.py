@@ -1,5 +1,6 @@
 """AttnLRP and the methods it is compared with, behind one interface; pairs of tokens; hops."""
 
+from lenslrp.analysis.attribution.features import FeatureRelevance, feature_relevance
 from lenslrp.analysis.attribution.hops import Hop, Hops, explain_hops
 from lenslrp.analysis.attribution.methods import METHODS, Attribution, Method, attribute
 from lenslrp.analysis.attribution.pairs_of_tokens import TokenPairs, bilrp
@@ -7,6 +8,7 @@ from lenslrp.analysis.attribution.pairs_of_tokens import TokenPairs, bilrp
 __all__ = [
     "METHODS",
     "Attribution",
+    "FeatureRelevance",
     "Hop",
     "Hops",
     "Method",
@@ -14,4 +16,5 @@ __all__ = [
     "attribute",
     "bilrp",
     "explain_hops",
+    "feature_relevance",
 ]
