@@ -224,7 +224,7 @@ def main() -> None:
     judged = [shares(model, example(number), row) for number, row in rows.items()]
     print(
         f"{len(rows)} solved examples; shares of positive relevance at the prompt's tokens, 95% "
-        f" bootstrap intervals, {RESAMPLES} resamples, seed {options.seed}\n"
+        f"bootstrap intervals, {RESAMPLES} resamples, seed {options.seed}\n"
     )
     names = list(judged[0]["chance"])
     print("| method | " + " | ".join(names) + " | lead over one hop (chain) |")
