@@ -32,9 +32,14 @@ VIEWER_TYPES = {
     "mlp": "cross layer transcoder",
     "head": "lorsa",
     "attention": "lorsa",
+    "recurrent head": "lorsa",
+    "channel": "cross layer transcoder",
     "target": "logit",
 }
 """Kind of node -> the type as which viewers draw it."""
+
+BESIDE_NEURONS = {"head": "h", "attention": "h", "recurrent head": "r", "channel": "c"}
+"""Kind of node -> what its number begins with."""
 
 
 def pairing(layer: int, index: int) -> int:
@@ -101,8 +106,8 @@ def _node(node: dict[str, Any], graph: AttributionGraph) -> dict[str, Any]:
     elif target:
         token = -1 if graph.token is None else graph.token
         named, feature, shown = f"{layer + 1}_{token}", token, str(layer + 1)
-    elif kind in ("head", "attention"):  # beside the neuron of the same number
-        named = f"{layer}_h{unit}"
+    elif kind in BESIDE_NEURONS:  # beside the neuron of the same number
+        named = f"{layer}_{BESIDE_NEURONS[kind]}{unit}"
     # The target of something else than a token has a name, not a probability.
     text = {
         "token": node["label"],

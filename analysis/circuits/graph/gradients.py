@@ -29,9 +29,14 @@ from lenslrp.targets import Top
 from lenslrp.text.spelling import str_token
 
 NODE_KINDS: Mapping[str, str] = {
-    "heads": "head", "neurons": "neuron", "attention": "attention", "mlp": "mlp"
+    "heads": "head", "neurons": "neuron", "attention": "attention", "mlp": "mlp",
+    "recurrent": "recurrent head", "channels": "channel",
 }  # fmt: skip
-"""Component -> what a node of it is called."""
+"""Component -> what a node of it is called; recurrent heads among `heads` have their own name."""
+
+SHORT_LABELS: Mapping[str, str] = {
+    "head": "H", "neuron": "N", "recurrent head": "R", "channel": "C"
+}  # fmt: skip
 
 ABSORBED = (*LEDGER_TERMS, "nonlinear_target")
 """What the ledger may find absorbed in a node; the last at the target alone."""
@@ -130,7 +135,8 @@ def choose_nodes(nodes: _Nodes, k: int, share: float) -> list[Node]:
         for position in range(size.shape[0])
         for unit in range(size.shape[1])
     ]
-    order = {hook: (layer_of(hook) or 0, i) for i, hook in enumerate(nodes)}
+    # A backward pass came to them, last ones first: inside a layer this is the order to reverse.
+    order = {hook: (layer_of(hook) or 0, -i) for i, hook in enumerate(nodes)}
     chosen = [candidates[index] for index in best.indices[: min(k, enough)].tolist()]
     return sorted(chosen, key=lambda n: (order[n.hook], n.position or 0, n.unit))
 
@@ -205,12 +211,15 @@ def _described(
         yield {"id": f"token@{place}", "kind": "token", "layer": -1, "position": place,
                "unit": 0, "label": token, "activation": np.nan}  # fmt: skip
     for node in chosen:
-        kind, layer = NODE_KINDS[hooks[node.hook]], layer_of(node.hook)
+        recurrent = node.hook.endswith(COMPONENTS["recurrent"].hook)
+        kind = NODE_KINDS["recurrent" if recurrent else hooks[node.hook]]
+        layer = layer_of(node.hook)
         x = nodes[node.hook][0][0, node.position, node.unit]
         one = COMPONENTS[hooks[node.hook]].kind == "entry"
-        shown = {"head": f"H{layer}.{node.unit}", "neuron": f"N{layer}.{node.unit}"}
         yield {"id": str(node), "kind": kind, "layer": layer, "position": node.position,
-               "unit": node.unit, "label": shown.get(kind, f"{kind} {layer}"),
+               "unit": node.unit,
+               "label": f"{SHORT_LABELS[kind]}{layer}.{node.unit}" if kind in SHORT_LABELS
+               else f"{kind} {layer}",
                "activation": float(x) if one else float(x.norm())}  # fmt: skip
     yield {"id": "target", "kind": "target", "layer": layers, "position": position, "unit": 0,
            "label": label, "activation": np.nan}  # fmt: skip

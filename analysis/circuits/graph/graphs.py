@@ -55,11 +55,11 @@ class AttributionGraph:
 
     Attributes:
         nodes: one row a node, in the order in which the model computes them: `id`, `kind`
-            (`"token"`, `"head"`, `"neuron"`, `"target"`), `layer` (-1 for tokens, the number of
-            layers for the target), `position`, `unit`, `label`, `relevance` and `activation` (a
-            head's: the length of its vector), `influence` on the target (0 to 1), `rest` (the
-            residual: relevance from nodes and edges that are not shown) and, for each term of the
-            ledger, what was absorbed.
+            (`"token"`, `"head"`, `"recurrent head"`, `"neuron"`, ..., `"target"`), `layer` (-1 for
+            tokens, the number of layers for the target), `position`, `unit`, `label`, `relevance`
+            and `activation` (a head's: the length of its vector), `influence` on the target (0 to
+            1), `rest` (the residual: relevance from nodes and edges that are not shown) and, for
+            each term of the ledger, what was absorbed.
         edges: `source`, `target` (ids) and `relevance`, in units of the target.
         str_tokens, token_ids: the prompt's tokens.
         explained: the target and its value.
@@ -200,8 +200,8 @@ def attribution_graph(
         model: a `TransformerBridge` that is no encoder-decoder, in eval mode.
         input, target: of `lenslrp.run_with_relevance`; one prompt.
         composite: the rules; `AttnLRP()` if not given.
-        components: what may become a node: some of `"heads"`, `"neurons"`, `"attention"` and
-            `"mlp"`.
+        components: what may become a node: some of `"heads"`, `"neurons"`, `"attention"`,
+            `"mlp"`, `"recurrent"` and `"channels"` (see `circuits.nodes.COMPONENTS`).
         k, share: the most relevant nodes (in size) are chosen: as many as hold `share` of all
             nodes' relevance, and at most `k`.
         direct: end edges at all nodes, chosen or not.

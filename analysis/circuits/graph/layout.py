@@ -22,7 +22,10 @@ MARGIN = 74.0
 """On the left, where rows are named."""
 
 _NAMED = {"token": "tokens", "target": "target"}
-_ORDER = {"token": 0, "attention": 1, "head": 1, "mlp": 2, "neuron": 2, "target": 3}
+_ORDER = {
+    "token": 0, "channel": 1, "recurrent head": 2, "attention": 3, "head": 3, "mlp": 4,
+    "neuron": 4, "target": 5,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,7 @@ class Layout:
 def lay_out(nodes: pd.DataFrame) -> Layout:
     """Places for the rows of `AttributionGraph.nodes`."""
     keys = [
-        (layer, _ORDER.get(kind, 2))
-        for layer, kind in zip(nodes["layer"], nodes["kind"], strict=True)
+        (layer, _ORDER[kind]) for layer, kind in zip(nodes["layer"], nodes["kind"], strict=True)
     ]
     cells: dict[tuple[tuple[int, int], int], list[str]] = {}
     for key, position, name in zip(keys, nodes["position"], nodes["id"], strict=True):

@@ -122,7 +122,9 @@ def _node(
     graph: AttributionGraph,
 ) -> str:
     x, y = place
-    round_ = {"token": 2.0, "target": 2.0, "head": 4.0}.get(node["kind"], HEIGHT / 2)
+    round_ = {"token": 2.0, "target": 2.0, "head": 4.0, "recurrent head": 4.0}.get(
+        node["kind"], HEIGHT / 2
+    )
     fraction = max(-1.0, min(1.0, node["relevance"] / scale)) if scale else 0.0
     box = (
         f'x="{x - WIDTH / 2:.1f}" y="{y - HEIGHT / 2:.1f}" width="{WIDTH:.0f}" '
