@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.units.kinds import parse_unit
+from lenslrp.analysis.units.parsing import parse_unit
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
 from lenslrp.generation import Span, positions_of

@@ -15,7 +15,8 @@ from lenslrp.analysis.common.statistics import Numbers
 from lenslrp.analysis.evaluation.features import Features, tokens_of
 from lenslrp.analysis.evaluation.model_features import heads_of
 from lenslrp.analysis.passes.prompts import as_prompt
-from lenslrp.analysis.units.kinds import Head, parse_unit
+from lenslrp.analysis.units.kinds import Head
+from lenslrp.analysis.units.parsing import parse_unit
 from lenslrp.errors import InputError
 
 if TYPE_CHECKING:
