@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lenslrp.analysis.circuits.pruning import FaithfulnessCurve
+from lenslrp.analysis.circuits.curves import FaithfulnessCurve
 from lenslrp.analysis.circuits.scores import NodeScores
 from lenslrp.analysis.views.drawing import (
     LIGHT,

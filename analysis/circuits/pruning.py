@@ -2,8 +2,7 @@
 
 Every node outside the circuit is set to what it is in the corrupted run, or to its mean, while the
 clean prompt runs. Faithfulness is the share of the logit difference that is left (Wang et al. 2022;
-MIB, Mueller et al. 2025): 0 where the circuit does nothing, 1 where it does all. Over circuits of
-growing size, CPR is the area under that curve and CMD the area between it and 1. Completeness asks
+MIB, Mueller et al. 2025): 0 where the circuit does nothing, 1 where it does all. Completeness asks
 the opposite question: what is left of the logit difference when the circuit is what is ablated?
 Minimality: what does each node of it add?
 """
@@ -13,35 +12,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lenslrp.analysis.circuits.nodes import (
-    COMPONENTS,
-    Node,
-    Units,
-    as_units,
-    batch_of,
-    logit_differences,
-    read_units,
-)
+from lenslrp.analysis.circuits.ablation import ablations
+from lenslrp.analysis.circuits.nodes import Node
 from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.circuits.scores import PAIRS_AT_ONCE, NodeScores
-from lenslrp.analysis.common.statistics import RESAMPLES, area
-from lenslrp.edits import Edit
+from lenslrp.analysis.common.statistics import RESAMPLES
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import unchanged
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,11 +82,41 @@ class Circuit:
         return Circuit(self.components, keep)
 
 
+def classes(components: Mapping[str, str], pooled: bool = False) -> dict[str, list[str]]:
+    """Component -> its hook points; `pooled`: all hook points in one class."""
+    found: dict[str, list[str]] = {}
+    for hook, name in components.items():
+        found.setdefault("nodes" if pooled else name, []).append(hook)
+    return found
+
+
+def ranking(
+    scores: NodeScores, hooks: Sequence[str], by: str, generator: torch.Generator
+) -> Int[Tensor, " node"]:
+    """Indices of the nodes of some hook points, the best first; arguments as for `prune`."""
+    if scores.by_position:
+        raise InputError("a circuit is of nodes at all positions: score with by_position=False")
+    if by not in ("score", "size", "random"):
+        raise InputError(f"by must be 'score', 'size' or 'random', not {by!r}")
+    mean = torch.cat([scores.values[hook] for hook in hooks], dim=1).mean(dim=0).cpu()
+    if bool(mean.isnan().any()):
+        names = " and ".join(dict.fromkeys(scores.components[hook] for hook in hooks))
+        raise InputError(f"not all {names} were scored, so the best of them are not known")
+    if by == "random":
+        mean = torch.rand(len(mean), generator=generator)
+    elif by == "size":
+        mean = mean.abs()
+    elif scores.direction == "noising":  # what a node does for the answer is lost with it
+        mean = -mean
+    return mean.argsort(descending=True, stable=True)
+
+
 def prune(
     scores: NodeScores,
     share: float | Mapping[str, float],
     *,
     by: str = "score",
+    pooled: bool = False,
     seed: int = 0,
 ) -> Circuit:
     """The best nodes of each component class.
@@ -106,8 +125,9 @@ def prune(
         scores: of nodes at all positions.
         share: how much of each class to keep, from 0 to 1: of all, or by component name. Rounded
             down to whole nodes.
-        by: `"score"`: what the logit difference gains most by (mean over pairs); `"size"`: what
-            moves it most, either way; `"random"`: by a shuffle of the nodes.
+        by: `"score"`: what the clean run's logit difference owes most to (mean over pairs);
+            `"size"`: what moves it most, either way; `"random"`: by a shuffle of the nodes.
+        pooled: keep the best of all nodes together, as MIB does, and not of each class.
         seed: of the shuffle.
 
     Returns:
@@ -121,64 +141,26 @@ def prune(
         >>> prune(scores, {"heads": 0.1, "neurons": 0.01}).sizes()
         {'heads': (14, 144), 'neurons': (368, 36864)}
     """
-    if scores.by_position:
-        raise InputError("a circuit is of nodes at all positions: score with by_position=False")
-    names = list(dict.fromkeys(scores.components.values()))
-    shares = share if isinstance(share, Mapping) else dict.fromkeys(names, share)
-    if set(shares) != set(names) or not all(0 <= s <= 1 for s in shares.values()):
-        raise InputError(f"share must be from 0 to 1 for each of {', '.join(names)}, not {share!r}")
-    if by not in ("score", "size", "random"):
-        raise InputError(f"by must be 'score', 'size' or 'random', not {by!r}")
+    hooks_of = classes(scores.components, pooled)
+    shares = share if isinstance(share, Mapping) else dict.fromkeys(hooks_of, share)
+    if set(shares) != set(hooks_of) or not all(0 <= s <= 1 for s in shares.values()):
+        names = ", ".join(hooks_of)
+        raise InputError(f"share must be from 0 to 1 for each of {names}, not {share!r}")
     keep: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
-    for name in names:
-        mean = scores.of(name).mean(dim=0)
-        if bool(mean.isnan().any()):
-            raise InputError(f"not all {name} were scored, so the best of them are not known")
-        if by == "random":
-            mean = torch.rand(len(mean), generator=generator)
-        ranked = (mean.abs() if by == "size" else mean).argsort(descending=True, stable=True)
-        chosen = torch.zeros(len(mean), dtype=torch.bool)
-        chosen[ranked[: int(shares[name] * len(mean))].cpu()] = True
-        hooks = [hook for hook, other in scores.components.items() if other == name]
+    for name, hooks in hooks_of.items():
+        ranked = ranking(scores, hooks, by, generator)
+        chosen = torch.zeros(len(ranked), dtype=torch.bool)
+        chosen[ranked[: int(shares[name] * len(ranked))]] = True
         sizes = [scores.values[hook].shape[-1] for hook in hooks]
         keep.update(zip(hooks, chosen.split(sizes), strict=True))
     return Circuit(scores.components, {hook: keep[hook] for hook in scores.components})
 
 
-def mean_activations(
-    model: TransformerBridge,
-    pairs: Pairs,
-    components: Mapping[str, str],
-    *,
-    chunk: int = PAIRS_AT_ONCE,
-) -> dict[str, Float[Tensor, "unit feature"]]:
-    """Each node's mean over both prompts of all pairs and all their real tokens."""
-    sums: dict[str, Tensor] = {}
-    for part in pairs.chunks(chunk):
-        for tokens in (part.clean, part.corrupt):
-            batch = batch_of(model, tokens, part)
-            for hook, x in read_units(model, batch, part, components)[1].items():
-                total = x[part.mask.to(x.device)].sum(dim=0)
-                sums[hook] = sums[hook] + total if hook in sums else total
-    return {hook: total / (2 * int(pairs.mask.sum())) for hook, total in sums.items()}
-
-
-def ablated(circuit: Circuit, instead: Mapping[str, Units]) -> list[Edit]:
-    """Every node outside `circuit`, set to what `instead` holds.
-
-    Args:
-        circuit: what is left as it is.
-        instead: hook point -> [pair, pos, unit, feature]; pair and pos may be 1.
-    """
-
-    def put(x: Tensor, *, name: str) -> Tensor:
-        units = as_units(COMPONENTS[circuit.components[name]].kind, x, name)
-        keep = circuit.keep[name].to(x.device)[:, None]
-        return torch.where(keep, units, instead[name]).reshape(x.shape)
-
-    names = [name for name, keep in circuit.keep.items() if not keep.all()]
-    return [Edit(name, function=partial(put, name=name)) for name in names]
+def between(resampled: NDArray[np.float64]) -> tuple[float, float, float]:
+    """A value and its 95% bootstrap interval, from the value and those of its samples, [1 + n]."""
+    low, high = np.percentile(resampled[1:], [2.5, 97.5])
+    return float(resampled[0]), float(low), float(high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,12 +198,18 @@ class Verdict:
         Returns:
             Faithfulness (a ratio of means), lower and upper end.
         """
+        return between(self.resampled(index, seed))
+
+    def resampled(self, index: int, seed: int = 0) -> NDArray[np.float64]:
+        """Faithfulness of one circuit, [1 + n]: over all pairs, then over bootstrap samples."""
         total = (self.clean - self.floor).double().cpu().numpy()
         kept = (self.gaps[index] - self.floor).double().cpu().numpy()
-        picks = np.random.default_rng(seed).integers(0, len(total), (RESAMPLES, len(total)))
-        ratios = kept[picks].mean(axis=1) / total[picks].mean(axis=1)
-        low, high = np.percentile(ratios, [2.5, 97.5])
-        return float(kept.mean() / total.mean()), float(low), float(high)
+        n = len(total)
+        picks = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+        ratios: NDArray[np.float64] = np.append(
+            kept.mean() / total.mean(), kept[picks].mean(axis=1) / total[picks].mean(axis=1)
+        )
+        return ratios
 
 
 def verify(
@@ -257,33 +245,15 @@ def verify(
         >>> verify(model, held_out, [whole]).faithfulness  # nothing is ablated
         [1.0]
     """
-    if ablation not in ("corrupt", "mean"):
-        raise InputError(f"ablation must be 'corrupt' or 'mean', not {ablation!r}")
     if not circuits or any(set(c.keep) != set(circuits[0].keep) for c in circuits):
         raise InputError("give one or more circuits over the same hook points")
     components = circuits[0].components
-    means = {}
-    if ablation == "mean":
-        by_unit = mean_activations(model, reference or pairs, components, chunk=chunk)
-        means = {hook: mean[None, None] for hook, mean in by_unit.items()}
-    elif reference is not None:
-        raise InputError("reference is what means are taken over: it goes with ablation='mean'")
-    nothing = Circuit(
-        components, {hook: torch.zeros_like(k) for hook, k in circuits[0].keep.items()}
-    )
     clean, floor, kept = [], [], []
     with unchanged(model):
-        for part in pairs.chunks(chunk):
-            batch, instead = batch_of(model, part.clean, part), means
-            run = partial(logit_differences, model, batch, part)
-            clean.append(run())
-            if ablation == "corrupt":
-                corrupted = batch_of(model, part.corrupt, part)
-                value, instead = read_units(model, corrupted, part, components)
-                floor.append(value)
-            else:
-                floor.append(run(edits=ablated(nothing, instead)))
-            kept.append(torch.stack([run(edits=ablated(each, instead)) for each in circuits]))
+        for part in ablations(model, pairs, components, ablation, reference, chunk):
+            clean.append(part.clean)
+            floor.append(part.floor)
+            kept.append(torch.stack([part.run(each.keep) for each in circuits]))
     verdict = Verdict(torch.cat(clean), torch.cat(floor), torch.cat(kept, dim=1))
     _require_task(verdict)
     return verdict
@@ -336,60 +306,3 @@ def minimality(
     whole, *less = verify(model, pairs, tried, **options).faithfulness
     frame = pd.DataFrame({"node": list(map(str, nodes)), "loss": [whole - one for one in less]})
     return frame.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
-
-
-@dataclass(frozen=True, eq=False)
-class FaithfulnessCurve:
-    """Faithfulness of circuits of growing size.
-
-    Attributes:
-        table: `share`, `nodes`, `faithfulness`, `low` and `high` (95%).
-        cpr: area under faithfulness over the share of nodes kept (higher is better).
-        cmd: area between it and 1 (lower is better).
-    """
-
-    table: pd.DataFrame
-    cpr: float
-    cmd: float
-
-
-def faithfulness_curve(
-    model: TransformerBridge,
-    pairs: Pairs,
-    scores: NodeScores,
-    *,
-    shares: Sequence[float] = SHARES,
-    by: str = "score",
-    **options: Any,
-) -> FaithfulnessCurve:
-    """Faithfulness over size: more and more of the best nodes of every class are kept.
-
-    CPR and CMD are of MIB (Mueller et al. 2025).
-
-    Args:
-        model, pairs: as for `verify`.
-        scores: of nodes at all positions.
-        shares: how much of each class to keep, from 0 to 1.
-        by: as for `prune`.
-        options: as for `verify`.
-
-    Returns:
-        A curve with one row a share, and its areas.
-
-    Raises:
-        InputError: as `prune` and `verify`.
-
-    Examples:
-        >>> curve = faithfulness_curve(model, held_out, scores, shares=[0.0, 0.1, 1.0])
-        >>> list(curve.table.columns), len(curve.table)
-        (['share', 'nodes', 'faithfulness', 'low', 'high'], 3)
-    """
-    circuits = [prune(scores, share, by=by) for share in shares]
-    verdict = verify(model, pairs, circuits, **options)
-    intervals = [verdict.interval(index) for index in range(len(circuits))]
-    kept = [sum(n for n, _ in circuit.sizes().values()) for circuit in circuits]
-    table = pd.DataFrame(intervals, columns=["faithfulness", "low", "high"])
-    table.insert(0, "share", list(shares))
-    table.insert(1, "nodes", kept)
-    values, at = table["faithfulness"].to_numpy(), np.array(shares)
-    return FaithfulnessCurve(table, area(values, at), area(np.abs(1 - values), at))

@@ -29,11 +29,11 @@ from safetensors.torch import load_file, save_file
 
 import lenslrp
 from benchmarks import RESULTS
+from lenslrp.analysis.circuits.curves import faithfulness_curve
 from lenslrp.analysis.circuits.nodes import Node, batch_of, logit_differences, place_components
 from lenslrp.analysis.circuits.pairs import TEMPLATES, Pairs, template_pairs
 from lenslrp.analysis.circuits.pruning import (
     completeness,
-    faithfulness_curve,
     minimality,
     prune,
     verify,

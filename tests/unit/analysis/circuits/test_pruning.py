@@ -14,14 +14,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslrp import InputError
+from lenslrp.analysis.circuits.ablation import mean_activations
+from lenslrp.analysis.circuits.curves import faithfulness_curve
 from lenslrp.analysis.circuits.figures import faithfulness_curves, head_scores
 from lenslrp.analysis.circuits.nodes import Node
 from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.circuits.pruning import (
     Circuit,
     completeness,
-    faithfulness_curve,
-    mean_activations,
     minimality,
     prune,
     verify,
@@ -77,6 +77,33 @@ def test_the_best_of_each_class_are_kept() -> None:
     assert drawn.nodes() != prune(scores, 0.25, by="random", seed=1).nodes()
     assert len(circuit.nodes()) == 14
     assert all(circuit.keep[node.hook][node.unit] for node in circuit.nodes())
+
+
+def test_the_best_of_all_classes_together_are_kept() -> None:
+    _, _, scores = scored()
+    circuit = prune(scores, 0.25, pooled=True)
+    mean = torch.cat([value.mean(dim=0) for value in scores.values.values()])
+    kept = torch.cat([circuit.keep[hook] for hook in scores.values])
+    assert int(kept.sum()) == 13  # of 4 heads and 48 neurons
+    assert mean[kept].min() >= mean[~kept].max()
+    assert circuit.sizes() != prune(scores, 0.25).sizes()
+    with pytest.raises(InputError, match=r"^share must be from 0 to 1 for each of nodes, not \{"):
+        prune(scores, {"heads": 0.5, "neurons": 0.5}, pooled=True)
+
+
+def test_a_node_whose_corruption_costs_the_answer_is_good() -> None:
+    """Of scores of either direction, what does most for the clean run is kept."""
+    model, pairs, scores = scored()
+    noising = score_nodes(model, pairs, direction="noising")
+    mean = noising.of("heads").mean(dim=0)
+    circuit = prune(noising, 0.25)
+    kept = torch.cat([k for h, k in circuit.keep.items() if circuit.components[h] == "heads"])
+    assert kept.nonzero()[:, 0].tolist() == [int(mean.argmin())]
+    backwards = replace(
+        scores, direction="noising", values={h: -v for h, v in scores.values.items()}
+    )
+    assert prune(backwards, 0.25).nodes() == prune(scores, 0.25).nodes()
+    assert prune(backwards, 0.25, by="size").nodes() == prune(scores, 0.25, by="size").nodes()
 
 
 def test_everything_else_is_set_to_the_corrupt_run() -> None:
