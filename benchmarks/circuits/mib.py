@@ -44,7 +44,6 @@ SCORES: Mapping[str, dict[str, Any]] = {
 }
 SLOW, FEW = ("integrated, 10 steps", "integrated, 20 steps"), 10
 """What is scored on so many of the pairs only."""
-INITS = ("RelP", "gradient", None)
 OBJECTIVES = {"cmd": "size", "cpr": "score"}
 """What masks are trained for -> how their initial scores rank."""
 COMPARED = [
@@ -75,16 +74,20 @@ def run(model: Any, task: str) -> None:
                            **{**NODES, **start})  # fmt: skip
 
     tried: dict[str, tuple[Callable[[], NodeScores], dict[str, Any]]] = {}
-    for objective in OBJECTIVES:
-        for init in INITS:
-            tried[f"masks from {init or 'nothing'}, {objective}"] = (
-                partial(learned, init, objective), {},
-            )  # fmt: skip
-    for name in SCORES:
+
+    def masks(init: str | None) -> None:
+        for objective in OBJECTIVES:
+            name = f"masks from {init or 'nothing'}, {objective}"
+            tried[name] = partial(learned, init, objective), {}
+
+    masks("RelP")
+    masks("gradient")
+    for name in sorted(SCORES, key=lambda name: name in SLOW):
         tried[f"{name}, by score"] = partial(scored, name), {"by": "score"}
         tried[f"{name}, by size"] = partial(scored, name), {"by": "size"}
     for seed in range(RANDOM):
         tried[f"random {seed}"] = partial(scored, "RelP"), {"by": "random", "seed": seed}
+    masks(None)
     with resumed(RESULTS / f"mib-{task}.jsonl", settings) as (rows, append):
         done = {row["selection"] for row in rows}
         for name, (make, how) in tried.items():

@@ -143,8 +143,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         to_mib(score_nodes(model, pairs, components=["mlp"], by_position=True), model, path)
     with pytest.raises(
         InputError,
-        match=r"^blocks\.0\.mlp\.hook_post\[0\] is no node of MIB, whose nodes are tokens, heads and "
-        r"mlp$",
+        match=r"^blocks\.0\.mlp\.hook_post\[0\] is no node of MIB, whose nodes are tokens, heads "
+        r"and mlp$",
     ):
         to_mib(score_nodes(model, pairs, components=["neurons"]), model, path)
     with pytest.raises(
