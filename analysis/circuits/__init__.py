@@ -6,26 +6,33 @@ from lenslrp.analysis.circuits.export import to_transformer_lens
 from lenslrp.analysis.circuits.figures import faithfulness_curves, head_scores
 from lenslrp.analysis.circuits.graph.graphs import AttributionGraph, attribution_graph
 from lenslrp.analysis.circuits.masks import learn_masks
+from lenslrp.analysis.circuits.metrics import METRICS, Metric
 from lenslrp.analysis.circuits.mib import from_mib, to_mib
 from lenslrp.analysis.circuits.nodes import TARGET, Node
 from lenslrp.analysis.circuits.pairs import Pairs, template_pairs
 from lenslrp.analysis.circuits.pruning import (
     Circuit,
+    Verdict,
     completeness,
     minimality,
     prune,
     verify,
 )
 from lenslrp.analysis.circuits.scores import NodeScores, score_nodes
+from lenslrp.analysis.circuits.solved import TaskWarning
 
 __all__ = [
+    "METRICS",
     "TARGET",
     "AttributionGraph",
     "Circuit",
     "EdgeScores",
+    "Metric",
     "Node",
     "NodeScores",
     "Pairs",
+    "TaskWarning",
+    "Verdict",
     "attribution_graph",
     "completeness",
     "faithfulness_curve",

@@ -1,4 +1,4 @@
-"""What nodes are set to when they are ablated, and the run in which some of them are."""
+"""What nodes outside a circuit are set to, and how."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.circuits.nodes import (
-    COMPONENTS,
-    as_units,
-    batch_of,
-    logit_differences,
-    read_units,
-)
-from lenslrp.analysis.circuits.pairs import Pairs
-from lenslrp.analysis.circuits.scores import PAIRS_AT_ONCE
+from lenslrp.analysis.circuits.metrics import Metric
+from lenslrp.analysis.circuits.nodes import COMPONENTS, as_units, read_units
+from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs
+from lenslrp.analysis.circuits.readings import Reading, batch_of, metric_values
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 
@@ -34,50 +29,37 @@ def mean_activations(
     *,
     chunk: int = PAIRS_AT_ONCE,
 ) -> dict[str, Float[Tensor, "unit feature"]]:
-    """Each node's mean over both prompts of all pairs and all their real tokens."""
+    """Each node's mean over both prompts of all pairs and all their real tokens.
+
+    Where answers have several tokens, those that are teacher-forced count as well.
+    """
     sums: dict[str, Tensor] = {}
-    for part in pairs.chunks(chunk):
-        for tokens in (part.clean, part.corrupt):
-            batch = batch_of(model, tokens, part)
-            for hook, x in read_units(model, batch, part, components)[1].items():
-                total = x[part.mask.to(x.device)].sum(dim=0)
+    tokens_seen = 0
+    for part in Reading.of(pairs, "logit_difference").chunks(chunk):
+        for side in ("clean", "corrupt"):
+            rows = part.seen_from(side)
+            batch = batch_of(model, getattr(rows, side), rows)
+            tokens_seen += int(rows.mask.sum())
+            for hook, x in read_units(model, batch, rows, components)[1].items():
+                total = x[rows.mask.to(x.device)].sum(dim=0)
                 sums[hook] = sums[hook] + total if hook in sums else total
-    return {hook: total / (2 * int(pairs.mask.sum())) for hook, total in sums.items()}
+    return {hook: total / tokens_seen for hook, total in sums.items()}
 
 
-@dataclass(frozen=True, eq=False)
-class Ablation:
-    """The clean run of some pairs, and what nodes are set to in it.
+def ablated(
+    components: Mapping[str, str],
+    keep: Mapping[str, Tensor],
+    instead: Mapping[str, Tensor],
+) -> list[Edit]:
+    """Every node outside a circuit, set to what `instead` holds.
 
-    Attributes:
-        model, pairs, components: whose; hook point -> component name.
-        instead: hook point -> [pair, pos, unit, feature]; pair and pos may be 1.
-        clean, floor: [pair], as in `Verdict`.
+    Args:
+        components: hook point -> component name.
+        keep: hook point -> [unit] or [row, unit], True or 1 where a node is left as it is, False or
+            0 where it is ablated; what is between is interpolated.
+        instead: hook point -> [row, pos, unit, feature]; row and pos may be 1.
     """
 
-    model: TransformerBridge
-    pairs: Pairs
-    components: Mapping[str, str]
-    instead: Mapping[str, Tensor]
-    clean: Float[Tensor, " pair"]
-    floor: Float[Tensor, " pair"]
-
-    def run(self, keep: Mapping[str, Tensor], **options: Any) -> Float[Tensor, " pair"]:
-        """The logit difference with every node as far from what it is as `keep` says.
-
-        Args:
-            keep: hook point -> [unit] or [pair, unit]; True or 1 leaves a node as it is, False or 0
-                ablates it, and in between it is interpolated.
-            options: of `lenslrp.forward.forward`.
-        """
-        batch = batch_of(self.model, self.pairs.clean, self.pairs)
-        edits = _ablated(self.components, keep, self.instead)
-        return logit_differences(self.model, batch, self.pairs, edits=edits, **options)
-
-
-def _ablated(
-    components: Mapping[str, str], keep: Mapping[str, Tensor], instead: Mapping[str, Tensor]
-) -> list[Edit]:
     def put(x: Tensor, *, name: str) -> Tensor:
         units = as_units(COMPONENTS[components[name]].kind, x, name)
         weight = keep[name].to(x).reshape(-1, 1, units.shape[2], 1)
@@ -87,15 +69,57 @@ def _ablated(
     return [Edit(name, function=partial(put, name=name)) for name in names]
 
 
+@dataclass(frozen=True, eq=False)
+class Ablation:
+    """The clean run of some pairs, and what nodes are set to in it.
+
+    Attributes:
+        model, reading, components: whose run, of which rows, and hook point -> component name.
+        instead: hook point -> [row, pos, unit, feature]; row and pos may be 1.
+        clean: [pair], the metric of the clean run.
+        floor: [pair], of the corrupted run; where `instead` are means, with every node ablated.
+    """
+
+    model: TransformerBridge
+    reading: Reading
+    components: Mapping[str, str]
+    instead: Mapping[str, Tensor]
+    clean: Float[Tensor, " pair"]
+    floor: Float[Tensor, " pair"]
+
+    def run(self, keep: Mapping[str, Tensor], **options: Any) -> Float[Tensor, " pair"]:
+        """The metric with nodes ablated.
+
+        Args:
+            keep: hook point -> [unit] or [pair, unit], as for `ablated`.
+            options: of `lenslrp.forward.forward`.
+        """
+        copies = self.reading.parts
+        rows = {hook: x if x.ndim == 1 else x.repeat(copies, 1) for hook, x in keep.items()}
+        edits = ablated(self.components, rows, self.instead)
+        return _clean_metric(self.model, self.reading, edits=edits, **options)
+
+
+def _clean_metric(model: TransformerBridge, reading: Reading, **options: Any) -> Tensor:
+    batch = batch_of(model, reading.clean, reading)
+    return reading.folded(metric_values(model, batch, reading, **options))
+
+
 def ablations(
     model: TransformerBridge,
     pairs: Pairs,
     components: Mapping[str, str],
+    metric: Metric,
     ablation: str,
     reference: Pairs | None,
     chunk: int,
 ) -> Iterator[Ablation]:
-    """What nodes are set to, for `chunk` pairs after another; arguments as for `verify`."""
+    """The clean runs of `chunk` pairs after another; arguments as for `verify`.
+
+    Raises:
+        InputError: an unknown ablation, a reference without means, the corrupted run's activations
+            for prompts of different lengths.
+    """
     if ablation not in ("corrupt", "mean"):
         raise InputError(f"ablation must be 'corrupt' or 'mean', not {ablation!r}")
     means = {}
@@ -104,13 +128,19 @@ def ablations(
         means = {hook: mean[None, None] for hook, mean in by_unit.items()}
     elif reference is not None:
         raise InputError("reference is what means are taken over: it goes with ablation='mean'")
+    elif pairs.counterpart is not None:
+        raise InputError(
+            "the prompts of these pairs have different numbers of tokens, so not every token of "
+            "the clean run has activations in the corrupted one: give ablation='mean'"
+        )
     for part in pairs.chunks(chunk):
-        clean = logit_differences(model, batch_of(model, part.clean, part), part)
+        reading = Reading.of(part, metric).beside_clean(model)
+        clean = _clean_metric(model, reading)
         if means:
-            found = Ablation(model, part, components, means, clean, clean)
+            found = Ablation(model, reading, components, means, clean, clean)
             nothing = {hook: torch.zeros(x.shape[2]) for hook, x in means.items()}
             yield replace(found, floor=found.run(nothing))
         else:
-            corrupted = batch_of(model, part.corrupt, part)
-            floor, instead = read_units(model, corrupted, part, components)
-            yield Ablation(model, part, components, instead, clean, floor)
+            batch = batch_of(model, reading.corrupt, reading)
+            floor, instead = read_units(model, batch, reading, components)
+            yield Ablation(model, reading, components, instead, clean, reading.folded(floor))

@@ -91,7 +91,8 @@ def faithfulness_curve(
         model, pairs: as for `verify`.
         scores: of nodes at all positions.
         shares: how much of each class to keep, from 0 to 1; MIB's curves are over `SHARES[1:]`.
-        by, pooled, seed: as for `prune`; MIB's nodes are pooled.
+        by, seed: as for `prune`.
+        pooled: keep that much of all nodes together, as MIB does, and not of each class.
         options: as for `verify`.
 
     Returns:
@@ -105,7 +106,9 @@ def faithfulness_curve(
         >>> list(curve.table.columns), len(curve.table)
         (['share', 'nodes', 'faithfulness', 'low', 'high'], 3)
     """
-    circuits = [prune(scores, share, by=by, pooled=pooled, seed=seed) for share in shares]
+    total = sum(value.shape[-1] for value in scores.values.values())
+    sizes = [{"nodes": int(share * total)} if pooled else {"share": share} for share in shares]
+    circuits = [prune(scores, **size, by=by, seed=seed) for size in sizes]
     verdict = verify(model, pairs, circuits, **options)
     intervals = [verdict.interval(index) for index in range(len(circuits))]
     kept = [sum(n for n, _ in circuit.sizes().values()) for circuit in circuits]

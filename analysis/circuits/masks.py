@@ -21,10 +21,12 @@ from torch import Tensor
 
 from lenslrp.analysis.circuits.ablation import ablations
 from lenslrp.analysis.circuits.curves import SHARES
+from lenslrp.analysis.circuits.metrics import Metric, MetricFunction, as_metric
 from lenslrp.analysis.circuits.nodes import place_components
-from lenslrp.analysis.circuits.pairs import Pairs
-from lenslrp.analysis.circuits.pruning import classes, ranking
-from lenslrp.analysis.circuits.scores import PAIRS_AT_ONCE, NodeScores
+from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs
+from lenslrp.analysis.circuits.pruning import mean_scores, ranking
+from lenslrp.analysis.circuits.readings import Reading
+from lenslrp.analysis.circuits.scores import NodeScores, answered
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import unchanged
@@ -36,7 +38,7 @@ OBJECTIVES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "cmd": lambda kept: (1 - kept).abs().mean(),
     "cpr": lambda kept: -kept.mean(),
 }
-"""Name -> what is made small, of the share of the logit difference that each row keeps."""
+"""Name -> what is made small, of the share of the metric that each pair keeps."""
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 """Of the hard concrete distribution, as in Louizos et al."""
@@ -49,6 +51,7 @@ def learn_masks(
     init: NodeScores | None = None,
     by: str = "score",
     components: Sequence[str] = ("heads", "neurons"),
+    metric: str | Metric | MetricFunction = "logit_difference",
     objective: str = "cmd",
     shares: Sequence[float] = SHARES,
     pooled: bool = False,
@@ -59,7 +62,7 @@ def learn_masks(
     seed: int = 0,
     chunk: int = PAIRS_AT_ONCE,
 ) -> NodeScores:
-    """A ranking of nodes, trained so that the best of them keep the logit difference.
+    """A ranking of nodes, trained so that the best of them keep the metric.
 
     Args:
         model: a `TransformerBridge` of a decoder, in eval mode.
@@ -68,10 +71,11 @@ def learn_masks(
         by: how `init` ranks, as for `prune`.
         components: names from `lenslrp.analysis.circuits.nodes.COMPONENTS`; those of `init`, if
             given.
-        objective: `"cmd"`: the logit difference that is kept shall be that of the whole model;
-            `"cpr"`: it shall be as large as possible.
+        metric: what is measured of a run, as for `score_nodes`; `"kl"` keeps the distribution.
+        objective: `"cmd"`: what is kept of the metric shall be that of the whole model; `"cpr"`: it
+            shall be as large as possible.
         shares: the sizes to train for.
-        pooled: whether sizes are of all nodes together, as for `prune`.
+        pooled: whether sizes are of all nodes together, as for `faithfulness_curve`.
         steps: each a forward and a backward pass of `chunk` pairs.
         rate: the learning rate of Adam, in log odds.
         ablation, reference: as for `verify`.
@@ -79,17 +83,17 @@ def learn_masks(
         chunk: how many pairs run at once.
 
     Returns:
-        Log odds of the gates, the same for all pairs, for `prune` with `by="score"` and the same
-        `pooled`; in place of the corrupted run's logit difference, the floor of `verify`.
+        Log odds of the gates, the same for all pairs, for `prune` with `by="score"`; where masks
+        are pooled, with a number of `nodes`. `corrupt` is the floor of `verify`.
 
     Raises:
         InputError: a choice that does not exist, scores that do not rank all nodes, no size that
-            leaves something to choose, no logit difference to keep.
+            leaves something to choose, nothing of the metric to keep.
 
     Examples:
         >>> scores = score_nodes(model, find, components=["heads", "mlp"])
         >>> masks = learn_masks(model, find, init=scores, pooled=True)
-        >>> prune(masks, 0.05, pooled=True).sizes()
+        >>> prune(masks, nodes=12).sizes()
         {'heads': (10, 144), 'mlp': (2, 12)}
     """
     if objective not in OBJECTIVES:
@@ -99,46 +103,52 @@ def learn_masks(
     if len(pairs) == 0:
         raise InputError("no pairs to train on")
     placed = place_components(model, components) if init is None else init.components
-    hooks_of = classes(placed, pooled).values()
+    measured = as_metric(metric)
+    names = list(dict.fromkeys(placed.values()))
+    groups = [names] if pooled else [[name] for name in names]
+    hooks_of = [[h for n in names for h, other in placed.items() if other == n] for names in groups]
     generator = torch.Generator().manual_seed(seed)
-    passes = PassCount(forward=2 * len(pairs))
-    if ablation == "mean":
-        passes.forward += 2 * len(reference or pairs)
     with unchanged(model):
-        parts = list(ablations(model, pairs, placed, ablation, reference, chunk))
+        parts = list(ablations(model, pairs, placed, measured, ablation, reference, chunk))
         clean, floor = (torch.cat([getattr(p, n) for p in parts]) for n in ("clean", "floor"))
+        passes = PassCount(forward=(2 + measured.reads_clean) * sum(len(p.reading) for p in parts))
+        if ablation == "mean":
+            passes.forward += 2 * len(Reading.of(reference or pairs, "logit_difference"))
         total = float((clean - floor).mean())
         if total <= 0:
             raise InputError(
-                f"the mean logit difference of the clean runs is {float(clean.mean()):.3g}, not "
-                f"above the floor's, {float(floor.mean()):.3g}: there is none for masks to keep"
+                f"the mean {measured.name} of the clean runs is {float(clean.mean()):.3g}, not "
+                f"above the floor's, {float(floor.mean()):.3g}: there is nothing for masks to keep"
             )
         widths = [[parts[0].instead[hook].shape[2] for hook in hooks] for hooks in hooks_of]
         odds = [torch.zeros(sum(each)) for each in widths]
         if init is not None:
-            for hooks, start in zip(hooks_of, odds, strict=True):
-                start[ranking(init, hooks, by, generator)] = _ranked(len(start))
+            for names, start in zip(groups, odds, strict=True):
+                mean = torch.cat([mean_scores(init, name) for name in names])
+                start[ranking(mean, by, generator)] = _ranked(len(start))
         sizes = _sizes([len(each) for each in odds], shares)
         optimizer = torch.optim.Adam([each.requires_grad_() for each in odds], lr=rate)
         for step in range(steps):
             part = parts[step % len(parts)]
-            drawn = torch.randint(len(sizes), (len(part.pairs),), generator=generator)
+            rows = len(part.clean)
+            drawn = torch.randint(len(sizes), (rows,), generator=generator)
             keep: dict[str, Tensor] = {}
             for index, (hooks, each) in enumerate(zip(hooks_of, odds, strict=True)):
                 opened = gates(each, sizes[:, index], drawn, generator)
                 keep.update(zip(hooks, opened.split(widths[index], dim=1), strict=True))
-            gap = part.run(keep, gradients=True)
-            loss = OBJECTIVES[objective]((gap - part.floor) / total)
+            value = part.run(keep, gradients=True)
+            loss = OBJECTIVES[objective]((value - part.floor) / total)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            passes.forward += len(part.pairs)
-            passes.backward += len(part.pairs)
+            passes.forward += rows * part.reading.parts
+            passes.backward += rows * part.reading.parts
+    correct = answered(model, pairs, measured, clean, passes)
     values = {}
     for hooks, each, width in zip(hooks_of, odds, widths, strict=True):
         values.update(zip(hooks, each.detach().expand(len(pairs), -1).split(width, 1), strict=True))
     return NodeScores("masks", "denoising", placed, {hook: values[hook] for hook in placed},
-                      clean, floor, pairs.mask, passes)  # fmt: skip
+                      clean, floor, pairs.mask, passes, correct, measured.name)  # fmt: skip
 
 
 def _ranked(n: int) -> Float[Tensor, " n"]:

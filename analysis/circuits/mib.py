@@ -116,8 +116,9 @@ def from_mib(path: str | Path) -> tuple[NodeScores | EdgeScores, Circuit]:
         path: an `importances.json`, whoever wrote it.
 
     Returns:
-        Scores of nodes if there are any, else of edges, with a single row in place of pairs and NaN
-        for what is not in the file; and the circuit that is `in_graph`.
+        Scores of nodes if there are any, else of edges, with a single row in place of pairs, NaN
+        where a node has none, and nothing of classes that have none; and the circuit that is
+        `in_graph`.
 
     Raises:
         StorageError: not a file of that schema.
@@ -140,10 +141,12 @@ def from_mib(path: str | Path) -> tuple[NodeScores | EdgeScores, Circuit]:
     for name, node in places.items():
         keep[node.hook][node.unit] = kept[name]
     unknown, one = torch.full((1,), torch.nan), torch.ones(1, 1, dtype=torch.bool)
-    told = (unknown, unknown, one, PassCount())
+    told = (unknown, unknown, one, PassCount(), one[0])
     circuit = Circuit(hooks, keep)
     if scored:
-        values = {hook: torch.full((1, size), torch.nan) for hook, size in sizes.items()}
+        given = {_component(places[name]) for name in scored}
+        hooks = {hook: name for hook, name in hooks.items() if name in given}
+        values = {hook: torch.full((1, sizes[hook]), torch.nan) for hook in hooks}
         for name, score in scored.items():
             values[places[name].hook][0, places[name].unit] = score
         return NodeScores("mib", "denoising", hooks, values, *told), circuit

@@ -13,19 +13,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lenslrp.analysis.circuits.pairs import Pairs, ordered
+from lenslrp.analysis.circuits.pairs import ordered
+from lenslrp.analysis.circuits.readings import Reading, batch_of, metric_values
+from lenslrp.analysis.circuits.rows import PairRows
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.batch import Batch
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
-from lenslrp.forward import forward
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.readers import select_names
 from lenslrp.hooks.structure import components, layer_of
-from lenslrp.inputs import prepare_text
+from lenslrp.logits import Target, at_columns
 from lenslrp.reductions import Deliver
 from lenslrp.unused import require_used
 
@@ -75,7 +77,7 @@ class Node:
     unit: int
     position: int | None = None
 
-    def place(self, pairs: Pairs) -> tuple[Any, Any, int]:
+    def place(self, pairs: PairRows) -> tuple[Any, Any, int]:
         """Where it is in the units of its hook point, in the rows that have it."""
         return (*pairs.batch.place(self.position), self.unit)
 
@@ -118,7 +120,7 @@ def place_components(model: TransformerBridge, names: Sequence[str]) -> dict[str
     return placed
 
 
-def require_positions(nodes: Iterable[Node], pairs: Pairs) -> None:
+def require_positions(nodes: Iterable[Node], pairs: PairRows) -> None:
     """Refuse a position that no pair has, or from an end that one pair does not reach to.
 
     Raises:
@@ -156,39 +158,25 @@ def largest(frame: pd.DataFrame, column: str, k: int) -> pd.DataFrame:
     return frame.loc[order[:k]].reset_index(drop=True)
 
 
-def batch_of(model: TransformerBridge, tokens: Tensor, pairs: Pairs) -> Batch:
-    """What the model reads: the tokens of one of the runs, with the mask of the pairs."""
-    return prepare_text(model, tokens, attention_mask=pairs.mask)
-
-
-def masking(pairs: Pairs, device: Any) -> dict[str, Tensor]:
+def masking(pairs: PairRows, device: Any) -> dict[str, Tensor]:
     """`attention_mask` where there is padding."""
     return {} if bool(pairs.mask.all()) else {"attention_mask": pairs.mask.long().to(device)}
 
 
-def logit_differences(
-    model: TransformerBridge, batch: Batch, pairs: Pairs, **options: Any
-) -> Float[Tensor, " pair"]:
-    """Logit difference of each pair, by one forward pass; options of `lenslrp.forward.forward`."""
-    with forward(model, batch, columns=pairs.columns(), **options) as run:
-        assert run.logits is not None
-        return pairs.logit_difference(run.logits)
-
-
 def read_units(
-    model: TransformerBridge, batch: Batch, pairs: Pairs, hooks: Mapping[str, str], **options: Any
+    model: TransformerBridge, batch: Batch, target: Target, hooks: Mapping[str, str], **options: Any
 ) -> tuple[Float[Tensor, " pair"], dict[str, Units]]:
-    """Logit differences and the activations at hook points (hook -> component), in one pass."""
+    """Metrics and the activations at hook points (hook -> component), in one pass."""
     units: dict[str, Units] = {}
 
     def keep(x: Tensor, *, hook: str) -> None:
         units[hook] = as_units(COMPONENTS[hooks[hook]].kind, x, hook)
 
     readers = {hook: partial(keep, hook=hook) for hook in hooks}
-    return logit_differences(model, batch, pairs, read=readers, **options), units
+    return metric_values(model, batch, target, read=readers, **options), units
 
 
-def patched(node: Node, component: str, units: Units, pairs: Pairs) -> Edit:
+def patched(node: Node, component: str, units: Units, pairs: PairRows) -> Edit:
     """One node as it is in `units`, the activations of its hook point in another run."""
     at = node.place(pairs)
 
@@ -210,6 +198,7 @@ class Runs:
     """The two runs of some pairs.
 
     Attributes:
+        pairs, other_pairs: the rows as the base run and the other one see them, and the metric.
         base, other: [pair, pos], tokens of the run that is changed, and of the one whose
             activations are patched in.
         hooks: hook point -> component, of the nodes.
@@ -217,33 +206,55 @@ class Runs:
     """
 
     model: TransformerBridge
-    pairs: Pairs
+    pairs: Reading
+    other_pairs: Reading
     base: Int[Tensor, "pair pos"]
-    other: Int[Tensor, "pair pos"]
+    other: Int[Tensor, "pair pos_other"]
     hooks: Mapping[str, str]
     by_position: bool
     passes: PassCount
 
-    def read(
-        self, tokens: Tensor, **options: Any
-    ) -> tuple[Float[Tensor, " pair"], dict[str, Units]]:
-        """`read_units` of one of the runs."""
-        self.passes.forward += len(self.pairs)
-        batch = batch_of(self.model, tokens, self.pairs)
-        return read_units(self.model, batch, self.pairs, self.hooks, **options)
+    def read(self, **options: Any) -> tuple[Float[Tensor, " pair"], dict[str, Units]]:
+        """`read_units` of the base run."""
+        return self._read(self.base, self.pairs, options)
+
+    def read_other(self, **options: Any) -> tuple[Float[Tensor, " pair"], dict[str, Units]]:
+        """`read_units` of the other run, at its own positions."""
+        return self._read(self.other, self.other_pairs, options)
+
+    def _read(
+        self, tokens: Tensor, pairs: Reading, options: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Units]]:
+        self.passes.forward += len(pairs)
+        batch = batch_of(self.model, tokens, pairs)
+        return read_units(self.model, batch, pairs, self.hooks, **options)
+
+    def exchanged(self, other: Float[Tensor, "pair pos_other unit feature"], base: Units) -> Units:
+        """Activations of the other run at the base run's positions.
+
+        A token that nothing in the other run corresponds to keeps those that it has.
+        """
+        if self.pairs.counterpart is None:
+            return other
+        columns = self.pairs.counterpart.to(other.device)
+        found = at_columns(other, columns.clamp(min=0))
+        return torch.where((columns >= 0)[..., None, None], found, base)
 
 
 def paired_runs(
     model: TransformerBridge,
-    pairs: Pairs,
+    reading: Reading,
     size: int,
     direction: str,
     hooks: Mapping[str, str],
     by_position: bool,
     passes: PassCount,
 ) -> Iterator[Runs]:
-    """The runs of `size` pairs after another, on the model's device."""
+    """The runs of `size` rows after another, on the model's device."""
     device = next(model.parameters()).device
-    for part in pairs.chunks(size):
-        base, other = ordered(direction, part.corrupt.to(device), part.clean.to(device))
-        yield Runs(model, part, base, other, hooks, by_position, passes)
+    for part in reading.chunks(size):
+        rows = part.beside_clean(model)
+        passes.forward += len(rows) if rows.clean_logits is not None else 0
+        sides = ordered(direction, rows.seen_from("corrupt"), rows.seen_from("clean"))
+        base, other = ordered(direction, rows.corrupt.to(device), rows.clean.to(device))
+        yield Runs(model, *sides, base, other, hooks, by_position, passes)

@@ -22,10 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lenslrp.analysis.circuits.ablation import ablations
+from lenslrp.analysis.circuits.files import Saved
+from lenslrp.analysis.circuits.metrics import Metric, MetricFunction, as_metric
 from lenslrp.analysis.circuits.nodes import Node
-from lenslrp.analysis.circuits.pairs import Pairs
-from lenslrp.analysis.circuits.scores import PAIRS_AT_ONCE, NodeScores
+from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs
+from lenslrp.analysis.circuits.scores import NodeScores, answered
+from lenslrp.analysis.circuits.solved import TaskWarning, warn_of_failures
 from lenslrp.analysis.common.statistics import RESAMPLES
+from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import unchanged
 
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Circuit:
+class Circuit(Saved):
     """Some of the nodes of some component classes.
 
     Attributes:
@@ -82,79 +86,113 @@ class Circuit:
         return Circuit(self.components, keep)
 
 
-def classes(components: Mapping[str, str], pooled: bool = False) -> dict[str, list[str]]:
-    """Component -> its hook points; `pooled`: all hook points in one class."""
-    found: dict[str, list[str]] = {}
-    for hook, name in components.items():
-        found.setdefault("nodes" if pooled else name, []).append(hook)
-    return found
+def mean_scores(scores: NodeScores, component: str) -> Float[Tensor, " node"]:
+    """The nodes' means over pairs; above 0 what the clean run's metric owes to them.
+
+    Raises:
+        InputError: scores by position, a component of which not all nodes were scored.
+    """
+    if scores.by_position:
+        raise InputError("a circuit is of nodes at all positions: score with by_position=False")
+    mean = scores.of(component).mean(dim=0).cpu()
+    if bool(mean.isnan().any()):
+        raise InputError(f"not all {component} were scored, so the best of them are not known")
+    return mean if scores.direction == "denoising" else -mean
 
 
 def ranking(
-    scores: NodeScores, hooks: Sequence[str], by: str, generator: torch.Generator
+    mean: Float[Tensor, " node"], by: str, generator: torch.Generator
 ) -> Int[Tensor, " node"]:
-    """Indices of the nodes of some hook points, the best first; arguments as for `prune`."""
-    if scores.by_position:
-        raise InputError("a circuit is of nodes at all positions: score with by_position=False")
+    """Indices of nodes, the best first; `by` as for `prune`."""
     if by not in ("score", "size", "random"):
         raise InputError(f"by must be 'score', 'size' or 'random', not {by!r}")
-    mean = torch.cat([scores.values[hook] for hook in hooks], dim=1).mean(dim=0).cpu()
-    if bool(mean.isnan().any()):
-        names = " and ".join(dict.fromkeys(scores.components[hook] for hook in hooks))
-        raise InputError(f"not all {names} were scored, so the best of them are not known")
     if by == "random":
         mean = torch.rand(len(mean), generator=generator)
-    elif by == "size":
-        mean = mean.abs()
-    elif scores.direction == "noising":  # what a node does for the answer is lost with it
-        mean = -mean
-    return mean.argsort(descending=True, stable=True)
+    return (mean.abs() if by == "size" else mean).argsort(descending=True, stable=True)
 
 
 def prune(
     scores: NodeScores,
-    share: float | Mapping[str, float],
+    share: float | Mapping[str, float] | None = None,
     *,
+    nodes: int | Mapping[str, int] | None = None,
+    components: Sequence[str] | None = None,
     by: str = "score",
-    pooled: bool = False,
     seed: int = 0,
 ) -> Circuit:
-    """The best nodes of each component class.
+    """The best nodes, a share of each component class or a number. Warns where the task failed.
 
     Args:
         scores: of nodes at all positions.
         share: how much of each class to keep, from 0 to 1: of all, or by component name. Rounded
             down to whole nodes.
-        by: `"score"`: what the clean run's logit difference owes most to (mean over pairs);
-            `"size"`: what moves it most, either way; `"random"`: by a shuffle of the nodes.
-        pooled: keep the best of all nodes together, as MIB does, and not of each class.
+        nodes: instead of a share, how many nodes: of all classes together, or by component name.
+        components: the classes that the circuit is of; all that were scored if not given. Nodes of
+            others are no part of the question, and are never ablated.
+        by: `"score"`: what the clean run's metric owes most to (mean over pairs); `"size"`: what
+            moves it most, either way; `"random"`: by a shuffle of the nodes.
         seed: of the shuffle.
 
     Returns:
-        The circuit, over the hook points of `scores`.
+        The circuit, over the hook points of `scores` that hold `components`.
 
     Raises:
-        InputError: scores by position, shares out of range, a component that was not scored.
+        InputError: scores by position, shares or numbers out of range, a component that was not
+            scored.
 
     Examples:
         >>> scores = score_nodes(gpt2, pairs)  # 144 heads, 36,864 neurons
         >>> prune(scores, {"heads": 0.1, "neurons": 0.01}).sizes()
         {'heads': (14, 144), 'neurons': (368, 36864)}
+        >>> prune(scores, nodes=20, components=["heads"]).sizes()
+        {'heads': (20, 144)}
     """
-    hooks_of = classes(scores.components, pooled)
-    shares = share if isinstance(share, Mapping) else dict.fromkeys(hooks_of, share)
-    if set(shares) != set(hooks_of) or not all(0 <= s <= 1 for s in shares.values()):
-        names = ", ".join(hooks_of)
-        raise InputError(f"share must be from 0 to 1 for each of {names}, not {share!r}")
-    keep: dict[str, Tensor] = {}
+    if (share is None) == (nodes is None):
+        raise InputError("give a share of the nodes or a number of nodes")
+    names = list(dict.fromkeys(scores.components.values() if components is None else components))
+    means = {name: mean_scores(scores, name) for name in names}
+    sizes = {name: len(mean) for name, mean in means.items()}
+    groups = {"all": names} if isinstance(nodes, int) else {name: [name] for name in names}
+    numbers = _numbers(share, nodes, {g: sum(sizes[n] for n in of) for g, of in groups.items()})
     generator = torch.Generator().manual_seed(seed)
-    for name, hooks in hooks_of.items():
-        ranked = ranking(scores, hooks, by, generator)
-        chosen = torch.zeros(len(ranked), dtype=torch.bool)
-        chosen[ranked[: int(shares[name] * len(ranked))]] = True
-        sizes = [scores.values[hook].shape[-1] for hook in hooks]
-        keep.update(zip(hooks, chosen.split(sizes), strict=True))
-    return Circuit(scores.components, {hook: keep[hook] for hook in scores.components})
+    chosen: dict[str, Tensor] = {}
+    for group, members in groups.items():
+        ranked = ranking(torch.cat([means[name] for name in members]), by, generator)
+        kept = torch.zeros(len(ranked), dtype=torch.bool)
+        kept[ranked[: numbers[group]]] = True
+        chosen.update(zip(members, kept.split([sizes[name] for name in members]), strict=True))
+    keep: dict[str, Tensor] = {}
+    for name, kept in chosen.items():
+        hooks = [hook for hook, other in scores.components.items() if other == name]
+        parts = kept.split([scores.values[hook].shape[-1] for hook in hooks])
+        keep.update(zip(hooks, parts, strict=True))
+    warn_of_failures(scores.correct)
+    placed = {hook: name for hook, name in scores.components.items() if hook in keep}
+    return Circuit(placed, {hook: keep[hook] for hook in placed})
+
+
+def _numbers(
+    share: float | Mapping[str, float] | None,
+    nodes: int | Mapping[str, int] | None,
+    sizes: Mapping[str, int],
+) -> dict[str, int]:
+    """How many nodes to keep of each class.
+
+    Raises:
+        InputError: shares or numbers out of range, or not of these classes.
+    """
+    given = share if nodes is None else nodes
+    amounts = given if isinstance(given, Mapping) else dict.fromkeys(sizes, given)
+    if nodes is None:
+        if set(amounts) != set(sizes) or not all(0 <= s <= 1 for s in amounts.values()):
+            raise InputError(
+                f"share must be from 0 to 1 for each of {', '.join(sizes)}, not {share!r}"
+            )
+        return {name: int(amounts[name] * size) for name, size in sizes.items()}
+    if set(amounts) != set(sizes) or not all(0 <= amounts[n] <= s for n, s in sizes.items()):
+        most = ", ".join(f"{size} of {name}" for name, size in sizes.items())
+        raise InputError(f"nodes must be from 0 to {most}, not {nodes!r}")
+    return dict(amounts)
 
 
 def between(resampled: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -164,28 +202,32 @@ def between(resampled: NDArray[np.float64]) -> tuple[float, float, float]:
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
-    """What circuits do when all else is ablated; logit differences, [pair] each.
+class Verdict(Saved):
+    """What circuits do when all else is ablated; a metric, [pair] each.
 
     Attributes:
         clean: of the whole model.
         floor: of the corrupted run; under mean ablation, of the clean prompt with every node
             ablated.
         gaps: [circuit, pair], of each circuit.
+        correct: [pair], whether the clean run prefers the answer to the incorrect one.
+        metric: its name.
     """
 
     clean: Float[Tensor, " pair"]
     floor: Float[Tensor, " pair"]
     gaps: Float[Tensor, "circuit pair"]
+    correct: Bool[Tensor, " pair"]
+    metric: str = "logit_difference"
 
     @property
     def solved(self) -> float:
         """The share of pairs in which the whole model prefers the answer to the incorrect one."""
-        return float((self.clean > 0).double().mean())
+        return float(self.correct.double().mean())
 
     @property
     def faithfulness(self) -> list[float]:
-        """Of each circuit: the share of the mean logit difference that it keeps."""
+        """Of each circuit: the share of the metric, meaned over pairs, that it keeps."""
         return [self.interval(index)[0] for index in range(len(self.gaps))]
 
     def interval(self, index: int = 0, seed: int = 0) -> tuple[float, float, float]:
@@ -204,10 +246,10 @@ class Verdict:
         """Faithfulness of one circuit, [1 + n]: over all pairs, then over bootstrap samples."""
         total = (self.clean - self.floor).double().cpu().numpy()
         kept = (self.gaps[index] - self.floor).double().cpu().numpy()
-        n = len(total)
-        picks = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+        picks = np.random.default_rng(seed).integers(0, len(total), (RESAMPLES, len(total)))
+        whole = kept.mean() / total.mean()
         ratios: NDArray[np.float64] = np.append(
-            kept.mean() / total.mean(), kept[picks].mean(axis=1) / total[picks].mean(axis=1)
+            whole, kept[picks].mean(axis=1) / total[picks].mean(axis=1)
         )
         return ratios
 
@@ -217,6 +259,7 @@ def verify(
     pairs: Pairs,
     circuits: Sequence[Circuit],
     *,
+    metric: str | Metric | MetricFunction = "logit_difference",
     ablation: str = "corrupt",
     reference: Pairs | None = None,
     chunk: int = PAIRS_AT_ONCE,
@@ -224,21 +267,23 @@ def verify(
     """Run the clean prompts with all that is outside a circuit ablated, one circuit after another.
 
     Faithfulness is (circuit - floor) / (clean - floor), as in Wang et al. (2022) and MIB (Mueller
-    et al. 2025). Warns where the model itself is no better than chance at the task.
+    et al. 2025). Warns of pairs in which the model itself does not do the task.
 
     Args:
         model: a `TransformerBridge`.
         pairs: best ones that were not used to find the circuit.
         circuits: over the same hook points.
+        metric: what is measured of a run, as for `score_nodes`.
         ablation: nodes outside are set to the pair's `"corrupt"` run, or to their `"mean"`.
         reference: the pairs over which means are taken; `pairs` if not given.
         chunk: how many pairs run at once.
 
     Returns:
-        The logit differences of the whole model and of each circuit.
+        The metric of the whole model and of each circuit.
 
     Raises:
-        InputError: no circuits, circuits over different hook points, an unknown ablation.
+        InputError: no circuits, circuits over different hook points, an unknown ablation, the
+            corrupted run's activations for prompts of different lengths.
 
     Examples:
         >>> whole = prune(scores, 1.0)
@@ -248,29 +293,35 @@ def verify(
     if not circuits or any(set(c.keep) != set(circuits[0].keep) for c in circuits):
         raise InputError("give one or more circuits over the same hook points")
     components = circuits[0].components
-    clean, floor, kept = [], [], []
+    parts = []
+    measured = as_metric(metric)
     with unchanged(model):
-        for part in ablations(model, pairs, components, ablation, reference, chunk):
-            clean.append(part.clean)
-            floor.append(part.floor)
-            kept.append(torch.stack([part.run(each.keep) for each in circuits]))
-    verdict = Verdict(torch.cat(clean), torch.cat(floor), torch.cat(kept, dim=1))
+        for part in ablations(model, pairs, components, measured, ablation, reference, chunk):
+            tried = torch.stack([part.run(each.keep) for each in circuits])
+            parts.append((part.clean, part.floor, tried))
+    clean, floor, gaps = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+    correct = answered(model, pairs, measured, clean, PassCount())
+    verdict = Verdict(clean, floor, gaps, correct, measured.name)
     _require_task(verdict)
     return verdict
 
 
 def _require_task(verdict: Verdict) -> None:
-    """Warn where there is no task to be faithful to."""
+    """Warn where there is no task to be faithful to, or not in all pairs."""
     n = len(verdict.clean)
     chance = min(1.0, 0.5 + 1.645 * (0.25 / n) ** 0.5)  # 19 coins of 20 do worse
     if verdict.solved < chance or verdict.clean.mean() <= verdict.floor.mean():
         warnings.warn(
             f"the model does not do the task: it prefers the answer in {verdict.solved:.0%} of {n} "
-            f"clean prompts, and its mean logit difference is {float(verdict.clean.mean()):.3g}, "
-            f"that of the floor {float(verdict.floor.mean()):.3g}. Faithfulness is a share of the "
-            "difference and says nothing here",
+            f"clean prompts, and its mean {verdict.metric.replace('_', ' ')} is "
+            f"{float(verdict.clean.mean()):.3g}, that of the floor "
+            f"{float(verdict.floor.mean()):.3g}. Faithfulness is a share of the difference and "
+            "says nothing here",
+            TaskWarning,
             stacklevel=3,
         )
+        return
+    warn_of_failures(verdict.correct, stacklevel=4)
 
 
 def completeness(model: TransformerBridge, pairs: Pairs, circuit: Circuit, **options: Any) -> float:

@@ -21,7 +21,6 @@ import torch
 
 import lenslrp
 from benchmarks import RESULTS
-from benchmarks.circuits.nodes import answered
 from lenslrp.analysis.circuits.curves import SHARES, FaithfulnessCurve, faithfulness_curve
 from lenslrp.analysis.circuits.masks import learn_masks
 from lenslrp.analysis.circuits.pairs import TEMPLATES, template_pairs
@@ -54,7 +53,8 @@ COMPARED = [
 
 def run(model: Any, task: str) -> None:
     """Every selection of a task that the results lack."""
-    pairs = answered(model, template_pairs(model, task, 2 * N[task], seed=SEED))[: N[task]]
+    drawn = template_pairs(model, task, 2 * N[task], seed=SEED)
+    pairs = drawn[drawn.correct(model, both=True)][: N[task]]
     find, held = pairs[::2], pairs[1::2]
     settings = {
         "task": task, "pairs": [len(find), len(held)], "seed": SEED, "steps": STEPS,
@@ -140,7 +140,8 @@ def table() -> None:
 
 
 def _curve(row: Mapping[str, Any]) -> FaithfulnessCurve:
-    verdict = Verdict(**{name: torch.tensor(values) for name, values in row["verdict"].items()})
+    values = {name: torch.tensor(each) for name, each in row["verdict"].items()}
+    verdict = Verdict(**values, correct=values["clean"] > 0)
     return FaithfulnessCurve(pd.DataFrame(row["table"]), verdict)
 
 

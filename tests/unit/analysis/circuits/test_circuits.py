@@ -312,6 +312,7 @@ def test_a_chunk_changes_nothing_and_nothing_is_left_behind() -> None:
         ({"components": ["residual"]}, "give by_position=True"),
         ({"method": "exact", "composite": AttnLRP()}, "a composite is for .relevance. and"),
         ({"only": [Node("x", 0)]}, "only is for method='exact'"),
+        ({"method": "integrated", "components": ["tokens"]}, "leave 'tokens' out"),
         ({"chunk": 0}, "chunk and steps must be at least 1"),
     ],
 )

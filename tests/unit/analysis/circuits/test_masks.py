@@ -3,6 +3,7 @@ by construction."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -61,8 +62,7 @@ def misled(model: TransformerBridge, pairs: Pairs) -> NodeScores:
     layer, head = ONE_HEAD
     values = {hook: torch.ones_like(value) for hook, value in scores.values.items()}
     values[f"blocks.{layer}.attn.hook_z"][:, head] = -1.0
-    return NodeScores("relevance", "denoising", scores.components, values, scores.clean,
-                      scores.corrupt, scores.mask, scores.passes)  # fmt: skip
+    return replace(scores, values=values)
 
 
 @pytest.mark.parametrize("objective", ["cmd", "cpr"])
@@ -76,7 +76,7 @@ def test_the_only_head_that_matters_is_found(start: str, objective: str) -> None
     before = snapshot(model)
     masks = learn_masks(model, pairs, **init, **options, steps=20, rate=0.5)
     assert changes(before, model) == []
-    circuit = prune(masks, 0.2, pooled=True)  # 1 of 6
+    circuit = prune(masks, nodes=1)
     assert circuit.nodes() == [Node("blocks.1.attn.hook_z", 0)]
     assert verify(model, pairs, [circuit]).faithfulness == pytest.approx([1.0])
     assert masks.passes.forward == 2 * 2 + 20 * 2
@@ -177,7 +177,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
     backwards = Pairs(pairs.corrupt, pairs.clean, pairs.mask, pairs.answers, pairs.rivals)
     with pytest.raises(
         InputError,
-        match=r"^the mean logit difference of the clean runs is .*, not above the floor's, .*: "
-        r"there is none for masks to keep$",
+        match=r"^the mean logit_difference of the clean runs is .*, not above the floor's, .*: "
+        r"there is nothing for masks to keep$",
     ):
         learn_masks(model, backwards, components=["heads"])

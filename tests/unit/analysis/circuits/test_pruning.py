@@ -79,16 +79,30 @@ def test_the_best_of_each_class_are_kept() -> None:
     assert all(circuit.keep[node.hook][node.unit] for node in circuit.nodes())
 
 
-def test_the_best_of_all_classes_together_are_kept() -> None:
+def test_a_number_of_nodes_and_components_alone() -> None:
     _, _, scores = scored()
-    circuit = prune(scores, 0.1, pooled=True)
-    mean = torch.cat([value.mean(dim=0) for value in scores.values.values()])
-    kept = torch.cat([circuit.keep[hook] for hook in scores.values])
-    assert int(kept.sum()) == 5  # of 4 heads and 48 neurons
-    assert mean[kept].min() >= mean[~kept].max()
-    assert circuit.sizes() != prune(scores, 0.1).sizes()
-    with pytest.raises(InputError, match=r"^share must be from 0 to 1 for each of nodes, not \{"):
-        prune(scores, {"heads": 0.5, "neurons": 0.5}, pooled=True)
+    means = {
+        (hook, unit): float(value)
+        for hook in scores.components
+        for unit, value in enumerate(scores.values[hook].mean(dim=0))
+    }
+    best = sorted(means, key=lambda node: -means[node])[:9]
+    circuit = prune(scores, nodes=9)
+    assert {(node.hook, node.unit) for node in circuit.nodes()} == set(best)
+    largest = sorted(means, key=lambda node: -abs(means[node]))[:9]
+    sized = prune(scores, nodes=9, by="size")
+    assert {(node.hook, node.unit) for node in sized.nodes()} == set(largest)
+    assert prune(scores, nodes={"heads": 1, "neurons": 5}).sizes() == {
+        "heads": (1, 4), "neurons": (5, 48)
+    }  # fmt: skip
+    alone = prune(scores, nodes=3, components=["heads"])
+    assert alone.sizes() == {"heads": (3, 4)}
+    assert set(alone.components) == {hook for hook, n in scores.components.items() if n == "heads"}
+    for hook, keep in alone.keep.items():
+        assert torch.equal(keep, prune(scores, {"heads": 0.75, "neurons": 0.0}).keep[hook])
+    assert len(prune(scores, nodes=7, by="random", seed=3).nodes()) == 7
+    assert prune(scores, 0.25, components=["neurons"]).sizes() == {"neurons": (12, 48)}
+    assert prune(scores, nodes=0).nodes() == [] and len(prune(scores, nodes=52).nodes()) == 52
 
 
 def test_a_node_whose_corruption_costs_the_answer_is_good() -> None:
@@ -180,6 +194,19 @@ def test_bad_choices() -> None:
         (lambda: prune(partly, 0.5), "not all heads were scored"),
         (lambda: prune(scores, 1.5), "share must be from 0 to 1 for each of heads, neurons"),
         (lambda: prune(scores, {"heads": 0.5}), "share must be from 0 to 1"),
+        (lambda: prune(scores), "give a share of the nodes or a number of nodes"),
+        (lambda: prune(scores, 0.5, nodes=3), "give a share of the nodes or a number of nodes"),
+        (lambda: prune(scores, nodes=53), "nodes must be from 0 to 52 of all, not 53"),
+        (lambda: prune(scores, nodes=-1), "nodes must be from 0 to 52 of all, not -1"),
+        (
+            lambda: prune(scores, nodes={"heads": 5, "neurons": 1}),
+            "nodes must be from 0 to 4 of heads, 48 of neurons, not {'heads': 5, 'neurons': 1}",
+        ),
+        (
+            lambda: prune(scores, nodes={"heads": 1}),
+            "nodes must be from 0 to 4 of heads, 48 of neurons, not {'heads': 1}",
+        ),
+        (lambda: prune(scores, 0.5, components=["mlp"]), "no scores of 'mlp'"),
         (lambda: prune(scores, 0.5, by="best"), "by must be 'score', 'size' or 'random'"),
         (lambda: verify(model, pairs, []), "give one or more circuits"),
         (
@@ -232,7 +259,7 @@ def test_verify_says_where_there_is_no_task() -> None:
 
 
 def test_a_task_that_is_done_is_passed_over_in_silence() -> None:
-    model, pairs, scores = scored()
+    model, pairs = tiny("llama"), some_pairs()
     rows, last = torch.arange(len(pairs)), pairs.mask.sum(dim=1) - 1
     with torch.no_grad():
         clean, corrupt = (model(side)[rows, last] for side in (pairs.clean, pairs.corrupt))
@@ -242,4 +269,5 @@ def test_a_task_that_is_done_is_passed_over_in_silence() -> None:
     done = replace(pairs, answers=answers, rivals=rivals)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert verify(model, done, [prune(scores, 0.5)]).solved == 1
+        circuit = prune(score_nodes(model, done), 0.5)
+        assert verify(model, done, [circuit]).solved == 1
