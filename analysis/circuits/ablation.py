@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs, batch_of, metric_values
 from lenslrp.analysis.circuits.metrics import Metric
 from lenslrp.analysis.circuits.nodes import COMPONENTS, as_units, read_units
 from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs
-from lenslrp.analysis.circuits.readings import Reading, batch_of, metric_values
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 
@@ -35,7 +35,7 @@ def mean_activations(
     """
     sums: dict[str, Tensor] = {}
     tokens_seen = 0
-    for part in Reading.of(pairs, "logit_difference").chunks(chunk):
+    for part in MeasuredPairs.of(pairs, "logit_difference").chunks(chunk):
         for side in ("clean", "corrupt"):
             rows = part.seen_from(side)
             batch = batch_of(model, getattr(rows, side), rows)
@@ -74,14 +74,14 @@ class Ablation:
     """The clean run of some pairs, and what nodes are set to in it.
 
     Attributes:
-        model, reading, components: whose run, of which rows, and hook point -> component name.
+        model, rows, components: whose run, of which rows, and hook point -> component name.
         instead: hook point -> [row, pos, unit, feature]; row and pos may be 1.
         clean: [pair], the metric of the clean run.
         floor: [pair], of the corrupted run; where `instead` are means, with every node ablated.
     """
 
     model: TransformerBridge
-    reading: Reading
+    rows: MeasuredPairs
     components: Mapping[str, str]
     instead: Mapping[str, Tensor]
     clean: Float[Tensor, " pair"]
@@ -94,15 +94,15 @@ class Ablation:
             keep: hook point -> [unit] or [pair, unit], as for `ablated`.
             options: of `lenslrp.forward.forward`.
         """
-        copies = self.reading.parts
+        copies = self.rows.parts
         rows = {hook: x if x.ndim == 1 else x.repeat(copies, 1) for hook, x in keep.items()}
         edits = ablated(self.components, rows, self.instead)
-        return _clean_metric(self.model, self.reading, edits=edits, **options)
+        return _clean_metric(self.model, self.rows, edits=edits, **options)
 
 
-def _clean_metric(model: TransformerBridge, reading: Reading, **options: Any) -> Tensor:
-    batch = batch_of(model, reading.clean, reading)
-    return reading.folded(metric_values(model, batch, reading, **options))
+def _clean_metric(model: TransformerBridge, rows: MeasuredPairs, **options: Any) -> Tensor:
+    batch = batch_of(model, rows.clean, rows)
+    return rows.folded(metric_values(model, batch, rows, **options))
 
 
 def ablations(
@@ -134,13 +134,13 @@ def ablations(
             "the clean run has activations in the corrupted one: give ablation='mean'"
         )
     for part in pairs.chunks(chunk):
-        reading = Reading.of(part, metric).beside_clean(model)
-        clean = _clean_metric(model, reading)
+        rows = MeasuredPairs.of(part, metric).beside_clean(model)
+        clean = _clean_metric(model, rows)
         if means:
-            found = Ablation(model, reading, components, means, clean, clean)
+            found = Ablation(model, rows, components, means, clean, clean)
             nothing = {hook: torch.zeros(x.shape[2]) for hook, x in means.items()}
             yield replace(found, floor=found.run(nothing))
         else:
-            batch = batch_of(model, reading.corrupt, reading)
-            floor, instead = read_units(model, batch, reading, components)
-            yield Ablation(model, reading, components, instead, clean, reading.folded(floor))
+            batch = batch_of(model, rows.corrupt, rows)
+            floor, instead = read_units(model, batch, rows, components)
+            yield Ablation(model, rows, components, instead, clean, rows.folded(floor))

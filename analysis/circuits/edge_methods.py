@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lenslrp.analysis.circuits.measured_pairs import batch_of
 from lenslrp.analysis.circuits.node_methods import embedded
 from lenslrp.analysis.circuits.nodes import TARGET, Node, Runs, Units, masking
 from lenslrp.analysis.circuits.path_patching import exact_edges
-from lenslrp.analysis.circuits.readings import batch_of
 from lenslrp.analysis.circuits.segments import EMBEDDINGS, coefficients, segmented
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
@@ -62,9 +62,8 @@ def integrated_scores(
     for step in range(steps):
         embeds = torch.lerp(start, end, (step + 0.5) / steps)
         _, nodes = _coefficients(runs, session, inputs_embeds=embeds)
-        batch = prepare_text(
-            runs.model, None, inputs_embeds=embeds, **masking(runs.pairs, embeds.device)
-        )
+        mask = masking(runs.pairs, embeds.device).get("attention_mask")
+        batch = prepare_text(runs.model, None, inputs_embeds=embeds, attention_mask=mask)
         found = _conditional(runs, session, batch, nodes, deltas, downs, rows)
         scores = {h: x / steps + (scores[h] if scores else 0) for h, x in found.items()}
     return base, other, downs, scores

@@ -39,8 +39,9 @@ from lenslrp.analysis.circuits.edge_methods import (
     integrated_scores,
 )
 from lenslrp.analysis.circuits.files import Saved
+from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs
 from lenslrp.analysis.circuits.metrics import Metric, MetricFunction
-from lenslrp.analysis.circuits.node_methods import answered, require_slope
+from lenslrp.analysis.circuits.node_methods import common_fields, require_slope
 from lenslrp.analysis.circuits.nodes import (
     Node,
     largest,
@@ -49,7 +50,6 @@ from lenslrp.analysis.circuits.nodes import (
     require_positions,
 )
 from lenslrp.analysis.circuits.pairs import Pairs, ordered
-from lenslrp.analysis.circuits.readings import Reading
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
@@ -85,7 +85,8 @@ class EdgeScores(Saved):
         clean, corrupt: [pair], the metric of each run.
         mask: [pair, pos], True where a token of the base run is real.
         passes: of one pair through the model.
-        correct: [pair], whether the clean run prefers the answer to the incorrect one.
+        correct: [pair], whether the clean run prefers the answer to the incorrect one; None where
+            that is not known.
         metric: its name.
     """
 
@@ -103,7 +104,7 @@ class EdgeScores(Saved):
     corrupt: Float[Tensor, " pair"]
     mask: Tensor
     passes: PassCount
-    correct: Bool[Tensor, " pair"]
+    correct: Bool[Tensor, " pair"] | None = None
     metric: str = "logit_difference"
 
     @property
@@ -238,9 +239,9 @@ def score_edges(
         >>> measured = score_edges(model, pairs, method="exact", only=scores.best(3))
     """
     _check(method, components, composite, only, rows, steps, len(pairs))
-    reading = Reading.of(pairs, metric)
-    require_slope(reading, method, direction)
-    whole = ordered(direction, reading.seen_from("corrupt"), reading.seen_from("clean"))[0]
+    measured = MeasuredPairs.of(pairs, metric)
+    require_slope(measured, method, direction)
+    whole = ordered(direction, measured.seen_from("corrupt"), measured.seen_from("clean"))[0]
     placed = place_components(model, components)
     hooks = {hook: placed[hook] for hook in sorted(placed, key=_depth)}
     passes = PassCount()
@@ -259,24 +260,18 @@ def score_edges(
             score = partial(estimate, session=session, into=downs, rows=rows)
         else:
             score = partial(exact_scores, edges=edges)
-        chunks = paired_runs(model, reading, rows, direction, hooks, by_position, passes)
+        chunks = paired_runs(model, measured, rows, direction, hooks, by_position, passes)
         scored = [score(runs) for runs in chunks]
     bases, others, intos, scores = zip(*scored, strict=True)
     wide = partial(whole.padded, only=ends) if by_position else torch.as_tensor
     values = {
-        hook: reading.folded(torch.cat([wide(part[hook]) for part in scores]))
+        hook: measured.folded(torch.cat([wide(part[hook]) for part in scores]))
         for hook in hooks
         if all(hook in part for part in scores)
     }
-    sides = (reading.folded(torch.cat(side).detach()) for side in (bases, others))
-    corrupt, clean = ordered(direction, *sides)
     kept = {hook: hooks[hook] for hook in values}
-    correct = answered(model, pairs, reading.metric, clean, passes)
-    mask = whole.mask.unflatten(0, (reading.parts, -1)).any(dim=0)
-    return EdgeScores(
-        method, direction, kept, intos[0], values, clean, corrupt, mask, passes, correct,
-        reading.metric.name,
-    )  # fmt: skip
+    fields = common_fields(model, pairs, measured, direction, (bases, others), passes)
+    return EdgeScores(method, direction, kept, intos[0], values, **fields)
 
 
 def _check(

@@ -29,7 +29,7 @@ def head_scores(scores: NodeScores, *, component: str = "heads", theme: Theme = 
     """Mean score over pairs (and sum over positions) of every head, layer (upwards) x head.
 
     Args:
-        scores: of nodes, in logits.
+        scores: of nodes.
         component: any with the same number of units in every layer: `"heads"`, `"q"`, `"k"`, `"v"`.
         theme: colours.
 
@@ -44,8 +44,9 @@ def head_scores(scores: NodeScores, *, component: str = "heads", theme: Theme = 
     rows, columns = values.shape
     figure, axes = one_panel(min(2.6 + 0.42 * columns, 13), min(1.6 + 0.24 * rows, 11), theme)
     draw_grid(
-        figure, axes, values, largest_magnitude(values), theme, "gain in logit difference, logits"
-    )
+        figure, axes, values, largest_magnitude(values), theme,
+        f"gain in {scores.metric.replace('_', ' ')}",
+    )  # fmt: skip
     axes.set_xticks(range(columns))
     label_layer_rows(axes, [str(layer_of(hook)) for hook in hooks])
     write_titles(axes, theme, title=f"Scores of {component}", x="head", y="layer")

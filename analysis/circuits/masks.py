@@ -21,12 +21,13 @@ from torch import Tensor
 
 from lenslrp.analysis.circuits.ablation import ablations
 from lenslrp.analysis.circuits.curves import SHARES
+from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs
 from lenslrp.analysis.circuits.metrics import Metric, MetricFunction, as_metric
+from lenslrp.analysis.circuits.node_methods import answered
 from lenslrp.analysis.circuits.nodes import place_components
 from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs
 from lenslrp.analysis.circuits.pruning import mean_scores, ranking
-from lenslrp.analysis.circuits.readings import Reading
-from lenslrp.analysis.circuits.scores import NodeScores, answered
+from lenslrp.analysis.circuits.scores import NodeScores
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import unchanged
@@ -111,9 +112,9 @@ def learn_masks(
     with unchanged(model):
         parts = list(ablations(model, pairs, placed, measured, ablation, reference, chunk))
         clean, floor = (torch.cat([getattr(p, n) for p in parts]) for n in ("clean", "floor"))
-        passes = PassCount(forward=(2 + measured.reads_clean) * sum(len(p.reading) for p in parts))
+        passes = PassCount(forward=(2 + measured.reads_clean) * sum(len(p.rows) for p in parts))
         if ablation == "mean":
-            passes.forward += 2 * len(Reading.of(reference or pairs, "logit_difference"))
+            passes.forward += 2 * len(MeasuredPairs.of(reference or pairs, "logit_difference"))
         total = float((clean - floor).mean())
         if total <= 0:
             raise InputError(
@@ -130,8 +131,7 @@ def learn_masks(
         optimizer = torch.optim.Adam([each.requires_grad_() for each in odds], lr=rate)
         for step in range(steps):
             part = parts[step % len(parts)]
-            rows = len(part.clean)
-            drawn = torch.randint(len(sizes), (rows,), generator=generator)
+            drawn = torch.randint(len(sizes), part.clean.shape, generator=generator)
             keep: dict[str, Tensor] = {}
             for index, (hooks, each) in enumerate(zip(hooks_of, odds, strict=True)):
                 opened = gates(each, sizes[:, index], drawn, generator)
@@ -141,8 +141,8 @@ def learn_masks(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            passes.forward += rows * part.reading.parts
-            passes.backward += rows * part.reading.parts
+            passes.forward += len(part.rows)
+            passes.backward += len(part.rows)
     correct = answered(model, pairs, measured, clean, passes)
     values = {}
     for hooks, each, width in zip(hooks_of, odds, widths, strict=True):

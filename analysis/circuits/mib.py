@@ -141,7 +141,7 @@ def from_mib(path: str | Path) -> tuple[NodeScores | EdgeScores, Circuit]:
     for name, node in places.items():
         keep[node.hook][node.unit] = kept[name]
     unknown, one = torch.full((1,), torch.nan), torch.ones(1, 1, dtype=torch.bool)
-    told = (unknown, unknown, one, PassCount(), one[0])
+    told = (unknown, unknown, one, PassCount(), None)
     circuit = Circuit(hooks, keep)
     if scored:
         given = {_component(places[name]) for name in scored}

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs, batch_of, metric_values
 from lenslrp.analysis.circuits.metrics import METRICS, Metric
 from lenslrp.analysis.circuits.nodes import (
     Node,
@@ -20,8 +21,7 @@ from lenslrp.analysis.circuits.nodes import (
     outputs_before,
     patched,
 )
-from lenslrp.analysis.circuits.pairs import Pairs
-from lenslrp.analysis.circuits.readings import Reading, batch_of, metric_values
+from lenslrp.analysis.circuits.pairs import Pairs, ordered
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
@@ -56,14 +56,13 @@ def _product(runs: Runs, hook: str, delta: Tensor, g: Tensor) -> Tensor:
 
 
 def _backward(
-    runs: Runs, scorer: Scorer, on: Callable[[str, Units, Units], None], **options: Any
+    runs: Runs, session: Session, on: Callable[[str, Units, Units], None], **options: Any
 ) -> Tensor:
     """One forward and backward pass; every hook point's activation and coefficient are handed on.
 
     Returns the metric, [pair].
     """
-    assert scorer.session is not None
-    _, cache = scorer.session.run_with_relevance(
+    _, cache = session.run_with_relevance(
         target=runs.pairs,
         names_filter=list(runs.hooks),
         reduce=delivering(runs.hooks, on),
@@ -83,7 +82,8 @@ def _relevance(runs: Runs, scorer: Scorer) -> _ScoredNodes:
     def score(hook: str, x: Tensor, g: Tensor) -> None:
         scores[hook] = _product(runs, hook, runs.exchanged(other_units.pop(hook), x) - x, g)
 
-    base = _backward(runs, scorer, score, input=runs.base)
+    assert scorer.session is not None
+    base = _backward(runs, scorer.session, score, input=runs.base)
     return base, other, scores
 
 
@@ -98,9 +98,10 @@ def _integrated(runs: Runs, scorer: Scorer) -> _ScoredNodes:
         step = _product(runs, hook, other_units[hook] - base_units[hook], g) / scorer.steps
         scores[hook] = scores[hook] + step if hook in scores else step
 
+    assert scorer.session is not None
     for step in range(scorer.steps):
         embeds = torch.lerp(start, end, (step + 0.5) / scorer.steps)
-        _backward(runs, scorer, score, inputs_embeds=embeds)
+        _backward(runs, scorer.session, score, inputs_embeds=embeds)
     return base, other, scores
 
 
@@ -169,20 +170,20 @@ NODE_METHODS: Mapping[str, tuple[_Method, Callable[[], Composite] | None]] = {
 """Method -> how its scores are made, and under which rules, if any."""
 
 
-def require_slope(reading: Reading, method: str, direction: str) -> None:
+def require_slope(measured: MeasuredPairs, method: str, direction: str) -> None:
     """Refuse what no estimate from one of the runs can tell.
 
     Raises:
         InputError: a metric without a gradient at the base run; a straight line between prompts of
             different lengths.
     """
-    flat = reading.metric.stationary and direction == "noising"
+    flat = measured.metric.stationary and direction == "noising"
     if flat and method in ("relevance", "attribution"):
         raise InputError(
-            f"the gradient of {reading.metric.name} is 0 at the clean run, which is the base run "
+            f"the gradient of {measured.metric.name} is 0 at the clean run, which is the base run "
             "here: give direction='denoising', or method='integrated' or 'exact'"
         )
-    if reading.counterpart is not None and method == "integrated":
+    if measured.counterpart is not None and method == "integrated":
         raise InputError(
             "integrated scores go along the straight line between two prompts, and these have "
             "different numbers of tokens: give another method"
@@ -195,5 +196,31 @@ def answered(
     """`Pairs.correct`, from the metric of the clean run where that says it."""
     if metric is METRICS["logit_difference"]:
         return clean > 0
-    passes.forward += len(Reading.of(pairs, "logit_difference"))
+    passes.forward += len(MeasuredPairs.of(pairs, "logit_difference"))
     return pairs.correct(model)
+
+
+def common_fields(
+    model: TransformerBridge,
+    pairs: Pairs,
+    measured: MeasuredPairs,
+    direction: str,
+    runs: Sequence[Sequence[Tensor]],
+    passes: PassCount,
+) -> dict[str, Any]:
+    """What scores of nodes and of edges hold alike.
+
+    Args:
+        runs: the metric of the base run's rows, in chunks, and of the other run's.
+    """
+    base, other = (measured.folded(torch.cat(list(chunks)).detach()) for chunks in runs)
+    corrupt, clean = ordered(direction, base, other)
+    seen = ordered(direction, measured.seen_from("corrupt"), measured.seen_from("clean"))[0]
+    return {
+        "clean": clean,
+        "corrupt": corrupt,
+        "mask": seen.mask.unflatten(0, (measured.parts, -1)).any(dim=0),
+        "correct": answered(model, pairs, measured.metric, clean, passes),
+        "passes": passes,
+        "metric": measured.metric.name,
+    }

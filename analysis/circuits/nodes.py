@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs, batch_of, metric_values
 from lenslrp.analysis.circuits.pairs import ordered
-from lenslrp.analysis.circuits.readings import Reading, batch_of, metric_values
 from lenslrp.analysis.circuits.rows import PairRows
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.batch import Batch
@@ -206,8 +206,8 @@ class Runs:
     """
 
     model: TransformerBridge
-    pairs: Reading
-    other_pairs: Reading
+    pairs: MeasuredPairs
+    other_pairs: MeasuredPairs
     base: Int[Tensor, "pair pos"]
     other: Int[Tensor, "pair pos_other"]
     hooks: Mapping[str, str]
@@ -223,7 +223,7 @@ class Runs:
         return self._read(self.other, self.other_pairs, options)
 
     def _read(
-        self, tokens: Tensor, pairs: Reading, options: dict[str, Any]
+        self, tokens: Tensor, pairs: MeasuredPairs, options: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Units]]:
         self.passes.forward += len(pairs)
         batch = batch_of(self.model, tokens, pairs)
@@ -243,7 +243,7 @@ class Runs:
 
 def paired_runs(
     model: TransformerBridge,
-    reading: Reading,
+    measured: MeasuredPairs,
     size: int,
     direction: str,
     hooks: Mapping[str, str],
@@ -252,7 +252,7 @@ def paired_runs(
 ) -> Iterator[Runs]:
     """The runs of `size` rows after another, on the model's device."""
     device = next(model.parameters()).device
-    for part in reading.chunks(size):
+    for part in measured.chunks(size):
         rows = part.beside_clean(model)
         passes.forward += len(rows) if rows.clean_logits is not None else 0
         sides = ordered(direction, rows.seen_from("corrupt"), rows.seen_from("clean"))

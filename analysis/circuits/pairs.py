@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lenslrp.analysis.circuits.alignment import counterparts
 from lenslrp.analysis.circuits.files import Saved
+from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs, batch_of, metric_values
 from lenslrp.analysis.circuits.metrics import Metric, MetricFunction, logit_difference
-from lenslrp.analysis.circuits.readings import Reading, batch_of, metric_values
 from lenslrp.analysis.circuits.rows import PairRows
 from lenslrp.analysis.common.records import Record
 from lenslrp.analysis.common.templates import NOUNS, agreement, indirect_objects
@@ -113,13 +113,13 @@ class Pairs(Saved, PairRows):
         Raises:
             InputError: no such metric.
         """
-        reading = Reading.of(self, metric)
+        measured = MeasuredPairs.of(self, metric)
         values = []
-        for part in reading.chunks(chunk):
+        for part in measured.chunks(chunk):
             rows = part.beside_clean(model).seen_from(side)
             batch = batch_of(model, getattr(rows, side), rows)
             values.append(metric_values(model, batch, rows))
-        return reading.folded(torch.cat(values))
+        return measured.folded(torch.cat(values))
 
     def correct(self, model: TransformerBridge, *, both: bool = False) -> Bool[Tensor, " pair"]:
         """Whether the clean run prefers the answer to the incorrect one, pair by pair.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lenslrp.analysis.circuits.measured_pairs import batch_of, metric_values
 from lenslrp.analysis.circuits.nodes import (
     COMPONENTS,
     TARGET,
@@ -24,7 +25,6 @@ from lenslrp.analysis.circuits.nodes import (
     outputs_before,
     patched,
 )
-from lenslrp.analysis.circuits.readings import batch_of, metric_values
 from lenslrp.edits import Edit
 from lenslrp.hooks.structure import layer_of
 

@@ -24,9 +24,10 @@ from torch import Tensor
 from lenslrp.analysis.circuits.ablation import ablations
 from lenslrp.analysis.circuits.files import Saved
 from lenslrp.analysis.circuits.metrics import Metric, MetricFunction, as_metric
+from lenslrp.analysis.circuits.node_methods import answered
 from lenslrp.analysis.circuits.nodes import Node
 from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs
-from lenslrp.analysis.circuits.scores import NodeScores, answered
+from lenslrp.analysis.circuits.scores import NodeScores
 from lenslrp.analysis.circuits.solved import TaskWarning, warn_of_failures
 from lenslrp.analysis.common.statistics import RESAMPLES
 from lenslrp.analysis.passes.problems import PassCount
@@ -166,7 +167,8 @@ def prune(
         hooks = [hook for hook, other in scores.components.items() if other == name]
         parts = kept.split([scores.values[hook].shape[-1] for hook in hooks])
         keep.update(zip(hooks, parts, strict=True))
-    warn_of_failures(scores.correct)
+    if scores.correct is not None:
+        warn_of_failures(scores.correct)
     placed = {hook: name for hook, name in scores.components.items() if hook in keep}
     return Circuit(placed, {hook: keep[hook] for hook in placed})
 
@@ -181,17 +183,17 @@ def _numbers(
     Raises:
         InputError: shares or numbers out of range, or not of these classes.
     """
-    given = share if nodes is None else nodes
+    given: Any = share if nodes is None else nodes
     amounts = given if isinstance(given, Mapping) else dict.fromkeys(sizes, given)
+    most = dict.fromkeys(sizes, 1) if nodes is None else sizes
+    if set(amounts) != set(sizes) or not all(0 <= amounts[n] <= most[n] for n in sizes):
+        if nodes is None:
+            names = ", ".join(sizes)
+            raise InputError(f"share must be from 0 to 1 for each of {names}, not {share!r}")
+        limits = ", ".join(f"{size} of {name}" for name, size in sizes.items())
+        raise InputError(f"nodes must be from 0 to {limits}, not {nodes!r}")
     if nodes is None:
-        if set(amounts) != set(sizes) or not all(0 <= s <= 1 for s in amounts.values()):
-            raise InputError(
-                f"share must be from 0 to 1 for each of {', '.join(sizes)}, not {share!r}"
-            )
         return {name: int(amounts[name] * size) for name, size in sizes.items()}
-    if set(amounts) != set(sizes) or not all(0 <= amounts[n] <= s for n, s in sizes.items()):
-        most = ", ".join(f"{size} of {name}" for name, size in sizes.items())
-        raise InputError(f"nodes must be from 0 to {most}, not {nodes!r}")
     return dict(amounts)
 
 

@@ -32,8 +32,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lenslrp.analysis.circuits.files import Saved
+from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs
 from lenslrp.analysis.circuits.metrics import Metric, MetricFunction
-from lenslrp.analysis.circuits.node_methods import NODE_METHODS, Scorer, answered, require_slope
+from lenslrp.analysis.circuits.node_methods import (
+    NODE_METHODS,
+    Scorer,
+    common_fields,
+    require_slope,
+)
 from lenslrp.analysis.circuits.nodes import (
     Node,
     largest,
@@ -42,7 +48,6 @@ from lenslrp.analysis.circuits.nodes import (
     require_positions,
 )
 from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs, ordered
-from lenslrp.analysis.circuits.readings import Reading
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.hooks import Composite
@@ -64,7 +69,8 @@ class NodeScores(Saved):
         clean, corrupt: [pair], the metric of each run.
         mask: [pair, pos], True where a token of the base run is real.
         passes: of one pair through the model.
-        correct: [pair], whether the clean run prefers the answer to the incorrect one.
+        correct: [pair], whether the clean run prefers the answer to the incorrect one; None where
+            that is not known.
         metric: its name.
     """
 
@@ -78,7 +84,7 @@ class NodeScores(Saved):
     corrupt: Float[Tensor, " pair"]
     mask: Tensor
     passes: PassCount
-    correct: Bool[Tensor, " pair"]
+    correct: Bool[Tensor, " pair"] | None = None
     metric: str = "logit_difference"
 
     @property
@@ -220,9 +226,9 @@ def score_nodes(
     if len(pairs) == 0:
         raise InputError("no pairs to score")
     score, rules = NODE_METHODS[method]
-    reading = Reading.of(pairs, metric)
-    require_slope(reading, method, direction)
-    whole = ordered(direction, reading.seen_from("corrupt"), reading.seen_from("clean"))[0]
+    measured = MeasuredPairs.of(pairs, metric)
+    require_slope(measured, method, direction)
+    whole = ordered(direction, measured.seen_from("corrupt"), measured.seen_from("clean"))[0]
     hooks = place_components(model, components)
     passes = PassCount()
     nodes = None if only is None else list(only)
@@ -235,18 +241,12 @@ def score_nodes(
                               stays=False)  # fmt: skip
             stack.enter_context(session)
         scorer = Scorer(session, nodes, steps)
-        chunks = paired_runs(model, reading, chunk, direction, hooks, by_position, passes)
+        chunks = paired_runs(model, measured, chunk, direction, hooks, by_position, passes)
         scored = [score(runs, scorer) for runs in chunks]
     bases, others, scores = zip(*scored, strict=True)
     wide = partial(whole.padded, only=nodes or ()) if by_position else torch.as_tensor
     values = {
-        hook: reading.folded(torch.cat([wide(part[hook]) for part in scores])) for hook in hooks
+        hook: measured.folded(torch.cat([wide(part[hook]) for part in scores])) for hook in hooks
     }
-    sides = (reading.folded(torch.cat(side).detach()) for side in (bases, others))
-    corrupt, clean = ordered(direction, *sides)
-    correct = answered(model, pairs, reading.metric, clean, passes)
-    mask = whole.mask.unflatten(0, (reading.parts, -1)).any(dim=0)
-    return NodeScores(
-        method, direction, hooks, values, clean, corrupt, mask, passes, correct,
-        reading.metric.name,
-    )  # fmt: skip
+    fields = common_fields(model, pairs, measured, direction, (bases, others), passes)
+    return NodeScores(method, direction, hooks, values, **fields)

@@ -14,11 +14,11 @@ from transformer_lens.model_bridge import TransformerBridge
 import lenslrp
 from lenslrp import InputError
 from lenslrp.analysis.circuits.edges import score_edges
+from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs
 from lenslrp.analysis.circuits.metrics import METRICS, Metric, logit_difference
 from lenslrp.analysis.circuits.nodes import TARGET, Node
 from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.circuits.pruning import prune, verify
-from lenslrp.analysis.circuits.readings import Reading
 from lenslrp.analysis.circuits.scores import score_nodes
 from lenslrp.analysis.circuits.solved import TaskWarning
 from tests.unit.analysis.circuits.test_circuits import (
@@ -184,7 +184,7 @@ def test_relevance_starts_with_the_gradient_of_the_metric_at_the_logits(
     """On a linear model a score is the effect on every logit times the metric's slope there."""
     model, pairs = linear_model(), long_pairs() if long else some_pairs()
     found = score_nodes(model, pairs, metric=name)
-    reading = Reading.of(pairs, name).beside_clean(model)
+    measured = MeasuredPairs.of(pairs, name).beside_clean(model)
     at: list[Tensor] = []
 
     def kept(logits: Tensor, rows: Any, clean: Tensor | None) -> Tensor:
@@ -193,7 +193,7 @@ def test_relevance_starts_with_the_gradient_of_the_metric_at_the_logits(
 
     pairs.measured(model, kept, side="corrupt")
     logits = at[0].detach().requires_grad_()
-    values = METRICS[name].of(logits, reading, reading.clean_logits)
+    values = METRICS[name].of(logits, measured, measured.clean_logits)
     (slope,) = torch.autograd.grad(values.sum(), logits)
     total = {hook: torch.zeros_like(value) for hook, value in found.values.items()}
     for token in range(logits.shape[1]):
@@ -244,10 +244,10 @@ def test_a_metric_of_all_positions() -> None:
 def test_what_a_nonlinear_metric_adds_is_in_the_ledger() -> None:
     """Value less the sum of logit times the metric's slope: the part that no logit is given."""
     model, pairs = tiny("llama"), some_pairs()[:1]
-    reading = Reading.of(pairs, "kl").beside_clean(model)
-    _, R = lenslrp.run_with_relevance(model, pairs.corrupt, reading)
+    measured = MeasuredPairs.of(pairs, "kl").beside_clean(model)
+    _, R = lenslrp.run_with_relevance(model, pairs.corrupt, measured)
     logits = model(pairs.corrupt)[:, -1:].detach().requires_grad_()
-    value = METRICS["kl"].of(logits, reading, reading.clean_logits)
+    value = METRICS["kl"].of(logits, measured, measured.clean_logits)
     (slope,) = torch.autograd.grad(value.sum(), logits)
     expected = float((value.sum() - (logits * slope).sum()).detach())
     assert R.ledger().nonlinear_target == pytest.approx(expected, abs=1e-9)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading(PairRows):
+class MeasuredPairs(PairRows):
     """Rows of tokens, teacher-forced where answers are long, and what is measured of them.
 
     A target of `lenslrp.run_with_relevance`.
@@ -47,7 +47,7 @@ class Reading(PairRows):
     clean_logits: Float[Tensor, "pair n vocab"] | None = field(default=None, kw_only=True)
 
     @classmethod
-    def of(cls, pairs: PairRows, metric: str | Metric | MetricFunction) -> Reading:
+    def of(cls, pairs: PairRows, metric: str | Metric | MetricFunction) -> MeasuredPairs:
         """How pairs are run for a metric.
 
         Raises:
@@ -86,7 +86,7 @@ class Reading(PairRows):
         """The target in words."""
         return f"{self.metric.name} of the answer"
 
-    def beside_clean(self, model: TransformerBridge) -> Reading:
+    def beside_clean(self, model: TransformerBridge) -> MeasuredPairs:
         """The same with the logits of the clean run, where the metric needs them."""
         if not self.metric.reads_clean:
             return self
@@ -98,7 +98,8 @@ class Reading(PairRows):
 
     def folded(self, rows: Tensor) -> Tensor:
         """[row, ...] as [pair, ...]: what the parts of a pair come to together."""
-        return rows.unflatten(0, (self.parts, -1)).sum(dim=0)
+        parts: Tensor = rows.unflatten(0, (self.parts, -1))
+        return parts.sum(dim=0)
 
 
 def forced(pairs: PairRows) -> PairRows:
@@ -125,9 +126,9 @@ def forced(pairs: PairRows) -> PairRows:
                     corrupt.mask, counterpart)  # fmt: skip
 
 
-def _joined(blocks: Sequence[PairRows]) -> dict[str, Tensor | None]:
+def _joined(blocks: Sequence[PairRows]) -> dict[str, Any]:
     """The rows of all blocks, one block after the other, padded to one width."""
-    joined: dict[str, Tensor | None] = {}
+    joined: dict[str, Any] = {}
     for name in (item.name for item in fields(PairRows)):
         tensors = [getattr(block, name) for block in blocks]
         joined[name] = None
