@@ -13,7 +13,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslrp import InputError
+from lenslrp.analysis.circuits.ablation import ablations
 from lenslrp.analysis.circuits.masks import gates, learn_masks, thresholds
+from lenslrp.analysis.circuits.metrics import METRICS
 from lenslrp.analysis.circuits.nodes import Node
 from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.circuits.pruning import prune, verify
@@ -65,21 +67,31 @@ def misled(model: TransformerBridge, pairs: Pairs) -> NodeScores:
     return replace(scores, values=values)
 
 
-@pytest.mark.parametrize("objective", ["cmd", "cpr"])
-@pytest.mark.parametrize("start", ["level", "misled"])
-def test_the_only_head_that_matters_is_found(start: str, objective: str) -> None:
+@pytest.mark.parametrize(
+    ("start", "objective", "metric"),
+    [
+        ("level", "cmd", "logit_difference"),
+        ("misled", "cmd", "logit_difference"),
+        ("misled", "cpr", "logit_difference"),
+        ("misled", "cmd", "kl"),
+    ],
+)
+def test_the_only_head_that_matters_is_found(start: str, objective: str, metric: str) -> None:
     model, pairs = one_head()
     init: dict[str, Any] = {"components": ["heads", "mlp"]}
     if start == "misled":
         init = {"init": misled(model, pairs)}
-    options: dict[str, Any] = {"objective": objective, "shares": (0.2, 0.5), "pooled": True}
+    options: dict[str, Any] = {"objective": objective, "metric": metric, "shares": (0.2, 0.5)}
+    options["pooled"] = True
     before = snapshot(model)
     masks = learn_masks(model, pairs, **init, **options, steps=20, rate=0.5)
     assert changes(before, model) == []
     circuit = prune(masks, nodes=1)
     assert circuit.nodes() == [Node("blocks.1.attn.hook_z", 0)]
-    assert verify(model, pairs, [circuit]).faithfulness == pytest.approx([1.0])
-    assert masks.passes.forward == 2 * 2 + 20 * 2
+    assert verify(model, pairs, [circuit], metric=metric).faithfulness == pytest.approx([1.0])
+    assert masks.metric == metric
+    more = 2 if metric == "kl" else 0  # the clean logits, and which pairs are answered right
+    assert masks.passes.forward == (2 + more) * 2 + 20 * 2
     assert masks.passes.backward == 20 * 2
     again = learn_masks(model, pairs, **init, **options, steps=20, rate=0.5)
     assert all(torch.equal(masks.values[hook], again.values[hook]) for hook in masks.values)
@@ -125,6 +137,30 @@ def test_a_step_follows_the_gradient_of_interpolated_runs(ablation: str) -> None
         stepped = odds.detach() - 0.01 * odds.grad.sign()
         assert torch.allclose(masks.of(name)[0], stepped, atol=1e-5)
         assert torch.equal(masks.of(name)[0], masks.of(name)[2])
+
+
+def test_answers_of_several_tokens() -> None:
+    """Both runs of a pair, of the answer and of the incorrect one, have the pair's gates."""
+    model, pairs = tiny("llama"), some_pairs()
+    answers, rivals = (
+        torch.tensor([[5, 4], [7, -1], [9, 3]]),
+        torch.tensor([[6, 2], [2, 8], [3, 9]]),
+    )
+    for swapped in (False, True):
+        sides = (rivals, answers) if swapped else (answers, rivals)
+        long = Pairs(pairs.clean, pairs.corrupt, pairs.mask, *sides)
+        if float((long.measured(model) - long.measured(model, side="corrupt")).mean()) > 0:
+            break
+    masks = learn_masks(model, long, components=["heads"], steps=2, shares=(0.5,), chunk=2)
+    assert torch.allclose(masks.clean, long.measured(model), atol=1e-9)
+    assert torch.allclose(masks.corrupt, long.measured(model, side="corrupt"), atol=1e-9)
+    assert masks.passes.backward == 2 * (2 + 1)
+    part = next(
+        ablations(model, long, masks.components, METRICS["logit_difference"], "corrupt", None, 3)
+    )
+    circuit = prune(masks, 0.5)
+    by_pair = {hook: keep.double().expand(3, -1) for hook, keep in circuit.keep.items()}
+    assert torch.allclose(part.run(by_pair), verify(model, long, [circuit]).gaps[0], atol=1e-9)
 
 
 def start(scores: NodeScores, component: str) -> Tensor:
