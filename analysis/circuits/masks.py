@@ -144,7 +144,7 @@ def learn_masks(
             passes.forward += len(part.rows)
             passes.backward += len(part.rows)
     correct = answered(model, pairs, measured, clean, passes)
-    values = {}
+    values: dict[str, Tensor] = {}
     for hooks, each, width in zip(hooks_of, odds, widths, strict=True):
         values.update(zip(hooks, each.detach().expand(len(pairs), -1).split(width, 1), strict=True))
     return NodeScores("masks", "denoising", placed, {hook: values[hook] for hook in placed},
