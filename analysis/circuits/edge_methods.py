@@ -57,7 +57,7 @@ def integrated_scores(
     if not behind:
         raise InputError("integrated edges need nodes behind the tokens: give more components")
     downs = _downstream(runs, deltas) if into is None else tuple(into)
-    _require(downs, deltas)
+    _require(downs, {hook: deltas[hook] for hook in behind})
     runs, scores = replace(runs, hooks=behind), dict[str, Tensor]()
     for step in range(steps):
         embeds = torch.lerp(start, end, (step + 0.5) / steps)
@@ -84,8 +84,8 @@ def _conditional(
     runs: Runs,
     session: Session,
     prepared: Batch,
-    nodes: Mapping[str, tuple[Units, Units]],
-    deltas: Mapping[str, Units],
+    nodes: Mapping[str, tuple[Tensor, Tensor]],
+    deltas: Mapping[str, Tensor],
     downs: Sequence[Node],
     rows: int,
 ) -> dict[str, Tensor]:

@@ -51,9 +51,12 @@ class MeasuredPairs(PairRows):
         """How pairs are run for a metric.
 
         Raises:
-            InputError: no such metric, or one at all positions for prompts of different lengths.
+            InputError: no pairs, no such metric, or one at all positions for prompts of different
+                lengths.
         """
         metric = as_metric(metric)
+        if len(pairs) == 0:
+            raise InputError("no pairs to measure")
         if metric.everywhere and pairs.corrupt_mask is not None:
             raise InputError(
                 f"the metric {metric.name} reads all positions, and the prompts of these pairs "

@@ -120,8 +120,8 @@ def place_components(model: TransformerBridge, names: Sequence[str]) -> dict[str
     return placed
 
 
-def require_positions(nodes: Iterable[Node], pairs: PairRows) -> None:
-    """Refuse a position that no pair has, or from an end that one pair does not reach to.
+def require_positions(nodes: Iterable[Node], pairs: MeasuredPairs) -> None:
+    """Refuse a position that no pair has, or from an end that rows do not have alike.
 
     Raises:
         InputError: naming the node.
@@ -130,6 +130,11 @@ def require_positions(nodes: Iterable[Node], pairs: PairRows) -> None:
     for node in nodes:
         position = node.position
         if position is not None and position < 0:
+            if pairs.parts > 1:
+                raise InputError(
+                    f"{node}: answers of several tokens stand behind the prompts, and the two of a "
+                    "pair may end at different positions: count from the beginning"
+                )
             pairs.batch.require(position, f"{node}: position")
         elif position is not None and position >= longest:
             raise InputError(f"{node}: the longest prompt has {longest} tokens")

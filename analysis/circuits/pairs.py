@@ -111,8 +111,10 @@ class Pairs(Saved, PairRows):
             chunk: how many pairs run at once.
 
         Raises:
-            InputError: no such metric.
+            InputError: no pairs, no such metric or side.
         """
+        if side not in ("clean", "corrupt"):
+            raise InputError(f"side must be 'clean' or 'corrupt', not {side!r}")
         measured = MeasuredPairs.of(self, metric)
         values = []
         for part in measured.chunks(chunk):

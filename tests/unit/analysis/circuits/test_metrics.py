@@ -221,6 +221,22 @@ def test_what_leaves_a_node_along_its_edges_is_its_score(name: str) -> None:
     assert torch.allclose(exact.score(up, TARGET), whole.values[up.hook][:, 0], atol=1e-9)
 
 
+def test_positions_behind_the_prompt_are_those_of_both_answers() -> None:
+    model, pairs = tiny("llama"), long_pairs()
+    shared: dict[str, Any] = {"components": ["mlp"], "by_position": True, "method": "exact"}
+    both = score_nodes(model, pairs, **shared)
+    swapped = replace(pairs, answers=pairs.rivals, rivals=pairs.answers)
+    answer, rival = (score_nodes(model, p, metric="log_prob", **shared) for p in (pairs, swapped))
+    for hook, value in both.values.items():
+        less = torch.zeros_like(value)
+        less[:, : answer.values[hook].shape[1]] += answer.values[hook]
+        less[:, : rival.values[hook].shape[1]] -= rival.values[hook]
+        assert torch.allclose(value, less, rtol=0, atol=1e-9)
+    longest = [max(len(a[a >= 0]), len(b[b >= 0])) for a, b in zip(LONG, LONG_RIVALS, strict=True)]
+    lengths = [int(n) + more - 1 for n, more in zip(LENGTHS, longest, strict=True)]
+    assert both.mask.sum(dim=1).tolist() == lengths
+
+
 def test_a_metric_of_all_positions() -> None:
     model, pairs = tiny("llama"), some_pairs()
 
@@ -339,6 +355,16 @@ def test_what_is_no_metric() -> None:
             score_nodes(model, pairs, **options)
     with pytest.raises(InputError, match="answers of several tokens have no logits at one token"):
         long_pairs().logit_difference(torch.zeros(3, 1, 23))
+    with pytest.raises(InputError, match="side must be 'clean' or 'corrupt', not 'base'"):
+        pairs.measured(model, side="base")
+    with pytest.raises(InputError, match="no pairs to measure"):
+        pairs[:0].correct(model)
+    from_end = Node(Z, 1, -1)
+    with pytest.raises(InputError, match="may end at different positions: count from the begin"):
+        score_nodes(model, long_pairs(), method="exact", only=[from_end], by_position=True)
+    whole = Metric("whole", lambda x, rows, _: x.sum(dim=(1, 2)), everywhere=True)
+    with pytest.raises(InputError, match="the metric whole reads all positions, and the prompts"):
+        MeasuredPairs.of(replace(pairs, corrupt_mask=pairs.mask, counterpart=pairs.clean), whole)
     exact = score_nodes(model, pairs, metric="kl", direction="noising", method="exact",
                         components=["heads"])  # fmt: skip
     assert all((value <= 1e-12).all() for value in exact.values.values())
