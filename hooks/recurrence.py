@@ -48,10 +48,12 @@ from lenslrp.hooks.scans import (
     SCANS,
     Scan,
     require_torch_scan,
+    require_whole_text,
     with_functions,
 )
 from lenslrp.hooks.sites import Site
 from lenslrp.hooks.structure import original
+from lenslrp.hooks.view_writes import note_write
 
 MIXER_SPEC = Operations("recurrence_gate", leaks=("sigmoid", "softplus"), attention=False)
 MIXER_SPECS: Mapping[str, Operations] = {
@@ -126,8 +128,10 @@ class RecurrenceIntercept(OperationIntercept):
                 self.scanning = False
                 scanned, gate = args[:2] if args[1] is self.gate else args[1::-1]
                 return self.product(self.left(scanned), gate)
-            if not self.constant:
-                return func(*self.skipped(name, args), **kwargs)
+            # Its operator is a constant, or measured as a whole: there is no other rule inside it.
+            out = func(*(args if self.constant else self.skipped(name, args)), **kwargs)
+            note_write(name, args, kwargs)
+            return out
         if name in CONVOLUTION_FUNCTIONS:
             out = func(*args, **kwargs)
             bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
@@ -235,10 +239,16 @@ def attach_recurrence(at: Attached, ctx: Context, path: str, module: nn.Module) 
         raise InputError("a recurrence rule must give the values a share; this one has second=0")
     at.sites.append(site)
     points = points_of(module)
+    mixer: Any = original(module) if isinstance(module, GatedDeltaNetBridge) else module
+    bridged = mixer is not module
+    at.pre_hook(
+        module,
+        lambda _, args, kwargs: require_whole_text(path, mixer, bridged, args, kwargs),
+        with_kwargs=True,
+    )
     if type(module).__name__ in SCAN_MODULES:
         attach_scan_module(at, module, site, points)
         return
-    mixer: Any = original(module) if isinstance(module, GatedDeltaNetBridge) else module
     require_torch_scan(path, mixer)
     convolution = ctx.site(path, module, "short_convolution", Epsilon())
     running: list[RecurrenceIntercept] = []
@@ -256,7 +266,7 @@ def attach_recurrence(at: Attached, ctx: Context, path: str, module: nn.Module) 
         return scan
 
     scans = {name: ruled(name) for name in SCANS.keys() & known.keys()}
-    if mixer is not module:
+    if bridged:
         at.attribute(mixer, DELTA_ATTRIBUTE, scans[f"torch_{DELTA_ATTRIBUTE}"])
     else:
         # Where accelerate moves the inputs, the model's own forward is the one that it calls.
@@ -288,7 +298,9 @@ class SigmoidIntercept(Intercept):
         if name == "sigmoid":
             first, second = product_shares(self.site.rule)
             return func(F.shared(args[0], first / second, self.site))
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        note_write(name, args, kwargs)
+        return out
 
 
 def attach_scan_module(at: Attached, module: Any, site: Site, points: ScanPoints) -> None:

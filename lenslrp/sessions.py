@@ -292,7 +292,7 @@ class Session:
             columns = self._columns(prepared, targets, names if named else [])
         hooks = [t.hook for w in targets for t in parts_of(w) if isinstance(t, Activation)]
         memory = remembered(model, state.hooks)
-        observes = state.hooked or memory.cuts is None
+        observes = state.hooked or memory.hidden or memory.cuts is None
 
         def reading(at: Attached, _: Pass) -> None:
             for name, call in read.items():

@@ -1,15 +1,17 @@
 """What passes along each edge of a circuit: from one node's output straight to another's.
 
-The effect of an edge `u -> d` is what the logit difference gains when `d`, and it alone, is
-computed from `u` as `u` is in the other run: along the residual stream and through norms, past
-every other node. As for nodes (`lenslrp.analysis.circuits.scores`) it is estimated by activation
-difference times coefficient, or measured:
+The effect of an edge `u -> d` is what a metric gains when `d`, and it alone, is computed from `u`
+as `u` is in the other run: along the residual stream and through norms, past every other node. As
+for nodes (`lenslrp.analysis.circuits.scores`) it is estimated by activation difference times
+coefficient, or measured:
 
 * **relevance patching** and **attribution patching** (Syed et al. 2023): the coefficient is that of
   relevance, or of the gradient, conditional on `d`: a backward pass that starts at `d` with `d`'s
   own coefficient and ends at the first nodes that it meets (`lenslrp.analysis.circuits.segments`).
   One such pass a downstream node, on a batch row of its own, gives the edges from all upstream
   nodes; what leaves a node along all its edges sums to its node score;
+* **integrated gradients** (Hanna et al. 2024): the same coefficients, averaged along the straight
+  line between the embeddings of the two runs;
 * **exact**: path patching (`lenslrp.analysis.circuits.path_patching`).
 
 Nodes are those of the component classes that are given; whatever is not a node conducts. So the

@@ -151,6 +151,8 @@ def prune(
     if (share is None) == (nodes is None):
         raise InputError("give a share of the nodes or a number of nodes")
     names = list(dict.fromkeys(scores.components.values() if components is None else components))
+    if not names:
+        raise InputError("a circuit is of one component class or more; no components were given")
     means = {name: mean_scores(scores, name) for name in names}
     sizes = {name: len(mean) for name, mean in means.items()}
     groups = {"all": names} if isinstance(nodes, int) else {name: [name] for name in names}

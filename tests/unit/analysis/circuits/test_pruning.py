@@ -207,6 +207,10 @@ def test_bad_choices() -> None:
             "nodes must be from 0 to 4 of heads, 48 of neurons, not {'heads': 1}",
         ),
         (lambda: prune(scores, 0.5, components=["mlp"]), "no scores of 'mlp'"),
+        (
+            lambda: prune(scores, nodes=3, components=[]),
+            "a circuit is of one component class or more; no components were given",
+        ),
         (lambda: prune(scores, 0.5, by="best"), "by must be 'score', 'size' or 'random'"),
         (lambda: verify(model, pairs, []), "give one or more circuits"),
         (
