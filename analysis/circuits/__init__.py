@@ -5,7 +5,9 @@ from lenslrp.analysis.circuits.edges import EdgeScores, score_edges
 from lenslrp.analysis.circuits.export import to_transformer_lens
 from lenslrp.analysis.circuits.figures import faithfulness_curves, head_scores
 from lenslrp.analysis.circuits.graph.graphs import AttributionGraph, attribution_graph
+from lenslrp.analysis.circuits.masks import learn_masks
 from lenslrp.analysis.circuits.metrics import METRICS, Metric
+from lenslrp.analysis.circuits.mib import from_mib, to_mib
 from lenslrp.analysis.circuits.nodes import TARGET, Node
 from lenslrp.analysis.circuits.pairs import Pairs, template_pairs
 from lenslrp.analysis.circuits.pruning import (
@@ -35,12 +37,15 @@ __all__ = [
     "completeness",
     "faithfulness_curve",
     "faithfulness_curves",
+    "from_mib",
     "head_scores",
+    "learn_masks",
     "minimality",
     "prune",
     "score_edges",
     "score_nodes",
     "template_pairs",
+    "to_mib",
     "to_transformer_lens",
     "verify",
 ]

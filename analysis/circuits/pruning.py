@@ -12,21 +12,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lenslrp.analysis.circuits.ablation import ablated, mean_activations
+from lenslrp.analysis.circuits.ablation import ablations
 from lenslrp.analysis.circuits.files import Saved
-from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs, batch_of, metric_values
-from lenslrp.analysis.circuits.metrics import Metric, MetricFunction
+from lenslrp.analysis.circuits.metrics import Metric, MetricFunction, as_metric
 from lenslrp.analysis.circuits.node_methods import answered
-from lenslrp.analysis.circuits.nodes import Node, read_units
+from lenslrp.analysis.circuits.nodes import Node
 from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs
 from lenslrp.analysis.circuits.scores import NodeScores
 from lenslrp.analysis.circuits.solved import TaskWarning, warn_of_failures
@@ -88,6 +87,31 @@ class Circuit(Saved):
         return Circuit(self.components, keep)
 
 
+def mean_scores(scores: NodeScores, component: str) -> Float[Tensor, " node"]:
+    """The nodes' means over pairs; above 0 what the clean run's metric owes to them.
+
+    Raises:
+        InputError: scores by position, a component of which not all nodes were scored.
+    """
+    if scores.by_position:
+        raise InputError("a circuit is of nodes at all positions: score with by_position=False")
+    mean = scores.of(component).mean(dim=0).cpu()
+    if bool(mean.isnan().any()):
+        raise InputError(f"not all {component} were scored, so the best of them are not known")
+    return mean if scores.direction == "denoising" else -mean
+
+
+def ranking(
+    mean: Float[Tensor, " node"], by: str, generator: torch.Generator
+) -> Int[Tensor, " node"]:
+    """Indices of nodes, the best first; `by` as for `prune`."""
+    if by not in ("score", "size", "random"):
+        raise InputError(f"by must be 'score', 'size' or 'random', not {by!r}")
+    if by == "random":
+        mean = torch.rand(len(mean), generator=generator)
+    return (mean.abs() if by == "size" else mean).argsort(descending=True, stable=True)
+
+
 def prune(
     scores: NodeScores,
     share: float | Mapping[str, float] | None = None,
@@ -106,7 +130,7 @@ def prune(
         nodes: instead of a share, how many nodes: of all classes together, or by component name.
         components: the classes that the circuit is of; all that were scored if not given. Nodes of
             others are no part of the question, and are never ablated.
-        by: `"score"`: what the metric gains most by (mean over pairs); `"size"`: what
+        by: `"score"`: what the clean run's metric owes most to (mean over pairs); `"size"`: what
             moves it most, either way; `"random"`: by a shuffle of the nodes.
         seed: of the shuffle.
 
@@ -124,30 +148,20 @@ def prune(
         >>> prune(scores, nodes=20, components=["heads"]).sizes()
         {'heads': (20, 144)}
     """
-    if scores.by_position:
-        raise InputError("a circuit is of nodes at all positions: score with by_position=False")
-    if by not in ("score", "size", "random"):
-        raise InputError(f"by must be 'score', 'size' or 'random', not {by!r}")
     if (share is None) == (nodes is None):
         raise InputError("give a share of the nodes or a number of nodes")
     names = list(dict.fromkeys(scores.components.values() if components is None else components))
     if not names:
         raise InputError("a circuit is of one component class or more; no components were given")
-    means = {name: scores.of(name).mean(dim=0).cpu() for name in names}
-    for name, mean in means.items():
-        if bool(mean.isnan().any()):
-            raise InputError(f"not all {name} were scored, so the best of them are not known")
+    means = {name: mean_scores(scores, name) for name in names}
     sizes = {name: len(mean) for name, mean in means.items()}
     groups = {"all": names} if isinstance(nodes, int) else {name: [name] for name in names}
     numbers = _numbers(share, nodes, {g: sum(sizes[n] for n in of) for g, of in groups.items()})
     generator = torch.Generator().manual_seed(seed)
     chosen: dict[str, Tensor] = {}
     for group, members in groups.items():
-        mean = torch.cat([means[name] for name in members])
-        if by == "random":
-            mean = torch.rand(len(mean), generator=generator)
-        ranked = (mean.abs() if by == "size" else mean).argsort(descending=True, stable=True)
-        kept = torch.zeros(len(mean), dtype=torch.bool)
+        ranked = ranking(torch.cat([means[name] for name in members]), by, generator)
+        kept = torch.zeros(len(ranked), dtype=torch.bool)
         kept[ranked[: numbers[group]]] = True
         chosen.update(zip(members, kept.split([sizes[name] for name in members]), strict=True))
     keep: dict[str, Tensor] = {}
@@ -183,6 +197,12 @@ def _numbers(
     if nodes is None:
         return {name: int(amounts[name] * size) for name, size in sizes.items()}
     return dict(amounts)
+
+
+def between(resampled: NDArray[np.float64]) -> tuple[float, float, float]:
+    """A value and its 95% bootstrap interval, from the value and those of its samples, [1 + n]."""
+    low, high = np.percentile(resampled[1:], [2.5, 97.5])
+    return float(resampled[0]), float(low), float(high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,12 +244,18 @@ class Verdict(Saved):
         Returns:
             Faithfulness (a ratio of means), lower and upper end.
         """
+        return between(self.resampled(index, seed))
+
+    def resampled(self, index: int, seed: int = 0) -> NDArray[np.float64]:
+        """Faithfulness of one circuit, [1 + n]: over all pairs, then over bootstrap samples."""
         total = (self.clean - self.floor).double().cpu().numpy()
         kept = (self.gaps[index] - self.floor).double().cpu().numpy()
         picks = np.random.default_rng(seed).integers(0, len(total), (RESAMPLES, len(total)))
-        ratios = kept[picks].mean(axis=1) / total[picks].mean(axis=1)
-        low, high = np.percentile(ratios, [2.5, 97.5])
-        return float(kept.mean() / total.mean()), float(low), float(high)
+        whole = kept.mean() / total.mean()
+        ratios: NDArray[np.float64] = np.append(
+            whole, kept[picks].mean(axis=1) / total[picks].mean(axis=1)
+        )
+        return ratios
 
 
 def verify(
@@ -268,42 +294,18 @@ def verify(
         >>> verify(model, held_out, [whole]).faithfulness  # nothing is ablated
         [1.0]
     """
-    if ablation not in ("corrupt", "mean"):
-        raise InputError(f"ablation must be 'corrupt' or 'mean', not {ablation!r}")
     if not circuits or any(set(c.keep) != set(circuits[0].keep) for c in circuits):
         raise InputError("give one or more circuits over the same hook points")
     components = circuits[0].components
-    means = {}
-    if ablation == "mean":
-        by_unit = mean_activations(model, reference or pairs, components, chunk=chunk)
-        means = {hook: mean[None, None] for hook, mean in by_unit.items()}
-    elif reference is not None:
-        raise InputError("reference is what means are taken over: it goes with ablation='mean'")
-    measured = MeasuredPairs.of(pairs, metric)
-    if ablation == "corrupt" and measured.counterpart is not None:
-        raise InputError(
-            "the prompts of these pairs have different numbers of tokens, so not every token of "
-            "the clean run has activations in the corrupted one: give ablation='mean'"
-        )
-    nothing = {hook: torch.zeros_like(keep) for hook, keep in circuits[0].keep.items()}
-    clean, floor, kept = [], [], []
+    parts = []
+    measured = as_metric(metric)
     with unchanged(model):
-        for part in measured.chunks(chunk):
-            part = part.beside_clean(model)
-            batch, instead = batch_of(model, part.clean, part), means
-            run = partial(metric_values, model, batch, part)
-            clean.append(run())
-            if ablation == "corrupt":
-                corrupted = batch_of(model, part.corrupt, part)
-                value, instead = read_units(model, corrupted, part, components)
-                floor.append(value)
-            else:
-                floor.append(run(edits=ablated(components, nothing, instead)))
-            tried = [run(edits=ablated(components, each.keep, instead)) for each in circuits]
-            kept.append(torch.stack(tried, dim=1))
-    whole, base, gaps = (measured.folded(torch.cat(rows)) for rows in (clean, floor, kept))
-    correct = answered(model, pairs, measured.metric, whole, PassCount())
-    verdict = Verdict(whole, base, gaps.T, correct, measured.metric.name)
+        for part in ablations(model, pairs, components, measured, ablation, reference, chunk):
+            tried = torch.stack([part.run(each.keep) for each in circuits])
+            parts.append((part.clean, part.floor, tried))
+    clean, floor, gaps = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+    correct = answered(model, pairs, measured, clean, PassCount())
+    verdict = Verdict(clean, floor, gaps, correct, measured.name)
     _require_task(verdict)
     return verdict
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslrp import InputError
+from lenslrp.analysis.circuits.ablation import mean_activations
 from lenslrp.analysis.circuits.curves import faithfulness_curve
 from lenslrp.analysis.circuits.figures import faithfulness_curves, head_scores
 from lenslrp.analysis.circuits.nodes import Node
@@ -21,7 +22,6 @@ from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.circuits.pruning import (
     Circuit,
     completeness,
-    mean_activations,
     minimality,
     prune,
     verify,
@@ -103,6 +103,21 @@ def test_a_number_of_nodes_and_components_alone() -> None:
     assert len(prune(scores, nodes=7, by="random", seed=3).nodes()) == 7
     assert prune(scores, 0.25, components=["neurons"]).sizes() == {"neurons": (12, 48)}
     assert prune(scores, nodes=0).nodes() == [] and len(prune(scores, nodes=52).nodes()) == 52
+
+
+def test_a_node_whose_corruption_costs_the_answer_is_good() -> None:
+    """Of scores of either direction, what does most for the clean run is kept."""
+    model, pairs, scores = scored()
+    noising = score_nodes(model, pairs, direction="noising")
+    mean = noising.of("heads").mean(dim=0)
+    circuit = prune(noising, 0.25)
+    kept = torch.cat([k for h, k in circuit.keep.items() if circuit.components[h] == "heads"])
+    assert kept.nonzero()[:, 0].tolist() == [int(mean.argmin())]
+    backwards = replace(
+        scores, direction="noising", values={h: -v for h, v in scores.values.items()}
+    )
+    assert prune(backwards, 0.25).nodes() == prune(scores, 0.25).nodes()
+    assert prune(backwards, 0.25, by="size").nodes() == prune(scores, 0.25, by="size").nodes()
 
 
 def test_everything_else_is_set_to_the_corrupt_run() -> None:
