@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import html
-from collections.abc import Iterator
+from collections.abc import ItemsView, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,15 +23,12 @@ from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.coverage import Coverage
 from lenslrp.ledger import Ledger
 from lenslrp.rows import Rows
+from lenslrp.short_names import Name, full_name
 from lenslrp.targets import Explained
 from lenslrp.text.words import Word
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-SHOWN_ROWS = 8
-"""Rows of a batch that a notebook shows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +37,8 @@ class RelevanceCache:
 
     Returned by `run_with_relevance`. All relevance is in units of the target (logits for a logit)
     and signed: positive relevance is positive evidence for the target. Index with a hook name for
-    its tensor, whose first axis is the batch; with a number for one row as a cache of its own.
+    its tensor, whose first axis is the batch, or with TransformerLens' short form of one
+    (``R["post", 5]``); with a number for one row as a cache of its own.
 
     Examples:
         >>> logits, R = lenslrp.run_with_relevance(model, "The capital of France is", " Paris")
@@ -123,14 +120,15 @@ class RelevanceCache:
         return self.inputs.get("pixel_values")
 
     @overload
-    def __getitem__(self, name: str) -> Tensor: ...
+    def __getitem__(self, key: Name) -> Tensor: ...
 
     @overload
-    def __getitem__(self, name: int) -> RelevanceCache: ...
+    def __getitem__(self, key: int) -> RelevanceCache: ...
 
-    def __getitem__(self, name: str | int) -> Tensor | RelevanceCache:
-        if isinstance(name, int):
-            return self.rows[name]
+    def __getitem__(self, key: Name | int) -> Tensor | RelevanceCache:
+        if isinstance(key, int):
+            return self.rows[key]
+        name = full_name(key, self.values)
         if name in self.values:
             return self.values[name]
         if name in self.coverage.off_path:
@@ -140,8 +138,8 @@ class RelevanceCache:
         near = difflib.get_close_matches(name, self.values, n=3) or list(self.values)[:3]
         raise InputError(f"no relevance was read at {name!r}; nearest: {', '.join(near)}")
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.values
+    def __contains__(self, key: Name) -> bool:
+        return full_name(key, self.values) in self.values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.values)
@@ -149,6 +147,10 @@ class RelevanceCache:
     def keys(self) -> list[str]:
         """The hook points that were read, in the order of the forward pass."""
         return list(self.values)
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """Each hook point that was read, and its relevance."""
+        return self.values.items()
 
     @cached_property
     def batch(self) -> Batch:
@@ -212,13 +214,21 @@ class RelevanceCache:
         """
         return tables.residual_table(self, row)
 
-    def top(self, hook: str = "mlp.hook_post", k: int = 10, row: int = 0) -> pd.DataFrame:
+    def top(
+        self,
+        hook: str = "mlp.hook_post",
+        k: int = 10,
+        row: int = 0,
+        *,
+        position: int | None = None,
+    ) -> pd.DataFrame:
         """The k most relevant units, by absolute value, at one hook of every block.
 
         Args:
             hook: a hook point inside a block, whose relevance is [batch, pos, features].
             k: how many units, over all layers and positions.
             row: which prompt of the batch.
+            position: only those at this one, counted as targets count; by default at all.
 
         Returns:
             Columns `layer`, `position` (of the row's own text, as targets and edits count it),
@@ -227,13 +237,13 @@ class RelevanceCache:
             another one where padding is on the left.
 
         Raises:
-            InputError: `k` below 1, or a hook that was not read, or was reduced.
+            InputError: `k` below 1, no such position, or a hook that was not read, or was reduced.
 
         Examples:
             >>> R.top("mlp.hook_post", k=1)[["layer", "position", "neuron"]].to_numpy().shape
             (1, 3)
         """
-        return tables.top_table(self, hook, k, row)
+        return tables.top_table(self, hook, k, row, position)
 
     def words(self, row: int = 0, *, decoder: bool = False) -> pd.DataFrame:
         """The words of the text: one row a word with its relevance and its tokens' positions.
@@ -376,25 +386,6 @@ class RelevanceCache:
         return (rows, columns) if named and self.tokens.shape[1] >= rows * columns else None
 
     def _repr_html_(self) -> str:
-        from lenslrp.views.heatmap import token_heatmap
+        from lenslrp.views.batch import batch_html
 
-        rows = []
-        several = len(self.str_tokens) > 1
-        for row, tokens in enumerate(self.str_tokens[:SHOWN_ROWS]):
-            value = f"{self.target.of(row)} = {float(self.target.value[row]):.4g}"
-            where = f"{self.composite.name}{f', row {row}, its own scale' * several}: "
-            mask = self.attention_mask[row].tolist()
-            rows.append(
-                token_heatmap(
-                    tokens, self.tokens[row].tolist(), title=where + value, attention_mask=mask,
-                    grid=self.grid,
-                )
-            )  # fmt: skip
-            if self.decoder_tokens is not None and self.decoder_str_tokens is not None:
-                written, title = self.decoder_tokens[row].tolist(), f"decoder of {where}{value}"
-                rows.append(token_heatmap(self.decoder_str_tokens[row], written, title=title))
-        if len(self.str_tokens) > SHOWN_ROWS:
-            rows.append(f"<p>{len(self.str_tokens) - SHOWN_ROWS} more rows: R[row] shows one.</p>")
-        if self.coverage.uncovered:
-            rows.append(f"<p>No rule for: {html.escape('; '.join(self.coverage.uncovered))}</p>")
-        return "".join(rows)
+        return batch_html(self)

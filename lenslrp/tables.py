@@ -169,7 +169,9 @@ def residual_table(cache: RelevanceCache, row: int) -> pd.DataFrame:
     return _frame(rows, "position")
 
 
-def top_table(cache: RelevanceCache, hook: str, k: int, row: int) -> pd.DataFrame:
+def top_table(
+    cache: RelevanceCache, hook: str, k: int, row: int, position: int | None
+) -> pd.DataFrame:
     """See `RelevanceCache.top`."""
     if k < 1:
         raise InputError(f"k must be at least 1, not {k}")
@@ -183,12 +185,18 @@ def top_table(cache: RelevanceCache, hook: str, k: int, row: int) -> pd.DataFram
         positions = text.positions[row].tolist()
         experts = value.ndim == 4 and hook.endswith("hook_expert_post")
         if (value.ndim != 3 and not experts) or name in cache.position_axes:
+            heads = ": R.heads() has the relevance of heads" * hook.endswith("hook_z")
             raise InputError(
-                f"{hook} has shape {list(value.shape)}; top() needs [batch, pos, features]"
+                f"{hook} has shape {list(value.shape)}; top() needs [batch, pos, features]{heads}"
             )
-        flat, shape = value[row].flatten(), value.shape[1:]
+        first, shown = 0, value[row]
+        if position is not None:
+            first = text.column(position, row)
+            shown = shown[first : first + 1]
+        flat = shown.flatten()
         best = flat.abs().topk(min(k, flat.numel())).indices
-        for index in torch.stack(torch.unravel_index(best.cpu(), shape), dim=1).tolist():
+        for index in torch.stack(torch.unravel_index(best.cpu(), shown.shape), dim=1).tolist():
+            index[0] += first
             if positions[index[0]] < 0:
                 continue
             record = {

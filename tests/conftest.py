@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -44,6 +45,12 @@ if TYPE_CHECKING:
 SEED = 20_240_611
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments of a wrong type get the message that a user sees, not a type checker's."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def pytest_report_header() -> list[str]:

@@ -148,7 +148,7 @@ def attribute(
     attention_mask: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     decoder_input: Any = None,
-    pixel_values: Tensor | None = None,
+    pixel_values: Any = None,
     chunk: int = SEQUENCES_AT_ONCE,
     **options: Any,
 ) -> Attribution:

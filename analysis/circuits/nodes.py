@@ -8,7 +8,7 @@ head, or a single entry. Everything about nodes is computed on one view of a hoo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,11 +21,13 @@ from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs, batch_of, me
 from lenslrp.analysis.circuits.pairs import ordered
 from lenslrp.analysis.circuits.rows import PairRows
 from lenslrp.analysis.passes.problems import PassCount
+from lenslrp.analysis.units.kinds import Unit
 from lenslrp.analysis.units.locations import (
     head_hooks,
     require_one_meaning,
     require_readable_heads,
 )
+from lenslrp.analysis.units.parsing import parse_unit
 from lenslrp.batch import Batch
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
@@ -91,6 +93,18 @@ class Node:
     def place(self, pairs: PairRows) -> tuple[Any, Any, int]:
         """Where it is in the units of its hook point, in the rows that have it."""
         return (*pairs.batch.place(self.position), self.unit)
+
+    def as_unit(self) -> Unit:
+        """The neuron, head or channel that it is, at all positions.
+
+        Raises:
+            InputError: a node that is none: a whole vector, a head's query, key or value.
+
+        Examples:
+            >>> Node("blocks.9.attn.hook_z", 6, -1).as_unit()
+            Head(layer=9, index=6, cross=False, side='decoder')
+        """
+        return parse_unit(str(replace(self, position=None)))
 
     def __str__(self) -> str:
         place = "" if self.position is None else f"@{self.position}"

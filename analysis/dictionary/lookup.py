@@ -41,8 +41,9 @@ def search_text(
         the best match.
 
     Raises:
-        InputError: an empty query, or an unknown criterion.
+        InputError: an empty query, several of them, or an unknown criterion.
     """
+    _require_text(query, "a query")
     d.require_criterion(criterion)
     wanted = [folded(term) for term in terms(query)]
     documents = d.texts.matching(query)
@@ -82,8 +83,10 @@ def search_tokens(
         ranks first, then the largest scores.
 
     Raises:
-        InputError: another `by`, an unknown criterion, or a dictionary without such lists.
+        InputError: several tokens, another `by`, an unknown criterion, or a dictionary without such
+            lists.
     """
+    _require_text(token, "a token")
     if by not in ("hits", *LIST_ROLES):
         raise InputError(f"by is one of hits, {', '.join(LIST_ROLES)}, not {by!r}")
     d.require_criterion(criterion)
@@ -94,6 +97,13 @@ def search_tokens(
     listed["token"] = [d.texts.token(int(t)) for t in listed["id"]]
     names = pd.DataFrame(map(d.named, listed["unit"]), columns=["unit", "hook", "index"])
     return names.join(listed[["name", "side", "rank", "token", "score"]])
+
+
+def _require_text(given: Any, what: str) -> None:
+    if not isinstance(given, str):
+        raise InputError(
+            f'{what} is one string, not {given!r}; d.find("a", "b") takes several words'
+        )
 
 
 def _hitting(d: NeuronDictionary, wanted: list[int], criterion: str, limit: int) -> pd.DataFrame:

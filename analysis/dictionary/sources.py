@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def describe_corpus(corpus: Any, *rest: Any) -> str | None:
     """
     if isinstance(corpus, str | Path):
         stats = [(path.name, path.stat()) for path in _files(Path(corpus))]
-        known: Any = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        known: Any = [(name, found.st_size, found.st_mtime_ns) for name, found in stats]
     elif isinstance(corpus, list | tuple):
         digest = hashlib.sha256()
         for item in corpus:
@@ -86,15 +87,17 @@ def texts_of(corpus: Any, field: str = "text", skipped: list[str] | None = None)
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_dir():
+    try:
+        folder = stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError) as error:  # also of a text, which may be too long for a name
+        raise InputError(
+            f"no corpus at {str(path)[:200]!r} (a string is a path; give texts as a list)"
+        ) from error
+    if folder:
         files = sorted(p for p in path.iterdir() if p.suffix in CORPUS_SUFFIXES and p.is_file())
         if not files:
             raise InputError(f"{path} has no {', '.join(CORPUS_SUFFIXES)} file in it")
         return files
-    if not path.is_file():
-        raise InputError(
-            f"no corpus at {str(path)[:200]!r} (a string is a path; give texts as a list)"
-        )
     if path.suffix not in CORPUS_SUFFIXES:
         raise InputError(f"{path.name}: a corpus file is one of {', '.join(CORPUS_SUFFIXES)}")
     return [path]

@@ -100,12 +100,16 @@ class Results:
 
     @classmethod
     def read(cls, folder: str | Path) -> Results:
-        """The results that `evaluate` wrote into its folder.
+        """The results that `evaluate` wrote.
+
+        Args:
+            folder: that of the run, or the parquet file in it.
 
         Raises:
             InputError: no finished run there.
         """
-        path = Path(folder) / PARQUET
+        path = Path(folder)
+        path = path if path.suffix == ".parquet" else path / PARQUET
         if not path.exists():
             raise InputError(f"{path} does not exist: no run was finished in this folder")
         frame = pd.read_parquet(path)
@@ -246,9 +250,10 @@ class Results:
     def __str__(self) -> str:
         """The tables as text, with what was left out."""
         lines = []
-        for metric in SHOWN_METRICS:
+        for metric, meaning in SHOWN_METRICS.items():
             if metric in self.metrics():
-                lines += [metric, self.table(metric).round(3).to_string(index=False), ""]
+                table = self.table(metric).round(3).to_string(index=False)
+                lines += [f"{metric}: {meaning}", table, ""]
         lines.append(
             f"n = {self.n} examples; 95% bootstrap intervals, seed {self.settings['seed']}; "
             "difference: the method less " + self._reference()

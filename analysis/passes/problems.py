@@ -234,7 +234,7 @@ def resolve(
     attention_mask: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     decoder_input: Any = None,
-    pixel_values: Tensor | None = None,
+    pixel_values: Any = None,
     chunk: int = SEQUENCES_AT_ONCE,
 ) -> AttributionProblem:
     """Resolve an input and a target into a problem, with one forward pass that is not counted.
@@ -267,12 +267,13 @@ def resolve(
         raise InputError(f"baselines take text or an image, not both; {kind} reads {main_input}")
     if image and isinstance(input, Tensor) and input.is_floating_point():
         input, pixel_values = None, input
+    floats = media.floats_given(model, pixel_values, None, None)
+    pixel_values = floats.get("pixel_values")
     input_keywords = {
         "input": input, "prepend_bos": prepend_bos, "attention_mask": attention_mask,
         "inputs_embeds": inputs_embeds, "decoder_input": decoder_input,
         "pixel_values": pixel_values,
     }  # fmt: skip
-    floats = {} if pixel_values is None else {"pixel_values": pixel_values}
     batch = batch_size(input, inputs_embeds, floats)
     parsed = as_target(target, model.tokenizer, batch, media.labels_of(model))
     prepared = media.prepare_batch(

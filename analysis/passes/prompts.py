@@ -71,7 +71,7 @@ def as_prompt(
     target: Any = None,
     *,
     prepend_bos: bool | None = None,
-    pixel_values: Tensor | None = None,
+    pixel_values: Any = None,
 ) -> ExplainedPrompt:
     """One input of ``model``, and a target that stays the same whatever is taken away.
 
@@ -81,7 +81,7 @@ def as_prompt(
         target: as in `lenslrp.run_with_relevance`; ``None`` is the logit of the token (or
             class) that is the top one for the whole input.
         prepend_bos: as in `lenslrp.run_with_relevance`.
-        pixel_values: [1, channel, height, width] instead of ``input``.
+        pixel_values: an image instead of ``input``: [1, channel, height, width], a picture or file.
 
     Returns:
         Token ids, target and positions, as `tokens_of` and `heads_of` take them.
@@ -102,7 +102,7 @@ def as_prompt(
     prepared = media.prepare_batch(
         model,
         input,
-        {} if pixel_values is None else {"pixel_values": pixel_values},
+        media.floats_given(model, pixel_values, None, None),
         append=span,
         prepend_bos=prepend_bos,
     )

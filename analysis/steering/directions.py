@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.units.kinds import Direction, Head, Neuron, Unit
+from lenslrp.analysis.units.kinds import Direction, Head, Neuron, Unit, require_unit
 from lenslrp.analysis.units.locations import blocks_name, known_hook
 from lenslrp.analysis.units.unembedding import measure_gain, output_norm, unembedding
 from lenslrp.errors import InputError
@@ -44,6 +44,7 @@ def written_by(model: TransformerBridge, unit: Unit, at: str | None = None) -> D
     Raises:
         InputError: a head, which writes a whole space; no such unit or hook point.
     """
+    require_unit(unit)
     if isinstance(unit, Head):
         raise InputError(f"{unit} writes a space of vectors, not one; choose one of unit.writes()")
     (vector,) = unit.writes(model)["out"]
@@ -135,6 +136,8 @@ def relevance_direction(
         >>> place.vector.shape
         torch.Size([768])
     """
+    if isinstance(texts, str) or isinstance(targets, str):
+        raise InputError("texts and targets are lists, with one target for each text")
     if not texts or len(texts) != len(targets):
         raise InputError(f"{len(texts)} texts and {len(targets)} targets: one target a text")
     at = known_hook(model, at)
@@ -195,6 +198,7 @@ def mean_activation(
     Raises:
         InputError: no texts, or no such unit.
     """
+    require_unit(unit)
     rows = states(model, texts, unit.hook(model), prepend_bos=prepend_bos)
     activations = torch.cat([unit.activation(row.to(_kept(model))) for row in rows])
     return float(activations.mean(dtype=widest(activations)))

@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.units.kinds import Direction, Feature, Head, Neuron, Unit
-from lenslrp.analysis.units.recurrent import Channel, RecurrentHead
+from lenslrp.analysis.steering.moves import moved, require_movable, step_length
+from lenslrp.analysis.units.kinds import Direction, Feature, Unit
 from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.followed import Positions, TrackedPasses, follow, positions
@@ -88,7 +88,7 @@ class Moving(Operation):
     unit: Unit
 
     def hook(self, model: TransformerBridge) -> str:
-        _require_movable(self.unit)
+        require_movable(self.unit)
         return self.unit.hook(model)
 
     def apply(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
@@ -246,7 +246,7 @@ class ProjectOut(Operation):
 
     def hook(self, model: TransformerBridge) -> str:
         for direction in self.directions:
-            _require_movable(direction)
+            require_movable(direction)
         return self.directions[0].hook(model)
 
     def apply(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
@@ -287,7 +287,7 @@ class Steering:
 @contextmanager
 def steer(
     model: TransformerBridge,
-    operations: Steering | Iterable[Operation],
+    operations: Steering | Operation | Iterable[Operation],
     *,
     prompt: str | Sequence[int] = "all",
     generation: str | Sequence[int] = "all",
@@ -301,20 +301,25 @@ def steer(
 
     Args:
         model: a `TransformerBridge` of a decoder.
-        operations: several, or a `Steering`, whose positions then hold.
+        operations: one, several, or a `Steering`, whose positions then hold.
         prompt, generation: see `Steering`. Note that the *first* generated token is chosen at the
             last position of the prompt: with `prompt="none"` it is that of the base model.
 
     Raises:
-        InputError: units that the model lacks or that cannot be moved; in the forward pass, rows or
-            positions out of range; at the end, a hook point that never fired.
+        InputError: what is no operation; units that the model lacks or that cannot be moved; in
+            the forward pass, rows or positions out of range; at the end, a hook point that never
+            fired.
 
     Examples:
         >>> with steer(model, [Scale(Neuron(17, 40), 0.0)]):
         ...     logits = model("I think that")
     """
     if not isinstance(operations, Steering):
-        operations = Steering(tuple(operations), prompt, generation)
+        given = tuple(operations) if isinstance(operations, Iterable) else (operations,)
+        for each in given:
+            if not isinstance(each, Operation):
+                raise InputError(f"{each} is no operation, such as Scale(unit, 0.0)")
+        operations = Steering(given, prompt, generation)
     elif (prompt, generation) != ("all", "all"):
         raise InputError("a Steering says where it acts: give prompt and generation there")
     if is_encoder_decoder(model):
@@ -358,43 +363,3 @@ def _changed(
         return y
 
     return change
-
-
-def moved(unit: Unit, x: Tensor, a: Tensor, change: Tensor) -> Tensor:
-    """`x`, in which `unit` has activation `a`, with `change` added to it."""
-    if isinstance(unit, Direction):
-        vector = unit.vector.detach().to(x)
-        return x + change[..., None] * (vector / vector.square().sum())
-    if isinstance(unit, Feature):
-        return unit.coder.moved(x, unit.index, change)
-    assert isinstance(unit, Neuron | Channel | Head | RecurrentHead)
-    y = x.clone()
-    if isinstance(unit, Neuron | Channel):
-        unit.activation(y).copy_(a + change)  # a view
-        return y
-    some = a > 0  # a head that writes nothing has no direction to be lengthened in
-    ratio = torch.where(some, (a + change) / torch.where(some, a, 1.0), 1.0).detach()
-    at = (...,) if unit.index is None else (..., unit.index, slice(None))
-    y[at] = x[at] * ratio[..., None]
-    return y
-
-
-def step_length(unit: Unit) -> float:
-    """How far `x` moves where a unit's activation changes by 1, times a coder's scale."""
-    if isinstance(unit, Direction):
-        return 1 / float(unit.vector.detach().double().norm())
-    if isinstance(unit, Feature):
-        return float(unit.coder.W_dec[unit.index].double().norm())
-    return 1.0
-
-
-def _require_movable(unit: Unit) -> None:
-    if isinstance(unit, Neuron) and isinstance(unit.expert, int):
-        raise InputError(
-            f"{unit}: which expert sits in which slot is not known at its hook point, so an "
-            "expert's neuron cannot be steered; written_by gives the direction that it writes"
-        )
-    if isinstance(unit, Direction) and not 0 < float(unit.vector.detach().norm()) < float("inf"):
-        raise InputError(f"{unit} has no length or an infinite one: it points nowhere")
-    if isinstance(unit, Feature) and not unit.coder.writes_back:
-        raise InputError(f"{unit}: an autoencoder's features can be moved, not a transcoder's")

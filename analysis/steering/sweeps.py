@@ -42,15 +42,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lenslrp.analysis.steering.directions import states
+from lenslrp.analysis.steering.moves import moved, step_length
 from lenslrp.analysis.steering.operations import (
     Ablate,
     Add,
     Moving,
     Operation,
     Scale,
-    moved,
     steer,
-    step_length,
 )
 from lenslrp.analysis.steering.result import SweepResult
 from lenslrp.analysis.units.kinds import Direction, Neuron, Unit
@@ -219,6 +218,8 @@ class _Prompts:
         new: int,
         bos: bool | None,
     ) -> _Prompts:
+        if isinstance(prompts, str):
+            raise InputError(f"prompts is a list of texts, not one text: [{prompts!r}]")
         if labels_of(model) is not None:
             raise InputError("a sweep looks at next tokens, and this model gives classes")
         prepared = prepare_text(model, list(prompts), prepend_bos=bos)

@@ -349,6 +349,19 @@ class Feature(Unit):
         return {"in": _of_width(model, self, self.coder.W_enc[:, self.index])}
 
 
+def require_unit(unit: Any) -> None:
+    """Refuse what is no unit, such as its text or a node of a circuit.
+
+    Raises:
+        InputError: saying how a unit is made of it.
+    """
+    if not isinstance(unit, Unit):
+        raise InputError(
+            f"{unit!r} is no unit, such as Neuron(5, 17) or Head(5, 2): parse_unit(text) makes one "
+            "of a text, and node.as_unit() of a node"
+        )
+
+
 def _require_index(unit: Neuron | Head, what: str, index: int, size: int) -> None:
     if not 0 <= index < size:
         raise InputError(f"{what} is {index}, but layer {unit.layer} has {what}s 0 to {size - 1}")

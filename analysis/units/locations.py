@@ -72,6 +72,10 @@ def known_hook(model: TransformerBridge, name: str) -> str:
         InputError: it is none; the message names the nearest.
     """
     names = hook_points(model, components(model))
+    if not isinstance(name, str):
+        stream = f"{blocks_name(model)}.{name}.hook_resid_post"
+        near = difflib.get_close_matches(stream, names, n=1)
+        raise InputError(f"{name!r} is not the name of a hook point, such as {', '.join(near)}")
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3)
         raise InputError(f"no hook point {name!r} in this model; nearest: {', '.join(near)}")

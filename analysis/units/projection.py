@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.units.kinds import Head, Neuron, Unit
+from lenslrp.analysis.units.kinds import Head, Neuron, Unit, require_unit
 from lenslrp.analysis.units.residual import (
     as_read,
     as_written,
@@ -229,6 +229,7 @@ def reads(
         reads(model, Neuron(5, 17))["in"].top(5)  # tokens that it responds to most
         ```
     """
+    require_unit(unit)
     rows = embedding(model)
     if isinstance(unit, Head):
         vectors = head_reads(model, unit, component)
@@ -274,6 +275,7 @@ def cosines(model: TransformerBridge, unit: Unit) -> dict[str, float]:
         >>> cosines(model, Direction("blocks.5.hook_resid_post", vector))
         {'in,out': 1.0}
     """
+    require_unit(unit)
     if isinstance(unit, Head):
         raise InputError(f"{unit} reads and writes subspaces, between which there is no one angle")
     vectors = {n: as_read(model, unit, n, v)[0] for n, v in unit.reads(model).items()}

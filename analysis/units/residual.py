@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.units.kinds import Head, Neuron, Unit
+from lenslrp.analysis.units.kinds import Head, Neuron, Unit, require_unit
 from lenslrp.analysis.units.locations import Side, block_of, blocks_name
 from lenslrp.analysis.units.unembedding import (
     branch_norm,
@@ -71,8 +71,9 @@ def require_decoder(model: TransformerBridge, unit: Unit) -> None:
     """Refuse a unit whose writes no vocabulary reads.
 
     Raises:
-        InputError: the model has no unembedding, or the unit is of an encoder.
+        InputError: no unit, a model without an unembedding, or a unit of an encoder.
     """
+    require_unit(unit)
     unembedding(model)  # raises where there is none
     location = _location(unit)
     if location is not None and blocks_name(model, location[2]) == "encoder_blocks":

@@ -342,7 +342,8 @@ def write_report(
         The path of the file: one page of HTML without scripts, figures inlined.
 
     Raises:
-        InputError: when ``row`` is out of range or the folder of ``path`` does not exist.
+        InputError: a list or a pair of results; when ``row`` is out of range or the folder of
+            ``path`` does not exist.
         MissingExtraError: matplotlib is not installed, for figures.
 
     Examples:
@@ -351,6 +352,11 @@ def write_report(
         write_report(R, "paris.html", model=model)
         ```
     """
+    if isinstance(R, list | tuple):
+        raise InputError(
+            f"a report is of one result, not a {type(R).__name__}: give R, the second of what "
+            "run_with_relevance returns; of a batch, row= says which prompt"
+        )
     if isinstance(R, Generation):
         return write_document(Path(path), generation_html(R))
     page = report_html(R, model=model, row=row, image=image)

@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace) -> int:
     )
     if not options.json:
         print(results)
-        print(f"every number: {(options.folder / 'results.parquet').absolute()}")
+        print(f"every number (Results.read): {(options.folder / 'results.parquet').absolute()}")
         return OK
     tables = {m: json.loads(results.table(m).to_json(orient="records")) for m in results.metrics()}
     summary = {

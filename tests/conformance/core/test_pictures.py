@@ -13,6 +13,7 @@ import transformers as hf
 from PIL import Image
 
 import lenslrp
+from lenslrp.analysis import as_prompt, attribute
 from lenslrp.pictures import pixels_of
 from tests.conformance import zoo
 
@@ -49,6 +50,18 @@ def test_a_picture_is_what_the_processor_makes_of_it(model: Any, tmp_path: Path)
     with lenslrp.session(model) as session:
         _, R = session.run_with_relevance(target=1, pixel_values=path)
         torch.testing.assert_close(R.pixels[0], expected.pixels[1])
+
+
+def test_baselines_take_pictures_too(model: Any) -> None:
+    made = pixels_of(model, picture(1))
+    expected = attribute("occlusion", model, target=1, pixel_values=made).tokens
+    found = attribute("occlusion", model, target=1, pixel_values=picture(1)).tokens
+    torch.testing.assert_close(found, expected)
+    prompt = as_prompt(model, target=1, pixel_values=picture(1))
+    assert prompt.pixels is not None
+    torch.testing.assert_close(prompt.pixels, made[0])
+    with pytest.raises(lenslrp.InputError, match="LlamaForCausalLM takes no pixel_values; it"):
+        as_prompt(zoo.build("LlamaForCausalLM"), target=1, pixel_values=picture(1))
 
 
 def test_files_are_turned_and_coloured_as_they_are_shown(model: Any, tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ def test_units_by_every_key_and_none_that_is_not_there(built: NeuronDictionary) 
         built[1, 5].examples("best")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_search_finds_words_tokens_and_neighbours(built: NeuronDictionary) -> None:
     document = built[0, 0].examples("actmax").iloc[0]
     word = document.tokens[-1].strip()
@@ -179,6 +180,10 @@ def test_search_finds_words_tokens_and_neighbours(built: NeuronDictionary) -> No
     assert built.search_text("zzzz").empty
     with pytest.raises(InputError, match="nothing to search for"):
         built.search_text('" * ')
+    for call in (built.search_text, built.search_tokens):
+        message = rf"is one string, not \['{word}'\]; d.find\(\"a\", \"b\"\) takes several words"
+        with pytest.raises(InputError, match=message):
+            call([word])
     # Operators of the query language are words: none of these is an error, or matches everything.
     for query in ('a OR b"', "text:a", "NEAR(a b)", "a* -b", "'; DROP TABLE documents; --"):
         built.search_text(query)

@@ -17,6 +17,7 @@ from lenslrp.analysis.circuits.nodes import COMPONENTS, Node, as_units, place_co
 from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.circuits.scores import NODE_METHODS, score_nodes
 from lenslrp.analysis.circuits.segments import coefficients
+from lenslrp.analysis.units.kinds import Head, Neuron
 from lenslrp.hooks import CPLRP, GradientTimesInput
 from tests.unit.tiny import HEADS, changes, snapshot, tiny
 
@@ -320,3 +321,11 @@ def test_a_chunk_changes_nothing_and_nothing_is_left_behind() -> None:
 def test_choices_that_do_not_exist(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         score_nodes(tiny("llama"), some_pairs(), **options)
+
+
+def test_a_node_is_a_unit_where_it_is_one() -> None:
+    assert Node("blocks.1.attn.hook_z", 1, -1).as_unit() == Head(1, 1)
+    assert Node("blocks.0.mlp.hook_post", 17).as_unit() == Neuron(0, 17)
+    for hook in ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_q"):
+        with pytest.raises(InputError, match=rf"'{hook}\[0\]' is no neuron or head"):
+            Node(hook, 0, 2).as_unit()

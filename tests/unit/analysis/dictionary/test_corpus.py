@@ -131,6 +131,7 @@ def test_what_is_no_corpus_is_refused(tmp_path: Path) -> None:
         (3, "a corpus is a path"),
         ([{"words": "a"}], "record 0 of the corpus has no text under 'text'; it has words"),
         ([3.5], "item 0 of the corpus is a float"),
+        ("a text " * 100, r"no corpus at 'a text .*' \(a string is a path; give texts as a list\)"),
     ):
         with pytest.raises(InputError, match=message):
             list(texts_of(given))

@@ -255,6 +255,8 @@ def test_results_are_kept_as_parquet_and_drawn(model: Any, data: Path, tmp_path:
     results = run(model, tmp_path / "a", data, n=2)
     stored = pd.read_parquet(tmp_path / "a" / PARQUET)
     again = Results.read(tmp_path / "a")
+    assert str(Results.read(tmp_path / "a" / PARQUET)) == str(again)
+    assert "area: Area between the curves, least relevant first less most" in str(again)
     assert (again.settings, again.skipped, again.unfit) == (
         results.settings,
         results.skipped,
@@ -463,7 +465,9 @@ def test_the_command_prints_tables_or_json(
     printed = capsys.readouterr().out
     assert "n = 2 examples" in printed
     assert "zero+first" in printed
-    assert str(folder / PARQUET) in printed
+    path = printed.splitlines()[-1].removeprefix("every number (Results.read): ")
+    assert path == str(folder / PARQUET)
+    assert str(Results.read(path)) in printed
     assert cli.main([*arguments, *options, *perturb, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["n"] == 2

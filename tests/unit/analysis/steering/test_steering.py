@@ -487,3 +487,20 @@ def test_encoder_decoders_are_refused() -> None:
         steer(model, [Scale(Neuron(0, 3), 0.0)]),
     ):
         pass
+
+
+def test_one_operation_needs_no_list() -> None:
+    model, operation = tiny("llama"), Scale(Neuron(1, 3), 0.0)
+    with steer(model, [operation]):
+        listed = model(TOKENS)
+    with steer(model, operation):
+        assert torch.equal(model(TOKENS), listed)
+    assert not torch.equal(model(TOKENS), listed)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("given", [Neuron(1, 3), [Neuron(1, 3)]])
+def test_a_unit_is_no_operation(given: Any) -> None:
+    message = r"^blocks.1.mlp.hook_post\[3\] is no operation, such as Scale\(unit, 0.0\)$"
+    with pytest.raises(InputError, match=message), steer(tiny("llama"), given):
+        pass

@@ -171,6 +171,11 @@ def test_bad_sweeps(operation: Any, options: dict[str, Any], message: str) -> No
         swept(model_(), operation, [1.0], **options)
 
 
+def test_prompts_are_a_list() -> None:
+    with pytest.raises(InputError, match=r"^prompts is a list of texts, not one text: \['a b'\]$"):
+        sweep(model_(), Scale(Neuron(0, 3), 1.0), [1.0], "a b", target=("c", "d"))
+
+
 def test_an_unknown_metric_names_the_known() -> None:
     result = swept(model_(), Add(direction(), 0.0), [1.0], draws=0)
     with pytest.raises(InputError, match="expected one of target, kl"):

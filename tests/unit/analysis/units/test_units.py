@@ -8,7 +8,24 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lenslrp.analysis import Direction, Feature, Head, Neuron, SparseCoder, parse_unit
+from lenslrp.analysis import (
+    Direction,
+    Feature,
+    Head,
+    Neuron,
+    Scale,
+    SparseCoder,
+    mean_activation,
+    mean_difference,
+    parse_unit,
+    reads,
+    relevance_direction,
+    steer,
+    writes,
+    written_by,
+)
+from lenslrp.analysis.circuits.nodes import Node
+from lenslrp.analysis.units.projection import cosines
 from lenslrp.analysis.units.readers import searched_hooks
 from lenslrp.errors import InputError
 from tests.conformance import zoo
@@ -209,3 +226,50 @@ def test_coders_load_from_safetensors_only(tmp_path: Any) -> None:
     save_file({**tensors, "b_enc": torch.zeros(8)}, tmp_path / "odd.safetensors")
     with pytest.raises(InputError, match=r"b_enc is \[8\], expected \[9\]"):
         SparseCoder.load(tmp_path / "odd.safetensors", hook="x")
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("given", [Node("blocks.1.attn.hook_z", 0, -1), "blocks.1.attn.hook_z[0]"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        writes,
+        reads,
+        cosines,
+        written_by,
+        lambda model, unit: mean_activation(model, unit, ["a b"]),
+        lambda model, unit: steer(model, Scale(unit, 0.0)).__enter__(),
+    ],
+)
+def test_what_is_no_unit_is_named(call: Any, given: Any) -> None:
+    with pytest.raises(InputError) as error:
+        call(zoo.build("LlamaForCausalLM"), given)
+    assert str(error.value) == (
+        f"{given!r} is no unit, such as Neuron(5, 17) or Head(5, 2): parse_unit(text) makes one of "
+        "a text, and node.as_unit() of a node"
+    )
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("given", "example"), [(1, "blocks.1.hook_resid_post"), (None, r"blocks.\d.hook_resid_p")]
+)
+def test_a_hook_point_has_a_name_and_not_a_number(given: Any, example: str) -> None:
+    model = zoo.build("LlamaForCausalLM")
+    for call in (
+        lambda: mean_difference(model, ["a"], ["b"], given),
+        lambda: relevance_direction(model, ["a"], ["b"], given),
+        lambda: Direction(given, torch.ones(3)).hook(model),
+    ):
+        with pytest.raises(
+            InputError, match=f"^{given} is not the name of a hook point, such as {example}"
+        ):
+            call()
+
+
+def test_texts_are_a_list() -> None:
+    model, stream = zoo.build("LlamaForCausalLM"), "blocks.1.hook_resid_post"
+    with pytest.raises(InputError, match="texts and targets are lists, with one target for each"):
+        relevance_direction(model, "abc", "def", stream)
+    with pytest.raises(InputError, match="give a list of texts, at least one"):
+        mean_difference(model, "abc", "def", stream)

@@ -152,11 +152,16 @@ def test_first_token_dominance_adds_a_rescaled_heatmap():
     assert "colours are scaled without it; it is drawn" in text
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_report_errors(tmp_path):
     with pytest.raises(InputError, match="row is 3, but R holds 1 rows"):
         report.write_report(fake_relevance(), tmp_path / "a.html", row=3)
     with pytest.raises(InputError, match="does not exist; cannot write a.html there"):
         report.write_report(fake_relevance(), tmp_path / "no" / "a.html")
+    for several in ([fake_relevance()], (None, fake_relevance())):
+        message = f"a report is of one result, not a {type(several).__name__}: give R, the second"
+        with pytest.raises(InputError, match=message):
+            report.write_report(several, tmp_path / "a.html")
     assert list(tmp_path.iterdir()) == []
 
 
