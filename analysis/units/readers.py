@@ -130,7 +130,7 @@ def searched_hooks(sites: Sites) -> list[SearchedHook]:
                 )
             )
         elif isinstance(item, SparseCoder):
-            if item.W_dec.shape[1] != item.W_enc.shape[0]:
+            if not item.writes_back:
                 raise InputError(
                     f"{item.name} is a transcoder: it reads one hook point and writes another; its "
                     "features can be explained one by one, not searched"
