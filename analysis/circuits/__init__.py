@@ -3,7 +3,9 @@
 from lenslrp.analysis.circuits.edges import EdgeScores, score_edges
 from lenslrp.analysis.circuits.export import to_transformer_lens
 from lenslrp.analysis.circuits.figures import faithfulness_curves, head_scores
-from lenslrp.analysis.circuits.graph.graphs import AttributionGraph, attribution_graph
+from lenslrp.analysis.circuits.graph.cost import GraphEstimate
+from lenslrp.analysis.circuits.graph.graphs import attribution_graph, estimate_graph
+from lenslrp.analysis.circuits.graph.result import AttributionGraph
 from lenslrp.analysis.circuits.nodes import TARGET, Node
 from lenslrp.analysis.circuits.pairs import Pairs, template_pairs
 from lenslrp.analysis.circuits.pruning import (
@@ -21,11 +23,13 @@ __all__ = [
     "AttributionGraph",
     "Circuit",
     "EdgeScores",
+    "GraphEstimate",
     "Node",
     "NodeScores",
     "Pairs",
     "attribution_graph",
     "completeness",
+    "estimate_graph",
     "faithfulness_curve",
     "faithfulness_curves",
     "head_scores",

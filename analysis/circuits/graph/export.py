@@ -24,7 +24,7 @@ from lenslrp.files import whole
 from lenslrp.version import VERSION
 
 if TYPE_CHECKING:
-    from lenslrp.analysis.circuits.graph.graphs import AttributionGraph
+    from lenslrp.analysis.circuits.graph.result import AttributionGraph
 
 VIEWER_TYPES = {
     "token": "embedding",
@@ -86,7 +86,7 @@ def to_neuronpedia(graph: AttributionGraph, *, slug: str, model_id: str | None) 
         "links": [
             {"source": ids[edge["source"]], "target": ids[edge["target"]],
              "weight": float(edge["relevance"])}
-            for edge in graph.edges.to_dict("records")
+            for edge in graph.totals.to_dict("records")
         ],
     }  # fmt: skip
 

@@ -19,7 +19,7 @@ from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import card, rgba, signed, token_html
 
 if TYPE_CHECKING:
-    from lenslrp.analysis.circuits.graph.graphs import AttributionGraph
+    from lenslrp.analysis.circuits.graph.result import AttributionGraph
 
 WIDEST = 9.0
 """Width of the edge with the most relevance, in units of the drawing."""
@@ -80,11 +80,12 @@ def graph_svg(graph: AttributionGraph) -> str:
     layout = lay_out(graph.nodes)
     numbers = {name: index for index, name in enumerate(graph.nodes["id"])}
     labels = dict(zip(graph.nodes["id"], graph.nodes["label"], strict=True))
-    limit = float(graph.edges["relevance"].abs().max()) if len(graph.edges) else 0.0
+    edges = graph.totals
+    limit = float(edges["relevance"].abs().max()) if len(edges) else 0.0
     parts = [
         f'<text class="row" x="4" y="{y + 4:.1f}">{escape(name)}</text>' for name, y in layout.rows
     ]
-    ordered = graph.edges.reindex(graph.edges["relevance"].abs().sort_values().index)
+    ordered = edges.reindex(edges["relevance"].abs().sort_values().index)
     for edge in ordered.to_dict("records"):
         points = layout.curve(edge["source"], edge["target"])
         curve = [f"{x:.1f} {y:.1f}" for x, y in points]
