@@ -245,7 +245,8 @@ def stand_in(
         with torch.no_grad():
             error = (flat - written(active, a, x)).unsqueeze(-2)
         error = cut(error_key(coder), error).squeeze(-2)
-        whole = apply(Write, flat, a, read, error, active, site)
+        skips = read if coder.W_skip is not None else read.detach()
+        whole = apply(Write, flat, a, skips, error, active, site)
         return reverted(point, whole.view_as(shown)).reshape(y.shape)
 
     at.hook(points[hook], reading)

@@ -201,9 +201,11 @@ class SegmentedPass:
         if self.conducts and out.requires_grad:
             self.leaves[key] = out
             return out
-        kept = None if self.keep is None or not out.requires_grad else self.keep[key]
-        if kept is not None and not bool(kept.any()):
-            return out
+        kept = None
+        if self.keep is not None and out.requires_grad:
+            kept = self.keep.get(key)
+            if kept is None or not bool(kept.any()):
+                return out
         leaf = self.leaves[key] = out.detach().requires_grad_()
         if kept is None:
             return leaf
@@ -263,7 +265,7 @@ def segmented(
         prepared: the rows.
         target: what is explained, a value a row.
         hooks: hook point -> component: where nodes are.
-        keep: which units are nodes; all if not given. The others conduct.
+        keep: hook point -> which of its units are nodes; all if not given. The others conduct.
         accounting: keep account of what each row's relevance is absorbed by.
         coders: stand in the model's place.
         active: which of their features are active; those that are in the first row, if not given.
