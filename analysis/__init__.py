@@ -136,10 +136,10 @@ _ROOMS = {
         "randomisation", "sensitivity", "tokens_of", "unit_relevance",
     ),
     "circuits": (
-        "TARGET", "AttributionGraph", "Circuit", "EdgeScores", "GraphEstimate", "Node", "NodeScores",
-        "Pairs", "attribution_graph", "completeness", "estimate_graph", "faithfulness_curve",
-        "faithfulness_curves", "head_scores", "minimality", "prune", "score_edges", "score_nodes", "template_pairs",
-        "to_transformer_lens", "verify",
+        "TARGET", "AttributionGraph", "Circuit", "EdgeScores", "GraphEstimate", "Node",
+        "NodeScores", "Pairs", "attribution_graph", "completeness", "estimate_graph",
+        "faithfulness_curve", "faithfulness_curves", "head_scores", "minimality", "prune",
+        "score_edges", "score_nodes", "template_pairs", "to_transformer_lens", "verify",
     ),
     "steering": (
         "Ablate", "Add", "Clamp", "ProjectOut", "Scale", "Steering", "SweepResult",

@@ -32,6 +32,7 @@ from lenslrp.analysis.circuits.replacement import ActiveFeatures, features_key, 
 from lenslrp.analysis.units.coders import SparseCoder
 from lenslrp.batch import Batch
 from lenslrp.cache import RelevanceCache
+from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.handles import Attached
@@ -318,4 +319,4 @@ def _gated(_: Any, args: Any, out: Tensor, *, segments: SegmentedPass, hook: str
         return None if rows is None else g * rows.to(g).view(-1, *[1] * (g.ndim - 1))
 
     if out.requires_grad:
-        out.register_hook(gate)
+        edit_gradient(out, gate)

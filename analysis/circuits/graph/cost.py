@@ -57,8 +57,9 @@ class GraphEstimate:
         if rows < 1:
             least = replace(self, rows=1).memory / 1e9
             raise InputError(
-                f"a graph of {self.nodes:,} nodes needs {least:.2f} GB with one row at a time, more "
-                f"than max_memory, {limit / 1e9:.2f} GB: choose fewer nodes (k), or a shorter prompt"
+                f"a graph of {self.nodes:,} nodes needs {least:.2f} GB with one row at a time, "
+                f"more than max_memory, {limit / 1e9:.2f} GB: choose fewer nodes (k), or a shorter "
+                "prompt"
             )
         return replace(self, rows=min(self.rows, rows))
 

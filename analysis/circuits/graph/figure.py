@@ -53,7 +53,7 @@ def graph_figure(graph: AttributionGraph, theme: Theme | None = None) -> Figure:
     scale, colours, font = float(others.abs().max()) or 1.0, colour_map(theme), installed_fonts()
     for node in graph.nodes.to_dict("records"):
         x, y = layout.places[node["id"]]
-        size = 0.0 if node["kind"] in ("token", "target") else HEIGHT * 0.45
+        size = 0.0 if node["kind"] in ("token", "target", "error") else HEIGHT * 0.45
         shade = colours(0.5 + 0.26 * max(-1.0, min(1.0, node["relevance"] / scale)))
         axes.add_patch(
             FancyBboxPatch(

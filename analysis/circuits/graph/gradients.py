@@ -265,9 +265,10 @@ def _described(
     for node in chosen:
         coder = candidates.coder(node.hook)
         layer = layer_of(node.hook if coder is None else written_at(coder))
-        kind, label = _named(node, candidates.hooks, layer)
+        kind = _kind(node, candidates.hooks)
         yield {"id": str(node), "kind": kind, "hook": node.hook, "layer": layer,
-               "position": node.position, "unit": node.unit, "label": label,
+               "position": node.position, "unit": node.unit,
+               "label": default_label(kind, layer, node.unit),
                "activation": candidates.activation(node)}  # fmt: skip
     label = "target"
     if token is not None:
@@ -277,12 +278,13 @@ def _described(
            "label": label, "activation": np.nan}  # fmt: skip
 
 
-def _named(node: Node, hooks: Mapping[str, str], layer: int | None) -> tuple[str, str]:
-    """The kind of a node, and a label for it."""
+def _kind(node: Node, hooks: Mapping[str, str]) -> str:
     if isinstance(node, FeatureNode):
-        return "feature", f"F{layer}.{node.unit}"
-    if isinstance(node, ErrorNode):
-        return "error", f"error {layer}"
-    kind = NODE_KINDS[hooks[node.hook]]
-    shown = {"head": f"H{layer}.{node.unit}", "neuron": f"N{layer}.{node.unit}"}
-    return kind, shown.get(kind, f"{kind} {layer}")
+        return "feature"
+    return "error" if isinstance(node, ErrorNode) else NODE_KINDS[hooks[node.hook]]
+
+
+def default_label(kind: str, layer: int | None, unit: int) -> str:
+    """What a node is labelled where nobody has named it."""
+    letter = {"head": "H", "neuron": "N", "feature": "F"}.get(kind)
+    return f"{kind} {layer}" if letter is None else f"{letter}{layer}.{unit}"

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from lenslrp.analysis.circuits.graph.gradients import ABSORBED, NOT_SHOWN
+from lenslrp.analysis.circuits.graph.supernodes import (
+    checked_groups,
+    labelled_nodes,
+    merged_edges,
+    similar_nodes,
+    vocabulary_labels,
+)
 from lenslrp.analysis.circuits.nodes import largest
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.analysis.units.coders import SparseCoder
@@ -17,6 +24,7 @@ from lenslrp.targets import Explained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from transformer_lens.model_bridge import TransformerBridge
 
     from lenslrp.analysis.views.drawing import Theme
 
@@ -100,6 +108,63 @@ class AttributionGraph:
         return frame.assign(source_label=frame["source"].map(labels),
                             target_label=frame["target"].map(labels))  # fmt: skip
 
+    def group(self, groups: Mapping[str, Iterable[str]]) -> AttributionGraph:
+        """The same graph with supernodes, in the place of those that it has.
+
+        Args:
+            groups: name -> ids of nodes; `similar` finds some.
+
+        Raises:
+            InputError: an id that the graph does not have, or one that is in two groups.
+
+        Examples:
+            >>> named = graph.group({"sink": ["token@0"], "answer": ["target"]})
+            >>> list(named.supernodes)
+            ['sink', 'answer']
+        """
+        return replace(self, supernodes=checked_groups(self, groups))
+
+    def similar(self, by: str = "decoder", threshold: float = 0.7) -> dict[str, list[str]]:
+        """Groups of nodes that are alike, for `group`, by average linkage.
+
+        Args:
+            by: `"decoder"`: features by the cosine of the vectors that they write (one feature at
+                several positions is one group); `"influence"`: all nodes by the mean of two
+                cosines, of the edges into them and of the edges out of them.
+            threshold: the least mean similarity at which two groups become one.
+
+        Returns:
+            Name -> ids, at least two; named after the most influential node.
+
+        Raises:
+            InputError: another likeness, or a threshold that is not 0 to 1.
+        """
+        return similar_nodes(self, by, threshold)
+
+    def merged(self) -> pd.DataFrame:
+        """Edges with supernodes as their ends: `source`, `target`, `relevance`; none inside one."""
+        return merged_edges(self)
+
+    def label(self, labels: Mapping[str, str]) -> AttributionGraph:
+        """The same graph with other labels.
+
+        Args:
+            labels: id of a node, or text of a unit (at all positions) -> label: a dictionary's
+                names, a column of a table, `vocabulary_labels`.
+
+        Raises:
+            InputError: a label for what the graph does not have.
+        """
+        return replace(self, nodes=labelled_nodes(self, labels))
+
+    def vocabulary_labels(self, model: TransformerBridge, k: int = 3) -> dict[str, str]:
+        """Labels for features and neurons: the `k` tokens that what they write promotes most.
+
+        Raises:
+            InputError: a feature that does not write to the residual stream.
+        """
+        return vocabulary_labels(self, model, k)
+
     def to_networkx(self) -> Any:
         """A `networkx.DiGraph`: ids with the columns of `nodes`, edges with `relevance`.
 
@@ -117,7 +182,12 @@ class AttributionGraph:
         return graph
 
     def to_neuronpedia(
-        self, path: str | Path, *, slug: str = "lenslrp", model_id: str | None = None
+        self,
+        path: str | Path,
+        *,
+        slug: str = "lenslrp",
+        model_id: str | None = None,
+        source_set: str | None = None,
     ) -> Path:
         """Write Neuronpedia's attribution-graph JSON (`lenslrp.analysis.circuits.graph.export`).
 
@@ -125,6 +195,7 @@ class AttributionGraph:
             path: the file.
             slug: the graph's name there.
             model_id: Neuronpedia's name of the model; by default the model's own, in lower case.
+            source_set: Neuronpedia's name of the coders, where it has pages for their features.
 
         Returns:
             `path`.
@@ -134,7 +205,9 @@ class AttributionGraph:
         """
         from lenslrp.analysis.circuits.graph.export import write_neuronpedia
 
-        return write_neuronpedia(self, Path(path), slug=slug, model_id=model_id)
+        return write_neuronpedia(
+            self, Path(path), slug=slug, model_id=model_id, source_set=source_set
+        )
 
     def to_html(self, path: str | Path | None = None) -> str:
         """The zoomable picture as HTML without remote assets.

@@ -190,7 +190,7 @@ def test_an_edge_is_what_one_node_does_to_another_alone(name: str, direct: bool)
     """All other chosen nodes (`direct`: all others) are held where they are."""
     coders, model = CODERS[name], tiny("llama")
     graph, written_out = (
-        frozen(model, coders, k=150 if direct else 30, direct=direct),
+        frozen(model, coders, k=600 if direct else 30, direct=direct),
         Replaced(model, coders),
     )
     nodes = {node["id"]: node for node in graph.nodes.to_dict("records")}
