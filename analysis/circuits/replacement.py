@@ -171,13 +171,11 @@ def require_coders(model: TransformerBridge, coders: Sequence[SparseCoder]) -> N
     """Refuse coders that cannot stand in a model together.
 
     Raises:
-        InputError: something else than coders, an unknown hook point, two coders that write to one,
-            one whose tensor nothing uses, a transcoder that does not say where it writes.
+        InputError: an unknown hook point, two coders that write to one, one whose tensor nothing
+            uses, a transcoder that does not say where it writes.
     """
     names: dict[str, str] = {}
     for coder in coders:
-        if not isinstance(coder, SparseCoder):
-            raise InputError(f"coders are SparseCoder objects, not {coder!r}")
         if coder.hook_out is None and not coder.writes_back:
             raise InputError(
                 f"{coder.name} reads {coder.W_enc.shape[0]} values a position at {coder.hook} and "

@@ -76,8 +76,12 @@ def estimated(
     """The cost of `gradients.build_graph`, from one row of its pass, to the target."""
     begin = starts(chosen, candidates.hooks, split)
     copies = min(rows, len(begin))
+    weights = {w.untyped_storage().data_ptr() for w in candidates.session.model.parameters()}
     started = time.perf_counter()
-    with _kept_for_backward() as kept, nodes_cut(candidates, 1, direct, split, chosen) as segments:
+    with (
+        _kept_for_backward(weights) as kept,
+        nodes_cut(candidates, 1, direct, split, chosen) as segments,
+    ):
         forward = time.perf_counter() - started
         segments.into([TARGET], candidates.nodes)
         backward = time.perf_counter() - started - forward
@@ -97,13 +101,13 @@ def estimated(
 
 
 @contextmanager
-def _kept_for_backward() -> Iterator[dict[int, int]]:
-    """Address -> bytes of every storage that autograd keeps inside, but for the model's weights."""
+def _kept_for_backward(weights: set[int]) -> Iterator[dict[int, int]]:
+    """Address -> bytes of every storage that autograd keeps inside, but for those of `weights`."""
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if not isinstance(x, torch.nn.Parameter) and not (x.is_leaf and x.requires_grad):
+        if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
