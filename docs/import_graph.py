@@ -51,6 +51,7 @@ APART = {
 # (module, module): imported when a result is drawn, and when a pass has failed for want of memory
 EXCEPTIONS = {
     ("lenslrp.cache", "lenslrp.analysis.views.figures"),
+    ("lenslrp.hooks.coverage", "lenslrp.views.cards"),
     ("lenslrp.out_of_memory", "lenslrp.models.surveying"),
 }
 MARKERS = ("<!-- import graph: begin -->", "<!-- import graph: end -->")

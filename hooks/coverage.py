@@ -25,7 +25,7 @@ RECURRENT_CLASSES = re.compile(
 """Classes of transformers that carry a state from token to token; none of them has a rule."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Coverage:
     """Which rule sat where, whether it fired, and what had none.
 
@@ -61,6 +61,28 @@ class Coverage:
     def ok(self) -> bool:
         """Whether every operation on the path has its rule, each fired, and relevance adds up."""
         return not self.uncovered and self.balanced and bool(self.sites["fired"].all())
+
+    def __repr__(self) -> str:
+        fired = int(self.sites["fired"].sum())
+        gaps = "; ".join(self.uncovered[:2]) + f" ({len(self.uncovered)} gaps)"
+        found = f"no rule for {gaps}" if self.uncovered else "no gap"
+        return f"Coverage({len(self.sites)} rules, {fired} fired, {found})"
+
+    def _repr_html_(self) -> str:
+        from lenslrp.views.cards import result_card
+
+        rules = self.sites.groupby(["role", "rule"], sort=False)
+        frame = rules.agg(places=("hook", "size"), fired=("fired", "sum")).reset_index()
+        state = "every operation has its rule" if self.ok else "not all is covered"
+        return result_card(
+            f"Coverage: {state}",
+            {"rules": len(self.sites), "fired": int(self.sites["fired"].sum()),
+             "gaps": len(self.uncovered), "adds up": self.balanced},
+            frame,
+            notes=[*(f"no rule: {gap}" for gap in self.uncovered),
+                   *(f"constant: {cut}" for cut in self.cuts), *self.notes],
+            rows=len(frame),
+        )  # fmt: skip
 
     def __str__(self) -> str:
         rules = self.sites.groupby(["role", "rule"]).size()

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+SHOWN_ROWS = 8
+"""Rows of a batch that a notebook shows."""
+
+
 @dataclass(frozen=True, eq=False)
 class RelevanceCache:
     """Relevance of one target at the leaves and at every hook point that was read.
@@ -375,16 +379,22 @@ class RelevanceCache:
         from lenslrp.views.heatmap import token_heatmap
 
         rows = []
-        grid = self.grid
-        for row, tokens in enumerate(self.str_tokens):
-            title = f"{self.composite.name}: {self.target}" if row == 0 else f"row {row}"
+        several = len(self.str_tokens) > 1
+        for row, tokens in enumerate(self.str_tokens[:SHOWN_ROWS]):
+            value = f"{self.target.of(row)} = {float(self.target.value[row]):.4g}"
+            where = f"{self.composite.name}{f', row {row}, its own scale' * several}: "
             mask = self.attention_mask[row].tolist()
-            values = self.tokens[row].tolist()
-            rows.append(token_heatmap(tokens, values, title=title, attention_mask=mask, grid=grid))
-        if self.decoder_tokens is not None and self.decoder_str_tokens is not None:
-            for row, tokens in enumerate(self.decoder_str_tokens):
-                written = self.decoder_tokens[row].tolist()
-                rows.append(token_heatmap(tokens, written, title=f"decoder, row {row}"))
+            rows.append(
+                token_heatmap(
+                    tokens, self.tokens[row].tolist(), title=where + value, attention_mask=mask,
+                    grid=self.grid,
+                )
+            )  # fmt: skip
+            if self.decoder_tokens is not None and self.decoder_str_tokens is not None:
+                written, title = self.decoder_tokens[row].tolist(), f"decoder of {where}{value}"
+                rows.append(token_heatmap(self.decoder_str_tokens[row], written, title=title))
+        if len(self.str_tokens) > SHOWN_ROWS:
+            rows.append(f"<p>{len(self.str_tokens) - SHOWN_ROWS} more rows: R[row] shows one.</p>")
         if self.coverage.uncovered:
             rows.append(f"<p>No rule for: {html.escape('; '.join(self.coverage.uncovered))}</p>")
         return "".join(rows)

@@ -52,6 +52,7 @@ def save_cache(cache: RelevanceCache, path: Path) -> Path:
         "decoder_words": cache.decoder_words_,
         "target": cache.target.text,
         "targets": cache.target.texts,
+        "asked": cache.target.asked,
         "composite": cache.composite.name,
         "rules": {role: rule.name for role, rule in cache.composite.rules.items()},
         "n_experts": cache.n_experts,
@@ -106,7 +107,12 @@ def load_parts(path: Path) -> dict[str, Any]:
         "prompts": info.get("prompts") or ["".join(row) for row in info["str_tokens"]],
         "words_": words(info.get("words", [])),
         "decoder_words_": words(info.get("decoder_words", [])),
-        "target": Explained(info["target"], tensors["target"], tuple(info.get("targets", ()))),
+        "target": Explained(
+            info["target"],
+            tensors["target"],
+            tuple(info.get("targets", ())),
+            tuple(map(tuple, info.get("asked", ()))),
+        ),
         "composite": Composite(info["composite"], {}),
         "coverage": Coverage(
             _frame(info["sites"]).astype({"layer": "Int64"}),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lenslrp.hooks.sites import LEDGER_TERMS, Accounts, widest
+from lenslrp.views.cards import result_card
 
 BALANCED = {
     torch.float64: 1e-5,  # where a model computes in float32: 1e-6; elsewhere 1e-14
@@ -31,7 +32,19 @@ BALANCED = {
 passes miss (``benchmarks/balance.py``: at most 2.5e-6, 1.1e-1 and 1.1e-2 in the last three)."""
 
 
-@dataclass(frozen=True)
+ACCOUNT = {
+    "biases": "stayed in biases",
+    "softmax": "stayed in the softmax",
+    "positional": "went to positions",
+    "stabiliser": "was taken by stabilisers",
+    "plain": "was lost in operations without a rule of their own",
+    "nonlinear_target": "is what the target adds to the logits it reads",
+    "recurrence": "stayed in operators of recurrent mixers",
+}
+"""What becomes of each term, as a sentence says it."""
+
+
+@dataclass(frozen=True, repr=False)
 class Ledger:
     """Where the target went, in the target's unit (logits), summed over the batch.
 
@@ -98,15 +111,52 @@ class Ledger:
         numbers = {k: v for k, v in asdict(self).items() if k != "table"}
         return {**numbers, "error": self.error}
 
+    @property
+    def sentence(self) -> str:
+        """The account in words: what reached the leaves, and the largest terms that did not.
+
+        Examples:
+            >>> R.ledger().sentence
+            'Of the target, 17.4, 6.7 (39%) reached the leaves and 11 (61%) stayed in the softmax.'
+        """
+
+        def part(value: float) -> str:
+            share = f" ({value / self.target:.0%})" if self.target else ""
+            return f"{value:.3g}{share}"
+
+        kept = [(getattr(self, term), phrase) for term, phrase in ACCOUNT.items()]
+        kept = [(value, phrase) for value, phrase in kept if abs(value) >= 5e-3 * self.largest]
+        kept.sort(key=lambda entry: -abs(entry[0]))
+        parts = [f"{part(self.leaves)} reached the leaves"]
+        parts += [f"{part(value)} {phrase}" for value, phrase in kept]
+        listed = ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
+        return f"Of the target, {self.target:.3g}, {listed}."
+
+    def __repr__(self) -> str:
+        return f"Ledger({self.sentence} Missed: {self.error:.1e})"
+
     def __str__(self) -> str:
         rows = [f"{name:>16} {value:+.6g}" for name, value in self.to_dict().items()]
         return "\n".join(rows)
 
     def _repr_html_(self) -> str:
-        frame = pd.DataFrame([self.to_dict()]).T
-        frame.columns = ["value"]
-        html: str = frame.to_html(float_format=lambda v: f"{v:+.5g}")
-        return html
+        rows = [("leaves", self.leaves, "reached the leaves")]
+        rows += [(term, getattr(self, term), phrase) for term, phrase in ACCOUNT.items()]
+        frame = pd.DataFrame(
+            [
+                (name, value, f"{value / self.target:.0%}" if self.target else "–", phrase)
+                for name, value, phrase in rows
+                if value
+            ],
+            columns=["term", "relevance", "share", "what it is"],
+        )
+        return result_card(
+            "Ledger: where the target went",
+            {"target": self.target, "account misses": f"{self.error:.1e} of it"},
+            frame,
+            coloured=["relevance"],
+            notes=[self.sentence, "In units of the target, summed over rows; .table has layers."],
+        )
 
 
 def read_sums(tensors: Iterable[Tensor]) -> list[float]:

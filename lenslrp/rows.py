@@ -135,7 +135,11 @@ def _row(batch: RelevanceCache, row: int) -> RelevanceCache:
         prompts=batch.prompts[row : row + 1],
         words_=[columns.words(words) for words in batch.words_[row : row + 1]],
         decoder_words_=[written.words(words) for words in batch.decoder_words_[row : row + 1]],
-        target=Explained(batch.target.of(row), batch.target.value[row : row + 1].clone()),
+        target=Explained(
+            batch.target.of(row),
+            batch.target.value[row : row + 1].clone(),
+            asked=batch.target.asked[row : row + 1],
+        ),
         coverage=replace(batch.coverage, notes=notes),
         ledger_=batch.ledger_ if alone else None,
     )

@@ -16,6 +16,7 @@ Examples:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lenslrp.asked import asked, forgotten_space
 from lenslrp.batch import PAIRED as PAIRED
 from lenslrp.batch import reads_the_encoder as reads_the_encoder
 from lenslrp.combined import PerRow as PerRow
@@ -54,6 +56,11 @@ class _AtPosition:
 
     position: int
 
+    def tokens_asked(self, outputs: Outputs) -> list[int]:
+        """The token (or class) whose logit it is about in each row; of a difference, the first."""
+        token: Token = vars(self)["a" if "a" in vars(self) else "token"]
+        return [outputs.token(token)] * len(outputs.logits)
+
     def columns(self, outputs: Outputs) -> Int[Tensor, "batch n"]:
         """Where it reads the logits."""
         return outputs.at(self.position)[:, None]
@@ -69,6 +76,11 @@ class Top(_AtPosition):
 
     position: int = -1
 
+    def tokens_asked(self, outputs: Outputs) -> list[int]:
+        """The token with the top logit in each row."""
+        best: list[int] = outputs.rows_at(self.position).argmax(dim=1).tolist()
+        return best
+
     def values(self, outputs: Outputs) -> Float[Tensor, " batch"]:
         """The largest logit of each row, in logits."""
         rows: Tensor = outputs.rows_at(self.position)
@@ -76,8 +88,7 @@ class Top(_AtPosition):
 
     def text(self, outputs: Outputs) -> str:
         """What a cache says was explained."""
-        best = outputs.rows_at(self.position).argmax(dim=1).tolist()
-        names = ", ".join(shown(outputs, i) for i in best)
+        names = ", ".join(shown(outputs, i) for i in self.tokens_asked(outputs))
         return f"top logit {names}{outputs.place(self.position)}"
 
 
@@ -291,11 +302,14 @@ class Explained:
         text: of the target.
         value: [batch], in logits or the activation's own unit; relevance is in the same.
         texts: of each row, where there are several.
+        asked: in each row the position and the token (or class) whose logit it is about; empty
+            where it is about no single one.
     """
 
     text: str
     value: Float[Tensor, " batch"] = field(repr=False)
     texts: tuple[str, ...] = field(default=(), repr=False)
+    asked: tuple[tuple[int, int], ...] = field(default=(), repr=False)
 
     @classmethod
     def by(cls, target: Target, outputs: Outputs, values: Tensor) -> Explained:
@@ -303,7 +317,14 @@ class Explained:
         rows = len(values) if len(values) > 1 else 0
         each = target.targets if isinstance(target, PerRow) else (target,) * rows
         texts = tuple(each[row].text(outputs.row(row)) for row in range(rows))
-        return cls(target.text(outputs), values.detach(), texts)
+        tokens = []
+        for row, part in enumerate(parts_of(target)):
+            seen = outputs.row(row) if isinstance(target, PerRow) else outputs
+            tokens += asked(part, seen)
+            if said := forgotten_space(part, seen):
+                warnings.warn(said, stacklevel=2)
+        tokens = tokens if len(tokens) == len(values) else []
+        return cls(target.text(outputs), values.detach(), texts, tuple(tokens))
 
     def of(self, row: int) -> str:
         """What was explained in one row."""

@@ -31,6 +31,7 @@ from lenslrp.analysis.common.storage import (
     require_forms,
 )
 from lenslrp.analysis.dictionary import lookup
+from lenslrp.analysis.dictionary.finding import Found, find
 from lenslrp.analysis.dictionary.job import prepare
 from lenslrp.analysis.dictionary.plan import DICTIONARY_SCHEMA, Place, Plan
 from lenslrp.analysis.dictionary.publish import finish
@@ -258,7 +259,7 @@ class NeuronDictionary:
         return self.page(place, index)
 
     def page(self, place: Place, index: int) -> Page:
-        """The page of the unit with this index at a hook point."""
+        """The page of the unit with this index there."""
         return next(self.pages(place, range(index, index + 1)))
 
     def pages(self, place: Place, indices: range | None = None) -> Iterator[Page]:
@@ -308,12 +309,21 @@ class NeuronDictionary:
                 f"{', '.join(self.plan.criteria)}"
             )
 
+    def find(self, *words: str, criterion: str = "actmax", limit: int = 20) -> Found:
+        """Units whose examples hold the words of a concept, beside what chance gives.
+
+        Arguments and errors are those of `lenslrp.analysis.dictionary.finding.find`.
+
+        Examples:
+            >>> list(d.find("church", "bishop").top(1).columns)[3:]
+            ['matched', 'of', 'share', 'expected', 'lift', 'score', 'group']
+        """
+        return find(self, words, criterion, limit)
+
     def search_text(
         self, query: str, *, criterion: str | None = None, limit: int = 50
     ) -> pd.DataFrame:
-        """Units by the sentences they are shown with.
-
-        Arguments, columns and errors are those of `lenslrp.analysis.dictionary.lookup.search_text`.
+        """Units by the sentences they are shown with: see `lookup.search_text`.
 
         Examples:
             >>> list(d.search_text("Eiffel Tower").columns)
@@ -336,9 +346,7 @@ class NeuronDictionary:
         return lookup.search_tokens(self, token, by, criterion, limit)
 
     def similar(self, key: Any, k: int = 10, *, kind: str = "activation") -> pd.DataFrame:
-        """Units that do the same at the sampled tokens.
-
-        Arguments, columns and errors are those of `lenslrp.analysis.dictionary.lookup.similar`.
+        """Units that do the same at the sampled tokens: see `lookup.similar`.
 
         Examples:
             >>> list(d.similar((5, 17), 3).columns)
@@ -358,7 +366,8 @@ class NeuronDictionary:
     @cached_property
     def citations(self) -> lookup.Citations:
         """Which examples reference a document."""
-        return lookup.Citations(self.path / "citations.safetensors", len(self) * len(self.slots))
+        path, examples = self.path / "citations.safetensors", len(self) * len(self.slots)
+        return lookup.Citations(path, examples)
 
     def named(self, unit: int) -> tuple[int, str, int]:
         """A unit's number, hook point and index there."""
@@ -367,8 +376,7 @@ class NeuronDictionary:
 
     def name(self, unit: int) -> str:
         """A unit's number as text."""
-        place = self.plan.place_of(unit)
-        return place.name(unit - place.first)
+        return (place := self.plan.place_of(unit)).name(unit - place.first)
 
     def window(self, document: Document, position: int) -> tuple[int, list[str]]:
         """Where the window around a position begins, and its tokens as text."""

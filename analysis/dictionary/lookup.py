@@ -233,12 +233,25 @@ class Citations:
         require_range(self.path, "positions", positions, 0, 1 << 15)
         return entries.astype(np.int64), positions.astype(np.int64), scores
 
+    def strengths(
+        self, slots: tuple[tuple[str, int], ...], criterion: str, units: int
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The sum of the sizes of each unit's scores of a criterion, and how many there are."""
+        entries = self._entries()
+        right = np.array([name == criterion for name, _ in slots])[entries % len(slots)]
+        of, sizes = entries[right] // len(slots), np.abs(self._file.get_tensor("scores")[right])
+        return np.bincount(of, sizes, units), np.bincount(of, minlength=units)
+
+    def _entries(self) -> NDArray[np.int64]:
+        entries: NDArray[np.int64] = self._file.get_tensor("entries").astype(np.int64)
+        require_range(self.path, "entries", entries, 0, self.examples)
+        return entries
+
     def at_tokens(
         self, tokens: list[int], slots: tuple[tuple[str, int], ...], criterion: str, units: int
     ) -> NDArray[np.int64]:
         """How many of each unit's examples of a criterion have their hit at one of `tokens`."""
         hits = np.isin(self._file.get_tensor("tokens"), tokens).nonzero()[0]
-        entries = self._file.get_tensor("entries")[hits].astype(np.int64)
-        require_range(self.path, "entries", entries, 0, self.examples)
+        entries = self._entries()[hits]
         right = np.array([name == criterion for name, _ in slots])[entries % len(slots)]
         return np.bincount(entries[right] // len(slots), minlength=units)

@@ -127,7 +127,8 @@ class Plan:
         """The place of a unit, and its index there.
 
         Args:
-            key: `(layer, index)` of the first site, `(site, layer, index)`, or a unit's text.
+            key: `(layer, index)` of the first site, or of the one site that has this layer;
+                `(site, layer, index)`; or a unit's text.
 
         Raises:
             InputError: no such unit, with what there is.
@@ -154,10 +155,18 @@ class Plan:
                 places = [p for p in places if p.site.endswith(f"[{parsed['label']}]")]
             return places[:1], int(parsed["index"])
         parts = key if isinstance(key, tuple) else (key,)
-        site = parts[0] if len(parts) == 3 else self.sites[0][0]
         if len(parts) not in (2, 3) or not all(isinstance(p, int) for p in parts[-2:]):
             raise InputError(f"a unit is (layer, index) or (site, layer, index), not {key!r}")
-        return [p for p in self.places if p.site == site and p.layer == parts[-2]], parts[-1]
+        there = [p for p in self.places if p.layer == parts[-2]]
+        site = parts[0] if len(parts) == 3 else self.sites[0][0]
+        chosen = [p for p in there if p.site == site]
+        if len(parts) == 2 and not chosen:  # sites named in full, a layer each
+            chosen = there
+        if len(chosen) > 1:
+            raise InputError(
+                f"{key!r} may be in {', '.join(p.hook for p in chosen)}; give (site, layer, index)"
+            )
+        return chosen, parts[-1]
 
     def place_of(self, unit: int) -> Place:
         """Where the unit of this number is."""

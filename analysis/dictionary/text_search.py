@@ -10,6 +10,7 @@ endings) and symbols such as emoji, so that any part of such a text can be found
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 import regex
 
@@ -35,6 +36,25 @@ def folded(text: str) -> str:
 def indexed(text: str) -> str:
     """What an index holds of `text`, with spaces between: no quotes, no ASCII but a-z and 0-9."""
     return " ".join(_ATOM.findall(folded(text)))
+
+
+def occurrences(text: str, phrases: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """Where each phrase's words follow one another in `text`, as characters (start, stop)."""
+    seen = [i for i, character in enumerate(text) if not _NEVER_SEEN.match(character)]
+    atoms = [
+        (atom, seen[match.start()], seen[match.end() - 1] + 1)
+        for match in _ATOM.finditer("".join(text[i] for i in seen))
+        for atom in indexed(match.group()).split()
+    ]
+    words = [atom for atom, _, _ in atoms]
+    places = []
+    for wanted in (indexed(phrase).split() for phrase in phrases):
+        n = len(wanted)
+        starts = [i for i, word in enumerate(words) if word == wanted[0]] if wanted else []
+        places.append(
+            [(atoms[i][1], atoms[i + n - 1][2]) for i in starts if words[i : i + n] == wanted]
+        )
+    return places
 
 
 def terms(query: str) -> list[str]:

@@ -14,6 +14,7 @@ from lenslrp.analysis.common.statistics import bootstrap
 from lenslrp.analysis.evaluation.spans import POINTING
 from lenslrp.errors import InputError
 from lenslrp.files import whole
+from lenslrp.views.cards import result_card
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,8 +31,19 @@ OTHER_COLUMNS = (
 )  # fmt: skip
 """Columns that are no metrics."""
 
+SHOWN_METRICS = {
+    "area": "Area between the curves, least relevant first less most relevant first: in units of "
+    "the target, the larger the more faithful.",
+    "naopc": "Normalised AOPC: 1 is the best order of features, 0 the worst.",
+    "hit": "Share of examples whose most relevant feature is the key.",
+    "iou": "Overlap of the most relevant features with the key.",
+}
+"""What is shown of results, and what it means."""
+SHOWN_COLUMNS = ("perturbation", "method", "mean", "low", "high", "difference",
+                 "difference_low", "difference_high", "cost")  # fmt: skip
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Results:
     """All examples of a run.
 
@@ -210,10 +222,31 @@ class Results:
         title = f"{self.settings['task']}, {perturbation}, n = {self.n}"
         return perturbation_curves(grid, means, unit=unit, title=title)
 
+    def __repr__(self) -> str:
+        methods = ", ".join(self.settings["methods"])
+        return f"Results({self.settings['task']}: {self.n} examples, {methods})"
+
+    def _repr_html_(self) -> str:
+        metrics = [name for name in SHOWN_METRICS if name in self.metrics()]
+        cards = []
+        for metric in metrics:
+            frame = self.table(metric)[list(SHOWN_COLUMNS)]
+            cards.append(
+                result_card(
+                    f"{self.settings['task']}: {metric}",
+                    {"examples": self.n},
+                    frame,
+                    coloured=["difference"],
+                    notes=[f"{SHOWN_METRICS[metric]} 95% bootstrap intervals; difference: the "
+                           f"method less {self._reference()}; cost in plain passes."],
+                )
+            )  # fmt: skip
+        return "".join(cards)
+
     def __str__(self) -> str:
         """The tables as text, with what was left out."""
         lines = []
-        for metric in ("area", "naopc", "hit", "iou"):
+        for metric in SHOWN_METRICS:
             if metric in self.metrics():
                 lines += [metric, self.table(metric).round(3).to_string(index=False), ""]
         lines.append(

@@ -16,6 +16,7 @@ import pandas as pd
 from lenslrp.analysis.common.statistics import bootstrap
 from lenslrp.analysis.views.drawing import LIGHT, Theme, new_figure
 from lenslrp.errors import InputError
+from lenslrp.views.cards import result_card
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ METRIC_LABELS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SweepResult:
     """All numbers of a sweep.
 
@@ -44,6 +45,39 @@ class SweepResult:
 
     frame: pd.DataFrame
     seed: int
+
+    def __repr__(self) -> str:
+        steered = self.frame[self.frame.kind == "steered"]
+        strengths = ", ".join(f"{c:g}" for c in sorted(steered.coefficient.unique()))
+        layers = sorted(steered.layer.unique().tolist())
+        return (
+            f"SweepResult(strengths {strengths} at layers {layers}, "
+            f"{steered.prompt.nunique()} prompts, {len(self.frame)} texts)"
+        )
+
+    def _repr_html_(self) -> str:
+        """What each strength did to the target, and to a text, beside a placebo's."""
+        table = self.summary("target").set_index(["layer", "coefficient"])
+        shown: dict[str, Any] = {"change of target": table["change"]}
+        if "over_placebo" in table:
+            shown["over placebo"] = table["over_placebo"]
+        means = self.frame.groupby(["kind", "layer", "coefficient"])[["kl", "perplexity"]].mean()
+        shown |= {name: means.loc["steered", name] for name in ("kl", "perplexity")}
+        first = self.frame[(self.frame.prompt == 0) & ~(self.frame.draw > 0)]
+        texts = {kind: part.set_index(["layer", "coefficient"])["text"]
+                 for kind, part in first.groupby("kind")}  # fmt: skip
+        base = texts.pop("base").iloc[0]
+        shown |= {kind: texts[kind] for kind in ("steered", "placebo") if kind in texts}
+        return result_card(
+            "Sweep: what steering does, beside placebos",
+            {"prompts": self.frame.prompt.nunique(), "text of the base model": base},
+            pd.DataFrame(shown).reset_index(),
+            coloured=["change of target", "over placebo"],
+            notes=[
+                "Texts of the first prompt. Target in logits, steered less base; placebo: a step "
+                "as long, somewhere else. KL in nats; summary(metric) has intervals."
+            ],
+        )
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a prompt and condition.

@@ -49,6 +49,7 @@ from lenslrp.analysis.units.unembedding import (
 )
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import layer_of
+from lenslrp.views.cards import result_card
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -80,6 +81,26 @@ class VocabularyScores:
     scores: Float[Tensor, " d_vocab"] = field(repr=False)
     label: Callable[[int], str] = field(repr=False)
     strength: float = 1.0
+
+    def _repr_html_(self) -> str:
+        k = min(10, len(self.scores))
+        sides = [self.top(k), self.bottom(k)]
+        frame = pd.concat(
+            [
+                side[["token", "score"]].add_prefix(name)
+                for side, name in zip(sides, ("top ", "bottom "), strict=True)
+            ],
+            axis=1,
+        )
+        return result_card(
+            f"{self.unit} {self.role} ({self.name})",
+            {"tokens": len(self.scores), "singular value": self.strength}
+            if self.strength != 1.0
+            else {"tokens": len(self.scores)},
+            frame,
+            coloured=["top score", "bottom score"],
+            notes=["Scores are logits up to one positive factor, unless a residual was given."],
+        )
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """The ``k`` highest scores, best first: columns id, token, score.

@@ -50,6 +50,10 @@ color:var(--fg)}
 .tok{display:inline-block;border:1px solid var(--line);border-radius:5px;padding:0 .4em;
 margin:0 .3em .15em 0;font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
 font-size:.9em;overflow-wrap:anywhere}
+.columns{display:grid;grid-template-columns:minmax(220px,1fr) minmax(0,2fr);gap:10px 36px}
+@media (max-width:720px){.columns{grid-template-columns:minmax(0,1fr)}}
+.columns .what{margin:.8em 0 0}
+.words{margin:1em 0 0;padding-left:1.2em}
 .absent{color:var(--muted);border:1px dashed var(--line);border-radius:8px;padding:.7em 1em;
 margin:0}
 code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.9em;
@@ -85,6 +89,31 @@ tokens and positions have theirs outside it.</p>
 {{ picture(picture_of) }}</section>
 {% endif %}
 
+<section aria-labelledby="checks"><h2 id="checks">Is it so?</h2>
+{% if checks.absent is defined %}{{ absent(checks) }}{% else %}
+<p class="what">What the model gives there, and what becomes of the probability of
+<bdi>{{ checks.token }}</bdi> when the most relevant head is switched off or the most relevant token
+replaced, each beside a control of the same size: a head of the same layer, and a token of the
+prompt, of middling relevance.</p>
+<div class="columns"><div><table class="data"><thead><tr><th scope="col">next token</th>
+<th scope="col" class="n">probability</th></tr></thead><tbody>
+{% for token, probability in checks.predictions %}<tr><td><span class="tok">{{ token }}</span></td>
+<td class="n">{{ probability }}</td></tr>{% endfor %}
+{% if checks.rank_note %}<tr><td><span class="tok">{{ checks.token }}</span> {{ checks.rank_note }}
+</td><td class="n">{{ checks.probability }}</td></tr>{% endif %}</tbody></table></div>
+<div class="scroll"><table class="data"><thead><tr><th scope="col">change</th>
+<th scope="col" class="n">probability</th><th scope="col">control</th>
+<th scope="col" class="n">probability</th><th scope="col"></th></tr></thead><tbody>
+{% for trial in checks.trials %}<tr><td>{{ trial.what }}</td><td class="n">{{ trial.after }}</td>
+<td>{{ trial.control }}</td><td class="n">{{ trial.control_after }}</td>
+<td>{% if trial.agrees %}<strong class="good">agrees</strong>
+{%- else %}<strong class="bad">does not agree</strong>{% endif %}</td></tr>{% endfor %}
+</tbody></table>
+<p class="what">Agrees: the probability, {{ checks.probability }}, falls, and by more than under the
+control. {{ checks.known }}</p></div></div>
+{% if checks.heads %}<ul class="words">{% for head in checks.heads %}<li>{{ head }}</li>
+{%- endfor %}</ul>{% endif %}{% endif %}</section>
+
 <section aria-labelledby="residual"><h2 id="residual">Layer by position</h2>
 <p class="what">Total relevance of the residual stream: where in the text the evidence sits, and
 at which layer it moves on to the position that predicts.</p>
@@ -117,7 +146,8 @@ demotes them){% endif %}.</p>
 <section aria-labelledby="ledger"><h2 id="ledger">Ledger</h2>
 <p class="what">Where the whole target went: what reached the tokens, and what biases, the softmax
 and the other terms took. The terms add up to the target, or the error says by how much not.</p>
-{% if ledger.absent is defined %}{{ absent(ledger) }}{% else %}{{ picture(ledger.figure) }}
+{% if ledger.absent is defined %}{{ absent(ledger) }}{% else %}<p>{{ ledger.sentence }}</p>
+{{ picture(ledger.figure) }}
 <div class="scroll"><table class="data"><caption>In units of the target
 {%- if ledger.rows > 1 %}, summed over the {{ ledger.rows }} rows of the batch{% endif %}</caption>
 <thead><tr><th scope="col">term</th><th scope="col" class="n">value</th>

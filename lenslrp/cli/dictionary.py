@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lenslrp.cli.dictionary_look import (
+    CRITERIA,
+    add_find,
+    add_path,
+    add_search,
+    add_show,
+    unit_key,
+)
 from lenslrp.cli.options import (
     COMPOSITES,
     OK,
     add_model_options,
     check_writable,
     composite,
-    console,
     load_model,
     own_device,
     write_keeping,
 )
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
     from lenslrp.analysis.dictionary.plan import Plan
 
-CRITERIA = ("actmax", "actmin", "relmax", "relmin", "deciles", "random")
 TARGETS = ("next", "argmax", "logit_diff")
-SEARCHES = ("text", "hits", "writes", "reads")
 FORMATS = ("html", "jsonl", "neuronpedia")
 
 
@@ -41,7 +42,7 @@ def add_dictionary(commands: Any) -> None:
         "search, export.",
     )
     actions = command.add_subparsers(title="actions", metavar="ACTION", required=True)
-    for add in (_add_build, _add_merge, _add_show, _add_search, _add_export):
+    for add in (_add_build, _add_merge, add_show, add_find, add_search, _add_export):
         add(actions)
 
 
@@ -62,7 +63,7 @@ def _add_build(actions: Any) -> None:
         type=Path,
         help=".txt, .jsonl or .parquet file, or a folder of them",
     )
-    _add_path(build, "folder to make")
+    add_path(build, "folder to make")
     build.add_argument(
         "--sites",
         nargs="+",
@@ -104,55 +105,8 @@ def _add_merge(actions: Any) -> None:
     )
     merge.set_defaults(run=_merge)
     add_model_options(merge, "model", rules=False)
-    _add_path(merge, "folder of the shards")
+    add_path(merge, "folder of the shards")
     merge.add_argument("--vocabulary", type=int, metavar="N", default=10, help="as for build")
-
-
-def _add_show(actions: Any) -> None:
-    show = actions.add_parser(
-        "show", help="one unit", description="One unit's page, in the terminal or as HTML."
-    )
-    show.set_defaults(run=_show)
-    _add_path(show)
-    show.add_argument(
-        "unit",
-        metavar="UNIT",
-        help="such as 'blocks.5.mlp.hook_post[17]', or 5,17: layer and index of the first site",
-    )
-    show.add_argument(
-        "--criterion", nargs="+", choices=CRITERIA, help="(default: actmax and relmax)"
-    )
-    show.add_argument(
-        "--k", type=int, metavar="N", default=5, help="examples of each (default: %(default)s)"
-    )
-    show.add_argument("--html", metavar="FILE", type=Path, help="write the page here instead")
-    add_model_options(show, "--model", rules=False, default=None)
-
-
-def _add_search(actions: Any) -> None:
-    search = actions.add_parser(
-        "search",
-        help="units by words or by tokens",
-        description='Units by words and "phrases" of their sentences, or by a token.',
-    )
-    search.set_defaults(run=_search)
-    _add_path(search)
-    search.add_argument("query", metavar="QUERY", help="words, or with --by a token")
-    search.add_argument(
-        "--by",
-        choices=SEARCHES,
-        default="text",
-        help="text: sentences; hits: at which token a unit fires; writes, reads: the lists of its "
-        "weights (default: %(default)s)",
-    )
-    search.add_argument(
-        "--tokens", dest="by", action="store_const", const="hits", help="short for --by hits"
-    )
-    search.add_argument("--criterion", choices=CRITERIA, help="whose examples, of text and hits")
-    search.add_argument(
-        "--limit", type=int, metavar="N", default=20, help="rows (default: %(default)s)"
-    )
-    search.add_argument("--json", action="store_true", help="print a JSON array of records")
 
 
 def _add_export(actions: Any) -> None:
@@ -163,14 +117,10 @@ def _add_export(actions: Any) -> None:
         "JSON object a unit.",
     )
     export.set_defaults(run=_export)
-    _add_path(export)
+    add_path(export)
     export.add_argument("--format", required=True, choices=FORMATS)
     export.add_argument("--out", required=True, metavar="PATH", type=Path, help="folder or file")
     export.add_argument("--units", nargs="+", metavar="UNIT", help="only these (html, jsonl)")
-
-
-def _add_path(command: argparse.ArgumentParser, text: str = "folder of the dictionary") -> None:
-    command.add_argument("path", metavar="PATH", type=Path, help=text)
 
 
 def _build(options: argparse.Namespace) -> int:
@@ -254,102 +204,13 @@ def _options_of(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _unit(text: str) -> Any:
-    layer, _, index = text.partition(",")
-    return (int(layer), int(index)) if layer.isdecimal() and index.isdecimal() else text
-
-
-def _show(options: argparse.Namespace) -> int:
-    from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
-    from lenslrp.errors import InputError
-    from lenslrp.files import HTML
-
-    if options.model is not None and options.html is None:
-        raise InputError("--model adds to the page what only the model can tell: give --html too")
-    if options.html is not None:
-        check_writable("--html", options.html, HTML)
-    dictionary = NeuronDictionary.open(options.path)
-    page = dictionary[_unit(options.unit)]
-    if options.html is not None:
-        from lenslrp.analysis.dictionary.pages.page import write_page
-
-        model = None if options.model is None else load_model(options)
-        write_keeping(options.html, lambda: write_page(page, options.html, model=model))
-        print(options.html.absolute())
-    else:
-        from lenslrp.analysis.dictionary.pages.terminal import render_unit
-
-        criteria = options.criterion or [c for c in ("actmax", "relmax") if c in page.criteria]
-        console().print(render_unit(page, criteria, options.k))
-    dictionary.close()
-    return OK
-
-
-def _search(options: argparse.Namespace) -> int:
-    from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
-    from lenslrp.analysis.dictionary.export.jsonl import records
-
-    dictionary = NeuronDictionary.open(options.path)
-    if options.by == "text":
-        results = dictionary.search_text(
-            options.query, criterion=options.criterion, limit=options.limit
-        )
-    else:
-        criterion = options.criterion or dictionary.plan.criteria[0]
-        results = dictionary.search_tokens(
-            options.query, by=options.by, criterion=criterion, limit=options.limit
-        )
-    dictionary.close()
-    if options.json:
-        print(json.dumps(records(results)))
-    elif results.empty:
-        print("nothing found", file=sys.stderr)
-    else:
-        console().print(_cited(results) if "window" in results else _table(results))
-    return OK
-
-
-def _cited(frame: pd.DataFrame) -> Any:
-    """Units with the text around the hit below each: a text needs the width of the terminal."""
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.text import Text
-
-    from lenslrp.text.visible_text import visible
-
-    parts: list[Any] = []
-    for row in frame.to_dict("records"):
-        unit, place = f"{row['hook']}[{row['index']}]", f"document {row['doc']}"
-        text = f"{row['criterion']} {row['rank']}, {row['score']:.4g}, {place}"
-        parts.append(Text(f"{unit}  {text}, position {row['position']}"))
-        parts.append(Padding(Text(visible(row["window"].strip())), (0, 0, 0, 4)))
-    return Group(*parts)
-
-
-def _table(frame: pd.DataFrame) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    from lenslrp.text.visible_text import visible
-
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    names = [name for name in frame if name not in ("unit", "hook", "index")]
-    for name in ("unit", *names):
-        table.add_column(str(name), no_wrap=True, overflow="fold")
-    for row in frame.to_dict("records"):
-        cells = [f"{row['hook']}[{row['index']}]", *(row[name] for name in names)]
-        shown = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
-        table.add_row(*(Text(visible(cell)) for cell in shown))
-    return table
-
-
 def _export(options: argparse.Namespace) -> int:
     from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
     from lenslrp.analysis.dictionary.export.folders import export_html, export_neuronpedia
     from lenslrp.analysis.dictionary.export.jsonl import JSONL, export_jsonl
     from lenslrp.errors import InputError
 
-    units = None if options.units is None else [_unit(unit) for unit in options.units]
+    units = None if options.units is None else [unit_key(unit) for unit in options.units]
     if (options.format == "html" and not units) or (options.format == "neuronpedia" and units):
         raise InputError(
             "--format html makes one page a unit: give --units. Neuronpedia takes all units: "

@@ -44,6 +44,7 @@ from lenslrp.passes import Pass, under_rules
 from lenslrp.reductions import Reduce, reduction_for
 from lenslrp.running import measuring
 from lenslrp.targets import Top
+from lenslrp.views.cards import result_card
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Survey:
     """What one pass over a model would need.
 
@@ -77,6 +78,19 @@ class Survey:
     held: int
     peak: int
     flops: int
+
+    def __repr__(self) -> str:
+        return f"Survey({str(self).partition(chr(10))[0]})"
+
+    def _repr_html_(self) -> str:
+        sizes = {"weights": self.weights, "peak besides": self.peak, "between passes": self.held}
+        facts = {
+            "weights in all": f"{self.parameters / 1e9:.2f}e9",
+            **{f"{name}, GiB": size / GIB for name, size in sizes.items()},
+            "operations": f"{self.flops / 1e12:.2f}e12",
+        }
+        title = f"Survey: {self.architecture} under {self.composite}"
+        return result_card(title, facts) + self.coverage._repr_html_()
 
     def __str__(self) -> str:
         return (

@@ -69,3 +69,15 @@ def visible_pieces(token: str) -> list[Piece]:
 def visible(token: str) -> str:
     """``token`` as one line of plain text in which every character can be seen."""
     return "".join(piece.text for piece in visible_pieces(token))
+
+
+def running(token: str) -> str:
+    """A token as part of a running text: like `visible`, but a single space stays a space."""
+    if token == " ":
+        return token
+    shown = visible(token)
+    if len(token) > 1 and token[0] == " " != token[1]:
+        shown = " " + shown[1:]
+    if len(token) > 1 and token[-1] == " " != token[-2]:
+        shown = shown[:-1] + " "
+    return shown

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from lenslrp.errors import InputError
+from lenslrp.ledger import Ledger
 
 EIFFEL = ["The", " Eiffel", " Tower", " is", " located", " in", " the", " city", " of"]
 EIFFEL_RELEVANCE = [1.31, 4.92, 2.40, 0.42, -0.35, 0.61, -0.83, 1.77, 2.05]
@@ -59,7 +60,8 @@ class FakeRelevance:
     def __post_init__(self):
         if self.target is None:
             value = torch.full((len(self.str_tokens),), 17.4)
-            self.target = SimpleNamespace(text="logit of ' Paris' at position -1", value=value)
+            text = "logit of ' Paris' at position -1"
+            self.target = SimpleNamespace(text=text, value=value, asked=())
 
     @property
     def prompts(self):
@@ -110,9 +112,9 @@ class FakeRelevance:
             {"biases": [0.0] * self.layers, "softmax": [0.36] * self.layers},
             index=range(self.layers),
         )
-        return SimpleNamespace(
-            target=17.4, leaves=12.3, biases=0.0, softmax=4.32, recurrence=0.0, positional=0.0,
-            stabiliser=1e-9, plain=0.0, nonlinear_target=0.78, error=3.1e-8, table=table,
+        return Ledger(
+            target=17.4, leaves=12.3 - 17.4 * 3.1e-8, biases=0.0, softmax=4.32, recurrence=0.0,
+            positional=0.0, stabiliser=0.0, plain=0.0, nonlinear_target=0.78, table=table,
         )  # fmt: skip
 
     @property

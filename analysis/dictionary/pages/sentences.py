@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lenslrp.analysis.dictionary.plan import TOP_CRITERIA
-from lenslrp.text.visible_text import visible
+from lenslrp.text.visible_text import running, visible
 from lenslrp.views.heatmap import rgba, signed
 
 if TYPE_CHECKING:
@@ -92,18 +92,6 @@ class Scales:
 def _largest(row: NDArray[np.float32], skipped: int) -> float:
     sizes = np.abs(row[max(0, skipped) :])
     return float(np.nan_to_num(sizes, posinf=0).max(initial=0))
-
-
-def running(token: str) -> str:
-    """A token as part of a running text: like `visible`, but a single space stays a space."""
-    if token == " ":
-        return token
-    shown = visible(token)
-    if len(token) > 1 and token[0] == " " != token[1]:
-        shown = " " + shown[1:]
-    if len(token) > 1 and token[-1] == " " != token[-2]:
-        shown = shown[:-1] + " "
-    return shown
 
 
 def sentences(

@@ -18,11 +18,11 @@ import lenslrp
 from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 from lenslrp.analysis.dictionary.pages.links import clamped, downstream, upstream
 from lenslrp.analysis.dictionary.pages.page import fragment, page_html, write_page
-from lenslrp.analysis.dictionary.pages.sentences import Scales, running
+from lenslrp.analysis.dictionary.pages.sentences import Scales
 from lenslrp.analysis.units.kinds import Direction, Head
 from lenslrp.analysis.units.lens import Lens
 from lenslrp.errors import InputError
-from lenslrp.text.visible_text import visible
+from lenslrp.text.visible_text import running, visible
 from tests.conformance.dictionaries import OPTIONS, build, model, texts
 from tests.unit.tiny import WORDS, tiny
 

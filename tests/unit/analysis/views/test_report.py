@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from lenslrp.analysis.views import circuitsvis as circuitsvis_safe
 from lenslrp.analysis.views import figures as plots
 from lenslrp.analysis.views import report
+from lenslrp.analysis.views.checks import Checks, HeadRead, Trial
 from lenslrp.errors import InputError
 from lenslrp.text.visible_text import visible
 from tests.unit.fake_relevance import EIFFEL, NASTY, fake_relevance
@@ -101,13 +102,19 @@ def test_report_of_a_plain_prompt_says_it_all(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "neuron_writes", lambda *_: [" Paris", "<i>"])
     monkeypatch.setattr(report, "unembedding", lambda _: None)
     model = SimpleNamespace()
+    trial = Trial("head 5.3 off", "head 5.1 off", 0.5, 0.125, 0.375)
+    head = HeadRead(5, 3, 1.25, ((" Tower", 0.75), ("<b>", 0.25)))
+    found = Checks(((" Rome", 0.625),), " Paris", 17, 0.5, (trial,), (head,))
+    monkeypatch.setattr(report, "checked", lambda *_: found)
     path = report.write_report(fake_relevance(), tmp_path / "report.html", model=model)
     text = path.read_text(encoding="utf-8")
     for part in (
         "The Eiffel Tower is located in the city of", "17.4", "blocks.7.mlp.hook_post[41]",
         "·Paris", "&lt;i&gt;", "normalisation_identity", "Every operation on the path has a",
         "+3.1e-08", "70.7%", "float32", "a &lt;note&gt;", "AttnLRP", "SmolLM2-135M",
-        "prefers-color-scheme:dark",
+        "prefers-color-scheme:dark", "head 5.3 off", "0.125", "0.375", "agrees", "rank 17",
+        "Head 5.3 (+1.25), from the explained position, attends to ·Tower (75%)", "&lt;b&gt; (25%)",
+        "Of the target, 17.4, 12.3 (71%) reached the leaves",
     ):  # fmt: skip
         assert part in text
     assert "Left out" not in text
@@ -122,7 +129,8 @@ def test_report_is_the_same_for_the_same_result():
 def test_sections_without_hooks_are_left_out_with_a_line():
     R = fake_relevance(missing=("heads", "residual", "mlp.hook_post", "ledger"))
     text = report.report_html(R)
-    assert text.count('<p class="absent">Left out: ') == 4
+    assert text.count('<p class="absent">Left out: ') == 5
+    assert "it takes the model; give model= to write_report." in text
     assert "mlp.hook_post was not read" in text
     assert "data:image" not in text
 
