@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from lenslrp.analysis.attribution import (
         METHODS,
         Attribution,
+        FeatureRelevance,
         Method,
         TokenPairs,
         attribute,
         bilrp,
+        feature_relevance,
     )
     from lenslrp.analysis.circuits import (
         TARGET,
@@ -101,6 +103,7 @@ if TYPE_CHECKING:
         written_by,
     )
     from lenslrp.analysis.units import (
+        CrossLayerCoder,
         Direction,
         Feature,
         Head,
@@ -124,12 +127,15 @@ if TYPE_CHECKING:
 _ROOMS = {
     "common": ("agreement", "indirect_objects"),
     "units": (
-        "Direction", "Feature", "Head", "Lens", "Neuron", "SparseCoder", "Unit", "VocabularyScores",
-        "compare_lenses", "cosines", "fit_relevance_lens", "fit_ridge_lens", "neuron_writes",
-        "parse_unit", "reads", "sign_cases", "writes",
+        "CrossLayerCoder", "Direction", "Feature", "Head", "Lens", "Neuron", "SparseCoder", "Unit",
+        "VocabularyScores", "compare_lenses", "cosines", "fit_relevance_lens", "fit_ridge_lens",
+        "neuron_writes", "parse_unit", "reads", "sign_cases", "writes",
     ),
     "passes": ("Edit", "as_prompt", "edit_units", "through"),
-    "attribution": ("METHODS", "Attribution", "Method", "TokenPairs", "attribute", "bilrp"),
+    "attribution": (
+        "METHODS", "Attribution", "FeatureRelevance", "Method", "TokenPairs", "attribute", "bilrp",
+        "feature_relevance",
+    ),
     "evaluation": (
         "TASKS", "Example", "Perturbation", "Results", "Task", "Unfit", "aopc", "aopc_bounds",
         "curves", "evaluate", "heads_of", "image_task", "normalised_aopc", "perturbation_curves",
@@ -165,11 +171,13 @@ __all__ = [
     "AttributionGraph",
     "Circuit",
     "Clamp",
+    "CrossLayerCoder",
     "Direction",
     "EdgeScores",
     "Edit",
     "Example",
     "Feature",
+    "FeatureRelevance",
     "GraphEstimate",
     "Head",
     "LanguageModel",
@@ -216,6 +224,7 @@ __all__ = [
     "export_neuronpedia",
     "faithfulness_curve",
     "faithfulness_curves",
+    "feature_relevance",
     "fit_relevance_lens",
     "fit_ridge_lens",
     "head_scores",

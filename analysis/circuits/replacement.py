@@ -4,10 +4,11 @@ Where a coder writes, what the model has there is taken apart (Ameisen et al. 20
 
     y = scale * (a W_dec + b_dec) + mean + x W_skip + error
 
-The values stay those of the model to the last bit; the graph below ``y`` is another. Relevance goes
-to the features ``a``, through the skip connection, and to the error, which is a constant of this
-prompt and ends there; ``b_dec`` and ``mean`` absorb theirs (the ledger's ``biases``). So what the
-model itself computes ``y`` with, an MLP for a transcoder, is off the path.
+(mean 0 and scale 1, but for an autoencoder that normalises). The values stay those of the model to
+the last bit; the graph below ``y`` is another. Relevance goes to the features ``a``, through the
+skip connection, and to the error, which is a constant of this prompt and ends there; ``b_dec`` and
+``mean`` absorb theirs (the ledger's ``biases``). So what the model itself computes ``y`` with, an
+MLP for a transcoder, is off the path.
 
 A feature that is active passes its relevance on through its column of ``W_enc``: its gate (ReLU,
 JumpReLU, the k largest) is open and has the identity rule, the column the epsilon rule, and what is
@@ -137,7 +138,7 @@ class Write(torch.autograd.Function):
         ctx: Any, y: Tensor, a: Tensor, x: Tensor, error: Tensor, active: ActiveFeatures, site: Site
     ) -> Tensor:
         set_site(ctx, site)
-        mean, scale = active.coder.normalizer(x)
+        mean, scale = active.coder.denormalizer(x)
         ctx.active, ctx.scale, ctx.bias = active, scale, None
         if site.accounts is not None:
             ctx.bias = scale * active.coder.b_dec.to(y) + mean
@@ -159,7 +160,7 @@ def written(active: ActiveFeatures, a: Float[Tensor, "row entry"], x: Tensor) ->
     """What a coder writes where it reads ``x`` and its features are ``a``: [row, pos, d_out]."""
     dense = a.new_zeros(*x.shape[:2], active.coder.W_enc.shape[1])
     dense[:, active.positions, active.features] = a
-    return active.coder.decode(dense, x).flatten(2)
+    return active.coder.decode(dense, x)
 
 
 def written_at(coder: SparseCoder) -> str:
@@ -230,7 +231,8 @@ def stand_in(
                 f"{coder.name} writes at {out}, which runs before {hook}, that it reads"
             )
         x, shown = held.pop("x"), converted(point, y.detach())
-        read, flat = coder.flat(x), shown.flatten(2)
+        read = coder.flat(x)
+        flat = coder.flat(shown) if coder.writes_back else shown
         if flat.shape != (*x.shape[:2], coder.W_dec.shape[1]):
             raise InputError(
                 f"{coder.name} writes {coder.W_dec.shape[1]} values a position, {out} is "
@@ -245,6 +247,10 @@ def stand_in(
         error = cut(error_key(coder), error).squeeze(-2)
         skips = read if coder.W_skip is not None else read.detach()
         whole = apply(Write, flat, a, skips, error, active, site)
+        if isinstance(coder.heads, int):  # of one head: the others stay on the graph
+            others = converted(point, y).unbind(-2)
+            heads = [*others[: coder.heads], whole, *others[coder.heads + 1 :]]
+            return reverted(point, torch.stack(heads, dim=-2)).reshape(y.shape)
         return reverted(point, whole.view_as(shown)).reshape(y.shape)
 
     at.hook(points[hook], reading)

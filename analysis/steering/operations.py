@@ -8,9 +8,9 @@ Example:
 
 An operation moves the activation `a` of one unit (`lenslrp.analysis.units.kinds`), nothing else:
 `x -> x + change(a) * step`, where `step` is the unit's own entry of a neuron's hook point,
-v / |v|^2 of a direction v, the decoder's row of a feature, or z / |z| of a head; so that the unit's
-activation (of a feature: what the decoder writes for it) is what the operation says. Operations act
-in the order in which they are given, each on what the one before left.
+v / |v|^2 of a direction v, z / |z| of a head, or the decoder's row of a feature, times its coder's
+scale; so that the unit's activation (of a feature: what the decoder writes for it) is what the
+operation says. Operations act in the order in which they are given, each on what was left before.
 
 Positions are those of the text (`lenslrp.followed`), never of the pass: the same tokens are steered
 with a KV cache and without, in a padded batch and alone, in every generation and every plain
@@ -154,8 +154,12 @@ class Add(Moving):
 
     def change(self, a: Tensor, x: Tensor) -> Tensor:
         if self.units == "resid_rms":
+            scale: Tensor | float = 1.0
+            if isinstance(self.unit, Feature):
+                x = self.unit.coder.flat(x)
+                scale = self.unit.coder.denormalizer(x)[1][..., 0]
             rms = x.detach().float().square().mean(dim=-1).sqrt().to(x)
-            return self.amount * rms / step_length(self.unit)
+            return self.amount * rms / (scale * step_length(self.unit))
         direction = isinstance(self.unit, Direction)
         return torch.full_like(
             a, self.amount / step_length(self.unit) ** 2 if direction else self.amount
@@ -362,7 +366,7 @@ def moved(unit: Unit, x: Tensor, a: Tensor, change: Tensor) -> Tensor:
         vector = unit.vector.detach().to(x)
         return x + change[..., None] * (vector / vector.square().sum())
     if isinstance(unit, Feature):
-        return x + change[..., None] * unit.coder.W_dec[unit.index].to(x)
+        return unit.coder.moved(x, unit.index, change)
     assert isinstance(unit, Neuron | Head)
     y = x.clone()
     if isinstance(unit, Neuron):
@@ -375,7 +379,7 @@ def moved(unit: Unit, x: Tensor, a: Tensor, change: Tensor) -> Tensor:
 
 
 def step_length(unit: Unit) -> float:
-    """How far `x` moves where a unit's activation changes by 1."""
+    """How far `x` moves where a unit's activation changes by 1, times a coder's scale."""
     if isinstance(unit, Direction):
         return 1 / float(unit.vector.detach().double().norm())
     if isinstance(unit, Feature):
@@ -391,8 +395,5 @@ def _require_movable(unit: Unit) -> None:
         )
     if isinstance(unit, Direction) and not 0 < float(unit.vector.detach().norm()) < float("inf"):
         raise InputError(f"{unit} has no length or an infinite one: it points nowhere")
-    if isinstance(unit, Feature) and unit.coder.W_dec.shape[1] != unit.coder.W_enc.shape[0]:
-        raise InputError(
-            f"{unit}: this coder writes {unit.coder.W_dec.shape[1]} values where it reads "
-            f"{unit.coder.W_enc.shape[0]}; an autoencoder's features can be moved"
-        )
+    if isinstance(unit, Feature) and not unit.coder.writes_back:
+        raise InputError(f"{unit}: an autoencoder's features can be moved, not a transcoder's")

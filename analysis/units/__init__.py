@@ -1,6 +1,7 @@
 """Units (neurons, heads, directions, features), where they are, and what they mean in words."""
 
 from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.analysis.units.cross_layer import CrossLayerCoder
 from lenslrp.analysis.units.kinds import Direction, Feature, Head, Neuron, Unit, parse_unit
 from lenslrp.analysis.units.lens import Lens
 from lenslrp.analysis.units.lens_fit import compare_lenses, fit_relevance_lens, fit_ridge_lens
@@ -14,6 +15,7 @@ from lenslrp.analysis.units.projection import (
 )
 
 __all__ = [
+    "CrossLayerCoder",
     "Direction",
     "Feature",
     "Head",

@@ -1,4 +1,4 @@
-"""Sparse autoencoders and transcoders, from safetensors.
+"""Sparse autoencoders and transcoders: what they compute, and which part of it a feature writes.
 
 A sparse coder reads the tensor at one hook point and writes a sum of a few of many vectors::
 
@@ -8,38 +8,41 @@ A sparse coder reads the tensor at one hook point and writes a sum of a few of m
 
 where ``f`` is a ReLU, a ReLU that keeps only what exceeds a learnt threshold (JumpReLU,
 Rajamanoharan et al. 2024), or one that keeps the k largest (Gao et al. 2024). An autoencoder writes
-back what it read; a transcoder reads the input of an MLP and writes its output, and may have a
-linear skip connection (Paulo et al. 2025). Most coders have mean 0 and scale 1. The names of the
-tensors are those of the files that sae-lens and Gemma Scope publish.
+back what it read; a transcoder reads the input of an MLP and writes its output, without ``scale``
+and ``mean``, and may have a linear skip connection (Paulo et al. 2025). Most coders have mean 0 and
+scale 1. What a coder does not reconstruct is its error: ``x = y + error``, so that moving one
+feature, ``x + scale (a' - a) W_dec``, leaves the error where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from lenslrp.analysis.units.coder_files import Given, read_coder
+from lenslrp.analysis.units.coder_sets import read_set
+from lenslrp.analysis.units.saelens import write_saelens
 from lenslrp.errors import InputError
 
 NORMALIZATIONS = ("none", "constant_norm_rescale", "layer_norm")
-"""What is done to each position before it is read, and undone where the coder writes: nothing; a
-length of sqrt(d_in); mean 0 and standard deviation 1."""
+"""What is done to each position before it is read, and undone where an autoencoder writes: nothing;
+a length of sqrt(d_in); mean 0 and standard deviation 1."""
 
-REQUIRED = ("W_enc", "b_enc", "W_dec", "b_dec")
+LAYER_NORM_EPS = 1e-5
+"""Added to the standard deviation that a position is divided by, and not where it is undone."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SparseCoder:
     """The weights of one sparse autoencoder or transcoder.
 
     Attributes:
-        hook: the hook point that it reads: [batch, pos, d_in], or [batch, pos, head, d_head].
+        hook: the hook point that it reads: [batch, pos, d_in], or with an axis of heads.
         W_enc: [d_in, features].
         b_enc: [features].
         W_dec: [features, d_out].
@@ -53,8 +56,9 @@ class SparseCoder:
         W_skip: [d_in, d_out], of a skip transcoder.
         normalization: what is done to a position before it is read: ``"none"``,
             ``"constant_norm_rescale"`` or ``"layer_norm"``.
-        heads: how many heads the last but one axis of ``hook`` has, for a coder of all of them
-            (``hook_z``); None where the hook point has no such axis.
+        heads: where ``hook`` is [batch, pos, head, d_head]: ``"all"`` for a coder that reads all
+            heads side by side, the number of one for a coder of that head; None without such an
+            axis.
 
     Raises:
         InputError: weights whose shapes do not fit each other, a ``k`` out of range, or an unknown
@@ -62,9 +66,9 @@ class SparseCoder:
 
     Examples:
         ```python
-        coder = SparseCoder.load("sae.safetensors", hook="blocks.5.hook_resid_post")
+        coder = SparseCoder.load("google/gemma-scope-2b-pt-res/layer_5/width_16k/average_l0_68")
         activations = coder.encode(residual)  # [batch, pos, d_in] -> [batch, pos, features]
-        coder.decode(activations)             # [batch, pos, d_out]
+        coder.decode(activations, residual)   # [batch, pos, d_out]
         Feature(coder, 40)                    # one feature, as a unit
         ```
     """
@@ -81,7 +85,7 @@ class SparseCoder:
     hook_out: str | None = None
     W_skip: Tensor | None = None
     normalization: str = "none"
-    heads: int | None = None
+    heads: int | Literal["all"] | None = None
 
     def __post_init__(self) -> None:
         features = self.W_enc.shape[-1]
@@ -100,9 +104,16 @@ class SparseCoder:
             raise InputError("subtract_b_dec is for autoencoders; this coder's widths differ")
         if self.k is not None and not 1 <= self.k <= features:
             raise InputError(f"k is {self.k}, expected 1 to {features} (the features)")
+        if self.W_skip is not None and self.hook_out is None:
+            raise InputError("W_skip is of transcoders: give hook_out, the hook point it writes")
         if self.normalization not in NORMALIZATIONS:
             known = ", ".join(NORMALIZATIONS)
             raise InputError(f"normalization is {self.normalization!r}, expected one of {known}")
+
+    def __repr__(self) -> str:
+        d_in, features = self.W_enc.shape
+        out = "" if self.hook_out is None else f" to {self.hook_out}"
+        return f"SparseCoder({self.name} at {self.hook}{out}, {d_in} wide, {features} features)"
 
     @property
     def writes_back(self) -> bool:
@@ -110,42 +121,37 @@ class SparseCoder:
         return self.hook_out is None and self.W_dec.shape[1] == self.W_enc.shape[0]
 
     def flat(self, x: Tensor) -> Float[Tensor, "... d_in"]:
-        """``x`` without an axis of heads.
+        """The part of the tensor at a hook point that the coder reads or writes: heads joined.
 
         Raises:
-            InputError: another width than the coder reads.
+            InputError: another shape than the coder's.
         """
-        x = x if self.heads is None else x.flatten(-2)
-        if x.shape[-1] != self.W_enc.shape[0]:
-            raise InputError(
-                f"{self.name} reads {self.W_enc.shape[0]} values a position, "
-                f"{self.hook} has {x.shape[-1]}"
-            )
-        return x
-
-    def normalizer(
-        self, x: Float[Tensor, "... d_in"]
-    ) -> tuple[Float[Tensor, "... 1"], Float[Tensor, "... 1"]]:
-        """The mean and the scale of each position. Both are constants: without a gradient."""
-        x = x.detach()
-        mean, scale = torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
-        if self.normalization == "constant_norm_rescale":
-            scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
-        elif self.normalization == "layer_norm":
-            mean = x.mean(dim=-1, keepdim=True)
-            scale = x.std(dim=-1, keepdim=True) + 1e-5
-        return mean, scale
+        if self.heads is not None and x.ndim < 2:
+            raise InputError(f"{self.name} reads heads: {self.hook} is {list(x.shape)}")
+        if self.heads == "all":
+            return x.flatten(-2)
+        if self.heads is None:
+            return x
+        if not 0 <= self.heads < x.shape[-2]:
+            raise InputError(f"{self.name} reads head {self.heads}, {self.hook} has {x.shape[-2]}")
+        return x[..., self.heads, :]
 
     def encode(self, x: Tensor) -> Float[Tensor, "... features"]:
         """The activations of all features. Differentiable; a normalization's scale is constant.
 
         Args:
-            x: as at ``hook``.
+            x: as at ``hook``. The result is of its type or the weights', whichever is wider.
 
         Raises:
             InputError: another width than the coder reads.
         """
         x = self.flat(x)
+        if x.shape[-1] != self.W_enc.shape[0]:
+            raise InputError(
+                f"{self.name} reads {self.W_enc.shape[0]} values a position, "
+                f"{self.hook} has {x.shape[-1]}"
+            )
+        x = x.to(torch.promote_types(x.dtype, self.W_enc.dtype))
         if self.normalization != "none":
             mean, scale = self.normalizer(x)
             x = (x - mean) / scale
@@ -160,78 +166,140 @@ class SparseCoder:
             activations = torch.zeros_like(activations).scatter(-1, best.indices, best.values)
         return activations
 
-    def decode(self, activations: Float[Tensor, "... features"], x: Tensor | None = None) -> Tensor:
+    def decode(
+        self, activations: Float[Tensor, "... features"], x: Tensor | None = None
+    ) -> Float[Tensor, "... d_out"]:
         """The sum of the vectors that the features write, ``b_dec`` and the skip connection.
 
         Args:
             activations: of all features.
-            x: what was read; needed by a coder with a skip connection or a normalization.
+            x: as at ``hook``, what was read; needed by a coder with a skip connection, or with a
+                normalization that it undoes.
 
         Raises:
             InputError: no ``x`` where it is needed.
         """
         y = activations @ self.W_dec.to(activations) + self.b_dec.to(activations)
-        if self.W_skip is not None or self.normalization != "none":
-            if x is None:
-                raise InputError(
-                    f"{self.name} has a skip connection or a normalization: give x, what it read"
-                )
-            x = self.flat(x)
-            mean, scale = self.normalizer(x)
+        if self.W_skip is None and not self.rescales:
+            return y
+        if x is None:
+            raise InputError(
+                f"{self.name} has a skip connection or a normalization: give x, what it read"
+            )
+        x = self.flat(x)
+        if self.rescales:
+            mean, scale = self.denormalizer(x)
             y = y * scale + mean
-            if self.W_skip is not None:
-                y = y + x @ self.W_skip.to(x)
-        return y if self.heads is None else y.unflatten(-1, (self.heads, -1))
+        return y if self.W_skip is None else y + x @ self.W_skip.to(x)
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """What the coder writes where it reads ``x``: `decode` of `encode`."""
+    def reconstruct(self, x: Tensor) -> Float[Tensor, "... d_out"]:
+        """What the coder writes where it reads ``x``, as at ``hook``: `decode` of `encode`."""
         return self.decode(self.encode(x), x)
+
+    def moved(self, x: Tensor, index: int, change: Tensor) -> Tensor:
+        """An autoencoder's ``x`` with ``change`` added to a feature's activation, the error kept.
+
+        Args:
+            x: as at ``hook``.
+            index: which feature.
+            change: one value a position.
+        """
+        _, scale = self.denormalizer(self.flat(x))
+        step = (change[..., None] * scale * self.W_dec[index].to(change)).to(x)
+        if self.heads is None or self.heads == "all":
+            return x + step.reshape(x.shape)
+        y = x.clone()
+        y[..., self.heads, :] = y[..., self.heads, :] + step
+        return y
+
+    @property
+    def rescales(self) -> bool:
+        """Whether it undoes its normalization where it writes: a transcoder does not."""
+        return self.normalization != "none" and self.hook_out is None
+
+    def normalizer(
+        self, x: Float[Tensor, "... d_in"]
+    ) -> tuple[Float[Tensor, "... 1"], Float[Tensor, "... 1"]]:
+        """Of each position (`flat`) the mean that is subtracted and the scale that is divided by.
+
+        Both are constants: without a gradient.
+        """
+        mean, scale = self._mean_and_scale(x, self.normalization)
+        return mean, scale + LAYER_NORM_EPS if self.normalization == "layer_norm" else scale
+
+    def denormalizer(
+        self, x: Float[Tensor, "... d_in"]
+    ) -> tuple[Float[Tensor, "... 1"], Float[Tensor, "... 1"]]:
+        """Of each position (`flat`), the mean and the scale of what is written."""
+        return self._mean_and_scale(x, self.normalization if self.rescales else "none")
+
+    @staticmethod
+    def _mean_and_scale(x: Tensor, normalization: str) -> tuple[Tensor, Tensor]:
+        x = x.detach()
+        if normalization == "layer_norm":
+            return x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True)
+        zero = torch.zeros_like(x[..., :1])
+        if normalization == "none":
+            return zero, zero + 1
+        return zero, x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
 
     @classmethod
     def load(
         cls,
         path: str | Path,
         *,
-        hook: str,
+        hook: str | None = None,
+        hook_out: str | None = None,
         k: int | None = None,
         subtract_b_dec: bool = False,
+        norm_scaling_factor: float | None = None,
         name: str = "sae",
     ) -> SparseCoder:
-        """Read ``W_enc, b_enc, W_dec, b_dec`` and, where present, ``threshold`` from safetensors.
+        """Read a coder of any layout that `docs/how-to/coders.md` lists.
 
         Args:
-            path: the file.
-            hook: the hook point that the coder reads.
-            k: keep only the k largest features of a position; None for all.
-            subtract_b_dec: whether ``b_dec`` is subtracted from the input first.
+            path: a file, a folder, or ``owner/repo/folder`` (and ``@revision``) on the Hugging Face
+                hub, taken from its cache where there is no network.
+            hook: the hook point that the coder reads, where the files do not say or name another
+                than this model has.
+            hook_out: the hook point that a transcoder writes, likewise.
+            k: of a bare safetensors file: keep only the k largest features of a position.
+            subtract_b_dec: of a bare file: whether ``b_dec`` is subtracted from the input first.
+            norm_scaling_factor: of a coder trained on activations times this number
+                (``expected_average_only_in``): it is folded into the weights.
             name: what its features are called.
 
         Raises:
-            InputError: no such file, not safetensors, tensors missing or of shapes that do not fit.
+            InputError: no such file, a layout, architecture, key or tensor that is not understood,
+                shapes that do not fit, or no ``hook`` where the files do not say it.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"no file {path}")
-        try:
-            tensors: Mapping[str, Tensor] = load_file(path)
-        except SafetensorError as error:
-            raise InputError(f"{path} is not a safetensors file: {error}") from error
-        missing = [name for name in REQUIRED if name not in tensors]
-        if missing:
-            raise InputError(
-                f"{path} has no {', '.join(missing)}; it holds {', '.join(sorted(tensors))}"
-            )
-        widths = {name: tensors[name].ndim for name in REQUIRED}
-        if widths != {"W_enc": 2, "b_enc": 1, "W_dec": 2, "b_dec": 1}:
-            raise InputError(f"{path}: W_enc and W_dec are matrices, b_enc and b_dec vectors")
-        return cls(
-            hook,
-            W_enc=tensors["W_enc"],
-            b_enc=tensors["b_enc"],
-            W_dec=tensors["W_dec"],
-            b_dec=tensors["b_dec"],
-            threshold=tensors.get("threshold"),
-            k=k,
-            subtract_b_dec=subtract_b_dec,
-            name=name,
-        )
+        given = Given(hook, hook_out, k, subtract_b_dec, norm_scaling_factor)
+        return cls(**read_coder(path, given), name=name)
+
+    @classmethod
+    def load_set(cls, path: str | Path) -> list[SparseCoder]:
+        """The transcoders of all layers of circuit-tracer's folder, in order.
+
+        Args:
+            path: a folder with ``config.yaml``, or ``owner/repo/folder`` on the hub. The files are
+                ``layer_0.safetensors`` and so on beside it, or those that its ``transcoders`` list.
+
+        Raises:
+            InputError: as for `load`, or a folder without such a configuration.
+        """
+        return [cls(**fields, name=f"transcoder {i}") for i, fields in enumerate(read_set(path))]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write SAELens' ``cfg.json`` and ``sae_weights.safetensors``, which `load` reads.
+
+        Args:
+            folder: made where it is missing.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InputError: SAELens has no such coder (a transcoder that keeps the k largest).
+            StorageError: the files cannot be written, or other ones are there.
+        """
+        return write_saelens(self, Path(folder))

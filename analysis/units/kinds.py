@@ -316,8 +316,7 @@ class Feature(Unit):
     Its activation is the coder's; it reads a column of ``W_enc`` and writes a row of ``W_dec``.
 
     Attributes:
-        coder: the `SparseCoder`.
-        index: which of its features.
+        coder, index: the `SparseCoder`, and which of its features.
 
     Raises:
         InputError: the coder has no such feature.
@@ -394,7 +393,8 @@ def _require_index(unit: Neuron | Head, what: str, index: int, size: int) -> Non
 
 def _of_width(model: TransformerBridge, unit: Unit, vector: Tensor) -> Tensor:
     """[1, d_model], a vector of the residual stream, or an error."""
-    d_model = int(model.cfg.d_model)
-    if len(vector) != d_model:
+    if isinstance(unit, Feature) and unit.coder.heads is not None:
+        raise InputError(f"{unit} is of heads' values, which are not the residual stream's")
+    if len(vector) != (d_model := int(model.cfg.d_model)):
         raise InputError(f"{unit} has {len(vector)} components; the residual stream has {d_model}")
     return vector[None]

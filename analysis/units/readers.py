@@ -3,7 +3,8 @@
 A neuron is a component: activation x_i, relevance x_i g_i. A head is a vector of them: activation
 its length, relevance the sum. A direction v has activation a = x . v and relevance a (g . v). A
 feature of a sparse autoencoder has activation a_j and writes a_j d_j, so its relevance is
-a_j (g . d_j), as for any summand of the residual stream.
+a_j (g . d_j), as for any summand of the residual stream (times the scale of a coder that
+normalises).
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class FeatureReader:
         return self.coder.encode(x)
 
     def relevance(self, x: Tensor, g: Tensor) -> Float[Tensor, "row pos unit"]:
-        return self.coder.encode(x) * (g @ self.coder.W_dec.to(g).T)
+        _, scale = self.coder.denormalizer(self.coder.flat(x))
+        return self.coder.encode(x) * scale * (self.coder.flat(g) @ self.coder.W_dec.to(g).T)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +138,9 @@ def searched_hooks(sites: Sites) -> list[SearchedHook]:
                     "features can be explained one by one, not searched"
                 )
             weights = (item.W_enc, item.b_enc, item.W_dec, item.b_dec, item.threshold)
-            mark = _fingerprint([w for w in weights if w is not None], f"{item.k}")
+            how = (item.subtract_b_dec, item.normalization, item.heads)
+            extra = f"{item.k}" if how == (False, "none", None) else f"{item.k} {how}"
+            mark = _fingerprint([w for w in weights if w is not None], extra)
             searched.append(
                 SearchedHook(f"{item.hook}[{item.name}]", item.hook, FeatureReader(item), mark)
             )

@@ -7,6 +7,7 @@ what an intervention does to it is what the graph says, to the last digits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,12 +61,23 @@ CODERS: dict[str, list[SparseCoder]] = {
     "the 5 largest": transcoders(k=5),
     "jumprelu": transcoders(threshold=torch.full((FEATURES,), 0.6, dtype=torch.float64)),
     "layer norm": transcoders(normalization="layer_norm"),
+    "one head's": [
+        *transcoders(),
+        replace(
+            coder("x", seed=9),
+            hook="blocks.0.attn.hook_z",
+            heads=1,
+            W_enc=coder("x").W_enc[:8],
+            W_dec=coder("x").W_dec[:, :8],
+            b_dec=coder("x").b_dec[:8],
+        ),
+    ],
     "autoencoders too": [
         *transcoders(normalization="constant_norm_rescale"),
         coder("blocks.0.hook_resid_post", seed=5, subtract_b_dec=True),
         coder("blocks.1.hook_resid_pre", seed=6, normalization="layer_norm"),
         coder("blocks.1.hook_attn_out", seed=7),
-        coder("blocks.0.attn.hook_z", seed=8, heads=2, subtract_b_dec=True),
+        coder("blocks.0.attn.hook_z", seed=8, heads="all", subtract_b_dec=True),
     ],
 }
 
@@ -116,19 +128,28 @@ class Replaced:
         if hook not in self.coders:
             return y
         c = self.coders[hook]
-        shape, x, y = y.shape, x.flatten(1), y.flatten(1)
+        if isinstance(c.heads, int):
+            kept = y.clone()
+            kept[:, c.heads] = self._flat(c, x[:, c.heads], y[:, c.heads], change)
+            return kept
+        return self._flat(c, x.flatten(1), y.flatten(1), change).reshape(y.shape)
+
+    def _flat(
+        self, c: SparseCoder, x: Tensor, y: Tensor, change: Callable[[str, Tensor], Tensor]
+    ) -> Tensor:
         of = f"{c.hook}[{c.name}"
         if f"{of} x" not in self.base:  # the unchanged run: what is constant from here on
             mean, scale = torch.zeros(len(x), 1), torch.ones(len(x), 1)
             if c.normalization == "layer_norm":
-                mean, scale = x.mean(1, keepdim=True), x.std(1, keepdim=True) + 1e-5
+                mean, scale = x.mean(1, keepdim=True), x.std(1, keepdim=True)
             elif c.normalization == "constant_norm_rescale":
                 scale = x.pow(2).mean(1, keepdim=True).sqrt()
             self.base[f"{of} x"], self.base[f"{of} mean"] = x, mean
             self.base[f"{of} scale"] = scale
         mean, scale = self.base[f"{of} mean"], self.base[f"{of} scale"]
         shift = c.b_dec if c.subtract_b_dec else 0.0
-        pre = ((x - mean) / scale - shift) @ c.W_enc + c.b_enc
+        eps = 1e-5 if c.normalization == "layer_norm" else 0.0
+        pre = ((x - mean) / (scale + eps) - shift) @ c.W_enc + c.b_enc
         if f"{of} gate" not in self.base:
             gate = pre > (0.0 if c.threshold is None else c.threshold)
             if c.k is not None:
@@ -137,9 +158,11 @@ class Replaced:
             self.base[f"{of} gate"] = gate
         a = change(f"{of}]", pre * self.base[f"{of} gate"])
         skip = 0.0 if c.W_skip is None else x @ c.W_skip
-        known = (a @ c.W_dec + c.b_dec) * scale + mean + skip
+        known = a @ c.W_dec + c.b_dec + skip
+        if c.hook_out is None:  # an autoencoder undoes its normalization
+            known = known * scale + mean
         error = self.base.setdefault(f"{of} error]", y - known)
-        return (known + change(f"{of} error]", error)).reshape(shape)
+        return known + change(f"{of} error]", error)
 
 
 def place(node: dict[str, Any]) -> tuple[str, tuple[int, ...]]:
@@ -270,10 +293,11 @@ def test_an_encoder_passes_relevance_on_by_the_gradient_of_its_open_gates() -> N
     for c in [*(c for group in CODERS.values() for c in group)]:
         accounts = Accounts(rows=3)
         site = Site("x", "SparseCoder", "linear", Epsilon(), 0, accounts=accounts)
-        active = ActiveFeatures.of(c, x if c.heads is None else x.unflatten(-1, (2, -1)))
+        shown = x if c.heads is None else x.unflatten(-1, (2, -1))
+        active = ActiveFeatures.of(c, shown)
         at = (slice(None), active.positions, active.features)
-        expected = c.encode(x if c.heads is None else x.unflatten(-1, (2, -1)))
-        found = Encode.apply(x, active, site)
+        expected = c.encode(shown)
+        found = Encode.apply(c.flat(shown), active, site)
         assert torch.allclose(found, expected[at], atol=1e-12) and found.shape[1] > 4
         g = torch.randn_like(found)
         (ours,) = torch.autograd.grad(found, x, g)

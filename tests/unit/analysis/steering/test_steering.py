@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -318,6 +319,53 @@ def test_every_operation_does_what_it_says_to_its_unit_and_to_nothing_else() -> 
     gone = torch.linalg.lstsq(spanned.T, (plain - steered).reshape(-1, 16).T)
     rebuilt = (spanned.T @ gone.solution).T.reshape(plain.shape)
     torch.testing.assert_close(plain - steered, rebuilt, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("normalization", ["none", "constant_norm_rescale", "layer_norm"])
+def test_a_moved_feature_leaves_the_error_where_it_was(normalization: str) -> None:
+    """``x + scale (a' - a) d``: what the coder rebuilds moves so, and the rest stays."""
+    model, at = tiny(), replace(coder(), normalization=normalization)
+    for operation, changed in (
+        (Ablate(Feature(at, 7), 2.5), lambda a: torch.full_like(a, 2.5)),
+        (Scale(Feature(at, 7), -3.0), lambda a: -3.0 * a),
+        (Clamp(Feature(at, 7), high=0.1), lambda a: a.clamp(max=0.1)),
+    ):
+        x, steered = activations(model, STREAM, operation)
+        a = at.encode(x)
+        assert (a[..., 7] > 0.2).any()
+        moved = a.clone()
+        moved[..., 7] = changed(a[..., 7])
+        error = x - at.decode(a, x)
+        torch.testing.assert_close(steered, at.decode(moved, x) + error)
+        assert error.norm() > 0.1 * x.norm()
+    x, steered = activations(model, STREAM, Add(Feature(at, 7), 0.5, units="resid_rms"))
+    size = x.square().mean(dim=-1, keepdim=True).sqrt()
+    row = at.W_dec[7].to(x)
+    torch.testing.assert_close(steered, x + 0.5 * size * row / row.norm(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_feature_of_heads_moves_those_heads() -> None:
+    model, z = tiny(), "blocks.0.attn.hook_z"
+    all_heads = replace(coder(), hook=z, heads="all")
+    x, steered = activations(model, z, Add(Feature(all_heads, 7), 2.0))
+    torch.testing.assert_close(steered, x + 2 * coder().W_dec[7].to(x).view(x.shape[2:]))
+    half = x.shape[-1]
+    weights = {"W_enc": coder().W_enc[:half], "W_dec": coder().W_dec[:, :half],
+               "b_dec": torch.zeros(half)}  # fmt: skip
+    one = replace(coder(), hook=z, heads=1, **weights)
+    x, steered = activations(model, z, Ablate(Feature(one, 7), 4.0))
+    a = one.encode(x)[..., 7, None]
+    torch.testing.assert_close(steered[:, :, 1], x[:, :, 1] + (4 - a) * one.W_dec[7].to(x))
+    assert torch.equal(steered[:, :, 0], x[:, :, 0])
+
+
+def test_transcoders_features_are_not_moved() -> None:
+    elsewhere = replace(coder(), hook_out="blocks.1.hook_mlp_out")
+    with (
+        pytest.raises(InputError, match="an autoencoder's features can be moved, not a transcoder"),
+        steer(tiny(), [Scale(Feature(elsewhere, 7), 0.0)]),
+    ):
+        pass
 
 
 def test_operations_act_in_order_and_contexts_nest() -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from lenslrp.analysis import Direction, Feature, Head, Neuron, SparseCoder, parse_unit
+from lenslrp.analysis.units.readers import searched_hooks
 from lenslrp.errors import InputError
 from tests.conformance import zoo
 
@@ -134,6 +135,47 @@ def test_features_encode_as_their_coder_says() -> None:
     )
     torch.testing.assert_close(plain.decode(few), few @ plain.W_dec + plain.b_dec)
     assert torch.equal(Feature(plain, 4).activation(x), plain.encode(x)[..., 4])
+    half = x.bfloat16()  # a model in half precision does not round the coder's weights
+    assert torch.equal(jump.encode(half), jump.encode(half.float()))
+    assert jump.moved(half, 4, torch.ones(2, 5)).dtype == torch.bfloat16
+
+
+def test_coders_write_with_their_skip_and_their_scale() -> None:
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    W = {n: getattr(coder(), n).double() for n in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    skip = torch.randn(16, 16, dtype=torch.float64)
+    transcoder = coder(W_skip=skip, hook_out="blocks.0.hook_mlp_out")
+    written = (x @ W["W_enc"] + W["b_enc"]).relu() @ W["W_dec"] + W["b_dec"] + x @ skip
+    torch.testing.assert_close(transcoder.reconstruct(x), written)
+    assert not transcoder.writes_back and coder().writes_back
+    with pytest.raises(InputError, match="has a skip connection or a normalization: give x"):
+        transcoder.decode(transcoder.encode(x))
+    scale = x.square().mean(dim=-1, keepdim=True).sqrt()
+    rescaled = coder(normalization="constant_norm_rescale")
+    a = (x / scale @ W["W_enc"] + W["b_enc"]).relu()
+    torch.testing.assert_close(rescaled.encode(x), a)
+    torch.testing.assert_close(rescaled.decode(a, x), scale * (a @ W["W_dec"] + W["b_dec"]))
+    z = x.unflatten(-1, (4, 4))
+    torch.testing.assert_close(coder(heads="all").reconstruct(z), coder().reconstruct(x))
+    with pytest.raises(InputError, match="sae reads head 4, blocks.0.hook_resid_post has 4"):
+        coder(heads=4).encode(z)
+    with pytest.raises(InputError, match="W_skip is of transcoders: give hook_out"):
+        coder(W_skip=skip)
+    with pytest.raises(InputError, match="normalization is 'l2', expected one of none, constant"):
+        coder(normalization="l2")
+
+
+def test_a_feature_is_searched_with_its_coders_scale() -> None:
+    x, g = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    marks = set()
+    for changes in ({}, {"normalization": "layer_norm"}, {"subtract_b_dec": True}, {"k": 2}):
+        one = coder(**changes)
+        [site] = searched_hooks(one)
+        scale = x.std(dim=-1, keepdim=True) if "normalization" in changes else 1.0
+        expected = scale * one.encode(x) * (g @ one.W_dec.T)
+        torch.testing.assert_close(site.reader.relevance(x, g), expected)
+        marks.add(site.fingerprint)
+    assert len(marks) == 4  # a search is not resumed with another function of the same weights
 
 
 def test_coders_write_with_their_skip_and_their_scale() -> None:
@@ -165,6 +207,10 @@ def test_a_feature_reads_its_encoder_and_writes_its_decoder() -> None:
     assert str(feature) == "blocks.0.hook_resid_post[sae 4]"
     assert torch.equal(feature.reads(model)["in"][0], feature.coder.W_enc[:, 4])
     assert torch.equal(feature.writes(model)["out"][0], feature.coder.W_dec[4])
+    with pytest.raises(
+        InputError, match="is of heads' values, which are not the residual stream's"
+    ):
+        Feature(coder(heads="all"), 4).writes(model)
     with pytest.raises(InputError, match="feature is 9, but sae has 0 to 8"):
         Feature(coder(), 9)
 

@@ -1,0 +1,100 @@
+"""Cross-layer transcoders: a feature reads one layer and writes that layer and all later ones.
+
+Ameisen et al. 2025, "Circuit Tracing". With ``a_l`` the activations of layer l, what is written to
+layer m is ``sum over l <= m of a_l W_dec[l to m]``, and ``b_dec`` of layer m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lenslrp.analysis.units.coder_sets import read_cross_layer
+from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class CrossLayerCoder:
+    """A cross-layer transcoder, as one `SparseCoder` a layer and what it writes later.
+
+    Attributes:
+        layers: of each layer the transcoder of that layer to itself. `Feature(layers[l], index)` is
+            a feature as a unit; as such it writes its own layer alone.
+        later: of each layer [features, layers after it, d_out], what its features write there.
+
+    Raises:
+        InputError: shapes that do not fit.
+
+    Examples:
+        ```python
+        coder = CrossLayerCoder.load("mntss/clt-gemma-2-2b-426k")
+        read = [cache[layer.hook] for layer in coder.layers]
+        written = coder.decode(coder.encode(read), read)  # one [batch, pos, d_out] a layer
+        ```
+    """
+
+    layers: tuple[SparseCoder, ...]
+    later: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        for layer, (coder, later) in enumerate(zip(self.layers, self.later, strict=True)):
+            features, d_out = coder.W_dec.shape
+            shape = (features, len(self.layers) - layer - 1, d_out)
+            if later.shape != shape:
+                raise InputError(
+                    f"layer {layer} writes later layers by {list(later.shape)}, "
+                    f"expected {list(shape)}"
+                )
+
+    def encode(self, x: Sequence[Tensor]) -> list[Float[Tensor, "... features"]]:
+        """The activations of all features, by layer, from what each layer reads."""
+        return [coder.encode(read) for coder, read in zip(self.layers, x, strict=True)]
+
+    def decode(
+        self, activations: Sequence[Tensor], x: Sequence[Tensor] | None = None
+    ) -> list[Float[Tensor, "... d_out"]]:
+        """What is written to each layer.
+
+        Args:
+            activations: of all features, by layer.
+            x: what each layer read; needed with skip connections.
+        """
+        read = [None] * len(self.layers) if x is None else x
+        written = []
+        for layer, coder in enumerate(self.layers):
+            y = coder.decode(activations[layer], read[layer])
+            for before in range(layer):
+                rows = self.later[before][:, layer - before - 1]
+                y = y + activations[before] @ rows.to(y)
+            written.append(y)
+        return written
+
+    def reconstruct(self, x: Sequence[Tensor]) -> list[Float[Tensor, "... d_out"]]:
+        """`decode` of `encode`."""
+        return self.decode(self.encode(x), x)
+
+    def writes(self, layer: int, index: int) -> Float[Tensor, "layers d_out"]:
+        """What a feature writes to its own layer and to each later one."""
+        own = self.layers[layer].W_dec[index][None]
+        return torch.cat([own, self.later[layer][index]])
+
+    @classmethod
+    def load(cls, path: str | Path) -> CrossLayerCoder:
+        """Read circuit-tracer's folder, or the files of Gemma Scope 2 that its configuration lists.
+
+        Args:
+            path: a folder with ``config.yaml``, or ``owner/repo/folder`` on the hub.
+
+        Raises:
+            InputError: no such folder, a key or tensor that is not understood, or shapes that do
+                not fit.
+        """
+        read = read_cross_layer(path)
+        coders = [SparseCoder(**f, name=f"clt {layer}") for layer, (f, _) in enumerate(read)]
+        return cls(tuple(coders), tuple(later for _, later in read))
