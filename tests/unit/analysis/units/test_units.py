@@ -178,29 +178,6 @@ def test_a_feature_is_searched_with_its_coders_scale() -> None:
     assert len(marks) == 4  # a search is not resumed with another function of the same weights
 
 
-def test_coders_write_with_their_skip_and_their_scale() -> None:
-    x = torch.randn(2, 5, 16, dtype=torch.float64)
-    W = {n: getattr(coder(), n).double() for n in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    skip = torch.randn(16, 16, dtype=torch.float64)
-    transcoder = coder(W_skip=skip, hook_out="blocks.0.hook_mlp_out")
-    written = (x @ W["W_enc"] + W["b_enc"]).relu() @ W["W_dec"] + W["b_dec"] + x @ skip
-    torch.testing.assert_close(transcoder.reconstruct(x), written)
-    assert not transcoder.writes_back and coder().writes_back
-    with pytest.raises(InputError, match="has a skip connection or a normalization: give x"):
-        transcoder.decode(transcoder.encode(x))
-    scale = x.square().mean(dim=-1, keepdim=True).sqrt()
-    rescaled = coder(normalization="constant_norm_rescale")
-    a = (x / scale @ W["W_enc"] + W["b_enc"]).relu()
-    torch.testing.assert_close(rescaled.encode(x), a)
-    torch.testing.assert_close(rescaled.decode(a, x), scale * (a @ W["W_dec"] + W["b_dec"]))
-    torch.testing.assert_close(
-        coder(heads=4).reconstruct(x.unflatten(-1, (4, 4))),
-        coder().reconstruct(x).unflatten(-1, (4, 4)),
-    )
-    with pytest.raises(InputError, match="normalization is 'l2', expected one of none, constant"):
-        coder(normalization="l2")
-
-
 def test_a_feature_reads_its_encoder_and_writes_its_decoder() -> None:
     model, feature = zoo.build("LlamaForCausalLM"), Feature(coder(), 4)
     assert feature.hook(model) == "blocks.0.hook_resid_post"
