@@ -18,6 +18,10 @@ from lenslrp.errors import InputError
 _MATRICES = 5
 """Matrices of float64 [node, node] that pruning has at a time, beside those of the graph."""
 
+_OVERHEAD = 1.6
+"""What a process holds for a byte that autograd keeps: gradients on their way, what watches the
+pass, what the allocator does not give back (`benchmarks/circuits/feature_graphs.py`)."""
+
 
 @dataclass(frozen=True)
 class GraphEstimate:
@@ -28,7 +32,8 @@ class GraphEstimate:
         candidates: among how many.
         backward: backward passes of one row.
         rows: how many of them are made at once.
-        row_bytes: memory of a row.
+        row_bytes: memory of a row, about: what autograd keeps for one, and more than half as much
+            again for what else is there.
         graph_bytes: memory of the graph and of what pruning needs.
         seconds: the whole, as a single row suggests; a graph that is made anew after pruning takes
             up to twice that.
@@ -94,7 +99,7 @@ def estimated(
         candidates=len(candidates),
         backward=len(begin),
         rows=copies,
-        row_bytes=sum(kept.values()) + 3 * leaves,
+        row_bytes=int(_OVERHEAD * (sum(kept.values()) + 3 * leaves)),
         graph_bytes=8 * size**2 * matrices,
         seconds=copies * forward + len(begin) * backward,
     )
