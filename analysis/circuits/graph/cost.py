@@ -18,7 +18,7 @@ from lenslrp.errors import InputError
 _MATRICES = 5
 """Matrices of float64 [node, node] that pruning has at a time, beside those of the graph."""
 
-_OVERHEAD = 1.6
+_OVERHEAD = 1.7
 """What a process holds for a byte that autograd keeps: gradients on their way, what watches the
 pass, what the allocator does not give back (`benchmarks/circuits/feature_graphs.py`)."""
 
@@ -49,8 +49,8 @@ class GraphEstimate:
 
     @property
     def memory(self) -> int:
-        """Bytes beside the model and the coders."""
-        return self.rows * self.row_bytes + self.graph_bytes
+        """Bytes beside the model and the coders; a row more is what the passes before took."""
+        return (self.rows + 1) * self.row_bytes + self.graph_bytes
 
     def within(self, limit: float) -> GraphEstimate:
         """The same with as many rows at once as fit into `limit` bytes.
@@ -58,7 +58,7 @@ class GraphEstimate:
         Raises:
             InputError: one row does not fit.
         """
-        rows = int((limit - self.graph_bytes) // self.row_bytes)
+        rows = int((limit - self.graph_bytes) // self.row_bytes) - 1
         if rows < 1:
             least = replace(self, rows=1).memory / 1e9
             raise InputError(
