@@ -2,8 +2,7 @@
 
 Every node outside the circuit is set to what it is in the corrupted run, or to its mean, while the
 clean prompt runs. Faithfulness is the share of the logit difference that is left (Wang et al. 2022;
-MIB, Mueller et al. 2025): 0 where the circuit does nothing, 1 where it does all. Over circuits of
-growing size, CPR is the area under that curve and CMD the area between it and 1. Completeness asks
+MIB, Mueller et al. 2025): 0 where the circuit does nothing, 1 where it does all. Completeness asks
 the opposite question: what is left of the logit difference when the circuit is what is ablated?
 Minimality: what does each node of it add?
 """
@@ -22,30 +21,26 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lenslrp.analysis.circuits.nodes import (
-    COMPONENTS,
-    Node,
-    Units,
-    as_units,
-    batch_of,
-    logit_differences,
-    read_units,
-)
-from lenslrp.analysis.circuits.pairs import Pairs
-from lenslrp.analysis.circuits.scores import PAIRS_AT_ONCE, NodeScores
-from lenslrp.analysis.common.statistics import RESAMPLES, area
-from lenslrp.edits import Edit
+from lenslrp.analysis.circuits.ablation import ablated, mean_activations
+from lenslrp.analysis.circuits.files import Saved
+from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs, batch_of, metric_values
+from lenslrp.analysis.circuits.metrics import Metric, MetricFunction
+from lenslrp.analysis.circuits.node_methods import answered
+from lenslrp.analysis.circuits.nodes import Node, read_units
+from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs
+from lenslrp.analysis.circuits.scores import NodeScores
+from lenslrp.analysis.circuits.solved import TaskWarning, warn_of_failures
+from lenslrp.analysis.common.statistics import RESAMPLES
+from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import unchanged
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-
 
 @dataclass(frozen=True, eq=False)
-class Circuit:
+class Circuit(Saved):
     """Some of the nodes of some component classes.
 
     Attributes:
@@ -95,115 +90,128 @@ class Circuit:
 
 def prune(
     scores: NodeScores,
-    share: float | Mapping[str, float],
+    share: float | Mapping[str, float] | None = None,
     *,
+    nodes: int | Mapping[str, int] | None = None,
+    components: Sequence[str] | None = None,
     by: str = "score",
     seed: int = 0,
 ) -> Circuit:
-    """The best nodes of each component class.
+    """The best nodes, a share of each component class or a number. Warns where the task failed.
 
     Args:
         scores: of nodes at all positions.
         share: how much of each class to keep, from 0 to 1: of all, or by component name. Rounded
             down to whole nodes.
-        by: `"score"`: what the logit difference gains most by (mean over pairs); `"size"`: what
+        nodes: instead of a share, how many nodes: of all classes together, or by component name.
+        components: the classes that the circuit is of; all that were scored if not given. Nodes of
+            others are no part of the question, and are never ablated.
+        by: `"score"`: what the metric gains most by (mean over pairs); `"size"`: what
             moves it most, either way; `"random"`: by a shuffle of the nodes.
         seed: of the shuffle.
 
     Returns:
-        The circuit, over the hook points of `scores`.
+        The circuit, over the hook points of `scores` that hold `components`.
 
     Raises:
-        InputError: scores by position, shares out of range, a component that was not scored.
+        InputError: scores by position, shares or numbers out of range, a component that was not
+            scored.
 
     Examples:
         >>> scores = score_nodes(gpt2, pairs)  # 144 heads, 36,864 neurons
         >>> prune(scores, {"heads": 0.1, "neurons": 0.01}).sizes()
         {'heads': (14, 144), 'neurons': (368, 36864)}
+        >>> prune(scores, nodes=20, components=["heads"]).sizes()
+        {'heads': (20, 144)}
     """
     if scores.by_position:
         raise InputError("a circuit is of nodes at all positions: score with by_position=False")
-    names = list(dict.fromkeys(scores.components.values()))
-    shares = share if isinstance(share, Mapping) else dict.fromkeys(names, share)
-    if set(shares) != set(names) or not all(0 <= s <= 1 for s in shares.values()):
-        raise InputError(f"share must be from 0 to 1 for each of {', '.join(names)}, not {share!r}")
     if by not in ("score", "size", "random"):
         raise InputError(f"by must be 'score', 'size' or 'random', not {by!r}")
-    keep: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(seed)
-    for name in names:
-        mean = scores.of(name).mean(dim=0)
+    if (share is None) == (nodes is None):
+        raise InputError("give a share of the nodes or a number of nodes")
+    names = list(dict.fromkeys(scores.components.values() if components is None else components))
+    if not names:
+        raise InputError("a circuit is of one component class or more; no components were given")
+    means = {name: scores.of(name).mean(dim=0).cpu() for name in names}
+    for name, mean in means.items():
         if bool(mean.isnan().any()):
             raise InputError(f"not all {name} were scored, so the best of them are not known")
+    sizes = {name: len(mean) for name, mean in means.items()}
+    groups = {"all": names} if isinstance(nodes, int) else {name: [name] for name in names}
+    numbers = _numbers(share, nodes, {g: sum(sizes[n] for n in of) for g, of in groups.items()})
+    generator = torch.Generator().manual_seed(seed)
+    chosen: dict[str, Tensor] = {}
+    for group, members in groups.items():
+        mean = torch.cat([means[name] for name in members])
         if by == "random":
             mean = torch.rand(len(mean), generator=generator)
         ranked = (mean.abs() if by == "size" else mean).argsort(descending=True, stable=True)
-        chosen = torch.zeros(len(mean), dtype=torch.bool)
-        chosen[ranked[: int(shares[name] * len(mean))].cpu()] = True
+        kept = torch.zeros(len(mean), dtype=torch.bool)
+        kept[ranked[: numbers[group]]] = True
+        chosen.update(zip(members, kept.split([sizes[name] for name in members]), strict=True))
+    keep: dict[str, Tensor] = {}
+    for name, kept in chosen.items():
         hooks = [hook for hook, other in scores.components.items() if other == name]
-        sizes = [scores.values[hook].shape[-1] for hook in hooks]
-        keep.update(zip(hooks, chosen.split(sizes), strict=True))
-    return Circuit(scores.components, {hook: keep[hook] for hook in scores.components})
+        parts = kept.split([scores.values[hook].shape[-1] for hook in hooks])
+        keep.update(zip(hooks, parts, strict=True))
+    if scores.correct is not None:
+        warn_of_failures(scores.correct)
+    placed = {hook: name for hook, name in scores.components.items() if hook in keep}
+    return Circuit(placed, {hook: keep[hook] for hook in placed})
 
 
-def mean_activations(
-    model: TransformerBridge,
-    pairs: Pairs,
-    components: Mapping[str, str],
-    *,
-    chunk: int = PAIRS_AT_ONCE,
-) -> dict[str, Float[Tensor, "unit feature"]]:
-    """Each node's mean over both prompts of all pairs and all their real tokens."""
-    sums: dict[str, Tensor] = {}
-    for part in pairs.chunks(chunk):
-        for tokens in (part.clean, part.corrupt):
-            batch = batch_of(model, tokens, part)
-            for hook, x in read_units(model, batch, part, components)[1].items():
-                total = x[part.mask.to(x.device)].sum(dim=0)
-                sums[hook] = sums[hook] + total if hook in sums else total
-    return {hook: total / (2 * int(pairs.mask.sum())) for hook, total in sums.items()}
+def _numbers(
+    share: float | Mapping[str, float] | None,
+    nodes: int | Mapping[str, int] | None,
+    sizes: Mapping[str, int],
+) -> dict[str, int]:
+    """How many nodes to keep of each class.
 
-
-def ablated(circuit: Circuit, instead: Mapping[str, Units]) -> list[Edit]:
-    """Every node outside `circuit`, set to what `instead` holds.
-
-    Args:
-        circuit: what is left as it is.
-        instead: hook point -> [pair, pos, unit, feature]; pair and pos may be 1.
+    Raises:
+        InputError: shares or numbers out of range, or not of these classes.
     """
-
-    def put(x: Tensor, *, name: str) -> Tensor:
-        units = as_units(COMPONENTS[circuit.components[name]].kind, x, name)
-        keep = circuit.keep[name].to(x.device)[:, None]
-        return torch.where(keep, units, instead[name]).reshape(x.shape)
-
-    names = [name for name, keep in circuit.keep.items() if not keep.all()]
-    return [Edit(name, function=partial(put, name=name)) for name in names]
+    given: Any = share if nodes is None else nodes
+    amounts = given if isinstance(given, Mapping) else dict.fromkeys(sizes, given)
+    most = dict.fromkeys(sizes, 1) if nodes is None else sizes
+    if set(amounts) != set(sizes) or not all(0 <= amounts[n] <= most[n] for n in sizes):
+        if nodes is None:
+            names = ", ".join(sizes)
+            raise InputError(f"share must be from 0 to 1 for each of {names}, not {share!r}")
+        limits = ", ".join(f"{size} of {name}" for name, size in sizes.items())
+        raise InputError(f"nodes must be from 0 to {limits}, not {nodes!r}")
+    if nodes is None:
+        return {name: int(amounts[name] * size) for name, size in sizes.items()}
+    return dict(amounts)
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
-    """What circuits do when all else is ablated; logit differences, [pair] each.
+class Verdict(Saved):
+    """What circuits do when all else is ablated; a metric, [pair] each.
 
     Attributes:
         clean: of the whole model.
         floor: of the corrupted run; under mean ablation, of the clean prompt with every node
             ablated.
         gaps: [circuit, pair], of each circuit.
+        correct: [pair], whether the clean run prefers the answer to the incorrect one.
+        metric: its name.
     """
 
     clean: Float[Tensor, " pair"]
     floor: Float[Tensor, " pair"]
     gaps: Float[Tensor, "circuit pair"]
+    correct: Bool[Tensor, " pair"]
+    metric: str = "logit_difference"
 
     @property
     def solved(self) -> float:
         """The share of pairs in which the whole model prefers the answer to the incorrect one."""
-        return float((self.clean > 0).double().mean())
+        return float(self.correct.double().mean())
 
     @property
     def faithfulness(self) -> list[float]:
-        """Of each circuit: the share of the mean logit difference that it keeps."""
+        """Of each circuit: the share of the metric, meaned over pairs, that it keeps."""
         return [self.interval(index)[0] for index in range(len(self.gaps))]
 
     def interval(self, index: int = 0, seed: int = 0) -> tuple[float, float, float]:
@@ -229,6 +237,7 @@ def verify(
     pairs: Pairs,
     circuits: Sequence[Circuit],
     *,
+    metric: str | Metric | MetricFunction = "logit_difference",
     ablation: str = "corrupt",
     reference: Pairs | None = None,
     chunk: int = PAIRS_AT_ONCE,
@@ -236,21 +245,23 @@ def verify(
     """Run the clean prompts with all that is outside a circuit ablated, one circuit after another.
 
     Faithfulness is (circuit - floor) / (clean - floor), as in Wang et al. (2022) and MIB (Mueller
-    et al. 2025). Warns where the model itself is no better than chance at the task.
+    et al. 2025). Warns of pairs in which the model itself does not do the task.
 
     Args:
         model: a `TransformerBridge`.
         pairs: best ones that were not used to find the circuit.
         circuits: over the same hook points.
+        metric: what is measured of a run, as for `score_nodes`.
         ablation: nodes outside are set to the pair's `"corrupt"` run, or to their `"mean"`.
         reference: the pairs over which means are taken; `pairs` if not given.
         chunk: how many pairs run at once.
 
     Returns:
-        The logit differences of the whole model and of each circuit.
+        The metric of the whole model and of each circuit.
 
     Raises:
-        InputError: no circuits, circuits over different hook points, an unknown ablation.
+        InputError: no circuits, circuits over different hook points, an unknown ablation, the
+            corrupted run's activations for prompts of different lengths.
 
     Examples:
         >>> whole = prune(scores, 1.0)
@@ -268,39 +279,51 @@ def verify(
         means = {hook: mean[None, None] for hook, mean in by_unit.items()}
     elif reference is not None:
         raise InputError("reference is what means are taken over: it goes with ablation='mean'")
-    nothing = Circuit(
-        components, {hook: torch.zeros_like(k) for hook, k in circuits[0].keep.items()}
-    )
+    measured = MeasuredPairs.of(pairs, metric)
+    if ablation == "corrupt" and measured.counterpart is not None:
+        raise InputError(
+            "the prompts of these pairs have different numbers of tokens, so not every token of "
+            "the clean run has activations in the corrupted one: give ablation='mean'"
+        )
+    nothing = {hook: torch.zeros_like(keep) for hook, keep in circuits[0].keep.items()}
     clean, floor, kept = [], [], []
     with unchanged(model):
-        for part in pairs.chunks(chunk):
+        for part in measured.chunks(chunk):
+            part = part.beside_clean(model)
             batch, instead = batch_of(model, part.clean, part), means
-            run = partial(logit_differences, model, batch, part)
+            run = partial(metric_values, model, batch, part)
             clean.append(run())
             if ablation == "corrupt":
                 corrupted = batch_of(model, part.corrupt, part)
                 value, instead = read_units(model, corrupted, part, components)
                 floor.append(value)
             else:
-                floor.append(run(edits=ablated(nothing, instead)))
-            kept.append(torch.stack([run(edits=ablated(each, instead)) for each in circuits]))
-    verdict = Verdict(torch.cat(clean), torch.cat(floor), torch.cat(kept, dim=1))
+                floor.append(run(edits=ablated(components, nothing, instead)))
+            tried = [run(edits=ablated(components, each.keep, instead)) for each in circuits]
+            kept.append(torch.stack(tried, dim=1))
+    whole, base, gaps = (measured.folded(torch.cat(rows)) for rows in (clean, floor, kept))
+    correct = answered(model, pairs, measured.metric, whole, PassCount())
+    verdict = Verdict(whole, base, gaps.T, correct, measured.metric.name)
     _require_task(verdict)
     return verdict
 
 
 def _require_task(verdict: Verdict) -> None:
-    """Warn where there is no task to be faithful to."""
+    """Warn where there is no task to be faithful to, or not in all pairs."""
     n = len(verdict.clean)
     chance = min(1.0, 0.5 + 1.645 * (0.25 / n) ** 0.5)  # 19 coins of 20 do worse
     if verdict.solved < chance or verdict.clean.mean() <= verdict.floor.mean():
         warnings.warn(
             f"the model does not do the task: it prefers the answer in {verdict.solved:.0%} of {n} "
-            f"clean prompts, and its mean logit difference is {float(verdict.clean.mean()):.3g}, "
-            f"that of the floor {float(verdict.floor.mean()):.3g}. Faithfulness is a share of the "
-            "difference and says nothing here",
+            f"clean prompts, and its mean {verdict.metric.replace('_', ' ')} is "
+            f"{float(verdict.clean.mean()):.3g}, that of the floor "
+            f"{float(verdict.floor.mean()):.3g}. Faithfulness is a share of the difference and "
+            "says nothing here",
+            TaskWarning,
             stacklevel=3,
         )
+        return
+    warn_of_failures(verdict.correct, stacklevel=4)
 
 
 def completeness(model: TransformerBridge, pairs: Pairs, circuit: Circuit, **options: Any) -> float:
@@ -336,60 +359,3 @@ def minimality(
     whole, *less = verify(model, pairs, tried, **options).faithfulness
     frame = pd.DataFrame({"node": list(map(str, nodes)), "loss": [whole - one for one in less]})
     return frame.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
-
-
-@dataclass(frozen=True, eq=False)
-class FaithfulnessCurve:
-    """Faithfulness of circuits of growing size.
-
-    Attributes:
-        table: `share`, `nodes`, `faithfulness`, `low` and `high` (95%).
-        cpr: area under faithfulness over the share of nodes kept (higher is better).
-        cmd: area between it and 1 (lower is better).
-    """
-
-    table: pd.DataFrame
-    cpr: float
-    cmd: float
-
-
-def faithfulness_curve(
-    model: TransformerBridge,
-    pairs: Pairs,
-    scores: NodeScores,
-    *,
-    shares: Sequence[float] = SHARES,
-    by: str = "score",
-    **options: Any,
-) -> FaithfulnessCurve:
-    """Faithfulness over size: more and more of the best nodes of every class are kept.
-
-    CPR and CMD are of MIB (Mueller et al. 2025).
-
-    Args:
-        model, pairs: as for `verify`.
-        scores: of nodes at all positions.
-        shares: how much of each class to keep, from 0 to 1.
-        by: as for `prune`.
-        options: as for `verify`.
-
-    Returns:
-        A curve with one row a share, and its areas.
-
-    Raises:
-        InputError: as `prune` and `verify`.
-
-    Examples:
-        >>> curve = faithfulness_curve(model, held_out, scores, shares=[0.0, 0.1, 1.0])
-        >>> list(curve.table.columns), len(curve.table)
-        (['share', 'nodes', 'faithfulness', 'low', 'high'], 3)
-    """
-    circuits = [prune(scores, share, by=by) for share in shares]
-    verdict = verify(model, pairs, circuits, **options)
-    intervals = [verdict.interval(index) for index in range(len(circuits))]
-    kept = [sum(n for n, _ in circuit.sizes().values()) for circuit in circuits]
-    table = pd.DataFrame(intervals, columns=["faithfulness", "low", "high"])
-    table.insert(0, "share", list(shares))
-    table.insert(1, "nodes", kept)
-    values, at = table["faithfulness"].to_numpy(), np.array(shares)
-    return FaithfulnessCurve(table, area(values, at), area(np.abs(1 - values), at))

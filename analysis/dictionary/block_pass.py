@@ -23,6 +23,7 @@ from lenslrp.analysis.dictionary.plan import Place, Plan
 from lenslrp.analysis.dictionary.topk import Spans, priorities
 from lenslrp.analysis.passes.conditions import through as only_through
 from lenslrp.analysis.units.kinds import Unit
+from lenslrp.analysis.units.locations import require_one_meaning
 from lenslrp.analysis.units.readers import SearchedHook, UnitReader
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
@@ -250,17 +251,17 @@ def find_places(
     points = hook_points(model, components(model))
     wanted = [(site, name) for site in sites for name in select_names(points, site.hook)[0]]
     for _, name in wanted:
-        if name.endswith("hook_post") and points[name] is points.get(f"{name[:-4]}out"):
-            raise InputError(
-                f"{name} is another name of {name[:-4]}out here: a mixture of experts has no one "
-                "set of neurons; search its output by that name, or a dense layer"
-            )
+        require_one_meaning(points, name)
     sizes: dict[tuple[str, str], int] = {}
     block = Block(0, torch.zeros(1, dtype=torch.int64), tokens, torch.ones_like(tokens).bool())
 
     def read(name: str, x: Tensor) -> None:
         x = unflattened(x, block)
         for site in reads[name]:
+            if name.endswith("hook_scan_out") and x.ndim == 3:
+                raise InputError(f"{name} has no heads; search the channels at hook_scan_in")
+            if name.endswith("hook_scan_in") and x.ndim == 4:
+                raise InputError(f"{name} has heads; search them at hook_scan_out")
             if x.shape[:2] != tokens.shape or x.ndim != (4 if site.reader.kind == "head" else 3):
                 raise InputError(
                     f"{name} is {list(x.shape)}; units are searched at hook points of shape "

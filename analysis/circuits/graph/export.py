@@ -37,9 +37,14 @@ VIEWER_TYPES = {
     "error": "mlp reconstruction error",
     "head": "lorsa",
     "attention": "lorsa",
+    "recurrent head": "lorsa",
+    "channel": "cross layer transcoder",
     "target": "logit",
 }
 """Kind of node -> the type as which viewers draw it."""
+
+BESIDE_NEURONS = {"head": "h", "attention": "h", "recurrent head": "r", "channel": "c"}
+"""Kind of node -> what its number begins with."""
 
 
 def pairing(layer: int, index: int) -> int:
@@ -129,8 +134,8 @@ def _node(
     elif target:
         token = -1 if graph.token is None else graph.token
         named, feature, shown = f"{layer + 1}_{token}", token, str(layer + 1)
-    elif kind in ("head", "attention"):  # beside the neuron of the same number
-        named = f"{layer}_h{unit}"
+    elif kind in BESIDE_NEURONS:  # beside the neuron of the same number
+        named = f"{layer}_{BESIDE_NEURONS[kind]}{unit}"
     elif kind == "error":
         named, feature = f"{layer}_-1", -1
     if node["hook"] != first[layer, VIEWER_TYPES[kind]]:

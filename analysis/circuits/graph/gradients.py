@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lenslrp.analysis.circuits.graph.candidates import Candidates
 from lenslrp.analysis.circuits.graph.pruning import Mask, Matrix, Vector
-from lenslrp.analysis.circuits.nodes import TARGET, Node, place_components
+from lenslrp.analysis.circuits.nodes import COMPONENTS, TARGET, Node, place_components
 from lenslrp.analysis.circuits.replacement import ErrorNode, FeatureNode, written_at
 from lenslrp.analysis.circuits.segments import EMBEDDINGS, SegmentedPass, segmented, unit_at
 from lenslrp.analysis.passes.problems import PassCount
@@ -32,9 +32,14 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 NODE_KINDS: Mapping[str, str] = {
-    "heads": "head", "neurons": "neuron", "attention": "attention", "mlp": "mlp"
+    "heads": "head", "neurons": "neuron", "attention": "attention", "mlp": "mlp",
+    "recurrent": "recurrent head", "channels": "channel",
 }  # fmt: skip
-"""Component -> what a node of it is called."""
+"""Component -> what a node of it is called; recurrent heads among `heads` have their own name."""
+
+SHORT_LABELS: Mapping[str, str] = {
+    "head": "H", "neuron": "N", "feature": "F", "recurrent head": "R", "channel": "C"
+}  # fmt: skip
 
 ABSORBED = (*LEDGER_TERMS, "nonlinear_target")
 """What the ledger may find absorbed in a node; the last at the target alone."""
@@ -119,7 +124,7 @@ def starts(chosen: Sequence[Node], hooks: Mapping[str, str], split: bool) -> lis
     """
     found = []
     for number, node in enumerate([*chosen, TARGET]):
-        if split and hooks.get(node.hook) == "heads":
+        if split and node.hook in hooks and _kind(node, hooks) == "head":
             found.append(Start(number, node, "", {"": 1, **dict.fromkeys(VIA, -1)}))
             found += [Start(number, node, via, {via: 1}) for via in VIA]
         elif not isinstance(node, ErrorNode):
@@ -281,10 +286,12 @@ def _described(
 def _kind(node: Node, hooks: Mapping[str, str]) -> str:
     if isinstance(node, FeatureNode):
         return "feature"
-    return "error" if isinstance(node, ErrorNode) else NODE_KINDS[hooks[node.hook]]
+    if isinstance(node, ErrorNode):
+        return "error"
+    recurrent = node.hook.endswith(COMPONENTS["recurrent"].hook)
+    return NODE_KINDS["recurrent" if recurrent else hooks[node.hook]]
 
 
 def default_label(kind: str, layer: int | None, unit: int) -> str:
     """What a node is labelled where nobody has named it."""
-    letter = {"head": "H", "neuron": "N", "feature": "F"}.get(kind)
-    return f"{kind} {layer}" if letter is None else f"{letter}{layer}.{unit}"
+    return f"{SHORT_LABELS[kind]}{layer}.{unit}" if kind in SHORT_LABELS else f"{kind} {layer}"

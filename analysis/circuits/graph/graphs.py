@@ -85,8 +85,9 @@ def attribution_graph(
         model: a `TransformerBridge` that is no encoder-decoder, in eval mode.
         input, target: of `lenslrp.run_with_relevance`; one prompt.
         composite: the rules; `AttnLRP()` if not given.
-        components: what may become a node: some of `"heads"`, `"neurons"`, `"attention"` and
-            `"mlp"`; with coders, none is enough.
+        components: what may become a node: some of `"heads"`, `"neurons"`, `"attention"`,
+            `"mlp"`, `"recurrent"` and `"channels"` (see `circuits.nodes.COMPONENTS`); with coders,
+            none is enough.
         coders: transcoders and autoencoders that stand in the model's place; their features and
             errors may become nodes.
         attention: `"composite"`: as the composite has it; `"frozen"`: patterns are constants, as

@@ -124,7 +124,7 @@ def _node(
     graph: AttributionGraph,
 ) -> str:
     x, y = place
-    square = {"token": 2.0, "target": 2.0, "error": 2.0, "head": 4.0}
+    square = {"token": 2.0, "target": 2.0, "error": 2.0, "head": 4.0, "recurrent head": 4.0}
     round_ = square.get(node["kind"], HEIGHT / 2)
     fraction = max(-1.0, min(1.0, node["relevance"] / scale)) if scale else 0.0
     box = (

@@ -35,8 +35,8 @@ class AttributionGraph:
 
     Attributes:
         nodes: one row a node, in the order in which the model computes them: `id`, `kind`
-            (`"token"`, `"head"`, `"neuron"`, `"feature"`, `"error"`, `"target"`), `hook` (where
-            it is), `layer` (-1 for tokens, the number of layers for the target), `position`,
+            (`"token"`, `"head"`, `"recurrent head"`, `"neuron"`, `"feature"`, `"error"`, ...,
+            `"target"`), `hook` (where it is), `layer` (-1 for tokens, the number of layers for the target), `position`,
             `unit`, `label`, `relevance` and `activation` (a head's or an error's: the length of
             its vector), `influence` on the target (0 to 1), `rest` (the residual: relevance from
             nodes and edges that are not shown), `reconstruction` (relevance from errors of sparse

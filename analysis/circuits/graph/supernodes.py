@@ -14,7 +14,8 @@ import pandas as pd
 
 from lenslrp.analysis.circuits.graph.pruning import Matrix
 from lenslrp.analysis.circuits.replacement import features_key
-from lenslrp.analysis.units.kinds import Feature, Unit, parse_unit
+from lenslrp.analysis.units.kinds import Feature, Unit
+from lenslrp.analysis.units.parsing import parse_unit
 from lenslrp.analysis.units.projection import writes
 from lenslrp.errors import InputError
 
