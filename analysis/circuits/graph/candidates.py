@@ -147,7 +147,8 @@ def find_candidates(
     if not coders:
         cache, nodes = coefficients(session, hooks, target=target, **inputs)
         # A backward pass came to the last ones first: inside a layer, reverse that order.
-        order = sorted(reversed(nodes), key=lambda hook: layer_of(hook) or 0)
+        order = list(nodes)[::-1]
+        order.sort(key=lambda hook: layer_of(hook) or 0)
         leaves = cache.tokens if cache.positions is None else cache.tokens + cache.positions
         return Candidates(
             session, prepared, target, cache, hooks, (), {hook: nodes[hook] for hook in order},

@@ -36,12 +36,12 @@ class AttributionGraph:
     Attributes:
         nodes: one row a node, in the order in which the model computes them: `id`, `kind`
             (`"token"`, `"head"`, `"recurrent head"`, `"neuron"`, `"feature"`, `"error"`, ...,
-            `"target"`), `hook` (where it is), `layer` (-1 for tokens, the number of layers for the target), `position`,
-            `unit`, `label`, `relevance` and `activation` (a head's or an error's: the length of
-            its vector), `influence` on the target (0 to 1), `rest` (the residual: relevance from
-            nodes and edges that are not shown), `reconstruction` (relevance from errors of sparse
-            coders that are no nodes of their own) and, for each term of the ledger, what was
-            absorbed.
+            `"target"`), `hook` (where it is), `layer` (-1 for tokens, the number of layers for the
+            target), `position`, `unit`, `label`, `relevance` and `activation` (a head's or an
+            error's: the length of its vector), `influence` on the target (0 to 1), `rest` (the
+            residual: relevance from nodes and edges that are not shown), `reconstruction`
+            (relevance from errors of sparse coders that are no nodes of their own) and, for each
+            term of the ledger, what was absorbed.
         edges: `source`, `target` (ids), `relevance`, in units of the target, and `via`: how the
             edge enters a head, `"q"`, `"k"` or `"v"`, where `attention="qkv"` tells; `""`
             elsewhere.
