@@ -71,7 +71,7 @@ def main() -> None:
         f"estimate: {estimate} (itself {busy:.0f} s, {(peak() - before) / 1e9:.2f} GB)", flush=True
     )
     within = estimate.within(options.max_memory)
-    print(f"within {options.max_memory / 1e9:.1f} GB: {within.rows} rows at once", flush=True)
+    print(f"within {options.max_memory / 1e9:.1f} GB: {within}", flush=True)
     began = time.process_time()
     graph = attribution_graph(model, prompt, node_share=1.0, **{**given, "rows": within.rows})
     print(
