@@ -4,7 +4,9 @@ from lenslrp.analysis.circuits.curves import faithfulness_curve
 from lenslrp.analysis.circuits.edges import EdgeScores, score_edges
 from lenslrp.analysis.circuits.export import to_transformer_lens
 from lenslrp.analysis.circuits.figures import faithfulness_curves, head_scores
-from lenslrp.analysis.circuits.graph.graphs import AttributionGraph, attribution_graph
+from lenslrp.analysis.circuits.graph.cost import GraphEstimate
+from lenslrp.analysis.circuits.graph.graphs import attribution_graph, estimate_graph
+from lenslrp.analysis.circuits.graph.result import AttributionGraph
 from lenslrp.analysis.circuits.masks import learn_masks
 from lenslrp.analysis.circuits.metrics import METRICS, Metric
 from lenslrp.analysis.circuits.mib import from_mib, to_mib
@@ -27,6 +29,7 @@ __all__ = [
     "AttributionGraph",
     "Circuit",
     "EdgeScores",
+    "GraphEstimate",
     "Metric",
     "Node",
     "NodeScores",
@@ -35,6 +38,7 @@ __all__ = [
     "Verdict",
     "attribution_graph",
     "completeness",
+    "estimate_graph",
     "faithfulness_curve",
     "faithfulness_curves",
     "from_mib",

@@ -18,6 +18,7 @@ from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.circuits.pruning import Verdict, between, prune, verify
 from lenslrp.analysis.circuits.scores import NodeScores
 from lenslrp.errors import InputError
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -26,8 +27,8 @@ SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The ten sizes of MIB's circuits, and nothing at all."""
 
 
-@dataclass(frozen=True, eq=False)
-class FaithfulnessCurve:
+@dataclass(frozen=True, eq=False, repr=False)
+class FaithfulnessCurve(Shown):
     """Faithfulness of circuits of growing size.
 
     Attributes:
@@ -39,6 +40,14 @@ class FaithfulnessCurve:
 
     table: pd.DataFrame
     verdict: Verdict
+
+    def face(self) -> Face:
+        return Face(
+            "Faithfulness over the share of nodes kept",
+            {"CPR": self.cpr, "CMD": self.cmd, "pairs": len(self.verdict.clean)},
+            self.table,
+            notes=["CPR: area under faithfulness; CMD: area between it and 1."],
+        )
 
     @property
     def cpr(self) -> float:

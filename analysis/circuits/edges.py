@@ -40,6 +40,7 @@ from lenslrp.analysis.circuits.edge_methods import (
     exact_scores,
     integrated_scores,
 )
+from lenslrp.analysis.circuits.faces import facts_of
 from lenslrp.analysis.circuits.files import Saved
 from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs
 from lenslrp.analysis.circuits.metrics import Metric, MetricFunction
@@ -58,6 +59,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
 from lenslrp.hooks.structure import layer_of, unchanged
 from lenslrp.sessions import Session
+from lenslrp.views.cards import ROWS, Face, Shown
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -74,8 +76,8 @@ SEQUENCES_AT_ONCE = 64
 """How many sequences run at once."""
 
 
-@dataclass(frozen=True, eq=False)
-class EdgeScores(Saved):
+@dataclass(frozen=True, eq=False, repr=False)
+class EdgeScores(Shown, Saved):
     """What each edge does to a metric, estimated or exact, in the metric's unit.
 
     Attributes:
@@ -108,6 +110,17 @@ class EdgeScores(Saved):
     passes: PassCount
     correct: Bool[Tensor, " pair"] | None = None
     metric: str = "logit_difference"
+
+    def face(self) -> Face:
+        frame = self.to_dataframe()
+        names = ["from", "to", "component", "score", "std"]
+        return Face(
+            f"Scores of edges: {self.method}, {self.direction}",
+            {"edges": len(frame), **facts_of(self)},
+            largest(frame, "score", ROWS)[names],
+            ["score"],
+            [f"The largest in size; in units of {self.metric.replace('_', ' ')}, mean over pairs."],
+        )
 
     @property
     def by_position(self) -> bool:

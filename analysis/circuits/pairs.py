@@ -32,6 +32,7 @@ from lenslrp.logits import Outputs
 from lenslrp.media import labels_of
 from lenslrp.text.names import Token, token_id, token_ids
 from lenslrp.text.tokenization import tokenize
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -46,8 +47,8 @@ PATCH_DIRECTIONS = ("denoising", "noising")
 _Side = TypeVar("_Side")
 
 
-@dataclass(frozen=True, eq=False)
-class Pairs(Saved, PairRows):
+@dataclass(frozen=True, eq=False, repr=False)
+class Pairs(Shown, Saved, PairRows):
     """A batch of pairs; see `from_texts`.
 
     Attributes:
@@ -60,6 +61,16 @@ class Pairs(Saved, PairRows):
         corrupt_mask, counterpart: where lengths differ, the mask of the corrupted prompts, and for
             each clean column [pair, pos] the corrupted one that corresponds to it, or -1.
     """
+
+    def face(self) -> Face:
+        lengths = self.mask.sum(dim=1)
+        span = f"{int(lengths.min())} to {int(lengths.max())}" if len(lengths) else "none"
+        answers = 1 if self.answers.ndim == 1 else self.answers.shape[1]
+        return Face(
+            "Pairs of clean and corrupted prompts",
+            {"pairs": len(self.clean), "tokens": span, "tokens of an answer, up to": answers},
+            notes=["pairs.correct(model) says in which the model does the task."],
+        )
 
     def logit_difference(
         self, logits: Float[Tensor, "pair pos_or_one vocab"]

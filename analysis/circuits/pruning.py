@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lenslrp.analysis.circuits.ablation import ablations
+from lenslrp.analysis.circuits.faces import strips
 from lenslrp.analysis.circuits.files import Saved
 from lenslrp.analysis.circuits.metrics import Metric, MetricFunction, as_metric
 from lenslrp.analysis.circuits.node_methods import answered
@@ -33,13 +34,14 @@ from lenslrp.analysis.common.statistics import RESAMPLES
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import unchanged
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-@dataclass(frozen=True, eq=False)
-class Circuit(Saved):
+@dataclass(frozen=True, eq=False, repr=False)
+class Circuit(Shown, Saved):
     """Some of the nodes of some component classes.
 
     Attributes:
@@ -59,6 +61,11 @@ class Circuit(Saved):
 
     components: Mapping[str, str]
     keep: Mapping[str, Bool[Tensor, " unit"]]
+
+    def face(self) -> Face:
+        sizes = {name: f"{kept:,} of {total:,}" for name, (kept, total) in self.sizes().items()}
+        note = "Each line is a hook point, each mark one of its units that is in the circuit."
+        return Face("Circuit", sizes, notes=[note], body=strips(self.keep))
 
     def nodes(self) -> list[Node]:
         """The nodes that are in the circuit."""
@@ -205,8 +212,8 @@ def between(resampled: NDArray[np.float64]) -> tuple[float, float, float]:
     return float(resampled[0]), float(low), float(high)
 
 
-@dataclass(frozen=True, eq=False)
-class Verdict(Saved):
+@dataclass(frozen=True, eq=False, repr=False)
+class Verdict(Shown, Saved):
     """What circuits do when all else is ablated; a metric, [pair] each.
 
     Attributes:
@@ -223,6 +230,23 @@ class Verdict(Saved):
     gaps: Float[Tensor, "circuit pair"]
     correct: Bool[Tensor, " pair"]
     metric: str = "logit_difference"
+
+    def face(self) -> Face:
+        intervals = [self.interval(index) for index in range(len(self.gaps))]
+        frame = pd.DataFrame(intervals, columns=["faithfulness", "low", "high"])
+        frame.insert(0, self.metric.replace("_", " "), self.gaps.double().mean(dim=1).tolist())
+        frame.insert(0, "circuit", range(len(frame)))
+        return Face(
+            "Verdict: circuits with all else ablated",
+            {
+                "pairs": len(self.clean),
+                "whole model": float(self.clean.mean()),
+                "floor": float(self.floor.mean()),
+                "model is right in": f"{self.solved:.0%}",
+            },
+            frame,
+            notes=["Faithfulness: (circuit - floor) / (whole - floor), 95% bootstrap interval."],
+        )
 
     @property
     def solved(self) -> float:

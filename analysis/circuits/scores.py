@@ -31,6 +31,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lenslrp.analysis.circuits.faces import facts_of
 from lenslrp.analysis.circuits.files import Saved
 from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs
 from lenslrp.analysis.circuits.metrics import Metric, MetricFunction
@@ -53,13 +54,14 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import Composite
 from lenslrp.hooks.structure import layer_of, unchanged
 from lenslrp.sessions import Session
+from lenslrp.views.cards import ROWS, Face, Shown
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-@dataclass(frozen=True, eq=False)
-class NodeScores(Saved):
+@dataclass(frozen=True, eq=False, repr=False)
+class NodeScores(Shown, Saved):
     """What each node does to a metric, estimated or exact, in the metric's unit.
 
     Attributes:
@@ -86,6 +88,16 @@ class NodeScores(Saved):
     passes: PassCount
     correct: Bool[Tensor, " pair"] | None = None
     metric: str = "logit_difference"
+
+    def face(self) -> Face:
+        frame = self.to_dataframe()
+        return Face(
+            f"Scores of nodes: {self.method}, {self.direction}",
+            {"nodes": len(frame), **facts_of(self)},
+            largest(frame, "score", ROWS),
+            ["score"],
+            [f"The largest in size; in units of {self.metric.replace('_', ' ')}, mean over pairs."],
+        )
 
     @property
     def by_position(self) -> bool:
