@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import TypeAlias
 
-from transformer_lens.utilities import get_act_name
+from transformer_lens.utilities.components_utils import get_act_name
 
 from lenslrp.errors import InputError
 
@@ -14,7 +14,7 @@ Name: TypeAlias = str | tuple[str, int] | tuple[str, int, str]
 
 
 def full_name(key: Name, known: Container[str]) -> str:
-    """The whole hook name that a key stands for, by ``transformer_lens.utilities.get_act_name``.
+    """The whole hook name that a key stands for, by TransformerLens' `get_act_name`.
 
     Args:
         key: a hook name; a short form; or the name with a layer, and with the part of the block

@@ -185,7 +185,8 @@ def top_table(
         positions = text.positions[row].tolist()
         experts = value.ndim == 4 and hook.endswith("hook_expert_post")
         if (value.ndim != 3 and not experts) or name in cache.position_axes:
-            heads = ": R.heads() has the relevance of heads" * hook.endswith("hook_z")
+            of_heads = hook.endswith(("hook_z", "hook_scan_out"))
+            heads = ": R.heads() has the relevance of heads" * of_heads
             raise InputError(
                 f"{hook} has shape {list(value.shape)}; top() needs [batch, pos, features]{heads}"
             )

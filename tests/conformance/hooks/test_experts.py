@@ -238,6 +238,8 @@ def test_experts_without_a_token_have_no_relevance(mixtral: Any) -> None:
 def test_top_neurons_name_their_expert(mixtral: Any) -> None:
     R = explain(mixtral, lenslrp.AttnLRP())
     best = R.top("mlp.hook_expert_post", k=4).iloc[0]
+    there = R.top("mlp.hook_expert_post", k=1, position=int(best["position"])).iloc[0]
+    assert there.equals(best)
     chosen = R.routing[f"blocks.{best['layer']}.mlp"][0, best["position"]].tolist()
     slot = chosen.index(best["expert"])
     name = f"blocks.{best['layer']}.mlp.hook_expert_post"

@@ -243,6 +243,13 @@ def top(case: Case, position: int) -> int:
     return nearest(own[EARLY][0, case.real, 3], entry["relevance"])
 
 
+def top_at(case: Case, position: int) -> int:
+    own = case.relevance(5, [EARLY])
+    frame = own.top(k=10_000, row=0, position=position)
+    (entry,) = frame[frame["neuron"] == 3].itertuples()
+    return nearest(own[EARLY][0, case.real, 3], entry.relevance)
+
+
 def frame(case: Case, position: int) -> int:
     own = case.relevance(5)
     rows = own.to_dataframe()
@@ -321,6 +328,7 @@ WAYS: dict[str, tuple[Way, tuple[str, ...]]] = {
     "score_edges(only=)": (upstream, ("right", "none")),
     "score_edges(into=)": (downstream, ("right", "none")),
     "R.top(), column position": (top, BATCHES),
+    "R.top(position=)": (top_at, BATCHES),
     "R.to_dataframe(), column position": (frame, BATCHES),
     "R.words(), column positions": (words, BATCHES),
     "R.residual(), columns": (residual, BATCHES),

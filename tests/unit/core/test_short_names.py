@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformer_lens.utilities import get_act_name
+from transformer_lens.utilities.components_utils import get_act_name
 
 import lenslrp
 from lenslrp.errors import InputError
