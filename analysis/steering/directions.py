@@ -63,6 +63,7 @@ def mean_difference(
     *,
     tokens: Literal["last", "all"] = "last",
     prepend_bos: bool | None = None,
+    name: str | None = None,
 ) -> Direction:
     """Mean activation over `positive` texts less that over `negative` ones.
 
@@ -72,6 +73,7 @@ def mean_difference(
         at: a hook point whose activations are [batch, pos, features].
         tokens: `"last"`: each text by its last token; `"all"`: by the mean over all.
         prepend_bos: as in `model.to_tokens`.
+        name: of the direction, shown wherever it is.
 
     Returns:
         A direction of length [features], in units of the activations.
@@ -93,7 +95,7 @@ def mean_difference(
             for row in states(model, texts, at, prepend_bos=prepend_bos)
         ]
         means.append(torch.stack(rows).mean(dim=0, dtype=widest(rows[0])))
-    return Direction(at, (means[0] - means[1]).to(_kept(model)))
+    return Direction(at, (means[0] - means[1]).to(_kept(model)), name)
 
 
 def _kept(model: TransformerBridge) -> torch.dtype:
@@ -108,6 +110,7 @@ def relevance_direction(
     at: str,
     *,
     prepend_bos: bool | None = None,
+    name: str | None = None,
 ) -> Direction:
     """What the stream holds where it matters: the relevance-weighted mean of normed activations.
 
@@ -122,6 +125,7 @@ def relevance_direction(
         texts, targets: one target a text, as in `lenslrp.run_with_relevance`.
         at: a hook point of the residual stream.
         prepend_bos: as in `model.to_tokens`.
+        name: of the direction, shown wherever it is.
 
     Returns:
         A direction of length [d_model]; a weighted mean of vectors whose entries have a root mean
@@ -155,11 +159,16 @@ def relevance_direction(
             session.run_with_relevance(
                 text, target, at, reduce={at: Deliver(add)}, prepend_bos=prepend_bos
             )
-    return Direction(at, (total / weight).to(_kept(model)))
+    return Direction(at, (total / weight).to(_kept(model)), name)
 
 
 def unembedding_direction(
-    model: TransformerBridge, token: str | int, at: str, *, against: str | int | None = None
+    model: TransformerBridge,
+    token: str | int,
+    at: str,
+    *,
+    against: str | int | None = None,
+    name: str | None = None,
 ) -> Direction:
     """What raises a token's logit: its row of the unembedding, as the final norm's gain reads it.
 
@@ -168,6 +177,7 @@ def unembedding_direction(
         token: of the vocabulary.
         at: a hook point of the residual stream.
         against: a token whose row is subtracted, so that the two are told apart.
+        name: of the direction, shown wherever it is.
 
     Returns:
         A direction of length [d_model].
@@ -181,7 +191,7 @@ def unembedding_direction(
     norm = output_norm(model)
     if norm is not None:
         vector = measure_gain(model, norm, vector[None]).backward(vector)
-    return Direction(known_hook(model, at), vector)
+    return Direction(known_hook(model, at), vector, name)
 
 
 def mean_activation(

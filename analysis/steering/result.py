@@ -7,7 +7,7 @@ with `SweepResult.scored`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,17 +41,19 @@ class SweepResult:
     Attributes:
         frame: see `to_dataframe`.
         seed: of placebos and intervals.
+        operations: what was swept, one a layer: an operation and its unit, by name.
     """
 
     frame: pd.DataFrame
     seed: int
+    operations: tuple[str, ...]
 
     def __repr__(self) -> str:
         steered = self.frame[self.frame.kind == "steered"]
         strengths = ", ".join(f"{c:g}" for c in sorted(steered.coefficient.unique()))
         layers = sorted(steered.layer.unique().tolist())
         return (
-            f"SweepResult(strengths {strengths} at layers {layers}, "
+            f"SweepResult({self._swept()}, strengths {strengths} at layers {layers}, "
             f"{steered.prompt.nunique()} prompts, {len(self.frame)} texts)"
         )
 
@@ -70,7 +72,11 @@ class SweepResult:
         shown |= {kind: texts[kind] for kind in ("steered", "placebo") if kind in texts}
         return result_card(
             "Sweep: what steering does, beside placebos",
-            {"prompts": self.frame.prompt.nunique(), "text of the base model": base},
+            {
+                "swept": self._swept(),
+                "prompts": self.frame.prompt.nunique(),
+                "text of the base model": base,
+            },
             pd.DataFrame(shown).reset_index(),
             coloured=["change of target", "over placebo"],
             notes=[
@@ -109,7 +115,7 @@ class SweepResult:
         if name in self.frame:
             raise InputError(f"there is a column {name!r} already: call the metric something else")
         values = [float(score(text)) for text in self.frame["text"]]
-        return SweepResult(self.frame.assign(**{name: values}), self.seed)
+        return replace(self, frame=self.frame.assign(**{name: values}))
 
     def summary(self, metric: str = "target") -> pd.DataFrame:
         """Means over prompts with 95% bootstrap intervals, by layer and coefficient.
@@ -195,6 +201,10 @@ class SweepResult:
         axes.set_xlabel("strength", color=theme.ink, fontsize=9)
         axes.set_title(METRIC_LABELS.get(metric, metric), loc="left", color=theme.ink, fontsize=10)
         axes.grid(color=theme.muted, alpha=0.25)
+
+    def _swept(self) -> str:
+        more = len(self.operations) - 1
+        return self.operations[0] + (f" and {more} more" if more else "")
 
     def _require(self, metric: str) -> None:
         if metric not in self.metrics():

@@ -168,7 +168,8 @@ def sweep(
     scored = pd.concat(frames, ignore_index=True)
     scored["nll"] = batch.surprise(model, np.stack(scored.pop("tokens").to_list()))
     scored["perplexity"] = np.exp(scored["nll"])
-    return SweepResult(scored, seed)
+    names = tuple(f"{type(each).__name__} of {each.unit}" for each in operations)
+    return SweepResult(scored, seed, names)
 
 
 @dataclass(frozen=True, eq=False)

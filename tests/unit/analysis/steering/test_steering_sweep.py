@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from lenslrp.analysis.steering.directions import (
+    mean_difference,
+    relevance_direction,
+    unembedding_direction,
+)
 from lenslrp.analysis.steering.operations import Ablate, Add, Clamp, Moving, Scale, steer
 from lenslrp.analysis.steering.result import METRIC_LABELS, SweepResult
 from lenslrp.analysis.steering.sweeps import sweep
@@ -221,3 +226,16 @@ def test_the_figure_draws_the_means_of_the_layer_asked_for() -> None:
         result.plot(("loss",), layer=0)
     bare = swept(model_(), Add(direction(), 0.0), [1.0], draws=0).plot(("nll",))
     assert [line.get_label() for line in bare.axes[0].lines] == ["steered", "base model"]
+
+
+def test_a_sweep_says_what_it_swept() -> None:
+    model, at = model_(), "blocks.0.hook_resid_post"
+    polite = mean_difference(model, ["a b"], ["c d"], at, name="politeness")
+    one = swept(model, Add(polite, 0.0), [1.0], draws=0)
+    name = f"Add of {at}[direction politeness]"
+    assert repr(one).startswith(f"SweepResult({name}, strengths 1 at layers [0], ")
+    assert name in one._repr_html_() and one.scored("x", len).operations == (name,)
+    both = swept(model, lambda k: Scale(Neuron(k, 3), 1.0), [0.0], layers=[0, 1], draws=0)
+    assert "Scale of blocks.0.mlp.hook_post[3] and 1 more, strengths 0" in repr(both)
+    assert unembedding_direction(model, "a", at, name="a").name == "a"
+    assert relevance_direction(model, ["a b"], ["c"], at, name="c").name == "c"
