@@ -41,12 +41,12 @@ class SweepResult:
     Attributes:
         frame: see `to_dataframe`.
         seed: of placebos and intervals.
-        operations: what was swept, one a layer: an operation and its unit, by name.
+        operations: what was swept, one a layer: an operation and its unit, by name; empty if unknown.
     """
 
     frame: pd.DataFrame
     seed: int
-    operations: tuple[str, ...]
+    operations: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         steered = self.frame[self.frame.kind == "steered"]
@@ -203,8 +203,8 @@ class SweepResult:
         axes.grid(color=theme.muted, alpha=0.25)
 
     def _swept(self) -> str:
-        more = len(self.operations) - 1
-        return self.operations[0] + (f" and {more} more" if more else "")
+        first, *more = self.operations or ("operation without a name",)
+        return first + (f" and {len(more)} more" if more else "")
 
     def _require(self, metric: str) -> None:
         if metric not in self.metrics():

@@ -234,6 +234,7 @@ def test_a_sweep_says_what_it_swept() -> None:
     one = swept(model, Add(polite, 0.0), [1.0], draws=0)
     name = f"Add of {at}[direction politeness]"
     assert repr(one).startswith(f"SweepResult({name}, strengths 1 at layers [0], ")
+    assert repr(SweepResult(one.frame, 0)).startswith("SweepResult(operation without a name, ")
     assert name in one._repr_html_() and one.scored("x", len).operations == (name,)
     both = swept(model, lambda k: Scale(Neuron(k, 3), 1.0), [0.0], layers=[0, 1], draws=0)
     assert "Scale of blocks.0.mlp.hook_post[3] and 1 more, strengths 0" in repr(both)
