@@ -41,7 +41,7 @@ class SweepResult:
     Attributes:
         frame: see `to_dataframe`.
         seed: of placebos and intervals.
-        operations: what was swept, one a layer: an operation and its unit, by name; empty if unknown.
+        operations: what was swept, one a layer: an operation and its unit, by name.
     """
 
     frame: pd.DataFrame
