@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lenslrp.analysis import Direction, Feature, Head, Neuron, SparseCoder, parse_unit
-from lenslrp.analysis.units.readers import searched_hooks
+from lenslrp.analysis.units.readers import FeatureReader, searched_hooks
 from lenslrp.errors import InputError
 from tests.conformance import zoo
 
@@ -173,7 +173,9 @@ def test_a_feature_is_searched_with_its_coders_scale() -> None:
         [site] = searched_hooks(one)
         scale = x.std(dim=-1, keepdim=True) if "normalization" in changes else 1.0
         expected = scale * one.encode(x) * (g @ one.W_dec.T)
-        torch.testing.assert_close(site.reader.relevance(x, g), expected)
+        reader = cast(FeatureReader, site.reader)
+        written = reader.written(reader.activation(x), x)
+        torch.testing.assert_close(reader.relevance(written, g), expected)
         marks.add(site.fingerprint)
     assert len(marks) == 4  # a search is not resumed with another function of the same weights
 
