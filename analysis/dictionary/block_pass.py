@@ -2,8 +2,8 @@
 
 Activations are read by forward hooks; where relevance is wanted too, the same forward pass runs
 under the rules and one backward pass serves every unit. Nothing of size [row, pos, unit] outlives
-the call that hands it on: many units come a few rows at a time, and what relevance needs of features
-is kept where they are active. Without relevance the forward pass stops at the last hook point that is
+the call that hands it on: many units come a few rows at a time, and of features only what is active
+is kept for their relevance. Without relevance the forward pass stops at the last hook point that is
 read, and the unembedding never runs; with it, the unembedding runs at the targets' positions only.
 """
 

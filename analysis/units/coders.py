@@ -137,7 +137,7 @@ class SparseCoder:
         return x[..., self.heads, :]
 
     def flat_output(self, y: Tensor) -> Float[Tensor, "... d_out"]:
-        """The part of the tensor where the coder writes, at ``hook_out`` or ``hook``, that it writes.
+        """The part that the coder writes of the tensor at ``hook_out``, of an autoencoder at ``hook``.
 
         Raises:
             InputError: another shape than the coder's.

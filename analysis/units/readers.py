@@ -124,7 +124,8 @@ class FeatureReader:
         position, feature = flat.nonzero(as_tuple=True)
         _, scale = self.coder.denormalizer(self.coder.flat(x))
         amount = flat[position, feature] * scale.flatten()[position]
-        return Written(*activation.shape[:2], position, feature, amount)
+        rows, length, _ = activation.shape
+        return Written(rows, length, position, feature, amount)
 
     def relevance(self, written: Written, g: Tensor) -> Float[Tensor, "row pos unit"]:
         """Zero where a feature is not active; ``g`` is of where the coder writes."""
@@ -132,9 +133,9 @@ class FeatureReader:
         features, column = written.feature.unique(return_inverse=True)
         along = g @ self.coder.W_dec[features].to(g).T
         found = written.amount * along[written.position, column]
-        whole = found.new_zeros(len(g), self.coder.W_dec.shape[0])
-        whole[written.position, written.feature] = found
-        return whole.unflatten(0, (written.rows, written.length))
+        relevance = found.new_zeros(len(g), len(self.coder.W_dec))
+        relevance[written.position, written.feature] = found
+        return relevance.view(written.rows, written.length, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,9 +189,7 @@ def searched_hooks(sites: Sites) -> list[SearchedHook]:
             extra += f" {item.hook_out}" if item.hook_out else ""
             mark = _fingerprint([w for w in weights if w is not None], extra)
             name = f"{item.hook}[{item.name}]"
-            searched.append(
-                SearchedHook(name, item.hook, FeatureReader(item), mark, item.hook_out)
-            )
+            searched.append(SearchedHook(name, item.hook, FeatureReader(item), mark, item.hook_out))
         elif isinstance(item, Direction):
             directions.setdefault(item.at, []).append(item)
         else:
