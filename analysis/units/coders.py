@@ -137,7 +137,7 @@ class SparseCoder:
         return x[..., self.heads, :]
 
     def flat_output(self, y: Tensor) -> Float[Tensor, "... d_out"]:
-        """The part that the coder writes of the tensor at ``hook_out``, of an autoencoder at ``hook``.
+        """The part of the tensor at ``hook_out`` (of an autoencoder, at ``hook``) that it writes.
 
         Raises:
             InputError: another shape than the coder's.

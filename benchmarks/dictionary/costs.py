@@ -1,7 +1,7 @@
 """What a dictionary costs: throughput, memory, size, look-ups, and what kills cost it.
 
     python -m benchmarks.dictionary.costs throughput [--layers 30] [--rounds 9]
-    python -m benchmarks.dictionary.costs features [--features 16384] [--active 64] [--rounds 7]
+    python -m benchmarks.dictionary.costs features [--features 16384] [--active 64] [--rounds 5]
     python -m benchmarks.dictionary.costs operations [--layers 30]
     python -m benchmarks.dictionary.costs memory
     python -m benchmarks.dictionary.costs kills [--moments 20]
@@ -65,11 +65,12 @@ def smollm2(layers: int) -> Any:
 ACTS, ALL = ("actmax", "actmin"), ("actmax", "actmin", "relmax", "relmin")
 
 
-def prepared(model: Any, criteria: tuple[str, ...], sites: Any = BOTH) -> Any:
+def prepared(model: Any, criteria: tuple[str, ...], **options: Any) -> Any:
     from lenslrp.analysis.dictionary.job import prepare
 
     corpus = CORPUS if CORPUS.exists() else [[i % 1000 + 5] * 128 for i in range(640)]
-    return prepare(model, corpus, Path(tempfile.mkdtemp()) / "d", sites=sites, criteria=criteria)
+    options = {"sites": BOTH, **options}
+    return prepare(model, corpus, Path(tempfile.mkdtemp()) / "d", criteria=criteria, **options)
 
 
 def scanning(job: Any, runner: Any) -> Callable[[Any], None]:
@@ -173,11 +174,11 @@ def throughput(arguments: argparse.Namespace) -> None:
     _compare(model, arguments.rounds)
 
 
-def _compare(model: Any, rounds: int, sites: Any = BOTH, coder: Any = None) -> None:
+def _compare(model: Any, rounds: int, coder: Any = None, **options: Any) -> None:
     """Scans beside the plain model, in turn."""
     jobs = {
-        "ActMax, ActMin": prepared(model, ACTS, sites),
-        "and RelMax, RelMin": prepared(model, ALL, sites),
+        "ActMax, ActMin": prepared(model, ACTS, **options),
+        "and RelMax, RelMin": prepared(model, ALL, **options),
     }
     first, second = jobs
     ways = plainly(model, coder)
@@ -235,7 +236,7 @@ def features(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     print(f"{coder}, {arguments.active} active, {arguments.rounds} rounds of a block, one thread")
     if arguments.rounds:
-        _compare(model, arguments.rounds, coder, coder)
+        _compare(model, arguments.rounds, coder, sites=coder, batch_size=arguments.batch_size)
     texts = [
         json.loads(line)["text"] for line in CORPUS.read_text().splitlines()[: arguments.texts]
     ]
@@ -469,10 +470,11 @@ def main() -> None:
         if name == "throughput":
             command.add_argument("--rounds", type=int, default=9)
         if name == "features":
-            command.add_argument("--rounds", type=int, default=7)
+            command.add_argument("--rounds", type=int, default=5)
             command.add_argument("--features", type=int, default=16384)
             command.add_argument("--active", type=int, default=64)
-            command.add_argument("--texts", type=int, default=48)
+            command.add_argument("--texts", type=int, default=12)
+            command.add_argument("--batch-size", type=int, default=4)
         if name == "memory":
             command.add_argument("--documents", type=int, default=0)
         if name == "kills":
