@@ -17,7 +17,7 @@ import torch
 
 import lenslrp
 from lenslrp.analysis import Ablate, Feature, SparseCoder, feature_relevance, steer
-from lenslrp.analysis.dictionary import topk
+from lenslrp.analysis.dictionary import publish, schemas, topk
 from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 from lenslrp.analysis.dictionary.pages.page import fragment, page_html
 from lenslrp.errors import InputError
@@ -38,12 +38,12 @@ CODERS: dict[str, dict[str, Any]] = {
 }
 
 
-def coder(name: str) -> SparseCoder:
+def coder(name: str, features: int = FEATURES) -> SparseCoder:
     draw = torch.Generator().manual_seed(3)
     weights = {
-        "W_enc": torch.randn(16, FEATURES, generator=draw),
-        "b_enc": torch.randn(FEATURES, generator=draw) - 1,
-        "W_dec": torch.randn(FEATURES, 16, generator=draw),
+        "W_enc": torch.randn(16, features, generator=draw),
+        "b_enc": torch.randn(features, generator=draw) - 1,
+        "W_dec": torch.randn(features, 16, generator=draw),
         "b_dec": torch.zeros(16),
     }
     return SparseCoder(name=name, **weights, **CODERS[name])
@@ -90,6 +90,19 @@ def test_files_are_the_same_however_many_rows_are_taken_at_a_time(
     monkeypatch.setattr(topk, "PART", 1)  # one row at a time
     built(tmp_path / "rows", sites).close()
     assert contents(tmp_path / "rows") == contents(tmp_path / "whole")
+
+
+def test_files_are_the_same_however_many_units_are_prepared_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (schemas, publish):
+        monkeypatch.setattr(module, "UNIT_GROUP", 64)
+    for prepared in (64, 256):
+        monkeypatch.setattr(publish, "PREPARED", prepared)
+        d = built(tmp_path / f"{prepared}", [coder("skip", features=130), "attn.hook_z"])
+        assert len(d.units) == 130 + 2 * 2
+        d.close()
+    assert contents(tmp_path / "64") == contents(tmp_path / "256")
 
 
 def test_a_block_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
