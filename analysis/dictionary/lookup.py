@@ -183,7 +183,11 @@ def _examples_in(
 
 
 class Citations:
-    """Which examples reference a document; read from disk as it is asked for."""
+    """Which examples reference a document; read from disk as it is asked for.
+
+    Examples with score 0 are passed over: where a feature is active in fewer documents than it is
+    shown with, the rest are documents in which it does nothing.
+    """
 
     def __init__(self, path: Path, examples: int) -> None:
         require_header(path)
@@ -231,15 +235,17 @@ class Citations:
         entries, positions, scores = (self._file.get_slice(name)[a:b] for name in names)
         require_range(self.path, "entries", entries, 0, self.examples)
         require_range(self.path, "positions", positions, 0, 1 << 15)
-        return entries.astype(np.int64), positions.astype(np.int64), scores
+        some = scores != 0
+        return entries[some].astype(np.int64), positions[some].astype(np.int64), scores[some]
 
     def strengths(
         self, slots: tuple[tuple[str, int], ...], criterion: str, units: int
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """The sum of the sizes of each unit's scores of a criterion, and how many there are."""
-        entries = self._entries()
+        entries, scores = self._entries(), self._file.get_tensor("scores")
         right = np.array([name == criterion for name, _ in slots])[entries % len(slots)]
-        of, sizes = entries[right] // len(slots), np.abs(self._file.get_tensor("scores")[right])
+        right &= scores != 0
+        of, sizes = entries[right] // len(slots), np.abs(scores[right])
         return np.bincount(of, sizes, units), np.bincount(of, minlength=units)
 
     def _entries(self) -> NDArray[np.int64]:
@@ -251,7 +257,8 @@ class Citations:
         self, tokens: list[int], slots: tuple[tuple[str, int], ...], criterion: str, units: int
     ) -> NDArray[np.int64]:
         """How many of each unit's examples of a criterion have their hit at one of `tokens`."""
-        hits = np.isin(self._file.get_tensor("tokens"), tokens).nonzero()[0]
+        at_token = np.isin(self._file.get_tensor("tokens"), tokens)
+        hits = (at_token & (self._file.get_tensor("scores") != 0)).nonzero()[0]
         entries = self._entries()[hits]
         right = np.array([name == criterion for name, _ in slots])[entries % len(slots)]
         return np.bincount(entries[right] // len(slots), minlength=units)

@@ -154,6 +154,27 @@ def test_a_feature_has_a_page_and_is_found(name: str, features: NeuronDictionary
         _ = page.unit
 
 
+def test_a_feature_is_not_found_by_documents_in_which_it_is_not_active(tmp_path: Path) -> None:
+    rare = replace(coder("autoencoder"), b_enc=torch.full((FEATURES,), -4.0))
+    d = built(tmp_path / "d", rare)
+    frame = d.to_dataframe("actmax")
+    silent = set(frame.groupby("unit")["score"].max().loc[lambda best: best == 0].index)
+    firing = set(frame["unit"]) - silent
+    assert silent and firing
+    shown = d.page(d.plan.places[0], min(silent)).examples("actmax").iloc[0]
+    word = shown.tokens[shown.position - shown.start].strip()
+    texts_found = d.search_text(word, limit=10**6)
+    assert not set(texts_found["unit"]) & silent and set(texts_found["score"]) - {0.0}
+    assert (texts_found["score"] != 0).all()
+    assert not set(d.search_tokens(word, limit=10**6)["unit"]) & silent
+    found = d.find(word, limit=10**6)
+    active = frame[frame["score"] > 0].groupby("unit").size()
+    assert not set(found.units["unit"]) & silent and len(found.units)
+    for row in found.units.itertuples():
+        assert row.of == active[row.unit]
+    d.close()
+
+
 def unit_number(d: NeuronDictionary, unit: Feature) -> int:
     place, index = d.unit_number(unit)
     return place.first + index
