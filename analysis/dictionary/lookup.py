@@ -185,8 +185,8 @@ def _examples_in(
 class Citations:
     """Which examples reference a document; read from disk as it is asked for.
 
-    Examples with score 0 are passed over: where a feature is active in fewer documents than it is
-    shown with, the rest are documents in which it does nothing.
+    Examples with score 0 are not among them: of a feature that is active in fewer documents than it
+    is shown with, the rest are documents in which it does nothing.
     """
 
     def __init__(self, path: Path, examples: int) -> None:
@@ -202,16 +202,17 @@ class Citations:
         except (SafetensorError, OSError) as error:
             raise StorageError(f"{path} is damaged or truncated: {error}") from error
         documents = tensors.get("documents", ("", [0]))[1]
+        cited = tensors.get("entries", ("", [0]))[1]
         entry = "I32" if examples < 2**31 else "I64"
         expected = {
             "documents": ("I64", documents),
             "offsets": ("I64", [sum(documents) + 1]),
-            "entries": (entry, [examples]),
-            "positions": ("I16", [examples]),
-            "tokens": ("I32", [examples]),
-            "scores": ("F32", [examples]),
+            "entries": (entry, cited),
+            "positions": ("I16", cited),
+            "tokens": ("I32", cited),
+            "scores": ("F32", cited),
         }
-        if tensors != expected or len(documents) != 1:
+        if tensors != expected or len(documents) != 1 or len(cited) != 1 or cited[0] > examples:
             raise StorageError(
                 f"{path} is damaged: it holds {str(tensors)[:300]}, expected {expected}"
             )
@@ -220,7 +221,7 @@ class Citations:
         self._offsets = file.get_tensor("offsets")
         ends = int(self._offsets[0]), int(self._offsets[-1])
         if (
-            ends != (0, examples)
+            ends != (0, cited[0])
             or (np.diff(self._offsets) < 0).any()
             or (np.diff(self._documents) <= 0).any()
         ):
@@ -235,17 +236,15 @@ class Citations:
         entries, positions, scores = (self._file.get_slice(name)[a:b] for name in names)
         require_range(self.path, "entries", entries, 0, self.examples)
         require_range(self.path, "positions", positions, 0, 1 << 15)
-        some = scores != 0
-        return entries[some].astype(np.int64), positions[some].astype(np.int64), scores[some]
+        return entries.astype(np.int64), positions.astype(np.int64), scores
 
     def strengths(
         self, slots: tuple[tuple[str, int], ...], criterion: str, units: int
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """The sum of the sizes of each unit's scores of a criterion, and how many there are."""
-        entries, scores = self._entries(), self._file.get_tensor("scores")
+        entries = self._entries()
         right = np.array([name == criterion for name, _ in slots])[entries % len(slots)]
-        right &= scores != 0
-        of, sizes = entries[right] // len(slots), np.abs(scores[right])
+        of, sizes = entries[right] // len(slots), np.abs(self._file.get_tensor("scores")[right])
         return np.bincount(of, sizes, units), np.bincount(of, minlength=units)
 
     def _entries(self) -> NDArray[np.int64]:
@@ -257,8 +256,7 @@ class Citations:
         self, tokens: list[int], slots: tuple[tuple[str, int], ...], criterion: str, units: int
     ) -> NDArray[np.int64]:
         """How many of each unit's examples of a criterion have their hit at one of `tokens`."""
-        at_token = np.isin(self._file.get_tensor("tokens"), tokens)
-        hits = (at_token & (self._file.get_tensor("scores") != 0)).nonzero()[0]
+        hits = np.isin(self._file.get_tensor("tokens"), tokens).nonzero()[0]
         entries = self._entries()[hits]
         right = np.array([name == criterion for name, _ in slots])[entries % len(slots)]
         return np.bincount(entries[right] // len(slots), minlength=units)

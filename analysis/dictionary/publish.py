@@ -306,13 +306,14 @@ def _write_texts(
 def _citations(entries: Entries, job: Job) -> dict[str, Tensor]:
     """Which examples reference a document: `entries[offsets[i]:offsets[i + 1]]` reference
     `documents[i]`, with a hit at `positions`, where `tokens` are. An example's number is its
-    row in `examples.parquet`."""
-    flat = entries.documents.reshape(-1)
-    documents, counts = torch.unique(flat, return_counts=True)
+    row in `examples.parquet`. Examples with score 0 are left out: of many features, most are."""
+    flat, scores = entries.documents.reshape(-1), entries.scores.reshape(-1)
+    active = scores.nonzero()[:, 0]
+    documents, counts = torch.unique(flat[active], return_counts=True)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    order = flat.argsort(stable=True)
+    order = active[flat[active].argsort(stable=True)]
     positions = entries.positions.reshape(-1)[order]
-    tokens = torch.empty(len(flat), dtype=torch.int32)
+    tokens = torch.empty(len(order), dtype=torch.int32)
     for doc, a, b in zip(
         documents.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True
     ):
@@ -324,5 +325,5 @@ def _citations(entries: Entries, job: Job) -> dict[str, Tensor]:
         "entries": order.int() if small else order,
         "positions": positions,
         "tokens": tokens,
-        "scores": entries.scores.reshape(-1)[order],
+        "scores": scores[order],
     }
