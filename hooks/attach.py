@@ -17,7 +17,8 @@ from lenslrp.hooks.leaf_modules import (
     media_embedders,
     sites_before_sequence,
 )
-from lenslrp.hooks.scans import KEPT_STATES
+from lenslrp.hooks.scan_points import scan_points
+from lenslrp.hooks.scans import KEPT_STATES, mixers
 from lenslrp.hooks.structure import NamedModules
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def attach_all(
     ``at`` learns the sites and how to undo them, as far as it went.
     """
     assigned = assign(model, ctx.composite, ctx.attention)
-    at.edits = meter_edits(at, ctx, modules)
+    at.edits = meter_edits(at, ctx, [*modules, *scan_points(mixers(modules)).items()])
     at.changed = watch_gradients(at, modules)
     at.wrapped, at.weights = assigned.wrapped, assigned.weights
     ctx.queries.update(assigned.queries)

@@ -23,9 +23,9 @@ from torch.nn.modules._functions import BackwardHookFunction
 from transformer_lens.model_bridge.generalized_components.base import _ScaledHookGradient
 
 from lenslrp.hooks import attention_functions, functions, recurrence_functions
-from lenslrp.hooks.observing import VIEW_WRITES
 from lenslrp.hooks.sharding import is_gathering
 from lenslrp.hooks.sites import Site, has_values
+from lenslrp.hooks.view_writes import VIEW_WRITES, is_noted
 
 RULE_FUNCTIONS = frozenset(
     kind
@@ -248,7 +248,8 @@ def _wants(node: Any, name: str, writes: Mapping[int, str]) -> str:
     if name in LINEAR_NODES | DEVIATION_NODES or name.startswith("MkldnnReorder"):
         return ""
     if name in VIEW_WRITES:
-        hidden = writes.get(id(node), "an unknown write into a view")
+        unseen = "" if is_noted(node) else "an unknown write into a view"
+        hidden = writes.get(id(node), unseen)
         return f"?{hidden}" if hidden else ""
     if name in BILINEAR_NODES:
         return "product"

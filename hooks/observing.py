@@ -16,21 +16,7 @@ from torch import Tensor, nn
 
 from lenslrp.hooks.intercept import Intercept
 from lenslrp.hooks.structure import NamedModules
-
-VIEW_WRITES = frozenset({"CopySlices"})
-"""Graph nodes of writes into views."""
-
-LINEAR_IN_PLACE_FUNCTIONS = frozenset(
-    {
-        "__iadd__", "__isub__", "__setitem__", "add_", "copy_", "fill_", "fill_diagonal_",
-        "index_add_", "index_copy_", "index_fill_", "index_put_", "masked_fill_",
-        "masked_scatter_", "neg_", "scatter_add_", "sub_", "zero_",
-    }
-)  # fmt: skip
-"""In-place functions that are linear in the tensor written to and in what is written."""
-
-SCALING_FUNCTIONS = frozenset({"__imul__", "__itruediv__", "div_", "divide_", "mul_", "multiply_"})
-"""In-place functions that are linear while only one factor is on the graph."""
+from lenslrp.hooks.view_writes import is_linear_write, node_of_write
 
 DETACHING = frozenset({"detach", "detach_"})
 
@@ -69,10 +55,10 @@ class Observer(Intercept):
         if reached or name == "register_hook":
             self.touched += not _is_of(_caller(), "lenslrp.")
         out = func(*args, **kwargs)
-        node = (first if first._base is None else first._base).grad_fn
-        if node is not None and id(node) not in self.writes and type(node).__name__ in VIEW_WRITES:
+        node = node_of_write(first)
+        if node is not None and id(node) not in self.writes:
             self._nodes.append(node)
-            self.writes[id(node)] = "" if _is_linear(name, args, kwargs) else name
+            self.writes[id(node)] = "" if is_linear_write(name, args, kwargs) else name
         return out
 
     def _saw_cut(self, args: tuple[Any, ...], name: str) -> None:
@@ -115,9 +101,3 @@ def _caller() -> FrameType | None:
 
 def _is_of(frame: FrameType | None, *packages: str) -> bool:
     return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(packages)
-
-
-def _is_linear(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if name in SCALING_FUNCTIONS:
-        return not any(isinstance(x, Tensor) and x.requires_grad for x in args[1:])
-    return name in LINEAR_IN_PLACE_FUNCTIONS and "reduce" not in kwargs

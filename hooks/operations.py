@@ -45,6 +45,7 @@ from lenslrp.hooks.rule_types import (
     product_shares,
 )
 from lenslrp.hooks.sites import Site, row_sums
+from lenslrp.hooks.view_writes import note_write
 
 ACTIVATION_FUNCTIONS = frozenset(
     {"silu", "gelu", "relu", "leaky_relu", "elu", "tanh", "mish", "hardswish"}
@@ -107,6 +108,7 @@ class OperationIntercept(Intercept):
             if self.spec.attention:
                 return self.matrix_product(func, args, kwargs)
         out = func(*args, **kwargs)
+        note_write(name, args, kwargs)
         if name in SUM_FUNCTIONS or name in DIFFERENCE_FUNCTIONS:
             return self.sum(out, args, -1.0 if name in DIFFERENCE_FUNCTIONS else 1.0)
         if name in ("matmul", "__matmul__") and on_graph(args[0]) and args[1].ndim == 2:

@@ -41,8 +41,11 @@ WHEN_HOOKED = ("hook_attn_out", "hook_mlp_out", "hook_result", "hook_embed", "em
 """Points that TransformerLens calls only where they have hooks of its own kind: what Granite adds
 to the residual stream is multiplied by a constant after the module that made it."""
 
-ON_REQUEST = "hook_scan_map"
-"""A point that costs a scan for each position, and is not read unless it is asked for."""
+ON_REQUEST = ("hook_scan_map", "hook_scan_state")
+"""Points that cost scans of their own, and are not read unless they are asked for."""
+
+SCAN_HOOKS = ("hook_scan_in", "hook_scan_out", *ON_REQUEST)
+"""The points of a recurrent mixer (:mod:`lenslrp.hooks.scan_points`)."""
 
 TOTAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
@@ -138,7 +141,8 @@ def listen(at: Attached, point: Any, names: Iterable[str], hook: Callable[..., A
 def select_names(available: Iterable[str], names_filter: NamesFilter) -> tuple[list[str], bool]:
     """The hook names asked for, and whether they were asked for one by one.
 
-    A name without a block, such as ``"mlp.hook_post"``, stands for that hook in every block.
+    A name without a block, such as ``"mlp.hook_post"``, stands for that hook in every block; those
+    of scans (``"hook_scan_out"``) for that of every mixer, whatever it is called.
 
     Raises:
         InputError: a name that is no hook point of this model, with the nearest ones.
@@ -160,7 +164,7 @@ def select_names(available: Iterable[str], names_filter: NamesFilter) -> tuple[l
     chosen: list[str] = []
     for name in wanted:
         inside = [n for n in names if layer_of(n) is not None and n.endswith("." + name)]
-        inside = [n for n in inside if n.split(".", 2)[2] == name]
+        inside = [n for n in inside if n.split(".", 2)[2] == name or name in SCAN_HOOKS]
         if name in known:
             chosen.append(name)
         elif inside:

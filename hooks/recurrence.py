@@ -20,11 +20,11 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.gated_delta_net import GatedDeltaNetBridge
 
 from lenslrp.errors import InputError
@@ -41,17 +41,12 @@ from lenslrp.hooks.operations import (
     attach_operations,
 )
 from lenslrp.hooks.rule_types import Operations, Plain, product_shares
-from lenslrp.hooks.scan_points import ScanPoints, mapped, points_of, shown
-from lenslrp.hooks.scans import (
-    DELTA_ATTRIBUTE,
-    SCAN_MODULES,
-    SCANS,
-    Scan,
-    require_torch_scan,
-    with_functions,
-)
+from lenslrp.hooks.scan_points import ScanPoints, measured, points_of, shown
+from lenslrp.hooks.scans import SCAN_MODULES, Scan, require_torch_scan, require_whole_text
+from lenslrp.hooks.shown_scans import attach_scans, plain_scan
 from lenslrp.hooks.sites import Site
 from lenslrp.hooks.structure import original
+from lenslrp.hooks.view_writes import note_write
 
 MIXER_SPEC = Operations("recurrence_gate", leaks=("sigmoid", "softplus"), attention=False)
 MIXER_SPECS: Mapping[str, Operations] = {
@@ -95,10 +90,9 @@ class RecurrenceIntercept(OperationIntercept):
     def scan(self, function: Callable[..., Any], given: inspect.BoundArguments, form: Scan) -> Any:
         """What a scan returns, under its rule."""
         arguments, site = given.arguments, self.recurrence
-        values = arguments[form.values]
-        if not values.requires_grad:
-            return function(*given.args, **given.kwargs)
-        values = shown(self.points.values, values, form.axis)
+        if not arguments[form.values].requires_grad:
+            return plain_scan(function, given, form, self.points)
+        values = self.seen(self.points.values, arguments[form.values], form.axis)
         first, second = product_shares(site.rule)
         arguments[form.values] = values if self.constant else enter(values, second, site)
         for name in form.operator:
@@ -108,8 +102,8 @@ class RecurrenceIntercept(OperationIntercept):
         again = partial(scanned_again, function, detached(given), form, second)
 
         def left(y: Tensor) -> Tensor:
-            y = mapped(self.points.map, leave(y, site), values, values, again, site, form.axis)
-            return shown(self.points.out, y, form.axis)
+            y = measured(self.points, leave(y, site), values, values, again, site, form.axis)
+            return self.seen(self.points.out, y, form.axis)
 
         self.left, self.scanning, self.skip = left, True, arguments.get(form.skip)
         out = function(*given.args, **given.kwargs)
@@ -117,6 +111,13 @@ class RecurrenceIntercept(OperationIntercept):
             return out
         self.scanning = False
         return (left(out[0]), *out[1:]) if isinstance(out, tuple) else left(out)
+
+    def seen(self, point: HookPoint, x: Tensor, axis: int) -> Tensor:
+        """As :func:`shown`; what a user's hook computes is no code of the mixer's."""
+        self.depth[0] += 1
+        x = shown(point, x, axis)
+        self.depth[0] -= 1
+        return x
 
     def intercept(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.scanning:
@@ -126,8 +127,10 @@ class RecurrenceIntercept(OperationIntercept):
                 self.scanning = False
                 scanned, gate = args[:2] if args[1] is self.gate else args[1::-1]
                 return self.product(self.left(scanned), gate)
-            if not self.constant:
-                return func(*self.skipped(name, args), **kwargs)
+            # Its operator is a constant, or measured as a whole: there is no other rule inside it.
+            out = func(*(args if self.constant else self.skipped(name, args)), **kwargs)
+            note_write(name, args, kwargs)
+            return out
         if name in CONVOLUTION_FUNCTIONS:
             out = func(*args, **kwargs)
             bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
@@ -235,34 +238,28 @@ def attach_recurrence(at: Attached, ctx: Context, path: str, module: nn.Module) 
         raise InputError("a recurrence rule must give the values a share; this one has second=0")
     at.sites.append(site)
     points = points_of(module)
+    mixer: Any = original(module) if isinstance(module, GatedDeltaNetBridge) else module
+    bridged = mixer is not module
+    at.pre_hook(
+        module,
+        lambda _, args, kwargs: require_whole_text(path, mixer, bridged, args, kwargs),
+        with_kwargs=True,
+    )
     if type(module).__name__ in SCAN_MODULES:
+        attach_scans(at, path, module)
         attach_scan_module(at, module, site, points)
         return
-    mixer: Any = original(module) if isinstance(module, GatedDeltaNetBridge) else module
     require_torch_scan(path, mixer)
     convolution = ctx.site(path, module, "short_convolution", Epsilon())
     running: list[RecurrenceIntercept] = []
-    known = inspect.unwrap(type(mixer).forward).__globals__
 
-    def ruled(name: str) -> Callable[..., Any]:
-        function = known[name]
-        signature = inspect.signature(function)
+    def ruled(function: Any, given: inspect.BoundArguments, form: Scan, _: ScanPoints) -> Any:
+        if not running[0].intercepts():
+            return plain_scan(function, given, form, points)
+        return running[0].scan(function, given, form)
 
-        def scan(*args: Any, **kwargs: Any) -> Any:
-            if not running[0].intercepts():
-                return function(*args, **kwargs)
-            return running[0].scan(function, signature.bind(*args, **kwargs), SCANS[name])
-
-        return scan
-
-    scans = {name: ruled(name) for name in SCANS.keys() & known.keys()}
-    if mixer is not module:
-        at.attribute(mixer, DELTA_ATTRIBUTE, scans[f"torch_{DELTA_ATTRIBUTE}"])
-    else:
-        # Where accelerate moves the inputs, the model's own forward is the one that it calls.
-        name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-        run = getattr(module, name)
-        at.attribute(module, name, MethodType(with_functions(run.__func__, scans), module))
+    attach_scans(at, path, module)
+    at.setting(points, "ruled", ruled)
     attach_operations(
         at,
         ctx,
@@ -288,7 +285,9 @@ class SigmoidIntercept(Intercept):
         if name == "sigmoid":
             first, second = product_shares(self.site.rule)
             return func(F.shared(args[0], first / second, self.site))
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        note_write(name, args, kwargs)
+        return out
 
 
 def attach_scan_module(at: Attached, module: Any, site: Site, points: ScanPoints) -> None:
@@ -302,9 +301,9 @@ def attach_scan_module(at: Attached, module: Any, site: Site, points: ScanPoints
         return scan(**arguments)
 
     def call(run: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return run(x, *args, **kwargs)
         x = shown(points.values, x)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return shown(points.out, run(x, *args, **kwargs))
         with SigmoidIntercept(site):
             y = leave(run(enter(x, second, site) if first else x, *args, **kwargs), site)
         admitted = given["hidden_states"]
@@ -315,7 +314,7 @@ def attach_scan_module(at: Attached, module: Any, site: Site, points: ScanPoints
             out: Tensor = scan(**{**operator, "hidden_states": values})[0]
             return out * second
 
-        return shown(points.out, mapped(points.map, y, x, admitted, again, site))
+        return shown(points.out, measured(points, y, x, admitted, again, site))
 
     at.attribute(module, "_rnn_scan", noted)
-    at.around(module, call)
+    at.setting(points, "ruled", call)

@@ -1,4 +1,4 @@
-"""Autograd Functions for the map of a recurrent scan: what went from which position to which."""
+"""Autograd Functions for what is read of a scan: its map from position to position, its state."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lenslrp.hooks.functions import same, set_site
 from lenslrp.hooks.sites import Site
 
 
-class MapOfOnes(torch.autograd.Function):
-    """Ones [batch, head, query, key], so that activation times gradient is the gradient.
+class Ones(torch.autograd.Function):
+    """Ones in the shape of what is read, so that activation times gradient is the gradient.
 
     They are on the graph above ``values``, which get nothing from them: a backward pass visits what
     leads to the leaves only.
@@ -29,18 +29,18 @@ class MapOfOnes(torch.autograd.Function):
         return None, None, None
 
 
-class ScanMap(torch.autograd.Function):
-    """At a scan's output: the gradient of the map of ones is the relevance that went each way."""
+class ScanReading(torch.autograd.Function):
+    """At a scan's output: the gradient of the ones is the relevance that is read."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, ones: Tensor, contributions: Callable[[Tensor], Tensor], site: Site
+        ctx: Any, y: Tensor, ones: Tensor, relevance: Callable[[Tensor], Tensor], site: Site
     ) -> Tensor:
         set_site(ctx, site)
-        ctx.contributions = contributions
+        ctx.relevance = relevance
         return same(y, site.copies)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
         with torch.no_grad():
-            return g, ctx.contributions(g), None, None
+            return g, ctx.relevance(g), None, None

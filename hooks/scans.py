@@ -13,11 +13,12 @@ from functools import cache
 from types import CellType, FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 from transformer_lens.model_bridge.generalized_components.gated_delta_net import GatedDeltaNetBridge
 from transformers.utils.import_utils import is_mambapy_available
 
-from lenslrp.errors import CoverageError
+from lenslrp.errors import CoverageError, InputError
 from lenslrp.hooks.structure import NamedModules, original
 
 
@@ -31,6 +32,7 @@ class Scan:
         skip: a constant weight that the values are multiplied by past the state, all theirs.
         gate: what the function multiplies its output by.
         axis: of the positions.
+        single: there is one position, without an axis.
     """
 
     values: str
@@ -38,6 +40,7 @@ class Scan:
     skip: str = ""
     gate: str = ""
     axis: int = 1
+    single: bool = False
 
 
 SELECTIVE = Scan("hidden_states", ("dt", "B", "C"), skip="D", gate="z")
@@ -49,6 +52,16 @@ SCANS: Mapping[str, Scan] = {
     "rwkv_linear_attention": Scan("value", ("key",)),
 }
 """The scans of transformers' modelling files; a module whose ``forward`` calls one is a mixer."""
+
+STEPS: Mapping[str, Scan] = {
+    "mamba_selective_state_update": replace(SELECTIVE, single=True),
+    "mamba2_selective_state_update": replace(SELECTIVE, single=True),
+    "torch_recurrent_gated_delta_rule": SCANS["torch_chunk_gated_delta_rule"],
+}
+"""What goes on from a cached state by one position. Rules have nothing to say of it."""
+
+WITH_HEADS = frozenset({"mamba2_chunk_scan", "torch_chunk_gated_delta_rule"})
+"""The scans whose values are [batch, pos, head, channel]."""
 
 DELTA_ATTRIBUTE = "chunk_gated_delta_rule"
 """Where TransformerLens looks first for the scan of a gated delta net that it computes itself."""
@@ -110,6 +123,17 @@ def mixer_roles(parts: NamedModules, recurrent: NamedModules) -> dict[int, str]:
     return roles
 
 
+def heads_of(mixer: Any) -> int | None:
+    """How many heads a mixer scans with; ``None`` where every channel has a scan of its own.
+
+    Args:
+        mixer: the module that has the weights.
+    """
+    if not _names(type(mixer).forward) & WITH_HEADS:
+        return None
+    return int(getattr(mixer, "num_v_heads", None) or mixer.num_heads)
+
+
 def scans_itself(module: nn.Module) -> bool:
     """Whether a module's own code scans."""
     cls = type(module)
@@ -167,6 +191,37 @@ def require_torch_scan(path: str, mixer: Any) -> None:
             f"{path}: the scan of {type(mixer).__name__} would be computed by mambapy, which has "
             "a backward pass of its own; set use_mambapy=False in the model's configuration"
         )
+
+
+def require_whole_text(
+    path: str, mixer: Any, bridged: bool, args: tuple[Any, ...], kwargs: Any
+) -> None:
+    """Refuse a pass that goes on from a cache: what came before it is no part of the graph.
+
+    Args:
+        mixer: Hugging Face's.
+        bridged: TransformerLens computes it, unless there is a cache.
+        args, kwargs: what it is called with.
+
+    Raises:
+        InputError: naming the mixer.
+    """
+    if torch.is_grad_enabled() and _goes_on(mixer, bridged, args, kwargs):
+        raise InputError(
+            f"{path}: {type(mixer).__name__} is given a cache, and what it holds of earlier tokens "
+            "is out of reach of the rules; give the whole text in one pass, with use_cache=False"
+        )
+
+
+def _goes_on(mixer: Any, bridged: bool, args: tuple[Any, ...], kwargs: Any) -> bool:
+    """Whether a mixer is given the state of earlier tokens, or a cache that leads past rules."""
+    if type(mixer).__name__ in SCAN_MODULES:  # keeps the state itself; a text begins at 0
+        return mixer.recurrent_states is not None and bool(args[1][:, 0].any())
+    given = inspect.signature(type(mixer).forward).bind_partial(mixer, *args, **kwargs).arguments
+    cache, state = given.get("cache_params"), given.get("state")
+    if cache is not None:
+        return bridged or cache.has_previous_state(mixer.layer_idx)
+    return state is not None and bool(state[1][:, :, mixer.layer_id].any())
 
 
 def _kernel_of(function: Any) -> str:

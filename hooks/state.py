@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
 from lenslrp.hooks.handles import ThreadBound
+from lenslrp.hooks.scan_points import scan_points
+from lenslrp.hooks.scans import mixers
 from lenslrp.hooks.structure import TRUSTED_PACKAGES, components
 
 if TYPE_CHECKING:
@@ -57,9 +59,10 @@ class ModelState:
     def __init__(self, model: TransformerBridge) -> None:
         self.model = model
         self.parts = components(model)
-        self._own = [module.__dict__ for _, module in self.parts]
+        watched = [*self.parts, *scan_points(mixers(self.parts)).items()]
+        self._own = [module.__dict__ for _, module in watched]
         self.hooked, self.known = False, True
-        for _, module in self.parts:
+        for _, module in watched:
             forward = module.__dict__.get("forward")
             code = type(module).__module__ if forward is None else forward.__module__
             self.known = self.known and str(code).startswith(TRUSTED_PACKAGES)

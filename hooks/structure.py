@@ -135,6 +135,15 @@ def require_modules_of_their_own(model: nn.Module) -> None:
             )
 
 
+def blocks(parts: NamedModules) -> list[nn.Module]:
+    """The blocks of every stack, by their place: not all are a ``BlockBridge``."""
+    return [
+        module
+        for path, module in parts
+        if isinstance(module, GeneralizedComponent) and re.search(r"(?:^|\.)\w*blocks\.\d+$", path)
+    ]
+
+
 @cache
 def layer_of(name: str) -> int | None:
     """The block index in a hook or component name, ``None`` outside the blocks."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         StorageError,
     )
     from lenslrp.explaining_file import explain_to
+    from lenslrp.generation import Generation, explain_generation
     from lenslrp.hooks import (
         CPLRP,
         GIM,
@@ -62,6 +63,7 @@ _HOMES = {
         "StorageError",
     ),
     "explaining_file": ("explain_to",),
+    "generation": ("Generation", "explain_generation"),
     "hooks": (
         "CPLRP",
         "GIM",
@@ -87,6 +89,7 @@ __all__ = [
     "AttnLRPViT",
     "Composite",
     "CoverageError",
+    "Generation",
     "GradientTimesInput",
     "InputError",
     "Ledger",
@@ -102,6 +105,7 @@ __all__ = [
     "chat",
     "embed",
     "examine",
+    "explain_generation",
     "explain_to",
     "load",
     "recommended",

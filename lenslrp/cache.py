@@ -166,16 +166,16 @@ class RelevanceCache:
         )
 
     def heads(self, row: int = 0) -> pd.DataFrame:
-        """Relevance of every attention head: `attn.hook_z`, summed over positions and features.
+        """Relevance of heads: `attn.hook_z`, and recurrent mixers' `hook_scan_out` (`"3.mixer"`).
 
         Args:
             row: which prompt of the batch.
 
         Returns:
-            [layer, head], in the target's unit (logits for a logit).
+            [layer, head], in the target's unit (logits for a logit); NaN where a layer has fewer.
 
         Raises:
-            InputError: `attn.hook_z` was not read, or was reduced over the heads.
+            InputError: neither was read, or was reduced over the heads.
 
         Examples:
             >>> R.heads().shape  # a model of 30 layers with 9 heads each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,12 @@ class Sum:
 
     Args:
         targets: two or more, each as it would be given alone.
+        weights: a factor for each, if not all are 1; then one target is enough.
 
     Raises:
         InputError: fewer, something that is no target, or one that is not on logits at positions
-            of the text as it is (``Activation``, ``Custom``, ``Sequence``, ``PerRow``).
+            of the text as it is (``Activation``, ``Custom``, ``Sequence``, ``PerRow``); weights
+            that are not one finite number a target.
 
     Examples:
         >>> span = targets.Sum((targets.Logit("start", 3), targets.Logit("end", 5)))
@@ -31,19 +34,32 @@ class Sum:
     """
 
     targets: tuple[Target, ...]
+    weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.targets, tuple | list) or len(self.targets) < 2:
+        fewest = 2 if self.weights is None else 1
+        if not isinstance(self.targets, tuple | list) or len(self.targets) < fewest:
             raise InputError(f"a Sum is of two targets or more, not {self.targets!r}")
         for part in self.targets:
             other = isinstance(part, Activation | PerRow | type) or hasattr(part, "ids")
             if other or not isinstance(part, Target) or not hasattr(part, "columns"):
                 raise InputError(f"a Sum is of targets on logits at a position, not {part!r}")
         object.__setattr__(self, "targets", tuple(self.targets))
+        if self.weights is None:
+            return
+        object.__setattr__(self, "weights", tuple(self.weights))
+        if len(self.weights) != len(self.targets) or not all(map(math.isfinite, self.weights)):
+            raise InputError(
+                f"weights of a Sum are one finite number for each of its {len(self.targets)} "
+                f"targets, not {self.weights!r}"
+            )
 
     def values(self, outputs: Outputs) -> Float[Tensor, " batch"]:
-        """The sum of the targets' values in each row."""
-        return torch.stack([part.values(outputs) for part in self.targets]).sum(dim=0)
+        """The (weighted) sum of the targets' values in each row."""
+        values = torch.stack([part.values(outputs) for part in self.targets])
+        if self.weights is not None:
+            values = values * values.new_tensor(self.weights)[:, None]
+        return values.sum(dim=0)
 
     def columns(self, outputs: Outputs) -> Int[Tensor, "batch n"]:
         """Where its parts read the logits."""
@@ -52,7 +68,10 @@ class Sum:
 
     def text(self, outputs: Outputs) -> str:
         """What a cache says was explained."""
-        return " + ".join(part.text(outputs) for part in self.targets)
+        texts = [part.text(outputs) for part in self.targets]
+        if self.weights is not None:
+            texts = [f"{w:.4g} x {text}" for w, text in zip(self.weights, texts, strict=True)]
+        return " + ".join(texts)
 
 
 @dataclass(frozen=True)

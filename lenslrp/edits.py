@@ -31,9 +31,14 @@ from torch import Tensor
 from lenslrp.batch import PAIRED
 from lenslrp.errors import InputError
 from lenslrp.followed import TrackedPass, TrackedPasses, follow
+from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.readers import forget, is_total, owners, stacks
-from lenslrp.hooks.structure import position_axis
+from lenslrp.hooks.scan_points import scan_points
+from lenslrp.hooks.scans import mixers
+from lenslrp.hooks.shown_scans import show_scans
+from lenslrp.hooks.structure import components, position_axis
 from lenslrp.hooks.turns import in_force
+from lenslrp.running import undone
 from lenslrp.unused import require_used, why_unused
 
 if TYPE_CHECKING:
@@ -117,7 +122,9 @@ def edit_units(model: TransformerBridge, edits: Iterable[Edit]) -> Iterator[None
 def _put_through(
     model: TransformerBridge, changes: Mapping[str, Sequence[Change]]
 ) -> Iterator[None]:
-    points = model.hook_dict
+    parts = components(model)
+    scans = scan_points(mixers(parts))
+    points: dict[str, Any] = {**model.hook_dict, **scans}
     for name in changes:
         if name not in points:
             near = difflib.get_close_matches(name, points, n=3)
@@ -146,7 +153,10 @@ def _put_through(
     level = model.context_level
     try:
         try:
-            with model.hooks(fwd_hooks=list(hooks.items())):
+            with undone(Attached()) as at, model.hooks(fwd_hooks=_of_model(hooks, scans)):
+                show_scans(at, parts, hooks)
+                for name in hooks.keys() & scans.keys():
+                    points[name].add_hook(hooks[name])
                 yield
         finally:
             _remove(points, hooks)
@@ -160,6 +170,13 @@ def _put_through(
             f"nothing was edited at {', '.join(idle[:4])}: no forward pass inside the context "
             "reached it"
         )
+
+
+def _of_model(
+    hooks: Mapping[str, Callable[..., Tensor]], scans: Mapping[str, Any]
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Those at hook points of TransformerLens' own, which it puts on itself."""
+    return [(name, hook) for name, hook in hooks.items() if name not in scans]
 
 
 def _remove(points: Mapping[str, Any], hooks: Mapping[str, Callable[..., Tensor]]) -> None:

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 NOWHERE = "a hook point fired outside a forward pass of the whole model"
 
+CACHES = ("past_key_values", "cache_params")
+"""What a model is given to go on from; the second is a Mamba's."""
+
 Positions = Literal["all", "none"] | tuple[int, ...]
 """``"all"``, ``"none"``, or places: in a prompt, negative ones count from its end."""
 
@@ -88,6 +91,7 @@ class TrackedPasses:
     def __init__(self) -> None:
         self._now: TrackedPass | str = NOWHERE  # or why it is not known
         self._prompts: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # by cache
+        self._columns: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # that it holds
         self._generations: list[dict[str, int]] = []  # those that are going on; innermost last
         self._text: dict[str, Any] | None = None  # of the forward pass, where it was given strings
 
@@ -131,8 +135,12 @@ class TrackedPasses:
         if not isinstance(ids, Tensor):
             pixels = next((x for x in kwargs.values() if isinstance(x, Tensor)), torch.empty(0))
             ids = pixels.new_empty(len(pixels), 0)  # no text: every place at a hook point is real
-        cache = kwargs.get("past_key_values")
-        start = int(cache.get_seq_length()) if cache is not None else 0
+        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        try:
+            start = self._held(cache)
+        except InputError as error:
+            self._now = str(error)
+            return
         total = prompt = start + ids.shape[1]
         if start:  # whose prompt a cache holds is remembered for as long as it lives
             prompt = self._prompts.setdefault(cache, start)
@@ -140,6 +148,10 @@ class TrackedPasses:
             prompt = self._generations[-1].setdefault("prompt", total)
         if cache is not None and not start:
             self._prompts[cache] = prompt
+        if cache is not None:
+            self._columns[cache] = total
+        if self._generations:
+            self._generations[-1]["columns"] = total
         try:
             real = _real(ids, mask, total)
             text = Batch.of_mask(real & (torch.arange(total, device=real.device) < prompt))
@@ -149,6 +161,29 @@ class TrackedPasses:
             self._now = TrackedPass(start, real, text)
         except InputError as error:
             self._now = str(error)
+
+    def _held(self, cache: Any) -> int:
+        """How many columns a cache holds. One of recurrent states alone does not count them.
+
+        Raises:
+            InputError: they were filled before anybody looked.
+        """
+        if cache is None:
+            return 0
+        try:
+            return int(cache.get_seq_length())
+        except ValueError:
+            pass
+        if not cache.has_previous_state():
+            return 0
+        known = self._generations[-1].get("columns") if self._generations else None
+        columns = self._columns.get(cache, known)
+        if columns is None:
+            raise InputError(
+                "this pass goes on from a recurrent state that was made outside the context, which "
+                "does not say how many tokens it has read: begin with the prompt inside"
+            )
+        return columns
 
     def given(self, bridge: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A batch of strings, padded on the right, reaches the Hugging Face model with no mask."""

@@ -27,6 +27,7 @@ from lenslrp.hooks.leaf_modules import embeddings
 from lenslrp.hooks.readers import (
     owners,
 )
+from lenslrp.hooks.shown_scans import show_scans
 from lenslrp.hooks.structure import NamedModules, components, layer_of, unchanged
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import is_encoder_decoder
@@ -256,7 +257,9 @@ def forward(
             embedded = _replace_embedded(at, parts, batch.tokens, embed)
         if record is not None or replay:
             _keep_blocks(at, parts, record, replay or {})
-        points = hook_points(model, parts) if capture_at or stop_after else {}
+        named = [*capture_at, *([] if stop_after is None else [stop_after])]
+        points = hook_points(model, parts) if named else {}
+        show_scans(at, parts, named)
         if capture_at:
             owned = owners(module for _, module in parts)
             capture(at, points, owned, list(capture_at), run.captured)
@@ -298,9 +301,11 @@ def reading(
     Raises:
         InputError: a hook point that the model does not have.
     """
-    points = hook_points(model, components(model)) if read else {}
+    parts = components(model) if read else []
+    points = hook_points(model, parts) if read else {}
     seen = set[str]()
     with turn(model), undone(Attached()) as at:
+        show_scans(at, parts, read)
         for name, call in read.items():
 
             def note(x: Tensor, name: str = name, call: Callable[[Tensor], None] = call) -> None:

@@ -28,10 +28,11 @@ from lenslrp.hooks import graph_walk
 from lenslrp.hooks.constants import sequence_number
 from lenslrp.hooks.graph_walk import Walk
 from lenslrp.hooks.install import Rules
-from lenslrp.hooks.observing import VIEW_WRITES, Observer
+from lenslrp.hooks.observing import Observer
 from lenslrp.hooks.readers import Readers
 from lenslrp.hooks.sites import Accounts, Site
 from lenslrp.hooks.structure import layer_of
+from lenslrp.hooks.view_writes import VIEW_WRITES, is_noted
 from lenslrp.leaves import Leaves
 from lenslrp.logits import Target
 from lenslrp.running import UNCAPPED, architecture
@@ -67,12 +68,14 @@ class GraphMemory:
     Attributes:
         hooks: the hooks, and forward passes of single modules, that it had.
         cuts: where values were cut off the graph; ``None`` before anybody has looked.
+        hidden: a graph had writes into views that only an observer can tell.
         balanced: the graphs whose account has been found to balance.
         walked: what was found in graphs of code that does the same at every call.
     """
 
     hooks: int = 0
     cuts: list[str] | None = None
+    hidden: bool = False
     balanced: set[Any] = field(default_factory=set)
     walked: dict[Any, GraphFacts] = field(default_factory=dict)
 
@@ -189,7 +192,12 @@ class RuledForward(Forward):
             kind_of(graph, repr(self.rules.composite), self.rules.attention),
             writes=not VIEW_WRITES.isdisjoint(names),
         )
-        if not (faults or facts.writes or graph_walk.depends_on_values(names)):
+        hidden = facts.writes and any(
+            type(node).__name__ in VIEW_WRITES and not is_noted(node)
+            for node in graph.nodes.values()
+        )
+        self.memory.hidden |= hidden
+        if not (faults or hidden or graph_walk.depends_on_values(names)):
             self.memory.keep(key, facts)
         return facts, faults
 

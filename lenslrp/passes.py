@@ -26,7 +26,7 @@ from lenslrp.hooks.constants import sequence_number
 from lenslrp.hooks.handles import Attached
 from lenslrp.hooks.install import Rules
 from lenslrp.hooks.observing import Observer
-from lenslrp.hooks.readers import Readers
+from lenslrp.hooks.readers import ON_REQUEST, Readers
 from lenslrp.hooks.rule_types import product_shares
 from lenslrp.hooks.sharding import gather
 from lenslrp.hooks.sites import has_values, row_sums, widened
@@ -200,7 +200,7 @@ class Pass(RuledForward):
         )
 
     def _activation(self, hook: str) -> Tensor:
-        if hook.endswith("hook_scan_map"):
+        if hook.endswith(ON_REQUEST):
             raise InputError(f"{hook} is what relevance made of a scan: no relevance starts there")
         x = self.captured.get(hook)
         constant = hook.endswith(PAIRED) and product_shares(self.rules.composite["attention_av"])

@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from lenslrp import media
 from lenslrp.batch import PAIRED, Batch
 from lenslrp.errors import CoverageError, InputError
-from lenslrp.hooks.components import BlockBridge, UnembeddingBridge
+from lenslrp.hooks.components import UnembeddingBridge
 from lenslrp.hooks.experts import ExpertPoint
 from lenslrp.hooks.handles import Attached, raise_failed, undo_all
 from lenslrp.hooks.readers import converted, hidden_states_of, is_total, listen, select_names
 from lenslrp.hooks.sites import Accounts, row_sums
-from lenslrp.hooks.structure import NamedModules, position_axis
+from lenslrp.hooks.structure import NamedModules, blocks, position_axis
 from lenslrp.hooks.turns import turn
 from lenslrp.leaves import Leaves
 
@@ -229,11 +229,8 @@ def checkpoint_blocks(at: Attached, model: TransformerBridge, parts: NamedModule
     for module in model.original_model.modules():
         if getattr(config := getattr(module, "config", None), "use_cache", False):
             at.setting(config, "use_cache", False)
-    for _, module in parts:
-        if isinstance(module, BlockBridge):
-            at.attribute(
-                module, "forward", partial(checkpointed, module.forward, use_reentrant=False)
-            )
+    for block in blocks(parts):
+        at.attribute(block, "forward", partial(checkpointed, block.forward, use_reentrant=False))
 
 
 def architecture(model: TransformerBridge) -> str:

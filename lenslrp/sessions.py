@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -292,11 +293,16 @@ class Session:
             columns = self._columns(prepared, targets, names if named else [])
         hooks = [t.hook for w in targets for t in parts_of(w) if isinstance(t, Activation)]
         memory = remembered(model, state.hooks)
-        observes = state.hooked or memory.cuts is None
+        observes = state.hooked or memory.hidden or memory.cuts is None
+        heard = set[str]()  # by passes that are run again: what is read is the same
+
+        def hear(name: str, x: Tensor) -> None:
+            heard.add(name)
+            read[name](x)
 
         def reading(at: Attached, _: Pass) -> None:
-            for name, call in read.items():
-                read_at(at, points, name, call)
+            for name in read.keys() - heard:
+                read_at(at, points, name, partial(hear, name))
 
         choices = {
             "composite": self.composite, "names_filter": names_filter, "reduce": reduce,

@@ -100,16 +100,41 @@ def _numpy(x: Tensor) -> Any:
 def head_table(cache: RelevanceCache, row: int) -> pd.DataFrame:
     """See `RelevanceCache.heads`."""
     rows: dict[int | str, list[float]] = {}
-    batch = len(cache.tokens)
-    for block in _blocks(cache, "attn.hook_z"):
+    batch, blocks = len(cache.tokens), _scans(cache)
+    if not blocks or any(name.endswith("attn.hook_z") for name in cache):
+        blocks = [*_blocks(cache, "attn.hook_z"), *blocks]
+    stacks = list(dict.fromkeys(block.stack for block in blocks))
+    for block in sorted(blocks, key=lambda block: (stacks.index(block.stack), block.layer)):
         z = block.value
+        if cache.reduced.get(block.name) == "sum_positions":
+            z = z.unsqueeze(1)
         if z.ndim == 4:  # batch pos head d_head
             z = z.sum(dim=-1)
         each = len(z) // batch if in_windows(block.name) else 1
         if z.ndim != 3 or len(z) != each * batch:
-            raise InputError(f"hook_z was reduced to {list(z.shape)}: no heads are left in it")
+            name = block.name.rpartition(".")[2]
+            raise InputError(f"{name} was reduced to {list(z.shape)}: no heads are left in it")
         rows[block.label] = z[row * each : (row + 1) * each].sum(dim=(0, 1)).tolist()
     return _frame(rows, "head")
+
+
+def mixer_label(hook: str) -> str:
+    """What the row of a recurrent mixer is called, by one of its hook points: ``"3.mixer"``."""
+    return hook.partition("blocks.")[2].rpartition(".")[0]
+
+
+def _scans(cache: RelevanceCache) -> list[_Block]:
+    """The outputs of the scans of recurrent mixers; one without heads has a single one."""
+    blocks = []
+    for name, value in cache.values.items():
+        if name.endswith(".hook_scan_out"):
+            axes = {None: 3, "sum": 2, "sum_positions": 2}.get(cache.reduced.get(name))
+            value = value.to_dense() if value.is_sparse else value
+            if value.ndim == axes:  # without heads: the only one stands before the channels
+                value = value.unsqueeze(1 if cache.reduced.get(name) == "sum_positions" else 2)
+            layer = layer_of(name) or 0
+            blocks.append(_Block(layer, name.split(".")[0], name, value, mixer_label(name)))
+    return blocks
 
 
 def expert_table(cache: RelevanceCache, row: int) -> pd.DataFrame:

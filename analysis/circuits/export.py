@@ -12,7 +12,7 @@ value is the number of its group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 from transformer_lens.tools.analysis.attribution_patching import AttributionResult, NodeKind
@@ -22,6 +22,7 @@ from lenslrp.analysis.circuits.edges import EdgeScores
 from lenslrp.analysis.circuits.nodes import TARGET, Node
 from lenslrp.analysis.circuits.scores import NodeScores
 from lenslrp.errors import InputError
+from lenslrp.hooks.readers import SCAN_HOOKS
 from lenslrp.hooks.structure import layer_of
 
 WRITERS: dict[str, NodeKind] = {"tokens": "embed", "heads": "attn_head_out", "mlp": "mlp_out"}
@@ -46,6 +47,7 @@ def to_transformer_lens(scores: NodeScores | EdgeScores) -> AttributionResult:
         odd = [c for c in scores.components.values() if c not in WRITERS]
         if odd:
             raise InputError(f"{odd[0]!r} is no node of TransformerLens; {', '.join(WRITERS)} are")
+        _require_attention(scores.components)
         return AttributionResult(_nodes(scores.values, scores.components))
     return _edges(scores)
 
@@ -62,6 +64,7 @@ def _nodes(values: Mapping[str, Tensor], components: Mapping[str, str]) -> dict[
 
 
 def _edges(scores: EdgeScores) -> AttributionResult:
+    _require_attention(scores.components)
     last = max(layer_of(hook) or 0 for hook in scores.components)
     edges: dict[tuple[LensNode, LensNode], float] = {}
     totals: dict[LensNode, float] = {}
@@ -91,6 +94,12 @@ def _edges(scores: EdgeScores) -> AttributionResult:
             edges[writer, reader] = float(mean[index, position, unit])
             totals[writer] = totals.get(writer, 0.0) + edges[writer, reader]
     return AttributionResult(totals, edges)
+
+
+def _require_attention(hooks: Iterable[str]) -> None:
+    recurrent = [hook for hook in hooks if hook.endswith(SCAN_HOOKS)]
+    if recurrent:
+        raise InputError(f"{recurrent[0]} is of a recurrent mixer, no node of TransformerLens")
 
 
 def _lens_node(kind: NodeKind, node: Node) -> LensNode:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lenslrp.analysis.circuits.pruning import FaithfulnessCurve
+from lenslrp.analysis.circuits.curves import FaithfulnessCurve
 from lenslrp.analysis.circuits.scores import NodeScores
 from lenslrp.analysis.views.drawing import (
     LIGHT,
@@ -19,7 +19,9 @@ from lenslrp.analysis.views.drawing import (
     one_panel,
     write_titles,
 )
+from lenslrp.hooks.readers import SCAN_HOOKS
 from lenslrp.hooks.structure import layer_of
+from lenslrp.tables import mixer_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,8 +31,8 @@ def head_scores(scores: NodeScores, *, component: str = "heads", theme: Theme = 
     """Mean score over pairs (and sum over positions) of every head, layer (upwards) x head.
 
     Args:
-        scores: of nodes, in logits.
-        component: any with the same number of units in every layer: `"heads"`, `"q"`, `"k"`, `"v"`.
+        scores: of nodes.
+        component: such as `"heads"`, `"q"`, `"k"`, `"v"`; a layer with fewer units ends early.
         theme: colours.
 
     Raises:
@@ -40,14 +42,20 @@ def head_scores(scores: NodeScores, *, component: str = "heads", theme: Theme = 
     scores.of(component)
     hooks = [hook for hook, name in scores.components.items() if name == component]
     means = [scores.values[hook].double().mean(dim=0).cpu().numpy() for hook in hooks]
-    values = np.stack([v.sum(axis=0) if scores.by_position else v for v in means])
+    rows_of = [v.sum(axis=0) if scores.by_position else v for v in means]
+    width = max(map(len, rows_of))
+    values = np.stack([np.pad(v, (0, width - len(v)), constant_values=np.nan) for v in rows_of])
     rows, columns = values.shape
     figure, axes = one_panel(min(2.6 + 0.42 * columns, 13), min(1.6 + 0.24 * rows, 11), theme)
     draw_grid(
-        figure, axes, values, largest_magnitude(values), theme, "gain in logit difference, logits"
-    )
+        figure, axes, values, largest_magnitude(values), theme,
+        f"gain in {scores.metric.replace('_', ' ')}",
+    )  # fmt: skip
     axes.set_xticks(range(columns))
-    label_layer_rows(axes, [str(layer_of(hook)) for hook in hooks])
+    label_layer_rows(
+        axes,
+        [mixer_label(h) if h.endswith(SCAN_HOOKS) else str(layer_of(h)) for h in hooks],
+    )
     write_titles(axes, theme, title=f"Scores of {component}", x="head", y="layer")
     return figure
 

@@ -13,19 +13,26 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lenslrp.analysis.circuits.pairs import Pairs, ordered
+from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs, batch_of, metric_values
+from lenslrp.analysis.circuits.pairs import ordered
+from lenslrp.analysis.circuits.rows import PairRows
 from lenslrp.analysis.passes.problems import PassCount
+from lenslrp.analysis.units.locations import (
+    head_hooks,
+    require_one_meaning,
+    require_readable_heads,
+)
 from lenslrp.batch import Batch
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
-from lenslrp.forward import forward
 from lenslrp.hooks.components import hook_points
-from lenslrp.hooks.readers import select_names
+from lenslrp.hooks.readers import SCAN_HOOKS, select_names
 from lenslrp.hooks.structure import components, layer_of
-from lenslrp.inputs import prepare_text
+from lenslrp.logits import Target, at_columns
 from lenslrp.reductions import Deliver
 from lenslrp.unused import require_used
 
@@ -54,9 +61,15 @@ COMPONENTS: Mapping[str, Component] = {
     "q": Component("attn.hook_q", "head"),
     "k": Component("attn.hook_k", "head"),
     "v": Component("attn.hook_v", "head"),
+    "recurrent": Component("hook_scan_out", "head"),
+    "channels": Component("hook_scan_in", "entry"),
 }
 """Name -> component. To patch a head's query is to patch what it reads through its query matrix;
-`k` and `v` of grouped queries have one node a group."""
+`k` and `v` of grouped queries have one node a group.
+
+`heads` are those of attention and of recurrent mixers; with `recurrent` beside them, those of
+attention. The head of a mixer without heads is its whole scan. `channels` are the values that a
+scan takes up, one number each (of mixers with heads, one head's after another's)."""
 
 
 @dataclass(frozen=True, order=True)
@@ -75,7 +88,7 @@ class Node:
     unit: int
     position: int | None = None
 
-    def place(self, pairs: Pairs) -> tuple[Any, Any, int]:
+    def place(self, pairs: PairRows) -> tuple[Any, Any, int]:
         """Where it is in the units of its hook point, in the rows that have it."""
         return (*pairs.batch.place(self.position), self.unit)
 
@@ -94,6 +107,8 @@ def as_units(kind: Kind, x: Tensor, hook: str) -> Units:
     Raises:
         InputError: a tensor of another shape (some MLPs flatten batch and positions into one).
     """
+    if hook.endswith(SCAN_HOOKS) and x.ndim == (3 if kind == "head" else 4):
+        x = x.unsqueeze(-2) if kind == "head" else x.flatten(2)
     if x.ndim != (4 if kind == "head" else 3):
         shape = "[batch, pos, head, d_head]" if kind == "head" else "[batch, pos, feature]"
         raise InputError(f"{hook} is {list(x.shape)}; nodes need {shape}")
@@ -109,17 +124,37 @@ def place_components(model: TransformerBridge, names: Sequence[str]) -> dict[str
     unknown = [name for name in names if name not in COMPONENTS]
     if unknown or not names or isinstance(names, str):
         raise InputError(f"components are some of {', '.join(COMPONENTS)}, not {names!r}")
-    points = hook_points(model, list(components(model)))
-    placed = {}
-    for name in names:
-        for hook in select_names(points, COMPONENTS[name].hook)[0]:
-            placed[hook] = name
+    parts = components(model)
+    points = hook_points(model, parts)
+    placed: dict[str, str] = {}
+    for name in sorted(names, key="heads".__ne__):  # what others name is theirs
+        hooks = _hooks_of(name, points)
+        if not hooks:
+            there = [other for other in COMPONENTS if _hooks_of(other, points)]
+            raise InputError(
+                f"no hook point {COMPONENTS[name].hook!r} in this model, which has no {name!r}: "
+                f"choose from {', '.join(there)}"
+            )
+        placed |= dict.fromkeys(hooks, name)
+    if "heads" in names:
+        require_readable_heads(parts)
+    for hook in placed:
+        require_one_meaning(points, hook)
     require_used(model, placed)
     return placed
 
 
-def require_positions(nodes: Iterable[Node], pairs: Pairs) -> None:
-    """Refuse a position that no pair has, or from an end that one pair does not reach to.
+def _hooks_of(name: str, points: Mapping[str, Any]) -> list[str]:
+    """The hook points of a class of nodes, layer by layer."""
+    end = f".{COMPONENTS[name].hook}"
+    if name == "heads":
+        return head_hooks(points)
+    known = any(f".{point}".endswith(end) for point in points)
+    return select_names(points, end[1:])[0] if known else []
+
+
+def require_positions(nodes: Iterable[Node], pairs: MeasuredPairs) -> None:
+    """Refuse a position that no pair has, or from an end that rows do not have alike.
 
     Raises:
         InputError: naming the node.
@@ -128,6 +163,11 @@ def require_positions(nodes: Iterable[Node], pairs: Pairs) -> None:
     for node in nodes:
         position = node.position
         if position is not None and position < 0:
+            if pairs.parts > 1:
+                raise InputError(
+                    f"{node}: answers of several tokens stand behind the prompts, and the two of a "
+                    "pair may end at different positions: count from the beginning"
+                )
             pairs.batch.require(position, f"{node}: position")
         elif position is not None and position >= longest:
             raise InputError(f"{node}: the longest prompt has {longest} tokens")
@@ -156,44 +196,30 @@ def largest(frame: pd.DataFrame, column: str, k: int) -> pd.DataFrame:
     return frame.loc[order[:k]].reset_index(drop=True)
 
 
-def batch_of(model: TransformerBridge, tokens: Tensor, pairs: Pairs) -> Batch:
-    """What the model reads: the tokens of one of the runs, with the mask of the pairs."""
-    return prepare_text(model, tokens, attention_mask=pairs.mask)
-
-
-def masking(pairs: Pairs, device: Any) -> dict[str, Tensor]:
+def masking(pairs: PairRows, device: Any) -> dict[str, Tensor]:
     """`attention_mask` where there is padding."""
     return {} if bool(pairs.mask.all()) else {"attention_mask": pairs.mask.long().to(device)}
 
 
-def logit_differences(
-    model: TransformerBridge, batch: Batch, pairs: Pairs, **options: Any
-) -> Float[Tensor, " pair"]:
-    """Logit difference of each pair, by one forward pass; options of `lenslrp.forward.forward`."""
-    with forward(model, batch, columns=pairs.columns(), **options) as run:
-        assert run.logits is not None
-        return pairs.logit_difference(run.logits)
-
-
 def read_units(
-    model: TransformerBridge, batch: Batch, pairs: Pairs, hooks: Mapping[str, str], **options: Any
+    model: TransformerBridge, batch: Batch, target: Target, hooks: Mapping[str, str], **options: Any
 ) -> tuple[Float[Tensor, " pair"], dict[str, Units]]:
-    """Logit differences and the activations at hook points (hook -> component), in one pass."""
+    """Metrics and the activations at hook points (hook -> component), in one pass."""
     units: dict[str, Units] = {}
 
     def keep(x: Tensor, *, hook: str) -> None:
         units[hook] = as_units(COMPONENTS[hooks[hook]].kind, x, hook)
 
     readers = {hook: partial(keep, hook=hook) for hook in hooks}
-    return logit_differences(model, batch, pairs, read=readers, **options), units
+    return metric_values(model, batch, target, read=readers, **options), units
 
 
-def patched(node: Node, component: str, units: Units, pairs: Pairs) -> Edit:
+def patched(node: Node, component: str, units: Units, pairs: PairRows) -> Edit:
     """One node as it is in `units`, the activations of its hook point in another run."""
     at = node.place(pairs)
 
     def put(x: Tensor) -> Tensor:
-        y = x.clone()
+        y = x.clone(memory_format=torch.contiguous_format)  # so that its units are a view
         as_units(COMPONENTS[component].kind, y, node.hook)[at] = units[at]
         return y
 
@@ -210,6 +236,7 @@ class Runs:
     """The two runs of some pairs.
 
     Attributes:
+        pairs, other_pairs: the rows as the base run and the other one see them, and the metric.
         base, other: [pair, pos], tokens of the run that is changed, and of the one whose
             activations are patched in.
         hooks: hook point -> component, of the nodes.
@@ -217,33 +244,55 @@ class Runs:
     """
 
     model: TransformerBridge
-    pairs: Pairs
+    pairs: MeasuredPairs
+    other_pairs: MeasuredPairs
     base: Int[Tensor, "pair pos"]
-    other: Int[Tensor, "pair pos"]
+    other: Int[Tensor, "pair pos_other"]
     hooks: Mapping[str, str]
     by_position: bool
     passes: PassCount
 
-    def read(
-        self, tokens: Tensor, **options: Any
-    ) -> tuple[Float[Tensor, " pair"], dict[str, Units]]:
-        """`read_units` of one of the runs."""
-        self.passes.forward += len(self.pairs)
-        batch = batch_of(self.model, tokens, self.pairs)
-        return read_units(self.model, batch, self.pairs, self.hooks, **options)
+    def read(self, **options: Any) -> tuple[Float[Tensor, " pair"], dict[str, Units]]:
+        """`read_units` of the base run."""
+        return self._read(self.base, self.pairs, options)
+
+    def read_other(self, **options: Any) -> tuple[Float[Tensor, " pair"], dict[str, Units]]:
+        """`read_units` of the other run, at its own positions."""
+        return self._read(self.other, self.other_pairs, options)
+
+    def _read(
+        self, tokens: Tensor, pairs: MeasuredPairs, options: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Units]]:
+        self.passes.forward += len(pairs)
+        batch = batch_of(self.model, tokens, pairs)
+        return read_units(self.model, batch, pairs, self.hooks, **options)
+
+    def exchanged(self, other: Float[Tensor, "pair pos_other unit feature"], base: Units) -> Units:
+        """Activations of the other run at the base run's positions.
+
+        A token that nothing in the other run corresponds to keeps those that it has.
+        """
+        if self.pairs.counterpart is None:
+            return other
+        columns = self.pairs.counterpart.to(other.device)
+        found = at_columns(other, columns.clamp(min=0))
+        return torch.where((columns >= 0)[..., None, None], found, base)
 
 
 def paired_runs(
     model: TransformerBridge,
-    pairs: Pairs,
+    measured: MeasuredPairs,
     size: int,
     direction: str,
     hooks: Mapping[str, str],
     by_position: bool,
     passes: PassCount,
 ) -> Iterator[Runs]:
-    """The runs of `size` pairs after another, on the model's device."""
+    """The runs of `size` rows after another, on the model's device."""
     device = next(model.parameters()).device
-    for part in pairs.chunks(size):
-        base, other = ordered(direction, part.corrupt.to(device), part.clean.to(device))
-        yield Runs(model, part, base, other, hooks, by_position, passes)
+    for part in measured.chunks(size):
+        rows = part.beside_clean(model)
+        passes.forward += len(rows) if rows.clean_logits is not None else 0
+        sides = ordered(direction, rows.seen_from("corrupt"), rows.seen_from("clean"))
+        base, other = ordered(direction, rows.corrupt.to(device), rows.clean.to(device))
+        yield Runs(model, *sides, base, other, hooks, by_position, passes)

@@ -1,4 +1,4 @@
-"""Clean and corrupted prompts of equal length that call for opposite answers.
+"""Clean and corrupted prompts that call for opposite answers.
 
 A circuit is found by what differs between two runs: the clean prompt calls for an answer, the
 corrupted one, changed in one word, for another, which is incorrect for the clean prompt. What is
@@ -10,15 +10,19 @@ al. 2022), and subject-verb agreement, where the subject changes its number.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lenslrp.analysis.circuits.alignment import counterparts
+from lenslrp.analysis.circuits.files import Saved
+from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs, batch_of, metric_values
+from lenslrp.analysis.circuits.metrics import Metric, MetricFunction, logit_difference
+from lenslrp.analysis.circuits.rows import PairRows
 from lenslrp.analysis.common.records import Record
 from lenslrp.analysis.common.templates import NOUNS, agreement, indirect_objects
 from lenslrp.batch import Batch
@@ -26,80 +30,47 @@ from lenslrp.errors import InputError
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.logits import Outputs
 from lenslrp.media import labels_of
-from lenslrp.text.names import Token, token_id
+from lenslrp.text.names import Token, token_id, token_ids
 from lenslrp.text.tokenization import tokenize
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+PAIRS_AT_ONCE = 32
+"""How many pairs run at once."""
 
 PATCH_DIRECTIONS = ("denoising", "noising")
 """Clean activations patched into the corrupted run, or corrupted ones into the clean run."""
 
 
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """A batch of pairs; the two prompts of a pair have the same number of tokens.
+_Side = TypeVar("_Side")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pairs(Shown, Saved, PairRows):
+    """A batch of pairs; see `from_texts`.
 
     Attributes:
         clean, corrupt: [pair, pos] token ids, padded on the right.
-        mask: [pair, pos], True where a token is real.
-        answers: [pair] token ids, what the clean prompts call for.
-        rivals: [pair] token ids, what the corrupted prompts call for: the incorrect answers.
+        mask: [pair, pos], True where a token is real: of both runs, or of the clean one where they
+            have different lengths.
+        answers: [pair] token ids, what the clean prompts call for; [pair, token] where some are of
+            several tokens, with -1 behind the shorter ones.
+        rivals: likewise, what the corrupted prompts call for: the incorrect answers.
+        corrupt_mask, counterpart: where lengths differ, the mask of the corrupted prompts, and for
+            each clean column [pair, pos] the corrupted one that corresponds to it, or -1.
     """
 
-    clean: Int[Tensor, "pair pos"]
-    corrupt: Int[Tensor, "pair pos"]
-    mask: Bool[Tensor, "pair pos"]
-    answers: Int[Tensor, " pair"]
-    rivals: Int[Tensor, " pair"]
-
-    @cached_property
-    def batch(self) -> Batch:
-        """The lengths of the rows, and where in each a position is."""
-        return Batch.of_mask(self.mask)
-
-    def __len__(self) -> int:
-        return len(self.answers)
-
-    def __getitem__(self, rows: slice | Tensor) -> Pairs:
-        """Some of the pairs, without the padding that they do not need."""
-        mask = self.mask[rows]
-        length = max(Batch.of_mask(mask).lengths, default=0)
-        return Pairs(
-            self.clean[rows, :length],
-            self.corrupt[rows, :length],
-            mask[:, :length],
-            self.answers[rows],
-            self.rivals[rows],
+    def face(self) -> Face:
+        lengths = self.mask.sum(dim=1)
+        span = f"{int(lengths.min())} to {int(lengths.max())}" if len(lengths) else "none"
+        answers = 1 if self.answers.ndim == 1 else self.answers.shape[1]
+        return Face(
+            "Pairs of clean and corrupted prompts",
+            {"pairs": len(self.clean), "tokens": span, "tokens of an answer, up to": answers},
+            notes=["pairs.correct(model) says in which the model does the task."],
         )
-
-    def chunks(self, size: int) -> Iterator[Pairs]:
-        """The pairs, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self[start : start + size]
-
-    def padded(
-        self, scores: Float[Tensor, "... pos unit"], only: Iterable[Any] = ()
-    ) -> Float[Tensor, "... longest unit"]:
-        """Scores of some of the pairs, by position, with the padding of all of them.
-
-        The padding is 0, or NaN where a node of `only` counts from the end.
-        """
-        missing = any((node.position or 0) < 0 for node in only)
-        beyond = (0, 0, 0, self.mask.shape[1] - scores.shape[-2])
-        return torch.nn.functional.pad(scores, beyond, value=torch.nan if missing else 0.0)
-
-    def put(self, scores: Float[Tensor, "pair pos"], position: int, values: Tensor) -> None:
-        """Write a value a pair at a position; a negative one counts from each prompt's end."""
-        if position < 0:
-            scores[self.batch.place(position)] = values
-        elif position < scores.shape[1]:
-            scores[:, position] = values
-
-    def repeated(self, copies: int) -> Pairs:
-        """The batch `copies` times, one after the other."""
-        mine = (self.clean, self.corrupt, self.mask, self.answers, self.rivals)
-        return Pairs(*(x.repeat(copies, *[1] * (x.ndim - 1)) for x in mine))
 
     def logit_difference(
         self, logits: Float[Tensor, "pair pos_or_one vocab"]
@@ -108,11 +79,17 @@ class Pairs:
 
         Args:
             logits: [pair, pos, vocab], or [pair, 1, vocab] of the last token only.
+
+        Raises:
+            InputError: answers of several tokens.
         """
-        rows = torch.arange(len(self), device=logits.device)
-        last = logits[:, 0] if logits.shape[1] == 1 else self.batch.picked(logits, -1)
-        answers, incorrect = self.answers.to(last.device), self.rivals.to(last.device)
-        return last[rows, answers] - last[rows, incorrect]
+        if self.answers.ndim == 2:
+            raise InputError(
+                "answers of several tokens have no logits at one token: their metrics are those of "
+                "score_nodes, score_edges and verify"
+            )
+        last = logits if logits.shape[1] == 1 else self.batch.picked(logits, -1)[:, None]
+        return logit_difference(last, self)
 
     gap = logit_difference  # its name in 0.1
 
@@ -128,6 +105,47 @@ class Pairs:
         """The target in words."""
         return "logit of the answer minus logit of the incorrect answer at the last token"
 
+    def measured(
+        self,
+        model: TransformerBridge,
+        metric: str | Metric | MetricFunction = "logit_difference",
+        *,
+        side: str = "clean",
+        chunk: int = PAIRS_AT_ONCE,
+    ) -> Float[Tensor, " pair"]:
+        """The metric of every pair in one of the two runs, by a forward pass.
+
+        Args:
+            model: a `TransformerBridge`.
+            metric: as for `score_nodes`.
+            side: `"clean"` or `"corrupt"`.
+            chunk: how many pairs run at once.
+
+        Raises:
+            InputError: no pairs, no such metric or side.
+        """
+        if side not in ("clean", "corrupt"):
+            raise InputError(f"side must be 'clean' or 'corrupt', not {side!r}")
+        measured = MeasuredPairs.of(self, metric)
+        values = []
+        for part in measured.chunks(chunk):
+            rows = part.beside_clean(model).seen_from(side)
+            batch = batch_of(model, getattr(rows, side), rows)
+            values.append(metric_values(model, batch, rows))
+        return measured.folded(torch.cat(values))
+
+    def correct(self, model: TransformerBridge, *, both: bool = False) -> Bool[Tensor, " pair"]:
+        """Whether the clean run prefers the answer to the incorrect one, pair by pair.
+
+        Accuracy is its mean, and `pairs[pairs.correct(model)]` are the pairs that the model does.
+
+        Args:
+            model: a `TransformerBridge`.
+            both: and the corrupted run the incorrect answer to the answer.
+        """
+        correct = self.measured(model) > 0
+        return correct & (self.measured(model, side="corrupt") < 0) if both else correct
+
     @classmethod
     def from_texts(
         cls,
@@ -138,6 +156,8 @@ class Pairs:
         rivals: Sequence[Token],
         *,
         prepend_bos: bool | None = None,
+        align: str | None = None,
+        several_tokens: bool = False,
     ) -> Pairs:
         """Pairs from prompts.
 
@@ -147,11 +167,15 @@ class Pairs:
             answers, rivals: the answer and the incorrect answer of each pair: single tokens, as
                 strings (with their space) or ids.
             prepend_bos: `None` is the model's own default.
+            align: which tokens correspond where the prompts of a pair have different numbers of
+                them: `"span"` (one stretch differs; in it, from its end) or `"words"` (word by
+                word; in a word, from its end). `None` refuses such pairs.
+            several_tokens: take answers of several tokens, which are teacher-forced.
 
         Raises:
             InputError: lists of different lengths, none at all, a pair whose prompts differ in
-                length or not at all, an answer that is not one token or is the incorrect one, an
-                encoder-decoder.
+                length (and `align` does not say how) or not at all, an answer that is not one
+                token or is the incorrect one, an encoder-decoder.
 
         Examples:
             >>> pairs = Pairs.from_texts(
@@ -172,33 +196,54 @@ class Pairs:
         if len(set(counts)) > 1 or counts[0] == 0:
             raise InputError(f"a pair has one of each; got {counts} prompts, answers and rivals")
         rows = [[tokenize(model, t, prepend_bos) for t in texts] for texts in (clean, corrupt)]
+        places = []
         for index, (a, b) in enumerate(zip(*rows, strict=True)):
-            if len(a) != len(b):
-                raise InputError(
-                    f"pair {index}: the prompts have {len(a)} and {len(b)} tokens, and must have "
-                    "the same number, so that positions correspond"
-                )
+            try:
+                places.append(counterparts(a, b, align, model.tokenizer))
+            except InputError as error:
+                raise InputError(f"pair {index}: {error}") from error
             if a == b:
                 raise InputError(f"pair {index}: the two prompts are the same: {clean[index]!r}")
-        vocabulary, tokenizer = int(model.cfg.d_vocab), model.tokenizer
-        ids = [[token_id(tokenizer, t, vocabulary) for t in tokens] for tokens in (answers, rivals)]
+        ids = [
+            [_answer(model, token, several_tokens) for token in tokens]
+            for tokens in (answers, rivals)
+        ]
         for index, (answer, incorrect) in enumerate(zip(*ids, strict=True)):
             if answer == incorrect:
                 raise InputError(
                     f"pair {index}: {answers[index]!r} is both the answer and the incorrect one, "
                     "whose logits do not differ"
                 )
-        clean_batch, corrupted_batch = (Batch.of_rows(side) for side in rows)
+        sides = [Batch.of_rows(side) for side in rows]
+        both = Batch.of_rows([*ids[0], *ids[1]], pad=-1).tokens
+        both = both[:, 0] if both.shape[1] == 1 else both
+        aligned = {}
+        if not torch.equal(sides[0].mask, sides[1].mask):
+            aligned = {
+                "corrupt_mask": sides[1].mask,
+                "counterpart": Batch.of_rows(places, pad=-1).tokens,
+            }
         return cls(
-            clean_batch.tokens,
-            corrupted_batch.tokens,
-            clean_batch.mask,
-            torch.tensor(ids[0]),
-            torch.tensor(ids[1]),
+            sides[0].tokens, sides[1].tokens, sides[0].mask, *both.split(len(rows[0])), **aligned
         )
 
 
-def ordered(direction: str, corrupt: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+def _answer(model: TransformerBridge, token: Token, several_tokens: bool) -> list[int]:
+    """The ids of an answer.
+
+    Raises:
+        InputError: several tokens that were not asked for, or no token.
+    """
+    ids = token_ids(model.tokenizer, token) if isinstance(token, str) else []
+    if len(ids) > 1 and not several_tokens:
+        raise InputError(
+            f"{token!r} is {len(ids)} tokens: give one token, or several_tokens=True for the "
+            "log-probability of all of them"
+        )
+    return ids if len(ids) > 1 else [token_id(model.tokenizer, token, int(model.cfg.d_vocab))]
+
+
+def ordered(direction: str, corrupt: _Side, clean: _Side) -> tuple[_Side, _Side]:
     """Which run is the base, and which the other one, whose activations are patched in.
 
     Takes the corrupted and the clean one and returns base and other; and back: base and other as

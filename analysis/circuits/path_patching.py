@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lenslrp.analysis.circuits.measured_pairs import batch_of, metric_values
 from lenslrp.analysis.circuits.nodes import (
     COMPONENTS,
     TARGET,
@@ -21,8 +22,6 @@ from lenslrp.analysis.circuits.nodes import (
     Node,
     Runs,
     as_units,
-    batch_of,
-    logit_differences,
     outputs_before,
     patched,
 )
@@ -33,7 +32,7 @@ from lenslrp.hooks.structure import layer_of
 def exact_edges(
     runs: Runs, edges: Mapping[Node, Sequence[Node]]
 ) -> tuple[Tensor, Tensor, dict[tuple[Node, Node], Tensor]]:
-    """Logit differences of the base and the other run, and the effect of every edge, [pair].
+    """What is measured of the base and the other run, and the effect of every edge, [pair].
 
     Args:
         runs: the two runs; all nodes at their hook points are held.
@@ -41,8 +40,9 @@ def exact_edges(
     """
     model, pairs, hooks, passes = runs.model, runs.pairs, runs.hooks, runs.passes
     outputs: dict[int, Any] = {}
-    base, base_units = runs.read(runs.base, record=outputs)
-    other, other_units = runs.read(runs.other)
+    base, base_units = runs.read(record=outputs)
+    other, read = runs.read_other()
+    other_units = {hook: runs.exchanged(x, base_units[hook]) for hook, x in read.items()}
     batch = batch_of(model, runs.base, pairs)
     effects = {}
     for up, downs in edges.items():
@@ -58,7 +58,7 @@ def exact_edges(
             for name, component in hooks.items()
             if layer_of(name) not in replay
         ]  # fmt: skip
-        direct = logit_differences(model, batch, pairs, edits=holds, replay=replay)
+        direct = metric_values(model, batch, pairs, edits=holds, replay=replay)
         passes.forward += len(pairs)
         for down in downs:
             if down == TARGET:
@@ -72,7 +72,7 @@ def exact_edges(
                 continue
             edit = patched(down, hooks[down.hook], units, pairs)
             replay_down = outputs_before(outputs, down.hook)
-            value = logit_differences(model, batch, pairs, edits=[edit], replay=replay_down)
+            value = metric_values(model, batch, pairs, edits=[edit], replay=replay_down)
             effects[up, down] = value - base
             passes.forward += len(pairs)
     return base, other, effects
@@ -91,7 +91,7 @@ def _hold(
 ) -> Tensor:
     """Record what a hook point would become, and go on with its base values."""
     become[name] = as_units(kind, x, name).clone()
-    held = x.clone()
+    held = x.clone(memory_format=torch.contiguous_format)  # so that its units are a view
     units = as_units(kind, held, name)
     units.copy_(base[name])
     if name == up.hook:

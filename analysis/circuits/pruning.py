@@ -2,8 +2,7 @@
 
 Every node outside the circuit is set to what it is in the corrupted run, or to its mean, while the
 clean prompt runs. Faithfulness is the share of the logit difference that is left (Wang et al. 2022;
-MIB, Mueller et al. 2025): 0 where the circuit does nothing, 1 where it does all. Over circuits of
-growing size, CPR is the area under that curve and CMD the area between it and 1. Completeness asks
+MIB, Mueller et al. 2025): 0 where the circuit does nothing, 1 where it does all. Completeness asks
 the opposite question: what is left of the logit difference when the circuit is what is ablated?
 Minimality: what does each node of it add?
 """
@@ -13,39 +12,36 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lenslrp.analysis.circuits.nodes import (
-    COMPONENTS,
-    Node,
-    Units,
-    as_units,
-    batch_of,
-    logit_differences,
-    read_units,
-)
-from lenslrp.analysis.circuits.pairs import Pairs
-from lenslrp.analysis.circuits.scores import PAIRS_AT_ONCE, NodeScores
-from lenslrp.analysis.common.statistics import RESAMPLES, area
-from lenslrp.edits import Edit
+from lenslrp.analysis.circuits.ablation import ablations
+from lenslrp.analysis.circuits.faces import strips
+from lenslrp.analysis.circuits.files import Saved
+from lenslrp.analysis.circuits.metrics import Metric, MetricFunction, as_metric
+from lenslrp.analysis.circuits.node_methods import answered
+from lenslrp.analysis.circuits.nodes import Node
+from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs
+from lenslrp.analysis.circuits.scores import NodeScores
+from lenslrp.analysis.circuits.solved import TaskWarning, warn_of_failures
+from lenslrp.analysis.common.statistics import RESAMPLES
+from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import unchanged
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
-
-@dataclass(frozen=True, eq=False)
-class Circuit:
+@dataclass(frozen=True, eq=False, repr=False)
+class Circuit(Shown, Saved):
     """Some of the nodes of some component classes.
 
     Attributes:
@@ -65,6 +61,11 @@ class Circuit:
 
     components: Mapping[str, str]
     keep: Mapping[str, Bool[Tensor, " unit"]]
+
+    def face(self) -> Face:
+        sizes = {name: f"{kept:,} of {total:,}" for name, (kept, total) in self.sizes().items()}
+        note = "Each line is a hook point, each mark one of its units that is in the circuit."
+        return Face("Circuit", sizes, notes=[note], body=strips(self.keep))
 
     def nodes(self) -> list[Node]:
         """The nodes that are in the circuit."""
@@ -93,117 +94,168 @@ class Circuit:
         return Circuit(self.components, keep)
 
 
+def mean_scores(scores: NodeScores, component: str) -> Float[Tensor, " node"]:
+    """The nodes' means over pairs; above 0 what the clean run's metric owes to them.
+
+    Raises:
+        InputError: scores by position, a component of which not all nodes were scored.
+    """
+    if scores.by_position:
+        raise InputError("a circuit is of nodes at all positions: score with by_position=False")
+    mean = scores.of(component).mean(dim=0).cpu()
+    if bool(mean.isnan().any()):
+        raise InputError(f"not all {component} were scored, so the best of them are not known")
+    return mean if scores.direction == "denoising" else -mean
+
+
+def ranking(
+    mean: Float[Tensor, " node"], by: str, generator: torch.Generator
+) -> Int[Tensor, " node"]:
+    """Indices of nodes, the best first; `by` as for `prune`."""
+    if by not in ("score", "size", "random"):
+        raise InputError(f"by must be 'score', 'size' or 'random', not {by!r}")
+    if by == "random":
+        mean = torch.rand(len(mean), generator=generator)
+    return (mean.abs() if by == "size" else mean).argsort(descending=True, stable=True)
+
+
 def prune(
     scores: NodeScores,
-    share: float | Mapping[str, float],
+    share: float | Mapping[str, float] | None = None,
     *,
+    nodes: int | Mapping[str, int] | None = None,
+    components: Sequence[str] | None = None,
     by: str = "score",
     seed: int = 0,
 ) -> Circuit:
-    """The best nodes of each component class.
+    """The best nodes, a share of each component class or a number. Warns where the task failed.
 
     Args:
         scores: of nodes at all positions.
         share: how much of each class to keep, from 0 to 1: of all, or by component name. Rounded
             down to whole nodes.
-        by: `"score"`: what the logit difference gains most by (mean over pairs); `"size"`: what
+        nodes: instead of a share, how many nodes: of all classes together, or by component name.
+        components: the classes that the circuit is of; all that were scored if not given. Nodes of
+            others are no part of the question, and are never ablated.
+        by: `"score"`: what the clean run's metric owes most to (mean over pairs); `"size"`: what
             moves it most, either way; `"random"`: by a shuffle of the nodes.
         seed: of the shuffle.
 
     Returns:
-        The circuit, over the hook points of `scores`.
+        The circuit, over the hook points of `scores` that hold `components`.
 
     Raises:
-        InputError: scores by position, shares out of range, a component that was not scored.
+        InputError: scores by position, shares or numbers out of range, a component that was not
+            scored.
 
     Examples:
         >>> scores = score_nodes(gpt2, pairs)  # 144 heads, 36,864 neurons
         >>> prune(scores, {"heads": 0.1, "neurons": 0.01}).sizes()
         {'heads': (14, 144), 'neurons': (368, 36864)}
+        >>> prune(scores, nodes=20, components=["heads"]).sizes()
+        {'heads': (20, 144)}
     """
-    if scores.by_position:
-        raise InputError("a circuit is of nodes at all positions: score with by_position=False")
-    names = list(dict.fromkeys(scores.components.values()))
-    shares = share if isinstance(share, Mapping) else dict.fromkeys(names, share)
-    if set(shares) != set(names) or not all(0 <= s <= 1 for s in shares.values()):
-        raise InputError(f"share must be from 0 to 1 for each of {', '.join(names)}, not {share!r}")
-    if by not in ("score", "size", "random"):
-        raise InputError(f"by must be 'score', 'size' or 'random', not {by!r}")
-    keep: dict[str, Tensor] = {}
+    if (share is None) == (nodes is None):
+        raise InputError("give a share of the nodes or a number of nodes")
+    names = list(dict.fromkeys(scores.components.values() if components is None else components))
+    if not names:
+        raise InputError("a circuit is of one component class or more; no components were given")
+    means = {name: mean_scores(scores, name) for name in names}
+    sizes = {name: len(mean) for name, mean in means.items()}
+    groups = {"all": names} if isinstance(nodes, int) else {name: [name] for name in names}
+    numbers = _numbers(share, nodes, {g: sum(sizes[n] for n in of) for g, of in groups.items()})
     generator = torch.Generator().manual_seed(seed)
-    for name in names:
-        mean = scores.of(name).mean(dim=0)
-        if bool(mean.isnan().any()):
-            raise InputError(f"not all {name} were scored, so the best of them are not known")
-        if by == "random":
-            mean = torch.rand(len(mean), generator=generator)
-        ranked = (mean.abs() if by == "size" else mean).argsort(descending=True, stable=True)
-        chosen = torch.zeros(len(mean), dtype=torch.bool)
-        chosen[ranked[: int(shares[name] * len(mean))].cpu()] = True
+    chosen: dict[str, Tensor] = {}
+    for group, members in groups.items():
+        ranked = ranking(torch.cat([means[name] for name in members]), by, generator)
+        kept = torch.zeros(len(ranked), dtype=torch.bool)
+        kept[ranked[: numbers[group]]] = True
+        chosen.update(zip(members, kept.split([sizes[name] for name in members]), strict=True))
+    keep: dict[str, Tensor] = {}
+    for name, kept in chosen.items():
         hooks = [hook for hook, other in scores.components.items() if other == name]
-        sizes = [scores.values[hook].shape[-1] for hook in hooks]
-        keep.update(zip(hooks, chosen.split(sizes), strict=True))
-    return Circuit(scores.components, {hook: keep[hook] for hook in scores.components})
+        parts = kept.split([scores.values[hook].shape[-1] for hook in hooks])
+        keep.update(zip(hooks, parts, strict=True))
+    if scores.correct is not None:
+        warn_of_failures(scores.correct)
+    placed = {hook: name for hook, name in scores.components.items() if hook in keep}
+    return Circuit(placed, {hook: keep[hook] for hook in placed})
 
 
-def mean_activations(
-    model: TransformerBridge,
-    pairs: Pairs,
-    components: Mapping[str, str],
-    *,
-    chunk: int = PAIRS_AT_ONCE,
-) -> dict[str, Float[Tensor, "unit feature"]]:
-    """Each node's mean over both prompts of all pairs and all their real tokens."""
-    sums: dict[str, Tensor] = {}
-    for part in pairs.chunks(chunk):
-        for tokens in (part.clean, part.corrupt):
-            batch = batch_of(model, tokens, part)
-            for hook, x in read_units(model, batch, part, components)[1].items():
-                total = x[part.mask.to(x.device)].sum(dim=0)
-                sums[hook] = sums[hook] + total if hook in sums else total
-    return {hook: total / (2 * int(pairs.mask.sum())) for hook, total in sums.items()}
+def _numbers(
+    share: float | Mapping[str, float] | None,
+    nodes: int | Mapping[str, int] | None,
+    sizes: Mapping[str, int],
+) -> dict[str, int]:
+    """How many nodes to keep of each class.
 
-
-def ablated(circuit: Circuit, instead: Mapping[str, Units]) -> list[Edit]:
-    """Every node outside `circuit`, set to what `instead` holds.
-
-    Args:
-        circuit: what is left as it is.
-        instead: hook point -> [pair, pos, unit, feature]; pair and pos may be 1.
+    Raises:
+        InputError: shares or numbers out of range, or not of these classes.
     """
+    given: Any = share if nodes is None else nodes
+    amounts = given if isinstance(given, Mapping) else dict.fromkeys(sizes, given)
+    most = dict.fromkeys(sizes, 1) if nodes is None else sizes
+    if set(amounts) != set(sizes) or not all(0 <= amounts[n] <= most[n] for n in sizes):
+        if nodes is None:
+            names = ", ".join(sizes)
+            raise InputError(f"share must be from 0 to 1 for each of {names}, not {share!r}")
+        limits = ", ".join(f"{size} of {name}" for name, size in sizes.items())
+        raise InputError(f"nodes must be from 0 to {limits}, not {nodes!r}")
+    if nodes is None:
+        return {name: int(amounts[name] * size) for name, size in sizes.items()}
+    return dict(amounts)
 
-    def put(x: Tensor, *, name: str) -> Tensor:
-        units = as_units(COMPONENTS[circuit.components[name]].kind, x, name)
-        keep = circuit.keep[name].to(x.device)[:, None]
-        return torch.where(keep, units, instead[name]).reshape(x.shape)
 
-    names = [name for name, keep in circuit.keep.items() if not keep.all()]
-    return [Edit(name, function=partial(put, name=name)) for name in names]
+def between(resampled: NDArray[np.float64]) -> tuple[float, float, float]:
+    """A value and its 95% bootstrap interval, from the value and those of its samples, [1 + n]."""
+    low, high = np.percentile(resampled[1:], [2.5, 97.5])
+    return float(resampled[0]), float(low), float(high)
 
 
-@dataclass(frozen=True, eq=False)
-class Verdict:
-    """What circuits do when all else is ablated; logit differences, [pair] each.
+@dataclass(frozen=True, eq=False, repr=False)
+class Verdict(Shown, Saved):
+    """What circuits do when all else is ablated; a metric, [pair] each.
 
     Attributes:
         clean: of the whole model.
         floor: of the corrupted run; under mean ablation, of the clean prompt with every node
             ablated.
         gaps: [circuit, pair], of each circuit.
+        correct: [pair], whether the clean run prefers the answer to the incorrect one.
+        metric: its name.
     """
 
     clean: Float[Tensor, " pair"]
     floor: Float[Tensor, " pair"]
     gaps: Float[Tensor, "circuit pair"]
+    correct: Bool[Tensor, " pair"]
+    metric: str = "logit_difference"
+
+    def face(self) -> Face:
+        intervals = [self.interval(index) for index in range(len(self.gaps))]
+        frame = pd.DataFrame(intervals, columns=["faithfulness", "low", "high"])
+        frame.insert(0, self.metric.replace("_", " "), self.gaps.double().mean(dim=1).tolist())
+        frame.insert(0, "circuit", range(len(frame)))
+        return Face(
+            "Verdict: circuits with all else ablated",
+            {
+                "pairs": len(self.clean),
+                "whole model": float(self.clean.mean()),
+                "floor": float(self.floor.mean()),
+                "model is right in": f"{self.solved:.0%}",
+            },
+            frame,
+            notes=["Faithfulness: (circuit - floor) / (whole - floor), 95% bootstrap interval."],
+        )
 
     @property
     def solved(self) -> float:
         """The share of pairs in which the whole model prefers the answer to the incorrect one."""
-        return float((self.clean > 0).double().mean())
+        return float(self.correct.double().mean())
 
     @property
     def faithfulness(self) -> list[float]:
-        """Of each circuit: the share of the mean logit difference that it keeps."""
+        """Of each circuit: the share of the metric, meaned over pairs, that it keeps."""
         return [self.interval(index)[0] for index in range(len(self.gaps))]
 
     def interval(self, index: int = 0, seed: int = 0) -> tuple[float, float, float]:
@@ -216,12 +268,18 @@ class Verdict:
         Returns:
             Faithfulness (a ratio of means), lower and upper end.
         """
+        return between(self.resampled(index, seed))
+
+    def resampled(self, index: int, seed: int = 0) -> NDArray[np.float64]:
+        """Faithfulness of one circuit, [1 + n]: over all pairs, then over bootstrap samples."""
         total = (self.clean - self.floor).double().cpu().numpy()
         kept = (self.gaps[index] - self.floor).double().cpu().numpy()
         picks = np.random.default_rng(seed).integers(0, len(total), (RESAMPLES, len(total)))
-        ratios = kept[picks].mean(axis=1) / total[picks].mean(axis=1)
-        low, high = np.percentile(ratios, [2.5, 97.5])
-        return float(kept.mean() / total.mean()), float(low), float(high)
+        whole = kept.mean() / total.mean()
+        ratios: NDArray[np.float64] = np.append(
+            whole, kept[picks].mean(axis=1) / total[picks].mean(axis=1)
+        )
+        return ratios
 
 
 def verify(
@@ -229,6 +287,7 @@ def verify(
     pairs: Pairs,
     circuits: Sequence[Circuit],
     *,
+    metric: str | Metric | MetricFunction = "logit_difference",
     ablation: str = "corrupt",
     reference: Pairs | None = None,
     chunk: int = PAIRS_AT_ONCE,
@@ -236,71 +295,61 @@ def verify(
     """Run the clean prompts with all that is outside a circuit ablated, one circuit after another.
 
     Faithfulness is (circuit - floor) / (clean - floor), as in Wang et al. (2022) and MIB (Mueller
-    et al. 2025). Warns where the model itself is no better than chance at the task.
+    et al. 2025). Warns of pairs in which the model itself does not do the task.
 
     Args:
         model: a `TransformerBridge`.
         pairs: best ones that were not used to find the circuit.
         circuits: over the same hook points.
+        metric: what is measured of a run, as for `score_nodes`.
         ablation: nodes outside are set to the pair's `"corrupt"` run, or to their `"mean"`.
         reference: the pairs over which means are taken; `pairs` if not given.
         chunk: how many pairs run at once.
 
     Returns:
-        The logit differences of the whole model and of each circuit.
+        The metric of the whole model and of each circuit.
 
     Raises:
-        InputError: no circuits, circuits over different hook points, an unknown ablation.
+        InputError: no circuits, circuits over different hook points, an unknown ablation, the
+            corrupted run's activations for prompts of different lengths.
 
     Examples:
         >>> whole = prune(scores, 1.0)
         >>> verify(model, held_out, [whole]).faithfulness  # nothing is ablated
         [1.0]
     """
-    if ablation not in ("corrupt", "mean"):
-        raise InputError(f"ablation must be 'corrupt' or 'mean', not {ablation!r}")
     if not circuits or any(set(c.keep) != set(circuits[0].keep) for c in circuits):
         raise InputError("give one or more circuits over the same hook points")
     components = circuits[0].components
-    means = {}
-    if ablation == "mean":
-        by_unit = mean_activations(model, reference or pairs, components, chunk=chunk)
-        means = {hook: mean[None, None] for hook, mean in by_unit.items()}
-    elif reference is not None:
-        raise InputError("reference is what means are taken over: it goes with ablation='mean'")
-    nothing = Circuit(
-        components, {hook: torch.zeros_like(k) for hook, k in circuits[0].keep.items()}
-    )
-    clean, floor, kept = [], [], []
+    parts = []
+    measured = as_metric(metric)
     with unchanged(model):
-        for part in pairs.chunks(chunk):
-            batch, instead = batch_of(model, part.clean, part), means
-            run = partial(logit_differences, model, batch, part)
-            clean.append(run())
-            if ablation == "corrupt":
-                corrupted = batch_of(model, part.corrupt, part)
-                value, instead = read_units(model, corrupted, part, components)
-                floor.append(value)
-            else:
-                floor.append(run(edits=ablated(nothing, instead)))
-            kept.append(torch.stack([run(edits=ablated(each, instead)) for each in circuits]))
-    verdict = Verdict(torch.cat(clean), torch.cat(floor), torch.cat(kept, dim=1))
+        for part in ablations(model, pairs, components, measured, ablation, reference, chunk):
+            tried = torch.stack([part.run(each.keep) for each in circuits])
+            parts.append((part.clean, part.floor, tried))
+    clean, floor, gaps = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+    correct = answered(model, pairs, measured, clean, PassCount())
+    verdict = Verdict(clean, floor, gaps, correct, measured.name)
     _require_task(verdict)
     return verdict
 
 
 def _require_task(verdict: Verdict) -> None:
-    """Warn where there is no task to be faithful to."""
+    """Warn where there is no task to be faithful to, or not in all pairs."""
     n = len(verdict.clean)
     chance = min(1.0, 0.5 + 1.645 * (0.25 / n) ** 0.5)  # 19 coins of 20 do worse
     if verdict.solved < chance or verdict.clean.mean() <= verdict.floor.mean():
         warnings.warn(
             f"the model does not do the task: it prefers the answer in {verdict.solved:.0%} of {n} "
-            f"clean prompts, and its mean logit difference is {float(verdict.clean.mean()):.3g}, "
-            f"that of the floor {float(verdict.floor.mean()):.3g}. Faithfulness is a share of the "
-            "difference and says nothing here",
+            f"clean prompts, and its mean {verdict.metric.replace('_', ' ')} is "
+            f"{float(verdict.clean.mean()):.3g}, that of the floor "
+            f"{float(verdict.floor.mean()):.3g}. Faithfulness is a share of the difference and "
+            "says nothing here",
+            TaskWarning,
             stacklevel=3,
         )
+        return
+    warn_of_failures(verdict.correct, stacklevel=4)
 
 
 def completeness(model: TransformerBridge, pairs: Pairs, circuit: Circuit, **options: Any) -> float:
@@ -336,60 +385,3 @@ def minimality(
     whole, *less = verify(model, pairs, tried, **options).faithfulness
     frame = pd.DataFrame({"node": list(map(str, nodes)), "loss": [whole - one for one in less]})
     return frame.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
-
-
-@dataclass(frozen=True, eq=False)
-class FaithfulnessCurve:
-    """Faithfulness of circuits of growing size.
-
-    Attributes:
-        table: `share`, `nodes`, `faithfulness`, `low` and `high` (95%).
-        cpr: area under faithfulness over the share of nodes kept (higher is better).
-        cmd: area between it and 1 (lower is better).
-    """
-
-    table: pd.DataFrame
-    cpr: float
-    cmd: float
-
-
-def faithfulness_curve(
-    model: TransformerBridge,
-    pairs: Pairs,
-    scores: NodeScores,
-    *,
-    shares: Sequence[float] = SHARES,
-    by: str = "score",
-    **options: Any,
-) -> FaithfulnessCurve:
-    """Faithfulness over size: more and more of the best nodes of every class are kept.
-
-    CPR and CMD are of MIB (Mueller et al. 2025).
-
-    Args:
-        model, pairs: as for `verify`.
-        scores: of nodes at all positions.
-        shares: how much of each class to keep, from 0 to 1.
-        by: as for `prune`.
-        options: as for `verify`.
-
-    Returns:
-        A curve with one row a share, and its areas.
-
-    Raises:
-        InputError: as `prune` and `verify`.
-
-    Examples:
-        >>> curve = faithfulness_curve(model, held_out, scores, shares=[0.0, 0.1, 1.0])
-        >>> list(curve.table.columns), len(curve.table)
-        (['share', 'nodes', 'faithfulness', 'low', 'high'], 3)
-    """
-    circuits = [prune(scores, share, by=by) for share in shares]
-    verdict = verify(model, pairs, circuits, **options)
-    intervals = [verdict.interval(index) for index in range(len(circuits))]
-    kept = [sum(n for n, _ in circuit.sizes().values()) for circuit in circuits]
-    table = pd.DataFrame(intervals, columns=["faithfulness", "low", "high"])
-    table.insert(0, "share", list(shares))
-    table.insert(1, "nodes", kept)
-    values, at = table["faithfulness"].to_numpy(), np.array(shares)
-    return FaithfulnessCurve(table, area(values, at), area(np.abs(1 - values), at))

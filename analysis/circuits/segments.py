@@ -9,6 +9,10 @@ such a pass is cheaper than a full one.
 
 Each row of the batch starts by itself, so copies of a prompt serve as many nodes at once. A
 relevance accounting by rows tells for each what was absorbed on the way.
+
+Sparse coders may stand in the model's place (`lenslrp.analysis.circuits.replacement`): their active
+features are nodes, [row, entry, 1, 1] instead of [row, pos, unit, feature], and their errors are
+constants, where relevance ends.
 """
 
 from __future__ import annotations
@@ -24,8 +28,11 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from lenslrp.analysis.circuits.nodes import COMPONENTS, TARGET, Node, Units, as_units, delivering
+from lenslrp.analysis.circuits.replacement import ActiveFeatures, features_key, stand_in
+from lenslrp.analysis.units.coders import SparseCoder
 from lenslrp.batch import Batch
 from lenslrp.cache import RelevanceCache
+from lenslrp.edits import edit_gradient
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.handles import Attached
@@ -69,15 +76,21 @@ class SegmentedPass:
         leaves: hook point -> what goes on in its place.
         values: [row], the target.
         embeddings: leaves at the embeddings: tokens, then learned positions.
+        active: which features of coders are nodes, by `replacement.features_key`.
+        gates: hook point -> [row], what its gradient is multiplied by in the next backward pass.
     """
 
     hooks: Mapping[str, str]
     run: Pass
     target: Target
+    keep: Mapping[str, Tensor] | None = None
+    conducts: bool = False
     outputs: dict[str, Tensor] = field(default_factory=dict)
     leaves: dict[str, Tensor] = field(default_factory=dict)
     points: dict[str, Any] = field(default_factory=dict)
     values: Tensor = field(default_factory=lambda: torch.empty(0))
+    active: dict[str, ActiveFeatures] = field(default_factory=dict)
+    gates: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def embeddings(self) -> list[Tensor]:
@@ -157,7 +170,11 @@ class SegmentedPass:
             g = nodes[down.hook][1]
             if down.hook not in seeds:
                 seeds[down.hook] = g.new_zeros(len(starts), *g.shape[1:])
-            at = (*text.place(down.position), down.unit)
+            at: tuple[Any, ...]
+            if down.hook in self.active:
+                at = (slice(None), *unit_at(down, self.active))
+            else:
+                at = (*text.place(down.position), down.unit)
             seeds[down.hook][rows][at] = g[at]
         return self.conditional_gradients(seeds, starts if bool(starts.any()) else None)
 
@@ -177,15 +194,47 @@ class SegmentedPass:
             absorbed[term] = absorbed[term] + amount if term in absorbed else amount
         return absorbed
 
+    def cut(self, key: str, out: Tensor) -> Tensor:
+        """What goes on in the place of a tensor where nodes are: a leaf, where one is."""
+        if key in self.outputs:
+            raise InputError(f"{key} fires more than once in a pass; its units cannot be nodes")
+        self.outputs[key] = out
+        if self.conducts and out.requires_grad:
+            self.leaves[key] = out
+            return out
+        kept = None
+        if self.keep is not None and out.requires_grad:
+            kept = self.keep.get(key)
+            if kept is None or not bool(kept.any()):
+                return out
+        leaf = self.leaves[key] = out.detach().requires_grad_()
+        if kept is None:
+            return leaf
+        units = self._units(key, out)
+        mask = self._raw(key, kept[None, ..., None].to(out.device).expand_as(units).contiguous())
+        return torch.where(mask, leaf, out)
+
     def _units(self, hook: str, x: Tensor) -> Units:
+        if hook not in self.hooks:  # of a coder
+            return x
         x = converted(self.points[hook], x)
         return as_units(COMPONENTS[self.hooks[hook]].kind, x, hook)
 
     def _raw(self, hook: str, units: Tensor) -> Tensor:
         """The inverse of `_units`."""
+        if hook not in self.hooks:
+            return units
         kind = COMPONENTS[self.hooks[hook]].kind
         x = units if kind == "head" else units.squeeze(-2 if kind == "whole" else -1)
         return reverted(self.points[hook], x).reshape(self.outputs[hook].shape)
+
+
+def unit_at(node: Node, active: Mapping[str, ActiveFeatures]) -> tuple[int, int]:
+    """Where a node at one position is in the units of its hook point, behind the rows."""
+    there = active.get(node.hook)
+    if there is None:
+        return int(node.position or 0), node.unit
+    return there.entries[int(node.position or 0), node.unit], 0
 
 
 def _beside(features: Tensor, x: Tensor) -> Tensor:
@@ -202,6 +251,10 @@ def segmented(
     *,
     keep: Mapping[str, Bool[Tensor, "pos unit"]] | None = None,
     accounting: bool = False,
+    coders: Sequence[SparseCoder] = (),
+    active: Mapping[str, ActiveFeatures] | None = None,
+    gated: Sequence[str] = (),
+    conducts: bool = False,
 ) -> Iterator[SegmentedPass]:
     """A forward pass that is detached at nodes, ready for any number of backward passes.
 
@@ -213,8 +266,12 @@ def segmented(
         prepared: the rows.
         target: what is explained, a value a row.
         hooks: hook point -> component: where nodes are.
-        keep: which units are nodes; all if not given. The others conduct.
+        keep: hook point -> which of its units are nodes; all if not given. The others conduct.
         accounting: keep account of what each row's relevance is absorbed by.
+        coders: stand in the model's place.
+        active: which of their features are active; those that are in the first row, if not given.
+        gated: hook points whose gradient `SegmentedPass.gates` may multiply.
+        conducts: detach nothing; the leaves are the tensors themselves.
 
     Raises:
         InputError: a hook point that does not fire, or fires twice.
@@ -224,31 +281,42 @@ def segmented(
     passes: list[SegmentedPass] = []
 
     def at_nodes(at: Attached, run: Pass) -> None:
-        passes.append(SegmentedPass(hooks, run, target, points=nodes))
+        segments = SegmentedPass(hooks, run, target, keep, conducts, points=nodes)
+        passes.append(segments)
         for hook in hooks:
-            kept = None if keep is None else keep[hook]
-            at.hook(points[hook], partial(_detached, segments=passes[0], hook=hook, kept=kept))
+            at.hook(points[hook], partial(_detached, segments=segments, hook=hook))
+        for hook in gated:
+            at.hook(points[hook], partial(_gated, segments=segments, hook=hook))
+        for coder in coders:
+            key = features_key(coder)
+            stand_in(
+                at,
+                points,
+                coder,
+                None if active is None else active[key],
+                accounts=run.accounts,
+                found=partial(segments.active.__setitem__, key),
+                cut=segments.cut,
+            )
 
     with session.forward(prepared, target, at_nodes=at_nodes, rows=accounting) as run:
         (segments,) = passes
-        missing = [hook for hook in hooks if hook not in segments.outputs]
+        ends = [*hooks, *(features_key(coder) for coder in coders)]
+        missing = [hook for hook in ends if hook not in segments.outputs]
         if missing:
             raise InputError(f"{missing[0]} does not fire in this model's forward pass")
         segments.values = target.values(run.outputs())
         yield segments
 
 
-def _detached(
-    _: Any, args: Any, out: Tensor, *, segments: SegmentedPass, hook: str, kept: Tensor | None
-) -> Tensor | None:
-    if hook in segments.outputs:
-        raise InputError(f"{hook} fires more than once in a pass; its units cannot be nodes")
-    segments.outputs[hook] = out
-    if kept is not None and not bool(kept.any()):
-        return None
-    leaf = segments.leaves[hook] = out.detach().requires_grad_()
-    if kept is None:
-        return leaf
-    units = segments._units(hook, out)
-    mask = segments._raw(hook, kept[None, ..., None].to(out.device).expand_as(units).contiguous())
-    return torch.where(mask, leaf, out)
+def _detached(_: Any, args: Any, out: Tensor, *, segments: SegmentedPass, hook: str) -> Tensor:
+    return segments.cut(hook, out)
+
+
+def _gated(_: Any, args: Any, out: Tensor, *, segments: SegmentedPass, hook: str) -> None:
+    def gate(g: Tensor) -> Tensor | None:
+        rows = segments.gates.get(hook)
+        return None if rows is None else g * rows.to(g).view(-1, *[1] * (g.ndim - 1))
+
+    if out.requires_grad:
+        edit_gradient(out, gate)

@@ -25,7 +25,7 @@ from lenslrp.analysis.dictionary.topk import Spans, priorities
 from lenslrp.analysis.passes.conditions import through as only_through
 from lenslrp.analysis.units.coders import SparseCoder
 from lenslrp.analysis.units.kinds import Unit
-from lenslrp.analysis.units.locations import known_hook
+from lenslrp.analysis.units.locations import known_hook, require_one_meaning
 from lenslrp.analysis.units.readers import FeatureReader, SearchedHook, UnitReader, Written
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
@@ -275,11 +275,7 @@ def find_places(
     points = hook_points(model, components(model))
     wanted = [(site, name) for site in sites for name in select_names(points, site.hook)[0]]
     for _, name in wanted:
-        if name.endswith("hook_post") and points[name] is points.get(f"{name[:-4]}out"):
-            raise InputError(
-                f"{name} is another name of {name[:-4]}out here: a mixture of experts has no one "
-                "set of neurons; search its output by that name, or a dense layer"
-            )
+        require_one_meaning(points, name)
     sizes: dict[tuple[str, str], int] = {}
     written: set[str] = set()
     block = Block(0, torch.zeros(1, dtype=torch.int64), tokens, torch.ones_like(tokens).bool())
@@ -287,6 +283,10 @@ def find_places(
     def read(name: str, x: Tensor) -> None:
         x = unflattened(x, block)
         for site in reads.get(name, []):
+            if name.endswith("hook_scan_out") and x.ndim == 3:
+                raise InputError(f"{name} has no heads; search the channels at hook_scan_in")
+            if name.endswith("hook_scan_in") and x.ndim == 4:
+                raise InputError(f"{name} has heads; search them at hook_scan_out")
             if x.shape[:2] != tokens.shape or x.ndim != site.reader.axes:
                 raise InputError(
                     f"{name} is {list(x.shape)}; units are searched at hook points of shape "

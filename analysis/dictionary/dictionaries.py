@@ -105,7 +105,8 @@ class NeuronDictionary:
             options: what the dictionary is made of:
 
                 - `sites`: hook names (`"mlp.hook_post"` in every block, `"attn.hook_z"` for heads,
-                    any other), `SparseCoder` or `Direction`, or a list of these;
+                    `"hook_scan_out"` for those of recurrent mixers, `"hook_scan_in"` for channels
+                    of mixers without heads, any other), `SparseCoder` or `Direction`, or a list;
                 - `criteria`: of `actmax, actmin, relmax, relmin, deciles, random`;
                 - `k`: examples for each of the first four; `sample`: documents that deciles and
                     random examples are drawn from; `window`: tokens shown before and after;

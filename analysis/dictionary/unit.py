@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lenslrp.analysis.dictionary.plan import Place
-from lenslrp.analysis.units.kinds import Unit, parse_unit
+from lenslrp.analysis.units.kinds import Unit
+from lenslrp.analysis.units.parsing import parse_unit
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError, StorageError
 from lenslrp.inputs import prepare_text

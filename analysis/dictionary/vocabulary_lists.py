@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from lenslrp.analysis.common.storage import load_tensors, save_tensors
 from lenslrp.analysis.dictionary.plan import Place
 from lenslrp.analysis.dictionary.vocabulary_file import LIMIT, LIST_ENDS, LIST_ROLES, LISTED_TOKENS
-from lenslrp.analysis.units.kinds import Direction, Feature, Head, Unit, parse_unit
+from lenslrp.analysis.units.kinds import Direction, Feature, Head, Unit
+from lenslrp.analysis.units.parsing import parse_unit
 from lenslrp.analysis.units.projection import project
 from lenslrp.analysis.units.readers import DirectionReader, FeatureReader, SearchedHook
 from lenslrp.analysis.units.residual import (

@@ -4,6 +4,7 @@ from lenslrp.analysis.evaluation.faithfulness import aopc, aopc_bounds, curves, 
 from lenslrp.analysis.evaluation.features import tokens_of
 from lenslrp.analysis.evaluation.figures import perturbation_curves
 from lenslrp.analysis.evaluation.harness import Perturbation, evaluate
+from lenslrp.analysis.evaluation.hop_check import check_hops
 from lenslrp.analysis.evaluation.model_features import heads_of, unit_relevance
 from lenslrp.analysis.evaluation.results import Results
 from lenslrp.analysis.evaluation.sanity import randomisation, sensitivity
@@ -18,6 +19,7 @@ __all__ = [
     "Unfit",
     "aopc",
     "aopc_bounds",
+    "check_hops",
     "curves",
     "evaluate",
     "heads_of",

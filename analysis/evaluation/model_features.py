@@ -25,12 +25,14 @@ from lenslrp.analysis.passes.prompts import (
     prompt_logits,
     target_values,
 )
+from lenslrp.analysis.units.locations import head_hooks, require_readable_heads
 from lenslrp.edits import Edit
 from lenslrp.errors import InputError
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.readers import select_names
 from lenslrp.hooks.structure import components, layer_of
 from lenslrp.inputs import is_encoder_decoder
+from lenslrp.running import architecture
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -39,14 +41,17 @@ IMAGES_PER_PASS = 16
 
 
 def heads_of(model: TransformerBridge, prompt: ExplainedPrompt) -> Features:
-    """Attention heads, [layer x head]: a head that is gone writes nothing at any position.
+    """Heads, [layer x head]: a head that is gone writes nothing at any position.
+
+    Attention's and those of recurrent mixers, as in `RelevanceCache.heads`.
 
     Args:
         model: a ``TransformerBridge`` of one stack.
         prompt: from `as_prompt`.
 
     Raises:
-        InputError: an encoder-decoder, or attention without heads at ``hook_z``.
+        InputError: an encoder-decoder, or attention without heads at ``hook_z``, also beside
+            recurrent mixers.
 
     Examples:
         ```python
@@ -54,12 +59,18 @@ def heads_of(model: TransformerBridge, prompt: ExplainedPrompt) -> Features:
         curves(features, {"attnlrp": unit_relevance(R, "attn.hook_z")})
         ```
     """
-    return _units(model, prompt, "attn.hook_z", 4)
+    parts = components(model)
+    require_readable_heads(parts)
+    names = head_hooks(hook_points(model, parts))
+    if not names:
+        raise InputError(f"{architecture(model)} has no heads at attn.hook_z or hook_scan_out")
+    return _units(model, prompt, names, 4)
 
 
 def neurons_of(model: TransformerBridge, prompt: ExplainedPrompt) -> Features:
     """MLP neurons, [layer x neuron]: one that is gone is 0 at every position."""
-    return _units(model, prompt, "mlp.hook_post", 3)
+    points = hook_points(model, components(model))
+    return _units(model, prompt, select_names(points, "mlp.hook_post")[0], 3)
 
 
 def unit_relevance(cache: Any, name: str) -> Numbers:
@@ -74,7 +85,7 @@ def unit_relevance(cache: Any, name: str) -> Numbers:
     """
     if name == "attn.hook_z":
         heads: Numbers = cache.heads().to_numpy(dtype=np.float64).ravel()
-        return heads
+        return heads[~np.isnan(heads)]  # where a layer has fewer than another
     hooks = sorted((hook for hook in cache if hook.endswith(name)), key=lambda h: layer_of(h) or 0)
     rows = [cache[hook][0].double().sum(dim=0) for hook in hooks]
     return torch.cat(rows).cpu().numpy()
@@ -108,17 +119,18 @@ def patches_of(
     return Features(np.arange(problem.grid[0] * problem.grid[1]), without)
 
 
-def _units(model: TransformerBridge, prompt: ExplainedPrompt, suffix: str, dims: int) -> Features:
+def _units(
+    model: TransformerBridge, prompt: ExplainedPrompt, names: Sequence[str], dims: int
+) -> Features:
     if is_encoder_decoder(model):
         raise InputError("heads and neurons are switched off in models of one stack only")
-    points = hook_points(model, components(model))
-    names, _ = select_names(points, suffix)
     sizes: dict[str, int] = {}
 
     def measure(name: str, x: Tensor) -> None:
-        if x.ndim != dims:
+        scan = name.endswith("hook_scan_out") and x.ndim == 3  # of all channels: one unit
+        if x.ndim != dims and not scan:
             raise InputError(f"{name} has shape {list(x.shape)}; units need {dims} axes")
-        sizes[name] = x.shape[2]
+        sizes[name] = 1 if scan else x.shape[2]
 
     prompt_logits(model, prompt, read={name: partial(measure, name) for name in names})
     starts = dict(zip(names, np.cumsum([0, *sizes.values()]).tolist(), strict=False))

@@ -24,11 +24,11 @@ from lenslrp.analysis.evaluation.spans import Mask, normalise, occurrences, over
 from lenslrp.analysis.passes.problems import resolve
 from lenslrp.analysis.passes.prompts import ExplainedPrompt, as_prompt, prompt_logits
 from lenslrp.errors import InputError
-from lenslrp.hooks.turns import turn
 from lenslrp.inputs import is_encoder_decoder
 from lenslrp.media import labels_of
 from lenslrp.text.spelling import Spans
 from lenslrp.text.tokenization import tokenize
+from lenslrp.writing import greedy
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -189,19 +189,9 @@ def squad(model: TransformerBridge, record: Record, length: int) -> Example:
     return Example(prompt, removable, key)
 
 
-@torch.no_grad()
 def generate(model: TransformerBridge, ids: list[int]) -> list[int]:
     """What the model writes greedily: up to its end, or to the end of its first line of text."""
-    tokens = torch.tensor([ids], device=next(model.parameters()).device)
-    with turn(model):
-        original_model: Any = model.original_model
-        written = original_model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=LONGEST_ANSWER,
-            do_sample=False,
-            pad_token_id=model.tokenizer.pad_token_id or model.tokenizer.eos_token_id,
-        )[0].tolist()
+    written = greedy(model, ids, LONGEST_ANSWER)
     if not is_encoder_decoder(model):
         written = written[len(ids) :]
     special = set(model.tokenizer.all_special_ids)

@@ -39,7 +39,8 @@ from lenslrp.analysis.steering.operations import (
     Scale,
     Steering,
 )
-from lenslrp.analysis.units.kinds import Direction, Feature, Unit, parse_unit
+from lenslrp.analysis.units.kinds import Direction, Feature, Unit
+from lenslrp.analysis.units.parsing import parse_unit
 from lenslrp.errors import InputError, StorageError
 from lenslrp.extras import require
 from lenslrp.files import whole

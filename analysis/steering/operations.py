@@ -7,10 +7,9 @@ Example:
     ...     text = model.generate("I think that", max_new_tokens=20)
 
 An operation moves the activation `a` of one unit (`lenslrp.analysis.units.kinds`), nothing else:
-`x -> x + change(a) * step`, where `step` is the unit's own entry of a neuron's hook point,
-v / |v|^2 of a direction v, z / |z| of a head, or the decoder's row of a feature, times its coder's
-scale; so that the unit's activation (of a feature: what the decoder writes for it) is what the
-operation says. Operations act in the order in which they are given, each on what was left before.
+`x -> x + change(a) * step`, where `step` is a neuron's or channel's own entry, v / |v|^2 of a
+direction v, z / |z| of a head, or a feature's decoder row times its coder's scale; so that the
+activation (a feature's: what its decoder writes) is what it says. Each acts on what was left.
 
 Positions are those of the text (`lenslrp.followed`), never of the pass: the same tokens are steered
 with a KV cache and without, in a padded batch and alone, in every generation and every plain
@@ -30,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.units.kinds import Direction, Feature, Head, Neuron, Unit
+from lenslrp.analysis.units.recurrent import Channel, RecurrentHead
 from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.followed import Positions, TrackedPasses, follow, positions
@@ -367,14 +367,15 @@ def moved(unit: Unit, x: Tensor, a: Tensor, change: Tensor) -> Tensor:
         return x + change[..., None] * (vector / vector.square().sum())
     if isinstance(unit, Feature):
         return unit.coder.moved(x, unit.index, change)
-    assert isinstance(unit, Neuron | Head)
+    assert isinstance(unit, Neuron | Channel | Head | RecurrentHead)
     y = x.clone()
-    if isinstance(unit, Neuron):
-        y[..., unit.index] = a + change
+    if isinstance(unit, Neuron | Channel):
+        unit.activation(y).copy_(a + change)  # a view
         return y
     some = a > 0  # a head that writes nothing has no direction to be lengthened in
     ratio = torch.where(some, (a + change) / torch.where(some, a, 1.0), 1.0).detach()
-    y[..., unit.index, :] = x[..., unit.index, :] * ratio[..., None]
+    at = (...,) if unit.index is None else (..., unit.index, slice(None))
+    y[at] = x[at] * ratio[..., None]
     return y
 
 

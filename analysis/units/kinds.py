@@ -11,7 +11,6 @@ mean in the vocabulary is for `lenslrp.analysis.units.projection`.
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -348,42 +347,6 @@ class Feature(Unit):
 
     def reads(self, model: TransformerBridge) -> Vectors:
         return {"in": _of_width(model, self, self.coder.W_enc[:, self.index])}
-
-
-_PATTERN = re.compile(
-    r"(?P<stack>blocks|encoder_blocks|decoder_blocks)\.(?P<layer>\d+)\."
-    r"(?:mlp\.(?P<shared>shared_experts?\.)?hook_post\[(?P<neuron>\d+)\]"
-    r"|mlp\.hook_expert_post\[(?P<expert>\d+), ?(?P<of_expert>\d+)\]"
-    r"|(?:(?:self_)?attn|(?P<cross>cross_attn))\.hook_z\[(?P<head>\d+)\])"
-)
-
-
-def parse_unit(text: str) -> Unit:
-    """The neuron or head that a text such as ``"blocks.5.mlp.hook_post[17]"`` stands for.
-
-    Raises:
-        InputError: any other text; directions and features hold vectors, which no text does.
-
-    Examples:
-        >>> parse_unit("blocks.5.attn.hook_z[2]")
-        Head(layer=5, index=2, cross=False, side='decoder')
-    """
-    match = _PATTERN.fullmatch(text)
-    if match is None:
-        raise InputError(
-            f"{text!r} is no neuron or head; expected, for example, blocks.5.mlp.hook_post[17], "
-            "blocks.5.mlp.hook_expert_post[3, 17] or blocks.5.attn.hook_z[2]"
-        )
-    layer, side = int(match["layer"]), _side(match["stack"])
-    if match["head"] is not None:
-        return Head(layer, int(match["head"]), bool(match["cross"]), side)
-    if match["expert"] is not None:
-        return Neuron(layer, int(match["of_expert"]), int(match["expert"]), side)
-    return Neuron(layer, int(match["neuron"]), "shared" if match["shared"] else None, side)
-
-
-def _side(stack: str) -> Side:
-    return "encoder" if stack == "encoder_blocks" else "decoder"
 
 
 def _require_index(unit: Neuron | Head, what: str, index: int, size: int) -> None:

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
 from lenslrp.errors import InputError
 from lenslrp.hooks.adapted import has_adapter
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.experts import mixtures
 from lenslrp.hooks.packed import is_packed_linear
-from lenslrp.hooks.structure import components
+from lenslrp.hooks.scans import mixers
+from lenslrp.hooks.structure import NamedModules, components, layer_of, original
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -73,6 +76,47 @@ def known_hook(model: TransformerBridge, name: str) -> str:
         near = difflib.get_close_matches(name, names, n=3)
         raise InputError(f"no hook point {name!r} in this model; nearest: {', '.join(near)}")
     return name
+
+
+def head_hooks(points: Mapping[str, Any]) -> list[str]:
+    """Where heads are, layer by layer: those of attention, and those of recurrent mixers."""
+    ends = (".attn.hook_z", ".hook_scan_out")
+    names = [name for end in ends for name in points if name.endswith(end)]
+    return sorted(names, key=lambda name: layer_of(name) or 0)
+
+
+def require_readable_heads(parts: NamedModules) -> None:
+    """Refuse a hybrid whose attention TransformerLens has no hook points for: half its heads.
+
+    Raises:
+        InputError: naming the layers.
+    """
+    recurrent = {id(module) for _, module in mixers(parts)}
+    bridged = {id(original(module)) for _, module in parts if isinstance(module, AttentionBridge)}
+    hidden = [
+        path
+        for path, module in parts
+        if type(module).__name__.endswith("Attention") and id(module) not in recurrent | bridged
+    ]
+    if recurrent and hidden:
+        raise InputError(
+            f"the attention at {', '.join(hidden[:4])} has no hook_z here, so that the heads of "
+            "this model are not all to be had; those of its mixers are at hook_scan_out "
+            "(components=['recurrent'] in circuits)"
+        )
+
+
+def require_one_meaning(points: Mapping[str, Any], name: str) -> None:
+    """Refuse a hook point of neurons that is the output of a mixture by another name.
+
+    Raises:
+        InputError: naming the output.
+    """
+    if name.endswith("hook_post") and points[name] is points.get(f"{name[:-4]}out"):
+        raise InputError(
+            f"{name} is another name of {name[:-4]}out here: a mixture of experts has no one "
+            "set of neurons; take its output by that name, or a dense layer"
+        )
 
 
 def require_plain_weights(component: Any) -> None:

@@ -174,7 +174,11 @@ def searched_hooks(sites: Sites) -> list[SearchedHook]:
         if isinstance(item, str):
             searched.append(
                 SearchedHook(
-                    item, item, HeadReader() if item.endswith("hook_z") else ComponentReader()
+                    item,
+                    item,
+                    HeadReader()
+                    if item.endswith(("hook_z", "hook_scan_out"))
+                    else ComponentReader("channel" if item.endswith("hook_scan_in") else "neuron"),
                 )
             )
         elif isinstance(item, SparseCoder):

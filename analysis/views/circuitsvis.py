@@ -28,6 +28,7 @@ import torch
 
 from lenslrp.analysis.views.drawing import LIGHT
 from lenslrp.errors import InputError
+from lenslrp.tables import mixer_label
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import token_heatmap
 
@@ -235,12 +236,14 @@ def attention_relevance(
     scale: float | None = None,
     page: NotebookPage | None = None,
 ) -> View:
-    """A layer's attention patterns, each entry weighted by its relevance, head by head.
+    """What of the target passed from key to query in a layer, head by head.
+
+    Attention's is its pattern, each entry weighted by its relevance; a recurrent mixer's is the map
+    of its scan. A layer that has both (FalconH1) shows both, the mixer's heads by its name.
 
     Args:
         R: with the relevance of ``blocks.<layer>.attn.hook_pattern``, which is the pattern times
-            its coefficient: what of the target passed from key to query. Heads are named with
-            their sums.
+            its coefficient, or of the layer's ``hook_scan_map``. Heads are named with their sums.
         layer: which block.
         row: which row of the batch; its padding is left out.
         scale: value at the full colour; by default the largest absolute value of all heads.
@@ -250,7 +253,7 @@ def attention_relevance(
         A view that displays itself in a notebook; ``str(view)`` is a complete HTML page.
 
     Raises:
-        InputError: the patterns of this layer were not read, or were reduced.
+        InputError: neither was read of this layer, or one was reduced.
         ImportError: when the view is displayed and circuitsvis is missing.
 
     Examples:
@@ -261,14 +264,20 @@ def attention_relevance(
         attention_relevance(R, 5)
         ```
     """
-    patterns = R[f"blocks.{layer}.attn.hook_pattern"]
-    if patterns.ndim != 4:
-        raise InputError(f"patterns were reduced to {list(patterns.shape)}: no keys are left")
+    pattern = f"blocks.{layer}.attn.hook_pattern"
+    maps = [n for n in R if n.startswith(f"blocks.{layer}.") and n.endswith("hook_scan_map")]
     kept = R.attention_mask[row].cpu()
-    values = patterns[row].cpu()[:, kept][:, :, kept]
+    values: list[Tensor] = []
+    names: list[str] = []
+    for hook in [pattern, *maps] if pattern in R or not maps else maps:
+        if R[hook].ndim != 4:
+            shape = list(R[hook].shape)
+            raise InputError(f"{hook}: patterns were reduced to {shape}: no keys are left")
+        values.append(R[hook][row].cpu()[:, kept][:, :, kept])
+        label = str(layer) if hook == pattern else mixer_label(hook)
+        names += [f"{label}.{head}: {float(v.sum()):+.3g}" for head, v in enumerate(values[-1])]
     tokens = [t for t, real in zip(R.str_tokens[row], kept.tolist(), strict=True) if real]
-    names = [f"{layer}.{head}: {float(v.sum()):+.3g}" for head, v in enumerate(values)]
-    return attention_heads(values, tokens, head_names=names, scale=scale, page=page)
+    return attention_heads(torch.cat(values), tokens, head_names=names, scale=scale, page=page)
 
 
 def colored_tokens(

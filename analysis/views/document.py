@@ -6,13 +6,17 @@ loads and sends nothing, is the second.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from lenslrp.errors import InputError
 from lenslrp.files import HTML, whole
 from lenslrp.text.visible_text import visible
+
+_PACKAGES = ("lenslrp", "torch", "transformers", "transformer-lens")
 
 _DOCUMENT = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -65,3 +69,16 @@ def section(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return make()
     except (InputError, KeyError) as error:
         return {"absent": str(error.args[0]) if error.args else "its hook points were not read"}
+
+
+def provenance(**facts: str) -> list[tuple[str, str]]:
+    """What a page was made from: ``facts``, and the versions of everything."""
+    versions = [(package, _version(package)) for package in _PACKAGES]
+    return [*facts.items(), *versions, ("Python", platform.python_version())]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed as a package"

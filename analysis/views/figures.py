@@ -84,7 +84,10 @@ def residual_map(
 
 
 def head_grid(R: RelevanceCache, row: int = 0, *, theme: Theme = LIGHT) -> Figure:
-    """Relevance of every attention head, layer (upwards) x head, in units of the target."""
+    """Relevance of every head, layer (upwards) x head, in units of the target.
+
+    Rows and columns are those of `RelevanceCache.heads`: attention's and recurrent mixers'.
+    """
     table = R.heads(row)
     values = np.asarray(table, dtype=float)
     rows, columns = values.shape
@@ -94,7 +97,7 @@ def head_grid(R: RelevanceCache, row: int = 0, *, theme: Theme = LIGHT) -> Figur
     ticks = list(range(0, columns, step))
     axes.set_xticks(ticks, [str(table.columns[tick]) for tick in ticks])
     label_layer_rows(axes, [str(name) for name in table.index])
-    write_titles(axes, theme, title="Attention heads", x="head", y="layer")
+    write_titles(axes, theme, title="Heads", x="head", y="layer")
     return figure
 
 

@@ -13,9 +13,7 @@ import base64
 import contextlib
 import io
 import math
-import platform
 from collections.abc import Callable, Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +21,20 @@ from lenslrp.analysis.units.projection import neuron_writes
 from lenslrp.analysis.units.unembedding import unembedding
 from lenslrp.analysis.views import figures as plots
 from lenslrp.analysis.views.checks import checked
-from lenslrp.analysis.views.document import environment, html_document, section, write_document
+from lenslrp.analysis.views.document import (
+    environment,
+    html_document,
+    provenance,
+    section,
+    write_document,
+)
 from lenslrp.analysis.views.drawing import DARK, LIGHT, Theme, require_row
+from lenslrp.analysis.views.generation import generation_html
 from lenslrp.analysis.views.images import image_map
 from lenslrp.analysis.views.report_template import STYLE, TEMPLATE
 from lenslrp.errors import InputError
 from lenslrp.extras import require
+from lenslrp.generation import Generation
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import colour_scale, signed, token_heatmap
 
@@ -43,7 +49,6 @@ SOFTMAX = (
     " The softmax's part is evidence for where heads look, which no single token holds: normal "
     "under AttnLRP."
 )
-_PACKAGES = ("lenslrp", "torch", "transformers", "transformer-lens")
 
 
 def _signed(value: float) -> str:
@@ -239,20 +244,6 @@ def _coverage(R: RelevanceCache) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed as a package"
-
-
-def _provenance(R: RelevanceCache) -> list[tuple[str, str]]:
-    facts = [("model", R.model_name), ("composite", R.composite.name)]
-    facts.append(("dtype", R.dtype.removeprefix("torch.")))
-    facts += [(package, _version(package)) for package in _PACKAGES]
-    return [*facts, ("Python", platform.python_version())]
-
-
 def _facts(R: RelevanceCache, row: int, values: list[float], ledger: Mapping[str, Any]) -> Any:
     total = math.fsum(value for value in values if math.isfinite(value))
     facts = [
@@ -321,14 +312,16 @@ def report_html(
         writes=_has_vocabulary(model),
         ledger=ledger,
         coverage=_coverage(R),
-        provenance=_provenance(R),
+        provenance=provenance(
+            model=R.model_name, composite=R.composite.name, dtype=R.dtype.removeprefix("torch.")
+        ),
     )
     title = f"{R.target.text} · LensLRP"
     return html_document(title, body, style=STYLE, allow="; img-src data:")
 
 
 def write_report(
-    R: RelevanceCache,
+    R: RelevanceCache | Generation,
     path: str | Path,
     *,
     model: TransformerBridge | None = None,
@@ -338,7 +331,8 @@ def write_report(
     """Write the report on one batch row of ``R`` and return where it is.
 
     Args:
-        R: the result of `lenslrp.run_with_relevance`.
+        R: the result of `lenslrp.run_with_relevance`; or of `lenslrp.explain_generation`, whose
+            report is the matrix and the account of each row, without figures.
         path: the HTML file; replaced when the new one is complete.
         model: the bridge that was explained; with it, neurons show what they write.
         row: which batch row.
@@ -349,7 +343,7 @@ def write_report(
 
     Raises:
         InputError: when ``row`` is out of range or the folder of ``path`` does not exist.
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed, for figures.
 
     Examples:
         ```python
@@ -357,5 +351,7 @@ def write_report(
         write_report(R, "paris.html", model=model)
         ```
     """
+    if isinstance(R, Generation):
+        return write_document(Path(path), generation_html(R))
     page = report_html(R, model=model, row=row, image=image)
     return write_document(Path(path), page)

@@ -121,7 +121,7 @@ at which layer it moves on to the position that predicts.</p>
 {%- else %}{{ picture(residual.figure) }}{% endif %}
 </section>
 
-<section aria-labelledby="heads"><h2 id="heads">Attention heads</h2>
+<section aria-labelledby="heads"><h2 id="heads">Heads</h2>
 <p class="what">Relevance that passes through the output of each head.</p>
 {% if heads.absent is defined %}{{ absent(heads) }}
 {%- else %}{{ picture(heads.figure) }}{% endif %}</section>

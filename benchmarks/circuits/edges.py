@@ -23,7 +23,7 @@ import torch
 
 import lenslrp
 from lenslrp.analysis.circuits.edges import score_edges
-from lenslrp.analysis.circuits.graph.gradients import choose_nodes, node_masks
+from lenslrp.analysis.circuits.graph.candidates import find_candidates
 from lenslrp.analysis.circuits.nodes import TARGET, Node, place_components
 from lenslrp.analysis.circuits.pairs import template_pairs
 from lenslrp.analysis.circuits.scores import score_nodes
@@ -55,19 +55,21 @@ def main() -> None:
     model = lenslrp.load("smollm2-135m")
     pair = template_pairs(model, "indirect_object", 1, seed=SEED)
     rows, tokens = options.rows, pair.clean
-    prepared = prepare_text(
+    one = prepare_text(
         model, tokens, append=[], prepend_bos=None, attention_mask=None, inputs_embeds=None
-    ).repeated(rows)
+    )
+    prepared = one.repeated(rows)
     copies = pair.repeated(rows)
     whole = place_components(model, ("tokens", "heads", "mlp"))
     some = place_components(model, ("heads", "neurons"))
     with lenslrp.session(model, ledger=False) as session:
+        candidates = find_candidates(session, one, pair, some, (), input=tokens)
         nodes = {
-            name: coefficients(session, hooks, input=tokens, target=pair)[1]
-            for name, hooks in (("whole", whole), ("some", some))
+            "whole": coefficients(session, whole, input=tokens, target=pair)[1],
+            "some": candidates.nodes,
         }
-    chosen = choose_nodes(nodes["some"], 48, 1.0)
-    keep = node_masks(chosen, nodes["some"])
+    chosen = candidates.choose(48, 1.0)
+    keep = candidates.masks(chosen)
     length = tokens.shape[1]
     times: dict[str, list[tuple[float, float]]] = {}
 

@@ -29,11 +29,12 @@ from safetensors.torch import load_file, save_file
 
 import lenslrp
 from benchmarks import RESULTS
-from lenslrp.analysis.circuits.nodes import Node, batch_of, logit_differences, place_components
+from lenslrp.analysis.circuits.curves import faithfulness_curve
+from lenslrp.analysis.circuits.measured_pairs import batch_of, metric_values
+from lenslrp.analysis.circuits.nodes import Node, place_components
 from lenslrp.analysis.circuits.pairs import TEMPLATES, Pairs, template_pairs
 from lenslrp.analysis.circuits.pruning import (
     completeness,
-    faithfulness_curve,
     minimality,
     prune,
     verify,
@@ -69,16 +70,7 @@ PAPER = {"residual": (0.968, 0.753), "attention": (0.962, 0.979), "mlp": (0.992,
 
 def answered(model: Any, pairs: Pairs) -> Pairs:
     """The pairs whose two prompts are both answered as they should be."""
-    clean, corrupted = (
-        torch.cat(
-            [
-                logit_differences(model, batch_of(model, getattr(p, side), p), p)
-                for p in _parts(pairs)
-            ]
-        )
-        for side in ("clean", "corrupt")
-    )
-    return pairs[(clean > 0) & (corrupted < 0)]
+    return pairs[pairs.correct(model, both=True)]
 
 
 def _parts(pairs: Pairs) -> list[Pairs]:
@@ -311,12 +303,12 @@ def plain(model: Any, pairs: Pairs) -> torch.Tensor:
         return kept[-1]
 
     clean, corrupted = (batch_of(model, side, pairs) for side in (pairs.clean, pairs.corrupt))
-    logit_differences(model, clean, pairs)
+    metric_values(model, clean, pairs)
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        gap = logit_differences(model, corrupted, pairs, embed=leaf, gradients=True)
+        gap = metric_values(model, corrupted, pairs, embed=leaf, gradients=True)
         (gradient,) = torch.autograd.grad(gap.sum(), kept)
     finally:
         for parameter in trained:

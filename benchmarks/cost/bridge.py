@@ -1,4 +1,4 @@
-"""The passes of the cost benchmark that run on SmolLM2's TransformerBridge, and their bars."""
+"""The passes of the cost benchmark that run on a TransformerBridge, their models and bars."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, Mamba2Config, PretrainedConfig, Qwen3NextConfig
 
 import lenslrp
-from benchmarks.cost.measure import TARGET, Pass
+from benchmarks.cost.measure import SMOLLM2, TARGET, Pass
 
-PLAIN = "plain"
+PLAIN, SMOLLM = "plain", "smollm2-135m"
 
 
 class Case(NamedTuple):
@@ -26,7 +27,7 @@ class Case(NamedTuple):
         logits: ``"target"`` or ``"all"``.
         every: every hook point on the path, summed over features, with the ledger; or token
             relevance and no ledger.
-        bars: length -> the CPU time that is allowed, as a multiple of the plain pass's.
+        bars: length -> the CPU time that SmolLM2 is allowed, as a multiple of the plain pass's.
     """
 
     title: str
@@ -52,11 +53,47 @@ CASES = {
 }  # fmt: skip
 
 
+RECURRENT: Mapping[str, PretrainedConfig] = {
+    "mamba2": Mamba2Config(
+        vocab_size=1024, hidden_size=256, num_hidden_layers=4, state_size=64, num_heads=8,
+        head_dim=64, n_groups=1, chunk_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    ),
+    "qwen3-next": Qwen3NextConfig(  # three gated delta nets and an attention, experts in each
+        vocab_size=1024, hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=64, linear_num_key_heads=4, linear_num_value_heads=8,
+        linear_key_head_dim=64, linear_value_head_dim=64, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=256, shared_expert_intermediate_size=256,
+        max_position_embeddings=8192,
+    ),
+}  # fmt: skip
+"""Models of random weights in which the mixers take most of the time."""
+
+MODELS = (SMOLLM, *RECURRENT)
+RECURRENT_TIME, RECURRENT_MEMORY = 1.15, 1.10
+"""What a case may cost on them at any length, as a multiple of the plain pass's."""
+
+
+def vocabulary_of(model: str) -> int:
+    """How many tokens a model knows."""
+    return RECURRENT[model].vocab_size if model in RECURRENT else SMOLLM2.vocabulary
+
+
+def time_bar(model: str, case: str, length: int) -> float | None:
+    """The CPU time that a case is allowed, as a multiple of the plain pass's."""
+    return RECURRENT_TIME if model in RECURRENT else CASES[case].bars.get(length)
+
+
 def build_bridge(
-    dtype: torch.dtype = torch.float32, weights: TransformerBridge | None = None
+    dtype: torch.dtype = torch.float32,
+    weights: TransformerBridge | None = None,
+    name: str = SMOLLM,
 ) -> TransformerBridge:
-    """The embedded SmolLM2-135M, frozen; a copy with ``weights``' memory, if given."""
-    model = lenslrp.load("smollm2-135m", dtype=dtype, device="cpu", verify=False)
+    """One of the models, frozen; a copy with ``weights``' memory, if given."""
+    source: Any = name
+    if name in RECURRENT:
+        torch.manual_seed(0)
+        source = AutoModelForCausalLM.from_config(RECURRENT[name], dtype=dtype).eval()
+    model = lenslrp.load(source, dtype=dtype, device="cpu", verify=False)
     model.requires_grad_(False)
     if weights is not None:
         for own, shared in zip(model.parameters(), weights.parameters(), strict=True):

@@ -102,10 +102,10 @@ def build_llama(shape: Shape, attention: str, weights: Path) -> LlamaForCausalLM
     return model.eval().requires_grad_(False)
 
 
-def make_tokens(shape: Shape, length: int) -> Tensor:
+def make_tokens(vocabulary: int, length: int) -> Tensor:
     """Random token ids [1, pos], the same for everybody."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(3, shape.vocabulary, (1, length), generator=generator)
+    return torch.randint(3, vocabulary, (1, length), generator=generator)
 
 
 def hugging_face_pass(model: LlamaForCausalLM, logits: str) -> Pass:

@@ -1,6 +1,7 @@
 """Memory of one explanation: beside the plain bridge's, and against layers and length.
 
     python -m benchmarks.cost.memory peaks  # SmolLM2, float32 and bfloat16, its bars
+    python -m benchmarks.cost.memory peaks --model mamba2 --lengths 1024 8192 --dtypes float32
     python -m benchmarks.cost.memory count  # exact, from shapes: minutes, no memory
     python -m benchmarks.cost.memory count --model llama-3-8b --lengths 32768 --dtypes bfloat16 \
         --attention fused --checkpoint yes --logits target
@@ -10,9 +11,9 @@
 ``peaks`` is what torch allocates in one pass of each case of ``bridge.py``, above what was
 held before it (``measure.py``). ``count`` is ``lenslrp.survey``: the whole pass on tensors
 without storage, every allocation counted. ``measure`` runs the pass in a process of its own and
-asks the system for its high-water mark, so it contains Python, torch and the weights. The models of
-the last two are Llamas of the sizes of SmolLM2-135M, LLaMA 2 7B or Llama 3 8B, with random weights;
-truncated where fewer layers are asked for. ``packed`` loads and explains the real SmolLM2, packed
+asks the system for its high-water mark, so it contains Python, torch and the weights. Their models
+are Llamas of the sizes of SmolLM2-135M, LLaMA 2 7B or Llama 3 8B, with random weights; truncated
+where fewer layers are asked for. ``packed`` loads and explains the real SmolLM2, packed
 and not, in a process each: bytes of the weights, what torch allocates above them in a pass, and
 the high-water marks of loading and of all, less that of a process that has only imported. One
 logit at the last position is explained, AttnLRP, ledger on. Tables are markdown on standard output.
@@ -36,13 +37,24 @@ import torch
 
 import lenslrp
 from benchmarks import ROOT
-from benchmarks.cost.bridge import CASES, PLAIN, build_bridge, plain_pass, relevance_pass
+from benchmarks.cost.bridge import (
+    CASES,
+    MODELS,
+    PLAIN,
+    RECURRENT,
+    RECURRENT_MEMORY,
+    SMOLLM,
+    build_bridge,
+    plain_pass,
+    relevance_pass,
+    vocabulary_of,
+)
 from benchmarks.cost.measure import SMOLLM2, TARGET, Shape, make_tokens, peak_mib, verdict
 from lenslrp.models.surveying import Survey
 
 GIB, MIB = 2**30, 2**20
 SHAPES = {
-    "smollm2-135m": SMOLLM2,
+    SMOLLM: SMOLLM2,
     "llama-2-7b": Shape(
         layers=32, d_model=4096, d_mlp=11008, heads=32, kv_heads=32, vocabulary=32000
     ),
@@ -55,18 +67,24 @@ READ: dict[str, Any] = {"none": [], "resid": "hook_resid_post", "all": None}
 MMAP = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
 """glibc gives blocks above this size back to the system at once; see the README."""
 OF_PLAIN = {("target-tokens", 256): 0.90, ("target-tokens", 1024): 0.90}
-"""What a case at a length may hold, as a multiple of the plain pass's peak."""
+"""What a case of SmolLM2's at a length may hold, as a multiple of the plain pass's peak."""
+
+
+def memory_bar(model: str, case: str, length: int) -> float | None:
+    """What a case may hold, as a multiple of the plain pass's peak."""
+    return RECURRENT_MEMORY if model in RECURRENT else OF_PLAIN.get((case, length))
 
 
 def print_peaks(options: argparse.Namespace) -> None:
-    """Peaks of SmolLM2's passes, beside the plain pass's and the first type's."""
+    """Peaks of a model's passes, beside the plain pass's and the first type's."""
     print(
         "| type | tokens | case | peak MiB | to plain | bar | met "
         f"| to {options.dtypes[0]} | bar | met |\n" + "|---" * 10 + "|"
     )
     peaks: dict[tuple[str, str, int], float] = {}
     for dtype, length in itertools.product(options.dtypes, options.lengths):
-        bridge, tokens = build_bridge(DTYPES[dtype]), make_tokens(SMOLLM2, length)
+        bridge = build_bridge(DTYPES[dtype], name=options.model)
+        tokens = make_tokens(vocabulary_of(options.model), length)
         for case in (PLAIN, *options.cases):
             with ExitStack() as stack:
                 plain = case == PLAIN
@@ -74,7 +92,7 @@ def print_peaks(options: argparse.Namespace) -> None:
                 run(tokens)  # what is looked at once, in the first call, is no pass's memory
                 peak = peaks[dtype, case, length] = peak_mib(run, tokens)
             ratios = (
-                (peak / peaks[dtype, PLAIN, length], OF_PLAIN.get((case, length))),
+                (peak / peaks[dtype, PLAIN, length], memory_bar(options.model, case, length)),
                 (peak / peaks[options.dtypes[0], case, length], 1.00),
             )
             cells = [f"{r:.3f} | {verdict(r, bar)}" for r, bar in ratios]
@@ -170,7 +188,7 @@ def measure_here(shape: Shape, case: dict[str, Any]) -> dict[str, float]:
     torch.set_default_dtype(DTYPES[case["dtype"]])
     model = lenslrp.load(LlamaForCausalLM(small.config()).eval())
     torch.set_default_dtype(before)
-    tokens = make_tokens(small, case["length"])
+    tokens = make_tokens(small.vocabulary, case["length"])
     base = high_water()
     start = time.perf_counter()
     _, relevance = lenslrp.run_with_relevance(model, tokens, TARGET, **keywords(case))
@@ -207,7 +225,7 @@ def measure_packed(kind: str, length: int) -> dict[str, float]:
     )
     loaded = high_water()
     weights = {w.data_ptr(): w.nbytes for w in model.original_model.parameters()}
-    tokens = make_tokens(SMOLLM2, length)
+    tokens = make_tokens(SMOLLM2.vocabulary, length)
     with ExitStack() as stack:
         run = relevance_pass(model, CASES["target-tokens"], stack)
         run(tokens)
@@ -277,7 +295,7 @@ def main() -> None:
     """Parse the options and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("peaks", "count", "measure", "packed", "one"))
-    parser.add_argument("--model", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--model", choices=[*SHAPES, *RECURRENT], default=SMOLLM)
     parser.add_argument("--layers", type=int, nargs="+", help="default: the model's")
     parser.add_argument(
         "--lengths", type=int, nargs="+", help="default: 512 to 4096; peaks: 256 1024"
@@ -294,9 +312,11 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--packed", choices=PACKED, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    shape = SHAPES[options.model]
-    options.layers = options.layers or [shape.layers]
     peaks = options.what == "peaks"
+    if options.model not in (MODELS if peaks else SHAPES):
+        parser.error(f"{options.what} knows no {options.model}")
+    shape = SHAPES.get(options.model, SMOLLM2)
+    options.layers = options.layers or [shape.layers]
     lengths = {"peaks": [256, 1024], "packed": [256]}.get(options.what, [512, 1024, 2048, 4096])
     options.lengths = options.lengths or lengths
     options.dtypes = options.dtypes or (list(DTYPES) if peaks else ["float32"])

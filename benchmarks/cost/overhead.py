@@ -1,12 +1,14 @@
-"""What relevance costs in CPU time: SmolLM2 in LensLRP, the plain bridge, and LXT.
+"""What relevance costs in CPU time: a model in LensLRP, the plain bridge, and LXT.
 
     python -m benchmarks.cost.overhead time [--lengths 12 64 256 1024] [--resume results/time.jsonl]
+    python -m benchmarks.cost.overhead time --model qwen3-next --lengths 256 1024
     python -m benchmarks.cost.overhead lxt --lxt-python PATH [--resume results/lxt.jsonl]
 
 `time` sets the cases of `bridge.py` beside the plain bridge's forward and backward pass (all
 logits, frozen weights, its hook entered at each call), `lxt` a session with `attention="fused"`
 beside LXT on Hugging Face sdpa, which runs in a process and an environment of its own, with the
-same torch; `memory.py peaks` is about memory. Float32, one thread, random tokens, one logit at the
+same torch; `memory.py peaks` is about memory. SmolLM2-135M, or for `time` also a recurrent model of
+random weights. Float32, one thread, random tokens, one logit at the
 last position.
 
 Rounds are interleaved: in each round every case runs once, in an order drawn anew, one at a time,
@@ -41,7 +43,18 @@ import torch
 from torch import Tensor
 
 from benchmarks import ROOT
-from benchmarks.cost.bridge import CASES, PLAIN, Case, build_bridge, plain_pass, relevance_pass
+from benchmarks.cost.bridge import (
+    CASES,
+    MODELS,
+    PLAIN,
+    SMOLLM,
+    Case,
+    build_bridge,
+    plain_pass,
+    relevance_pass,
+    time_bar,
+    vocabulary_of,
+)
 from benchmarks.cost.measure import (
     SMOLLM2,
     Times,
@@ -186,16 +199,16 @@ def time(options: argparse.Namespace) -> None:
     """The cases of ``bridge.py`` against the plain bridge."""
     cases = {name: CASES[name] for name in options.cases}
     with ExitStack() as stack:
-        settings = {**conditions(), "cases": list(cases)}
+        settings = {**conditions(), "model": options.model, "cases": list(cases)}
         rows, append = stack.enter_context(kept(options.resume, settings))
-        bridge = build_bridge()
+        bridge = build_bridge(name=options.model)
         runs = {
-            name: relevance_pass(build_bridge(weights=bridge), case, stack)
+            name: relevance_pass(build_bridge(weights=bridge, name=options.model), case, stack)
             for name, case in cases.items()
         }
         for length in options.lengths:
             print(f"\n### {length} tokens\n", flush=True)
-            tokens = make_tokens(SMOLLM2, length)
+            tokens = make_tokens(vocabulary_of(options.model), length)
             require_agreement(length, {name: run(tokens) for name, run in runs.items()})
             timers = {
                 name: partial(cpu_seconds, run, tokens)
@@ -203,7 +216,10 @@ def time(options: argparse.Namespace) -> None:
             }
             done = interleaved(timers, length, options.rounds, rows, append)
             lines = [Line(PLAIN, "plain bridge, all logits", PLAIN, None)]
-            lines += [Line(n, c.title, PLAIN, c.bars.get(length)) for n, c in cases.items()]
+            lines += [
+                Line(n, c.title, PLAIN, time_bar(options.model, n, length))
+                for n, c in cases.items()
+            ]
             print_times(done, lines)
 
 
@@ -236,7 +252,7 @@ def lxt(options: argparse.Namespace) -> None:
         }
         for length in options.lengths:
             print(f"\n### {length} tokens\n", flush=True)
-            tokens = make_tokens(SMOLLM2, length)
+            tokens = make_tokens(SMOLLM2.vocabulary, length)
             worker.ask("input", tokens=tokens.tolist())
 
             def answer(op: str, logits: str, key: str) -> Any:
@@ -268,6 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     actions = parser.add_subparsers(required=True)
     timing, comparing = actions.add_parser("time"), actions.add_parser("lxt")
+    timing.add_argument("--model", choices=MODELS, default=SMOLLM)
     timing.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     comparing.add_argument("--lxt-python", required=True, help="of an environment with lxt")
     for action, run, lengths in (

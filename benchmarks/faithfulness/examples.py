@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import lenslrp
-from lenslrp.analysis.attribution.methods import attribute
+from lenslrp.analysis.attribution.methods import Method, attribute
 from lenslrp.analysis.common.records import in_order, read_records
 from lenslrp.analysis.common.statistics import bootstrap
 from lenslrp.analysis.evaluation.tasks import TASKS, Example, Unfit
@@ -62,10 +62,20 @@ def examples(
 
 
 def relevance(
-    method: str, model: Any, prompts: Sequence[ExplainedPrompt], seed: int = 0
+    method: str | Method, model: Any, prompts: Sequence[ExplainedPrompt], seed: int = 0
 ) -> list[Numbers]:
     """Token relevance [pos] of each prompt; those of one length run together."""
     found: dict[int, Numbers] = {}
+    for batch, rows, target in batches(prompts):
+        tokens = attribute(method, model, rows, target, seed=seed).tokens
+        found |= zip(batch, tokens.double().cpu().numpy(), strict=True)
+    return [found[i] for i in range(len(prompts))]
+
+
+def batches(
+    prompts: Sequence[ExplainedPrompt],
+) -> Iterator[tuple[list[int], torch.Tensor, PerRow]]:
+    """Prompts of one length: which they are, their tokens [row, pos], their targets."""
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].length)
     while order:
         length = prompts[order[0]].length
@@ -73,10 +83,7 @@ def relevance(
         batch = [i for i in order[:most] if prompts[i].length == length]
         order = order[len(batch) :]
         target = PerRow(tuple(prompts[i].target for i in batch))
-        rows = torch.cat([prompts[i].given for i in batch])
-        tokens = attribute(method, model, rows, target, seed=seed).tokens
-        found |= zip(batch, tokens.double().cpu().numpy(), strict=True)
-    return [found[i] for i in range(len(prompts))]
+        yield batch, torch.cat([prompts[i].given for i in batch]), target
 
 
 def spread(values: Sequence[float] | Numbers, seed: int = 0, prefix: str = "") -> dict[str, float]:

@@ -69,6 +69,12 @@ def difference() -> Picture:
     return lambda theme: (shown, 440, 138)
 
 
+def generation() -> Picture:
+    """The matrix of docs/how-to/generation.md."""
+    written = lenslrp.explain_generation(smollm2(), "The capital of France is", max_new_tokens=8)
+    return lambda theme: (written.html(), 620, 278)
+
+
 def photograph() -> Picture:
     name = "chelsea"
     _, R = explain(classifier(), photographs()[name])
@@ -129,7 +135,7 @@ def similarity() -> Picture:
     return lambda theme: pairs.plot(theme=theme)
 
 
-DRAWN = (report, difference, photograph, neuron, circuit, graph, similarity, steering)
+DRAWN = (report, difference, generation, photograph, neuron, circuit, graph, similarity, steering)
 PICTURES = {f.__name__: f for f in DRAWN}
 
 

@@ -182,7 +182,7 @@ def _options_of(plan: Plan) -> dict[str, Any]:
     Raises:
         InputError: it was made with objects that a plan does not hold, from Python.
     """
-    from lenslrp.analysis.units.kinds import parse_unit
+    from lenslrp.analysis.units.parsing import parse_unit
     from lenslrp.errors import InputError
 
     rules = {composite(name).name: composite(name) for name in COMPOSITES}

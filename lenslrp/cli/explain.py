@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 DEFAULT_REPORT = "lenslrp-report.html"
 
+SOURCES_SHOWN = 3
+"""Tokens that are named beside each token that was written."""
+
 REASONS_SHOWN = 20
 """Lines that could not be explained and are named; the others are counted."""
 
@@ -48,6 +51,12 @@ def add_explain(commands: Any) -> None:
         metavar="T",
         help="what to explain: text (mind the leading space) or a token id (default: the model's "
         "own top token)",
+    )
+    explain.add_argument(
+        "--generate",
+        metavar="N",
+        type=int,
+        help="let the model write up to N tokens, and explain each of them by all before it",
     )
     explain.add_argument(
         "--report",
@@ -84,9 +93,15 @@ def _run(command: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.data is None:
         if options.batch_size is not None:
             command.error("--batch-size is for --data")
-        return _explain(options)
-    if options.report is not None or options.json:
-        command.error("--report and --json are for PROMPT; --out is the result of --data")
+        if options.generate is None:
+            return _explain(options)
+        if options.target is not None:
+            command.error("--generate explains what the model writes: leave --target out")
+        return _generate(options)
+    if options.report is not None or options.json or options.generate is not None:
+        command.error(
+            "--report, --json and --generate are for PROMPT; --out is the result of --data"
+        )
     return _explain_file(options)
 
 
@@ -146,6 +161,55 @@ def _explain(options: argparse.Namespace) -> int:
         _show(relevance, report)
     if why_not is not None:
         print(f"lenslrp: no report is written: {why_not}", file=sys.stderr)
+    return OK
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from rich.text import Text
+
+    from lenslrp.analysis.views.report import write_report
+    from lenslrp.files import HTML
+    from lenslrp.generation import explain_generation
+    from lenslrp.text.visible_text import visible
+
+    report = options.report or Path(DEFAULT_REPORT)
+    check_writable("--report", report, HTML)
+    written = explain_generation(
+        load_model(options), options.prompt, max_new_tokens=options.generate,
+        composite=composite(options.composite),
+    )  # fmt: skip
+    write_keeping(report, lambda: write_report(written, report))
+    table = written.to_dataframe()
+    if options.json:
+        rows = table.groupby("row")["relevance"].apply(list).tolist()
+        print(
+            json.dumps(
+                {
+                    "model": written.model_name,
+                    "composite": written.composite,
+                    "tokens": written.str_tokens,
+                    "start": written.start,
+                    "log_probs": written.log_probs.tolist(),
+                    "relevance": rows,
+                    "ledgers": [ledger.to_dict() for ledger in written.ledgers],
+                    "report": str(report.absolute()),
+                }
+            )
+        )
+        return OK
+    screen = console()
+    screen.print(Text(visible("".join(written.written))))
+    for row, of_row in table.groupby("row"):
+        best = of_row.sort_values("relevance", key=abs, ascending=False)[:SOURCES_SHOWN]
+        sources = ", ".join(
+            f"{visible(token)!r} ({position}) {relevance:+.3g}"
+            for token, position, relevance in zip(
+                best["token"], best["position"], best["relevance"], strict=True
+            )
+        )
+        token, value = visible(written.written[int(str(row))]), of_row["value"].iloc[0]
+        screen.print(Text(f"  {token!r:<16} {value:>+8.3f}  from {sources}"), soft_wrap=True)
+    screen.print(Text(f"report: {report.absolute()}"), soft_wrap=True)
     return OK
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,42 @@ def result_card(
         '<div class="lenslrp-card" dir="ltr" style="font-family:system-ui,sans-serif;'
         f'font-size:14px;line-height:1.45">{_STYLE}{"".join(parts)}</div>'
     )
+
+
+@dataclass(frozen=True)
+class Face:
+    """What a result shows of itself: the arguments of `result_card`."""
+
+    title: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    frame: pd.DataFrame | None = None
+    coloured: Collection[str] = ()
+    notes: Sequence[str] = ()
+    body: str = ""
+
+
+class Shown:
+    """A result that shows `face()`: in a notebook as a card, printed as a line."""
+
+    def face(self) -> Face:
+        """What is shown."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        face = self.face()
+        facts = ", ".join(f"{label} {shown(value)}" for label, value in face.facts.items())
+        return f"{type(self).__name__}({facts})"
+
+    def _repr_html_(self) -> str:
+        face = self.face()
+        return result_card(
+            face.title,
+            face.facts,
+            face.frame,
+            coloured=face.coloured,
+            notes=face.notes,
+            body=face.body,
+        )
 
 
 def shown(value: Any) -> str:

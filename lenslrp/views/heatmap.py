@@ -57,7 +57,7 @@ border:1px solid var(--llrp-line);border-radius:8px;padding:12px 16px;max-width:
     return themed(name, _LIGHT, _DARK, rest)
 
 
-_STYLE = f"""<style>
+STYLE = f"""<style>
 {card("lenslrp-heatmap")}
 .lenslrp-heatmap .lenslrp-token:hover{{outline:2px solid currentColor;outline-offset:-1px}}
 .lenslrp-heatmap .lenslrp-note,.lenslrp-heatmap summary{{color:var(--llrp-muted)}}
@@ -242,21 +242,24 @@ def _padding(positions: Sequence[int], values: Sequence[float]) -> str:
     )
 
 
+def scale_bar(limit: float) -> str:
+    """The symmetric scale as a strip of colour between its two ends."""
+    if limit == 0:
+        return "all relevance is 0"
+    return (
+        f'<span style="white-space:nowrap">{signed(-limit, limit)} '
+        '<span style="display:inline-block;width:9em;height:.8em;vertical-align:-.05em;'
+        "border-radius:3px;print-color-adjust:exact;"
+        f'background:linear-gradient(90deg,{rgba(-1.0)},transparent,{rgba(1.0)})"></span> '
+        f"{signed(limit, limit)}</span>"
+    )
+
+
 def _legend(
     tokens: Sequence[str], values: Sequence[float], mask: Sequence[bool], s: ColourScale
 ) -> str:
-    if s.limit == 0:
-        bar = "all relevance is 0"
-    else:
-        bar = (
-            f'<span style="white-space:nowrap">{signed(-s.limit, s.limit)} '
-            '<span style="display:inline-block;width:9em;height:.8em;vertical-align:-.05em;'
-            "border-radius:3px;print-color-adjust:exact;"
-            f'background:linear-gradient(90deg,{rgba(-1.0)},transparent,{rgba(1.0)})"></span> '
-            f"{signed(s.limit, s.limit)}</span>"
-        )
     finite = [v for v, kept in zip(values, mask, strict=True) if kept and math.isfinite(v)]
-    parts = [bar, f"sum {signed(math.fsum(finite), s.limit)}"]
+    parts = [scale_bar(s.limit), f"sum {signed(math.fsum(finite), s.limit)}"]
     if s.largest is not None and s.limit > 0:
         parts.append(
             f"largest {signed(values[s.largest], s.limit)} at {token_html(tokens[s.largest])} "
@@ -349,18 +352,27 @@ def token_heatmap(
             tiles.append(_padding(positions, values))
     if grid is not None:
         tiles.append(_grid(range(words, len(tokens)), tokens, values, colours, grid[1]))
+    legend = _legend(tokens, values, mask, colours)
+    shown = f'<div style="font-size:1.1em">{"".join(tiles) or "no tokens"}</div>'
+    table = _table(tokens, values, mask)
+    return framed("Token relevance", title, shown, legend, _notes(values, colours), table)
+
+
+def framed(
+    label: str, title: str | None, shown: str, legend: str, notes: Sequence[str], table: str = ""
+) -> str:
+    """The card that a heatmap is drawn in: title, picture, legend, notes, table of values."""
     heading = ""
     if title is not None:
-        shown = escape(visible(title))
-        heading = f'<div style="font-weight:600;margin-bottom:.5em"><bdi>{shown}</bdi></div>'
-    notes = "".join(
+        text = escape(visible(title))
+        heading = f'<div style="font-weight:600;margin-bottom:.5em"><bdi>{text}</bdi></div>'
+    remarks = "".join(
         f'<div class="lenslrp-note" style="font-size:.85em;margin-top:.25em">{escape(note)}</div>'
-        for note in _notes(values, colours)
+        for note in notes
     )
     return (
-        f'<div class="lenslrp-heatmap" dir="ltr" role="group" aria-label="Token relevance" '
-        f'style="font-family:system-ui,sans-serif;font-size:14px">{_STYLE}{heading}'
-        f'<div style="font-size:1.1em">{"".join(tiles) or "no tokens"}</div>'
+        f'<div class="lenslrp-heatmap" dir="ltr" role="group" aria-label="{label}" '
+        f'style="font-family:system-ui,sans-serif;font-size:14px">{STYLE}{heading}{shown}'
         f'<div class="lenslrp-note" style="font-size:.85em;margin-top:.6em">'
-        f"{_legend(tokens, values, mask, colours)}</div>{notes}{_table(tokens, values, mask)}</div>"
+        f"{legend}</div>{remarks}{table}</div>"
     )

@@ -21,7 +21,7 @@ from tests.oracles.explicit_hosts import Host
 from tests.property.interpreter import make_unit, run_code
 from tests.property.interpreter import modules as code_modules
 from tests.property.operations import Env
-from tests.property.program import SIZES, Part, Program
+from tests.property.program import SIZES, UNIFORM, Part, Program
 
 VOCABULARY = 17
 
@@ -203,7 +203,8 @@ def prepared(program: Program, *, fresh: bool = False) -> Iterator[Ready]:
     the bridge has a component for, one that was used before is used again.
     """
     dtype = getattr(torch, program.dtype)
-    composite = getattr(lenslrp, program.composite)()
+    shares = {"recurrence": "uniform"} if UNIFORM in program.options else {}
+    composite = getattr(lenslrp, program.composite)(**shares)
     replaced = [part for part in program.parts if part.kind == "module"]
     undo: list[Callable[[], None]] = []
     if fresh or any(part.place != "act" for part in replaced):

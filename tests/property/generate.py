@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from tests.property.operations import ACTIVATIONS, ATTENTIONS
-from tests.property.program import SIZES, Node, Part, Program
-from tests.property.writer import ELEMENTWISE, FLAVOURS, Writer
+from tests.property.program import SIZES, UNIFORM, Node, Part, Program
+from tests.property.writer import ELEMENTWISE, FLAVOURS, SCANNING, Writer
 
 
 def _chain(rng: random.Random, width: int, weights: dict[str, float], inputs: int = 1) -> Any:
@@ -220,11 +220,11 @@ READABLE = (
 )  # fmt: skip
 
 
-def generate(seed: int, dtype: str = "float64") -> Program:
-    """The program of a seed."""
+def generate(seed: int, dtype: str = "float64", flavour: str = "") -> Program:
+    """The program of a seed; programs with scans are those of a ``flavour`` that is asked for."""
     rng = random.Random(seed)
     host = rng.choice(["llama", "gpt2", "vit"])
-    flavour = rng.choice(list(FLAVOURS))
+    flavour = flavour or rng.choice([name for name in FLAVOURS if name != SCANNING])
     parts: list[Part] = []
     draw = rng.random()
     if draw < 0.7:
@@ -254,10 +254,11 @@ def _run_otherwise(rng: random.Random, program: Program) -> Program:
     """Other composites, options and targets, where the reference knows what is right."""
     nodes = [node for part in program.parts for node in part.code]
     attends = any(node.op == "attend" for node in nodes)
+    scans = any(node.op == "scan" for node in nodes)
     draw = rng.random()
     if draw < 0.08:
         program = replace(program, composite="GradientTimesInput")
-    elif draw < 0.16 and not attends:
+    elif draw < 0.16 and not (attends or scans):
         program = replace(program, composite="RelP")
     elif draw < 0.26 and not attends and not any("column" in node.args for node in nodes):
         program = replace(program, composite="CPLRP")
@@ -268,6 +269,8 @@ def _run_otherwise(rng: random.Random, program: Program) -> Program:
         program = replace(program, options=("checkpoint",))
     elif draw < 0.2 and program.host != "vit" and not attends and program.composite == "AttnLRP":
         program = replace(program, options=("fused",))
+    if scans and program.composite == "AttnLRP" and rng.random() < 0.5:
+        program = replace(program, options=(*program.options, UNIFORM))
     whole = {part.place for part in program.parts if part.kind == "module"} & {"mlp", "attn"}
     if rng.random() < 0.1 and not whole and program.dtype == "float64":
         names = ["hook_out", "mlp.hook_out", "mlp.out.hook_in", "attn.hook_out", "mlp.in.hook_out"]

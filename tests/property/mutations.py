@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lenslrp import graph_check, passes
-from lenslrp.hooks import assignment, checks, components, graph_walk, norms, observing
+from lenslrp.hooks import assignment, checks, components, graph_walk, norms, view_writes
 from lenslrp.hooks.handles import Attached
 from tests.property.generate import generate
 from tests.property.judge import Verdict, judge
@@ -37,11 +37,11 @@ def copy_slices_are_linear(patch: Patch) -> None:
 
 def written_products_are_linear(patch: Patch) -> None:
     patch.setattr(
-        observing,
+        view_writes,
         "LINEAR_IN_PLACE_FUNCTIONS",
-        observing.LINEAR_IN_PLACE_FUNCTIONS | {"mul_", "__imul__"},
+        view_writes.LINEAR_IN_PLACE_FUNCTIONS | {"mul_", "__imul__"},
     )
-    patch.setattr(observing, "SCALING_FUNCTIONS", frozenset())
+    patch.setattr(view_writes, "SCALING_FUNCTIONS", frozenset())
 
 
 def python_functions_are_accepted(patch: Patch) -> None:

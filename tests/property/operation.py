@@ -37,6 +37,7 @@ class Env:
         self.dtype, self.modules = dtype, modules
         self.rounded = rounded or dtype
         self.composite = "AttnLRP"
+        self.uniform = False  # the rule of recurrent scans
         self.owned = False  # whether the node that runs is the only one to read its input
 
     def const(self, node: Node, *shape: int, which: int = 0, scale: float = 1.0) -> Tensor:

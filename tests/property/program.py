@@ -15,6 +15,9 @@ from typing import Any
 SIZES = {"llama": (8, 12, 4), "gpt2": (8, 12, 4), "vit": (8, 12, 5)}
 """Width, width of the MLP, number of positions of each host."""
 
+UNIFORM = "uniform recurrence"
+"""The option that gives the operators of scans a share of relevance."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -74,7 +77,7 @@ class Program:
         read: hook points whose relevance is compared; ``all`` for every one.
         flavour: which operations the generator preferred.
         composite: the rules, by name.
-        options: how it is run: ``no ledger``, ``checkpoint``, ``fused``.
+        options: how it is run: ``no ledger``, ``checkpoint``, ``fused``, ``uniform recurrence``.
         latent: a hook point whose unit is explained instead of a logit.
         batch: how many rows.
     """

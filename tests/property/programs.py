@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tests.property.judge import judge
 from tests.property.operations import OPS
 from tests.property.program import Program
 from tests.property.shrink import shrink
+from tests.property.writer import FLAVOURS
 
 
 def features(program: Program) -> list[str]:
@@ -53,10 +55,10 @@ def features(program: Program) -> list[str]:
     return sorted(found)
 
 
-def judge_seed(task: tuple[int, str]) -> dict[str, Any]:
+def judge_seed(flavour: str, task: tuple[int, str]) -> dict[str, Any]:
     """One line of the journal."""
     seed, dtype = task
-    program = generate(seed, dtype)
+    program = generate(seed, dtype, flavour)
     verdict = judge(program)
     return {
         "seed": seed,
@@ -73,13 +75,14 @@ def _worker() -> None:
     torch.set_num_threads(1)
 
 
-def run(tasks: Iterable[tuple[int, str]], jobs: int) -> Iterator[dict[str, Any]]:
+def run(tasks: Iterable[tuple[int, str]], jobs: int, flavour: str) -> Iterator[dict[str, Any]]:
+    one = partial(judge_seed, flavour)
     if jobs == 1:
         _worker()
-        yield from map(judge_seed, tasks)
+        yield from map(one, tasks)
         return
     with get_context("spawn").Pool(jobs, _worker, maxtasksperchild=2000) as pool:
-        yield from pool.imap_unordered(judge_seed, tasks, chunksize=20)
+        yield from pool.imap_unordered(one, tasks, chunksize=20)
 
 
 def report(lines: list[dict[str, Any]]) -> str:
@@ -104,8 +107,8 @@ def report(lines: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def show(seed: int, dtype: str, smaller: bool) -> None:
-    program = generate(seed, dtype)
+def show(seed: int, dtype: str, flavour: str, smaller: bool) -> None:
+    program = generate(seed, dtype, flavour)
     verdict = judge(program)
     print(program, verdict, sep="\n")
     if smaller:
@@ -119,6 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--dtype", default="float64", choices=["float64", "bfloat16"])
+    parser.add_argument("--flavour", default="", choices=FLAVOURS, help="of every program")
     parser.add_argument("--resume", type=Path, help="a journal to go on from")
     parser.add_argument("--show", type=int, help="print the program of one seed")
     parser.add_argument("--shrink", type=int, help="print the smallest part of it that does it too")
@@ -130,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if given.show is not None or given.shrink is not None:
         seed = given.shrink if given.show is None else given.show
-        show(seed, given.dtype, given.shrink is not None)
+        show(seed, given.dtype, given.flavour, given.shrink is not None)
         return 0
     done: dict[tuple[int, str], dict[str, Any]] = {}
     if given.resume is not None and given.resume.exists():
@@ -140,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     seeds = range(given.seed, given.seed + given.count)
     tasks = [(seed, given.dtype) for seed in seeds if (seed, given.dtype) not in done]
     start = time.monotonic()
-    for number, line in enumerate(run(tasks, given.jobs), 1):
+    for number, line in enumerate(run(tasks, given.jobs, given.flavour), 1):
         lines.append(line)
         if given.resume is not None:
             with given.resume.open("a") as journal:

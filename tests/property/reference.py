@@ -14,7 +14,7 @@ from tests.oracles import explicit_hosts as rules
 from tests.oracles.explicit_hosts import Function, Host, World, run_host
 from tests.property.interpreter import bias_of, run_code, status
 from tests.property.operations import Env, rank
-from tests.property.program import Part, Program
+from tests.property.program import UNIFORM, Part, Program
 
 Status = tuple[str, Tensor]
 """What may be expected of a part, and a number whose gradient says that it is on the path."""
@@ -53,6 +53,7 @@ def refer(
     for part in program.parts:
         env = Env(dtype, rounded=rounded)
         env.composite = program.composite
+        env.uniform = UNIFORM in program.options
         _put(world, part, env, statuses, kept, _layers(part, program))
     logits, leaves = run_host(host, given, world)
     if program.latent:

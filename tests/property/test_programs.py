@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from lenslrp.hooks.recurrence import RecurrenceIntercept
 from tests.property.bridges import given, template
 from tests.property.generate import generate
 from tests.property.interpreter import status
 from tests.property.judge import judge, right_for
-from tests.property.program import SIZES, Node, Part, Program
+from tests.property.operations import MIXERS
+from tests.property.program import SIZES, UNIFORM, Node, Part, Program
 from tests.property.programs import features
 from tests.property.shrink import shrink
+from tests.property.writer import SCANNING
 
-COUNT = 140
+COUNT, SCANS = 140, 70
 REGRESSIONS = [
     Program.from_json(line)
     for line in Path(__file__).with_name("regressions.jsonl").read_text().splitlines()
@@ -41,6 +44,32 @@ def test_a_short_run_is_right_or_refused() -> None:
         over += verdict.over
     assert kinds["right"] >= COUNT // 4, kinds
     assert over <= COUNT // 10, "much is refused although every rule is known"
+
+
+def test_programs_with_scans_are_right_or_refused() -> None:
+    right: Counter[str] = Counter()
+    over = 0
+    for seed in range(SCANS):
+        program = generate(seed, "bfloat16" if seed % 10 == 9 else "float64", SCANNING)
+        verdict = judge(program)
+        assert verdict.kind in ("right", "refused", "rough"), f"seed {seed}: {verdict}\n{program}"
+        over += verdict.over
+        if verdict.kind == "right":
+            nodes = [node for part in program.parts for node in part.code if node.op == "scan"]
+            right.update({node.args[0] for node in nodes})
+            right.update({UNIFORM} & {*program.options} if nodes else ())
+    assert all(right[name] >= 4 for name in (*MIXERS, UNIFORM)), right
+    assert over <= SCANS // 10, "much is refused although every rule is known"
+
+
+def test_a_wrong_rule_of_a_scan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What passes by the skip gets half, as what passes by the state: it is all the values'."""
+    code = (Node("input"), Node("scan", (0,), ("mamba2",), 7))
+    part = Part("module", "act", (1,), 12, code)
+    program = Program("gpt2", (part,), options=(UNIFORM,), read=("all",))
+    assert judge(program).kind == "right"
+    monkeypatch.setattr(RecurrenceIntercept, "skipped", lambda self, name, args: args)
+    assert judge(program).kind != "right"
 
 
 @pytest.mark.parametrize("program", REGRESSIONS, ids=lambda program: program.parts[0].place)

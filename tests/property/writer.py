@@ -10,6 +10,7 @@ from tests.property.operations import (
     ACTIVATIONS,
     EFFECTS,
     FUNCTIONS,
+    MIXERS,
     MOVES,
     OPS,
     RESHAPES,
@@ -32,7 +33,20 @@ FLAVOURS: dict[str, dict[str, float]] = {
     "constant": {**dict.fromkeys(LINEAR, 0.5), "linear": 2, "shift": 2, "detach": 1, "add": 1.5,
                  "activation": 1.5},
 }  # fmt: skip
-FLAVOURS["mixed"] = {op: 1.0 for op in OPS if op not in ("attend", "input")}
+FLAVOURS["mixed"] = {op: 1.0 for op in OPS if op not in ("attend", "input", "scan")}
+SCANNING = "scan"
+FLAVOURS[SCANNING] = {
+    "scan": 4,
+    "linear": 2,
+    "activation": 1,
+    "add": 1,
+    "move": 0.5,
+    "scale": 0.5,
+    "product": 0.3,
+    "convolution": 0.5,
+    "norm": 0.3,
+    "unknown": 0.1,
+}
 ELEMENTWISE = {"function": 2.0, "scale": 1.0, "product": 1.0, "activation": 1.0, "unknown": 0.5,
                "shift": 0.3, "add": 0.7, "write": 0.3, "move": 0.15, "linear": 0.1}  # fmt: skip
 WIDEST = 24
@@ -138,6 +152,8 @@ class Writer:
         if op == "raw_norm":
             over = rng.choice(["features", "features", "tokens", "all", "l1", "max"])
             return self.add(op, (i,), rng.choice([0, 1]), over, rng.choice([0, 1]))
+        if op == "scan":
+            return self.add(op, (i,), rng.choice(list(MIXERS)))
         if op == "write":
             return self.add(
                 op, (i,), rng.choice(list(VIEWS)), rng.choice(list(EFFECTS)), rng.choice([0, 1])

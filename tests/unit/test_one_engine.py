@@ -24,8 +24,8 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("lenslrp/models/verifying.py", "reference"): (
         "the comparison before wrapping: what Hugging Face's model gives, which is no bridge yet"
     ),
-    ("analysis/evaluation/tasks.py", "generate"): (
-        "generation: Hugging Face's loop, with its own key-value cache, writes the model's answer"
+    ("lenslrp/writing.py", "greedy"): (
+        "generation: Hugging Face's loop, with its own key-value cache, writes the model's text"
     ),
     ("analysis/steering/sweeps.py", "_Prompts.read"): (
         "generation: TransformerLens' loop writes the continuations that are read"

@@ -6,9 +6,11 @@ github.com/hijohnnylin/neuronpedia), the conventions for ids and types those of 
 `layer_feature_position` with `E` for tokens, the layer above the last for the target,
 `feature` a pairing of layer and index, `influence` the cumulative share up to a node.
 
-Its viewers know features of transcoders and of attention, embeddings and logits. Neurons and heads
-are given those types, and named in `clerp` for what they are. What a graph keeps as `rest` or as
-absorbed has no place there; the description says how much of the target it is.
+Its viewers know features of transcoders and of attention, reconstruction errors, embeddings and
+logits. Features of any coder are given the first type; neurons and heads are given types, too, and
+named in `clerp` for what they are. What a graph keeps as `rest` or as absorbed has no place there;
+the description says how much of the target it is. Supernodes are pinned, or viewers do not show
+them.
 """
 
 from __future__ import annotations
@@ -19,22 +21,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lenslrp.analysis.circuits.graph.gradients import default_label
 from lenslrp.files import slug as safe_name
 from lenslrp.files import whole
 from lenslrp.version import VERSION
 
 if TYPE_CHECKING:
-    from lenslrp.analysis.circuits.graph.graphs import AttributionGraph
+    from lenslrp.analysis.circuits.graph.result import AttributionGraph
 
 VIEWER_TYPES = {
     "token": "embedding",
     "neuron": "cross layer transcoder",
     "mlp": "cross layer transcoder",
+    "feature": "cross layer transcoder",
+    "error": "mlp reconstruction error",
     "head": "lorsa",
     "attention": "lorsa",
+    "recurrent head": "lorsa",
+    "channel": "cross layer transcoder",
     "target": "logit",
 }
 """Kind of node -> the type as which viewers draw it."""
+
+BESIDE_NEURONS = {"head": "h", "attention": "h", "recurrent head": "r", "channel": "c"}
+"""Kind of node -> what its number begins with."""
 
 
 def pairing(layer: int, index: int) -> int:
@@ -42,22 +52,32 @@ def pairing(layer: int, index: int) -> int:
     return (layer + index) * (layer + index + 1) // 2 + index
 
 
-def to_neuronpedia(graph: AttributionGraph, *, slug: str, model_id: str | None) -> dict[str, Any]:
+def to_neuronpedia(
+    graph: AttributionGraph, *, slug: str, model_id: str | None, source_set: str | None
+) -> dict[str, Any]:
     """The graph as JSON values."""
     influence = graph.nodes["influence"].to_numpy()
     order = np.argsort(-influence, kind="stable")
     reached = np.empty(len(order))
     reached[order] = np.cumsum(influence[order]) / influence.sum()
     records = graph.nodes.assign(reached=reached).to_dict("records")
-    nodes = [_node(record, graph) for record in records]
+    first = _first_places(records)
+    nodes = [_node(record, graph, first) for record in records]
     ids = {record["id"]: node["node_id"] for record, node in zip(records, nodes, strict=True)}
     settings = dict(graph.settings)
     last = records[-1]
     entered = float(graph.edges.loc[graph.edges["target"] == "target", "relevance"].sum())
+    hidden = last["rest"] + last["reconstruction"]
+    supernodes = [
+        [name, *(ids[node] for node in members)] for name, members in graph.supernodes.items()
+    ]
+    details = {} if source_set is None else {
+        "feature_details": {"neuronpedia_source_set": source_set}
+    }  # fmt: skip
     about = (
         f"{graph.explained}, by {settings['composite']}: {entered:+.4g} along the edges into it, "
-        f"{last['rest']:+.4g} from what is not shown, "
-        f"{last['relevance'] - entered - last['rest']:+.4g} absorbed. Weights are relevance, in "
+        f"{hidden:+.4g} from what is not shown, "
+        f"{last['relevance'] - entered - hidden:+.4g} absorbed. Weights are relevance, in "
         "units of the target."
     )
     return {
@@ -68,7 +88,8 @@ def to_neuronpedia(graph: AttributionGraph, *, slug: str, model_id: str | None) 
                 "description": about,
                 "generator": {"name": "LensLRP", "version": VERSION},
             },
-            "transcoder_list": [],
+            "transcoder_list": [coder.name for coder in graph.coders],
+            **details,
             "prompt_tokens": list(graph.str_tokens),
             "prompt": graph.prompt,
             "node_threshold": 1.0,
@@ -80,18 +101,30 @@ def to_neuronpedia(graph: AttributionGraph, *, slug: str, model_id: str | None) 
             },
         },
         "qParams": {
-            "pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""
+            "pinnedIds": [node for _, *members in supernodes for node in members],
+            "supernodes": supernodes, "linkType": "both", "clickedId": "", "sg_pos": "",
         },
         "nodes": nodes,
         "links": [
             {"source": ids[edge["source"]], "target": ids[edge["target"]],
              "weight": float(edge["relevance"])}
-            for edge in graph.edges.to_dict("records")
+            for edge in graph.totals.to_dict("records")
         ],
     }  # fmt: skip
 
 
-def _node(node: dict[str, Any], graph: AttributionGraph) -> dict[str, Any]:
+def _first_places(records: list[dict[str, Any]]) -> dict[tuple[int, str], str]:
+    """(layer, type) -> the hook point whose nodes have ids of viewers' own form; others of the same
+    layer and type, of a second coder, need ids of their own."""
+    first: dict[tuple[int, str], str] = {}
+    for node in records:
+        first.setdefault((int(node["layer"]), VIEWER_TYPES[node["kind"]]), node["hook"])
+    return first
+
+
+def _node(
+    node: dict[str, Any], graph: AttributionGraph, first: dict[tuple[int, str], str]
+) -> dict[str, Any]:
     kind, layer, unit = node["kind"], int(node["layer"]), int(node["unit"])
     place = int(node["position"])
     target = kind == "target"
@@ -101,8 +134,12 @@ def _node(node: dict[str, Any], graph: AttributionGraph) -> dict[str, Any]:
     elif target:
         token = -1 if graph.token is None else graph.token
         named, feature, shown = f"{layer + 1}_{token}", token, str(layer + 1)
-    elif kind in ("head", "attention"):  # beside the neuron of the same number
-        named = f"{layer}_h{unit}"
+    elif kind in BESIDE_NEURONS:  # beside the neuron of the same number
+        named = f"{layer}_{BESIDE_NEURONS[kind]}{unit}"
+    elif kind == "error":
+        named, feature = f"{layer}_-1", -1
+    if node["hook"] != first[layer, VIEWER_TYPES[kind]]:
+        named = f"{named}_{safe_name(node['hook'])}"
     # The target of something else than a token has a name, not a probability.
     text = {
         "token": node["label"],
@@ -110,6 +147,8 @@ def _node(node: dict[str, Any], graph: AttributionGraph) -> dict[str, Any]:
         if graph.token is not None
         else graph.explained.text,
     }.get(kind, f"{kind} {layer}.{unit}")
+    if kind not in ("token", "target") and node["label"] != default_label(kind, layer, unit):
+        text = node["label"]
     activation = float(node["activation"])
     return {
         "node_id": f"{named}_{place}",
@@ -129,10 +168,10 @@ def _node(node: dict[str, Any], graph: AttributionGraph) -> dict[str, Any]:
 
 
 def write_neuronpedia(
-    graph: AttributionGraph, path: Path, *, slug: str, model_id: str | None
+    graph: AttributionGraph, path: Path, *, slug: str, model_id: str | None, source_set: str | None
 ) -> Path:
     """Write `to_neuronpedia` at `path`."""
-    graph_json = to_neuronpedia(graph, slug=slug, model_id=model_id)
+    graph_json = to_neuronpedia(graph, slug=slug, model_id=model_id, source_set=source_set)
     with whole(path, ours=b'"name": "LensLRP"') as temporary:
         temporary.write_text(json.dumps(graph_json, allow_nan=False, indent=1), encoding="utf-8")
     return path

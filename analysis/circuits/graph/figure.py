@@ -17,7 +17,7 @@ from lenslrp.analysis.views.drawing import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lenslrp.analysis.circuits.graph.graphs import AttributionGraph
+    from lenslrp.analysis.circuits.graph.result import AttributionGraph
 
 INCH = 78.0
 """Units of the layout in an inch."""
@@ -32,8 +32,9 @@ def graph_figure(graph: AttributionGraph, theme: Theme | None = None) -> Figure:
     from matplotlib.path import Path
 
     axes.set(xlim=(0, layout.width), ylim=(layout.height, 0), xticks=[], yticks=[])
-    limit = float(graph.edges["relevance"].abs().max()) if len(graph.edges) else 1.0
-    ordered = graph.edges.reindex(graph.edges["relevance"].abs().sort_values().index)
+    edges = graph.totals
+    limit = float(edges["relevance"].abs().max()) if len(edges) else 1.0
+    ordered = edges.reindex(edges["relevance"].abs().sort_values().index)
     for source, target, value in ordered.itertuples(index=False):
         curve = Path(
             layout.curve(source, target), [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4]
@@ -52,7 +53,7 @@ def graph_figure(graph: AttributionGraph, theme: Theme | None = None) -> Figure:
     scale, colours, font = float(others.abs().max()) or 1.0, colour_map(theme), installed_fonts()
     for node in graph.nodes.to_dict("records"):
         x, y = layout.places[node["id"]]
-        size = 0.0 if node["kind"] in ("token", "target") else HEIGHT * 0.45
+        size = 0.0 if node["kind"] in ("token", "target", "error") else HEIGHT * 0.45
         shade = colours(0.5 + 0.26 * max(-1.0, min(1.0, node["relevance"] / scale)))
         axes.add_patch(
             FancyBboxPatch(

@@ -1,7 +1,8 @@
 """Where the nodes of an attribution graph are drawn: tokens left to right, layers bottom to top.
 
-A row is one kind of node in one layer; layers without nodes take no room. A column is a position,
-as wide as its fullest row; a row with more nodes than fit beside each other has several lines.
+A row holds the nodes of one hook point; hook points without nodes take no room. A column is a
+position, as wide as its fullest row; a row with more nodes than fit beside each other has several
+lines.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ MARGIN = 74.0
 """On the left, where rows are named."""
 
 _NAMED = {"token": "tokens", "target": "target"}
-_ORDER = {"token": 0, "attention": 1, "head": 1, "mlp": 2, "neuron": 2, "target": 3}
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,8 @@ class Layout:
 
 def lay_out(nodes: pd.DataFrame) -> Layout:
     """Places for the rows of `AttributionGraph.nodes`."""
-    keys = [
-        (layer, _ORDER.get(kind, 2))
-        for layer, kind in zip(nodes["layer"], nodes["kind"], strict=True)
-    ]
+    order = {hook: index for index, hook in enumerate(nodes["hook"].drop_duplicates())}
+    keys = [(layer, order[hook]) for layer, hook in zip(nodes["layer"], nodes["hook"], strict=True)]
     cells: dict[tuple[tuple[int, int], int], list[str]] = {}
     for key, position, name in zip(keys, nodes["position"], nodes["id"], strict=True):
         cells.setdefault((key, position), []).append(name)

@@ -19,7 +19,7 @@ from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import card, rgba, signed, token_html
 
 if TYPE_CHECKING:
-    from lenslrp.analysis.circuits.graph.graphs import AttributionGraph
+    from lenslrp.analysis.circuits.graph.result import AttributionGraph
 
 WIDEST = 9.0
 """Width of the edge with the most relevance, in units of the drawing."""
@@ -35,6 +35,7 @@ GRAPH_STYLE = f"""<style>
 color:var(--llrp-muted)}}
 .lenslrp-graph rect{{fill:var(--llrp-bg);stroke:var(--llrp-line)}}
 .lenslrp-graph rect.tint{{stroke:var(--llrp-muted)}}
+.lenslrp-graph rect.error{{stroke-dasharray:3 2}}
 .lenslrp-graph path{{fill:none;stroke-opacity:.55}}
 .lenslrp-graph path.plus{{stroke:rgb(214,39,55)}}
 .lenslrp-graph path.minus{{stroke:rgb(43,120,205);stroke-dasharray:5 3}}
@@ -80,11 +81,12 @@ def graph_svg(graph: AttributionGraph) -> str:
     layout = lay_out(graph.nodes)
     numbers = {name: index for index, name in enumerate(graph.nodes["id"])}
     labels = dict(zip(graph.nodes["id"], graph.nodes["label"], strict=True))
-    limit = float(graph.edges["relevance"].abs().max()) if len(graph.edges) else 0.0
+    edges = graph.totals
+    limit = float(edges["relevance"].abs().max()) if len(edges) else 0.0
     parts = [
         f'<text class="row" x="4" y="{y + 4:.1f}">{escape(name)}</text>' for name, y in layout.rows
     ]
-    ordered = graph.edges.reindex(graph.edges["relevance"].abs().sort_values().index)
+    ordered = edges.reindex(edges["relevance"].abs().sort_values().index)
     for edge in ordered.to_dict("records"):
         points = layout.curve(edge["source"], edge["target"])
         curve = [f"{x:.1f} {y:.1f}" for x, y in points]
@@ -122,23 +124,28 @@ def _node(
     graph: AttributionGraph,
 ) -> str:
     x, y = place
-    round_ = {"token": 2.0, "target": 2.0, "head": 4.0}.get(node["kind"], HEIGHT / 2)
+    square = {"token": 2.0, "target": 2.0, "error": 2.0, "head": 4.0, "recurrent head": 4.0}
+    round_ = square.get(node["kind"], HEIGHT / 2)
     fraction = max(-1.0, min(1.0, node["relevance"] / scale)) if scale else 0.0
     box = (
         f'x="{x - WIDTH / 2:.1f}" y="{y - HEIGHT / 2:.1f}" width="{WIDTH:.0f}" '
         f'height="{HEIGHT:.0f}" rx="{round_:.0f}"'
     )
+    tint = "tint error" if node["kind"] == "error" else "tint"
     token = visible(graph.str_tokens[node["position"]])
     lines = [visible(node["label"]), f"position {node['position']} ({token})",
             f"relevance {node['relevance']:+.4g}"]  # fmt: skip
     if math.isfinite(node["activation"]):
         lines.append(f"activation {node['activation']:+.4g}")
-    if node["kind"] != "token":
+    if node["kind"] not in ("token", "error"):
         absorbed = node["relevance"] - node["rest"] - _entered(graph, node["id"])
+        absorbed -= node["reconstruction"]
         lines.append(f"from edges {_entered(graph, node['id']):+.4g}")
         lines.append(f"from what is not shown {node['rest']:+.4g}, absorbed {absorbed:+.4g}")
+    if graph.coders and node["kind"] not in ("token", "error"):
+        lines.append(f"from errors that are not shown {node['reconstruction']:+.4g}")
     return (
-        f'<g data-n="{number}"><rect {box}/><rect class="tint" {box} '
+        f'<g data-n="{number}"><rect {box}/><rect class="{tint}" {box} '
         f'style="fill:{rgba(fraction)}"/><title>{escape(" · ".join(lines))}</title>'
         f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">'
         f"{escape(_short(node['label']))}</text></g>"
@@ -155,7 +162,7 @@ def graph_html(graph: AttributionGraph) -> str:
     name = svg.split('"', 2)[1]
     last = graph.nodes.iloc[-1]
     value = float(graph.explained.value[0])
-    residual = float(last["rest"])
+    residual = float(last["rest"]) + float(last["reconstruction"])
     entered = _entered(graph, last["id"])
     note = (
         f"{len(graph.nodes)} nodes and {len(graph.edges)} edges of {graph.chosen[0]} chosen among "

@@ -58,18 +58,20 @@ def influential(weights: Matrix, absorbed: Vector, fixed: Mask, share: float) ->
 
 
 def strongest(
-    weights: Matrix, absorbed: Vector, fixed: Mask, share: float
+    weights: Matrix, absorbed: Vector, fixed: Mask, share: float, ends: Mask | None = None
 ) -> tuple[Mask, Mask, Vector]:
     """Edges [downstream, upstream] and nodes [node] that stay, and all nodes' influence.
 
     The fewest edges that hold `share` of the influence which goes along all of them. A node that
-    is left without an edge into it, or out of it, goes as well, with its other edges.
+    is left without an edge into it, or out of it, goes as well, with its other edges. Where
+    relevance ends (`ends`), one out of it is enough.
     """
     influence = influences(weights, absorbed)
     edges = _most(_normalised(weights, absorbed) * influence[:, None], share)
     stays = np.ones(len(weights), dtype=bool)
+    ends = fixed if ends is None else ends
     while True:
-        unconnected = stays & ~fixed & ~(edges.any(axis=0) & edges.any(axis=1))
+        unconnected = stays & ~fixed & ~(edges.any(axis=0) & (ends | edges.any(axis=1)))
         if not unconnected.any():
             return edges, stays, influence
         stays = stays & ~unconnected

@@ -6,8 +6,10 @@ undoing of every family in tests/conformance/models/test_zoo.py.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -32,7 +34,7 @@ from lenslrp.hooks.structure import components
 from lenslrp.targets import Activation
 from tests.conformance import zoo
 from tests.conformance.families import tokens
-from tests.conformance.hooks.test_mutation import mutate, sites
+from tests.conformance.hooks.test_mutation import Key, mutate, sites
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -72,6 +74,7 @@ ONE_OF_EACH = (  # of each kind of scan, and of what stands around it
     "RecurrentGemmaForCausalLM",
     "RwkvForCausalLM",
 )
+STREAMS = ("DeepseekV4ForCausalLM", "Gemma3nForConditionalGeneration")
 ROLES = {"recurrence", "recurrence_gate", "attention_gate", "norm", "activation"}
 
 
@@ -208,16 +211,116 @@ def test_a_prompt_of_one_token(name: str) -> None:
     assert cache.ledger().imbalance < 1e-6
 
 
+def call_on(model: Any, ids: Tensor, **cache: Any) -> Tensor:
+    """Logits of the last of ``ids``, called as generation does; ``cache`` as the model takes it."""
+    place = torch.full((len(ids), 1), ids.shape[1] - 1)
+    places = (
+        {"position_ids": place} if "RecurrentGemma" in type(model.original_model).__name__ else {}
+    )
+    out = model.original_model(ids[:, -1:], use_cache=True, **places, **cache)
+    return out.logits[:, -1]
+
+
+@pytest.mark.parametrize("name", list(MIXERS))
+@pytest.mark.parametrize("left", [1, 2])
+def test_going_on_from_a_cache_is_refused_by_name(name: str, left: int) -> None:
+    """transformers scans a single token with other functions, from a state that has no graph."""
+    model, ids = zoo.build(name), tokens()
+    with torch.no_grad():
+        out = model.original_model(ids[:, :-left], use_cache=True)
+    given = {k: out[k] for k in ("cache_params", "past_key_values", "state") if k in out}
+    path = scans.mixers(components(model))[0][0]
+    said = rf"{path}: \w+ is given a cache, and what it holds of earlier tokens is out of reach of "
+    if given:
+        with pytest.raises(lenslrp.InputError, match=said):
+            lenslrp.run_with_relevance(model, ids[:, -left:], 5, model_kwargs=given)
+        return
+    rules = lenslrp.relevance_rules(model, lenslrp.AttnLRP())
+    with rules, pytest.raises(lenslrp.InputError, match=said):  # RecurrentGemma keeps its state
+        call_on(model, ids)
+
+
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-@pytest.mark.parametrize("choice", ["AttnLRP", "uniform"])
-def test_forgetting_any_one_rule_is_noticed(name: str, choice: str) -> None:
+def test_generating_under_rules_goes_on_from_a_cache(name: str) -> None:
+    model, ids = zoo.build(name), tokens()
+    logits = []
+    for rules in (nullcontext(), lenslrp.relevance_rules(model, lenslrp.AttnLRP())):
+        with torch.no_grad(), rules:
+            out = model.original_model(ids[:, :-1], use_cache=True)
+            given = {k: out[k] for k in ("cache_params", "past_key_values", "state") if k in out}
+            logits.append(call_on(model, ids, **given))
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("name", [*MIXERS, "DeepseekV4ForCausalLM"])
+def test_recomputing_each_block_changes_nothing(name: str) -> None:
     model = zoo.build(name)
-    composite = lenslrp.AttnLRP(recurrence="uniform" if choice == "uniform" else "constant")
-    recurrent = {path for path, _ in scans.mixers(components(model))}
-    recurrent |= {p for p, m in components(model) if gated_norms.is_gated_norm(m)}
-    recurrent |= {p for p, m in components(model) if type(m).__name__ == "RwkvFeedForward"}
-    recurrent |= {p for p, m in components(model) if "RecurrentBlock" in type(m).__name__}
-    keys = [key for key in sites(model, composite) if key[0] in recurrent and key[1] in ROLES]
+    composite = lenslrp.AttnLRP(recurrence="uniform")
+    kept, again = (
+        lenslrp.run_with_relevance(model, tokens(), 5, composite, checkpoint=checkpoint)
+        for checkpoint in (False, True)
+    )
+    assert torch.equal(kept[0], again[0])
+    assert list(kept[1].keys()) == list(again[1].keys())
+    assert all(torch.equal(kept[1][hook], again[1][hook]) for hook in kept[1])
+    assert again[1].ledger().table.equals(kept[1].ledger().table)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_recomputing_each_block_holds_less(name: str) -> None:
+    name = name.replace("Qwen3Next", "Qwen3_5")  # torch's grouped product asks for larger experts
+
+    def held(checkpoint: bool) -> int:
+        return lenslrp.survey(
+            zoo.config(name), length=16, dtype=torch.bfloat16, checkpoint=checkpoint,
+            names_filter=[], logits="target",
+        ).held  # fmt: skip
+
+    assert held(True) < 0.4 * held(False)
+
+
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, *STREAMS])
+@pytest.mark.parametrize("choice", ["constant", "uniform"])
+def test_a_session_runs_each_pass_once(name: str, choice: Any) -> None:
+    """Writes into views, which scans are full of, are told by the rules: nobody has to observe."""
+    model = zoo.build(name)
+    with lenslrp.session(model, lenslrp.AttnLRP(recurrence=choice)) as s:
+        s.run_with_relevance(tokens(), 5)
+        passes: list[int] = []
+        handle = model.original_model.register_forward_hook(lambda *_: passes.append(0))
+        s.run_with_relevance(tokens(seed=1), 5)
+        handle.remove()
+    assert len(passes) == 1
+    last: list[Tensor] = []  # below a soft-cap on the logits
+    model.ln_final.hook_out.register_forward_hook(lambda _, args, y: last.append(y))
+    with lenslrp.relevance_rules(model, lenslrp.AttnLRP(recurrence=choice)) as rules:
+        model(tokens(), use_cache=False)
+        rules.verify(*last)
+
+
+def recurrent_sites(model: Any, composite: Any) -> list[Key]:
+    """Where rules of recurrent mixers sit, of what stands around them, and of mixed streams."""
+    parts = components(model)
+    recurrent = {path for path, _ in scans.mixers(parts)}
+    recurrent |= {p for p, m in parts if gated_norms.is_gated_norm(m)}
+    recurrent |= {p for p, m in parts if type(m).__name__ == "RwkvFeedForward"}
+    recurrent |= {p for p, m in parts if "RecurrentBlock" in type(m).__name__}
+    return [
+        (hook, role)
+        for hook, role in sites(model, composite)
+        if (hook in recurrent and role in ROLES) or role == "recurrence"
+    ]
+
+
+CHOSEN = ("constant", "uniform")
+
+
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, *STREAMS])
+@pytest.mark.parametrize("choice", CHOSEN)
+def test_forgetting_any_one_rule_is_noticed(name: str, choice: Any) -> None:
+    model = zoo.build(name)
+    composite = lenslrp.AttnLRP(recurrence=choice)
+    keys = recurrent_sites(model, composite)
     assert keys
     for key in keys:
         assert "no rule for" in mutate(model, composite, key), key
@@ -240,6 +343,7 @@ def ungated(patch: pytest.MonkeyPatch) -> None:
 
 
 def unactivated(patch: pytest.MonkeyPatch) -> None:
+    """An activation around the scan is called as it is."""
     patch.setattr(
         recurrence.RecurrenceIntercept, "activation", lambda self, act, x, **options: act(x)
     )
@@ -264,6 +368,11 @@ def live_scale(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def unmetered(patch: pytest.MonkeyPatch) -> None:
+    """What the bias of the short convolution takes is not measured."""
+    patch.setattr(recurrence, "measure_bias", lambda *args: None)
+
+
 DAMAGES: tuple[tuple[Callable[[pytest.MonkeyPatch], None], str, str], ...] = (
     (unruled, "MambaForCausalLM", "constant"),
     (unruled, "Mamba2ForCausalLM", "constant"),
@@ -276,20 +385,27 @@ DAMAGES: tuple[tuple[Callable[[pytest.MonkeyPatch], None], str, str], ...] = (
     (open_region, "RecurrentGemmaForCausalLM", "uniform"),
     (closed_region, "Mamba2ForCausalLM", "uniform"),
     (closed_region, "Mamba2ForCausalLM", "constant"),
+    (unmetered, "MambaForCausalLM", "constant"),
     (live_scale, "Mamba2ForCausalLM", "constant"),
     (live_scale, "Qwen3NextForCausalLM", "constant"),
 )
+
+
+def noticed(damage: Callable[[pytest.MonkeyPatch], None], name: str, choice: Any) -> str:
+    """What a run says where a part of a rule is forgotten; fails if it says nothing."""
+    model = zoo.build(name)
+    with pytest.MonkeyPatch.context() as patch:
+        damage(patch)
+        with pytest.raises(lenslrp.CoverageError) as caught:
+            explain(model, composite=lenslrp.AttnLRP(recurrence=choice))
+    return str(caught.value).split(". ")[0].partition(": ")[2]
 
 
 @pytest.mark.parametrize(("damage", "name", "choice"), DAMAGES)
 def test_a_part_of_a_rule_that_is_forgotten_is_noticed(
     damage: Callable[[pytest.MonkeyPatch], None], name: str, choice: Any
 ) -> None:
-    model = zoo.build(name)
-    with pytest.MonkeyPatch.context() as patch:
-        damage(patch)
-        with pytest.raises(lenslrp.CoverageError):
-            explain(model, composite=lenslrp.AttnLRP(recurrence=choice))
+    assert noticed(damage, name, choice)
 
 
 @pytest.fixture
@@ -408,3 +524,23 @@ def test_the_map_of_a_padded_row_is_that_of_the_row_alone() -> None:
     torch.testing.assert_close(R.rows[1][name], alone[name], rtol=1e-5, atol=1e-7)
     with pytest.raises(lenslrp.InputError, match="no relevance starts there"):
         explain(model, target=Activation(name, (0, 1)))
+
+
+def main() -> None:
+    """The tables of recurrent mixers and streams for docs/reference/mutation.md."""
+    print("| model | recurrence | rule forgotten at | role | noticed as |")
+    print("|---|---|---|---|---|")
+    for name, choice in itertools.product((*ONE_OF_EACH, *STREAMS), CHOSEN):
+        model, composite = zoo.build(name), lenslrp.AttnLRP(recurrence=choice)
+        for hook, role in recurrent_sites(model, composite):
+            said = mutate(model, composite, (hook, role)).partition(": ")[2]
+            print(f"| {name} | {choice} | `{hook}` | {role} | {said} |")
+    print("\n| what is forgotten | model | recurrence | noticed as |")
+    print("|---|---|---|---|")
+    for damage, name, choice in DAMAGES:
+        what = str(damage.__doc__).rstrip(".")
+        print(f"| {what} | {name} | {choice} | {noticed(damage, name, choice)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -227,3 +227,35 @@ def test_lines_keep_their_numbers(tmp_path: Path) -> None:
     empty, first, wrong = prompts_of(path, 3)
     assert empty == (NO_INPUT, 3) and first == ("a", 3)
     assert isinstance(wrong[0], InputError)
+
+
+def test_what_the_model_writes_is_explained(bridge: Any, capsys: Any) -> None:
+    assert cli.main(["explain", "a b c", "--generate", "3", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    G = lenslrp.explain_generation(bridge, "a b c", max_new_tokens=3)
+    assert said["tokens"] == G.str_tokens and said["start"] == G.start
+    for row, values in enumerate(said["relevance"]):
+        assert values == pytest.approx(G.relevance[row, : G.start + row].tolist())
+    assert abs(said["ledgers"][0]["error"]) < 1e-6
+    page = Path(said["report"]).read_text(encoding="utf-8")
+    assert "What the model wrote" in page and page.count("<td style") == sum(
+        G.start + row for row in range(len(G.values))
+    )
+    assert "<script" not in page
+    assert cli.main(["explain", "a b c", "--generate", "3"]) == 0
+    assert capsys.readouterr().out.count(" from ") == len(G.values)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["a", "--generate", "3", "--target", "b"], "--generate explains what the model writes"),
+        (["--data", "x.txt", "--out", "x.jsonl", "--generate", "3"], "--generate are for PROMPT"),
+    ],
+)
+def test_generate_is_for_a_prompt_without_a_target(
+    given: list[str], message: str, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["explain", *given])
+    assert message in capsys.readouterr().err

@@ -420,3 +420,16 @@ def test_a_sum_is_of_logits_at_positions(wrong: Any) -> None:
         Sum((Logit(1), wrong))
     with pytest.raises(InputError, match="a Sum is of two targets or more, not "):
         Sum((Logit(1),))
+
+
+def test_a_sum_can_be_weighted() -> None:
+    out = outputs()
+    parts = (Logit("d", 1), LogitDiff(3, 4))
+    first, second = (part.values(out) for part in parts)
+    torch.testing.assert_close(Sum(parts, (2.0, -0.5)).values(out), 2 * first - second / 2)
+    torch.testing.assert_close(Sum(parts[:1], (3.0,)).values(out), 3 * first)
+    text = Sum((Logit(1), Logit(2)), [2, -0.5]).text(outputs(tokenizer=None))
+    assert text == "2 x logit of 1 at position -1 + -0.5 x logit of 2 at position -1"
+    for wrong in ((1.0,), (1.0, float("nan"))):
+        with pytest.raises(InputError, match="one finite number for each of its 2 targets, not"):
+            Sum(parts, wrong)

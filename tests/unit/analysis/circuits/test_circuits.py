@@ -20,7 +20,8 @@ from lenslrp.analysis.circuits.segments import coefficients
 from lenslrp.hooks import CPLRP, GradientTimesInput
 from tests.unit.tiny import HEADS, changes, snapshot, tiny
 
-NAMES = tuple(name for name in COMPONENTS if name != "tokens")  # integrated starts at them
+OTHERS = ("tokens", "recurrent", "channels")  # integrated starts at tokens; no scans are here
+NAMES = tuple(name for name in COMPONENTS if name not in OTHERS)
 CLEAN = torch.tensor([[3, 17, 5, 17, 8, 11], [2, 9, 2, 21, 9, 0], [4, 4, 6, 7, 0, 0]])
 CORRUPT = torch.tensor([[3, 17, 6, 17, 8, 11], [2, 8, 2, 21, 9, 0], [4, 4, 6, 9, 0, 0]])
 LENGTHS = torch.tensor([6, 5, 4])
@@ -312,6 +313,7 @@ def test_a_chunk_changes_nothing_and_nothing_is_left_behind() -> None:
         ({"components": ["residual"]}, "give by_position=True"),
         ({"method": "exact", "composite": AttnLRP()}, "a composite is for .relevance. and"),
         ({"only": [Node("x", 0)]}, "only is for method='exact'"),
+        ({"method": "integrated", "components": ["tokens"]}, "leave 'tokens' out"),
         ({"chunk": 0}, "chunk and steps must be at least 1"),
     ],
 )

@@ -22,7 +22,7 @@ from lenslrp.errors import InputError
 from lenslrp.hooks import CPLRP, AttnLRP, Composite, GradientTimesInput, RelP
 from lenslrp.inputs import prepare_text
 from lenslrp.targets import Logit
-from tests.unit.analysis.circuits.test_circuits import gap, some_pairs
+from tests.unit.analysis.circuits.test_circuits import gap, linear_model, some_pairs
 from tests.unit.tiny import changes, snapshot, tiny
 
 TOKENS = torch.tensor([[3, 17, 5, 17, 8, 11]])
@@ -97,6 +97,42 @@ def test_what_leaves_a_node_is_its_score(family: str, method: str, by_position: 
         assert torch.allclose(sums, nodes.values[hook], rtol=0, atol=1e-7), hook
     assert torch.allclose(edges.clean, nodes.clean) and torch.allclose(edges.corrupt, nodes.corrupt)
     assert any(bool((value.abs() > 1e-4).any()) for value in edges.values.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize(("steps", "composite"), [(1, RelP()), (3, None)])
+def test_along_the_line_what_leaves_a_node_is_its_integrated_score(
+    family: str, steps: int, composite: Composite | None
+) -> None:
+    model, pairs, names = tiny(family), some_pairs(), ("heads", "mlp")
+    shared: dict[str, Any] = {"method": "integrated", "steps": steps, "composite": composite}
+    edges = score_edges(model, pairs, rows=7, **shared)
+    nodes = score_nodes(model, pairs, components=names, chunk=2, **shared)
+    for hook, value in nodes.values.items():
+        assert torch.allclose(edges.outgoing()[hook], value, rtol=0, atol=1e-7), hook
+    placed = score_edges(model, pairs, into=[TARGET], by_position=True, **shared)
+    for hook, value in placed.values.items():
+        whole = edges.values[hook][:, edges.into.index(TARGET)]
+        assert torch.allclose(value[:, 0].sum(dim=1), whole, rtol=0, atol=1e-9), hook
+    passes = placed.passes
+    assert (passes.forward, passes.backward) == (3 * (2 + 2 * steps), 3 * 2 * steps)
+
+
+def test_the_tokens_of_the_line_pass_on_the_whole_difference() -> None:
+    """Integrated gradients at the embeddings add up to what the two runs differ by."""
+    model, pairs = tiny("llama"), some_pairs()
+    edges = score_edges(model, pairs, components=("tokens", "mlp"), method="integrated", steps=25)
+    total = edges.outgoing()["hook_embed"].sum(dim=1)
+    assert torch.allclose(total, edges.clean - edges.corrupt, rtol=2e-2)
+
+
+def test_on_a_linear_model_integrated_edges_are_those_of_path_patching() -> None:
+    model, pairs = linear_model(), some_pairs()
+    found = score_edges(model, pairs, method="integrated", steps=1)
+    best = found.best(5)
+    exact = score_edges(model, pairs, method="exact", only=best)
+    for up, down in best:
+        assert torch.allclose(found.score(up, down), exact.score(up, down), atol=1e-7), (up, down)
 
 
 def test_edges_that_cannot_exist_are_exactly_zero() -> None:
@@ -330,13 +366,17 @@ def test_what_cannot_be_asked_is_refused_by_name() -> None:
         with pytest.raises(InputError, match=text):
             score_edges(model, pairs, **given)
 
-    refuses("one of relevance, attribution, exact, not 'guess'", method="guess")
+    refuses("one of relevance, attribution, integrated, exact, not 'guess'", method="guess")
     refuses("one of denoising, noising, not 'both'", direction="both")
     refuses("composite is for method='relevance'", method="attribution", composite=RelP())
     refuses("only says which edges", method="exact")
     refuses("only says which edges", only=[(UPS[0], TARGET)])
     refuses("nothing gets past it", components=("residual",))
     refuses("rows must be at least 1, not 0", rows=0)
+    refuses("steps must be at least 1, not 0", steps=0, method="integrated")
+    refuses(
+        "integrated edges need nodes behind the tokens", method="integrated", components=("tokens",)
+    )
     refuses("no node of these components", into=[Node("blocks.0.mlp.hook_post", 3)])
     refuses("has 2 units and 6 positions", into=[Node("blocks.0.attn.hook_z", 2)])
     refuses("at one position with by_position=True, and only then", method="exact",

@@ -162,6 +162,19 @@ def test_influence_goes_down_in_proportion_and_what_holds_most_of_it_stays() -> 
     assert not edges.any() and stays.tolist() == fixed.tolist()
 
 
+def test_edges_go_from_earlier_nodes_to_later_ones() -> None:
+    """As influence is handed down: a layer's heads before its neurons."""
+    graph = attribution_graph(tiny("llama"), TOKENS, Logit(5), k=30, node_share=1.0, edge_share=1.0)
+    place = {node: index for index, node in enumerate(graph.nodes["id"])}
+    within = [
+        (edge.source, edge.target)
+        for edge in graph.edges.itertuples()
+        if "blocks.0.attn" in edge.source and "blocks.0.mlp" in edge.target
+    ]
+    assert within
+    assert all(place[edge.source] < place[edge.target] for edge in graph.edges.itertuples())
+
+
 def test_what_cannot_be_drawn_is_refused_by_name() -> None:
     model = tiny("llama")
 
@@ -170,7 +183,10 @@ def test_what_cannot_be_drawn_is_refused_by_name() -> None:
             attribution_graph(model, **{"input": TOKENS, "target": Logit(5), **given})
 
     refuses("one prompt; 2 were given", input=TOKENS.repeat(2, 1))
-    refuses("components are some of heads, neurons, attention, mlp, not", components=["residual"])
+    refuses(
+        "components are some of heads, neurons, attention, mlp, recurrent, channels, not",
+        components=["residual"],
+    )
     refuses("k and rows must be at least 1, not 0 and 8", k=0)
     refuses("share must be above 0 and at most 1, not 0", share=0.0)
     refuses("node_share must be above 0 and at most 1, not 2", node_share=2.0)

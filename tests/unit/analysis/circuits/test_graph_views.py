@@ -57,13 +57,15 @@ SCHEMA = an_object(
         info=an_object(
             "", description=STRING, generator=an_object("", name=STRING, version=STRING)
         ),
+        transcoder_list=a_list(STRING),
+        feature_details=an_object("", neuronpedia_source_set=STRING),
         generation_settings={"type": "object"},
         pruning_settings=an_object("", node_threshold=NUMBER, edge_threshold=NUMBER),
     ),
     qParams=an_object(
         "",
         pinnedIds=a_list(STRING),
-        supernodes={"type": "array"},
+        supernodes=a_list({**a_list(STRING), "minItems": 2}),
         linkType=STRING,
         clickedId=STRING,
         sg_pos=STRING,
@@ -99,12 +101,15 @@ def wide(tokens: list[str]) -> AttributionGraph:
     """A graph of tokens alone, with one edge each."""
     nodes = pd.DataFrame(
         {"id": [f"token@{i}" for i in range(len(tokens))] + ["target"],
-         "kind": ["token"] * len(tokens) + ["target"], "layer": [-1] * len(tokens) + [2],
+         "kind": ["token"] * len(tokens) + ["target"], "hook": "",
+         "layer": [-1] * len(tokens) + [2],
          "position": [*range(len(tokens)), len(tokens) - 1], "unit": 0,
          "label": [*tokens, tokens[0]], "relevance": 1.0, "activation": float("nan"),
-         "influence": 0.5, "rest": 0.0}
+         "influence": 0.5, "rest": 0.0, "reconstruction": 0.0}
     )  # fmt: skip
-    edges = pd.DataFrame({"source": nodes["id"][:-1], "target": "target", "relevance": -1.0})
+    edges = pd.DataFrame(
+        {"source": nodes["id"][:-1], "target": "target", "relevance": -1.0, "via": ""}
+    )
     explained = Explained(tokens[0], torch.tensor([1.0]))
     settings = {"composite": "AttnLRP", "node_share": 1.0, "edge_share": 1.0}
     return AttributionGraph(nodes, edges, tokens, list(range(len(tokens))), explained, None, 0.0,

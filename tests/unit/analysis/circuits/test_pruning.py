@@ -14,14 +14,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslrp import InputError
+from lenslrp.analysis.circuits.ablation import mean_activations
+from lenslrp.analysis.circuits.curves import faithfulness_curve
 from lenslrp.analysis.circuits.figures import faithfulness_curves, head_scores
 from lenslrp.analysis.circuits.nodes import Node
 from lenslrp.analysis.circuits.pairs import Pairs
 from lenslrp.analysis.circuits.pruning import (
     Circuit,
     completeness,
-    faithfulness_curve,
-    mean_activations,
     minimality,
     prune,
     verify,
@@ -77,6 +77,47 @@ def test_the_best_of_each_class_are_kept() -> None:
     assert drawn.nodes() != prune(scores, 0.25, by="random", seed=1).nodes()
     assert len(circuit.nodes()) == 14
     assert all(circuit.keep[node.hook][node.unit] for node in circuit.nodes())
+
+
+def test_a_number_of_nodes_and_components_alone() -> None:
+    _, _, scores = scored()
+    means = {
+        (hook, unit): float(value)
+        for hook in scores.components
+        for unit, value in enumerate(scores.values[hook].mean(dim=0))
+    }
+    best = sorted(means, key=lambda node: -means[node])[:9]
+    circuit = prune(scores, nodes=9)
+    assert {(node.hook, node.unit) for node in circuit.nodes()} == set(best)
+    largest = sorted(means, key=lambda node: -abs(means[node]))[:9]
+    sized = prune(scores, nodes=9, by="size")
+    assert {(node.hook, node.unit) for node in sized.nodes()} == set(largest)
+    assert prune(scores, nodes={"heads": 1, "neurons": 5}).sizes() == {
+        "heads": (1, 4), "neurons": (5, 48)
+    }  # fmt: skip
+    alone = prune(scores, nodes=3, components=["heads"])
+    assert alone.sizes() == {"heads": (3, 4)}
+    assert set(alone.components) == {hook for hook, n in scores.components.items() if n == "heads"}
+    for hook, keep in alone.keep.items():
+        assert torch.equal(keep, prune(scores, {"heads": 0.75, "neurons": 0.0}).keep[hook])
+    assert len(prune(scores, nodes=7, by="random", seed=3).nodes()) == 7
+    assert prune(scores, 0.25, components=["neurons"]).sizes() == {"neurons": (12, 48)}
+    assert prune(scores, nodes=0).nodes() == [] and len(prune(scores, nodes=52).nodes()) == 52
+
+
+def test_a_node_whose_corruption_costs_the_answer_is_good() -> None:
+    """Of scores of either direction, what does most for the clean run is kept."""
+    model, pairs, scores = scored()
+    noising = score_nodes(model, pairs, direction="noising")
+    mean = noising.of("heads").mean(dim=0)
+    circuit = prune(noising, 0.25)
+    kept = torch.cat([k for h, k in circuit.keep.items() if circuit.components[h] == "heads"])
+    assert kept.nonzero()[:, 0].tolist() == [int(mean.argmin())]
+    backwards = replace(
+        scores, direction="noising", values={h: -v for h, v in scores.values.items()}
+    )
+    assert prune(backwards, 0.25).nodes() == prune(scores, 0.25).nodes()
+    assert prune(backwards, 0.25, by="size").nodes() == prune(scores, 0.25, by="size").nodes()
 
 
 def test_everything_else_is_set_to_the_corrupt_run() -> None:
@@ -153,6 +194,23 @@ def test_bad_choices() -> None:
         (lambda: prune(partly, 0.5), "not all heads were scored"),
         (lambda: prune(scores, 1.5), "share must be from 0 to 1 for each of heads, neurons"),
         (lambda: prune(scores, {"heads": 0.5}), "share must be from 0 to 1"),
+        (lambda: prune(scores), "give a share of the nodes or a number of nodes"),
+        (lambda: prune(scores, 0.5, nodes=3), "give a share of the nodes or a number of nodes"),
+        (lambda: prune(scores, nodes=53), "nodes must be from 0 to 52 of all, not 53"),
+        (lambda: prune(scores, nodes=-1), "nodes must be from 0 to 52 of all, not -1"),
+        (
+            lambda: prune(scores, nodes={"heads": 5, "neurons": 1}),
+            "nodes must be from 0 to 4 of heads, 48 of neurons, not {'heads': 5, 'neurons': 1}",
+        ),
+        (
+            lambda: prune(scores, nodes={"heads": 1}),
+            "nodes must be from 0 to 4 of heads, 48 of neurons, not {'heads': 1}",
+        ),
+        (lambda: prune(scores, 0.5, components=["mlp"]), "no scores of 'mlp'"),
+        (
+            lambda: prune(scores, nodes=3, components=[]),
+            "a circuit is of one component class or more; no components were given",
+        ),
         (lambda: prune(scores, 0.5, by="best"), "by must be 'score', 'size' or 'random'"),
         (lambda: verify(model, pairs, []), "give one or more circuits"),
         (
@@ -205,7 +263,7 @@ def test_verify_says_where_there_is_no_task() -> None:
 
 
 def test_a_task_that_is_done_is_passed_over_in_silence() -> None:
-    model, pairs, scores = scored()
+    model, pairs = tiny("llama"), some_pairs()
     rows, last = torch.arange(len(pairs)), pairs.mask.sum(dim=1) - 1
     with torch.no_grad():
         clean, corrupt = (model(side)[rows, last] for side in (pairs.clean, pairs.corrupt))
@@ -215,4 +273,5 @@ def test_a_task_that_is_done_is_passed_over_in_silence() -> None:
     done = replace(pairs, answers=answers, rivals=rivals)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert verify(model, done, [prune(scores, 0.5)]).solved == 1
+        circuit = prune(score_nodes(model, done), 0.5)
+        assert verify(model, done, [circuit]).solved == 1

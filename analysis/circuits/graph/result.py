@@ -1,0 +1,244 @@
+"""The attribution graph of one prompt, as a result: tables, pictures, files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from lenslrp.analysis.circuits.graph.gradients import ABSORBED, NOT_SHOWN
+from lenslrp.analysis.circuits.graph.supernodes import (
+    checked_groups,
+    labelled_nodes,
+    merged_edges,
+    similar_nodes,
+    vocabulary_labels,
+)
+from lenslrp.analysis.circuits.nodes import largest
+from lenslrp.analysis.passes.problems import PassCount
+from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.targets import Explained
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from lenslrp.analysis.views.drawing import Theme
+
+
+@dataclass(frozen=True, eq=False)
+class AttributionGraph:
+    """Nodes and edges with relevance that sums; displays itself, zoomable, in notebooks.
+
+    Attributes:
+        nodes: one row a node, in the order in which the model computes them: `id`, `kind`
+            (`"token"`, `"head"`, `"recurrent head"`, `"neuron"`, `"feature"`, `"error"`, ...,
+            `"target"`), `hook` (where it is), `layer` (-1 for tokens, the number of layers for the
+            target), `position`, `unit`, `label`, `relevance` and `activation` (a head's or an
+            error's: the length of its vector), `influence` on the target (0 to 1), `rest` (the
+            residual: relevance from nodes and edges that are not shown), `reconstruction`
+            (relevance from errors of sparse coders that are no nodes of their own) and, for each
+            term of the ledger, what was absorbed.
+        edges: `source`, `target` (ids), `relevance`, in units of the target, and `via`: how the
+            edge enters a head, `"q"`, `"k"` or `"v"`, where `attention="qkv"` tells; `""`
+            elsewhere.
+        str_tokens, token_ids: the prompt's tokens.
+        explained: the target and its value.
+        token: id of the token that is explained, `None` where it is not one.
+        probability: the model's, of that token.
+        layers: how many the model has.
+        chosen: how many heads, neurons, features and errors were nodes before pruning, and of how
+            many.
+        model_name: of the model.
+        settings: what the graph was made with.
+        passes: of the prompt through the model.
+        prompt: the prompt, as text.
+        coders: the sparse coders whose features are nodes.
+        supernodes: name -> ids of the nodes that it stands for; see `group`.
+    """
+
+    nodes: pd.DataFrame
+    edges: pd.DataFrame
+    str_tokens: list[str]
+    token_ids: list[int]
+    explained: Explained
+    token: int | None
+    probability: float
+    layers: int
+    chosen: tuple[int, int]
+    model_name: str
+    settings: Mapping[str, Any]
+    passes: PassCount
+    prompt: str = ""
+    coders: tuple[SparseCoder, ...] = ()
+    supernodes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def error(self) -> float:
+        """The largest difference between a node's relevance and what entered it, relative to the
+        target.
+
+        Of every node but tokens and errors, where relevance ends.
+        """
+        entered = self.edges.groupby("target")["relevance"].sum()
+        nodes = self.nodes[~self.nodes["kind"].isin(["token", "error"])].set_index("id")
+        explained = entered.reindex(nodes.index, fill_value=0.0)
+        explained += nodes[[*NOT_SHOWN, *ABSORBED]].sum(axis=1)
+        return float((nodes["relevance"] - explained).abs().max() / abs(self._target))
+
+    @property
+    def _target(self) -> float:
+        return float(self.explained.value[0]) or 1.0
+
+    @property
+    def totals(self) -> pd.DataFrame:
+        """`edges` with one row a pair of nodes, however the edge enters: `source`, `target`,
+        `relevance`."""
+        pairs = self.edges.groupby(["source", "target"], sort=False, as_index=False)
+        totals: pd.DataFrame = pairs["relevance"].sum()
+        return totals
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The `k` edges with the most relevance, in size, with their ends' labels."""
+        labels = self.nodes.set_index("id")["label"]
+        frame = largest(self.edges, "relevance", k)
+        return frame.assign(source_label=frame["source"].map(labels),
+                            target_label=frame["target"].map(labels))  # fmt: skip
+
+    def group(self, groups: Mapping[str, Iterable[str]]) -> AttributionGraph:
+        """The same graph with supernodes, in the place of those that it has.
+
+        Args:
+            groups: name -> ids of nodes; `similar` finds some.
+
+        Raises:
+            InputError: an id that the graph does not have, or one that is in two groups.
+
+        Examples:
+            >>> named = graph.group({"sink": ["token@0"], "answer": ["target"]})
+            >>> list(named.supernodes)
+            ['sink', 'answer']
+        """
+        return replace(self, supernodes=checked_groups(self, groups))
+
+    def similar(self, by: str = "decoder", threshold: float = 0.7) -> dict[str, list[str]]:
+        """Groups of nodes that are alike, for `group`, by average linkage.
+
+        Args:
+            by: `"decoder"`: features by the cosine of the vectors that they write (one feature at
+                several positions is one group); `"influence"`: all nodes by the mean of two
+                cosines, of the edges into them and of the edges out of them.
+            threshold: the least mean similarity at which two groups become one.
+
+        Returns:
+            Name -> ids, at least two; named after the most influential node.
+
+        Raises:
+            InputError: another likeness, or a threshold that is not 0 to 1.
+        """
+        return similar_nodes(self, by, threshold)
+
+    def merged(self) -> pd.DataFrame:
+        """Edges with supernodes as their ends: `source`, `target`, `relevance`; none inside one."""
+        return merged_edges(self)
+
+    def label(self, labels: Mapping[str, str]) -> AttributionGraph:
+        """The same graph with other labels.
+
+        Args:
+            labels: id of a node, or text of a unit (at all positions) -> label: a dictionary's
+                names, a column of a table, `vocabulary_labels`.
+
+        Raises:
+            InputError: a label for what the graph does not have.
+        """
+        return replace(self, nodes=labelled_nodes(self, labels))
+
+    def vocabulary_labels(self, model: TransformerBridge, k: int = 3) -> dict[str, str]:
+        """Labels for features and neurons: the `k` tokens that what they write promotes most.
+
+        Raises:
+            InputError: a feature that does not write to the residual stream.
+        """
+        return vocabulary_labels(self, model, k)
+
+    def to_networkx(self) -> Any:
+        """A `networkx.DiGraph`: ids with the columns of `nodes`, edges with `relevance`.
+
+        Where ways into heads are told apart, edges also have `q`, `k` and `v`.
+        """
+        import networkx as nx
+
+        graph = nx.DiGraph(explained=str(self.explained), prompt=list(self.str_tokens))
+        for record in self.nodes.to_dict("records"):
+            graph.add_node(record["id"], **{k: v for k, v in record.items() if k != "id"})
+        for edge in self.totals.to_dict("records"):
+            graph.add_edge(edge["source"], edge["target"], relevance=edge["relevance"])
+        for edge in self.edges[self.edges["via"] != ""].to_dict("records"):
+            graph.edges[edge["source"], edge["target"]][edge["via"]] = edge["relevance"]
+        return graph
+
+    def to_neuronpedia(
+        self,
+        path: str | Path,
+        *,
+        slug: str = "lenslrp",
+        model_id: str | None = None,
+        source_set: str | None = None,
+    ) -> Path:
+        """Write Neuronpedia's attribution-graph JSON (`lenslrp.analysis.circuits.graph.export`).
+
+        Args:
+            path: the file.
+            slug: the graph's name there.
+            model_id: Neuronpedia's name of the model; by default the model's own, in lower case.
+            source_set: Neuronpedia's name of the coders, where it has pages for their features.
+
+        Returns:
+            `path`.
+
+        Raises:
+            StorageError: a file of that name that is not ours is in the way, or the disk is full.
+        """
+        from lenslrp.analysis.circuits.graph.export import write_neuronpedia
+
+        return write_neuronpedia(
+            self, Path(path), slug=slug, model_id=model_id, source_set=source_set
+        )
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """The zoomable picture as HTML without remote assets.
+
+        Args:
+            path: where to write it as a whole page.
+
+        Returns:
+            The page; a fragment for a notebook if no path is given.
+        """
+        from lenslrp.analysis.circuits.graph.picture import graph_html, write_graph_page
+
+        return graph_html(self) if path is None else write_graph_page(self, Path(path))
+
+    def draw(self, *, theme: Theme | None = None) -> Figure:
+        """The static picture, with matplotlib.
+
+        Args:
+            theme: colours; light if not given.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        from lenslrp.analysis.circuits.graph.figure import graph_figure
+
+        return graph_figure(self, theme)
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def __repr__(self) -> str:
+        return (
+            f"AttributionGraph({self.explained}, {len(self.nodes)} nodes, {len(self.edges)} edges)"
+        )

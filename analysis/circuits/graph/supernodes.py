@@ -1,0 +1,180 @@
+"""Supernodes: nodes of a graph that are looked at as one, and names for nodes.
+
+A supernode is a name for some nodes (Ameisen et al. 2025), chosen by hand or because they are
+alike: features that write in one direction, or nodes that read from and write to the same nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from lenslrp.analysis.circuits.graph.pruning import Matrix
+from lenslrp.analysis.circuits.replacement import features_key
+from lenslrp.analysis.units.kinds import Feature, Unit
+from lenslrp.analysis.units.parsing import parse_unit
+from lenslrp.analysis.units.projection import writes
+from lenslrp.errors import InputError
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from lenslrp.analysis.circuits.graph.result import AttributionGraph
+
+LIKENESS = ("decoder", "influence")
+"""How nodes can be alike: the vectors that features write; from and to whom relevance goes."""
+
+
+def checked_groups(
+    graph: AttributionGraph, groups: Mapping[str, Iterable[str]]
+) -> dict[str, tuple[str, ...]]:
+    """Groups of a graph's nodes.
+
+    Raises:
+        InputError: an id that the graph does not have, or one in two groups, or an empty group.
+    """
+    known, seen = set(graph.nodes["id"]), dict[str, str]()
+    checked = {name: tuple(members) for name, members in groups.items()}
+    for name, members in checked.items():
+        if not members or isinstance(groups[name], str):
+            raise InputError(f"supernode {name!r} is a list of nodes, at least one")
+        for node in members:
+            if node not in known:
+                raise InputError(f"supernode {name!r}: the graph has no node {node!r}")
+            if node in seen:
+                raise InputError(f"{node} is in two supernodes, {seen[node]!r} and {name!r}")
+            seen[node] = name
+    return checked
+
+
+def merged_edges(graph: AttributionGraph) -> pd.DataFrame:
+    """Edges among supernodes and the other nodes; those inside a supernode are left out."""
+    names = {node: name for name, members in graph.supernodes.items() for node in members}
+    edges = graph.totals
+    for end in ("source", "target"):
+        edges[end] = edges[end].map(lambda node: names.get(node, node))
+    between = edges[edges["source"] != edges["target"]]
+    merged: pd.DataFrame = between.groupby(["source", "target"], sort=False, as_index=False).sum()
+    return merged
+
+
+def similar_nodes(graph: AttributionGraph, by: str, threshold: float) -> dict[str, list[str]]:
+    """Groups of at least two nodes that are alike, named after the most influential of each.
+
+    Raises:
+        InputError: another likeness, or a threshold that is not 0 to 1.
+    """
+    if by not in LIKENESS:
+        raise InputError(f"nodes are alike by one of {', '.join(LIKENESS)}, not {by!r}")
+    if not 0 <= threshold <= 1:
+        raise InputError(f"threshold is 0 to 1, not {threshold}")
+    if by == "decoder":
+        nodes = graph.nodes[graph.nodes["kind"] == "feature"]
+        similarity = _of_decoders(graph, nodes)
+    else:
+        nodes = graph.nodes[~graph.nodes["kind"].isin(["token", "target"])]
+        similarity = _of_influence(graph, list(nodes["id"]))
+    groups: dict[str, list[str]] = {}
+    for members in clusters(similarity, threshold):
+        if len(members) > 1:
+            alike = nodes.iloc[members]
+            label = str(alike.loc[alike["influence"].idxmax(), "label"])
+            count = sum(name == label or name.startswith(f"{label} (") for name in groups)
+            groups[f"{label} ({count + 1})" if count else label] = list(alike["id"])
+    return groups
+
+
+def clusters(similarity: Matrix, threshold: float) -> list[list[int]]:
+    """Average linkage: the two clusters most alike are merged while that is `threshold` or more.
+
+    Args:
+        similarity: [node, node], symmetric.
+        threshold: of the mean over all pairs of two clusters.
+    """
+    members = [[index] for index in range(len(similarity))]
+    means, sizes = similarity.astype(float).copy(), np.ones(len(similarity))
+    np.fill_diagonal(means, -np.inf)
+    while len(members) > 1:
+        a, b = sorted(divmod(int(means.argmax()), len(means)))
+        if means[a, b] < threshold:
+            break
+        mean = (sizes[a] * means[a] + sizes[b] * means[b]) / (sizes[a] + sizes[b])
+        means[a], means[:, a] = mean, mean
+        means[a, a] = -np.inf
+        means = np.delete(np.delete(means, b, axis=0), b, axis=1)
+        sizes[a] += sizes[b]
+        sizes = np.delete(sizes, b)
+        members[a] = sorted(members[a] + members.pop(b))
+    return members
+
+
+def _of_decoders(graph: AttributionGraph, nodes: pd.DataFrame) -> Matrix:
+    """Cosines of what features write; 0 between coders of different widths."""
+    coders = {features_key(coder): coder for coder in graph.coders}
+    rows = [
+        coders[hook].W_dec[unit].detach().double().cpu().numpy()
+        for hook, unit in zip(nodes["hook"], nodes["unit"], strict=True)
+    ]
+    similarity = np.zeros((len(rows), len(rows)))
+    for width in {len(row) for row in rows}:
+        at = [index for index, row in enumerate(rows) if len(row) == width]
+        similarity[np.ix_(at, at)] = _cosines(np.stack([rows[index] for index in at]))
+    return similarity
+
+
+def _of_influence(graph: AttributionGraph, ids: list[str]) -> Matrix:
+    """Cosines of the edges into nodes and out of them, each of length 1."""
+    every = {node: index for index, node in enumerate(graph.nodes["id"])}
+    weights = np.zeros((len(every), len(every)))
+    edges = graph.totals
+    weights[edges["target"].map(every), edges["source"].map(every)] = edges["relevance"]
+    at = [every[node] for node in ids]
+    return (_cosines(weights[at]) + _cosines(weights[:, at].T)) / 2
+
+
+def _cosines(rows: Matrix) -> Matrix:
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    scaled = rows / np.where(lengths > 0, lengths, 1.0)
+    cosines: Matrix = scaled @ scaled.T
+    return cosines
+
+
+def unit_text(node: str) -> str:
+    """A node's id without its position: the text of its unit."""
+    return node.rpartition("@")[0] or node
+
+
+def labelled_nodes(graph: AttributionGraph, labels: Mapping[str, str]) -> pd.DataFrame:
+    """`graph.nodes` with labels by id, or by the text of the unit.
+
+    Raises:
+        InputError: a label for something that the graph does not have.
+    """
+    ids = graph.nodes["id"]
+    units = ids.map(unit_text)
+    unknown = [name for name in labels if name not in {*ids, *units}]
+    if unknown:
+        raise InputError(f"the graph has no node or unit {unknown[0]!r}")
+    found = ids.map(labels).fillna(units.map(labels)).fillna(graph.nodes["label"])
+    return graph.nodes.assign(label=found)
+
+
+def vocabulary_labels(graph: AttributionGraph, model: TransformerBridge, k: int) -> dict[str, str]:
+    """Text of a feature or neuron -> the tokens that what it writes promotes most."""
+    coders = {features_key(coder): coder for coder in graph.coders}
+    labels: dict[str, str] = {}
+    for node in graph.nodes.to_dict("records"):
+        text = unit_text(node["id"])
+        if node["kind"] not in ("feature", "neuron") or text in labels:
+            continue
+        unit: Unit
+        if node["kind"] == "feature":
+            unit = Feature(coders[node["hook"]], node["unit"])
+        else:
+            unit = parse_unit(text)
+        tokens = writes(model, unit).top(k)["token"]
+        labels[text] = ", ".join(str(token).strip() for token in tokens)
+    return labels

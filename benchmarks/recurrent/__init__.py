@@ -1,0 +1,1 @@
+"""Small recurrent models trained on tasks whose answers have a known source."""
