@@ -473,7 +473,7 @@ def main() -> None:
             command.add_argument("--rounds", type=int, default=5)
             command.add_argument("--features", type=int, default=16384)
             command.add_argument("--active", type=int, default=64)
-            command.add_argument("--texts", type=int, default=48)
+            command.add_argument("--texts", type=int, default=24)
             command.add_argument("--batch-size", type=int, default=4)
         if name == "memory":
             command.add_argument("--documents", type=int, default=0)
