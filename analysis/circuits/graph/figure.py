@@ -31,8 +31,9 @@ def graph_figure(graph: AttributionGraph, theme: Theme | None = None) -> Figure:
     from matplotlib.patches import FancyBboxPatch, PathPatch
     from matplotlib.path import Path
 
-    axes.set(xlim=(0, layout.width), ylim=(layout.height, 0), xticks=[], yticks=[])
     edges = graph.totals
+    left, _, width, height = layout.frame(edges[["source", "target"]].itertuples(index=False))
+    axes.set(xlim=(left, left + width), ylim=(height, 0), xticks=[], yticks=[])
     limit = float(edges["relevance"].abs().max()) if len(edges) else 1.0
     ordered = edges.reindex(edges["relevance"].abs().sort_values().index)
     for source, target, value in ordered.itertuples(index=False):

@@ -7,13 +7,17 @@ lines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 WIDTH, HEIGHT = 62.0, 20.0
 """Of a node, in units of the drawing."""
+
+WIDEST_NODE = 2.5 * WIDTH
+"""Of the target, which is named in full."""
 
 GAP_X, GAP_Y, LINE = 8.0, 46.0, 26.0
 ABREAST = 5
@@ -36,6 +40,21 @@ class Layout:
     rows: tuple[tuple[str, float], ...]
     width: float
     height: float
+
+    def frame(self, edges: Iterable[tuple[str, str]]) -> tuple[float, float, float, float]:
+        """Left, top, width and height of what holds all nodes, names of rows and curves."""
+        xs = [0.0, self.width]
+        for x, _ in self.places.values():
+            xs += [x - WIDEST_NODE / 2, x + WIDEST_NODE / 2]
+        steps = np.linspace(0.0, 1.0, 33)[:, None]
+        weights = np.concatenate(
+            [(1 - steps) ** 3, 3 * steps * (1 - steps) ** 2, 3 * steps**2 * (1 - steps), steps**3],
+            1,
+        )
+        for source, target in edges:
+            x = weights @ np.array(self.curve(source, target))[:, 0]
+            xs += [float(x.min()) - GAP_X, float(x.max()) + GAP_X]
+        return min(xs), 0.0, max(xs) - min(xs), self.height
 
     def curve(self, source: str, target: str) -> list[tuple[float, float]]:
         """The four points of an edge's curve; one that would run behind nodes swings out."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lenslrp.analysis.circuits.graph.layout import HEIGHT, WIDTH, lay_out
+from lenslrp.analysis.circuits.graph.layout import HEIGHT, WIDEST_NODE, WIDTH, lay_out
 from lenslrp.analysis.views.document import html_document, write_document
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import card, rgba, signed, token_html
@@ -25,11 +26,15 @@ WIDEST = 9.0
 """Width of the edge with the most relevance, in units of the drawing."""
 
 _LONGEST = 11
+_LONGEST_TARGET = 26
+_AROUND = re.compile(r"^(top )?logit( of| difference)? | at position -?\d+$")
 _LISTED = 25
 
 GRAPH_STYLE = f"""<style>
 {card("lenslrp-graph")}
-.lenslrp-graph svg{{width:100%;height:auto;max-height:85vh;touch-action:none;cursor:grab}}
+.lenslrp-graph{{font:14px system-ui,sans-serif}}
+.lenslrp-graph .frame{{overflow-x:auto}}
+.lenslrp-graph svg{{display:block;margin:0 auto;touch-action:none;cursor:grab}}
 .lenslrp-graph text{{font:11px system-ui,sans-serif;fill:var(--llrp-fg);pointer-events:none}}
 .lenslrp-graph .row,.lenslrp-graph .note,.lenslrp-graph summary{{fill:var(--llrp-muted);\
 color:var(--llrp-muted)}}
@@ -71,9 +76,14 @@ g.addEventListener("mouseleave",function(){svg.classList.remove("on");});});
 }start();})();</script>"""
 
 
-def _short(label: str) -> str:
+def _short(label: str, longest: int = _LONGEST) -> str:
     text = visible(label)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def target_name(graph: AttributionGraph) -> str:
+    """What is explained, without the words around it: ``' Paris' - ' Rome'``."""
+    return _AROUND.sub("", graph.explained.text)
 
 
 def graph_svg(graph: AttributionGraph) -> str:
@@ -108,11 +118,13 @@ def graph_svg(graph: AttributionGraph) -> str:
         for node in graph.nodes.to_dict("records")
     ]
     inside = "".join(parts)
+    left, top, width, height = layout.frame(edges[["source", "target"]].itertuples(index=False))
     name = "lenslrp-graph-" + hashlib.sha256(inside.encode()).hexdigest()[:12]
     label = escape(f"Attribution graph of {graph.explained}")
     return (
         f'<svg id="{name}" xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}" '
-        f'viewBox="0 0 {layout.width:.0f} {layout.height:.0f}">{inside}</svg>'
+        f'width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="{left:.0f} {top:.0f} {width:.0f} {height:.0f}">{inside}</svg>'
     )
 
 
@@ -126,9 +138,13 @@ def _node(
     x, y = place
     square = {"token": 2.0, "target": 2.0, "error": 2.0, "head": 4.0, "recurrent head": 4.0}
     round_ = square.get(node["kind"], HEIGHT / 2)
+    label, wide = _short(node["label"]), WIDTH
+    if node["kind"] == "target" and node["label"] == "target":
+        label = _short(target_name(graph), _LONGEST_TARGET)
+        wide = min(WIDEST_NODE, max(WIDTH, 6.0 * len(label) + 10))
     fraction = max(-1.0, min(1.0, node["relevance"] / scale)) if scale else 0.0
     box = (
-        f'x="{x - WIDTH / 2:.1f}" y="{y - HEIGHT / 2:.1f}" width="{WIDTH:.0f}" '
+        f'x="{x - wide / 2:.1f}" y="{y - HEIGHT / 2:.1f}" width="{wide:.0f}" '
         f'height="{HEIGHT:.0f}" rx="{round_:.0f}"'
     )
     tint = "tint error" if node["kind"] == "error" else "tint"
@@ -148,7 +164,7 @@ def _node(
         f'<g data-n="{number}"><rect {box}/><rect class="{tint}" {box} '
         f'style="fill:{rgba(fraction)}"/><title>{escape(" · ".join(lines))}</title>'
         f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">'
-        f"{escape(_short(node['label']))}</text></g>"
+        f"{escape(label)}</text></g>"
     )
 
 
@@ -175,7 +191,8 @@ def graph_html(graph: AttributionGraph) -> str:
     return (
         f'<div class="lenslrp-graph">{GRAPH_STYLE}'
         '<div style="font-weight:600;margin-bottom:.4em"><bdi>'
-        f"{escape(visible(str(graph.explained)))}</bdi></div>{svg}"
+        f"{escape(visible(str(graph.explained)))}</bdi></div>"
+        f'<div class="frame">{svg}</div>'
         f'<div class="note" style="font-size:.85em">{escape(note)}</div>{_table(graph)}</div>'
         f"{ZOOM_SCRIPT.replace('ID', name, 1)}"
     )

@@ -12,6 +12,7 @@ import pandas as pd
 from lenslrp.analysis.circuits.graph.gradients import ABSORBED, NOT_SHOWN
 from lenslrp.analysis.circuits.graph.supernodes import (
     checked_groups,
+    folded_first_token,
     labelled_nodes,
     merged_edges,
     similar_nodes,
@@ -145,6 +146,15 @@ class AttributionGraph:
         """Edges with supernodes as their ends: `source`, `target`, `relevance`; none inside one."""
         return merged_edges(self)
 
+    def folded(self) -> AttributionGraph:
+        """The same graph with the first token and its units as one node, as pictures show it.
+
+        Units at the first position see that token alone, so that the node's relevance is what goes
+        from them to later positions. A graph with fewer than two such units stays as it is.
+        """
+        nodes, edges = folded_first_token(self)
+        return replace(self, nodes=nodes, edges=edges, supernodes={})
+
     def label(self, labels: Mapping[str, str]) -> AttributionGraph:
         """The same graph with other labels.
 
@@ -209,31 +219,34 @@ class AttributionGraph:
             self, Path(path), slug=slug, model_id=model_id, source_set=source_set
         )
 
-    def to_html(self, path: str | Path | None = None) -> str:
+    def to_html(self, path: str | Path | None = None, *, first_token: bool = False) -> str:
         """The zoomable picture as HTML without remote assets.
 
         Args:
             path: where to write it as a whole page.
+            first_token: show the units at the first position one by one; otherwise `folded`.
 
         Returns:
             The page; a fragment for a notebook if no path is given.
         """
         from lenslrp.analysis.circuits.graph.picture import graph_html, write_graph_page
 
-        return graph_html(self) if path is None else write_graph_page(self, Path(path))
+        shown = self if first_token else self.folded()
+        return graph_html(shown) if path is None else write_graph_page(shown, Path(path))
 
-    def draw(self, *, theme: Theme | None = None) -> Figure:
+    def draw(self, *, theme: Theme | None = None, first_token: bool = False) -> Figure:
         """The static picture, with matplotlib.
 
         Args:
             theme: colours; light if not given.
+            first_token: as for `to_html`.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
         from lenslrp.analysis.circuits.graph.figure import graph_figure
 
-        return graph_figure(self, theme)
+        return graph_figure(self if first_token else self.folded(), theme)
 
     def _repr_html_(self) -> str:
         return self.to_html()

@@ -61,6 +61,36 @@ def merged_edges(graph: AttributionGraph) -> pd.DataFrame:
     return merged
 
 
+FOLDED = 2
+"""Units of the first token from which on its tower is folded."""
+
+
+def folded_first_token(graph: AttributionGraph) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Nodes and edges with the first token and its units as one node, of kind ``token``.
+
+    Units at the first position see that token alone: where attention rests, a tower of them, up to
+    the last layers, says nothing about the rest of the text. The node's relevance is what leaves.
+    """
+    nodes = graph.nodes
+    tower = nodes[(nodes["position"] == 0) & (nodes["kind"] != "target")]
+    if (tower["kind"] != "token").sum() < FOLDED:
+        return nodes, graph.edges
+    inside = set(tower["id"])
+    token = tower[tower["kind"] == "token"]
+    one = (token if len(token) else tower).iloc[0].copy()
+    edges = graph.edges.copy()
+    for end in ("source", "target"):
+        edges[end] = edges[end].where(~edges[end].isin(inside), one["id"])
+    edges = edges[edges["source"] != edges["target"]]
+    edges = edges.groupby(["source", "target", "via"], sort=False, as_index=False).sum()
+    one["kind"], one["layer"] = "token", -1
+    one["label"] = f"{graph.str_tokens[0]} +{len(tower) - len(token)}"
+    one["relevance"] = edges.loc[edges["source"] == one["id"], "relevance"].sum()
+    rest = nodes[~nodes["id"].isin(inside)]
+    first = pd.DataFrame([one]).astype(nodes.dtypes.to_dict())
+    return pd.concat([first, rest], ignore_index=True), edges[list(graph.edges.columns)]
+
+
 def similar_nodes(graph: AttributionGraph, by: str, threshold: float) -> dict[str, list[str]]:
     """Groups of at least two nodes that are alike, named after the most influential of each.
 

@@ -213,6 +213,62 @@ def test_tokens_are_text_wherever_they_are_shown(start: int, tmp_path: Path) -> 
     graph.draw()
 
 
+def test_the_first_tokens_tower_is_one_node_and_sums_stay() -> None:
+    model = tiny("llama", tokenizer=word_tokenizer(), num_hidden_layers=4)
+    graph = attribution_graph(model, "a b c", LogitDiff("e", "f"), k=60, node_share=1.0)
+    tower = graph.nodes[(graph.nodes["position"] == 0) & (graph.nodes["kind"] != "target")]
+    assert len(tower) >= 3  # the token and two heads
+    folded = graph.folded()
+    assert len(folded.nodes) == len(graph.nodes) - len(tower) + 1
+    assert folded.error == pytest.approx(graph.error, abs=1e-9)
+    one = folded.nodes.iloc[0]
+    units = (tower["kind"] != "token").sum()
+    assert one["kind"] == "token" and one["label"] == f"{graph.str_tokens[0]} +{units}"
+    inside = set(tower["id"])
+    leaving = graph.edges[graph.edges["source"].isin(inside) & ~graph.edges["target"].isin(inside)]
+    assert one["relevance"] == pytest.approx(leaving["relevance"].sum())
+    into = folded.edges[folded.edges["source"] == one["id"]].set_index("target")["relevance"]
+    expected = leaving.groupby("target")["relevance"].sum()
+    assert into.to_dict() == pytest.approx(expected.to_dict())
+    assert len(folded.folded().nodes) == len(folded.nodes)
+    assert graph.to_html(first_token=True).count("<g data-n") == len(graph.nodes)
+    assert graph.to_html().count("<g data-n") == len(folded.nodes)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("k", [4, 12, 40])
+def test_everything_is_drawn_inside_the_frame_in_readable_letters(k: int, folded: bool) -> None:
+    model = tiny("llama", tokenizer=word_tokenizer(), num_hidden_layers=6)
+    graph = attribution_graph(model, "a b c d a b", LogitDiff("e", "f"), k=k, node_share=1.0)
+    svg = ElementTree.fromstring(graph_svg(graph.folded() if folded else graph))
+    space = "{http://www.w3.org/2000/svg}"
+    left, top, width, height = map(float, svg.attrib["viewBox"].split())
+    assert (float(svg.attrib["width"]), float(svg.attrib["height"])) == (width, height)  # 11 px
+    boxes = []
+    for box in svg.iter(f"{space}rect"):
+        x, y, w, h = (float(box.attrib[name]) for name in ("x", "y", "width", "height"))
+        boxes.append((x, y, x + w, y + h))
+        assert left <= x and x + w <= left + width and top <= y and y + h <= top + height
+    boxes = sorted(set(boxes))
+    for i, (x0, y0, x1, y1) in enumerate(boxes):
+        for a0, b0, a1, b1 in boxes[i + 1 :]:
+            assert x1 <= a0 or a1 <= x0 or y1 <= b0 or b1 <= y0
+    for path in svg.iter(f"{space}path"):
+        numbers = [float(n) for n in re.findall(r"-?[\d.]+", path.attrib["d"])]
+        xs, ys = numbers[::2], numbers[1::2]
+        for step in range(101):
+            t, s = step / 100, 1 - step / 100
+            weights = (s**3, 3 * t * s * s, 3 * t * t * s, t**3)
+            x, y = (sum(w * p for w, p in zip(weights, part, strict=True)) for part in (xs, ys))
+            half = float(path.attrib["stroke-width"]) / 2
+            assert left <= x - half and x + half <= left + width
+            assert top <= y - half and y + half <= top + height
+    order = [child.tag.removeprefix(space) for child in svg]
+    assert order.index("g") > max((i for i, tag in enumerate(order) if tag == "path"), default=0)
+    texts = [text.text or "" for text in svg.iter(f"{space}text")]
+    assert "'e' - 'f'" in texts
+
+
 def test_the_card_follows_the_page_and_the_system(graph: AttributionGraph) -> None:
     html = graph._repr_html_()
     rules = ["@media (prefers-color-scheme:dark){.lenslrp-graph{", ".vscode-dark .lenslrp-graph",
@@ -224,10 +280,15 @@ def test_the_card_follows_the_page_and_the_system(graph: AttributionGraph) -> No
 def test_the_figure_has_a_line_for_each_edge_in_both_themes(graph: AttributionGraph) -> None:
     from matplotlib.patches import FancyBboxPatch, PathPatch
 
-    for figure in (graph.draw(), graph.draw(theme=DARK)):
+    folded = graph.folded()
+    for figure, shown in (
+        (graph.draw(first_token=True), graph),
+        (graph.draw(theme=DARK, first_token=True), graph),
+        (graph.draw(), folded),
+    ):
         patches = figure.axes[0].patches
-        assert sum(isinstance(p, PathPatch) for p in patches) == len(graph.edges)
-        assert sum(isinstance(p, FancyBboxPatch) for p in patches) == len(graph.nodes)
+        assert sum(isinstance(p, PathPatch) for p in patches) == len(shown.edges)
+        assert sum(isinstance(p, FancyBboxPatch) for p in patches) == len(shown.nodes)
         figure.canvas.draw()
     assert graph.draw().get_facecolor() != graph.draw(theme=DARK).get_facecolor()
 

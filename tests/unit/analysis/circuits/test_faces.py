@@ -1,0 +1,56 @@
+"""What results of circuits show in a notebook, and print."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from lenslrp.analysis import Circuit, Verdict
+from lenslrp.analysis.circuits.pairs import Pairs
+from lenslrp.analysis.circuits.scores import score_nodes
+from tests.unit.tiny import tiny, word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Pairs:
+    model = tiny("llama", tokenizer=word_tokenizer())
+    return Pairs.from_texts(model, ["a b c", "d e"], ["a b d", "d f"], ["g", "h"], ["h", "g"])
+
+
+def test_pairs_and_scores_are_a_line_and_a_card(pairs: Pairs) -> None:
+    model = tiny("llama", tokenizer=word_tokenizer())
+    scores = score_nodes(model, pairs, components=["heads", "neurons"])
+    best = scores.top(1).iloc[0]
+    for result in (pairs, scores):
+        assert len(repr(result)) < 200 and "\n" not in repr(result)
+        assert 'class="lenslrp-card"' in result._repr_html_()
+    assert best["hook"] in scores._repr_html_()
+    assert repr(pairs) == "Pairs(pairs 2, tokens 3 to 4, tokens of an answer, up to 1)"
+    right = f"{float(pairs.correct(model).double().mean()):.0%}"
+    assert repr(scores).endswith(f"model is right in {right})")
+
+
+def test_a_circuit_has_a_picture_with_a_mark_for_each_unit() -> None:
+    keep = {"blocks.0.attn.hook_z": torch.tensor([True, False, True]),
+            "blocks.1.<b>": torch.tensor([False, True])}  # fmt: skip
+    circuit = Circuit(dict.fromkeys(keep, "heads"), keep)
+    html = circuit._repr_html_()
+    assert re.findall(r"<title>(.*?)</title>", html) == [
+        "blocks.0.attn.hook_z[0]", "blocks.0.attn.hook_z[2]", "blocks.1.&lt;b&gt;[1]"
+    ]  # fmt: skip
+    assert repr(circuit) == "Circuit(heads 3 of 5)"
+    x = [float(x) for x in re.findall(r'<rect x="([\d.]+)"[^>]*><title>', html)]
+    width, label = map(int, (re.search(r'viewBox="0 0 (\d+)', html)[1], 190))  # type: ignore[index]
+    assert all(label <= each <= width for each in x)
+
+
+def test_a_verdict_shows_each_circuit() -> None:
+    verdict = Verdict(
+        torch.tensor([2.0, 2.0]), torch.tensor([0.0, 0.0]), torch.tensor([[1.0, 1.0], [2.0, 2.0]]),
+        torch.tensor([True, False]),
+    )  # fmt: skip
+    html = verdict._repr_html_()
+    assert repr(verdict) == "Verdict(pairs 2, whole model 2, floor 0, model is right in 50%)"
+    assert ">0.5<" in html and html.count("<tr>") == 3
