@@ -198,13 +198,7 @@ def feature_relevance(
 def _of_coder(
     coder: SparseCoder, x: Tensor, y: Tensor, g: Tensor, cache: RelevanceCache
 ) -> FeatureRelevance:
-    if coder.hook_out is None:
-        y, g = coder.flat(y), coder.flat(g)
-    if y.shape[-1] != coder.W_dec.shape[1]:
-        raise InputError(
-            f"{coder.name} writes {coder.W_dec.shape[1]} values a position, "
-            f"{coder.hook_out or coder.hook} has {y.shape[-1]}"
-        )
+    y, g = coder.flat_output(y), coder.flat_output(g)
     activations = coder.encode(x)
     written = coder.decode(activations, x)
     mean, scale = coder.denormalizer(coder.flat(x))

@@ -2,7 +2,8 @@
 
 Activations are read by forward hooks; where relevance is wanted too, the same forward pass runs
 under the rules and one backward pass serves every unit. Nothing of size [row, pos, unit] outlives
-the call that hands it on. Without relevance the forward pass stops at the last hook point that is
+the call that hands it on: many units come a few rows at a time, and of features only what is active
+is kept for their relevance. Without relevance the forward pass stops at the last hook point that is
 read, and the unembedding never runs; with it, the unembedding runs at the targets' positions only.
 """
 
@@ -22,9 +23,10 @@ from lenslrp.analysis.dictionary.corpus import Block
 from lenslrp.analysis.dictionary.plan import Place, Plan
 from lenslrp.analysis.dictionary.topk import Spans, priorities
 from lenslrp.analysis.passes.conditions import through as only_through
+from lenslrp.analysis.units.coders import SparseCoder
 from lenslrp.analysis.units.kinds import Unit
-from lenslrp.analysis.units.locations import require_one_meaning
-from lenslrp.analysis.units.readers import SearchedHook, UnitReader
+from lenslrp.analysis.units.locations import known_hook, require_one_meaning
+from lenslrp.analysis.units.readers import FeatureReader, SearchedHook, UnitReader, Written
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 Visit = Callable[[Place, Float[Tensor, "row pos unit"], Spans], None]
+"""Takes some rows of a block, those of the spans; a place's rows come in order."""
+
+Reads = tuple[Place, UnitReader | FeatureReader]
 
 CORPUS_TARGETS: Mapping[str, str] = {
     "next": "logit of the true next token",
@@ -101,16 +106,15 @@ class BlockPass:
     @contextmanager
     def open(self) -> Iterator[Runner]:
         """What runs one block after the other; what is the same for all is attached once."""
-        readers = {site.name: site.reader for site in self.sites}
+        sites = {site.name: site for site in self.sites}
         runner = Runner(self)
         for place in self.plan.places:
-            passing = [u.index for u in self.through if u.hook(self.model) == place.hook]  # type: ignore[attr-defined]
-            keep = (
-                torch.zeros(place.size).index_fill_(0, torch.tensor(passing), 1)
-                if passing
-                else None
-            )
-            runner.by_hook.setdefault(place.hook, []).append((place, readers[place.site], keep))
+            site = sites[place.site]
+            reads = place, site.reader
+            runner.by_hook.setdefault(place.hook, []).append(reads)
+            runner.by_output.setdefault(site.hook_out or place.hook, []).append(reads)
+        for unit in self.through:
+            runner.passing.setdefault(unit.hook(self.model), []).append(unit.index)  # type: ignore[attr-defined]
         with ExitStack() as stack:
             if self.plan.relevance:
                 if self.through:
@@ -129,17 +133,23 @@ class Runner:
     """Runs blocks through a model.
 
     Attributes:
-        by_hook: what is read where. At a hook with a condition, the units that do not pass have no
-            relevance: the last is 1 for those that do.
+        by_hook: whose activations are read where.
+        by_output: whose relevance is read where.
+        passing: the units that pass at a hook with a condition; the others have no relevance.
+        written: what the features wrote in this block, until their relevance is read.
         rules: where relevance is wanted.
     """
 
     of: BlockPass
-    by_hook: dict[str, list[tuple[Place, UnitReader, Tensor | None]]] = field(default_factory=dict)
+    by_hook: dict[str, list[Reads]] = field(default_factory=dict)
+    by_output: dict[str, list[Reads]] = field(default_factory=dict)
+    passing: dict[str, list[int]] = field(default_factory=dict)
+    written: dict[Place, list[Written]] = field(default_factory=dict)
     rules: Session | None = None
 
     def run(self, block: Block, on_activation: Visit, on_relevance: Visit) -> Aims | None:
-        """One block; each place is handed to the callbacks once, with the positions that count.
+        """One block; each row of a place is handed to the callbacks once, with the positions that
+        count.
 
         Raises:
             InputError: a hook point that did not fire, or fired twice.
@@ -154,8 +164,13 @@ class Runner:
             seen.add(hook)
             with torch.no_grad():
                 x = unflattened(x.detach(), block)
-                for place, reader, _ in self.by_hook[hook]:
-                    on_activation(place, reader.activation(x).float(), spans)
+                for place, reader in self.by_hook[hook]:
+                    for some in spans.parts(x.shape[1] * place.size):
+                        activation = reader.activation(x[some.rows])
+                        if self.rules is not None and isinstance(reader, FeatureReader):
+                            kept = reader.written(activation, x[some.rows])
+                            self.written.setdefault(place, []).append(kept)
+                        on_activation(place, activation.float(), some)
 
         reads = {hook: partial(read, hook) for hook in self.by_hook}
         aims = None
@@ -182,17 +197,25 @@ class Runner:
 
         def deliver(hook: str, x: Tensor, g: Tensor) -> None:
             x, g = unflattened(x, block), unflattened(g, block)
-            for place, reader, keep in self.by_hook[hook]:
-                relevance = reader.relevance(x, g).float()
-                kept = relevance if keep is None else relevance * keep.to(x.device)
-                on_relevance(place, kept, spans)
+            if hook in self.passing:
+                keep = g.new_zeros(g.shape[2])
+                keep[self.passing[hook]] = 1
+                g = g * keep.view(-1, *(1 for _ in g.shape[3:]))
+            for place, reader in self.by_output[hook]:
+                for n, some in enumerate(spans.parts(x.shape[1] * place.size)):
+                    if isinstance(reader, FeatureReader):
+                        relevance = reader.relevance(self.written[place][n], g[some.rows])
+                    else:
+                        relevance = reader.relevance(x[some.rows], g[some.rows])
+                    on_relevance(place, relevance.float(), some)
 
+        self.written.clear()
         with turn(self.of.model), conditional(self.of.model):
             _, cache = rules.run_with_relevance(
                 block.tokens,
                 target,
-                list(self.by_hook),
-                reduce={hook: Deliver(partial(deliver, hook)) for hook in self.by_hook},
+                list(self.by_output),
+                reduce={hook: Deliver(partial(deliver, hook)) for hook in self.by_output},
                 attention_mask=None if bool(block.mask.all()) else block.mask.long(),
                 read=reads,
             )
@@ -246,36 +269,46 @@ def find_places(
     Learned from a short forward pass: [1, pos] tokens.
 
     Raises:
-        InputError: a hook that does not exist, does not fire, or has no positions.
+        InputError: a hook that does not exist, does not fire, or has no positions; or a coder of
+            another width than its hook points.
     """
     points = hook_points(model, components(model))
     wanted = [(site, name) for site in sites for name in select_names(points, site.hook)[0]]
     for _, name in wanted:
         require_one_meaning(points, name)
     sizes: dict[tuple[str, str], int] = {}
+    written: set[str] = set()
     block = Block(0, torch.zeros(1, dtype=torch.int64), tokens, torch.ones_like(tokens).bool())
 
     def read(name: str, x: Tensor) -> None:
         x = unflattened(x, block)
-        for site in reads[name]:
+        for site in reads.get(name, []):
             if name.endswith("hook_scan_out") and x.ndim == 3:
                 raise InputError(f"{name} has no heads; search the channels at hook_scan_in")
             if name.endswith("hook_scan_in") and x.ndim == 4:
                 raise InputError(f"{name} has heads; search them at hook_scan_out")
-            if x.shape[:2] != tokens.shape or x.ndim != (4 if site.reader.kind == "head" else 3):
+            if x.shape[:2] != tokens.shape or x.ndim != site.reader.axes:
                 raise InputError(
                     f"{name} is {list(x.shape)}; units are searched at hook points of shape "
                     "[batch, pos, unit], and heads at [batch, pos, head, d_head]"
                 )
             sizes.setdefault((site.name, name), site.reader.activation(x).shape[-1])
+        for coder in writes.get(name, []):
+            coder.flat_output(x)
+            written.add(name)
 
     reads: dict[str, list[SearchedHook]] = {}
+    writes: dict[str, list[SparseCoder]] = {}
     for site, name in wanted:
         reads.setdefault(name, []).append(site)
-    with forward(model, _batch(model, block), read={n: partial(read, n) for n in reads}):
+        if isinstance(site.reader, FeatureReader) and site.hook_out is not None:
+            writes.setdefault(known_hook(model, site.hook_out), []).append(site.reader.coder)
+    both = {name: partial(read, name) for name in (*reads, *writes)}
+    with forward(model, _batch(model, block), read=both):
         pass
-    for site, name in wanted:
-        if (site.name, name) not in sizes:
+    fired = {name for _, name in sizes} | written
+    for name in both:
+        if name not in fired:
             raise InputError(f"{name} does not fire in this model's forward pass")
     kinds = {site.name: site.reader.kind for site in sites}
     places, first = [], 0

@@ -193,7 +193,11 @@ def _examples_in(
 
 
 class Citations:
-    """Which examples reference a document; read from disk as it is asked for."""
+    """Which examples reference a document; read from disk as it is asked for.
+
+    Examples with score 0 are not among them: of a feature that is active in fewer documents than it
+    is shown with, the rest are documents in which it does nothing.
+    """
 
     def __init__(self, path: Path, examples: int) -> None:
         require_header(path)
@@ -208,16 +212,17 @@ class Citations:
         except (SafetensorError, OSError) as error:
             raise StorageError(f"{path} is damaged or truncated: {error}") from error
         documents = tensors.get("documents", ("", [0]))[1]
+        cited = tensors.get("entries", ("", [0]))[1]
         entry = "I32" if examples < 2**31 else "I64"
         expected = {
             "documents": ("I64", documents),
             "offsets": ("I64", [sum(documents) + 1]),
-            "entries": (entry, [examples]),
-            "positions": ("I16", [examples]),
-            "tokens": ("I32", [examples]),
-            "scores": ("F32", [examples]),
+            "entries": (entry, cited),
+            "positions": ("I16", cited),
+            "tokens": ("I32", cited),
+            "scores": ("F32", cited),
         }
-        if tensors != expected or len(documents) != 1:
+        if tensors != expected or len(documents) != 1 or len(cited) != 1 or cited[0] > examples:
             raise StorageError(
                 f"{path} is damaged: it holds {str(tensors)[:300]}, expected {expected}"
             )
@@ -226,7 +231,7 @@ class Citations:
         self._offsets = file.get_tensor("offsets")
         ends = int(self._offsets[0]), int(self._offsets[-1])
         if (
-            ends != (0, examples)
+            ends != (0, cited[0])
             or (np.diff(self._offsets) < 0).any()
             or (np.diff(self._documents) <= 0).any()
         ):

@@ -37,6 +37,9 @@ from lenslrp.analysis.dictionary.work_folder import FILES, MANIFEST, clear_work
 from lenslrp.files import parquet_writer, whole
 from lenslrp.text.spelling import Speller
 
+PREPARED = UNIT_GROUP * 4
+"""Units whose statistics and windows are in memory at a time."""
+
 MANTISSA = 13
 """Bits of a float32 that windows do without: 10 remain, as in float16, and the rest compresses."""
 
@@ -85,7 +88,11 @@ def publish(
     about, shown = write_vocabulary(folder / "vocabulary.parquet", plan, projected)
     _write_texts(folder / "texts.sqlite", job, entries, parts, shown)
     save_tensors(folder / "citations.safetensors", _citations(entries, job), {}, fresh=True)
-    save_tensors(folder / "samples.safetensors", _standardised(sample), {}, fresh=True)
+    samples = {
+        kind: torch.cat([_standardised(some) for some in values.split(PREPARED)])
+        for kind, values in sample.items()
+    }
+    save_tensors(folder / "samples.safetensors", samples, {}, fresh=True)
     manifest = {
         "schema": DICTIONARY_SCHEMA,
         "plan": plan.to_json(),
@@ -111,14 +118,18 @@ def _sample(plan: Plan, parts: list[Path]) -> dict[str, Tensor]:
     return sample
 
 
-def _standardised(sample: dict[str, Tensor]) -> dict[str, Tensor]:
+def _some_units(plan: Plan) -> Iterator[tuple[Place, range]]:
+    """All units, some of one place after the other."""
+    for place in plan.places:
+        for first in range(place.first, place.end, PREPARED):
+            yield place, range(first, min(first + PREPARED, place.end))
+
+
+def _standardised(values: Tensor) -> Tensor:
     """Mean 0 and length 1 over the sampled tokens, as int8 of the largest entry: [unit, column]."""
-    standardised = {}
-    for kind, values in sample.items():
-        centred = values - values.mean(dim=1, keepdim=True)
-        scale = centred.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        standardised[kind] = (centred / scale * 127).round().to(torch.int8)
-    return standardised
+    centred = values - values.mean(dim=1, keepdim=True)
+    scale = centred.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return (centred / scale * 127).round().to(torch.int8)
 
 
 def _moments(values: Tensor, kind: str) -> dict[str, NDArray[Any]]:
@@ -153,17 +164,18 @@ def _write_units(path: Path, plan: Plan, sample: dict[str, Tensor]) -> None:
     with whole(path, fresh=True) as temporary:
         writer = None
         try:
-            for place in plan.places:
+            for place, units in _some_units(plan):
+                count = len(units)
                 rows: dict[str, Any] = {
-                    "unit": pa.array(range(place.first, place.end), pa.int32()),
-                    "site": pa.array([place.site] * place.size),
-                    "kind": pa.array([place.kind] * place.size),
-                    "hook": pa.array([place.hook] * place.size),
-                    "layer": pa.array([place.layer] * place.size, pa.int32()),
-                    "index": pa.array(range(place.size), pa.int32()),
+                    "unit": pa.array(units, pa.int32()),
+                    "site": pa.array([place.site] * count),
+                    "kind": pa.array([place.kind] * count),
+                    "hook": pa.array([place.hook] * count),
+                    "layer": pa.array([place.layer] * count, pa.int32()),
+                    "index": pa.array([unit - place.first for unit in units], pa.int32()),
                 }
                 for kind, values in sample.items():
-                    for name, column in _moments(values[place.first : place.end], kind).items():
+                    for name, column in _moments(values[units.start : units.stop], kind).items():
                         rows[name] = _column(column)
                 table = pa.table(rows)
                 writer = writer or parquet_writer(temporary, table.schema)
@@ -188,11 +200,11 @@ def _write_examples(path: Path, plan: Plan, entries: Entries, parts: list[Path])
     with whole(path, fresh=True) as temporary:
         writer = None
         try:
-            for place in plan.places:
-                windows = _windows(plan, place, len(entries.slots), parts, ids)
-                for first in range(0, place.size, EXAMPLE_GROUP):
-                    last = min(first + EXAMPLE_GROUP, place.size)
-                    some = slice(place.first + first, place.first + last)
+            for _, units in _some_units(plan):
+                windows = _windows(plan, units, len(entries.slots), parts, ids)
+                for first in range(0, len(units), EXAMPLE_GROUP):
+                    last = min(first + EXAMPLE_GROUP, len(units))
+                    some = slice(units.start + first, units.start + last)
                     cut = {k: w[first:last] for k, w in windows.items()}
                     table = _examples(plan, entries, some, cut)
                     writer = writer or parquet_writer(temporary, table.schema)
@@ -203,18 +215,18 @@ def _write_examples(path: Path, plan: Plan, entries: Entries, parts: list[Path])
 
 
 def _windows(
-    plan: Plan, place: Place, slots: int, parts: list[Path], ids: list[Tensor]
+    plan: Plan, units: range, slots: int, parts: list[Path], ids: list[Tensor]
 ) -> dict[str, Tensor]:
-    """All windows of one place: kind -> [unit, slot, window]."""
+    """All windows of some units: kind -> [unit, slot, window]."""
     width = sum(plan.window) + 1
-    made = {k: torch.full((place.size * slots, width), float("nan")) for k in kinds(plan)}
-    bounds = torch.tensor([place.first, place.end]) * slots
+    made = {k: torch.full((len(units) * slots, width), float("nan")) for k in kinds(plan)}
+    bounds = torch.tensor([units.start, units.stop]) * slots
     for path, entry in zip(parts, ids, strict=True):
         a, b = torch.searchsorted(entry, bounds).tolist()
         with safe_open(path, framework="pt") as file:
             for kind, whole in made.items():
-                whole[entry[a:b] - place.first * slots] = file.get_slice(kind)[a:b]
-    return {kind: whole.view(place.size, slots, width) for kind, whole in made.items()}
+                whole[entry[a:b] - units.start * slots] = file.get_slice(kind)[a:b]
+    return {kind: whole.view(len(units), slots, width) for kind, whole in made.items()}
 
 
 def _examples(plan: Plan, entries: Entries, units: slice, windows: dict[str, Tensor]) -> pa.Table:
@@ -294,13 +306,14 @@ def _write_texts(
 def _citations(entries: Entries, job: Job) -> dict[str, Tensor]:
     """Which examples reference a document: `entries[offsets[i]:offsets[i + 1]]` reference
     `documents[i]`, with a hit at `positions`, where `tokens` are. An example's number is its
-    row in `examples.parquet`."""
-    flat = entries.documents.reshape(-1)
-    documents, counts = torch.unique(flat, return_counts=True)
+    row in `examples.parquet`. Examples with score 0 are left out: of many features, most are."""
+    flat, scores = entries.documents.reshape(-1), entries.scores.reshape(-1)
+    active = scores.nonzero()[:, 0]
+    documents, counts = torch.unique(flat[active], return_counts=True)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    order = flat.argsort(stable=True)
+    order = active[flat[active].argsort(stable=True)]
     positions = entries.positions.reshape(-1)[order]
-    tokens = torch.empty(len(flat), dtype=torch.int32)
+    tokens = torch.empty(len(order), dtype=torch.int32)
     for doc, a, b in zip(
         documents.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True
     ):
@@ -312,5 +325,5 @@ def _citations(entries: Entries, job: Job) -> dict[str, Tensor]:
         "entries": order.int() if small else order,
         "positions": positions,
         "tokens": tokens,
-        "scores": entries.scores.reshape(-1)[order],
+        "scores": scores[order],
     }

@@ -149,22 +149,26 @@ class _Cutter:
         assert self.block is not None
         slots = len(self.entries.slots)
         a, b = torch.searchsorted(self.ids, torch.tensor([place.first, place.end]) * slots).tolist()
-        ids = self.ids[a:b]
+        documents = self.entries.documents[self.ids[a:b] // slots, self.ids[a:b] % slots]
+        row = torch.searchsorted(self.block.docs, documents)
+        here = ((row >= spans.rows.start) & (row < spans.rows.stop)).nonzero()[:, 0]
+        row, ids = row[here], self.ids[a:b][here]
         unit, slot = ids // slots, ids % slots
-        row = torch.searchsorted(self.block.docs, self.entries.documents[unit, slot])
         position = self.entries.positions[unit, slot].long()
         local = unit - place.first
-        hit = (t.to(x.device) for t in (row, position, local))
+        row_here = row - spans.start
+        hit = (t.to(x.device) for t in (row_here, position, local))
         self._require_equal(what, place, ids, x[tuple(hit)].cpu())
         index = position[:, None] - self.plan.window[0] + torch.arange(self.cut[what].shape[1])
         inside = (index >= 0) & (index < torch.tensor(self.block.lengths)[row][:, None])
-        at = (row[:, None], index.clamp(0, x.shape[1] - 1), local[:, None])
+        at = (row_here[:, None], index.clamp(0, x.shape[1] - 1), local[:, None])
         window = x[tuple(t.to(x.device) for t in at)].cpu()
-        self.cut[what][a:b] = window.masked_fill(~inside, float("nan"))
+        self.cut[what][a + here] = window.masked_fill(~inside, float("nan"))
         for n, (column, r) in enumerate(self.columns):
-            doc = int(self.statistics.docs[column])
-            p = self.statistics.position(doc, spans, r)
-            self.sampled[what][place.first : place.end, n] = x[r, p].cpu()
+            if spans.rows.start <= r < spans.rows.stop:
+                doc = int(self.statistics.docs[column])
+                p = self.statistics.position(doc, spans, r - spans.start)
+                self.sampled[what][place.first : place.end, n] = x[r - spans.start, p].cpu()
 
     def _require_equal(self, what: str, place: Place, ids: Tensor, replayed_scores: Tensor) -> None:
         slots = len(self.entries.slots)

@@ -190,14 +190,15 @@ class Scanner:
     Attributes:
         state: what is known so far; of the blocks taken in since then, after `collect`.
         columns: sampled document -> column.
-        found: (activation or relevance, sign) and place -> what one block has there.
+        found: (activation or relevance, sign) and place -> what one block has there, some rows
+            after the other.
         parts: the units on each device, the places where they are, and what is known of them.
     """
 
     state: ScanState
     plan: Plan
     columns: dict[int, int]
-    found: dict[tuple[tuple[str, int], Place], Found] = field(default_factory=dict)
+    found: dict[tuple[tuple[str, int], Place], list[Found]] = field(default_factory=dict)
     parts: list[tuple[slice, list[Place], ScanState]] = field(default_factory=list)
 
     def on_activation(self, place: Place, x: Tensor, spans: Spans) -> None:
@@ -211,7 +212,8 @@ class Scanner:
         if what == "activation" and self.columns and ("activation", 1) not in criteria:
             criteria.append(("activation", 1))
         extreme = extremes(x, spans, [sign for _, sign in criteria]) if criteria else []
-        self.found.update({(c, place): f for c, f in zip(criteria, extreme, strict=True)})
+        for criterion, found in zip(criteria, extreme, strict=True):
+            self.found.setdefault((criterion, place), []).append(found)
 
     def take(self, block: Block) -> None:
         """Merge what was found in a block.
@@ -242,7 +244,7 @@ class Scanner:
 
     def _divide(self) -> None:
         """The state, in parts that lie where the model's own parts do."""
-        device = {place: values.device for (_, place), (values, _) in self.found.items()}
+        device = {place: values.device for (_, place), ((values, _), *_) in self.found.items()}
         for where, some in groupby(self.plan.places, device.__getitem__):
             places = list(some)
             units = slice(places[0].first, places[-1].end)
@@ -255,7 +257,10 @@ class Scanner:
 
     def _joined(self, criterion: tuple[str, int], places: list[Place]) -> Found:
         parts = [self.found[criterion, place] for place in places]
-        values, positions = (torch.cat([f[i] for f in parts], dim=1) for i in range(2))
+        values, positions = (
+            torch.cat([torch.cat([found[i] for found in rows]) for rows in parts], dim=1)
+            for i in range(2)
+        )
         return values, positions
 
     def require_finite(self, block: Block) -> None:
@@ -264,7 +269,8 @@ class Scanner:
         Raises:
             InputError: naming the hook and a document.
         """
-        for (_, place), (values, _) in self.found.items():
+        for (_, place), rows in self.found.items():
+            values = torch.cat([values for values, _ in rows])
             require_finite(values, place.hook, block.docs)
 
     def collect(self) -> ScanState:

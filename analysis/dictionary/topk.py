@@ -23,6 +23,10 @@ from lenslrp.errors import InputError
 DOCUMENTS = 2**32
 """How many documents a key has room for."""
 
+PART = 1 << 23
+"""Values of [row, pos, unit] that are in memory at a time, or one row's: many features of a whole
+block are gigabytes."""
+
 EMPTY = torch.iinfo(torch.int64).min
 """The key of an entry that nothing has filled yet: below that of every number."""
 
@@ -89,11 +93,31 @@ class RunningTopK:
 
 @dataclass(frozen=True, eq=False)
 class Spans:
-    """Which positions of a batch's rows are searched: from `first` to before `ends[row]`."""
+    """Which positions of a batch's rows are searched: from `first` to before `ends[row]`.
+
+    The first of these rows is row `start` of the batch.
+    """
 
     first: int
     ends: list[int]
+    start: int = 0
     _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _parts: dict[int, list[Spans]] = field(default_factory=dict, repr=False)
+
+    @property
+    def rows(self) -> slice:
+        """Which rows of the batch."""
+        return slice(self.start, self.start + len(self.ends))
+
+    def parts(self, values: int) -> list[Spans]:
+        """Some rows after the other, where a row has this many values: see `PART`."""
+        step = max(1, PART // values)
+        if step >= len(self.ends):
+            return [self]
+        if step not in self._parts:
+            starts = range(0, len(self.ends), step)
+            self._parts[step] = [Spans(self.first, self.ends[i : i + step], i) for i in starts]
+        return self._parts[step]
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """On a device, made once: what is inside, of the positions that not all rows have, and how

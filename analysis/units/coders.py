@@ -136,6 +136,21 @@ class SparseCoder:
             raise InputError(f"{self.name} reads head {self.heads}, {self.hook} has {x.shape[-2]}")
         return x[..., self.heads, :]
 
+    def flat_output(self, y: Tensor) -> Float[Tensor, "... d_out"]:
+        """The part of the tensor at ``hook_out`` (of an autoencoder, at ``hook``) that it writes.
+
+        Raises:
+            InputError: another shape than the coder's.
+        """
+        if self.hook_out is None:
+            y = self.flat(y)
+        if y.shape[-1] != self.W_dec.shape[1]:
+            raise InputError(
+                f"{self.name} writes {self.W_dec.shape[1]} values a position, "
+                f"{self.hook_out or self.hook} has {y.shape[-1]}"
+            )
+        return y
+
     def encode(self, x: Tensor) -> Float[Tensor, "... features"]:
         """The activations of all features. Differentiable; a normalization's scale is constant.
 

@@ -2,9 +2,10 @@
 
 A neuron is a component: activation x_i, relevance x_i g_i. A head is a vector of them: activation
 its length, relevance the sum. A direction v has activation a = x . v and relevance a (g . v). A
-feature of a sparse autoencoder has activation a_j and writes a_j d_j, so its relevance is
-a_j (g . d_j), as for any summand of the residual stream (times the scale of a coder that
-normalises).
+feature of a sparse coder has activation a_j and writes a_j d_j (times the scale of a coder that
+normalises), so its relevance is a_j (g . d_j) with the g of where it writes, as for any summand
+there. Of many features few are active at a position, so relevance is computed for those alone, from
+what the forward pass kept of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lenslrp.analysis.units.coders import SparseCoder
@@ -27,10 +28,13 @@ Sites = str | SparseCoder | Direction | Sequence["str | SparseCoder | Direction"
 
 @runtime_checkable
 class UnitReader(Protocol):
-    """Units of one kind at one hook point: [row, pos, ...] -> [row, pos, unit]."""
+    """Units of one kind at one hook point of ``axes`` axes: [row, pos, ...] -> [row, pos, unit]."""
 
     @property
     def kind(self) -> str: ...
+
+    @property
+    def axes(self) -> int: ...
 
     def activation(self, x: Tensor) -> Float[Tensor, "row pos unit"]: ...
 
@@ -42,6 +46,7 @@ class ComponentReader:
     """Each component of the last axis is a unit: neurons, or the basis of any hook point."""
 
     kind: str = "neuron"
+    axes: int = 3
 
     def activation(self, x: Tensor) -> Float[Tensor, "row pos unit"]:
         return x
@@ -55,6 +60,7 @@ class HeadReader:
     """[row, pos, head, d_head]: each head is a unit."""
 
     kind: str = "head"
+    axes: int = 4
 
     def activation(self, x: Tensor) -> Float[Tensor, "row pos unit"]:
         norms: Tensor = x.norm(dim=-1)
@@ -71,6 +77,7 @@ class DirectionReader:
 
     vectors: Float[Tensor, "unit features"]
     kind: str = "direction"
+    axes: int = 3
 
     def activation(self, x: Tensor) -> Float[Tensor, "row pos unit"]:
         return x @ self.vectors.to(x).T
@@ -80,18 +87,55 @@ class DirectionReader:
 
 
 @dataclass(frozen=True, eq=False)
+class Written:
+    """How much of its vector each active feature writes: an entry a position and feature.
+
+    Attributes:
+        rows, length: how many rows, and how many positions each has.
+        position: row and position as one number.
+        feature: which feature.
+        amount: not zero; in units of the vector.
+    """
+
+    rows: int
+    length: int
+    position: Int64[Tensor, " entry"]
+    feature: Int64[Tensor, " entry"]
+    amount: Float[Tensor, " entry"]
+
+
+@dataclass(frozen=True, eq=False)
 class FeatureReader:
-    """Each feature of a sparse autoencoder is a unit."""
+    """Each feature of a sparse coder is a unit."""
 
     coder: SparseCoder
     kind: str = "feature"
 
+    @property
+    def axes(self) -> int:
+        return 3 if self.coder.heads is None else 4
+
     def activation(self, x: Tensor) -> Float[Tensor, "row pos unit"]:
         return self.coder.encode(x)
 
-    def relevance(self, x: Tensor, g: Tensor) -> Float[Tensor, "row pos unit"]:
+    def written(self, activation: Float[Tensor, "row pos unit"], x: Tensor) -> Written:
+        """What `relevance` needs of the forward pass: ``activation`` is that of ``x``."""
+        flat = activation.flatten(0, 1)
+        position, feature = flat.nonzero(as_tuple=True)
         _, scale = self.coder.denormalizer(self.coder.flat(x))
-        return self.coder.encode(x) * scale * (self.coder.flat(g) @ self.coder.W_dec.to(g).T)
+        amount = flat[position, feature] * scale.flatten()[position]
+        rows, length, _ = activation.shape
+        return Written(rows, length, position, feature, amount)
+
+    def relevance(self, written: Written, g: Tensor) -> Float[Tensor, "row pos unit"]:
+        """Zero where a feature is not active; ``g`` is of where the coder writes."""
+        g = self.coder.flat_output(g).flatten(0, 1)
+        features, column = written.feature.unique(return_inverse=True)
+        along = g @ self.coder.W_dec[features].to(g).T
+        found = written.amount * along[written.position, column]
+        relevance = found.new_zeros(len(g), len(self.coder.W_dec))
+        relevance[written.position, written.feature] = found
+        return relevance.view(written.rows, written.length, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +147,14 @@ class SearchedHook:
         hook: a hook point's name, or its end, which stands for every block.
         reader: reads the units' activations and relevance there.
         fingerprint: of its weights, empty for none.
+        hook_out: the hook point where they write, and where their relevance is read, if another.
     """
 
     name: str
     hook: str
-    reader: UnitReader
+    reader: UnitReader | FeatureReader
     fingerprint: str = ""
+    hook_out: str | None = None
 
 
 def searched_hooks(sites: Sites) -> list[SearchedHook]:
@@ -136,18 +182,18 @@ def searched_hooks(sites: Sites) -> list[SearchedHook]:
                 )
             )
         elif isinstance(item, SparseCoder):
-            if not item.writes_back:
+            if item.hook_out is None and not item.writes_back:
                 raise InputError(
-                    f"{item.name} is a transcoder: it reads one hook point and writes another; its "
-                    "features can be explained one by one, not searched"
+                    f"{item.name} is a transcoder: it writes another width than it reads; give it "
+                    "hook_out, the hook point that it writes"
                 )
             weights = (item.W_enc, item.b_enc, item.W_dec, item.b_dec, item.threshold)
             how = (item.subtract_b_dec, item.normalization, item.heads)
             extra = f"{item.k}" if how == (False, "none", None) else f"{item.k} {how}"
+            extra += f" {item.hook_out}" if item.hook_out else ""
             mark = _fingerprint([w for w in weights if w is not None], extra)
-            searched.append(
-                SearchedHook(f"{item.hook}[{item.name}]", item.hook, FeatureReader(item), mark)
-            )
+            name = f"{item.hook}[{item.name}]"
+            searched.append(SearchedHook(name, item.hook, FeatureReader(item), mark, item.hook_out))
         elif isinstance(item, Direction):
             directions.setdefault(item.at, []).append(item)
         else:

@@ -1,6 +1,7 @@
 """What a dictionary costs: throughput, memory, size, look-ups, and what kills cost it.
 
     python -m benchmarks.dictionary.costs throughput [--layers 30] [--rounds 9]
+    python -m benchmarks.dictionary.costs features [--features 16384] [--active 64] [--rounds 5]
     python -m benchmarks.dictionary.costs operations [--layers 30]
     python -m benchmarks.dictionary.costs memory
     python -m benchmarks.dictionary.costs kills [--moments 20]
@@ -15,8 +16,12 @@ the bridge's too, with weights frozen, a leaf at the embeddings and the same tar
 twice: with all positions unembedded, as anyone would write it, and the targets' positions only, as
 the scan does. Time is the process's own (CPU) time of one thread, that of its own code apart from
 that of the kernel, which is spent on pages of memory; on a machine that others use, the clock tells
-nothing. ``operations`` puts the model on a simulated device and counts, for one block, how often
-the host waits for it and how many kernels it is asked for.
+nothing. ``features`` does the same for the features of a random coder that keeps the ``--active``
+largest, at one layer: the plain passes stop at that layer as the scan does, encode all positions
+and form the relevance of all features at all of them. It then builds a dictionary of ``--texts``
+texts, and says how large it is and how long it takes to open. ``operations`` puts the model on a
+simulated device and counts, for one block, how often the host waits for it and how many kernels it
+is asked for.
 """
 
 from __future__ import annotations
@@ -60,11 +65,12 @@ def smollm2(layers: int) -> Any:
 ACTS, ALL = ("actmax", "actmin"), ("actmax", "actmin", "relmax", "relmin")
 
 
-def prepared(model: Any, criteria: tuple[str, ...]) -> Any:
+def prepared(model: Any, criteria: tuple[str, ...], **options: Any) -> Any:
     from lenslrp.analysis.dictionary.job import prepare
 
     corpus = CORPUS if CORPUS.exists() else [[i % 1000 + 5] * 128 for i in range(640)]
-    return prepare(model, corpus, Path(tempfile.mkdtemp()) / "d", sites=BOTH, criteria=criteria)
+    options = {"sites": BOTH, **options}
+    return prepare(model, corpus, Path(tempfile.mkdtemp()) / "d", criteria=criteria, **options)
 
 
 def scanning(job: Any, runner: Any) -> Callable[[Any], None]:
@@ -80,10 +86,15 @@ def scanning(job: Any, runner: Any) -> Callable[[Any], None]:
     return scan
 
 
-def plainly(model: Any) -> dict[str, Callable[[Any], None]]:
-    """The plain model over a block, without and with a backward pass."""
+def plainly(model: Any, coder: Any = None) -> dict[str, Callable[[Any], None]]:
+    """The plain model over a block, without and with a backward pass.
+
+    With a coder, up to where it reads, and with the activations and relevance of its features.
+    """
     from lenslrp.analysis.dictionary.block_pass import target_positions
+    from lenslrp.hooks.components import hook_points
     from lenslrp.hooks.handles import Attached
+    from lenslrp.hooks.structure import components
     from lenslrp.logits import unembed_at
     from lenslrp.running import undone
 
@@ -93,13 +104,21 @@ def plainly(model: Any) -> dict[str, Callable[[Any], None]]:
     def stop(*_: Any) -> None:
         raise Stop
 
+    def encode_and_stop(_: Any, __: Any, out: torch.Tensor) -> None:
+        coder.encode(out)
+        raise Stop
+
     device = next(model.parameters()).device
+    point = model.embed if coder is None else hook_points(model, components(model))[coder.hook]
 
     def padding(block: Any) -> dict[str, torch.Tensor]:
         return {} if block.mask.all() else {"attention_mask": block.mask.long().to(device)}
 
     def plain(block: Any) -> None:
-        handle = model.unembed.register_forward_pre_hook(stop)
+        if coder is None:
+            handle = model.unembed.register_forward_pre_hook(stop)
+        else:
+            handle = point.register_forward_hook(encode_and_stop)
         tokens, mask = block.tokens.to(device), padding(block)
         try:
             with torch.no_grad():
@@ -123,7 +142,7 @@ def plainly(model: Any) -> dict[str, Callable[[Any], None]]:
         frozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(False)
-        handle = model.embed.register_forward_hook(leaf)
+        handle = point.register_forward_hook(leaf)
         try:
             if sliced:
                 with undone(Attached()) as at:
@@ -133,7 +152,9 @@ def plainly(model: Any) -> dict[str, Callable[[Any], None]]:
             else:
                 logits = model(given, return_type="logits", use_cache=False, **mask)
                 picked = logits[torch.arange(len(tokens)), positions, tokens]
-            torch.autograd.grad(picked.sum(), kept)
+            (g,) = torch.autograd.grad(picked.sum(), kept)
+            if coder is not None:
+                _ = coder.encode(kept[0].detach()) * (g @ coder.W_dec.T)
         finally:
             handle.remove()
             for parameter in frozen:
@@ -149,9 +170,18 @@ def plainly(model: Any) -> dict[str, Callable[[Any], None]]:
 def throughput(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     model = smollm2(arguments.layers)
-    jobs = {"ActMax, ActMin": prepared(model, ACTS), "and RelMax, RelMin": prepared(model, ALL)}
+    print(f"SmolLM2, {arguments.layers} layers, {arguments.rounds} rounds of a block, one thread")
+    _compare(model, arguments.rounds)
+
+
+def _compare(model: Any, rounds: int, coder: Any = None, **options: Any) -> None:
+    """Scans beside the plain model, in turn."""
+    jobs = {
+        "ActMax, ActMin": prepared(model, ACTS, **options),
+        "and RelMax, RelMin": prepared(model, ALL, **options),
+    }
     first, second = jobs
-    ways = plainly(model)
+    ways = plainly(model, coder)
     draw = random.Random(0)
     times: dict[str, list[tuple[float, float, int]]] = {name: [] for name in (*ways, *jobs)}
 
@@ -162,7 +192,7 @@ def throughput(arguments: argparse.Namespace) -> None:
         spent = after.user - before.user, after.system - before.system, sum(block.lengths)
         times[name].append(spent)
 
-    for _ in range(arguments.rounds + 1):
+    for _ in range(rounds + 1):
         block = jobs[first].corpus.block(draw.randrange(jobs[first].corpus.blocks))
         for name in draw.sample(list(times), len(times)):
             if name in ways:
@@ -170,7 +200,6 @@ def throughput(arguments: argparse.Namespace) -> None:
                 continue
             with jobs[name].run.open() as runner:  # so that the plain model is plain in between
                 timed(name, scanning(jobs[name], runner), block)
-    print(f"SmolLM2, {arguments.layers} layers, {arguments.rounds} rounds of a block, one thread")
     for name, spent in times.items():
         user, system, speed = (
             statistics.median(column)
@@ -190,6 +219,38 @@ def throughput(arguments: argparse.Namespace) -> None:
                 f"  {mine} / {base}: throughput {middle:.3f} ({low:.3f} to {high:.3f} quartiles, "
                 f"{ratios[0]:.3f} to {ratios[-1]:.3f}) by {kind} time"
             )
+
+
+def features(arguments: argparse.Namespace) -> None:
+    """A dictionary of the features of a coder: as fast as the plain model, how large?"""
+    from lenslrp.analysis import NeuronDictionary, SparseCoder
+
+    torch.set_num_threads(1)
+    model = smollm2(30)
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(arguments.features, model.cfg.d_model, generator=draw)
+    rows = torch.nn.functional.normalize(rows, dim=-1)
+    coder = SparseCoder(
+        "blocks.12.hook_resid_post", rows.T.contiguous(), torch.zeros(len(rows)), rows,
+        torch.zeros(rows.shape[1]), k=arguments.active,
+    )  # fmt: skip
+    print(f"{coder}, {arguments.active} active, {arguments.rounds} rounds of a block, one thread")
+    if arguments.rounds:
+        _compare(model, arguments.rounds, coder, sites=coder, batch_size=arguments.batch_size)
+    texts = [
+        json.loads(line)["text"] for line in CORPUS.read_text().splitlines()[: arguments.texts]
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        began = os.times()
+        d = NeuronDictionary.build(
+            model, texts, Path(folder) / "d", sites=coder, k=10, progress=False
+        )
+        ended = os.times()
+        cpu = ended.user + ended.system - began.user - began.system
+        print(f"  {d}: {cpu:.0f} s of CPU time")
+        d.close()
+        print(f"  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+        opened(argparse.Namespace(path=Path(folder) / "d"))
 
 
 def operations(arguments: argparse.Namespace) -> None:
@@ -360,18 +421,17 @@ def opened(arguments: argparse.Namespace) -> None:
     d, draw = NeuronDictionary.open(folder), random.Random(0)
     print(" ", d)
 
-    def one() -> None:
+    def drawn() -> Any:
         place = draw.choice(d.plan.places)
-        page = d.page(place, draw.randrange(place.size))
+        return d.page(place, draw.randrange(place.size))
+
+    def one() -> None:
+        page = drawn()
         for criterion in d.plan.criteria:
             page.examples(criterion)
 
-    def lazily() -> None:
-        place = draw.choice(d.plan.places)
-        d.page(place, draw.randrange(place.size)).examples("actmax")
-
     words = ["football", "church", "energy", "law", "city", "teacher", "river", "disease", "war"]
-    print(f"  one unit, one criterion: {_timed(lazily, 50)}")
+    print(f"  one unit, one criterion: {_timed(lambda: drawn().examples('actmax'), 50)}")
     print(f"  one unit, all {len(d.plan.criteria)} criteria: {_timed(one, 50)}")
     print(f"  search_text, one word: {_timed(lambda: d.search_text(draw.choice(words)), 20)}")
     two = _timed(lambda: d.search_text("the " + draw.choice(words)), 20)
@@ -380,8 +440,8 @@ def opened(arguments: argparse.Namespace) -> None:
     for by in ("writes", "reads"):
         took = _timed(lambda by=by: d.search_tokens(draw.choice(words), by=by), 10)
         print(f"  search_tokens, by={by}: {took}")
-    print(f"  vocabulary of one unit: {_timed(lambda: d[draw.randrange(30), 5].vocabulary(), 50)}")
-    print(f"  similar: {_timed(lambda: d.similar((5, draw.randrange(1000))), 10)}")
+    print(f"  vocabulary of one unit: {_timed(lambda: drawn().vocabulary(), 50)}")
+    print(f"  similar: {_timed(lambda: d.similar(drawn().name), 10)}")
 
 
 def _timed(act: Callable[[], Any], times: int) -> str:
@@ -399,8 +459,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     commands = parser.add_subparsers(required=True)
     for name, act in (
-        ("throughput", throughput), ("operations", operations), ("memory", memory),
-        ("kills", kills), ("vocabulary", vocabulary), ("build", build), ("open", opened),
+        ("throughput", throughput), ("features", features), ("operations", operations),
+        ("memory", memory), ("kills", kills), ("vocabulary", vocabulary), ("build", build),
+        ("open", opened),
     ):  # fmt: skip
         command = commands.add_parser(name)
         command.set_defaults(act=act)
@@ -408,6 +469,12 @@ def main() -> None:
             command.add_argument("--layers", type=int, default=30)
         if name == "throughput":
             command.add_argument("--rounds", type=int, default=9)
+        if name == "features":
+            command.add_argument("--rounds", type=int, default=5)
+            command.add_argument("--features", type=int, default=16384)
+            command.add_argument("--active", type=int, default=64)
+            command.add_argument("--texts", type=int, default=24)
+            command.add_argument("--batch-size", type=int, default=4)
         if name == "memory":
             command.add_argument("--documents", type=int, default=0)
         if name == "kills":

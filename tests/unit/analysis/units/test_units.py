@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from lenslrp.analysis import (
 )
 from lenslrp.analysis.circuits.nodes import Node
 from lenslrp.analysis.units.projection import cosines
-from lenslrp.analysis.units.readers import searched_hooks
+from lenslrp.analysis.units.readers import FeatureReader, searched_hooks
 from lenslrp.errors import InputError
 from tests.conformance import zoo
 
@@ -190,7 +190,9 @@ def test_a_feature_is_searched_with_its_coders_scale() -> None:
         [site] = searched_hooks(one)
         scale = x.std(dim=-1, keepdim=True) if "normalization" in changes else 1.0
         expected = scale * one.encode(x) * (g @ one.W_dec.T)
-        torch.testing.assert_close(site.reader.relevance(x, g), expected)
+        reader = cast(FeatureReader, site.reader)
+        written = reader.written(reader.activation(x), x)
+        torch.testing.assert_close(reader.relevance(written, g), expected)
         marks.add(site.fingerprint)
     assert len(marks) == 4  # a search is not resumed with another function of the same weights
 
