@@ -11,8 +11,8 @@ A prompt holds two chains, name to animal to city, after one that is worked out:
     Sara:
 
 SmolLM2-135M continues ` fox\\nfox: London`. An example counts as solved if the model's top token is
-right for the animal and for the city (a rule that was made after two examples of an earlier form had
-been looked at). Decided before the relevance of these examples was looked at:
+right for the animal and for the city (a rule made after two examples of an earlier form had been
+looked at). Decided before the relevance of these examples was looked at:
 
 - the answer is the city's token, the thought what was written before it;
 - the chain's tokens in the prompt are the five words of the asked chain (name, animal; animal,
