@@ -109,19 +109,29 @@ def norm_form(
         return ""
 
     def check() -> str:
-        fits = rule.fits(x, y, bias) and all(
-            _close(out[region], y) and rule.fits(both, out, bias)
-            for both, region, out in _among_others(run, x)
+        a, b = _finite(run, x, y)
+        fits = rule.fits(a, b, bias) and all(
+            _close(out[region], b) and rule.fits(both, out, bias)
+            for both, region, out in _among_others(run, a)
         )
         if not (gains and fits):
             return "exact" if fits else ""
         # Also where the mean square is as small as what is added to it.
-        low = x * inverse_rms(widened(x), 0.0).to(x.dtype) * norm_epsilon(module) ** 0.5
-        pairs = [(x, y), (low, run(low.clone()))]
+        low = a * inverse_rms(widened(a), 0.0).to(a.dtype) * norm_epsilon(module) ** 0.5
+        pairs = [(a, b), (low, run(low.clone()))]
         alike = (f for f in gains if all(_close(_scaled(module, f, a), b) for a, b in pairs))
         return next(alike, "exact")
 
     return _tried(module, run, check)
+
+
+def _finite(run: ModuleForward, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and output with other values at positions that overflowed, which tell nothing."""
+    finite = x.isfinite().all(dim=-1, keepdim=True)
+    if bool(finite.all()):
+        return x, y
+    x = torch.where(finite, x, torch.ones_like(x))
+    return x, torch.where(finite, y, run(x.clone()))
 
 
 def norm_epsilon(module: nn.Module) -> float:

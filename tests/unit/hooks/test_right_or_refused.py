@@ -657,3 +657,24 @@ def test_operations_that_are_recomputed_are_refused() -> None:
         explain(
             with_activation(act), composite=lenslrp.AttnLRP().extended({type(act): Operations()})
         )
+
+
+def test_a_norm_beside_an_overflow_is_a_norm() -> None:
+    """An infinity where the target does not look changes nothing; where it does, it is said."""
+    model = tiny("llama")
+    tokens = torch.tensor([[3, 4, 5]])
+    _, plain = lenslrp.run_with_relevance(model, tokens)
+    where = 1
+
+    def overflow(_: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        out = out.clone()
+        out[0, where, 3] = torch.inf
+        return out
+
+    handle = model.blocks[-1].mlp.hook_post.register_forward_hook(overflow)
+    _, R = lenslrp.run_with_relevance(model, tokens)
+    assert torch.equal(R.tokens, plain.tokens)
+    where = 2
+    with pytest.raises(InputError, match="the target is NaN or infinite"):
+        lenslrp.run_with_relevance(model, tokens)
+    handle.remove()
