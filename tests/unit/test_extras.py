@@ -38,6 +38,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "huggingface_hub": "huggingface-hub",
     "transformer_lens": "transformer-lens",
+    "yaml": "pyyaml",
 }
 CALLED_LATER = {
     "_actors", "_figure_class", "installed_fonts", "colour_map", "_image", "_folder",

@@ -189,7 +189,10 @@ def test_processes_of_a_launcher_share_the_file(
         (["a", "--out", "r.parquet"], "--data and --out go together"),
         (["a", "--batch-size", "3"], "--batch-size is for --data"),
         (["--data", "p.txt", "--out", "r.parquet", "--json"], "--out is the result of --data"),
-        (["--data", "p.txt", "--out", "r.parquet", "--report", "r.html"], "--report and --json"),
+        (
+            ["--data", "p.txt", "--out", "r.parquet", "--report", "r.html"],
+            "--report, --json and --generate",
+        ),
     ],
 )
 def test_usage(arguments: list[str], message: str, capsys: Any) -> None:
