@@ -22,7 +22,7 @@ RECURRENT_CLASSES = re.compile(
     r"(Mamba\d*Mixer|MambaLayer|BambaMixer|FalconH1Mixer|GatedDeltaNet|RecurrentBlock|"
     r"RwkvSelfAttention)$"
 )
-"""Classes of transformers that carry a state from token to token; none of them has a rule."""
+"""Classes that carry a state from token to token: named where their scan has no rule."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -213,11 +213,17 @@ def require_whole_text(
         )
 
 
+@cache
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    """Of a mixer's ``forward``, which every pass binds: looked at once a class."""
+    return inspect.signature(forward)
+
+
 def _goes_on(mixer: Any, bridged: bool, args: tuple[Any, ...], kwargs: Any) -> bool:
     """Whether a mixer is given the state of earlier tokens, or a cache that leads past rules."""
     if type(mixer).__name__ in SCAN_MODULES:  # keeps the state itself; a text begins at 0
         return mixer.recurrent_states is not None and bool(args[1][:, 0].any())
-    given = inspect.signature(type(mixer).forward).bind_partial(mixer, *args, **kwargs).arguments
+    given = _signature(type(mixer).forward).bind_partial(mixer, *args, **kwargs).arguments
     cache, state = given.get("cache_params"), given.get("state")
     if cache is not None:
         return bridged or cache.has_previous_state(mixer.layer_idx)

@@ -49,18 +49,7 @@ _Side = TypeVar("_Side")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pairs(Shown, Saved, PairRows):
-    """A batch of pairs; see `from_texts`.
-
-    Attributes:
-        clean, corrupt: [pair, pos] token ids, padded on the right.
-        mask: [pair, pos], True where a token is real: of both runs, or of the clean one where they
-            have different lengths.
-        answers: [pair] token ids, what the clean prompts call for; [pair, token] where some are of
-            several tokens, with -1 behind the shorter ones.
-        rivals: likewise, what the corrupted prompts call for: the incorrect answers.
-        corrupt_mask, counterpart: where lengths differ, the mask of the corrupted prompts, and for
-            each clean column [pair, pos] the corrupted one that corresponds to it, or -1.
-    """
+    """A batch of pairs; see `from_texts`. Its attributes are those of `PairRows`."""
 
     def face(self) -> Face:
         lengths = self.mask.sum(dim=1)
