@@ -56,6 +56,23 @@ def test_explain_json(tiny, capsys):
     assert result["ledger"]["target"] == pytest.approx(result["value"])
 
 
+def test_explain_says_what_a_change_does_to_the_prediction(tiny, capsys):
+    arguments = ["explain", "the cat sat the cat sat", "--target", "cat"]
+    assert cli.main([*arguments, "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert checks["token"] == "'cat'" and checks["rank"] >= 1
+    *_, trial = checks["trials"]
+    assert " replaced by " in trial["what"] and trial["before"] == checks["probability"]
+    assert trial["agrees"] == (trial["after"] < min(trial["before"], trial["control_after"]))
+
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"probability of 'cat': {checks['probability']:.3f}, rank {checks['rank']}\n" in printed
+    verdict = "agrees" if trial["agrees"] else "does not agree"
+    control = f"control, {trial['control']}: {trial['control_after']:.3f} ({verdict})"
+    assert f"  {trial['what']}: {trial['after']:.3f}; {control}\n  predicted: " in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
