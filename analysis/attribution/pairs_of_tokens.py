@@ -35,6 +35,7 @@ from lenslrp.embedding import embed
 from lenslrp.errors import InputError
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.rule_types import Rule
+from lenslrp.progress import progress_bar
 from lenslrp.sentences import Embedding, Measure, SentenceEmbedding, Similarity, embedding_of
 from lenslrp.sessions import Session
 from lenslrp.text.words import Word
@@ -176,7 +177,7 @@ def bilrp(
 
         def by_target(text: Any, targets: Sequence[Any]) -> Float[Tensor, "target pos"]:
             parts = []
-            for at in range(0, len(targets), batch_size):
+            for at in progress_bar("backward passes", range(0, len(targets), batch_size)):
                 some = list(targets[at : at + batch_size])
                 R = explained(_copies(text, len(some)), some)
                 parts.append(R.tokens if R.positions is None else R.tokens + R.positions)
