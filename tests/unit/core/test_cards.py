@@ -61,8 +61,8 @@ def test_everything_given_as_text_is_escaped() -> None:
 def test_signed_numbers_share_one_scale_a_column() -> None:
     frame = pd.DataFrame({"relevance": [2.0, -1.0, 0.0, math.nan], "n": [1, 2, 3, 4]})
     markup = Face("R", frame=frame, coloured=["relevance"]).html()
-    assert 'style="background:rgba(214,39,55,0.700)"' in markup
-    assert 'style="background:rgba(43,120,205,0.350)"' in markup
+    assert 'style="text-align:right;background:rgba(214,39,55,0.700)"' in markup
+    assert 'style="text-align:right;background:rgba(43,120,205,0.350)"' in markup
     assert [row[0] for row in Cells(markup).rows] == ["relevance", "+2.00", "-1.00", "+0.00", "NaN"]
 
 
