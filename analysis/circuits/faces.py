@@ -18,8 +18,6 @@ WIDTH, LINE, LABEL = 480, 14, 190
 """Of the strips, in pixels: units, a line, the hook point's name."""
 HOVERED = 2.0
 """Pixels of a unit from which on each has a title; narrower ones are one path a line."""
-TALLEST = 600
-"""Pixels; strips of more hook points are scrolled."""
 
 
 def facts_of(scores: NodeScores | EdgeScores) -> dict[str, Any]:
@@ -62,9 +60,8 @@ def strips(keep: Mapping[str, Tensor]) -> str:
         )
     height = max(1, len(keep)) * LINE
     return (
-        f'<div style="max-height:{TALLEST}px;overflow-y:auto;margin-top:.6em">'
         f'<svg role="img" aria-label="Units of the circuit by hook point" '
         f'viewBox="0 0 {LABEL + WIDTH} {height}" width="{LABEL + WIDTH}" '
         f'style="display:block;max-width:100%;height:auto" '
-        f'font-family="system-ui,sans-serif">{"".join(lines)}</svg></div>'
+        f'font-family="system-ui,sans-serif">{"".join(lines)}</svg>'
     )

@@ -1,7 +1,7 @@
 """The card that a result shows in a notebook: what it is, the numbers that matter first, a table.
 
 One style for every result, in the colours of the token heatmap, light or dark as the page is. There
-is no script; where a viewer drops style sheets, what remains is a heading, a list and a table.
+is no script. Colours and places are inline, and hold where a viewer drops style sheets.
 Everything that is given as text is escaped.
 """
 
@@ -25,6 +25,7 @@ ROWS = 12
 
 # Inline: notebooks have rules of their own for cells and lists, which would win.
 _FACTS = "display:flex;flex-wrap:wrap;gap:.3em 2em;margin:.5em 0 0"
+_BODY = "max-height:600px;overflow-y:auto;margin-top:.6em"  # one screen; more is scrolled
 _STYLE = f"""<style>
 {card("lenslrp-card")}
 .lenslrp-card table{{border-collapse:collapse;font-size:.92em;margin:.5em 0 0;color:inherit;\
@@ -68,7 +69,8 @@ class Face:
                 for label, value in self.facts.items()
             )
             parts.append(f'<div style="{_FACTS}">{"".join(entries)}</div>')
-        parts.append(self.body)
+        if self.body:
+            parts.append(f'<div style="{_BODY}">{self.body}</div>')
         hidden = 0 if self.frame is None else max(0, len(self.frame) - self.rows)
         if self.frame is not None and len(self.frame):
             parts.append(_table(self.frame.head(self.rows), self.coloured))

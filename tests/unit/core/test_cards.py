@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from html.parser import HTMLParser
 from typing import Any
 
@@ -48,6 +49,14 @@ def test_a_card_shows_every_column_and_says_how_many_rows_it_leaves_out() -> Non
     assert rows[0] == list(frame.columns)
     assert "28 more rows: .to_dataframe()" in markup
     assert ">1,234<" in markup and ">0.1235<" in markup and ">yes<" in markup
+
+
+def test_what_is_long_is_scrolled() -> None:
+    markup = Face("A result", body="<p>long</p>").html()
+    assert re.search(
+        r'<div style="max-height:600px;overflow-y:auto[^"]*"><p>long</p></div>', markup
+    )
+    assert "max-height" not in Face("A result").html()
 
 
 def test_everything_given_as_text_is_escaped() -> None:

@@ -63,11 +63,13 @@ def test_results_show_every_measure_in_one_table() -> None:
     results = Results(settings, pd.DataFrame(rows), (), {})
     frame = results.face().frame
     assert frame is not None
-    assert list(frame) == ["perturbation", "method", "area", "area, less attnlrp", "hit",
-                           "hit, less attnlrp", "cost"]  # fmt: skip
+    assert list(frame) == ["perturbation", "method", "area", "Δ area", "hit",
+                           "Δ hit", "cost"]  # fmt: skip
     random = frame[frame["method"] == "random"]
-    assert random["area, less attnlrp"].tolist() == pytest.approx([-3.0, -3.0])
-    assert random["hit, less attnlrp"].tolist() == pytest.approx([-1.0, -1.0])
+    assert random["Δ area"].tolist() == pytest.approx([-3.0, -3.0])
+    assert random["Δ hit"].tolist() == pytest.approx([-1.0, -1.0])
+    assert frame["Δ area"][frame["method"] == "attnlrp"].tolist() == [0.0, 0.0]
+    assert "Δ: less attnlrp" in results._repr_html_()
     assert [cell.split()[0] for cell in frame["area"]] == ["5", "2", "6", "3"]
     assert repr(results) == "Results(task agreement, examples 3, methods 2)"
     assert "Share of examples whose most relevant feature is the key." in results._repr_html_()
