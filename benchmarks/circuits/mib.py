@@ -23,6 +23,7 @@ import torch
 import lenslrp
 from benchmarks import RESULTS
 from lenslrp.analysis.circuits.curves import SHARES, FaithfulnessCurve, faithfulness_curve
+from lenslrp.analysis.circuits.ensembles import ensemble
 from lenslrp.analysis.circuits.masks import learn_masks
 from lenslrp.analysis.circuits.pairs import Pairs, template_pairs
 from lenslrp.analysis.circuits.pruning import Verdict, between
@@ -43,6 +44,8 @@ SCORES: Mapping[str, dict[str, Any]] = {
     "integrated, 10 steps": {"method": "integrated", "steps": 10},
     "integrated, 20 steps": {"method": "integrated", "steps": 20},
 }
+TOGETHER = ("RelP", "integrated, 5 steps")
+"""What the ensemble is of."""
 OBJECTIVES = {"cmd": "size", "cpr": "score"}
 """What masks are trained for -> how their initial scores rank."""
 COMPARED = [
@@ -113,6 +116,9 @@ def run(model: Any, task: str) -> None:
     for name in SCORES:
         tried[f"{name}, by score"] = partial(scored, name), {"by": "score"}
         tried[f"{name}, by size"] = partial(scored, name), {"by": "size"}
+    both = lambda: ensemble([scored(name) for name in TOGETHER])  # noqa: E731
+    for by in ("score", "size"):
+        tried[f"{' and '.join(TOGETHER)}, by {by}"] = both, {"by": by}
     for seed in range(RANDOM):
         tried[f"random {seed}"] = partial(scored, "RelP"), {"by": "random", "seed": seed}
     for init in ("RelP", "gradient", None):
