@@ -84,8 +84,8 @@ TASKS: Mapping[str, tuple[Callable[[Any, int], Pairs], int]] = {
 """What draws the pairs, and how many are used: half to find, half to report."""
 
 
-def run(model: Any, task: str) -> None:
-    """Every selection of a task that the results lack."""
+def run(model: Any, task: str, *, masks: bool) -> None:
+    """Every selection of a task that the results lack, by scores or by learned masks."""
     draw, n = TASKS[task]
     drawn = draw(model, 2 * n)
     pairs = drawn[drawn.correct(model, both=True)][:n]
@@ -106,23 +106,21 @@ def run(model: Any, task: str) -> None:
         return learn_masks(model, find, objective=objective, pooled=True, steps=STEPS, seed=SEED,
                            **{**NODES, **start})  # fmt: skip
 
+    def together() -> NodeScores:
+        return ensemble([scored(name) for name in TOGETHER])
+
+    made_by = {name: partial(scored, name) for name in SCORES} | {" and ".join(TOGETHER): together}
     tried: dict[str, tuple[Callable[[], NodeScores], dict[str, Any]]] = {}
-
-    def masks(init: str | None) -> None:
+    if masks:
         for objective in OBJECTIVES:
-            name = f"masks from {init or 'nothing'}, {objective}"
-            tried[name] = partial(learned, init, objective), {}
-
-    for name in SCORES:
-        tried[f"{name}, by score"] = partial(scored, name), {"by": "score"}
-        tried[f"{name}, by size"] = partial(scored, name), {"by": "size"}
-    both = lambda: ensemble([scored(name) for name in TOGETHER])  # noqa: E731
-    for by in ("score", "size"):
-        tried[f"{' and '.join(TOGETHER)}, by {by}"] = both, {"by": by}
-    for seed in range(RANDOM):
-        tried[f"random {seed}"] = partial(scored, "RelP"), {"by": "random", "seed": seed}
-    for init in ("RelP", "gradient", None):
-        masks(init)
+            for init in ("RelP", "gradient", None):
+                name = f"masks from {init or 'nothing'}, {objective}"
+                tried[name] = partial(learned, init, objective), {}
+    else:
+        for name, make in made_by.items():
+            tried |= {f"{name}, by {by}": (make, {"by": by}) for by in ("score", "size")}
+        for seed in range(RANDOM):
+            tried[f"random {seed}"] = made_by["RelP"], {"by": "random", "seed": seed}
     with resumed(RESULTS / f"mib-{task}.jsonl", settings) as (rows, append):
         done = {row["selection"] for row in rows}
         for name, (make, how) in tried.items():
@@ -190,8 +188,9 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     model = lenslrp.load("smollm2-135m", dtype=torch.float32, device="cpu")
-    for task in options.tasks:
-        run(model, task)
+    for masks in (False, True):
+        for task in options.tasks:
+            run(model, task, masks=masks)
 
 
 if __name__ == "__main__":
