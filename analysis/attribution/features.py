@@ -110,7 +110,7 @@ class FeatureRelevance:
 
     def _text(self, row: int) -> tuple[list[int], list[str]]:
         """Of each column: its position in the row's text (negative at padding), and its token."""
-        cache, hook = self.cache, self.coder.hook_out or self.coder.hook
+        cache, hook = self.cache, self.coder.written_at
         text = cache.batch.of(hook, self.error)
         spelled = cache.str_tokens
         if text is cache.batch.decoder and cache.decoder_str_tokens is not None:
@@ -158,7 +158,7 @@ def feature_relevance(
     coders = [coders] if isinstance(coders, SparseCoder) else list(coders)
     if not coders:
         raise InputError("give a coder, or several")
-    places = {coder.hook_out or coder.hook for coder in coders}
+    places = {coder.written_at for coder in coders}
     inputs = {coder.hook for coder in coders} - places
     for hook in sorted(places | inputs):
         known_hook(model, hook)
@@ -187,7 +187,7 @@ def feature_relevance(
         _of_coder(
             coder,
             widened(read[coder.hook].detach()),
-            *delivered[coder.hook_out or coder.hook],
+            *delivered[coder.written_at],
             cache,
         )
         for coder in coders

@@ -163,11 +163,6 @@ def written(active: ActiveFeatures, a: Float[Tensor, "row entry"], x: Tensor) ->
     return active.coder.decode(dense, x)
 
 
-def written_at(coder: SparseCoder) -> str:
-    """The hook point where a coder writes."""
-    return coder.hook if coder.hook_out is None else coder.hook_out
-
-
 def require_coders(model: TransformerBridge, coders: Sequence[SparseCoder]) -> None:
     """Refuse coders that cannot stand in a model together.
 
@@ -183,7 +178,7 @@ def require_coders(model: TransformerBridge, coders: Sequence[SparseCoder]) -> N
                 f"writes {coder.W_dec.shape[1]}: give hook_out, where it writes"
             )
         known_hook(model, coder.hook)
-        out = known_hook(model, written_at(coder))
+        out = known_hook(model, coder.written_at)
         require_on_stream(model, out, model.hook_dict)
         for key in (out, features_key(coder)):
             if key in names:
@@ -192,7 +187,7 @@ def require_coders(model: TransformerBridge, coders: Sequence[SparseCoder]) -> N
                     "names of their own"
                 )
             names[key] = coder.name
-    require_used(model, [written_at(coder) for coder in coders])
+    require_used(model, [coder.written_at for coder in coders])
 
 
 def stand_in(
@@ -217,7 +212,7 @@ def stand_in(
         cut: what goes on in the place of its features, [row, entry, 1, 1], and of its error,
             [row, pos, 1, d_out].
     """
-    hook, out = coder.hook, written_at(coder)
+    hook, out = coder.hook, coder.written_at
     held: dict[str, Tensor] = {}
 
     site = Site(out, "SparseCoder", "linear", Epsilon(), layer_of(out), accounts=accounts)
