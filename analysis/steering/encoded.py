@@ -91,7 +91,7 @@ def encoded_of(model: TransformerBridge) -> Encoded:
 
 
 @dataclass(eq=False)
-class Written:
+class FeatureMove:
     """One operation on a feature, wherever the feature is written.
 
     Attributes:

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.steering.encoded import Written, encoded_of
+from lenslrp.analysis.steering.encoded import FeatureMove, encoded_of
 from lenslrp.analysis.steering.moves import moved, require_movable, step_length
 from lenslrp.analysis.units.kinds import Direction, Feature, Unit
 from lenslrp.analysis.units.locations import known_hook
@@ -329,15 +329,15 @@ def steer(
         raise InputError("a Steering says where it acts: give prompt and generation there")
     if is_encoder_decoder(model):
         raise InputError("steering is of decoders' texts; this model is an encoder-decoder")
-    by_hook: dict[str, list[Operation | Written]] = {}
+    by_hook: dict[str, list[Operation | FeatureMove]] = {}
     read = set[str]()
     encoded = encoded_of(model)
     for operation in operations.operations:
         hooks = [operation.hook(model)]
-        step: Operation | Written = operation
+        step: Operation | FeatureMove = operation
         if isinstance(operation, Moving) and isinstance(feature := operation.unit, Feature):
             if not feature.coder.writes_back:
-                step = Written(operation, feature, encoded)
+                step = FeatureMove(operation, feature, encoded)
                 read.add(feature.hook(model))
             hooks += [known_hook(model, hook) for hook in feature.coder.later]
         for hook in hooks:
@@ -352,13 +352,13 @@ def steer(
 
 
 def _changed(
-    hook: str, steps: list[Operation | Written], steering: Steering, passes: TrackedPasses
+    hook: str, steps: list[Operation | FeatureMove], steering: Steering, passes: TrackedPasses
 ) -> Callable[[Tensor], Tensor]:
     def chosen_by(what: str, operation: Operation) -> Positions:
         scope = getattr(operation, what)
         return positions(getattr(steering, what) if scope is None else scope, what)
 
-    operations = [each.operation if isinstance(each, Written) else each for each in steps]
+    operations = [each.operation if isinstance(each, FeatureMove) else each for each in steps]
     places = [
         (chosen_by("prompt", each), chosen_by("generation", each), each.rows) for each in operations
     ]
@@ -374,7 +374,7 @@ def _changed(
         y = x.clone()
         for step, where in zip(steps, chosen, strict=True):
             where = where.flatten() if flat else where
-            if isinstance(step, Written):
+            if isinstance(step, FeatureMove):
                 y[where] = step.apply(y, where, hook)
             else:
                 y[where] = step.apply(y[where])
