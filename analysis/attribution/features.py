@@ -149,7 +149,8 @@ def feature_relevance(
 
     Raises:
         InputError: no coders, a hook point that the model lacks or that is not on the path of the
-            target, a coder of another width, or what `lenslrp.run_with_relevance` refuses.
+            target, a coder of another width, a layer of a cross-layer transcoder, or what
+            `lenslrp.run_with_relevance` refuses.
 
     Examples:
         >>> found = feature_relevance(model, "The capital of France is", " Paris", coder)[0]
@@ -158,6 +159,8 @@ def feature_relevance(
     coders = [coders] if isinstance(coders, SparseCoder) else list(coders)
     if not coders:
         raise InputError("give a coder, or several")
+    for coder in coders:
+        coder.require_one_layer("feature_relevance")
     places = {coder.written_at for coder in coders}
     inputs = {coder.hook for coder in coders} - places
     for hook in sorted(places | inputs):

@@ -110,6 +110,8 @@ class SparseCoder:
             raise InputError(f"k is {self.k}, expected 1 to {features} (the features)")
         if self.W_skip is not None and self.hook_out is None:
             raise InputError("W_skip is of transcoders: give hook_out, the hook point it writes")
+        if self.later and self.hook_out is None:
+            raise InputError("later is of transcoders: give hook_out, the hook point it writes")
         for hook, rows in self.later.items():
             if len(rows) != features:
                 raise InputError(
@@ -138,6 +140,22 @@ class SparseCoder:
     def decoders(self) -> dict[str, Float[Tensor, "features d_out"]]:
         """What its features write, by hook point, from its own layer on."""
         return {self.written_at: self.W_dec, **self.later}
+
+    def writes(self, index: int) -> Float[Tensor, " d_out"]:
+        """What a feature writes for each unit of its activation, summed over layers."""
+        return torch.stack([rows[index] for rows in self.decoders.values()]).sum(dim=0)
+
+    def require_one_layer(self, what: str) -> None:
+        """Refuse a layer of a cross-layer transcoder.
+
+        Raises:
+            InputError: saying that ``what`` is of one hook point.
+        """
+        if self.later:
+            raise InputError(
+                f"{what} is of one hook point, and features of {self.name} write at "
+                f"{len(self.decoders)}: attribution_graph(coders=) has all of them"
+            )
 
     def flat(self, x: Tensor) -> Float[Tensor, "... d_in"]:
         """The part of the tensor at a hook point that the coder reads or writes: heads joined.

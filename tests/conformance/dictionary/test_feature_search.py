@@ -199,6 +199,9 @@ def test_a_feature_that_was_found_is_steered_with_its_coder(
 
 def test_coders_that_do_not_fit_where_they_write_are_refused(tmp_path: Path) -> None:
     one = coder("transcoder")
+    across = replace(one, later={MLP_OUT.replace("0", "1"): one.W_dec})
+    with pytest.raises(InputError, match="relevance in a dictionary is of one hook point, and"):
+        built(tmp_path / "d", across)
     for changes, message in (
         ({"hook_out": "blocks.0.mlp.hook_pots"}, "no hook point 'blocks.0.mlp.hook_pots'"),
         ({"hook_out": "blocks.0.mlp.hook_post"}, "transcoder writes 16 values a position, blocks"),
