@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.analysis.units.cross_layer import require_one_layer
 from lenslrp.analysis.units.locations import known_hook
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
@@ -160,7 +161,7 @@ def feature_relevance(
     if not coders:
         raise InputError("give a coder, or several")
     for coder in coders:
-        coder.require_one_layer("feature_relevance")
+        require_one_layer(coder, "feature_relevance")
     places = {coder.written_at for coder in coders}
     inputs = {coder.hook for coder in coders} - places
     for hook in sorted(places | inputs):

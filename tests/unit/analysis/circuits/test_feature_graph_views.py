@@ -171,6 +171,15 @@ def test_the_file_holds_features_errors_and_supernodes(
         if node["kind"] == "error":
             assert theirs["feature_type"] == "mlp reconstruction error"
             assert theirs["feature"] == -1 and theirs["node_id"].startswith(f"{layer}_-1_")
+        heads = node["kind"] == "head"
+        assert heads == ("qk_tracing_results" in theirs)
+        for via in "qk" if heads else "":
+            traced = theirs["qk_tracing_results"][f"top_{via}_marginal_contributors"]
+            edges = graph.edges[(graph.edges["target"] == node["id"]) & (graph.edges["via"] == via)]
+            sizes = [abs(weight) for _, weight in traced]
+            assert sizes == sorted(sizes, reverse=True) and len(traced) == min(10, len(edges))
+            known = dict(zip(edges["source"].map(ids), edges["relevance"], strict=True))
+            assert all(known[source] == weight for source, weight in traced)
     assert seen == {True, False}  # the second coder of layer 1 has ids of its own
     texts = {theirs["clerp"] for theirs in made["nodes"]}
     assert "cities" in texts and "error 1.0" in texts
