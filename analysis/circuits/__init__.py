@@ -8,6 +8,7 @@ from lenslrp.analysis.circuits.figures import faithfulness_curves, head_scores
 from lenslrp.analysis.circuits.graph.cost import GraphEstimate
 from lenslrp.analysis.circuits.graph.graphs import attribution_graph, estimate_graph
 from lenslrp.analysis.circuits.graph.result import AttributionGraph
+from lenslrp.analysis.circuits.greedy import GreedySelection, greedy_circuit
 from lenslrp.analysis.circuits.masks import learn_masks
 from lenslrp.analysis.circuits.metrics import METRICS, Metric
 from lenslrp.analysis.circuits.mib import from_mib, to_mib
@@ -31,6 +32,7 @@ __all__ = [
     "Circuit",
     "EdgeScores",
     "GraphEstimate",
+    "GreedySelection",
     "Metric",
     "Node",
     "NodeScores",
@@ -44,6 +46,7 @@ __all__ = [
     "faithfulness_curve",
     "faithfulness_curves",
     "from_mib",
+    "greedy_circuit",
     "head_scores",
     "learn_masks",
     "minimality",
