@@ -15,6 +15,7 @@ from lenslrp.errors import CoverageError
 from lenslrp.hooks.graph_walk import Gap, Walk, inputs_of
 from lenslrp.hooks.sites import Site
 from lenslrp.hooks.structure import NamedModules
+from lenslrp.views.cards import Face, Shown
 
 SITE_COLUMNS = ["hook", "component", "role", "rule", "layer", "forward", "fired"]
 
@@ -26,7 +27,7 @@ RECURRENT_CLASSES = re.compile(
 
 
 @dataclass(frozen=True, repr=False)
-class Coverage:
+class Coverage(Shown):
     """Which rule sat where, whether it fired, and what had none.
 
     Attributes:
@@ -62,19 +63,11 @@ class Coverage:
         """Whether every operation on the path has its rule, each fired, and relevance adds up."""
         return not self.uncovered and self.balanced and bool(self.sites["fired"].all())
 
-    def __repr__(self) -> str:
-        fired = int(self.sites["fired"].sum())
-        gaps = "; ".join(self.uncovered[:2]) + f" ({len(self.uncovered)} gaps)"
-        found = f"no rule for {gaps}" if self.uncovered else "no gap"
-        return f"Coverage({len(self.sites)} rules, {fired} fired, {found})"
-
-    def _repr_html_(self) -> str:
-        from lenslrp.views.cards import result_card
-
+    def face(self) -> Face:
         rules = self.sites.groupby(["role", "rule"], sort=False)
         frame = rules.agg(places=("hook", "size"), fired=("fired", "sum")).reset_index()
         state = "every operation has its rule" if self.ok else "not all is covered"
-        return result_card(
+        return Face(
             f"Coverage: {state}",
             {"rules": len(self.sites), "fired": int(self.sites["fired"].sum()),
              "gaps": len(self.uncovered), "adds up": self.balanced},

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float, Float32, Int32
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lenslrp.analysis.common.storage import load_tensors, save_tensors
 from lenslrp.analysis.dictionary.plan import Place
@@ -36,6 +35,7 @@ from lenslrp.analysis.units.residual import (
 )
 from lenslrp.analysis.units.unembedding import dot_products, embedding
 from lenslrp.errors import InputError
+from lenslrp.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -175,7 +175,7 @@ def project_places(
     mine = range(rank, len(job.plan.places), world)
     paths = [job.work / f"vocabulary-{number:05d}.safetensors" for number in mine]
     stamp = {"plan": job.plan.fingerprint(), "tokens": str(tokens)}
-    for number, path in zip(tqdm(mine, "vocabulary", disable=not progress), paths, strict=True):
+    for number, path in zip(progress_bar("vocabulary", mine, shown=progress), paths, strict=True):
         if path.exists() and load_tensors(path)[1].items() >= stamp.items():
             continue
         place = job.plan.places[number]
