@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 POSITIVE = (214, 39, 55)
 NEGATIVE = (43, 120, 205)
-_STRONGEST = 0.7  # opacity at the end of the scale: body text on it keeps a contrast above 5 : 1
+STRONGEST = 0.7  # opacity at the end of the scale: body text on it keeps a contrast above 4.5 : 1
 _TABLE_ROWS = 50
 _DOMINATES = 3.0
 
@@ -171,7 +171,7 @@ def token_html(token: str) -> str:
 def rgba(fraction: float) -> str:
     """The CSS colour at ``fraction`` in [-1, 1] of the scale: red above 0, blue below it."""
     red, green, blue = POSITIVE if fraction >= 0 else NEGATIVE
-    return f"rgba({red},{green},{blue},{_STRONGEST * abs(fraction):.3f})"
+    return f"rgba({red},{green},{blue},{STRONGEST * abs(fraction):.3f})"
 
 
 _TILE = (
