@@ -160,7 +160,7 @@ def signed(value: float, limit: float) -> str:
 def token_html(token: str) -> str:
     """``token`` escaped, its invisible characters visible (and dimmed), its direction isolated."""
     inner = "".join(
-        f'<span style="opacity:.6">{escape(piece.text)}</span>'
+        f'<span style="opacity:.65">{escape(piece.text)}</span>'
         if piece.symbol
         else escape(piece.text)
         for piece in visible_pieces(token)
@@ -237,7 +237,7 @@ def _padding(positions: Sequence[int], values: Sequence[float]) -> str:
     extra = "" if total == 0 else f", relevance {total:+.3g}"
     title = escape(f"padding at column {where}: not part of the input{extra}")
     return (
-        f'<span class="lenslrp-padding" title="{title}" style="{_TILE};opacity:.6;'
+        f'<span class="lenslrp-padding" title="{title}" style="{_TILE};opacity:.65;'
         f'border:1px dashed currentColor;font-size:.8em">padding ×{len(positions)}{extra}</span> '
     )
 

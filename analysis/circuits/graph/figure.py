@@ -9,12 +9,12 @@ from lenslrp.analysis.circuits.graph.picture import SIZE, WIDEST, fitted, pictur
 from lenslrp.analysis.views.drawing import (
     LIGHT,
     Theme,
-    colour_map,
     drawable,
     installed_fonts,
     new_figure,
 )
 from lenslrp.text.visible_text import visible
+from lenslrp.views.heatmap import NEGATIVE, POSITIVE, STRONGEST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def graph_figure(graph: AttributionGraph, count: int, theme: Theme | None = None
             )
         )
     others = graph.nodes.loc[graph.nodes["kind"] != "target", "relevance"]
-    scale, colours, font = float(others.abs().max()) or 1.0, colour_map(theme), installed_fonts()
+    scale, font = float(others.abs().max()) or 1.0, installed_fonts()
     grouped = {node for members in graph.supernodes.values() for node in members}
     for node in graph.nodes[graph.nodes["id"].isin(layout.places)].to_dict("records"):
         x, y = layout.places[node["id"]]
@@ -72,7 +72,7 @@ def graph_figure(graph: AttributionGraph, count: int, theme: Theme | None = None
                 wide - 2 * size,
                 HEIGHT - 2 * size,
                 boxstyle=f"round,pad={size}" if size else "square,pad=0",
-                facecolor=colours(0.5 + 0.26 * max(-1.0, min(1.0, node["relevance"] / scale))),
+                facecolor=_tint(node["relevance"] / scale, theme),
                 edgecolor=theme.ink if marked else theme.muted,
                 linewidth=1.5 if marked else 0.6,
             )
@@ -86,3 +86,15 @@ def graph_figure(graph: AttributionGraph, count: int, theme: Theme | None = None
     axes.set_title(drawable(visible(str(graph.explained))), loc="left", color=theme.ink,
                    fontsize=10, parse_math=False, **font)  # fmt: skip
     return figure
+
+
+def _tint(fraction: float, theme: Theme) -> tuple[float, ...]:
+    """The colour of a box, which is opaque: that of the page's picture over the paper."""
+    from matplotlib.colors import to_rgb
+
+    fraction = max(-1.0, min(1.0, fraction))
+    colour, opacity = POSITIVE if fraction >= 0 else NEGATIVE, STRONGEST * abs(fraction)
+    return tuple(
+        opacity * part / 255 + (1 - opacity) * paper
+        for part, paper in zip(colour, to_rgb(theme.paper), strict=True)
+    )

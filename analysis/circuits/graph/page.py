@@ -137,7 +137,7 @@ def _table(graph: AttributionGraph) -> str:
 
 
 def _pages(graph: AttributionGraph, pages: Mapping[str, str]) -> str:
-    labels = {unit_text(n): label for n, label in zip(graph.nodes["id"], graph.nodes["label"])}
+    labels = dict(zip(map(unit_text, graph.nodes["id"]), graph.nodes["label"], strict=True))
     return "".join(
         f'<details data-unit="{escape(unit)}"><summary>{token_html(labels[unit])} '
         f"<code>{escape(unit)}</code></summary>{page}</details>"

@@ -120,7 +120,7 @@ def test_every_node_keeps_its_strongest_edges(graph: AttributionGraph) -> None:
     for end in ("source", "target"):
         assert set(drawn[end]) == set(found.edges[end])
     left_out = found.edges[~found.edges["drawn"]]["relevance"].abs()
-    assert 0 < len(left_out) and left_out.max() < 0.05 * found.edges["relevance"].abs().max()
+    assert len(left_out) > 0 and left_out.max() < 0.05 * found.edges["relevance"].abs().max()
 
 
 def test_pins_and_supernodes_are_in_every_picture(graph: AttributionGraph) -> None:
