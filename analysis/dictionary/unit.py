@@ -166,7 +166,10 @@ class Page:
             `"k"`, `"v"`: the largest components of QK and OV); `side` (`"top"` or `"bottom"`);
                 `rank`;
             `id`, `token`; `score`, in logits up to one positive factor a list (see
-            `lenslrp.analysis.units.projection`).
+            `lenslrp.analysis.units.projection`); `status`: `"related"`, one of the list's largest
+            group of related tokens, `"unrelated"`, or `"junk"` (see
+            `lenslrp.analysis.units.readability`: where four of ten are related the list is
+            readable).
 
         Raises:
             InputError: no such lists; says why not.

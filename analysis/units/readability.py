@@ -10,7 +10,8 @@ unembedding's for what is written, the embedding's for what is read)::
 The components that are taken out (Mu and Viswanath 2018, "All-but-the-top", arXiv:1702.01417) say
 how frequent a token is and how it is cut, and would relate all rare fragments to one another. Of a
 list of random tokens, one in a hundred holds any related pair. A list is **readable** where at
-least four tokens of ten are related to another one of it.
+least four tokens of ten are one group, in which each is related to another one; two pairs that have
+nothing to do with each other are no meaning.
 
 Some tokens are related to nothing, whatever their rows say: special tokens, bytes that make no
 character, and tokens that training has hardly touched (Land and Bartolo 2024, arXiv:2405.05417),
@@ -22,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -29,19 +31,22 @@ from torch import Tensor
 from lenslrp.analysis.units.unembedding import (
     VOCABULARY_CHUNK,
     embedding,
-    token_labels,
     unembedding,
 )
 from lenslrp.errors import InputError
+from lenslrp.media import labels_of
+from lenslrp.text.spelling import Speller
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+    from lenslrp.analysis.units.projection import VocabularyScores
 
 READ_TOKENS = 10
 """Tokens of a list that are judged."""
 
 READABLE_SHARE = 0.4
-"""Share of a list's tokens that are related to another one of it, from which on it is readable."""
+"""Share of a list's tokens in its largest group, from which on it is readable."""
 
 CHANCE = 0.01
 """Of lists of random tokens, those with any related pair."""
@@ -57,10 +62,10 @@ STATUSES = ("related", "unrelated", "junk")
 
 @dataclass(frozen=True, eq=False)
 class Readability:
-    """Lists of tokens, each token with whether another one of its list is related to it.
+    """Lists of tokens, and which of them are related.
 
     Attributes:
-        related: [list, token].
+        related: [list, token]: it belongs to the largest group of related tokens of its list.
         junk: [list, token]: special, part of a character, or hardly trained.
     """
 
@@ -68,13 +73,9 @@ class Readability:
     junk: Bool[Tensor, "list token"]
 
     @property
-    def share(self) -> Float[Tensor, " list"]:
-        """Share of each list's tokens that are related to another one of it."""
-        return self.related.float().mean(dim=1)
-
-    @property
     def readable(self) -> Bool[Tensor, " list"]:
-        return self.share >= READABLE_SHARE
+        """Whether the largest group is a meaning: `READABLE_SHARE` of the list."""
+        return self.related.float().mean(dim=1) >= READABLE_SHARE
 
     @property
     def status(self) -> Int[Tensor, "list token"]:
@@ -83,13 +84,52 @@ class Readability:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenRelations:
-    """Which tokens of a model are related, as it writes or reads them; see the module.
+class TokenRows:
+    """The rows that stand for tokens, and what is taken out of them before they are compared.
 
     Attributes:
         rows: those of the unembedding, or of the embedding.
         mean: of the rows.
-        components: [d_model, component], taken out.
+        components: their first principal components.
+    """
+
+    rows: Float[Tensor, "row d_model"] = field(repr=False)
+    mean: Float[Tensor, " d_model"] = field(repr=False)
+    components: Float[Tensor, "d_model component"] = field(repr=False)
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "row d_model"], draw: Int[Tensor, " row"]) -> TokenRows:
+        """Mean and components over the first rows of those drawn."""
+        sample = rows[draw[:SAMPLED_ROWS].to(rows.device)].float().nan_to_num()
+        mean = sample.mean(dim=0)
+        sample = sample - mean
+        kept = rows.shape[1] - round(rows.shape[1] / 100)
+        return cls(rows, mean, torch.linalg.eigh(sample.T @ sample).eigenvectors[:, kept:])
+
+    def centred(self, rows: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
+        """Rows less the mean and the components."""
+        rows = rows.float() - self.mean
+        return rows - (rows @ self.components) @ self.components.T
+
+    def directions(self, ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n d_model"]:
+        """The same of some tokens, of length 1."""
+        rows = self.centred(self.rows[ids.to(self.rows.device)])
+        return torch.nn.functional.normalize(rows, dim=-1)
+
+    def untrained(self) -> Bool[Tensor, " row"]:
+        """Tokens whose rows are far shorter than the others'."""
+        chunks = self.rows.split(VOCABULARY_CHUNK)
+        lengths = torch.cat([self.centred(some).norm(dim=1) for some in chunks]).cpu().log()
+        low, middle, high = lengths.nanquantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        return lengths < middle + UNTRAINED * (high - low) / 1.349  # of a normal distribution
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRelations:
+    """Which tokens of a model are related, as it writes or reads them; see the module.
+
+    Attributes:
+        rows: of the tokens.
         junk: [row].
         cosines: of random pairs, ascending.
 
@@ -101,9 +141,7 @@ class TokenRelations:
         ```
     """
 
-    rows: Float[Tensor, "row d_model"] = field(repr=False)
-    mean: Float[Tensor, " d_model"] = field(repr=False)
-    components: Float[Tensor, "d_model component"] = field(repr=False)
+    rows: TokenRows
     junk: Bool[Tensor, " row"] = field(repr=False)
     cosines: Float[Tensor, " pair"] = field(repr=False)
 
@@ -117,43 +155,25 @@ class TokenRelations:
             role: ``"writes"``, by the unembedding, or ``"reads"``, by the embedding.
 
         Raises:
-            InputError: another role; the model writes or reads no tokens.
+            InputError: another role; the model writes (a classifier) or reads no tokens.
         """
         if role not in ("writes", "reads"):
             raise InputError(f"role is writes or reads, not {role!r}")
-        rows = unembedding(model)[0] if role == "writes" else embedding(model)
-        draw = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        sample = rows[draw[:SAMPLED_ROWS].to(rows.device)].float()
-        mean = sample.mean(dim=0)
-        sample = sample - mean
-        taken = round(rows.shape[1] / 100)
-        components = torch.linalg.eigh(sample.T @ sample).eigenvectors[:, rows.shape[1] - taken :]
-        bare = cls(rows, mean, components, torch.zeros(0, dtype=torch.bool), torch.zeros(0))
-        some = bare.directions(draw[:COMPARED_ROWS])
+        if role == "writes" and labels_of(model) is not None:
+            raise InputError(
+                f"{type(model.original_model).__name__} unembeds classes: no list is to be judged"
+            )
+        weights = unembedding(model)[0] if role == "writes" else embedding(model)
+        draw = torch.randperm(len(weights), generator=torch.Generator().manual_seed(0))
+        rows = TokenRows.of(weights, draw)
+        some = rows.directions(draw[:COMPARED_ROWS])
         pairs = torch.triu_indices(len(some), len(some), 1, device=some.device)
         cosines = (some @ some.T)[pairs[0], pairs[1]].cpu().sort().values
-        return cls(rows, mean, components, bare.untrained() | _unspeakable(model, rows), cosines)
-
-    def _centred(self, rows: Tensor) -> Tensor:
-        centred = rows.float() - self.mean
-        return centred - (centred @ self.components) @ self.components.T
-
-    def directions(self, ids: Int[Tensor, "*list"]) -> Float[Tensor, "*list d_model"]:
-        """Rows as they are compared: centred, without the first components, of length 1."""
-        return torch.nn.functional.normalize(
-            self._centred(self.rows[ids.to(self.rows.device)]), dim=-1
-        )
-
-    def untrained(self) -> Bool[Tensor, " row"]:
-        """Tokens whose rows are far shorter than the others'."""
-        chunks = self.rows.split(VOCABULARY_CHUNK)
-        lengths = torch.cat([self._centred(some).norm(dim=1) for some in chunks]).cpu().log()
-        low, middle, high = lengths.nanquantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        return lengths < middle + UNTRAINED * (high - low) / 1.349  # of a normal distribution
+        return cls(rows, rows.untrained() | _unspeakable(model, len(weights)), cosines)
 
     @torch.no_grad()
     def judged(self, ids: Int[Tensor, "list token"]) -> Readability:
-        """Which tokens of each list are related to another one of it.
+        """The largest group of related tokens of each list; of equal ones that of the best token.
 
         Args:
             ids: of tokens.
@@ -166,19 +186,57 @@ class TokenRelations:
         limit = self.cosines[min(int(quantile * len(self.cosines)), len(self.cosines) - 1)]
         related = []
         for some, bad in zip(ids.split(LISTS_AT_ONCE), junk.split(LISTS_AT_ONCE), strict=True):
-            rows = self.directions(some)
+            rows = self.rows.directions(some)
             close = (rows @ rows.mT).cpu() > limit
             close &= ~(bad[:, :, None] | bad[:, None, :] | torch.eye(count, dtype=torch.bool))
-            related.append(close.any(dim=2))
+            related.append(_largest_group(close))
         return Readability(torch.cat(related), junk)
 
 
-def _unspeakable(model: TransformerBridge, rows: Tensor) -> Bool[Tensor, " row"]:
+def readable_tokens(
+    relations: TokenRelations, scores: VocabularyScores, k: int = READ_TOKENS
+) -> list[str]:
+    """What a unit's highest tokens have in common: those of the ten that are one group.
+
+    Args:
+        relations: of the model, in the role of ``scores``.
+        scores: of a unit, of `lenslrp.analysis.writes` or ``reads``.
+        k: how many at most, best first.
+
+    Returns:
+        Nothing where the list is not readable.
+    """
+    top = scores.top(min(READ_TOKENS, len(scores.scores)))
+    top = with_status(relations, top)
+    return list(top["token"][top["status"] == "related"][:k]) if is_readable(top) else []
+
+
+def with_status(relations: TokenRelations, tokens: pd.DataFrame) -> pd.DataFrame:
+    """A list of tokens (column ``id``) with each token's ``status``, one of `STATUSES`."""
+    judged = relations.judged(torch.tensor([tokens["id"].tolist()]))
+    return tokens.assign(status=[STATUSES[status] for status in judged.status[0].tolist()])
+
+
+def is_readable(tokens: pd.DataFrame) -> bool:
+    """Whether a list of tokens (column ``status``) is readable."""
+    return bool((tokens["status"] == "related").mean() >= READABLE_SHARE)
+
+
+def _largest_group(close: Bool[Tensor, "list token token"]) -> Bool[Tensor, "list token"]:
+    reach = close.float() + torch.eye(close.shape[1])
+    for _ in range(close.shape[1].bit_length()):  # paths of twice the length each time
+        reach = (reach @ reach).clamp(max=1)
+    sizes = reach.sum(dim=2)
+    group = reach[torch.arange(len(reach)), sizes.argmax(dim=1)] > 0
+    return group & (sizes.amax(dim=1) > 1)[:, None]
+
+
+def _unspeakable(model: TransformerBridge, rows: int) -> Bool[Tensor, " row"]:
     """Special tokens, and bytes that make no character."""
-    found = torch.zeros(len(rows), dtype=torch.bool)
+    found = torch.zeros(rows, dtype=torch.bool)
     if model.tokenizer is not None:
-        special, label = set(model.tokenizer.all_special_ids), token_labels(model)
-        names = (label(token) for token in range(len(rows)))
-        bad = [i for i, name in enumerate(names) if i in special or "⟨0x" in name]
+        speller = Speller(model.tokenizer)
+        names = (speller.token(token) for token in range(rows))
+        bad = [i for i, name in enumerate(names) if i in speller.special or "⟨0x" in name]
         found[bad] = True
     return found

@@ -17,6 +17,7 @@ from lenslrp.analysis.circuits.replacement import features_key
 from lenslrp.analysis.units.kinds import Feature, Unit
 from lenslrp.analysis.units.parsing import parse_unit
 from lenslrp.analysis.units.projection import writes
+from lenslrp.analysis.units.readability import TokenRelations, readable_tokens
 from lenslrp.errors import InputError
 
 if TYPE_CHECKING:
@@ -193,7 +194,8 @@ def labelled_nodes(graph: AttributionGraph, labels: Mapping[str, str]) -> pd.Dat
 
 
 def vocabulary_labels(graph: AttributionGraph, model: TransformerBridge, k: int) -> dict[str, str]:
-    """Text of a feature or neuron -> the tokens that what it writes promotes most."""
+    """Text of a feature or neuron -> the tokens that what it writes promotes, where readable."""
+    relations = TokenRelations.of(model, "writes")
     coders = {features_key(coder): coder for coder in graph.coders}
     labels: dict[str, str] = {}
     for node in graph.nodes.to_dict("records"):
@@ -205,6 +207,7 @@ def vocabulary_labels(graph: AttributionGraph, model: TransformerBridge, k: int)
             unit = Feature(coders[node["hook"]], node["unit"])
         else:
             unit = parse_unit(text)
-        tokens = writes(model, unit).top(k)["token"]
-        labels[text] = ", ".join(str(token).strip() for token in tokens)
+        tokens = readable_tokens(relations, writes(model, unit), k)
+        if tokens:
+            labels[text] = ", ".join(token.strip() for token in tokens)
     return labels
