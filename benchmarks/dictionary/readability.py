@@ -58,8 +58,8 @@ def agree(model: Any, _: int) -> None:
         reader = torch.tensor([unit["readable"] for unit in units])
         same, both = judged.readable == reader, judged.readable & reader
         print(
-            f"seed {seed} ({role}): {int(same.sum())} of {len(units)} agree; of {int(reader.sum())} "
-            f"that the reader reads {int(both.sum())} found, "
+            f"seed {seed} ({role}): {int(same.sum())} of {len(units)} agree; of "
+            f"{int(reader.sum())} that the reader reads {int(both.sum())} found, "
             f"{int((judged.readable & ~reader).sum())} false alarms"
         )
         for unit, fits, said in zip(units, same.tolist(), judged.readable.tolist(), strict=True):

@@ -29,7 +29,7 @@ from lenslrp.analysis.dictionary.pages.tables import (
 )
 from lenslrp.analysis.dictionary.pages.template import AROUND, PAGE, UNIT_STYLE
 from lenslrp.analysis.dictionary.schemas import MOMENTS, kinds
-from lenslrp.analysis.dictionary.unit import Page
+from lenslrp.analysis.dictionary.unit import Page, require_same_model
 from lenslrp.analysis.units.kinds import Neuron
 from lenslrp.analysis.units.projection import cosines, sign_cases, writes
 from lenslrp.analysis.units.readability import READ_TOKENS, TokenRelations, with_status
@@ -116,7 +116,7 @@ def fragment(
     from markupsafe import Markup
 
     if model is not None:
-        require_same_model(page, model)
+        require_same_model(page.dictionary, model)
     asked_model = model if attributed else None
     plan = page.dictionary.plan
     html: str = (
@@ -142,22 +142,6 @@ def fragment(
         )
     )
     return html
-
-
-def require_same_model(page: Page, model: TransformerBridge) -> None:
-    """Refuse a model with other weights than the dictionary's.
-
-    Raises:
-        InputError: naming both.
-    """
-    from lenslrp.fingerprints import describe_model
-
-    mine, other = page.dictionary.plan.model, describe_model(model)
-    if mine["weights"] != other["weights"]:
-        raise InputError(
-            f"the dictionary was built from {mine['name']!r} in {mine['dtype']}; given is "
-            f"{other['name']!r} in {other['dtype']}, with other weights"
-        )
 
 
 def _identity(page: Page) -> str:
