@@ -200,7 +200,10 @@ class AttributionGraph:
         return replace(self, nodes=labelled_nodes(self, labels))
 
     def vocabulary_labels(self, model: TransformerBridge, k: int = 3) -> dict[str, str]:
-        """Labels for features and neurons: the `k` tokens that what they write promotes most.
+        """Labels for features and neurons: up to `k` related tokens that what they write promotes.
+
+        Where the ten highest are not related (`lenslrp.analysis.units.readability`) there is no
+        label: any direction has ten highest tokens.
 
         Raises:
             InputError: a feature that does not write to the residual stream.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from lenslrp.analysis.circuits.replacement import features_key
 from lenslrp.analysis.units.kinds import Feature, Neuron, Unit
 from lenslrp.analysis.units.parsing import parse_unit
 from lenslrp.analysis.units.projection import VocabularyScores, reads, writes
+from lenslrp.analysis.units.readability import UNREADABLE, TokenRelations, readable_tokens
 from lenslrp.errors import InputError
 
 if TYPE_CHECKING:
@@ -234,23 +236,30 @@ def labelled_nodes(graph: AttributionGraph, labels: Mapping[str, str]) -> pd.Dat
 
 
 def vocabulary_labels(graph: AttributionGraph, model: TransformerBridge, k: int) -> dict[str, str]:
-    """Text of a feature or neuron -> the tokens that what it writes promotes most."""
-    return {
-        text: _listed(writes(model, unit), k)
+    """Text of a feature or neuron -> the tokens that what it writes promotes, where readable."""
+    relations = TokenRelations.of(model, "writes")
+    labels = {
+        text: _listed(relations, writes(model, unit), k)
         for text, unit in units_of(graph).items()
         if isinstance(unit, Feature | Neuron)
     }
+    return {text: label for text, label in labels.items() if label}
 
 
 def vocabulary_notes(graph: AttributionGraph, model: TransformerBridge, k: int) -> dict[str, str]:
     """Id of a feature, neuron or head -> the tokens that it writes and reads most."""
+    of = cache(partial(TokenRelations.of, model))
     notes = {}
     for text, unit in units_of(graph).items():
         try:
-            read = (f"{name}: {_listed(scores, k)}" for name, scores in reads(model, unit).items())
-            notes[text] = f"writes {_listed(writes(model, unit), k)}; reads {'; '.join(read)}"
-        except InputError as error:  # what it writes or reads is not the residual stream
+            read = {name: _listed(of("reads"), s, k) for name, s in reads(model, unit).items()}
+            lists = {"writes": _listed(of("writes"), writes(model, unit), k)} | {
+                f"reads ({name})": tokens for name, tokens in read.items()
+            }
+        except InputError as error:  # what it writes or reads is no token
             notes[text] = str(error)
+            continue
+        notes[text] = "; ".join(f"{role} {x or UNREADABLE}" for role, x in lists.items())
     return {node: notes[unit_text(node)] for node in graph.nodes["id"] if unit_text(node) in notes}
 
 
@@ -260,5 +269,6 @@ def units_of(graph: AttributionGraph) -> dict[str, Unit]:
     return {unit_text(node): unit_of(graph, node) for node in of_units["id"]}
 
 
-def _listed(scores: VocabularyScores, k: int) -> str:
-    return ", ".join(str(token).strip() for token in scores.top(k)["token"])
+def _listed(relations: TokenRelations, scores: VocabularyScores, k: int) -> str:
+    """What the highest tokens have in common; empty where they have nothing."""
+    return ", ".join(token.strip() for token in readable_tokens(relations, scores, k))

@@ -18,6 +18,7 @@ from lenslrp.analysis.circuits.graph.export import pairing
 from lenslrp.analysis.circuits.graph.picture import graph_svg
 from lenslrp.analysis.circuits.graph.result import AttributionGraph
 from lenslrp.analysis.circuits.graph.supernodes import clusters
+from lenslrp.analysis.units import readability
 from lenslrp.errors import InputError
 from lenslrp.targets import Logit
 from tests.unit.analysis.circuits.test_graph_views import SCHEMA
@@ -127,8 +128,12 @@ def test_average_linkage() -> None:
     assert clusters(similarity, 0.06) == [[0, 1, 2, 3]]  # (0 + 0 + .2) / 3
 
 
-def test_names_come_from_tables_and_from_the_vocabulary(graph: AttributionGraph) -> None:
+def test_names_come_from_tables_and_from_the_vocabulary(
+    graph: AttributionGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny("llama", tokenizer=word_tokenizer())
+    assert graph.vocabulary_labels(model, 2) == {}  # random rows: nothing can be read
+    monkeypatch.setattr(readability, "CHANCE", 45)  # all tokens of a list are related
     labels = graph.vocabulary_labels(model, 2)
     node = graph.nodes[graph.nodes["kind"] == "feature"].to_dict("records")[0]
     text = node["id"].rpartition("@")[0]
