@@ -17,7 +17,7 @@ by the example's strength, less the mean over all units.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,7 +42,7 @@ from lenslrp.analysis.units.unembedding import (
 from lenslrp.errors import InputError
 from lenslrp.text.names import token_ids
 from lenslrp.text.visible_text import running
-from lenslrp.views.cards import result_card
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -55,8 +55,8 @@ ROWS_AT_ONCE = 16_384
 TEXTS_AT_ONCE = 16
 
 
-@dataclass(frozen=True, eq=False)
-class RankedUnits:
+@dataclass(frozen=True, eq=False, repr=False)
+class RankedUnits(Shown):
     """Units by a concept, best first.
 
     Attributes:
@@ -72,8 +72,8 @@ class RankedUnits:
 
     words: tuple[str, ...]
     by: str
-    units: pd.DataFrame = field(repr=False)
-    missing: dict[str, str] = field(repr=False)
+    units: pd.DataFrame
+    missing: dict[str, str]
 
     def __len__(self) -> int:
         return len(self.units)
@@ -91,13 +91,13 @@ class RankedUnits:
         """`units`."""
         return self.units
 
-    def _repr_html_(self) -> str:
+    def face(self) -> Face:
         shown = self.units.drop(columns="unit")
         if "sentence" in shown:
             shown["sentence"] = shown["sentence"].map(running)
         notes = [f"{hook} is left out: {why}" for hook, why in self.missing.items()]
         title = f"Units by {', '.join(self.words)}"
-        return result_card(title, {"units": len(self), "by": self.by}, shown, notes=notes)
+        return Face(title, {"units": len(self), "by": self.by}, shown, notes=notes)
 
 
 def find_units(

@@ -64,8 +64,8 @@ LINES = {
     "unit": "d[23, 1368]",
     "found": 'd.find("moon", "star")',
     "direction": 'mean_difference(model, *moods, "blocks.14.hook_resid_post", name="happy")',
-    "steering": 'sweep(model, Add(neuron, 1.0), [-40.0, 40.0], openings, target=(" moon", " house"), '
-    "new_tokens=12, draws=1)",
+    "steering": "sweep(model, Add(neuron, 1.0), [-40.0, 40.0], openings, "
+    'target=(" moon", " house"), new_tokens=12, draws=1)',
     "results": 'evaluate("agreement", model, ["random", "attnlrp"], n=4, folder=folder, '
     "progress=False)",
 }
