@@ -136,14 +136,15 @@ class Tracer:
                 best = (len(inside), f"{name} ({kind})")
         return best[1]
 
-    def recurrent(self, walked: Walk) -> list[str]:
-        """The recurrent mixers on the path: ``blocks.0.mixer (MambaMixer)``, lowest layer first."""
-        on_path = {
-            name
-            for name, _, _, outputs in self.calls
-            if name in self._recurrent and any(id(node) in walked.nodes for node in outputs)
-        }
-        return [f"{name} ({cls})" for name, cls in self._recurrent.items() if name in on_path]
+    def recurrent(self, gaps: Sequence[Gap]) -> list[str]:
+        """The recurrent mixers that all located gaps lie in: ``blocks.0.mixer (MambaMixer)``.
+
+        Empty where one lies elsewhere: then that is what has no rule.
+        """
+        places = [gap.component.split(" ")[0] for gap in gaps if gap.component]
+        inside = [[m for m in self._recurrent if f"{at}.".startswith(f"{m}.")] for at in places]
+        found = {mixer for mixers in inside for mixer in mixers} if all(inside) else set()
+        return [f"{name} ({cls})" for name, cls in self._recurrent.items() if name in found]
 
 
 def _tensors(value: Any) -> list[Tensor]:

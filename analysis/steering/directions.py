@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.units.kinds import Direction, Head, Neuron, Unit, require_unit
-from lenslrp.analysis.units.locations import blocks_name, known_hook
+from lenslrp.analysis.units.locations import block_before, blocks_name, known_hook
 from lenslrp.analysis.units.unembedding import measure_gain, output_norm, unembedding
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
@@ -27,6 +27,8 @@ from lenslrp.text.names import token_id
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+    from lenslrp.analysis.units.lens import Lens
 
 TEXTS_AT_ONCE = 16
 
@@ -169,6 +171,7 @@ def unembedding_direction(
     at: str,
     *,
     against: str | int | None = None,
+    lens: Lens | None = None,
     name: str | None = None,
 ) -> Direction:
     """What raises a token's logit: its row of the unembedding, as the final norm's gain reads it.
@@ -178,13 +181,16 @@ def unembedding_direction(
         token: of the vocabulary.
         at: a hook point of the residual stream.
         against: a token whose row is subtracted, so that the two are told apart.
+        lens: what the stream at `at`, behind a block, becomes at the end: the direction that
+            raises the logit there.
         name: of the direction, shown wherever it is.
 
     Returns:
         A direction of length [d_model].
 
     Raises:
-        InputError: no such token or hook point, or a model that unembeds no tokens.
+        InputError: no such token or hook point, a model that unembeds no tokens, or with a lens a
+            hook point that is not behind a block of the lens.
     """
     rows, _ = unembedding(model)
     ids = [token_id(model.tokenizer, t, len(rows)) for t in (token, against) if t is not None]
@@ -192,7 +198,16 @@ def unembedding_direction(
     norm = output_norm(model)
     if norm is not None:
         vector = measure_gain(model, norm, vector[None]).backward(vector)
+    if lens is not None:
+        vector = lens.transport_back(_block_before(at), vector)
     return Direction(known_hook(model, at), vector, name)
+
+
+def _block_before(at: str) -> int:
+    layer = block_before(at)
+    if layer is None or layer < 0:
+        raise InputError(f"{at} is not the residual stream after a block, where lenses begin")
+    return layer
 
 
 def mean_activation(

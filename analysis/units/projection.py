@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.units.kinds import Head, Neuron, Unit, require_unit
+from lenslrp.analysis.units.readability import TokenRelations, readable_tokens
 from lenslrp.analysis.units.residual import (
     as_read,
     as_written,
@@ -327,12 +328,28 @@ def sign_cases(model: TransformerBridge, neuron: Neuron, k: int = 5) -> pd.DataF
     return pd.DataFrame(records)
 
 
-def neuron_writes(model: TransformerBridge, layer: int, neuron: int, k: int = 5) -> list[str]:
+def neuron_writes(
+    model: TransformerBridge,
+    layer: int,
+    neuron: int,
+    k: int = 5,
+    relations: TokenRelations | None = None,
+) -> list[str]:
     """The ``k`` tokens whose logits an active MLP neuron raises most, best first.
 
     Short for ``writes(model, Neuron(layer, neuron)).top(k)["token"]``.
 
+    Args:
+        model: a ``TransformerBridge``.
+        layer, neuron: which.
+        k: how many tokens at most.
+        relations: of the model's tokens. With it only what makes the list readable is given, and
+            nothing where it is not (`lenslrp.analysis.units.readability`).
+
     Raises:
         InputError: as `writes`.
     """
-    return list(writes(model, Neuron(layer, neuron)).top(k)["token"])
+    scores = writes(model, Neuron(layer, neuron))
+    if relations is not None:
+        return readable_tokens(relations, scores, k)
+    return list(scores.top(k)["token"])
