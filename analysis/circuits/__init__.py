@@ -2,6 +2,7 @@
 
 from lenslrp.analysis.circuits.curves import faithfulness_curve
 from lenslrp.analysis.circuits.edges import EdgeScores, score_edges
+from lenslrp.analysis.circuits.ensembles import ensemble
 from lenslrp.analysis.circuits.export import to_transformer_lens
 from lenslrp.analysis.circuits.figures import faithfulness_curves, head_scores
 from lenslrp.analysis.circuits.graph.cost import GraphEstimate
@@ -40,6 +41,7 @@ __all__ = [
     "Verdict",
     "attribution_graph",
     "completeness",
+    "ensemble",
     "estimate_graph",
     "faithfulness_curve",
     "faithfulness_curves",

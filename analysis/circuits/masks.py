@@ -31,6 +31,7 @@ from lenslrp.analysis.circuits.scores import NodeScores
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import unchanged
+from lenslrp.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -127,7 +128,7 @@ def learn_masks(
                 start[ranking(mean, by, generator)] = _ranked(len(start))
         sizes = _sizes([len(each) for each in odds], shares)
         optimizer = torch.optim.Adam([each.requires_grad_() for each in odds], lr=rate)
-        for step in range(steps):
+        for step in progress_bar("masks", range(steps)):
             part = parts[step % len(parts)]
             drawn = torch.randint(len(sizes), part.clean.shape, generator=generator)
             keep: dict[str, Tensor] = {}

@@ -34,6 +34,7 @@ from lenslrp.analysis.common.statistics import RESAMPLES
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import unchanged
+from lenslrp.progress import progress_bar
 from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
@@ -328,7 +329,7 @@ def verify(
     measured = metric_of(metric, [circuit.metric for circuit in circuits])
     with unchanged(model):
         for part in ablations(model, pairs, components, measured, ablation, reference, chunk):
-            tried = torch.stack([part.run(each.keep) for each in circuits])
+            tried = torch.stack([part.run(c.keep) for c in progress_bar("circuits", circuits)])
             parts.append((part.clean, part.floor, tried))
     clean, floor, gaps = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
     correct = answered(model, pairs, measured, clean, PassCount())

@@ -20,6 +20,7 @@ from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.sites import widest
 from lenslrp.inputs import prepare_text
+from lenslrp.progress import progress_bar
 from lenslrp.reductions import Deliver
 from lenslrp.sessions import Session
 from lenslrp.text.names import token_id
@@ -157,7 +158,7 @@ def relevance_direction(
         weight = weight.to(x) + relevance.abs().sum()
 
     with Session(model, ledger=False, logits="target", stays=False) as session:
-        for text, target in zip(texts, targets, strict=True):
+        for text, target in progress_bar("texts", list(zip(texts, targets, strict=True))):
             session.run_with_relevance(
                 text, target, at, reduce={at: Deliver(add)}, prepend_bos=prepend_bos
             )
