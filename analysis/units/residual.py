@@ -97,33 +97,26 @@ def _branches(model: TransformerBridge, hook: str) -> Iterator[tuple[Any, Side, 
     layer = layer_of(hook)
     if layer is not None:
         block = block_of(model, layer, side)
-        for part in ("attn", "mlp"):
-            if block._modules.get(part) is not None:
-                yield block, side, part, block._modules[part]
+        for name in ("attn", "self_attn", "cross_attn", "mlp"):
+            if block._modules.get(name) is not None:
+                yield block, side, name.removeprefix("self_"), block._modules[name]
 
 
 def _norm_after(model: TransformerBridge, hook: str) -> nn.Module | None:
     """The norm between a branch's output, where it is at a hook point, and the stream."""
-    point = model.hook_dict[hook]
-    return next(
-        (
-            branch_norm(block, part)
-            for block, _, part, branch in _branches(model, hook)
-            if point is branch.hook_out
-        ),
-        None,
-    )
+    for block, _, part, branch in _branches(model, hook):
+        if branch.hook_out is model.hook_dict.get(hook):
+            return branch_norm(block, part)
+    return None
 
 
 def _norm_before(model: TransformerBridge, hook: str) -> nn.Module | None:
     """The norm between the stream and a hook point: a branch's input, or of that norm itself."""
-    point = model.hook_dict[hook]
     for block, side, part, branch in _branches(model, hook):
-        norm: Any = input_norm(model, block, side, part)
-        if norm is not None and any(
-            point is behind for behind in (branch.hook_in, norm.hook_out, norm.hook_normalized)
-        ):
-            return norm  # type: ignore[no-any-return]
+        norm = input_norm(model, block, side, part)
+        shown = [getattr(norm, name, branch.hook_in) for name in ("hook_out", "hook_normalized")]
+        if any(model.hook_dict.get(hook) is point for point in (branch.hook_in, *shown)):
+            return norm
     return None
 
 
