@@ -10,7 +10,7 @@ Its viewers know features of transcoders and of attention, reconstruction errors
 logits. Features of any coder are given the first type; neurons and heads are given types, too, and
 named in `clerp` for what they are. What a graph keeps as `rest` or as absorbed has no place there;
 the description says how much of the target it is. Supernodes are pinned, or viewers do not show
-them.
+them, and so are pinned nodes.
 """
 
 from __future__ import annotations
@@ -101,7 +101,10 @@ def to_neuronpedia(
             },
         },
         "qParams": {
-            "pinnedIds": [node for _, *members in supernodes for node in members],
+            "pinnedIds": list(dict.fromkeys(
+                [*(node for _, *members in supernodes for node in members),
+                 *(ids[node] for node in graph.pinned)]
+            )),
             "supernodes": supernodes, "linkType": "both", "clickedId": "", "sg_pos": "",
         },
         "nodes": nodes,
