@@ -18,11 +18,13 @@ from lenslrp.analysis.circuits.graph.supernodes import (
     labelled_nodes,
     merged_edges,
     similar_nodes,
+    unit_of,
     vocabulary_labels,
 )
 from lenslrp.analysis.circuits.nodes import largest
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.analysis.units.kinds import Unit
 from lenslrp.targets import Explained
 
 if TYPE_CHECKING:
@@ -114,6 +116,21 @@ class AttributionGraph:
         return frame.assign(source_label=frame["source"].map(labels),
                             target_label=frame["target"].map(labels))  # fmt: skip
 
+    def unit(self, node: str) -> Unit:
+        """The feature, neuron or head that a node is, at all positions: what `steer` moves.
+
+        Args:
+            node: its id.
+
+        Raises:
+            InputError: a node that is no unit, such as a token, or that the graph does not have.
+
+        Examples:
+            >>> with steer(model, Ablate(graph.unit("blocks.5.attn.hook_z[2]@4")), prompt=[4]):
+            ...     without = model(prompt)
+        """
+        return unit_of(self, node)
+
     def group(self, groups: Mapping[str, Iterable[str]]) -> AttributionGraph:
         """The same graph with supernodes, in the place of those that it has.
 
@@ -183,7 +200,10 @@ class AttributionGraph:
         return replace(self, nodes=labelled_nodes(self, labels))
 
     def vocabulary_labels(self, model: TransformerBridge, k: int = 3) -> dict[str, str]:
-        """Labels for features and neurons: the `k` tokens that what they write promotes most.
+        """Labels for features and neurons: up to `k` related tokens that what they write promotes.
+
+        Where the ten highest are not related (`lenslrp.analysis.units.readability`) there is no
+        label: any direction has ten highest tokens.
 
         Raises:
             InputError: a feature that does not write to the residual stream.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from lenslrp.analysis.circuits.replacement import features_key
 from lenslrp.analysis.units.kinds import Feature, Neuron, Unit
 from lenslrp.analysis.units.parsing import parse_unit
 from lenslrp.analysis.units.projection import VocabularyScores, reads, writes
+from lenslrp.analysis.units.readability import UNREADABLE, TokenRelations, readable_tokens
 from lenslrp.errors import InputError
 
 if TYPE_CHECKING:
@@ -176,7 +178,7 @@ def _of_decoders(graph: AttributionGraph, nodes: pd.DataFrame) -> Matrix:
     """Cosines of what features write; 0 between coders of different widths."""
     coders = {features_key(coder): coder for coder in graph.coders}
     rows = [
-        coders[hook].W_dec[unit].detach().double().cpu().numpy()
+        coders[hook].writes(unit).detach().double().cpu().numpy()
         for hook, unit in zip(nodes["hook"], nodes["unit"], strict=True)
     ]
     similarity = np.zeros((len(rows), len(rows)))
@@ -208,6 +210,16 @@ def unit_text(node: str) -> str:
     return node.rpartition("@")[0] or node
 
 
+def unit_of(graph: AttributionGraph, node: str) -> Unit:
+    """See `AttributionGraph.unit`."""
+    found = graph.nodes[graph.nodes["id"] == node]
+    if len(found) != 1:
+        raise InputError(f"the graph has no node {node!r}")
+    hook, unit = str(found["hook"].iloc[0]), int(found["unit"].iloc[0])
+    coder = next((coder for coder in graph.coders if features_key(coder) == hook), None)
+    return parse_unit(unit_text(node)) if coder is None else Feature(coder, unit)
+
+
 def labelled_nodes(graph: AttributionGraph, labels: Mapping[str, str]) -> pd.DataFrame:
     """`graph.nodes` with labels by id, or by the text of the unit.
 
@@ -224,38 +236,39 @@ def labelled_nodes(graph: AttributionGraph, labels: Mapping[str, str]) -> pd.Dat
 
 
 def vocabulary_labels(graph: AttributionGraph, model: TransformerBridge, k: int) -> dict[str, str]:
-    """Text of a feature or neuron -> the tokens that what it writes promotes most."""
-    return {
-        text: _listed(writes(model, unit), k)
+    """Text of a feature or neuron -> the tokens that what it writes promotes, where readable."""
+    relations = TokenRelations.of(model, "writes")
+    labels = {
+        text: _listed(relations, writes(model, unit), k)
         for text, unit in units_of(graph).items()
         if isinstance(unit, Feature | Neuron)
     }
+    return {text: label for text, label in labels.items() if label}
 
 
 def vocabulary_notes(graph: AttributionGraph, model: TransformerBridge, k: int) -> dict[str, str]:
     """Id of a feature, neuron or head -> the tokens that it writes and reads most."""
+    of = cache(partial(TokenRelations.of, model))
     notes = {}
     for text, unit in units_of(graph).items():
         try:
-            read = (f"{name}: {_listed(scores, k)}" for name, scores in reads(model, unit).items())
-            notes[text] = f"writes {_listed(writes(model, unit), k)}; reads {'; '.join(read)}"
-        except InputError as error:  # what it writes or reads is not the residual stream
+            read = {name: _listed(of("reads"), s, k) for name, s in reads(model, unit).items()}
+            lists = {"writes": _listed(of("writes"), writes(model, unit), k)} | {
+                f"reads ({name})": tokens for name, tokens in read.items()
+            }
+        except InputError as error:  # what it writes or reads is no token
             notes[text] = str(error)
+            continue
+        notes[text] = "; ".join(f"{role} {x or UNREADABLE}" for role, x in lists.items())
     return {node: notes[unit_text(node)] for node in graph.nodes["id"] if unit_text(node) in notes}
 
 
 def units_of(graph: AttributionGraph) -> dict[str, Unit]:
     """Text -> the unit of every feature, neuron and head of the graph."""
-    coders = {features_key(coder): coder for coder in graph.coders}
-    units: dict[str, Unit] = {}
-    for node in graph.nodes.to_dict("records"):
-        text = unit_text(node["id"])
-        if node["kind"] == "feature":
-            units[text] = Feature(coders[node["hook"]], node["unit"])
-        elif node["kind"] in ("neuron", "head"):
-            units[text] = parse_unit(text)
-    return units
+    of_units = graph.nodes[graph.nodes["kind"].isin(["feature", "neuron", "head"])]
+    return {unit_text(node): unit_of(graph, node) for node in of_units["id"]}
 
 
-def _listed(scores: VocabularyScores, k: int) -> str:
-    return ", ".join(str(token).strip() for token in scores.top(k)["token"])
+def _listed(relations: TokenRelations, scores: VocabularyScores, k: int) -> str:
+    """What the highest tokens have in common; empty where they have nothing."""
+    return ", ".join(token.strip() for token in readable_tokens(relations, scores, k))

@@ -18,6 +18,7 @@ from lenslrp.analysis.circuits.graph.export import pairing
 from lenslrp.analysis.circuits.graph.picture import graph_svg
 from lenslrp.analysis.circuits.graph.result import AttributionGraph
 from lenslrp.analysis.circuits.graph.supernodes import clusters
+from lenslrp.analysis.units import readability
 from lenslrp.errors import InputError
 from lenslrp.targets import Logit
 from tests.unit.analysis.circuits.test_graph_views import SCHEMA
@@ -64,6 +65,16 @@ def test_nodes_say_what_they_are(graph: AttributionGraph) -> None:
     order = {hook: i for i, hook in enumerate(dict.fromkeys(graph.nodes["hook"]))}
     assert order["blocks.1.hook_resid_pre[sae]"] < order["blocks.1.attn.hook_z"]
     assert order["blocks.1.attn.hook_z"] < order["blocks.1.mlp.hook_in[tc]"]
+
+
+def test_nodes_are_units_that_are_steered(graph: AttributionGraph) -> None:
+    kinds = graph.nodes.set_index("id")["kind"]
+    for node, kind in kinds[kinds.isin(["feature", "head"])].items():
+        assert str(graph.unit(node)) == node.rpartition("@")[0]
+        assert isinstance(graph.unit(node), Feature) == (kind == "feature")
+    for other, message in (("token@0", "'token' is no neuron"), ("H0.1", "has no node 'H0.1'")):
+        with pytest.raises(InputError, match=message):
+            graph.unit(other)
 
 
 def test_supernodes_hold_the_edges_of_their_members(graph: AttributionGraph) -> None:
@@ -117,8 +128,12 @@ def test_average_linkage() -> None:
     assert clusters(similarity, 0.06) == [[0, 1, 2, 3]]  # (0 + 0 + .2) / 3
 
 
-def test_names_come_from_tables_and_from_the_vocabulary(graph: AttributionGraph) -> None:
+def test_names_come_from_tables_and_from_the_vocabulary(
+    graph: AttributionGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny("llama", tokenizer=word_tokenizer())
+    assert graph.vocabulary_labels(model, 2) == {}  # random rows: nothing can be read
+    monkeypatch.setattr(readability, "CHANCE", 45)  # all tokens of a list are related
     labels = graph.vocabulary_labels(model, 2)
     node = graph.nodes[graph.nodes["kind"] == "feature"].to_dict("records")[0]
     text = node["id"].rpartition("@")[0]
@@ -161,6 +176,15 @@ def test_the_file_holds_features_errors_and_supernodes(
         if node["kind"] == "error":
             assert theirs["feature_type"] == "mlp reconstruction error"
             assert theirs["feature"] == -1 and theirs["node_id"].startswith(f"{layer}_-1_")
+        heads = node["kind"] == "head"
+        assert heads == ("qk_tracing_results" in theirs)
+        for via in "qk" if heads else "":
+            traced = theirs["qk_tracing_results"][f"top_{via}_marginal_contributors"]
+            edges = graph.edges[(graph.edges["target"] == node["id"]) & (graph.edges["via"] == via)]
+            sizes = [abs(weight) for _, weight in traced]
+            assert sizes == sorted(sizes, reverse=True) and len(traced) == min(10, len(edges))
+            known = dict(zip(edges["source"].map(ids), edges["relevance"], strict=True))
+            assert all(known[source] == weight for source, weight in traced)
     assert seen == {True, False}  # the second coder of layer 1 has ids of its own
     texts = {theirs["clerp"] for theirs in made["nodes"]}
     assert "cities" in texts and "error 1.0" in texts

@@ -33,7 +33,8 @@ from tests.unit.tiny import tiny, word_tokenizer
 HOSTILE = ["<bos>", "</script><script>alert(1)</script>", *(t for t in NASTY if t != "\udc80")]
 
 # What github.com/hijohnnylin/neuronpedia asks of a graph (apps/webapp/app/api/graph/
-# graph-schema.json, read in November 2026): what is required, and the types of what we write.
+# graph-schema.json, of April 2026, read in November): what is required, and the types of what we
+# write.
 STRING, NUMBER, INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 OPTIONAL = {"type": ["number", "null"]}
 
@@ -45,6 +46,8 @@ def an_object(required: str, **properties: Any) -> dict[str, Any]:
 def a_list(items: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": items}
 
+
+CONTRIBUTOR = {"type": "array", "minItems": 2, "maxItems": 2, "items": [STRING, NUMBER]}
 
 SCHEMA = an_object(
     "metadata qParams nodes links",
@@ -83,6 +86,12 @@ SCHEMA = an_object(
             clerp=STRING,
             influence=OPTIONAL,
             activation=OPTIONAL,
+            qk_tracing_results=an_object(
+                "pair_wise_contributors top_q_marginal_contributors top_k_marginal_contributors",
+                pair_wise_contributors=a_list({"type": "array"}),
+                top_q_marginal_contributors=a_list(CONTRIBUTOR),
+                top_k_marginal_contributors=a_list(CONTRIBUTOR),
+            ),
             token_prob=NUMBER,
             is_target_logit={"type": "boolean"},
             run_idx=INTEGER,
