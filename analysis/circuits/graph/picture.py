@@ -32,7 +32,7 @@ from lenslrp.analysis.circuits.graph.layout import (
     grid,
     lay_out,
 )
-from lenslrp.analysis.circuits.graph.shown import FAINT, Shown, shown_at
+from lenslrp.analysis.circuits.graph.shown import FAINT, ShownNodes, shown_at
 from lenslrp.analysis.views.drawing import LIGHT, Theme
 from lenslrp.files import whole
 from lenslrp.text.visible_text import visible
@@ -88,7 +88,7 @@ class Picture:
     """A graph, what of it is shown, and where."""
 
     graph: AttributionGraph
-    shown: Shown
+    shown: ShownNodes
     cells: Grid
     layout: Layout
     labels: Mapping[str, str]
@@ -108,7 +108,7 @@ def picture_of(graph: AttributionGraph, count: int) -> Picture:
     if labels[last] == "target":
         labels[last] = target_name(graph)
         room = text_width(labels[last]) + 2 * _PADDING
-        widths[last] = min(WIDEST_NODE, max(WIDTH, math.ceil(room)))
+        widths[last] = float(min(WIDEST_NODE, max(WIDTH, math.ceil(room))))
     cells = grid(graph.nodes, shown.order)
     layout = lay_out(graph.nodes, cells, set(shown.boxes.values()), widths)
     named = {node: name for name, members in graph.supernodes.items() for node in members}
