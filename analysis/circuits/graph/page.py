@@ -60,8 +60,8 @@ margin:.6em 0;font-size:.9em}}
 background:var(--llrp-bg);border:1px solid var(--llrp-muted);border-radius:6px;padding:.1em .5em}}
 .lenslrp-graph button{{cursor:pointer}}
 .lenslrp-graph .panel{{position:sticky;bottom:0;background:var(--llrp-bg);\
-border-top:1px solid var(--llrp-line);padding:.6em 0;min-height:9.5em;display:grid;gap:.2em 2.5em;\
-grid-template-columns:repeat(auto-fit,minmax(17em,1fr));font-size:.93em;overflow-wrap:anywhere}}
+border-top:1px solid var(--llrp-line);padding:.6em 0;min-height:9.5em;display:grid;gap:.2em 1.5em;\
+grid-template-columns:repeat(auto-fit,minmax(12em,1fr));font-size:.93em;overflow-wrap:anywhere}}
 .lenslrp-graph .panel table{{width:auto}}
 .lenslrp-graph .state{{white-space:pre-wrap;overflow-wrap:anywhere;margin:.4em 0;\
 font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}}

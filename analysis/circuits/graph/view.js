@@ -301,7 +301,7 @@
     card.querySelectorAll(".tools,.panel").forEach((e) => { e.hidden = false; });
     draw();
     const target = nodes[nodes.length - 1].x - svg.viewBox.baseVal.x;
-    frame.scrollLeft = target + 2 * size.width - frame.clientWidth;
+    frame.scrollLeft = target - 2 * size.width; // as far to the right as the target stays in view
   }
 
   // A notebook may attach the picture after its script.
