@@ -26,6 +26,7 @@ from uuid import uuid4
 
 import torch
 
+from lenslrp.analysis.views.document import html_document
 from lenslrp.analysis.views.drawing import LIGHT
 from lenslrp.errors import InputError
 from lenslrp.tables import mixer_label
@@ -119,6 +120,10 @@ class View:
     page: NotebookPage = field(default_factory=NotebookPage, repr=False)
 
     def _repr_html_(self) -> str:
+        return "".join(self._parts())
+
+    def _parts(self) -> tuple[str, str, str]:
+        """The view, the script that draws it, and the bundle where this view holds it."""
         element = f"lenslrp-cv-{uuid4().hex}"
         note = f'<div style="font-size:12px;color:#57606a">{escape(self.note)}</div>'
         draw = _DRAW.format(
@@ -129,22 +134,20 @@ class View:
         )
         # CircuitsVis draws dark on nothing; its own white card keeps it legible on dark pages.
         card = "background:#fff;color:#1b1f24;padding:12px;border-radius:8px;margin:8px 0"
-        return (
+        view = (
             f'<div style="{card}"><div id="{element}">{self.fallback}</div>'
-            f"{note if self.note else ''}</div>{draw}"
-            f"{_bundle() if self.page._holds_bundle(self) else ''}"
+            f"{note if self.note else ''}</div>"
         )
+        return view, draw, _bundle() if self.page._holds_bundle(self) else ""
 
     def __html__(self) -> str:
         return self._repr_html_()
 
     def __str__(self) -> str:
         """A complete HTML page that needs no network."""
-        standalone = View(self.component, self.props, self.fallback, self.note)
-        return (
-            '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>LensLRP</title>'
-            f"</head><body>{standalone._repr_html_()}</body></html>"
-        )
+        parts = View(self.component, self.props, self.fallback, self.note)._parts()
+        scripts = [s.removeprefix("<script>").removesuffix("</script>") for s in parts[1:]]
+        return html_document("LensLRP", "".join(parts), scripts=scripts)
 
 
 def _finite(values: Tensor) -> tuple[Any, float, str]:

@@ -10,8 +10,8 @@ Its viewers know features of transcoders and of attention, reconstruction errors
 logits. Features of any coder are given the first type; neurons and heads are given types, too, and
 named in `clerp` for what they are. What a graph keeps as `rest` or as absorbed has no place there;
 the description says how much of the target it is. Supernodes are pinned, or viewers do not show
-them. Where edges into a head are told apart by query, key and value, the strongest of the first two
-are its `qk_tracing_results`; all three are in its links.
+them, and so are pinned nodes. Where edges into a head are told apart by query, key and value, the
+strongest of the first two are its `qk_tracing_results`; all three are in its links.
 """
 
 from __future__ import annotations
@@ -112,7 +112,10 @@ def to_neuronpedia(
             },
         },
         "qParams": {
-            "pinnedIds": [node for _, *members in supernodes for node in members],
+            "pinnedIds": list(dict.fromkeys(
+                [*(node for _, *members in supernodes for node in members),
+                 *(ids[node] for node in graph.pinned)]
+            )),
             "supernodes": supernodes, "linkType": "both", "clickedId": "", "sg_pos": "",
         },
         "nodes": nodes,

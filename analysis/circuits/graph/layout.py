@@ -14,27 +14,23 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-WIDTH, HEIGHT = 76.0, 20.0
+WIDTH, HEIGHT = 74.0, 20.0
 """Of a node, in units of the drawing."""
 
 WIDEST_NODE = 2.5 * WIDTH
 """Of the target, which is named in full."""
 
-GAP, LINE, RISE = 8.0, 26.0, 60.0
+GAP, LINE, RISE = 8.0, 26.0, 58.0
 """Between slots; from line to line of a row; from row to row."""
 
-SLOTS = (0, 1, -1, 2, -2)
+SLOTS = (0, 1, -1, 2)
 """Where the nodes of one position and row stand beside each other: the first in the middle."""
 
-SWINGS = 56.0 * np.array([0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5])
+SWINGS = 50.0 * np.array([0, 1, -1, 2, -2, 3, -3, 4, -4])
 """How far to the side an edge's curve may be drawn."""
 
-MARGIN = 96.0
+MARGIN = 84.0
 """On the left, where rows are named."""
-
-SIZES = {"width": WIDTH, "height": HEIGHT, "gap": GAP, "line": LINE, "rise": RISE,
-         "margin": MARGIN, "swings": SWINGS.tolist()}  # fmt: skip
-"""What `view.js` is told."""
 
 Cell = tuple[int, int]
 

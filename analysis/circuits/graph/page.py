@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 from lenslrp.analysis.circuits.graph.picture import FONT, entered, graph_svg, svg_rules
 from lenslrp.analysis.circuits.graph.supernodes import unit_text, units_of, vocabulary_notes
 from lenslrp.analysis.views.document import html_document, write_document
+from lenslrp.analysis.views.drawing import DARK, LIGHT
 from lenslrp.errors import InputError
 from lenslrp.text.visible_text import visible
-from lenslrp.views.heatmap import card, token_html
+from lenslrp.views.heatmap import card, themed, token_html
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -32,10 +33,17 @@ SCRIPT = (files(__package__) / "view.js").read_text(encoding="utf-8")
 _LISTED = 25
 _TOKENS = 5
 
+_EDGES = [f"--positive:{theme.positive};--negative:{theme.negative}" for theme in (LIGHT, DARK)]
+_COLOURS = {
+    "ink": "var(--llrp-fg)", "muted": "var(--llrp-muted)", "paper": "var(--llrp-bg)",
+    "positive": "var(--positive)", "negative": "var(--negative)",
+}  # fmt: skip
+
 GRAPH_STYLE = f"""<style>
 {card("lenslrp-graph")}
+{themed("lenslrp-graph", *_EDGES)}
 .lenslrp-graph{{font:14px/1.45 {FONT};max-width:none}}
-{svg_rules(".lenslrp-graph ", "var(--llrp-fg)", "var(--llrp-muted)", "var(--llrp-bg)")}
+{svg_rules(".lenslrp-graph ", _COLOURS)}
 .lenslrp-graph .frame{{overflow-x:auto}}
 .lenslrp-graph svg{{display:block;margin:0 auto}}
 .lenslrp-graph[data-ready] .node{{cursor:pointer}}
@@ -52,8 +60,8 @@ margin:.6em 0;font-size:.9em}}
 background:var(--llrp-bg);border:1px solid var(--llrp-muted);border-radius:6px;padding:.1em .5em}}
 .lenslrp-graph button{{cursor:pointer}}
 .lenslrp-graph .panel{{position:sticky;bottom:0;background:var(--llrp-bg);\
-border-top:1px solid var(--llrp-line);padding:.6em 0;min-height:9.5em;display:grid;gap:.2em 2.5em;\
-grid-template-columns:repeat(auto-fit,minmax(17em,1fr));font-size:.93em;overflow-wrap:anywhere}}
+border-top:1px solid var(--llrp-line);padding:.6em 0;min-height:9.5em;display:grid;gap:.2em 1.5em;\
+grid-template-columns:repeat(auto-fit,minmax(12em,1fr));font-size:.93em;overflow-wrap:anywhere}}
 .lenslrp-graph .panel table{{width:auto}}
 .lenslrp-graph .state{{white-space:pre-wrap;overflow-wrap:anywhere;margin:.4em 0;\
 font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}}
@@ -65,10 +73,10 @@ background:none;border:0;border-bottom:1px solid var(--llrp-line);color:inherit}
 </style>"""
 
 _TOOLS = """<div class="tools" hidden>
-<label>Nodes <input type="range" data-do="count" min="2" max="{total}" value="{count}">\
+<label>Nodes <input type="range" data-do="count" min="1" max="{total}" value="{count}">\
 <output>{shown} of {total}</output></label>
 <label><input type="checkbox" data-do="faint"> faint edges</label>
-<label>Name <input data-do="name" size="10" autocomplete="off"></label>
+<label>Name <input data-do="name" size="8" autocomplete="off"></label>
 <button type="button" data-do="rename">Rename</button>
 <button type="button" data-do="group">Group</button>
 <button type="button" data-do="ungroup">Ungroup</button>
@@ -98,14 +106,13 @@ def graph_html(
     prompt = graph.prompt or "".join(graph.str_tokens)
     tools = _TOOLS.format(total=len(graph.nodes), count=count, shown=min(count, len(graph.nodes)))
     return (
-        f'<div class="lenslrp-graph">{GRAPH_STYLE}'
+        f'<div><div class="lenslrp-graph">{GRAPH_STYLE}'
         f'<div style="font-weight:600"><bdi>{escape(visible(str(graph.explained)))}</bdi></div>'
         f'<div class="muted"><bdi>{escape(visible(prompt))}</bdi></div>{tools}'
         f'<div class="frame">{svg}</div><div class="panel" role="status" hidden></div>'
-        f'<pre class="state" hidden></pre>'
-        f'<div class="muted" style="font-size:.85em">{escape(_note(graph))}'
-        "</div>"
-        f"{_table(graph)}{_pages(graph, pages or {})}</div><script>{SCRIPT}</script>"
+        '<pre class="state" hidden></pre>'
+        f'<div class="muted" style="font-size:.85em">{escape(_note(graph))}</div>'
+        f"{_table(graph)}</div>{_pages(graph, pages or {})}</div><script>{SCRIPT}</script>"
     )
 
 
@@ -159,8 +166,7 @@ def graph_page(
     shown = graph_html(graph, count, notes, pages)
     if path is None:
         return shown
-    style = "body{margin:0}@media(prefers-color-scheme:dark){body{background:#15181d}}"
-    page = html_document(str(graph.explained), shown, style=style, scripts=[SCRIPT])
+    page = html_document(str(graph.explained), shown, scripts=[SCRIPT])
     write_document(Path(path), page)
     return page
 

@@ -13,14 +13,18 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenslrp.analysis.circuits.graph.layout import (
+    GAP,
     HEIGHT,
-    SIZES,
+    LINE,
+    MARGIN,
+    RISE,
+    SWINGS,
     WIDEST_NODE,
     WIDTH,
     Grid,
@@ -28,7 +32,7 @@ from lenslrp.analysis.circuits.graph.layout import (
     grid,
     lay_out,
 )
-from lenslrp.analysis.circuits.graph.shown import Shown, shown_at
+from lenslrp.analysis.circuits.graph.shown import FAINT, ShownNodes, shown_at
 from lenslrp.analysis.views.drawing import LIGHT, Theme
 from lenslrp.files import whole
 from lenslrp.text.visible_text import visible
@@ -48,22 +52,34 @@ MARK = "<desc>LensLRP</desc>"
 """What every SVG file of ours holds near its beginning."""
 
 _PADDING = 8.0
+SIZES = {
+    "width": WIDTH, "height": HEIGHT, "gap": GAP, "line": LINE, "rise": RISE, "margin": MARGIN,
+    "padding": _PADDING, "swings": SWINGS.tolist(), "faint": FAINT, "widest": WIDEST,
+}  # fmt: skip
+"""What `view.js` is told."""
+
 _AROUND = re.compile(r"^(top )?logit( of| difference)? | at position -?\d+$")
 _ROUND = {"token": 2.0, "target": 2.0, "error": 2.0, "head": 4.0, "recurrent head": 4.0}
 
 
-def svg_rules(scope: str, ink: str, muted: str, paper: str, font: str = FONT) -> str:
-    """The style rules of the picture below the selector `scope`."""
-    rules = f"""text{{font:{SIZE:.0f}px {font};fill:{ink};pointer-events:none}}
-.row{{fill:{muted}}}
-.paper{{fill:{paper}}}
-.tint{{stroke:{muted}}}
+def svg_rules(scope: str, colours: Mapping[str, str], font: str = FONT) -> str:
+    """The style rules of the picture below the selector `scope`.
+
+    Args:
+        scope: such as `".lenslrp-graph "`, or `""` for all.
+        colours: of `ink`, `muted`, `paper`, `positive` and `negative`: those of a `Theme`.
+        font: of all letters.
+    """
+    rules = f"""text{{font:{SIZE:.0f}px {font};fill:{colours["ink"]};pointer-events:none}}
+.row{{fill:{colours["muted"]}}}
+.paper{{fill:{colours["paper"]}}}
+.tint{{stroke:{colours["muted"]}}}
 .tint.error{{stroke-dasharray:3 2}}
-.pinned .tint,.grouped .tint{{stroke:{ink};stroke-width:2}}
+.pinned .tint,.grouped .tint{{stroke:{colours["ink"]};stroke-width:2}}
 .grouped .tint{{fill-opacity:0}}
 path{{fill:none;stroke-opacity:.55}}
-.plus{{stroke:rgb{POSITIVE}}}
-.minus{{stroke:rgb{NEGATIVE};stroke-dasharray:5 3}}"""
+.plus{{stroke:{colours["positive"]}}}
+.minus{{stroke:{colours["negative"]};stroke-dasharray:5 3}}"""
     return re.sub(r"^|(?<=,)(?=\.grouped)", scope, rules, flags=re.MULTILINE)
 
 
@@ -72,7 +88,7 @@ class Picture:
     """A graph, what of it is shown, and where."""
 
     graph: AttributionGraph
-    shown: Shown
+    shown: ShownNodes
     cells: Grid
     layout: Layout
     labels: Mapping[str, str]
@@ -92,7 +108,7 @@ def picture_of(graph: AttributionGraph, count: int) -> Picture:
     if labels[last] == "target":
         labels[last] = target_name(graph)
         room = text_width(labels[last]) + 2 * _PADDING
-        widths[last] = min(WIDEST_NODE, max(WIDTH, math.ceil(room)))
+        widths[last] = float(min(WIDEST_NODE, max(WIDTH, math.ceil(room))))
     cells = grid(graph.nodes, shown.order)
     layout = lay_out(graph.nodes, cells, set(shown.boxes.values()), widths)
     named = {node: name for name, members in graph.supernodes.items() for node in members}
@@ -154,7 +170,7 @@ def svg_file(graph: AttributionGraph, count: int, theme: Theme) -> str:
     left, top, width, height = picture.layout.frame(picture.edges)
     box = f'x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}"'
     font = 'Helvetica,Arial,"DejaVu Sans",sans-serif'
-    rules = svg_rules("", theme.ink, theme.muted, theme.paper, font)
+    rules = svg_rules("", asdict(theme), font)
     parts = [*_rows(picture, left), *_edges(picture), *_nodes(picture, {})]
     inside = "\n".join(part for part in parts if ' display="none"' not in part.split(">", 1)[0])
     return (

@@ -30,7 +30,7 @@ in and out."""
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownNodes:
     """What is drawn.
 
     Attributes:
@@ -63,7 +63,7 @@ def drawing_order(graph: AttributionGraph) -> list[str]:
     return [ids[index] for index in order]
 
 
-def shown_at(graph: AttributionGraph, count: int) -> Shown:
+def shown_at(graph: AttributionGraph, count: int) -> ShownNodes:
     """What a picture of `count` nodes shows; pinned nodes and supernodes come on top.
 
     Raises:
@@ -89,4 +89,4 @@ def shown_at(graph: AttributionGraph, count: int) -> Shown:
         sizes == sizes.groupby(edges[end]).transform("max") for end in ("source", "target")
     ]
     drawn = (sizes >= FAINT * sizes.max()) | strongest[0] | strongest[1]
-    return Shown(order, boxes, edges.assign(drawn=drawn))
+    return ShownNodes(order, boxes, edges.assign(drawn=drawn))

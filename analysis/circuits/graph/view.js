@@ -3,7 +3,7 @@
 // What is shown is by the rule of shown.py, and where by the arithmetic of layout.py.
 (function () {
   "use strict";
-  const FAINT = 0.05, WIDEST = 9, LISTED = 6;
+  const LISTED = 6;
   const STEPS = Array.from({ length: 19 }, (_, i) => (i + 1) / 20);
   const HELP = "Point at a node, or reach it by Tab, for its edges and numbers. Click or Enter " +
     "chooses it, Shift with click or Space several, Escape none; the buttons above are for what " +
@@ -115,7 +115,7 @@
       edges.forEach((e) => hide(e.path, true));
       pairs.forEach((p) => {
         const value = Math.abs(p.value);
-        if (!tool.faint.checked && value < FAINT * limit
+        if (!tool.faint.checked && value < size.faint * limit
           && value !== most.a.get(p.a) && value !== most.b.get(p.b)) return;
         const points = curve(p.a, p.b, boxes), out = 0.75 * (points[1][0] - points[0][0]);
         [points[0][0], points[3][0]].forEach((x) => xs.push(x, x + out));
@@ -124,7 +124,7 @@
         hide(p.path, false);
         p.path.setAttribute("d", "M" + start + "C" + rest.join(" "));
         p.path.setAttribute("class", p.value >= 0 ? "plus" : "minus");
-        p.path.setAttribute("stroke-width", Math.max(0.6, WIDEST * value / limit).toFixed(2));
+        p.path.setAttribute("stroke-width", Math.max(0.6, size.widest * value / limit).toFixed(2));
         p.path.ends = [p.a, p.b];
         p.path.querySelector("title").textContent =
           nameOf(p.a) + " → " + nameOf(p.b) + ": " + signed(p.value);
@@ -149,7 +149,8 @@
         row.setAttribute("x", (left + 6).toFixed(1));
         row.setAttribute("y", ((rows.get(+row.dataset.row) || 0) + 4).toFixed(1));
       });
-      svg.setAttribute("viewBox", [left, top, right - left, height].map((v) => v.toFixed(1)).join(" "));
+      const box = [left, top, right - left, height];
+      svg.setAttribute("viewBox", box.map((v) => v.toFixed(1)).join(" "));
       svg.setAttribute("width", ((right - left) * zoom).toFixed(1));
       svg.setAttribute("height", (height * zoom).toFixed(1));
       tool.count.value = count;
@@ -162,7 +163,7 @@
     function fit(node, label) {
       const letters = Array.from(label);
       node.text.textContent = label;
-      while (letters.length && node.text.getComputedTextLength() > node.width - 8) {
+      while (letters.length && node.text.getComputedTextLength() > node.width - size.padding) {
         letters.pop();
         node.text.textContent = letters.join("") + "…";
       }
@@ -172,7 +173,7 @@
       return (value >= 0 ? "+" : "") + value.toPrecision(3);
     }
 
-    // The node that is pointed at, else the one that was chosen last.
+    // The node that is pointed at, else the first that is chosen.
     function highlight(pointed) {
       const shown = pointed || chosen()[0];
       svg.classList.toggle("on", !!shown);
@@ -204,18 +205,14 @@
     }
 
     function choose(node, more) {
-      const was = node.chosen;
-      if (!more) nodes.forEach((n) => { n.chosen = false; });
-      node.chosen = more ? !was : true;
-      tool.name.value = chosen().length === 1 ? nameOf(node) : "";
-      nodes.forEach((n) => n.g.classList.toggle("chosen", n.chosen));
-      nodes.forEach((n) => n.g.setAttribute("aria-pressed", n.chosen));
+      nodes.forEach((n) => { n.chosen = n === node ? !(more && n.chosen) : more && n.chosen; });
+      tool.name.value = chosen().length === 1 ? nameOf(chosen()[0]) : "";
+      draw();
       const units = members(node).map((n) => n.id.replace(/@-?\d+$/, ""));
-      card.querySelectorAll("details[data-unit]").forEach((page) => {
+      card.parentElement.querySelectorAll("details[data-unit]").forEach((page) => {
         page.open = !more && units.includes(page.dataset.unit);
         if (page.open) page.scrollIntoView({ block: "nearest" });
       });
-      highlight(node);
     }
 
     // The Python call that makes this picture again: JSON's strings are Python's, too.
@@ -241,7 +238,6 @@
     const actions = {
       count() { count = +tool.count.value; },
       faint() {},
-      name() {},
       rename() {
         const name = tool.name.value.trim();
         if (!name) return tool.name.focus();
@@ -269,10 +265,9 @@
         if (navigator.clipboard) navigator.clipboard.writeText(state.textContent).catch(() => {});
       },
     };
-    Object.entries(tool).forEach(([name, element]) => {
-      const event = element.type === "button" ? "click" : "input";
-      element.addEventListener(event, () => {
-        actions[name]();
+    Object.entries(actions).forEach(([name, act]) => {
+      tool[name].addEventListener(tool[name].type === "button" ? "click" : "input", () => {
+        act();
         if (name !== "copy") draw();
       });
     });
@@ -306,7 +301,7 @@
     card.querySelectorAll(".tools,.panel").forEach((e) => { e.hidden = false; });
     draw();
     const target = nodes[nodes.length - 1].x - svg.viewBox.baseVal.x;
-    frame.scrollLeft = target + 2 * size.width - frame.clientWidth;
+    frame.scrollLeft = target - 2 * size.width; // as far to the right as the target stays in view
   }
 
   // A notebook may attach the picture after its script.

@@ -16,7 +16,7 @@ from lenslrp.analysis.circuits.graph.page import GRAPH_STYLE
 from lenslrp.analysis.dictionary.pages.template import DARK_VARIABLES, LIGHT_VARIABLES, UNIT_STYLE
 from lenslrp.analysis.views.drawing import DARK, LIGHT, colour_map
 from lenslrp.analysis.views.report_template import STYLE as REPORT_STYLE
-from lenslrp.views.cards import result_card
+from lenslrp.views.cards import Face
 from lenslrp.views.heatmap import NEGATIVE, POSITIVE, STRONGEST, card, token_heatmap
 
 Colour = tuple[float, ...]
@@ -171,6 +171,6 @@ def test_what_cannot_be_read_would_be_found() -> None:
 def test_every_colour_of_a_text_is_among_them() -> None:
     """No style of ours names a colour for text but by the variables above."""
     heatmap = token_heatmap(["a", "b"], [1.0, -1.0])
-    for style in (GRAPH_STYLE, result_card("title"), heatmap, REPORT_STYLE):
+    for style in (GRAPH_STYLE, Face("title").html(), heatmap, REPORT_STYLE):
         for rule in re.findall(r"(?<![-\w])(?:color|fill):([^;}\"]+)", style):
             assert re.fullmatch(r"var\(--[\w-]+\)|inherit|none|rgba\(.*", rule), rule

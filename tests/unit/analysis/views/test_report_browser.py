@@ -124,6 +124,15 @@ def test_circuitsvis_draws_offline_and_executes_no_token(opened):
         assert visible(token) in text.replace("\xa0", " ")
 
 
+def test_a_circuitsvis_page_runs_its_own_scripts_and_no_other(opened):
+    pytest.importorskip("circuitsvis")
+    page = str(attention_heads(torch.eye(3).expand(2, 3, 3), HOSTILE[:3]))
+    assert "script-src 'sha256-" in page and "script-src 'unsafe-inline'" not in page
+    dom = opened(page.replace("</body>", f"<script>{MARK}</script></body>"))
+    assert 'id="owned"' not in dom
+    assert "<canvas" in dom
+
+
 def test_a_graph_is_ready_to_zoom_offline_and_executes_no_token(opened):
     tokens = [token for token in HOSTILE if token != "\udc80"]
     dom = opened(f"<!DOCTYPE html><body>{wide(tokens).to_html()}")
