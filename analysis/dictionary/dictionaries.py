@@ -75,10 +75,10 @@ class NeuronDictionary:
         require_manifest(path / MANIFEST, manifest)
         self.slots = read_slots(path / MANIFEST, manifest["slots"], plan)
         self._tables = UnitTables(path, plan, self.slots)
-        self.projections = Projections(
-            path / "vocabulary.parquet", manifest["vocabulary"], plan.units
-        )
+        lists = path / "vocabulary.parquet"
+        self.projections = Projections(lists, manifest["vocabulary"], plan.units)
         self.texts = Texts(path / "texts.sqlite")
+        self.encoded: dict[Any, tuple[TransformerBridge, Tensor]] = {}  # documents, by encoder
 
     @classmethod
     def build(

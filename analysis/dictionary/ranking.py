@@ -247,11 +247,14 @@ def find_meaning(
         InputError: an unknown criterion, or a model that is no sentence encoder.
     """
     d.require_criterion(criterion)
-    encode = lenslrp.load(ENCODER) if encoder is None else encoder
-    query = _vectors(encode, words).mean(dim=0)
     documents = d.citations.documents
-    texts = [d.texts.referenced([doc])[doc].text for doc in documents]
-    near = _vectors(encode, texts) @ torch.nn.functional.normalize(query, dim=0)
+    if encoder not in d.encoded:
+        encode = lenslrp.load(ENCODER) if encoder is None else encoder
+        texts = [d.texts.referenced([doc])[doc].text for doc in documents]
+        d.encoded[encoder] = encode, _vectors(encode, texts)
+    encode, vectors = d.encoded[encoder]
+    query = _vectors(encode, words).mean(dim=0)
+    near = vectors @ torch.nn.functional.normalize(query, dim=0)
     searched = np.array([name == criterion for name, _ in d.slots])
     total, weight = np.zeros(len(d)), np.zeros(len(d))
     best = np.full(len(d), -np.inf)
