@@ -153,8 +153,8 @@ def ends_of_lists(
             judged = (known[role].judged(end) for end in best.split(k, dim=1))
             statuses += [end.status.to(torch.int8) for end in judged]
             columns += [(role, name, side, rank) for side in LIST_ENDS for rank in range(k)]
-    whole = (torch.cat(parts, dim=1) for parts in (ids, values_of, statuses))
-    return Ends(columns, *whole, missing)
+    best, values, status = (torch.cat(parts, dim=1) for parts in (ids, values_of, statuses))
+    return Ends(columns, best, values, status, missing)
 
 
 def _both_ends(rows: Float[Tensor, "n d_vocab"], tokens: int) -> tuple[Tensor, Tensor]:

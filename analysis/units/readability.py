@@ -121,7 +121,8 @@ class TokenRows:
         chunks = self.rows.split(VOCABULARY_CHUNK)
         lengths = torch.cat([self.centred(some).norm(dim=1) for some in chunks]).cpu().log()
         low, middle, high = lengths.nanquantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        return lengths < middle + UNTRAINED * (high - low) / 1.349  # of a normal distribution
+        limit = float(middle + UNTRAINED * (high - low) / 1.349)  # of a normal distribution
+        return lengths < limit
 
 
 @dataclass(frozen=True, eq=False)
