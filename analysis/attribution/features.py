@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.analysis.units.cross_layer import require_one_layer
 from lenslrp.analysis.units.locations import known_hook
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
@@ -31,13 +32,14 @@ from lenslrp.hooks.rule_types import Rule
 from lenslrp.hooks.sites import widened
 from lenslrp.reductions import Deliver
 from lenslrp.sessions import Session
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-@dataclass(frozen=True, eq=False)
-class FeatureRelevance:
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureRelevance(Shown):
     """Relevance where one coder writes, told apart; in the target's unit (logits for a logit).
 
     Attributes:
@@ -110,20 +112,23 @@ class FeatureRelevance:
 
     def _text(self, row: int) -> tuple[list[int], list[str]]:
         """Of each column: its position in the row's text (negative at padding), and its token."""
-        cache, hook = self.cache, self.coder.hook_out or self.coder.hook
+        cache, hook = self.cache, self.coder.written_at
         text = cache.batch.of(hook, self.error)
         spelled = cache.str_tokens
         if text is cache.batch.decoder and cache.decoder_str_tokens is not None:
             spelled = cache.decoder_str_tokens
         return text.positions[row].tolist(), spelled[row]
 
-    def __repr__(self) -> str:
-        named = ((name, getattr(self, name)) for name in ("features", "bias", "skip", "error"))
-        parts = ", ".join(f"{name} {float(part.sum()):.3f}" for name, part in named)
-        return f"FeatureRelevance({self.coder.name}, {self.cache.target.text}: {parts})"
-
-    def _repr_html_(self) -> str:
-        return str(self.top().to_html())
+    def face(self) -> Face:
+        parts = {name: float(getattr(self, name).sum())
+                 for name in ("features", "bias", "skip", "error")}  # fmt: skip
+        return Face(
+            "Relevance of features",
+            {"coder": self.coder.name, "target": self.cache.target.text, **parts},
+            self.top(),
+            ["relevance"],
+            ["The largest in size, of the first row; in units of the target, as the parts."],
+        )
 
 
 def feature_relevance(
@@ -149,7 +154,8 @@ def feature_relevance(
 
     Raises:
         InputError: no coders, a hook point that the model lacks or that is not on the path of the
-            target, a coder of another width, or what `lenslrp.run_with_relevance` refuses.
+            target, a coder of another width, a layer of a cross-layer transcoder, or what
+            `lenslrp.run_with_relevance` refuses.
 
     Examples:
         >>> found = feature_relevance(model, "The capital of France is", " Paris", coder)[0]
@@ -158,7 +164,9 @@ def feature_relevance(
     coders = [coders] if isinstance(coders, SparseCoder) else list(coders)
     if not coders:
         raise InputError("give a coder, or several")
-    places = {coder.hook_out or coder.hook for coder in coders}
+    for coder in coders:
+        require_one_layer(coder, "feature_relevance")
+    places = {coder.written_at for coder in coders}
     inputs = {coder.hook for coder in coders} - places
     for hook in sorted(places | inputs):
         known_hook(model, hook)
@@ -187,7 +195,7 @@ def feature_relevance(
         _of_coder(
             coder,
             widened(read[coder.hook].detach()),
-            *delivered[coder.hook_out or coder.hook],
+            *delivered[coder.written_at],
             cache,
         )
         for coder in coders

@@ -17,7 +17,7 @@ by the example's strength, less the mean over all units.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,7 +43,7 @@ from lenslrp.errors import InputError
 from lenslrp.models.loading import load
 from lenslrp.text.names import token_ids
 from lenslrp.text.visible_text import running
-from lenslrp.views.cards import result_card
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -56,8 +56,8 @@ ROWS_AT_ONCE = 16_384
 TEXTS_AT_ONCE = 16
 
 
-@dataclass(frozen=True, eq=False)
-class RankedUnits:
+@dataclass(frozen=True, eq=False, repr=False)
+class RankedUnits(Shown):
     """Units by a concept, best first.
 
     Attributes:
@@ -73,8 +73,8 @@ class RankedUnits:
 
     words: tuple[str, ...]
     by: str
-    units: pd.DataFrame = field(repr=False)
-    missing: dict[str, str] = field(repr=False)
+    units: pd.DataFrame
+    missing: dict[str, str]
 
     def __len__(self) -> int:
         return len(self.units)
@@ -92,13 +92,13 @@ class RankedUnits:
         """`units`."""
         return self.units
 
-    def _repr_html_(self) -> str:
+    def face(self) -> Face:
         shown = self.units.drop(columns="unit")
         if "sentence" in shown:
             shown["sentence"] = shown["sentence"].map(running)
         notes = [f"{hook} is left out: {why}" for hook, why in self.missing.items()]
         title = f"Units by {', '.join(self.words)}"
-        return result_card(title, {"units": len(self), "by": self.by}, shown, notes=notes)
+        return Face(title, {"units": len(self), "by": self.by}, shown, notes=notes)
 
 
 def find_units(

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float, Float32, Int8, Int32
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lenslrp.analysis.common.storage import load_tensors, save_tensors
 from lenslrp.analysis.dictionary.plan import Place
@@ -39,6 +38,7 @@ from lenslrp.analysis.units.residual import (
 )
 from lenslrp.analysis.units.unembedding import dot_products, embedding
 from lenslrp.errors import InputError
+from lenslrp.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -153,8 +153,8 @@ def ends_of_lists(
             judged = (known[role].judged(end) for end in best.split(k, dim=1))
             statuses += [end.status.to(torch.int8) for end in judged]
             columns += [(role, name, side, rank) for side in LIST_ENDS for rank in range(k)]
-    best, values, status = (torch.cat(parts, dim=1) for parts in (ids, values_of, statuses))
-    return Ends(columns, best, values, status, missing)
+    found, scores, status = (torch.cat(parts, dim=1) for parts in (ids, values_of, statuses))
+    return Ends(columns, found, scores, status, missing)
 
 
 def _both_ends(rows: Float[Tensor, "n d_vocab"], tokens: int) -> tuple[Tensor, Tensor]:
@@ -192,7 +192,7 @@ def project_places(
     paths = [job.work / f"vocabulary-{number:05d}.safetensors" for number in mine]
     stamp = {"plan": job.plan.fingerprint(), "tokens": str(tokens)}
     relations: dict[str, TokenRelations] = {}
-    for number, path in zip(tqdm(mine, "vocabulary", disable=not progress), paths, strict=True):
+    for number, path in zip(progress_bar("vocabulary", mine, shown=progress), paths, strict=True):
         if path.exists() and load_tensors(path)[1].items() >= stamp.items():
             continue
         place = job.plan.places[number]

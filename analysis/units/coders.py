@@ -16,18 +16,24 @@ feature, ``x + scale (a' - a) W_dec``, leaves the error where it was.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens import ActivationCache
 
 from lenslrp.analysis.units.coder_files import Given, read_coder
 from lenslrp.analysis.units.coder_sets import read_set
 from lenslrp.analysis.units.saelens import write_saelens
 from lenslrp.errors import InputError
+
+Cache = Mapping[str, Tensor] | ActivationCache
+"""What ``run_with_cache`` returns, with ``return_cache_object=False`` too."""
 
 NORMALIZATIONS = ("none", "constant_norm_rescale", "layer_norm")
 """What is done to each position before it is read, and undone where an autoencoder writes: nothing;
@@ -56,6 +62,8 @@ class SparseCoder:
         W_skip: [d_in, d_out], of a skip transcoder.
         normalization: what is done to a position before it is read: ``"none"``,
             ``"constant_norm_rescale"`` or ``"layer_norm"``.
+        later: of a layer of a cross-layer transcoder, what its features write at later layers: hook
+            point -> [features, d_out] (`CrossLayerCoder`).
         heads: where ``hook`` is [batch, pos, head, d_head]: ``"all"`` for a coder that reads all
             heads side by side, the number of one for a coder of that head; None without such an
             axis.
@@ -86,6 +94,7 @@ class SparseCoder:
     W_skip: Tensor | None = None
     normalization: str = "none"
     heads: int | Literal["all"] | None = None
+    later: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         features = self.W_enc.shape[-1]
@@ -106,6 +115,13 @@ class SparseCoder:
             raise InputError(f"k is {self.k}, expected 1 to {features} (the features)")
         if self.W_skip is not None and self.hook_out is None:
             raise InputError("W_skip is of transcoders: give hook_out, the hook point it writes")
+        if self.later and self.hook_out is None:
+            raise InputError("later is of transcoders: give hook_out, the hook point it writes")
+        for hook, rows in self.later.items():
+            if len(rows) != features:
+                raise InputError(
+                    f"at {hook} are written {len(rows)} vectors, expected {features} (the features)"
+                )
         if self.normalization not in NORMALIZATIONS:
             known = ", ".join(NORMALIZATIONS)
             raise InputError(f"normalization is {self.normalization!r}, expected one of {known}")
@@ -119,6 +135,20 @@ class SparseCoder:
     def writes_back(self) -> bool:
         """Whether it is an autoencoder: it writes what it read."""
         return self.hook_out is None and self.W_dec.shape[1] == self.W_enc.shape[0]
+
+    @property
+    def written_at(self) -> str:
+        """The hook point where it writes: of a layer of a cross-layer transcoder, its own."""
+        return self.hook if self.hook_out is None else self.hook_out
+
+    @property
+    def decoders(self) -> dict[str, Float[Tensor, "features d_out"]]:
+        """What its features write, by hook point, from its own layer on."""
+        return {self.written_at: self.W_dec, **self.later}
+
+    def writes(self, index: int) -> Float[Tensor, " d_out"]:
+        """What a feature writes for each unit of its activation, summed over layers."""
+        return torch.stack([rows[index] for rows in self.decoders.values()]).sum(dim=0)
 
     def flat(self, x: Tensor) -> Float[Tensor, "... d_in"]:
         """The part of the tensor at a hook point that the coder reads or writes: heads joined.
@@ -147,20 +177,33 @@ class SparseCoder:
         if y.shape[-1] != self.W_dec.shape[1]:
             raise InputError(
                 f"{self.name} writes {self.W_dec.shape[1]} values a position, "
-                f"{self.hook_out or self.hook} has {y.shape[-1]}"
+                f"{self.written_at} has {y.shape[-1]}"
             )
         return y
 
-    def encode(self, x: Tensor) -> Float[Tensor, "... features"]:
+    def read_from(self, x: Tensor | Cache) -> Tensor:
+        """What it reads: a tensor as it is, of a cache the one at ``hook``.
+
+        Raises:
+            InputError: a cache that does not hold it.
+        """
+        if isinstance(x, Tensor):
+            return x
+        if self.hook not in x:
+            raise InputError(f"this cache does not hold {self.hook}, which {self.name} reads")
+        return x[self.hook]
+
+    def encode(self, x: Tensor | Cache) -> Float[Tensor, "... features"]:
         """The activations of all features. Differentiable; a normalization's scale is constant.
 
         Args:
-            x: as at ``hook``. The result is of its type or the weights', whichever is wider.
+            x: as at ``hook``, or the cache of ``run_with_cache``. The result is of its type or the
+                weights', whichever is wider.
 
         Raises:
-            InputError: another width than the coder reads.
+            InputError: another width than the coder reads, or a cache that does not hold it.
         """
-        x = self.flat(x)
+        x = self.flat(self.read_from(x))
         if x.shape[-1] != self.W_enc.shape[0]:
             raise InputError(
                 f"{self.name} reads {self.W_enc.shape[0]} values a position, "
@@ -207,25 +250,53 @@ class SparseCoder:
             y = y * scale + mean
         return y if self.W_skip is None else y + x @ self.W_skip.to(x)
 
-    def reconstruct(self, x: Tensor) -> Float[Tensor, "... d_out"]:
-        """What the coder writes where it reads ``x``, as at ``hook``: `decode` of `encode`."""
-        return self.decode(self.encode(x), x)
-
-    def moved(self, x: Tensor, index: int, change: Tensor) -> Tensor:
-        """An autoencoder's ``x`` with ``change`` added to a feature's activation, the error kept.
+    def top(self, x: Tensor | Cache, k: int = 10, row: int = 0) -> pd.DataFrame:
+        """The most active features of a prompt, a feature at a position each.
 
         Args:
-            x: as at ``hook``.
+            x: [batch, pos, ...] as at ``hook``, or the cache of ``run_with_cache``.
+            k: how many at most; features that are not active are left out.
+            row: which prompt of the batch.
+
+        Returns:
+            Columns `position` (padding counted), `feature` and `activation`.
+
+        Examples:
+            >>> _, cache = model.run_with_cache("The capital of France is")
+            >>> coder.top(cache, 3)["feature"].tolist()  # doctest: +SKIP
+            [9, 312, 40]
+        """
+        activations = self.encode(x)[row].detach()
+        best = activations.flatten().topk(min(k, activations.numel()))
+        kept = best.indices[best.values > 0]
+        return pd.DataFrame({
+            "position": (kept // activations.shape[-1]).tolist(),
+            "feature": (kept % activations.shape[-1]).tolist(),
+            "activation": best.values[: len(kept)].tolist(),
+        })  # fmt: skip
+
+    def reconstruct(self, x: Tensor | Cache) -> Float[Tensor, "... d_out"]:
+        """What the coder writes where it reads ``x``, as at ``hook``: `decode` of `encode`."""
+        x = self.read_from(x)
+        return self.decode(self.encode(x), x)
+
+    def moved(self, y: Tensor, index: int, change: Tensor, at: str | None = None) -> Tensor:
+        """``y`` with ``change`` added to a feature's activation, and all else kept.
+
+        Args:
+            y: as where the coder writes.
             index: which feature.
             change: one value a position.
+            at: which of ``decoders``; its own layer's, if not given.
         """
-        _, scale = self.denormalizer(self.flat(x))
-        step = (change[..., None] * scale * self.W_dec[index].to(change)).to(x)
-        if self.heads is None or self.heads == "all":
-            return x + step.reshape(x.shape)
-        y = x.clone()
-        y[..., self.heads, :] = y[..., self.heads, :] + step
-        return y
+        _, scale = self.denormalizer(self.flat_output(y))
+        row = self.decoders[at or self.written_at][index]
+        step = (change[..., None] * scale * row.to(change)).to(y)
+        if self.heads is None or self.heads == "all" or self.hook_out is not None:
+            return y + step.reshape(y.shape)
+        z = y.clone()
+        z[..., self.heads, :] = z[..., self.heads, :] + step
+        return z
 
     @property
     def rescales(self) -> bool:

@@ -11,7 +11,7 @@ mean in the vocabulary is for `lenslrp.analysis.units.projection`.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Float, Int
@@ -281,7 +281,7 @@ class Direction(Unit):
     """
 
     at: str
-    vector: Float[Tensor, " features"]
+    vector: Float[Tensor, " features"] = field(repr=False)
     name: str | None = None
 
     def __str__(self) -> str:
@@ -343,7 +343,8 @@ class Feature(Unit):
         return self.coder.encode(value)[..., self.index]
 
     def writes(self, model: TransformerBridge) -> Vectors:
-        return {"out": _of_width(model, self, self.coder.W_dec[self.index])}
+        """``"out"``, its row of ``W_dec``; of a cross-layer transcoder, the sum over layers."""
+        return {"out": _of_width(model, self, self.coder.writes(self.index))}
 
     def reads(self, model: TransformerBridge) -> Vectors:
         return {"in": _of_width(model, self, self.coder.W_enc[:, self.index])}

@@ -21,7 +21,7 @@ value first (Millidge and Black 2022), queries paired with keys and values with 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -50,7 +50,7 @@ from lenslrp.analysis.units.unembedding import (
 )
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import layer_of
-from lenslrp.views.cards import result_card
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from lenslrp.analysis.units.lens import Lens
 
 
-@dataclass(frozen=True, eq=False)
-class VocabularyScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class VocabularyScores(Shown):
     """One score for each token (or class), of what a unit writes or reads.
 
     Attributes:
@@ -79,11 +79,11 @@ class VocabularyScores:
     unit: str
     role: str
     name: str
-    scores: Float[Tensor, " d_vocab"] = field(repr=False)
-    label: Callable[[int], str] = field(repr=False)
+    scores: Float[Tensor, " d_vocab"]
+    label: Callable[[int], str]
     strength: float = 1.0
 
-    def _repr_html_(self) -> str:
+    def face(self) -> Face:
         k = min(10, len(self.scores))
         sides = [self.top(k), self.bottom(k)]
         frame = pd.concat(
@@ -93,11 +93,10 @@ class VocabularyScores:
             ],
             axis=1,
         )
-        return result_card(
-            f"{self.unit} {self.role} ({self.name})",
-            {"tokens": len(self.scores), "singular value": self.strength}
-            if self.strength != 1.0
-            else {"tokens": len(self.scores)},
+        singular = {"singular value": self.strength} if self.strength != 1.0 else {}
+        return Face(
+            f"Tokens by what the unit {self.role}",
+            {"unit": self.unit, self.role: self.name, "tokens": len(self.scores), **singular},
             frame,
             coloured=["top score", "bottom score"],
             notes=["Scores are logits up to one positive factor, unless a residual was given."],

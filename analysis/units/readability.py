@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
     from lenslrp.analysis.units.projection import VocabularyScores
 
+UNREADABLE = "not readable by weights"
+"""What is shown in the place of such a list."""
+
 READ_TOKENS = 10
 """Tokens of a list that are judged."""
 
@@ -121,8 +124,7 @@ class TokenRows:
         chunks = self.rows.split(VOCABULARY_CHUNK)
         lengths = torch.cat([self.centred(some).norm(dim=1) for some in chunks]).cpu().log()
         low, middle, high = lengths.nanquantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        limit = float(middle + UNTRAINED * (high - low) / 1.349)  # of a normal distribution
-        return lengths < limit
+        return lengths.lt(middle + UNTRAINED * (high - low) / 1.349)  # of a normal distribution
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ it. Rendered with autoescape on; only markup that this package made is passed as
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--fg:#1b1f24;--muted:#57606a;
---line:#d8dee4;--accent:#0a58ca;--good:#1a7f37;--bad:#b2182b;--pos:#d62737;--neg:#2b78cd}
+--line:#d8dee4;--accent:#0a58ca;--good:#1a7f37;--bad:#b2182b;--pos:#d62737;--neg:#1f62ad}
 @media (prefers-color-scheme:dark){:root{--bg:#0e1014;--card:#15181d;--fg:#e6e9ed;
 --muted:#9aa4b0;--line:#2b313a;--accent:#79b8ff;--good:#56d364;--bad:#ff7b86;--pos:#ff5f6b;
 --neg:#58a6ff}}

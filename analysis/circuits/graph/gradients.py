@@ -19,12 +19,13 @@ from torch import Tensor
 from lenslrp.analysis.circuits.graph.candidates import Candidates
 from lenslrp.analysis.circuits.graph.pruning import Mask, Matrix, Vector
 from lenslrp.analysis.circuits.nodes import COMPONENTS, TARGET, Node, place_components
-from lenslrp.analysis.circuits.replacement import ErrorNode, FeatureNode, written_at
+from lenslrp.analysis.circuits.replacement import ErrorNode, FeatureNode
 from lenslrp.analysis.circuits.segments import EMBEDDINGS, SegmentedPass, segmented, unit_at
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.hooks.sites import LEDGER_TERMS
 from lenslrp.hooks.structure import layer_of
 from lenslrp.logits import Outputs, Target
+from lenslrp.progress import progress_bar
 from lenslrp.targets import Top
 from lenslrp.text.spelling import str_token
 
@@ -204,7 +205,7 @@ def _edge_weights(
         place = unit_at(node, candidates.active)
         places.setdefault(node.hook, []).append((length + number, place))
     start_relevance = 0.0
-    for first in range(0, len(begin), copies):
+    for first in progress_bar("nodes of the graph", range(0, len(begin), copies)):
         batch = begin[first : first + copies]
         segments.gates = _gates(batch, ways, copies)
         arrived, begun = segments.into([start.node for start in batch], candidates.nodes)
@@ -269,7 +270,7 @@ def _described(
                "unit": 0, "label": text, "activation": np.nan}  # fmt: skip
     for node in chosen:
         coder = candidates.coder(node.hook)
-        layer = layer_of(node.hook if coder is None else written_at(coder))
+        layer = layer_of(node.hook if coder is None else coder.written_at)
         kind = _kind(node, candidates.hooks)
         yield {"id": str(node), "kind": kind, "hook": node.hook, "layer": layer,
                "position": node.position, "unit": node.unit,

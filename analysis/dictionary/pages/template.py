@@ -64,7 +64,7 @@ text-align:left;vertical-align:top;background:none;color:inherit}}
 § td.n,§ th.n{{padding-right:.9em;width:1%}}
 § .pos{{color:var(--pos)}}
 § .neg{{color:var(--neg)}}
-§ .faint{{opacity:.6}}
+§ .faint{{opacity:.65}}
 § code,§ .tok{{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.9em;\
 color:inherit;background:none;padding:0}}
 § .tok{{display:inline-block;border:1px solid var(--line);border-radius:5px;padding:0 .35em;\

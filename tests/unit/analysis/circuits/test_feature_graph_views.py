@@ -67,6 +67,16 @@ def test_nodes_say_what_they_are(graph: AttributionGraph) -> None:
     assert order["blocks.1.attn.hook_z"] < order["blocks.1.mlp.hook_in[tc]"]
 
 
+def test_nodes_are_units_that_are_steered(graph: AttributionGraph) -> None:
+    kinds = graph.nodes.set_index("id")["kind"]
+    for node, kind in kinds[kinds.isin(["feature", "head"])].items():
+        assert str(graph.unit(node)) == node.rpartition("@")[0]
+        assert isinstance(graph.unit(node), Feature) == (kind == "feature")
+    for other, message in (("token@0", "'token' is no neuron"), ("H0.1", "has no node 'H0.1'")):
+        with pytest.raises(InputError, match=message):
+            graph.unit(other)
+
+
 def test_supernodes_hold_the_edges_of_their_members(graph: AttributionGraph) -> None:
     one, two, three = graph.nodes["id"][graph.nodes["kind"] == "feature"].tolist()[:3]
     grouped = graph.group({"pair": [one, two], "tokens": ["token@0", "token@1"]})
@@ -135,7 +145,7 @@ def test_names_come_from_tables_and_from_the_vocabulary(
     table = pd.DataFrame({"unit": [text, "token@0"], "label": ["cities", "the <first>"]})
     both = graph.label(dict(zip(table["unit"], table["label"], strict=True)))
     assert set(both.nodes["label"][both.nodes["id"].str.startswith(f"{text}@")]) == {"cities"}
-    assert "the &lt;first&gt;" in graph_svg(both) and "cities" in graph_svg(both)
+    assert "the &lt;first&gt;" in graph_svg(both, 99) and "cities" in graph_svg(both, 99)
     with pytest.raises(InputError, match="the graph has no node or unit 'blocks.9'"):
         graph.label({"blocks.9": "x"})
 
@@ -166,6 +176,15 @@ def test_the_file_holds_features_errors_and_supernodes(
         if node["kind"] == "error":
             assert theirs["feature_type"] == "mlp reconstruction error"
             assert theirs["feature"] == -1 and theirs["node_id"].startswith(f"{layer}_-1_")
+        heads = node["kind"] == "head"
+        assert heads == ("qk_tracing_results" in theirs)
+        for via in "qk" if heads else "":
+            traced = theirs["qk_tracing_results"][f"top_{via}_marginal_contributors"]
+            edges = graph.edges[(graph.edges["target"] == node["id"]) & (graph.edges["via"] == via)]
+            sizes = [abs(weight) for _, weight in traced]
+            assert sizes == sorted(sizes, reverse=True) and len(traced) == min(10, len(edges))
+            known = dict(zip(edges["source"].map(ids), edges["relevance"], strict=True))
+            assert all(known[source] == weight for source, weight in traced)
     assert seen == {True, False}  # the second coder of layer 1 has ids of its own
     texts = {theirs["clerp"] for theirs in made["nodes"]}
     assert "cities" in texts and "error 1.0" in texts
@@ -174,7 +193,7 @@ def test_the_file_holds_features_errors_and_supernodes(
 
 
 def test_pictures_show_features_and_errors(graph: AttributionGraph) -> None:
-    svg = ElementTree.fromstring(graph_svg(graph))
+    svg = ElementTree.fromstring(graph_svg(graph, 99))
     space = "{http://www.w3.org/2000/svg}"
     assert len(svg.findall(f"{space}path")) == len(graph.totals)
     titles = [group.findtext(f"{space}title") or "" for group in svg.findall(f"{space}g")]
@@ -187,7 +206,7 @@ def test_pictures_show_features_and_errors(graph: AttributionGraph) -> None:
     assert svg.findall(f".//{space}rect[@class='tint error']")
     graph.draw()
     html = graph.to_html()
-    assert "from what is not shown" in html
+    assert "from what is not in the graph" in html
 
 
 def test_networkx_has_one_edge_a_pair_and_its_ways_in(graph: AttributionGraph) -> None:
