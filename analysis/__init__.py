@@ -126,6 +126,7 @@ if TYPE_CHECKING:
         Neuron,
         RecurrentHead,
         SparseCoder,
+        TokenRelations,
         Unit,
         VocabularyScores,
         compare_lenses,
@@ -144,9 +145,9 @@ _ROOMS = {
     "common": ("agreement", "indirect_objects"),
     "units": (
         "Channel", "CrossLayerCoder", "Direction", "Feature", "Head", "Lens", "Neuron",
-        "RecurrentHead", "SparseCoder", "Unit", "VocabularyScores", "compare_lenses", "cosines",
-        "fit_relevance_lens", "fit_ridge_lens", "neuron_writes", "parse_unit", "reads",
-        "sign_cases", "writes",
+        "RecurrentHead", "SparseCoder", "TokenRelations", "Unit", "VocabularyScores",
+        "compare_lenses", "cosines", "fit_relevance_lens", "fit_ridge_lens", "neuron_writes",
+        "parse_unit", "reads", "sign_cases", "writes",
     ),
     "passes": ("Edit", "as_prompt", "edit_units", "through"),
     "attribution": (
@@ -225,6 +226,7 @@ __all__ = [
     "Task",
     "TaskWarning",
     "TokenPairs",
+    "TokenRelations",
     "TokenRule",
     "Unfit",
     "Unit",

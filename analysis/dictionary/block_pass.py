@@ -39,6 +39,7 @@ from lenslrp.hooks.turns import turn
 from lenslrp.logits import Outputs, Target
 from lenslrp.reductions import Deliver
 from lenslrp.sessions import Session
+from lenslrp.text.spelling import special_ids
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -155,7 +156,7 @@ class Runner:
             InputError: a hook point that did not fire, or fired twice.
         """
         plan, lengths = self.of.plan, block.lengths
-        spans = Spans(int(plan.skip_first), lengths)
+        spans = self._spans(block, lengths)
         seen: set[str] = set()
 
         def read(hook: str, x: Tensor) -> None:
@@ -222,15 +223,24 @@ class Runner:
         return Aims(aims.positions, aims.tokens, cache.target.value.float().cpu())
 
     def _aim(self, block: Block, lengths: list[int]) -> tuple[Target, Aims, Spans]:
-        first, target = int(self.of.plan.skip_first), self.of.target
+        target = self.of.target
         nothing = torch.full((len(lengths),), -1)
         if target is not None:
-            return target, Aims(nothing, nothing, nothing.float()), Spans(first, lengths)
+            return target, Aims(nothing, nothing, nothing.float()), self._spans(block, lengths)
         positions = target_positions(block.docs, torch.tensor(lengths), self.of.plan.seed)
         tokens = block.tokens.gather(1, positions[:, None] + 1)[:, 0]
         kind = str(self.of.plan.target)
         aims = Aims(positions, nothing if kind == "argmax" else tokens, nothing.float())
-        return Recorded(kind, positions, tokens), aims, Spans(first, (positions + 1).tolist())
+        spans = self._spans(block, (positions + 1).tolist())
+        return Recorded(kind, positions, tokens), aims, spans
+
+    def _spans(self, block: Block, ends: list[int]) -> Spans:
+        """What is searched of a block, before `ends`."""
+        plan, skipped = self.of.plan, None
+        if plan.skip_special:
+            special = torch.tensor(sorted(special_ids(self.of.model.tokenizer)), dtype=torch.int64)
+            skipped = torch.isin(block.tokens, special)
+        return Spans(int(plan.skip_first), ends, skipped=skipped)
 
 
 def target_positions(

@@ -75,10 +75,10 @@ class NeuronDictionary:
         require_manifest(path / MANIFEST, manifest)
         self.slots = read_slots(path / MANIFEST, manifest["slots"], plan)
         self._tables = UnitTables(path, plan, self.slots)
-        self.projections = Projections(
-            path / "vocabulary.parquet", manifest["vocabulary"], plan.units
-        )
+        lists = path / "vocabulary.parquet"
+        self.projections = Projections(lists, manifest["vocabulary"], plan.units)
         self.texts = Texts(path / "texts.sqlite")
+        self.encoded: dict[Any, tuple[TransformerBridge, Tensor]] = {}  # documents, by encoder
 
     @classmethod
     def build(
@@ -113,7 +113,7 @@ class NeuronDictionary:
                     random examples are drawn from; `window`: tokens shown before and after;
                 - `context`, `batch_size`, `prepend_bos`, `field`, `revision`: of the corpus;
                   `skip_first`: do not search the first position of a document, where many units do
-                  nothing but hold the attention sink;
+                  nothing but hold the attention sink; `skip_special`: nor special tokens in it;
                 - `target`: what relevance explains, `"next"`, `"argmax"`, `"logit_diff"` or a
                     target object; `composite`, `attention`: the rules;
                 - `through`: units through which alone relevance is counted;

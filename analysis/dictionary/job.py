@@ -51,6 +51,7 @@ def prepare(
     batch_size: int = 16,
     prepend_bos: bool | None = None,
     skip_first: bool = True,
+    skip_special: bool = False,
     field: str = "text",
     revision: str | None = None,
     target: str | Target = "next",
@@ -70,8 +71,9 @@ def prepare(
         corpus: as for `NeuronDictionary.build`. `None` takes the corpus that lies there tokenised,
             as every worker but the first does.
         path: the dictionary's folder.
-        sites, criteria, k, context, batch_size, prepend_bos, skip_first, field, revision, target,
-            composite, attention, through, sample, window, seed: as for `NeuronDictionary.build`.
+        sites, criteria, k, context, batch_size, prepend_bos, skip_first, skip_special, field,
+            revision, target, composite, attention, through, sample, window, seed: as for
+            `NeuronDictionary.build`.
 
     Returns:
         What `scan_shard` and `NeuronDictionary.merge` take.
@@ -118,6 +120,7 @@ def prepare(
         sample=sample,
         window=(int(window[0]), int(window[1])),
         skip_first=skip_first,
+        skip_special=skip_special,
         target=_target_text(model, target) if relevance else None,
         rules=describe_rules(table) if relevance else None,
         attention=attention,

@@ -78,6 +78,7 @@ class Plan:
         sample: documents drawn for deciles, random examples and statistics.
         window: tokens shown before and after the position of a hit.
         skip_first: whether a document's first position is masked.
+        skip_special: whether special tokens inside documents are masked.
         target: what relevance explains; None where it is not searched.
         rules: name and fingerprint of the composite; None likewise.
         attention: `"bridge"` or `"fused"`.
@@ -96,6 +97,7 @@ class Plan:
     sample: int
     window: tuple[int, int]
     skip_first: bool
+    skip_special: bool
     target: str | None
     rules: dict[str, str] | None
     attention: str
@@ -250,6 +252,7 @@ _OPTIONS = {
     "tokenizer": _TEXT,
     "attention": _TEXT,
     "skip_first": (bool,),
+    "skip_special": (bool,),
     "target": _TEXT_OR_NONE,
 }
 

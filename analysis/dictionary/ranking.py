@@ -26,7 +26,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import lenslrp
 from lenslrp.analysis.dictionary.finding import Found, find
 from lenslrp.analysis.dictionary.text_search import indexed
 from lenslrp.analysis.dictionary.unit import require_same_model
@@ -39,7 +38,9 @@ from lenslrp.analysis.units.unembedding import (
     token_labels,
     unembedding,
 )
+from lenslrp.embedding import embed
 from lenslrp.errors import InputError
+from lenslrp.models.loading import load
 from lenslrp.text.names import token_ids
 from lenslrp.text.visible_text import running
 from lenslrp.views.cards import Face, Shown
@@ -247,11 +248,14 @@ def find_meaning(
         InputError: an unknown criterion, or a model that is no sentence encoder.
     """
     d.require_criterion(criterion)
-    encode = lenslrp.load(ENCODER) if encoder is None else encoder
-    query = _vectors(encode, words).mean(dim=0)
     documents = d.citations.documents
-    texts = [d.texts.referenced([doc])[doc].text for doc in documents]
-    near = _vectors(encode, texts) @ torch.nn.functional.normalize(query, dim=0)
+    if encoder not in d.encoded:
+        encode = load(ENCODER) if encoder is None else encoder
+        texts = [d.texts.referenced([doc])[doc].text for doc in documents]
+        d.encoded[encoder] = encode, _vectors(encode, texts)
+    encode, vectors = d.encoded[encoder]
+    query = _vectors(encode, words).mean(dim=0)
+    near = vectors @ torch.nn.functional.normalize(query, dim=0)
     searched = np.array([name == criterion for name, _ in d.slots])
     total, weight = np.zeros(len(d)), np.zeros(len(d))
     best = np.full(len(d), -np.inf)
@@ -289,7 +293,5 @@ def _vectors(encoder: TransformerBridge, texts: Sequence[str]) -> Float[Tensor, 
         batch = encoder.tokenizer(
             some, padding=True, truncation=True, max_length=length, return_tensors="pt"
         )
-        vectors.append(
-            lenslrp.embed(encoder, batch["input_ids"], attention_mask=batch["attention_mask"])
-        )
+        vectors.append(embed(encoder, batch["input_ids"], attention_mask=batch["attention_mask"]))
     return torch.cat(vectors).cpu()

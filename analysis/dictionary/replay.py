@@ -112,8 +112,8 @@ class Statistics:
         return [(at[d], row) for row, d in enumerate(block.docs.tolist()) if d in at]
 
     def position(self, doc: int, spans: Spans, row: int) -> int:
-        a, b = spans.first, spans.ends[row]
-        return a + int(priorities(torch.tensor([doc]), self.seed + 2)[0]) % (b - a)
+        searched = spans.searched(row)
+        return searched[int(priorities(torch.tensor([doc]), self.seed + 2)[0]) % len(searched)]
 
 
 @dataclass

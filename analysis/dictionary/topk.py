@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Float32, Int16, Int64
+from jaxtyping import Bool, Float, Float32, Int16, Int64
 from torch import Tensor
 
 from lenslrp.errors import InputError
@@ -95,12 +95,14 @@ class RunningTopK:
 class Spans:
     """Which positions of a batch's rows are searched: from `first` to before `ends[row]`.
 
-    The first of these rows is row `start` of the batch.
+    The first of these rows is row `start` of the batch. Positions in `skipped` [row, pos] are not
+    searched either; a row of which nothing would be left is searched as if there were none.
     """
 
     first: int
     ends: list[int]
     start: int = 0
+    skipped: Bool[Tensor, "row pos"] | None = None
     _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _parts: dict[int, list[Spans]] = field(default_factory=dict, repr=False)
 
@@ -116,8 +118,33 @@ class Spans:
             return [self]
         if step not in self._parts:
             starts = range(0, len(self.ends), step)
-            self._parts[step] = [Spans(self.first, self.ends[i : i + step], i) for i in starts]
+            self._parts[step] = [
+                Spans(
+                    self.first,
+                    self.ends[i : i + step],
+                    i,
+                    None if self.skipped is None else self.skipped[i : i + step],
+                )
+                for i in starts
+            ]
         return self._parts[step]
+
+    def searched(self, row: int) -> list[int]:
+        """The positions of a row that are searched, counted within these rows."""
+        span = range(self.first, self.ends[row])
+        if self.skipped is None:
+            return list(span)
+        return [at for at in span if not self.skipped[row, at]] or list(span)
+
+    def filled(self, x: Float[Tensor, "row pos unit"]) -> Float[Tensor, "row pos unit"]:
+        """`x` with what is skipped as at the row's first position that is searched."""
+        if self.skipped is None:
+            return x
+        source = torch.arange(x.shape[1]).repeat(len(self.ends), 1)
+        for row in self.skipped[:, self.first :].any(dim=1).nonzero()[:, 0].tolist():
+            kept = self.searched(row)
+            source[row, list(set(range(self.first, self.ends[row])) - set(kept))] = kept[0]
+        return x.gather(1, source.to(x.device)[:, :, None].expand(x.shape))
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """On a device, made once: what is inside, of the positions that not all rows have, and how
@@ -127,6 +154,11 @@ class Spans:
             place = torch.arange(self.first, max(self.ends))
             inside = place < torch.tensor(self.ends)[:, None]
             left = (max(self.ends) - place).float() * inside
+            if self.skipped is not None:
+                for row in range(len(self.ends)):
+                    kept = torch.zeros(len(place), dtype=torch.bool)
+                    kept[torch.tensor(self.searched(row)) - self.first] = True
+                    left[row] *= kept
             tail = inside[:, min(self.ends) - self.first :, None]
             self._on[device] = tail.to(device), left[:, :, None].to(device)
         return self._on[device]
@@ -138,6 +170,7 @@ def extremes(x: Float[Tensor, "row pos unit"], spans: Spans, signs: Sequence[int
     Reductions with indices take several times as long as those without, and comparisons into
     booleans as those into numbers; so the first position is found as the largest of what is left.
     """
+    x = spans.filled(x)
     shortest, longest = min(spans.ends), max(spans.ends)
     inside, left = spans.on(x.device)
     whole = x[:, spans.first : longest]

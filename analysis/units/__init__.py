@@ -14,6 +14,7 @@ from lenslrp.analysis.units.projection import (
     sign_cases,
     writes,
 )
+from lenslrp.analysis.units.readability import TokenRelations
 from lenslrp.analysis.units.recurrent import Channel, RecurrentHead
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Neuron",
     "RecurrentHead",
     "SparseCoder",
+    "TokenRelations",
     "Unit",
     "VocabularyScores",
     "compare_lenses",

@@ -1,13 +1,13 @@
 """Does `find` return units of the concept? Twenty concepts, judged on held-out paragraphs.
 
-    python -m benchmarks.dictionary.precision FOLDER [--documents 400]
+    python -m benchmarks.dictionary.precision FOLDER [--documents 400] [--held 200]
 
 A dictionary of the neurons of five layers of SmolLM2-135M is built in FOLDER over the even
 paragraphs of the corpus (and opened again if it is there). The first units that `find` returns for
 each concept of `concepts.json` are then run over the odd paragraphs, which no dictionary has seen.
 The rule by which a unit is right stands in that file, which was written before any unit was looked
-at. Judged by the same rule: as many units of the same layers drawn at random, and, without a
-dictionary's `find`, the units with the concept's asked words in their vocabulary list.
+at. Judged by the same rule: what `find` returns by what units write and by meaning, and as many
+units of the same layers drawn at random.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ LAYERS = (5, 10, 15, 20, 25)
 FIRST = 5
 BEST = 10
 AROUND = 10
+CONTEXT = 128  # as of the dictionary's documents
 RARE = 0.01
 
 Unit = tuple[int, int]
@@ -64,9 +66,12 @@ class HeldOut:
         names = {f"blocks.{layer}.mlp.hook_post" for layer, _ in self.units}
         draw = random.Random(0)
         for n, text in enumerate(paragraphs(1, count)):
+            ids = model.to_tokens(text)[:, :CONTEXT]
             with torch.no_grad():
-                _, cache = model.run_with_cache(text, names_filter=lambda name: name in names)
-            ids = model.to_tokens(text)[0, : cache[next(iter(names))].shape[1]]
+                _, cache = model.run_with_cache(
+                    ids, names_filter=lambda name: name in names, stop_at_layer=max(LAYERS) + 1
+                )
+            ids = ids[0]
             for row, (layer, index) in enumerate(self.units):
                 values = cache[f"blocks.{layer}.mlp.hook_post"][0, :, index]
                 at = int(values[1:].argmax()) + 1
@@ -101,15 +106,16 @@ def right(held: HeldOut, unit: Unit, others: list[str]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--documents", type=int, default=400)
+    parser.add_argument("--documents", type=int, default=400, help="of the dictionary")
+    parser.add_argument("--held", type=int, default=200, help="paragraphs that are held out")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = lenslrp.load("smollm2-135m", device="cpu")
     d = opened(model, arguments.folder, arguments.documents)
     concepts = json.loads(CONCEPTS.read_text())["concepts"]
-    ways = {name: chosen(d, concepts) for name, chosen in WAYS.items()}
+    ways = {name: chosen(d, concepts, model) for name, chosen in WAYS.items()}
     asked = {unit for way in ways.values() for units in way.values() for unit in units}
-    held = HeldOut(model, asked, arguments.documents)
+    held = HeldOut(model, asked, arguments.held)
     total: dict[str, list[bool]] = {name: [] for name in ways}
     for concept, words in concepts.items():
         line = []
@@ -123,10 +129,14 @@ def main() -> None:
         print(f"{name}: {sum(judged)} of {len(judged)} right, {sum(judged) / len(judged):.0%}")
 
 
-def by_examples(d: NeuronDictionary, concepts: dict[str, Any]) -> dict[str, list[Unit]]:
+def found(d: NeuronDictionary, concepts: dict[str, Any], **options: Any) -> dict[str, list[Unit]]:
     chosen = {}
     for concept, words in concepts.items():
-        units = d.find(*words["asked"], limit=FIRST).units
+        asked = words["asked"]
+        if "model" in options:  # find by what is written takes words that are one token
+            tokenizer = options["model"].tokenizer
+            asked = [word for word in asked if len(tokenizer.encode(f" {word}")) == 1]
+        units = d.find(*asked, limit=FIRST, **options).units
         chosen[concept] = [
             (_layer(hook), int(i)) for hook, i in zip(units["hook"], units["index"], strict=True)
         ]
@@ -145,7 +155,12 @@ def _layer(hook: str) -> int:
     return int(hook.split(".")[1])
 
 
-WAYS = {"examples": by_examples, "random": at_random}
+WAYS: dict[str, Callable[..., dict[str, list[Unit]]]] = {
+    "examples": lambda d, concepts, model: found(d, concepts),
+    "writes": lambda d, concepts, model: found(d, concepts, by="writes", model=model),
+    "meaning": lambda d, concepts, model: found(d, concepts, by="meaning"),
+    "random": lambda d, concepts, model: at_random(d, concepts),
+}
 
 
 if __name__ == "__main__":

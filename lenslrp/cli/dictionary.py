@@ -85,6 +85,9 @@ def _add_build(actions: Any) -> None:
         build.add_argument(
             name, type=int, metavar="N", default=default, help=f"{text} (default: %(default)s)"
         )
+    build.add_argument(
+        "--skip-special", action="store_true", help="do not search special tokens inside texts"
+    )
     build.add_argument("--field", default="text", help="of a record (default: %(default)s)")
     build.add_argument("--shard", metavar="R/N", type=_shard, help="scan share R (from 0) of N")
 
@@ -113,8 +116,8 @@ def _add_export(actions: Any) -> None:
     export = actions.add_parser(
         "export",
         help="as HTML pages, for Neuronpedia, or as jsonl",
-        description="A folder of HTML pages, a folder in Neuronpedia's layout, or a file with one "
-        "JSON object a unit.",
+        description="A folder of HTML pages with an index to search, a folder in Neuronpedia's "
+        "layout, or a file with one JSON object a unit.",
     )
     export.set_defaults(run=_export)
     add_path(export)
@@ -131,7 +134,9 @@ def _build(options: argparse.Namespace) -> int:
     from lenslrp.analysis.dictionary.work_folder import shard_name, using
     from lenslrp.errors import InputError
 
-    names = ("sites", "criteria", "k", "context", "batch_size", "field", "target")
+    names = (
+        "sites", "criteria", "k", "context", "batch_size", "field", "target", "skip_special",
+    )  # fmt: skip
     chosen = {name: getattr(options, name) for name in names}
     chosen["composite"] = composite(options.composite)
     spread = rank_and_world()[1] > 1
@@ -193,7 +198,7 @@ def _options_of(plan: Plan) -> dict[str, Any]:
     custom += [] if plan.target in (None, *TARGETS) else [f"target {plan.target}"]
     if custom:
         raise InputError(f"these shards were made in Python; merge them there: {'; '.join(custom)}")
-    names = ("criteria", "k", "sample", "window", "skip_first", "attention", "seed")
+    names = ("criteria", "k", "sample", "window", "skip_first", "skip_special", "attention", "seed")
     return {
         **{name: getattr(plan, name) for name in names},
         "sites": sites,
@@ -211,14 +216,11 @@ def _export(options: argparse.Namespace) -> int:
     from lenslrp.errors import InputError
 
     units = None if options.units is None else [unit_key(unit) for unit in options.units]
-    if (options.format == "html" and not units) or (options.format == "neuronpedia" and units):
-        raise InputError(
-            "--format html makes one page a unit: give --units. Neuronpedia takes all units: "
-            "leave them out"
-        )
+    if options.format == "neuronpedia" and units:
+        raise InputError("Neuronpedia takes all units, not --units: leave them out")
     dictionary = NeuronDictionary.open(options.path)
     if options.format == "html":
-        export_html(dictionary, options.out, units or [])
+        export_html(dictionary, options.out, units)
     elif options.format == "neuronpedia":
         export_neuronpedia(dictionary, options.out)
     else:

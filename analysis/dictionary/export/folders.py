@@ -32,15 +32,15 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from lenslrp.analysis.dictionary.export.index_page import index_html
 from lenslrp.analysis.dictionary.pages.page import page_html
-from lenslrp.analysis.dictionary.pages.template import AROUND, INDEX, UNIT_STYLE
 from lenslrp.analysis.dictionary.plan import Place
 from lenslrp.analysis.dictionary.unit import Page
 from lenslrp.analysis.units.readability import is_readable
-from lenslrp.analysis.views.document import environment, html_document, write_document
+from lenslrp.analysis.views.document import write_document
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import HTML, make_folder, remove_leftovers, require_ours, slug, whole
-from lenslrp.text.visible_text import visible
+from lenslrp.text.visible_text import running, visible
 from lenslrp.text.words import piece_at
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ UNITS_IN_FILE = 1024
 
 CREATOR = "clkht01d40000jv08hvalcvly"
 """The user that Neuronpedia's seed makes, to whom what is imported belongs."""
+
+SEARCHED_SENTENCES = 5
+"""Of each of ActMax and RelMax, in the index of pages."""
 
 SOURCE_KINDS = {"activation": "actmax", "relevance": "relmax"}
 """What a source shows, and by which criterion its best examples are chosen."""
@@ -289,17 +292,17 @@ def _identifier(*parts: str) -> str:
 def export_html(
     dictionary: NeuronDictionary,
     folder: str | Path,
-    units: Iterable[Any],
+    units: Iterable[Any] | None = None,
     *,
     model: TransformerBridge | None = None,
     **options: Any,
 ) -> Path:
-    """Write a page for each of many units, linked to one another, and an index.
+    """Write a page for each of many units, linked to one another, and an index with a search.
 
     Args:
         dictionary: an open one.
         folder: is made where it does not exist. Pages of an earlier export are replaced.
-        units: keys, as for `dictionary[key]`.
+        units: keys, as for `dictionary[key]`; None for all.
         model, options: of `lenslrp.analysis.dictionary.pages.page.page_html`.
 
     Returns:
@@ -313,9 +316,8 @@ def export_html(
         >>> export_html(dictionary, "site", [(5, 17), (5, 18)])
         PosixPath('site/index.html')
     """
-    from markupsafe import Markup
-
-    located = [dictionary.unit_number(key) for key in units]
+    keys = map(dictionary.name, range(len(dictionary))) if units is None else units
+    located = [dictionary.unit_number(key) for key in keys]
     pages = {dictionary.name(place.first + i): (place, i) for place, i in located}
     if not pages:
         raise InputError("no units to export")
@@ -324,23 +326,27 @@ def export_html(
     for href in ("index.html", *links.values()):
         require_ours(path / href, HTML)
     rows: list[dict[str, Any]] = []
+    sentences: list[list[str]] = []
     for name, href in links.items():
         page = dictionary.page(*pages[name])
         html = page_html(page, model=model, links={**links, "": "index.html"}, **options)
         write_document(path / href, html)
         rows.append({"name": visible(name), "href": href, **_summary(page)})
+        sentences.append(_sentences(page))
     title = f"{len(rows)} units of {dictionary.plan.model['name']}"
     what = (
         f"{dictionary.manifest['tokens_seen']:,} tokens searched, corpus: "
         f"{dictionary.plan.corpus['name']}. "
         "Active: share of tokens above 0. Tokens are those at the hits of the best examples."
     )
-    body = (
-        environment()
-        .from_string(INDEX)
-        .render(style=Markup(UNIT_STYLE), title=visible(title), what=visible(what), rows=rows)
-    )
-    return write_document(path / "index.html", html_document(title, body, style=AROUND))
+    return write_document(path / "index.html", index_html(title, what, rows, sentences))
+
+
+def _sentences(page: Page) -> list[str]:
+    """What the search of an index reads of a unit, each sentence once."""
+    frames = [page.examples(name) for name in SOURCE_KINDS.values() if name in page.criteria]
+    windows = [tokens for frame in frames for tokens in frame["tokens"][:SEARCHED_SENTENCES]]
+    return list(dict.fromkeys("".join(map(running, tokens)).strip() for tokens in windows))
 
 
 def _summary(page: Page) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The Jinja2 templates of a unit's page and of an index of pages: no script, no remote asset.
+"""The Jinja2 templates of a unit's page, without a script, and of an index of pages.
 
 Every style rule names the page's own class, so that the page can be shown inside a notebook; `§`
 stands for that class. Tabs are radio buttons: the panel after the checked one is shown. Where
@@ -100,6 +100,11 @@ print-color-adjust:exact;-webkit-box-decoration-break:clone;box-decoration-break
 § .t.aim{{border-bottom:2px dashed var(--accent)}}
 § .bar{{display:inline-block;width:7em;height:.75em;vertical-align:-.05em;border-radius:3px;\
 print-color-adjust:exact}}
+§ input[type=search]{{font:inherit;width:min(30em,100%);padding:.35em .7em;color:inherit;\
+background:var(--card);border:1px solid var(--line);border-radius:8px}}
+§ .found{{max-width:60ch}}
+§ .found:empty{{display:none}}
+§ mark{{background:none;color:inherit;font-weight:700;text-decoration:underline}}
 § ul.scales{{list-style:none;display:flex;flex-wrap:wrap;gap:.2em 1.6em;margin:0 0 .8em;padding:0;\
 font-size:.86em;color:var(--muted)}}
 @media (max-width:560px){{.lenslrp-unit{{padding:8px}}§ section{{padding:12px}}
@@ -206,14 +211,18 @@ activation = f(gate) × in</h3>{{ table(angles.cases) }}{% endif %}{% endif %}</
 
 INDEX = """<div class="lenslrp-unit"><style>{{ style }}</style><div class="wide">
 <header><p class="brand">LensLRP</p><h1><bdi>{{ title }}</bdi></h1>
-<p class="what">{{ what }}</p></header>
+<p class="what">{{ what }}</p>
+<p hidden><input type="search" aria-label="Search" placeholder="words of names, tokens and \
+sentences"> <output class="note"></output></p></header>
 <section><div class="scroll"><table><thead><tr><th scope="col">unit</th>
 <th scope="col" class="n">active</th><th scope="col" class="n">largest</th>
-<th scope="col">most active at</th><th scope="col">matters most at</th>
-<th scope="col">writes</th></tr></thead><tbody>
-{% for row in rows %}<tr><td><a href="{{ row.href }}"><code>{{ row.name }}</code></a></td>
+{%- for title in lists %}<th scope="col">{{ title }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in rows %}<tr><td><a href="{{ row.href }}"><code>{{ row.name }}</code></a>\
+<p class="found note"></p></td>
 <td class="n">{{ row.density }}</td><td class="n">{{ row.largest }}</td>
-{% for tokens in (row.actmax, row.relmax, row.writes) %}<td>{% for token in tokens %}\
+{% for name in lists.values() %}<td>{% for token in row[name] %}\
 <bdi class="tok">{{ token }}</bdi>{% endfor %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div></section></div></div>
+<script type="application/json" id="sentences">{{ sentences }}</script>
+<script>{{ script }}</script>
 """

@@ -413,7 +413,7 @@ def spoils() -> Iterator[tuple[str, Damage]]:
             "doubles": lambda t: t.double(),
             "shorter": lambda t: t[:-1],
             "negative": lambda t: torch.full_like(t, -7),
-            "large": lambda t: torch.full_like(t, 30_000),
+            "large": lambda t: torch.full_like(t, 100 if t.dtype == torch.int8 else 30_000),
             "flat": lambda t: t.reshape(-1)[:1],
         }
         for case, make_it in kinds.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
+import hashlib
 import json
 import re
 import shutil
@@ -15,9 +17,11 @@ import pytest
 from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 from lenslrp.analysis.dictionary.export import folders as exports
 from lenslrp.analysis.dictionary.export.folders import export_html, export_neuronpedia
+from lenslrp.analysis.dictionary.export.index_page import index_html
 from lenslrp.analysis.units.kinds import Head
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import slug
+from lenslrp.text.visible_text import running
 from tests.conformance.dictionaries import build, contents, model
 from tests.conformance.dictionary.test_dictionary_hostile import forged, manifest
 from tests.conformance.dictionary.test_unit_page import Parsed
@@ -193,6 +197,52 @@ def test_pages_are_linked_and_listed(built: NeuronDictionary, tmp_path: Path) ->
         export_html(built, tmp_path / "none", [(7, 0)])
 
 
+def test_an_index_holds_what_its_search_reads_and_runs_nothing_else(
+    built: NeuronDictionary, tmp_path: Path
+) -> None:
+    keys = [(0, 3), (1, 5)]
+    page = export_html(built, tmp_path / "site", keys).read_text(encoding="utf-8")
+    policy = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    scripts = re.findall(r"<script( [^>]*)?>(.*?)</script>", page, flags=re.DOTALL)
+    assert [attributes for attributes, _ in scripts] == [
+        ' type="application/json" id="sentences"', ""
+    ]  # fmt: skip
+    digest = base64.b64encode(hashlib.sha256(scripts[1][1].encode()).digest()).decode()
+    assert policy == [
+        "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+        f"script-src 'sha256-{digest}'"
+    ]
+    for read, key in zip(json.loads(scripts[0][1]), keys, strict=True):
+        rows = [
+            "".join(map(running, tokens)).strip()
+            for criterion in ("actmax", "relmax")
+            for tokens in built[key].examples(criterion)["tokens"]
+        ]
+        assert read == list(dict.fromkeys(rows))
+    for word in ("innerHTML", "fetch(", "eval("):
+        assert word not in scripts[1][1]
+
+
+def test_texts_cannot_end_the_data_of_an_index() -> None:
+    evil = "</script><script>alert(1)</script><!--"
+    row = {"href": "x.html", "density": "", "largest": "", "relmax": [], "writes": []}
+    page = index_html(evil, evil, [{"name": evil, "actmax": [evil], **row}], [[evil]])
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", page, flags=re.DOTALL)
+    assert len(scripts) == 2 and page.count("<script") == 2
+    assert json.loads(scripts[0]) == [[evil]]
+    assert "matters most at" not in page and "most active at" in page
+
+
+def test_without_units_all_are_exported(tmp_path: Path) -> None:
+    d = build(tmp_path / "d", sites="mlp.hook_post", criteria=("actmax",))
+    index = export_html(d, tmp_path / "site", examples=1)
+    assert len(list(index.parent.iterdir())) == len(d) + 1
+    page = (index.parent / "blocks.0.mlp.hook_post_3-3.html").read_text(encoding="utf-8")
+    for name in d.similar((0, 3), 8)["unit"].map(d.name):  # related units are links
+        assert re.search(rf'<a href="[^"]*"><code>{re.escape(name)}</code>', page)
+    d.close()
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [
@@ -235,7 +285,9 @@ def test_a_strangers_names_stay_inside_the_folder(tmp_path: Path) -> None:
     index = export_html(d, inside, [d.name(0), d.name(1)])
     assert set(tmp_path.iterdir()) == before | {tmp_path / "out"}
     assert list((tmp_path / "out").iterdir()) == [inside]
-    assert "script" not in Parsed(index.read_text(encoding="utf-8")).elements
+    text = index.read_text(encoding="utf-8")
+    assert text.count("<script") == 2  # of its search, whose policy names it by its digest
+    assert "&lt;script&gt;alert(1)" in text
     d.close()
 
 

@@ -12,6 +12,7 @@ from lenslrp.analysis.dictionary.block_pass import CORPUS_TARGETS
 from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
 from lenslrp.analysis.dictionary.export import folders as exports
 from lenslrp.analysis.dictionary.pages.page import page_html
+from lenslrp.analysis.units import readability
 from lenslrp.cli import commands as cli
 from lenslrp.cli import dictionary as cli_dictionary
 from lenslrp.models import loading
@@ -156,7 +157,8 @@ def test_show_has_identity_vocabulary_statistics_and_sentences(folder, capsys, u
     for name, label in (("out", "writes"), ("in", "reads (in)"), ("gate", "reads (gate)")):
         some = vocabulary[(vocabulary["name"] == name) & (vocabulary["side"] == "top")]
         row = next(line for line in printed.splitlines() if line.startswith(label + " "))
-        assert "  ".join(some["token"]) in row
+        assert row.count("not readable by weights") == 2  # random rows: top and bottom
+        assert not any(f" {token} " in row for token in some["token"])
     assert f"{page.statistics['relevance_kurtosis']:.4g}" in printed
     for criterion in ("actmax", "relmax"):
         assert criterion in printed
@@ -259,6 +261,28 @@ def test_export_as_lines_of_json(folder, tmp_path, capsys):
     d.close()
 
 
+def test_show_lists_what_is_readable(folder, capsys, monkeypatch):
+    monkeypatch.setattr(readability, "READABLE_SHARE", 0)
+    assert cli.main(["dictionary", "show", "d", "1,17", "--k", "1"]) == 0
+    printed = capsys.readouterr().out
+    d = NeuronDictionary.open(folder / "d")
+    some = d[1, 17].vocabulary().query("name == 'out' and side == 'top'")
+    d.close()
+    assert "  ".join(some["token"]) in printed
+
+
+def test_find_takes_the_model_for_what_is_written(folder, capsys):
+    asked = ["dictionary", "find", "d", "c", "--limit", "3", "--by"]
+    assert cli.main([*asked, "writes", "--model", "tiny", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 3 and set(found[0]) > {"side", "score", "token", "rank"}
+    assert cli.main([*asked, "writes", "--model", "tiny"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        f"{found[0]['hook']}[{found[0]['index']}]" in printed and f"{found[0]['side']}" in printed
+    )
+
+
 def test_export_as_pages_and_for_neuronpedia(folder, tmp_path):
     export = ["dictionary", "export", "d", "--out", str(tmp_path / "out"), "--format"]
     assert cli.main([*export, "html", "--units", "1,5", "blocks.0.attn.hook_z[1]"]) == 0
@@ -283,7 +307,8 @@ def test_export_as_pages_and_for_neuronpedia(folder, tmp_path):
         (["show", "d", "1,3", "--html", "."], "is a directory"),
         (["show", "d", "1,3", "--model", "tiny"], "give --html too"),
         (["search", "d", "--", '"'], "nothing to search for"),
-        (["export", "d", "--format", "html", "--out", "x"], "give --units"),
+        (["find", "d", "c", "--by", "writes"], "--by writes reads the weights: give --model"),
+        (["find", "d", "c", "--model", "tiny"], "--by writes reads the weights: give --model"),
         (["export", "d", "--format", "neuronpedia", "--out", "x", "--units", "1,3"], "leave them"),
         (["export", "d", "--format", "jsonl", "--out", "no/x"], "there is no directory"),
         (["build", "tiny", "nowhere.txt", "e"], "no corpus at"),

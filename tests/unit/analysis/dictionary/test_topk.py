@@ -118,3 +118,26 @@ def test_priorities_are_the_same_for_everyone_and_look_random() -> None:
     assert bool((found >= 0).all())
     assert abs(float((found % 2).double().mean()) - 0.5) < 0.02
     assert abs(float((found.double() / 2**63).mean()) - 0.5) < 0.02
+
+
+def test_what_is_skipped_is_never_found() -> None:
+    torch.manual_seed(3)
+    x = torch.randint(-3, 4, (40, 7, 5)).float()
+    ends = torch.randint(2, 8, (40,)).tolist()
+    skipped = torch.rand(40, 7) < 0.4
+    skipped[0] = True  # nothing would be left: searched as if nothing were skipped
+    spans = Spans(1, ends, skipped=skipped)
+    for sign in (1, -1):
+        for part in spans.parts(1):
+            (best, positions) = extremes(x[part.rows], part, [sign])[0]
+            for row in range(len(part.ends)):
+                at = row + part.start
+                span = range(1, ends[at])
+                kept = [p for p in span if not skipped[at, p]] or list(span)
+                assert part.searched(row) == kept
+                for unit in range(5):
+                    value, first = min((-sign * float(x[at, p, unit]), p) for p in kept)
+                    assert (float(best[row, unit]), int(positions[row, unit])) == (
+                        -sign * value,
+                        first,
+                    )
