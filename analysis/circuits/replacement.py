@@ -4,11 +4,12 @@ Where a coder writes, what the model has there is taken apart (Ameisen et al. 20
 
     y = scale * (a W_dec + b_dec) + mean + x W_skip + error
 
-(mean 0 and scale 1, but for an autoencoder that normalises). The values stay those of the model to
-the last bit; the graph below ``y`` is another. Relevance goes to the features ``a``, through the
-skip connection, and to the error, which is a constant of this prompt and ends there; ``b_dec`` and
-``mean`` absorb theirs (the ledger's ``biases``). So what the model itself computes ``y`` with, an
-MLP for a transcoder, is off the path.
+(mean 0 and scale 1, but for an autoencoder that normalises; of a cross-layer transcoder ``a W_dec``
+is the sum of what features of this layer and of earlier ones write here). The values stay those of
+the model to the last bit; the graph below ``y`` is another. Relevance goes to the features ``a``,
+through the skip connection, and to the error, which is a constant of this prompt and ends there;
+``b_dec`` and ``mean`` absorb theirs (the ledger's ``biases``). So what the model itself computes
+``y`` with, an MLP for a transcoder, is off the path.
 
 A feature that is active passes its relevance on through its column of ``W_enc``: its gate (ReLU,
 JumpReLU, the k largest) is open and has the identity rule, the column the epsilon rule, and what is
@@ -131,41 +132,62 @@ class Encode(torch.autograd.Function):
 
 
 class Write(torch.autograd.Function):
-    """``y`` [row, pos, d_out], on a graph of features, of what the coder reads and of the error."""
+    """``y`` [row, pos, d_out], on a graph of what the coder reads, of the error and of features.
+
+    ``active`` are the coder's own, then those that write there from earlier layers.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, a: Tensor, x: Tensor, error: Tensor, active: ActiveFeatures, site: Site
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        error: Tensor,
+        active: Sequence[ActiveFeatures],
+        site: Site,
+        *features: Tensor,
     ) -> Tensor:
         set_site(ctx, site)
-        mean, scale = active.coder.denormalizer(x)
+        coder = active[0].coder
+        mean, scale = coder.denormalizer(x)
         ctx.active, ctx.scale, ctx.bias = active, scale, None
         if site.accounts is not None:
-            ctx.bias = scale * active.coder.b_dec.to(y) + mean
+            ctx.bias = scale * coder.b_dec.to(y) + mean
         return y.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         site, active = ctx.site, ctx.active
         site.backward += 1
         if ctx.bias is not None:
             site.report("biases", row_sums(ctx.bias, g))
-        at = (slice(None), active.positions, active.features)
-        features = ((g * ctx.scale) @ active.coder.W_dec.to(g).T)[at]
-        skip = active.coder.W_skip
-        return None, features, None if skip is None else g @ skip.to(g).T, g, None, None
+        scaled, coder = g * ctx.scale, active[0].coder
+        features = [
+            (scaled @ of.coder.decoders[coder.written_at].to(g).T)[:, of.positions, of.features]
+            for of in active
+        ]
+        skip = None if coder.W_skip is None else g @ coder.W_skip.to(g).T
+        return None, skip, g, None, None, *features
 
 
-def written(active: ActiveFeatures, a: Float[Tensor, "row entry"], x: Tensor) -> Tensor:
-    """What a coder writes where it reads ``x`` and its features are ``a``: [row, pos, d_out]."""
-    dense = a.new_zeros(*x.shape[:2], active.coder.W_enc.shape[1])
-    dense[:, active.positions, active.features] = a
-    return active.coder.decode(dense, x)
+def written(
+    active: Sequence[ActiveFeatures], features: Sequence[Float[Tensor, "row _"]], x: Tensor
+) -> Tensor:
+    """What is written where a coder reads ``x``: [row, pos, d_out].
 
-
-def written_at(coder: SparseCoder) -> str:
-    """The hook point where a coder writes."""
-    return coder.hook if coder.hook_out is None else coder.hook_out
+    Args:
+        active: the coder's own features, then those that write there from earlier layers.
+        features: the activations of each.
+        x: what the coder reads.
+    """
+    coder, y = active[0].coder, None
+    for of, a in zip(active, features, strict=True):
+        dense = a.new_zeros(*x.shape[:2], of.coder.W_enc.shape[1])
+        dense[:, of.positions, of.features] = a
+        rows = of.coder.decoders[coder.written_at]
+        y = coder.decode(dense, x) if y is None else y + dense @ rows.to(dense)
+    assert y is not None
+    return y
 
 
 def require_coders(model: TransformerBridge, coders: Sequence[SparseCoder]) -> None:
@@ -173,17 +195,24 @@ def require_coders(model: TransformerBridge, coders: Sequence[SparseCoder]) -> N
 
     Raises:
         InputError: an unknown hook point, two coders that write to one, one whose tensor nothing
-            uses, a transcoder that does not say where it writes.
+            uses, a transcoder that does not say where it writes, a cross-layer one without the
+            layers that its features write.
     """
     names: dict[str, str] = {}
+    homes = {coder.hook_out for coder in coders}
     for coder in coders:
         if coder.hook_out is None and not coder.writes_back:
             raise InputError(
                 f"{coder.name} reads {coder.W_enc.shape[0]} values a position at {coder.hook} and "
                 f"writes {coder.W_dec.shape[1]}: give hook_out, where it writes"
             )
+        if alone := [hook for hook in coder.later if hook not in homes]:
+            raise InputError(
+                f"{coder.name} writes at {alone[0]}, too, and no transcoder of that layer is "
+                "there: give all layers of the cross-layer transcoder"
+            )
         known_hook(model, coder.hook)
-        out = known_hook(model, written_at(coder))
+        out = known_hook(model, coder.written_at)
         require_on_stream(model, out, model.hook_dict)
         for key in (out, features_key(coder)):
             if key in names:
@@ -192,7 +221,7 @@ def require_coders(model: TransformerBridge, coders: Sequence[SparseCoder]) -> N
                     "names of their own"
                 )
             names[key] = coder.name
-    require_used(model, [written_at(coder) for coder in coders])
+    require_used(model, [coder.written_at for coder in coders])
 
 
 def stand_in(
@@ -200,6 +229,7 @@ def stand_in(
     points: Mapping[str, Any],
     coder: SparseCoder,
     known: ActiveFeatures | None,
+    earlier: dict[str, list[tuple[ActiveFeatures, Tensor]]],
     *,
     accounts: Accounts | None,
     found: Callable[[ActiveFeatures], None],
@@ -212,12 +242,14 @@ def stand_in(
         points: every hook point.
         coder: the coder.
         known: which of its features are active; if `None`, those that are in the first row.
+        earlier: hook point -> which features of earlier layers write there in this pass, and their
+            activations: one dictionary for all coders.
         accounts: where what it absorbs is reported.
         found: is told which are active.
         cut: what goes on in the place of its features, [row, entry, 1, 1], and of its error,
             [row, pos, 1, d_out].
     """
-    hook, out = coder.hook, written_at(coder)
+    hook, out = coder.hook, coder.written_at
     held: dict[str, Tensor] = {}
 
     site = Site(out, "SparseCoder", "linear", Epsilon(), layer_of(out), accounts=accounts)
@@ -242,11 +274,14 @@ def stand_in(
         found(active)
         a = apply(Encode, read, active, site)
         a = cut(features_key(coder), a[..., None, None])[..., 0, 0]
+        for there in coder.later:
+            earlier.setdefault(there, []).append((active, a))
+        sources, features = zip((active, a), *earlier.get(out, ()), strict=True)
         with torch.no_grad():
-            error = (flat - written(active, a, x)).unsqueeze(-2)
+            error = (flat - written(sources, features, x)).unsqueeze(-2)
         error = cut(error_key(coder), error).squeeze(-2)
         skips = read if coder.W_skip is not None else read.detach()
-        whole = apply(Write, flat, a, skips, error, active, site)
+        whole = apply(Write, flat, skips, error, sources, site, *features)
         if isinstance(coder.heads, int):  # of one head: the others stay on the graph
             others = converted(point, y).unbind(-2)
             heads = [*others[: coder.heads], whole, *others[coder.heads + 1 :]]

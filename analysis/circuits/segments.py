@@ -287,6 +287,7 @@ def segmented(
             at.hook(points[hook], partial(_detached, segments=segments, hook=hook))
         for hook in gated:
             at.hook(points[hook], partial(_gated, segments=segments, hook=hook))
+        earlier: dict[str, list[tuple[ActiveFeatures, Tensor]]] = {}
         for coder in coders:
             key = features_key(coder)
             stand_in(
@@ -294,6 +295,7 @@ def segmented(
                 points,
                 coder,
                 None if active is None else active[key],
+                earlier,
                 accounts=run.accounts,
                 found=partial(segments.active.__setitem__, key),
                 cut=segments.cut,

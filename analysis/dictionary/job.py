@@ -20,7 +20,7 @@ from lenslrp.analysis.dictionary.work_folder import (
     found_work,
 )
 from lenslrp.analysis.units.kinds import Unit
-from lenslrp.analysis.units.readers import Sites, searched_hooks
+from lenslrp.analysis.units.readers import FeatureReader, Sites, searched_hooks
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import taking_turns
 from lenslrp.fingerprints import describe_model, describe_rules, describe_tokenizer
@@ -100,6 +100,9 @@ def prepare(
     places = find_places(model, searched, tokenised.block(0).tokens[:1])
     chosen, units = tuple(criteria), tuple(through)
     relevance = any(TOP_CRITERIA.get(c, ("",))[0] == "relevance" for c in chosen)
+    for site in searched:
+        if relevance and isinstance(site.reader, FeatureReader):
+            site.reader.coder.require_one_layer("relevance in a dictionary")
     table = as_composite(AttnLRP() if composite is None else composite)
     about = {k: v for k, v in tokenised.about.items() if k not in ("parts", "identity")}
     plan = Plan(

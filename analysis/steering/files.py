@@ -273,7 +273,7 @@ def _unit_json(unit: Unit, vectors: dict[str, Tensor]) -> str | dict[str, Any]:
     if isinstance(unit, Feature):
         raise InputError(
             f"{unit}: a feature's coder is in a file of its own; steer along "
-            "Direction(coder.hook, coder.W_dec[index]) to write it down"
+            "Direction(coder.written_at, coder.W_dec[index]) to write it down"
         )
     if not isinstance(unit, Direction):
         return str(unit)

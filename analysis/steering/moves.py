@@ -52,5 +52,8 @@ def require_movable(unit: Unit) -> None:
         )
     if isinstance(unit, Direction) and not 0 < float(unit.vector.detach().norm()) < float("inf"):
         raise InputError(f"{unit} has no length or an infinite one: it points nowhere")
-    if isinstance(unit, Feature) and not unit.coder.writes_back:
-        raise InputError(f"{unit}: an autoencoder's features can be moved, not a transcoder's")
+    if isinstance(unit, Feature) and unit.coder.hook_out is None and not unit.coder.writes_back:
+        raise InputError(
+            f"{unit}: its coder writes {unit.coder.W_dec.shape[1]} values a position and reads "
+            f"{unit.coder.W_enc.shape[0]}: give it hook_out, the hook point that it writes"
+        )

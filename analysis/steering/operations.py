@@ -10,6 +10,7 @@ An operation moves the activation `a` of one unit (`lenslrp.analysis.units.kinds
 `x -> x + change(a) * step`, where `step` is a neuron's or channel's own entry, v / |v|^2 of a
 direction v, z / |z| of a head, or a feature's decoder row times its coder's scale; so that the
 activation (a feature's: what its decoder writes) is what it says. Each acts on what was left.
+A transcoder's feature is read where its coder reads, and ``x`` is where the coder writes.
 
 Positions are those of the text (`lenslrp.followed`), never of the pass: the same tokens are steered
 with a KV cache and without, in a padded batch and alone, in every generation and every plain
@@ -28,8 +29,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lenslrp.analysis.steering.encoded import FeatureMove, encoded_of
 from lenslrp.analysis.steering.moves import moved, require_movable, step_length
 from lenslrp.analysis.units.kinds import Direction, Feature, Unit
+from lenslrp.analysis.units.locations import known_hook
 from lenslrp.edits import Edit, edit_units
 from lenslrp.errors import InputError
 from lenslrp.followed import Positions, TrackedPasses, follow, positions
@@ -89,6 +92,8 @@ class Moving(Operation):
 
     def hook(self, model: TransformerBridge) -> str:
         require_movable(self.unit)
+        if isinstance(self.unit, Feature):
+            return known_hook(model, self.unit.coder.written_at)
         return self.unit.hook(model)
 
     def apply(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
@@ -156,7 +161,7 @@ class Add(Moving):
         if self.units == "resid_rms":
             scale: Tensor | float = 1.0
             if isinstance(self.unit, Feature):
-                x = self.unit.coder.flat(x)
+                x = self.unit.coder.flat_output(x)
                 scale = self.unit.coder.denormalizer(x)[1][..., 0]
             rms = x.detach().float().square().mean(dim=-1).sqrt().to(x)
             return self.amount * rms / (scale * step_length(self.unit))
@@ -324,26 +329,36 @@ def steer(
         raise InputError("a Steering says where it acts: give prompt and generation there")
     if is_encoder_decoder(model):
         raise InputError("steering is of decoders' texts; this model is an encoder-decoder")
-    by_hook: dict[str, list[Operation]] = {}
+    by_hook: dict[str, list[Operation | FeatureMove]] = {}
+    read = set[str]()
+    encoded = encoded_of(model)
     for operation in operations.operations:
-        hook = operation.hook(model)
-        by_hook.setdefault(hook, []).append(operation)
+        hooks = [operation.hook(model)]
+        step: Operation | FeatureMove = operation
+        if isinstance(operation, Moving) and isinstance(feature := operation.unit, Feature):
+            if not feature.coder.writes_back:
+                step = FeatureMove(operation, feature, encoded)
+                read.add(feature.hook(model))
+            hooks += [known_hook(model, hook) for hook in feature.coder.later]
+        for hook in hooks:
+            by_hook.setdefault(hook, []).append(step)
     with follow(model) as passes:
         edits = [
             Edit(hook, function=_changed(hook, at_hook, operations, passes))
             for hook, at_hook in by_hook.items()
         ]
-        with edit_units(model, edits):
+        with edit_units(model, edits), encoded.reading(model, read):
             yield
 
 
 def _changed(
-    hook: str, operations: list[Operation], steering: Steering, passes: TrackedPasses
+    hook: str, steps: list[Operation | FeatureMove], steering: Steering, passes: TrackedPasses
 ) -> Callable[[Tensor], Tensor]:
     def chosen_by(what: str, operation: Operation) -> Positions:
         scope = getattr(operation, what)
         return positions(getattr(steering, what) if scope is None else scope, what)
 
+    operations = [each.operation if isinstance(each, FeatureMove) else each for each in steps]
     places = [
         (chosen_by("prompt", each), chosen_by("generation", each), each.rows) for each in operations
     ]
@@ -357,9 +372,12 @@ def _changed(
                 f"{hook} is {list(x.shape)}; steering needs [batch={batch}, pos={length}, ...]"
             )
         y = x.clone()
-        for operation, where in zip(operations, chosen, strict=True):
+        for step, where in zip(steps, chosen, strict=True):
             where = where.flatten() if flat else where
-            y[where] = operation.apply(y[where])
+            if isinstance(step, FeatureMove):
+                y[where] = step.apply(y, where, hook)
+            else:
+                y[where] = step.apply(y[where])
         return y
 
     return change

@@ -16,7 +16,8 @@ feature, ``x + scale (a' - a) W_dec``, leaves the error where it was.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -56,6 +57,8 @@ class SparseCoder:
         W_skip: [d_in, d_out], of a skip transcoder.
         normalization: what is done to a position before it is read: ``"none"``,
             ``"constant_norm_rescale"`` or ``"layer_norm"``.
+        later: of a layer of a cross-layer transcoder, what its features write at later layers: hook
+            point -> [features, d_out] (`CrossLayerCoder`).
         heads: where ``hook`` is [batch, pos, head, d_head]: ``"all"`` for a coder that reads all
             heads side by side, the number of one for a coder of that head; None without such an
             axis.
@@ -86,6 +89,7 @@ class SparseCoder:
     W_skip: Tensor | None = None
     normalization: str = "none"
     heads: int | Literal["all"] | None = None
+    later: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         features = self.W_enc.shape[-1]
@@ -106,6 +110,13 @@ class SparseCoder:
             raise InputError(f"k is {self.k}, expected 1 to {features} (the features)")
         if self.W_skip is not None and self.hook_out is None:
             raise InputError("W_skip is of transcoders: give hook_out, the hook point it writes")
+        if self.later and self.hook_out is None:
+            raise InputError("later is of transcoders: give hook_out, the hook point it writes")
+        for hook, rows in self.later.items():
+            if len(rows) != features:
+                raise InputError(
+                    f"at {hook} are written {len(rows)} vectors, expected {features} (the features)"
+                )
         if self.normalization not in NORMALIZATIONS:
             known = ", ".join(NORMALIZATIONS)
             raise InputError(f"normalization is {self.normalization!r}, expected one of {known}")
@@ -119,6 +130,32 @@ class SparseCoder:
     def writes_back(self) -> bool:
         """Whether it is an autoencoder: it writes what it read."""
         return self.hook_out is None and self.W_dec.shape[1] == self.W_enc.shape[0]
+
+    @property
+    def written_at(self) -> str:
+        """The hook point where it writes: of a layer of a cross-layer transcoder, its own."""
+        return self.hook if self.hook_out is None else self.hook_out
+
+    @property
+    def decoders(self) -> dict[str, Float[Tensor, "features d_out"]]:
+        """What its features write, by hook point, from its own layer on."""
+        return {self.written_at: self.W_dec, **self.later}
+
+    def writes(self, index: int) -> Float[Tensor, " d_out"]:
+        """What a feature writes for each unit of its activation, summed over layers."""
+        return torch.stack([rows[index] for rows in self.decoders.values()]).sum(dim=0)
+
+    def require_one_layer(self, what: str) -> None:
+        """Refuse a layer of a cross-layer transcoder.
+
+        Raises:
+            InputError: saying that ``what`` is of one hook point.
+        """
+        if self.later:
+            raise InputError(
+                f"{what} is of one hook point, and features of {self.name} write at "
+                f"{len(self.decoders)}: attribution_graph(coders=) has all of them"
+            )
 
     def flat(self, x: Tensor) -> Float[Tensor, "... d_in"]:
         """The part of the tensor at a hook point that the coder reads or writes: heads joined.
@@ -147,7 +184,7 @@ class SparseCoder:
         if y.shape[-1] != self.W_dec.shape[1]:
             raise InputError(
                 f"{self.name} writes {self.W_dec.shape[1]} values a position, "
-                f"{self.hook_out or self.hook} has {y.shape[-1]}"
+                f"{self.written_at} has {y.shape[-1]}"
             )
         return y
 
@@ -211,21 +248,23 @@ class SparseCoder:
         """What the coder writes where it reads ``x``, as at ``hook``: `decode` of `encode`."""
         return self.decode(self.encode(x), x)
 
-    def moved(self, x: Tensor, index: int, change: Tensor) -> Tensor:
-        """An autoencoder's ``x`` with ``change`` added to a feature's activation, the error kept.
+    def moved(self, y: Tensor, index: int, change: Tensor, at: str | None = None) -> Tensor:
+        """``y`` with ``change`` added to a feature's activation, and all else kept.
 
         Args:
-            x: as at ``hook``.
+            y: as where the coder writes.
             index: which feature.
             change: one value a position.
+            at: which of ``decoders``; its own layer's, if not given.
         """
-        _, scale = self.denormalizer(self.flat(x))
-        step = (change[..., None] * scale * self.W_dec[index].to(change)).to(x)
-        if self.heads is None or self.heads == "all":
-            return x + step.reshape(x.shape)
-        y = x.clone()
-        y[..., self.heads, :] = y[..., self.heads, :] + step
-        return y
+        _, scale = self.denormalizer(self.flat_output(y))
+        row = self.decoders[at or self.written_at][index]
+        step = (change[..., None] * scale * row.to(change)).to(y)
+        if self.heads is None or self.heads == "all" or self.hook_out is not None:
+            return y + step.reshape(y.shape)
+        z = y.clone()
+        z[..., self.heads, :] = z[..., self.heads, :] + step
+        return z
 
     @property
     def rescales(self) -> bool:

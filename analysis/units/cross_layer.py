@@ -24,12 +24,12 @@ class CrossLayerCoder:
     """A cross-layer transcoder, as one `SparseCoder` a layer and what it writes later.
 
     Attributes:
-        layers: of each layer the transcoder of that layer to itself. `Feature(layers[l], index)` is
-            a feature as a unit; as such it writes its own layer alone.
-        later: of each layer [features, layers after it, d_out], what its features write there.
+        layers: of each layer the transcoder of that layer to itself, whose ``later`` is what its
+            features write to the layers after it. `Feature(layers[l], index)` is a feature as a
+            unit.
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: a layer that does not write to itself and to every layer after it.
 
     Examples:
         ```python
@@ -40,16 +40,14 @@ class CrossLayerCoder:
     """
 
     layers: tuple[SparseCoder, ...]
-    later: tuple[Tensor, ...]
 
     def __post_init__(self) -> None:
-        for layer, (coder, later) in enumerate(zip(self.layers, self.later, strict=True)):
-            features, d_out = coder.W_dec.shape
-            shape = (features, len(self.layers) - layer - 1, d_out)
-            if later.shape != shape:
+        outs = [coder.hook_out for coder in self.layers]
+        for layer, coder in enumerate(self.layers):
+            if list(coder.decoders) != outs[layer:]:
                 raise InputError(
-                    f"layer {layer} writes later layers by {list(later.shape)}, "
-                    f"expected {list(shape)}"
+                    f"layer {layer} writes at {', '.join(coder.decoders)}, expected "
+                    f"{', '.join(map(str, outs[layer:]))}"
                 )
 
     def encode(self, x: Sequence[Tensor]) -> list[Float[Tensor, "... features"]]:
@@ -70,7 +68,7 @@ class CrossLayerCoder:
         for layer, coder in enumerate(self.layers):
             y = coder.decode(activations[layer], read[layer])
             for before in range(layer):
-                rows = self.later[before][:, layer - before - 1]
+                rows = self.layers[before].later[coder.written_at]
                 y = y + activations[before] @ rows.to(y)
             written.append(y)
         return written
@@ -81,8 +79,7 @@ class CrossLayerCoder:
 
     def writes(self, layer: int, index: int) -> Float[Tensor, "layers d_out"]:
         """What a feature writes to its own layer and to each later one."""
-        own = self.layers[layer].W_dec[index][None]
-        return torch.cat([own, self.later[layer][index]])
+        return torch.stack([rows[index] for rows in self.layers[layer].decoders.values()])
 
     @classmethod
     def load(cls, path: str | Path) -> CrossLayerCoder:
@@ -96,5 +93,14 @@ class CrossLayerCoder:
                 not fit.
         """
         read = read_cross_layer(path)
-        coders = [SparseCoder(**f, name=f"clt {layer}") for layer, (f, _) in enumerate(read)]
-        return cls(tuple(coders), tuple(later for _, later in read))
+        outs = [fields["hook_out"] for fields, _ in read]
+        return cls(
+            tuple(
+                SparseCoder(
+                    **fields,
+                    name=f"clt {layer}",
+                    later=dict(zip(outs[layer + 1 :], rest.unbind(1), strict=True)),
+                )
+                for layer, (fields, rest) in enumerate(read)
+            )
+        )

@@ -343,7 +343,8 @@ class Feature(Unit):
         return self.coder.encode(value)[..., self.index]
 
     def writes(self, model: TransformerBridge) -> Vectors:
-        return {"out": _of_width(model, self, self.coder.W_dec[self.index])}
+        """``"out"``, its row of ``W_dec``; of a cross-layer transcoder, the sum over layers."""
+        return {"out": _of_width(model, self, self.coder.writes(self.index))}
 
     def reads(self, model: TransformerBridge) -> Vectors:
         return {"in": _of_width(model, self, self.coder.W_enc[:, self.index])}

@@ -297,6 +297,8 @@ def _tensors(path: Path, architecture: str, given: Mapping[str, Tensor]) -> Fiel
 def write_saelens(coder: SparseCoder, folder: Path) -> Path:
     """See `SparseCoder.save`."""
     transcodes = coder.hook_out is not None
+    if coder.later:
+        raise InputError(f"SAELens has no layout for {coder.name}, which writes several layers")
     if (coder.k is not None and (transcodes or coder.threshold is not None)) or (
         transcodes and coder.subtract_b_dec
     ):

@@ -19,7 +19,7 @@ from torch import Tensor
 from lenslrp.analysis.circuits.graph.candidates import Candidates
 from lenslrp.analysis.circuits.graph.pruning import Mask, Matrix, Vector
 from lenslrp.analysis.circuits.nodes import COMPONENTS, TARGET, Node, place_components
-from lenslrp.analysis.circuits.replacement import ErrorNode, FeatureNode, written_at
+from lenslrp.analysis.circuits.replacement import ErrorNode, FeatureNode
 from lenslrp.analysis.circuits.segments import EMBEDDINGS, SegmentedPass, segmented, unit_at
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.hooks.sites import LEDGER_TERMS
@@ -269,7 +269,7 @@ def _described(
                "unit": 0, "label": text, "activation": np.nan}  # fmt: skip
     for node in chosen:
         coder = candidates.coder(node.hook)
-        layer = layer_of(node.hook if coder is None else written_at(coder))
+        layer = layer_of(node.hook if coder is None else coder.written_at)
         kind = _kind(node, candidates.hooks)
         yield {"id": str(node), "kind": kind, "hook": node.hook, "layer": layer,
                "position": node.position, "unit": node.unit,

@@ -16,11 +16,13 @@ from lenslrp.analysis.circuits.graph.supernodes import (
     labelled_nodes,
     merged_edges,
     similar_nodes,
+    unit_of,
     vocabulary_labels,
 )
 from lenslrp.analysis.circuits.nodes import largest
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.analysis.units.kinds import Unit
 from lenslrp.targets import Explained
 
 if TYPE_CHECKING:
@@ -108,6 +110,21 @@ class AttributionGraph:
         frame = largest(self.edges, "relevance", k)
         return frame.assign(source_label=frame["source"].map(labels),
                             target_label=frame["target"].map(labels))  # fmt: skip
+
+    def unit(self, node: str) -> Unit:
+        """The feature, neuron or head that a node is, at all positions: what `steer` moves.
+
+        Args:
+            node: its id.
+
+        Raises:
+            InputError: a node that is no unit, such as a token, or that the graph does not have.
+
+        Examples:
+            >>> with steer(model, Ablate(graph.unit("blocks.5.attn.hook_z[2]@4")), prompt=[4]):
+            ...     without = model(prompt)
+        """
+        return unit_of(self, node)
 
     def group(self, groups: Mapping[str, Iterable[str]]) -> AttributionGraph:
         """The same graph with supernodes, in the place of those that it has.

@@ -145,7 +145,7 @@ def _of_decoders(graph: AttributionGraph, nodes: pd.DataFrame) -> Matrix:
     """Cosines of what features write; 0 between coders of different widths."""
     coders = {features_key(coder): coder for coder in graph.coders}
     rows = [
-        coders[hook].W_dec[unit].detach().double().cpu().numpy()
+        coders[hook].writes(unit).detach().double().cpu().numpy()
         for hook, unit in zip(nodes["hook"], nodes["unit"], strict=True)
     ]
     similarity = np.zeros((len(rows), len(rows)))
@@ -177,6 +177,16 @@ def unit_text(node: str) -> str:
     return node.rpartition("@")[0] or node
 
 
+def unit_of(graph: AttributionGraph, node: str) -> Unit:
+    """See `AttributionGraph.unit`."""
+    found = graph.nodes[graph.nodes["id"] == node]
+    if len(found) != 1:
+        raise InputError(f"the graph has no node {node!r}")
+    hook, unit = str(found["hook"].iloc[0]), int(found["unit"].iloc[0])
+    coder = next((coder for coder in graph.coders if features_key(coder) == hook), None)
+    return parse_unit(unit_text(node)) if coder is None else Feature(coder, unit)
+
+
 def labelled_nodes(graph: AttributionGraph, labels: Mapping[str, str]) -> pd.DataFrame:
     """`graph.nodes` with labels by id, or by the text of the unit.
 
@@ -194,17 +204,11 @@ def labelled_nodes(graph: AttributionGraph, labels: Mapping[str, str]) -> pd.Dat
 
 def vocabulary_labels(graph: AttributionGraph, model: TransformerBridge, k: int) -> dict[str, str]:
     """Text of a feature or neuron -> the tokens that what it writes promotes most."""
-    coders = {features_key(coder): coder for coder in graph.coders}
     labels: dict[str, str] = {}
     for node in graph.nodes.to_dict("records"):
         text = unit_text(node["id"])
         if node["kind"] not in ("feature", "neuron") or text in labels:
             continue
-        unit: Unit
-        if node["kind"] == "feature":
-            unit = Feature(coders[node["hook"]], node["unit"])
-        else:
-            unit = parse_unit(text)
-        tokens = writes(model, unit).top(k)["token"]
+        tokens = writes(model, unit_of(graph, node["id"])).top(k)["token"]
         labels[text] = ", ".join(str(token).strip() for token in tokens)
     return labels

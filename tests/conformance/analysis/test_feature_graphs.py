@@ -17,10 +17,17 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import lenslrp
-from lenslrp.analysis import SparseCoder, attribution_graph
+from lenslrp.analysis import (
+    CrossLayerCoder,
+    Feature,
+    SparseCoder,
+    attribution_graph,
+    feature_relevance,
+)
 from lenslrp.analysis.circuits.graph.result import AttributionGraph
 from lenslrp.analysis.circuits.nodes import Node, place_components
 from lenslrp.analysis.circuits.segments import EMBEDDINGS, coefficients, segmented
+from lenslrp.errors import InputError
 from lenslrp.hooks import CPLRP, AttnLRP, Composite, RelP
 from lenslrp.inputs import prepare_text
 from lenslrp.targets import Activation, Logit, LogitDiff, LogProb
@@ -55,12 +62,29 @@ def transcoders(**changes: Any) -> list[SparseCoder]:
     ]
 
 
+def cross_layer(layers: int = 3) -> list[SparseCoder]:
+    """A transcoder of all layers, whose features write their own layer and those behind it."""
+    made = torch.Generator().manual_seed(11)
+    outs = [f"blocks.{i}.hook_mlp_out" for i in range(layers)]
+    coders = [coder(f"blocks.{i}.mlp.hook_in", out, seed=i, skip=i == 1, name=f"clt {i}")
+              for i, out in enumerate(outs)]  # fmt: skip
+
+    def rows() -> Tensor:
+        return torch.randn(FEATURES, WIDTH, generator=made, dtype=torch.float64) * 0.2
+
+    given = [
+        replace(one, later={out: rows() for out in outs[i + 1 :]}) for i, one in enumerate(coders)
+    ]
+    return list(CrossLayerCoder(tuple(given)).layers)
+
+
 CODERS: dict[str, list[SparseCoder]] = {
     "transcoders": transcoders(),
     "skip transcoders": transcoders(skip=True),
     "the 5 largest": transcoders(k=5),
     "jumprelu": transcoders(threshold=torch.full((FEATURES,), 0.6, dtype=torch.float64)),
     "layer norm": transcoders(normalization="layer_norm"),
+    "cross-layer": cross_layer(),
     "one head's": [
         *transcoders(),
         replace(
@@ -82,6 +106,11 @@ CODERS: dict[str, list[SparseCoder]] = {
 }
 
 
+def llama(coders: list[SparseCoder]) -> TransformerBridge:
+    layers = max(LAYERS, *(1 + int(c.hook.split(".")[1]) for c in coders))
+    return tiny("llama", num_hidden_layers=layers)
+
+
 def weight(part: Any) -> Tensor:
     found: Tensor = part.original_component.weight
     return found.detach()
@@ -100,7 +129,8 @@ class Replaced:
     def run(self, change: Callable[[str, Tensor], Tensor]) -> float:
         model = self.model
         x = change("tokens", weight(model.embed)[TOKENS[0]])
-        for layer in range(LAYERS):
+        self.now: dict[str, list[Tensor]] = {}  # hook point -> what earlier layers write there
+        for layer in range(model.cfg.n_layers):
             name = f"blocks.{layer}"
             x = self._stand_in(f"{name}.hook_resid_pre", x, x, change)
             read = x * self._norm(f"{name}.ln1")
@@ -158,7 +188,9 @@ class Replaced:
             self.base[f"{of} gate"] = gate
         a = change(f"{of}]", pre * self.base[f"{of} gate"])
         skip = 0.0 if c.W_skip is None else x @ c.W_skip
-        known = a @ c.W_dec + c.b_dec + skip
+        known = a @ c.W_dec + c.b_dec + skip + sum(self.now.get(c.hook_out or "", []))
+        for hook, rows in c.later.items():
+            self.now.setdefault(hook, []).append(a @ rows)
         if c.hook_out is None:  # an autoencoder undoes its normalization
             known = known * scale + mean
         error = self.base.setdefault(f"{of} error]", y - known)
@@ -183,7 +215,7 @@ def frozen(model: TransformerBridge, coders: list[SparseCoder], **given: Any) ->
 
 @pytest.mark.parametrize("coders", CODERS.values(), ids=CODERS)
 def test_a_node_switched_off_takes_its_relevance_away(coders: list[SparseCoder]) -> None:
-    model = tiny("llama")
+    model = llama(coders)
     graph, written_out = frozen(model, coders), Replaced(model, coders)
     plain = written_out.run(lambda key, x: x)
     assert plain == pytest.approx(float(model(TOKENS)[0, -1, TOKEN].detach()), abs=1e-9)
@@ -208,10 +240,10 @@ def test_a_node_switched_off_takes_its_relevance_away(coders: list[SparseCoder])
 
 
 @pytest.mark.parametrize("direct", [False, True])
-@pytest.mark.parametrize("name", ["skip transcoders", "autoencoders too"])
+@pytest.mark.parametrize("name", ["skip transcoders", "autoencoders too", "cross-layer"])
 def test_an_edge_is_what_one_node_does_to_another_alone(name: str, direct: bool) -> None:
     """All other chosen nodes (`direct`: all others) are held where they are."""
-    coders, model = CODERS[name], tiny("llama")
+    coders, model = CODERS[name], llama(CODERS[name])
     graph, written_out = (
         frozen(model, coders, k=600 if direct else 30, direct=direct),
         Replaced(model, coders),
@@ -251,10 +283,16 @@ def test_an_edge_is_what_one_node_does_to_another_alone(name: str, direct: bool)
 
 @pytest.mark.parametrize("attention", ["composite", "frozen", "qkv"])
 @pytest.mark.parametrize("composite", [AttnLRP(), CPLRP(), RelP()], ids=lambda c: c.name)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi", "qwen3"])
-def test_sums_close_with_coders(family: str, composite: Composite, attention: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "across"),
+    [*((f, False) for f in ("llama", "gpt2", "gemma2", "phi", "qwen3")), ("llama", True)],
+)
+def test_sums_close_with_coders(
+    family: str, composite: Composite, attention: str, across: bool
+) -> None:
     model = tiny(family)
-    coders = [*transcoders(), coder("blocks.1.hook_resid_pre", seed=6)]
+    coders = [*(cross_layer(2) if across else transcoders())]
+    coders.append(coder("blocks.1.hook_resid_pre", seed=6))
     given = {"coders": coders, "composite": composite, "attention": attention, "rows": 20}
     whole = attribution_graph(model, TOKENS, Logit(TOKEN), k=25, **given, **WHOLE)
     near = 1e-6 if family == "gemma2" else 1e-9  # its softmax is float32's
@@ -273,7 +311,7 @@ def test_sums_close_with_coders(family: str, composite: Composite, attention: st
 
 @pytest.mark.parametrize("coders", CODERS.values(), ids=CODERS)
 def test_the_forward_pass_stays_what_it_is(coders: list[SparseCoder]) -> None:
-    model = tiny("llama")
+    model = llama(coders)
     one, plain = prepare_text(model, TOKENS), model(TOKENS)
     with (
         lenslrp.session(model) as session,
@@ -343,6 +381,25 @@ def test_edges_into_a_head_are_told_apart_by_query_key_and_value(family: str) ->
                 assert set(known.index) <= set(expected) and known.abs().max() > 1e-6
                 if via == "q":
                     assert {i.rpartition("@")[2] for i in known.index} == {str(position)}
+
+
+def test_a_cross_layer_transcoder_is_all_of_its_layers() -> None:
+    layers, model = cross_layer(), tiny("llama", num_hidden_layers=3)
+    both = "clt 0 writes at blocks.2.hook_mlp_out, too, and no transcoder of that layer is there"
+    with pytest.raises(InputError, match=both):
+        attribution_graph(model, TOKENS, Logit(TOKEN), coders=layers[:2])
+    one_hook = "is of one hook point, and features of clt 0 write at 3: attribution_graph"
+    with pytest.raises(InputError, match=f"feature_relevance {one_hook}"):
+        feature_relevance(model, TOKENS, Logit(TOKEN), layers[0])
+    with pytest.raises(InputError, match="layer 1 writes at blocks.1.hook_mlp_out, expected"):
+        CrossLayerCoder((layers[0], replace(layers[1], later={}), layers[2]))
+    with pytest.raises(InputError, match="later is of transcoders: give hook_out"):
+        replace(layers[0], hook_out=None)
+    rows = {"blocks.2.hook_mlp_out": torch.zeros(3, WIDTH)}
+    with pytest.raises(InputError, match="at blocks.2.hook_mlp_out are written 3 vectors, exp"):
+        replace(layers[0], later=rows)
+    total = sum(rows[7] for rows in layers[0].decoders.values())
+    assert torch.equal(Feature(layers[0], 7).writes(model)["out"][0], total)
 
 
 def test_any_target_is_explained_with_coders() -> None:

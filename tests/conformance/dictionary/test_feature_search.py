@@ -180,8 +180,11 @@ def unit_number(d: NeuronDictionary, unit: Feature) -> int:
     return place.first + index
 
 
-def test_a_feature_that_was_found_is_steered_with_its_coder(features: NeuronDictionary) -> None:
-    unit, bridge = Feature(coder("autoencoder"), 7), model()
+@pytest.mark.parametrize("name", ["transcoder", "autoencoder"])
+def test_a_feature_that_was_found_is_steered_with_its_coder(
+    name: str, features: NeuronDictionary
+) -> None:
+    unit, bridge = Feature(coder(name), 7), model()
     best = features[unit].examples("actmax").iloc[0]
     tokens = features.texts.documents([int(best.doc)])[int(best.doc)].tokens[None]
     plain = bridge(tokens)
@@ -189,18 +192,16 @@ def test_a_feature_that_was_found_is_steered_with_its_coder(features: NeuronDict
         without = bridge(tokens)
     _, cache = bridge.run_with_cache(tokens)
     moved = (without - plain)[0].abs().amax(dim=-1) > 0
-    active = unit.activation(cache[STREAM])[0] > 0
+    active = unit.activation(cache[unit.coder.hook])[0] > 0
     assert active[best.position] and moved[best.position]
     assert not moved[: int(active.nonzero()[0])].any()
-    with (
-        pytest.raises(InputError, match="transcoder"),
-        steer(bridge, [Ablate(Feature(coder("transcoder"), 7))]),
-    ):
-        pass
 
 
 def test_coders_that_do_not_fit_where_they_write_are_refused(tmp_path: Path) -> None:
     one = coder("transcoder")
+    across = replace(one, later={MLP_OUT.replace("0", "1"): one.W_dec})
+    with pytest.raises(InputError, match="relevance in a dictionary is of one hook point, and"):
+        built(tmp_path / "d", across)
     for changes, message in (
         ({"hook_out": "blocks.0.mlp.hook_pots"}, "no hook point 'blocks.0.mlp.hook_pots'"),
         ({"hook_out": "blocks.0.mlp.hook_post"}, "transcoder writes 16 values a position, blocks"),

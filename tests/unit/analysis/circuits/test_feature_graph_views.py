@@ -66,6 +66,16 @@ def test_nodes_say_what_they_are(graph: AttributionGraph) -> None:
     assert order["blocks.1.attn.hook_z"] < order["blocks.1.mlp.hook_in[tc]"]
 
 
+def test_nodes_are_units_that_are_steered(graph: AttributionGraph) -> None:
+    kinds = graph.nodes.set_index("id")["kind"]
+    for node, kind in kinds[kinds.isin(["feature", "head"])].items():
+        assert str(graph.unit(node)) == node.rpartition("@")[0]
+        assert isinstance(graph.unit(node), Feature) == (kind == "feature")
+    for other, message in (("token@0", "'token' is no neuron"), ("H0.1", "has no node 'H0.1'")):
+        with pytest.raises(InputError, match=message):
+            graph.unit(other)
+
+
 def test_supernodes_hold_the_edges_of_their_members(graph: AttributionGraph) -> None:
     one, two, three = graph.nodes["id"][graph.nodes["kind"] == "feature"].tolist()[:3]
     grouped = graph.group({"pair": [one, two], "tokens": ["token@0", "token@1"]})

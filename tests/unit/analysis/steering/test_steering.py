@@ -51,6 +51,14 @@ def coder() -> SparseCoder:
     return SparseCoder(STREAM, encode, torch.zeros(40), decode.T.contiguous(), torch.zeros(16))
 
 
+def transcoder(layer: int = 0, *, across: bool = False) -> SparseCoder:
+    """Of one layer; `across`: its features write the next layer as well."""
+    out = [f"blocks.{i}.hook_mlp_out" for i in range(2)]
+    later = {out[1]: coder().W_dec.flip(0)} if across else {}
+    made = replace(coder(), hook=f"blocks.{layer}.mlp.hook_in", hook_out=out[layer], later=later)
+    return replace(made, W_skip=torch.eye(16), b_dec=torch.ones(16))
+
+
 OPERATIONS: dict[str, Callable[..., Operation]] = {
     "scale a neuron": lambda **at: Scale(Neuron(0, 3), -20.0, **at),
     "scale a head": lambda **at: Scale(Head(0, 1), -4.0, **at),
@@ -60,6 +68,10 @@ OPERATIONS: dict[str, Callable[..., Operation]] = {
     "add a direction": lambda **at: Add(direction(), 2.0, **at),
     "add by the stream's size": lambda **at: Add(direction(2), 6.0, units="resid_rms", **at),
     "add a feature": lambda **at: Add(Feature(coder(), 7), 3.0, **at),
+    "ablate a transcoder's feature": lambda **at: Ablate(Feature(transcoder(), 7), 9.0, **at),
+    "add to a cross-layer feature": lambda **at: Add(
+        Feature(transcoder(across=True), 7), 3.0, units="resid_rms", **at
+    ),
     "ablate a head": lambda **at: Ablate(Head(0, 0), **at),
     "ablate to a value": lambda **at: Ablate(Neuron(0, 5), 7.0, **at),
     "clamp a neuron": lambda **at: Clamp(Neuron(0, 2), 4.0, 5.0, **at),
@@ -359,13 +371,92 @@ def test_a_feature_of_heads_moves_those_heads() -> None:
     assert torch.equal(steered[:, :, 0], x[:, :, 0])
 
 
-def test_transcoders_features_are_not_moved() -> None:
-    elsewhere = replace(coder(), hook_out="blocks.1.hook_mlp_out")
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_transcoders_feature_moves_what_its_decoder_writes(family: str, across: bool) -> None:
+    """Against a pass in which each MLP's output is put together by hand."""
+    model, f, k = tiny(family), 7, 3
+    at, second = transcoder(across=across), transcoder(1)
+    told = {f: lambda a: 0.0 * a + 2.0, k: lambda a: 1.5 * (a + 0.25)}
+    operations = [
+        Scale(Feature(second, f), -2.0),
+        Ablate(Feature(at, f), 2.0),
+        Add(Feature(at, k), 0.25),
+        Scale(Feature(at, k), 1.5),
+    ]
+    steps: dict[int, Tensor] = {}
+    sizes: list[Tensor] = []
+
+    def read(x: Tensor, hook: Any) -> None:
+        a = at.encode(x)
+        sizes.append(a[..., [f, k]].amax())
+        steps.update({i: (told[i](a[..., i]) - a[..., i])[..., None] for i in told})
+
+    def read_second(x: Tensor, hook: Any) -> None:
+        steps[-1] = -3.0 * second.encode(x)[..., f, None]
+
+    def write(y: Tensor, hook: Any) -> Tensor:
+        return y + sum(steps[i] * at.W_dec[i].to(y) for i in told)
+
+    def write_second(y: Tensor, hook: Any) -> Tensor:
+        y = y + steps[-1] * second.W_dec[f].to(y)
+        return y + sum(steps[i] * rows[i].to(y) for rows in at.later.values() for i in told)
+
+    by_hand = [(at.hook, read), (at.hook_out, write)]
+    by_hand += [(second.hook, read_second), (second.hook_out, write_second)]
+    plain = model(TOKENS)
+    expected = model.run_with_hooks(TOKENS, fwd_hooks=by_hand)
+    with steer(model, operations):
+        steered = model(TOKENS)
+    torch.testing.assert_close(steered, expected, rtol=1e-9, atol=1e-9)
+    assert sizes[0] > 0.1 and not torch.allclose(steered, plain, atol=1e-3)
+    with steer(model, operations[1]), steer(model, operations[1:]), steer(model, operations[0]):
+        torch.testing.assert_close(model(TOKENS), expected, rtol=1e-9, atol=1e-9)
+    neutral = [Scale(Feature(at, f), 1.0), Add(Feature(at, k), 0.0)]
+    with steer(model, neutral):
+        assert torch.equal(model(TOKENS), plain)
+    assert torch.equal(model(TOKENS), plain)
+
+
+def test_a_transcoders_feature_is_read_after_what_changes_its_input() -> None:
+    model, at = tiny(), transcoder()
+    pushed = Add(direction(3, at.hook), 2.0)
+    with steer(model, pushed):
+        _, cache = model.run_with_cache(TOKENS)
+    a = at.encode(cache[at.hook])[..., 7, None]
+    expected = cache[at.hook_out] - a * at.W_dec[7].to(a)
+    for operations in ([pushed, Ablate(Feature(at, 7))], [Ablate(Feature(at, 7)), pushed]):
+        with steer(model, operations):
+            _, steered = model.run_with_cache(TOKENS)
+        torch.testing.assert_close(steered[at.hook_out], expected)
+        with steer(model, operations[0]), steer(model, operations[1]):
+            _, steered = model.run_with_cache(TOKENS)
+        torch.testing.assert_close(steered[at.hook_out], expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hook_out": None, "W_skip": None, "W_dec": torch.ones(40, 8), "b_dec": torch.ones(8)},
+         "its coder writes 8 values a position and reads 16: give it hook_out"),
+        ({"hook": "blocks.1.mlp.hook_in", "hook_out": "blocks.0.hook_mlp_out"},
+         "writes at blocks.0.hook_mlp_out, which runs before blocks.1.mlp.hook_in, that it reads"),
+        ({"hook_out": "blocks.0.mlp.hook_post"}, "sae writes 16 values a position"),
+        ({"hook_out": "blocks.0.hook_mlp_oot"}, "no hook point 'blocks.0.hook_mlp_oot'"),
+        ({"later": {"blocks.1.hook_mlp_oot": torch.ones(40, 16)}}, "no hook point 'blocks.1.hook"),
+    ],
+)  # fmt: skip
+def test_features_that_do_not_fit_the_model_are_not_moved(
+    changes: dict[str, Any], message: str
+) -> None:
+    model = tiny()
+    plain = model(TOKENS)
     with (
-        pytest.raises(InputError, match="an autoencoder's features can be moved, not a transcoder"),
-        steer(tiny(), [Scale(Feature(elsewhere, 7), 0.0)]),
+        pytest.raises(InputError, match=message),
+        steer(model, Scale(Feature(replace(transcoder(), **changes), 7), 0.0)),
     ):
-        pass
+        model(TOKENS)
+    assert torch.equal(model(TOKENS), plain)
 
 
 def test_operations_act_in_order_and_contexts_nest() -> None:
