@@ -24,7 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import lenslrp
 from lenslrp.analysis import SparseCoder
 
-LAYERS = (2, 8, 22, 29)
+LAYERS = (0, 22, 24, 29)
 
 COUNTRIES = (
     "Argentina", "Australia", "Austria", "Belgium", "Brazil", "Canada", "Chile", "China",
@@ -40,55 +40,81 @@ OPENINGS = (
 )  # fmt: skip
 
 
+Activations = dict[int, tuple[Tensor, Tensor]]
+"""Layer -> what its MLP reads and what it writes, [n, d_model] each."""
+
+
 @torch.no_grad()
 def written(
     model: TransformerBridge, layers: Sequence[int], tokens: int = 48
-) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
-    """Texts about countries, and what the MLPs read and write while the model samples them.
+) -> tuple[Activations, Activations]:
+    """What MLPs do while the model samples texts that begin with countries.
+
+    First tokens are left out, whose activations are unlike all others, and so are repetitions: of
+    texts that begin alike, the common part is taken once.
 
     Returns:
-        Tokens [text, pos], padded on the left, and of each layer the MLP's inputs and outputs [text, pos,
-        d_model], one position less.
+        Of nine texts in ten, to train on, and of the others.
     """
-    tokenizer = model.tokenizer
     openings = [text.format(country) for country in COUNTRIES for text in OPENINGS]
-    given = tokenizer(openings, return_tensors="pt", padding=True, padding_side="left")
+    given = model.tokenizer(openings, return_tensors="pt", padding=True, padding_side="left")
     kept: dict[str, list[Tensor]] = {}
 
     def keep(x: Tensor, hook: Any) -> None:
         kept.setdefault(hook.name, []).append(x)
 
-    hooks = [(f"blocks.{layer}.mlp.hook_{end}", keep) for layer in layers for end in ("in", "out")]
+    ends = ("in", "out")
+    hooks = [(f"blocks.{layer}.mlp.hook_{end}", keep) for layer in layers for end in ends]
     torch.manual_seed(0)
     with model.hooks(fwd_hooks=hooks):
-        text = model.original_model.generate(
+        texts = model.original_model.generate(
             **given, do_sample=True, top_k=0, min_new_tokens=tokens, max_new_tokens=tokens
-        )
+        ).tolist()
+    seen = set[tuple[int, ...]]()
+    places: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    for text, start in enumerate((given["attention_mask"] == 0).sum(dim=1).tolist()):
+        for place in range(start + 1, len(texts[text]) - 1):  # the last token was not read
+            context = tuple(texts[text][start : place + 1])
+            if context not in seen:
+                places[text % 10 == 9].append((text, place))
+                seen.add(context)
     at = {name: torch.cat(parts, dim=1) for name, parts in kept.items()}
-    return text, {n: (at[f"blocks.{n}.mlp.hook_in"], at[f"blocks.{n}.mlp.hook_out"]) for n in layers}
+
+    def those(some: list[tuple[int, int]]) -> Activations:
+        rows, columns = torch.tensor(some).T
+        reads, writes = (
+            {layer: at[f"blocks.{layer}.mlp.hook_{end}"][rows, columns] for layer in layers}
+            for end in ends
+        )
+        return {layer: (reads[layer], writes[layer]) for layer in layers}
+
+    return those(places[0]), those(places[1])
 
 
 def train(
-    layer: int,
+    hook: str,
+    hook_out: str | None,
     x: Tensor,
     y: Tensor,
     *,
     features: int = 1536,
     active: int = 32,
-    passes: int = 16,
+    passes: int = 10,
     batch: int = 512,
     rate: float = 2e-3,
 ) -> SparseCoder:
-    """A transcoder of an MLP from its inputs ``x`` and outputs ``y``, both [n, d_model].
+    """A transcoder from what an MLP reads and writes, or an autoencoder where both are the same.
 
     Each feature begins with one of the n positions: it reads that input and writes that output.
 
     Args:
+        hook, hook_out: of the `SparseCoder`.
+        x, y: [n, d_model] each.
         features: how many.
         active: how many of them at a position, on average.
         passes: over the positions.
     """
-    draw = torch.Generator().manual_seed(layer)
+    draw = torch.Generator().manual_seed(0)
     (mean_x, scale_x), (mean_y, scale_y) = (
         (z.mean(dim=0), z.var(dim=0, correction=0).sum().sqrt()) for z in (x, y)
     )
@@ -120,13 +146,13 @@ def train(
             W_dec.copy_(normalize(W_dec, dim=1))
     W_enc, W_dec, b_enc, b_dec = (z.detach() for z in (W_enc, W_dec, b_enc, b_dec))
     return SparseCoder(
-        f"blocks.{layer}.mlp.hook_in",
+        hook,
         W_enc=W_enc * (scale_y / scale_x),
         b_enc=(b_enc - mean_x @ W_enc / scale_x) * scale_y,
         W_dec=W_dec,
         b_dec=b_dec * scale_y + mean_y,
         threshold=torch.full((features,), threshold) * scale_y,
-        hook_out=f"blocks.{layer}.hook_mlp_out",
+        hook_out=hook_out,
     )
 
 
@@ -135,3 +161,28 @@ def explained(coder: SparseCoder, x: Tensor, y: Tensor) -> float:
     """The share of the variance of ``y`` that the coder explains."""
     left = (y - coder.reconstruct(x)).square().sum()
     return float(1 - left / (y - y.mean(dim=0)).square().sum())
+
+
+def transcoders(
+    model: TransformerBridge, folder: Path, layers: Sequence[int] = LAYERS
+) -> list[SparseCoder]:
+    """Those in the folder; where one is missing all are trained, and kept there."""
+    folders = {layer: folder / f"layer_{layer}" for layer in layers}
+    if not all(path.is_dir() for path in folders.values()):
+        train_on, others = written(model, layers)
+        for layer, path in folders.items():
+            hooks = f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out"
+            coder = train(*hooks, *train_on[layer])
+            coder.save(path)
+            shares = [explained(coder, *given[layer]) for given in (train_on, others)]
+            active = float((coder.encode(others[layer][0]) > 0).sum(dim=1).float().mean())
+            print(
+                f"layer {layer}: {shares[0]:.2f} of the variance explained, {shares[1]:.2f} on "
+                f"other texts, with {active:.0f} active of {coder.W_dec.shape[0]}"
+            )
+    return [SparseCoder.load(path, name="transcoder") for path in folders.values()]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    transcoders(lenslrp.load("smollm2-135m"), Path(sys.argv[1]))
