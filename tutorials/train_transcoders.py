@@ -166,20 +166,24 @@ def explained(coder: SparseCoder, x: Tensor, y: Tensor) -> float:
 def transcoders(
     model: TransformerBridge, folder: Path, layers: Sequence[int] = LAYERS
 ) -> list[SparseCoder]:
-    """Those in the folder; where one is missing all are trained, and kept there."""
+    """Those in the folder, or trained and kept there; prints how much they explain."""
     folders = {layer: folder / f"layer_{layer}" for layer in layers}
-    if not all(path.is_dir() for path in folders.values()):
+    report = folder / "report.txt"
+    if not report.is_file():
         train_on, others = written(model, layers)
+        lines = []
         for layer, path in folders.items():
             hooks = f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out"
             coder = train(*hooks, *train_on[layer])
             coder.save(path)
             shares = [explained(coder, *given[layer]) for given in (train_on, others)]
             active = float((coder.encode(others[layer][0]) > 0).sum(dim=1).float().mean())
-            print(
+            lines.append(
                 f"layer {layer}: {shares[0]:.2f} of the variance explained, {shares[1]:.2f} on "
-                f"other texts, with {active:.0f} active of {coder.W_dec.shape[0]}"
+                f"other texts, with {active:.0f} active of {coder.W_dec.shape[0]:,}\n"
             )
+        report.write_text("".join(lines), encoding="utf-8")
+    print(report.read_text(encoding="utf-8"), end="")
     return [SparseCoder.load(path, name="transcoder") for path in folders.values()]
 
 
