@@ -48,7 +48,7 @@ APART = {
         "analysis.steering",
     },
 }
-# (module, module): imported when a result is drawn, and when a pass has failed for want of memory
+# (module, module): how a result is drawn, and what is said of a pass that ran out of memory
 EXCEPTIONS = {
     ("lenslrp.cache", "lenslrp.analysis.views.figures"),
     ("lenslrp.hooks.coverage", "lenslrp.views.cards"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,
     GatedMLPBridge,
+    SSMBlockBridge,
     UnembeddingBridge,
 )
 from transformer_lens.model_bridge.generalized_components.gated_mlp import resolve_activation_fn
@@ -221,21 +222,25 @@ def _require_same_activation(path: str, mlp: GatedMLPBridge) -> None:
             )
 
 
+STREAM_BLOCKS = (BlockBridge, SSMBlockBridge)
+"""Blocks that the whole residual stream enters at ``hook_in`` and leaves at ``hook_out``."""
+
+
 def watched_blocks(parts: NamedModules) -> dict[int, nn.Module]:
     """The blocks by layer, where a block's number says what flows through it.
 
     None in two stacks (an encoder and a decoder, HRM's cycles), or where blocks have a second
-    entrance (Gemma 4's embedding per layer) or exit (a head that sums all layers), or are gone
-    round (DeBERTa's convolution).
+    entrance (Gemma 4's embedding per layer, Zamba2's embeddings read again) or exit (a head that
+    sums all layers), or are gone round (DeBERTa's convolution).
     """
     stacks = {path.split(".")[0] for path, _ in parts if re.fullmatch(r"\w*blocks\.\d+", path)}
     entered = any(path.endswith(PER_LAYER_EMBEDDING) for path, _ in parts)
     left = any(LAYER_WEIGHTS in module._parameters for _, module in parts)
     if len(stacks) > 1 or entered or left:
         return {}
-    if any(type(module).__name__ == "ConvLayer" for _, module in parts):
+    if any(type(module).__name__ in ("ConvLayer", "Zamba2HybridLayer") for _, module in parts):
         return {}
-    blocks = {layer_of(path + "."): m for path, m in parts if isinstance(m, BlockBridge)}
+    blocks = {layer_of(path + "."): m for path, m in parts if isinstance(m, STREAM_BLOCKS)}
     return {layer: block for layer, block in blocks.items() if layer is not None}
 
 

@@ -15,6 +15,7 @@ from lenslrp.errors import CoverageError
 from lenslrp.hooks.graph_walk import Gap, Walk, inputs_of
 from lenslrp.hooks.sites import Site
 from lenslrp.hooks.structure import NamedModules
+from lenslrp.views.cards import Face, Shown
 
 SITE_COLUMNS = ["hook", "component", "role", "rule", "layer", "forward", "fired"]
 
@@ -26,7 +27,7 @@ RECURRENT_CLASSES = re.compile(
 
 
 @dataclass(frozen=True, repr=False)
-class Coverage:
+class Coverage(Shown):
     """Which rule sat where, whether it fired, and what had none.
 
     Attributes:
@@ -62,19 +63,11 @@ class Coverage:
         """Whether every operation on the path has its rule, each fired, and relevance adds up."""
         return not self.uncovered and self.balanced and bool(self.sites["fired"].all())
 
-    def __repr__(self) -> str:
-        fired = int(self.sites["fired"].sum())
-        gaps = "; ".join(self.uncovered[:2]) + f" ({len(self.uncovered)} gaps)"
-        found = f"no rule for {gaps}" if self.uncovered else "no gap"
-        return f"Coverage({len(self.sites)} rules, {fired} fired, {found})"
-
-    def _repr_html_(self) -> str:
-        from lenslrp.views.cards import result_card
-
+    def face(self) -> Face:
         rules = self.sites.groupby(["role", "rule"], sort=False)
         frame = rules.agg(places=("hook", "size"), fired=("fired", "sum")).reset_index()
         state = "every operation has its rule" if self.ok else "not all is covered"
-        return result_card(
+        return Face(
             f"Coverage: {state}",
             {"rules": len(self.sites), "fired": int(self.sites["fired"].sum()),
              "gaps": len(self.uncovered), "adds up": self.balanced},
@@ -143,14 +136,15 @@ class Tracer:
                 best = (len(inside), f"{name} ({kind})")
         return best[1]
 
-    def recurrent(self, walked: Walk) -> list[str]:
-        """The recurrent mixers on the path: ``blocks.0.mixer (MambaMixer)``, lowest layer first."""
-        on_path = {
-            name
-            for name, _, _, outputs in self.calls
-            if name in self._recurrent and any(id(node) in walked.nodes for node in outputs)
-        }
-        return [f"{name} ({cls})" for name, cls in self._recurrent.items() if name in on_path]
+    def recurrent(self, gaps: Sequence[Gap]) -> list[str]:
+        """The recurrent mixers that all located gaps lie in: ``blocks.0.mixer (MambaMixer)``.
+
+        Empty where one lies elsewhere: then that is what has no rule.
+        """
+        places = [gap.component.split(" ")[0] for gap in gaps if gap.component]
+        inside = [[m for m in self._recurrent if f"{at}.".startswith(f"{m}.")] for at in places]
+        found = {mixer for mixers in inside for mixer in mixers} if all(inside) else set()
+        return [f"{name} ({cls})" for name, cls in self._recurrent.items() if name in found]
 
 
 def _tensors(value: Any) -> list[Tensor]:

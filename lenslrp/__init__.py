@@ -6,6 +6,7 @@ Public names are imported when first used: torch takes seconds, and ``lenslrp --
 of it.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,9 @@ __all__ = [
 ]
 
 __version__ = VERSION
+
+if "ipykernel" in sys.modules:  # before another package imports tqdm, which then warns
+    import_module("lenslrp.progress")
 
 # A module that documentation of 0.1 imported from, and where it is now.
 FormerModule("lenslrp.doctor", "lenslrp.models.doctor", since="0.2")

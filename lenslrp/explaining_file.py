@@ -22,7 +22,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError, StorageError
@@ -37,6 +36,7 @@ from lenslrp.fingerprints import (
 )
 from lenslrp.hooks.composites import AttnLRP, Composite, as_composite
 from lenslrp.hooks.rule_types import Rule
+from lenslrp.progress import progress_bar
 from lenslrp.sessions import Session
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def explain_to(
     count = 0
     total = len(inputs) if total is None and isinstance(inputs, Sized) else total
     with (
-        tqdm(total=total, unit=" prompts", disable=not progress, smoothing=0.1) as bar,
+        progress_bar("explain", total=total, shown=progress, unit=" prompts", smoothing=0.1) as bar,
         Session(
             model, rules, attention=attention, checkpoint=checkpoint, strict=strict, ledger=False,
             logits="target",
@@ -199,7 +199,7 @@ def require_place(path: str | Path) -> Path:
     return path
 
 
-def _counted(results: Iterable[Any], bar: tqdm[Any]) -> Iterator[Any]:
+def _counted(results: Iterable[Any], bar: Any) -> Iterator[Any]:
     for numbers, result in results:
         yield numbers, result
         bar.update(len(numbers))

@@ -173,7 +173,7 @@ class RuledForward(Forward):
         roots = [root for target in targets for root in self.roots(target)]
         graph = self.walk(roots, tracer.place)
         if graph.gaps and self.strict:
-            kind, recurrent = architecture(self.model), tracer.recurrent(graph)
+            kind, recurrent = architecture(self.model), tracer.recurrent(graph.gaps)
             raise CoverageError(cover.gap_message(graph.gaps, kind, recurrent))
 
     def check(self, roots: list[Tensor], latent: list[str]) -> tuple[GraphFacts, list[str]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lenslrp.hooks.sites import LEDGER_TERMS, Accounts, widest
-from lenslrp.views.cards import result_card
+from lenslrp.views.cards import Face, Shown
 
 BALANCED = {
     torch.float64: 1e-5,  # where a model computes in float32: 1e-6; elsewhere 1e-14
@@ -45,7 +45,7 @@ ACCOUNT = {
 
 
 @dataclass(frozen=True, repr=False)
-class Ledger:
+class Ledger(Shown):
     """Where the target went, in the target's unit (logits), summed over the batch.
 
     Printed, it is a column of numbers; in a notebook, a table.
@@ -139,7 +139,7 @@ class Ledger:
         rows = [f"{name:>16} {value:+.6g}" for name, value in self.to_dict().items()]
         return "\n".join(rows)
 
-    def _repr_html_(self) -> str:
+    def face(self) -> Face:
         rows = [("leaves", self.leaves, "reached the leaves")]
         rows += [(term, getattr(self, term), phrase) for term, phrase in ACCOUNT.items()]
         frame = pd.DataFrame(
@@ -150,7 +150,7 @@ class Ledger:
             ],
             columns=["term", "relevance", "share", "what it is"],
         )
-        return result_card(
+        return Face(
             "Ledger: where the target went",
             {"target": self.target, "account misses": f"{self.error:.1e} of it"},
             frame,

@@ -32,6 +32,7 @@ from lenslrp.latent import Activation
 from lenslrp.logits import Columns, Target, at_columns, require_logits
 from lenslrp.out_of_memory import explained_oom
 from lenslrp.passes import Pass, under_rules
+from lenslrp.progress import progress_bar
 from lenslrp.reductions import Reduce, check_reduce
 from lenslrp.running import architecture, read_at
 from lenslrp.targets import parts_of
@@ -192,10 +193,9 @@ class Session:
         options = {"logits": "target", "prepend_bos": prepend_bos, **options}
 
         def run_one(inputs: Any, target: Any, mask: Tensor | None) -> RelevanceCache:
-            _, R = self.run_with_relevance(
+            return self.run_with_relevance(
                 inputs, target, names_filter, attention_mask=mask, **options
-            )
-            return R
+            )[1]
 
         return explain(
             run_one, self.model, inputs, targets, batch_size=batch_size, prepend_bos=prepend_bos,
@@ -288,9 +288,8 @@ class Session:
         assert state is not None
         names, named = select_names(points, names_filter)
         check_reduce(reduce, points)
-        columns = None
-        if logits == "target":
-            columns = self._columns(prepared, targets, names if named else [])
+        given = names if named else []
+        columns = self._columns(prepared, targets, given) if logits == "target" else None
         hooks = [t.hook for w in targets for t in parts_of(w) if isinstance(t, Activation)]
         memory = remembered(model, state.hooks)
         observes = state.hooked or memory.hidden or memory.cuts is None
@@ -331,7 +330,8 @@ class Session:
                     run.name_gaps(targets, tracer)
                 require_on_path(readers, named, self.attention)
                 last = len(targets) - 1
-                caches = [run.relevance(item, last=i == last) for i, item in enumerate(targets)]
+                bar = progress_bar("targets", targets, shown=None if last else False)
+                caches = [run.relevance(item, last=i == last) for i, item in enumerate(bar)]
                 assert run.logits is not None
                 values = run.logits.detach()
                 if columns is not None and run.columns is None and values.ndim == 3:

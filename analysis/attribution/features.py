@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.analysis.units.cross_layer import require_one_layer
 from lenslrp.analysis.units.locations import known_hook
 from lenslrp.cache import RelevanceCache
 from lenslrp.errors import InputError
@@ -31,13 +32,14 @@ from lenslrp.hooks.rule_types import Rule
 from lenslrp.hooks.sites import widened
 from lenslrp.reductions import Deliver
 from lenslrp.sessions import Session
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-@dataclass(frozen=True, eq=False)
-class FeatureRelevance:
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureRelevance(Shown):
     """Relevance where one coder writes, told apart; in the target's unit (logits for a logit).
 
     Attributes:
@@ -117,13 +119,16 @@ class FeatureRelevance:
             spelled = cache.decoder_str_tokens
         return text.positions[row].tolist(), spelled[row]
 
-    def __repr__(self) -> str:
-        named = ((name, getattr(self, name)) for name in ("features", "bias", "skip", "error"))
-        parts = ", ".join(f"{name} {float(part.sum()):.3f}" for name, part in named)
-        return f"FeatureRelevance({self.coder.name}, {self.cache.target.text}: {parts})"
-
-    def _repr_html_(self) -> str:
-        return str(self.top().to_html())
+    def face(self) -> Face:
+        parts = {name: float(getattr(self, name).sum())
+                 for name in ("features", "bias", "skip", "error")}  # fmt: skip
+        return Face(
+            "Relevance of features",
+            {"coder": self.coder.name, "target": self.cache.target.text, **parts},
+            self.top(),
+            ["relevance"],
+            ["The largest in size, of the first row; in units of the target, as the parts."],
+        )
 
 
 def feature_relevance(
@@ -160,7 +165,7 @@ def feature_relevance(
     if not coders:
         raise InputError("give a coder, or several")
     for coder in coders:
-        coder.require_one_layer("feature_relevance")
+        require_one_layer(coder, "feature_relevance")
     places = {coder.written_at for coder in coders}
     inputs = {coder.hook for coder in coders} - places
     for hook in sorted(places | inputs):

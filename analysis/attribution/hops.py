@@ -51,9 +51,9 @@ class Hop:
         ledger: the account of the pass; its target is the sum of ``carried``.
     """
 
-    carried: Float[Tensor, " generated"]
-    relevance: Float[Tensor, " position"]
-    heads: pd.DataFrame
+    carried: Float[Tensor, " generated"] = field(repr=False)
+    relevance: Float[Tensor, " position"] = field(repr=False)
+    heads: pd.DataFrame = field(repr=False)
     ledger: Ledger
 
 

@@ -50,6 +50,8 @@ from lenslrp.hooks.composites import (
 )
 from lenslrp.hooks.rule_types import Plain
 from lenslrp.targets import Explained
+from lenslrp.views.batch import SHOWN_ROWS
+from lenslrp.views.heatmap import token_heatmap
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -105,7 +107,7 @@ class Method:
         return tuple(name for name in keywords if name not in ("seed", "composite"))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Attribution:
     """Relevance of the units of an input, as one method gives it.
 
@@ -130,6 +132,21 @@ class Attribution:
     passes: PassCount
     pixels: Float[Tensor, "batch channel height width"] | None = None
     grid: tuple[int, int] | None = None
+
+    def __repr__(self) -> str:
+        batch, units = self.tokens.shape
+        return f"Attribution({self.method}, {self.target}, batch {batch}, {units} units)"
+
+    def _repr_html_(self) -> str:
+        """The first rows, each in a scale of its own."""
+        return "".join(
+            token_heatmap(
+                tokens, self.tokens[row].tolist(), attention_mask=self.mask[row].tolist(),
+                title=f"{self.method}: {self.target.of(row)} = {float(self.target.value[row]):.4g}",
+                grid=self.grid,
+            )
+            for row, tokens in enumerate(self.str_tokens[:SHOWN_ROWS])
+        )  # fmt: skip
 
     @property
     def patches(self) -> Float[Tensor, "batch rows columns"] | None:

@@ -35,9 +35,11 @@ from lenslrp.embedding import embed
 from lenslrp.errors import InputError
 from lenslrp.hooks.composites import Composite
 from lenslrp.hooks.rule_types import Rule
+from lenslrp.progress import progress_bar
 from lenslrp.sentences import Embedding, Measure, SentenceEmbedding, Similarity, embedding_of
 from lenslrp.sessions import Session
 from lenslrp.text.words import Word
+from lenslrp.views.matrix import matrix_heatmap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from lenslrp.cache import RelevanceCache
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenPairs:
     """How much each pair of tokens, one of each text, makes two texts alike.
 
@@ -66,6 +68,16 @@ class TokenPairs:
     target: str
     words_a: list[Word]
     words_b: list[Word]
+
+    def __repr__(self) -> str:
+        return f"TokenPairs({self.target} = {self.value:.3f}, {len(self.a)} by {len(self.b)})"
+
+    def _repr_html_(self) -> str:
+        sums = [f"{float(row.sum()):+.2f}" for row in self.matrix]
+        return matrix_heatmap(
+            self.a, sums, self.b, self.matrix, lengths=[len(self.b)] * len(self.a),
+            title=f"{self.target} = {self.value:.3f}, by pairs of one token of each text",
+        )  # fmt: skip
 
     def words(self) -> TokenPairs:
         """The same by words: the sum over the tokens of each. Special tokens are words."""
@@ -176,7 +188,7 @@ def bilrp(
 
         def by_target(text: Any, targets: Sequence[Any]) -> Float[Tensor, "target pos"]:
             parts = []
-            for at in range(0, len(targets), batch_size):
+            for at in progress_bar("backward passes", range(0, len(targets), batch_size)):
                 some = list(targets[at : at + batch_size])
                 R = explained(_copies(text, len(some)), some)
                 parts.append(R.tokens if R.positions is None else R.tokens + R.positions)

@@ -2,11 +2,13 @@
 
 from lenslrp.analysis.circuits.curves import faithfulness_curve
 from lenslrp.analysis.circuits.edges import EdgeScores, score_edges
+from lenslrp.analysis.circuits.ensembles import ensemble
 from lenslrp.analysis.circuits.export import to_transformer_lens
 from lenslrp.analysis.circuits.figures import faithfulness_curves, head_scores
 from lenslrp.analysis.circuits.graph.cost import GraphEstimate
 from lenslrp.analysis.circuits.graph.graphs import attribution_graph, estimate_graph
 from lenslrp.analysis.circuits.graph.result import AttributionGraph
+from lenslrp.analysis.circuits.greedy import GreedySelection, greedy_circuit
 from lenslrp.analysis.circuits.masks import learn_masks
 from lenslrp.analysis.circuits.metrics import METRICS, Metric
 from lenslrp.analysis.circuits.mib import from_mib, to_mib
@@ -30,6 +32,7 @@ __all__ = [
     "Circuit",
     "EdgeScores",
     "GraphEstimate",
+    "GreedySelection",
     "Metric",
     "Node",
     "NodeScores",
@@ -38,10 +41,12 @@ __all__ = [
     "Verdict",
     "attribution_graph",
     "completeness",
+    "ensemble",
     "estimate_graph",
     "faithfulness_curve",
     "faithfulness_curves",
     "from_mib",
+    "greedy_circuit",
     "head_scores",
     "learn_masks",
     "minimality",

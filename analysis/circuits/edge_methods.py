@@ -16,6 +16,7 @@ from lenslrp.analysis.circuits.segments import EMBEDDINGS, coefficients, segment
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError
 from lenslrp.inputs import prepare_text
+from lenslrp.progress import progress_bar
 from lenslrp.sessions import Session
 
 Edge = tuple[Node, Node]
@@ -102,7 +103,8 @@ def _conditional(
     target = pairs.repeated(copies)
     with segmented(session, prepared.repeated(copies), target, runs.hooks) as segments:
         runs.passes.forward += copies * len(pairs)
-        for batch in _batches(downs, list(runs.hooks), copies):
+        batches = list(_batches(downs, list(runs.hooks), copies))
+        for batch in progress_bar("nodes that edges go to", batches):
             arriving, _ = segments.into([downs[i] for i in batch], nodes)
             runs.passes.backward += len(batch) * len(pairs)
             for hook, g in arriving.items():

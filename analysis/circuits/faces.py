@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 WIDTH, LINE, LABEL = 480, 14, 190
 """Of the strips, in pixels: units, a line, the hook point's name."""
+TALLEST = 600
+"""Pixels; strips of more hook points are scrolled."""
 
 
 def facts_of(scores: NodeScores | EdgeScores) -> dict[str, Any]:
@@ -52,8 +54,9 @@ def strips(keep: Mapping[str, Tensor]) -> str:
         )
     height = max(1, len(keep)) * LINE
     return (
+        f'<div style="max-height:{TALLEST}px;overflow-y:auto;margin-top:.6em">'
         f'<svg role="img" aria-label="Units of the circuit by hook point" '
         f'viewBox="0 0 {LABEL + WIDTH} {height}" width="{LABEL + WIDTH}" '
-        f'style="display:block;max-width:100%;height:auto;margin-top:.6em" '
-        f'font-family="system-ui,sans-serif">{"".join(lines)}</svg>'
+        f'style="display:block;max-width:100%;height:auto" '
+        f'font-family="system-ui,sans-serif">{"".join(lines)}</svg></div>'
     )

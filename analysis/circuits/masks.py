@@ -22,7 +22,7 @@ from torch import Tensor
 from lenslrp.analysis.circuits.ablation import ablations
 from lenslrp.analysis.circuits.curves import SHARES
 from lenslrp.analysis.circuits.measured_pairs import MeasuredPairs
-from lenslrp.analysis.circuits.metrics import Metric, MetricFunction, as_metric
+from lenslrp.analysis.circuits.metrics import Metric, MetricFunction, metric_of
 from lenslrp.analysis.circuits.node_methods import answered
 from lenslrp.analysis.circuits.nodes import place_components
 from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs
@@ -31,6 +31,7 @@ from lenslrp.analysis.circuits.scores import NodeScores
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import unchanged
+from lenslrp.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -52,7 +53,7 @@ def learn_masks(
     init: NodeScores | None = None,
     by: str = "score",
     components: Sequence[str] = ("heads", "neurons"),
-    metric: str | Metric | MetricFunction = "logit_difference",
+    metric: str | Metric | MetricFunction | None = None,
     objective: str = "cmd",
     shares: Sequence[float] = SHARES,
     pooled: bool = False,
@@ -72,7 +73,8 @@ def learn_masks(
         by: how `init` ranks, as for `prune`.
         components: names from `lenslrp.analysis.circuits.nodes.COMPONENTS`; those of `init`, if
             given.
-        metric: what is measured of a run, as for `score_nodes`; `"kl"` keeps the distribution.
+        metric: what is measured of a run, as for `score_nodes`; `"kl"` keeps the distribution. That
+            of `init` if not given, or the logit difference.
         objective: `"cmd"`: what is kept of the metric shall be that of the whole model; `"cpr"`: it
             shall be as large as possible.
         shares: the sizes to train for.
@@ -104,7 +106,7 @@ def learn_masks(
     if len(pairs) == 0:
         raise InputError("no pairs to train on")
     placed = place_components(model, components) if init is None else init.components
-    measured = as_metric(metric)
+    measured = metric_of(metric, ["logit_difference" if init is None else init.metric])
     names = list(dict.fromkeys(placed.values()))
     groups = [names] if pooled else [[name] for name in names]
     hooks_of = [[h for n in names for h, other in placed.items() if other == n] for names in groups]
@@ -117,10 +119,7 @@ def learn_masks(
             passes.forward += 2 * len(MeasuredPairs.of(reference or pairs, "logit_difference"))
         total = float((clean - floor).mean())
         if total <= 0:
-            raise InputError(
-                f"the mean {measured.name} of the clean runs is {float(clean.mean()):.3g}, not "
-                f"above the floor's, {float(floor.mean()):.3g}: there is nothing for masks to keep"
-            )
+            raise InputError(nothing_to_keep(measured, clean, floor))
         widths = [[parts[0].instead[hook].shape[2] for hook in hooks] for hooks in hooks_of]
         odds = [torch.zeros(sum(each)) for each in widths]
         if init is not None:
@@ -129,7 +128,7 @@ def learn_masks(
                 start[ranking(mean, by, generator)] = _ranked(len(start))
         sizes = _sizes([len(each) for each in odds], shares)
         optimizer = torch.optim.Adam([each.requires_grad_() for each in odds], lr=rate)
-        for step in range(steps):
+        for step in progress_bar("masks", range(steps)):
             part = parts[step % len(parts)]
             drawn = torch.randint(len(sizes), part.clean.shape, generator=generator)
             keep: dict[str, Tensor] = {}
@@ -149,6 +148,14 @@ def learn_masks(
         values.update(zip(hooks, each.detach().expand(len(pairs), -1).split(width, 1), strict=True))
     return NodeScores("masks", "denoising", placed, {hook: values[hook] for hook in placed},
                       clean, floor, pairs.mask, passes, correct, measured.name)  # fmt: skip
+
+
+def nothing_to_keep(metric: Metric, clean: Tensor, floor: Tensor) -> str:
+    """What is wrong where the clean runs' metric, [pair], is not above the floor's."""
+    return (
+        f"the mean {metric.name} of the clean runs is {float(clean.mean()):.3g}, not above the "
+        f"floor's, {float(floor.mean()):.3g}: there is nothing for masks to keep"
+    )
 
 
 def _ranked(n: int) -> Float[Tensor, " n"]:

@@ -7,7 +7,7 @@ the clean run's answer. Backward passes start at the logits with its gradient th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,23 @@ METRICS: Mapping[str, Metric] = {
     )
 }
 """Name -> metric."""
+
+
+def metric_of(metric: str | Metric | MetricFunction | None, found_by: Iterable[str]) -> Metric:
+    """The metric that is given, or that by whose name results were found.
+
+    Raises:
+        InputError: as `as_metric`; several names, or that of a function, which it does not bring
+            back.
+    """
+    if metric is not None:
+        return as_metric(metric)
+    names = set(found_by)
+    if len(names) > 1 or not names <= set(METRICS):
+        raise InputError(
+            f"this was found by {' and '.join(sorted(names))}: say which metric to measure, metric="
+        )
+    return METRICS[names.pop()]
 
 
 def as_metric(metric: str | Metric | MetricFunction) -> Metric:

@@ -26,6 +26,7 @@ from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.hooks import Composite, GradientTimesInput, RelP
 from lenslrp.leaves import Leaves
+from lenslrp.progress import progress_bar
 from lenslrp.running import architecture
 from lenslrp.sessions import Session
 
@@ -132,7 +133,7 @@ def _exact(runs: Runs, scorer: Scorer) -> _ScoredNodes:
     other_units = {hook: runs.exchanged(x, base_units[hook]) for hook, x in read.items()}
     batch = batch_of(model, runs.base, pairs)
     scores = {}
-    for hook, component in runs.hooks.items():
+    for hook, component in progress_bar("hook points", runs.hooks.items()):
         delta = other_units[hook] - base_units[hook]
         differs = (delta.abs().amax(dim=3) > 0) & pairs.mask[..., None].to(delta.device)
         length, units = delta.shape[1:3]

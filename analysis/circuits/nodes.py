@@ -35,6 +35,7 @@ from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.readers import SCAN_HOOKS, select_names
 from lenslrp.hooks.structure import components, layer_of
 from lenslrp.logits import Target, at_columns
+from lenslrp.progress import progress_bar
 from lenslrp.reductions import Deliver
 from lenslrp.unused import require_used
 
@@ -304,9 +305,11 @@ def paired_runs(
 ) -> Iterator[Runs]:
     """The runs of `size` rows after another, on the model's device."""
     device = next(model.parameters()).device
-    for part in measured.chunks(size):
-        rows = part.beside_clean(model)
-        passes.forward += len(rows) if rows.clean_logits is not None else 0
-        sides = ordered(direction, rows.seen_from("corrupt"), rows.seen_from("clean"))
-        base, other = ordered(direction, rows.corrupt.to(device), rows.clean.to(device))
-        yield Runs(model, *sides, base, other, hooks, by_position, passes)
+    with progress_bar("pairs", total=len(measured), unit="row") as bar:
+        for part in measured.chunks(size):
+            rows = part.beside_clean(model)
+            passes.forward += len(rows) if rows.clean_logits is not None else 0
+            sides = ordered(direction, rows.seen_from("corrupt"), rows.seen_from("clean"))
+            base, other = ordered(direction, rows.corrupt.to(device), rows.clean.to(device))
+            yield Runs(model, *sides, base, other, hooks, by_position, passes)
+            bar.update(len(part))

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -31,6 +32,7 @@ from lenslrp.inputs import is_encoder_decoder
 from lenslrp.logits import Outputs
 from lenslrp.media import labels_of
 from lenslrp.text.names import Token, token_id, token_ids
+from lenslrp.text.spelling import str_token
 from lenslrp.text.tokenization import tokenize
 from lenslrp.views.cards import Face, Shown
 
@@ -44,12 +46,31 @@ PATCH_DIRECTIONS = ("denoising", "noising")
 """Clean activations patched into the corrupted run, or corrupted ones into the clean run."""
 
 
+SHOWN_PAIRS, SHOWN_CHARACTERS = 5, 160
+"""Pairs that a card shows, and the characters from the end of each prompt."""
+
 _Side = TypeVar("_Side")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pairs(Shown, Saved, PairRows):
-    """A batch of pairs; see `from_texts`. Its attributes are those of `PairRows`."""
+    """A batch of pairs; see `from_texts`. Its attributes are those of `PairRows`, and
+
+    Attributes:
+        texts: of each pair: clean, corrupt, answer, rival; empty where only tokens are known.
+    """
+
+    texts: tuple[tuple[str, ...], ...] = ()
+
+    made_from: ClassVar = {"texts": lambda rows: tuple(map(tuple, rows))}
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Pairs:
+        chosen = function(torch.arange(len(self.texts))).tolist() if self.texts else []
+        return replace(super()._each(function), texts=tuple(self.texts[row] for row in chosen))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a pair, as text: `clean`, `corrupt`, `answer`, `rival`."""
+        return pd.DataFrame(self.texts, columns=["clean", "corrupt", "answer", "rival"])
 
     def face(self) -> Face:
         lengths = self.mask.sum(dim=1)
@@ -58,7 +79,9 @@ class Pairs(Shown, Saved, PairRows):
         return Face(
             "Pairs of clean and corrupted prompts",
             {"pairs": len(self.clean), "tokens": span, "tokens of an answer, up to": answers},
+            self.to_dataframe().map(_short),
             notes=["pairs.correct(model) says in which the model does the task."],
+            rows=SHOWN_PAIRS,
         )
 
     def logit_difference(
@@ -206,15 +229,24 @@ class Pairs(Shown, Saved, PairRows):
         sides = [Batch.of_rows(side) for side in rows]
         both = Batch.of_rows([*ids[0], *ids[1]], pad=-1).tokens
         both = both[:, 0] if both.shape[1] == 1 else both
-        aligned = {}
-        if not torch.equal(sides[0].mask, sides[1].mask):
-            aligned = {
-                "corrupt_mask": sides[1].mask,
-                "counterpart": Batch.of_rows(places, pad=-1).tokens,
-            }
-        return cls(
-            sides[0].tokens, sides[1].tokens, sides[0].mask, *both.split(len(rows[0])), **aligned
+        named = (
+            [
+                token if isinstance(token, str) else str_token(model.tokenizer, token)
+                for token in side
+            ]
+            for side in (answers, rivals)
         )
+        optional: dict[str, Any] = {"texts": tuple(zip(clean, corrupt, *named, strict=True))}
+        if not torch.equal(sides[0].mask, sides[1].mask):
+            optional["corrupt_mask"] = sides[1].mask
+            optional["counterpart"] = Batch.of_rows(places, pad=-1).tokens
+        return cls(
+            sides[0].tokens, sides[1].tokens, sides[0].mask, *both.split(len(rows[0])), **optional
+        )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"…{text[-SHOWN_CHARACTERS:]}"
 
 
 def _answer(model: TransformerBridge, token: Token, several_tokens: bool) -> list[int]:

@@ -27,6 +27,7 @@ from lenslrp.analysis.circuits.nodes import (
 )
 from lenslrp.edits import Edit
 from lenslrp.hooks.structure import layer_of
+from lenslrp.progress import progress_bar
 
 
 def exact_edges(
@@ -45,7 +46,7 @@ def exact_edges(
     other_units = {hook: runs.exchanged(x, base_units[hook]) for hook, x in read.items()}
     batch = batch_of(model, runs.base, pairs)
     effects = {}
-    for up, downs in edges.items():
+    for up, downs in progress_bar("nodes that edges start from", edges.items()):
         at = up.place(pairs)
         if torch.equal(other_units[up.hook][at], base_units[up.hook][at]):
             effects.update({(up, down): torch.zeros_like(base) for down in downs})

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 from lenslrp.analysis.circuits.ablation import ablations
 from lenslrp.analysis.circuits.faces import strips
 from lenslrp.analysis.circuits.files import Saved
-from lenslrp.analysis.circuits.metrics import Metric, MetricFunction, as_metric
+from lenslrp.analysis.circuits.metrics import Metric, MetricFunction, metric_of
 from lenslrp.analysis.circuits.node_methods import answered
 from lenslrp.analysis.circuits.nodes import Node
 from lenslrp.analysis.circuits.pairs import PAIRS_AT_ONCE, Pairs
@@ -34,6 +34,7 @@ from lenslrp.analysis.common.statistics import RESAMPLES
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import unchanged
+from lenslrp.progress import progress_bar
 from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Circuit(Shown, Saved):
     Attributes:
         components: hook point -> component name.
         keep: hook point -> [unit], True where a node is in the circuit.
+        metric: by which it was found.
 
     Examples:
         >>> circuit = Circuit(
@@ -61,6 +63,7 @@ class Circuit(Shown, Saved):
 
     components: Mapping[str, str]
     keep: Mapping[str, Bool[Tensor, " unit"]]
+    metric: str = "logit_difference"
 
     def face(self) -> Face:
         sizes = {name: f"{kept:,} of {total:,}" for name, (kept, total) in self.sizes().items()}
@@ -85,13 +88,13 @@ class Circuit(Shown, Saved):
 
     def complement(self) -> Circuit:
         """All nodes that are not in the circuit."""
-        return Circuit(self.components, {hook: ~keep for hook, keep in self.keep.items()})
+        return replace(self, keep={hook: ~keep for hook, keep in self.keep.items()})
 
     def without(self, node: Node) -> Circuit:
         """The circuit less one node."""
         keep = {hook: mask.clone() for hook, mask in self.keep.items()}
         keep[node.hook][node.unit] = False
-        return Circuit(self.components, keep)
+        return replace(self, keep=keep)
 
 
 def mean_scores(scores: NodeScores, component: str) -> Float[Tensor, " node"]:
@@ -179,7 +182,7 @@ def prune(
     if scores.correct is not None:
         warn_of_failures(scores.correct)
     placed = {hook: name for hook, name in scores.components.items() if hook in keep}
-    return Circuit(placed, {hook: keep[hook] for hook in placed})
+    return Circuit(placed, {hook: keep[hook] for hook in placed}, scores.metric)
 
 
 def _numbers(
@@ -287,7 +290,7 @@ def verify(
     pairs: Pairs,
     circuits: Sequence[Circuit],
     *,
-    metric: str | Metric | MetricFunction = "logit_difference",
+    metric: str | Metric | MetricFunction | None = None,
     ablation: str = "corrupt",
     reference: Pairs | None = None,
     chunk: int = PAIRS_AT_ONCE,
@@ -301,7 +304,8 @@ def verify(
         model: a `TransformerBridge`.
         pairs: best ones that were not used to find the circuit.
         circuits: over the same hook points.
-        metric: what is measured of a run, as for `score_nodes`.
+        metric: what is measured of a run, as for `score_nodes`; that by which the circuits were
+            found, if not given.
         ablation: nodes outside are set to the pair's `"corrupt"` run, or to their `"mean"`.
         reference: the pairs over which means are taken; `pairs` if not given.
         chunk: how many pairs run at once.
@@ -322,10 +326,10 @@ def verify(
         raise InputError("give one or more circuits over the same hook points")
     components = circuits[0].components
     parts = []
-    measured = as_metric(metric)
+    measured = metric_of(metric, [circuit.metric for circuit in circuits])
     with unchanged(model):
         for part in ablations(model, pairs, components, measured, ablation, reference, chunk):
-            tried = torch.stack([part.run(each.keep) for each in circuits])
+            tried = torch.stack([part.run(c.keep) for c in progress_bar("circuits", circuits)])
             parts.append((part.clean, part.floor, tried))
     clean, floor, gaps = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
     correct = answered(model, pairs, measured, clean, PassCount())

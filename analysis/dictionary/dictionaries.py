@@ -31,10 +31,11 @@ from lenslrp.analysis.common.storage import (
     require_forms,
 )
 from lenslrp.analysis.dictionary import lookup
-from lenslrp.analysis.dictionary.finding import Found, find
+from lenslrp.analysis.dictionary.finding import Found
 from lenslrp.analysis.dictionary.job import prepare
 from lenslrp.analysis.dictionary.plan import DICTIONARY_SCHEMA, Place, Plan
 from lenslrp.analysis.dictionary.publish import finish
+from lenslrp.analysis.dictionary.ranking import RankedUnits, find_units
 from lenslrp.analysis.dictionary.scan import Job, scan_shard
 from lenslrp.analysis.dictionary.schemas import (
     EXAMPLE_GROUP,
@@ -310,16 +311,16 @@ class NeuronDictionary:
                 f"{', '.join(self.plan.criteria)}"
             )
 
-    def find(self, *words: str, criterion: str = "actmax", limit: int = 20) -> Found:
-        """Units whose examples hold the words of a concept, beside what chance gives.
+    def find(self, *words: str, **options: Any) -> Found | RankedUnits:
+        """Units by the words of a concept: by their examples, what they write, or meaning.
 
-        Arguments and errors are those of `lenslrp.analysis.dictionary.finding.find`.
+        Options and errors are those of `lenslrp.analysis.dictionary.ranking.find_units`.
 
         Examples:
-            >>> list(d.find("church", "bishop").top(1).columns)[3:]
-            ['matched', 'of', 'share', 'expected', 'lift', 'score', 'group']
+            >>> list(d.find("church", by="writes", model=model).top(1).columns)[3:]
+            ['side', 'score', 'token', 'rank']
         """
-        return find(self, words, criterion, limit)
+        return find_units(self, words, **options)
 
     def search_text(
         self, query: str, *, criterion: str | None = None, limit: int = 50

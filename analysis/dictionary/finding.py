@@ -28,7 +28,7 @@ from lenslrp.analysis.common.storage import require_range
 from lenslrp.analysis.dictionary.text_search import indexed, occurrences
 from lenslrp.errors import InputError
 from lenslrp.text.visible_text import running
-from lenslrp.views.cards import result_card
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
@@ -66,7 +66,7 @@ class Match:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class Found(Shown):
     """Units by words, best first; a notebook shows them with examples.
 
     Attributes:
@@ -117,7 +117,7 @@ class Found:
             )
             yield head, names[1:], self.matches[int(first["unit"])][:SHOWN_EXAMPLES]
 
-    def _repr_html_(self) -> str:
+    def face(self) -> Face:
         parts = []
         for head, others, matches in self.groups():
             lines = "".join(f'<div style="margin-left:1.2em">{_marked(m)}</div>' for m in matches)
@@ -127,7 +127,7 @@ class Found:
                 f'<div style="margin-top:.7em"><code>{escape(head)}</code>{lines}{note}</div>'
             )
         rare = ", ".join(f"{word} {bits:.1f}" for word, bits in self.bits.items())
-        return result_card(
+        return Face(
             f"Units by {', '.join(self.words)}",
             {"units": len(self), "examples": self.criterion, "bits of a match": rare or "-"},
             body="".join(parts),

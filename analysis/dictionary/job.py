@@ -19,6 +19,7 @@ from lenslrp.analysis.dictionary.work_folder import (
     clear_corpus,
     found_work,
 )
+from lenslrp.analysis.units.cross_layer import require_one_layer
 from lenslrp.analysis.units.kinds import Unit
 from lenslrp.analysis.units.readers import FeatureReader, Sites, searched_hooks
 from lenslrp.errors import InputError, StorageError
@@ -102,7 +103,7 @@ def prepare(
     relevance = any(TOP_CRITERIA.get(c, ("",))[0] == "relevance" for c in chosen)
     for site in searched:
         if relevance and isinstance(site.reader, FeatureReader):
-            site.reader.coder.require_one_layer("relevance in a dictionary")
+            require_one_layer(site.reader.coder, "relevance in a dictionary")
     table = as_composite(AttnLRP() if composite is None else composite)
     about = {k: v for k, v in tokenised.about.items() if k not in ("parts", "identity")}
     plan = Plan(

@@ -237,6 +237,11 @@ class Citations:
         ):
             raise StorageError(f"{path} is damaged: its documents do not follow one another")
 
+    @property
+    def documents(self) -> list[int]:
+        """Those that an example references."""
+        return [int(document) for document in self._documents]
+
     def of(self, document: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Examples (rows of `examples.parquet`), positions and scores."""
         at = int(np.searchsorted(self._documents, document))

@@ -22,7 +22,7 @@ from torch import Tensor
 from lenslrp.errors import InputError, StorageError
 from lenslrp.fingerprints import canonical
 
-DICTIONARY_SCHEMA = 2
+DICTIONARY_SCHEMA = 3
 
 MAX_UNITS = 1 << 27
 """Units that a dictionary has at most."""

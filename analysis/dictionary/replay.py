@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Float32, Int16, Int64
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lenslrp.analysis.common.storage import (
     Form,
@@ -32,6 +31,7 @@ from lenslrp.analysis.dictionary.scan import Job, ScanState
 from lenslrp.analysis.dictionary.schemas import STATISTICS, kinds, sampled_tokens
 from lenslrp.analysis.dictionary.topk import Spans, priorities, unpack
 from lenslrp.errors import StorageError
+from lenslrp.progress import progress_bar
 
 DECILES = 10
 RANDOM = 10
@@ -245,9 +245,8 @@ def replay(
     cutter = _Cutter(plan, entries, statistics)
     saved = time.monotonic()
     mine = range(rank, len(blocks), world)
-    bar = tqdm(
-        total=len(mine), desc=f"replay {rank + 1}/{world}", unit="block", disable=not progress
-    )
+    name = f"replay {rank + 1}/{world}"
+    bar = progress_bar(name, total=len(mine), shown=progress, unit="block")
     with bar, job.run.open() as runner:
         bar.update(len(range(rank, start, world)))
         for n in range(start, len(blocks), world):

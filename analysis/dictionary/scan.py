@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Float32, Int16
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lenslrp.analysis.common.storage import (
     Form,
@@ -56,6 +55,7 @@ from lenslrp.analysis.dictionary.topk import (
 from lenslrp.analysis.dictionary.work_folder import shard_name
 from lenslrp.errors import InputError, StorageError
 from lenslrp.fingerprints import canonical
+from lenslrp.progress import progress_bar
 
 
 @dataclass
@@ -326,13 +326,13 @@ def scan_shard(
             return path
     blocks = range(rank, job.corpus.blocks, world)
     scanner = Scanner(state, plan, sampled_columns(plan))
-    bar = tqdm(
+    bar = progress_bar(
+        f"scan {rank + 1}/{world}",
         total=plan.corpus["tokens"] // world,
+        shown=progress,
         initial=state.tokens,
         unit="tok",
         unit_scale=True,
-        desc=f"scan {rank + 1}/{world}",
-        disable=not progress,
     )
     saved = time.monotonic()
     with bar, job.run.open() as runner:

@@ -57,6 +57,11 @@ def occurrences(text: str, phrases: Sequence[str]) -> list[list[tuple[int, int]]
     return places
 
 
+def inside_word(text: str, at: int) -> bool:
+    """Whether the character `at` continues a word, so that a cut before it would part the word."""
+    return any(match.start() < at < match.end() for match in _ATOM.finditer(text))
+
+
 def terms(query: str) -> list[str]:
     """Words and quoted phrases of a query; operators of a query language are words like others."""
     words: list[str] = []

@@ -18,6 +18,7 @@ from lenslrp.analysis.units.kinds import Unit
 from lenslrp.analysis.units.parsing import parse_unit
 from lenslrp.batch import Batch
 from lenslrp.errors import InputError, StorageError
+from lenslrp.fingerprints import describe_model
 from lenslrp.inputs import prepare_text
 from lenslrp.sessions import Session
 from lenslrp.targets import Activation, PerRow
@@ -166,7 +167,10 @@ class Page:
             `"k"`, `"v"`: the largest components of QK and OV); `side` (`"top"` or `"bottom"`);
                 `rank`;
             `id`, `token`; `score`, in logits up to one positive factor a list (see
-            `lenslrp.analysis.units.projection`).
+            `lenslrp.analysis.units.projection`); `status`: `"related"`, one of the list's largest
+            group of related tokens, `"unrelated"`, or `"junk"` (see
+            `lenslrp.analysis.units.readability`: where four of ten are related the list is
+            readable).
 
         Raises:
             InputError: no such lists; says why not.
@@ -232,6 +236,20 @@ class Page:
         frame = self.examples(criterion).head(k).copy()
         frame["attributions"] = _attributions(model, self, frame, options)
         return frame
+
+
+def require_same_model(dictionary: NeuronDictionary, model: TransformerBridge) -> None:
+    """Refuse a model with other weights than the dictionary's.
+
+    Raises:
+        InputError: naming both.
+    """
+    mine, other = dictionary.plan.model, describe_model(model)
+    if mine["weights"] != other["weights"]:
+        raise InputError(
+            f"the dictionary was built from {mine['name']!r} in {mine['dtype']}; given is "
+            f"{other['name']!r} in {other['dtype']}, with other weights"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,6 +29,7 @@ from lenslrp.analysis.common.storage import (
     require_range,
 )
 from lenslrp.analysis.dictionary.plan import Place, Plan
+from lenslrp.analysis.units.readability import STATUSES
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import parquet_writer, whole
 
@@ -56,6 +57,7 @@ VOCABULARY_SCHEMA = pa.schema(
         "rank": pa.int16(),
         "id": pa.int32(),
         "score": pa.float32(),
+        "status": pa.dictionary(pa.int8(), pa.string()),
     }
 )
 
@@ -81,11 +83,12 @@ def write_vocabulary(path: Path, plan: Plan, parts: list[Path]) -> tuple[dict[st
             for role, reason in reasons.items():
                 missing.setdefault(place.site, {}).setdefault(role, reason)
             ids, values = tensors["ids"].numpy(), tensors["scores"].numpy()
+            statuses = tensors["statuses"].numpy()
             shown.update(np.unique(ids).tolist())
             for first in range(0, place.size if columns else 0, UNITS_IN_GROUP):
                 some = slice(first, min(first + UNITS_IN_GROUP, place.size))
                 numbers = np.arange(place.first + some.start, place.first + some.stop)
-                writer.write_table(_rows(numbers, columns, ids[some], values[some]))
+                writer.write_table(_rows(numbers, columns, ids[some], values[some], statuses[some]))
     return {"tokens": tokens, "missing": missing}, shown
 
 
@@ -106,12 +109,20 @@ def _read_part(
     if not known or about.get("plan") != plan.fingerprint() or not set(reasons) <= set(LIST_ROLES):
         raise StorageError(f"{path} is damaged: its columns are not those of this dictionary")
     shape = (place.size, len(columns))
-    require_forms(path, tensors, {"ids": (torch.int32, shape), "scores": (torch.float32, shape)})
+    types = {"ids": torch.int32, "scores": torch.float32, "statuses": torch.int8}
+    require_forms(path, tensors, {name: (dtype, shape) for name, dtype in types.items()})
+    require_range(path, "statuses", tensors["statuses"], 0, len(STATUSES))
     require_range(path, "ids", tensors["ids"], 0, 1 << 31)
     return columns, reasons
 
 
-def _rows(numbers: NDArray[Any], columns: Any, ids: NDArray[Any], values: NDArray[Any]) -> pa.Table:
+def _rows(
+    numbers: NDArray[Any],
+    columns: Any,
+    ids: NDArray[Any],
+    values: NDArray[Any],
+    statuses: NDArray[Any],
+) -> pa.Table:
     roles, names, sides, ranks = zip(*columns, strict=True)
 
     def spelt(words: Sequence[str], known: tuple[str, ...]) -> pa.DictionaryArray:
@@ -127,6 +138,9 @@ def _rows(numbers: NDArray[Any], columns: Any, ids: NDArray[Any], values: NDArra
             "rank": np.tile(np.array(ranks, np.int16), len(numbers)),
             "id": ids.reshape(-1),
             "score": values.reshape(-1),
+            "status": pa.DictionaryArray.from_arrays(
+                pa.array(statuses.reshape(-1)), pa.array(STATUSES)
+            ),
         },
         schema=VOCABULARY_SCHEMA,
     )
@@ -198,7 +212,8 @@ class Projections:
             and present == ranks.get((role, name, LIST_ENDS[1 - LIST_ENDS.index(side)]))
             for (role, name, side), present in ranks.items()
         )
-        if not whole_lists or frame["id"].min() < 0:
+        known = frame["status"].isin(STATUSES).all()
+        if not whole_lists or not known or frame["id"].min() < 0:
             raise StorageError(
                 f"{self.path} is damaged: the lists of unit {frame['unit'].iloc[0]} are not whole"
             )
@@ -233,7 +248,7 @@ class Projections:
 
 def _plain(table: pa.Table) -> pd.DataFrame:
     frame: pd.DataFrame = table.to_pandas()
-    return frame.astype(dict.fromkeys(("role", "name", "side"), object))
+    return frame.astype(dict.fromkeys(("role", "name", "side", "status"), object))
 
 
 def _checked(path: Path, about: Any) -> tuple[int, dict[str, dict[str, str]]]:

@@ -2,8 +2,10 @@
 
 The highest and lowest tokens of `lenslrp.analysis.units.projection.writes` and `reads` (of a head:
 the largest component of OV and of QK), for the units of a hook point together: their vectors are
-stacked and multiplied with the vocabulary in pieces of bounded size. Each hook point leaves a file
-of its own in the work folder, so that a kill costs one of them, and processes can share them out.
+stacked and multiplied with the vocabulary in pieces of bounded size, and each end of a list is
+judged for whether it is readable (`lenslrp.analysis.units.readability`). Each hook point leaves
+a file of its own in the work folder, so that a kill costs one of them, and processes can share them
+out.
 `lenslrp.analysis.dictionary.vocabulary_file` joins these files.
 """
 
@@ -16,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int8, Int32
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lenslrp.analysis.common.storage import load_tensors, save_tensors
 from lenslrp.analysis.dictionary.plan import Place
@@ -26,6 +27,7 @@ from lenslrp.analysis.dictionary.vocabulary_file import LIMIT, LIST_ENDS, LIST_R
 from lenslrp.analysis.units.kinds import Direction, Feature, Head, Unit
 from lenslrp.analysis.units.parsing import parse_unit
 from lenslrp.analysis.units.projection import project
+from lenslrp.analysis.units.readability import TokenRelations
 from lenslrp.analysis.units.readers import DirectionReader, FeatureReader, SearchedHook
 from lenslrp.analysis.units.residual import (
     as_read,
@@ -36,6 +38,7 @@ from lenslrp.analysis.units.residual import (
 )
 from lenslrp.analysis.units.unembedding import dot_products, embedding
 from lenslrp.errors import InputError
+from lenslrp.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -101,18 +104,23 @@ class Ends:
         columns: role, name, side and rank of each token of a unit.
         ids: tokens, [unit, column].
         scores: [unit, column].
+        statuses: [unit, column], of `lenslrp.analysis.units.readability.STATUSES`.
         missing: for each role that cannot be read in the vocabulary, why not.
     """
 
     columns: list[tuple[str, str, str, int]]
     ids: Int32[Tensor, "unit column"]
     scores: Float32[Tensor, "unit column"]
+    statuses: Int8[Tensor, "unit column"]
     missing: dict[str, str]
 
 
 @torch.no_grad()
 def ends_of_lists(
-    model: TransformerBridge, units: Sequence[Unit], tokens: int = LISTED_TOKENS
+    model: TransformerBridge,
+    units: Sequence[Unit],
+    tokens: int = LISTED_TOKENS,
+    relations: dict[str, TokenRelations] | None = None,
 ) -> Ends:
     """Both ends of what units of one hook point write and read.
 
@@ -120,9 +128,12 @@ def ends_of_lists(
         model: the bridge.
         units: neurons, heads, directions or features.
         tokens: how many at either end; at most the vocabulary.
+        relations: of the model's tokens, by role; those that are missing are made, and kept in it.
     """
+    known = {} if relations is None else relations
     columns: list[tuple[str, str, str, int]] = []
-    ids, values_of = [torch.zeros(len(units), 0).int()], [torch.zeros(len(units), 0)]
+    none = torch.zeros(len(units), 0)
+    ids, values_of, statuses = [none.int()], [none], [none.to(torch.int8)]
     missing: dict[str, str] = {}
     step = max(1, SCORES_AT_ONCE // max(1, int(model.cfg.d_vocab)))
     for role, (vectors_of, product) in PROJECTIONS.items():
@@ -131,14 +142,19 @@ def ends_of_lists(
         except InputError as error:
             missing[role] = str(error)
             continue
+        if role not in known:
+            known[role] = TokenRelations.of(model, role)
         for name, rows in vectors.items():
             pieces = [_both_ends(product(model, some), tokens) for some in rows.split(step)]
             best, values = (torch.cat(parts) for parts in zip(*pieces, strict=True))
             ids.append(best.int().cpu())
             values_of.append(values.float().cpu())
             k = best.shape[1] // 2
+            judged = (known[role].judged(end) for end in best.split(k, dim=1))
+            statuses += [end.status.to(torch.int8) for end in judged]
             columns += [(role, name, side, rank) for side in LIST_ENDS for rank in range(k)]
-    return Ends(columns, torch.cat(ids, dim=1), torch.cat(values_of, dim=1), missing)
+    found, scores, status = (torch.cat(parts, dim=1) for parts in (ids, values_of, statuses))
+    return Ends(columns, found, scores, status, missing)
 
 
 def _both_ends(rows: Float[Tensor, "n d_vocab"], tokens: int) -> tuple[Tensor, Tensor]:
@@ -175,25 +191,34 @@ def project_places(
     mine = range(rank, len(job.plan.places), world)
     paths = [job.work / f"vocabulary-{number:05d}.safetensors" for number in mine]
     stamp = {"plan": job.plan.fingerprint(), "tokens": str(tokens)}
-    for number, path in zip(tqdm(mine, "vocabulary", disable=not progress), paths, strict=True):
+    relations: dict[str, TokenRelations] = {}
+    for number, path in zip(progress_bar("vocabulary", mine, shown=progress), paths, strict=True):
         if path.exists() and load_tensors(path)[1].items() >= stamp.items():
             continue
         place = job.plan.places[number]
-        ends = _project(job.run.model, place, sites[place.site], tokens)
+        ends = _project(job.run.model, place, sites[place.site], tokens, relations)
         about = {"columns": json.dumps(ends.columns), "missing": json.dumps(ends.missing)}
-        save_tensors(path, {"ids": ends.ids, "scores": ends.scores}, {**stamp, **about})
+        tensors = {"ids": ends.ids, "scores": ends.scores, "statuses": ends.statuses}
+        save_tensors(path, tensors, {**stamp, **about})
     return paths
 
 
-def _project(model: TransformerBridge, place: Place, site: SearchedHook, tokens: int) -> Ends:
+def _project(
+    model: TransformerBridge,
+    place: Place,
+    site: SearchedHook,
+    tokens: int,
+    relations: dict[str, TokenRelations],
+) -> Ends:
     try:
         if not tokens:
             raise InputError("not asked for: the dictionary was built with vocabulary=0")
         units = [_unit(place, index, site) for index in range(place.size)]
     except InputError as error:
         none = torch.zeros(place.size, 0)
-        return Ends([], none.int(), none, dict.fromkeys(LIST_ROLES, str(error)))
-    return ends_of_lists(model, units, tokens)
+        missing = dict.fromkeys(LIST_ROLES, str(error))
+        return Ends([], none.int(), none, none.to(torch.int8), missing)
+    return ends_of_lists(model, units, tokens, relations)
 
 
 def _unit(place: Place, index: int, site: SearchedHook) -> Unit:

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from lenslrp.analysis.attribution.methods import Method, as_method, run_method
 from lenslrp.analysis.common.journal import Row, resumed
@@ -42,6 +41,7 @@ from lenslrp.analysis.evaluation.tasks import IMAGES, TASKS, Example, Task, Unfi
 from lenslrp.analysis.passes.problems import AttributionProblem, PassCount, resolve
 from lenslrp.errors import InputError, StorageError
 from lenslrp.fingerprints import describe_model
+from lenslrp.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -183,7 +183,7 @@ def evaluate(
     with resumed(folder / JOURNAL, settings) as (done, append):
         known = {row["example"]: row for row in done}
         measured = 0
-        with tqdm(total=n, desc=task.name, unit="example", disable=not progress) as bar:
+        with progress_bar(task.name, total=n, shown=progress, unit="example") as bar:
             for row in _rows(task, model, records, known, append, chosen, parsed, settings):
                 rows.append(row)
                 if "unfit" not in row:

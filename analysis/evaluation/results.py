@@ -14,7 +14,7 @@ from lenslrp.analysis.common.statistics import bootstrap
 from lenslrp.analysis.evaluation.spans import POINTING
 from lenslrp.errors import InputError
 from lenslrp.files import whole
-from lenslrp.views.cards import result_card
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,12 +39,10 @@ SHOWN_METRICS = {
     "iou": "Overlap of the most relevant features with the key.",
 }
 """What is shown of results, and what it means."""
-SHOWN_COLUMNS = ("perturbation", "method", "mean", "low", "high", "difference",
-                 "difference_low", "difference_high", "cost")  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Results:
+class Results(Shown):
     """All examples of a run.
 
     Attributes:
@@ -226,26 +224,28 @@ class Results:
         title = f"{self.settings['task']}, {perturbation}, n = {self.n}"
         return perturbation_curves(grid, means, unit=unit, title=title)
 
-    def __repr__(self) -> str:
-        methods = ", ".join(self.settings["methods"])
-        return f"Results({self.settings['task']}: {self.n} examples, {methods})"
-
-    def _repr_html_(self) -> str:
-        metrics = [name for name in SHOWN_METRICS if name in self.metrics()]
-        cards = []
-        for metric in metrics:
-            frame = self.table(metric)[list(SHOWN_COLUMNS)]
-            cards.append(
-                result_card(
-                    f"{self.settings['task']}: {metric}",
-                    {"examples": self.n},
-                    frame,
-                    coloured=["difference"],
-                    notes=[f"{SHOWN_METRICS[metric]} 95% bootstrap intervals; difference: the "
-                           f"method less {self._reference()}; cost in plain passes."],
-                )
-            )  # fmt: skip
-        return "".join(cards)
+    def face(self) -> Face:
+        area, less = self.table("area"), f"less {self._reference()}"
+        frame, coloured = area[["perturbation", "method"]], list[str]()
+        known = {name: text for name, text in SHOWN_METRICS.items() if name in self.metrics()}
+        for metric in known:
+            table, coloured = self.table(metric), [*coloured, f"{metric}, {less}"]
+            means = table[["mean", "low", "high"]].itertuples(index=False)
+            part = table[["perturbation", "method"]].assign(**{
+                metric: ["{:.3g} ({:.3g} to {:.3g})".format(*row) for row in means],
+                coloured[-1]: table["difference"],
+            })  # fmt: skip
+            part = part.drop(columns="perturbation") if metric in POINTING else part
+            frame = frame.merge(part)
+        return Face(
+            "Results of an evaluation",
+            {"task": self.settings["task"], "examples": self.n,
+             "methods": len(self.settings["methods"])},
+            frame.assign(cost=area["cost"]),
+            coloured,
+            [*(f"{name}: {text}" for name, text in known.items()),
+             "Means with 95% bootstrap intervals; cost in plain passes; table(metric) has more."],
+        )  # fmt: skip
 
     def __str__(self) -> str:
         """The tables as text, with what was left out."""

@@ -24,6 +24,7 @@ from lenslrp.analysis.common.statistics import Numbers, spearman
 from lenslrp.analysis.units.locations import blocks_name
 from lenslrp.errors import InputError
 from lenslrp.hooks.turns import turn
+from lenslrp.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -76,7 +77,7 @@ def randomisation(
             raise InputError(f"layer is {layer}, but the model has layers 0 to {len(blocks) - 1}")
     unchanged = relevance()
     original, rows = _vectors(unchanged), []
-    for layer in reversed(chosen):
+    for layer in progress_bar("layers", chosen[::-1]):
         randomised = range(layer, len(blocks)) if mode == "cascading" else [layer]
         with turn(model), shuffled([(k, blocks[k]) for k in randomised], seed):
             changed = _vectors(relevance())

@@ -14,18 +14,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.units.kinds import Direction, Head, Neuron, Unit, require_unit
-from lenslrp.analysis.units.locations import blocks_name, known_hook
+from lenslrp.analysis.units.locations import block_before, blocks_name, known_hook
 from lenslrp.analysis.units.unembedding import measure_gain, output_norm, unembedding
 from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks.sites import widest
 from lenslrp.inputs import prepare_text
+from lenslrp.progress import progress_bar
 from lenslrp.reductions import Deliver
 from lenslrp.sessions import Session
 from lenslrp.text.names import token_id
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+    from lenslrp.analysis.units.lens import Lens
 
 TEXTS_AT_ONCE = 16
 
@@ -155,7 +158,7 @@ def relevance_direction(
         weight = weight.to(x) + relevance.abs().sum()
 
     with Session(model, ledger=False, logits="target", stays=False) as session:
-        for text, target in zip(texts, targets, strict=True):
+        for text, target in progress_bar("texts", list(zip(texts, targets, strict=True))):
             session.run_with_relevance(
                 text, target, at, reduce={at: Deliver(add)}, prepend_bos=prepend_bos
             )
@@ -168,6 +171,7 @@ def unembedding_direction(
     at: str,
     *,
     against: str | int | None = None,
+    lens: Lens | None = None,
     name: str | None = None,
 ) -> Direction:
     """What raises a token's logit: its row of the unembedding, as the final norm's gain reads it.
@@ -177,13 +181,16 @@ def unembedding_direction(
         token: of the vocabulary.
         at: a hook point of the residual stream.
         against: a token whose row is subtracted, so that the two are told apart.
+        lens: what the stream at `at`, behind a block, becomes at the end: the direction that
+            raises the logit there.
         name: of the direction, shown wherever it is.
 
     Returns:
         A direction of length [d_model].
 
     Raises:
-        InputError: no such token or hook point, or a model that unembeds no tokens.
+        InputError: no such token or hook point, a model that unembeds no tokens, or with a lens a
+            hook point that is not behind a block of the lens.
     """
     rows, _ = unembedding(model)
     ids = [token_id(model.tokenizer, t, len(rows)) for t in (token, against) if t is not None]
@@ -191,7 +198,16 @@ def unembedding_direction(
     norm = output_norm(model)
     if norm is not None:
         vector = measure_gain(model, norm, vector[None]).backward(vector)
+    if lens is not None:
+        vector = lens.transport_back(_block_before(at), vector)
     return Direction(known_hook(model, at), vector, name)
+
+
+def _block_before(at: str) -> int:
+    layer = block_before(at)
+    if layer is None or layer < 0:
+        raise InputError(f"{at} is not the residual stream after a block, where lenses begin")
+    return layer
 
 
 def mean_activation(

@@ -40,6 +40,7 @@ from lenslrp.analysis.steering.operations import (
     Steering,
 )
 from lenslrp.analysis.units.kinds import Direction, Feature, Unit
+from lenslrp.analysis.units.locations import block_before
 from lenslrp.analysis.units.parsing import parse_unit
 from lenslrp.errors import InputError, StorageError
 from lenslrp.extras import require
@@ -58,8 +59,6 @@ OPERATIONS: dict[str, type[Operation]] = {
 _NUMBERS = frozenset({"factor", "amount", "value", "low", "high"})
 
 CONTROL = "controlvector"
-_AFTER = re.compile(r"blocks\.(\d+)\.(?:hook_resid_post|hook_out)")
-_BEFORE = re.compile(r"blocks\.(\d+)\.(?:hook_resid_pre|hook_in)")
 
 
 def steering_to_json(steering: Steering) -> tuple[str, dict[str, Tensor]]:
@@ -240,8 +239,7 @@ def _gguf() -> Any:
 
 
 def _layer(direction: Direction) -> int:
-    after, before = _AFTER.fullmatch(direction.at), _BEFORE.fullmatch(direction.at)
-    layer = int(after[1]) if after else int(before[1]) - 1 if before else None
+    layer = block_before(direction.at)
     if layer is None:
         raise InputError(
             f"{direction.at} is not the residual stream after a block, where control vectors act"

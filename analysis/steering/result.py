@@ -16,7 +16,7 @@ import pandas as pd
 from lenslrp.analysis.common.statistics import bootstrap
 from lenslrp.analysis.views.drawing import LIGHT, Theme, new_figure
 from lenslrp.errors import InputError
-from lenslrp.views.cards import result_card
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ METRIC_LABELS = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SweepResult:
+class SweepResult(Shown):
     """All numbers of a sweep.
 
     Attributes:
@@ -57,7 +57,7 @@ class SweepResult:
             f"{steered.prompt.nunique()} prompts, {len(self.frame)} texts)"
         )
 
-    def _repr_html_(self) -> str:
+    def face(self) -> Face:
         """What each strength did to the target, and to a text, beside a placebo's."""
         table = self.summary("target").set_index(["layer", "coefficient"])
         shown: dict[str, Any] = {"change of target": table["change"]}
@@ -70,7 +70,7 @@ class SweepResult:
                  for kind, part in first.groupby("kind")}  # fmt: skip
         base = texts.pop("base").iloc[0]
         shown |= {kind: texts[kind] for kind in ("steered", "placebo") if kind in texts}
-        return result_card(
+        return Face(
             "Sweep: what steering does, beside placebos",
             {
                 "swept": self._swept(),

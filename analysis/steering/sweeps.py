@@ -61,6 +61,7 @@ from lenslrp.hooks.structure import layer_of
 from lenslrp.hooks.turns import turn
 from lenslrp.inputs import prepare_text
 from lenslrp.media import labels_of
+from lenslrp.progress import progress_bar
 from lenslrp.text.names import token_id
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def sweep(
         [operation(layer) for layer in layers or ()] if callable(operation) else [operation]
     )
     frames: list[pd.DataFrame] = []
+    bar = progress_bar("sweep", total=len(operations) * len(coefficients) * (1 + 2 * draws))
     for each in operations:
         if type(each) not in STRENGTHS or not isinstance(each.unit, Neuron | Direction):
             raise InputError(
@@ -165,6 +167,8 @@ def sweep(
                     condition = batch.read(model, stream)
                 labels = {"kind": kind, "layer": layer, "coefficient": coefficient, "draw": draw}
                 frames.append(condition.rows(base, **labels))
+                bar.update()
+    bar.close()
     scored = pd.concat(frames, ignore_index=True)
     scored["nll"] = batch.surprise(model, np.stack(scored.pop("tokens").to_list()))
     scored["perplexity"] = np.exp(scored["nll"])

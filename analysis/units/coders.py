@@ -21,14 +21,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens import ActivationCache
 
 from lenslrp.analysis.units.coder_files import Given, read_coder
 from lenslrp.analysis.units.coder_sets import read_set
 from lenslrp.analysis.units.saelens import write_saelens
 from lenslrp.errors import InputError
+
+Cache = Mapping[str, Tensor] | ActivationCache
+"""What ``run_with_cache`` returns, with ``return_cache_object=False`` too."""
 
 NORMALIZATIONS = ("none", "constant_norm_rescale", "layer_norm")
 """What is done to each position before it is read, and undone where an autoencoder writes: nothing;
@@ -145,18 +150,6 @@ class SparseCoder:
         """What a feature writes for each unit of its activation, summed over layers."""
         return torch.stack([rows[index] for rows in self.decoders.values()]).sum(dim=0)
 
-    def require_one_layer(self, what: str) -> None:
-        """Refuse a layer of a cross-layer transcoder.
-
-        Raises:
-            InputError: saying that ``what`` is of one hook point.
-        """
-        if self.later:
-            raise InputError(
-                f"{what} is of one hook point, and features of {self.name} write at "
-                f"{len(self.decoders)}: attribution_graph(coders=) has all of them"
-            )
-
     def flat(self, x: Tensor) -> Float[Tensor, "... d_in"]:
         """The part of the tensor at a hook point that the coder reads or writes: heads joined.
 
@@ -188,16 +181,29 @@ class SparseCoder:
             )
         return y
 
-    def encode(self, x: Tensor) -> Float[Tensor, "... features"]:
+    def read_from(self, x: Tensor | Cache) -> Tensor:
+        """What it reads: a tensor as it is, of a cache the one at ``hook``.
+
+        Raises:
+            InputError: a cache that does not hold it.
+        """
+        if isinstance(x, Tensor):
+            return x
+        if self.hook not in x:
+            raise InputError(f"this cache does not hold {self.hook}, which {self.name} reads")
+        return x[self.hook]
+
+    def encode(self, x: Tensor | Cache) -> Float[Tensor, "... features"]:
         """The activations of all features. Differentiable; a normalization's scale is constant.
 
         Args:
-            x: as at ``hook``. The result is of its type or the weights', whichever is wider.
+            x: as at ``hook``, or the cache of ``run_with_cache``. The result is of its type or the
+                weights', whichever is wider.
 
         Raises:
-            InputError: another width than the coder reads.
+            InputError: another width than the coder reads, or a cache that does not hold it.
         """
-        x = self.flat(x)
+        x = self.flat(self.read_from(x))
         if x.shape[-1] != self.W_enc.shape[0]:
             raise InputError(
                 f"{self.name} reads {self.W_enc.shape[0]} values a position, "
@@ -244,8 +250,34 @@ class SparseCoder:
             y = y * scale + mean
         return y if self.W_skip is None else y + x @ self.W_skip.to(x)
 
-    def reconstruct(self, x: Tensor) -> Float[Tensor, "... d_out"]:
+    def top(self, x: Tensor | Cache, k: int = 10, row: int = 0) -> pd.DataFrame:
+        """The most active features of a prompt, a feature at a position each.
+
+        Args:
+            x: [batch, pos, ...] as at ``hook``, or the cache of ``run_with_cache``.
+            k: how many at most; features that are not active are left out.
+            row: which prompt of the batch.
+
+        Returns:
+            Columns `position` (padding counted), `feature` and `activation`.
+
+        Examples:
+            >>> _, cache = model.run_with_cache("The capital of France is")
+            >>> coder.top(cache, 3)["feature"].tolist()  # doctest: +SKIP
+            [9, 312, 40]
+        """
+        activations = self.encode(x)[row].detach()
+        best = activations.flatten().topk(min(k, activations.numel()))
+        kept = best.indices[best.values > 0]
+        return pd.DataFrame({
+            "position": (kept // activations.shape[-1]).tolist(),
+            "feature": (kept % activations.shape[-1]).tolist(),
+            "activation": best.values[: len(kept)].tolist(),
+        })  # fmt: skip
+
+    def reconstruct(self, x: Tensor | Cache) -> Float[Tensor, "... d_out"]:
         """What the coder writes where it reads ``x``, as at ``hook``: `decode` of `encode`."""
+        x = self.read_from(x)
         return self.decode(self.encode(x), x)
 
     def moved(self, y: Tensor, index: int, change: Tensor, at: str | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.units.coder_sets import read_cross_layer
-from lenslrp.analysis.units.coders import SparseCoder
+from lenslrp.analysis.units.coders import Cache, SparseCoder
 from lenslrp.errors import InputError
 
 
@@ -34,8 +34,7 @@ class CrossLayerCoder:
     Examples:
         ```python
         coder = CrossLayerCoder.load("mntss/clt-gemma-2-2b-426k")
-        read = [cache[layer.hook] for layer in coder.layers]
-        written = coder.decode(coder.encode(read), read)  # one [batch, pos, d_out] a layer
+        written = coder.reconstruct(cache)  # of run_with_cache: one [batch, pos, d_out] a layer
         ```
     """
 
@@ -50,9 +49,9 @@ class CrossLayerCoder:
                     f"{', '.join(map(str, outs[layer:]))}"
                 )
 
-    def encode(self, x: Sequence[Tensor]) -> list[Float[Tensor, "... features"]]:
-        """The activations of all features, by layer, from what each layer reads."""
-        return [coder.encode(read) for coder, read in zip(self.layers, x, strict=True)]
+    def encode(self, x: Sequence[Tensor] | Cache) -> list[Float[Tensor, "... features"]]:
+        """The activations of all features, by layer, from what each reads or a cache."""
+        return [coder.encode(read) for coder, read in zip(self.layers, self._read(x), strict=True)]
 
     def decode(
         self, activations: Sequence[Tensor], x: Sequence[Tensor] | None = None
@@ -73,9 +72,13 @@ class CrossLayerCoder:
             written.append(y)
         return written
 
-    def reconstruct(self, x: Sequence[Tensor]) -> list[Float[Tensor, "... d_out"]]:
+    def reconstruct(self, x: Sequence[Tensor] | Cache) -> list[Float[Tensor, "... d_out"]]:
         """`decode` of `encode`."""
-        return self.decode(self.encode(x), x)
+        read = self._read(x)
+        return self.decode(self.encode(read), read)
+
+    def _read(self, x: Sequence[Tensor] | Cache) -> Sequence[Tensor]:
+        return x if isinstance(x, Sequence) else [coder.read_from(x) for coder in self.layers]
 
     def writes(self, layer: int, index: int) -> Float[Tensor, "layers d_out"]:
         """What a feature writes to its own layer and to each later one."""
@@ -103,4 +106,17 @@ class CrossLayerCoder:
                 )
                 for layer, (fields, rest) in enumerate(read)
             )
+        )
+
+
+def require_one_layer(coder: SparseCoder, what: str) -> None:
+    """Refuse a layer of a cross-layer transcoder.
+
+    Raises:
+        InputError: saying that ``what`` is of one hook point.
+    """
+    if coder.later:
+        raise InputError(
+            f"{what} is of one hook point, and features of {coder.name} write at "
+            f"{len(coder.decoders)}: attribution_graph(coders=) has all of them"
         )

@@ -11,7 +11,7 @@ mean in the vocabulary is for `lenslrp.analysis.units.projection`.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Float, Int
@@ -281,7 +281,7 @@ class Direction(Unit):
     """
 
     at: str
-    vector: Float[Tensor, " features"]
+    vector: Float[Tensor, " features"] = field(repr=False)
     name: str | None = None
 
     def __str__(self) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -34,6 +35,7 @@ from lenslrp.inputs import is_encoder_decoder
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.tools.analysis import JacobianLens
 
 LENS_FORMAT = "lenslrp.lens"
 VERSION = 1
@@ -50,7 +52,7 @@ class Lens:
         biases: layer -> b, [d_model].
         noise: layer -> half the relative distance of the lenses of two splits of the prompts: the
             standard error of J, as a share of J, in the Frobenius norm.
-        kind: ``"relevance"`` or ``"ridge"``.
+        kind: ``"relevance"``, ``"ridge"`` or ``"jacobian"``.
         model: the name of the model that it was fitted on.
         composite: the rules under which it was fitted; empty for ridge.
         layers: how many blocks the model has.
@@ -89,6 +91,17 @@ class Lens:
 
     carry = transport  # its name in 0.1
 
+    def transport_back(
+        self, layer: int, vectors: Float[Tensor, "*n d_model"]
+    ) -> Float[Tensor, "*n d_model"]:
+        """Directions of the final residual as directions of that after block ``layer``: v J.
+
+        Raises:
+            InputError: the lens has no such layer.
+        """
+        matrix = self._matrix(layer)
+        return vectors if matrix is None else vectors @ matrix.to(vectors)
+
     def state(
         self, layer: int, residual: Float[Tensor, "*n d_model"]
     ) -> Float[Tensor, "*n d_model"]:
@@ -108,6 +121,52 @@ class Lens:
                 f"the lens has no layer {layer}; it has {', '.join(map(str, self.matrices))}"
             )
         return self.matrices[layer]
+
+    def to_transformer_lens(self) -> JacobianLens:
+        """TransformerLens' lens with the same matrices: its readouts and its hooks.
+
+        It has no biases, so its readouts of states are those of `transport`, not of `state`.
+
+        Raises:
+            InputError: a model of one layer, of which TransformerLens has no lens.
+
+        Examples:
+            >>> theirs = lens.to_transformer_lens()
+            >>> with model.hooks(fwd_hooks=theirs.swap_hooks(model, " France", " China", [12])):
+            ...     logits = model(prompt)
+        """
+        from transformer_lens.tools.analysis import JacobianLens
+
+        if not self.matrices:
+            raise InputError("a lens of TransformerLens has one layer at least; this has none")
+        about = {"model_name": self.model, "target_layer": self.layers - 1,
+                 "estimator": f"lenslrp {self.kind}", "composite": self.composite,
+                 "positions": self.positions, "seed": self.seed}  # fmt: skip
+        width = next(iter(self.matrices.values())).shape[0]
+        return JacobianLens(dict(self.matrices), n_prompts=0, d_model=width, metadata=about)
+
+    @classmethod
+    def from_transformer_lens(cls, lens: JacobianLens, model: TransformerBridge) -> Lens:
+        """A lens that TransformerLens has fitted or loaded, for `writes` and what takes a `Lens`.
+
+        Its biases are 0, and ``noise``, which it does not say, is not a number.
+
+        Raises:
+            InputError: a lens of a model of another name or size than this one's.
+        """
+        found = cls(
+            {layer: lens.jacobians[layer] for layer in lens.source_layers},
+            {layer: torch.zeros(lens.d_model) for layer in lens.source_layers},
+            dict.fromkeys(lens.source_layers, float("nan")),
+            kind="jacobian",
+            model=str(lens.metadata.get("model_name") or model.cfg.model_name),
+            composite="",
+            layers=int(lens.metadata.get("target_layer", len(blocks_of(model)) - 1)) + 1,
+            positions=0,
+            seed=0,
+        )
+        found.require(model)
+        return found
 
     def save(self, path: str | Path) -> Path:
         """Write safetensors with the lens' facts as metadata; the file is replaced when complete.

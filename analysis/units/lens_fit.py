@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lenslrp.analysis.units.lens import Lens, blocks_of
 from lenslrp.analysis.units.locations import blocks_name
@@ -30,6 +29,7 @@ from lenslrp.errors import InputError
 from lenslrp.forward import forward
 from lenslrp.hooks import AttnLRP, Composite, relevance_rules
 from lenslrp.inputs import prepare_text
+from lenslrp.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -50,13 +50,18 @@ def _residuals(
 
 
 def _batches(
-    model: TransformerBridge, prompts: Prompts, batch_size: int, skip: int, progress: str
+    model: TransformerBridge,
+    prompts: Prompts,
+    batch_size: int,
+    skip: int,
+    what: str,
+    progress: bool,
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Batches of the prompts, and which positions of each count."""
     embedding(model)  # raises where the model reads no tokens
     if isinstance(prompts, str) or batch_size < 1 or skip < 0:
         raise InputError("prompts are several strings or a tensor; batch_size >= 1 and skip >= 0")
-    for start in tqdm(range(0, len(prompts), batch_size), desc=progress, disable=not progress):
+    for start in progress_bar(what, range(0, len(prompts), batch_size), shown=progress or None):
         part: Any = prompts[start : start + batch_size]
         batch = prepare_text(
             model,
@@ -150,7 +155,7 @@ def fit_relevance_lens(
     rules_of = AttnLRP() if composite is None else composite
     generator = torch.Generator().manual_seed(seed)
     splits = (_Sums(), _Sums())
-    batches = _batches(model, prompts, batch_size, skip, "relevance lens" if progress else "")
+    batches = _batches(model, prompts, batch_size, skip, "relevance lens", progress)
     with relevance_rules(model, rules_of) as rules:
         for index, (batch, counted) in enumerate(batches):
             with _residuals(model, batch, gradients=True) as (first, *states):
@@ -202,7 +207,7 @@ def fit_ridge_lens(
         InputError: as `fit_relevance_lens`.
     """
     splits = (_Sums(), _Sums())
-    batches = _batches(model, prompts, batch_size, skip, "ridge lens" if progress else "")
+    batches = _batches(model, prompts, batch_size, skip, "ridge lens", progress)
     for index, (batch, counted) in enumerate(batches):
         split = splits[index % 2]
         with _residuals(model, batch) as (_, *residuals):
@@ -258,7 +263,7 @@ def compare_lenses(
     chosen = list(range(len(blocks_of(model)) - 1)) if layers is None else list(layers)
     totals: dict[tuple[int, str], list[float]] = {}
     positions = 0
-    for batch, counted in _batches(model, prompts, batch_size, skip, ""):
+    for batch, counted in _batches(model, prompts, batch_size, skip, "compare", False):
         with _residuals(model, batch) as (_, *residuals):
             states = [state[counted] for state in residuals]
         final = unembed(model, states[-1]).log_softmax(dim=-1)

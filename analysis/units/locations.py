@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -32,6 +33,9 @@ Side = Literal["encoder", "decoder"]
 
 TRANSPOSED = frozenset({"Llama4TextExperts"})
 """Experts that keep [expert, in, out] without saying so by ``is_transposed``."""
+
+_AFTER = re.compile(r"blocks\.(\d+)\.(?:hook_resid_post|hook_out)")
+_BEFORE = re.compile(r"blocks\.(\d+)\.(?:hook_resid_pre|hook_in)")
 
 Vectors = dict[str, Float[Tensor, "vectors d_model"]]
 """What is read or written, by name ("in", "gate", "q", ...): one row a vector."""
@@ -63,6 +67,12 @@ def block_of(model: TransformerBridge, layer: int, side: Side = "decoder") -> An
     if not 0 <= layer < len(blocks):
         raise InputError(f"layer is {layer}, but the model has layers 0 to {len(blocks) - 1}")
     return blocks[layer]
+
+
+def block_before(hook: str) -> int | None:
+    """The block whose output the residual stream at a hook point is, -1 before the first."""
+    after, before = _AFTER.fullmatch(hook), _BEFORE.fullmatch(hook)
+    return int(after[1]) if after else int(before[1]) - 1 if before else None
 
 
 def known_hook(model: TransformerBridge, name: str) -> str:

@@ -21,7 +21,7 @@ value first (Millidge and Black 2022), queries paired with keys and values with 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenslrp.analysis.units.kinds import Head, Neuron, Unit, require_unit
+from lenslrp.analysis.units.readability import TokenRelations, readable_tokens
 from lenslrp.analysis.units.residual import (
     as_read,
     as_written,
@@ -49,7 +50,7 @@ from lenslrp.analysis.units.unembedding import (
 )
 from lenslrp.errors import InputError
 from lenslrp.hooks.structure import layer_of
-from lenslrp.views.cards import result_card
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -57,8 +58,8 @@ if TYPE_CHECKING:
     from lenslrp.analysis.units.lens import Lens
 
 
-@dataclass(frozen=True, eq=False)
-class VocabularyScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class VocabularyScores(Shown):
     """One score for each token (or class), of what a unit writes or reads.
 
     Attributes:
@@ -78,11 +79,11 @@ class VocabularyScores:
     unit: str
     role: str
     name: str
-    scores: Float[Tensor, " d_vocab"] = field(repr=False)
-    label: Callable[[int], str] = field(repr=False)
+    scores: Float[Tensor, " d_vocab"]
+    label: Callable[[int], str]
     strength: float = 1.0
 
-    def _repr_html_(self) -> str:
+    def face(self) -> Face:
         k = min(10, len(self.scores))
         sides = [self.top(k), self.bottom(k)]
         frame = pd.concat(
@@ -92,11 +93,10 @@ class VocabularyScores:
             ],
             axis=1,
         )
-        return result_card(
-            f"{self.unit} {self.role} ({self.name})",
-            {"tokens": len(self.scores), "singular value": self.strength}
-            if self.strength != 1.0
-            else {"tokens": len(self.scores)},
+        singular = {"singular value": self.strength} if self.strength != 1.0 else {}
+        return Face(
+            f"Tokens by what the unit {self.role}",
+            {"unit": self.unit, self.role: self.name, "tokens": len(self.scores), **singular},
             frame,
             coloured=["top score", "bottom score"],
             notes=["Scores are logits up to one positive factor, unless a residual was given."],
@@ -328,12 +328,28 @@ def sign_cases(model: TransformerBridge, neuron: Neuron, k: int = 5) -> pd.DataF
     return pd.DataFrame(records)
 
 
-def neuron_writes(model: TransformerBridge, layer: int, neuron: int, k: int = 5) -> list[str]:
+def neuron_writes(
+    model: TransformerBridge,
+    layer: int,
+    neuron: int,
+    k: int = 5,
+    relations: TokenRelations | None = None,
+) -> list[str]:
     """The ``k`` tokens whose logits an active MLP neuron raises most, best first.
 
     Short for ``writes(model, Neuron(layer, neuron)).top(k)["token"]``.
 
+    Args:
+        model: a ``TransformerBridge``.
+        layer, neuron: which.
+        k: how many tokens at most.
+        relations: of the model's tokens. With it only what makes the list readable is given, and
+            nothing where it is not (`lenslrp.analysis.units.readability`).
+
     Raises:
         InputError: as `writes`.
     """
-    return list(writes(model, Neuron(layer, neuron)).top(k)["token"])
+    scores = writes(model, Neuron(layer, neuron))
+    if relations is not None:
+        return readable_tokens(relations, scores, k)
+    return list(scores.top(k)["token"])

@@ -22,6 +22,7 @@ from lenslrp.forward import forward
 from lenslrp.logits import shown
 from lenslrp.text.names import token_ids
 from lenslrp.text.spelling import str_token
+from lenslrp.text.visible_text import visible
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -85,6 +86,17 @@ class Checks:
     probability: float
     trials: tuple[Trial, ...]
     heads: tuple[HeadRead, ...]
+
+    def __str__(self) -> str:
+        """For a terminal: what the model predicts, and a line a trial."""
+        best = ", ".join(f"{visible(token)} {p:.3f}" for token, p in self.predictions)
+        lines = [
+            f"{trial.what}: {trial.after:.3f}; control, {trial.control}: {trial.control_after:.3f} "
+            f"({'agrees' if trial.agrees else 'does not agree'})"
+            for trial in self.trials
+        ]
+        asked = f"probability of {visible(self.token)}: {self.probability:.3f}, rank {self.rank:,}"
+        return "\n  ".join([asked, *map(visible, lines), f"predicted: {best}"])
 
 
 def checked(model: TransformerBridge, R: RelevanceCache, row: int = 0) -> Checks:

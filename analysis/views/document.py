@@ -1,13 +1,15 @@
 """The HTML document that holds each of our pages: one file, nothing loaded from elsewhere.
 
 Text is escaped by Jinja2, which is the first wall; the policy in the head, under which a browser
-loads and sends nothing, is the second.
+loads and sends nothing and runs only the scripts that it names by their hashes, is the second.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ _DOCUMENT = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="generator" content="LensLRP">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; \
-style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'{{ allow }}">
+style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'{{ scripts }}{{ allow }}">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{{ title }}</title>
@@ -38,20 +40,32 @@ def environment() -> Any:
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
 
 
-def html_document(title: str, body: str, *, style: str = "", allow: str = "") -> str:
+def html_document(
+    title: str, body: str, *, style: str = "", scripts: Sequence[str] = (), allow: str = ""
+) -> str:
     """A whole page.
 
     Args:
         title: text, which is escaped.
         body: markup that this package made, with everything else in it escaped.
         style: rules of its own.
+        scripts: the text of every inline script in the body; no other is run.
         allow: what the policy permits beside inline styles, such as `"; img-src data:"`.
     """
     from markupsafe import Markup
 
-    template = environment().from_string(_DOCUMENT)
-    page: str = template.render(
-        title=visible(title), body=Markup(body), style=Markup(style), allow=Markup(allow)
+    hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
+    policy = "".join(f" 'sha256-{digest}'" for digest in hashes)
+    page: str = (
+        environment()
+        .from_string(_DOCUMENT)
+        .render(
+            title=visible(title),
+            body=Markup(body),
+            style=Markup(style),
+            scripts=Markup(f"; script-src{policy}" if policy else ""),
+            allow=Markup(allow),
+        )
     )
     return page
 

@@ -50,8 +50,8 @@ class Theme:
     negative: str
 
 
-LIGHT = Theme("#ffffff", "#1b1f24", "#8c959f", "#f7f7f7", "#b2182b", "#2166ac")
-DARK = Theme("#15181d", "#e6e9ed", "#6e7781", "#22262d", "#ff5f6b", "#58a6ff")
+LIGHT = Theme("#ffffff", "#1b1f24", "#57606a", "#f7f7f7", "#b2182b", "#2166ac")
+DARK = Theme("#15181d", "#e6e9ed", "#9aa4b0", "#22262d", "#ff5f6b", "#58a6ff")
 
 
 @cache
@@ -103,7 +103,7 @@ def installed_fonts() -> dict[str, Any]:
     return {"fontfamily": [name for name in _FONTS if name in installed]}
 
 
-def _drawable(text: str) -> str:
+def drawable(text: str) -> str:
     """``text`` with the characters that no installed font of ours has as ``U+1F600``."""
     require("matplotlib", "a figure")
     from matplotlib import font_manager
@@ -121,7 +121,7 @@ def _drawable(text: str) -> str:
 
 def short_label(token: str) -> str:
     """A token as an axis shows it: white space visible, cut after 16 characters."""
-    text = _drawable(visible(token))
+    text = drawable(visible(token))
     return text if len(text) <= _LONGEST_LABEL else text[: _LONGEST_LABEL - 1] + "…"
 
 

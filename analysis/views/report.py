@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenslrp.analysis.units.projection import neuron_writes
+from lenslrp.analysis.units.readability import TokenRelations
 from lenslrp.analysis.units.unembedding import unembedding
 from lenslrp.analysis.views import figures as plots
 from lenslrp.analysis.views.checks import checked
@@ -35,6 +36,7 @@ from lenslrp.analysis.views.report_template import STYLE, TEMPLATE
 from lenslrp.errors import InputError
 from lenslrp.extras import require
 from lenslrp.generation import Generation
+from lenslrp.media import labels_of
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import colour_scale, signed, token_heatmap
 
@@ -129,12 +131,15 @@ def _neurons(R: RelevanceCache, row: int, model: TransformerBridge | None) -> di
     relevance = _column(map(float, table["relevance"]))
     rows = []
     readable = model if _has_vocabulary(model) else None
+    relations = None
+    if readable is not None and labels_of(readable) is None:  # classes need no reading
+        relations = TokenRelations.of(readable)
     for n, entry in enumerate(table.itertuples()):
         writes = []
         if readable is not None:
-            writes = [
-                visible(t) for t in neuron_writes(readable, int(entry.layer), int(entry.neuron))
-            ]
+            layer, neuron = int(entry.layer), int(entry.neuron)
+            tokens = neuron_writes(readable, layer, neuron, relations=relations)
+            writes = [visible(token) for token in tokens]
         rows.append(
             {
                 "layer": entry.layer,

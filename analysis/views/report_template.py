@@ -6,7 +6,7 @@ it. Rendered with autoescape on; only markup that this package made is passed as
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--fg:#1b1f24;--muted:#57606a;
---line:#d8dee4;--accent:#0a58ca;--good:#1a7f37;--bad:#b2182b;--pos:#d62737;--neg:#2b78cd}
+--line:#d8dee4;--accent:#0a58ca;--good:#1a7f37;--bad:#b2182b;--pos:#d62737;--neg:#1f62ad}
 @media (prefers-color-scheme:dark){:root{--bg:#0e1014;--card:#15181d;--fg:#e6e9ed;
 --muted:#9aa4b0;--line:#2b313a;--accent:#79b8ff;--good:#56d364;--bad:#ff7b86;--pos:#ff5f6b;
 --neg:#58a6ff}}
@@ -129,7 +129,7 @@ at which layer it moves on to the position that predicts.</p>
 <section aria-labelledby="neurons"><h2 id="neurons">Neurons</h2>
 <p class="what">The MLP neurons, each at one token, with the largest relevance
 {%- if writes %}, and the tokens that their output direction promotes (a negative activation
-demotes them){% endif %}.</p>
+demotes them), where at least four of the ten highest are related to one another{% endif %}.</p>
 {% if neurons.absent is defined %}{{ absent(neurons) }}{% else %}
 <div class="scroll"><table class="data"><thead><tr><th scope="col">neuron</th>
 <th scope="col">at token</th><th scope="col" class="n">relevance</th>
@@ -140,7 +140,7 @@ demotes them){% endif %}.</p>
 <td class="n"><span class="{{ n.sign }}">{{ n.relevance }}</span></td>
 <td class="n">{{ n.activation }}</td>
 {%- if writes %}<td>{% for text in n.writes %}<span class="tok">{{ text }}</span>
-{%- endfor %}</td>{% endif %}</tr>
+{%- else %}<small>not readable</small>{% endfor %}</td>{% endif %}</tr>
 {% endfor %}</tbody></table></div>{% endif %}</section>
 
 <section aria-labelledby="ledger"><h2 id="ledger">Ledger</h2>

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -22,14 +23,16 @@ import torch
 import lenslrp
 from benchmarks import RESULTS
 from lenslrp.analysis.circuits.curves import SHARES, FaithfulnessCurve, faithfulness_curve
+from lenslrp.analysis.circuits.ensembles import ensemble
 from lenslrp.analysis.circuits.masks import learn_masks
-from lenslrp.analysis.circuits.pairs import TEMPLATES, template_pairs
+from lenslrp.analysis.circuits.pairs import Pairs, template_pairs
 from lenslrp.analysis.circuits.pruning import Verdict, between
 from lenslrp.analysis.circuits.scores import NodeScores, score_nodes
 from lenslrp.analysis.common.journal import resumed
+from lenslrp.analysis.common.templates import FIRST_NAMES, INDIRECT_OBJECT
 
-N = {"indirect_object": 50, "agreement": 30}
 SEED, CHUNK, STEPS, RANDOM = 0, 8, 40, 2
+SURNAMES = ("Smith", "Brown", "Clark", "Lewis", "Wilson", "Moore")
 NODES = {"components": ("heads", "mlp"), "chunk": CHUNK}
 SIZES = SHARES[1:]
 SCORES: Mapping[str, dict[str, Any]] = {
@@ -41,8 +44,8 @@ SCORES: Mapping[str, dict[str, Any]] = {
     "integrated, 10 steps": {"method": "integrated", "steps": 10},
     "integrated, 20 steps": {"method": "integrated", "steps": 20},
 }
-SLOW, FEW = ("integrated, 10 steps", "integrated, 20 steps"), 10
-"""What is scored on so many of the pairs only."""
+TOGETHER = ("RelP", "integrated, 5 steps")
+"""What the ensemble is of."""
 OBJECTIVES = {"cmd": "size", "cpr": "score"}
 """What masks are trained for -> how their initial scores rank."""
 COMPARED = [
@@ -51,21 +54,51 @@ COMPARED = [
 ]
 
 
-def run(model: Any, task: str) -> None:
-    """Every selection of a task that the results lack."""
-    drawn = template_pairs(model, task, 2 * N[task], seed=SEED)
-    pairs = drawn[drawn.correct(model, both=True)][: N[task]]
+def full_names(model: Any, n: int) -> Pairs:
+    """The indirect object with first and last names, so that answers are two tokens.
+
+    Everybody of a sentence has another surname; the corrupted run repeats the other name.
+    """
+    draw = random.Random(SEED)
+    clean, corrupt, people = [], [], []
+    for _ in range(n):
+        first, last = draw.sample(FIRST_NAMES, 2), draw.sample(SURNAMES, 2)
+        a, b = (f"{one} {other}" for one, other in zip(first, last, strict=True))
+        answer, giver = draw.sample([a, b], 2)
+        text = draw.choice(INDIRECT_OBJECT)
+        clean.append(text.format(a=a, b=b, s=giver))
+        corrupt.append(text.format(a=a, b=b, s=answer))
+        people.append((f" {answer}", f" {giver}"))
+    answers, rivals = zip(*people, strict=True)
+    return Pairs.from_texts(model, clean, corrupt, answers, rivals, several_tokens=True)
+
+
+TASKS: Mapping[str, tuple[Callable[[Any, int], Pairs], int]] = {
+    "indirect_object": (
+        lambda model, n: template_pairs(model, "indirect_object", n, seed=SEED),
+        100,
+    ),
+    "agreement": (lambda model, n: template_pairs(model, "agreement", n, seed=SEED), 60),
+    "full_names": (full_names, 60),
+}
+"""What draws the pairs, and how many are used: half to find, half to report."""
+
+
+def run(model: Any, task: str, *, masks: bool) -> None:
+    """Every selection of a task that the results lack, by scores or by learned masks."""
+    draw, n = TASKS[task]
+    drawn = draw(model, 2 * n)
+    pairs = drawn[drawn.correct(model, both=True)][:n]
     find, held = pairs[::2], pairs[1::2]
     settings = {
         "task": task, "pairs": [len(find), len(held)], "seed": SEED, "steps": STEPS,
-        "chunk": CHUNK, "few": FEW,
+        "chunk": CHUNK,
     }  # fmt: skip
     scores: dict[str, NodeScores] = {}
 
     def scored(name: str) -> NodeScores:
         if name not in scores:
-            some = find[:FEW] if name in SLOW else find
-            scores[name] = score_nodes(model, some, **NODES, **SCORES[name])
+            scores[name] = score_nodes(model, find, **NODES, **SCORES[name])
         return scores[name]
 
     def learned(init: str | None, objective: str) -> NodeScores:
@@ -73,21 +106,21 @@ def run(model: Any, task: str) -> None:
         return learn_masks(model, find, objective=objective, pooled=True, steps=STEPS, seed=SEED,
                            **{**NODES, **start})  # fmt: skip
 
+    def together() -> NodeScores:
+        return ensemble([scored(name) for name in TOGETHER])
+
+    made_by = {name: partial(scored, name) for name in SCORES} | {" and ".join(TOGETHER): together}
     tried: dict[str, tuple[Callable[[], NodeScores], dict[str, Any]]] = {}
-
-    def masks(init: str | None) -> None:
+    if masks:
         for objective in OBJECTIVES:
-            name = f"masks from {init or 'nothing'}, {objective}"
-            tried[name] = partial(learned, init, objective), {}
-
-    masks("RelP")
-    masks("gradient")
-    for name in sorted(SCORES, key=lambda name: name in SLOW):
-        tried[f"{name}, by score"] = partial(scored, name), {"by": "score"}
-        tried[f"{name}, by size"] = partial(scored, name), {"by": "size"}
-    for seed in range(RANDOM):
-        tried[f"random {seed}"] = partial(scored, "RelP"), {"by": "random", "seed": seed}
-    masks(None)
+            for init in ("RelP", "gradient", None):
+                name = f"masks from {init or 'nothing'}, {objective}"
+                tried[name] = partial(learned, init, objective), {}
+    else:
+        for name, make in made_by.items():
+            tried |= {f"{name}, by {by}": (make, {"by": by}) for by in ("score", "size")}
+        for seed in range(RANDOM):
+            tried[f"random {seed}"] = made_by["RelP"], {"by": "random", "seed": seed}
     with resumed(RESULTS / f"mib-{task}.jsonl", settings) as (rows, append):
         done = {row["selection"] for row in rows}
         for name, (make, how) in tried.items():
@@ -110,7 +143,7 @@ def _record(curve: FaithfulnessCurve, made: NodeScores) -> dict[str, Any]:
 
 def table() -> None:
     """Both areas of every selection, the cost of making it, and the curves."""
-    for task in TEMPLATES:
+    for task in TASKS:
         path = RESULTS / f"mib-{task}.jsonl"
         if not path.exists():
             continue
@@ -148,15 +181,16 @@ def _curve(row: Mapping[str, Any]) -> FaithfulnessCurve:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["run", "table"])
-    parser.add_argument("--tasks", nargs="+", default=list(N), choices=list(N))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     options = parser.parse_args()
     if options.what == "table":
         table()
         return
     torch.set_num_threads(1)
     model = lenslrp.load("smollm2-135m", dtype=torch.float32, device="cpu")
-    for task in options.tasks:
-        run(model, task)
+    for masks in (False, True):
+        for task in options.tasks:
+            run(model, task, masks=masks)
 
 
 if __name__ == "__main__":

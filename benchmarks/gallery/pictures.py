@@ -139,28 +139,54 @@ DRAWN = (report, difference, generation, photograph, neuron, circuit, graph, sim
 PICTURES = {f.__name__: f for f in DRAWN}
 
 
-def photographed(html: str, width: int, height: int, theme: Theme, path: Path) -> None:
-    """A page as a headless Chromium shows it, without a network."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser is None:
+def browser(folder: str, theme: Theme) -> list[str]:
+    """The command of a headless Chromium without a network, its profile in `folder`."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if found is None:
         raise SystemExit("pages are photographed by Chromium, which is not installed")
+    return [
+        found, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        "--proxy-server=127.0.0.1:9", f"--user-data-dir={folder}/profile",
+        f"--blink-settings=preferredColorScheme={0 if theme is DARK else 1}",
+    ]  # fmt: skip
+
+
+def page(html: str, theme: Theme) -> str:
+    """A page in a theme, around what is no page itself."""
+    if "<html" in html:
+        return html
+    body = f'<body style="margin:0;background:{theme.paper}">{html}</body>'
     scheme = "dark" if theme is DARK else "light"
-    if "<html" not in html:
-        body = f'<body style="margin:0;background:{theme.paper}">{html}</body>'
-        html = f'<!DOCTYPE html><html theme="{scheme}">{body}</html>'
+    return f'<!DOCTYPE html><html theme="{scheme}">{body}</html>'
+
+
+def photographed(html: str, width: int, height: int, theme: Theme, path: Path) -> None:
+    """A page as the browser shows it."""
     with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "page.html"
-        page.write_text(html, encoding="utf-8")
+        file = Path(folder) / "page.html"
+        file.write_text(page(html, theme), encoding="utf-8")
         subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-             "--proxy-server=127.0.0.1:9", f"--user-data-dir={folder}/profile",
-             f"--blink-settings=preferredColorScheme={0 if theme is DARK else 1}",
-             f"--window-size={width},{height + 200}", f"--force-device-scale-factor={SCALE}",
-             f"--screenshot={path}", page.as_uri()],
+            [*browser(folder, theme), f"--window-size={width},{height + 200}",
+             f"--force-device-scale-factor={SCALE}", f"--screenshot={path}", file.as_uri()],
             check=True, capture_output=True, timeout=120,
         )  # fmt: skip
     with Image.open(path) as taken:  # the browser leaves the lower end of a small window empty
         taken.crop((0, 0, round(width * SCALE), round(height * SCALE))).save(path)
+
+
+def save_picture(drawn: Figure | tuple[str, int, int], theme: Theme, path: Path) -> None:
+    """A small PNG of a figure, or of a page."""
+    if isinstance(drawn, tuple):
+        photographed(*drawn, theme, path)
+    else:
+        drawn.savefig(path, dpi=min(130, TALLEST / drawn.get_figheight()))
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
+    size = path.stat().st_size
+    print(f"{path.relative_to(ROOT)}: {small.width} x {small.height}, {size / 1000:.0f} kB")
+    if size > LIMIT:
+        raise SystemExit(f"{path.name} is larger than {LIMIT} bytes")
 
 
 def main() -> None:
@@ -168,19 +194,7 @@ def main() -> None:
     for name in sys.argv[1:] or PICTURES:
         draw = PICTURES[name]()
         for theme, suffix in ((LIGHT, ""), (DARK, "-dark")):
-            path = OUT / f"{name}{suffix}.png"
-            drawn = draw(theme)
-            if isinstance(drawn, tuple):
-                photographed(*drawn, theme, path)
-            else:
-                drawn.savefig(path, dpi=min(130, TALLEST / drawn.get_figheight()))
-            with Image.open(path) as picture:
-                small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-            small.save(path, optimize=True)
-            size = path.stat().st_size
-            print(f"{path.relative_to(ROOT)}: {small.width} x {small.height}, {size / 1000:.0f} kB")
-            if size > LIMIT:
-                raise SystemExit(f"{path.name} is larger than {LIMIT} bytes")
+            save_picture(draw(theme), theme, OUT / f"{name}{suffix}.png")
 
 
 if __name__ == "__main__":

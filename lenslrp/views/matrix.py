@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 _HEAD = "font-weight:400;padding:1px 4px;white-space:nowrap;background:var(--llrp-bg)"
 _UPRIGHT = "writing-mode:vertical-rl;transform:rotate(180deg);max-height:7em;overflow:hidden"
-_CELL = "min-width:1.15em;height:1.5em;padding:0;border:0;print-color-adjust:exact"
+_CELL = (
+    "min-width:1.15em;height:1.5em;padding:0;border:0;text-align:center;print-color-adjust:exact"
+)
+MARKED = 0.08
+"""From this fraction of the scale on, a negative cell has a minus."""
 
 
 def matrix_heatmap(
@@ -70,10 +74,12 @@ def matrix_heatmap(
         cells = []
         for c, value in enumerate(row):
             exact = f"{value:+.4g}" if math.isfinite(value) else signed(value, colours.limit)
-            colour = rgba(colours.fraction(value)) if math.isfinite(value) else "gray"
+            fraction = colours.fraction(value)
+            colour = rgba(fraction) if math.isfinite(value) else "gray"
+            mark = "\u2212" if fraction <= -MARKED else ""  # colour is not the only sign
             look = f"{_CELL};background-color:{colour}{edges.get(c, '')}"
             about = escape(f"\u2068{visible(name)}\u2069 from {shown[c]} · position {c} · {exact}")
-            cells.append(f'<td style="{look}" title="{about}"></td>')
+            cells.append(f'<td style="{look}" title="{about}">{mark}</td>')
         body.append(
             f'<tr><th scope="row" style="{_HEAD};text-align:right;position:sticky;left:0">'
             f'{token_html(name)} <span class="lenslrp-note">{escape(remark)}</span></th>'
@@ -84,10 +90,13 @@ def matrix_heatmap(
         f'color:inherit;background:none"><thead><tr><td></td>{heads}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
-    notes = ["One scale for all rows."]
+    notes = ["One scale for all rows; \u2212 marks what is negative."]
     if colours.without_first:
         first = signed(largest[0], colours.limit)
-        notes = [f"One scale for all rows, without the first position, which holds up to {first}."]
+        notes = [
+            "One scale for all rows, without the first position, which holds up to "
+            f"{first}; \u2212 marks what is negative."
+        ]
     elif colours.dominated:
         notes.append(
             "The first position outweighs every other one threefold (an attention sink); "

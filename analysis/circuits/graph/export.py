@@ -10,18 +10,21 @@ Its viewers know features of transcoders and of attention, reconstruction errors
 logits. Features of any coder are given the first type; neurons and heads are given types, too, and
 named in `clerp` for what they are. What a graph keeps as `rest` or as absorbed has no place there;
 the description says how much of the target it is. Supernodes are pinned, or viewers do not show
-them.
+them. Where edges into a head are told apart by query, key and value, the strongest of the first two
+are its `qk_tracing_results`; all three are in its links.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lenslrp.analysis.circuits.graph.gradients import default_label
+from lenslrp.analysis.circuits.nodes import largest
 from lenslrp.files import slug as safe_name
 from lenslrp.files import whole
 from lenslrp.version import VERSION
@@ -47,6 +50,10 @@ BESIDE_NEURONS = {"head": "h", "attention": "h", "recurrent head": "r", "channel
 """Kind of node -> what its number begins with."""
 
 
+TRACED = 10
+"""How many nodes are named that a head's query, or key, owes most to."""
+
+
 def pairing(layer: int, index: int) -> int:
     """Cantor's pairing of two numbers."""
     return (layer + index) * (layer + index + 1) // 2 + index
@@ -64,6 +71,10 @@ def to_neuronpedia(
     first = _first_places(records)
     nodes = [_node(record, graph, first) for record in records]
     ids = {record["id"]: node["node_id"] for record, node in zip(records, nodes, strict=True)}
+    if graph.settings.get("attention") == "qkv":
+        for record, node in zip(records, nodes, strict=True):
+            if record["kind"] == "head":
+                node["qk_tracing_results"] = _through_query_and_key(graph, record["id"], ids)
     settings = dict(graph.settings)
     last = records[-1]
     entered = float(graph.edges.loc[graph.edges["target"] == "target", "relevance"].sum())
@@ -111,6 +122,21 @@ def to_neuronpedia(
             for edge in graph.totals.to_dict("records")
         ],
     }  # fmt: skip
+
+
+def _through_query_and_key(
+    graph: AttributionGraph, head: str, ids: Mapping[str, str]
+) -> dict[str, list[list[Any]]]:
+    """The strongest edges into a head through its query and its key; of pairs nothing is known."""
+    edges = graph.edges[graph.edges["target"] == head]
+    found: dict[str, list[list[Any]]] = {"pair_wise_contributors": []}
+    for via in ("q", "k"):
+        best = largest(edges[edges["via"] == via], "relevance", TRACED)
+        found[f"top_{via}_marginal_contributors"] = [
+            [ids[source], float(relevance)]
+            for source, relevance in zip(best["source"], best["relevance"], strict=True)
+        ]
+    return found
 
 
 def _first_places(records: list[dict[str, Any]]) -> dict[tuple[int, str], str]:

@@ -25,6 +25,7 @@ from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.hooks.sites import LEDGER_TERMS
 from lenslrp.hooks.structure import layer_of
 from lenslrp.logits import Outputs, Target
+from lenslrp.progress import progress_bar
 from lenslrp.targets import Top
 from lenslrp.text.spelling import str_token
 
@@ -204,7 +205,7 @@ def _edge_weights(
         place = unit_at(node, candidates.active)
         places.setdefault(node.hook, []).append((length + number, place))
     start_relevance = 0.0
-    for first in range(0, len(begin), copies):
+    for first in progress_bar("nodes of the graph", range(0, len(begin), copies)):
         batch = begin[first : first + copies]
         segments.gates = _gates(batch, ways, copies)
         arrived, begun = segments.into([start.node for start in batch], candidates.nodes)

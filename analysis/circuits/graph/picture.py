@@ -1,23 +1,38 @@
-"""An attribution graph as HTML: one SVG to zoom and drag, with nothing loaded from elsewhere.
+"""An attribution graph as SVG: in a page, where `view.js` brings it to life, or as a file.
 
-Text comes from the prompt and is text: escaped in the SVG, and never in the script, which knows
-nodes and edges by their numbers only. Where scripts do not run, the picture stands still and its
-tooltips (`title` elements) remain.
+Text comes from the prompt and is text: escaped here, and set as text by the script. What is not
+shown at first is in a page's SVG too, hidden; where scripts do not run, the picture stands still
+and its tooltips (`title` elements) remain. Colours and fonts are attributes and one style sheet,
+in a file with nothing that SVG 1.1 does not know, for viewers of papers.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
 import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lenslrp.analysis.circuits.graph.layout import HEIGHT, WIDEST_NODE, WIDTH, lay_out
-from lenslrp.analysis.views.document import html_document, write_document
+from lenslrp.analysis.circuits.graph.layout import (
+    HEIGHT,
+    SIZES,
+    WIDEST_NODE,
+    WIDTH,
+    Grid,
+    Layout,
+    grid,
+    lay_out,
+)
+from lenslrp.analysis.circuits.graph.shown import Shown, shown_at
+from lenslrp.analysis.views.drawing import LIGHT, Theme
+from lenslrp.files import whole
 from lenslrp.text.visible_text import visible
-from lenslrp.views.heatmap import card, rgba, signed, token_html
+from lenslrp.views.heatmap import NEGATIVE, POSITIVE, STRONGEST, signed
 
 if TYPE_CHECKING:
     from lenslrp.analysis.circuits.graph.result import AttributionGraph
@@ -25,197 +40,236 @@ if TYPE_CHECKING:
 WIDEST = 9.0
 """Width of the edge with the most relevance, in units of the drawing."""
 
-_LONGEST = 11
-_LONGEST_TARGET = 26
+FONT = 'system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif'
+SIZE = 11.0
+"""Of letters, in units of the drawing, which are CSS pixels."""
+
+MARK = "<desc>LensLRP</desc>"
+"""What every SVG file of ours holds near its beginning."""
+
+_PADDING = 8.0
 _AROUND = re.compile(r"^(top )?logit( of| difference)? | at position -?\d+$")
-_LISTED = 25
-
-GRAPH_STYLE = f"""<style>
-{card("lenslrp-graph")}
-.lenslrp-graph{{font:14px system-ui,sans-serif}}
-.lenslrp-graph .frame{{overflow-x:auto}}
-.lenslrp-graph svg{{display:block;margin:0 auto;touch-action:none;cursor:grab}}
-.lenslrp-graph text{{font:11px system-ui,sans-serif;fill:var(--llrp-fg);pointer-events:none}}
-.lenslrp-graph .row,.lenslrp-graph .note,.lenslrp-graph summary{{fill:var(--llrp-muted);\
-color:var(--llrp-muted)}}
-.lenslrp-graph rect{{fill:var(--llrp-bg);stroke:var(--llrp-line)}}
-.lenslrp-graph rect.tint{{stroke:var(--llrp-muted)}}
-.lenslrp-graph rect.error{{stroke-dasharray:3 2}}
-.lenslrp-graph path{{fill:none;stroke-opacity:.55}}
-.lenslrp-graph path.plus{{stroke:rgb(214,39,55)}}
-.lenslrp-graph path.minus{{stroke:rgb(43,120,205);stroke-dasharray:5 3}}
-.lenslrp-graph path:hover,.lenslrp-graph .on path.near{{stroke-opacity:.95}}
-.lenslrp-graph .on path{{stroke-opacity:.08}}
-.lenslrp-graph table{{border-collapse:collapse;font-size:.85em;color:inherit}}
-.lenslrp-graph td,.lenslrp-graph th{{padding:.15em 1.2em .15em 0;text-align:left;\
-background:none;border:0;border-bottom:1px solid var(--llrp-line)}}
-</style>"""
-
-# Zoom at the pointer, drag, double click to see it all again; a node pointed at shows its edges.
-ZOOM_SCRIPT = """<script>(function(){var tries=0;function start(){
-var svg=document.getElementById("ID");if(!svg){if(tries++<200)setTimeout(start,50);return;}
-if(svg.dataset.ready)return;svg.dataset.ready="1";
-var all=svg.getAttribute("viewBox").split(" ").map(Number),box=all.slice(),held=null;
-function show(){svg.setAttribute("viewBox",box.join(" "));}
-function at(e){var r=svg.getBoundingClientRect(),s=Math.max(box[2]/r.width,box[3]/r.height);
-return{s:s,x:box[0]+box[2]/2+(e.clientX-r.left-r.width/2)*s,
-y:box[1]+box[3]/2+(e.clientY-r.top-r.height/2)*s};}
-svg.addEventListener("wheel",function(e){e.preventDefault();var p=at(e),
-f=Math.min(Math.max(Math.exp(e.deltaY*.0015),all[2]*.05/box[2]),all[2]*2/box[2]);
-box=[p.x-(p.x-box[0])*f,p.y-(p.y-box[1])*f,box[2]*f,box[3]*f];show();},{passive:false});
-svg.addEventListener("pointerdown",function(e){held=at(e);svg.setPointerCapture(e.pointerId);});
-svg.addEventListener("pointermove",function(e){if(!held)return;var p=at(e);
-box[0]-=p.x-held.x;box[1]-=p.y-held.y;show();});
-svg.addEventListener("pointerup",function(){held=null;});
-svg.addEventListener("dblclick",function(){box=all.slice();show();});
-svg.querySelectorAll("g[data-n]").forEach(function(g){
-g.addEventListener("mouseenter",function(){svg.classList.add("on");
-svg.querySelectorAll("path").forEach(function(p){
-p.classList.toggle("near",p.dataset.a===g.dataset.n||p.dataset.b===g.dataset.n);});});
-g.addEventListener("mouseleave",function(){svg.classList.remove("on");});});
-}start();})();</script>"""
+_ROUND = {"token": 2.0, "target": 2.0, "error": 2.0, "head": 4.0, "recurrent head": 4.0}
 
 
-def _short(label: str, longest: int = _LONGEST) -> str:
-    text = visible(label)
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+def svg_rules(scope: str, ink: str, muted: str, paper: str, font: str = FONT) -> str:
+    """The style rules of the picture below the selector `scope`."""
+    rules = f"""text{{font:{SIZE:.0f}px {font};fill:{ink};pointer-events:none}}
+.row{{fill:{muted}}}
+.paper{{fill:{paper}}}
+.tint{{stroke:{muted}}}
+.tint.error{{stroke-dasharray:3 2}}
+.pinned .tint,.grouped .tint{{stroke:{ink};stroke-width:2}}
+.grouped .tint{{fill-opacity:0}}
+path{{fill:none;stroke-opacity:.55}}
+.plus{{stroke:rgb{POSITIVE}}}
+.minus{{stroke:rgb{NEGATIVE};stroke-dasharray:5 3}}"""
+    return re.sub(r"^|(?<=,)(?=\.grouped)", scope, rules, flags=re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A graph, what of it is shown, and where."""
+
+    graph: AttributionGraph
+    shown: Shown
+    cells: Grid
+    layout: Layout
+    labels: Mapping[str, str]
+
+    @property
+    def edges(self) -> list[tuple[str, str]]:
+        """Source and target of the edges that are drawn."""
+        drawn = self.shown.edges[self.shown.edges["drawn"]]
+        return list(zip(drawn["source"], drawn["target"], strict=True))
+
+
+def picture_of(graph: AttributionGraph, count: int) -> Picture:
+    """The picture of `count` nodes, at most."""
+    shown = shown_at(graph, count)
+    labels = dict(zip(graph.nodes["id"], map(visible, graph.nodes["label"]), strict=True))
+    last, widths = str(graph.nodes["id"].iloc[-1]), dict[str, float]()
+    if labels[last] == "target":
+        labels[last] = target_name(graph)
+        room = text_width(labels[last]) + 2 * _PADDING
+        widths[last] = min(WIDEST_NODE, max(WIDTH, math.ceil(room)))
+    cells = grid(graph.nodes, shown.order)
+    layout = lay_out(graph.nodes, cells, set(shown.boxes.values()), widths)
+    named = {node: name for name, members in graph.supernodes.items() for node in members}
+    labels |= {node: visible(named[node]) for node in shown.boxes.values() if node in named}
+    return Picture(graph, shown, cells, layout, labels)
 
 
 def target_name(graph: AttributionGraph) -> str:
     """What is explained, without the words around it: ``' Paris' - ' Rome'``."""
-    return _AROUND.sub("", graph.explained.text)
+    return visible(_AROUND.sub("", graph.explained.text))
 
 
-def graph_svg(graph: AttributionGraph) -> str:
-    """The picture alone; its id is made from what it shows, so two pictures do not meet."""
-    layout = lay_out(graph.nodes)
-    numbers = {name: index for index, name in enumerate(graph.nodes["id"])}
-    labels = dict(zip(graph.nodes["id"], graph.nodes["label"], strict=True))
-    edges = graph.totals
-    limit = float(edges["relevance"].abs().max()) if len(edges) else 0.0
-    parts = [
-        f'<text class="row" x="4" y="{y + 4:.1f}">{escape(name)}</text>' for name, y in layout.rows
-    ]
-    ordered = edges.reindex(edges["relevance"].abs().sort_values().index)
-    for edge in ordered.to_dict("records"):
-        points = layout.curve(edge["source"], edge["target"])
-        curve = [f"{x:.1f} {y:.1f}" for x, y in points]
-        value = edge["relevance"]
-        width = max(0.6, WIDEST * abs(value) / limit)
-        title = (
-            f"{visible(labels[edge['source']])} → {visible(labels[edge['target']])}: "
-            f"{signed(value, limit)}"
-        )
-        parts.append(
-            f'<path class="{"plus" if value >= 0 else "minus"}" '
-            f'data-a="{numbers[edge["source"]]}" data-b="{numbers[edge["target"]]}" '
-            f'stroke-width="{width:.2f}" d="M{curve[0]}C{" ".join(curve[1:])}">'
-            f"<title>{escape(title)}</title></path>"
-        )
-    scale = float(graph.nodes.loc[graph.nodes["kind"] != "target", "relevance"].abs().max())
-    parts += [
-        _node(node, layout.places[node["id"]], numbers[node["id"]], scale, graph)
-        for node in graph.nodes.to_dict("records")
-    ]
-    inside = "".join(parts)
-    left, top, width, height = layout.frame(edges[["source", "target"]].itertuples(index=False))
-    name = "lenslrp-graph-" + hashlib.sha256(inside.encode()).hexdigest()[:12]
-    label = escape(f"Attribution graph of {graph.explained}")
+def text_width(text: str) -> float:
+    """About how wide a text is, in units of the drawing, in a wide font."""
+
+    def ems(char: str) -> float:
+        if unicodedata.combining(char):
+            return 0.0
+        if char in "MWmw@%" or ord(char) >= 0x2000:  # signs, Chinese, pictures
+            return 1.0
+        return 0.4 if char in "iljtfrI.,:;'|!()[] ·" else 0.67
+
+    return SIZE * sum(map(ems, text))
+
+
+def fitted(text: str, width: float) -> str:
+    """A text cut where it would leave a box of this width."""
+    if text_width(text) <= width - _PADDING:
+        return text
+    while text and text_width(text + "…") > width - _PADDING:
+        text = text[:-1]
+    return text + "…"
+
+
+def graph_svg(graph: AttributionGraph, count: int, notes: Mapping[str, str] | None = None) -> str:
+    """The picture in a page, with what is hidden at first.
+
+    Args:
+        graph: what is shown, folded or not.
+        count: how many nodes are shown at first.
+        notes: id -> a line about the node.
+    """
+    picture = picture_of(graph, count)
+    left, top, width, height = picture.layout.frame(picture.edges)
+    label = escape(visible(f"Attribution graph of {graph.explained}"))
     return (
-        f'<svg id="{name}" xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}" '
-        f'width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="{left:.0f} {top:.0f} {width:.0f} {height:.0f}">{inside}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}" '
+        f'data-count="{count}" data-sizes="{escape(json.dumps(SIZES))}" '
+        f'width="{width:.1f}" height="{height:.1f}" '
+        f'viewBox="{left:.1f} {top:.1f} {width:.1f} {height:.1f}">'
+        f"{''.join(_rows(picture, left))}{''.join(_edges(picture))}"
+        f"{''.join(_nodes(picture, notes or {}))}</svg>"
     )
 
 
-def _node(
-    node: dict[str, Any],
-    place: tuple[float, float],
-    number: int,
-    scale: float,
-    graph: AttributionGraph,
+def svg_file(graph: AttributionGraph, count: int, theme: Theme) -> str:
+    """The picture as an SVG document of its own: what is shown, in the colours of a theme."""
+    picture = picture_of(graph, count)
+    left, top, width, height = picture.layout.frame(picture.edges)
+    box = f'x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    font = 'Helvetica,Arial,"DejaVu Sans",sans-serif'
+    rules = svg_rules("", theme.ink, theme.muted, theme.paper, font)
+    parts = [*_rows(picture, left), *_edges(picture), *_nodes(picture, {})]
+    inside = "\n".join(part for part in parts if ' display="none"' not in part.split(">", 1)[0])
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.1f}" height="{height:.1f}" '
+        f'viewBox="{left:.1f} {top:.1f} {width:.1f} {height:.1f}">\n'
+        f"<title>{escape(visible(str(graph.explained)))}</title>{MARK}\n<style>{rules}</style>\n"
+        f'<rect class="paper" {box}/>\n{inside}\n</svg>\n'
+    )
+
+
+def write_svg(
+    graph: AttributionGraph, count: int, theme: Theme | None, path: str | Path | None
 ) -> str:
-    x, y = place
-    square = {"token": 2.0, "target": 2.0, "error": 2.0, "head": 4.0, "recurrent head": 4.0}
-    round_ = square.get(node["kind"], HEIGHT / 2)
-    label, wide = _short(node["label"]), WIDTH
-    if node["kind"] == "target" and node["label"] == "target":
-        label = _short(target_name(graph), _LONGEST_TARGET)
-        wide = min(WIDEST_NODE, max(WIDTH, 6.0 * len(label) + 10))
-    fraction = max(-1.0, min(1.0, node["relevance"] / scale)) if scale else 0.0
-    box = (
-        f'x="{x - wide / 2:.1f}" y="{y - HEIGHT / 2:.1f}" width="{wide:.0f}" '
-        f'height="{HEIGHT:.0f}" rx="{round_:.0f}"'
-    )
-    tint = "tint error" if node["kind"] == "error" else "tint"
+    """What `AttributionGraph.to_svg` returns, and writes."""
+    text = svg_file(graph, count, theme or LIGHT)
+    if path is not None:
+        with whole(Path(path), ours=MARK.encode()) as part:
+            part.write_text(text, encoding="utf-8")
+    return text
+
+
+def _hidden(hidden: bool) -> str:
+    return ' display="none"' if hidden else ""
+
+
+def _rows(picture: Picture, left: float) -> list[str]:
+    rows = picture.layout.rows
+    return [
+        f'<text class="row" data-row="{row}"{_hidden(row not in rows)} x="{left + 6:.1f}" '
+        f'y="{rows.get(row, 0.0) + 4:.1f}">{escape(name)}</text>'
+        for row, name in enumerate(picture.cells.names)
+    ]
+
+
+def _edges(picture: Picture) -> list[str]:
+    """Every edge of the graph; of those that become one between boxes, the first is drawn."""
+    boxes, layout = picture.shown.boxes, picture.layout
+    merged = picture.shown.edges.set_index(["source", "target"]).to_dict("index")
+    limit = float(picture.shown.edges["relevance"].abs().max()) if merged else 0.0
+    edges = picture.graph.totals
+    ordered = edges.reindex(edges["relevance"].abs().sort_values(kind="stable").index)
+    parts, seen = [], set[tuple[str | None, str | None]]()
+    for source, target, value in ordered.itertuples(index=False):
+        ends = boxes.get(source), boxes.get(target)
+        edge = None if ends in seen else merged.get(ends)
+        look = ""
+        if edge is not None and edge["drawn"]:
+            seen.add(ends)
+            curve = [f"{x:.1f} {y:.1f}" for x, y in layout.curve(*map(str, ends))]
+            width = max(0.6, WIDEST * abs(edge["relevance"]) / limit)
+            look = f' stroke-width="{width:.2f}" d="M{curve[0]}C{" ".join(curve[1:])}"'
+        shown = value if edge is None else edge["relevance"]
+        title = f"{picture.labels[source]} → {picture.labels[target]}: {signed(shown, abs(shown))}"
+        parts.append(
+            f'<path class="{"plus" if shown >= 0 else "minus"}"{_hidden(not look)} '
+            f'data-a="{layout.numbers[source]}" data-b="{layout.numbers[target]}" '
+            f'data-value="{value:.6g}"{look}><title>{escape(title)}</title></path>'
+        )
+    return parts
+
+
+def _nodes(picture: Picture, notes: Mapping[str, str]) -> list[str]:
+    graph, layout = picture.graph, picture.layout
+    ranks = {node: rank for rank, node in enumerate(picture.shown.order)}
+    groups = {node: name for name, members in graph.supernodes.items() for node in members}
+    scale = float(graph.nodes.loc[graph.nodes["kind"] != "target", "relevance"].abs().max())
+    parts = []
+    for node in graph.nodes.to_dict("records"):
+        name = node["id"]
+        looks = "node" + " grouped" * (name in groups) + " pinned" * (name in graph.pinned)
+        tint = "tint" + " error" * (node["kind"] == "error")
+        wide = layout.widths.get(name, WIDTH)
+        fraction = max(-1.0, min(1.0, node["relevance"] / scale)) if scale else 0.0
+        x, y = layout.places.get(name, (0.0, 0.0))
+        box = (
+            f'x="{-wide / 2:.1f}" y="{-HEIGHT / 2:.1f}" width="{wide:.1f}" '
+            f'height="{HEIGHT:.1f}" rx="{_ROUND.get(node["kind"], HEIGHT / 2):.0f}"'
+        )
+        colour = POSITIVE if fraction >= 0 else NEGATIVE
+        lines = [*_lines(graph, node), *filter(None, [notes.get(name)])]
+        group = f' data-group="{escape(visible(groups[name]))}"' if name in groups else ""
+        own = target_name(graph) if name in layout.widths else visible(node["label"])
+        parts.append(
+            f'<g class="{looks}"{_hidden(name not in layout.places)} '
+            f'data-id="{escape(name)}" data-label="{escape(own)}" data-rank="{ranks[name]}" '
+            f'data-column="{json.dumps(picture.cells.columns[name])}" '
+            f'data-row="{json.dumps(picture.cells.rows[name])}"{group} '
+            f'transform="translate({x:.1f} {y:.1f})"><title>{escape(chr(10).join(lines))}</title>'
+            f'<rect class="paper" {box}/><rect class="{tint}" {box} fill="rgb{colour}" '
+            f'fill-opacity="{STRONGEST * abs(fraction):.3f}"/>'
+            f'<text y="4" text-anchor="middle">{escape(fitted(picture.labels[name], wide))}</text>'
+            "</g>"
+        )
+    return parts
+
+
+def _lines(graph: AttributionGraph, node: Mapping[str, Any]) -> list[str]:
+    """What is known of a node, a line each."""
     token = visible(graph.str_tokens[node["position"]])
-    lines = [visible(node["label"]), f"position {node['position']} ({token})",
-            f"relevance {node['relevance']:+.4g}"]  # fmt: skip
+    where = f"position {node['position']} ({token})"
+    lines = [visible(node["label"]), node["id"], where, f"relevance {node['relevance']:+.4g}"]
     if math.isfinite(node["activation"]):
         lines.append(f"activation {node['activation']:+.4g}")
     if node["kind"] not in ("token", "error"):
-        absorbed = node["relevance"] - node["rest"] - _entered(graph, node["id"])
-        absorbed -= node["reconstruction"]
-        lines.append(f"from edges {_entered(graph, node['id']):+.4g}")
-        lines.append(f"from what is not shown {node['rest']:+.4g}, absorbed {absorbed:+.4g}")
-    if graph.coders and node["kind"] not in ("token", "error"):
-        lines.append(f"from errors that are not shown {node['reconstruction']:+.4g}")
-    return (
-        f'<g data-n="{number}"><rect {box}/><rect class="{tint}" {box} '
-        f'style="fill:{rgba(fraction)}"/><title>{escape(" · ".join(lines))}</title>'
-        f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">'
-        f"{escape(label)}</text></g>"
-    )
+        came = entered(graph, node["id"])
+        absorbed = node["relevance"] - node["rest"] - came - node["reconstruction"]
+        lines.append(
+            f"from edges {came:+.4g}, from what is not in the graph {node['rest']:+.4g}, "
+            f"absorbed {absorbed:+.4g}"
+        )
+        if graph.coders:
+            lines.append(f"from errors that are not shown {node['reconstruction']:+.4g}")
+    return lines
 
 
-def _entered(graph: AttributionGraph, name: str) -> float:
+def entered(graph: AttributionGraph, name: str) -> float:
+    """The relevance that reaches a node along its edges."""
     return float(graph.edges.loc[graph.edges["target"] == name, "relevance"].sum())
-
-
-def graph_html(graph: AttributionGraph) -> str:
-    """A fragment that displays itself anywhere, light or dark."""
-    svg = graph_svg(graph)
-    name = svg.split('"', 2)[1]
-    last = graph.nodes.iloc[-1]
-    value = float(graph.explained.value[0])
-    residual = float(last["rest"]) + float(last["reconstruction"])
-    entered = _entered(graph, last["id"])
-    note = (
-        f"{len(graph.nodes)} nodes and {len(graph.edges)} edges of {graph.chosen[0]} chosen among "
-        f"{graph.chosen[1]:,} ({graph.settings['composite']}). The target's {value:.4g} is "
-        f"{entered:+.4g} along the edges shown, {residual:+.4g} from what is not shown, "
-        f"{value - entered - residual:+.4g} absorbed. Red and solid is positive evidence, "
-        "blue and dashed negative; width by relevance. Wheel to zoom, drag to move, double click "
-        "to see all."
-    )
-    return (
-        f'<div class="lenslrp-graph">{GRAPH_STYLE}'
-        '<div style="font-weight:600;margin-bottom:.4em"><bdi>'
-        f"{escape(visible(str(graph.explained)))}</bdi></div>"
-        f'<div class="frame">{svg}</div>'
-        f'<div class="note" style="font-size:.85em">{escape(note)}</div>{_table(graph)}</div>'
-        f"{ZOOM_SCRIPT.replace('ID', name, 1)}"
-    )
-
-
-def _table(graph: AttributionGraph) -> str:
-    top = graph.top(_LISTED)
-    rows = "".join(
-        f"<tr><td>{token_html(str(edge['source_label']))}</td>"
-        f"<td>{token_html(str(edge['target_label']))}</td><td>{edge['relevance']:+.4g}</td></tr>"
-        for edge in top.to_dict("records")
-    )
-    return (
-        f'<details style="margin-top:.4em"><summary>The {len(top)} largest edges</summary><table>'
-        '<thead><tr><th scope="col">from</th><th scope="col">to</th><th scope="col">relevance</th>'
-        f"</tr></thead><tbody>{rows}</tbody></table></details>"
-    )
-
-
-def write_graph_page(graph: AttributionGraph, path: Path) -> str:
-    """A whole page at `path`; returns it."""
-    page = html_document(
-        str(graph.explained), graph_html(graph), allow="; script-src 'unsafe-inline'"
-    )
-    write_document(path, page)
-    return page

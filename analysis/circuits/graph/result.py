@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lenslrp.analysis.circuits.graph.gradients import ABSORBED, NOT_SHOWN
+from lenslrp.analysis.circuits.graph.shown import NODES
 from lenslrp.analysis.circuits.graph.supernodes import (
     checked_groups,
+    checked_nodes,
     folded_first_token,
     labelled_nodes,
     merged_edges,
@@ -29,12 +31,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformer_lens.model_bridge import TransformerBridge
 
+    from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
     from lenslrp.analysis.views.drawing import Theme
 
 
 @dataclass(frozen=True, eq=False)
 class AttributionGraph:
-    """Nodes and edges with relevance that sums; displays itself, zoomable, in notebooks.
+    """Nodes and edges with relevance that sums; displays itself in notebooks.
 
     Attributes:
         nodes: one row a node, in the order in which the model computes them: `id`, `kind`
@@ -61,6 +64,7 @@ class AttributionGraph:
         prompt: the prompt, as text.
         coders: the sparse coders whose features are nodes.
         supernodes: name -> ids of the nodes that it stands for; see `group`.
+        pinned: ids of nodes that every picture shows; see `pin`.
     """
 
     nodes: pd.DataFrame
@@ -78,6 +82,7 @@ class AttributionGraph:
     prompt: str = ""
     coders: tuple[SparseCoder, ...] = ()
     supernodes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    pinned: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
@@ -142,6 +147,17 @@ class AttributionGraph:
         """
         return replace(self, supernodes=checked_groups(self, groups))
 
+    def pin(self, nodes: Iterable[str]) -> AttributionGraph:
+        """The same graph with nodes that every picture shows, in the place of those that it has.
+
+        Args:
+            nodes: ids.
+
+        Raises:
+            InputError: an id that the graph does not have.
+        """
+        return replace(self, pinned=checked_nodes(self, nodes, "pinned"))
+
     def similar(self, by: str = "decoder", threshold: float = 0.7) -> dict[str, list[str]]:
         """Groups of nodes that are alike, for `group`, by average linkage.
 
@@ -169,8 +185,7 @@ class AttributionGraph:
         Units at the first position see that token alone, so that the node's relevance is what goes
         from them to later positions. A graph with fewer than two such units stays as it is.
         """
-        nodes, edges = folded_first_token(self)
-        return replace(self, nodes=nodes, edges=edges, supernodes={})
+        return folded_first_token(self)
 
     def label(self, labels: Mapping[str, str]) -> AttributionGraph:
         """The same graph with other labels.
@@ -185,7 +200,10 @@ class AttributionGraph:
         return replace(self, nodes=labelled_nodes(self, labels))
 
     def vocabulary_labels(self, model: TransformerBridge, k: int = 3) -> dict[str, str]:
-        """Labels for features and neurons: the `k` tokens that what they write promotes most.
+        """Labels for features and neurons: up to `k` related tokens that what they write promotes.
+
+        Where the ten highest are not related (`lenslrp.analysis.units.readability`) there is no
+        label: any direction has ten highest tokens.
 
         Raises:
             InputError: a feature that does not write to the residual stream.
@@ -236,34 +254,77 @@ class AttributionGraph:
             self, Path(path), slug=slug, model_id=model_id, source_set=source_set
         )
 
-    def to_html(self, path: str | Path | None = None, *, first_token: bool = False) -> str:
-        """The zoomable picture as HTML without remote assets.
+    def to_html(
+        self,
+        path: str | Path | None = None,
+        *,
+        nodes: int = NODES,
+        first_token: bool = False,
+        dictionary: NeuronDictionary | None = None,
+        model: TransformerBridge | None = None,
+    ) -> str:
+        """The picture as HTML without remote assets: more nodes by a slider, numbers of the node
+        that is pointed at, pins, groups and names, which can be copied as a Python call.
 
         Args:
             path: where to write it as a whole page.
+            nodes: how many are shown at first, the most influential; pinned ones and supernodes
+                come on top.
             first_token: show the units at the first position one by one; otherwise `folded`.
+            dictionary: its page of a unit is below the picture, and opens when the unit is chosen.
+            model: names the tokens that units read and write.
 
         Returns:
             The page; a fragment for a notebook if no path is given.
+
+        Raises:
+            InputError: fewer than one node.
         """
-        from lenslrp.analysis.circuits.graph.picture import graph_html, write_graph_page
+        from lenslrp.analysis.circuits.graph.page import graph_page
 
-        shown = self if first_token else self.folded()
-        return graph_html(shown) if path is None else write_graph_page(shown, Path(path))
+        shown = self._shown(first_token)
+        return graph_page(shown, nodes, path, dictionary=dictionary, model=model)
 
-    def draw(self, *, theme: Theme | None = None, first_token: bool = False) -> Figure:
-        """The static picture, with matplotlib.
+    def to_svg(
+        self,
+        path: str | Path | None = None,
+        *,
+        nodes: int = NODES,
+        first_token: bool = False,
+        theme: Theme | None = None,
+    ) -> str:
+        """The static picture as an SVG file, without scripts or tooltips that need them.
+
+        Args:
+            path: where to write it.
+            nodes, first_token: as for `to_html`.
+            theme: colours; light if not given.
+
+        Returns:
+            The file's text.
+        """
+        from lenslrp.analysis.circuits.graph.picture import write_svg
+
+        return write_svg(self._shown(first_token), nodes, theme, path)
+
+    def draw(
+        self, *, theme: Theme | None = None, nodes: int = NODES, first_token: bool = False
+    ) -> Figure:
+        """The static picture, with matplotlib; `.savefig` writes it as PNG or PDF.
 
         Args:
             theme: colours; light if not given.
-            first_token: as for `to_html`.
+            nodes, first_token: as for `to_html`.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
         from lenslrp.analysis.circuits.graph.figure import graph_figure
 
-        return graph_figure(self if first_token else self.folded(), theme)
+        return graph_figure(self._shown(first_token), nodes, theme)
+
+    def _shown(self, first_token: bool) -> AttributionGraph:
+        return self if first_token else self.folded()
 
     def _repr_html_(self) -> str:
         return self.to_html()

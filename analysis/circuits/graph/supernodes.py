@@ -7,6 +7,8 @@ alike: features that write in one direction, or nodes that read from and write t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,9 +16,10 @@ import pandas as pd
 
 from lenslrp.analysis.circuits.graph.pruning import Matrix
 from lenslrp.analysis.circuits.replacement import features_key
-from lenslrp.analysis.units.kinds import Feature, Unit
+from lenslrp.analysis.units.kinds import Feature, Neuron, Unit
 from lenslrp.analysis.units.parsing import parse_unit
-from lenslrp.analysis.units.projection import writes
+from lenslrp.analysis.units.projection import VocabularyScores, reads, writes
+from lenslrp.analysis.units.readability import UNREADABLE, TokenRelations, readable_tokens
 from lenslrp.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +31,21 @@ LIKENESS = ("decoder", "influence")
 """How nodes can be alike: the vectors that features write; from and to whom relevance goes."""
 
 
+def checked_nodes(graph: AttributionGraph, nodes: Iterable[str], what: str) -> tuple[str, ...]:
+    """Ids of a graph's nodes.
+
+    Raises:
+        InputError: an id that the graph does not have.
+    """
+    if isinstance(nodes, str):
+        raise InputError(f"{what} is a list of nodes, not {nodes!r}")
+    known, given = set(graph.nodes["id"]), tuple(nodes)
+    for node in given:
+        if node not in known:
+            raise InputError(f"{what}: the graph has no node {node!r}")
+    return given
+
+
 def checked_groups(
     graph: AttributionGraph, groups: Mapping[str, Iterable[str]]
 ) -> dict[str, tuple[str, ...]]:
@@ -36,14 +54,13 @@ def checked_groups(
     Raises:
         InputError: an id that the graph does not have, or one in two groups, or an empty group.
     """
-    known, seen = set(graph.nodes["id"]), dict[str, str]()
-    checked = {name: tuple(members) for name, members in groups.items()}
-    for name, members in checked.items():
-        if not members or isinstance(groups[name], str):
+    checked, seen = {}, dict[str, str]()
+    for name, members in groups.items():
+        given = () if isinstance(members, str) else tuple(members)
+        if not given:
             raise InputError(f"supernode {name!r} is a list of nodes, at least one")
-        for node in members:
-            if node not in known:
-                raise InputError(f"supernode {name!r}: the graph has no node {node!r}")
+        checked[name] = checked_nodes(graph, given, f"supernode {name!r}")
+        for node in checked[name]:
             if node in seen:
                 raise InputError(f"{node} is in two supernodes, {seen[node]!r} and {name!r}")
             seen[node] = name
@@ -65,16 +82,17 @@ FOLDED = 2
 """Units of the first token from which on its tower is folded."""
 
 
-def folded_first_token(graph: AttributionGraph) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Nodes and edges with the first token and its units as one node, of kind ``token``.
+def folded_first_token(graph: AttributionGraph) -> AttributionGraph:
+    """The graph with the first token and its units as one node, of kind ``token``.
 
     Units at the first position see that token alone: where attention rests, a tower of them, up to
     the last layers, says nothing about the rest of the text. The node's relevance is what leaves.
+    It is in the first supernode that one of them was in.
     """
     nodes = graph.nodes
     tower = nodes[(nodes["position"] == 0) & (nodes["kind"] != "target")]
     if (tower["kind"] != "token").sum() < FOLDED:
-        return nodes, graph.edges
+        return graph
     inside = set(tower["id"])
     token = tower[tower["kind"] == "token"]
     one = (token if len(token) else tower).iloc[0].copy()
@@ -84,11 +102,26 @@ def folded_first_token(graph: AttributionGraph) -> tuple[pd.DataFrame, pd.DataFr
     edges = edges[edges["source"] != edges["target"]]
     edges = edges.groupby(["source", "target", "via"], sort=False, as_index=False).sum()
     one["kind"], one["layer"] = "token", -1
-    one["label"] = f"{graph.str_tokens[0]} +{len(tower) - len(token)}"
+    one["label"] = f"{one['label']} +{len(tower) - len(token)}"
     one["relevance"] = edges.loc[edges["source"] == one["id"], "relevance"].sum()
     rest = nodes[~nodes["id"].isin(inside)]
     first = pd.DataFrame([one]).astype(nodes.dtypes.to_dict())
-    return pd.concat([first, rest], ignore_index=True), edges[list(graph.edges.columns)]
+
+    def within(members: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(one["id"] if node in inside else node for node in members))
+
+    supernodes, taken = dict[str, tuple[str, ...]](), set[str]()
+    for name, members in graph.supernodes.items():
+        if left := tuple(node for node in within(members) if node not in taken):
+            supernodes[name] = left
+            taken.update(left)
+    return replace(
+        graph,
+        nodes=pd.concat([first, rest], ignore_index=True),
+        edges=edges[list(graph.edges.columns)],
+        supernodes=supernodes,
+        pinned=within(graph.pinned),
+    )
 
 
 def similar_nodes(graph: AttributionGraph, by: str, threshold: float) -> dict[str, list[str]]:
@@ -203,12 +236,39 @@ def labelled_nodes(graph: AttributionGraph, labels: Mapping[str, str]) -> pd.Dat
 
 
 def vocabulary_labels(graph: AttributionGraph, model: TransformerBridge, k: int) -> dict[str, str]:
-    """Text of a feature or neuron -> the tokens that what it writes promotes most."""
-    labels: dict[str, str] = {}
-    for node in graph.nodes.to_dict("records"):
-        text = unit_text(node["id"])
-        if node["kind"] not in ("feature", "neuron") or text in labels:
+    """Text of a feature or neuron -> the tokens that what it writes promotes, where readable."""
+    relations = TokenRelations.of(model, "writes")
+    labels = {
+        text: _listed(relations, writes(model, unit), k)
+        for text, unit in units_of(graph).items()
+        if isinstance(unit, Feature | Neuron)
+    }
+    return {text: label for text, label in labels.items() if label}
+
+
+def vocabulary_notes(graph: AttributionGraph, model: TransformerBridge, k: int) -> dict[str, str]:
+    """Id of a feature, neuron or head -> the tokens that it writes and reads most."""
+    of = cache(partial(TokenRelations.of, model))
+    notes = {}
+    for text, unit in units_of(graph).items():
+        try:
+            read = {name: _listed(of("reads"), s, k) for name, s in reads(model, unit).items()}
+            lists = {"writes": _listed(of("writes"), writes(model, unit), k)} | {
+                f"reads ({name})": tokens for name, tokens in read.items()
+            }
+        except InputError as error:  # what it writes or reads is no token
+            notes[text] = str(error)
             continue
-        tokens = writes(model, unit_of(graph, node["id"])).top(k)["token"]
-        labels[text] = ", ".join(str(token).strip() for token in tokens)
-    return labels
+        notes[text] = "; ".join(f"{role} {x or UNREADABLE}" for role, x in lists.items())
+    return {node: notes[unit_text(node)] for node in graph.nodes["id"] if unit_text(node) in notes}
+
+
+def units_of(graph: AttributionGraph) -> dict[str, Unit]:
+    """Text -> the unit of every feature, neuron and head of the graph."""
+    of_units = graph.nodes[graph.nodes["kind"].isin(["feature", "neuron", "head"])]
+    return {unit_text(node): unit_of(graph, node) for node in of_units["id"]}
+
+
+def _listed(relations: TokenRelations, scores: VocabularyScores, k: int) -> str:
+    """What the highest tokens have in common; empty where they have nothing."""
+    return ", ".join(token.strip() for token in readable_tokens(relations, scores, k))

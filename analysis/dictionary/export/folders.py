@@ -36,6 +36,7 @@ from lenslrp.analysis.dictionary.pages.page import page_html
 from lenslrp.analysis.dictionary.pages.template import AROUND, INDEX, UNIT_STYLE
 from lenslrp.analysis.dictionary.plan import Place
 from lenslrp.analysis.dictionary.unit import Page
+from lenslrp.analysis.units.readability import is_readable
 from lenslrp.analysis.views.document import environment, html_document, write_document
 from lenslrp.errors import InputError, StorageError
 from lenslrp.files import HTML, make_folder, remove_leftovers, require_ours, slug, whole
@@ -246,7 +247,7 @@ def _written(page: Page) -> pd.DataFrame:
     try:
         frame = page.vocabulary()
     except InputError:
-        return pd.DataFrame(columns=["side", "token", "score"])
+        return pd.DataFrame(columns=["side", "token", "score", "status"])
     return frame[frame["role"] == "writes"]
 
 
@@ -353,7 +354,9 @@ def _summary(page: Page) -> dict[str, Any]:
         ]
         hits[criterion] = [visible(token) for token in dict.fromkeys(tokens)][:5]
     frame = _written(page)
-    written = [visible(token) for token in frame[frame["side"] == "top"]["token"][:5]]
+    top = frame[frame["side"] == "top"]
+    related = top["token"][top["status"] == "related"] if is_readable(top) else []
+    written = [visible(token) for token in related[:5]]
     best = page.statistics["activation_max"]
     if "actmax" in page.criteria:
         best = page.examples("actmax")["score"].max()

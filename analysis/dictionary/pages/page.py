@@ -1,4 +1,4 @@
-"""One unit's page: identity, vocabulary, behaviour, sentences, relations, clamping, provenance.
+"""One unit's page: identity, sentences, vocabulary, behaviour, relations, clamping, provenance.
 
 The page is HTML without a script, in which nothing is loaded: a fragment for a notebook
 (`fragment`, which a `Page` shows there by itself) or a file (`write_page`). Everything from texts,
@@ -23,14 +23,16 @@ from lenslrp.analysis.dictionary.pages.tables import (
     column,
     numbers,
     text,
+    token_cell,
     tokens_table,
     unit_table,
 )
 from lenslrp.analysis.dictionary.pages.template import AROUND, PAGE, UNIT_STYLE
 from lenslrp.analysis.dictionary.schemas import MOMENTS, kinds
-from lenslrp.analysis.dictionary.unit import Page
+from lenslrp.analysis.dictionary.unit import Page, require_same_model
 from lenslrp.analysis.units.kinds import Neuron
 from lenslrp.analysis.units.projection import cosines, sign_cases, writes
+from lenslrp.analysis.units.readability import READ_TOKENS, TokenRelations, with_status
 from lenslrp.analysis.views.document import environment, html_document, section, write_document
 from lenslrp.errors import InputError
 from lenslrp.text.visible_text import visible
@@ -114,7 +116,7 @@ def fragment(
     from markupsafe import Markup
 
     if model is not None:
-        require_same_model(page, model)
+        require_same_model(page.dictionary, model)
     asked_model = model if attributed else None
     plan = page.dictionary.plan
     html: str = (
@@ -140,22 +142,6 @@ def fragment(
         )
     )
     return html
-
-
-def require_same_model(page: Page, model: TransformerBridge) -> None:
-    """Refuse a model with other weights than the dictionary's.
-
-    Raises:
-        InputError: naming both.
-    """
-    from lenslrp.fingerprints import describe_model
-
-    mine, other = page.dictionary.plan.model, describe_model(model)
-    if mine["weights"] != other["weights"]:
-        raise InputError(
-            f"the dictionary was built from {mine['name']!r} in {mine['dtype']}; given is "
-            f"{other['name']!r} in {other['dtype']}, with other weights"
-        )
 
 
 def _identity(page: Page) -> str:
@@ -188,8 +174,9 @@ def _vocabulary(page: Page, model: TransformerBridge | None, lens: Lens | None) 
     ):
         lists_of.setdefault("writes" if role == "writes" else f"reads: {name}", []).append(frame)
     if lens is not None and model is not None:
-        through_lens = writes(model, page.unit, lens=lens)
-        lists_of["writes, through the lens"] = [through_lens.top(10), through_lens.bottom(10)]
+        through_lens, relations = writes(model, page.unit, lens=lens), TokenRelations.of(model)
+        ends = (through_lens.top(READ_TOKENS), through_lens.bottom(READ_TOKENS))
+        lists_of["writes, through the lens"] = [with_status(relations, end) for end in ends]
     return {"parts": [tokens_table(lists, title) for title, lists in lists_of.items()]}
 
 
@@ -218,10 +205,7 @@ def _angles(page: Page, model: TransformerBridge | None) -> dict[str, Any]:
     cases = sign_cases(model, unit)
     columns = [column(title) for title in cases.columns]
     rows = [
-        [
-            text(cell) if isinstance(cell, str) else {"tokens": [visible(t) for t in cell]}
-            for cell in row
-        ]
+        [text(cell) if isinstance(cell, str) else token_cell(cell) for cell in row]
         for row in cases.itertuples(index=False)
     ]
     return {"cosines": cosines_of, "cases": {"columns": columns, "rows": rows}}
@@ -314,7 +298,7 @@ def _clamp(page: Page, model: TransformerBridge | None, k: int) -> dict[str, Any
     changes = numbers([*frame["off"], *frame["doubled"], *frame["placebo"]])
     n = len(frame)
     cells = [
-        [{"tokens": [visible(token)]} for token in tokens],
+        [token_cell([token]) for token in tokens],
         numbers(frame["logit"], coloured=False),
         changes[:n], changes[n : 2 * n], changes[2 * n :],
         numbers(frame["score"]),

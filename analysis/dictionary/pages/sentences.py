@@ -17,11 +17,15 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lenslrp.analysis.dictionary.plan import TOP_CRITERIA
+from lenslrp.analysis.dictionary.text_search import inside_word
 from lenslrp.text.visible_text import running, visible
 from lenslrp.views.heatmap import rgba, signed
 
 if TYPE_CHECKING:
     from lenslrp.analysis.dictionary.unit import Page
+
+ALIKE = 0.95
+"""Cosine of two rows of values from which on one of them is shown."""
 
 COLUMNS = {"activation": "activations", "relevance": "relevances", "attribution": "attributions"}
 
@@ -100,6 +104,7 @@ def sentences(
     """What the template shows of the examples in `frames`, of `totals` there are."""
     plan = page.dictionary.plan
     scales = Scales.of(frames, int(plan.skip_first))
+    frames = {name: _cut_at_words(page, frame) for name, frame in frames.items()}
     tabs = []
     for name, frame in frames.items():
         title, what = TITLES[name]
@@ -123,7 +128,7 @@ def sentences(
     if "attribution" in scales.limits:
         what += (
             " Attribution: which tokens made it fire at the hit, as relevance for its activation"
-            " there."
+            " there; left out where it is spread as the activation is."
         )
     if plan.relevance:
         what += f" Relevance is for the target {plan.target!r}, at one position a document."
@@ -133,6 +138,32 @@ def sentences(
         "tabs": tabs,
         "aims": plan.relevance,
     }
+
+
+def _cut_at_words(page: Page, frame: pd.DataFrame) -> pd.DataFrame:
+    """The windows without the parts of words at their ends; the hit stays."""
+    documents = page.dictionary.texts.referenced(frame["doc"])
+    rows = []
+    for row in frame.to_dict("records"):
+        document = documents[row["doc"]]
+        starts, stops = document.spans.T.tolist()
+        first, stop = row["start"], row["start"] + len(row["tokens"])
+        while first < row["position"] and inside_word(document.text, starts[first]):
+            first += 1
+        while stop > row["position"] + 1 and inside_word(document.text, stops[stop - 1]):
+            stop -= 1
+        kept = slice(first - row["start"], stop - row["start"])
+        values = {name: row[name][kept] for name in ("tokens", *COLUMNS.values()) if name in row}
+        rows.append({**row, **values, "start": first})
+    return pd.DataFrame(rows, columns=frame.columns)
+
+
+def _differs(row: Mapping[str, Any]) -> bool:
+    """Whether attribution says more than activation: up to the hit, after which it is 0."""
+    a, b = (row[COLUMNS[kind]][: row["position"] - row["start"] + 1].astype(np.float64)
+            for kind in ("attribution", "activation"))  # fmt: skip
+    lengths = np.linalg.norm(a) * np.linalg.norm(b)
+    return bool(lengths == 0 or a @ b < ALIKE * lengths)
 
 
 def _example(row: Mapping[str, Any], kinds: list[str], scales: Scales, aim: str) -> dict[str, Any]:
@@ -154,7 +185,7 @@ def _example(row: Mapping[str, Any], kinds: list[str], scales: Scales, aim: str)
         "lines": [
             {"name": kind, "tokens": Markup(_line(row, kind, scales))}
             for kind in kinds
-            if len(row[COLUMNS[kind]])
+            if len(row[COLUMNS[kind]]) and (kind != "attribution" or _differs(row))
         ],
     }
 

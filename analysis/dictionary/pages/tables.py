@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from lenslrp.analysis.dictionary.unit import Histogram
+from lenslrp.analysis.units.readability import is_readable
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import signed
 
@@ -24,6 +25,11 @@ def column(title: str, **kinds: bool) -> dict[str, Any]:
 
 def text(value: Any, look: str = "") -> dict[str, Any]:
     return {"text": str(value), "look": look}
+
+
+def token_cell(tokens: Iterable[str], look: str = "") -> dict[str, Any]:
+    """A cell that is a list of tokens."""
+    return {"tokens": [visible(token) for token in tokens], "look": look}
 
 
 def numbers(values: Iterable[float], *, coloured: bool = True) -> list[dict[str, Any]]:
@@ -38,12 +44,18 @@ def numbers(values: Iterable[float], *, coloured: bool = True) -> list[dict[str,
 
 
 def tokens_table(lists: list[pd.DataFrame], title: str) -> dict[str, Any]:
-    """The top and the bottom of one list of scores, beside each other."""
-    columns, cells = [], []
-    for frame, arrow in zip(lists, "↑↓", strict=True):
-        columns += [column(arrow), column("", number=True)]
-        cells += [[{"tokens": [visible(t)]} for t in frame["token"]], numbers(frame["score"])]
-    return {"title": title, "table": {"columns": columns, "rows": list(zip(*cells, strict=True))}}
+    """The top and the bottom of one list of scores, beside each other.
+
+    Tokens that are not of what makes an end readable are faint; `readable` says whether one is.
+    """
+    columns, cells, readable = [], [], [is_readable(frame) for frame in lists]
+    for frame, arrow, plain in zip(lists, "↑↓", readable, strict=True):
+        columns += [column(arrow if plain else f"{arrow} not readable"), column("", number=True)]
+        looks = ["" if plain and s == "related" else "faint" for s in frame["status"]]
+        tokens = [token_cell([t], look) for t, look in zip(frame["token"], looks, strict=True)]
+        cells += [tokens, numbers(frame["score"])]
+    table = {"columns": columns, "rows": list(zip(*cells, strict=True))}
+    return {"title": title, "table": table, "readable": any(readable)}
 
 
 def bars(histogram: Histogram, kind: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ overflow-wrap:anywhere}}
 § h1 code{{user-select:all;font-size:1em}}
 § h2{{font-size:1.1em;margin:0 0 .2em;color:inherit}}
 § summary{{cursor:pointer}}
-§ summary h2{{display:inline}}
+§ summary h2,§ summary h3{{display:inline}}
 § h3{{font-size:.92em;margin:0 0 .3em;color:var(--muted);font-weight:600}}
 § .what{{margin:0 0 .9em;max-width:88ch}}
 § .note{{margin:.6em 0 0;max-width:88ch}}
@@ -64,7 +64,7 @@ text-align:left;vertical-align:top;background:none;color:inherit}}
 § td.n,§ th.n{{padding-right:.9em;width:1%}}
 § .pos{{color:var(--pos)}}
 § .neg{{color:var(--neg)}}
-§ .faint{{opacity:.6}}
+§ .faint{{opacity:.65}}
 § code,§ .tok{{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.9em;\
 color:inherit;background:none;padding:0}}
 § .tok{{display:inline-block;border:1px solid var(--line);border-radius:5px;padding:0 .35em;\
@@ -125,7 +125,8 @@ PAGE = """<div class="lenslrp-unit"><style>{{ style }}</style><div class="wide">
 {% for row in frame.rows %}<tr>{% for column in frame.columns %}{% set cell = row[loop.index0] %}\
 <td{% if column.number %} class="n"{% endif %}>
 {%- if column.unit %}{{ unit(cell.text) }}{% elif cell.tokens is defined %}
-{%- for token in cell.tokens %}<bdi class="tok">{{ token }}</bdi>{% endfor %}
+{%- for token in cell.tokens %}<bdi class="tok {{ cell.look }}">{{ token }}</bdi>\
+{%- endfor %}
 {%- else %}<span class="{{ cell.look }}">{{ cell.text }}</span>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{%- endmacro %}
 <header><p class="brand">LensLRP · <bdi>{{ model_name }}</bdi>
@@ -134,32 +135,6 @@ PAGE = """<div class="lenslrp-unit"><style>{{ style }}</style><div class="wide">
 <p class="what">{{ identity }}</p>
 <dl class="facts">{% for key, value in facts %}<div><dt>{{ key }}</dt><dd>{{ value }}</dd></div>
 {%- endfor %}</dl></header>
-
-<section><h2>Vocabulary</h2>
-{% if vocabulary.absent is defined %}{{ absent(vocabulary.absent) }}{% else %}
-<p class="what">What it writes: tokens whose logits it raises and lowers when it is active.
-What it reads: tokens whose embeddings push its input up and down. Through the model's own norms;
-scores are logits up to one positive factor.</p>
-<div class="columns two">{% for part in vocabulary.parts %}<div><h3>{{ part.title }}</h3>
-{{ table(part.table) }}</div>{% endfor %}</div>{% endif %}</section>
-
-<section><h2>How it behaves</h2>
-<p class="what">At {{ sampled }} tokens drawn from the corpus, one a document. Bars are counts on a
-logarithmic scale; the dashed line is 0.</p>
-<div class="columns">{% for part in histograms %}<div><h3>{{ part.title }}</h3>
-<svg viewBox="0 0 460 120" role="img" aria-label="{{ part.alt }}">
-{%- for bar in part.bars %}<rect x="{{ bar.x }}" y="{{ bar.y }}" width="{{ bar.width }}" \
-height="{{ bar.height }}"><title>{{ bar.title }}</title></rect>{% endfor %}
-{%- if part.zero is not none %}<line x1="{{ part.zero }}" x2="{{ part.zero }}" y1="0" y2="120"/>
-{%- endif %}</svg><div class="ticks"><span>{{ part.low }}</span><span>{{ part.high }}</span></div>
-</div>{% endfor %}</div>
-{{ table(moments) }}
-{% if angles.absent is defined %}{{ absent(angles.absent) }}{% else %}
-<p class="note">Cosines between what it reads and what it writes:
-{% for key, value in angles.cosines %}cos({{ key }}) = <b>{{ value }}</b>{{ ", " if not loop.last }}
-{%- endfor %}. Near 1 it strengthens what it finds, near -1 it removes it.</p>
-{% if angles.cases %}<h3 style="margin-top:1em">The four ways in which a gated neuron fires:
-activation = f(gate) × in</h3>{{ table(angles.cases) }}{% endif %}{% endif %}</section>
 
 <section><h2>Sentences</h2>
 <p class="what">{{ sentences.what }}</p>
@@ -180,6 +155,36 @@ transparent,{{ scale.right }})"></span> {{ scale.high }}</li>{% endfor %}
 {{ line.tokens }}</div></div>{% endfor %}</div>{% else %}<p class="absent">No examples.</p>
 {%- endfor %}{% if tab.more %}<p class="note">{{ tab.more }}</p>{% endif %}</div>{% endfor %}
 </form></section>
+
+<section><h2>Vocabulary</h2>
+{% if vocabulary.absent is defined %}{{ absent(vocabulary.absent) }}{% else %}
+<p class="what">What it writes: tokens whose logits it raises and lowers when it is active.
+What it reads: tokens whose embeddings push its input up and down. Through the model's own norms;
+scores are logits up to one positive factor. A list is readable where four tokens of ten are
+related to one another; the others are faint.</p>
+<div class="columns two">{% for part in vocabulary.parts if part.readable %}<div>\
+<h3>{{ part.title }}</h3>{{ table(part.table) }}</div>{% endfor %}</div>
+{% for part in vocabulary.parts if not part.readable %}<details><summary><h3>{{ part.title }}: \
+not readable by weights</h3></summary>{{ table(part.table) }}</details>{% endfor %}{% endif %}\
+</section>
+
+<section><h2>How it behaves</h2>
+<p class="what">At {{ sampled }} tokens drawn from the corpus, one a document. Bars are counts on a
+logarithmic scale; the dashed line is 0.</p>
+<div class="columns">{% for part in histograms %}<div><h3>{{ part.title }}</h3>
+<svg viewBox="0 0 460 120" role="img" aria-label="{{ part.alt }}">
+{%- for bar in part.bars %}<rect x="{{ bar.x }}" y="{{ bar.y }}" width="{{ bar.width }}" \
+height="{{ bar.height }}"><title>{{ bar.title }}</title></rect>{% endfor %}
+{%- if part.zero is not none %}<line x1="{{ part.zero }}" x2="{{ part.zero }}" y1="0" y2="120"/>
+{%- endif %}</svg><div class="ticks"><span>{{ part.low }}</span><span>{{ part.high }}</span></div>
+</div>{% endfor %}</div>
+{{ table(moments) }}
+{% if angles.absent is defined %}{{ absent(angles.absent) }}{% else %}
+<p class="note">Cosines between what it reads and what it writes:
+{% for key, value in angles.cosines %}cos({{ key }}) = <b>{{ value }}</b>{{ ", " if not loop.last }}
+{%- endfor %}. Near 1 it strengthens what it finds, near -1 it removes it.</p>
+{% if angles.cases %}<h3 style="margin-top:1em">The four ways in which a gated neuron fires:
+activation = f(gate) × in</h3>{{ table(angles.cases) }}{% endif %}{% endif %}</section>
 
 <section><h2>Related units</h2>
 {% for parts in (similar, related) %}<div class="columns two">{% for part in parts %}<div>

@@ -133,7 +133,7 @@ def test_a_page_has_its_lists(built: NeuronDictionary) -> None:
     bridge = model()
     for key in (Neuron(1, 17), Neuron(0, 0), Neuron(1, 23), Head(0, 1), Head(1, 1)):
         frame = built[key].vocabulary()
-        assert list(frame) == ["role", "name", "side", "rank", "id", "token", "score"]
+        assert list(frame) == ["role", "name", "side", "rank", "id", "token", "score", "status"]
         out = writes(bridge, key).top(3)
         mine = frame[(frame["role"] == "writes") & (frame["side"] == "top")]
         assert mine[["id", "token"]].to_numpy().tolist() == out[["id", "token"]].values.tolist()
@@ -204,9 +204,9 @@ def test_places_that_are_done_are_not_done_again(
     asked: list[str] = []
     real = module.ends_of_lists
 
-    def remember(bridge: Any, units: Any, tokens: int) -> Any:
+    def remember(bridge: Any, units: Any, *rest: Any) -> Any:
         asked.append(str(units[0]))
-        return real(bridge, units, tokens)
+        return real(bridge, units, *rest)
 
     monkeypatch.setattr(module, "ends_of_lists", remember)
     build(tmp_path / "d", vocabulary=3).close()

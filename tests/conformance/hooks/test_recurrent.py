@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers.integrations import use_kernel_func_from_hub_with_fallback
+from transformers.models.mamba import modeling_mamba
 
 import lenslrp
 from lenslrp.hooks import (
@@ -544,3 +545,60 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+class OtherMambaMixer(modeling_mamba.MambaMixer):
+    """A mixer that calls no scan: its state is a loop of its own."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        values, gates = self.in_proj(hidden_states).chunk(2, dim=-1)
+        state, states = torch.zeros_like(values[:, 0]), []
+        for value, gate in zip(values.unbind(1), gates.unbind(1), strict=True):
+            state = state * gate.sigmoid() + value
+            states.append(state)
+        return self.out_proj(torch.stack(states, dim=1))
+
+
+def test_a_state_in_a_loop_of_its_own_is_refused_by_name() -> None:
+    model = zoo.build("MambaForCausalLM")
+    model.blocks[1].mixer.original_component.__class__ = OtherMambaMixer
+    refused = (
+        r"^MambaForCausalLM: no rule for the recurrent mixer blocks\.1\.mixer "
+        r"\(OtherMambaMixer\)\. Its state runs from token to token\."
+    )
+    with pytest.raises(lenslrp.CoverageError, match=refused):
+        zoo.explain(model, lenslrp.AttnLRP())
+
+
+def test_a_gap_beside_a_mixer_is_not_the_mixers() -> None:
+    model = zoo.build("MambaForCausalLM")
+    gated = [("blocks.0.hook_out", lambda x, hook: x * x.sigmoid())]
+    with (
+        model.hooks(fwd_hooks=gated),
+        pytest.raises(
+            lenslrp.CoverageError, match="^MambaForCausalLM: no rule for Mul "
+        ) as refused,
+    ):
+        zoo.explain(model, lenslrp.AttnLRP())
+    assert "recurrent" not in str(refused.value)
+
+
+ROWS_BY_LAYER = ("Mamba", "Mamba2", "NemotronH", "FalconH1", "Jamba", "Rwkv", "RecurrentGemma")
+
+
+@pytest.mark.parametrize("name", ROWS_BY_LAYER)
+def test_the_account_has_a_row_a_layer(name: str) -> None:
+    model = zoo.build(f"{name}ForCausalLM")
+    _, R = zoo.explain(model, lenslrp.AttnLRP())
+    table = R.ledger().table
+    assert list(table.index) == [*map(str, range(model.cfg.n_layers)), "outside"]
+    largest = table[["resid_in", "resid_out"]].abs().to_numpy().max()
+    assert table["error"].abs().max() < 1e-6 * largest  # mixers of some compute in float32
+
+
+def test_a_block_with_a_second_entrance_has_no_row_of_its_own() -> None:
+    """Zamba2's shared blocks read the embeddings again."""
+    _, R = zoo.explain(zoo.build("Zamba2ForCausalLM"), lenslrp.AttnLRP())
+    table = R.ledger().table
+    assert list(table.index) == ["all"]
+    assert abs(table.loc["all", "error"]) < 1e-6 * abs(table.loc["all", "resid_out"])

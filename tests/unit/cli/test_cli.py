@@ -56,6 +56,28 @@ def test_explain_json(tiny, capsys):
     assert result["ledger"]["target"] == pytest.approx(result["value"])
 
 
+def test_explain_says_what_a_change_does_to_the_prediction(tiny, capsys):
+    arguments = ["explain", "the cat sat the cat sat", "--target", "cat"]
+    assert cli.main([*arguments, "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert checks["token"] == "'cat'" and checks["rank"] >= 1
+    *_, trial = checks["trials"]
+    assert " replaced by " in trial["what"] and trial["before"] == checks["probability"]
+    assert trial["agrees"] == (trial["after"] < min(trial["before"], trial["control_after"]))
+
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    lines = printed[printed.index("probability of 'cat': ") :].splitlines()
+    shapes = (
+        r"probability of 'cat': 0\.\d{3}, rank \d+",
+        r"  head 0\.\d off: 0\.\d{3}; control, head 0\.\d off: .*",
+        r"  '\w+' replaced by .*: 0\.\d{3}; control, .*: 0\.\d{3} \((agrees|does not agree)\)",
+        r"  predicted: ('\S+' 0\.\d{3}(, )?){5}",
+    )
+    for line, shape in zip(lines, shapes, strict=False):
+        assert re.fullmatch(shape, line)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,7 +11,7 @@ import pytest
 
 import lenslrp
 from lenslrp.ledger import Ledger
-from lenslrp.views.cards import ROWS, result_card, shown
+from lenslrp.views.cards import ROWS, Face, shown
 from tests.unit.tiny import tiny, word_tokenizer
 
 
@@ -42,7 +42,7 @@ class Cells(HTMLParser):
 
 def test_a_card_shows_every_column_and_says_how_many_rows_it_leaves_out() -> None:
     frame = pd.DataFrame({f"column {i}": range(40) for i in range(30)})
-    markup = result_card("A result", {"n": 1234, "share": 0.123456, "ok": True}, frame)
+    markup = Face("A result", {"n": 1234, "share": 0.123456, "ok": True}, frame).html()
     rows = Cells(markup).rows
     assert len(rows) == ROWS + 1
     assert rows[0] == list(frame.columns)
@@ -53,14 +53,14 @@ def test_a_card_shows_every_column_and_says_how_many_rows_it_leaves_out() -> Non
 def test_everything_given_as_text_is_escaped() -> None:
     hostile = "</div><script>alert(1)</script>"
     frame = pd.DataFrame({hostile: [hostile]})
-    markup = result_card(hostile, {hostile: hostile}, frame, notes=[hostile])
+    markup = Face(hostile, {hostile: hostile}, frame, notes=[hostile]).html()
     assert "<script" not in markup
     assert markup.count("&lt;script&gt;") == 6  # title, label, value, head, cell, note
 
 
 def test_signed_numbers_share_one_scale_a_column() -> None:
     frame = pd.DataFrame({"relevance": [2.0, -1.0, 0.0, math.nan], "n": [1, 2, 3, 4]})
-    markup = result_card("R", frame=frame, coloured=["relevance"])
+    markup = Face("R", frame=frame, coloured=["relevance"]).html()
     assert 'style="background:rgba(214,39,55,0.700)"' in markup
     assert 'style="background:rgba(43,120,205,0.350)"' in markup
     assert [row[0] for row in Cells(markup).rows] == ["relevance", "+2.00", "-1.00", "+0.00", "NaN"]

@@ -54,6 +54,14 @@ def test_what_is_no_number_is_grey_and_says_so():
     assert "background-color:gray" in html and "position 0 · NaN" in html
 
 
+def test_the_sign_is_seen_without_colour():
+    html = matrix_heatmap(
+        ["x"], [""], list("abcd"), torch.tensor([[-2.0, 2.0, -0.1, -0.2]]), lengths=[4]
+    )
+    cells = re.findall(r"<td style[^>]*>([^<]*)</td>", html)
+    assert cells == ["\u2212", "", "", "\u2212"] and "\u2212 marks what is negative" in html
+
+
 def test_a_scale_is_positive():
     with pytest.raises(InputError, match="scale is 0, expected a positive number"):
         draw(scale=0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from lenslrp.analysis import Circuit, Verdict
-from lenslrp.analysis.circuits.pairs import Pairs
+from lenslrp.analysis.circuits.pairs import SHOWN_CHARACTERS, SHOWN_PAIRS, Pairs
 from lenslrp.analysis.circuits.scores import score_nodes
 from tests.unit.tiny import tiny, word_tokenizer
 
@@ -30,6 +32,23 @@ def test_pairs_and_scores_are_a_line_and_a_card(pairs: Pairs) -> None:
     assert repr(pairs) == "Pairs(pairs 2, tokens 3 to 4, tokens of an answer, up to 1)"
     right = f"{float(pairs.correct(model).double().mean()):.0%}"
     assert repr(scores).endswith(f"model is right in {right})")
+
+
+def test_pairs_show_their_first_texts_and_keep_them(pairs: Pairs, tmp_path: Path) -> None:
+    model = tiny("llama", tokenizer=word_tokenizer())
+    first = ["a b c", "a b d", "g", "h"]
+    assert pairs.to_dataframe().loc[0].tolist() == first
+    assert pairs[1:].texts == (("d e", "d f", "h", "g"),)
+    assert pairs[torch.tensor([True, False])].repeated(2).texts == (tuple(first),) * 2
+    assert Pairs.load(pairs.save(tmp_path / "pairs")).texts == pairs.texts
+    assert Pairs(pairs.clean, pairs.corrupt, pairs.mask, pairs.answers, pairs.rivals).texts == ()
+    ids = Pairs.from_texts(model, ["a"], ["b"], [5], [6]).to_dataframe()
+    assert ids[["answer", "rival"]].values.tolist() == [["d", "e"]]
+
+    hostile = ("<script>alert(1)</script>", "e " * 900, "a", "b")
+    html = replace(pairs, texts=(hostile,) * 9)._repr_html_()
+    assert "<script" not in html and html.count("&lt;script&gt;") == SHOWN_PAIRS
+    assert "4 more rows: .to_dataframe()" in html and "e " * SHOWN_CHARACTERS not in html
 
 
 def test_a_circuit_has_a_picture_with_a_mark_for_each_unit() -> None:

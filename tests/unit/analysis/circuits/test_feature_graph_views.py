@@ -18,6 +18,7 @@ from lenslrp.analysis.circuits.graph.export import pairing
 from lenslrp.analysis.circuits.graph.picture import graph_svg
 from lenslrp.analysis.circuits.graph.result import AttributionGraph
 from lenslrp.analysis.circuits.graph.supernodes import clusters
+from lenslrp.analysis.units import readability
 from lenslrp.errors import InputError
 from lenslrp.targets import Logit
 from tests.unit.analysis.circuits.test_graph_views import SCHEMA
@@ -127,8 +128,12 @@ def test_average_linkage() -> None:
     assert clusters(similarity, 0.06) == [[0, 1, 2, 3]]  # (0 + 0 + .2) / 3
 
 
-def test_names_come_from_tables_and_from_the_vocabulary(graph: AttributionGraph) -> None:
+def test_names_come_from_tables_and_from_the_vocabulary(
+    graph: AttributionGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny("llama", tokenizer=word_tokenizer())
+    assert graph.vocabulary_labels(model, 2) == {}  # random rows: nothing can be read
+    monkeypatch.setattr(readability, "CHANCE", 45)  # all tokens of a list are related
     labels = graph.vocabulary_labels(model, 2)
     node = graph.nodes[graph.nodes["kind"] == "feature"].to_dict("records")[0]
     text = node["id"].rpartition("@")[0]
@@ -140,7 +145,7 @@ def test_names_come_from_tables_and_from_the_vocabulary(graph: AttributionGraph)
     table = pd.DataFrame({"unit": [text, "token@0"], "label": ["cities", "the <first>"]})
     both = graph.label(dict(zip(table["unit"], table["label"], strict=True)))
     assert set(both.nodes["label"][both.nodes["id"].str.startswith(f"{text}@")]) == {"cities"}
-    assert "the &lt;first&gt;" in graph_svg(both) and "cities" in graph_svg(both)
+    assert "the &lt;first&gt;" in graph_svg(both, 99) and "cities" in graph_svg(both, 99)
     with pytest.raises(InputError, match="the graph has no node or unit 'blocks.9'"):
         graph.label({"blocks.9": "x"})
 
@@ -171,6 +176,15 @@ def test_the_file_holds_features_errors_and_supernodes(
         if node["kind"] == "error":
             assert theirs["feature_type"] == "mlp reconstruction error"
             assert theirs["feature"] == -1 and theirs["node_id"].startswith(f"{layer}_-1_")
+        heads = node["kind"] == "head"
+        assert heads == ("qk_tracing_results" in theirs)
+        for via in "qk" if heads else "":
+            traced = theirs["qk_tracing_results"][f"top_{via}_marginal_contributors"]
+            edges = graph.edges[(graph.edges["target"] == node["id"]) & (graph.edges["via"] == via)]
+            sizes = [abs(weight) for _, weight in traced]
+            assert sizes == sorted(sizes, reverse=True) and len(traced) == min(10, len(edges))
+            known = dict(zip(edges["source"].map(ids), edges["relevance"], strict=True))
+            assert all(known[source] == weight for source, weight in traced)
     assert seen == {True, False}  # the second coder of layer 1 has ids of its own
     texts = {theirs["clerp"] for theirs in made["nodes"]}
     assert "cities" in texts and "error 1.0" in texts
@@ -179,7 +193,7 @@ def test_the_file_holds_features_errors_and_supernodes(
 
 
 def test_pictures_show_features_and_errors(graph: AttributionGraph) -> None:
-    svg = ElementTree.fromstring(graph_svg(graph))
+    svg = ElementTree.fromstring(graph_svg(graph, 99))
     space = "{http://www.w3.org/2000/svg}"
     assert len(svg.findall(f"{space}path")) == len(graph.totals)
     titles = [group.findtext(f"{space}title") or "" for group in svg.findall(f"{space}g")]
@@ -192,7 +206,7 @@ def test_pictures_show_features_and_errors(graph: AttributionGraph) -> None:
     assert svg.findall(f".//{space}rect[@class='tint error']")
     graph.draw()
     html = graph.to_html()
-    assert "from what is not shown" in html
+    assert "from what is not in the graph" in html
 
 
 def test_networkx_has_one_edge_a_pair_and_its_ways_in(graph: AttributionGraph) -> None:

@@ -11,15 +11,20 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.tools.analysis import JacobianLens
 
 import lenslrp
 from lenslrp.analysis import (
     Direction,
     Lens,
     Neuron,
+    ProjectOut,
     compare_lenses,
     fit_relevance_lens,
     fit_ridge_lens,
+    steer,
+    unembedding_direction,
     writes,
 )
 from lenslrp.analysis.units.lens_fit import _batches
@@ -27,6 +32,7 @@ from lenslrp.errors import InputError
 from tests.conformance import zoo
 from tests.unit.tiny import tiny, word_tokenizer
 
+STREAM = "blocks.0.hook_out"
 SAME = 1e-6  # matrices are kept in float32
 
 
@@ -267,3 +273,80 @@ def test_foreign_files_are_refused(fitted: tuple[Any, Lens], tmp_path: Path) -> 
         Lens.load(tmp_path / "cut.safetensors")
     with pytest.raises(InputError, match="no file"):
         Lens.load(tmp_path / "none.safetensors")
+
+
+def booted(name: str = "gpt2") -> TransformerBridge:
+    """A bridge as TransformerLens' lens wants one, in float32: its words are `a` to `u`."""
+    return tiny(name, tokenizer=word_tokenizer()).to(torch.float32)
+
+
+def random_lens(model: TransformerBridge) -> Lens:
+    draw = torch.Generator().manual_seed(4)
+    matrix = torch.eye(16) + torch.randn(16, 16, generator=draw) / 4
+    name = str(model.cfg.model_name)
+    return Lens({0: matrix}, {0: torch.ones(16)}, {0: 0.1}, "relevance", name, "AttnLRP", 2, 99, 0)
+
+
+def test_transformer_lens_reads_our_lens_and_we_read_its() -> None:
+    model = booted()
+    lens = random_lens(model)
+    theirs = lens.to_transformer_lens()
+    state = torch.randn(3, 16, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(theirs.transport(state, 0), lens.transport(0, state))
+    tokens = torch.tensor([[3, 17, 5, 8]])
+    read = theirs.readout(model, tokens, layers=[0], return_full_logits=True)
+    _, cache = model.run_with_cache(tokens)
+    final = lens.transport(0, cache["blocks.0.hook_out"])
+    torch.testing.assert_close(read.lens_logits[0], model.unembed(model.ln_final(final))[0])
+    again = Lens.from_transformer_lens(theirs, model)
+    assert torch.equal(again.matrices[0], lens.matrices[0]) and again.kind == "jacobian"
+    assert torch.equal(again.state(0, state), lens.transport(0, state))
+    unit = Neuron(0, 3)
+    expected = writes(model, unit, lens=lens).scores
+    assert torch.equal(writes(model, unit, lens=again).scores, expected)
+    given = {"corpus": "none", "skip_first_positions": 1, "show_progress": False}
+    fitted = JacobianLens.fit(model, ["a b c d e f g h"] * 2, source_layers=[0], **given)
+    found = Lens.from_transformer_lens(fitted, model)
+    assert torch.equal(found.transport(0, state), fitted.transport(state, 0))
+    other = JacobianLens({0: torch.eye(8)}, n_prompts=1, d_model=8)
+    with pytest.raises(InputError, match="d_model 8"):
+        Lens.from_transformer_lens(other, model)
+    alone = Lens({}, {}, {}, "relevance", "x", "AttnLRP", 1, 0, 0)
+    with pytest.raises(InputError, match="has one layer at least; this has none"):
+        alone.to_transformer_lens()
+
+
+def test_interventions_of_either_lens_are_those_of_the_other() -> None:
+    """Their hooks with our lens; our operations along the directions of theirs."""
+    model = booted()
+    lens = random_lens(model)
+    theirs, tokens, at = lens.to_transformer_lens(), torch.tensor([[3, 17, 5, 8]]), STREAM
+
+    def after(hooks: Any = (), operation: Any = ()) -> Tensor:
+        with steer(model, operation), model.hooks(fwd_hooks=list(hooks)):
+            return model.run_with_cache(tokens)[1][at]
+
+    plain = after()
+    a, b = theirs.lens_vectors(model, ["a", "b"], 0)
+    removed = after(theirs.ablation_hooks(model, ["a", "b"], [0]))
+    ours = ProjectOut((Direction(at, a), Direction(at, b)))
+    torch.testing.assert_close(removed, after(operation=ours), rtol=1e-4, atol=1e-4)
+    swapped = after(theirs.swap_hooks(model, "a", "b", [0]))
+    basis = torch.stack([a, b], dim=1)
+    coordinates = plain @ torch.linalg.pinv(basis).T
+    assert not torch.allclose(swapped, plain, atol=1e-2)
+    expected = plain + (coordinates.flip(-1) - coordinates) @ basis.T
+    torch.testing.assert_close(swapped, expected, rtol=1e-4, atol=1e-4)
+    gain = model.ln_final.original_component.weight
+    for token, other in (("a", None), ("a", "b")):
+        found = unembedding_direction(model, token, at, against=other, lens=lens)
+        ids = [model.tokenizer.convert_tokens_to_ids(t) for t in (token, other) if t]
+        row = model.W_U[:, ids[0]] - (model.W_U[:, ids[1]] if other else 0)
+        row = gain * row
+        expected = (row - row.mean()) @ lens.matrices[0]
+        torch.testing.assert_close(found.vector, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert unembedding_direction(model, "a", "blocks.1.hook_in", lens=lens).vector.equal(
+        unembedding_direction(model, "a", at, lens=lens).vector
+    )
+    with pytest.raises(InputError, match="blocks.0.hook_in is not the residual stream after a bl"):
+        unembedding_direction(model, "a", "blocks.0.hook_in", lens=lens)

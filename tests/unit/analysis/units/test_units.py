@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lenslrp.analysis import (
+    CrossLayerCoder,
     Direction,
     Feature,
     Head,
@@ -29,6 +31,7 @@ from lenslrp.analysis.units.projection import cosines
 from lenslrp.analysis.units.readers import FeatureReader, searched_hooks
 from lenslrp.errors import InputError
 from tests.conformance import zoo
+from tests.unit.tiny import tiny
 
 NAMES = {
     "LlamaForCausalLM": {
@@ -275,3 +278,40 @@ def test_texts_are_a_list() -> None:
         relevance_direction(model, "abc", "def", stream)
     with pytest.raises(InputError, match="give a list of texts, at least one"):
         mean_difference(model, "abc", "def", stream)
+
+
+def test_coders_read_what_they_need_from_a_cache() -> None:
+    model, tokens = tiny(), torch.tensor([[3, 17, 5, 8], [2, 9, 2, 21]])
+    outs = [f"blocks.{i}.hook_mlp_out" for i in range(2)]
+    draw = torch.Generator().manual_seed(0)
+    layers = [
+        SparseCoder(
+            f"blocks.{i}.mlp.hook_in", torch.randn(16, 30, generator=draw), torch.zeros(30),
+            torch.randn(30, 16, generator=draw), torch.zeros(16), hook_out=out, name=f"clt {i}",
+            later={later: torch.randn(30, 16, generator=draw) for later in outs[i + 1 :]},
+        )
+        for i, out in enumerate(outs)
+    ]  # fmt: skip
+    one, across = (
+        replace(layers[0], later={}, normalization="layer_norm"),
+        CrossLayerCoder((*layers,)),
+    )
+    for as_object in (True, False):
+        _, cache = model.run_with_cache(tokens, return_cache_object=as_object)
+        x = cache[one.hook]
+        assert torch.equal(one.encode(cache), one.encode(x))
+        assert torch.equal(one.reconstruct(cache), one.reconstruct(x))
+        read = [cache[layer.hook] for layer in layers]
+        for found, expected in (
+            (across.encode(cache), across.encode(read)),
+            (across.reconstruct(cache), across.reconstruct(read)),
+        ):
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    table, a = one.top(cache, 5, row=1), one.encode(x)[1]
+    assert list(table["activation"]) == a.flatten().topk(5).values.tolist()
+    for row in table.itertuples():
+        assert float(a[row.position, row.feature]) == row.activation
+    assert len(one.top(cache, 10**6)) == int((one.encode(x)[0] > 0).sum())
+    _, cache = model.run_with_cache(tokens, names_filter=outs)
+    with pytest.raises(InputError, match="does not hold blocks.0.mlp.hook_in, which clt 0 reads"):
+        one.encode(cache)

@@ -99,7 +99,10 @@ def test_figures_in_the_report_hold_text_not_markup(nasty_report):
 
 
 def test_report_of_a_plain_prompt_says_it_all(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "neuron_writes", lambda *_: [" Paris", "<i>"])
+    monkeypatch.setattr(report, "TokenRelations", SimpleNamespace(of=lambda _: "relations"))
+    monkeypatch.setattr(report, "labels_of", lambda _: None)
+    tokens = {"relations": [" Paris", "<i>"]}
+    monkeypatch.setattr(report, "neuron_writes", lambda *_, relations: tokens[relations])
     monkeypatch.setattr(report, "unembedding", lambda _: None)
     model = SimpleNamespace()
     trial = Trial("head 5.3 off", "head 5.1 off", 0.5, 0.125, 0.375)

@@ -1,8 +1,6 @@
 """What a real browser makes of hostile tokens: shown as text, nothing executed, offline."""
 
 import re
-import shutil
-import subprocess
 from html import unescape
 
 import pytest
@@ -19,15 +17,12 @@ from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import token_heatmap
 from tests.conformance.dictionaries import OPTIONS
 from tests.unit.analysis.circuits.test_graph_views import wide
+from tests.unit.conftest import NEEDS_CHROMIUM
 from tests.unit.fake_relevance import NASTY, fake_relevance
 from tests.unit.tiny import tiny
 from tests.unit.views.test_heatmap import Page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.chromium,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH to open pages with"),
-]
+pytestmark = NEEDS_CHROMIUM
 
 MARK = "document.documentElement.id='owned'"
 HOSTILE = [
@@ -38,24 +33,6 @@ HOSTILE = [
     f"<svg onload={MARK}>",
     *NASTY,
 ]
-
-
-@pytest.fixture
-def opened(tmp_path):
-    """Open HTML in headless Chromium without a network and return the DOM that results."""
-
-    def dom(html):
-        path = tmp_path / "page.html"
-        path.write_text(html, encoding="utf-8")
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--proxy-server=127.0.0.1:9"]
-        done = subprocess.run(
-            [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'profile'}",
-             "--virtual-time-budget=3000", "--dump-dom", path.as_uri()],
-            capture_output=True, timeout=120, check=True,
-        )  # fmt: skip
-        return done.stdout.decode("utf-8")
-
-    return dom
 
 
 def text_of(dom):
