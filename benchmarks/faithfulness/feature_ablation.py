@@ -1,6 +1,6 @@
 """Which choice of ten features does an answer hang on: by relevance, by gradient, by activation?
 
-    python -m benchmarks.faithfulness.feature_ablation [--n 100] [--results FILE]
+    python -m benchmarks.faithfulness.feature_ablation [--n 100] [--target logit] [--results FILE]
 
 Transcoders of four MLPs of SmolLM2-135M and an autoencoder of the residual stream are trained as in
 `tutorials/train_transcoders.py`, here on `wikipedia_paragraphs.jsonl`, and kept in the library's
@@ -9,21 +9,24 @@ each, ten features are switched off, each at a position where it is active (neve
 no coder was trained on): what they write is taken away where the coder writes, and the coder's
 error stays. The ten are
 
-- the largest by relevance for the answer's logit, under AttnLRP and under RelP;
-- the largest by gradient times activation;
+- the largest by relevance for the target, under AttnLRP and under RelP;
+- the largest by the target's gradient times activation;
 - the largest by activation (decoders' rows have length 1, so: by what they write);
 - drawn among all that are active.
 
-Measured: by how much the logarithm of the answer's probability falls, and its logit. `all layers`
-is ten among those of all four transcoders. 95% bootstrap intervals over prompts; leads are paired.
-Each prompt is appended to `--results` (a file that git ignores) when it is done, so an interrupted
-run goes on where it was.
+The target is the answer's logit, or (`--target contrast`) that logit less the mean of the ten best
+others. Measured: by how much the logarithm of the answer's probability falls, and its logit. `all
+layers` is ten among those of all four transcoders. 95% bootstrap intervals over prompts; leads are
+paired. Each prompt is appended to `--results` (a file that git ignores) when it is done, so an
+interrupted run goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,7 @@ from lenslrp.analysis.attribution.features import FeatureRelevance
 from lenslrp.analysis.common.journal import resumed
 from lenslrp.analysis.common.statistics import interval
 from lenslrp.models.embedded import cache_root
-from lenslrp.targets import Logit
+from lenslrp.targets import Contrastive, Logit, Target
 from tutorials.train_transcoders import explained, train
 
 LAYERS = (8, 18, 24, 29)
@@ -52,6 +55,10 @@ RULES = {
     "AttnLRP": lenslrp.AttnLRP,
     "RelP": lenslrp.RelP,
     "gradient x activation": lenslrp.GradientTimesInput,
+}
+TARGETS: dict[str, Callable[[int], Target]] = {
+    "logit": Logit,
+    "contrast": partial(Contrastive, top_k=10),
 }
 CHOICES = (*RULES, "activation", "random")
 Places = list[tuple[int, int, int]]  # coder, position, feature
@@ -104,14 +111,17 @@ def chosen(found: list[FeatureRelevance], coders: list[int], scores: list[Tensor
 
 
 def measured(
-    model: TransformerBridge, coders: list[SparseCoder], prompt: str, answer: int, seed: int
+    model: TransformerBridge,
+    coders: list[SparseCoder],
+    prompt: str,
+    answer: int,
+    target: Target,
+    seed: int,
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """Group of coders -> choice -> how far log probability and logit of the answer fall."""
     draw = torch.Generator().manual_seed(seed)
     by_rule = {
-        name: feature_relevance(
-            model, prompt, Logit(answer), coders, composite=rule(), prepend_bos=False
-        )
+        name: feature_relevance(model, prompt, target, coders, composite=rule(), prepend_bos=False)
         for name, rule in RULES.items()
     }
     found = by_rule["AttnLRP"]
@@ -159,17 +169,21 @@ def print_tables(results: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=100)
+    parser.add_argument("--target", choices=TARGETS, default="logit")
     parser.add_argument("--coders", type=Path, default=cache_root() / "feature_ablation")
-    parser.add_argument("--results", type=Path, default=RESULTS / "feature_ablation.jsonl")
+    parser.add_argument("--results", type=Path)
     options = parser.parse_args()
+    results = options.results or RESULTS / f"feature_ablation-{options.target}.jsonl"
+    settings = {"n": options.n, "target": options.target, "layers": LAYERS}
     torch.set_num_threads(1)
     model = lenslrp.load("smollm2-135m", dtype=torch.float32, device="cpu")
     coders = trained(model, options.coders)
     known, _ = known_facts(model, FACTS)
     facts = chosen_facts(known, seed=0, per_relation=9, per_answer=2)[: options.n]
-    with resumed(options.results, {"n": options.n, "layers": LAYERS}) as (rows, append):
+    with resumed(results, settings) as (rows, append):
         for number, fact in enumerate(facts[len(rows) :], start=len(rows)):
-            falls = measured(model, coders, fact.prompt, fact.answer_id, number)
+            target = TARGETS[options.target](fact.answer_id)
+            falls = measured(model, coders, fact.prompt, fact.answer_id, target, number)
             row = {"relation": fact.relation, "prompt": fact.prompt, "falls": falls}
             append(row)
             rows.append(row)
