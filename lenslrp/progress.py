@@ -39,5 +39,7 @@ def progress_bar(
     if shown is None:
         options = {"delay": PATIENCE, "leave": False, **options}
         shown = "ipykernel" in sys.modules or sys.stderr.isatty()
+    if "ipykernel" in sys.modules:
+        options = {"file": sys.stdout, **options}  # a notebook puts the other one in a red box
     hidden = {} if shown else {"disable": True}  # else as TQDM_DISABLE says
     return tqdm(things, what, total, **hidden, **options)

@@ -5,7 +5,7 @@
 The texts begin with countries, so the features are those of such texts. Activations are kept while
 the model writes. The coders are BatchTopK transcoders (Bussmann et al. 2024): of a batch the
 largest activations are kept, so many that a position has 32 on average; what divides them from the
-rest, a running mean, is the threshold of the JumpReLU that is saved. Two to three minutes on one
+rest, a running mean, is the threshold of the JumpReLU that is saved. Two minutes on one
 core.
 """
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 WIDTH, LINE, LABEL = 480, 14, 190
 """Of the strips, in pixels: units, a line, the hook point's name."""
-TALLEST = 600
-"""Pixels; strips of more hook points are scrolled."""
+HOVERED = 2.0
+"""Pixels of a unit from which on each has a title; narrower ones are one path a line."""
 
 
 def facts_of(scores: NodeScores | EdgeScores) -> dict[str, Any]:
@@ -42,11 +42,17 @@ def strips(keep: Mapping[str, Tensor]) -> str:
     for row, (hook, kept) in enumerate(keep.items()):
         y, step = row * LINE, WIDTH / max(1, len(kept))
         units = kept.nonzero()[:, 0].tolist()
-        marks = "".join(
-            f'<rect x="{LABEL + unit * step:.1f}" y="{y + 2}" width="{max(step - 0.5, 1):.1f}" '
-            f'height="{LINE - 4}" fill="{rgba(1.0)}"><title>{escape(hook)}[{unit}]</title></rect>'
-            for unit in units
-        )
+        top, high = y + 2, LINE - 4
+        if step >= HOVERED:
+            marks = "".join(
+                f'<rect x="{LABEL + unit * step:.1f}" y="{top}" width="{max(step - 0.5, 1):.1f}" '
+                f'height="{high}" fill="{rgba(1.0)}"><title>{escape(hook)}[{unit}]</title></rect>'
+                for unit in units
+            )
+        else:
+            places = dict.fromkeys(round(LABEL + unit * step) for unit in units)
+            path = "".join(f"M{x} {top}v{high}" for x in places)
+            marks = f'<path d="{path}" stroke="{rgba(1.0)}"></path>'
         lines.append(
             f'<text x="{LABEL - 8}" y="{y + 11}" text-anchor="end" font-size="11" '
             f'fill="currentColor">{escape(hook)}</text><rect x="{LABEL}" y="{y + 6}" '
@@ -54,9 +60,8 @@ def strips(keep: Mapping[str, Tensor]) -> str:
         )
     height = max(1, len(keep)) * LINE
     return (
-        f'<div style="max-height:{TALLEST}px;overflow-y:auto;margin-top:.6em">'
         f'<svg role="img" aria-label="Units of the circuit by hook point" '
         f'viewBox="0 0 {LABEL + WIDTH} {height}" width="{LABEL + WIDTH}" '
         f'style="display:block;max-width:100%;height:auto" '
-        f'font-family="system-ui,sans-serif">{"".join(lines)}</svg></div>'
+        f'font-family="system-ui,sans-serif">{"".join(lines)}</svg>'
     )

@@ -94,7 +94,7 @@ class NodeScores(Shown, Saved):
         return Face(
             f"Scores of nodes: {self.method}, {self.direction}",
             {"nodes": len(frame), **facts_of(self)},
-            largest(frame, "score", ROWS),
+            largest(frame, "score", ROWS).dropna(axis=1, how="all"),
             ["score"],
             [f"The largest in size; in units of {self.metric.replace('_', ' ')}, mean over pairs."],
         )

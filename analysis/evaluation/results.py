@@ -225,15 +225,15 @@ class Results(Shown):
         return perturbation_curves(grid, means, unit=unit, title=title)
 
     def face(self) -> Face:
-        area, less = self.table("area"), f"less {self._reference()}"
+        area, reference = self.table("area"), self._reference()
         frame, coloured = area[["perturbation", "method"]], list[str]()
         known = {name: text for name, text in SHOWN_METRICS.items() if name in self.metrics()}
         for metric in known:
-            table, coloured = self.table(metric), [*coloured, f"{metric}, {less}"]
+            table, coloured = self.table(metric), [*coloured, f"Δ {metric}"]
             means = table[["mean", "low", "high"]].itertuples(index=False)
             part = table[["perturbation", "method"]].assign(**{
                 metric: ["{:.3g} ({:.3g} to {:.3g})".format(*row) for row in means],
-                coloured[-1]: table["difference"],
+                coloured[-1]: table["difference"].where(table["method"] != reference, 0.0),
             })  # fmt: skip
             part = part.drop(columns="perturbation") if metric in POINTING else part
             frame = frame.merge(part)
@@ -244,7 +244,8 @@ class Results(Shown):
             frame.assign(cost=area["cost"]),
             coloured,
             [*(f"{name}: {text}" for name, text in known.items()),
-             "Means with 95% bootstrap intervals; cost in plain passes; table(metric) has more."],
+             f"Means with 95% bootstrap intervals; Δ: less {reference}; cost in plain passes; "
+             "table(metric) has more."],
         )  # fmt: skip
 
     def __str__(self) -> str:

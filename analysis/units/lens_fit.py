@@ -55,7 +55,7 @@ def _batches(
     batch_size: int,
     skip: int,
     what: str,
-    progress: bool,
+    progress: bool = False,
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Batches of the prompts, and which positions of each count."""
     embedding(model)  # raises where the model reads no tokens
@@ -263,7 +263,7 @@ def compare_lenses(
     chosen = list(range(len(blocks_of(model)) - 1)) if layers is None else list(layers)
     totals: dict[tuple[int, str], list[float]] = {}
     positions = 0
-    for batch, counted in _batches(model, prompts, batch_size, skip, "compare", False):
+    for batch, counted in _batches(model, prompts, batch_size, skip, "compare"):
         with _residuals(model, batch) as (_, *residuals):
             states = [state[counted] for state in residuals]
         final = unembed(model, states[-1]).log_softmax(dim=-1)

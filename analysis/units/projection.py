@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.units.kinds import Head, Neuron, Unit, require_unit
+from lenslrp.analysis.units.kinds import Feature, Head, Neuron, Unit, require_unit
 from lenslrp.analysis.units.readability import TokenRelations, readable_tokens
 from lenslrp.analysis.units.residual import (
     as_read,
@@ -198,6 +198,8 @@ def writes(
         vector = unit.writes(model)["out"][0]
     vector = as_written(model, unit, vector[None])
     if lens is not None:
+        if isinstance(unit, Feature) and unit.coder.later:
+            raise InputError(f"{unit} writes at several layers, and a lens is of one")
         vector = lens.transport(_layer_of(unit), vector)
     scores = project(model, vector * amount, at=at)[0]
     return VocabularyScores(str(unit), "writes", "out", scores.cpu(), labels(model), strength)

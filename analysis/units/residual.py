@@ -7,13 +7,22 @@ singular component of its OV or QK circuit, or its image of one source.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from lenslrp.analysis.units.kinds import Head, Neuron, Unit, require_unit
+from lenslrp.analysis.units.kinds import (
+    Direction,
+    Feature,
+    Head,
+    Neuron,
+    Unit,
+    require_unit,
+)
 from lenslrp.analysis.units.locations import Side, block_of, blocks_name
 from lenslrp.analysis.units.unembedding import (
     branch_norm,
@@ -24,6 +33,7 @@ from lenslrp.analysis.units.unembedding import (
     unembedding,
 )
 from lenslrp.errors import InputError
+from lenslrp.hooks.structure import layer_of
 from lenslrp.text.names import token_ids
 
 if TYPE_CHECKING:
@@ -31,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def _location(unit: Unit) -> tuple[int, str, Side] | None:
-    """Layer, part of the block, encoder or decoder; None for directions and features."""
+    """Layer, part of the block, encoder or decoder; None for what is at a hook point."""
     if isinstance(unit, Neuron):
         return unit.layer, "mlp", unit.side
     if isinstance(unit, Head):
@@ -45,11 +55,20 @@ def _at_least_float32(vectors: Tensor) -> Tensor:
 
 
 def as_written(model: TransformerBridge, unit: Unit, vectors: Tensor) -> Tensor:
-    """Vectors as they arrive in the residual stream: through the branch's own norm, if any."""
+    """Vectors as they arrive in the residual stream: through the branch's own norm, if any.
+
+    Raises:
+        InputError: a cross-layer feature whose branches have norms of their own.
+    """
     location, norm = _location(unit), None
     if location is not None:
         layer, part, side = location
         norm = branch_norm(block_of(model, layer, side), part)
+    elif isinstance(unit, Feature):
+        norms = [_norm_after(model, hook) for hook in unit.coder.decoders]
+        norm = norms[0]
+        if unit.coder.later and any(norms):
+            raise InputError(f"{unit} writes through norms of several layers, not through one")
     wide = _at_least_float32(vectors)
     return wide if norm is None else measure_gain(model, norm, vectors).forward(wide)
 
@@ -57,14 +76,48 @@ def as_written(model: TransformerBridge, unit: Unit, vectors: Tensor) -> Tensor:
 def as_read(model: TransformerBridge, unit: Unit, name: str, vectors: Tensor) -> Tensor:
     """Vectors as they meet the residual stream: through the norm before the branch, if any."""
     location, norm = _location(unit), None
+    wide = _at_least_float32(vectors)
     if location is not None:
         layer, part, side = location
         if part == "cross_attn" and name in ("k", "v"):
             norm = final_norm(model, "encoder")
         else:
             norm = input_norm(model, block_of(model, layer, side), side, part)
-    wide = _at_least_float32(vectors)
+    elif isinstance(unit, Feature | Direction):
+        norm = _norm_before(model, hook := unit.hook(model))
+        if norm is not None and hook.endswith("hook_normalized"):  # ahead of the gain
+            gain = measure_gain(model, norm, vectors)
+            return replace(gain, gain=torch.ones_like(gain.gain)).backward(wide)
     return wide if norm is None else measure_gain(model, norm, vectors).backward(wide)
+
+
+def _branches(model: TransformerBridge, hook: str) -> Iterator[tuple[Any, Side, str, Any]]:
+    """The block of a hook point, which stack it is in, and its branches with their names."""
+    side: Side = "encoder" if hook.startswith("encoder_") else "decoder"
+    layer = layer_of(hook)
+    if layer is not None:
+        block = block_of(model, layer, side)
+        for name in ("attn", "self_attn", "cross_attn", "mlp"):
+            if block._modules.get(name) is not None:
+                yield block, side, name.removeprefix("self_"), block._modules[name]
+
+
+def _norm_after(model: TransformerBridge, hook: str) -> nn.Module | None:
+    """The norm between a branch's output, where it is at a hook point, and the stream."""
+    for block, _, part, branch in _branches(model, hook):
+        if branch.hook_out is model.hook_dict.get(hook):
+            return branch_norm(block, part)
+    return None
+
+
+def _norm_before(model: TransformerBridge, hook: str) -> nn.Module | None:
+    """The norm between the stream and a hook point: a branch's input, or of that norm itself."""
+    for block, side, part, branch in _branches(model, hook):
+        norm = input_norm(model, block, side, part)
+        shown = [getattr(norm, name, branch.hook_in) for name in ("hook_out", "hook_normalized")]
+        if any(model.hook_dict.get(hook) is point for point in (branch.hook_in, *shown)):
+            return norm
+    return None
 
 
 def require_decoder(model: TransformerBridge, unit: Unit) -> None:

@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--active", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=250)
     parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--max-memory", type=float, default=3e9)
+    parser.add_argument("--rows", type=int, help="as many as fit into 2 GB if not given")
+    parser.add_argument("--max-memory", type=float)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -63,17 +63,17 @@ def main() -> None:
         )
     prompt = model.tokenizer(text, return_tensors="pt")["input_ids"][:, : options.tokens]
     coders = random_transcoders(model, options.features, options.active)
-    given = {"coders": coders, "k": options.k, "rows": options.rows}
+    given = {
+        "coders": coders, "k": options.k, "rows": options.rows, "max_memory": options.max_memory
+    }  # fmt: skip
     before, began = peak(), time.process_time()
     estimate = estimate_graph(model, prompt, **given)
     busy = time.process_time() - began
     print(
         f"estimate: {estimate} (itself {busy:.0f} s, {(peak() - before) / 1e9:.2f} GB)", flush=True
     )
-    within = estimate.within(options.max_memory)
-    print(f"within {options.max_memory / 1e9:.1f} GB: {within}", flush=True)
     began = time.process_time()
-    graph = attribution_graph(model, prompt, node_share=1.0, **{**given, "rows": within.rows})
+    graph = attribution_graph(model, prompt, node_share=1.0, **given)
     print(
         f"{graph}: error {graph.error:.1e}, {graph.passes}, {time.process_time() - began:.0f} s of "
         f"processor time, {(peak() - before) / 1e9:.2f} GB beside model and coders, "

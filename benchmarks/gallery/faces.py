@@ -1,12 +1,12 @@
 """What every result shows of itself: the size of its line and of its card, and their pictures.
 
     python -m benchmarks.gallery.faces [NAME ...]            # the table of docs/gallery.md
-    python -m benchmarks.gallery.faces --pictures [NAME ...] # and docs/images/face-NAME[-dark].png
+    python -m benchmarks.gallery.faces --pictures [NAME ...] # and the page's pictures
 
 Each line of `LINES` is what makes one result on the embedded models; the names in it are other
 lines. `line` is the characters of its `repr`, `height` that of its card in pixels, in a page of 900
 pixels in headless Chromium, and `bare` the same where a viewer drops scripts and style sheets and
-keeps inline styles. A face is a line of 300 characters or says in `LONG` why not, and one screen.
+keeps inline styles. A face is a line of 300 characters or is in `LONG`, and one screen.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lenslrp import analysis
 from lenslrp.analysis.views.drawing import DARK, LIGHT
 
 WIDTH, SCREEN, LINE = 900, 900, 300
-LONG = {"diagnosis": "a report"}
-"""Whose printed form has several lines, and what it is."""
+LONG = {"diagnosis": "printed as a report", "unit": "a page"}
+"""What is larger by purpose."""
 
 SETUP = {
     "model": 'lenslrp.load("smollm2-135m", device="cpu")',
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--pictures", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    failed = []
+    failed, gallery = [], (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
     print("| | made by | line | height | bare |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         made = Made(folder=folder, texts=str(ROOT / "tutorials" / "sentences.txt"))
@@ -124,13 +124,13 @@ def main() -> None:
             print(
                 f"| {name} | `{LINES[name]}` | {len(said)} | {shown[0]} | {shown[1]} |", flush=True
             )
-            short = name in LONG or (len(said) <= LINE and "\n" not in said)
-            if not short or max(sizes, default=0) > SCREEN:
+            fits = len(said) <= LINE and "\n" not in said and max(sizes, default=0) <= SCREEN
+            if not fits and name not in LONG:
                 failed.append(name)
-            if options.pictures and html:
+            if options.pictures and f"face-{name}.png" in gallery:
                 for theme, suffix in ((LIGHT, ""), (DARK, "-dark")):
                     path = ROOT / "docs" / "images" / f"face-{name}{suffix}.png"
-                    save_picture((html, WIDTH, min(sizes[0], SCREEN)), theme, path)
+                    save_picture((html, WIDTH, min(sizes[0], SCREEN)), theme, path, 1.0)
         if "d" in made:
             made["d"].close()
     if failed:

@@ -160,24 +160,28 @@ def page(html: str, theme: Theme) -> str:
     return f'<!DOCTYPE html><html theme="{scheme}">{body}</html>'
 
 
-def photographed(html: str, width: int, height: int, theme: Theme, path: Path) -> None:
+def photographed(
+    html: str, width: int, height: int, theme: Theme, path: Path, scale: float
+) -> None:
     """A page as the browser shows it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "page.html"
         file.write_text(page(html, theme), encoding="utf-8")
         subprocess.run(
             [*browser(folder, theme), f"--window-size={width},{height + 200}",
-             f"--force-device-scale-factor={SCALE}", f"--screenshot={path}", file.as_uri()],
+             f"--force-device-scale-factor={scale}", f"--screenshot={path}", file.as_uri()],
             check=True, capture_output=True, timeout=120,
         )  # fmt: skip
     with Image.open(path) as taken:  # the browser leaves the lower end of a small window empty
-        taken.crop((0, 0, round(width * SCALE), round(height * SCALE))).save(path)
+        taken.crop((0, 0, round(width * scale), round(height * scale))).save(path)
 
 
-def save_picture(drawn: Figure | tuple[str, int, int], theme: Theme, path: Path) -> None:
+def save_picture(
+    drawn: Figure | tuple[str, int, int], theme: Theme, path: Path, scale: float = SCALE
+) -> None:
     """A small PNG of a figure, or of a page."""
     if isinstance(drawn, tuple):
-        photographed(*drawn, theme, path)
+        photographed(*drawn, theme, path, scale)
     else:
         drawn.savefig(path, dpi=min(130, TALLEST / drawn.get_figheight()))
     with Image.open(path) as picture:

@@ -1,7 +1,7 @@
 """The card that a result shows in a notebook: what it is, the numbers that matter first, a table.
 
 One style for every result, in the colours of the token heatmap, light or dark as the page is. There
-is no script; where a viewer drops style sheets, what remains is a heading, a list and a table.
+is no script. Colours and places are inline, and hold where a viewer drops style sheets.
 Everything that is given as text is escaped.
 """
 
@@ -23,18 +23,17 @@ if TYPE_CHECKING:
 ROWS = 12
 """Rows of a table that a card shows: one screen."""
 
+# Inline: notebooks have rules of their own for cells and lists, which would win.
+_FACTS = "display:flex;flex-wrap:wrap;gap:.3em 2em;margin:.5em 0 0"
+_BODY = "max-height:600px;overflow-y:auto;margin-top:.6em"  # one screen; more is scrolled
 _STYLE = f"""<style>
 {card("lenslrp-card")}
 .lenslrp-card table{{border-collapse:collapse;font-size:.92em;margin:.5em 0 0;color:inherit;\
 background:none;font-variant-numeric:tabular-nums}}
-.lenslrp-card th,.lenslrp-card td{{text-align:left;padding:.2em .6em;border:0;\
+.lenslrp-card th,.lenslrp-card td{{padding:.2em .6em;border:0;\
 border-bottom:1px solid var(--llrp-line);background:none;color:inherit;white-space:nowrap}}
 .lenslrp-card td.long{{white-space:normal;min-width:11em}}
-.lenslrp-card th.n,.lenslrp-card td.n{{text-align:right}}
-.lenslrp-card th,.lenslrp-card dt,.lenslrp-card .lenslrp-note{{color:var(--llrp-muted)}}
-.lenslrp-card dl{{display:flex;flex-wrap:wrap;gap:.3em 2em;margin:.5em 0 0}}
-.lenslrp-card dt{{font-size:.85em;font-weight:400}}
-.lenslrp-card dd{{margin:0;font-weight:600}}
+.lenslrp-card th,.lenslrp-card .lenslrp-note{{color:var(--llrp-muted)}}
 </style>"""
 
 
@@ -65,11 +64,13 @@ class Face:
         parts = [f'<div style="font-weight:600">{_text(self.title)}</div>']
         if self.facts:
             entries = (
-                f"<div><dt>{_text(label)}</dt><dd>{_text(shown(value))}</dd></div>"
+                f'<div><span class="lenslrp-note" style="font-size:.85em">{_text(label)}</span><br>'
+                f"<b>{_text(shown(value))}</b></div>"
                 for label, value in self.facts.items()
             )
-            parts.append(f"<dl>{''.join(entries)}</dl>")
-        parts.append(self.body)
+            parts.append(f'<div style="{_FACTS}">{"".join(entries)}</div>')
+        if self.body:
+            parts.append(f'<div style="{_BODY}">{self.body}</div>')
         hidden = 0 if self.frame is None else max(0, len(self.frame) - self.rows)
         if self.frame is not None and len(self.frame):
             parts.append(_table(self.frame.head(self.rows), self.coloured))
@@ -124,20 +125,21 @@ def _table(frame: pd.DataFrame, coloured: Collection[str]) -> str:
         values = frame[name].tolist()
         number = all(isinstance(v, numbers.Real) and not isinstance(v, bool) for v in values)
         cells = [shown(value) for value in values]
-        looks = [""] * len(cells)
+        look = f"text-align:{'right' if number else 'left'}"
+        colours = [""] * len(cells)
         if name in coloured:
             limit = max((abs(float(v)) for v in values if math.isfinite(v)), default=0.0)
             cells = [signed(float(v), limit) for v in values]
-            looks = [
-                f' style="background:{rgba(float(v) / limit if math.isfinite(v) else 0.0)}"'
+            colours = [
+                f";background:{rgba(float(v) / limit if math.isfinite(v) else 0.0)}"
                 if limit
                 else ""
                 for v in values
             ]
-        look = ' class="n"' if number else ' class="long"' if max(map(len, cells)) > 20 else ""
-        columns.append([f"<th{look}>{_text(str(name))}</th>"] + [
-            f"<td{look}{colour}>{_text(cell)}</td>"
-            for cell, colour in zip(cells, looks, strict=True)
+        long = ' class="long"' if not number and max(map(len, cells)) > 20 else ""
+        columns.append([f'<th style="{look}">{_text(str(name))}</th>'] + [
+            f'<td{long} style="{look}{colour}">{_text(cell)}</td>'
+            for cell, colour in zip(cells, colours, strict=True)
         ])  # fmt: skip
     head, *body = ("".join(row) for row in zip(*columns, strict=True))
     body_rows = "".join(f"<tr>{row}</tr>" for row in body)

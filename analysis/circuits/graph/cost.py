@@ -58,15 +58,21 @@ class GraphEstimate:
         Raises:
             InputError: one row does not fit.
         """
-        rows = int((limit - self.graph_bytes) // self.row_bytes) - 1
-        if rows < 1:
+        if self._fitting(limit) < 1:
             least = replace(self, rows=1).memory / 1e9
             raise InputError(
                 f"a graph of {self.nodes:,} nodes needs {least:.2f} GB with one row at a time, "
                 f"more than max_memory, {limit / 1e9:.2f} GB: choose fewer nodes (k), or a shorter "
                 "prompt"
             )
-        return replace(self, rows=min(self.rows, rows))
+        return self.near(limit)
+
+    def near(self, limit: float) -> GraphEstimate:
+        """The same, but with one row where none fits."""
+        return replace(self, rows=max(1, min(self.rows, self._fitting(limit))))
+
+    def _fitting(self, limit: float) -> int:
+        return int((limit - self.graph_bytes) // self.row_bytes) - 1
 
     def __str__(self) -> str:
         return (

@@ -19,44 +19,30 @@ so that sums still close.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from lenslrp import media
-from lenslrp.analysis.circuits.graph.candidates import Candidates, find_candidates
-from lenslrp.analysis.circuits.graph.cost import GraphEstimate, estimated
+from lenslrp.analysis.circuits.graph.cost import GraphEstimate
 from lenslrp.analysis.circuits.graph.gradients import (
     ABSORBED,
-    NODE_KINDS,
     NOT_SHOWN,
     FullGraph,
     build_graph,
 )
+from lenslrp.analysis.circuits.graph.options import GraphOptions
 from lenslrp.analysis.circuits.graph.pruning import Mask, influential, strongest
 from lenslrp.analysis.circuits.graph.result import AttributionGraph
-from lenslrp.analysis.circuits.nodes import place_components
-from lenslrp.analysis.circuits.replacement import require_coders
 from lenslrp.analysis.passes.problems import PassCount
 from lenslrp.analysis.units.coders import SparseCoder
-from lenslrp.errors import InputError
-from lenslrp.hooks import AttnLRP, Composite
-from lenslrp.hooks.rule_types import CONSTANT
-from lenslrp.inputs import is_encoder_decoder
-from lenslrp.sessions import Session
-from lenslrp.targets import PerRow, as_target
-from lenslrp.targets import Sequence as Span
+from lenslrp.hooks import Composite
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-ATTENTION = ("composite", "frozen", "qkv")
-"""What becomes of attention: what the composite says; patterns are constants; what the composite
-says, with edges into heads told apart by query, key and value."""
 
 
 def attribution_graph(
@@ -74,7 +60,7 @@ def attribution_graph(
     node_share: float = 0.9,
     edge_share: float = 0.9,
     prepend_bos: bool | None = None,
-    rows: int = 8,
+    rows: int | None = None,
     max_memory: float | None = None,
 ) -> AttributionGraph:
     """The graph of one prompt: choose nodes, find their edges, prune.
@@ -99,7 +85,8 @@ def attribution_graph(
         node_share: of the influence on the target that the nodes which stay must hold.
         edge_share: likewise, of the edges that stay.
         prepend_bos: `None` is the model's own default.
-        rows: how many chosen nodes a backward pass serves.
+        rows: how many chosen nodes a backward pass serves. If not given, as many as fit into 2 GB
+            beside the model and the coders, at most 8 and at least one.
         max_memory: bytes that may be needed beside the model and the coders, as
             `estimate_graph` finds them; as many rows are made at once as fit.
 
@@ -117,16 +104,18 @@ def attribution_graph(
         >>> graph.error < 1e-3  # what enters a node is its relevance, less what was absorbed
         True
     """
-    shares = {"share": share, "node_share": node_share, "edge_share": edge_share}
-    _check(model, components, coders, attention, k, shares, rows)
-    rules, split = _rules(composite, attention), attention == "qkv"
-    with _candidates(model, input, target, rules, components, coders, prepend_bos) as candidates:
+    options = GraphOptions(
+        composite=composite, components=components, coders=coders, attention=attention, k=k,
+        share=share, direct=direct, node_share=node_share, edge_share=edge_share,
+        prepend_bos=prepend_bos, rows=rows, max_memory=max_memory,
+    )  # fmt: skip
+    with options.candidates(model, input, target) as candidates:
         chosen = candidates.choose(k, share)
         passes = [candidates.passes]
-        if max_memory is not None:
-            rows = estimated(candidates, rows, direct, split, chosen).within(max_memory).rows
+        if rows is None or max_memory is not None:
+            rows = options.cost(candidates, chosen).rows
             passes.append(PassCount(1, 1))
-        build = partial(build_graph, candidates, rows, direct, split)
+        build = partial(build_graph, candidates, rows, direct, options.split)
         full = build(chosen)
         stays = influential(full.weights, full.absorbed, full.fixed, node_share)
         passes.append(full.passes)
@@ -155,11 +144,7 @@ def attribution_graph(
         layers=int(model.cfg.n_layers),
         chosen=(len(chosen), len(candidates)),
         model_name=cache.model_name,
-        settings={
-            "composite": rules.name, "components": list(components),
-            "coders": [coder.name for coder in coders], "attention": attention, "k": k,
-            "share": share, "direct": direct, "node_share": node_share, "edge_share": edge_share,
-        },
+        settings=options.settings,
         passes=PassCount(sum(p.forward for p in passes), sum(p.backward for p in passes)),
         prompt=cache.prompts[0],
         coders=tuple(coders),
@@ -167,71 +152,27 @@ def attribution_graph(
 
 
 def estimate_graph(
-    model: TransformerBridge,
-    input: Any,
-    target: Any = None,
-    *,
-    composite: Composite | None = None,
-    components: Sequence[str] = ("heads", "neurons"),
-    coders: Sequence[SparseCoder] = (),
-    attention: str = "composite",
-    k: int = 64,
-    share: float = 1.0,
-    direct: bool = False,
-    prepend_bos: bool | None = None,
-    rows: int = 8,
+    model: TransformerBridge, input: Any, target: Any = None, **options: Any
 ) -> GraphEstimate:
     """What `attribution_graph` will take, from the passes that choose nodes and one row more.
 
     Args:
-        model, input, target: of `attribution_graph`, as all others.
+        model, input, target: of `attribution_graph`.
+        options: likewise; pruning costs nothing.
 
     Raises:
         InputError: as there.
 
     Examples:
         >>> print(estimate_graph(model, prompt, coders=coders, k=1000))  # doctest: +SKIP
-        1,252 nodes of 512,410, 873 backward passes, 8 at a time: 2.11 GB, 190 s
+        1,252 nodes of 512,410, 873 backward passes, 4 at a time: 1.31 GB, 190 s
     """
-    _check(model, components, coders, attention, k, {"share": share}, rows)
-    rules = _rules(composite, attention)
-    with _candidates(model, input, target, rules, components, coders, prepend_bos) as candidates:
-        chosen = candidates.choose(k, share)
-        return estimated(candidates, rows, direct, attention == "qkv", chosen)
-
-
-@contextmanager
-def _candidates(
-    model: TransformerBridge,
-    input: Any,
-    target: Any,
-    rules: Composite,
-    components: Sequence[str],
-    coders: Sequence[SparseCoder],
-    prepend_bos: bool | None,
-) -> Iterator[Candidates]:
-    """The candidates of the prompt, with the rules attached."""
-    wanted = as_target(target, model.tokenizer, 1, media.labels_of(model))
-    if isinstance(wanted, PerRow):
-        wanted = wanted.targets[0]
-    append = wanted.ids(model.tokenizer) if isinstance(wanted, Span) else []
-    prepared = media.prepare_batch(model, input, {}, append=append, prepend_bos=prepend_bos)
-    if len(prepared.tokens) != 1:
-        raise InputError(f"a graph is of one prompt; {len(prepared.tokens)} were given")
-    hooks = place_components(model, components) if components else {}
-    with Session(model, rules, ledger=False, logits="target", stays=False) as session:
-        yield find_candidates(
-            session, prepared, wanted, hooks, coders, input=input, prepend_bos=prepend_bos
-        )
-
-
-def _rules(composite: Composite | None, attention: str) -> Composite:
-    rules = AttnLRP() if composite is None else composite
-    if attention != "frozen":
-        return rules
-    return Composite(
-        f"{rules.name}, patterns frozen", {**rules.rules, "attention_av": CONSTANT}, rules.modules
-    )
+    given = inspect.signature(attribution_graph).bind_partial(**options)
+    given.apply_defaults()
+    given.arguments.pop("target")
+    made_with = GraphOptions(**given.arguments)
+    with made_with.candidates(model, input, target) as candidates:
+        return made_with.cost(candidates, candidates.choose(made_with.k, made_with.share))
 
 
 def _edge_table(full: FullGraph, edges: Mask) -> pd.DataFrame:
@@ -244,27 +185,3 @@ def _edge_table(full: FullGraph, edges: Mask) -> pd.DataFrame:
         table = pd.DataFrame({"source": ids[ups], "target": ids[downs], "relevance": values})
         tables.append(table.assign(via=via)[values != 0])
     return pd.concat(tables).sort_index(kind="stable").reset_index(drop=True)
-
-
-def _check(
-    model: TransformerBridge,
-    components: Sequence[str],
-    coders: Sequence[SparseCoder],
-    attention: str,
-    k: int,
-    shares: Mapping[str, float],
-    rows: int,
-) -> None:
-    if is_encoder_decoder(model):
-        raise InputError("a graph is of one stack of layers; this model is an encoder-decoder")
-    unknown = [name for name in components if name not in NODE_KINDS]
-    if unknown or isinstance(components, str) or not (components or coders):
-        raise InputError(f"components are some of {', '.join(NODE_KINDS)}, not {components!r}")
-    require_coders(model, coders)
-    if attention not in ATTENTION:
-        raise InputError(f"attention is one of {', '.join(ATTENTION)}, not {attention!r}")
-    if k < 1 or rows < 1:
-        raise InputError(f"k and rows must be at least 1, not {k} and {rows}")
-    for name, value in shares.items():
-        if not 0 < value <= 1:
-            raise InputError(f"{name} must be above 0 and at most 1, not {value}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,10 +21,21 @@ from torch import Tensor
 from transformer_lens.tools.analysis import logit_readout
 
 import lenslrp
-from lenslrp.analysis import Direction, Head, Neuron, cosines, reads, writes
+from lenslrp.analysis import (
+    Direction,
+    Feature,
+    Head,
+    Lens,
+    Neuron,
+    SparseCoder,
+    cosines,
+    reads,
+    writes,
+)
 from lenslrp.analysis.units.locations import blocks_name
 from lenslrp.analysis.units.projection import project
 from lenslrp.analysis.units.unembedding import embedding, measure_gain, unembed
+from lenslrp.errors import InputError
 from lenslrp.hooks.components import hook_points
 from lenslrp.hooks.structure import components
 from tests.conformance import zoo
@@ -174,6 +186,98 @@ def test_what_a_neuron_reads_is_the_gradient_of_its_input(name: str) -> None:
                 seen[hook][0].view(2, -1, 24 if "GPT2" not in name else 64)[0, 2, 3], seen[into]
             )
             along(found[part].scores, embedding(model) @ grad.view(2, -1, 16)[0, 2])
+
+
+def feature(model: Any, hook: str, out: str | None) -> Feature:
+    """A feature of a random coder in the last block."""
+    draw = torch.Generator().manual_seed(3)
+    encode, decode = (torch.randn(16, 5, generator=draw).double() for _ in range(2))
+    where = {"hook": f"blocks.{LAST}.{hook}", "hook_out": out and f"blocks.{LAST}.{out}"}
+    zeros = torch.zeros(16).double()
+    coder = SparseCoder(
+        W_enc=encode, b_enc=zeros[:5], W_dec=decode.T.contiguous(), b_dec=zeros, **where
+    )
+    return Feature(coder, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "hook"),
+    [
+        *((name, "mlp.hook_in") for name in READERS),
+        *((name, f"{READERS[name][0]}.hook_out") for name in READERS if "Olmo2" not in name),
+    ],
+)  # fmt: skip
+def test_what_a_transcoders_feature_reads_is_the_gradient_of_its_input(
+    name: str, hook: str
+) -> None:
+    model, norm = zoo.build(name), READERS[name][0]
+    start = "mlp" if name == "Olmo2ForCausalLM" else norm  # which norms only what it writes
+    into = f"blocks.{LAST}.{start}.hook_in"
+    unit = feature(model, hook, "hook_mlp_out")
+    with traced(model, into, unit.coder.hook) as seen:
+        read = (seen[unit.coder.hook][0] @ unit.coder.W_enc)[..., 3]
+        grad = gradient(read.view(2, -1)[0, 2], seen[into]).view(2, -1, 16)[0, 2]
+    along(reads(model, unit)["in"].scores, embedding(model) @ grad)
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if "Olmo2" not in name])
+def test_what_is_read_ahead_of_a_norms_gain(name: str) -> None:
+    """What a norm divides is the stream, or the stream less its mean."""
+    model, norm = zoo.build(name), READERS[name][0]
+    unit, into = feature(model, f"{norm}.hook_normalized", "hook_mlp_out"), f"{norm}.hook_in"
+    with traced(model, f"blocks.{LAST}.{into}", unit.coder.hook) as seen:
+        x, shown = (seen[key][0][0, 2].detach() for key in seen if key.startswith("blocks"))
+    row = unit.coder.W_enc[:, 3]
+    if name in ("GPT2LMHeadModel", "PhiForCausalLM"):
+        x, row = x - x.mean(), row - row.mean()
+    along(shown, x)
+    along(reads(model, unit)["in"].scores, embedding(model) @ row)
+
+
+@pytest.mark.parametrize(
+    ("name", "out"),
+    [
+        *((name, out) for name in (*READERS, "GPTNeoXForCausalLM")
+          for out in ("mlp.hook_out", "hook_mlp_out", "hook_resid_post")),
+        ("PhiForCausalLM", "attn.hook_out"),
+    ],
+)  # fmt: skip
+def test_what_a_feature_writes_is_the_gradient_of_the_logits(name: str, out: str) -> None:
+    model = zoo.build(name)
+    stream = out == "hook_resid_post"
+    unit = feature(model, out, None) if stream else feature(model, "mlp.hook_in", out)
+    with traced(model, unit.coder.written_at) as seen:
+        at = seen[unit.coder.written_at]
+        grads = [
+            gradient(x, at).view(2, -1, 16)[0, -1] @ unit.coder.W_dec[3]
+            for x in seen["unembed.hook_out"][0][0, -1]
+        ]
+    along(writes(model, unit).scores, torch.stack(grads))
+
+
+def test_what_attention_writes_passes_a_norm_of_its_own() -> None:
+    model = zoo.build("Gemma2ForCausalLM")
+    gain = measure_gain(model, model.blocks[LAST].ln1_post, torch.zeros(16).double())
+    for out, through in (("attn.hook_out", gain.forward), ("hook_attn_out", lambda row: row)):
+        unit = feature(model, out, None)
+        expected = project(model, through(unit.coder.W_dec[3])[None])[0].cpu()
+        torch.testing.assert_close(writes(model, unit).scores, expected)
+
+
+def test_a_cross_layer_feature_writes_the_sum_of_its_layers() -> None:
+    model, out = zoo.build("Gemma2ForCausalLM"), "mlp.hook_out"
+    one = feature(model, "mlp.hook_in", out).coder
+    first = {"hook": "blocks.0.mlp.hook_in", "hook_out": "blocks.0.hook_mlp_out"}
+    across = replace(one, **first, later={f"blocks.{LAST}.hook_mlp_out": one.W_dec.flip(0)})
+    total = one.W_dec[3] + one.W_dec[1]
+    scores = writes(model, Feature(across, 3)).scores
+    torch.testing.assert_close(scores, project(model, total[None])[0].cpu())
+    behind = replace(across, later={f"blocks.{LAST}.{out}": one.W_dec})
+    with pytest.raises(InputError, match="writes through norms of several layers, not through one"):
+        writes(model, Feature(behind, 3))
+    lens = Lens({0: torch.eye(16)}, {}, {}, "ridge", "x", "", 2, 0, 0)
+    with pytest.raises(InputError, match="writes at several layers, and a lens is of one"):
+        writes(model, Feature(across, 3), lens=lens)
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM", "MistralForCausalLM"])

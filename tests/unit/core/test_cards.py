@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from html.parser import HTMLParser
 from typing import Any
 
@@ -50,6 +51,14 @@ def test_a_card_shows_every_column_and_says_how_many_rows_it_leaves_out() -> Non
     assert ">1,234<" in markup and ">0.1235<" in markup and ">yes<" in markup
 
 
+def test_what_is_long_is_scrolled() -> None:
+    markup = Face("A result", body="<p>long</p>").html()
+    assert re.search(
+        r'<div style="max-height:600px;overflow-y:auto[^"]*"><p>long</p></div>', markup
+    )
+    assert "max-height" not in Face("A result").html()
+
+
 def test_everything_given_as_text_is_escaped() -> None:
     hostile = "</div><script>alert(1)</script>"
     frame = pd.DataFrame({hostile: [hostile]})
@@ -61,8 +70,8 @@ def test_everything_given_as_text_is_escaped() -> None:
 def test_signed_numbers_share_one_scale_a_column() -> None:
     frame = pd.DataFrame({"relevance": [2.0, -1.0, 0.0, math.nan], "n": [1, 2, 3, 4]})
     markup = Face("R", frame=frame, coloured=["relevance"]).html()
-    assert 'style="background:rgba(214,39,55,0.700)"' in markup
-    assert 'style="background:rgba(43,120,205,0.350)"' in markup
+    assert 'style="text-align:right;background:rgba(214,39,55,0.700)"' in markup
+    assert 'style="text-align:right;background:rgba(43,120,205,0.350)"' in markup
     assert [row[0] for row in Cells(markup).rows] == ["relevance", "+2.00", "-1.00", "+0.00", "NaN"]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lenslrp.analysis import Circuit, Verdict
+from lenslrp.analysis.circuits.faces import WIDTH, strips
 from lenslrp.analysis.circuits.pairs import SHOWN_CHARACTERS, SHOWN_PAIRS, Pairs
 from lenslrp.analysis.circuits.scores import score_nodes
 from tests.unit.tiny import tiny, word_tokenizer
@@ -63,6 +64,14 @@ def test_a_circuit_has_a_picture_with_a_mark_for_each_unit() -> None:
     x = [float(x) for x in re.findall(r'<rect x="([\d.]+)"[^>]*><title>', html)]
     width, label = map(int, (re.search(r'viewBox="0 0 (\d+)', html)[1], 190))  # type: ignore[index]
     assert all(label <= each <= width for each in x)
+
+
+def test_thousands_of_neurons_are_one_path_a_line() -> None:
+    kept = torch.arange(WIDTH * 3) % 2 == 0
+    html = strips({"blocks.0.mlp.hook_post": kept, "blocks.1.mlp.hook_post": ~kept})
+    paths = re.findall(r'<path d="([^"]*)"', html)
+    assert [len(re.findall(r"M\d+ \d+v10", path)) for path in paths] == [WIDTH, WIDTH + 1]
+    assert len(html) < 40 * WIDTH
 
 
 def test_a_verdict_shows_each_circuit() -> None:

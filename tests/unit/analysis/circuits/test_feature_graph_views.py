@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lenslrp.analysis import Feature, SparseCoder, attribution_graph, estimate_graph, writes
+from lenslrp.analysis.circuits.graph import options
 from lenslrp.analysis.circuits.graph.export import pairing
 from lenslrp.analysis.circuits.graph.picture import graph_svg
 from lenslrp.analysis.circuits.graph.result import AttributionGraph
@@ -219,7 +220,7 @@ def test_networkx_has_one_edge_a_pair_and_its_ways_in(graph: AttributionGraph) -
     assert edge["relevance"] == pytest.approx(sum(ways), abs=1e-12)
 
 
-def test_what_a_graph_costs_is_said_before() -> None:
+def test_what_a_graph_costs_is_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     tokens = torch.tensor([[3, 17, 5, 17, 8, 11]])
     given = {"coders": CODERS, "k": 30, "rows": 4}
@@ -241,6 +242,16 @@ def test_what_a_graph_costs_is_said_before() -> None:
     assert less.passes.forward == graph.passes.forward - 2 + 1
     both = less.edges.merge(graph.edges, on=["source", "target"])
     assert np.allclose(both["relevance_x"], both["relevance_y"], rtol=0, atol=1e-12)
+    rowless = {key: value for key, value in given.items() if key != "rows"}
+    assert estimate_graph(model, tokens, Logit(5), **rowless).rows == options.ROWS == 8
+    monkeypatch.setattr(options, "MEMORY", cost.graph_bytes + 4.5 * cost.row_bytes)
+    assert estimate_graph(model, tokens, Logit(5), **rowless).rows == 3
+    third = attribution_graph(model, tokens, Logit(5), node_share=1.0, edge_share=1.0, **rowless)
+    assert third.passes.forward == 2 + 1 + 3  # the candidates, the estimate, three rows
+    monkeypatch.setattr(options, "MEMORY", 1.0)
+    assert estimate_graph(model, tokens, Logit(5), **rowless).rows == 1
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lines'"):
+        estimate_graph(model, tokens, Logit(5), lines=3)
     with pytest.raises(InputError) as error:
         replace(cost, row_bytes=2_000_000_000, graph_bytes=0).within(1e9)
     assert str(error.value) == (
