@@ -43,7 +43,7 @@ LINEAR_NODES = frozenset(
         Cat Chunk Clone Complex ConstantPadNd Contiguous Copy Cumsum Detach Embedding Expand Fill
         Flatten Flip Gather Identity Im2Col Index IndexAdd IndexCopy IndexPut IndexSelect MaskedFill
         MaskedScatter Max Mean Movedim Narrow Neg Pad Permute Real Repeat RepeatInterleave Reshape
-        ReshapeAlias Roll RSub Scatter ScatterAdd Select SelectScatter Slice SliceScatter Sort Split
+        ReshapeAlias Roll Rsub Scatter ScatterAdd Select SelectScatter Slice SliceScatter Sort Split
         SplitWithSizes Squeeze Stack Sub Sum T TensorSplit ToCopy Topk Transpose Tril Triu Unbind
         Unfold UnsafeView Unsqueeze UpsampleBicubic2D UpsampleBilinear2D View ViewAs ViewAsComplex
         ViewAsReal Where Zero

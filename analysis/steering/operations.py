@@ -215,7 +215,8 @@ class Clamp(Moving):
             raise InputError(f"Clamp from {self.low} to {self.high}: low is above high")
 
     def change(self, a: Tensor, x: Tensor) -> Tensor:
-        return a.clamp(self.low, self.high) - a
+        bound = a.detach().clamp(self.low, self.high)
+        return torch.where(bound == a, 0.0, -a + bound)
 
 
 @dataclass(frozen=True)

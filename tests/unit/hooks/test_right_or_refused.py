@@ -352,12 +352,15 @@ def test_a_native_hook_without_a_rule_is_refused(what: str) -> None:
     "point", ["mlp.out.hook_in", "attn.o.hook_in", "attn.hook_pattern", "hook_resid_post"]
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_what_a_hook_adds_absorbs_as_a_bias(family: str, point: str) -> None:
+@pytest.mark.parametrize("affine", [lambda x: 1.5 * x + 0.3, lambda x: 0.3 - x])
+def test_what_a_hook_adds_absorbs_as_a_bias(
+    family: str, point: str, affine: Callable[[Tensor], Tensor]
+) -> None:
     model = tiny(family)
     if "out.hook_in" in point and family == "gpt2":
         point = "mlp.hook_post"
     plain = explain(model).ledger()
-    with model.hooks(fwd_hooks=[(f"blocks.1.{point}", lambda x, hook: 1.5 * x + 0.3)]):
+    with model.hooks(fwd_hooks=[(f"blocks.1.{point}", lambda x, hook: affine(x))]):
         ledger = explain(model).ledger()
     assert abs(ledger.error) < 1e-7  # Gemma's softmax is in float32
     assert abs(ledger.biases - plain.biases) > 1e-6

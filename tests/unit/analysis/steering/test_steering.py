@@ -31,6 +31,7 @@ from tests.unit.tiny import TOKENS, changes, snapshot, tiny, word_tokenizer
 STREAM = "blocks.0.hook_resid_post"
 POST = "blocks.1.mlp.hook_post"
 EARLY = "blocks.0.mlp.hook_post"
+BEFORE = "blocks.0.mlp.hook_pre"
 
 
 class Boom(Exception):
@@ -494,6 +495,57 @@ def test_relevance_is_of_the_steered_model() -> None:
         _, R = lenslrp.run_with_relevance(model, TOKENS, 5, names_filter=EARLY)
     assert abs(R.ledger().error) < 1e-9  # what is added is no token's doing: it absorbs, as a bias
     assert abs(R.ledger().biases) > abs(plain.biases) + 1e-3
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        Ablate(Neuron(0, 3), 0.7),
+        Ablate(Head(0, 1), 2.0),
+        Ablate(direction(), -1.0),
+        Clamp(Neuron(0, 3), low=0.5),
+        Clamp(direction(), high=0.1),
+        ProjectOut((direction(1), direction(2))),
+        Add(Feature(coder(), 7), 3.0),
+    ],
+    ids=lambda operation: (
+        f"{type(operation).__name__} {type(getattr(operation, 'unit', 0)).__name__}"
+    ),
+)
+def test_every_operation_on_what_is_read_linearly_has_relevance(operation: Any) -> None:
+    model = tiny()
+    with steer(model, [operation]):
+        logits, R = lenslrp.run_with_relevance(model, TOKENS, 5, names_filter=EARLY)
+        assert torch.equal(logits, model(TOKENS))
+    assert abs(R.ledger().error) < 1e-9
+
+
+def test_what_was_set_has_no_relevance_before_it() -> None:
+    model = tiny()
+    x = activations(model, EARLY)[0][..., 3]
+    middle = float(x.median())
+    assert (x < middle).any() and (x > middle).any()
+    for operation, still in (
+        (Ablate(Neuron(0, 3), 0.7), torch.zeros_like(x, dtype=torch.bool)),
+        (Clamp(Neuron(0, 3), low=middle), x >= middle),
+    ):
+        with steer(model, [operation]):
+            _, R = lenslrp.run_with_relevance(model, TOKENS, 5, names_filter=BEFORE)
+        assert torch.equal(R[BEFORE][..., 3] != 0, still)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        Scale(Feature(coder(), 7), 0.0),
+        Ablate(Feature(coder(), 7)),
+        Clamp(Feature(transcoder(), 7), high=0.1),
+    ],
+)
+def test_relevance_past_a_features_own_activation_is_refused(operation: Any) -> None:
+    model = tiny()
+    with steer(model, [operation]), pytest.raises(lenslrp.CoverageError, match="no rule for "):
+        lenslrp.run_with_relevance(model, TOKENS, 5)
 
 
 @pytest.mark.parametrize(
