@@ -41,7 +41,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 CALLED_LATER = {
-    "_actors", "_figure_class", "installed_fonts", "colour_map", "_image", "_folder",
+    "_actors", "_figure_class", "installed_fonts", "colour_map", "_image", "_folder", "_tint",
     "_unpacked",  # a weight that is the package's own
 }  # fmt: skip
 """Functions that are called only when their callers have asked."""
