@@ -252,6 +252,8 @@ def positions_of(span: Span, str_tokens: list[str], first: int = 0) -> range:
         for token in str_tokens[first:]:
             starts.append(len(text))
             text += token
+        if span not in text:
+            raise InputError(f"{span!r} does not occur at the tokens from position {first} on")
         if text.count(span) != 1 or not span:
             raise InputError(f"{span!r} occurs {text.count(span)} times, not once: give positions")
         begin = text.index(span)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -277,11 +278,19 @@ def _blocks(cache: RelevanceCache, hook: str) -> list[_Block]:
             whole = value.to_dense() if value.is_sparse else value
             blocks.append(_Block(layer, name.split(f".{layer}.", 1)[0], name, whole, layer))
     if not blocks:
-        raise InputError(f"{hook!r} was not read in any block; ask for it in names_filter")
+        raise InputError(f"{hook!r} was not read in any block{_read(cache, hook)}")
     stacks = list(dict.fromkeys(block.stack for block in reversed(blocks)))  # read backwards
     if len(stacks) > 1:
         blocks = [block._replace(label=f"{block.stack}.{block.layer}") for block in blocks]
     return sorted(blocks, key=lambda block: (stacks.index(block.stack), block.layer))
+
+
+def _read(cache: RelevanceCache, hook: str) -> str:
+    """What to do about a hook that no block has: the nearest that were read, or to read it."""
+    read = {n.split(f".{layer_of(n)}.", 1)[-1] for n in cache.values if layer_of(n) is not None}
+    near = difflib.get_close_matches(hook, sorted(read), n=3)
+    nearest = f"; nearest of what was read: {', '.join(near)}" if near else ""
+    return f"{nearest}; ask for a hook point in names_filter, such as 'mlp.hook_post'"
 
 
 def _chosen(cache: RelevanceCache, block: _Block) -> Tensor:

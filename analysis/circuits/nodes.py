@@ -136,8 +136,10 @@ def place_components(model: TransformerBridge, names: Sequence[str]) -> dict[str
     Raises:
         InputError: a component that does not exist, here or at all, or whose tensor nothing uses.
     """
+    if isinstance(names, str):
+        raise InputError(f"components is a list of names, not one name: [{names!r}]")
     unknown = [name for name in names if name not in COMPONENTS]
-    if unknown or not names or isinstance(names, str):
+    if unknown or not names:
         raise InputError(f"components are some of {', '.join(COMPONENTS)}, not {names!r}")
     parts = components(model)
     points = hook_points(model, parts)

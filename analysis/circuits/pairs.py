@@ -185,9 +185,9 @@ class Pairs(Shown, Saved, PairRows):
             several_tokens: take answers of several tokens, which are teacher-forced.
 
         Raises:
-            InputError: lists of different lengths, none at all, a pair whose prompts differ in
-                length (and `align` does not say how) or not at all, an answer that is not one
-                token or is the incorrect one, an encoder-decoder.
+            InputError: a text in a list's place, lists of different lengths, none at all, a pair
+                whose prompts differ in length (and `align` does not say how) or not at all, an
+                answer that is not one token or is the incorrect one, an encoder-decoder.
 
         Examples:
             >>> pairs = Pairs.from_texts(
@@ -204,6 +204,9 @@ class Pairs(Shown, Saved, PairRows):
             raise InputError("pairs are for decoders: an encoder-decoder has two inputs")
         if labels_of(model) is not None:
             raise InputError("pairs are of next tokens, and this model gives classes")
+        for some in (clean, corrupt, answers, rivals):
+            if isinstance(some, str):
+                raise InputError(f"prompts and answers are lists, not one text: [{some!r}]")
         counts = [len(some) for some in (clean, corrupt, answers, rivals)]
         if len(set(counts)) > 1 or counts[0] == 0:
             raise InputError(f"a pair has one of each; got {counts} prompts, answers and rivals")

@@ -251,6 +251,10 @@ class Verdict(Shown, Saved):
             notes=["Faithfulness: (circuit - floor) / (whole - floor), 95% bootstrap interval."],
         )
 
+    def __repr__(self) -> str:
+        kept = ", ".join(f"{share:.3g}" for share in self.faithfulness)
+        return f"{super().__repr__()[:-1]}, faithfulness {kept})"
+
     @property
     def solved(self) -> float:
         """The share of pairs in which the whole model prefers the answer to the incorrect one."""

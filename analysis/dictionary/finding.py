@@ -145,6 +145,17 @@ def _marked(match: Match) -> str:
     )
 
 
+def require_words(words: Sequence[object]) -> None:
+    """Words that can be looked for.
+
+    Raises:
+        InputError: no word, one of which an index holds nothing, or a list in a word's place.
+    """
+    if not words or not all(isinstance(word, str) and indexed(word) for word in words):
+        given = words[0] if len(words) == 1 else words
+        raise InputError(f"find takes words, such as find('church', 'bishop'), not {given!r}")
+
+
 def find(
     d: NeuronDictionary, words: Sequence[str], criterion: str = "actmax", limit: int = 20
 ) -> Found:
@@ -160,9 +171,8 @@ def find(
         InputError: no word, or an unknown criterion.
     """
     d.require_criterion(criterion)
+    require_words(words)
     wanted = tuple(dict.fromkeys(words))
-    if not wanted or not all(indexed(word) for word in wanted):
-        raise InputError(f"find takes words, such as find('church', 'bishop'), not {words!r}")
     held = _matching_examples(d, wanted, criterion)
     strengths, counts = d.citations.strengths(d.slots, criterion, len(d))
     total = int(counts.sum())

@@ -158,7 +158,10 @@ class Plan:
             return places[:1], int(parsed["index"])
         parts = key if isinstance(key, tuple) else (key,)
         if len(parts) not in (2, 3) or not all(isinstance(p, int) for p in parts[-2:]):
-            raise InputError(f"a unit is (layer, index) or (site, layer, index), not {key!r}")
+            raise InputError(
+                "a unit is (layer, index), (site, layer, index), a Neuron, a Head (of a node: "
+                f"node.as_unit()) or a name as 'blocks.5.mlp.hook_post[17]', not {key!r}"
+            )
         there = [p for p in self.places if p.layer == parts[-2]]
         site = parts[0] if len(parts) == 3 else self.sites[0][0]
         chosen = [p for p in there if p.site == site]

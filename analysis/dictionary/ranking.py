@@ -26,8 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenslrp.analysis.dictionary.finding import Found, find
-from lenslrp.analysis.dictionary.text_search import indexed
+from lenslrp.analysis.dictionary.finding import Found, find, require_words
 from lenslrp.analysis.dictionary.unit import require_same_model
 from lenslrp.analysis.dictionary.vocabulary_lists import written_vectors
 from lenslrp.analysis.units.parsing import parse_unit
@@ -132,8 +131,7 @@ def find_units(
     """
     if by == "examples" and model is None and encoder is None:
         return find(d, words, criterion, limit)
-    if not words or not all(indexed(word) for word in words):
-        raise InputError(f"find takes words, such as find('church', 'bishop'), not {words!r}")
+    require_words(words)
     if by == "writes" and model is not None and encoder is None:
         return find_written(d, words, model, limit)
     if by == "meaning" and model is None:

@@ -168,6 +168,7 @@ def _checks(R: RelevanceCache, row: int, model: TransformerBridge | None) -> dic
     relevance = _column(head.relevance for head in found.heads)
     return {
         "token": visible(found.token),
+        "of": "next token" if labels_of(model) is None else "class",
         "probability": f"{found.probability:.3f}",
         "rank_note": f"rank {found.rank:,}" if found.rank > len(found.predictions) else "",
         "predictions": [(visible(token), f"{p:.3f}") for token, p in found.predictions],

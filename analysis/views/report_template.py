@@ -95,7 +95,7 @@ tokens and positions have theirs outside it.</p>
 <bdi>{{ checks.token }}</bdi> when the most relevant head is switched off or the most relevant token
 replaced, each beside a control of the same size: a head of the same layer, and a token of the
 prompt, of middling relevance.</p>
-<div class="columns"><div><table class="data"><thead><tr><th scope="col">next token</th>
+<div class="columns"><div><table class="data"><thead><tr><th scope="col">{{ checks.of }}</th>
 <th scope="col" class="n">probability</th></tr></thead><tbody>
 {% for token, probability in checks.predictions %}<tr><td><span class="tok">{{ token }}</span></td>
 <td class="n">{{ probability }}</td></tr>{% endfor %}

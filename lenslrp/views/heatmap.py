@@ -277,7 +277,7 @@ def _notes(values: Sequence[float], s: ColourScale) -> list[str]:
         notes.append(f"Scaled without the first token, which holds {size} (drawn, outlined).")
     elif s.dominated and s.first not in s.clipped:
         notes.append(
-            "The first token outweighs every other one threefold (an attention sink); "
+            "The first token outweighs every other one threefold (often an attention sink); "
             "without_first=True scales the colours by the others."
         )
     others = [position for position in s.clipped if not (s.without_first and position == s.first)]

@@ -99,7 +99,7 @@ def matrix_heatmap(
         ]
     elif colours.dominated:
         notes.append(
-            "The first position outweighs every other one threefold (an attention sink); "
+            "The first position outweighs every other one threefold (often an attention sink); "
             "without_first=True scales the colours by the others."
         )
     return framed("Relevance matrix", title, table, scale_bar(colours.limit), notes)

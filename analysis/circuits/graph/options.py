@@ -111,8 +111,10 @@ class GraphOptions:
         if is_encoder_decoder(model):
             raise InputError("a graph is of one stack of layers; this model is an encoder-decoder")
         names = self.components
+        if isinstance(names, str):
+            raise InputError(f"components is a list of names, not one name: [{names!r}]")
         unknown = [name for name in names if name not in NODE_KINDS]
-        if unknown or isinstance(names, str) or not (names or self.coders):
+        if unknown or not (names or self.coders):
             raise InputError(f"components are some of {', '.join(NODE_KINDS)}, not {names!r}")
         require_coders(model, self.coders)
         if self.attention not in ATTENTION:

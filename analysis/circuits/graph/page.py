@@ -7,6 +7,7 @@ come to life: where scripts do not run, there is the picture, the table and the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from html import escape
@@ -126,6 +127,19 @@ def _note(graph: AttributionGraph) -> str:
         f"{came:+.4g} along the edges into it, {residual:+.4g} from what is not in the graph, "
         f"{value - came - residual:+.4g} absorbed. Red and solid is positive evidence, "
         "blue and dashed negative; width by relevance. Nodes are shown by influence on the target."
+        f"{_tower(graph)}"
+    )
+
+
+def _tower(graph: AttributionGraph) -> str:
+    """What a first token that stands for its units (`folded_first_token`) is."""
+    first = graph.nodes[(graph.nodes["kind"] == "token") & (graph.nodes["position"] == 0)]
+    units = re.search(r"(?<=.) \+(\d+)$", str(first["label"].iloc[0])) if len(first) else None
+    if units is None:
+        return ""
+    return (
+        f" The first token and {units[1]} units at its position are one node; first_token=True "
+        "shows each."
     )
 
 

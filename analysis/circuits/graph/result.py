@@ -110,11 +110,17 @@ class AttributionGraph:
         return totals
 
     def top(self, k: int = 10) -> pd.DataFrame:
-        """The `k` edges with the most relevance, in size, with their ends' labels."""
+        """The `k` edges with the most relevance, in size, with their ends' labels.
+
+        Labels and relevance stand at the sides: where a terminal is narrow, pandas leaves out what
+        is between, here the ids.
+        """
         labels = self.nodes.set_index("id")["label"]
         frame = largest(self.edges, "relevance", k)
-        return frame.assign(source_label=frame["source"].map(labels),
-                            target_label=frame["target"].map(labels))  # fmt: skip
+        named = frame.assign(source_label=frame["source"].map(labels),
+                             target_label=frame["target"].map(labels))  # fmt: skip
+        between = frame.columns.drop("relevance")
+        return named[["source_label", "relevance", *between, "target_label"]]
 
     def unit(self, node: str) -> Unit:
         """The feature, neuron or head that a node is, at all positions: what `steer` moves.

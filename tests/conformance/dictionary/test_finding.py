@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lenslrp.analysis.dictionary.dictionaries import NeuronDictionary
+from lenslrp.analysis.dictionary.finding import require_words
 from lenslrp.analysis.dictionary.text_search import occurrences
 from lenslrp.cli.commands import main
 from lenslrp.errors import InputError
@@ -109,6 +110,8 @@ def test_what_cannot_be_found_is_said(built: Any) -> None:
         built.find()
     with pytest.raises(InputError, match="find takes words"):
         built.find("d", "...")
+    with pytest.raises(InputError, match=r"find takes words, .*, not \['d', 'e'\]$"):
+        require_words((["d", "e"],))
     with pytest.raises(InputError, match="criterion 'best' was not searched"):
         built.find("d", criterion="best")
 

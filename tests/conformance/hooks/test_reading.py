@@ -168,6 +168,8 @@ def test_a_name_that_was_not_read_is_told(llama: Any) -> None:
         cache["blocks.0.mlp.hook_post"]
     with pytest.raises(lenslrp.InputError, match="was not read in any block"):
         cache.top()
+    with pytest.raises(lenslrp.InputError, match="block; nearest of what was read: attn.hook_z;"):
+        cache.top("attn.hook_zz")
 
 
 def test_off_path_is_listed_and_refused_by_name(

@@ -195,6 +195,8 @@ def test_bad_spans_are_named() -> None:
     G = lenslrp.explain_generation(tiny(tokenizer=word_tokenizer()), "b c b", text="d")
     with pytest.raises(InputError, match="^'b' occurs 2 times, not once: give positions$"):
         G.over({"b": "b"})
+    with pytest.raises(InputError, match="^'e' does not occur at the tokens from position 0 on$"):
+        G.over({"e": "e"})
     with pytest.raises(InputError, match=r"^a span is \(from, to before\) within 5, not \(2, 2\)$"):
         G.over({"b": (2, 2)})
     with pytest.raises(InputError, match="^k must be at least 1, not 0$"):

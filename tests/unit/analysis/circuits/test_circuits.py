@@ -311,6 +311,7 @@ def test_a_chunk_changes_nothing_and_nothing_is_left_behind() -> None:
         ({"direction": "up"}, "direction must be one of denoising, noising, not 'up'"),
         ({"components": ["head"]}, "components are some of tokens, residual"),
         ({"components": []}, "components are some of tokens, residual"),
+        ({"components": "heads"}, r"a list of names, not one name: \['heads'\]"),
         ({"components": ["residual"]}, "give by_position=True"),
         ({"method": "exact", "composite": AttnLRP()}, "a composite is for .relevance. and"),
         ({"only": [Node("x", 0)]}, "only is for method='exact'"),

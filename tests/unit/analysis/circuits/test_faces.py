@@ -80,5 +80,6 @@ def test_a_verdict_shows_each_circuit() -> None:
         torch.tensor([True, False]),
     )  # fmt: skip
     html = verdict._repr_html_()
-    assert repr(verdict) == "Verdict(pairs 2, whole model 2, floor 0, model is right in 50%)"
+    said = "pairs 2, whole model 2, floor 0, model is right in 50%, faithfulness 0.5, 1"
+    assert repr(verdict) == f"Verdict({said})"
     assert ">0.5<" in html and html.count("<tr>") == 3

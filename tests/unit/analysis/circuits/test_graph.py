@@ -187,6 +187,7 @@ def test_what_cannot_be_drawn_is_refused_by_name() -> None:
         "components are some of heads, neurons, attention, mlp, recurrent, channels, not",
         components=["residual"],
     )
+    refuses(r"components is a list of names, not one name: \['heads'\]", components="heads")
     refuses("k and rows must be at least 1, not 0 and 8", k=0)
     refuses("share must be above 0 and at most 1, not 0", share=0.0)
     refuses("node_share must be above 0 and at most 1, not 2", node_share=2.0)
@@ -203,4 +204,6 @@ def test_networkx_has_the_same_nodes_and_edges() -> None:
     assert found.sort_index().equals(expected.sort_index())
     assert made.nodes["token@1"]["label"] == graph.str_tokens[1]
     assert graph.top(2)["source_label"].notna().all()
+    named = list(graph.top(2).columns)  # a narrow terminal leaves out those in the middle
+    assert (*named[:2], named[-1]) == ("source_label", "relevance", "target_label")
     assert list(graph.nodes.columns[-len(ABSORBED) :]) == list(ABSORBED)

@@ -48,6 +48,14 @@ def test_everything_is_drawn_inside_the_frame_in_readable_letters(k: int, folded
             assert "'e' - 'f'" in texts
 
 
+def test_a_page_says_what_its_first_token_stands_for(graph: AttributionGraph) -> None:
+    units = int((graph.nodes["position"] == 0).sum()) - 1
+    said = f"The first token and {units} units at its position are one node"
+    assert units > 1 and said in graph.to_html()
+    assert said in graph.label({"token@0": "a subject"}).to_html()
+    assert "at its position are one node" not in graph.to_html(first_token=True)
+
+
 @pytest.mark.parametrize("start", range(0, len(HOSTILE), 5))
 def test_labels_of_any_script_stay_in_their_boxes(start: int) -> None:
     tokens = [token * times for token in HOSTILE[start : start + 5] for times in (1, 9)]

@@ -65,6 +65,7 @@ def test_the_gap_is_read_at_the_last_token_of_each_row() -> None:
         ((["a b"], ["a b"], ["d"], ["e"]), r"pair 0: the two prompts are the same: 'a b'"),
         ((["a b"], ["a c"], ["d e"], ["e"]), r"'d e' is 2 tokens"),
         ((["a b"], ["a c"], ["d"], []), r"got \[1, 1, 1, 0\] prompts, answers and rivals"),
+        (("a b", "a c", "d", "e"), r"are lists, not one text: \['a b'\]"),
         (([], [], [], []), r"got \[0, 0, 0, 0\]"),
     ],
 )

@@ -120,7 +120,9 @@ def test_report_of_a_plain_prompt_says_it_all(monkeypatch, tmp_path):
         "Of the target, 17.4, 12.3 (71%) reached the leaves",
     ):  # fmt: skip
         assert part in text
-    assert "Left out" not in text
+    assert "Left out" not in text and ">next token</th>" in text
+    monkeypatch.setattr(report, "labels_of", lambda _: {0: "no", 1: "yes"})
+    assert ">class</th>" in report.report_html(fake_relevance(), model=model)
     assert [child.name for child in tmp_path.iterdir()] == ["report.html"]
 
 
