@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
     from lenslrp.analysis.units.projection import VocabularyScores
 
-UNREADABLE = "not readable by weights"
-"""What is shown in the place of such a list."""
+UNRELATED = "no group of related tokens"
+"""What is said of a list that is not readable by this; a reader may still find a meaning in it."""
 
 READ_TOKENS = 10
 """Tokens of a list that are judged."""

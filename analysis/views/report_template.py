@@ -140,7 +140,7 @@ demotes them), where at least four of the ten highest are related to one another
 <td class="n"><span class="{{ n.sign }}">{{ n.relevance }}</span></td>
 <td class="n">{{ n.activation }}</td>
 {%- if writes %}<td>{% for text in n.writes %}<span class="tok">{{ text }}</span>
-{%- else %}<small>not readable</small>{% endfor %}</td>{% endif %}</tr>
+{%- else %}<small>no related tokens</small>{% endfor %}</td>{% endif %}</tr>
 {% endfor %}</tbody></table></div>{% endif %}</section>
 
 <section aria-labelledby="ledger"><h2 id="ledger">Ledger</h2>

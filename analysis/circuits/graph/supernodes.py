@@ -19,7 +19,7 @@ from lenslrp.analysis.circuits.replacement import features_key
 from lenslrp.analysis.units.kinds import Feature, Neuron, Unit
 from lenslrp.analysis.units.parsing import parse_unit
 from lenslrp.analysis.units.projection import VocabularyScores, reads, writes
-from lenslrp.analysis.units.readability import UNREADABLE, TokenRelations, readable_tokens
+from lenslrp.analysis.units.readability import UNRELATED, TokenRelations, readable_tokens
 from lenslrp.errors import InputError
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def vocabulary_notes(graph: AttributionGraph, model: TransformerBridge, k: int) 
         except InputError as error:  # what it writes or reads is no token
             notes[text] = str(error)
             continue
-        notes[text] = "; ".join(f"{role} {x or UNREADABLE}" for role, x in lists.items())
+        notes[text] = "; ".join(f"{role} {x or UNRELATED}" for role, x in lists.items())
     return {node: notes[unit_text(node)] for node in graph.nodes["id"] if unit_text(node) in notes}
 
 

@@ -343,10 +343,15 @@ def export_html(
 
 
 def _sentences(page: Page) -> list[str]:
-    """What the search of an index reads of a unit, each sentence once."""
+    """What the search of an index reads of a unit, each line once: sentences, then lists."""
     frames = [page.examples(name) for name in SOURCE_KINDS.values() if name in page.criteria]
     windows = [tokens for frame in frames for tokens in frame["tokens"][:SEARCHED_SENTENCES]]
-    return list(dict.fromkeys("".join(map(running, tokens)).strip() for tokens in windows))
+    sentences = ["".join(map(running, tokens)).strip() for tokens in windows]
+    lists = [
+        f"writes ({side}): {' '.join(running(token).strip() for token in some['token'])}"
+        for side, some in _written(page).groupby("side", sort=False)
+    ]
+    return list(dict.fromkeys([*sentences, *lists]))
 
 
 def _summary(page: Page) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from lenslrp.analysis.dictionary.unit import Histogram
-from lenslrp.analysis.units.readability import is_readable
+from lenslrp.analysis.units.readability import UNRELATED, is_readable
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import signed
 
@@ -46,16 +46,17 @@ def numbers(values: Iterable[float], *, coloured: bool = True) -> list[dict[str,
 def tokens_table(lists: list[pd.DataFrame], title: str) -> dict[str, Any]:
     """The top and the bottom of one list of scores, beside each other.
 
-    Tokens that are not of what makes an end readable are faint; `readable` says whether one is.
+    Tokens that are not of what makes an end readable are faint.
     """
-    columns, cells, readable = [], [], [is_readable(frame) for frame in lists]
-    for frame, arrow, plain in zip(lists, "↑↓", readable, strict=True):
-        columns += [column(arrow if plain else f"{arrow} not readable"), column("", number=True)]
+    columns, cells = [], []
+    for frame, arrow in zip(lists, "↑↓", strict=True):
+        plain = is_readable(frame)
+        columns += [column(arrow if plain else f"{arrow} {UNRELATED}"), column("", number=True)]
         looks = ["" if plain and s == "related" else "faint" for s in frame["status"]]
         tokens = [token_cell([t], look) for t, look in zip(frame["token"], looks, strict=True)]
         cells += [tokens, numbers(frame["score"])]
     table = {"columns": columns, "rows": list(zip(*cells, strict=True))}
-    return {"title": title, "table": table, "readable": any(readable)}
+    return {"title": title, "table": table}
 
 
 def bars(histogram: Histogram, kind: str) -> dict[str, Any]:

@@ -165,12 +165,10 @@ transparent,{{ scale.right }})"></span> {{ scale.high }}</li>{% endfor %}
 {% if vocabulary.absent is defined %}{{ absent(vocabulary.absent) }}{% else %}
 <p class="what">What it writes: tokens whose logits it raises and lowers when it is active.
 What it reads: tokens whose embeddings push its input up and down. Through the model's own norms;
-scores are logits up to one positive factor. A list is readable where four tokens of ten are
-related to one another; the others are faint.</p>
-<div class="columns two">{% for part in vocabulary.parts if part.readable %}<div>\
-<h3>{{ part.title }}</h3>{{ table(part.table) }}</div>{% endfor %}</div>
-{% for part in vocabulary.parts if not part.readable %}<details><summary><h3>{{ part.title }}: \
-not readable by weights</h3></summary>{{ table(part.table) }}</details>{% endfor %}{% endif %}\
+scores are logits up to one positive factor. Where four tokens of ten are related to one another,
+they are plain and the others faint.</p>
+<div class="columns two">{% for part in vocabulary.parts %}<div>\
+<h3>{{ part.title }}</h3>{{ table(part.table) }}</div>{% endfor %}</div>{% endif %}\
 </section>
 
 <section><h2>How it behaves</h2>

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from lenslrp.analysis.dictionary.schemas import MOMENTS, kinds
 from lenslrp.analysis.dictionary.unit import Page
-from lenslrp.analysis.units.readability import UNREADABLE, is_readable
+from lenslrp.analysis.units.readability import UNRELATED, is_readable
 from lenslrp.errors import InputError
 from lenslrp.text.visible_text import visible
 from lenslrp.views.heatmap import ColourScale, colour_scale, signed
@@ -68,11 +68,11 @@ def _vocabulary(page: Page) -> Iterator[RenderableType]:
 
 def _tokens(some: pd.DataFrame) -> Text:
     """The tokens of a list; dim what does not make it readable."""
-    if not is_readable(some):
-        return Text(UNREADABLE, "dim")
-    looks = ["" if status == "related" else "dim" for status in some["status"]]
+    readable = is_readable(some)
+    looks = ["" if readable and status == "related" else "dim" for status in some["status"]]
     names = [visible(token) for token in some["token"]]
-    return Text("  ").join(Text(*part) for part in zip(names, looks, strict=True))
+    tokens = [Text(*part) for part in zip(names, looks, strict=True)]
+    return Text("  ").join([*tokens, *([] if readable else [Text(f"({UNRELATED})", "dim")])])
 
 
 def _statistics(page: Page) -> RenderableType:
