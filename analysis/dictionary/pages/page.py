@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from lenslrp.analysis.dictionary.pages.links import clamped, downstream, upstream
-from lenslrp.analysis.dictionary.pages.sentences import sentences
+from lenslrp.analysis.dictionary.pages.sentences import sentences, stronger_first
 from lenslrp.analysis.dictionary.pages.tables import (
     bars,
     column,
@@ -156,7 +156,9 @@ def _identity(page: Page) -> str:
 def _facts(page: Page) -> list[tuple[str, str]]:
     s = page.statistics
     facts = [("active (above 0)", f"{s['activation_density']:.1%} of tokens")]
-    for name, label in (("actmax", "largest activation"), ("relmax", "largest relevance")):
+    labels = {"actmax": "largest activation", "actmin": "lowest activation",
+              "relmax": "largest relevance"}  # fmt: skip
+    for name, label in labels.items():
         if name in page.criteria:
             scores = page.examples(name)["score"]
             if len(scores):
@@ -214,7 +216,7 @@ def _angles(page: Page, model: TransformerBridge | None) -> dict[str, Any]:
 def _sentences(
     page: Page, model: TransformerBridge | None, attributed: int, examples: int
 ) -> dict[str, Any]:
-    frames = {name: page.examples(name) for name in page.criteria}
+    frames = stronger_first({name: page.examples(name) for name in page.criteria})
     totals = {name: len(frame) for name, frame in frames.items()}
     frames = {name: frame.head(examples) for name, frame in frames.items()}
     absent = f"Attribution of its activation to the tokens: {NEEDS_MODEL}" if model is None else ""

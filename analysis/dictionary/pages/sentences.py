@@ -98,6 +98,21 @@ def _largest(row: NDArray[np.float32], skipped: int) -> float:
     return float(np.nan_to_num(sizes, posinf=0).max(initial=0))
 
 
+def stronger_first(frames: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Examples by criterion: a lowest end that is larger in size than the highest comes before it.
+
+    A neuron may say what it does where it is negative.
+    """
+    order = list(frames)
+    for high, low in (("actmax", "actmin"), ("relmax", "relmin")):
+        if high in frames and low in frames:
+            sizes = [frames[name]["score"].abs().max() for name in (high, low)]
+            if sizes[1] > sizes[0]:
+                a, b = order.index(high), order.index(low)
+                order[a], order[b] = low, high
+    return {name: frames[name] for name in order}
+
+
 def sentences(
     page: Page, frames: Mapping[str, pd.DataFrame], totals: Mapping[str, int]
 ) -> dict[str, Any]:

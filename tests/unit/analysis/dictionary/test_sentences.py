@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lenslrp.analysis.dictionary.pages.sentences import sentences
+from lenslrp.analysis.dictionary.pages.sentences import sentences, stronger_first
 from lenslrp.analysis.dictionary.text_search import inside_word
 
 
@@ -55,3 +55,13 @@ def test_windows_are_cut_at_words(first: int, stop: int, hit: int, shown: str) -
     (line,) = tab["examples"][0]["lines"]
     text = html.unescape(re.sub(r"<[^>]*>", "", line["tokens"])).replace("·", " ")
     assert text == shown
+
+
+def test_the_end_that_is_larger_in_size_comes_first() -> None:
+    scores = {"actmax": [1.4, 1.3], "actmin": [-11.0, -2.0], "relmax": [2.0], "relmin": [-1.0]}
+    frames = {name: pd.DataFrame({"score": values}) for name, values in scores.items()}
+    assert list(stronger_first(frames)) == ["actmin", "actmax", "relmax", "relmin"]
+    del frames["actmax"]
+    assert list(stronger_first(frames)) == ["actmin", "relmax", "relmin"]
+    frames["relmin"] = frames["relmin"].head(0)
+    assert list(stronger_first(frames)) == ["actmin", "relmax", "relmin"]
