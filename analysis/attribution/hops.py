@@ -96,8 +96,13 @@ class Hops:
         return float(self.hops[-1].relevance[self.start :].sum())
 
     def __repr__(self) -> str:
-        answer = "".join(self.str_tokens[self.start :][slice(*self.span)])
-        return f"Hops({len(self.hops)} from {answer!r} to {self.start} tokens, {self.composite})"
+        return (
+            f"Hops({len(self.hops)} from {self._answer!r} to {self.start} tokens, {self.composite})"
+        )
+
+    @property
+    def _answer(self) -> str:
+        return "".join(self.str_tokens[self.start :][slice(*self.span)])
 
     def table(self) -> pd.DataFrame:
         """The account, a row a hop: what started, and where it went.
@@ -182,7 +187,7 @@ class Hops:
             ),
             lengths=[*(len(self.str_tokens) for _ in self.hops), self.start],
             borders=[self.start],
-            title=repr(self),
+            title=f"{len(self.hops)} hops from {self._answer!r}, by {self.composite}",
         )
 
 

@@ -78,7 +78,7 @@ class Pairs(Shown, Saved, PairRows):
         answers = 1 if self.answers.ndim == 1 else self.answers.shape[1]
         return Face(
             "Pairs of clean and corrupted prompts",
-            {"pairs": len(self.clean), "tokens": span, "tokens of an answer, up to": answers},
+            {"pairs": len(self.clean), "tokens": span, "most tokens of an answer": answers},
             self.to_dataframe().map(_short),
             notes=["pairs.correct(model) says in which the model does the task."],
             rows=SHOWN_PAIRS,

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lenslrp.analysis.units.parsing import NODE_LABEL, parse_unit
 from lenslrp.errors import InputError, StorageError
 from lenslrp.fingerprints import canonical
 
@@ -130,7 +131,7 @@ class Plan:
 
         Args:
             key: `(layer, index)` of the first site, or of the one site that has this layer;
-                `(site, layer, index)`; or a unit's text.
+                `(site, layer, index)`; a unit's text; or a graph's label, `"N5.17"`.
 
         Raises:
             InputError: no such unit, with what there is.
@@ -149,6 +150,7 @@ class Plan:
     def _places_at(self, key: Any) -> tuple[list[Place], int]:
         """The places that a key may mean, and the index there."""
         if isinstance(key, str):
+            key = str(parse_unit(key)) if NODE_LABEL.fullmatch(key) else key
             parsed = re.fullmatch(r"(?P<hook>.+)\[(?:(?P<label>[\w.-]+) )?(?P<index>\d+)\]", key)
             if parsed is None:
                 return [], -1

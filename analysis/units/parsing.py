@@ -21,8 +21,14 @@ _SCAN = re.compile(  # with or without the name of the mixer
 )
 
 
+NODE_LABEL = re.compile(r"(?P<kind>[NH])(?P<layer>\d+)\.(?P<index>\d+)")
+"""What graphs write in the boxes of neurons and heads."""
+
+
 def parse_unit(text: str) -> Unit:
     """The neuron, head or channel that a text like ``"blocks.5.mlp.hook_post[17]"`` stands for.
+
+    ``"N5.17"`` and ``"H5.2"``, labels of nodes in graphs, are a decoder's neuron and head.
 
     Raises:
         InputError: any other text; directions and features hold vectors, which no text does.
@@ -37,12 +43,16 @@ def parse_unit(text: str) -> Unit:
         if scan["channel"] is None:
             return RecurrentHead(layer, None if head is None else int(head))
         return Channel(layer, int(scan["channel"]), None if of_head is None else int(of_head))
+    label = NODE_LABEL.fullmatch(text)
+    if label is not None:
+        kind: type[Neuron | Head] = Neuron if label["kind"] == "N" else Head
+        return kind(int(label["layer"]), int(label["index"]))
     match = _PATTERN.fullmatch(text)
     if match is None:
         raise InputError(
             f"{text!r} is no neuron or head; expected, for example, blocks.5.mlp.hook_post[17], "
-            "blocks.5.mlp.hook_expert_post[3, 17], blocks.5.attn.hook_z[2] or "
-            "blocks.5.hook_scan_out[2]"
+            "blocks.5.mlp.hook_expert_post[3, 17], blocks.5.attn.hook_z[2], "
+            "blocks.5.hook_scan_out[2], N5.17 or H5.2"
         )
     layer, side = int(match["layer"]), _side(match["stack"])
     if match["head"] is not None:

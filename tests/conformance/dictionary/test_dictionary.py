@@ -158,10 +158,10 @@ def test_statistics_are_those_of_the_sampled_tokens(built: NeuronDictionary) -> 
 
 def test_units_by_every_key_and_none_that_is_not_there(built: NeuronDictionary) -> None:
     name = "blocks.1.mlp.hook_post[5]"
-    keys = [(1, 5), ("mlp.hook_post", 1, 5), name, Neuron(1, 5)]
+    keys = [(1, 5), ("mlp.hook_post", 1, 5), name, Neuron(1, 5), "N1.5"]
     assert {built[key].name for key in keys} == {name}
     assert built[Head(0, 1)].name == "blocks.0.attn.hook_z[1]"
-    assert built["attn.hook_z", 1, 0].name == "blocks.1.attn.hook_z[0]"
+    assert built["attn.hook_z", 1, 0].name == built["H1.0"].name == "blocks.1.attn.hook_z[0]"
     for key in [(1, 24), (2, 0), (1, -1), "blocks.1.mlp.hook_post[24]", "nonsense", 5, (1, "a")]:
         with pytest.raises(InputError, match=r"no unit|a unit is"):
             built[key]

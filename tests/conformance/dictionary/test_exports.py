@@ -218,7 +218,11 @@ def test_an_index_holds_what_its_search_reads_and_runs_nothing_else(
             for criterion in ("actmax", "relmax")
             for tokens in built[key].examples(criterion)["tokens"]
         ]
-        assert read == list(dict.fromkeys(rows))
+        assert read[:-2] == list(dict.fromkeys(rows))
+        lists = built[key].vocabulary().query("role == 'writes'")
+        for line, side in zip(read[-2:], ("top", "bottom"), strict=True):
+            tokens = [running(token).strip() for token in lists.query("side == @side")["token"]]
+            assert line == f"writes ({side}): {' '.join(tokens)}"
     for word in ("innerHTML", "fetch(", "eval("):
         assert word not in scripts[1][1]
 

@@ -30,7 +30,7 @@ def test_pairs_and_scores_are_a_line_and_a_card(pairs: Pairs) -> None:
         assert len(repr(result)) < 200 and "\n" not in repr(result)
         assert 'class="lenslrp-card"' in result._repr_html_()
     assert best["hook"] in scores._repr_html_()
-    assert repr(pairs) == "Pairs(pairs 2, tokens 3 to 4, tokens of an answer, up to 1)"
+    assert repr(pairs) == "Pairs(pairs 2, tokens 3 to 4, most tokens of an answer 1)"
     right = f"{float(pairs.correct(model).double().mean()):.0%}"
     assert repr(scores).endswith(f"model is right in {right})")
 

@@ -70,6 +70,7 @@ def test_texts_can_be_copied() -> None:
     assert str(Neuron(5, 17, expert=3)) == "blocks.5.mlp.hook_expert_post[3, 17]"
     assert str(Head(5, 2)) == "blocks.5.attn.hook_z[2]"
     assert parse_unit("decoder_blocks.5.self_attn.hook_z[2]") == Head(5, 2)
+    assert (parse_unit("N5.17"), parse_unit("H5.2")) == (Neuron(5, 17), Head(5, 2))
     vector = torch.tensor([1.0, 2.0])
     assert str(Direction("blocks.0.hook_resid_post", vector, "joy")).endswith("[direction joy]")
     text = str(Direction("blocks.0.hook_resid_post", vector))
