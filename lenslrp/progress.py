@@ -36,10 +36,17 @@ def progress_bar(
         shown: always or never; ``None`` for a bar that waits and looks, see the module.
         options: of tqdm.
     """
+    notebook = _in_notebook()
     if shown is None:
         options = {"delay": PATIENCE, "leave": False, **options}
-        shown = "ipykernel" in sys.modules or sys.stderr.isatty()
-    if "ipykernel" in sys.modules:
+        shown = notebook or sys.stderr.isatty()
+    if notebook:
         options = {"file": sys.stdout, **options}  # a notebook puts the other one in a red box
     hidden = {} if shown else {"disable": True}  # else as TQDM_DISABLE says
     return tqdm(things, what, total, **hidden, **options)
+
+
+def _in_notebook() -> bool:
+    """Whether a kernel runs this, which to have imported one does not make so."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")

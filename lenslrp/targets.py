@@ -390,6 +390,6 @@ def as_target(
             )
         return target
     raise InputError(
-        "target must be a token (string or id), a Target (of a unit: targets.Activation), a list "
-        f"of one per row or None; got {type(target).__name__}"
+        "target must be a token (string or id), a Target, a list of one per row or None (of a "
+        f"unit: targets.Activation); got {type(target).__name__}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +42,26 @@ def test_a_bar_that_was_asked_for_is_there_without_a_terminal(
     with progress_bar("asked", total=4, shown=True, unit="part") as bar:
         bar.update(4)
     assert "asked: 100%" in capsys.readouterr().err
+
+
+class Kernel:
+    """What IPython gives inside a kernel."""
+
+    kernel = None
+
+
+def test_a_bar_of_a_notebook_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not where a kernel was only imported: a command's output is its own."""
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    for shell, bars in ((None, False), (SimpleNamespace(), False), (Kernel(), True)):
+        ipython = SimpleNamespace(get_ipython=lambda shell=shell: shell)
+        monkeypatch.setitem(sys.modules, "IPython", ipython)
+        list(progress_bar("things", range(3), mininterval=0, leave=True))
+        said = capsys.readouterr()
+        assert ("things: 100%" in said.out) == bars and said.err == ""
 
 
 def test_a_notebook_without_widgets_is_not_warned() -> None:
