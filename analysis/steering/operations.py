@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -330,19 +330,19 @@ def steer(
         raise InputError("a Steering says where it acts: give prompt and generation there")
     if is_encoder_decoder(model):
         raise InputError("steering is of decoders' texts; this model is an encoder-decoder")
-    by_hook: dict[str, list[Operation | FeatureMove]] = {}
+    by_hook: dict[str, list[tuple[Operation, Step]]] = {}
     read = set[str]()
     encoded = encoded_of(model)
     for operation in operations.operations:
         hooks = [operation.hook(model)]
-        step: Operation | FeatureMove = operation
+        step: Step = partial(_apply, operation)
         if isinstance(operation, Moving) and isinstance(feature := operation.unit, Feature):
             if not feature.coder.writes_back:
-                step = FeatureMove(operation, feature, encoded)
+                step = FeatureMove(operation, feature, encoded).apply
                 read.add(feature.hook(model))
             hooks += [known_hook(model, hook) for hook in feature.coder.later]
         for hook in hooks:
-            by_hook.setdefault(hook, []).append(step)
+            by_hook.setdefault(hook, []).append((operation, step))
     with follow(model) as passes:
         edits = [
             Edit(hook, function=_changed(hook, at_hook, operations, passes))
@@ -352,16 +352,26 @@ def steer(
             yield
 
 
+Step = Callable[[Tensor, Tensor, str], Tensor]
+"""Of a tensor, the positions where an operation acts, and the hook point: what is there after."""
+
+
+def _apply(operation: Operation, y: Tensor, where: Tensor, hook: str) -> Tensor:
+    return operation.apply(y[where])
+
+
 def _changed(
-    hook: str, steps: list[Operation | FeatureMove], steering: Steering, passes: TrackedPasses
+    hook: str,
+    steps: list[tuple[Operation, Step]],
+    steering: Steering,
+    passes: TrackedPasses,
 ) -> Callable[[Tensor], Tensor]:
     def chosen_by(what: str, operation: Operation) -> Positions:
         scope = getattr(operation, what)
         return positions(getattr(steering, what) if scope is None else scope, what)
 
-    operations = [each.operation if isinstance(each, FeatureMove) else each for each in steps]
     places = [
-        (chosen_by("prompt", each), chosen_by("generation", each), each.rows) for each in operations
+        (chosen_by("prompt", each), chosen_by("generation", each), each.rows) for each, _ in steps
     ]
 
     def change(x: Tensor) -> Tensor:
@@ -373,12 +383,9 @@ def _changed(
                 f"{hook} is {list(x.shape)}; steering needs [batch={batch}, pos={length}, ...]"
             )
         y = x.clone()
-        for step, where in zip(steps, chosen, strict=True):
+        for (_, step), where in zip(steps, chosen, strict=True):
             where = where.flatten() if flat else where
-            if isinstance(step, FeatureMove):
-                y[where] = step.apply(y, where, hook)
-            else:
-                y[where] = step.apply(y[where])
+            y[where] = step(y, where, hook)
         return y
 
     return change

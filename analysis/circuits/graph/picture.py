@@ -111,7 +111,7 @@ def picture_of(graph: AttributionGraph, count: int) -> Picture:
         widths[last] = float(min(WIDEST_NODE, max(WIDTH, math.ceil(room))))
     cells = grid(graph.nodes, shown.order)
     layout = lay_out(graph.nodes, cells, set(shown.boxes.values()), widths)
-    named = {node: name for name, members in graph.supernodes.items() for node in members}
+    named = graph.supernode_of
     labels |= {node: visible(named[node]) for node in shown.boxes.values() if node in named}
     return Picture(graph, shown, cells, layout, labels)
 
@@ -235,7 +235,7 @@ def _edges(picture: Picture) -> list[str]:
 def _nodes(picture: Picture, notes: Mapping[str, str]) -> list[str]:
     graph, layout = picture.graph, picture.layout
     ranks = {node: rank for rank, node in enumerate(picture.shown.order)}
-    groups = {node: name for name, members in graph.supernodes.items() for node in members}
+    groups = graph.supernode_of
     scale = float(graph.nodes.loc[graph.nodes["kind"] != "target", "relevance"].abs().max())
     parts = []
     for node in graph.nodes.to_dict("records"):

@@ -85,6 +85,11 @@ class AttributionGraph:
     pinned: tuple[str, ...] = ()
 
     @property
+    def supernode_of(self) -> dict[str, str]:
+        """Id of a node that is in a supernode -> the supernode's name."""
+        return {node: name for name, members in self.supernodes.items() for node in members}
+
+    @property
     def error(self) -> float:
         """The largest difference between a node's relevance and what entered it, relative to the
         target.

@@ -72,7 +72,7 @@ def shown_at(graph: AttributionGraph, count: int) -> ShownNodes:
     if count < 1:
         raise InputError(f"nodes must be at least 1, not {count}")
     order = drawing_order(graph)
-    named = {node: name for name, members in graph.supernodes.items() for node in members}
+    named = graph.supernode_of
     boxes, first = {}, dict[str, str]()
     for rank, node in enumerate(order):
         if node in named:

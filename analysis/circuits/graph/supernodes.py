@@ -69,7 +69,7 @@ def checked_groups(
 
 def merged_edges(graph: AttributionGraph) -> pd.DataFrame:
     """Edges among supernodes and the other nodes; those inside a supernode are left out."""
-    names = {node: name for name, members in graph.supernodes.items() for node in members}
+    names = graph.supernode_of
     edges = graph.totals
     for end in ("source", "target"):
         edges[end] = edges[end].map(lambda node: names.get(node, node))
